@@ -1,0 +1,104 @@
+"""Checks of GLEMAugment's arguments: one clear error each, that names the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from glem_augment.model import GLEM
+    from glem_augment.modes import ClassModes
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
+    """`value` as a float; TypeError if it is no number, ValueError outside [low, high] (or (low, high])."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+    if not inside:
+        if high < math.inf:
+            raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+        raise ValueError(
+            f"{name} must be finite and {'above' if open_low else 'at least'} {low:g}, got {value!r}"
+        )
+    return float(value)
+
+
+def check_class_map(
+    class_map: Mapping[int, int | None] | Sequence[int | None] | Tensor | None,
+    num_classes: int | None,
+    flow_classes: int,
+) -> tuple[int, ...] | None:
+    """Flow class of every data class, -1 = none; None where data and flow classes are the same.
+
+    Raises:
+        ValueError: for a flow or data class out of range, nothing mapped, or a num_classes that does not fit.
+        TypeError: for what is not a mapping or sequence of integers.
+    """
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+    ):
+        raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
+    if class_map is None:
+        if num_classes not in (None, flow_classes):
+            raise ValueError(
+                f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map, "
+                "the flow class of every data class (-1 or None: not in the flow)"
+            )
+        return None
+    if hasattr(class_map, "tolist"):  # a tensor, or an array as match_classes gives it
+        class_map = class_map.tolist()
+    if isinstance(class_map, Mapping):
+        pairs = dict(class_map)
+    elif isinstance(class_map, Sequence) and not isinstance(class_map, (str, bytes)):
+        pairs = dict(enumerate(class_map))
+    else:
+        raise TypeError(f"class_map must be a dict or a sequence, got {type(class_map).__name__}")
+    if not pairs:
+        raise ValueError("class_map is empty: give the flow class of every data class")
+    for key, value in pairs.items():
+        if not _is_int(key) or not (value is None or _is_int(value)):
+            raise TypeError(f"class_map must map ints to ints or None, got {key!r}: {value!r}")
+    total = max(pairs) + 1 if num_classes is None else num_classes
+    if not isinstance(class_map, Mapping) and len(pairs) != total:
+        raise ValueError(f"class_map has {len(pairs)} entries, but num_classes={num_classes}")
+    table = [-1] * total
+    for key, value in pairs.items():
+        if not 0 <= key < total:
+            raise ValueError(f"class_map has data class {key}, allowed are 0 to {total - 1}")
+        if value is not None and not -1 <= value < flow_classes:
+            raise ValueError(
+                f"class_map maps class {key} to flow class {value}; allowed are 0 to {flow_classes - 1}, "
+                "-1 and None"
+            )
+        table[key] = -1 if value is None else int(value)
+    if max(table) < 0:
+        raise ValueError("class_map maps no class to the flow: no image could be augmented")
+    return tuple(table)
+
+
+def _is_int(value: object) -> bool:
+    # numpy's integers have __index__ too.
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def check_modes(model: GLEM, modes: int) -> ClassModes:
+    """The model's modes; ValueError if it has none, or fewer than `modes`."""
+    fitted = model.modes
+    if fitted is None:
+        raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
+    if isinstance(modes, bool) or not isinstance(modes, int) or not 1 <= modes <= fitted.rank:
+        raise ValueError(
+            f"modes must be an int from 1 to {fitted.rank}, the modes stored with the model; got {modes!r} "
+            "(for more: model.fit_modes(data, rank=...))"
+        )
+    return fitted

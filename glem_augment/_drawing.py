@@ -1,0 +1,77 @@
+"""The random parameters of one call of GLEMAugment, and small helpers to draw and use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# Where a partner comes from (AugmentParams.source).
+FROM_BATCH, FROM_RFCM, FROM_GAUSSIAN = 0, 1, 2
+
+
+@dataclass
+class AugmentParams:
+    """The random choices of one call, for n selected rows of a batch of B; tensors on the device of the
+    labels.
+
+    Attributes:
+        rows: int64 [n], the rows to change.
+        cls: int64 [n], flow class of each row, whose modes are used; -1: not in the flow, the row is passed
+            through.
+        partner: int64 [n], the partner's row in the batch; -1: a draw, made from `eps`.
+        partner_cls: int64 [n], flow class that a drawn partner comes from.
+        source: int64 [n], 0 = batch row, 1 = draw from a class's RFCM, 2 = draw from a class's Gaussian.
+        l: float32 [n] in [1/2, 1], the share of the own image along the modes.
+        eps: float32 [n, m] standard normal: coefficients of the modes (policy "noise"), or what a drawn
+            partner is made from.
+
+    partner, partner_cls, source and l are empty for policy "noise".
+    """
+
+    rows: Tensor
+    cls: Tensor
+    partner: Tensor
+    partner_cls: Tensor
+    source: Tensor
+    l: Tensor  # noqa: E741  (the paper's letter)
+    eps: Tensor
+
+    def to(self, device: torch.device | str) -> AugmentParams:
+        """The same parameters with every tensor on `device`."""
+        return AugmentParams(**{f.name: move(getattr(self, f.name), device) for f in fields(self)})
+
+    def where(self, mask: Tensor) -> AugmentParams:
+        """The parameters of the selected rows for which `mask`, bool [n], holds."""
+        if bool(mask.all()):
+            return self
+        n, values = len(self.rows), {f.name: getattr(self, f.name) for f in fields(self)}
+        return AugmentParams(**{name: v[mask] if len(v) == n else v for name, v in values.items()})
+
+
+def move(value: Tensor, device: torch.device | str) -> Tensor:
+    """`value` on `device`; from the CPU to CUDA through pinned memory, so that the host does not wait."""
+    device = torch.device(device)
+    if value.device.type == "cpu" and device.type == "cuda" and value.numel():
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def folded_beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:
+    """max(l, 1 - l) for l ~ Beta(alpha, alpha): float32 [n] in [1/2, 1].
+
+    A Dirichlet of two is a Beta; unlike torch.distributions.Beta it takes a generator.
+    """
+    pair = torch._sample_dirichlet(torch.full((n, 2), alpha, dtype=torch.float64), generator)
+    # For a tiny alpha both gammas underflow to 0 / 0; the limit of the law is then l = 0 or 1, folded 1.
+    return pair.amax(dim=1).nan_to_num(nan=1.0).clamp(0.5, 1.0).to(torch.float32)
+
+
+def swapped(soft: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Soft labels [n, K'] with the entries of classes a and b [n] exchanged.
+
+    The label of a partner of class b: one-hot if `soft` is one-hot in a, and smoothed as `soft` is.
+    """
+    a, b = a.clamp(0, soft.shape[1] - 1)[:, None], b.clamp(0, soft.shape[1] - 1)[:, None]
+    return soft.scatter(1, a, soft.gather(1, b)).scatter(1, b, soft.gather(1, a))

@@ -1,0 +1,194 @@
+"""Between a user's images and a flow's: value range, size and channels, and the way back for a change.
+
+A flow of 32-64 pixels changes images of 224-448 by its *change*: the image is resized to the flow's size,
+changed there, and the upsampled difference is added to the full-size image, whose fine detail stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ITU-R BT.601, the weights with which PIL turns RGB into "L".
+LUMA = (0.299, 0.587, 0.114)
+# Resizing with bicubic filters overshoots a little; more than this means that the input was normalised.
+RANGE_SLACK = 0.1
+
+
+def check_worker_device(device: torch.device) -> None:
+    """Raise a clear RuntimeError where CUDA can't be used: in a process forked after CUDA was initialised."""
+    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            f"the flow is on {device}, which a forked DataLoader worker cannot use: move it first with "
+            "model.to('cpu'), or use num_workers=0, or multiprocessing_context='spawn'"
+        )
+
+
+class SmallImages(NamedTuple):
+    """Images at the flow's size: `flow` with its channels, in [0, 1]; `own` with the images' channels."""
+
+    flow: Tensor
+    own: Tensor
+
+
+class PixelAdapter:
+    """Converts images to those of a flow of `shape` (C, H, W) and carries changes back.
+
+    Args:
+        shape: of the flow's images.
+        mean, std: of normalised input, a number or one per channel, or None.
+        detail: "keep", "mix" or "none", see GLEMAugment.
+
+    Raises:
+        ValueError: mean without std (or the reverse), or a std that is not positive.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        detail: str = "keep",
+    ) -> None:
+        if (mean is None) != (std is None):
+            raise ValueError(f"give mean and std together, got mean={mean!r}, std={std!r}")
+        self.shape = shape
+        self.mean = None if mean is None else _numbers("mean", mean)
+        self.std = None if std is None else _numbers("std", std)
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {std!r}")
+        self.detail = detail
+        self._range_seen: set[tuple[torch.device, torch.dtype]] = set()
+        self._constants: dict[tuple[str, torch.device], Tensor] = {}
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError for a batch [B, C, H, W] that can't be converted.
+
+        The value range is looked at once per device and dtype, since it makes an accelerator wait.
+        """
+        channels, height, width = x.shape[1:]
+        if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
+            raise ValueError(
+                f"images have {channels} channels, the flow's {self.shape[0]}; "
+                "only grey (1) and RGB (3) are converted into each other"
+            )
+        if min(height, width) < 1:
+            raise ValueError(f"images must have pixels, got {height}x{width}")
+        if x.dtype == torch.uint8:
+            if self.mean is not None:
+                raise TypeError("mean and std are for normalised float input, got uint8: leave them out")
+            return
+        if not x.is_floating_point():
+            raise TypeError(f"x must be uint8 or floating point, got {x.dtype}")
+        if self.mean is not None:
+            for name, values in (("mean", self.mean), ("std", self.std)):
+                if values is not None and len(values) not in (1, channels):
+                    raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
+            return
+        if x.numel() and (x.device, x.dtype) not in self._range_seen:
+            low, high = (float(v) for v in torch.aminmax(x))
+            if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+                raise ValueError(
+                    f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; "
+                    "give mean and std if they are normalised"
+                )
+            self._range_seen.add((x.device, x.dtype))
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """Images as float32 (float64 if they were) in [0, 1], a little outside where the input was."""
+        if x.dtype == torch.uint8:
+            return x.to(torch.float32) / 255
+        x = x if x.dtype == torch.float64 else x.to(torch.float32)
+        return x if self.mean is None else x * self._constant("std", x) + self._constant("mean", x)
+
+    def from_unit(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `to_unit`, with the dtype that came in; uint8 is rounded to the nearest level."""
+        if dtype == torch.uint8:
+            return (x * 255).round().clamp(0, 255).to(torch.uint8)
+        if self.mean is not None:
+            x = (x - self._constant("mean", x)) / self._constant("std", x)
+        return x.to(dtype)
+
+    def to_flow(self, images: Tensor) -> SmallImages:
+        """Images [n, C, H, W] in [0, 1] at the flow's size, with its channels."""
+        own = self._resize(images, self.shape[1:])
+        flow = own
+        if images.shape[1] == 3 and self.shape[0] == 1:
+            flow = (own * own.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+        elif images.shape[1] == 1 and self.shape[0] == 3:
+            flow = own.expand(-1, 3, -1, -1)
+        return SmallImages(flow.clamp(0.0, 1.0), own)
+
+    def from_flow(
+        self,
+        images: Tensor,
+        small: SmallImages,
+        decoded: Tensor,
+        rows: Tensor,
+        partner: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Carry decoded images back to the size and channels of the originals.
+
+        Args:
+            images: float [m, C, H, W] originals; small: the same at the flow's size.
+            decoded: float [n, C_flow, h, w] in [0, 1], changed versions of images[rows].
+            rows: int64 [n].
+            partner: for detail="mix": rows [n] of the partners among `images`, and the share [n] of their
+                detail.
+
+        Returns:
+            float [n, C, H, W], in [0, 1] wherever the originals are.
+        """
+        original = images[rows]
+        same_size = original.shape[2:] == decoded.shape[2:]
+        same_channels = original.shape[1] == decoded.shape[1]
+        if same_size and same_channels:
+            return decoded
+        change = decoded - small.flow[rows]
+        if not same_channels:
+            # Grey change: the same for every channel. RGB change of a grey image: its average.
+            change = (
+                change.expand_as(small.own[rows]) if decoded.shape[1] == 1 else change.mean(1, keepdim=True)
+            )
+        if same_size:
+            out = original + change
+        elif self.detail == "none":
+            out = self._resize(small.own[rows] + change, original.shape[2:])
+        else:
+            out = original + self._resize(change, original.shape[2:])
+            if self.detail == "mix" and partner is not None:
+                fine = images - self._resize(small.own, original.shape[2:])
+                out = out + partner[1][:, None, None, None] * (fine[partner[0]] - fine[rows])
+        # Not simply [0, 1]: pixels of RandomErasing lie outside it, and stay as they are.
+        return torch.minimum(torch.maximum(out, original.clamp(max=0.0)), original.clamp(min=1.0))
+
+    @staticmethod
+    def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+        if tuple(x.shape[2:]) == tuple(size):
+            return x
+        # Without antialiasing, what is finer than the flow's grid would fold into false coarse structure.
+        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+    def _constant(self, name: str, like: Tensor) -> Tensor:
+        key = (name, like.device)
+        if key not in self._constants:
+            values = self.mean if name == "mean" else self.std
+            self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[
+                :, None, None
+            ]
+        return self._constants[key]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_constants": {}, "_range_seen": set()}
+
+
+def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    values = (value,) if isinstance(value, (int, float)) else tuple(value)
+    try:
+        return tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}") from None

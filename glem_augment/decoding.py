@@ -1,0 +1,149 @@
+"""From image files to uint8 tensors of one shape: headers, decoding, resizing, and the threads that do it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from .datafiles import Source
+from .errors import DataError
+
+__all__ = ["fit", "geometry", "in_threads", "probe", "read_image", "ready_pixels", "to_tensor"]
+
+GREY_MODES = ("L", "1", "LA")
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_PROBES = 64  # images spread over the set whose headers are read besides the first of each class
+_BLOCK = 32  # images per task of the decoding threads
+
+
+def read_image(source: Source, index: int, channels: int) -> Image.Image:
+    """Decode image ``index`` in mode L (``channels`` 1) or RGB (3).
+
+    Raises:
+        DataError: the file is missing, empty, truncated, no image, or holds more than 8 bits per channel.
+    """
+    try:
+        with source.open(index) as image:
+            _check_depth(image, source.where(index))
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # PIL cannot go from here to RGB directly without a warning
+            return image.convert("L" if channels == 1 else "RGB")
+    except DataError:
+        raise
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
+        raise _unreadable(source, index, error) from error
+
+
+def _check_depth(image: Image.Image, where: str) -> None:
+    """Refuse 16- and 32-bit images: PIL would clip them to white instead of scaling them.
+
+    Raises:
+        DataError: naming ``where``.
+    """
+    if image.mode in _DEEP_MODES:
+        raise DataError(
+            f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits"
+        )
+
+
+def _unreadable(source: Source, index: int, error: Exception) -> DataError:
+    """The error for an image that PIL cannot read."""
+    where = source.where(index)
+    if os.path.isfile(where) and os.path.getsize(where) == 0:
+        return DataError(f"{where} is an empty file; remove or replace it")
+    return DataError(
+        f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it"
+    )
+
+
+def probe(source: Source, index: int) -> tuple[str, tuple[int, int]]:
+    """Mode and (H,W) of image ``index``, from its header."""
+    try:
+        with source.open(index) as image:
+            _check_depth(image, source.where(index))
+            return image.mode, (image.height, image.width)
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(source, index, error) from error
+
+
+def geometry(
+    source: Source, size: tuple[int, int] | None, channels: int | None
+) -> tuple[tuple[int, int, int], str | None]:
+    """The shape (C,H,W) to give all images, and the two images that disagree, if any do."""
+    if source.arrays is not None:
+        grey, found, mixed = source.arrays.ndim == 3, tuple(source.arrays.shape[1:3]), None
+    else:
+        # The first image of each class, where sets glued together from several sources differ, and some more.
+        first = np.unique(source.targets, return_index=True)[1]
+        spread = np.linspace(0, len(source) - 1, min(_PROBES, len(source))).astype(np.int64)
+        probes = np.union1d(first, spread)
+        seen = [probe(source, int(i)) for i in probes]
+        grey, found = all(mode in GREY_MODES for mode, _ in seen), seen[0][1]
+        other = next((i for i, (_, s) in enumerate(seen) if s != found), None)
+        mixed = None
+        if other is not None and size is None:
+            a, b = found, seen[other][1]
+            where, there = source.where(int(probes[0])), source.where(int(probes[other]))
+            mixed = f"{where} is {a[0]}x{a[1]}, {there} is {b[0]}x{b[1]}"
+    height, width = size or found
+    return ((1 if grey else 3) if channels is None else channels, int(height), int(width)), mixed
+
+
+def ready_pixels(source: Source, shape: tuple[int, int, int]) -> torch.Tensor | None:
+    """The arrays of a source as [N,C,H,W], where they need neither resizing nor conversion."""
+    arrays = source.arrays
+    if arrays is None or tuple(arrays.shape[1:3]) != shape[1:]:
+        return None
+    if arrays.ndim == 3 and shape[0] == 1:
+        # Copies, here and below: idx arrays are read-only views of the bytes of their file.
+        return torch.from_numpy(np.array(arrays[:, None]))
+    if arrays.ndim == 4 and shape[0] == 3:
+        return torch.from_numpy(np.array(arrays.transpose(0, 3, 1, 2), order="C"))
+    return None
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A PIL image in mode L or RGB as uint8 [C,H,W]."""
+    return F.pil_to_tensor(image).contiguous()
+
+
+def fit(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize uint8 [C,H,W] so that it just covers height x width, then crop the centre."""
+    h, w = pixels.shape[-2:]
+    scale = max(height / h, width / w)
+    target = [max(height, round(h * scale)), max(width, round(w * scale))]
+    if target != [h, w]:
+        pixels = F.resize(pixels, target, antialias=True)
+    return F.center_crop(pixels, [height, width])
+
+
+def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool) -> None:
+    """Run ``task(i)`` for i < count on a few threads (PIL and torch let go of the GIL while they decode)."""
+
+    def block(start: int) -> int:
+        stop = min(start + _BLOCK, count)
+        for i in range(start, stop):
+            task(i)
+        return stop - start
+
+    threads = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+    starts = iter(range(0, count, _BLOCK))
+    bar = tqdm(total=count, desc=title, unit="img", delay=2, disable=not progress, leave=False)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        try:
+            # In waves, so that an error (the first one in order) stops the rest.
+            while wave := list(islice(starts, threads * 8)):
+                for done in pool.map(block, wave):
+                    bar.update(done)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

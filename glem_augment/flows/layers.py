@@ -1,0 +1,117 @@
+"""The layers of a flow step that have no network inside: ActNorm, 1x1 mixing, squeeze."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glem_augment.flows.bijection import Bijection
+
+# An element that is (almost) constant in the first batch has (almost) no spread; dividing by it would blow up the first
+# image that uses it. Its spread is taken to be at least this share of its channel's, and never below the absolute floor.
+_MIN_SHARE, _MIN_STD = 0.1, 1e-3
+
+
+class ActNorm(Bijection):
+    """``z = (x + bias) * exp(log_scale)``, initialised so that z has zero mean and unit variance on the first batch.
+
+    Args:
+        channels, height, width: shape of the input.
+        per: "element" for one pair of parameters per channel and pixel (MEF), "channel" for one per channel (Glow,
+            Kingma & Dhariwal 2018, Sec. 3.1).
+
+    The initialisation happens once, in ``initialise``; that it was done is stored in the buffer ``initialised``, so
+    that loading a model never repeats it.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, per: str = "element") -> None:
+        super().__init__()
+        if per not in ("element", "channel"):
+            raise ValueError(f"ActNorm works per 'element' or per 'channel', got {per!r}")
+        shape = (channels, height, width) if per == "element" else (channels, 1, 1)
+        self.per = per
+        self.pixels = 1 if per == "element" else height * width
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set bias and scale from the batch ``x`` [B,C,H,W], in float64, with dead channels guarded."""
+        dims = (0,) if self.per == "element" else (0, 2, 3)
+        x = x.double()
+        mean = x.mean(dims).reshape(self.bias.shape)
+        std = x.std(dims, unbiased=False).reshape(self.bias.shape)
+        channel = x.std((0, 2, 3), unbiased=False)[:, None, None]
+        std = torch.maximum(std, _MIN_SHARE * channel).clamp_min(_MIN_STD)
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-std.log())
+        self.initialised.fill_(True)
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (self.log_scale.sum() * self.pixels).expand(x.shape[0])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x + self.bias) * self.log_scale.exp(), self._logdet(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * (-self.log_scale).exp() - self.bias, -self._logdet(z)
+
+
+class Mixing1x1(Bijection):
+    """Invertible 1x1 convolution ``z = W x`` with ``W = exp(A)``: log|det| is trace(A) times the pixels.
+
+    Any A gives an invertible W whose inverse is exp(-A), so nothing is ever inverted numerically. The start is a
+    random rotation (A skew-symmetric), as in Glow.
+
+    Source: Xiao & Liu 2020, Sec. 4.1. Both exponentials are taken in float64 and rounded once, so that a round trip
+    loses no more than one float32 rounding per entry.
+
+    Args:
+        channels: c.
+        generator: for the random rotation.
+    """
+
+    def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        noise = torch.randn(channels, channels, generator=generator)
+        self.weight = nn.Parameter((noise - noise.T) * (1.5 / channels**0.5))
+        self._cache: dict[tuple, Tensor] = {}
+
+    def _matrix(self, sign: float, dtype: torch.dtype) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return torch.matrix_exp(self.weight.double() * sign).to(dtype)
+        # Inference: exp(A) is a constant until the weight is written to, which bumps its version.
+        state = (self.weight._version, self.weight.data_ptr(), self.weight.device, self.weight.dtype)
+        if self._cache.get("state") != state:
+            self._cache = {"state": state}
+        key = (sign, dtype)
+        if key not in self._cache:
+            self._cache[key] = torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
+        return self._cache[key]
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state["_cache"] = {}
+        return state
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (self.weight.diagonal().sum() * (x.shape[2] * x.shape[3])).to(x.dtype).expand(x.shape[0])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.conv2d(x, self._matrix(1.0, x.dtype)[:, :, None, None]), self._logdet(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return F.conv2d(z, self._matrix(-1.0, z.dtype)[:, :, None, None]), -self._logdet(z)
+
+
+class Squeeze(Bijection):
+    """[B, C, H, W] -> [B, 4C, H/2, W/2]: each 2x2 block of pixels becomes four channels (Dinh et al. 2017)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_shuffle(z, 2), z.new_zeros(z.shape[0])

@@ -1,0 +1,159 @@
+"""Named flow sizes, and how a flow is built from its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glem_augment.flows.bijection import Bijection, FlatIdentity
+from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling
+from glem_augment.flows.layers import ActNorm, Mixing1x1
+from glem_augment.flows.multiscale import MultiscaleFlow
+from glem_augment.flows.subnets import ResidualSubnet
+
+# depth, blocks and width hold one number per level.
+PRESETS: dict[str, dict[str, Any]] = {
+    # A CPU trains it in an hour or two at 28x28; two levels, so that 28x28 divides.
+    "mef_tiny": dict(
+        coupling="matexp", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="element", bound=2.0
+    ),
+    "mef_small": dict(
+        coupling="matexp", depth=[8, 6, 4], blocks=[2, 2, 2], width=[64, 96, 96], actnorm="element", bound=2.0
+    ),
+    # The configuration published for 32x32 images: 37.68 M parameters (Xiao & Liu 2020).
+    "mef_cifar": dict(
+        coupling="matexp",
+        depth=[8, 4, 2],
+        blocks=[8, 8, 8],
+        width=[128, 128, 128],
+        actnorm="element",
+        bound=1.0,
+    ),
+    # The GLEM authors' later configuration: 42.8 M parameters.
+    "mef_glem": dict(
+        coupling="matexp",
+        depth=[8, 8, 8],
+        blocks=[8, 4, 2],
+        width=[128, 128, 128],
+        actnorm="element",
+        bound=1.0,
+    ),
+    "glow_tiny": dict(
+        coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="channel", bound=2.0
+    ),
+    "identity": dict(coupling="identity"),
+}
+# Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
+_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64}
+_COUPLINGS = ("matexp", "affine", "identity")
+
+
+def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
+    """The numbers of preset ``name`` for images of ``image_shape`` (C, H, W), with ``overrides`` applied.
+
+    Raises:
+        ValueError: unknown preset or option, lists of unequal length, or a height or width that the levels cannot
+            halve; the message names the sizes that would work.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
+    if spec["coupling"] == "matexp":
+        spec.setdefault("rank", 3)
+    unknown = set(overrides) - set(spec)
+    if unknown:
+        allowed = sorted(set(spec) - {"preset", "image_shape"})
+        raise ValueError(f"preset {name!r} has no option {sorted(unknown)}; it has {allowed}")
+    spec.update(overrides)
+    check_spec(spec)
+    return spec
+
+
+def check_spec(spec: dict[str, Any]) -> None:
+    """Raise ValueError, naming the value, where ``spec`` does not describe a flow that can be built."""
+    shape = spec.get("image_shape")
+    if not (
+        isinstance(shape, list | tuple)
+        and len(shape) == 3
+        and all(isinstance(v, int) and 0 < v <= _LARGEST["side"] for v in shape)
+    ):
+        raise ValueError(
+            f"image_shape must be (channels, height, width), each 1 to {_LARGEST['side']}, got {shape!r}"
+        )
+    if spec.get("coupling") not in _COUPLINGS:
+        raise ValueError(f"coupling must be one of {_COUPLINGS}, got {spec.get('coupling')!r}")
+    if spec["coupling"] == "identity":
+        return
+    lists = {key: spec.get(key) for key in ("depth", "blocks", "width")}
+    for key, value in lists.items():
+        good = (
+            isinstance(value, list | tuple)
+            and value
+            and all(isinstance(v, int) and 0 < v <= _LARGEST[key] for v in value)
+        )
+        if not good or len(value) > _LARGEST["levels"]:
+            raise ValueError(
+                f"{key} must be a list of whole numbers from 1 to {_LARGEST[key]}, one per level (at most "
+                f"{_LARGEST['levels']}), got {str(value)[:80]}"
+            )
+    if len({len(v) for v in lists.values()}) != 1:
+        raise ValueError(f"depth, blocks and width must have one entry per level each, got {lists}")
+    if spec.get("actnorm") not in ("element", "channel"):
+        raise ValueError(f"actnorm must be 'element' or 'channel', got {spec.get('actnorm')!r}")
+    bound = spec.get("bound")
+    if not isinstance(bound, int | float) or not 0 < bound <= 8:
+        raise ValueError(f"bound must lie in (0, 8], got {bound!r}")
+    rank = spec.get("rank", 3)
+    if type(rank) is not int or not 0 < rank <= _LARGEST["rank"]:
+        raise ValueError(f"rank must be a whole number from 1 to {_LARGEST['rank']}, got {rank!r}")
+    levels, (_, height, width) = len(lists["depth"]), shape
+    factor = 2**levels
+    if height % factor or width % factor:
+        near = [max(1, round(v / factor)) * factor for v in (height, width)]
+        raise ValueError(
+            f"a flow of {levels} levels needs height and width divisible by {factor}, got {height}x{width}; "
+            f"resize to {near[0]}x{near[1]}, or use fewer levels"
+        )
+
+
+def build_flow(spec: dict[str, Any]) -> Bijection:
+    """Build the flow that ``spec`` (see ``resolve_preset``) describes. Raises ValueError where it cannot be."""
+    check_spec(spec)
+    channels, height, width = image_shape = tuple(spec["image_shape"])
+    if spec["coupling"] == "identity":
+        flow: Bijection = FlatIdentity(image_shape)
+        flow.spec = dict(spec)
+        return flow
+    levels: list[list[Bijection]] = []
+    for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
+        channels, height, width = 4 * channels, height // 2, width // 2
+
+        def subnet(n_in: int, n_out: int, net_width: int = net_width, blocks: int = blocks) -> ResidualSubnet:
+            return ResidualSubnet(n_in, n_out, net_width, blocks)
+
+        steps: list[Bijection] = []
+        for _ in range(depth):
+            steps += [ActNorm(channels, height, width, spec["actnorm"]), Mixing1x1(channels)]
+            if spec["coupling"] == "affine":
+                steps.append(AffineCoupling(channels, subnet, spec["bound"]))
+            else:
+                steps.append(MatExpCoupling(channels, subnet, spec["bound"], spec["rank"]))
+        levels.append(steps)
+        channels //= 2
+    flow = MultiscaleFlow(image_shape, levels)
+    flow.spec = dict(spec)
+    return flow
+
+
+def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> Bijection:
+    """A new flow of a named size.
+
+    Args:
+        name: one of ``PRESETS``.
+        image_shape: (C, H, W); any C, with H and W divisible by 2^levels.
+        overrides: numbers of the preset to change, e.g. ``depth=[4, 4]``.
+
+    >>> z, logdet = create_flow("glow_tiny", (3, 8, 8))(torch.zeros(2, 3, 8, 8))
+    >>> z.shape, logdet.shape
+    (torch.Size([2, 192]), torch.Size([2]))
+    """
+    return build_flow(resolve_preset(name, image_shape, **overrides))

@@ -1,0 +1,413 @@
+"""GLEM: a flow, a Gaussian per class, and what follows from the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment import hub
+from glem_augment.classmatch import match_classes
+from glem_augment.config import GLEMConfig
+from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.flows import Bijection, MultiscaleFlow, build_flow, resolve_preset
+from glem_augment.gaussians import ClassGaussians
+from glem_augment.modes import ClassModes, fit_class_modes
+from glem_augment.pixels import check_images, from_levels, to_levels
+
+if TYPE_CHECKING:
+    from glem_augment.data import ImageData
+
+# Images per pass through the flow in the calls that take any number of them: bounds the memory of activations.
+_CHUNK = 256
+
+
+class GLEM(nn.Module):
+    """Class-conditional normalizing flow (Enescu & Sahbi, ACCV 2024).
+
+    ``p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|`` (Eq. 2). Densities are over pixel *levels*, bins of width 1 of
+    which there are 2^bits, so that bits/dim = -log_prob / (d ln 2).
+
+    Build one with ``GLEM.create`` (untrained) or ``GLEM.from_pretrained``; fit it with ``glem_augment.training``.
+    Images are [B,C,H,W], uint8 or float in [0,1]; float input is taken as it is, not rounded.
+    """
+
+    def __init__(
+        self, config: GLEMConfig, flow: Bijection, gaussians: ClassGaussians, modes: ClassModes | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.flow = flow
+        self.gaussians = gaussians
+        self.modes = modes
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        preset: str,
+        image_shape: tuple[int, int, int],
+        classes: Sequence[str],
+        class_ids: Sequence[str] | None = None,
+        bits: int = 8,
+        psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05),
+        **overrides: Any,
+    ) -> GLEM:
+        """An untrained model.
+
+        Args:
+            preset: name of a flow size, see ``flows.PRESETS``.
+            image_shape: (C, H, W).
+            classes: names in index order; ``class_ids`` the folder names or WordNet ids, by default the names.
+            bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
+            psi: (a, b, c) of the variances, None for plain variances.
+            overrides: numbers of the preset to change.
+
+        Raises:
+            ValueError: anything that does not describe a model.
+        """
+        config = GLEMConfig(
+            flow=resolve_preset(preset, image_shape, **overrides),
+            bits=bits,
+            psi=psi,
+            class_ids=[str(c) for c in (class_ids if class_ids is not None else classes)],
+            class_names=[str(c) for c in classes],
+        )
+        return cls._build(config)
+
+    @classmethod
+    def _build(cls, config: GLEMConfig) -> GLEM:
+        dim = math.prod(config.image_shape)
+        classes = len(config.class_ids)
+        modes = None if config.modes_rank is None else ClassModes.empty(classes, config.modes_rank, dim)
+        return cls(config, build_flow(config.flow), ClassGaussians(classes, dim, config.psi), modes)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu") -> GLEM:
+        """Load a saved model for inference.
+
+        Args:
+            name: a folder with ``model.safetensors`` and ``config.json``, or ``bundled:<name>``.
+            device: where to put it.
+
+        Returns:
+            The model in eval mode, without gradients.
+
+        Raises:
+            ModelFileError: missing, truncated, inconsistent or hostile files; nothing is half-loaded.
+        """
+        folder = hub.locate(name)
+        config = hub.read_config(folder)
+        # Shapes first, on the meta device: a config that lies about its weights is found out before memory is spent.
+        with torch.device("meta"):
+            expected = {key: value.shape for key, value in cls._build(config).state_dict().items()}
+        state = hub.read_weights(folder, expected)
+        model = cls._build(config)
+        model.load_state_dict(state, strict=True)
+        return model.to(device).eval().requires_grad_(False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` to ``folder``, atomically; OSError names the path."""
+        self.config.modes_rank = None if self.modes is None else self.modes.rank
+        hub.write_model(folder, self.config, self.state_dict())
+
+    # ---- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.config.image_shape
+
+    @property
+    def dim(self) -> int:
+        """d = C * H * W."""
+        return math.prod(self.image_shape)
+
+    @property
+    def bits(self) -> int:
+        return self.config.bits
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.config.class_ids)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in index order."""
+        return list(self.config.class_names)
+
+    @property
+    def class_ids(self) -> list[str]:
+        return list(self.config.class_ids)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.config.class_names)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.gaussians.mu.device
+
+    def __repr__(self) -> str:
+        c, h, w = self.image_shape
+        parameters = sum(p.numel() for p in self.flow.parameters())
+        modes = "no modes" if self.modes is None else f"{self.modes.rank} modes per class"
+        return (
+            f"GLEM({self.config.flow['preset']}, {c}x{h}x{w} at {self.bits} bits, {self.num_classes} classes, "
+            f"{parameters / 1e6:.2f} M flow parameters, {modes})"
+        )
+
+    # ---- image <-> latent --------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Image to latent.
+
+        Args:
+            x: [B,C,H,W], uint8 or float in [0,1].
+            generator: adds uniform dequantisation noise to uint8 images; without one the middle of the bin is taken.
+
+        Returns:
+            z [B, d] and log|det dz/dlevels| [B] in nats.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
+        """
+        check_images(x, self.image_shape)
+        parts = [self._encode(part, generator) for part in x.to(self.device).split(_CHUNK)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([z for z, _ in parts]), torch.cat([logdet for _, logdet in parts])
+
+    def _encode(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        h = to_levels(x, self.bits, self.gaussians.mu.dtype, generator)
+        z, logdet = self.flow(h)
+        return z, logdet - self.dim * self.bits * math.log(2)
+
+    def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
+        """Latent to image.
+
+        Args:
+            z: [B, d].
+            clamp: cut the result to [0,1]; without it the exact inverse comes back, whatever its range.
+
+        Returns:
+            [B,C,H,W] float; bin middles of uint8 images come back as value / 255.
+        """
+        if z.ndim != 2 or z.shape[1] != self.dim:
+            raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
+        z = z.to(self.device, self.gaussians.mu.dtype)
+        parts = [from_levels(self.flow.inverse(part)[0], self.bits) for part in z.split(_CHUNK)]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return x.clamp(0, 1) if clamp else x
+
+    # ---- densities and classification --------------------------------------------------------------------------
+
+    def _noise(self, generator: torch.Generator | None) -> torch.Generator:
+        """Likelihoods dequantise; with a fixed seed by default, so that the same image gives the same number."""
+        return generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def log_prob_per_class(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
+        z, logdet = self.encode(x, self._noise(generator))
+        return self.gaussians.log_prob(z) + logdet[:, None]
+
+    def log_prob(
+        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """log p(x | y), or log p(x) under a uniform prior over classes when ``y`` is None: [B] nats per image."""
+        z, logdet = self.encode(x, self._noise(generator))
+        if y is None:
+            return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
+        return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
+
+    def bits_per_dim(
+        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """-log_prob / (d ln 2): [B]."""
+        return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
+
+    def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
+        """p(y | z): [B, K]. ``prior`` [K] >= 0, uniform by default; it need not sum to one."""
+        scores = self.gaussians.log_prob(z)
+        if prior is not None:
+            prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
+            if (
+                prior.shape != (self.num_classes,)
+                or not bool((prior >= 0).all())
+                or not bool(prior.sum() > 0)
+            ):
+                raise ValueError(
+                    f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}"
+                )
+            scores = scores + prior.log()
+        return torch.softmax(scores, 1)
+
+    def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        """p(y | x) of the generative classifier: [B, K]. Deterministic (middle of the bin)."""
+        return self.posterior_from_latents(self.encode(x)[0], prior)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
+        return self.gaussians.log_prob(self.encode(x)[0]).argmax(1)
+
+    # ---- generation --------------------------------------------------------------------------------------------
+
+    def _check_labels(self, y: Tensor, batch: int | None = None) -> Tensor:
+        y = torch.as_tensor(y)
+        if y.ndim != 1 or y.is_floating_point() or (batch is not None and y.shape[0] != batch):
+            want = "[B]" if batch is None else f"[{batch}]"
+            raise ValueError(f"labels must be whole numbers of shape {want}, got {y.dtype} {list(y.shape)}")
+        if (
+            y.device.type == "cpu"
+            and y.numel()
+            and not (0 <= int(y.min()) and int(y.max()) < self.num_classes)
+        ):
+            raise ClassMismatchError(
+                f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the flow has classes 0 to "
+                f"{self.num_classes - 1} ({', '.join(self.classes[:5])}{', ...' if self.num_classes > 5 else ''})"
+            )
+        return y.to(self.device, torch.int64)
+
+    def sample_latents(
+        self,
+        y: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        source: str = "gaussian",
+    ) -> Tensor:
+        """Latents of the wanted classes: [B, d].
+
+        Args:
+            y: int64 [B].
+            temperature: multiplies the standard deviation.
+            generator: CPU generator.
+            source: "gaussian" (the learned class Gaussian) or "rfcm" (mean and covariance re-estimated from the
+                training latents; needs ``fit_modes``).
+        """
+        y = self._check_labels(y)
+        if source == "gaussian":
+            return self.gaussians.sample(y, temperature, generator)
+        if source == "rfcm":
+            if self.modes is None:
+                raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
+            return self.modes.sample(y, temperature, generator)
+        raise ValueError(f"source must be 'gaussian' or 'rfcm', got {source!r}")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        y: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        source: str = "gaussian",
+    ) -> Tensor:
+        """Images of the wanted classes: [B,C,H,W] float in [0,1]; arguments as in ``sample_latents``."""
+        return self.decode(self.sample_latents(y, temperature, generator, source))
+
+    @torch.no_grad()
+    def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
+        """Straight lines in latent space from x1 to x2, both ends included.
+
+        Args:
+            x1, x2: [B,C,H,W] images.
+            steps: >= 2 images per line.
+
+        Returns:
+            [B, steps, C, H, W] float in [0,1].
+        """
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2 to hold both ends, got {steps}")
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 and x2 must have the same shape, got {list(x1.shape)} and {list(x2.shape)}")
+        z1, z2 = self.encode(x1)[0], self.encode(x2)[0]
+        weight = torch.linspace(0, 1, steps, device=z1.device, dtype=z1.dtype)[:, None]
+        lines = z1[:, None] * (1 - weight) + z2[:, None] * weight
+        return self.decode(lines.flatten(0, 1)).unflatten(0, (x1.shape[0], steps))
+
+    # ---- modes and checks --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_modes(
+        self,
+        data: ImageData | tuple[Tensor, Tensor],
+        rank: int = 64,
+        max_per_class: int | None = None,
+        class_map: dict[str, str] | str | None = None,
+        seed: int = 0,
+    ) -> ClassModes:
+        """Re-estimate each class's mean and principal modes from the latents of ``data`` (RFCM); stored and saved
+        with the model.
+
+        Args:
+            data: an ``ImageData`` (see ``open_data``), or a pair (images [N,C,H,W] uint8, labels int64 [N]).
+            rank: k modes per class; what they leave over is kept as a variance per dimension.
+            max_per_class: use at most this many images of a class (the first ones).
+            class_map: how the data's classes map to the flow's, see ``match_classes``.
+            seed: of the dequantisation noise.
+
+        Raises:
+            DataError: a class of the flow without at least two images, or images of another shape.
+        """
+        from glem_augment.data import ImageData
+
+        if isinstance(data, tuple):
+            data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
+        if tuple(data.image_shape) != self.image_shape:
+            raise DataError(
+                f"{data.name} has images of {data.image_shape}, the flow takes {self.image_shape}"
+            )
+        flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
+        targets = torch.as_tensor(flow_index)[torch.as_tensor(data.targets)]
+
+        def latents_of_class(index: int) -> Tensor:
+            rows = torch.nonzero(targets == index).flatten()[:max_per_class].numpy()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            parts = [self.encode(x, generator)[0].cpu() for x, _ in data.batches(rows, _CHUNK)]
+            return torch.cat(parts) if parts else torch.empty(0, self.dim)
+
+        self.modes = fit_class_modes(latents_of_class, self.num_classes, rank, self.dim).to(self.device)
+        self.config.modes_rank = self.modes.rank
+        return self.modes
+
+    @torch.no_grad()
+    def check_invertibility(self, x: Tensor) -> dict[str, float]:
+        """Encode and decode without clamping, and compare.
+
+        Args:
+            x: [B,C,H,W] images.
+
+        Returns:
+            ``max_error`` and ``mean_error`` in uint8 steps over the finite pixels, ``within_half_step`` (share of all
+            pixels whose error is below half a step, so that rounding gives the image back bit for bit) and
+            ``non_finite`` (share of all pixels).
+        """
+        check_images(x, self.image_shape)
+        worst, total, good, lost, count = 0.0, 0.0, 0, 0, 0
+        for part in x.split(_CHUNK):
+            wanted = from_levels(to_levels(part.to(self.device), self.bits, torch.float64), self.bits)
+            error = (self.decode(self.encode(part)[0], clamp=False).double() - wanted).abs() * 255
+            finite = torch.isfinite(error)
+            lost += int((~finite).sum())
+            error = error[finite]
+            count += finite.numel()
+            good += int((error < 0.5).sum())
+            total += float(error.sum())
+            worst = max(worst, float(error.max()) if error.numel() else math.inf)
+        return {
+            "max_error": worst,
+            "mean_error": total / max(1, count - lost),
+            "within_half_step": good / max(1, count),
+            "non_finite": lost / max(1, count),
+        }
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        """Data-dependent start of the flow's ActNorms from the images ``x`` [B,C,H,W]; done ones stay as they are."""
+        check_images(x, self.image_shape)
+        if isinstance(self.flow, MultiscaleFlow):
+            self.flow.initialise(to_levels(x.to(self.device), self.bits, self.gaussians.mu.dtype, generator))

@@ -1,0 +1,54 @@
+"""Images in, numbers for the flow out, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Antialiased resizing overshoots by rounding only; more than this is another kind of image (0..255, normalised).
+_RANGE_TOLERANCE = 1e-3
+
+
+def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raise TypeError or ValueError unless ``x`` is a batch of images of ``image_shape`` (C, H, W).
+
+    The value range of float images is checked on the CPU only: on an accelerator it would stall the queue.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images must be a torch.Tensor [B,C,H,W], got {type(x).__name__}")
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
+        c, h, w = image_shape
+        raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
+    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+            raise ValueError(
+                f"float images must lie in [0,1], got values from {low:.4g} to {high:.4g}; pass uint8 images, divide "
+                "by 255, or undo the normalisation"
+            )
+
+
+def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """``(level + u) / 2^bits - 1/2`` with u = 1/2, or uniform noise for uint8 images when a generator is given.
+
+    Args:
+        x: uint8, of which the top ``bits`` bits are kept, or float in [0,1], which is scaled to levels unrounded.
+        generator: on any device; the noise is drawn there and moved.
+    """
+    if x.dtype == torch.uint8:
+        level = (x >> (8 - bits)).to(dtype)
+        if generator is not None:
+            noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype).to(
+                x.device
+            )
+            return (level + noise) * 2.0**-bits - 0.5
+    else:
+        level = x.to(dtype) * (2**bits - 1)
+    return (level + 0.5) * 2.0**-bits - 0.5
+
+
+def from_levels(h: Tensor, bits: int) -> Tensor:
+    """Inverse of ``to_levels`` for bin middles: float with 0 and 1 at the lowest and highest level."""
+    return ((h + 0.5) * 2.0**bits - 0.5) / (2**bits - 1)

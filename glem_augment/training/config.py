@@ -1,0 +1,169 @@
+"""All settings of a training run, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+OBJECTIVES = ("glem", "mle", "hybrid")
+REPULSIONS = ("kld", "saturating", "none")
+AVERAGING = ("ema", "swa", "none")
+SCHEDULES = ("multistep", "cosine")
+INITS = ("class_means", "random", "zeros")
+PRECISIONS = ("fp32", "bf16")
+AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
+
+
+@dataclass
+class TrainConfig:
+    """How a GLEM is fitted. Defaults follow the paper where it says (Sec. 4.3 and 5.2) and its public code where not.
+
+    Objective, with d the number of dimensions and NLL in nats per image (Eq. 3):
+
+    - E-step on the flow: ``mean NLL / d + beta * cross-entropy`` (``beta`` is 0 unless ``objective="hybrid"``);
+    - M-step on the Gaussians: the same, plus repulsion (Eq. 5) weighted by an annealed ``kld_weight``.
+
+    ``repulsion="kld"`` combines range-normalised gradients as the authors do,
+    ``mean NLL / R_nf - lambda * mean KLD / R_kld`` with ``R = max - min + 0.2 (|max| + |min|)`` over the per-sample
+    NLLs and over the classes' mean KLDs (both R without gradient), so lambda is a ratio of pulls and not the weight of Eq. 5 taken
+    literally, which is unbounded below beyond about 1/2. ``"saturating"`` replaces each pair's KLD by
+    ``t (1 - exp(-KLD / t))``, t = ``saturation`` * d nats, and is bounded for any weight.
+
+    Attributes:
+        preset, flow_options: size of the flow, and numbers of the preset to change.
+        objective: "glem" (the paper), "mle" (no repulsion: the paper's Baseline 2) or "hybrid" (beyond the paper).
+        epochs, batch_size: of the E-step.
+        lr, warmup_steps, schedule, milestones, min_lr, clip_norm: Adamax on the flow; linear warm-up, then halved at
+            ``milestones`` (shares of the run) down to ``min_lr``, or a cosine to ``min_lr``.
+        averaging, ema_decay, swa_start: of the flow's weights; SWA from that share of the run on.
+        repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
+        beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension.
+        m_rounds: M-steps (passes over D_g) per epoch; m_steps: Adam steps in each.
+        m_budget: sum of the Adam learning rates over the run, which is how far a mean can move; it is what keeps
+            range-normalised repulsion finite. A tenth of the steps takes the first 1.0 / 1.45 of it.
+        sigma_lr_scale: the variances' learning rate relative to the means'.
+        learn_mu, learn_sigma: which parameters of the Gaussians the M-step may change.
+        freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all data.
+        init: means at the start: "class_means" of the initial latents, "random" (std ``init_std``) or "zeros".
+        psi, bits: see ``GLEM.create``.
+        g_fraction, val_fraction: shares of the data for the M-step and (at most ``val_max`` images) for held-out
+            metrics; stratified, seeded.
+        augment: any of "flip", "crop", "rotate", "jitter", for the flow's training. None by default: digits must
+            not flip, and a flow learns whatever the augmentation adds.
+        precision: of the subnets during training; the bijection is float32 always.
+        modes_rank: class modes fitted at the end and stored with the model; 0 for none.
+        max_bad_steps: this many non-finite steps in a row stop the run.
+    """
+
+    preset: str = "mef_tiny"
+    flow_options: dict[str, Any] = field(default_factory=dict)
+    objective: str = "glem"
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 1e-2
+    warmup_steps: int = 1000
+    schedule: str = "multistep"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    min_lr: float = 2.5e-3
+    clip_norm: float = 1.0
+    averaging: str = "ema"
+    ema_decay: float = 0.999
+    swa_start: float = 0.75
+    repulsion: str | None = None
+    kld_weight: float = 3.0
+    kld_weight_end: float = 0.5
+    saturation: float = 0.05
+    beta: float | None = None
+    m_rounds: int = 1
+    m_steps: int = 1
+    m_budget: float = 1.45
+    sigma_lr_scale: float = 1.0
+    learn_mu: bool = True
+    learn_sigma: bool = True
+    freeze_gaussians_at: float = 1.0
+    init: str = "class_means"
+    init_std: float = 0.1
+    psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05)
+    bits: int = 8
+    g_fraction: float = 0.1
+    val_fraction: float = 0.05
+    val_max: int = 2000
+    augment: tuple[str, ...] = ()
+    precision: str = "fp32"
+    modes_rank: int = 64
+    max_bad_steps: int = 10
+    seed: int = 0
+    threads: int | None = None
+    workers: int = 0
+    sample_every: int = 5
+    checkpoint_minutes: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("objective", OBJECTIVES),
+            ("averaging", AVERAGING),
+            ("schedule", SCHEDULES),
+            ("init", INITS),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.repulsion is None:
+            self.repulsion = "kld" if self.objective == "glem" else "none"
+        if self.beta is None:
+            self.beta = 0.03 if self.objective == "hybrid" else 0.0
+        if self.repulsion not in REPULSIONS:
+            raise ValueError(f"repulsion must be one of {', '.join(REPULSIONS)}, got {self.repulsion!r}")
+        if self.objective == "mle" and (self.repulsion != "none" or self.beta):
+            raise ValueError("objective='mle' has neither repulsion nor beta; use 'glem' or 'hybrid' for those")
+        if self.objective == "glem" and self.beta:
+            raise ValueError(f"objective='glem' has no cross-entropy, got beta={self.beta}; use 'hybrid'")
+        self.augment = tuple(self.augment)
+        for name in self.augment:
+            if name not in AUGMENTATIONS:
+                raise ValueError(f"augment takes {', '.join(AUGMENTATIONS)}, got {name!r}")
+        self.milestones = tuple(float(v) for v in self.milestones)
+        if self.psi is not None:
+            self.psi = tuple(float(v) for v in self.psi)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("epochs", "batch_size", "m_rounds", "m_steps", "max_bad_steps", "val_max"):
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+        for name in ("warmup_steps", "modes_rank", "workers", "sample_every"):
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number >= 0")
+        for name in ("lr", "clip_norm", "saturation", "m_budget", "checkpoint_minutes"):
+            self._check(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a positive number")
+        for name in ("kld_weight", "kld_weight_end", "beta", "min_lr", "sigma_lr_scale", "init_std"):
+            self._check(name, getattr(self, name) >= 0 and math.isfinite(getattr(self, name)), "a number >= 0")
+        for name in ("g_fraction", "ema_decay", "swa_start", "freeze_gaussians_at"):
+            self._check(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+        self._check("g_fraction", self.g_fraction < 1, "below 1")
+        self._check("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
+        self._check("bits", isinstance(self.bits, int) and 1 <= self.bits <= 8, "a whole number from 1 to 8")
+        self._check("milestones", all(0 < v < 1 for v in self.milestones), "shares of the run in (0, 1)")
+        self._check("threads", self.threads is None or self.threads >= 1, "a whole number >= 1")
+
+    def _check(self, name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-friendly."""
+        values = asdict(self)
+        for name in ("milestones", "augment"):
+            values[name] = list(values[name])
+        values["psi"] = None if self.psi is None else list(self.psi)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Raises ValueError naming unknown settings."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown training settings {unknown}; known are {sorted(f.name for f in fields(cls))}")
+        values = dict(values)
+        if values.get("psi") is not None:
+            values["psi"] = tuple(values["psi"])
+        return cls(**values)

@@ -1,0 +1,92 @@
+"""What a training run writes for people: a JSONL of metrics, curves, and samples per class."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import make_grid
+
+from glem_augment.io import atomic_write, save_png
+from glem_augment.model import GLEM
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends one JSON object per line to ``metrics.jsonl``.
+
+    A resumed run drops the lines beyond its checkpoint (and a half-written last one), so no step appears twice.
+    """
+
+    def __init__(self, folder: Path, keep_through_step: int) -> None:
+        self.path = folder / METRICS
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and row.get("step", 0) <= keep_through_step:
+                    self.rows.append(row)
+        with atomic_write(self.path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Curves of the epoch rows as one PNG. Returns False, writing nothing, where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    if not epochs:
+        return True
+    x = [row["epoch"] for row in epochs]
+    panels = [
+        ("bits/dim (held out)", ["val_bits_per_dim"]),
+        ("NF accuracy (held out)", ["val_accuracy"]),
+        ("E-step loss", ["loss"]),
+        ("pairwise KLD, nats", ["kld_mean", "kld_min"]),
+        ("max |mu|", ["mu_max"]),
+        ("learning rate", ["lr"]),
+    ]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for key in keys:
+            axis.plot(x, [row.get(key) for row in epochs], marker=".", label=key.removeprefix("kld_"))
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend(fontsize=8)
+            axis.set_yscale("symlog", linthresh=1.0)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    return True
+
+
+def sample_grid(model: GLEM, path: Path, per_class: int = 8, temperature: float = 0.8, max_classes: int = 20) -> None:
+    """A PNG with one row of samples per class (the first ``max_classes``), always from the same noise."""
+    rows = min(model.num_classes, max_classes)
+    y = torch.arange(rows).repeat_interleave(per_class)
+    images = model.sample(y, temperature, torch.Generator().manual_seed(0)).float().cpu()
+    if images.shape[1] not in (1, 3):
+        images = images.mean(1, keepdim=True)
+    images = torch.nan_to_num(images)
+    scale = max(1, 48 // images.shape[-1])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    save_png(make_grid(images, nrow=per_class, padding=2, pad_value=0.5), path)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glem_augment.data import ImageData, open_data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def bundled_train() -> ImageData:
+    """1000 real Fashion-MNIST training images, 1x28x28."""
+    return open_data("bundled:fashion-mnist", "train", progress=False)
+
+
+@pytest.fixture(scope="session")
+def bundled_test() -> ImageData:
+    """1000 real Fashion-MNIST test images, 1x28x28."""
+    return open_data("bundled:fashion-mnist", "test", progress=False)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """An ImageFolder of 3 classes x 4 RGB PNGs of 8x8, noise around a colour of the class."""
+    generator = np.random.default_rng(0)
+    for index, name in enumerate(("bird", "cat", "dog")):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            pixels = generator.integers(0, 80, (8, 8, 3))
+            pixels[..., index] += 150
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def glem_data() -> Path:
+    """A folder of real image folders, cifar10/{train,test} and imagenette128/{train,val}, named by
+    GLEM_DATA."""
+    folder = os.environ.get("GLEM_DATA")
+    if not folder:
+        pytest.skip("GLEM_DATA is not set: it names a folder with cifar10/ and imagenette128/ image folders")
+    return Path(folder)

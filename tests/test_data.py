@@ -1,0 +1,458 @@
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from glem_augment.data import ImageData, match_classes, open_data
+from glem_augment.errors import ClassMismatchError, DataError
+
+
+def png(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", value: int = 100) -> None:
+    """A flat image; ``size`` is (width, height), as PIL has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, (value,) * len(mode) if mode in ("RGB", "RGBA") else value).save(path)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    data = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+# ---------------------------------------------------------------------------------------------- bundled,
+# tensors
+
+
+def test_bundled(bundled_train: ImageData, bundled_test: ImageData) -> None:
+    for data in (bundled_train, bundled_test):
+        assert len(data) == 1000 and data.image_shape == (1, 28, 28)
+        assert np.bincount(data.targets).tolist() == [100] * 10
+        assert data.class_ids == list("0123456789") and data.classes[9] == "Ankle boot"
+        x = data.tensor()
+        assert x is not None and x.dtype == torch.uint8 and x.shape == (1000, 1, 28, 28)
+        # Real photographs: the corners are black, the middle is not, and no two are the same.
+        assert x[:, :, 0, 0].float().mean() < 5 < 30 < x[:, :, 14, 14].float().mean()
+        assert len(torch.unique(x.flatten(1), dim=0)) == 1000
+    assert not torch.equal(bundled_train.tensor(), bundled_test.tensor())
+    with pytest.raises(DataError, match="no split 'extra'"):
+        open_data("bundled:fashion-mnist", "extra")
+    with pytest.raises(DataError, match="no bundled data set 'cars'"):
+        open_data("bundled:cars")
+
+
+def test_bundled_equals_the_original() -> None:
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    full = open_data(folder, "test")
+    bundled = open_data("bundled:fashion-mnist", "test")
+    assert full.classes == bundled.classes and full.class_ids == bundled.class_ids and len(full) == 10_000
+    first = np.concatenate([np.flatnonzero(full.targets == k)[:100] for k in range(10)])
+    assert torch.equal(full.tensor()[first], bundled.tensor())
+
+
+def test_bundled_converted() -> None:
+    data = open_data("bundled:fashion-mnist", "test", image_size=16, channels=3)
+    assert data.image_shape == (3, 16, 16) and data[0][0].shape == (3, 16, 16)
+    assert torch.equal(data.tensor()[:, 0], data.tensor()[:, 2])
+
+
+def test_items_batches_and_subsets(bundled_train: ImageData) -> None:
+    order = np.random.default_rng(0).permutation(1000)[:250]
+    batches = list(bundled_train.batches(order, 100))
+    assert [len(y) for _, y in batches] == [100, 100, 50]
+    x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    assert x.dtype == torch.uint8 and y.dtype == torch.int64
+    assert torch.equal(x, bundled_train.tensor()[order]) and np.array_equal(y, bundled_train.targets[order])
+
+    subset = bundled_train.subset(order)
+    assert torch.equal(subset.tensor(), x) and np.array_equal(subset.targets, y)
+    image, label = subset[7]
+    assert torch.equal(image, x[7]) and label == int(y[7]) and isinstance(label, int)
+    nested = subset.subset([3, 3, 1])
+    assert torch.equal(nested.tensor(), x[[3, 3, 1]])
+    assert torch.equal(next(iter(nested.batches([2, 0], 2)))[0], x[[1, 3]])
+    image.zero_()  # a copy: the cache must not change
+    assert torch.equal(subset.tensor()[7], x[7])
+
+    for bad in ([1000], [-1]):
+        with pytest.raises(IndexError, match="0..999"):
+            bundled_train.subset(bad)
+    with pytest.raises(TypeError, match="integers"):
+        bundled_train.batches([0.5], 2)
+    with pytest.raises(ValueError, match="batch_size"):
+        bundled_train.batches([0], 0)
+
+
+def test_from_tensors() -> None:
+    x = torch.randint(0, 256, (6, 2, 4, 5), dtype=torch.uint8)
+    data = ImageData.from_tensors(x, [0, 1, 2, 0, 1, 2], ["a", "b", "c"])
+    assert data.image_shape == (2, 4, 5) and data.class_ids == ["a", "b", "c"] and len(data) == 6
+    assert torch.equal(data.tensor(), x) and data[4][1] == 1
+    twice = data.subset([0, 1, 2, 3, 4, 5] * 2)
+    assert twice.tensor().shape[0] == 12
+    relabelled = data.with_targets([1, 1, 1, 0, 0, 0], ["p", "q"])
+    assert relabelled.classes == ["p", "q"] and relabelled[0][1] == 1 and torch.equal(relabelled[0][0], x[0])
+    with pytest.raises(TypeError, match="uint8"):
+        ImageData.from_tensors(x.float(), [0] * 6, ["a"])
+    with pytest.raises(DataError, match="0..1"):
+        ImageData.from_tensors(x, [0, 1, 2, 0, 1, 2], ["a", "b"])
+    with pytest.raises(DataError, match="one label for each"):
+        ImageData.from_tensors(x, [0], ["a"])
+    with pytest.raises(DataError, match="unique"):
+        ImageData.from_tensors(x, [0] * 6, ["a", "a"])
+    with pytest.raises(TypeError, match="integers"):
+        ImageData.from_tensors(x, [0.0] * 6, ["a"])
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def test_image_folder_as_torchvision(image_folder: Path) -> None:
+    data, reference = open_data(image_folder), ImageFolder(str(image_folder))
+    assert data.classes == data.class_ids == reference.classes
+    assert data.targets.tolist() == reference.targets and data.image_shape == (3, 8, 8)
+    for i in (0, 5, 11):
+        assert np.array_equal(data[i][0].permute(1, 2, 0), np.asarray(reference[i][0]))
+
+
+def test_too_large_for_the_cache(image_folder: Path) -> None:
+    cached, data = open_data(image_folder), open_data(image_folder, cache_bytes=500)
+    assert data.tensor() is None
+    order = [11, 0, 4, 4]
+    for workers in (0, 2):
+        x, y = zip(*data.batches(order, 3, workers=workers), strict=True)
+        assert torch.equal(torch.cat(x), cached.tensor()[order])
+        assert torch.cat(y).tolist() == cached.targets[order].tolist()
+    assert torch.equal(data.subset([3, 2]).tensor(), cached.tensor()[[3, 2]])  # 384 bytes: fits
+    assert torch.equal(pickle.loads(pickle.dumps(data))[5][0], cached[5][0])
+
+
+def test_headers_are_checked_when_too_large_for_the_cache(image_folder: Path) -> None:
+    bad = image_folder / "cat" / "2.png"
+    bad.write_text("text")
+    with pytest.raises(DataError, match="2.png"):
+        open_data(image_folder, cache_bytes=500)
+
+
+def test_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("a", "b"):
+            for i in range(count):
+                png(tmp_path / split / name / f"{i}.png")
+    assert len(open_data(tmp_path)) == 6
+    assert len(open_data(tmp_path, "val")) == len(open_data(tmp_path, "validation")) == 4
+    assert len(open_data(tmp_path, "test")) == 4  # the only held-out part
+    with pytest.raises(DataError, match="no split 'extra'; it holds train, val"):
+        open_data(tmp_path, "extra")
+    (tmp_path / "val").rename(tmp_path / "other")
+    with pytest.raises(DataError, match="no split 'test'; it holds train"):
+        open_data(tmp_path, "test")
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    png(tmp_path / "test" / "0.png")
+    png(tmp_path / "rest" / "0.png")
+    assert open_data(tmp_path).classes == ["rest", "test"]
+
+
+def test_geometry(tmp_path: Path) -> None:
+    png(tmp_path / "a" / "0.png", (6, 10), "L", 50)
+    png(tmp_path / "a" / "1.png", (6, 10), "1", 1)
+    assert open_data(tmp_path).image_shape == (1, 10, 6)
+    assert open_data(tmp_path, channels=3).image_shape == (3, 10, 6)
+    assert open_data(tmp_path)[1][0].unique().tolist() == [255]
+    png(tmp_path / "b" / "0.png", (6, 10), "RGBA", 50)
+    data = open_data(tmp_path)
+    assert data.image_shape == (3, 10, 6) and data[0][0].unique().tolist() == [50]
+    assert data[2][0].unique().tolist() == [50]
+    assert open_data(tmp_path, channels=1)[2][0].unique().tolist() == [50]
+    for size in (0, -3, (4,), (4, 4, 4), 2.5, "8", True):
+        with pytest.raises(ValueError, match="image_size"):
+            open_data(tmp_path, image_size=size)
+    with pytest.raises(ValueError, match="channels"):
+        open_data(tmp_path, channels=4)
+
+
+def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 200
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "wide.png")
+    png(tmp_path / "a" / "small.png", (3, 2), value=7)
+    data = open_data(tmp_path, image_size=8)
+    assert data[1][0].unique().tolist() == [200]  # the middle third, not a squeezed picture
+    assert data[0][0].unique().tolist() == [7]
+    assert open_data(tmp_path, image_size=(3, 5)).image_shape == (3, 3, 5)
+
+
+def test_mixed_sizes(tmp_path: Path) -> None:
+    for i in range(200):
+        png(tmp_path / "a" / f"{i:03d}.png")
+    png(tmp_path / "a" / "100.png", (9, 8))  # not among the headers that are read first
+    with pytest.raises(DataError, match="100.png is 8x9 .*image_size"):
+        open_data(tmp_path)
+    with pytest.raises(DataError, match="100.png is 8x9 .*image_size"):
+        open_data(tmp_path, cache_bytes=10)
+    png(tmp_path / "b" / "0.png", (5, 5))
+    with pytest.raises(
+        DataError, match="different sizes: .*000.png is 8x8, .*b.0.png is 5x5; give image_size"
+    ):
+        open_data(tmp_path)
+    assert open_data(tmp_path, image_size=4).image_shape == (3, 4, 4)
+
+
+def test_truncated_image(image_folder: Path) -> None:
+    path = image_folder / "cat" / "2.png"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"cat.2\.png cannot be read as an image"):
+        open_data(image_folder)
+
+
+def test_empty_and_fake_images(image_folder: Path) -> None:
+    path = image_folder / "dog" / "1.png"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"dog.1\.png is an empty file"):
+        open_data(image_folder)
+    path.write_text("not an image")
+    with pytest.raises(DataError, match=r"dog.1\.png cannot be read as an image"):
+        open_data(image_folder)
+
+
+def test_deep_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 4), 60_000, np.uint16)).save(tmp_path / "a" / "0.png")
+    with pytest.raises(DataError, match="0.png has more than 8 bits"):
+        open_data(tmp_path)
+
+
+def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
+    (image_folder / "eel").mkdir()
+    (image_folder / "eel" / "readme.txt").write_text("none yet")
+    with pytest.raises(DataError, match=r"1 of the 4 class folders .*: eel; add images"):
+        open_data(image_folder)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="not an ImageFolder"):
+        open_data(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no such data: .*nowhere"):
+        open_data(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is a file"):
+        open_data(image_folder / "cat" / "0.png")
+
+
+def test_wordnet_ids_get_names(tmp_path: Path) -> None:
+    for name in ("n02012849", "n01440764", "n03126707"):
+        png(tmp_path / name / "0.png")
+    data = open_data(tmp_path)
+    assert data.class_ids == ["n01440764", "n02012849", "n03126707"]
+    assert data.classes == ["tench", "crane (n02012849)", "crane (n03126707)"]
+
+
+# ---------------------------------------------------------------------------------------------- idx files
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx(tmp_path: Path, suffix: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
+    labels = np.array([1, 3, 3, 1, 2, 2, 1], np.uint8)
+    write_idx(tmp_path / f"train-images-idx3-ubyte{suffix}", images)
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", labels)
+    data = open_data(tmp_path)
+    assert data.image_shape == (1, 5, 4) and np.array_equal(data.tensor()[:, 0], images)
+    assert data.class_ids == data.classes == ["1", "2", "3"] and data.targets.tolist() == [
+        0,
+        2,
+        2,
+        0,
+        1,
+        1,
+        0,
+    ]
+    with pytest.raises(DataError, match="no idx file of the images of split 'test'"):
+        open_data(tmp_path, "test")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_damaged(tmp_path: Path, suffix: str) -> None:
+    images, labels = np.zeros((7, 5, 4), np.uint8), np.zeros(7, np.uint8)
+    image_path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    label_path = tmp_path / f"train-labels-idx1-ubyte{suffix}"
+    write_idx(image_path, images)
+    write_idx(label_path, labels)
+    whole = image_path.read_bytes()
+    for data in (whole[:-3], whole[:6], b""):
+        image_path.write_bytes(data)
+        with pytest.raises(DataError, match="train-images-idx3-ubyte"):
+            open_data(tmp_path)
+    write_idx(image_path, labels)
+    with pytest.raises(DataError, match="not an idx file .* 3 dimension"):
+        open_data(tmp_path)
+    write_idx(image_path, images[:6])
+    with pytest.raises(DataError, match="6 images but 7 labels"):
+        open_data(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- timm
+
+
+def test_torch_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's own file layout, with a few images; its checksums are those of the whole set."""
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10)) * 2}))
+    names = ["airplane", "automobile", *(f"c{i}" for i in range(2, 10))]
+    (base / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({CIFAR10.meta["key"]: names}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    data = open_data(f"torch/cifar10@{tmp_path}", "test")
+    assert len(data) == 20 and data.image_shape == (3, 32, 32) and data.classes == names
+    assert np.array_equal(data.tensor().numpy(), pixels.reshape(20, 3, 32, 32))
+    assert len(open_data(f"torch/cifar10@{tmp_path}", "train")) == 100
+    assert open_data(f"torch/cifar10@{tmp_path}", "test", image_size=16, channels=1)[0][0].shape == (
+        1,
+        16,
+        16,
+    )
+
+
+def test_torch_image_folder(image_folder: Path) -> None:
+    data = open_data(f"torch/image_folder@{image_folder}")
+    assert torch.equal(data.tensor(), open_data(image_folder).tensor()) and data.classes == [
+        "bird",
+        "cat",
+        "dog",
+    ]
+
+
+def test_tar(image_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(image_folder, "images")
+    data = open_data(tmp_path / "images.tar")
+    assert data.classes == ["bird", "cat", "dog"]
+    assert torch.equal(data.tensor(), open_data(image_folder).tensor())
+    (image_folder / "cat" / "1.png").write_bytes(b"damaged")
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        archive.add(image_folder, "images")
+    with pytest.raises(DataError, match="cat/1.png cannot be read"):
+        open_data(tmp_path / "bad.tar")
+
+
+def test_webdataset(image_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    import io
+    import json
+
+    reference = open_data(image_folder)
+    with tarfile.open(tmp_path / "part-0.tar", "w") as archive:
+        for i, path in enumerate(sorted(image_folder.rglob("*.png"))):
+            for end, content in ((".png", path.read_bytes()), (".cls", str(reference.targets[i]).encode())):
+                member = tarfile.TarInfo(f"{i:04d}{end}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    split = {"name": "train", "num_samples": 12, "filenames": ["part-0.tar"], "shard_lengths": [12]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    data = open_data(f"wds/@{tmp_path}")
+    assert (
+        torch.equal(data.tensor(), reference.tensor()) and data.targets.tolist() == reference.targets.tolist()
+    )
+    assert open_data(f"wds/@{tmp_path}", image_size=4).image_shape == (3, 4, 4)
+    with pytest.raises(DataError, match="does not fit"):
+        open_data(f"wds/@{tmp_path}", cache_bytes=500)
+
+
+def test_timm_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="write torch/cifar10@FOLDER"):
+        open_data("torch/cifar10")
+    with pytest.raises(DataError, match="timm cannot open .*not found or corrupted"):
+        open_data(f"torch/cifar10@{tmp_path}")
+    with pytest.raises(DataError, match="only input_key and target_key"):
+        open_data(f"hfds/ylecun/mnist@{tmp_path}?column=image")
+    with pytest.raises(DataError, match="timm cannot open .*nonsense"):
+        open_data(f"torch/nonsense@{tmp_path}")
+
+
+# ---------------------------------------------------------------------------------------------- real images
+
+
+def test_real_images(glem_data: Path) -> None:
+    cifar = open_data(glem_data / "cifar10", "test")
+    assert cifar.image_shape == (3, 32, 32) and len(cifar.classes) == 10 and "airplane" in cifar.classes
+    assert 100 < cifar.tensor().float().mean() < 140  # the whole set: 121
+    nette = open_data(glem_data / "imagenette128", "val", image_size=64)
+    assert nette.image_shape == (3, 64, 64) and "tench" in nette.classes and "n01440764" in nette.class_ids
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def test_match_by_id_name_and_form() -> None:
+    ids, names = ["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"]
+    for data in (
+        ["n03", "n01"],
+        ["T-shirt/top", "tench"],
+        ["t_shirt_top", "Tench"],
+        ["0_T-shirt/top", "2-tench"],
+    ):
+        assert match_classes(ids, names, data, data).tolist() == [2, 0]
+    assert match_classes(ids, names, ["0", "1"], ["golden_retriever", "TENCH"]).tolist() == [1, 0]
+    result = match_classes(ids, names, ids, names)
+    assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
+
+
+def test_numbers_identify_only_without_names() -> None:
+    digits = ["0", "1", "2"]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, digits).tolist() == [0, 1, 2]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["coat", "shirt", "bag"]).tolist() == [
+        2,
+        0,
+        1,
+    ]
+    with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
+        match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["cat", "dog", "eel"])
+
+
+def test_class_map() -> None:
+    flow, data = ["a", "b", "c"], ["x", "b"]
+    assert match_classes(flow, flow, data, data, {"x": "c"}).tolist() == [2, 1]
+    assert match_classes(flow, flow, ["x", "y", "z"], ["x", "y", "z"], "order").tolist() == [0, 1, 2]
+    for class_map, message in (
+        ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
+        ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
+        ({"x": "b"}, "to the same class of the flow, 'b'"),
+        ("order", "equally many classes: the data has 2, the flow 3"),
+        ("alphabet", "None, 'order' or a mapping"),
+    ):
+        with pytest.raises(ClassMismatchError, match=message):
+            match_classes(flow, flow, data, data, class_map)
+    with pytest.raises(TypeError, match="class_map"):
+        match_classes(flow, flow, data, data, ["a"])
+
+
+def test_mismatch_lists_both_sides_and_the_fix() -> None:
+    flow = [f"c{i}" for i in range(30)]
+    with pytest.raises(ClassMismatchError) as caught:
+        match_classes(flow, flow, ["c3", "zebra"], ["c3", "zebra"])
+    text = str(caught.value)
+    assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
+    assert "class_map" in text and isinstance(caught.value, ValueError)
+
+
+def test_ambiguous_forms_do_not_match() -> None:
+    with pytest.raises(ClassMismatchError, match="'c'"):
+        match_classes(["C++", "C#"], ["C++", "C#"], ["c"], ["c"])
+    assert match_classes(["C++", "C#"], ["C++", "C#"], ["C#"], ["C#"]).tolist() == [1]
+    with pytest.raises(ClassMismatchError, match="same class"):
+        match_classes(["cat", "dog"], ["cat", "dog"], ["cat", "Cat"], ["cat", "Cat"])
