@@ -61,11 +61,13 @@ def move(value: Tensor, device: torch.device | str) -> Tensor:
 def folded_beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:
     """max(l, 1 - l) for l ~ Beta(alpha, alpha): float32 [n] in [1/2, 1].
 
-    A Dirichlet of two is a Beta; unlike torch.distributions.Beta it takes a generator.
+    Beta is g / (g + g') of two gammas, taken in logarithms with g(alpha) = g(alpha + 1) u^(1/alpha): for a
+    small alpha both gammas underflow. (torch.distributions.Beta takes no generator.)
     """
-    pair = torch._sample_dirichlet(torch.full((n, 2), alpha, dtype=torch.float64), generator)
-    # For a tiny alpha both gammas underflow to 0 / 0; the limit of the law is then l = 0 or 1, folded 1.
-    return pair.amax(dim=1).nan_to_num(nan=1.0).clamp(0.5, 1.0).to(torch.float32)
+    gammas = torch._standard_gamma(torch.full((n, 2), alpha + 1.0, dtype=torch.float64), generator)
+    uniform = torch.rand(n, 2, generator=generator, dtype=torch.float64).clamp(min=1e-300)
+    logs = gammas.log() + uniform.log() / alpha
+    return (logs[:, 0] - logs[:, 1]).abs().sigmoid().to(torch.float32)
 
 
 def swapped(soft: Tensor, a: Tensor, b: Tensor) -> Tensor:

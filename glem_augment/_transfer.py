@@ -90,7 +90,7 @@ class PixelAdapter:
                     raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
             return
         if x.numel() and (x.device, x.dtype) not in self._range_seen:
-            low, high = (float(v) for v in torch.aminmax(x))
+            low, high = (float(v) for v in torch.aminmax(x.detach()))
             if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
                 raise ValueError(
                     f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; "

@@ -74,7 +74,8 @@ class GLEMAugment(nn.Module):
             decoded image, resized.
         seed: of the transform's own random state; None takes one from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more is not plausible: the original is kept, and
-            counted.
+            counted. Noise at strength 0.5 takes single pixels of good images 0.25 out of range and more, an
+            inverse that explodes far beyond 1.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -97,7 +98,7 @@ class GLEMAugment(nn.Module):
         class_map: Mapping[int, int | None] | Sequence[int | None] | None = None,
         detail: str = "keep",
         seed: int | None = None,
-        margin: float = 0.5,
+        margin: float = 1.0,
     ) -> None:
         super().__init__()
         if policy == "adversarial":
@@ -134,7 +135,7 @@ class GLEMAugment(nn.Module):
             raise ValueError(
                 "partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'"
             )
-        self.pixels = PixelAdapter(tuple(model.image_shape), mean=mean, std=std, detail=detail)
+        self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)
         self.class_map = check_class_map(class_map, num_classes, model.num_classes)
         self.num_classes = model.num_classes if self.class_map is None else len(self.class_map)
         # In a tuple, so that nn.Module does not register the flow: its weights are not the transform's.
@@ -236,8 +237,13 @@ class GLEMAugment(nn.Module):
         return AugmentParams(rows, cls, partner.masked_fill(~found, -1), partner_cls, source, lam, eps)
 
     @torch.no_grad()
-    def apply(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+    def apply(self, x: Any, y: Any = None, params: AugmentParams | None = None) -> Any:
         """Augment with given parameters, deterministically; arguments and results are those of `forward`."""
+        if y is None and callable(x):
+            # nn.Module.apply(fn), which a parent module calls on its children.
+            return super().apply(x)
+        if params is None:
+            raise TypeError("apply needs the parameters of the call: params = aug.draw(x, y)")
         self._check(x, y)
         if self.p == 0:
             return x, y
@@ -280,7 +286,10 @@ class GLEMAugment(nn.Module):
             z = z + self._noise(flow, cls, params.eps)
         else:
             from_batch = params.source == FROM_BATCH
-            partner = torch.where(from_batch[:, None], encoded[other], self._drawn(flow, params))
+            partner = encoded[other]
+            # Only the CPU can say without waiting that no draw is needed.
+            if x.device.type != "cpu" or not bool(from_batch.all()):
+                partner = torch.where(from_batch[:, None], partner, self._drawn(flow, params))
             away = 1.0 - params.l
             moved, share = self._project(flow, cls, partner - z)
             z = z + away[:, None] * moved

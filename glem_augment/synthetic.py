@@ -85,7 +85,7 @@ class SyntheticDataset(Dataset):
         self.model = model
         if device is not None and torch.device(device) != model.device:
             self.model = copy.deepcopy(model).to(device)
-        self.image_shape: tuple[int, int, int] = tuple(model.image_shape)
+        self.image_shape: tuple[int, int, int] = model.image_shape
         self.classes: list[str] = list(model.classes)
         self.class_ids: list[str] = list(model.class_ids)
         self.class_to_idx: dict[str, int] = dict(model.class_to_idx)
@@ -219,7 +219,7 @@ class SyntheticDataset(Dataset):
 
     def __repr__(self) -> str:
         return (
-            f"SyntheticDataset({len(self)} images of {len(self.classes)} classes, per_class={self.per_class}, "
+            f"SyntheticDataset({len(self)} images, {len(self.classes)} classes, per_class={self.per_class}, "
             f"temperature={self.temperature}, seed={self.seed}, source={self.source!r}, block={self.block}, "
             f"image_shape={self.image_shape})"
         )

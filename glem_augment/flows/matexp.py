@@ -47,30 +47,29 @@ def taylor_plan(bound: float, dtype: torch.dtype) -> tuple[int, int]:
     return segments, terms
 
 
-def _matvec(s: Tensor, v: Tensor, value: float) -> Tensor:
-    """value * S v per pixel; s [B,n,n,H,W], v [B,n,H,W]."""
+def _affine(base: Tensor | None, s: Tensor, v: Tensor, value: float) -> Tensor:
+    """base + value * S v per pixel (base 0 if None); s [B,n,n,H,W], v and base [B,n,H,W].
+
+    One fused multiply-add per column of S, over planes of pixels: no temporary of the size of S is made.
+    """
     n = s.shape[1]
     if n > _UNROLL_UP_TO:
-        return torch.einsum("bijhw,bjhw->bihw", s, v) * value
-    out = s[:, :, 0] * (v[:, :1] * value)
+        product = torch.einsum("bijhw,bjhw->bihw", s, v) * value
+        return product if base is None else product.add_(base)
+    if base is None:
+        out = s[:, :, 0] * (v[:, :1] * value)
+    else:
+        out = torch.addcmul(base, s[:, :, 0], v[:, :1], value=value)
     for j in range(1, n):
         out.addcmul_(s[:, :, j], v[:, j : j + 1], value=value)
     return out
 
 
-def _taylor_terms(s: Tensor, v: Tensor, scale: float, terms: int) -> list[Tensor]:
-    """[v, (scale S) v, (scale S)^2 v / 2!, ...], ``terms`` + 1 of them."""
-    series = [v]
-    for k in range(1, terms + 1):
-        series.append(_matvec(s, series[-1], scale / k))
-    return series
-
-
 def _apply_segment(s: Tensor, v: Tensor, scale: float, terms: int) -> Tensor:
-    out = term = v
-    for k in range(1, terms + 1):
-        term = _matvec(s, term, scale / k)
-        out = out + term if k == 1 else out.add_(term)
+    """exp(scale S) v by Horner's rule: v + S (v + S/2 (v + S/3 (...)))."""
+    out = v
+    for k in range(terms, 0, -1):
+        out = _affine(v, s, out, scale / k)
     return out
 
 
@@ -110,13 +109,18 @@ class _ExpmApply(torch.autograd.Function):
         grad_s = None
         for segment in reversed(range(segments)):
             start = v if segment == 0 else later_starts[segment - 1]
-            series = _taylor_terms(s, start, scale, terms - 1)
+            # t_0 ... t_(terms - 1)
+            series = [start]
+            for k in range(1, terms):
+                series.append(_affine(None, s, series[-1], scale / k))
             adjoint = g
             for k in range(terms, 0, -1):
-                left = (adjoint * (scale / k)).unsqueeze(2)
-                right = series[k - 1].unsqueeze(1)
-                grad_s = left * right if grad_s is None else grad_s.addcmul_(left, right)
-                adjoint = _matvec(transposed, adjoint, scale / k).add_(g)
+                left, right = adjoint.unsqueeze(2), series[k - 1].unsqueeze(1)
+                if grad_s is None:
+                    grad_s = (left * (scale / k)) * right
+                else:
+                    grad_s.addcmul_(left, right, value=scale / k)
+                adjoint = _affine(g, transposed, adjoint, scale / k)
             g = adjoint
         return grad_s, g, None, None, None
 

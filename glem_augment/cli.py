@@ -1,0 +1,100 @@
+"""The ``glem`` command: parses the command line, and turns the library's errors into one line each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+
+from glem_augment import __version__
+from glem_augment.commands import COMMANDS
+from glem_augment.commands.common import HelpFormatter
+from glem_augment.errors import GLEMError
+
+DESCRIPTION = """\
+Synthetic-data augmentation from a class-conditional normalizing flow.
+
+A flow learns your labelled images once (glem train). From then on it augments real images while keeping their
+class, draws new ones (glem generate), and classifies (glem eval).
+
+DATA, wherever a command asks for it, is one of
+  a folder with one folder of images per class, or with train/ and test/ (or val/) folders of that kind;
+  a folder of MNIST-style idx files; a .tar file; a timm data set as NAME@ROOT, e.g. torch/cifar10@data;
+  bundled:fashion-mnist, 100 real images per class and split, inside the package.
+MODEL is a folder that glem train wrote, or bundled:NAME.
+"""
+
+EPILOG = """\
+examples:
+  glem demo --out demo-out
+  glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
+  glem preview runs/photos photos/ --out preview.png
+
+GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 130 interrupted.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``glem`` with all its commands; each sets ``run`` to a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="glem", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code: 0, 2 for an error (one line on stderr says which), 130 after Ctrl-C. As usual with argparse,
+        ``--help``, ``--version`` and a command line that can't be parsed raise SystemExit instead.
+    """
+    args = build_parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # `glem ... | head`: the reader has left. What Python would still flush at exit goes nowhere, silently.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("glem: interrupted", file=sys.stderr)
+        return 130
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        return _fail(f"out of memory ({_one_line(error)}); lower --batch-size, or the size of the flow")
+    except (GLEMError, ValueError, TypeError, OSError) as error:
+        return _fail(_one_line(error))
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("GLEM_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
+    print(f"glem: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: BaseException) -> str:
+    """The message alone: str(OSError) would put "[Errno 2]" before it, and the repr of the path after it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What the commands share: help, checked arguments, and opening of models and data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from glem_augment.data import ImageData, match_classes, open_data
+from glem_augment.model import GLEM
+
+DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
+MODEL_HELP = "a folder written by glem train, or bundled:NAME"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and examples."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(110, _columns()))
+
+
+def _columns() -> int:
+    import shutil
+
+    return max(60, shutil.get_terminal_size().columns - 2)
+
+
+def new_parser(
+    subparsers: Any, name: str, summary: str, description: str, examples: str, run: Callable[..., int]
+) -> argparse.ArgumentParser:
+    """A command's parser; ``run`` gets the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=HelpFormatter,
+        # An abbreviation that works today would change its meaning with the next option.
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)"
+    )
+
+
+def add_threads(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--threads", type=whole(1), metavar="N", help="CPU threads (default: PyTorch's choice)"
+    )
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """argparse type: a whole number, at least ``low``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    return parse
+
+
+def number(low: float = -math.inf) -> Callable[[str], float]:
+    """argparse type: a finite number, at least ``low``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or value < low:
+            raise argparse.ArgumentTypeError(
+                f"must be a finite number{f' >= {low:g}' * math.isfinite(low)}, got {text}"
+            )
+        return value
+
+    return parse
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; CUDA where there is one by default. Raises ValueError if there is no such device."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"device {name!r} can't be used here: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; use cpu or cuda")
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_model(args: argparse.Namespace) -> GLEM:
+    """The model of ``args.model`` on ``args.device``, after ``args.threads`` is set."""
+    set_threads(getattr(args, "threads", None))
+    return GLEM.from_pretrained(args.model, device=pick_device(args.device))
+
+
+def open_for(
+    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None
+) -> tuple[ImageData, torch.Tensor]:
+    """Data in the shape that the flow takes, labelled by the flow's classes, and the flow's class of each of the
+    data's own classes, int64 [K_data].
+
+    Raises:
+        FileNotFoundError, DataError, ClassMismatchError: see ``open_data`` and ``match_classes``.
+    """
+    channels, height, width = model.image_shape
+    data = open_data(
+        spec, split, image_size=(height, width), channels=channels if channels in (1, 3) else None
+    )
+    match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
+    return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
+
+
+def read_class_map(text: str | None) -> str | dict[str, str] | None:
+    """``order``, or a YAML or JSON file with a table from data names to flow names."""
+    if text is None or text == "order":
+        return text
+    table = read_table(text, "--class-map")
+    return {str(key): str(value) for key, value in table.items()}
+
+
+def read_table(path: str, option: str) -> dict[str, Any]:
+    """The table in a YAML or JSON file (JSON is YAML).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a table.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"{option}: no such file: {path}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        table = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{option}: {path} can't be read as YAML or JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{option}: {path} must hold a table (key: value), got {type(table).__name__}")
+    return table
+
+
+def print_json(obj: dict[str, Any]) -> None:
+    """One JSON object on stdout. Non-finite numbers become null: other readers could not parse them."""
+    print(json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def finite(obj: Any) -> Any:
+    """``obj`` with every NaN and infinity replaced by None."""
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {key: finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [finite(value) for value in obj]
+    return obj
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,172 @@
+"""``glem train``: fit a flow to labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from glem_augment import hub
+from glem_augment.commands.common import DATA_HELP, add_device, new_parser, pick_device, read_table, whole
+from glem_augment.commands.settings import add_settings, checked, given
+from glem_augment.data import ImageData, open_data
+from glem_augment.errors import ModelFileError, TrainingError
+from glem_augment.io import write_json
+from glem_augment.model import GLEM
+from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training.checkpoint import NAME as CHECKPOINT
+from glem_augment.training.checkpoint import load_checkpoint
+
+DESCRIPTION = """\
+Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
+metrics.jsonl, curves.png and samples/. A run that was stopped, even killed, goes on with
+
+  glem train DATA --out DIR --resume
+
+and ends with the same weights as one that never stopped (on a CPU, with the same --threads).
+"""
+EXAMPLES = """\
+  glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
+  glem train bundled:fashion-mnist --objective hybrid --epochs 5 --out runs/quick
+  glem train torch/cifar10@data --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
+  glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
+"""
+RUN_FILE = "run.json"
+# How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
+_VIEW = {"split": "train", "image_size": None, "channels": None}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = new_parser(subparsers, "train", "fit a flow to your images", DESCRIPTION, EXAMPLES, run)
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from DIR's checkpoint, with its settings where none are given"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings from a YAML or JSON file (the names below with _ for -); flags win"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_device(parser)
+    view = parser.add_argument_group("images")
+    view.add_argument("--split", default=argparse.SUPPRESS, help=f"of the data (default: {_VIEW['split']})")
+    view.add_argument(
+        "--image-size",
+        nargs="+",
+        type=whole(1),
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="height and width in pixels, or one number for both; images are resized, then cropped at the centre "
+        "(default: the size that they share)",
+    )
+    view.add_argument(
+        "--channels", type=int, choices=(1, 3), default=argparse.SUPPRESS, help="grey or RGB (default: what they are)"
+    )
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    device, out = pick_device(args.device), Path(args.out).expanduser()
+    settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
+    if args.config is not None:
+        settings = {**checked(read_table(args.config, "--config"), args.config), **settings}
+    if args.resume:
+        # Before the data is opened: "nothing to resume" should not take minutes to say.
+        settings = {**load_checkpoint(out)["config"], **settings}
+        view = {**_earlier_view(out), **view}
+    else:
+        _refuse_earlier_run(out)
+    config = TrainConfig.from_dict(settings)
+    view = {**_VIEW, **view}
+    data = open_data(args.data, view["split"], _size(view["image_size"]), view["channels"])
+    trainer = Trainer(data, config, out, resume=args.resume, device=device, progress=not args.quiet)
+    if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
+        print(f"{out} is already finished: {_held_out(finished)}")
+        return 0
+    if not args.resume or not (out / RUN_FILE).exists():
+        write_json(out / RUN_FILE, _record(args, view))
+    print(summary(trainer, data), flush=True)
+    began = time.monotonic()
+    model = trainer.fit()
+    print(f"saved {out} after {_duration(time.monotonic() - began)}: {_held_out(model)}")
+    return 0
+
+
+def _size(value: list[int] | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if len(value) > 2:
+        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(value)} numbers")
+    return value[0], value[-1]
+
+
+def _refuse_earlier_run(out: Path) -> None:
+    """Before any image is read; the Trainer looks again."""
+    if (out / CHECKPOINT).exists():
+        raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
+    for name in (hub.WEIGHTS, hub.CONFIG):
+        if (out / name).exists():
+            raise TrainingError(f"{out} already holds a model ({name}); choose another folder with --out")
+
+
+def _earlier_view(out: Path) -> dict[str, Any]:
+    """How the run's first half opened its data; empty where its record is missing or damaged."""
+    try:
+        earlier = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        return {name: earlier[name] for name in _VIEW}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
+    from glem_augment import __version__
+
+    return {"command": shlex.join(["glem", *args.argv]), "version": __version__, "data": args.data, **view}
+
+
+def _finished(out: Path) -> GLEM | None:
+    """The model, if it was written after the last checkpoint: a kill may have come between the two."""
+    try:
+        if (out / hub.CONFIG).stat().st_mtime_ns < (out / CHECKPOINT).stat().st_mtime_ns:
+            return None
+        return GLEM.from_pretrained(out)
+    except (OSError, ModelFileError):
+        return None
+
+
+def summary(trainer: Trainer, data: ImageData) -> str:
+    """What is about to be trained, for people."""
+    model, split, config = trainer.model, trainer.split, trainer.config
+    channels, height, width = model.image_shape
+    names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+    rows = [
+        ("data", f"{data.name}: {len(data)} images, {channels}x{height}x{width}, {len(data.classes)} classes ({names})"),
+        ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
+        ("flow", f"{config.preset}, {sum(p.numel() for p in model.flow.parameters()):,} parameters, {model.bits} bits"),
+        ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),
+        (
+            "steps",
+            f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}) on {trainer.device}"
+            + (f", from step {trainer.step}" if trainer.step else ""),
+        ),
+        ("out", str(trainer.out)),
+    ]
+    return "\n".join(f"{key:<11}{value}" for key, value in rows)
+
+
+def _held_out(model: GLEM) -> str:
+    held_out = model.config.training.get("held_out") or {}
+    if "val_accuracy" not in held_out:
+        return repr(model)
+    return (
+        f"bits/dim {held_out['val_bits_per_dim']:.3f}, accuracy {100 * held_out['val_accuracy']:.2f} % "
+        f"on {held_out['val_images']} held-out images"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

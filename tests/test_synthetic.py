@@ -1,0 +1,310 @@
+"""SyntheticDataset: item i is a function of seed, class and place in the class; and its export."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from glem_augment import _export
+from glem_augment._export import class_folders
+from glem_augment._transfer import check_worker_device
+from glem_augment.classmatch import match_classes
+from glem_augment.model import GLEM
+from glem_augment.synthetic import SyntheticDataset
+
+NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
+
+
+def make_model(shape: tuple[int, int, int] = (1, 8, 8), classes: list[str] = NAMES) -> GLEM:
+    model = GLEM.create("identity", shape, classes=classes, class_ids=[str(i) for i in range(len(classes))])
+    n = 20 * len(classes)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(60, 196, (n, *shape), generator=g, dtype=torch.uint8)
+    model.fit_modes((x, torch.arange(n) % len(classes)), rank=8)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> GLEM:
+    return make_model()
+
+
+def test_it_looks_like_a_torchvision_data_set(model: GLEM) -> None:
+    data = SyntheticDataset(model, per_class=5)
+    assert (
+        len(data) == 15 and data.classes == NAMES and data.class_to_idx == {n: i for i, n in enumerate(NAMES)}
+    )
+    assert data.targets == [0] * 5 + [1] * 5 + [2] * 5
+    image, label = data[7]
+    assert isinstance(image, Image.Image) and image.mode == "L" and image.size == (8, 8) and label == 1
+    assert type(label) is int and data[-1][1] == 2
+    data.transform = np.asarray
+    data.target_transform = lambda y: y + 10
+    assert isinstance(data[0][0], np.ndarray) and data[0][1] == 10
+    assert [y for _, y in data] == [t + 10 for t in data.targets]  # plain iteration ends
+    rgb = SyntheticDataset(make_model((3, 4, 6)), per_class=2)[0][0]
+    assert rgb.mode == "RGB" and rgb.size == (6, 4)
+
+
+@pytest.mark.parametrize("source", ["gaussian", "rfcm"])
+def test_a_latent_depends_on_seed_class_and_place_alone(model: GLEM, source: str) -> None:
+    data = SyntheticDataset(model, per_class=40, seed=3, source=source)
+    z = data.latents(range(120))
+    order = torch.randperm(120).tolist()
+    assert torch.equal(data.latents(order), z[order])
+    assert all(torch.equal(data.latents([i])[0], z[i]) for i in (0, 15, 16, 39, 40, 119))
+    more = SyntheticDataset(model, per_class=100, seed=3, source=source, block=7)
+    for c in range(3):
+        assert torch.equal(more.latents(range(100 * c, 100 * c + 40)), z[40 * c : 40 * c + 40])
+    assert not torch.equal(
+        SyntheticDataset(model, per_class=40, seed=4, source=source).latents(range(120)), z
+    )
+    # nothing is drawn twice: classes, blocks and seeds have noise of their own
+    spread = (z.reshape(3, 40, -1) - z.reshape(3, 40, -1).mean(1, keepdim=True)).flatten(0, 1)
+    correlation = torch.corrcoef(spread) - torch.eye(120)
+    assert correlation.abs().max() < 0.75
+
+
+def test_latents_have_the_law_of_the_class(model: GLEM) -> None:
+    n = 3000
+    with torch.no_grad():
+        model.gaussians.mu[1] = 0.2
+    data = SyntheticDataset(model, per_class=n, temperature=0.5)
+    z = data.latents(range(n, 2 * n))
+    variance = model.gaussians.variance()[1].detach()
+    assert torch.allclose(z.mean(0), model.gaussians.mu[1].detach(), atol=0.03)
+    assert torch.allclose(z.var(0), 0.25 * variance, rtol=0.15)
+    full = SyntheticDataset(model, per_class=n, temperature=1.0, source="rfcm").latents(range(n))
+    modes = model.modes
+    total = (modes.scales[0, :, None] * modes.directions[0]).square().sum(0) + modes.rest[0]
+    assert torch.allclose(full.var(0), total, rtol=0.15)
+    assert torch.equal(
+        SyntheticDataset(model, per_class=2, temperature=0.0).latents([0, 1])[0], model.gaussians.mu[0]
+    )
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**28])
+def test_images_are_the_same_in_any_order(model: GLEM, cache_bytes: int) -> None:
+    data = SyntheticDataset(model, per_class=10, block=4, cache_bytes=cache_bytes)
+    whole = data.images(range(30))
+    assert whole.dtype == torch.uint8 and whole.shape == (30, 1, 8, 8)
+    order = torch.randperm(30).tolist()
+    assert torch.equal(data.images(order), whole[order])
+    assert torch.equal(data.images(torch.tensor([3, 3, -1])), whole[[3, 3, 29]])
+    for (image, label), i in zip(data.__getitems__(order), order, strict=True):
+        assert np.array_equal(np.asarray(image), whole[i, 0]) and label == i // 10
+        assert np.array_equal(np.asarray(data[i][0]), whole[i, 0])
+    prefix = SyntheticDataset(model, per_class=4, block=4).images(range(12))
+    assert torch.equal(prefix, whole.reshape(3, 10, 1, 8, 8)[:, :4].flatten(0, 1))
+    decoded = model.decode(data.latents(range(4))).detach()
+    assert (decoded * 255 - whole[:4]).abs().max() <= 0.5 + 1e-3
+
+
+def test_blocks_are_decoded_once_and_the_cache_is_bounded(
+    model: GLEM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    decode = GLEM.decode
+    monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: calls.append(len(z)) or decode(m, z, **k))
+    data = SyntheticDataset(model, per_class=10, block=4)
+    for i in range(30):
+        data[i]
+    assert calls == [4, 4, 2] * 3
+    calls.clear()
+    small = SyntheticDataset(model, per_class=10, block=4, cache_bytes=2 * 4 * 64)
+    for i in [0, 4, 0, 8, 0]:  # block 1 was used least recently when block 2 came
+        small[i]
+    assert calls == [4, 4, 2] and sum(b.numel() for b in small._cache.values()) <= 2 * 4 * 64
+    for i in [12, 0, 4]:
+        small[i]
+    assert calls[3:] == [4, 4]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_give_the_same_items(model: GLEM, context: str) -> None:
+    if context not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {context} here")
+    data = SyntheticDataset(model, per_class=6, block=4, transform=np.asarray)
+    expected = data.images(range(18))[:, 0]
+    loader = torch.utils.data.DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=context)
+    images, targets = zip(*loader, strict=True)
+    assert torch.equal(torch.cat(images), expected) and torch.cat(targets).tolist() == data.targets
+
+
+def test_pickling_leaves_the_cache_behind(model: GLEM) -> None:
+    data = SyntheticDataset(model, per_class=6)
+    before = data.images(range(18))
+    other = pickle.loads(pickle.dumps(data))
+    assert not other._cache and data._cache and torch.equal(other.images(range(18)), before)
+
+
+def test_a_forked_worker_cannot_use_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_worker_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    check_worker_device(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"forked DataLoader worker.*model\.to\('cpu'\)"):
+        check_worker_device(torch.device("cuda", 0))
+
+
+def test_decodes_that_are_not_finite_are_counted_and_kept_in_place(
+    model: GLEM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = GLEM.decode
+
+    def broken(self: GLEM, z: torch.Tensor, clamp: bool = True) -> torch.Tensor:
+        x = decode(self, z, clamp)
+        x[1, 0, 0] = float("nan")
+        x[2, 0, 0] = float("inf")
+        return x
+
+    plain = SyntheticDataset(model, per_class=8).images(range(8))
+    monkeypatch.setattr(GLEM, "decode", broken)
+    data = SyntheticDataset(model, per_class=8)
+    images = data.images(range(8))
+    assert data.non_finite == 2
+    assert images[1, 0, 0].unique().tolist() == [128] and images[2, 0, 0].unique().tolist() == [255]
+    assert torch.equal(images[3:], plain[3:]) and torch.equal(images[:, :, 1:], plain[:, :, 1:])
+
+
+def test_other_channel_counts_give_tensors_only() -> None:
+    data = SyntheticDataset(make_model((2, 4, 4)), per_class=2)
+    assert data.images([0, 5]).shape == (2, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"1 or 3 channels, this flow 2.*images\(indices\)"):
+        data[0]
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        data.export("nowhere")
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_class": 0}, "per_class must be at least 1, got 0"),
+        ({"per_class": 2.5}, "per_class must be an int, got 2.5"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"block": 0}, "block"),
+        ({"source": "mixup"}, "'gaussian', 'rfcm'; got 'mixup'"),
+    ],
+)
+def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        SyntheticDataset(model, **settings)
+
+
+def test_more_checks(model: GLEM) -> None:
+    with pytest.raises(TypeError, match="must be a GLEM"):
+        SyntheticDataset(torch.nn.Identity())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"fit_modes\(data\)"):
+        SyntheticDataset(GLEM.create("identity", (1, 8, 8), classes=NAMES), source="rfcm")
+    data = SyntheticDataset(model, per_class=2)
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for 6 images"):
+            data[index]
+
+
+# ---- export ------------------------------------------------------------------------------------------
+
+
+def test_export_opens_as_an_image_folder(model: GLEM, tmp_path: Path) -> None:
+    data = SyntheticDataset(model, per_class=7, block=3, seed=2, transform=np.asarray)
+    folder = data.export(tmp_path / "out", progress=False)
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    names = ["Ankle boot", "Bag", "T-shirt_top"]
+    assert files == [f"{n}/{i:06d}.png" for n in names for i in range(7)] + ["glem-provenance.json"]
+    opened = ImageFolder(folder)
+    index = match_classes(model.class_ids, model.classes, opened.classes, opened.classes)
+    assert index.tolist() == [1, 2, 0]
+    for path, target in opened.samples:
+        item = int(Path(path).stem) + 7 * index[target]
+        image = Image.open(path)
+        assert image.mode == "L" and np.array_equal(np.asarray(image), data.images([item])[0, 0])
+    told = json.loads((folder / "glem-provenance.json").read_text())
+    assert told["synthetic"] is True and told["complete"] is True and told["count"] == 21
+    assert (
+        told["settings"]["seed"] == 2
+        and told["settings"]["per_class"] == 7
+        and told["images_not_finite"] == 0
+    )
+    assert told["model"]["class_names"] == NAMES and told["classes"][0]["folder"] == "T-shirt_top"
+
+
+def test_export_protects_what_is_there(model: GLEM, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    (folder / "Bag").mkdir(parents=True)
+    own = folder / "Bag" / "000000.png"
+    own.write_bytes(b"the user's own")
+    data = SyntheticDataset(model, per_class=2)
+    with pytest.raises(FileExistsError, match="not empty.*overwrite=True"):
+        data.export(folder, progress=False)
+    with pytest.raises(FileExistsError, match="no earlier export"):
+        data.export(folder, progress=False, overwrite=True)
+    (folder / "holiday").mkdir()
+    with pytest.raises(FileExistsError, match="holiday"):
+        data.export(folder, progress=False, overwrite=True)
+    assert own.read_bytes() == b"the user's own"
+    with pytest.raises(FileExistsError, match="is a file"):
+        data.export(own, progress=False)
+    with pytest.raises(ValueError, match="'imagefolder'; got 'wds'"):
+        data.export(tmp_path / "new", format="wds")
+    assert not (tmp_path / "new").exists()
+
+
+def test_overwriting_leaves_nothing_of_a_larger_export(model: GLEM, tmp_path: Path) -> None:
+    SyntheticDataset(model, per_class=9, seed=1).export(tmp_path, progress=False)
+    data = SyntheticDataset(model, per_class=4)
+    data.export(tmp_path, progress=False, overwrite=True)
+    files = list(tmp_path.rglob("*.png"))
+    assert len(files) == 12
+    first = np.asarray(Image.open(tmp_path / "Bag" / "000003.png"))
+    assert np.array_equal(first, data.images([11])[0, 0])
+
+
+def test_a_full_disk_is_one_clear_error(model: GLEM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SyntheticDataset(model, per_class=4)
+    usage = _export.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(_export.shutil, "disk_usage", lambda _: usage._replace(free=100))
+        with pytest.raises(OSError, match=f"{tmp_path}.*free some space"):
+            data.export(tmp_path / "a", progress=False)
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        write(path, content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot write .*\.png: No space left") as caught:
+        data.export(tmp_path / "b", progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert not [p for p in (tmp_path / "b").rglob("*") if p.suffix in (".png", ".tmp")]
+    monkeypatch.undo()
+    # an export that was cut off is known as one
+    assert not json.loads((tmp_path / "b" / "glem-provenance.json").read_text())["complete"]
+    data.export(tmp_path / "b", progress=False, overwrite=True)
+    assert len(list((tmp_path / "b").rglob("*.png"))) == 12
+
+
+def test_class_folders() -> None:
+    assert class_folders(["n01440764", "n02102040"], ["tench", "spaniel"]) == ["n01440764", "n02102040"]
+    assert class_folders(["0", "1"], ["0", "1"]) == ["0", "1"]
+    assert class_folders(["0", "1"], ["T-shirt/top", "Dress"]) == ["T-shirt_top", "Dress"]
+    assert class_folders(["a/b", "../x", "ok"], ["a/b", "../x", "fine"]) == ["a_b", "x", "ok"]
+    assert class_folders(["a/b", "A_b"], ["a/b", "A_b"]) == ["a_b_0", "A_b_1"]
+    assert class_folders(["???", "con"], ["???", "con"]) == ["class_0", "con_"]
+    assert class_folders([".hidden", "x" * 300], [".hidden", "long"]) == ["hidden", "long"]
+    for names in (NAMES, ["a/b c", "Ünï/code", "x:y*z"]):
+        ids = [str(i) for i in range(len(names))]
+        folders = class_folders(ids, names)
+        assert match_classes(ids, names, folders, folders).tolist() == list(range(len(names)))
