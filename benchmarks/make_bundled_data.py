@@ -23,9 +23,7 @@ PER_CLASS = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("idx_folder", nargs="?", default="/usr/share/datasets/fashion-mnist")
     target = Path(__file__).resolve().parent.parent / "glem_augment" / "bundled" / "data"
     parser.add_argument("--out", type=Path, default=target)

@@ -27,9 +27,7 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
     if not inside:
         if high < math.inf:
             raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
-        raise ValueError(
-            f"{name} must be finite and {'above' if open_low else 'at least'} {low:g}, got {value!r}"
-        )
+        raise ValueError(f"{name} must be finite and {'above' if open_low else 'at least'} {low:g}, got {value!r}")
     return float(value)
 
 
@@ -77,8 +75,7 @@ def check_class_map(
             raise ValueError(f"class_map has data class {key}, allowed are 0 to {total - 1}")
         if value is not None and not -1 <= value < flow_classes:
             raise ValueError(
-                f"class_map maps class {key} to flow class {value}; allowed are 0 to {flow_classes - 1}, "
-                "-1 and None"
+                f"class_map maps class {key} to flow class {value}; allowed are 0 to {flow_classes - 1}, -1 and None"
             )
         table[key] = -1 if value is None else int(value)
     if max(table) < 0:

@@ -61,18 +61,12 @@ def _slug(text: str) -> str:
     return slug if not slug or _safe(slug) else f"{slug}_"
 
 
-def export_imagefolder(
-    dataset: SyntheticDataset, folder: Path, progress: bool = True, overwrite: bool = False
-) -> Path:
+def export_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool = True, overwrite: bool = False) -> Path:
     """Write folder/<class>/NNNNNN.png and the provenance; see `SyntheticDataset.export`."""
     names = class_folders(dataset.class_ids, dataset.classes)
     _prepare(folder, names, overwrite)
     _check_space(folder, dataset)
-    blocks = [
-        (cls, number)
-        for cls, count in enumerate(dataset.counts)
-        for number in range(-(-count // dataset.block))
-    ]
+    blocks = [(cls, number) for cls, count in enumerate(dataset.counts) for number in range(-(-count // dataset.block))]
     before = dataset.non_finite
     # First, so that an export which was cut off is known as one and may be overwritten.
     write_json(folder / PROVENANCE, _provenance(dataset, names, complete=False))

@@ -37,9 +37,7 @@ class FlowOnDevice:
         return self.source is source and self.directions.device == self.model.device == device
 
 
-def flow_on_device(
-    model: GLEM, device: torch.device, basis: str, modes: int, neighbours: int
-) -> FlowOnDevice:
+def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, neighbours: int) -> FlowOnDevice:
     """The model on `device`, copied if it lives elsewhere, with the top `modes` of a basis: class, near or
     shared.
 
@@ -116,7 +114,5 @@ def class_tables(model: GLEM, class_map: tuple[int, ...] | None, neighbours: int
         kld = model.gaussians.kld_matrix().detach().cpu()
         near = nearest_classes(kld, neighbours, allowed=to_data >= 0)
         if near.shape[1] == 0:
-            raise ValueError(
-                "partner='near' needs a class_map with at least 2 flow classes: use partner='same'"
-            )
+            raise ValueError("partner='near' needs a class_map with at least 2 flow classes: use partner='same'")
     return ClassTables(to_flow, to_data, share, mapped, near, torch.zeros(3, dtype=torch.int64))

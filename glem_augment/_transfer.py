@@ -151,9 +151,7 @@ class PixelAdapter:
         change = decoded - small.flow[rows]
         if not same_channels:
             # Grey change: the same for every channel. RGB change of a grey image: its average.
-            change = (
-                change.expand_as(small.own[rows]) if decoded.shape[1] == 1 else change.mean(1, keepdim=True)
-            )
+            change = change.expand_as(small.own[rows]) if decoded.shape[1] == 1 else change.mean(1, keepdim=True)
         if same_size:
             out = original + change
         elif self.detail == "none":
@@ -177,9 +175,7 @@ class PixelAdapter:
         key = (name, like.device)
         if key not in self._constants:
             values = self.mean if name == "mean" else self.std
-            self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[
-                :, None, None
-            ]
+            self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
         return self._constants[key]
 
     def __getstate__(self) -> dict[str, object]:

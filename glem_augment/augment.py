@@ -102,9 +102,7 @@ class GLEMAugment(nn.Module):
     ) -> None:
         super().__init__()
         if policy == "adversarial":
-            raise ValueError(
-                "policy 'adversarial' is not available in this version; choose 'mixup' or 'noise'"
-            )
+            raise ValueError("policy 'adversarial' is not available in this version; choose 'mixup' or 'noise'")
         check_choice("policy", policy, POLICIES)
         check_choice("basis", basis, BASES)
         check_choice("partner", partner, PARTNERS)
@@ -115,13 +113,9 @@ class GLEMAugment(nn.Module):
         self.strength = check_number("strength", strength, 0.0, math.inf)
         self.margin = check_number("margin", margin, 0.0, math.inf)
         if detail == "mix" and policy != "mixup":
-            raise ValueError(
-                f"detail='mix' needs a partner, which policy {policy!r} has not: use policy='mixup'"
-            )
+            raise ValueError(f"detail='mix' needs a partner, which policy {policy!r} has not: use policy='mixup'")
         if not isinstance(model, GLEM):
-            raise TypeError(
-                f"model must be a GLEM, got {type(model).__name__}: load one with GLEM.from_pretrained"
-            )
+            raise TypeError(f"model must be a GLEM, got {type(model).__name__}: load one with GLEM.from_pretrained")
         self.policy, self.basis, self.partner, self.labels, self.detail = (
             policy,
             basis,
@@ -132,9 +126,7 @@ class GLEMAugment(nn.Module):
         self.modes = modes
         check_modes(model, modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
-            raise ValueError(
-                "partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'"
-            )
+            raise ValueError("partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'")
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)
         self.class_map = check_class_map(class_map, num_classes, model.num_classes)
         self.num_classes = model.num_classes if self.class_map is None else len(self.class_map)
@@ -188,9 +180,7 @@ class GLEMAugment(nn.Module):
         return (x, y) if self.p == 0 else self.apply(x, y, self.draw(x, y))
 
     @torch.no_grad()
-    def draw(
-        self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None
-    ) -> AugmentParams:
+    def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
         """Draw the random parameters of one call.
 
         Args:
@@ -269,9 +259,7 @@ class GLEMAugment(nn.Module):
 
     # ---- the move in the latent space ----------------------------------------------------------------------
 
-    def _change(
-        self, flow: FlowOnDevice, x: Tensor, params: AugmentParams
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _change(self, flow: FlowOnDevice, x: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Changed rows [n, C, H, W] in x's dtype, which to use [n], z' [n, d], share of the move kept [n]."""
         index, own, other = _rows_to_encode(params, len(x))
         images = self.pixels.to_unit(x.index_select(0, index))
@@ -334,9 +322,7 @@ class GLEMAugment(nn.Module):
             return gaussians.mu[cls] + gaussians.variance()[cls].sqrt() * params.eps
         return flow.fitted.sample_from_noise(cls, params.eps)
 
-    def _partners(
-        self, tables: ClassTables, cls: Tensor, cls_all: Tensor, pick: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _partners(self, tables: ClassTables, cls: Tensor, cls_all: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
         """Which batch rows may be partners, bool [n, B], and the class to draw from where none is, [n]."""
         if self.partner == "same":
             return cls_all == cls[:, None], cls
@@ -393,9 +379,7 @@ class GLEMAugment(nn.Module):
                 params.partner_cls == params.cls, own_cls, tables.to_data[params.partner_cls.clamp(min=0)]
             )
             from_batch = (params.source == FROM_BATCH)[:, None]
-            other = torch.where(
-                from_batch, soft[params.partner.clamp(min=0)], swapped(own, own_cls, drawn_cls)
-            )
+            other = torch.where(from_batch, soft[params.partner.clamp(min=0)], swapped(own, own_cls, drawn_cls))
             weight = (1.0 - params.l) * move(share, y.device)
             new = own + weight[:, None].to(own.dtype) * (other - own)
         return soft.index_copy(0, params.rows, torch.where(keep[:, None], new.to(soft.dtype), own))
@@ -466,16 +450,12 @@ class GLEMAugment(nn.Module):
         if not isinstance(y, Tensor):
             raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
         if y.ndim not in (1, 2) or y.shape[0] != batch:
-            raise ValueError(
-                f"y must be int64 [{batch}] or soft [{batch}, {self.num_classes}], got {tuple(y.shape)}"
-            )
+            raise ValueError(f"y must be int64 [{batch}] or soft [{batch}, {self.num_classes}], got {tuple(y.shape)}")
         if y.ndim == 2:
             if not y.is_floating_point():
                 raise TypeError(f"soft labels must be floating point, got {y.dtype}")
             if y.shape[1] != self.num_classes:
-                raise ValueError(
-                    f"soft labels have {y.shape[1]} classes, not {self.num_classes}: give class_map"
-                )
+                raise ValueError(f"soft labels have {y.shape[1]} classes, not {self.num_classes}: give class_map")
             return
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise TypeError(f"labels must be integers (int64), got {y.dtype}")

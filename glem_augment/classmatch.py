@@ -44,9 +44,7 @@ def match_classes(
     data = _Side(data_ids, data_names)
     if isinstance(class_map, str):
         if class_map != "order":
-            raise ClassMismatchError(
-                f"class_map must be None, 'order' or a mapping of names, got {class_map!r}"
-            )
+            raise ClassMismatchError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
         if len(flow) != len(data):
             raise ClassMismatchError(
                 f"class_map='order' needs equally many classes: the data has {len(data)}, the flow "
@@ -54,21 +52,15 @@ def match_classes(
             )
         return np.arange(len(data), dtype=np.int64)
     if class_map is not None and not isinstance(class_map, Mapping):
-        raise TypeError(
-            f"class_map must be None, 'order' or a mapping of names, got {type(class_map).__name__}"
-        )
+        raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {type(class_map).__name__}")
 
     found: list[int | None] = [None] * len(data)
     for source, target in (class_map or {}).items():
         i, j = data.find(str(source)), flow.find(str(target))
         if i is None:
-            raise ClassMismatchError(
-                f"class_map names {source!r}, not a class of the data. {data.listing('The data')}"
-            )
+            raise ClassMismatchError(f"class_map names {source!r}, not a class of the data. {data.listing('The data')}")
         if j is None:
-            raise ClassMismatchError(
-                f"class_map names {target!r}, not a class of the flow. {flow.listing('The flow')}"
-            )
+            raise ClassMismatchError(f"class_map names {target!r}, not a class of the flow. {flow.listing('The flow')}")
         if found[i] not in (None, j):
             raise ClassMismatchError(f"class_map maps the data's class {data.names[i]!r} twice")
         found[i] = j

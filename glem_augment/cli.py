@@ -41,9 +41,7 @@ GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 130
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``glem`` with all its commands; each sets ``run`` to a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(
-        prog="glem", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="glem", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for command in COMMANDS:

@@ -68,9 +68,7 @@ class GLEMConfig:
             if not (good and all(isinstance(v, int | float) and 0 < v < 1e6 for v in self.psi)):
                 raise ModelFileError(f"psi must be three positive numbers or null, got {self.psi!r}")
             self.psi = tuple(float(v) for v in self.psi)
-        if self.modes_rank is not None and not (
-            type(self.modes_rank) is int and 1 <= self.modes_rank <= MAX_MODES
-        ):
+        if self.modes_rank is not None and not (type(self.modes_rank) is int and 1 <= self.modes_rank <= MAX_MODES):
             raise ModelFileError(f"modes_rank must be from 1 to {MAX_MODES} or null, got {self.modes_rank!r}")
         if not isinstance(self.training, dict):
             raise ModelFileError(f"training must be a table, got {type(self.training).__name__}")

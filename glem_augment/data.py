@@ -223,9 +223,7 @@ class ImageData(Dataset):
             return self._loaded_batches(chosen, batch_size, workers)
         return self._cached_batches(chosen, batch_size)
 
-    def _cached_batches(
-        self, chosen: np.ndarray, batch_size: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _cached_batches(self, chosen: np.ndarray, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if self._tensor is not None:
             pixels, rows = self._tensor, torch.from_numpy(chosen)
         else:
@@ -351,8 +349,7 @@ def _check_targets(y: torch.Tensor | np.ndarray | Sequence[int], count: int, num
         raise TypeError(f"labels must be integers, got {targets.dtype}")
     if targets.size and (targets.min() < 0 or targets.max() >= num_classes):
         raise DataError(
-            f"labels must lie in 0..{num_classes - 1} for {num_classes} classes, got "
-            f"{targets.min()}..{targets.max()}"
+            f"labels must lie in 0..{num_classes - 1} for {num_classes} classes, got {targets.min()}..{targets.max()}"
         )
     return np.ascontiguousarray(targets, dtype=np.int64)
 

@@ -80,9 +80,7 @@ class Source(ABC):
 class FolderSource(Source):
     """Image files on disk."""
 
-    def __init__(
-        self, paths: list[str], classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray
-    ):
+    def __init__(self, paths: list[str], classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
         super().__init__(classes, class_ids, targets)
         self.paths = paths
 
@@ -219,9 +217,7 @@ def _class_names(class_ids: list[str]) -> list[str]:
         return list(class_ids)
     names = [info.label_name_to_description(name).split(",")[0] for name in class_ids]
     # "crane" and "maillot" each name two classes of ImageNet-1k.
-    return [
-        f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, class_ids, strict=True)
-    ]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, class_ids, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- idx

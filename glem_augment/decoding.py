@@ -49,9 +49,7 @@ def _check_depth(image: Image.Image, where: str) -> None:
         DataError: naming ``where``.
     """
     if image.mode in _DEEP_MODES:
-        raise DataError(
-            f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits"
-        )
+        raise DataError(f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits")
 
 
 def _unreadable(source: Source, index: int, error: Exception) -> DataError:
@@ -59,9 +57,7 @@ def _unreadable(source: Source, index: int, error: Exception) -> DataError:
     where = source.where(index)
     if os.path.isfile(where) and os.path.getsize(where) == 0:
         return DataError(f"{where} is an empty file; remove or replace it")
-    return DataError(
-        f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it"
-    )
+    return DataError(f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it")
 
 
 def probe(source: Source, index: int) -> tuple[str, tuple[int, int]]:

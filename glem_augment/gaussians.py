@@ -10,6 +10,30 @@ from torch import Tensor, nn
 from glem_augment.kld import kld_class_sums, kld_matrix, kld_pair_sum
 
 
+class _Psi(torch.autograd.Function):
+    """``a * sigmoid(b * s) + c``, keeping nothing but its result: K x d is the large tensor here."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, a: float, b: float, c: float) -> Tensor:
+        variance = (b * s).sigmoid_().mul_(a).add_(c)
+        ctx.save_for_backward(variance)
+        ctx.psi = (a, b, c)
+        return variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (variance,) = ctx.saved_tensors
+        a, b, c = ctx.psi
+        result = torch.empty_like(variance)
+        # psi' = b (psi - c) (1 - (psi - c) / a); in blocks of rows, so that no second K x d temporary is made.
+        for out, value, upstream in zip(*(t.split(64) for t in (result, variance, grad)), strict=True):
+            above = value - c
+            torch.addcmul(above, above, above, value=-1 / a, out=out)
+            out.mul_(b).mul_(upstream)
+        return result, None, None, None
+
+
 class ClassGaussians(nn.Module):
     """``N(mu_y, diag(sigma_y^2))`` for K classes in d dimensions.
 
@@ -63,12 +87,11 @@ class ClassGaussians(nn.Module):
         """sigma^2 [K, d]; differentiable with respect to ``s``."""
         if self.psi is None:
             return self.s.clamp_min(0.1 * self.initial_variance)
-        a, b, c = self.psi
-        return a * torch.sigmoid(b * self.s) + c
+        return _Psi.apply(self.s, *self.psi)
 
     @torch.no_grad()
     def set_variance(self, variance: Tensor, rows: Tensor | slice = slice(None)) -> None:
-        """Set the parameters of ``rows`` so that ``variance()`` comes as close to ``variance`` [.., d] as psi allows."""
+        """Set ``rows`` so that ``variance()`` comes as close to ``variance`` [.., d] as psi allows."""
         if self.psi is None:
             self.s[rows] = variance.to(self.s).clamp_min(0.1 * self.initial_variance)
             return
@@ -125,9 +148,7 @@ class ClassGaussians(nn.Module):
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""
         var = self.variance()[y]
-        return -0.5 * ((z - self.mu[y]).square() / var + var.log()).sum(1) - 0.5 * self.dim * math.log(
-            2 * math.pi
-        )
+        return -0.5 * ((z - self.mu[y]).square() / var + var.log()).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
 
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """``z = mu_y + temperature * sigma_y * eps``.

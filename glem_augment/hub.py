@@ -36,9 +36,7 @@ def locate(name: str | Path) -> Path:
     if text.startswith("bundled:"):
         wanted = text.removeprefix("bundled:")
         if wanted not in bundled_models():
-            raise ModelFileError(
-                f"no bundled model {wanted!r}; bundled are: {', '.join(bundled_models()) or 'none'}"
-            )
+            raise ModelFileError(f"no bundled model {wanted!r}; bundled are: {', '.join(bundled_models()) or 'none'}")
         folder = Path(str(resources.files("glem_augment") / "bundled" / "models" / wanted))
     else:
         folder = Path(text).expanduser()
@@ -68,16 +66,12 @@ def read_config(folder: Path) -> GLEMConfig:
     path = folder / CONFIG
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelFileError(
-                f"{path} has {path.stat().st_size} bytes, more than a model's config can need"
-            )
+            raise ModelFileError(f"{path} has {path.stat().st_size} bytes, more than a model's config can need")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
-        raise ModelFileError(
-            f"{path} can't be read as JSON: {error}; download or save the model again"
-        ) from None
+        raise ModelFileError(f"{path} can't be read as JSON: {error}; download or save the model again") from None
     try:
         return GLEMConfig.from_dict(values)
     except ModelFileError as error:
@@ -114,9 +108,7 @@ def read_weights(folder: Path, expected: dict[str, torch.Size]) -> dict[str, Ten
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ModelFileError):
             raise
-        raise ModelFileError(
-            f"{path} can't be read: {error}; it is truncated or no safetensors file"
-        ) from None
+        raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
     for name, tensor in state.items():
         if kinds[name] in _FLOATS and not bool(torch.isfinite(tensor).all()):
             raise ModelFileError(f"{path}: {name} holds values that are not finite")

@@ -11,12 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# float64 working memory of one slice stays near K * 512 * 8 bytes per temporary.
-_SLICE = 512
+# float64 working memory of one slice stays near K * 256 * 8 bytes per temporary.
+_SLICE = 256
 
 
 def _slices(d: int) -> range:
     return range(0, d, _SLICE)
+
+
+def _centred(mu: Tensor, start: int) -> Tensor:
+    """One slice of the means in float64, with mean zero over the classes: fewer digits cancel."""
+    m = _copied(mu, start)
+    return m.sub_(m.mean(0))
+
+
+def _copied(x: Tensor, start: int) -> Tensor:
+    """One slice in float64, always a copy: the callers work in place."""
+    return x[:, start : start + _SLICE].to(torch.float64, copy=True)
 
 
 @torch.no_grad()
@@ -32,8 +43,7 @@ def kld_class_sums(mu: Tensor, var: Tensor) -> Tensor:
     k, d = mu.shape
     out = torch.zeros(k, dtype=torch.float64, device=mu.device)
     for start in _slices(d):
-        m = mu[:, start : start + _SLICE].double()
-        m = m - m.mean(0)
+        m = _centred(mu, start)
         s = var[:, start : start + _SLICE].double()
         inverse = 1 / s
         w, wm, wmm = inverse.sum(0), (m * inverse).sum(0), (m * m * inverse).sum(0)
@@ -44,28 +54,44 @@ def kld_class_sums(mu: Tensor, var: Tensor) -> Tensor:
 
 
 class _PairSum(torch.autograd.Function):
+    """Summed over all ordered pairs the logarithms cancel, and with centred means (sum_y mu_y = 0) what is left is, per
+    dimension, ``1/2 [ (sum s + sum mu^2) (sum 1/s) + K sum mu^2/s - K^2 ]``."""
+
     @staticmethod
     def forward(ctx, mu: Tensor, var: Tensor) -> Tensor:
         ctx.save_for_backward(mu, var)
-        return kld_class_sums(mu, var).sum().to(mu.dtype)
+        k, d = mu.shape
+        total = torch.zeros((), dtype=torch.float64, device=mu.device)
+        for start in _slices(d):
+            m, s = _centred(mu, start), _copied(var, start)
+            spread = s.sum(0)
+            inverse = s.reciprocal_()
+            square = m.square_()
+            spread += square.sum(0)
+            terms = spread.mul_(inverse.sum(0)).add_(square.mul_(inverse).sum(0), alpha=k).sub_(k * k)
+            total += terms.sum()
+        return total.mul_(0.5).to(mu.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
         mu, var = ctx.saved_tensors
         k, d = mu.shape
+        g = g.double()
         grad_mu, grad_var = torch.empty_like(mu), torch.empty_like(var)
         for start in _slices(d):
             part = slice(start, start + _SLICE)
-            m = mu[:, part].double()
-            m = m - m.mean(0)
-            s = var[:, part].double()
-            inverse = 1 / s
-            # Centred means sum to zero, so that sum_y' (mu_y - mu_y') = K mu_y.
-            w, wm = inverse.sum(0), (m * inverse).sum(0)
-            total = s.sum(0) + (m * m).sum(0)
-            grad_mu[:, part] = g * (m * w - wm + k * m * inverse)
-            grad_var[:, part] = g * 0.5 * (w - (total + k * m * m) * inverse * inverse)
+            m, s = _centred(mu, start), _copied(var, start)
+            spread = s.sum(0)
+            inverse = s.reciprocal_()
+            scaled = m * inverse
+            w, wm = inverse.sum(0), scaled.sum(0)
+            # d/dmu_y = sum_y' (mu_y - mu_y') (1/s_y' + 1/s_y)
+            grad_mu[:, part] = scaled.mul_(k).add_(m * w).sub_(wm).mul_(g)
+            # d/ds_y = 1/2 [ sum_y' 1/s_y' - sum_y' (s_y' + (mu_y - mu_y')^2) / s_y^2 ]
+            square = m.square_()
+            spread += square.sum(0)
+            grad_var[:, part] = square.mul_(k).add_(spread).mul_(inverse.square_()).neg_().add_(w).mul_(0.5 * g)
         return grad_mu, grad_var
 
 

@@ -216,18 +216,14 @@ class GLEM(nn.Module):
         z, logdet = self.encode(x, self._noise(generator))
         return self.gaussians.log_prob(z) + logdet[:, None]
 
-    def log_prob(
-        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes when ``y`` is None: [B] nats per image."""
         z, logdet = self.encode(x, self._noise(generator))
         if y is None:
             return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
         return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
 
-    def bits_per_dim(
-        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """-log_prob / (d ln 2): [B]."""
         return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
 
@@ -236,14 +232,8 @@ class GLEM(nn.Module):
         scores = self.gaussians.log_prob(z)
         if prior is not None:
             prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
-            if (
-                prior.shape != (self.num_classes,)
-                or not bool((prior >= 0).all())
-                or not bool(prior.sum() > 0)
-            ):
-                raise ValueError(
-                    f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}"
-                )
+            if prior.shape != (self.num_classes,) or not bool((prior >= 0).all()) or not bool(prior.sum() > 0):
+                raise ValueError(f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}")
             scores = scores + prior.log()
         return torch.softmax(scores, 1)
 
@@ -262,11 +252,7 @@ class GLEM(nn.Module):
         if y.ndim != 1 or y.is_floating_point() or (batch is not None and y.shape[0] != batch):
             want = "[B]" if batch is None else f"[{batch}]"
             raise ValueError(f"labels must be whole numbers of shape {want}, got {y.dtype} {list(y.shape)}")
-        if (
-            y.device.type == "cpu"
-            and y.numel()
-            and not (0 <= int(y.min()) and int(y.max()) < self.num_classes)
-        ):
+        if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) < self.num_classes):
             raise ClassMismatchError(
                 f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the flow has classes 0 to "
                 f"{self.num_classes - 1} ({', '.join(self.classes[:5])}{', ...' if self.num_classes > 5 else ''})"
@@ -358,9 +344,7 @@ class GLEM(nn.Module):
         if isinstance(data, tuple):
             data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
         if tuple(data.image_shape) != self.image_shape:
-            raise DataError(
-                f"{data.name} has images of {data.image_shape}, the flow takes {self.image_shape}"
-            )
+            raise DataError(f"{data.name} has images of {data.image_shape}, the flow takes {self.image_shape}")
         flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
         targets = torch.as_tensor(flow_index)[torch.as_tensor(data.targets)]
 

@@ -236,9 +236,7 @@ class ClassModes(nn.Module):
         return self.sample_from_noise(y.to(device), noise, temperature)
 
 
-def fit_class_modes(
-    latents_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int
-) -> ClassModes:
+def fit_class_modes(latents_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int) -> ClassModes:
     """Means, principal modes and diagonal rest of every class, one class in memory at a time.
 
     Covariances are unbiased (n - 1) and computed in float64. A class keeps min(rank, n - 1, d) modes, fewer
@@ -282,9 +280,7 @@ def fit_class_modes(
         mean = x.mean(dim=0)
         x = x - mean
         if not bool(torch.isfinite(x).all()):
-            raise DataError(
-                f"class {y} has latents that are not finite: check the flow with model.check_invertibility"
-            )
+            raise DataError(f"class {y} has latents that are not finite: check the flow with model.check_invertibility")
         directions, scales = _modes_of_rows(x[None] / (count - 1) ** 0.5, handed)
         directions, scales = directions[0], scales[0]
         kept_v, kept_s = directions[:rank], scales[:rank]

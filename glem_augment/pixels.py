@@ -40,9 +40,7 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
     if x.dtype == torch.uint8:
         level = (x >> (8 - bits)).to(dtype)
         if generator is not None:
-            noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype).to(
-                x.device
-            )
+            noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
             return (level + noise) * 2.0**-bits - 0.5
     else:
         level = x.to(dtype) * (2**bits - 1)

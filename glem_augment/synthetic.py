@@ -68,9 +68,7 @@ class SyntheticDataset(Dataset):
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if not isinstance(model, GLEM):
-            raise TypeError(
-                f"model must be a GLEM, got {type(model).__name__}: load one with GLEM.from_pretrained"
-            )
+            raise TypeError(f"model must be a GLEM, got {type(model).__name__}: load one with GLEM.from_pretrained")
         self.per_class = _whole("per_class", per_class, 1)
         self.seed = _whole("seed", seed, 0)
         self.block = _whole("block", block, 1)
@@ -247,8 +245,7 @@ class SyntheticDataset(Dataset):
     def _check_pil(self) -> None:
         if self.image_shape[0] not in (1, 3):
             raise ValueError(
-                f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: "
-                "use images(indices) for tensors"
+                f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices) for tensors"
             )
 
 

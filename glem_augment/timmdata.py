@@ -114,9 +114,7 @@ def timm_source(
     except DataError:
         raise
     except (Exception, SystemExit) as error:
-        raise DataError(
-            f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {error}") from error
 
     return source or _streamed(dataset, spec, limit_bytes, shrink)
 
@@ -186,14 +184,10 @@ def _streamed(
     except DataError:
         raise
     except Exception as error:
-        raise DataError(
-            f"{spec!r}: reading image {len(images)} failed: {type(error).__name__}: {error}"
-        ) from error
+        raise DataError(f"{spec!r}: reading image {len(images)} failed: {type(error).__name__}: {error}") from error
     expected = getattr(reader, "num_samples", 0) or 0
     if len(images) < expected:  # timm logs samples that it cannot decode, and goes on without them
-        raise DataError(
-            f"{spec!r}: only {len(images)} of {expected} images could be read; see timm's warnings"
-        )
+        raise DataError(f"{spec!r}: only {len(images)} of {expected} images could be read; see timm's warnings")
     targets = np.asarray(labels)
     _check_labels(targets)
     class_to_idx = getattr(reader, "class_to_idx", None) or {}

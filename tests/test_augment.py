@@ -22,9 +22,7 @@ def images(n: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
     return torch.randint(60, 196, (n, channels, size, size), generator=g, dtype=torch.uint8)
 
 
-def make_model(
-    shape: tuple[int, int, int] = SHAPE, classes: list[str] = CLASSES, per_class: int = 80
-) -> GLEM:
+def make_model(shape: tuple[int, int, int] = SHAPE, classes: list[str] = CLASSES, per_class: int = 80) -> GLEM:
     """The linear control (z = x - 1/2) with modes of random images; class means 0.1 to 0.7 apart."""
     model = GLEM.create("identity", shape, classes=classes)
     y = torch.arange(len(classes)).repeat_interleave(per_class)
@@ -180,11 +178,7 @@ def test_selection_and_mixing_weights_follow_their_laws(model: GLEM) -> None:
     assert params.l.min() >= 0.5 and params.l.max() <= 1.0
     assert abs(float(params.l.mean()) - 0.75) < 0.01  # uniform on [1/2, 1]
     for alpha in (1e-6, 0.4, 50.0):
-        lam = (
-            GLEMAugment(model, p=1.0, partner="gaussian", alpha=alpha, seed=0)
-            .draw((2000, *SHAPE), y[:2000])
-            .l
-        )
+        lam = GLEMAugment(model, p=1.0, partner="gaussian", alpha=alpha, seed=0).draw((2000, *SHAPE), y[:2000]).l
         law = torch.distributions.Beta(alpha, alpha).sample((20_000,)) if alpha > 1e-3 else torch.ones(1)
         assert abs(float(lam.mean() - torch.maximum(law, 1 - law).mean())) < 0.01
 
@@ -282,9 +276,7 @@ def test_drawn_partners_come_from_their_law(model: GLEM, partner: str) -> None:
         mean, variance = model.gaussians.mu[2].detach(), model.gaussians.variance()[2].detach()
     else:
         mean = model.modes.mean[2]
-        variance = (model.modes.scales[2, :, None] * model.modes.directions[2]).square().sum(
-            0
-        ) + model.modes.rest[2]
+        variance = (model.modes.scales[2, :, None] * model.modes.directions[2]).square().sum(0) + model.modes.rest[2]
     assert torch.allclose(drawn.mean(0), mean, atol=6 * float(variance.max() / n) ** 0.5)
     assert torch.allclose(drawn.var(0) / variance, torch.ones(64), atol=0.15)
     out = model.encode(aug.apply(x, y, params[0])[0])[0]
@@ -320,9 +312,7 @@ def test_chunked_gathering_changes_nothing(model: GLEM, monkeypatch: pytest.Monk
             assert torch.allclose(GLEMAugment(model, p=1.0, policy=policy, seed=0)(x, y)[0], whole, atol=1e-6)
 
 
-def test_only_selected_rows_and_their_partners_are_encoded(
-    model: GLEM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, int] = {}
     encode, decode = GLEM.encode, GLEM.decode
     monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: sizes.update(encode=len(x)) or encode(m, x, *a))
@@ -468,9 +458,7 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
     assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
     assert target[~absent][:, [1, 3]].eq(0).all() and torch.allclose(target.sum(1), torch.ones(20))
     assert aug.stats == {"selected": 20, "replaced": 0, "unmapped": 8, "invalid": 0}
-    posterior = GLEMAugment(model, p=1.0, policy="noise", labels="posterior", class_map=given, seed=0)(x, y)[
-        1
-    ]
+    posterior = GLEMAugment(model, p=1.0, policy="noise", labels="posterior", class_map=given, seed=0)(x, y)[1]
     assert torch.allclose(posterior.sum(1), torch.ones(20), atol=1e-5)
     assert posterior[~absent][:, [1, 3]].eq(0).all()
 
@@ -479,9 +467,7 @@ def test_data_classes_that_share_a_flow_class_share_its_probability(model: GLEM)
     aug = GLEMAugment(model, p=1.0, policy="noise", labels="posterior", class_map=[0, 1, 2, 3, 3], seed=0)
     x = images(5) / 255
     target = aug(x, torch.arange(5))[1]
-    assert torch.allclose(target[:, 3], target[:, 4]) and torch.allclose(
-        target.sum(1), torch.ones(5), atol=1e-5
-    )
+    assert torch.allclose(target[:, 3], target[:, 4]) and torch.allclose(target.sum(1), torch.ones(5), atol=1e-5)
     assert aug.draw(x, torch.arange(5)).cls.tolist() == [0, 1, 2, 3, 3]
 
 
@@ -549,9 +535,7 @@ def test_normalised_input(dtype: torch.dtype) -> None:
     plain, _ = GLEMAugment(own, p=1.0, seed=0)(x, y)
     out, _ = GLEMAugment(own, p=1.0, seed=0, mean=mean, std=std)(((x - m) / s).to(dtype), y)
     assert out.dtype == dtype
-    assert torch.allclose(
-        out.float() * s + m, plain, atol={torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 2e-2)
-    )
+    assert torch.allclose(out.float() * s + m, plain, atol={torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 2e-2))
     scalar, _ = GLEMAugment(own, p=1.0, seed=0, mean=0.5, std=0.5)(x * 2 - 1, y)
     assert torch.allclose(scalar / 2 + 0.5, plain, atol=1e-5)
 

@@ -204,9 +204,7 @@ def test_mixed_sizes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="100.png is 8x9 .*image_size"):
         open_data(tmp_path, cache_bytes=10)
     png(tmp_path / "b" / "0.png", (5, 5))
-    with pytest.raises(
-        DataError, match="different sizes: .*000.png is 8x8, .*b.0.png is 5x5; give image_size"
-    ):
+    with pytest.raises(DataError, match="different sizes: .*000.png is 8x8, .*b.0.png is 5x5; give image_size"):
         open_data(tmp_path)
     assert open_data(tmp_path, image_size=4).image_shape == (3, 4, 4)
 
@@ -365,9 +363,7 @@ def test_webdataset(image_folder: Path, tmp_path: Path) -> None:
     split = {"name": "train", "num_samples": 12, "filenames": ["part-0.tar"], "shard_lengths": [12]}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
     data = open_data(f"wds/@{tmp_path}")
-    assert (
-        torch.equal(data.tensor(), reference.tensor()) and data.targets.tolist() == reference.targets.tolist()
-    )
+    assert torch.equal(data.tensor(), reference.tensor()) and data.targets.tolist() == reference.targets.tolist()
     assert open_data(f"wds/@{tmp_path}", image_size=4).image_shape == (3, 4, 4)
     with pytest.raises(DataError, match="does not fit"):
         open_data(f"wds/@{tmp_path}", cache_bytes=500)

@@ -104,9 +104,7 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     with atomic_write(tmp_path / "a.bin"):
         pass
-    assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "plain").stat().st_mode
-    )
+    assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_json_refuses_what_others_cannot_read(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[torch.Tenso
         mix = torch.linalg.qr(torch.randn(dim, dim, generator=g, dtype=torch.float64)).Q
         scale = 0.8 ** torch.arange(dim, dtype=torch.float64)
         out.append(
-            torch.randn(n, dim, generator=g, dtype=torch.float64) * scale @ mix
-            + torch.randn(1, dim, generator=g)
+            torch.randn(n, dim, generator=g, dtype=torch.float64) * scale @ mix + torch.randn(1, dim, generator=g)
         )
     return out
 
@@ -38,9 +37,7 @@ def test_modes_equal_the_eigenvectors_of_the_covariance(count: int) -> None:
         top, v = values.flip(0)[:6], vectors.flip(1).T[:6]
         assert torch.allclose(modes.mean[y].double(), z.mean(0), atol=1e-6)
         assert torch.allclose(modes.scales[y].double() ** 2, top, rtol=1e-5, atol=1e-7)
-        assert torch.allclose(
-            (modes.directions[y].double() * v).sum(1).abs(), torch.ones(6).double(), atol=1e-5
-        )
+        assert torch.allclose((modes.directions[y].double() * v).sum(1).abs(), torch.ones(6).double(), atol=1e-5)
         # mean + V diag(s^2) V^T + diag(rest) has the exact variance of every dimension
         total = covariance(modes, y).diagonal() + modes.rest[y].double()
         assert torch.allclose(total, cov.diagonal(), rtol=1e-4, atol=2 * REST_FLOOR)
@@ -87,9 +84,7 @@ def test_merging_many_classes_keeps_the_shared_modes() -> None:
     latents = make_latents([40] * 30, dim=200)  # enough rows for the pooled factor to be cut several times
     modes = fit_class_modes(lambda y: latents[y], 30, rank=4, dim=200)
     pooled = sum(torch.cov(z.T) for z in latents) / 30
-    assert torch.allclose(
-        modes.shared_scales.double() ** 2, torch.linalg.eigvalsh(pooled).flip(0)[:4], rtol=1e-3
-    )
+    assert torch.allclose(modes.shared_scales.double() ** 2, torch.linalg.eigvalsh(pooled).flip(0)[:4], rtol=1e-3)
 
 
 def test_large_problems_use_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,7 @@ def model() -> GLEM:
 
 def test_it_looks_like_a_torchvision_data_set(model: GLEM) -> None:
     data = SyntheticDataset(model, per_class=5)
-    assert (
-        len(data) == 15 and data.classes == NAMES and data.class_to_idx == {n: i for i, n in enumerate(NAMES)}
-    )
+    assert len(data) == 15 and data.classes == NAMES and data.class_to_idx == {n: i for i, n in enumerate(NAMES)}
     assert data.targets == [0] * 5 + [1] * 5 + [2] * 5
     image, label = data[7]
     assert isinstance(image, Image.Image) and image.mode == "L" and image.size == (8, 8) and label == 1
@@ -66,9 +64,7 @@ def test_a_latent_depends_on_seed_class_and_place_alone(model: GLEM, source: str
     more = SyntheticDataset(model, per_class=100, seed=3, source=source, block=7)
     for c in range(3):
         assert torch.equal(more.latents(range(100 * c, 100 * c + 40)), z[40 * c : 40 * c + 40])
-    assert not torch.equal(
-        SyntheticDataset(model, per_class=40, seed=4, source=source).latents(range(120)), z
-    )
+    assert not torch.equal(SyntheticDataset(model, per_class=40, seed=4, source=source).latents(range(120)), z)
     # nothing is drawn twice: classes, blocks and seeds have noise of their own
     spread = (z.reshape(3, 40, -1) - z.reshape(3, 40, -1).mean(1, keepdim=True)).flatten(0, 1)
     correlation = torch.corrcoef(spread) - torch.eye(120)
@@ -88,9 +84,7 @@ def test_latents_have_the_law_of_the_class(model: GLEM) -> None:
     modes = model.modes
     total = (modes.scales[0, :, None] * modes.directions[0]).square().sum(0) + modes.rest[0]
     assert torch.allclose(full.var(0), total, rtol=0.15)
-    assert torch.equal(
-        SyntheticDataset(model, per_class=2, temperature=0.0).latents([0, 1])[0], model.gaussians.mu[0]
-    )
+    assert torch.equal(SyntheticDataset(model, per_class=2, temperature=0.0).latents([0, 1])[0], model.gaussians.mu[0])
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**28])
@@ -110,9 +104,7 @@ def test_images_are_the_same_in_any_order(model: GLEM, cache_bytes: int) -> None
     assert (decoded * 255 - whole[:4]).abs().max() <= 0.5 + 1e-3
 
 
-def test_blocks_are_decoded_once_and_the_cache_is_bounded(
-    model: GLEM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_are_decoded_once_and_the_cache_is_bounded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     decode = GLEM.decode
     monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: calls.append(len(z)) or decode(m, z, **k))
@@ -232,11 +224,7 @@ def test_export_opens_as_an_image_folder(model: GLEM, tmp_path: Path) -> None:
         assert image.mode == "L" and np.array_equal(np.asarray(image), data.images([item])[0, 0])
     told = json.loads((folder / "glem-provenance.json").read_text())
     assert told["synthetic"] is True and told["complete"] is True and told["count"] == 21
-    assert (
-        told["settings"]["seed"] == 2
-        and told["settings"]["per_class"] == 7
-        and told["images_not_finite"] == 0
-    )
+    assert told["settings"]["seed"] == 2 and told["settings"]["per_class"] == 7 and told["images_not_finite"] == 0
     assert told["model"]["class_names"] == NAMES and told["classes"][0]["folder"] == "T-shirt_top"
 
 

@@ -57,9 +57,7 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--threads", type=whole(1), metavar="N", help="CPU threads (default: PyTorch's choice)"
-    )
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
 def whole(low: int) -> Callable[[str], int]:
@@ -130,9 +128,7 @@ def open_for(
         FileNotFoundError, DataError, ClassMismatchError: see ``open_data`` and ``match_classes``.
     """
     channels, height, width = model.image_shape
-    data = open_data(
-        spec, split, image_size=(height, width), channels=channels if channels in (1, 3) else None
-    )
+    data = open_data(spec, split, image_size=(height, width), channels=channels if channels in (1, 3) else None)
     match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
 

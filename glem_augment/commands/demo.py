@@ -20,9 +20,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(
-        subparsers, "demo", "the whole job on bundled images, in minutes", DESCRIPTION, EXAMPLES, run
-    )
+    parser = new_parser(subparsers, "demo", "the whole job on bundled images, in minutes", DESCRIPTION, EXAMPLES, run)
     parser.add_argument(
         "--out", default="demo-out", metavar="DIR", help="folder for the results (default: %(default)s)"
     )

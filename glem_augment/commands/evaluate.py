@@ -57,9 +57,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", default="test", help="of the data (default: %(default)s)")
-    parser.add_argument(
-        "--batch-size", type=whole(1), default=256, metavar="N", help="images (default: %(default)s)"
-    )
+    parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="use N images, evenly spread over the data")
     parser.add_argument(
         "--class-map",
@@ -186,9 +184,7 @@ def _together(trips: list[tuple[int, dict[str, float]]], dim: int) -> dict[str, 
         return None
     images = sum(n for n, _ in trips)
     finite_pixels = sum(n * dim * (1 - part["non_finite"]) for n, part in trips)
-    error = sum(
-        n * dim * (1 - part["non_finite"]) * part["mean_error"] for n, part in trips if part["non_finite"] < 1
-    )
+    error = sum(n * dim * (1 - part["non_finite"]) * part["mean_error"] for n, part in trips if part["non_finite"] < 1)
     return {
         "images": images,
         "max_error": max(part["max_error"] for _, part in trips),

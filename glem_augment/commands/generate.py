@@ -38,9 +38,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(
-        subparsers, "generate", "draw a synthetic data set from a flow", DESCRIPTION, EXAMPLES, run
-    )
+    parser = new_parser(subparsers, "generate", "draw a synthetic data set from a flow", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--per-class", type=whole(1), required=True, metavar="N", help="images of each class")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
@@ -119,9 +117,7 @@ class _SomeClasses(SyntheticDataset):
     """Some classes of a SyntheticDataset, with the very images that it has for them."""
 
     def __init__(self, full: SyntheticDataset, kept: Sequence[int]) -> None:
-        super().__init__(
-            full.model, full.per_class, full.temperature, full.seed, source=full.source, block=full.block
-        )
+        super().__init__(full.model, full.per_class, full.temperature, full.seed, source=full.source, block=full.block)
         self._full, self._kept = full, list(kept)
         self.classes = [full.classes[i] for i in kept]
         self.class_ids = [full.class_ids[i] for i in kept]

@@ -41,6 +41,8 @@ _VIEW = {"split": "train", "image_size": None, "channels": None}
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "train", "fit a flow to your images", DESCRIPTION, EXAMPLES, run)
+    # All the flags would fill half a screen before the first word of help.
+    parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
     parser.add_argument(
@@ -72,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
     device, out = pick_device(args.device), Path(args.out).expanduser()
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
-        settings = {**checked(read_table(args.config, "--config"), args.config), **settings}
+        settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
     if args.resume:
         # Before the data is opened: "nothing to resume" should not take minutes to say.
-        settings = {**load_checkpoint(out)["config"], **settings}
+        settings = _over(load_checkpoint(out)["config"], settings)
         view = {**_earlier_view(out), **view}
     else:
         _refuse_earlier_run(out)
@@ -93,6 +95,14 @@ def run(args: argparse.Namespace) -> int:
     model = trainer.fit()
     print(f"saved {out} after {_duration(time.monotonic() - began)}: {_held_out(model)}")
     return 0
+
+
+def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` over ``base``; the numbers of the flow one by one."""
+    merged = {**base, **settings}
+    if "flow_options" in merged:
+        merged["flow_options"] = {**base.get("flow_options", {}), **settings.get("flow_options", {})}
+    return merged
 
 
 def _size(value: list[int] | None) -> tuple[int, int] | None:
@@ -143,7 +153,10 @@ def summary(trainer: Trainer, data: ImageData) -> str:
     channels, height, width = model.image_shape
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     rows = [
-        ("data", f"{data.name}: {len(data)} images, {channels}x{height}x{width}, {len(data.classes)} classes ({names})"),
+        (
+            "data",
+            f"{data.name}: {len(data)} images, {channels}x{height}x{width}, {len(data.classes)} classes ({names})",
+        ),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
         ("flow", f"{config.preset}, {sum(p.numel() for p in model.flow.parameters()):,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from glem_augment.flows.bijection import Bijection
 
-# An element that is (almost) constant in the first batch has (almost) no spread; dividing by it would blow up the first
-# image that uses it. Its spread is taken to be at least this share of its channel's, and never below the absolute floor.
+# An element that is (almost) constant in the first batch has (almost) no spread; dividing by it would blow up the
+# first image that uses it. Its spread is taken to be at least this share of its channel's, and above the floor.
 _MIN_SHARE, _MIN_STD = 0.1, 1e-3
 
 

@@ -11,7 +11,7 @@ squaring; the application to vectors is this library's).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _TOLERANCE = {torch.float32: 2.5e-7, torch.float64: 2e-16}
 _UNROLL_UP_TO = 8
 
 
-@lru_cache(maxsize=None)
+@cache
 def taylor_plan(bound: float, dtype: torch.dtype) -> tuple[int, int]:
     """How to apply exp(S) when ``||S||_inf <= bound``.
 

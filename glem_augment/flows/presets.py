@@ -13,9 +13,7 @@ from glem_augment.flows.subnets import ResidualSubnet
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
     # A CPU trains it in an hour or two at 28x28; two levels, so that 28x28 divides.
-    "mef_tiny": dict(
-        coupling="matexp", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="element", bound=2.0
-    ),
+    "mef_tiny": dict(coupling="matexp", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="element", bound=2.0),
     "mef_small": dict(
         coupling="matexp", depth=[8, 6, 4], blocks=[2, 2, 2], width=[64, 96, 96], actnorm="element", bound=2.0
     ),
@@ -37,9 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         actnorm="element",
         bound=1.0,
     ),
-    "glow_tiny": dict(
-        coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="channel", bound=2.0
-    ),
+    "glow_tiny": dict(coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="channel", bound=2.0),
     "identity": dict(coupling="identity"),
 }
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
@@ -76,9 +72,7 @@ def check_spec(spec: dict[str, Any]) -> None:
         and len(shape) == 3
         and all(isinstance(v, int) and 0 < v <= _LARGEST["side"] for v in shape)
     ):
-        raise ValueError(
-            f"image_shape must be (channels, height, width), each 1 to {_LARGEST['side']}, got {shape!r}"
-        )
+        raise ValueError(f"image_shape must be (channels, height, width), each 1 to {_LARGEST['side']}, got {shape!r}")
     if spec.get("coupling") not in _COUPLINGS:
         raise ValueError(f"coupling must be one of {_COUPLINGS}, got {spec.get('coupling')!r}")
     if spec["coupling"] == "identity":

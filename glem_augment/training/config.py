@@ -26,8 +26,8 @@ class TrainConfig:
 
     ``repulsion="kld"`` combines range-normalised gradients as the authors do,
     ``mean NLL / R_nf - lambda * mean KLD / R_kld`` with ``R = max - min + 0.2 (|max| + |min|)`` over the per-sample
-    NLLs and over the classes' mean KLDs (both R without gradient), so lambda is a ratio of pulls and not the weight of Eq. 5 taken
-    literally, which is unbounded below beyond about 1/2. ``"saturating"`` replaces each pair's KLD by
+    NLLs and over the classes' mean KLDs (both R without gradient), so lambda is a ratio of pulls and not the weight
+    of Eq. 5 taken literally, which is unbounded below beyond about 1/2. ``"saturating"`` replaces each pair's KLD by
     ``t (1 - exp(-KLD / t))``, t = ``saturation`` * d nats, and is bounded for any weight.
 
     Attributes:

@@ -52,9 +52,7 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -
         angle = draw(batch) * math.radians(ROTATION_DEGREES)
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
         aspect = height / width
-        theta = torch.stack(
-            [torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)], 1
-        )
+        theta = torch.stack([torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)], 1)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         y = F.grid_sample(y, grid, mode="bilinear", padding_mode="border", align_corners=False)
     if "jitter" in names:

@@ -99,7 +99,9 @@ def m_step_loss(
     if config.beta:
         # Latents of D_g; in "kld" units the likelihood was divided by R_nf instead of d, so this follows it.
         z, y = torch.cat(statistics.latents), torch.cat(statistics.labels)
-        unit = dim / value_range(float(statistics.nll_low), float(statistics.nll_high)) if config.repulsion == "kld" else 1
+        unit = (
+            dim / value_range(float(statistics.nll_low), float(statistics.nll_high)) if config.repulsion == "kld" else 1
+        )
         loss = loss + config.beta * unit * F.cross_entropy(gaussians.log_prob(z), y).double()
     return loss
 

@@ -172,9 +172,7 @@ class Trainer:
             # Halve at each milestone, but not below min_lr.
             allowed = int(math.log2(max(1.0, config.lr / max(config.min_lr, 1e-12))) + 1e-9)
             halvings = [round(share * self.total_steps) for share in config.milestones][:allowed]
-            scheduler = MultiStepLRScheduler(
-                optimizer, decay_t=halvings, decay_rate=0.5, warmup_prefix=False, **common
-            )
+            scheduler = MultiStepLRScheduler(optimizer, decay_t=halvings, decay_rate=0.5, warmup_prefix=False, **common)
         scheduler.step_update(0)
         return optimizer, scheduler
 

@@ -1,0 +1,68 @@
+"""What every benchmark here shares: the record of machine and versions, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glem_augment import __version__
+from glem_augment.io import atomic_write, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, accelerator and the versions of what was measured."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    packages = ("torch", "torchvision", "timm", "numpy")
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {"glem-augment": __version__, **{name: version(name) for name in packages}},
+    }
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table (%(default)s)")
+    result.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    return result
+
+
+def write_results(folder: Path, name: str, title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write ``name.json`` and ``name.md`` (columns in the first row's order), and print the table."""
+    command = "python " + " ".join(shlex.quote(a) for a in [f"benchmarks/{name}.py", *sys.argv[1:]])
+    record = {"title": title, "command": command, "machine": machine(), **facts, "rows": rows}
+    write_json(folder / f"{name}.json", record)
+    columns = list(rows[0])
+    lines = [f"# {title}", "", f"`{command}`", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    info = record["machine"]
+    lines += ["", f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; "]
+    lines[-1] += ", ".join(f"{key} {value}" for key, value in info["versions"].items()) + "."
+    lines += [f"{key}: {value}" for key, value in facts.items()]
+    text = "\n".join(lines) + "\n"
+    with atomic_write(folder / f"{name}.md", "w") as file:
+        file.write(text)
+    print(text)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,398 @@
+"""The command line from end to end, on tiny data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glem_augment import GLEM, hub
+from glem_augment.cli import build_parser, main
+from glem_augment.commands.settings import KINDS
+from glem_augment.training import TrainConfig
+
+TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
+Output = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flow of one epoch on three classes of 8x8 RGB images; the images lie beside it."""
+    root = tmp_path_factory.mktemp("cli")
+    write_images(root / "images", ("bird", "cat", "dog"), (8, 8), 6)
+    assert main(["train", str(root / "images"), "--out", str(root / "run"), "--epochs", "2", "--quiet", *TINY]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def output(capsys: pytest.CaptureFixture[str]) -> Output:
+    def read() -> tuple[str, str]:
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return read
+
+
+def write_images(folder: Path, names: tuple[str, ...], size: tuple[int, int], count: int, mode: str = "RGB") -> None:
+    """``count`` random images (height, width) per class."""
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 80, (*size, 3), dtype=np.uint8)
+            pixels[..., index % 3] += 150
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{i}.png")
+
+
+def images_of(run: Path) -> str:
+    return str(run.parent / "images")
+
+
+def fails(argv: list[str], output: Output, *words: str) -> str:
+    """The command ends with code 2 and one line on stderr that holds the words."""
+    output()
+    assert main(argv) == 2
+    out, err = output()
+    lines = [line for line in err.splitlines() if line.strip() and "it/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("glem: error: "), err
+    assert out == ""
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+# ---- the commands on good input ------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_model_and_says_what_it_trains(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    run = tmp_path / "run"
+    argv = ["train", str(image_folder), "--out", str(run), "--epochs", "1", "--seed", "3", "--augment", "paper"]
+    assert main([*argv, *TINY, "--quiet", "--psi", "none", "--no-learn-sigma", "--modes-rank", "2"]) == 0
+    out, _ = output()
+    assert "12 images, 3x8x8, 3 classes (bird, cat, dog)" in out and "saved" in out
+    model = GLEM.from_pretrained(run)
+    config = model.config.training["config"]
+    assert config["seed"] == 3 and config["psi"] is None and config["learn_sigma"] is False
+    assert config["augment"] == ["flip", "crop", "rotate", "jitter"]
+    assert config["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
+    assert model.modes is not None and model.modes.rank == 2
+    record = json.loads((run / "run.json").read_text())
+    assert record["command"].startswith(f"glem train {image_folder}") and record["split"] == "train"
+
+
+def test_a_finished_run_is_not_trained_again(trained: Path, output: Output) -> None:
+    before = (trained / hub.WEIGHTS).stat().st_mtime_ns
+    # Settings that are not given come from the checkpoint.
+    assert main(["train", images_of(trained), "--out", str(trained), "--resume"]) == 0
+    assert "already finished" in output()[0]
+    assert (trained / hub.WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_a_run_without_its_model_is_finished_by_resume(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("checkpoint.pt", "run.json", "metrics.jsonl"):
+        (run / name).write_bytes((trained / name).read_bytes())
+    assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
+    assert (run / hub.WEIGHTS).read_bytes() == (trained / hub.WEIGHTS).read_bytes()
+
+
+def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    # YAML takes 1e-2 for text.
+    config.write_text(
+        "lr: 1e-2\nepochs: 7\nobjective: hybrid\npsi: [0.5, 0.2, 0.05]\naugment: flip\nmilestones: [0.5]\n"
+        "flow_options: {depth: [2, 2], width: [8, 8]}\nsample_every: 0\n"
+    )
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--config", str(config), "--quiet"]
+    assert main([*argv, "--epochs", "1", "--flow", "depth=[1,1]", "--threads", "1"]) == 0
+    used = GLEM.from_pretrained(tmp_path / "run").config.training["config"]
+    assert (used["lr"], used["epochs"], used["objective"], used["augment"]) == (0.01, 1, "hybrid", ["flip"])
+    assert used["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3\n", ["unknown settings epoch", "epochs"]),
+        ("epochs: many\n", ["epochs must be a whole number"]),
+        ("lr: [1]\n", ["lr must be a number"]),
+        ("epochs: true\n", ["epochs must be a whole number"]),
+        ("learn_mu: 1\n", ["learn_mu must be true or false"]),
+        ("- a\n", ["must hold a table"]),
+        ("a: [\n", ["can't be read as YAML"]),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, image_folder: Path, output: Output, text: str, words: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "c.yaml")]
+    fails(argv, output, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_has_a_flag_with_its_default_in_the_help(output: Output) -> None:
+    assert set(KINDS) == {f.name for f in fields(TrainConfig)}
+    with pytest.raises(SystemExit) as info:
+        main(["train", "--help"])
+    assert info.value.code == 0
+    text = " ".join(output()[0].split())
+    for name in KINDS:
+        assert f"--{'flow' if name == 'flow_options' else name.replace('_', '-')} " in text, name
+    assert f"(default: {TrainConfig().kld_weight})" in text
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "generate", "preview", "info"])
+def test_help_teaches(command: str, output: Output) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = output()[0]
+    assert "examples:" in text and text.count(f"  glem {command}") >= 2
+
+
+def test_version(output: Output) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    assert info.value.code == 0 and output()[0].startswith("glem-augment ")
+
+
+def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["eval", str(trained), images_of(trained), "--batch-size", "7", "--out", str(tmp_path / "e.json")]
+    output()
+    assert main(argv) == 0
+    out, _ = output()
+    result = json.loads(out)
+    assert result["n"] == 18 and result["split"] == "test" and result["bits"] == 8
+    assert 0 <= result["accuracy"] <= result["top5"] == 1.0
+    assert result["images_per_second"] > 0 and result["model"] == str(trained)
+    assert result["bits_per_dim_marginal"] > 0 and np.isfinite(result["bits_per_dim"])
+    assert result["round_trip"]["images"] == 18 and result["round_trip"]["within_half_step"] == 1.0
+    assert json.loads((tmp_path / "e.json").read_text()) == result
+
+    model = GLEM.from_pretrained(trained)
+    from glem_augment import open_data
+
+    data = open_data(images_of(trained), progress=False)
+    right = (model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean()
+    assert result["accuracy"] == pytest.approx(float(right))
+
+
+def test_eval_options(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A part of the classes, other names, and no torchmetrics.
+    write_images(tmp_path / "other", ("felix", "hond"), (20, 12), 3, mode="L")
+    (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    argv = ["eval", str(trained), str(tmp_path / "other"), "--class-map", str(tmp_path / "map.json")]
+    output()
+    assert main([*argv, "--limit", "4", "--round-trip", "0"]) == 0
+    out, err = output()
+    result = json.loads(out)
+    assert result["n"] == 4 and result["ece"] is None and result["round_trip"] is None
+    assert "torchmetrics" in err
+    fails(argv[:3], output, "felix", "bird", "class_map")
+
+
+def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, tmp_path: Path, output: Output) -> None:
+    base = ["generate", str(trained), "--per-class", "3", "--seed", "5"]
+    output()
+    assert main([*base, "--out", str(tmp_path / "all")]) == 0
+    summary = json.loads(output()[0])
+    assert summary["images"] == 9 and summary["classes"] == ["bird", "cat", "dog"] and summary["seed"] == 5
+    assert main([*base, "--out", str(tmp_path / "some"), "--classes", "dog, bird"]) == 0
+    assert json.loads(output()[0])["classes"] == ["bird", "dog"]
+    files = {p.relative_to(tmp_path / "some") for p in (tmp_path / "some").rglob("*.png")}
+    assert len(files) == 6 and not (tmp_path / "some" / "cat").exists()
+    for file in files:
+        assert (tmp_path / "some" / file).read_bytes() == (tmp_path / "all" / file).read_bytes()
+    fails([*base, "--out", str(tmp_path / "all")], output, "not empty")
+    assert main([*base, "--out", str(tmp_path / "all"), "--overwrite", "--source", "rfcm"]) == 0
+    fails([*base, "--out", str(tmp_path / "x"), "--classes", "cow"], output, "'cow'", "bird, cat, dog")
+
+
+def test_info(trained: Path, output: Output) -> None:
+    output()
+    assert main(["info", str(trained)]) == 0
+    text = output()[0]
+    assert "3x8x8" in text and "bird, cat, dog" in text and "mef_tiny" in text and "held out" in text
+    assert main(["info", str(trained), "--json"]) == 0
+    facts = json.loads(output()[0])
+    assert facts["image_shape"] == [3, 8, 8] and facts["num_classes"] == 3 and facts["parameters"]["flow"] > 0
+    assert facts["files"]["model.safetensors"] == (trained / "model.safetensors").stat().st_size
+
+
+def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: Output) -> None:
+    write_images(tmp_path / "images", ("a", "b"), (10, 18), 5, mode="L")
+    data, run = str(tmp_path / "images"), str(tmp_path / "run")
+    # An affine flow of one level, on images resized to 8x16, of which the top 5 bits are modelled.
+    options = ["--preset", "glow_tiny", "--flow", "depth=[1]", "--flow", "width=[8]", "--flow", "blocks=[1]"]
+    options += ["--image-size", "8", "16", "--bits", "5", "--epochs", "1", "--threads", "1", "--quiet"]
+    assert main(["train", data, "--out", run, *options]) == 0
+    assert GLEM.from_pretrained(run).image_shape == (1, 8, 16)
+    output()
+    assert main(["eval", run, data]) == 0
+    assert json.loads(output()[0])["bits"] == 5
+    assert main(["generate", run, "--per-class", "2", "--out", str(tmp_path / "synthetic")]) == 0
+    assert Image.open(tmp_path / "synthetic" / "a" / "000000.png").size == (16, 8)
+    assert main(["preview", run, data, "--out", str(tmp_path / "p.png"), "--rows", "2"]) == 0
+    assert Image.open(tmp_path / "p.png").width > 300
+    # The size is remembered by the run.
+    output()
+    assert main(["train", data, "--out", run, "--resume"]) == 0
+    assert "already finished" in output()[0]
+
+
+# ---- bad input: exit code 2, one line ------------------------------------------------------------------------------
+
+
+def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    out = ["--out", str(tmp_path / "run"), "--quiet"]
+    data = str(image_folder)
+    fails(["train", data, *out, "--image-size", "10"], output, "divisible by 4", "10x10", "8x8")
+    fails(["train", data, *out, "--image-size", "8", "8", "8"], output, "--image-size", "3 numbers")
+    fails(["train", str(tmp_path / "missing"), *out], output, "no such data")
+    fails(["train", data, *out, "--flow", "depht=[1,1]"], output, "depht")
+    fails(["train", data, *out, "--augment", "flip,spin"], output, "'spin'")
+    fails(["train", data, *out, "--psi", "1", "2"], output, "--psi")
+    fails(["train", data, *out, "--objective", "mle", "--beta", "1"], output, "mle")
+    fails(["train", data, *out, "--device", "abacus"], output, "'abacus'")
+    fails(["train", data, *out, "--epochs", "0"], output, "epochs must be a whole number >= 1")
+    fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
+    fails(["train", data, *out, "--resume"], output, "no checkpoint")
+    (image_folder / "dog" / "0.png").write_bytes(b"no image")
+    fails(["train", data, *out], output, "0.png")
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_an_unknown_preset_is_refused_by_the_parser(output: Output) -> None:
+    for argv in (["train", "x", "--out", "y", "--preset", "huge"], ["train", "x"], ["fly"], []):
+        with pytest.raises(SystemExit) as info:
+            main(argv)
+        assert info.value.code == 2
+    assert "mef_tiny" in output()[1]
+
+
+def test_an_existing_run_is_not_overwritten(trained: Path, tmp_path: Path, output: Output) -> None:
+    data, before = images_of(trained), (trained / "checkpoint.pt").read_bytes()
+    fails(["train", data, "--out", str(trained)], output, "already holds a run", "--resume")
+    fails(["train", data, "--out", str(trained), "--resume", "--lr", "0.5"], output, "other settings", "lr")
+    assert (trained / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / hub.CONFIG).write_text("{}")
+    fails(["train", data, "--out", str(tmp_path / "run")], output, "already holds a model")
+
+
+def test_a_run_on_other_data_is_not_resumed(trained: Path, image_folder: Path, output: Output) -> None:
+    fails(["train", str(image_folder), "--out", str(trained), "--resume"], output, "other data")
+
+
+def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / hub.CONFIG).write_bytes((trained / hub.CONFIG).read_bytes())
+    weights = (trained / hub.WEIGHTS).read_bytes()
+    (broken / hub.WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    for argv in (
+        ["eval", str(broken), images_of(trained)],
+        ["generate", str(broken), "--per-class", "1", "--out", str(tmp_path / "g")],
+        ["preview", str(broken), images_of(trained), "--out", str(tmp_path / "p.png")],
+        ["info", str(broken)],
+        ["demo", "--model", str(broken), "--out", str(tmp_path / "d")],
+    ):
+        fails(argv, output, "model.safetensors", "truncated")
+    assert not (tmp_path / "g").exists() and not (tmp_path / "d").exists()
+    fails(["info", str(tmp_path / "nothing")], output, "no model at")
+    fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
+    monkeypatch.setenv("GLEM_DEBUG", "1")
+    assert main(["info", str(broken)]) == 2
+    assert "Traceback" in output()[1]
+
+
+def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: Output) -> None:
+    data = images_of(trained)
+    fails(["eval", str(trained), "bundled:fashion-mnist"], output, "no counterpart", "bird")
+    fails(["eval", str(trained), data, "--class-map", str(tmp_path / "none.json")], output, "none.json")
+    fails(["preview", str(trained), data, "--out", str(tmp_path / "p.jpg")], output, ".png")
+    fails(["preview", str(trained), data, "--out", str(tmp_path / "p.png"), "--modes", "999"], output, "modes", "999")
+    fails(["demo", "--model", str(trained), "--out", str(tmp_path / "d")], output, "(1, 28, 28)", "(3, 8, 8)")
+    (tmp_path / "file").write_text("")
+    fails(["generate", str(trained), "--per-class", "1", "--out", str(tmp_path / "file")], output, "is a file")
+
+
+def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glem_augment.commands.info.model_facts", interrupt)
+    assert main(["info", str(trained)]) == 130
+    assert "Traceback" not in output()[1]
+    # A reader that has left before anything is written.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glem_augment", "info", str(trained)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 0 and errors == ""
+
+
+def test_the_parser_is_complete() -> None:
+    for argv in (["demo"], ["info", "m"], ["eval", "m", "d"], ["preview", "m", "d", "--out", "p.png"]):
+        assert callable(build_parser().parse_args(argv).run)
+
+
+# ---- a run killed at any instant -----------------------------------------------------------------------------------
+
+
+def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: Path) -> None:
+    def command(out: str) -> list[str]:
+        argv = ["train", str(image_folder), "--out", str(tmp_path / out), "--epochs", "60", "--batch-size", "2"]
+        argv += ["--warmup-steps", "5", "--augment", "flip,crop", "--objective", "hybrid", "--m-rounds", "2"]
+        return [*argv, *TINY, "--checkpoint-minutes", "0.0001", "--quiet"]
+
+    assert main(command("whole")) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glem_augment.cli", *command("killed")],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+    step = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
+    assert main(["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]) == 0
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    assert (killed / hub.WEIGHTS).read_bytes() == (whole / hub.WEIGHTS).read_bytes()
+    assert (killed / hub.CONFIG).read_bytes() == (whole / hub.CONFIG).read_bytes()
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "epoch"]
+    assert steps == sorted(set(steps))
+
+
+# ---- the bundled flow ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("fashion-mnist" not in hub.bundled_models(), reason="the flow is not in this copy")
+def test_the_bundled_flow(tmp_path: Path, output: Output) -> None:
+    output()
+    argv = ["eval", "bundled:fashion-mnist", "bundled:fashion-mnist", "--limit", "100", "--round-trip", "10"]
+    assert main(argv) == 0
+    result = json.loads(output()[0])
+    assert result["accuracy"] > 0.8 and result["round_trip"]["within_half_step"] > 0.999
+    assert main(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert set(report["classifier"]["arms"]) == {"no augmentation", "GLEMAugment", "identity control"}
