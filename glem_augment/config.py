@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -56,7 +57,7 @@ class GLEMConfig:
             if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
                 raise ModelFileError(f"{name} must be a non-empty list of names, got {str(value)[:80]}")
             if len(set(value)) != len(value):
-                twice = sorted({v for v in value if value.count(v) > 1})
+                twice = sorted(v for v, times in Counter(value).items() if times > 1)
                 raise ModelFileError(f"{name} must be unique, but these appear twice: {twice[:5]}")
         if len(self.class_ids) != len(self.class_names) or len(self.class_ids) > MAX_CLASSES:
             raise ModelFileError(

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from glem_augment.flows.bijection import full_precision
 from glem_augment.kld import kld_class_sums, kld_matrix, kld_pair_sum
 
 
@@ -113,9 +114,24 @@ class ClassGaussians(nn.Module):
     def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]."""
         tracked = torch.is_grad_enabled() and (self.mu.requires_grad or self.s.requires_grad)
-        state = (self.mu._version, self.mu.data_ptr(), self.s._version, self.s.data_ptr(), self.mu.device)
-        if not tracked and self._cache.get("state") == state:
-            return self._cache["terms"]
+        # Parameters made under inference_mode have no version that would tell of a change.
+        if tracked or self.mu.is_inference() or self.s.is_inference():
+            return self._compute_terms()
+        state = (
+            self.mu._version,
+            self.mu.data_ptr(),
+            self.s._version,
+            self.s.data_ptr(),
+            self.mu.device,
+            self.mu.dtype,
+        )
+        if self._cache.get("state") != state:
+            # A tensor made under inference_mode could never again take part in a graph.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = {"state": state, "terms": self._compute_terms()}
+        return self._cache["terms"]
+
+    def _compute_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         var = self.variance()
         inverse = 1 / var
         scaled = self.mu * inverse
@@ -124,8 +140,6 @@ class ClassGaussians(nn.Module):
             + var.log().sum(1, dtype=torch.float64)
             + self.dim * math.log(2 * math.pi)
         ).to(self.mu.dtype)
-        if not tracked:
-            self._cache = {"state": state, "terms": (inverse, scaled, constant)}
         return inverse, scaled, constant
 
     def __getstate__(self) -> dict:
@@ -142,8 +156,10 @@ class ClassGaussians(nn.Module):
         Returns:
             [B, K] nats.
         """
-        inverse, scaled, constant = self._density_terms()
-        return torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
+        # Sums of thousands of terms that nearly cancel: neither bf16 (autocast) nor TF32 will do.
+        with full_precision(z.device.type):
+            inverse, scaled, constant = self._density_terms()
+            return torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from glem_augment.config import GLEMConfig
 from glem_augment.errors import ModelFileError
-from glem_augment.io import atomic_write, write_json
+from glem_augment.io import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _MAX_CONFIG_BYTES = 64 * 2**20
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_EXACT = {torch.bool: "BOOL", torch.int64: "I64"}
 
 
 def bundled_models() -> list[str]:
@@ -52,13 +54,27 @@ def locate(name: str | Path) -> Path:
 
 
 def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]) -> None:
-    """Write both files, each to a temporary name first, weights before the config that announces them."""
+    """Write both files, each to a temporary name first, weights before the config that announces them.
+
+    Both are on the disk in full before either takes its name, so that a save that fails leaves the old pair whole.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with atomic_write(folder / WEIGHTS) as file:
-        file.write(safetensors_bytes(tensors, metadata={"format": "pt", "library": "glem-augment"}))
-    write_json(folder / CONFIG, config.to_dict())
+    failure: OSError | None = None
+    try:
+        with atomic_write(folder / CONFIG, "w") as config_file:
+            config_file.write(text)
+            config_file.flush()
+            os.fsync(config_file.fileno())
+            try:
+                with atomic_write(folder / WEIGHTS) as file:
+                    file.write(safetensors_bytes(tensors, metadata={"format": "pt", "library": "glem-augment"}))
+            except OSError as error:
+                failure = error
+                raise
+    except OSError as error:
+        raise failure or error from None  # the outer one would name the config
 
 
 def read_config(folder: Path) -> GLEMConfig:
@@ -78,8 +94,9 @@ def read_config(folder: Path) -> GLEMConfig:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def read_weights(folder: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Read ``model.safetensors``, accepting exactly the tensors in ``expected`` (name -> shape).
+def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read ``model.safetensors``, accepting exactly the tensors in ``expected`` (name -> a tensor of that shape
+    and kind, on the meta device). Any floating-point type is taken for a floating-point tensor.
 
     Names, shapes and types are compared with the file's header before any tensor is loaded, so a file that does not
     belong to its config costs no memory. Safetensors holds no code.
@@ -97,19 +114,24 @@ def read_weights(folder: Path, expected: dict[str, torch.Size]) -> dict[str, Ten
                     f"{path} does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
                     f"{len(extra)} unknown {extra[:3]}"
                 )
-            for name, shape in expected.items():
+            for name, wanted in expected.items():
                 header = file.get_slice(name)
-                if tuple(header.get_shape()) != tuple(shape):
+                if tuple(header.get_shape()) != tuple(wanted.shape):
                     raise ModelFileError(
-                        f"{path}: {name} has shape {tuple(header.get_shape())}, its config asks for {tuple(shape)}"
+                        f"{path}: {name} has shape {tuple(header.get_shape())}, its config asks for "
+                        f"{tuple(wanted.shape)}"
+                    )
+                allowed = _FLOATS if wanted.is_floating_point() else {_EXACT[wanted.dtype]}
+                if header.get_dtype() not in allowed:
+                    raise ModelFileError(
+                        f"{path}: {name} is of type {header.get_dtype()}, expected {' or '.join(sorted(allowed))}"
                     )
             state = {name: file.get_tensor(name) for name in expected}
-            kinds = {name: file.get_slice(name).get_dtype() for name in expected}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
     for name, tensor in state.items():
-        if kinds[name] in _FLOATS and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelFileError(f"{path}: {name} holds values that are not finite")
     return state

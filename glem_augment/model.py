@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from glem_augment import hub
 from glem_augment.classmatch import match_classes
 from glem_augment.config import GLEMConfig
-from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.errors import ClassMismatchError, DataError, ModelFileError
 from glem_augment.flows import Bijection, MultiscaleFlow, build_flow, resolve_preset
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.modes import ClassModes, fit_class_modes
@@ -105,7 +105,10 @@ class GLEM(nn.Module):
         config = hub.read_config(folder)
         # Shapes first, on the meta device: a config that lies about its weights is found out before memory is spent.
         with torch.device("meta"):
-            expected = {key: value.shape for key, value in cls._build(config).state_dict().items()}
+            try:
+                expected = cls._build(config).state_dict()
+            except (RuntimeError, OverflowError) as error:  # sizes beyond what a tensor can have
+                raise ModelFileError(f"{folder / hub.CONFIG} describes no model that can be built: {error}") from None
         state = hub.read_weights(folder, expected)
         model = cls._build(config)
         model.load_state_dict(state, strict=True)

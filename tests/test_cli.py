@@ -148,7 +148,8 @@ def test_every_setting_has_a_flag_with_its_default_in_the_help(output: Output) -
     assert info.value.code == 0
     text = " ".join(output()[0].split())
     for name in KINDS:
-        assert f"--{'flow' if name == 'flow_options' else name.replace('_', '-')} " in text, name
+        flag = f"--{'flow' if name == 'flow_options' else name.replace('_', '-')}"
+        assert f"{flag} " in text or f"{flag}, --no{flag[1:]}" in text, name
     assert f"(default: {TrainConfig().kld_weight})" in text
 
 
@@ -355,29 +356,29 @@ def test_the_parser_is_complete() -> None:
 
 
 def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: Path) -> None:
-    def command(out: str) -> list[str]:
-        argv = ["train", str(image_folder), "--out", str(tmp_path / out), "--epochs", "60", "--batch-size", "2"]
+    def command(out: str, *options: str) -> list[str]:
+        argv = ["train", str(image_folder), "--out", str(tmp_path / out), "--epochs", "30", "--batch-size", "2"]
         argv += ["--warmup-steps", "5", "--augment", "flip,crop", "--objective", "hybrid", "--m-rounds", "2"]
-        return [*argv, *TINY, "--checkpoint-minutes", "0.0001", "--quiet"]
+        return [*argv, *TINY, "--quiet", *options]
 
     assert main(command("whole")) == 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "glem_augment.cli", *command("killed")],
+        [sys.executable, "-m", "glem_augment.cli", *command("killed", "--checkpoint-minutes", "0.0001")],
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 60
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    time.sleep(0.3)
+    time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
     step = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
-    assert main(["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]) == 0
+    resume = ["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]
+    assert main([*resume, "--checkpoint-minutes", "5"]) == 0
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     assert (killed / hub.WEIGHTS).read_bytes() == (whole / hub.WEIGHTS).read_bytes()
-    assert (killed / hub.CONFIG).read_bytes() == (whole / hub.CONFIG).read_bytes()
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "epoch"]
     assert steps == sorted(set(steps))

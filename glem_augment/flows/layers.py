@@ -83,13 +83,17 @@ class Mixing1x1(Bijection):
     def _matrix(self, sign: float, dtype: torch.dtype) -> Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return torch.matrix_exp(self.weight.double() * sign).to(dtype)
+        if self.weight.is_inference():  # made under inference_mode: has no version, so nothing can be cached
+            return torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
         # Inference: exp(A) is a constant until the weight is written to, which bumps its version.
         state = (self.weight._version, self.weight.data_ptr(), self.weight.device, self.weight.dtype)
         if self._cache.get("state") != state:
             self._cache = {"state": state}
         key = (sign, dtype)
         if key not in self._cache:
-            self._cache[key] = torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
+            # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache[key] = torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
         return self._cache[key]
 
     def __getstate__(self) -> dict:

@@ -105,6 +105,12 @@ class _ExpmApply(torch.autograd.Function):
         s, v, later_starts = ctx.saved_tensors
         sign, segments, terms = ctx.plan
         scale = sign / segments
+        if segments > 1 and torch.is_grad_enabled():
+            # Under create_graph the starts have to depend on S and v, which the stored ones do not.
+            later_starts = [v]
+            for _ in range(segments - 1):
+                later_starts.append(_apply_segment(s, later_starts[-1], scale, terms))
+            later_starts = later_starts[1:]
         transposed = s.transpose(1, 2)
         grad_s = None
         for segment in reversed(range(segments)):

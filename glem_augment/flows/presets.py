@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "identity": dict(coupling="identity"),
 }
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
-_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64}
+_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _COUPLINGS = ("matexp", "affine", "identity")
 
 
@@ -91,6 +91,9 @@ def check_spec(spec: dict[str, Any]) -> None:
             )
     if len({len(v) for v in lists.values()}) != 1:
         raise ValueError(f"depth, blocks and width must have one entry per level each, got {lists}")
+    total = sum(depth * blocks for depth, blocks in zip(lists["depth"], lists["blocks"], strict=True))
+    if total > _LARGEST["total"]:
+        raise ValueError(f"depth times blocks, summed over the levels, may be at most {_LARGEST['total']}, got {total}")
     if spec.get("actnorm") not in ("element", "channel"):
         raise ValueError(f"actnorm must be 'element' or 'channel', got {spec.get('actnorm')!r}")
     bound = spec.get("bound")
@@ -130,7 +133,7 @@ def build_flow(spec: dict[str, Any]) -> Bijection:
             if spec["coupling"] == "affine":
                 steps.append(AffineCoupling(channels, subnet, spec["bound"]))
             else:
-                steps.append(MatExpCoupling(channels, subnet, spec["bound"], spec["rank"]))
+                steps.append(MatExpCoupling(channels, subnet, spec["bound"], spec.get("rank", 3)))
         levels.append(steps)
         channels //= 2
     flow = MultiscaleFlow(image_shape, levels)

@@ -44,7 +44,7 @@ def stratified_split(
     for index in range(num_classes):
         members = rng.permutation(np.nonzero(targets == index)[0])
         n = len(members)
-        n_val = max(1, round(n * val_fraction * scale)) if val_fraction > 0 and n >= 3 else 0
+        n_val = min(max(1, round(n * val_fraction * scale)), n - 2) if val_fraction > 0 and n >= 3 else 0
         n_g = min(max(1, round((n - n_val) * g_fraction)), n - n_val - 1)
         parts["val"].append(members[:n_val])
         parts["g"].append(members[n_val : n_val + n_g])

@@ -33,6 +33,7 @@ from glem_augment.training.checkpoint import NAME as CHECKPOINT
 from glem_augment.training.checkpoint import load_checkpoint, save_checkpoint
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.image_ops import augment_batch
+from glem_augment.training.interrupt import StopRequest, stop_between_steps
 from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
 from glem_augment.training.mstep import LatentStatistics, m_learning_rates, m_step_loss
 from glem_augment.training.split import Split, epoch_order, stratified_split
@@ -109,6 +110,7 @@ class Trainer:
         if state is not None:
             self._load(state)
         self.log = MetricsLog(self.out, self.step)
+        self._stop = StopRequest()
         self._last_checkpoint = time.monotonic()
 
     # ---- set-up --------------------------------------------------------------------------------------------------
@@ -332,7 +334,12 @@ class Trainer:
     def fit(self) -> GLEM:
         """Run to the end; returns the fitted model, which is also saved to ``out``.
 
-        A KeyboardInterrupt writes a checkpoint before it goes on its way.
+        Ctrl-C or SIGTERM ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once.
+
+        Raises:
+            KeyboardInterrupt: the run was stopped; go on with ``resume``.
+            TrainingError: too many non-finite steps in a row.
+            OSError: a file can't be written; the last checkpoint stays.
         """
         config = self.config
         if isinstance(self.model.flow, MultiscaleFlow) and config.precision == "bf16":
@@ -341,15 +348,12 @@ class Trainer:
             total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.progress,
             dynamic_ncols=True,
         )  # fmt: skip
-        try:
-            for epoch in range(self.step // self.steps_per_epoch, config.epochs):
-                self._epoch(epoch, bar)
-        except KeyboardInterrupt:
-            self.save_checkpoint()
-            tqdm.write(f"stopped at step {self.step}; the checkpoint is in {self.out}, go on with --resume")
-            raise
-        finally:
-            bar.close()
+        with stop_between_steps() as self._stop:
+            try:
+                for epoch in range(self.step // self.steps_per_epoch, config.epochs):
+                    self._epoch(epoch, bar)
+            finally:
+                bar.close()
         return self._finish()
 
     def _epoch(self, epoch: int, bar: tqdm) -> None:
@@ -363,7 +367,6 @@ class Trainer:
         batches = self._images(order[offset:].reshape(-1), order.shape[1])
         for position in range(offset, per_epoch):
             round_index = epoch * config.m_rounds + due[position] if position in due else None
-            # The very first M-step waits for the flow to have moved: it comes with the second round.
             if round_index is not None and not frozen and round_index == self.m_done:
                 self.m_step()
             x, y = next(batches)
@@ -376,7 +379,12 @@ class Trainer:
             if self.step % _STEP_ROWS_EVERY == 0:
                 bar.set_postfix(loss=f"{loss:.3f}", bad=self.bad_steps, refresh=False)
                 self.log.add({"kind": "step", "step": self.step, "loss": loss, "bad_steps": self.bad_steps})
-            if time.monotonic() - self._last_checkpoint > 60 * config.checkpoint_minutes:
+            if self._stop.requested:
+                self.save_checkpoint()
+                raise KeyboardInterrupt(f"stopped at step {self.step}; go on from the checkpoint with --resume")
+            # The last step of an epoch is saved with the epoch's metrics, below.
+            late = time.monotonic() - self._last_checkpoint > 60 * config.checkpoint_minutes
+            if late and position < per_epoch - 1:
                 self.save_checkpoint()
         seconds = max(1e-9, time.monotonic() - began)
         steps = max(1, self.step - first)
@@ -387,10 +395,11 @@ class Trainer:
             "kld_weight": self.kld_weight() if config.repulsion != "none" else 0.0, **self.measure(),
         }  # fmt: skip
         self.log.add(row)
-        bar.write(
-            f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  bits/dim {row['val_bits_per_dim']:.3f}  NF accuracy "
-            f"{100 * row['val_accuracy']:.2f} %  {row['images_per_second']:.0f} images/s"
-        ) if self.progress else None
+        if self.progress:
+            bar.write(
+                f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  bits/dim {row['val_bits_per_dim']:.3f}  "
+                f"NF accuracy {100 * row['val_accuracy']:.2f} %  {row['images_per_second']:.0f} images/s"
+            )
         self.save_checkpoint()
         if config.sample_every and ((epoch + 1) % config.sample_every == 0 or epoch + 1 == config.epochs):
             sample_grid(self._evaluated(), self.out / "samples" / f"epoch_{epoch + 1:04d}.png")
