@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("glem: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        # The trainer says where its run stopped.
+        print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         return _fail(f"out of memory ({_one_line(error)}); lower --batch-size, or the size of the flow")

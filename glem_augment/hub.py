@@ -69,7 +69,8 @@ def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]
             os.fsync(config_file.fileno())
             try:
                 with atomic_write(folder / WEIGHTS) as file:
-                    file.write(safetensors_bytes(tensors, metadata={"format": "pt", "library": "glem-augment"}))
+                    # One entry: safetensors writes several in random order, and equal weights should be equal files.
+                    file.write(safetensors_bytes(tensors, metadata={"format": "pt"}))
             except OSError as error:
                 failure = error
                 raise

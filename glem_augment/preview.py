@@ -6,6 +6,7 @@ columns and beside its rows.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +29,7 @@ NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
 MAX_CLASSES = 20
 # Cells smaller than the first are enlarged by a whole factor, pixel by pixel; larger than the second are shrunk.
-SMALLEST, LARGEST = 56, 128
+SMALLEST, LARGEST = 56, 96
 _PADDING, _MARGIN, _GAP = 2, 18, 26
 _TITLE, _LABEL, _NOTE = 20, 14, 13
 _INK, _GREY, _PAPER = (20, 20, 20), (105, 105, 105), (255, 255, 255)
@@ -85,7 +86,7 @@ def preview(
     sections.append(samples(model, seed))
     sections.append(interpolations(model, data, seed))
     c, h, w = model.image_shape
-    missing = "" if model.modes is not None else "  No class modes are stored: no augmentations, no RFCM samples."
+    missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
     return compose(
         f"{model.config.flow['preset']} flow, {c}x{h}x{w}, {model.num_classes} classes",
         f"real images from {data.name}.{missing}",
@@ -159,7 +160,9 @@ def samples(model: GLEM, seed: int, each: int = 3) -> Section:
             x = model.sample(y, temperature, torch.Generator().manual_seed(seed), source)
             parts.append(_unit(x).unflatten(0, (k, each)))
             columns.append((each, f"{source.upper() if source == 'rfcm' else 'Gaussian'}, T = {temperature:.1f}"))
-    note = "drawn from the class's Gaussian; RFCM: mean and covariance re-estimated from real latents"
+    note = "drawn from the class's Gaussian"
+    if model.modes is not None:
+        note += "; RFCM: mean and covariance re-estimated from real latents"
     if model.num_classes > k:
         note += f"; the first {k} of {model.num_classes} classes"
     breaks = [each * i for i in range(1, len(columns))]
@@ -200,14 +203,14 @@ def contact_sheet(
     Args:
         images: [N,C,H,W], uint8 or float in [0,1]; targets: N class indices; classes: K names.
     """
-    targets = np.asarray(targets)
-    kept = [c for c in range(min(len(classes), MAX_CLASSES)) if (targets == c).any()]
+    labels = np.asarray(targets)
+    kept = [c for c in range(min(len(classes), MAX_CLASSES)) if (labels == c).any()]
     if not kept:
         raise DataError("there are no images to draw")
     _, channels, height, width = images.shape
     cells = torch.ones(len(kept), columns, channels, height, width)
     for row, index in enumerate(kept):
-        members = np.flatnonzero(targets == index)[:columns]
+        members = np.flatnonzero(labels == index)[:columns]
         cells[row, : len(members)] = _unit(images[torch.from_numpy(members)])
     return compose(title, note, [Section("", cells, (), [classes[c] for c in kept])])
 
@@ -315,6 +318,9 @@ def _width(text: str, size: int) -> int:
 
 
 def _short(text: str, longest: int = 22) -> str:
+    # Pillow's own font knows ASCII alone; accents are left out rather than drawn as boxes.
+    text = unicodedata.normalize("NFKD", text.replace("\u00df", "ss"))
+    text = "".join(c if c.isascii() else "?" for c in text if not unicodedata.combining(c))
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,7 +26,16 @@ TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--s
 Output = Callable[[], tuple[str, str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A flow of one epoch on three classes of 8x8 RGB images; the images lie beside it."""
     root = tmp_path_factory.mktemp("cli")
@@ -382,6 +391,23 @@ def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: P
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "epoch"]
     assert steps == sorted(set(steps))
+
+
+def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--epochs", "2000", *TINY, "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glem_augment", *argv, "--batch-size", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("data ")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("glem: stopped at step") and "--resume" in errors and len(errors.splitlines()) == 1
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # ---- the bundled flow ----------------------------------------------------------------------------------------------

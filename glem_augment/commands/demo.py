@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--seeds", type=whole(1), metavar="N", help="training runs per arm (default: 3; 1 with --quick)"
     )
-    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 50; 2 with --quick)")
+    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
     add_threads(parser)
 

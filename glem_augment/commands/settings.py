@@ -129,7 +129,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(field: Field[Any]) -> Any:
-    return field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    if field.default is not MISSING:
+        return field.default
+    assert field.default_factory is not MISSING
+    return field.default_factory()
 
 
 def _shown(name: str, value: Any) -> str:

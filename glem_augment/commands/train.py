@@ -172,7 +172,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
 
 def _held_out(model: GLEM) -> str:
     held_out = model.config.training.get("held_out") or {}
-    if "val_accuracy" not in held_out:
+    if None in (held_out.get("val_accuracy"), held_out.get("val_bits_per_dim")):
         return repr(model)
     return (
         f"bits/dim {held_out['val_bits_per_dim']:.3f}, accuracy {100 * held_out['val_accuracy']:.2f} % "

@@ -362,26 +362,28 @@ class Trainer:
         indices = np.concatenate([self.split.nf, self.split.g]) if frozen else self.split.nf
         order = epoch_order(indices, config.batch_size, config.seed, epoch)[:per_epoch]
         offset = self.step - epoch * per_epoch
-        due = {round(r * per_epoch / config.m_rounds): r for r in range(config.m_rounds)}
-        began, first, total = time.monotonic(), self.step, 0.0
+        # Before which batch each round of the epoch comes; several at one where rounds outnumber batches.
+        due = [r * per_epoch // config.m_rounds for r in range(config.m_rounds)]
+        began, first, total, counted = time.monotonic(), self.step, 0.0, 0
         batches = self._images(order[offset:].reshape(-1), order.shape[1])
         for position in range(offset, per_epoch):
-            round_index = epoch * config.m_rounds + due[position] if position in due else None
-            if round_index is not None and not frozen and round_index == self.m_done:
-                self.m_step()
+            for r, before in enumerate(due):
+                if before == position and not frozen and epoch * config.m_rounds + r == self.m_done:
+                    self.m_step()
             x, y = next(batches)
             loss = self.e_step(x, y)
             self.step += 1
             if self.scheduler is not None:
                 self.scheduler.step_update(self.step)
-            total += loss
+            if math.isfinite(loss):  # else the step was skipped, and counted
+                total, counted = total + loss, counted + 1
             bar.update(1)
             if self.step % _STEP_ROWS_EVERY == 0:
                 bar.set_postfix(loss=f"{loss:.3f}", bad=self.bad_steps, refresh=False)
                 self.log.add({"kind": "step", "step": self.step, "loss": loss, "bad_steps": self.bad_steps})
-            if self._stop.requested:
+            if self._stop.requested and position < per_epoch - 1:
                 self.save_checkpoint()
-                raise KeyboardInterrupt(f"stopped at step {self.step}; go on from the checkpoint with --resume")
+                raise KeyboardInterrupt(self._stopped())
             # The last step of an epoch is saved with the epoch's metrics, below.
             late = time.monotonic() - self._last_checkpoint > 60 * config.checkpoint_minutes
             if late and position < per_epoch - 1:
@@ -389,7 +391,7 @@ class Trainer:
         seconds = max(1e-9, time.monotonic() - began)
         steps = max(1, self.step - first)
         row = {
-            "kind": "epoch", "step": self.step, "epoch": epoch + 1, "loss": total / steps,
+            "kind": "epoch", "step": self.step, "epoch": epoch + 1, "loss": total / max(1, counted),
             "lr": self.flow_optimizer.param_groups[0]["lr"] if self.flow_optimizer else 0.0,
             "images_per_second": steps * order.shape[1] / seconds, "bad_steps": self.bad_steps,
             "kld_weight": self.kld_weight() if config.repulsion != "none" else 0.0, **self.measure(),
@@ -404,6 +406,11 @@ class Trainer:
         if config.sample_every and ((epoch + 1) % config.sample_every == 0 or epoch + 1 == config.epochs):
             sample_grid(self._evaluated(), self.out / "samples" / f"epoch_{epoch + 1:04d}.png")
             plot_curves(self.log.rows, self.out / "curves.png")
+        if self._stop.requested:
+            raise KeyboardInterrupt(self._stopped())
+
+    def _stopped(self) -> str:
+        return f"stopped at step {self.step}; go on from the checkpoint with --resume"
 
     def _evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow in float32, current Gaussians."""
@@ -451,7 +458,12 @@ class Trainer:
             "data": self.data.name,
             "images": len(self.data),
             "config": self.config.to_dict(),
-            "held_out": {key: final[key] for key in ("val_images", "val_accuracy", "val_bits_per_dim") if key in final},
+            # JSON has no infinity, and a model that ended badly is still worth saving.
+            "held_out": {
+                key: final[key] if math.isfinite(final[key]) else None
+                for key in ("val_images", "val_accuracy", "val_bits_per_dim")
+                if key in final
+            },
             "bad_steps": self.bad_steps,
         }
         model.eval().requires_grad_(False)

@@ -1,0 +1,463 @@
+"""The flow: exact log-determinants, exact inverses, bounds, start, and independence of ambient precision."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from glem_augment.flows import (
+    ActNorm,
+    AffineCoupling,
+    Bijection,
+    MatExpCoupling,
+    Mixing1x1,
+    Sequence,
+    Squeeze,
+    create_flow,
+)
+from glem_augment.flows.coupling import row_bounded
+from glem_augment.flows.subnets import ResidualSubnet
+
+SMALL = {
+    "mef_tiny": dict(depth=[2, 1], blocks=[1, 1], width=[6, 6]),
+    "mef_small": dict(depth=[1], blocks=[1], width=[6]),
+    "mef_cifar": dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]),
+    "mef_glem": dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]),
+    "glow_tiny": dict(depth=[2, 1], blocks=[1, 1], width=[6, 6]),
+    "identity": {},
+}
+
+
+def subnet(n_in: int, n_out: int) -> ResidualSubnet:
+    return ResidualSubnet(n_in, n_out, 5, 1)
+
+
+def perturbed(module: Bijection, scale: float = 0.2) -> Bijection:
+    """Every parameter moved at random, so that nothing is zero or symmetric any more."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+    return module
+
+
+def jacobian_logdet(module: Bijection, x: Tensor, inverse: bool = False) -> Tensor:
+    """log|det| of the autograd Jacobian of one example [1, ...]."""
+
+    def flat(v: Tensor) -> Tensor:
+        return (module.inverse if inverse else module)(v.reshape(x.shape))[0].flatten()
+
+    return torch.linalg.slogdet(torch.autograd.functional.jacobian(flat, x.flatten()))[1]
+
+
+def check_bijection(module: Bijection, x: Tensor, places: float = 1e-9) -> None:
+    """Log-determinant against slogdet both ways, round trip, and cancellation, in float64."""
+    assert x.dtype == torch.float64
+    z, logdet = module(x)
+    back, back_logdet = module.inverse(z)
+    assert logdet.shape == back_logdet.shape == (len(x),)
+    assert z.dtype == back.dtype == logdet.dtype == torch.float64
+    torch.testing.assert_close(back, x, rtol=0, atol=places)
+    torch.testing.assert_close(logdet + back_logdet, torch.zeros_like(logdet), rtol=0, atol=places)
+    for i in range(len(x)):
+        torch.testing.assert_close(logdet[i], jacobian_logdet(module, x[i : i + 1]), rtol=0, atol=places)
+        torch.testing.assert_close(
+            back_logdet[i], jacobian_logdet(module, z[i : i + 1].detach(), inverse=True), rtol=0, atol=places
+        )
+
+
+LAYERS = {
+    "actnorm-element": lambda: ActNorm(4, 4, 2, "element"),
+    "actnorm-channel": lambda: ActNorm(4, 4, 2, "channel"),
+    "mixing": lambda: Mixing1x1(4),
+    "squeeze": Squeeze,
+    "affine": lambda: AffineCoupling(4, subnet, 2.0),
+    "matexp-1": lambda: MatExpCoupling(4, subnet, 1.0),
+    "matexp-2": lambda: MatExpCoupling(4, subnet, 2.0),
+    "sequence": lambda: Sequence([Mixing1x1(4), Squeeze(), ActNorm(16, 2, 1), MatExpCoupling(16, subnet, 1.5)]),
+}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_logdet_and_inverse(name: str, moved: bool) -> None:
+    layer = LAYERS[name]().double()
+    check_bijection(perturbed(layer) if moved else layer, torch.randn(2, 4, 4, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("half", [24, 25, 30])
+def test_wide_coupling_logdet_and_inverse(half: int, moved: bool) -> None:
+    """24 is the last full matrix, 25 the first low-rank one."""
+    layer = MatExpCoupling(2 * half, subnet, 2.0, rank=3).double()
+    assert layer.low_rank == (half > 24)
+    if moved:
+        perturbed(layer)
+    check_bijection(layer, torch.randn(1, 2 * half, 1, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(
+    ("preset", "shape"),
+    [
+        ("mef_tiny", (1, 4, 8)),
+        ("mef_tiny", (3, 4, 4)),
+        ("mef_small", (2, 2, 6)),
+        ("mef_cifar", (5, 4, 4)),
+        ("mef_glem", (2, 8, 4)),
+        ("glow_tiny", (3, 8, 4)),
+        ("glow_tiny", (5, 4, 4)),
+        ("identity", (3, 3, 5)),
+    ],
+)
+def test_whole_flow_logdet_and_inverse(preset: str, shape: tuple[int, int, int], moved: bool) -> None:
+    flow = create_flow(preset, shape, **SMALL[preset]).double()
+    if moved:
+        perturbed(flow, 0.15)
+    x = torch.rand(2, *shape, dtype=torch.float64) - 0.5
+    check_bijection(flow, x, 1e-8)
+    assert flow(x)[0].shape == (2, math.prod(shape))
+
+
+@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
+def test_whole_flow_after_training_steps(preset: str) -> None:
+    flow = create_flow(preset, (3, 4, 4), **SMALL[preset])
+    data = torch.rand(64, 3, 4, 4) - 0.5
+    flow.initialise(data)
+    optimizer = torch.optim.Adamax(flow.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        z, logdet = flow(data)
+        loss = (0.5 * z.square().sum(1) - logdet).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 1
+    error = (flow.inverse(flow(data)[0])[0] - data).abs().max()
+    assert error < 1e-4  # float32; one uint8 step is 4e-3
+    check_bijection(flow.double(), data[:2].double(), 1e-8)
+
+
+def test_every_dimension_of_the_latent_appears_once() -> None:
+    """With all layers at the identity, z is a permutation of x."""
+    flow = create_flow("glow_tiny", (3, 8, 4), **SMALL["glow_tiny"])
+    with torch.no_grad():
+        for module in flow.modules():
+            if isinstance(module, Mixing1x1):
+                module.weight.zero_()
+    x = torch.arange(96.0).reshape(1, 3, 8, 4)
+    z, logdet = flow(x)
+    assert torch.equal(z[0].sort().values, x.flatten()) and float(logdet) == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 10), (1, 7, 7)])
+def test_size_not_divisible_names_the_sizes(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"divisible by 4, got {shape[1]}x{shape[2]}; resize to \d+x\d+"):
+        create_flow("mef_tiny", shape)
+
+
+def test_unknown_preset_and_options_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match="mef_tiny"):
+        create_flow("mef_huge", (3, 8, 8))
+    with pytest.raises(ValueError, match=r"no option \['deepness'\].*depth"):
+        create_flow("mef_tiny", (3, 8, 8), deepness=[1, 1])
+    with pytest.raises(ValueError, match="one entry per level"):
+        create_flow("mef_tiny", (3, 8, 8), depth=[1, 1, 1])
+    for bad in ({"depth": [0, 1]}, {"width": [10**9, 8]}, {"bound": math.nan}, {"bound": 0}, {"rank": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            create_flow("mef_tiny", (3, 8, 8), **bad)
+    with pytest.raises(ValueError, match="even number"):
+        AffineCoupling(3, subnet)
+    with pytest.raises(ValueError, match="'element' or per 'channel'"):
+        ActNorm(4, 2, 2, per="pixel")
+
+
+@pytest.mark.parametrize(("preset", "published"), [("mef_cifar", 37_683_752), ("mef_glem", 42_815_440)])
+def test_parameter_counts_of_the_published_sizes(preset: str, published: int) -> None:
+    with torch.device("meta"):
+        flow = create_flow(preset, (3, 32, 32))
+    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(published, rel=0.01)
+
+
+# ---- ActNorm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per", ["element", "channel"])
+def test_actnorm_starts_from_the_data(per: str) -> None:
+    layer = ActNorm(3, 4, 6, per)
+    scale = torch.tensor([0.1, 1.0, 20.0])[:, None, None]
+    x = torch.randn(500, 3, 4, 6) * scale + 5
+    layer.initialise(x)
+    z, logdet = layer(x)
+    dims = (0,) if per == "element" else (0, 2, 3)
+    torch.testing.assert_close(z.mean(dims), torch.zeros_like(z.mean(dims)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z.std(dims, unbiased=False), torch.ones_like(z.std(dims)), rtol=1e-4, atol=0)
+    assert float(logdet[0]) == pytest.approx(-24 * math.log(2.0), rel=0.05)  # product of 0.1, 1 and 20
+
+
+@pytest.mark.parametrize("per", ["element", "channel"])
+def test_dead_channels_get_a_finite_scale(per: str) -> None:
+    x = torch.randn(64, 3, 4, 4)
+    x[:, 0] = 0.25  # a dead channel
+    x[:, 1, 0, 0] = -0.5  # a dead element of a live channel
+    layer = ActNorm(3, 4, 4, per)
+    layer.initialise(x)
+    z, logdet = layer(torch.rand(8, 3, 4, 4) - 0.5)
+    assert z.isfinite().all() and logdet.isfinite().all()
+    assert z.abs().max() < 1e3
+    assert layer.log_scale[1].max() < math.log(1 / 0.09)  # no more than ten times its channel's scale
+
+
+def test_a_first_batch_of_one_image_is_survived() -> None:
+    flow = create_flow("mef_tiny", (1, 4, 4), **SMALL["mef_tiny"])
+    flow.initialise(torch.rand(1, 1, 4, 4) - 0.5)
+    z, logdet = flow(torch.rand(4, 1, 4, 4) - 0.5)
+    assert z.isfinite().all() and logdet.isfinite().all()
+
+
+def test_initialisation_happens_once_and_is_stored() -> None:
+    flow = create_flow("mef_tiny", (2, 4, 4), **SMALL["mef_tiny"])
+    norms = [m for m in flow.modules() if isinstance(m, ActNorm)]
+    assert len(norms) == 3 and not any(n.initialised for n in norms)
+    flow.initialise(torch.rand(32, 2, 4, 4) - 0.5)
+    assert all(n.initialised for n in norms)
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    flow.initialise(torch.rand(32, 2, 4, 4) * 100)
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+    loaded = create_flow("mef_tiny", (2, 4, 4), **SMALL["mef_tiny"])
+    loaded.load_state_dict(before)
+    loaded.initialise(torch.rand(32, 2, 4, 4) * 100)
+    assert all(torch.equal(v, before[k]) for k, v in loaded.state_dict().items())
+
+
+def test_initialised_flow_whitens_every_actnorm_input() -> None:
+    """Each ActNorm must see what the layers before it give once they are initialised."""
+    flow = create_flow("mef_tiny", (2, 8, 8), **SMALL["mef_tiny"])
+    x = torch.rand(256, 2, 8, 8) * 0.3 + 0.1
+    flow.initialise(x)
+    seen = []
+    for module in flow.modules():
+        if isinstance(module, ActNorm):
+            module.register_forward_hook(lambda m, i, out: seen.append(out[0]))
+    flow(x)
+    assert len(seen) == 3
+    for z in seen:
+        assert z.mean(0).abs().max() < 1e-3
+        torch.testing.assert_close(z.std(0, unbiased=False), torch.ones_like(z[0]), rtol=1e-2, atol=0)
+
+
+# ---- bounds --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e4, 1e20, 1e38])
+@pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
+def test_row_sums_stay_below_the_bound(bound: float, magnitude: float) -> None:
+    raw = torch.randn(4, 6, 6, 3, 3) * magnitude
+    s = row_bounded(raw, bound, 2)
+    assert s.isfinite().all()
+    assert float(s.abs().sum(2).max()) <= bound * (1 + 1e-6)
+
+
+def test_a_single_entry_may_use_the_whole_row() -> None:
+    raw = torch.zeros(1, 5, 5, 1, 1)
+    raw[0, torch.arange(5), torch.arange(5)] = -1e6
+    torch.testing.assert_close(row_bounded(raw, 2.0, 2)[0, :, :, 0, 0], -2.0 * torch.eye(5), rtol=1e-5, atol=0)
+
+
+class Constant(torch.nn.Module):
+    """A subnet that gives whatever it is told."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.expand(len(x), -1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e30])
+@pytest.mark.parametrize(("kind", "channels"), [("affine", 6), ("matexp", 6), ("matexp", 60)])
+def test_extreme_subnet_outputs_stay_bounded_and_invertible(kind: str, channels: int, magnitude: float) -> None:
+    """Whatever the network says, the linear part changes lengths by at most e^r, both ways."""
+    half, bound = channels // 2, 2.0
+    layer = AffineCoupling(channels, subnet, bound) if kind == "affine" else MatExpCoupling(channels, subnet, bound)
+    outputs = layer.net.tail.out_channels
+    raw = torch.randn(1, outputs, 1, 1) * magnitude
+    raw[:, -half:] = 0.5  # the shift
+    layer.net = Constant(raw)
+    x = torch.randn(3, channels, 2, 2)
+    z, logdet = layer(x)
+    assert logdet.abs().max() <= bound * half * 4 * (1 + 1e-5)
+    growth = (z[:, half:] - 0.5).abs().amax(1) / x[:, half:].abs().amax(1)
+    assert growth.max() <= math.exp(bound) * 1.001
+    assert growth.min() >= math.exp(-bound) * 0.999
+    back, back_logdet = layer.inverse(z)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logdet, -back_logdet)
+
+
+@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
+@pytest.mark.parametrize("magnitude", [1.0, 1e4, 1e8])
+def test_extreme_inputs_stay_finite_both_ways(preset: str, magnitude: float) -> None:
+    flow = perturbed(create_flow(preset, (3, 8, 8), **SMALL[preset]), 0.1)
+    x = torch.randn(4, 3, 8, 8) * magnitude
+    z, logdet = flow(x)
+    assert z.isfinite().all() and logdet.isfinite().all()
+    back, _ = flow.inverse(torch.randn(4, 192) * magnitude)
+    assert back.isfinite().all()
+
+
+def test_a_low_rank_coupling_starts_as_the_identity_but_can_learn() -> None:
+    layer = MatExpCoupling(60, subnet, 1.0)
+    x = torch.randn(2, 60, 2, 2)
+    z, logdet = layer(x)
+    assert torch.equal(z, x) and float(logdet.abs().max()) == 0
+    (z.square().sum() - logdet.sum()).backward()
+    assert layer.net.tail.weight.grad[: 30 * 3].abs().max() > 0  # U
+
+
+# ---- the cached exponential -----------------------------------------------------------------------------------------
+
+
+def cached(layer: Mixing1x1, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = layer(x)[0]
+        torch.testing.assert_close(layer.inverse(z)[0], x, rtol=0, atol=1e-5)
+        return z
+
+
+def fresh(layer: Mixing1x1, x: Tensor) -> Tensor:
+    matrix = torch.matrix_exp(layer.weight.detach().double()).float()
+    return torch.nn.functional.conv2d(x, matrix[:, :, None, None])
+
+
+def test_the_cached_exponential_follows_every_way_of_changing_the_weight() -> None:
+    layer, x = Mixing1x1(5), torch.randn(2, 5, 3, 3)
+    old = cached(layer, x)
+
+    def check(target: Mixing1x1 = layer) -> None:
+        nonlocal old
+        new = cached(target, x)
+        assert torch.equal(new, fresh(target, x))
+        assert not torch.equal(new, old)
+        old = new
+
+    for optimizer in (
+        torch.optim.SGD([layer.weight], lr=0.1),
+        torch.optim.Adamax([layer.weight], lr=0.1, foreach=True),
+        torch.optim.Adam([layer.weight], lr=0.1, fused=True),
+    ):
+        optimizer.zero_grad()
+        layer(x)[0].square().mul(torch.rand_like(x)).sum().backward()
+        optimizer.step()
+        check()
+    layer.load_state_dict(Mixing1x1(5).state_dict())
+    check()
+    ema = ModelEmaV3(layer, decay=0.5)
+    cached(ema.module, x)
+    with torch.no_grad():
+        layer.weight.mul_(1.1)
+    check()
+    ema.update(layer)
+    check(ema.module)
+    swa = AveragedModel(layer)
+    swa.update_parameters(layer)
+    cached(swa.module, x)
+    with torch.no_grad():
+        layer.weight.mul_(0.8)
+    swa.update_parameters(layer)
+    check(swa.module)
+
+
+def test_the_cache_is_neither_copied_nor_shared() -> None:
+    layer, x = Mixing1x1(4), torch.randn(1, 4, 2, 2)
+    cached(layer, x)
+    twin = copy.deepcopy(layer)
+    assert not twin._cache and layer._cache
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert torch.equal(cached(twin, x), x)
+    assert torch.equal(cached(layer, x), fresh(layer, x))
+
+
+def test_a_cache_filled_under_inference_mode_does_not_break_later_gradients() -> None:
+    """timm validates under inference_mode; the adversarial policy then differentiates through decode."""
+    flow = create_flow("mef_tiny", (1, 4, 4), **SMALL["mef_tiny"]).eval().requires_grad_(False)
+    with torch.inference_mode():
+        flow.inverse(flow(torch.zeros(1, 1, 4, 4))[0])
+    z = torch.zeros(1, 16, requires_grad=True)
+    flow.inverse(z)[0].sum().backward()
+    assert z.grad.abs().max() > 0
+
+
+def test_a_flow_made_under_inference_mode_works() -> None:
+    with torch.inference_mode():
+        flow = create_flow("mef_tiny", (1, 4, 4), **SMALL["mef_tiny"])
+        x = torch.rand(2, 1, 4, 4) - 0.5
+        torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-5)
+
+
+# ---- precision -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny", "identity"])
+def test_ambient_autocast_and_tf32_change_nothing(preset: str) -> None:
+    flow = create_flow(preset, (3, 8, 8), **SMALL[preset])
+    perturbed(flow, 0.1)
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    want, want_logdet = flow(x)
+    want_back = flow.inverse(want)[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            z, logdet = flow(x)
+            back = flow.inverse(z)[0]
+            assert (x.flatten(1)[:, :8] @ x.flatten(1)[:, :8].T).dtype == torch.bfloat16  # still on for the caller
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(z, want) and torch.equal(logdet, want_logdet) and torch.equal(back, want_back)
+
+
+def test_precision_settings_come_back_after_an_error() -> None:
+    flow = create_flow("mef_tiny", (3, 8, 8), **SMALL["mef_tiny"])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(RuntimeError):
+            flow(torch.zeros(1, 4, 8, 8))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_of_the_subnets_is_a_switch() -> None:
+    flow = create_flow("mef_tiny", (3, 8, 8), **SMALL["mef_tiny"])
+    perturbed(flow, 0.1)
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    full = flow(x)[0]
+    flow.set_autocast(torch.bfloat16)
+    z, _ = flow(x)
+    assert z.dtype == torch.float32 and flow.autocast == torch.bfloat16
+    assert not torch.equal(z, full)
+    torch.testing.assert_close(z, full, rtol=0, atol=0.3)
+    # The same reduced subnet on both ways: the map itself stays exact up to what bf16 makes of tiny input changes.
+    assert (flow.inverse(z)[0] - x).abs().max() < 0.05
+    flow.set_autocast(None)
+    assert torch.equal(flow(x)[0], full)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    for preset in ("mef_tiny", "mef_small", "glow_tiny"):
+        flow = perturbed(create_flow(preset, (3, 8, 8), **SMALL[preset]), 0.05)
+        z, logdet = flow(torch.rand(2, 3, 8, 8) - 0.5)
+        (z.square().sum() - logdet.sum()).backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in flow.parameters())
