@@ -30,8 +30,8 @@ from glem_augment.synthetic import SyntheticDataset
 __all__ = ["DemoSettings", "run_demo"]
 
 DATA = "bundled:fashion-mnist"
-# A timm network of 0.2 million weights that learns from 1000 images in seconds on a CPU. The settings below were chosen
-# for the arm without augmentation.
+# A timm network of 0.2 million weights that learns from 1000 images in seconds on a CPU. Network and learning rate were
+# chosen for the arm without augmentation, on a held-out quarter of the training images.
 NETWORK = "test_byobnet"
 NOT_LIKE_FOR_LIKE = (
     "Not like for like: the classifier sees {images} real images in every arm, but the flow and its modes were fitted "
@@ -54,7 +54,7 @@ class DemoSettings:
     seeds: int = 3
     epochs: int = 40
     batch_size: int = 50
-    lr: float = 3e-3
+    lr: float = 1e-2
     views: int = 6
     p: float = 0.5
     per_class: int = 20

@@ -113,9 +113,10 @@ class ClassGaussians(nn.Module):
 
     def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]."""
-        tracked = torch.is_grad_enabled() and (self.mu.requires_grad or self.s.requires_grad)
-        # Parameters made under inference_mode have no version that would tell of a change.
-        if tracked or self.mu.is_inference() or self.s.is_inference():
+        # Fused optimizers change a parameter without bumping its version, and parameters made under inference_mode have
+        # none, so only frozen ones are cached.
+        if any(p.requires_grad or p.is_inference() for p in (self.mu, self.s)):
+            self._cache = {}
             return self._compute_terms()
         state = (
             self.mu._version,

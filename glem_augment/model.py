@@ -161,8 +161,8 @@ class GLEM(nn.Module):
         parameters = sum(p.numel() for p in self.flow.parameters())
         modes = "no modes" if self.modes is None else f"{self.modes.rank} modes per class"
         return (
-            f"GLEM({self.config.flow['preset']}, {c}x{h}x{w} at {self.bits} bits, {self.num_classes} classes, "
-            f"{parameters / 1e6:.2f} M flow parameters, {modes})"
+            f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} at {self.bits} bits, "
+            f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
 
     # ---- image <-> latent --------------------------------------------------------------------------------------

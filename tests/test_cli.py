@@ -277,7 +277,6 @@ def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) 
     fails(["train", data, *out, "--device", "abacus"], output, "'abacus'")
     fails(["train", data, *out, "--epochs", "0"], output, "epochs must be a whole number >= 1")
     fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
-    fails(["train", data, *out, "--resume"], output, "no checkpoint")
     (image_folder / "dog" / "0.png").write_bytes(b"no image")
     fails(["train", data, *out], output, "0.png")
     assert not list(tmp_path.glob("run/*"))
@@ -289,6 +288,14 @@ def test_an_unknown_preset_is_refused_by_the_parser(output: Output) -> None:
             main(argv)
         assert info.value.code == 2
     assert "mef_tiny" in output()[1]
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(
+    image_folder: Path, tmp_path: Path, output: Output
+) -> None:
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--epochs", "1", *TINY, "--quiet"]
+    assert main([*argv, "--resume"]) == 0
+    assert "no checkpoint" in output()[1] and (tmp_path / "run" / hub.WEIGHTS).is_file()
 
 
 def test_an_existing_run_is_not_overwritten(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -379,11 +386,11 @@ def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: P
     checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 60
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    time.sleep(0.1)
+    time.sleep(0.4)
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
     step = torch.load(checkpoint, weights_only=True)["step"]
-    assert 0 < step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
+    assert 0 <= step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
     resume = ["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]
     assert main([*resume, "--checkpoint-minutes", "5"]) == 0
     whole, killed = (tmp_path / name for name in ("whole", "killed"))

@@ -128,17 +128,17 @@ def test_whole_flow_logdet_and_inverse(preset: str, shape: tuple[int, int, int],
 @pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
 def test_whole_flow_after_training_steps(preset: str) -> None:
     flow = create_flow(preset, (3, 4, 4), **SMALL[preset])
-    data = torch.rand(64, 3, 4, 4) - 0.5
+    data = torch.rand(32, 3, 4, 4) - 0.5
     flow.initialise(data)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(12):
         z, logdet = flow(data)
         loss = (0.5 * z.square().sum(1) - logdet).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     error = (flow.inverse(flow(data)[0])[0] - data).abs().max()
     assert error < 1e-4  # float32; one uint8 step is 4e-3
@@ -154,7 +154,7 @@ def test_every_dimension_of_the_latent_appears_once() -> None:
                 module.weight.zero_()
     x = torch.arange(96.0).reshape(1, 3, 8, 4)
     z, logdet = flow(x)
-    assert torch.equal(z[0].sort().values, x.flatten()) and float(logdet) == 0
+    assert torch.equal(z[0].sort().values, x.flatten()) and logdet.item() == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 10), (1, 7, 7)])
@@ -199,7 +199,7 @@ def test_actnorm_starts_from_the_data(per: str) -> None:
     dims = (0,) if per == "element" else (0, 2, 3)
     torch.testing.assert_close(z.mean(dims), torch.zeros_like(z.mean(dims)), rtol=0, atol=1e-4)
     torch.testing.assert_close(z.std(dims, unbiased=False), torch.ones_like(z.std(dims)), rtol=1e-4, atol=0)
-    assert float(logdet[0]) == pytest.approx(-24 * math.log(2.0), rel=0.05)  # product of 0.1, 1 and 20
+    assert logdet[0].item() == pytest.approx(-24 * math.log(2.0), rel=0.05)  # product of 0.1, 1 and 20
 
 
 @pytest.mark.parametrize("per", ["element", "channel"])
@@ -256,7 +256,7 @@ def test_initialised_flow_whitens_every_actnorm_input() -> None:
 # ---- bounds --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e4, 1e20, 1e38])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e4, 1e20, 3e37])
 @pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
 def test_row_sums_stay_below_the_bound(bound: float, magnitude: float) -> None:
     raw = torch.randn(4, 6, 6, 3, 3) * magnitude
@@ -318,7 +318,7 @@ def test_a_low_rank_coupling_starts_as_the_identity_but_can_learn() -> None:
     layer = MatExpCoupling(60, subnet, 1.0)
     x = torch.randn(2, 60, 2, 2)
     z, logdet = layer(x)
-    assert torch.equal(z, x) and float(logdet.abs().max()) == 0
+    assert torch.equal(z, x) and logdet.abs().max().item() == 0
     (z.square().sum() - logdet.sum()).backward()
     assert layer.net.tail.weight.grad[: 30 * 3].abs().max() > 0  # U
 
@@ -327,10 +327,14 @@ def test_a_low_rank_coupling_starts_as_the_identity_but_can_learn() -> None:
 
 
 def cached(layer: Mixing1x1, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        z = layer(x)[0]
-        torch.testing.assert_close(layer.inverse(z)[0], x, rtol=0, atol=1e-5)
-        return z
+    """What a frozen layer gives, first call and second: the way an inference loop uses it."""
+    trainable = layer.weight.requires_grad
+    layer.requires_grad_(False)
+    z = layer(x)[0]
+    assert torch.equal(layer(x)[0], z)
+    torch.testing.assert_close(layer.inverse(z)[0], x, rtol=0, atol=1e-5)
+    layer.requires_grad_(trainable)
+    return z
 
 
 def fresh(layer: Mixing1x1, x: Tensor) -> Tensor:
@@ -352,6 +356,7 @@ def test_the_cached_exponential_follows_every_way_of_changing_the_weight() -> No
     for optimizer in (
         torch.optim.SGD([layer.weight], lr=0.1),
         torch.optim.Adamax([layer.weight], lr=0.1, foreach=True),
+        # Fused steps leave the weight's version as it was.
         torch.optim.Adam([layer.weight], lr=0.1, fused=True),
     ):
         optimizer.zero_grad()
@@ -378,6 +383,7 @@ def test_the_cached_exponential_follows_every_way_of_changing_the_weight() -> No
 
 def test_the_cache_is_neither_copied_nor_shared() -> None:
     layer, x = Mixing1x1(4), torch.randn(1, 4, 2, 2)
+    layer.requires_grad_(False)
     cached(layer, x)
     twin = copy.deepcopy(layer)
     assert not twin._cache and layer._cache

@@ -27,6 +27,13 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float(error.max())
 
 
+def error_against_norm(got: Tensor, want: Tensor, s: Tensor, v: Tensor, sign: float) -> float:
+    """Largest over the pixels of |got - want| / (|exp(S)|_2 |v|)."""
+    norms = torch.linalg.matrix_norm(torch.matrix_exp((sign * s.double()).permute(0, 3, 4, 1, 2).contiguous()), 2)
+    error = torch.linalg.vector_norm(got.double() - want, dim=1)
+    return float((error / (norms * torch.linalg.vector_norm(v.double(), dim=1))).max())
+
+
 def with_row_sums(s: Tensor, bound: float) -> Tensor:
     """Scale every row to an absolute sum of exactly ``bound``: the edge of what is promised."""
     return s * (bound / s.abs().sum(2, keepdim=True))
@@ -60,7 +67,12 @@ def test_float32_error_stays_below_one_in_a_million(n: int, bound: float) -> Non
     for name, s in kinds(n, bound, torch.float32).items():
         for v in (torch.randn(3, n, 4, 4), torch.ones(3, n, 4, 4)):
             for inverse in (False, True):
-                error = relative_error(expm_apply(s, v, bound, inverse), exact(s, v, -1.0 if inverse else 1.0))
+                want = exact(s, v, -1.0 if inverse else 1.0)
+                error = relative_error(expm_apply(s, v, bound, inverse), want)
+                if bound > 2:
+                    # Some vectors shrink by e^-4 where others grow: rounding v alone then costs several millionths, so
+                    # what can be asked for is an error that is small against |exp(S)| |v|.
+                    error = error_against_norm(expm_apply(s, v, bound, inverse), want, s, v, -1.0 if inverse else 1.0)
                 assert error < 1e-6, (name, inverse, error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from DIR's checkpoint, with its settings where none are given"
+        "--resume", action="store_true", help="go on from DIR's checkpoint, with its settings where none are given; start if there is none"
     )
     parser.add_argument(
         "--config", metavar="FILE", help="settings from a YAML or JSON file (the names below with _ for -); flags win"
@@ -75,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
         settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
+    if args.resume and not (out / CHECKPOINT).exists():
+        # A run can be killed before its first checkpoint, and whoever restarts it can't know.
+        print(f"glem: no checkpoint at {out / CHECKPOINT}; starting from the beginning", file=sys.stderr)
+        args.resume = False
     if args.resume:
         # Before the data is opened: "nothing to resume" should not take minutes to say.
         settings = _over(load_checkpoint(out)["config"], settings)

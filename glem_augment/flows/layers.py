@@ -81,11 +81,12 @@ class Mixing1x1(Bijection):
         self._cache: dict[tuple, Tensor] = {}
 
     def _matrix(self, sign: float, dtype: torch.dtype) -> Tensor:
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        # Fused optimizers change a weight without bumping its version, so only a frozen one is cached; one made under
+        # inference_mode has no version at all.
+        if self.weight.requires_grad or self.weight.is_inference():
+            self._cache = {}
             return torch.matrix_exp(self.weight.double() * sign).to(dtype)
-        if self.weight.is_inference():  # made under inference_mode: has no version, so nothing can be cached
-            return torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
-        # Inference: exp(A) is a constant until the weight is written to, which bumps its version.
+        # Frozen: exp(A) is a constant until the weight is written to, which bumps its version.
         state = (self.weight._version, self.weight.data_ptr(), self.weight.device, self.weight.dtype)
         if self._cache.get("state") != state:
             self._cache = {"state": state}
@@ -115,7 +116,12 @@ class Squeeze(Bijection):
     """[B, C, H, W] -> [B, 4C, H/2, W/2]: each 2x2 block of pixels becomes four channels (Dinh et al. 2017)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0])
+        batch, c, h, w = x.shape
+        # torch leaves the shape of an empty batch as it was
+        z = F.pixel_unshuffle(x, 2) if batch else x.reshape(0, 4 * c, h // 2, w // 2)
+        return z, x.new_zeros(batch)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(z, 2), z.new_zeros(z.shape[0])
+        batch, c, h, w = z.shape
+        x = F.pixel_shuffle(z, 2) if batch else z.reshape(0, c // 4, 2 * h, 2 * w)
+        return x, z.new_zeros(batch)

@@ -49,7 +49,9 @@ class MultiscaleFlow(Bijection):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
             sizes = [c * h * w for c, h, w in self.part_shapes]
-            parts = [part.reshape(-1, *shape) for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)]
+            parts = [
+                part.reshape(len(part), *shape) for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)
+            ]
             x, total = parts[-1], z.new_zeros(z.shape[0])
             for index in reversed(range(len(self.levels))):
                 if index < len(self.levels) - 1:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}; start without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes, EINVAL among them
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TrainingError(f"{path} can't be read ({first}); delete it to start over") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:

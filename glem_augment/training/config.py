@@ -60,7 +60,7 @@ class TrainConfig:
     flow_options: dict[str, Any] = field(default_factory=dict)
     objective: str = "glem"
     epochs: int = 20
-    batch_size: int = 128
+    batch_size: int = 64
     lr: float = 1e-2
     warmup_steps: int = 1000
     schedule: str = "multistep"

@@ -348,6 +348,9 @@ class Trainer:
             total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.progress,
             dynamic_ncols=True,
         )  # fmt: skip
+        if self.step == 0:
+            # So that a run killed before its first periodic checkpoint can be resumed like any other.
+            self.save_checkpoint()
         with stop_between_steps() as self._stop:
             try:
                 for epoch in range(self.step // self.steps_per_epoch, config.epochs):
