@@ -1,6 +1,6 @@
 """The library in one screen, on the bundled flow and images: classify, move an image, sample a data set.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 from __future__ import annotations

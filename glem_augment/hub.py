@@ -17,7 +17,7 @@ from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_MAX_CONFIG_BYTES = 64 * 2**20
+_MAX_CONFIG_BYTES = 16 * 2**20
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: "BOOL", torch.int64: "I64"}
 

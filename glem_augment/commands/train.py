@@ -47,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from DIR's checkpoint, with its settings where none are given; start if there is none"
+        "--resume",
+        action="store_true",
+        help="go on from DIR's checkpoint, with its settings where none are given; start if there is none",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="settings from a YAML or JSON file (the names below with _ for -); flags win"

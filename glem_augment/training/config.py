@@ -15,6 +15,14 @@ PRECISIONS = ("fp32", "bf16")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass
 class TrainConfig:
     """How a GLEM is fitted. Defaults follow the paper where it says (Sec. 4.3 and 5.2) and its public code where not.
@@ -38,10 +46,12 @@ class TrainConfig:
             ``milestones`` (shares of the run) down to ``min_lr``, or a cosine to ``min_lr``.
         averaging, ema_decay, swa_start: of the flow's weights; SWA from that share of the run on.
         repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
-        beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension.
+        beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension. The M-step
+            weighs classes equally in both terms; the E-step takes images as they come.
         m_rounds: M-steps (passes over D_g) per epoch; m_steps: Adam steps in each.
         m_budget: sum of the Adam learning rates over the run, which is how far a mean can move; it is what keeps
-            range-normalised repulsion finite. A tenth of the steps takes the first 1.0 / 1.45 of it.
+            range-normalised repulsion finite. A tenth of the steps takes the first 1.0 / 1.45 of it; what falls to
+            M-steps after ``freeze_gaussians_at`` is not spent.
         sigma_lr_scale: the variances' learning rate relative to the means'.
         learn_mu, learn_sigma: which parameters of the Gaussians the M-step may change.
         freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all data.
@@ -115,35 +125,50 @@ class TrainConfig:
             self.beta = 0.03 if self.objective == "hybrid" else 0.0
         if self.repulsion not in REPULSIONS:
             raise ValueError(f"repulsion must be one of {', '.join(REPULSIONS)}, got {self.repulsion!r}")
+        self._check("beta", _is_number(self.beta), "a number >= 0")
         if self.objective == "mle" and (self.repulsion != "none" or self.beta):
             raise ValueError("objective='mle' has neither repulsion nor beta; use 'glem' or 'hybrid' for those")
         if self.objective == "glem" and self.beta:
             raise ValueError(f"objective='glem' has no cross-entropy, got beta={self.beta}; use 'hybrid'")
-        self.augment = tuple(self.augment)
-        for name in self.augment:
+        for name in self._listed("augment", "names"):
             if name not in AUGMENTATIONS:
                 raise ValueError(f"augment takes {', '.join(AUGMENTATIONS)}, got {name!r}")
-        self.milestones = tuple(float(v) for v in self.milestones)
+        self.augment = tuple(self.augment)
+        self.milestones = self._numbers("milestones", self._listed("milestones", "shares of the run"))
         if self.psi is not None:
-            self.psi = tuple(float(v) for v in self.psi)
+            self.psi = self._numbers("psi", self._listed("psi", "three positive numbers"))
+            self._check("psi", len(self.psi) == 3 and min(self.psi) > 0, "three positive numbers (a, b, c), or None")
         self._check_numbers()
+
+    def _listed(self, name: str, what: str) -> list[Any]:
+        self._check(name, isinstance(getattr(self, name), list | tuple), f"a list of {what}")
+        return list(getattr(self, name))
+
+    def _numbers(self, name: str, values: list[Any]) -> tuple[float, ...]:
+        self._check(name, all(_is_number(v) for v in values), "a list of numbers")
+        return tuple(float(v) for v in values)
 
     def _check_numbers(self) -> None:
         for name in ("epochs", "batch_size", "m_rounds", "m_steps", "max_bad_steps", "val_max"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
-        for name in ("warmup_steps", "modes_rank", "workers", "sample_every"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number >= 0")
+            self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
+        for name in ("warmup_steps", "modes_rank", "workers", "sample_every", "seed"):
+            self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 0, "a whole number >= 0")
         for name in ("lr", "clip_norm", "saturation", "m_budget", "checkpoint_minutes"):
-            self._check(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a positive number")
+            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
         for name in ("kld_weight", "kld_weight_end", "beta", "min_lr", "sigma_lr_scale", "init_std"):
-            self._check(name, getattr(self, name) >= 0 and math.isfinite(getattr(self, name)), "a number >= 0")
+            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
         for name in ("g_fraction", "ema_decay", "swa_start", "freeze_gaussians_at"):
-            self._check(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+            self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, "in (0, 1]")
+        for name in ("learn_mu", "learn_sigma"):
+            self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        self._check("flow_options", isinstance(self.flow_options, dict), "a table of the preset's numbers")
         self._check("g_fraction", self.g_fraction < 1, "below 1")
-        self._check("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
-        self._check("bits", isinstance(self.bits, int) and 1 <= self.bits <= 8, "a whole number from 1 to 8")
+        self._check("val_fraction", _is_number(self.val_fraction) and 0 <= self.val_fraction < 1, "in [0, 1)")
+        self._check("bits", _is_whole(self.bits) and 1 <= self.bits <= 8, "a whole number from 1 to 8")
         self._check("milestones", all(0 < v < 1 for v in self.milestones), "shares of the run in (0, 1)")
-        self._check("threads", self.threads is None or self.threads >= 1, "a whole number >= 1")
+        self._check(
+            "threads", self.threads is None or (_is_whole(self.threads) and self.threads >= 1), "a whole number >= 1"
+        )
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,20 @@ class MetricsLog:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers that are not finite become null, which JSON can carry.
+
+        Raises:
+            OSError: full disk and the like, naming the file.
+        """
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}; the checkpoint stays") from error
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:

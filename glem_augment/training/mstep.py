@@ -85,24 +85,26 @@ def m_step_loss(
     dim, k = gaussians.dim, gaussians.num_classes
     nll = statistics.balanced_nll(gaussians)
     repel = kld_weight > 0 and k > 1
-    if config.repulsion == "kld" and repel:
-        loss = nll / value_range(float(statistics.nll_low), float(statistics.nll_high))
+    if config.repulsion == "kld":
+        unit = value_range(float(statistics.nll_low), float(statistics.nll_high))
+        loss = nll / unit
         means = gaussians.kld_class_means()
         spread = value_range(float(means.min()), float(means.max()))
         # Identical Gaussians: neither a gradient nor a range, so this step is the likelihood's alone.
-        if spread > 1e-9 * dim:
+        if repel and spread > 1e-9 * dim:
             loss = loss - kld_weight * gaussians.kld_sum().double() / (k * (k - 1)) / spread
     else:
-        loss = nll / dim
+        unit = float(dim)
+        loss = nll / unit
         if config.repulsion == "saturating" and repel:
             loss = loss - kld_weight * saturating_kld(gaussians, config.saturation * dim) / dim
     if config.beta:
-        # Latents of D_g; in "kld" units the likelihood was divided by R_nf instead of d, so this follows it.
+        # beta is against the likelihood per dimension; where that was divided by R_nf instead, so is this. Classes
+        # weigh the same, as in the likelihood.
         z, y = torch.cat(statistics.latents), torch.cat(statistics.labels)
-        unit = (
-            dim / value_range(float(statistics.nll_low), float(statistics.nll_high)) if config.repulsion == "kld" else 1
-        )
-        loss = loss + config.beta * unit * F.cross_entropy(gaussians.log_prob(z), y).double()
+        weight = (1 / statistics.count.clamp_min(1)).to(z.dtype)
+        entropy = F.cross_entropy(gaussians.log_prob(z), y, weight=weight).double()
+        loss = loss + config.beta * dim / unit * entropy
     return loss
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from glem_augment.data import ImageData
@@ -35,13 +31,16 @@ from glem_augment.training.config import TrainConfig
 from glem_augment.training.image_ops import augment_batch
 from glem_augment.training.interrupt import StopRequest, stop_between_steps
 from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
+from glem_augment.training.measure import gaussian_state, held_out
 from glem_augment.training.mstep import LatentStatistics, m_learning_rates, m_step_loss
+from glem_augment.training.optim import WeightAverage, flow_optimizer, gaussian_optimizer
 from glem_augment.training.split import Split, epoch_order, stratified_split
 
 _EVAL_BATCH = 256
 # ActNorm's start needs a fair estimate of each element's spread.
 _INIT_IMAGES = 1024
 _STEP_ROWS_EVERY = 50
+_FINGERPRINT_IMAGES = 16
 
 
 class Trainer:
@@ -52,7 +51,8 @@ class Trainer:
         config: all settings.
         out: folder for the checkpoint, the logs and, at the end, the model.
         resume: go on from the checkpoint in ``out``.
-        init_model: start from this model's flow instead of a new one (fine-tuning).
+        init_model: start from this model's flow instead of a new one (fine-tuning); ``preset`` and ``flow_options``
+            then say nothing. Give it again to resume.
         device: "cpu", "cuda", or None for CUDA where there is one.
         progress: show a bar on stderr.
 
@@ -80,6 +80,7 @@ class Trainer:
             data.targets, k, config.g_fraction, config.val_fraction, config.val_max, config.seed
         )
         self.model = self._new_model(init_model).to(self.device)
+        self.fingerprint = self._fingerprint()
         self.out.mkdir(parents=True, exist_ok=True)
         state = load_checkpoint(self.out) if resume else None
         if state is None and (self.out / CHECKPOINT).exists():
@@ -98,15 +99,10 @@ class Trainer:
         if state is None:
             # Before the optimizer and the average are made: both start from the initialised weights.
             self._initialise()
-        self.flow_optimizer, self.scheduler = self._flow_optimizer()
-        self.m_optimizer = self._gaussian_optimizer()
-        self.average: ModelEmaV3 | AveragedModel | None = None
-        if isinstance(self.model.flow, MultiscaleFlow):
-            if config.averaging == "ema":
-                self.average = ModelEmaV3(self.model.flow, decay=config.ema_decay, use_warmup=True)
-            elif config.averaging == "swa":
-                self.average = AveragedModel(self.model.flow)
-        self.step, self.m_done, self.bad_steps, self.bad_in_a_row = 0, 0, 0, 0
+        self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
+        self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
+        self.average = WeightAverage(self.model.flow, config, self.total_steps)
+        self.step, self.m_done, self.bad_steps, self.bad_in_a_row, self.m_bad_in_a_row = 0, 0, 0, 0, 0
         if state is not None:
             self._load(state)
         self.log = MetricsLog(self.out, self.step)
@@ -123,6 +119,10 @@ class Trainer:
                 config.preset, data.image_shape, data.classes, data.class_ids, config.bits, config.psi,
                 **config.flow_options,
             )  # fmt: skip
+        if init_model.bits != config.bits:
+            raise DataError(
+                f"the model to start from has {init_model.bits} bits, the settings {config.bits}: use the same"
+            )
         if init_model.image_shape != tuple(data.image_shape):
             raise DataError(
                 f"the model to start from takes images {init_model.image_shape}, {data.name} has {data.image_shape}"
@@ -159,68 +159,50 @@ class Trainer:
             # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
             gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
-    def _flow_optimizer(self) -> tuple[torch.optim.Optimizer | None, Scheduler | None]:
-        config = self.config
-        if not any(True for _ in self.model.flow.parameters()):
-            return None, None
-        optimizer = create_optimizer_v2(self.model.flow, opt="adamax", lr=config.lr, weight_decay=0.0)
-        warmup = min(config.warmup_steps, self.total_steps // 2)
-        common = dict(warmup_t=warmup, warmup_lr_init=config.lr / max(1, warmup), t_in_epochs=False)
-        scheduler: Scheduler
-        if config.schedule == "cosine":
-            span = max(1, self.total_steps - warmup)
-            scheduler = CosineLRScheduler(optimizer, t_initial=span, lr_min=config.min_lr, warmup_prefix=True, **common)
-        else:
-            # Halve at each milestone, but not below min_lr.
-            allowed = int(math.log2(max(1.0, config.lr / max(config.min_lr, 1e-12))) + 1e-9)
-            halvings = [round(share * self.total_steps) for share in config.milestones][:allowed]
-            scheduler = MultiStepLRScheduler(optimizer, decay_t=halvings, decay_rate=0.5, warmup_prefix=False, **common)
-        scheduler.step_update(0)
-        return optimizer, scheduler
-
-    def _gaussian_optimizer(self) -> torch.optim.Optimizer:
-        gaussians, config = self.model.gaussians, self.config
-        gaussians.mu.requires_grad_(config.learn_mu)
-        gaussians.s.requires_grad_(config.learn_sigma)
-        groups = [
-            {"params": [gaussians.mu], "lr": 0.0, "lr_scale": 1.0},
-            {"params": [gaussians.s], "lr": 0.0, "lr_scale": config.sigma_lr_scale},
-        ]
-        return torch.optim.Adam(groups)
-
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update(repr((self.data.image_shape, self.data.class_ids, len(self.data))).encode())
         digest.update(np.ascontiguousarray(self.data.targets).tobytes())
+        # A few images, so that other pictures with the same labels are not taken for the same data.
+        for x, _ in self.data.batches(np.linspace(0, len(self.data) - 1, _FINGERPRINT_IMAGES).astype(np.int64), 64):
+            digest.update(x.numpy().tobytes())
         return digest.hexdigest()
 
     def _state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self.fingerprint,
             "step": self.step,
             "m_done": self.m_done,
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
+            "m_bad_in_a_row": self.m_bad_in_a_row,
             "model": self.model.state_dict(),
             "flow_optimizer": self.flow_optimizer.state_dict() if self.flow_optimizer else None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "m_optimizer": self.m_optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
+            "average": self.average.state_dict(),
             "rng": torch.get_rng_state(),
         }
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        # Settings that do not change a single weight may differ between the two halves of a run.
+        # Settings that do not change what is learned may differ between the two halves of a run.
         free = {"checkpoint_minutes", "sample_every", "workers", "threads", "max_bad_steps"}
         ours = self.config.to_dict()
         changed = [key for key in ours if key not in free and state["config"].get(key) != ours[key]]
         if changed:
             pairs = ", ".join(f"{key}: {state['config'].get(key)!r} then, {ours[key]!r} now" for key in changed)
             raise TrainingError(f"{self.out} holds a run with other settings ({pairs}); use the same or another folder")
-        if state["fingerprint"] != self._fingerprint():
+        threads = state["config"].get("threads")
+        if threads != self.config.threads:
+            warnings.warn(
+                f"{self.out} was trained with threads={threads}, now {self.config.threads}: sums are taken in another "
+                "order, so the weights will not be those of an uninterrupted run to the last bit",
+                stacklevel=3,
+            )
+        if state["fingerprint"] != self.fingerprint:
             raise TrainingError(f"{self.out} holds a run on other data than {self.data.name}; use another folder")
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -229,10 +211,9 @@ class Trainer:
             self.flow_optimizer.load_state_dict(state["flow_optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
         self.m_optimizer.load_state_dict(state["m_optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
-        for name in ("step", "m_done", "bad_steps", "bad_in_a_row"):
+        for name in ("step", "m_done", "bad_steps", "bad_in_a_row", "m_bad_in_a_row"):
             setattr(self, name, state[name])
 
     def save_checkpoint(self) -> None:
@@ -268,11 +249,15 @@ class Trainer:
                 for group in self.m_optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
                 loss = m_step_loss(gaussians, statistics, config, weight)
-                if not bool(torch.isfinite(loss)):
-                    self._bad_step("M-step loss")
-                    continue
                 self.m_optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                grads = [p.grad for p in (gaussians.mu, gaussians.s) if p.grad is not None]
+                if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
+                    # Counted apart: good E-steps in between must not hide M-steps that never succeed.
+                    self.m_bad_in_a_row += 1
+                    self._bad_step("M-step loss or gradient", self.m_bad_in_a_row)
+                    continue
+                self.m_bad_in_a_row = 0
                 self.m_optimizer.step()
                 gaussians.project()
             if self.m_done == 0:
@@ -308,23 +293,17 @@ class Trainer:
         if math.isfinite(value) and math.isfinite(norm_value):
             self.flow_optimizer.step()
             self.bad_in_a_row = 0
-            self._update_average()
+            self.average.update(model.flow, self.step + 1)
         else:
-            self._bad_step(f"loss {value}, gradient norm {norm_value}")
+            self.bad_in_a_row += 1
+            self._bad_step(f"loss {value}, gradient norm {norm_value}", self.bad_in_a_row)
         return value
 
-    def _update_average(self) -> None:
-        if isinstance(self.average, ModelEmaV3):
-            self.average.update(self.model.flow, step=self.step + 1)
-        elif isinstance(self.average, AveragedModel) and self.step + 1 >= self.config.swa_start * self.total_steps:
-            self.average.update_parameters(self.model.flow)
-
-    def _bad_step(self, what: str) -> None:
+    def _bad_step(self, what: str, in_a_row: int) -> None:
         self.bad_steps += 1
-        self.bad_in_a_row += 1
-        if self.bad_in_a_row >= self.config.max_bad_steps:
+        if in_a_row >= self.config.max_bad_steps:
             raise TrainingError(
-                f"{self.bad_in_a_row} steps in a row were not finite (at step {self.step}: {what}). The last good "
+                f"{in_a_row} steps in a row were not finite (at step {self.step}: {what}). The last good "
                 f"checkpoint stays in {self.out / CHECKPOINT}. Lower lr ({self.config.lr:g}) or "
                 f"clip_norm ({self.config.clip_norm:g}), or raise warmup_steps ({self.config.warmup_steps})"
             )
@@ -417,11 +396,7 @@ class Trainer:
 
     def _evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow in float32, current Gaussians."""
-        flow = self.model.flow
-        if isinstance(self.average, ModelEmaV3) or (
-            isinstance(self.average, AveragedModel) and int(self.average.n_averaged) > 0
-        ):
-            flow = self.average.module
+        flow = self.average.best(self.model.flow)
         if isinstance(flow, MultiscaleFlow) and flow is not self.model.flow:
             flow.set_autocast(None)
         return GLEM(self.model.config, flow, self.model.gaussians, self.model.modes)
@@ -429,41 +404,22 @@ class Trainer:
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Held-out metrics, and the state of the Gaussians."""
-        model, gaussians = self._evaluated(), self.model.gaussians
         rows = self.split.val if len(self.split.val) else self.split.g
-        right, bits, generator = 0, 0.0, self._generator(5)
-        precision = _fp32_subnets(model)
-        with precision:
-            for x, y in self._images(rows, _EVAL_BATCH):
-                scores = model.log_prob_per_class(x, generator)
-                right += int((scores.argmax(1) == y).sum())
-                own = scores.gather(1, y[:, None]).double()
-                bits += float(-own.sum()) / (model.dim * math.log(2))
-        k = gaussians.num_classes
-        kld = gaussians.kld_matrix()
-        off = kld[~torch.eye(k, dtype=torch.bool, device=kld.device)] if k > 1 else kld.flatten()
-        return {
-            "val_images": len(rows),
-            "val_accuracy": right / len(rows),
-            "val_bits_per_dim": bits / len(rows),
-            "mu_max": float(gaussians.mu.abs().max()),
-            "kld_min": float(off.min()),
-            "kld_mean": float(off.mean()),
-            "saturated_variances": float(gaussians.saturated_share()),
-        }
+        metrics = held_out(self._evaluated(), self._images(rows, _EVAL_BATCH), self._generator(5))
+        return {**metrics, **gaussian_state(self.model.gaussians)}
 
     def _finish(self) -> GLEM:
         model = self._evaluated()
         if isinstance(model.flow, MultiscaleFlow):
             model.flow.set_autocast(None)
-        final = self.log.rows[-1] if self.log.rows else {}
+        final = next((row for row in reversed(self.log.rows) if row.get("kind") == "epoch"), {})
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
             "config": self.config.to_dict(),
             # JSON has no infinity, and a model that ended badly is still worth saving.
             "held_out": {
-                key: final[key] if math.isfinite(final[key]) else None
+                key: final[key] if final[key] is not None and math.isfinite(final[key]) else None
                 for key in ("val_images", "val_accuracy", "val_bits_per_dim")
                 if key in final
             },
@@ -476,19 +432,3 @@ class Trainer:
         model.save(self.out)
         plot_curves(self.log.rows, self.out / "curves.png")
         return model
-
-
-class _fp32_subnets:
-    """Evaluate in float32 even where the flow trains in bf16."""
-
-    def __init__(self, model: GLEM) -> None:
-        self.flow = model.flow if isinstance(model.flow, MultiscaleFlow) else None
-
-    def __enter__(self) -> None:
-        self.before = self.flow.autocast if self.flow is not None else None
-        if self.before is not None:
-            self.flow.set_autocast(None)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            self.flow.set_autocast(self.before)
