@@ -298,6 +298,19 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
     assert "no checkpoint" in output()[1] and (tmp_path / "run" / hub.WEIGHTS).is_file()
 
 
+def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: Path, output: Output) -> None:
+    run = tmp_path / "tuned"
+    argv = ["train", images_of(trained), "--init", str(trained), "--out", str(run), "--epochs", "1", "--quiet"]
+    assert main([*argv, "--objective", "hybrid", "--refit-steps", "5", *TINY]) == 0
+    before, after = GLEM.from_pretrained(trained), GLEM.from_pretrained(run)
+    assert after.config.flow == before.config.flow and after.class_ids == before.class_ids
+    assert '"kind": "final"' in (run / "metrics.jsonl").read_text().splitlines()[-1]
+    (run / hub.WEIGHTS).unlink()
+    assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
+    again = GLEM.from_pretrained(run)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in after.state_dict().items())
+
+
 def test_an_existing_run_is_not_overwritten(trained: Path, tmp_path: Path, output: Output) -> None:
     data, before = images_of(trained), (trained / "checkpoint.pt").read_bytes()
     fails(["train", data, "--out", str(trained)], output, "already holds a run", "--resume")

@@ -330,7 +330,7 @@ def test_augmentation_is_deterministic_uint8_and_pure(names: list[str], shape: t
         (dict(repulsion="magnets"), "repulsion must be one of"),
         (dict(averaging="median"), "averaging"),
         (dict(schedule="step"), "schedule"),
-        (dict(init="ones"), "init"),
+        (dict(mean_init="ones"), "mean_init"),
         (dict(precision="fp8"), "precision"),
         (dict(objective="mle", repulsion="kld"), "mle"),
         (dict(objective="mle", beta=0.1), "mle"),

@@ -15,7 +15,7 @@ from glem_augment.flows.presets import PRESETS
 from glem_augment.training.config import (
     AUGMENTATIONS,
     AVERAGING,
-    INITS,
+    MEAN_INITS,
     OBJECTIVES,
     PRECISIONS,
     REPULSIONS,
@@ -77,8 +77,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "max_bad_steps": Setting(int, "stop after this many non-finite steps in a row"),
     },
     GAUSSIANS: {
-        "init": Setting(INITS, "means at the start"),
-        "init_std": Setting(float, "standard deviation of random means"),
+        "mean_init": Setting(MEAN_INITS, "means at the start"),
+        "mean_init_std": Setting(float, "standard deviation of random means"),
         "psi": Setting("psi", "variances a*sigmoid(b*s)+c; none: plain variances", "A"),
         "m_rounds": Setting(int, "M-steps per epoch"),
         "m_steps": Setting(int, "Adam steps in each M-step"),
@@ -88,6 +88,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "learn_sigma": Setting(bool, "learn the variances"),
         "freeze_gaussians_at": Setting(
             float, "share of the run after which the Gaussians stay and the flow trains on all images"
+        ),
+        "refit_steps": Setting(
+            int, "Adam steps on the Gaussians at the end, on all training images; by default 200 for hybrid, else 0"
         ),
         "modes_rank": Setting(int, "principal modes per class, fitted at the end; 0 for none"),
     },

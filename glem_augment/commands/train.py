@@ -34,10 +34,11 @@ EXAMPLES = """\
   glem train bundled:fashion-mnist --objective hybrid --epochs 5 --out runs/quick
   glem train torch/cifar10@data --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
+  glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
 RUN_FILE = "run.json"
 # How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
-_VIEW = {"split": "train", "image_size": None, "channels": None}
+_VIEW = {"split": "train", "image_size": None, "channels": None, "init": None}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,6 +54,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--config", metavar="FILE", help="settings from a YAML or JSON file (the names below with _ for -); flags win"
+    )
+    parser.add_argument(
+        "--init",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="start from this model's flow (fine-tuning) in place of a new one; its images must have the same size",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_device(parser)
@@ -91,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.from_dict(settings)
     view = {**_VIEW, **view}
     data = open_data(args.data, view["split"], _size(view["image_size"]), view["channels"])
-    trainer = Trainer(data, config, out, resume=args.resume, device=device, progress=not args.quiet)
+    init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
+    trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet)
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
         return 0
@@ -133,7 +141,7 @@ def _earlier_view(out: Path) -> dict[str, Any]:
     """How the run's first half opened its data; empty where its record is missing or damaged."""
     try:
         earlier = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-        return {name: earlier[name] for name in _VIEW}
+        return {name: earlier.get(name, default) for name, default in _VIEW.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

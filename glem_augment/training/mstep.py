@@ -55,6 +55,12 @@ class LatentStatistics:
             self.latents.append(z)
             self.labels.append(y)
 
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The kept latents [N,d] and labels [N], joined once."""
+        if len(self.latents) > 1:
+            self.latents, self.labels = [torch.cat(self.latents)], [torch.cat(self.labels)]
+        return self.latents[0], self.labels[0]
+
     def balanced_nll(self, gaussians: ClassGaussians) -> Tensor:
         """Mean over the classes present of their mean -log N(z; mu_y, sigma_y^2), nats; classes weigh the same,
         or rare ones would run away. Differentiable."""
@@ -101,7 +107,7 @@ def m_step_loss(
     if config.beta:
         # beta is against the likelihood per dimension; where that was divided by R_nf instead, so is this. Classes
         # weigh the same, as in the likelihood.
-        z, y = torch.cat(statistics.latents), torch.cat(statistics.labels)
+        z, y = statistics.kept()
         weight = (1 / statistics.count.clamp_min(1)).to(z.dtype)
         entropy = F.cross_entropy(gaussians.log_prob(z), y, weight=weight).double()
         loss = loss + config.beta * dim / unit * entropy
