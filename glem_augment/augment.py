@@ -14,8 +14,7 @@ Source: Enescu & Sahbi, ACCV 2024 (principal-mode mixup).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +31,10 @@ from glem_augment._drawing import (
     swapped,
 )
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
+from glem_augment._moves import along_modes, drawn_partners, evaluating, project, rows_to_encode
 from glem_augment._transfer import PixelAdapter
 from glem_augment.model import GLEM
-from glem_augment.modes import ClassModes, row_chunks
+from glem_augment.modes import ClassModes
 
 __all__ = ["AugmentParams", "GLEMAugment"]
 
@@ -247,7 +247,7 @@ class GLEMAugment(nn.Module):
             return x, y if kind == "hard" else self._soft(y)
         flow = self._flow_on(x.device)
         here = params.to(x.device)
-        with torch.autocast(x.device.type, enabled=False), _evaluating(flow.model):
+        with torch.autocast(x.device.type, enabled=False), evaluating(flow.model):
             changed, keep, z, share = self._change(flow, x, here)
             originals = x.index_select(0, here.rows)
             out = x.clone()  # keeps the memory format
@@ -261,7 +261,7 @@ class GLEMAugment(nn.Module):
 
     def _change(self, flow: FlowOnDevice, x: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Changed rows [n, C, H, W] in x's dtype, which to use [n], z' [n, d], share of the move kept [n]."""
-        index, own, other = _rows_to_encode(params, len(x))
+        index, own, other = rows_to_encode(params, len(x))
         images = self.pixels.to_unit(x.index_select(0, index))
         small = self.pixels.to_flow(images)
         encoded = flow.model.encode(small.flow)[0]
@@ -271,15 +271,15 @@ class GLEMAugment(nn.Module):
         detail = None
         if self.policy == "noise":
             share = torch.ones(len(z), device=z.device)
-            z = z + self._noise(flow, cls, params.eps)
+            z = z + along_modes(flow, cls, self.strength * params.eps)
         else:
             from_batch = params.source == FROM_BATCH
             partner = encoded[other]
             # Only the CPU can say without waiting that no draw is needed.
             if x.device.type != "cpu" or not bool(from_batch.all()):
-                partner = torch.where(from_batch[:, None], partner, self._drawn(flow, params))
+                partner = torch.where(from_batch[:, None], partner, drawn_partners(flow, params))
             away = 1.0 - params.l
-            moved, share = self._project(flow, cls, partner - z)
+            moved, share = project(flow, cls, partner - z)
             z = z + away[:, None] * moved
             detail = (other, torch.where(from_batch, away, 0.0))
         decoded = flow.model.decode(z, clamp=False)
@@ -290,37 +290,6 @@ class GLEMAugment(nn.Module):
         decoded = decoded.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
         changed = self.pixels.from_flow(images, small, decoded, own, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
-
-    def _noise(self, flow: FlowOnDevice, cls: Tensor, eps: Tensor) -> Tensor:
-        """strength * sum_m s_m e_m v_m, [n, d]."""
-        if self.basis == "shared":
-            return self.strength * (eps * flow.scales) @ flow.directions
-        coefficients = self.strength * eps * flow.scales[cls]
-        out = coefficients.new_empty(len(cls), flow.directions.shape[-1])
-        for part in row_chunks(len(cls), flow.directions[0].numel()):
-            out[part] = torch.bmm(coefficients[part, None], flow.directions[cls[part]])[:, 0]
-        return out
-
-    def _project(self, flow: FlowOnDevice, cls: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """P delta [n, d], and |P delta|^2 / |delta|^2 [n] (0 where delta is 0: nothing moves)."""
-        if self.basis == "shared":
-            moved = (delta @ flow.directions.mT) @ flow.directions
-        else:
-            moved = torch.empty_like(delta)
-            for part in row_chunks(len(cls), flow.directions[0].numel()):
-                v = flow.directions[cls[part]]
-                moved[part] = torch.bmm((v @ delta[part, :, None]).mT, v)[:, 0]
-        total = delta.square().sum(dim=1)
-        share = moved.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return moved, share.clamp(max=1.0)
-
-    def _drawn(self, flow: FlowOnDevice, params: AugmentParams) -> Tensor:
-        """Partners made from eps, [n, d]; not used where the partner is a row of the batch."""
-        cls = params.partner_cls.clamp(min=0)
-        if self.partner == "gaussian":
-            gaussians = flow.model.gaussians
-            return gaussians.mu[cls] + gaussians.variance()[cls].sqrt() * params.eps
-        return flow.fitted.sample_from_noise(cls, params.eps)
 
     def _partners(self, tables: ClassTables, cls: Tensor, cls_all: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
         """Which batch rows may be partners, bool [n, B], and the class to draw from where none is, [n]."""
@@ -474,37 +443,3 @@ class GLEMAugment(nn.Module):
         settings = [f"{name}={getattr(self, name)!r}" for name in names.split()]
         settings += [f"mean={self.pixels.mean}", f"std={self.pixels.std}", f"image_shape={self.pixels.shape}"]
         return ", ".join(settings)
-
-
-def _rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch rows to encode, and where in them the selected rows [n] and their partners [n] are.
-
-    Partners that are draws stand for themselves (the result is not used).
-    """
-    rows = params.rows
-    n = len(rows)
-    if params.partner.numel() == 0 or (rows.device.type == "cpu" and bool((params.partner < 0).all())):
-        own = torch.arange(n, device=rows.device)
-        return rows, own, own
-    partner = torch.where(params.partner < 0, rows, params.partner)
-    if rows.device.type == "cpu":
-        index, place = torch.unique(torch.cat([rows, partner]), return_inverse=True)
-        return index, place[:n], place[n:]
-    # On an accelerator the number of different rows is not known without waiting: take the smaller fixed set.
-    if 2 * n >= batch:
-        return torch.arange(batch, device=rows.device), rows, partner
-    place = torch.arange(2 * n, device=rows.device)
-    return torch.cat([rows, partner]), place[:n], place[n:]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and back in train mode afterwards if that is where it was."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()

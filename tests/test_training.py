@@ -176,7 +176,7 @@ def brute_force(
         high, low = float(values.max()), float(values.min())
         return high - low + 0.2 * (abs(high) + abs(low))
 
-    each = torch.nn.functional.cross_entropy(gaussians.log_prob(z), y, reduction="none")
+    each = torch.nn.functional.cross_entropy(config.ce_scale * gaussians.log_prob(z), y, reduction="none")
     entropy = torch.stack([each[y == c].mean() for c in y.unique()]).mean()
     if config.repulsion == "kld":
         class_means = torch.stack([sum(kl(a, b) for b in range(k) if b != a) / (k - 1) for a in range(k)]).detach()
@@ -198,6 +198,7 @@ def brute_force(
         dict(objective="glem", repulsion="saturating", saturation=0.3),
         dict(objective="mle"),
         dict(objective="hybrid", beta=0.4),
+        dict(objective="hybrid", beta=0.4, ce_scale=0.2),
         dict(objective="hybrid", beta=0.4, repulsion="kld"),
         dict(objective="hybrid", beta=0.4, repulsion="saturating"),
     ],
@@ -847,3 +848,16 @@ def test_curves_are_drawn_where_matplotlib_is_there(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     tiny_trainer(tmp_path / "run", epochs=1).fit()
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) -> None:
+    data = toy_data()
+    trainer = Trainer(
+        data, tiny_config(objective="hybrid", epochs=1, refit_steps=40), tmp_path, device="cpu", progress=False
+    )
+    x, y = data.tensor(), torch.from_numpy(data.targets)
+    before = trainer.model.bits_per_dim(x, y).mean()
+    flow = {name: value.clone() for name, value in trainer.model.flow.state_dict().items()}
+    trainer.refit(trainer.model)
+    assert trainer.model.bits_per_dim(x, y).mean() < before
+    assert all(torch.equal(value, trainer.model.flow.state_dict()[name]) for name, value in flow.items())

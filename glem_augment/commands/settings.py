@@ -61,6 +61,11 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "beta": Setting(
             float, "weight of the cross-entropy, per nat, against NLL per dimension; by default 0.03 for hybrid, else 0"
         ),
+        "beta_end": Setting(float, "beta at the end, as a share of itself"),
+        "beta_anneal_from": Setting(float, "share of the run from which beta falls to that, geometrically", "SHARE"),
+        "ce_scale": Setting(
+            float, "class scores are multiplied by this before the cross-entropy; below 1: wider margins"
+        ),
     },
     OPTIMISER: {
         "epochs": Setting(int, "passes over the images"),
@@ -92,6 +97,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "refit_steps": Setting(
             int, "Adam steps on the Gaussians at the end, on all training images; by default 200 for hybrid, else 0"
         ),
+        "refit_beta": Setting(float, "beta of that refit; by default the run's"),
         "modes_rank": Setting(int, "principal modes per class, fitted at the end; 0 for none"),
     },
     DATA: {

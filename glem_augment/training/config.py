@@ -45,6 +45,10 @@ class TrainConfig:
         lr, warmup_steps, schedule, milestones, min_lr, clip_norm: Adamax on the flow; linear warm-up, then halved at
             ``milestones`` (shares of the run) down to ``min_lr``, or a cosine to ``min_lr``.
         averaging, ema_decay, swa_start: of the flow's weights; SWA from that share of the run on.
+        beta_end, beta_anneal_from: from that share of the run on, beta falls geometrically to ``beta_end`` times itself:
+            classes first, then likelihood, as the paper anneals lambda.
+        ce_scale: the class scores are multiplied by this before that cross-entropy. A sum over d dimensions is far too
+            sure of itself, so at 1 only images within a few nats of a mistake count; below 1 wider margins are learned.
         repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
         beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension. The M-step
             weighs classes equally in both terms; the E-step takes images as they come.
@@ -57,6 +61,7 @@ class TrainConfig:
         freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all data.
         refit_steps: Adam steps on the Gaussians after the last E-step, on the latents of all training images under the
             averaged flow; the averaging has moved the latents a little. By default 200 for "hybrid", else 0.
+        refit_beta: beta of that refit, by default the run's. Its images have been seen by the flow, so less is better.
         mean_init: means at the start: "class_means" of the initial latents, "random" (``mean_init_std``) or "zeros".
             A run that starts from a fitted model takes its Gaussians where the classes are the same, else fits them to
             the latents.
@@ -89,6 +94,9 @@ class TrainConfig:
     kld_weight_end: float = 0.5
     saturation: float = 0.05
     beta: float | None = None
+    beta_end: float = 1.0
+    beta_anneal_from: float = 0.0
+    ce_scale: float = 1.0
     m_rounds: int = 1
     m_steps: int = 1
     m_budget: float = 1.45
@@ -101,6 +109,7 @@ class TrainConfig:
     psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05)
     bits: int = 8
     refit_steps: int | None = None
+    refit_beta: float | None = None
     g_fraction: float = 0.1
     val_fraction: float = 0.05
     val_max: int = 2000
@@ -128,6 +137,8 @@ class TrainConfig:
             self.repulsion = "kld" if self.objective == "glem" else "none"
         if self.beta is None:
             self.beta = 0.03 if self.objective == "hybrid" else 0.0
+        if self.refit_beta is None:
+            self.refit_beta = self.beta
         if self.refit_steps is None:
             self.refit_steps = 200 if self.objective == "hybrid" else 0
         if self.repulsion not in REPULSIONS:
@@ -160,9 +171,9 @@ class TrainConfig:
             self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
         for name in ("warmup_steps", "modes_rank", "workers", "sample_every", "seed", "refit_steps"):
             self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 0, "a whole number >= 0")
-        for name in ("lr", "clip_norm", "saturation", "m_budget", "checkpoint_minutes"):
+        for name in ("lr", "ce_scale", "beta_end", "clip_norm", "saturation", "m_budget", "checkpoint_minutes"):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
-        for name in ("kld_weight", "kld_weight_end", "beta", "min_lr", "sigma_lr_scale", "mean_init_std"):
+        for name in ("kld_weight", "kld_weight_end", "beta", "min_lr", "sigma_lr_scale", "mean_init_std", "refit_beta"):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
         for name in ("g_fraction", "ema_decay", "swa_start", "freeze_gaussians_at"):
             self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, "in (0, 1]")
@@ -170,6 +181,8 @@ class TrainConfig:
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("flow_options", isinstance(self.flow_options, dict), "a table of the preset's numbers")
         self._check("g_fraction", self.g_fraction < 1, "below 1")
+        late = self.beta_anneal_from
+        self._check("beta_anneal_from", _is_number(late) and 0 <= late < 1, "in [0, 1)")
         self._check("val_fraction", _is_number(self.val_fraction) and 0 <= self.val_fraction < 1, "in [0, 1)")
         self._check("bits", _is_whole(self.bits) and 1 <= self.bits <= 8, "a whole number from 1 to 8")
         self._check("milestones", all(0 < v < 1 for v in self.milestones), "shares of the run in (0, 1)")

@@ -244,6 +244,12 @@ class Trainer:
         share = self.m_done / max(1, self.m_total - 1)
         return self.config.kld_weight * (1 + (self.config.kld_weight_end - 1) * min(1.0, share))
 
+    def beta(self) -> float:
+        """Weight of the cross-entropy now: ``beta``, annealed geometrically over the last part of the run."""
+        config, share = self.config, self.step / self.total_steps
+        late = max(0.0, share - config.beta_anneal_from) / (1 - config.beta_anneal_from)
+        return config.beta * config.beta_end**late
+
     @torch.no_grad()
     def _latent_pass(
         self, round_index: int, rows: np.ndarray, keep: bool, model: GLEM | None = None
@@ -258,7 +264,7 @@ class Trainer:
 
     def m_step(self) -> None:
         """One pass over D_g and ``m_steps`` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
-        config = self.config
+        config = replace(self.config, beta=self.beta())
         weight = self.kld_weight()
         if config.learn_mu or config.learn_sigma:
             statistics = self._latent_pass(self.m_done, self.split.g, keep=bool(config.beta))
@@ -266,15 +272,15 @@ class Trainer:
             for rate in self.m_rates[first : first + config.m_steps]:
                 for group in self.m_optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
-                self._gaussian_step(statistics, weight)
+                self._gaussian_step(statistics, config, weight)
             if self.m_done == 0:
                 # As the authors do: the moments of the first, large gradients are forgotten.
                 self.m_optimizer.state.clear()
         self.m_done += 1
 
-    def _gaussian_step(self, statistics: LatentStatistics, kld_weight: float) -> None:
+    def _gaussian_step(self, statistics: LatentStatistics, config: TrainConfig, kld_weight: float) -> None:
         gaussians = self.model.gaussians
-        loss = m_step_loss(gaussians, statistics, self.config, kld_weight)
+        loss = m_step_loss(gaussians, statistics, config, kld_weight)
         self.m_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grads = [p.grad for p in (gaussians.mu, gaussians.s) if p.grad is not None]
@@ -289,7 +295,7 @@ class Trainer:
 
     def refit(self, model: GLEM) -> None:
         """``refit_steps`` of Adam on the Gaussians, on latents of all training images under ``model``'s flow."""
-        config = self.config
+        config = replace(self.config, beta=self.config.refit_beta)
         if not config.refit_steps or not (config.learn_mu or config.learn_sigma):
             return
         rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
@@ -299,7 +305,7 @@ class Trainer:
         for step in tqdm(range(config.refit_steps), desc="refit", disable=not self.progress, dynamic_ncols=True):
             for group in self.m_optimizer.param_groups:
                 group["lr"] = _REFIT_LR * (1 - step / config.refit_steps) * group["lr_scale"]
-            self._gaussian_step(statistics, self.kld_weight())
+            self._gaussian_step(statistics, config, self.kld_weight())
 
     def e_step(self, x: Tensor, y: Tensor) -> float:
         """One step of Adamax on the flow (Eq. 3, the Gaussians fixed). Returns the loss, nats per dimension."""
@@ -318,7 +324,7 @@ class Trainer:
             own = -0.5 * ((z - mu).square() / var + var.log() + math.log(2 * math.pi)).sum(1)
         loss = -(own + logdet).mean() / model.dim
         if config.beta:
-            loss = loss + config.beta * F.cross_entropy(scores, y)
+            loss = loss + self.beta() * F.cross_entropy(config.ce_scale * scores, y)
         if self.flow_optimizer is None:
             return float(loss)
         self.flow_optimizer.zero_grad(set_to_none=True)
