@@ -861,3 +861,12 @@ def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) ->
     trainer.refit(trainer.model)
     assert trainer.model.bits_per_dim(x, y).mean() < before
     assert all(torch.equal(value, trainer.model.flow.state_dict()[name]) for name, value in flow.items())
+
+
+def test_beta_is_annealed_geometrically_over_the_last_part(tmp_path: Path) -> None:
+    options = dict(objective="hybrid", beta=0.8, beta_end=0.05, beta_anneal_from=0.5)
+    trainer = Trainer(toy_data(), tiny_config(**options), tmp_path, device="cpu", progress=False)
+    shares = {0.0: 0.8, 0.5: 0.8, 0.75: 0.8 * 0.05**0.5, 1.0: 0.04}
+    for share, want in shares.items():
+        trainer.step = share * trainer.total_steps
+        assert trainer.beta() == pytest.approx(want)

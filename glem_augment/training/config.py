@@ -45,8 +45,8 @@ class TrainConfig:
         lr, warmup_steps, schedule, milestones, min_lr, clip_norm: Adamax on the flow; linear warm-up, then halved at
             ``milestones`` (shares of the run) down to ``min_lr``, or a cosine to ``min_lr``.
         averaging, ema_decay, swa_start: of the flow's weights; SWA from that share of the run on.
-        beta_end, beta_anneal_from: from that share of the run on, beta falls geometrically to ``beta_end`` times itself:
-            classes first, then likelihood, as the paper anneals lambda.
+        beta_end, beta_anneal_from: from that share of the run on, beta falls geometrically to ``beta_end`` times
+            itself: classes first, then likelihood, as the paper anneals lambda.
         ce_scale: the class scores are multiplied by this before that cross-entropy. A sum over d dimensions is far too
             sure of itself, so at 1 only images within a few nats of a mistake count; below 1 wider margins are learned.
         repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
