@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glem_augment._moves import drawn_partners
 from glem_augment.augment import GLEMAugment
 from glem_augment.model import GLEM
 
@@ -271,7 +272,7 @@ def test_drawn_partners_come_from_their_law(model: GLEM, partner: str) -> None:
     stacked = copy.copy(params[0])
     for name in ("rows", "cls", "partner", "partner_cls", "source", "l", "eps"):
         setattr(stacked, name, torch.cat([getattr(p, name) for p in params]))
-    drawn = aug._drawn(flow, stacked)
+    drawn = drawn_partners(flow, stacked)
     if partner == "gaussian":
         mean, variance = model.gaussians.mu[2].detach(), model.gaussians.variance()[2].detach()
     else:
