@@ -7,10 +7,8 @@ is killed and resumed takes exactly the steps of one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.model import GLEM
 from glem_augment.training.checkpoint import NAME as CHECKPOINT
-from glem_augment.training.checkpoint import load_checkpoint, save_checkpoint
+from glem_augment.training.checkpoint import check_same_run, data_fingerprint, load_checkpoint, save_checkpoint
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.image_ops import augment_batch
 from glem_augment.training.interrupt import StopRequest, stop_between_steps
@@ -40,7 +38,6 @@ _EVAL_BATCH = 256
 # ActNorm's start needs a fair estimate of each element's spread.
 _INIT_IMAGES = 1024
 _STEP_ROWS_EVERY = 50
-_FINGERPRINT_IMAGES = 16
 _SHRINKAGE = 10  # images
 # The refit of the Gaussians keeps this many latents in memory, at most; 60,000 of 784 numbers are 190 MB.
 _REFIT_NUMBERS = 60_000 * 784
@@ -84,7 +81,7 @@ class Trainer:
             data.targets, k, config.g_fraction, config.val_fraction, config.val_max, config.seed
         )
         self.model = self._new_model(init_model).to(self.device)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = data_fingerprint(data)
         self.out.mkdir(parents=True, exist_ok=True)
         state = load_checkpoint(self.out) if resume else None
         if state is None and (self.out / CHECKPOINT).exists():
@@ -92,7 +89,7 @@ class Trainer:
                 f"{self.out} already holds a run; resume it (--resume), or choose another folder with --out"
             )
         if state is not None:
-            self._check_same_run(state)
+            check_same_run(self.out, state, config, self.fingerprint, data.name)
 
         batch = min(config.batch_size, len(self.split.nf))
         self.steps_per_epoch = max(1, len(self.split.nf) // batch)
@@ -177,15 +174,6 @@ class Trainer:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        digest.update(repr((self.data.image_shape, self.data.class_ids, len(self.data))).encode())
-        digest.update(np.ascontiguousarray(self.data.targets).tobytes())
-        # A few images, so that other pictures with the same labels are not taken for the same data.
-        for x, _ in self.data.batches(np.linspace(0, len(self.data) - 1, _FINGERPRINT_IMAGES).astype(np.int64), 64):
-            digest.update(x.numpy().tobytes())
-        return digest.hexdigest()
-
     def _state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
@@ -202,24 +190,6 @@ class Trainer:
             "average": self.average.state_dict(),
             "rng": torch.get_rng_state(),
         }
-
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        # Settings that do not change what is learned may differ between the two halves of a run.
-        free = {"checkpoint_minutes", "sample_every", "workers", "threads", "max_bad_steps"}
-        ours = self.config.to_dict()
-        changed = [key for key in ours if key not in free and state["config"].get(key) != ours[key]]
-        if changed:
-            pairs = ", ".join(f"{key}: {state['config'].get(key)!r} then, {ours[key]!r} now" for key in changed)
-            raise TrainingError(f"{self.out} holds a run with other settings ({pairs}); use the same or another folder")
-        threads = state["config"].get("threads")
-        if threads != self.config.threads:
-            warnings.warn(
-                f"{self.out} was trained with threads={threads}, now {self.config.threads}: sums are taken in another "
-                "order, so the weights will not be those of an uninterrupted run to the last bit",
-                stacklevel=3,
-            )
-        if state["fingerprint"] != self.fingerprint:
-            raise TrainingError(f"{self.out} holds a run on other data than {self.data.name}; use another folder")
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
