@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.bijection import Bijection
-from glem_augment.flows.matexp import expm_apply, expm_apply_low_rank
+from glem_augment.flows.expm_coupling import expm_coupling
+from glem_augment.flows.matexp import expm_apply_low_rank
 
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
@@ -28,27 +29,40 @@ def row_bounded(raw: Tensor, bound: float, dim: int) -> Tensor:
 class Coupling(Bijection):
     """Splits the channels in halves x1, x2; x1 passes unchanged, x2 is mapped with parameters made from x1."""
 
+    net: nn.Module
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         if channels < 2 or channels % 2:
             raise ValueError(f"a coupling needs an even number of channels, got {channels}")
         self.half = channels // 2
 
-    def _transform(self, params: Tensor, x2: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """The map of the second half.
+
+        Args:
+            x2: [c/2, B, H, W], channel-major (see ``level``).
+            params: [B, m, H, W], what the network made of the first half.
+            inverse: undo it.
+
+        Returns:
+            [c/2, B, H, W] and log|det| [B] in nats.
+        """
         raise NotImplementedError
 
-    def _params(self, x1: Tensor) -> Tensor:
-        return self.net(x1)
+    def couple(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """The whole layer on channel-major x [c, B, H, W]: ([c, B, H, W], log|det| [B])."""
+        x1, x2 = x.split(self.half)
+        y2, logdet = self.transform(x2, self.net(x1.transpose(0, 1)), inverse)
+        return torch.cat([x1, y2]), logdet
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x1, x2 = x[:, : self.half], x[:, self.half :]
-        y2, logdet = self._transform(self._params(x1), x2, inverse=False)
-        return torch.cat([x1, y2], 1), logdet
+        y, logdet = self.couple(x.transpose(0, 1))
+        return y.transpose(0, 1).contiguous(), logdet
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        z1, z2 = z[:, : self.half], z[:, self.half :]
-        x2, logdet = self._transform(self._params(z1), z2, inverse=True)
-        return torch.cat([z1, x2], 1), logdet
+        x, logdet = self.couple(z.transpose(0, 1), inverse=True)
+        return x.transpose(0, 1).contiguous(), logdet
 
 
 class AffineCoupling(Coupling):
@@ -65,13 +79,13 @@ class AffineCoupling(Coupling):
         self.bound = float(bound)
         self.net = subnet(self.half, 2 * self.half)
 
-    def _transform(self, params: Tensor, x2: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        raw, shift = params[:, : self.half], params[:, self.half :]
+    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        raw, shift = params.transpose(0, 1).contiguous().split(self.half)
         log_scale = self.bound * torch.tanh(raw / self.bound)
-        logdet = log_scale.flatten(1).sum(1)
+        logdet = log_scale.sum((0, 2, 3))
         if inverse:
             return (x2 - shift) * (-log_scale).exp(), -logdet
-        return x2 * log_scale.exp() + shift, logdet
+        return torch.addcmul(shift, x2, log_scale.exp()), logdet
 
 
 class MatExpCoupling(Coupling):
@@ -98,22 +112,16 @@ class MatExpCoupling(Coupling):
             offset = torch.randn(self.rank, n, 1, 1) / n
             self.factor_offset = nn.Parameter(offset)
 
-    def _transform(self, params: Tensor, x2: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        batch, n, height, width = x2.shape
-        if self.low_rank:
-            q = self.rank
-            side = self.bound**0.5
-            u = params[:, : n * q].reshape(batch, n, q, height, width)
-            w = params[:, n * q : 2 * n * q].reshape(batch, q, n, height, width) + self.factor_offset
-            shift = params[:, 2 * n * q :]
-            u, w = row_bounded(u, side, 2), row_bounded(w, side, 2)
-            logdet = torch.einsum("bnqhw,bqnhw->b", u, w)
-            if inverse:
-                return expm_apply_low_rank(u, w, x2 - shift, self.bound, inverse=True), -logdet
-            return expm_apply_low_rank(u, w, x2, self.bound) + shift, logdet
-        s = row_bounded(params[:, : n * n].reshape(batch, n, n, height, width), self.bound, 2)
-        shift = params[:, n * n :]
-        logdet = s.diagonal(dim1=1, dim2=2).flatten(1).sum(1)
+    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        if not self.low_rank:
+            return expm_coupling(x2, params, self.bound, inverse)
+        n, batch, height, width = x2.shape
+        q, side = self.rank, self.bound**0.5
+        u = params[:, : n * q].reshape(batch, n, q, height, width)
+        w = params[:, n * q : 2 * n * q].reshape(batch, q, n, height, width) + self.factor_offset
+        u, w = row_bounded(u, side, 2), row_bounded(w, side, 2)
+        shift, v = params[:, 2 * n * q :], x2.transpose(0, 1)
+        logdet = torch.einsum("bnqhw,bqnhw->b", u, w)
         if inverse:
-            return expm_apply(s, x2 - shift, self.bound, inverse=True), -logdet
-        return expm_apply(s, x2, self.bound) + shift, logdet
+            return expm_apply_low_rank(u, w, v - shift, self.bound, inverse=True).transpose(0, 1), -logdet
+        return (expm_apply_low_rank(u, w, v, self.bound) + shift).transpose(0, 1), logdet

@@ -13,6 +13,17 @@ from glem_augment.flows.bijection import Bijection
 _MIN_SHARE, _MIN_STD = 0.1, 1e-3
 
 
+def frozen_state(*weights: Tensor) -> tuple | None:
+    """A key that changes whenever one of ``weights`` does, or None where it must be assumed that they do.
+
+    Fused optimizers change a weight without bumping its version, so only frozen ones are vouched for; one made under
+    inference_mode has no version at all.
+    """
+    if any(w.requires_grad or w.is_inference() for w in weights):
+        return None
+    return tuple((w._version, w.data_ptr(), w.device, w.dtype) for w in weights)
+
+
 class ActNorm(Bijection):
     """``z = (x + bias) * exp(log_scale)``, initialised so that z has zero mean and unit variance on the first batch.
 
@@ -81,13 +92,11 @@ class Mixing1x1(Bijection):
         self._cache: dict[tuple, Tensor] = {}
 
     def _matrix(self, sign: float, dtype: torch.dtype) -> Tensor:
-        # Fused optimizers change a weight without bumping its version, so only a frozen one is cached; one made under
-        # inference_mode has no version at all.
-        if self.weight.requires_grad or self.weight.is_inference():
+        # exp(A) of a frozen weight is a constant until the weight is written to.
+        state = frozen_state(self.weight)
+        if state is None:
             self._cache = {}
             return torch.matrix_exp(self.weight.double() * sign).to(dtype)
-        # Frozen: exp(A) is a constant until the weight is written to, which bumps its version.
-        state = (self.weight._version, self.weight.data_ptr(), self.weight.device, self.weight.dtype)
         if self._cache.get("state") != state:
             self._cache = {"state": state}
         key = (sign, dtype)

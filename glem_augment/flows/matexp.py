@@ -18,8 +18,8 @@ from torch import Tensor
 
 # Relative truncation error that is left to the series; rounding then dominates in either precision.
 _TOLERANCE = {torch.float32: 2.5e-7, torch.float64: 2e-16}
-# Above this size one batched product beats n fused multiply-adds per term.
-_UNROLL_UP_TO = 8
+# Up to this size n multiply-adds over planes are faster than one batched product of tiny matrices per term.
+PLANES_UP_TO = 6
 
 
 @cache
@@ -48,87 +48,126 @@ def taylor_plan(bound: float, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _affine(base: Tensor | None, s: Tensor, v: Tensor, value: float) -> Tensor:
-    """base + value * S v per pixel (base 0 if None); s [B,n,n,H,W], v and base [B,n,H,W].
+    """base + value * S v (base 0 if None); s [n, n, ...], v and base [n, ...], one matrix per trailing position.
 
     One fused multiply-add per column of S, over planes of pixels: no temporary of the size of S is made.
     """
-    n = s.shape[1]
-    if n > _UNROLL_UP_TO:
-        product = torch.einsum("bijhw,bjhw->bihw", s, v) * value
-        return product if base is None else product.add_(base)
     if base is None:
-        out = s[:, :, 0] * (v[:, :1] * value)
+        out = s[:, 0] * (v[:1] * value)
     else:
-        out = torch.addcmul(base, s[:, :, 0], v[:, :1], value=value)
-    for j in range(1, n):
-        out.addcmul_(s[:, :, j], v[:, j : j + 1], value=value)
+        out = torch.addcmul(base, s[:, 0], v[:1], value=value)
+    for j in range(1, s.shape[0]):
+        out.addcmul_(s[:, j], v[j : j + 1], value=value)
     return out
 
 
-def _apply_segment(s: Tensor, v: Tensor, scale: float, terms: int) -> Tensor:
-    """exp(scale S) v by Horner's rule: v + S (v + S/2 (v + S/3 (...)))."""
-    out = v
-    for k in range(terms, 0, -1):
-        out = _affine(v, s, out, scale / k)
-    return out
+class Planes:
+    """For small n: s [n, n, ...] and vectors [n, ...], so every entry of S is one long vector over all pixels."""
+
+    @staticmethod
+    def apply(s: Tensor, v: Tensor, scale: float, terms: int) -> Tensor:
+        """exp(scale S) v by Horner's rule: v + S (v + S/2 (v + S/3 (...)))."""
+        out = v
+        for k in range(terms, 0, -1):
+            out = _affine(v, s, out, scale / k)
+        return out
+
+    @staticmethod
+    def adjoint(
+        s: Tensor, start: Tensor, g: Tensor, scale: float, terms: int, grad_s: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Backward of ``apply``: dL/dS, added to ``grad_s`` in place where there is one, and dL/dstart.
+
+        With t_0 = start, t_k = S t_(k-1) / k and y = sum t_k, the adjoints are a_m = g,
+        a_k = g + S^T a_(k+1) / (k+1), and dL/dS = sum_k a_k t_(k-1)^T / k, dL/dstart = a_0. The terms are cheap to
+        recompute and are not stored.
+        """
+        series = [start]
+        for k in range(1, terms):
+            series.append(_affine(None, s, series[-1], scale / k))
+        transposed, a = s.transpose(0, 1), g
+        for k in range(terms, 0, -1):
+            left, right = a.unsqueeze(1), series[k - 1].unsqueeze(0)
+            if grad_s is None:
+                grad_s = (left * (scale / k)) * right
+            else:
+                grad_s.addcmul_(left, right, value=scale / k)
+            a = _affine(g, transposed, a, scale / k)
+        assert grad_s is not None
+        return grad_s, a
+
+
+class Pixels:
+    """For larger n: s [P, n, n] and row vectors [P, 1, n], so that S v is v S^T, a batched matrix product."""
+
+    @staticmethod
+    def apply(s: Tensor, v: Tensor, scale: float, terms: int) -> Tensor:
+        """As ``Planes.apply``."""
+        transposed, out = s.transpose(1, 2), v
+        for k in range(terms, 0, -1):
+            out = torch.baddbmm(v, out, transposed, alpha=scale / k)
+        return out
+
+    @staticmethod
+    def adjoint(
+        s: Tensor, start: Tensor, g: Tensor, scale: float, terms: int, grad_s: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Planes.adjoint``; the outer products of all terms are one batched product."""
+        transposed, series, adjoints = s.transpose(1, 2), [start], [g]
+        for k in range(1, terms):
+            series.append(torch.bmm(series[-1], transposed) * (scale / k))
+        for k in range(terms, 0, -1):
+            adjoints.append(torch.baddbmm(g, adjoints[-1], s, alpha=scale / k))
+        left = torch.cat([a * (scale / k) for a, k in zip(adjoints, range(terms, 0, -1), strict=False)], 1)
+        right = torch.cat(series[::-1], 1)
+        if grad_s is None:
+            return torch.bmm(left.transpose(1, 2), right), adjoints[-1]
+        return grad_s.baddbmm_(left.transpose(1, 2), right), adjoints[-1]
+
+
+def layout(n: int) -> type[Planes] | type[Pixels]:
+    """Which of the two serves n x n matrices."""
+    return Planes if n <= PLANES_UP_TO else Pixels
 
 
 class _ExpmApply(torch.autograd.Function):
-    """Keeps S and one vector per segment; the Taylor terms are cheap to recompute and are not stored.
-
-    With t_0 = v, t_k = S t_(k-1) / k and y = sum t_k, the adjoints are a_m = g, a_k = g + S^T a_(k+1) / (k+1), and
-    dL/dS = sum_k a_k t_(k-1)^T / k, dL/dv = a_0.
-    """
+    """Keeps S and one vector per segment, in either layout."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(s: Tensor, v: Tensor, sign: float, segments: int, terms: int) -> tuple[Tensor, Tensor]:
-        scale = sign / segments
+    def forward(
+        s: Tensor, v: Tensor, kind: type[Planes] | type[Pixels], sign: float, segments: int, terms: int
+    ) -> tuple[Tensor, Tensor]:
         starts = []
         for _ in range(segments):
             starts.append(v)
-            v = _apply_segment(s, v, scale, terms)
+            v = kind.apply(s, v, sign / segments, terms)
         # The starts of later segments are intermediate results; they ride along as a second, non-differentiable
         # output because setup_context may only save inputs and outputs.
         return v, torch.stack(starts[1:]) if segments > 1 else v.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        s, v, sign, segments, terms = inputs
+        s, v, *plan = inputs
         ctx.save_for_backward(s, v, output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.plan = (sign, segments, terms)
+        ctx.plan = plan
 
     @staticmethod
     def backward(ctx, g: Tensor, _unused):
-        s, v, later_starts = ctx.saved_tensors
-        sign, segments, terms = ctx.plan
-        scale = sign / segments
+        s, v, later = ctx.saved_tensors
+        kind, sign, segments, terms = ctx.plan
+        starts = [v, *(later if segments > 1 else [])]
         if segments > 1 and torch.is_grad_enabled():
             # Under create_graph the starts have to depend on S and v, which the stored ones do not.
-            later_starts = [v]
+            starts = [v]
             for _ in range(segments - 1):
-                later_starts.append(_apply_segment(s, later_starts[-1], scale, terms))
-            later_starts = later_starts[1:]
-        transposed = s.transpose(1, 2)
+                starts.append(kind.apply(s, starts[-1], sign / segments, terms))
         grad_s = None
-        for segment in reversed(range(segments)):
-            start = v if segment == 0 else later_starts[segment - 1]
-            # t_0 ... t_(terms - 1)
-            series = [start]
-            for k in range(1, terms):
-                series.append(_affine(None, s, series[-1], scale / k))
-            adjoint = g
-            for k in range(terms, 0, -1):
-                left, right = adjoint.unsqueeze(2), series[k - 1].unsqueeze(1)
-                if grad_s is None:
-                    grad_s = (left * (scale / k)) * right
-                else:
-                    grad_s.addcmul_(left, right, value=scale / k)
-                adjoint = _affine(g, transposed, adjoint, scale / k)
-            g = adjoint
-        return grad_s, g, None, None, None
+        for start in reversed(starts):
+            grad_s, g = kind.adjoint(s, start, g, sign / segments, terms, grad_s)
+        return grad_s, g, None, None, None, None
 
 
 def expm_apply(s: Tensor, v: Tensor, bound: float = 1.0, inverse: bool = False) -> Tensor:
@@ -145,8 +184,13 @@ def expm_apply(s: Tensor, v: Tensor, bound: float = 1.0, inverse: bool = False) 
         result for r <= 2, and under 1e-6 of ``|exp(S)| |v|`` beyond, where exp(S) can shrink v so much that rounding
         v alone costs more.
     """
-    segments, terms = taylor_plan(float(bound), v.dtype)
-    return _ExpmApply.apply(s, v, -1.0 if inverse else 1.0, segments, terms)[0]
+    batch, n, height, width = v.shape
+    plan = (-1.0 if inverse else 1.0, *taylor_plan(float(bound), v.dtype))
+    if layout(n) is Planes:
+        return _ExpmApply.apply(s.permute(1, 2, 0, 3, 4), v.transpose(0, 1), Planes, *plan)[0].transpose(0, 1)
+    s, v = s.permute(0, 3, 4, 1, 2).reshape(-1, n, n), v.permute(0, 2, 3, 1).reshape(-1, 1, n)
+    out = _ExpmApply.apply(s, v, Pixels, *plan)[0]
+    return out.reshape(batch, height, width, n).permute(0, 3, 1, 2)
 
 
 def expm_apply_low_rank(u: Tensor, w: Tensor, v: Tensor, bound: float = 1.0, inverse: bool = False) -> Tensor:

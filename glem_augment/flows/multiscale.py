@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glem_augment.flows.bijection import Bijection, Sequence, full_precision
+from glem_augment.flows.bijection import Bijection, full_precision
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Squeeze
+from glem_augment.flows.layers import ActNorm
+from glem_augment.flows.level import Level
 
 
 class MultiscaleFlow(Bijection):
@@ -24,41 +25,46 @@ class MultiscaleFlow(Bijection):
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Bijection]]) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
-        self.levels = torch.nn.ModuleList(Sequence([Squeeze(), *steps]) for steps in levels)
+        self.levels = torch.nn.ModuleList()
         channels, height, width = image_shape
         self.autocast: torch.dtype | None = None
         self.part_shapes: list[tuple[int, int, int]] = []
-        for level in range(len(levels)):
+        for index, steps in enumerate(levels):
             channels, height, width = 4 * channels, height // 2, width // 2
-            if level < len(levels) - 1:
+            self.levels.append(Level(steps, height, width))
+            if index < len(levels) - 1:
                 channels //= 2
             self.part_shapes.append((channels, height, width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device.type):
-            parts, total = [], x.new_zeros(x.shape[0])
+            parts, shared, logdets = [], 0.0, []
+            h = x.transpose(0, 1)
             for index, level in enumerate(self.levels):
-                x, logdet = level(x)
-                total = total + logdet
+                h, constant, own = level(h)
+                shared = shared + constant
+                logdets += own
                 if index < len(self.levels) - 1:
-                    x, out = x.chunk(2, dim=1)
-                    parts.append(out.flatten(1))
-            parts.append(x.flatten(1))
-            return torch.cat(parts, 1), total
+                    h, out = h.chunk(2)
+                    parts.append(out.transpose(0, 1).flatten(1))
+            parts.append(h.transpose(0, 1).flatten(1))
+            return torch.cat(parts, 1), torch.stack(logdets).sum(0) + shared
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
             sizes = [c * h * w for c, h, w in self.part_shapes]
             parts = [
-                part.reshape(len(part), *shape) for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)
+                part.unflatten(1, shape).transpose(0, 1)
+                for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)
             ]
-            x, total = parts[-1], z.new_zeros(z.shape[0])
+            h, shared, logdets = parts[-1].contiguous(), 0.0, []
             for index in reversed(range(len(self.levels))):
                 if index < len(self.levels) - 1:
-                    x = torch.cat([x, parts[index]], 1)
-                x, logdet = self.levels[index].inverse(x)
-                total = total + logdet
-            return x, total
+                    h = torch.cat([h, parts[index]])
+                h, constant, own = self.levels[index].inverse(h)
+                shared = shared + constant
+                logdets += own
+            return h.transpose(0, 1).contiguous(), torch.stack(logdets).sum(0) + shared
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

@@ -1,0 +1,151 @@
+"""The matrix-exponential coupling's transform as one differentiable operation with a hand-written backward.
+
+Raw network outputs are bounded row by row, exponentiated into an application to the other half, and shifted. The
+backward keeps the bounded matrices and one vector per Taylor segment, and recomputes the rest.
+
+Source: Xiao & Liu 2020, Sec. 4.2, for what is computed; how is this library's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glem_augment.flows import matexp
+from glem_augment.flows.matexp import taylor_plan
+
+
+class _Planes(matexp.Planes):
+    """n <= 6: everything over planes of pixels, P = B*H*W."""
+
+    @staticmethod
+    def bounded(params: Tensor, n: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+        """From [B, n^2 + n, H, W]: S with ``||S||_inf < bound``, the factors that made it so, and the shift."""
+        # A copy of our own, because it is scaled in place.
+        p = params.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
+        raw, shift = p[: n * n].view(n, n, p.shape[1]), p[n * n :]
+        factor = raw.abs().sum(1, keepdim=True).add_(1).reciprocal_().mul_(bound)
+        return raw.mul_(factor), factor, shift
+
+    @staticmethod
+    def vectors(v: Tensor) -> Tensor:
+        """[n, B, H, W] to what ``apply`` takes."""
+        return v.flatten(1)
+
+    @staticmethod
+    def image(v: Tensor, shape: torch.Size) -> Tensor:
+        """Back to ``shape`` = [n, B, H, W]."""
+        return v.view(shape)
+
+    @staticmethod
+    def trace(s: Tensor, batch: int, pixels: int) -> Tensor:
+        """Trace of S, summed over the pixels of each image: [B]."""
+        n = s.shape[0]
+        return s.view(n * n, batch, pixels)[:: n + 1].sum((0, 2))
+
+    @staticmethod
+    def params_grad(
+        s: Tensor, factor: Tensor, grad_s: Tensor, g_shift: Tensor, g_trace: Tensor, bound: float, shape: torch.Size
+    ) -> Tensor:
+        """Gradient of ``bounded``'s input, channels last, from those of S, the shift and the trace [B]."""
+        batch, channels, height, width = shape
+        n = s.shape[0]
+        grad_s.view(n * n, batch, height * width)[:: n + 1].add_(g_trace[:, None])
+        row = (grad_s * s).sum(1, keepdim=True).mul_(factor)
+        out = torch.empty(channels, batch * height * width, dtype=s.dtype, device=s.device)
+        out[: n * n].view(grad_s.shape).copy_(grad_s.mul_(factor)).addcmul_(s.sign(), row, value=-1 / bound)
+        out[n * n :] = g_shift
+        return out.view(channels, batch, height, width).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+class _Pixels(matexp.Pixels):
+    """n > 6: batched products on the networks' channels-last output as it is. Methods as in ``_Planes``."""
+
+    @staticmethod
+    def bounded(params: Tensor, n: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+        p = params.permute(0, 2, 3, 1).flatten(0, 2)
+        raw, shift = p[:, : n * n].unflatten(1, (n, n)), p[:, None, n * n :]
+        factor = raw.abs().sum(2, keepdim=True).add_(1).reciprocal_().mul_(bound)
+        return raw * factor, factor, shift
+
+    @staticmethod
+    def vectors(v: Tensor) -> Tensor:
+        return v.flatten(1).t().contiguous().unsqueeze(1)
+
+    @staticmethod
+    def image(v: Tensor, shape: torch.Size) -> Tensor:
+        return v.squeeze(1).t().reshape(shape)
+
+    @staticmethod
+    def trace(s: Tensor, batch: int, pixels: int) -> Tensor:
+        return s.diagonal(dim1=1, dim2=2).reshape(batch, pixels * s.shape[1]).sum(1)
+
+    @staticmethod
+    def params_grad(
+        s: Tensor, factor: Tensor, grad_s: Tensor, g_shift: Tensor, g_trace: Tensor, bound: float, shape: torch.Size
+    ) -> Tensor:
+        batch, channels, height, width = shape
+        n = s.shape[1]
+        grad_s.view(batch, height * width, n * n)[:, :, :: n + 1].add_(g_trace[:, None, None])
+        row = (grad_s * s).sum(2, keepdim=True).mul_(factor)
+        out = torch.empty(batch * height * width, channels, dtype=s.dtype, device=s.device)
+        out[:, : n * n].unflatten(1, (n, n)).copy_(grad_s.mul_(factor)).addcmul_(s.sign(), row, value=-1 / bound)
+        out[:, n * n :] = g_shift.squeeze(1)
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _layout(n: int) -> type[_Planes] | type[_Pixels]:
+    return _Planes if matexp.layout(n) is matexp.Planes else _Pixels
+
+
+class _ExpmCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+        n, batch, height, width = x2.shape
+        layout = _layout(n)
+        segments, terms = taylor_plan(bound, x2.dtype)
+        sign = -1.0 if inverse else 1.0
+        s, factor, shift = layout.bounded(params, n, bound)
+        v = layout.vectors(x2)
+        if inverse:
+            v = v - shift
+        starts = []
+        for _ in range(segments):
+            starts.append(v)
+            v = layout.apply(s, v, sign / segments, terms)
+        y2 = layout.image(v if inverse else v + shift, x2.shape)
+        ctx.save_for_backward(s, factor, *starts)
+        ctx.plan = (n, bound, sign, terms, params.shape, x2.shape)
+        return y2, layout.trace(s, batch, height * width) * sign
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, g_logdet: Tensor):
+        n, bound, sign, terms, params_shape, shape = ctx.plan
+        s, factor, *starts = ctx.saved_tensors
+        layout = _layout(n)
+        g_out = a = layout.vectors(g)
+        grad_s = None
+        for start in reversed(starts):
+            grad_s, a = layout.adjoint(s, start, a, sign / len(starts), terms, grad_s)
+        g_shift = -a if sign < 0 else g_out
+        g_params = layout.params_grad(s, factor, grad_s, g_shift, g_logdet * sign, bound, params_shape)
+        return layout.image(a, shape), g_params, None, None
+
+
+def expm_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """``exp(S) x2 + b`` per pixel, or its inverse ``exp(-S) (x2 - b)``, with S and b made from ``params``.
+
+    Args:
+        x2: [n, B, H, W], channel-major.
+        params: [B, n^2 + n, H, W], channels last where that is at hand: raw S, row by row, then b. S is
+            ``bound * raw / (1 + sum_j |raw_ij|)``, see ``coupling.row_bounded``.
+        bound: r, the bound of ``||S||_inf``.
+        inverse: which of the two.
+
+    Returns:
+        [n, B, H, W], and log|det| [B] in nats: the trace of S, summed over pixels, negated for the inverse. Can be
+        differentiated once.
+    """
+    return _ExpmCoupling.apply(x2, params, float(bound), bool(inverse))

@@ -1,0 +1,152 @@
+"""One level of the flow, run as a whole: everything that does not depend on the image is made once per pass.
+
+Inside a level the state is *channel-major*, [C, B, H, W]: a 1x1 mixing is then one matrix product [C,C] x [C, B*H*W],
+a half of the channels is one contiguous block, and the squeeze's permutation, which copies anyway, also does the
+change of order. Only the networks inside couplings see images, channels last.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.flows.bijection import Bijection
+from glem_augment.flows.coupling import Coupling
+from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """[C, B, H, W] -> [4C, B, H/2, W/2], channels in the order of ``layers.Squeeze``."""
+    c, b, h, w = x.shape
+    return x.view(c, b, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(4 * c, b, h // 2, w // 2)
+
+
+def unsqueeze(x: Tensor) -> Tensor:
+    """Inverse of ``squeeze``."""
+    c, b, h, w = x.shape
+    return x.view(c // 4, 2, 2, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c // 4, b, 2 * h, 2 * w)
+
+
+class Prepared(NamedTuple):
+    """What ActNorms and mixings of a level amount to: ``u = x * scale + shift`` per element, then ``y = matrix u``.
+
+    For the inverse the other way round: ``u = matrix y``, ``x = u * scale + shift``. With ActNorm per channel, scale
+    and shift are folded into the matrix and a bias and ``scale`` is None. The lists hold one entry per step.
+    """
+
+    scale: tuple[Tensor, ...] | None  # [C,1,H,W]
+    shift: tuple[Tensor, ...]  # [C,1,H,W], or [C,1] where folded
+    matrix: tuple[Tensor, ...]  # [C,C]
+    logdet: Tensor  # of the direction, nats, the same for every image
+
+
+def mix(x: Tensor, scale: Tensor | None, shift: Tensor, matrix: Tensor) -> Tensor:
+    """ActNorm and mixing of one step: [C, B, H, W] -> [C, B, H, W]."""
+    if scale is None:
+        return torch.addmm(shift, matrix, x.flatten(1)).view(x.shape)
+    return (matrix @ torch.addcmul(shift, x, scale).flatten(1)).view(x.shape)
+
+
+def unmix(y: Tensor, scale: Tensor | None, shift: Tensor, matrix: Tensor) -> Tensor:
+    """Undoes ``mix``, with what ``Level.prepare(inverse=True)`` made."""
+    if scale is None:
+        return torch.addmm(shift, matrix, y.flatten(1)).view(y.shape)
+    return torch.addcmul(shift, (matrix @ y.flatten(1)).view(y.shape), scale)
+
+
+def step_forward(
+    x: Tensor, scale: Tensor | None, shift: Tensor, matrix: Tensor, coupling: Coupling
+) -> tuple[Tensor, Tensor]:
+    """One step on the channel-major x: ([C, B, H, W], the coupling's log|det| [B])."""
+    return coupling.couple(mix(x, scale, shift, matrix))
+
+
+def step_inverse(
+    y: Tensor, scale: Tensor | None, shift: Tensor, matrix: Tensor, coupling: Coupling
+) -> tuple[Tensor, Tensor]:
+    """Undoes ``step_forward``."""
+    u, logdet = coupling.couple(y, inverse=True)
+    return unmix(u, scale, shift, matrix), logdet
+
+
+class Level(nn.Module):
+    """A squeeze and its steps, each ActNorm, 1x1 mixing and coupling, in this order.
+
+    Args:
+        steps: the layers of all steps, three per step.
+        height, width: of the level's tensors after the squeeze.
+    """
+
+    def __init__(self, steps: list[Bijection], height: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Squeeze(), *steps])
+        # Plain lists: the modules are registered above.
+        self.norms: list[ActNorm] = steps[0::3]  # type: ignore[assignment]
+        self.mixings: list[Mixing1x1] = steps[1::3]  # type: ignore[assignment]
+        self.couplings: list[Coupling] = steps[2::3]  # type: ignore[assignment]
+        kinds = zip(self.norms, self.mixings, self.couplings, strict=True)
+        if not all(
+            isinstance(a, ActNorm) and isinstance(m, Mixing1x1) and isinstance(c, Coupling) for a, m, c in kinds
+        ):
+            raise TypeError("the steps of a level are ActNorm, Mixing1x1 and a Coupling, in this order")
+        self.pixels = height * width
+        self._cache: dict = {}
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state["_cache"] = {}
+        return state
+
+    def prepare(self, inverse: bool) -> Prepared:
+        """What does not depend on the image, differentiable; cached while the weights are frozen."""
+        weights = [p for pair in zip(self.norms, self.mixings, strict=True) for m in pair for p in m.parameters()]
+        state = None if torch.compiler.is_compiling() else frozen_state(*weights)
+        if state is None:
+            self._cache = {}
+            return self._prepare(inverse)
+        if self._cache.get("state") != state:
+            self._cache = {"state": state}
+        if inverse not in self._cache:
+            # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache[inverse] = self._prepare(inverse)
+        return self._cache[inverse]
+
+    def _prepare(self, inverse: bool) -> Prepared:
+        log_scale = torch.stack([a.log_scale for a in self.norms]).unsqueeze(2)
+        bias = torch.stack([a.bias for a in self.norms]).unsqueeze(2)
+        generators = torch.stack([m.weight for m in self.mixings])
+        constant = log_scale.sum() * self.norms[0].pixels + generators.diagonal(dim1=1, dim2=2).sum() * self.pixels
+        # In float64, rounded once: see Mixing1x1.
+        sign = -1.0 if inverse else 1.0
+        matrix = torch.matrix_exp(generators.double() * sign).to(log_scale.dtype)
+        scale = (sign * log_scale).exp()
+        shift = -bias if inverse else bias * scale
+        if self.norms[0].per == "element":
+            return Prepared(tuple(scale), tuple(shift), tuple(matrix), sign * constant)
+        scale, shift = scale.flatten(2), shift.flatten(2)
+        if inverse:
+            return Prepared(None, tuple(shift), tuple(scale * matrix), -constant)
+        return Prepared(None, tuple(matrix @ shift), tuple(matrix * scale.transpose(1, 2)), constant)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """[C, B, 2H, 2W] -> [4C, B, H, W], log|det| that all images share (scalar), and one [B] per step."""
+        prepared, x = self.prepare(inverse=False), squeeze(x)
+        logdets = []
+        for index, coupling in enumerate(self.couplings):
+            scale = None if prepared.scale is None else prepared.scale[index]
+            x, logdet = step_forward(x, scale, prepared.shift[index], prepared.matrix[index], coupling)
+            logdets.append(logdet)
+        return x, prepared.logdet, logdets
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Undoes ``forward``: [4C, B, H, W] -> [C, B, 2H, 2W], with the log-determinants of this direction."""
+        prepared = self.prepare(inverse=True)
+        logdets = []
+        for index in reversed(range(len(self.couplings))):
+            scale = None if prepared.scale is None else prepared.scale[index]
+            y, logdet = step_inverse(y, scale, prepared.shift[index], prepared.matrix[index], self.couplings[index])
+            logdets.append(logdet)
+        return unsqueeze(y), prepared.logdet, logdets
