@@ -134,6 +134,32 @@ class _ExpmCoupling(torch.autograd.Function):
         return layout.image(a, shape), g_params, None, None
 
 
+@torch.no_grad()
+def expm_coupling_backward(
+    y2: Tensor, params: Tensor, g: Tensor, g_logdet: Tensor, bound: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Undo ``y2, logdet = expm_coupling(x2, params, bound)`` and differentiate it, in one go.
+
+    Args:
+        y2: [n, B, H, W]; ``params`` and ``bound`` as there.
+        g, g_logdet: gradients of y2 and of log|det| [B].
+
+    Returns:
+        x2, and the gradients of x2 and ``params``.
+    """
+    n, _, height, width = y2.shape
+    layout = _layout(n)
+    segments, terms = taylor_plan(bound, y2.dtype)
+    s, factor, shift = layout.bounded(params, n, bound)
+    # Undone segment by segment, the vectors on the way are the starts that the backward needs, last first.
+    v, a, grad_s = layout.vectors(y2) - shift, layout.vectors(g), None
+    for _ in range(segments):
+        v = layout.apply(s, v, -1 / segments, terms)
+        grad_s, a = layout.adjoint(s, v, a, 1 / segments, terms, grad_s)
+    g_params = layout.params_grad(s, factor, grad_s, layout.vectors(g), g_logdet, bound, params.shape)
+    return layout.image(v, y2.shape), layout.image(a, y2.shape), g_params
+
+
 def expm_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
     """``exp(S) x2 + b`` per pixel, or its inverse ``exp(-S) (x2 - b)``, with S and b made from ``params``.
 

@@ -7,6 +7,7 @@ change of order. Only the networks inside couplings see images, channels last.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
+from glem_augment.flows.reversible import reversible_steps
 
 
 def squeeze(x: Tensor) -> Tensor:
@@ -92,12 +94,14 @@ class Level(nn.Module):
         ):
             raise TypeError("the steps of a level are ActNorm, Mixing1x1 and a Coupling, in this order")
         self.pixels = height * width
+        self.memory = "stored"
+        self._compiled_forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._compiled_inverse: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._cache: dict = {}
 
     def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        state["_cache"] = {}
-        return state
+        # Copies and pickles start uncompiled: compiled code belongs to the process.
+        return {**self.__dict__, "_cache": {}, "_compiled_forward": None, "_compiled_inverse": None}
 
     def prepare(self, inverse: bool) -> Prepared:
         """What does not depend on the image, differentiable; cached while the weights are frozen."""
@@ -131,22 +135,34 @@ class Level(nn.Module):
             return Prepared(None, tuple(shift), tuple(scale * matrix), -constant)
         return Prepared(None, tuple(matrix @ shift), tuple(matrix * scale.transpose(1, 2)), constant)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """[C, B, 2H, 2W] -> [4C, B, H, W], log|det| that all images share (scalar), and one [B] per step."""
-        prepared, x = self.prepare(inverse=False), squeeze(x)
-        logdets = []
+    def step_parameters(self) -> list[nn.Parameter]:
+        """Every weight of the level, in a fixed order."""
+        return list(self.parameters())
+
+    def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The steps alone, on the squeezed x [C, B, H, W]; returns as ``forward``."""
+        prepared, logdets = self.prepare(inverse=False), []
+        run = self._compiled_forward or step_forward
         for index, coupling in enumerate(self.couplings):
             scale = None if prepared.scale is None else prepared.scale[index]
-            x, logdet = step_forward(x, scale, prepared.shift[index], prepared.matrix[index], coupling)
+            x, logdet = run(x, scale, prepared.shift[index], prepared.matrix[index], coupling)
             logdets.append(logdet)
         return x, prepared.logdet, logdets
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | float, list[Tensor]]:
+        """[C, B, 2H, 2W] -> [4C, B, H, W], log|det| that all images share (scalar), and the rest in parts [B]."""
+        x = squeeze(x)
+        if self.memory == "reversible" and torch.is_grad_enabled():
+            y, logdet = reversible_steps(self, x)
+            return y, 0.0, [logdet]
+        return self.run_steps(x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Undoes ``forward``: [4C, B, H, W] -> [C, B, 2H, 2W], with the log-determinants of this direction."""
         prepared = self.prepare(inverse=True)
-        logdets = []
+        logdets, run = [], self._compiled_inverse or step_inverse
         for index in reversed(range(len(self.couplings))):
             scale = None if prepared.scale is None else prepared.scale[index]
-            y, logdet = step_inverse(y, scale, prepared.shift[index], prepared.matrix[index], self.couplings[index])
+            y, logdet = run(y, scale, prepared.shift[index], prepared.matrix[index], self.couplings[index])
             logdets.append(logdet)
         return unsqueeze(y), prepared.logdet, logdets

@@ -10,6 +10,8 @@ from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.layers import ActNorm
 from glem_augment.flows.level import Level
 
+MEMORY = ("stored", "reversible")
+
 
 class MultiscaleFlow(Bijection):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
@@ -77,6 +79,21 @@ class MultiscaleFlow(Bijection):
                     x, _ = layer(x)
                 if index < len(self.levels) - 1:
                     x = x.chunk(2, dim=1)[0]
+
+    def set_memory(self, memory: str) -> None:
+        """How a backward pass gets the activations.
+
+        Args:
+            memory: "stored" (the default: the fastest), or "reversible": rebuilt from the outputs of each level through
+                the exact inverse, so that activation memory does not grow with depth, for about a third more time.
+
+        Raises:
+            ValueError: another word.
+        """
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
+        for level in self.levels:
+            level.memory = memory
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:
         """Run the subnets in ``dtype`` (float16 or bfloat16) or, with None, in float32. See ``ResidualSubnet``."""
