@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.bijection import full_precision
 from glem_augment.kld import kld_class_sums, kld_matrix, kld_pair_sum
+
+# Classes whose terms are made and used at a time on the CPU: few enough to stay in its cache, enough that threads
+# seldom wait for each other.
+_ROWS = 64
+
+
+def _variance(s: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
+    """sigma^2 from the free parameters, a new tensor; ``low`` bounds it where there is no psi. No gradient."""
+    if psi is None:
+        return s.clamp_min(low)
+    a, b, c = psi
+    return (b * s).sigmoid_().mul_(a).add_(c)
+
+
+def _slope(s: Tensor, variance: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
+    """d sigma^2 / ds, a new tensor: ``psi' = b (psi - c) (1 - (psi - c) / a)``."""
+    if psi is None:
+        return (s >= low).to(s.dtype)
+    a, b, c = psi
+    above = variance - c
+    return torch.addcmul(above, above, above, value=-1 / a).mul_(b)
+
+
+def _terms(mu: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1/sigma^2 [k,d], mu/sigma^2 [k,d] and constants [k], of k classes. Overwrites ``variance``. No gradient."""
+    log = variance.log()
+    inverse = variance.reciprocal_()
+    scaled = mu * inverse
+    total = log.addcmul_(mu, scaled).sum(1, dtype=torch.float64) + mu.shape[1] * math.log(2 * math.pi)
+    return inverse, scaled, (-0.5 * total).to(mu.dtype)
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of classes: small ones on the CPU, everything at once where a launch costs more than a pass."""
+    size = _ROWS if tensors[0].device.type == "cpu" else max(1, tensors[0].shape[0])
+    return zip(*(t.split(size) for t in tensors), strict=True)
 
 
 class _Psi(torch.autograd.Function):
@@ -16,23 +54,73 @@ class _Psi(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s: Tensor, a: float, b: float, c: float) -> Tensor:
-        variance = (b * s).sigmoid_().mul_(a).add_(c)
+        variance = _variance(s, (a, b, c), 0.0)
         ctx.save_for_backward(variance)
         ctx.psi = (a, b, c)
         return variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         (variance,) = ctx.saved_tensors
         a, b, c = ctx.psi
         result = torch.empty_like(variance)
-        # psi' = b (psi - c) (1 - (psi - c) / a); in blocks of rows, so that no second K x d temporary is made.
-        for out, value, upstream in zip(*(t.split(64) for t in (result, variance, grad)), strict=True):
-            above = value - c
-            torch.addcmul(above, above, above, value=-1 / a, out=out)
-            out.mul_(b).mul_(upstream)
+        # In blocks of rows, so that no second K x d temporary is made.
+        for out, value, upstream in _rows(result, variance, grad):
+            torch.mul(_slope(value, value, (a, b, c), 0.0), upstream, out=out)
         return result, None, None, None
+
+
+class _LogProb(torch.autograd.Function):
+    """All-class log-densities straight from mu and s, for parameters that may change at any time.
+
+    Neither direction holds a K x d tensor beyond its results: the terms of a block of classes are made, used in the
+    products and dropped, and the backward makes them again. With G the gradient of the result [B, K] and
+    g = sum_b G, A = G^T z^2 and C = G^T z are the products behind all gradients:
+    ``dmu = (C - g mu) / var``, ``dvar = ((A - 2 mu C + g mu^2) / var - g) / (2 var)``,
+    ``dz = G (mu / var) - z * G (1 / var)``.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, mu: Tensor, s: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
+        ctx.save_for_backward(z, mu, s)
+        ctx.spec = (psi, low)
+        square = z * z
+        parts = []
+        for mean, free in _rows(mu, s):
+            inverse, scaled, constant = _terms(mean, _variance(free, psi, low))
+            parts.append(torch.addmm(torch.addmm(constant, z, scaled.T), square, inverse.T, alpha=-0.5))
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        z, mu, s = ctx.saved_tensors
+        psi, low = ctx.spec
+        needs_z, needs_mu, needs_s, *_ = ctx.needs_input_grad
+        with full_precision(z.device.type):
+            square = z * z
+            grad_mu, grad_s = torch.empty_like(mu), torch.empty_like(s)
+            linear, curved = (torch.zeros_like(z) if needs_z else None for _ in range(2))
+            for g, mean, free, d_mean, d_free in _rows(grad.T, mu, s, grad_mu, grad_s):
+                var = _variance(free, psi, low)
+                inverse = 1 / var
+                if needs_z:
+                    linear.addmm_(g.T, mean * inverse)
+                    curved.addmm_(g.T, inverse)
+                if not (needs_mu or needs_s):
+                    continue
+                total = g.sum(1, keepdim=True)
+                product = g @ z
+                pull = torch.addcmul(product, total, mean, value=-1)
+                torch.mul(pull, inverse, out=d_mean)
+                if needs_s:
+                    # A - mu (C + pull), pull = C - g mu
+                    spread = (g @ square).addcmul_(mean, product.add_(pull), value=-1)
+                    spread.mul_(inverse).sub_(total).mul_(inverse).mul_(0.5)
+                    torch.mul(spread, _slope(free, var, psi, low), out=d_free)
+        grad_z = linear.addcmul_(z, curved, value=-1) if needs_z else None
+        return grad_z, grad_mu if needs_mu else None, grad_s if needs_s else None, None, None
 
 
 class ClassGaussians(nn.Module):
@@ -84,17 +172,22 @@ class ClassGaussians(nn.Module):
     def dim(self) -> int:
         return self.mu.shape[1]
 
+    @property
+    def _lowest(self) -> float:
+        """Lower bound of the variances without psi."""
+        return 0.1 * self.initial_variance
+
     def variance(self) -> Tensor:
         """sigma^2 [K, d]; differentiable with respect to ``s``."""
         if self.psi is None:
-            return self.s.clamp_min(0.1 * self.initial_variance)
+            return self.s.clamp_min(self._lowest)
         return _Psi.apply(self.s, *self.psi)
 
     @torch.no_grad()
     def set_variance(self, variance: Tensor, rows: Tensor | slice = slice(None)) -> None:
         """Set ``rows`` so that ``variance()`` comes as close to ``variance`` [.., d] as psi allows."""
         if self.psi is None:
-            self.s[rows] = variance.to(self.s).clamp_min(0.1 * self.initial_variance)
+            self.s[rows] = variance.to(self.s).clamp_min(self._lowest)
             return
         a, b, c = self.psi
         share = ((variance.to(self.s) - c) / a).clamp(0.01, 0.99)
@@ -104,43 +197,46 @@ class ClassGaussians(nn.Module):
     def project(self) -> None:
         """Without psi, round variances up to their lower bound, as the paper does after each step."""
         if self.psi is None:
-            self.s.clamp_(min=0.1 * self.initial_variance)
+            self.s.clamp_(min=self._lowest)
 
     @torch.no_grad()
     def randomise(self, std: float, generator: torch.Generator | None = None) -> None:
         """Draw the means from N(0, std^2): random initialisation of the paper's ablation."""
         self.mu.copy_(torch.randn(self.mu.shape, generator=generator).to(self.mu) * std)
 
-    def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]."""
+    def _may_change(self) -> bool:
+        """Whether the terms have to be made anew; then what was kept is dropped."""
         # Fused optimizers change a parameter without bumping its version, and parameters made under inference_mode have
-        # none, so only frozen ones are cached.
-        if any(p.requires_grad or p.is_inference() for p in (self.mu, self.s)):
+        # none, so nothing is remembered about these.
+        result = any(p.requires_grad or p.is_inference() for p in (self.mu, self.s))
+        if result:
             self._cache = {}
+        return result
+
+    def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]; no gradient reaches the parameters through them.
+
+        Those of frozen parameters are kept until one is replaced, moved or written to.
+        """
+        if self._may_change():
             return self._compute_terms()
-        state = (
-            self.mu._version,
-            self.mu.data_ptr(),
-            self.s._version,
-            self.s.data_ptr(),
-            self.mu.device,
-            self.mu.dtype,
-        )
-        if self._cache.get("state") != state:
+        now = [(p, p.data_ptr(), p._version) for p in (self.mu, self.s)]
+        before = self._cache.get("state", ())
+        if len(before) != 2 or any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(now, before, strict=True)):
             # A tensor made under inference_mode could never again take part in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = {"state": state, "terms": self._compute_terms()}
+                terms = self._compute_terms()
+            # The storages are held too: an address that may be given to a new tensor says nothing.
+            self._cache = {"state": now, "terms": terms, "storages": [p.untyped_storage() for p in (self.mu, self.s)]}
         return self._cache["terms"]
 
+    @torch.no_grad()
     def _compute_terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        var = self.variance()
-        inverse = 1 / var
-        scaled = self.mu * inverse
-        constant = -0.5 * (
-            (self.mu * scaled).sum(1, dtype=torch.float64)
-            + var.log().sum(1, dtype=torch.float64)
-            + self.dim * math.log(2 * math.pi)
-        ).to(self.mu.dtype)
+        inverse, scaled = torch.empty_like(self.mu), torch.empty_like(self.mu)
+        constant = self.mu.new_empty(self.num_classes)
+        for mu, s, *outs in _rows(self.mu, self.s, inverse, scaled, constant):
+            for out, term in zip(outs, _terms(mu, _variance(s, self.psi, self._lowest)), strict=True):
+                out.copy_(term)
         return inverse, scaled, constant
 
     def __getstate__(self) -> dict:
@@ -151,6 +247,10 @@ class ClassGaussians(nn.Module):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of every latent under every class, by two matrix products.
 
+        Frozen parameters (``requires_grad_(False)``) keep the constants of the products between calls; a write through
+        ``.data`` goes unseen, all others are noticed. With parameters that can change they are made anew, and the
+        result can be differentiated once.
+
         Args:
             z: [B, d].
 
@@ -159,8 +259,10 @@ class ClassGaussians(nn.Module):
         """
         # Sums of thousands of terms that nearly cancel: neither bf16 (autocast) nor TF32 will do.
         with full_precision(z.device.type):
+            if self._may_change():
+                return _LogProb.apply(z, self.mu, self.s, self.psi, self._lowest)
             inverse, scaled, constant = self._density_terms()
-            return torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
+            return torch.addmm(torch.addmm(constant, z, scaled.T), z * z, inverse.T, alpha=-0.5)
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""
@@ -203,6 +305,6 @@ class ClassGaussians(nn.Module):
     def saturated_share(self) -> Tensor:
         """Share of variances within 1 % of psi's range of either end (or at the lower bound without psi)."""
         if self.psi is None:
-            return (self.s <= 0.1 * self.initial_variance).float().mean()
+            return (self.s <= self._lowest).float().mean()
         share = torch.sigmoid(self.psi[1] * self.s)
         return ((share < 0.01) | (share > 0.99)).float().mean()
