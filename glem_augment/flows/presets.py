@@ -8,7 +8,7 @@ from glem_augment.flows.bijection import Bijection, FlatIdentity
 from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.multiscale import MultiscaleFlow
-from glem_augment.flows.subnets import ResidualSubnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet, make_subnet
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
+_PATCHES, _MOST_TOKENS = (2, 4, 6, 8), 128 * 128  # even: every level then has an even number of channels
 _COUPLINGS = ("matexp", "affine", "identity")
+# What a flow saved before these keys existed was made with.
+_DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
+_KEYS = {
+    "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", *_DEFAULTS
+}  # fmt: skip
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most  # a bool is no number here
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
@@ -48,42 +58,46 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
 
     Raises:
         ValueError: unknown preset or option, lists of unequal length, or a height or width that the levels cannot
-            halve; the message names the sizes that would work.
+            divide; the message names the sizes that would work.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
     if spec["coupling"] == "matexp":
         spec.setdefault("rank", 3)
+    if spec["coupling"] != "identity":
+        for key, value in _DEFAULTS.items():
+            spec.setdefault(key, value)
     unknown = set(overrides) - set(spec)
     if unknown:
         allowed = sorted(set(spec) - {"preset", "image_shape"})
         raise ValueError(f"preset {name!r} has no option {sorted(unknown)}; it has {allowed}")
     spec.update(overrides)
+    if spec.get("subnet") == "transformer" and "activation" not in overrides:
+        spec.pop("activation", None)
     check_spec(spec)
     return spec
 
 
 def check_spec(spec: dict[str, Any]) -> None:
     """Raise ValueError, naming the value, where ``spec`` does not describe a flow that can be built."""
+    unknown = sorted(str(key)[:40] for key in set(spec) - _KEYS)
+    if unknown:
+        raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(_KEYS)}")
     shape = spec.get("image_shape")
     if not (
-        isinstance(shape, list | tuple)
-        and len(shape) == 3
-        and all(isinstance(v, int) and 0 < v <= _LARGEST["side"] for v in shape)
+        isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_whole(v, 1, _LARGEST["side"]) for v in shape)
     ):
-        raise ValueError(f"image_shape must be (channels, height, width), each 1 to {_LARGEST['side']}, got {shape!r}")
+        raise ValueError(
+            f"image_shape must be (channels, height, width), each 1 to {_LARGEST['side']}, got {str(shape)[:80]}"
+        )
     if spec.get("coupling") not in _COUPLINGS:
-        raise ValueError(f"coupling must be one of {_COUPLINGS}, got {spec.get('coupling')!r}")
+        raise ValueError(f"coupling must be one of {_COUPLINGS}, got {str(spec.get('coupling'))[:80]!r}")
     if spec["coupling"] == "identity":
         return
     lists = {key: spec.get(key) for key in ("depth", "blocks", "width")}
     for key, value in lists.items():
-        good = (
-            isinstance(value, list | tuple)
-            and value
-            and all(isinstance(v, int) and 0 < v <= _LARGEST[key] for v in value)
-        )
+        good = isinstance(value, list | tuple) and value and all(_is_whole(v, 1, _LARGEST[key]) for v in value)
         if not good or len(value) > _LARGEST["levels"]:
             raise ValueError(
                 f"{key} must be a list of whole numbers from 1 to {_LARGEST[key]}, one per level (at most "
@@ -95,21 +109,45 @@ def check_spec(spec: dict[str, Any]) -> None:
     if total > _LARGEST["total"]:
         raise ValueError(f"depth times blocks, summed over the levels, may be at most {_LARGEST['total']}, got {total}")
     if spec.get("actnorm") not in ("element", "channel"):
-        raise ValueError(f"actnorm must be 'element' or 'channel', got {spec.get('actnorm')!r}")
+        raise ValueError(f"actnorm must be 'element' or 'channel', got {str(spec.get('actnorm'))[:80]!r}")
     bound = spec.get("bound")
-    if not isinstance(bound, int | float) or not 0 < bound <= 8:
-        raise ValueError(f"bound must lie in (0, 8], got {bound!r}")
-    rank = spec.get("rank", 3)
-    if type(rank) is not int or not 0 < rank <= _LARGEST["rank"]:
-        raise ValueError(f"rank must be a whole number from 1 to {_LARGEST['rank']}, got {rank!r}")
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound <= 8:
+        raise ValueError(f"bound must lie in (0, 8], got {str(bound)[:80]!r}")
+    if not _is_whole(spec.get("rank", 3), 1, _LARGEST["rank"]):
+        raise ValueError(f"rank must be a whole number from 1 to {_LARGEST['rank']}, got {str(spec['rank'])[:80]!r}")
+    _check_subnet(spec)
+    patch = spec.get("patch", _DEFAULTS["patch"])
+    if type(patch) is not int or patch not in _PATCHES:
+        raise ValueError(f"patch must be one of {_PATCHES}, got {str(patch)[:80]!r}")
     levels, (_, height, width) = len(lists["depth"]), shape
-    factor = 2**levels
+    factor = patch * 2 ** (levels - 1)
     if height % factor or width % factor:
         near = [max(1, round(v / factor)) * factor for v in (height, width)]
         raise ValueError(
-            f"a flow of {levels} levels needs height and width divisible by {factor}, got {height}x{width}; "
-            f"resize to {near[0]}x{near[1]}, or use fewer levels"
+            f"a flow of {levels} levels{'' if patch == 2 else f' and patch {patch}'} needs height and width divisible "
+            f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
         )
+    tokens = (height // patch) * (width // patch)
+    if spec.get("subnet") == "transformer" and tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"the transformer of the first level would attend to {tokens} pixels, at most {_MOST_TOKENS} are allowed; "
+            f"raise patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
+        )
+
+
+def _check_subnet(spec: dict[str, Any]) -> None:
+    kind = spec.get("subnet", _DEFAULTS["subnet"])
+    if kind not in SUBNETS:
+        raise ValueError(f"subnet must be one of {', '.join(SUBNETS)}, got {str(kind)[:80]!r}")
+    if kind == "transformer":
+        if "activation" in spec:
+            raise ValueError(
+                f"activation belongs to the convolutional subnets ({', '.join(CONV_SUBNETS)}); the transformer always "
+                f"has GELU, so leave it out (got {str(spec['activation'])[:80]!r})"
+            )
+        return
+    if spec.get("activation", _DEFAULTS["activation"]) not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {str(spec['activation'])[:80]!r}")
 
 
 def build_flow(spec: dict[str, Any]) -> Bijection:
@@ -120,12 +158,21 @@ def build_flow(spec: dict[str, Any]) -> Bijection:
         flow: Bijection = FlatIdentity(image_shape)
         flow.spec = dict(spec)
         return flow
+    full = {**_DEFAULTS, **spec}
+    patch = side = full["patch"]
     levels: list[list[Bijection]] = []
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
-        channels, height, width = 4 * channels, height // 2, width // 2
+        channels, height, width = side * side * channels, height // side, width // side
+        side = 2
 
-        def subnet(n_in: int, n_out: int, net_width: int = net_width, blocks: int = blocks) -> ResidualSubnet:
-            return ResidualSubnet(n_in, n_out, net_width, blocks)
+        def subnet(
+            n_in: int,
+            n_out: int,
+            net_width: int = net_width,
+            blocks: int = blocks,
+            size: tuple[int, int] = (height, width),
+        ) -> Subnet:
+            return make_subnet(full["subnet"], n_in, n_out, net_width, blocks, size, full["activation"])
 
         steps: list[Bijection] = []
         for _ in range(depth):
@@ -136,7 +183,7 @@ def build_flow(spec: dict[str, Any]) -> Bijection:
                 steps.append(MatExpCoupling(channels, subnet, spec["bound"], spec.get("rank", 3)))
         levels.append(steps)
         channels //= 2
-    flow = MultiscaleFlow(image_shape, levels)
+    flow = MultiscaleFlow(image_shape, levels) if patch == 2 else MultiscaleFlow(image_shape, levels, patch=patch)
     flow.spec = dict(spec)
     return flow
 
@@ -146,8 +193,13 @@ def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) 
 
     Args:
         name: one of ``PRESETS``.
-        image_shape: (C, H, W); any C, with H and W divisible by 2^levels.
-        overrides: numbers of the preset to change, e.g. ``depth=[4, 4]``.
+        image_shape: (C, H, W); any C, with H and W divisible by 2^levels (patch * 2^(levels - 1)).
+        overrides: settings of the preset to change, e.g. ``depth=[4, 4]``: ``coupling`` ("matexp", "affine"),
+            ``depth`` (steps), ``blocks`` and ``width`` (of the subnets), one number per level each, ``actnorm``
+            ("element", "channel"), ``bound`` (of a coupling's log-scales), ``rank`` (of wide "matexp" couplings),
+            ``subnet`` ("residual", "bottleneck", "depthwise", "transformer"), ``activation`` of the first three
+            ("elu", "silu", "relu", "gelu"), ``patch`` (side of the pixel blocks that the first level makes channels;
+            later levels: 2).
 
     >>> z, logdet = create_flow("glow_tiny", (3, 8, 8))(torch.zeros(2, 3, 8, 8))
     >>> z.shape, logdet.shape

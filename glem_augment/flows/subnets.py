@@ -1,54 +1,287 @@
-"""The networks inside couplings."""
+"""The networks inside couplings: from the half that passes unchanged to the parameters for the other half.
+
+All share one contract (``Subnet``), so that a coupling need not know which it holds:
+
+- "residual": the published block, 3x3, 1x1, 3x3 convolutions at full width (Xiao & Liu 2020);
+- "bottleneck": 1x1 down to half the width, 3x3, 1x1 up, pre-activation (He et al. 2016, arXiv:1603.05027);
+- "depthwise": depthwise 3x3, then 1x1 to twice the width and back, as in ConvNeXt (Liu et al. 2022, arXiv:2201.03545)
+  but without normalisation, which on a CPU costs more than the block;
+- "transformer": a small pre-norm vision transformer on the level's pixels, as in Jet (Kolesnikov et al. 2024,
+  arXiv:2412.15129).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ResidualBlock(nn.Module):
-    """``x + conv3x3(elu(conv1x1(elu(conv3x3(elu(x))))))`` at constant width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 1)
-        self.conv3 = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.elu(x))
-        h = self.conv2(F.elu(h))
-        return x + self.conv3(F.elu(h))
+CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
+SUBNETS = (*CONV_SUBNETS, "transformer")
+ACTIVATIONS = ("elu", "silu", "relu", "gelu")
+_PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+# Those whose derivative follows from their result: done in place, autograd keeps one tensor instead of two. The others
+# would make autograd copy the input first.
+_FROM_RESULT = ("elu", "relu")
+# Channels per attention head, where the width allows.
+_HEAD = 32
 
 
-class ResidualSubnet(nn.Module):
-    """conv3x3, residual blocks, conv3x3 initialised at zero (so that a coupling starts as the identity).
+class Activation(nn.Module):
+    """An elementwise nonlinearity that keeps as little for the backward pass as its derivative allows.
 
     Args:
-        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
-        width: channels of the residual blocks; ``blocks``: how many of them.
-
-    ``autocast`` (a dtype or None) runs the body in reduced precision; the last convolution stays in float32. It is a
-    switch for training: encoding and decoding must use the same value, and only float32 meets the library's
-    round-trip promise, so models are loaded with it off.
+        name: one of ``ACTIVATIONS``.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int) -> None:
+    def __init__(self, name: str = "elu") -> None:
         super().__init__()
-        self.head = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
-        self.tail = nn.Conv2d(width, out_channels, 3, padding=1)
-        nn.init.zeros_(self.tail.weight)
-        nn.init.zeros_(self.tail.bias)
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        self.name = name
+
+    def forward(self, x: Tensor, owned: bool = True) -> Tensor:
+        """Apply it to ``x``, any shape.
+
+        Args:
+            owned: nobody else reads ``x`` any more (the result of a convolution, which does not need it for its
+                gradient), so it may be overwritten.
+        """
+        function = _PLAIN[self.name]
+        if self.name not in _FROM_RESULT:
+            return function(x)
+        if owned:
+            return function(x, inplace=True)
+        # relu keeps its result in either form. For elu a copy is cheaper than what it saves: the derivative from the
+        # result needs no exponential, and the input is not kept beside the result.
+        if self.name == "elu" and torch.is_grad_enabled():
+            return function(x.clone(), inplace=True)
+        return function(x)
+
+
+def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:
+    """A convolution that keeps the size and starts with all weights at zero."""
+    layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Subnet(nn.Module):
+    """What every subnet promises.
+
+    ``forward(x)`` takes [B, in_channels, H, W], float32 (or float64), in any memory format, and returns
+    [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, ``tail``, runs in the
+    input's dtype and starts at zero, so that a coupling starts as the identity.
+
+    ``autocast`` (a dtype or None) runs the rest in reduced precision. It is a switch for training: encoding and
+    decoding must use the same value, and only float32 meets the library's round-trip promise, so models are loaded
+    with it off.
+
+    Subclasses make ``tail`` with ``zero_convolution``, after their other weights.
+    """
+
+    tail: nn.Conv2d
+
+    def __init__(self) -> None:
+        super().__init__()
         self.autocast: torch.dtype | None = None
-        self.to(memory_format=torch.channels_last)
+
+    def body(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
+        raise NotImplementedError
+
+    def last(self, h: Tensor) -> Tensor:
+        """What stands before the last convolution, in its precision."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            h = self.head(x)
-            for block in self.blocks:
-                h = block(h)
-        # contiguous(): the couplings work on planes of pixels, one per parameter.
-        return self.tail(F.elu(h.to(x.dtype))).contiguous()
+            h = self.body(x)
+        return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv3(act(conv2(act(conv1(act(x))))))``.
+
+    Args:
+        width: channels of x; ``inner``: between the convolutions.
+        kernels: sides of the three.
+        activation: see ``Activation``.
+    """
+
+    def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str = "elu") -> None:
+        super().__init__()
+        first, second, third = kernels
+        self.act = Activation(activation)
+        self.conv1 = nn.Conv2d(width, inner, first, padding=first // 2)
+        self.conv2 = nn.Conv2d(inner, inner, second, padding=second // 2)
+        self.conv3 = nn.Conv2d(inner, width, third, padding=third // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.act(x, owned=False))
+        h = self.conv2(self.act(h))
+        return self.conv3(self.act(h)).add_(x)
+
+
+class DepthwiseBlock(nn.Module):
+    """``x + conv1x1(act(conv1x1(depthwise3x3(x))))``, twice the width in between."""
+
+    def __init__(self, width: int, activation: str = "elu") -> None:
+        super().__init__()
+        self.act = Activation(activation)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.expand = nn.Conv2d(width, 2 * width, 1)
+        self.project = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.act(self.expand(self.depthwise(x)))).add_(x)
+
+
+class ConvSubnet(Subnet):
+    """conv3x3, residual blocks, activation, last convolution.
+
+    Args:
+        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
+        width: channels of the residual stream; ``blocks``: how many blocks.
+        kind: of the blocks, one of ``CONV_SUBNETS``. The last convolution is 3x3 for "residual", as published, and
+            1x1 for the others, where a 3x3 one would cost more than all the blocks.
+        activation: one of ``ACTIVATIONS``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        blocks: int,
+        kind: str = "residual",
+        activation: str = "elu",
+    ) -> None:
+        if kind not in CONV_SUBNETS:
+            raise ValueError(f"kind must be one of {', '.join(CONV_SUBNETS)}, got {kind!r}")
+        super().__init__()
+        self.act = Activation(activation)
+        self.head = nn.Conv2d(in_channels, width, 3, padding=1)
+
+        def block() -> nn.Module:
+            if kind == "residual":
+                return ResidualBlock(width, width, (3, 1, 3), activation)
+            if kind == "bottleneck":
+                return ResidualBlock(width, max(1, width // 2), (1, 3, 1), activation)
+            return DepthwiseBlock(width, activation)
+
+        self.blocks = nn.ModuleList(block() for _ in range(blocks))
+        self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
+        self.to(memory_format=torch.channels_last)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = self.head(x)
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+    def last(self, h: Tensor) -> Tensor:
+        return self.act(h)
+
+
+class ResidualSubnet(ConvSubnet):
+    """The published subnet: conv3x3, residual blocks at constant width, ELU, conv3x3."""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int) -> None:
+        super().__init__(in_channels, out_channels, width, blocks)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of every pixel, [B,C,H,W] in channels_last format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention over the pixels, then a pre-norm MLP of four times the width with GELU.
+
+    The linear maps are 1x1 convolutions: the same numbers, and in float32 on a CPU they take half the time.
+
+    Args:
+        width: channels; heads of 32 of them where 32 divides the width, else of the next larger size that does.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
+        self.norm1 = ChannelNorm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.attend = nn.Conv2d(width, width, 1)
+        self.norm2 = ChannelNorm(width)
+        self.expand = nn.Conv2d(width, 4 * width, 1)
+        self.project = nn.Conv2d(4 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, rows, columns = x.shape
+        qkv = self.qkv(self.norm1(x)).permute(0, 2, 3, 1)
+        qkv = qkv.reshape(batch, rows * columns, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, heads, pixels, channels]
+        mixed = mixed.permute(0, 2, 1, 3).reshape(batch, rows, columns, width).permute(0, 3, 1, 2)
+        x = x + self.attend(mixed)
+        return x + self.project(F.gelu(self.expand(self.norm2(x))))
+
+
+class TransformerSubnet(Subnet):
+    """A small vision transformer whose tokens are the level's pixels, with learned position embedding.
+
+    Args:
+        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
+        width: channels of a token; ``blocks``: how many.
+        size: (H, W) of the level; it works for no other.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(in_channels, width, 1)
+        self.position = nn.Parameter(torch.empty(1, width, *size))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.blocks = nn.ModuleList(TransformerBlock(width) for _ in range(blocks))
+        self.norm = ChannelNorm(width)
+        self.tail = zero_convolution(width, out_channels, 1)
+        self.to(memory_format=torch.channels_last)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = self.head(x) + self.position
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+    def last(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+
+def make_subnet(
+    kind: str,
+    in_channels: int,
+    out_channels: int,
+    width: int,
+    blocks: int,
+    size: tuple[int, int],
+    activation: str = "elu",
+) -> Subnet:
+    """A subnet by name.
+
+    Args:
+        kind: one of ``SUBNETS``.
+        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
+        width, blocks: see the classes.
+        size: (H, W) of the level; only the transformer is tied to it.
+        activation: of the convolutional kinds; the transformer has GELU.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if kind == "transformer":
+        return TransformerSubnet(in_channels, out_channels, width, blocks, size)
+    return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation)

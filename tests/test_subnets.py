@@ -1,0 +1,340 @@
+"""The networks inside couplings: contract, start, gradients, precision; and the settings that choose them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glem_augment import GLEM
+from glem_augment.errors import ModelFileError
+from glem_augment.flows import AffineCoupling, Bijection, MatExpCoupling, MultiscaleFlow, build_flow, create_flow
+from glem_augment.flows.presets import check_spec, resolve_preset
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Activation, ResidualSubnet, make_subnet
+
+KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
+SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
+patches = pytest.mark.skipif(
+    "patch" not in inspect.signature(MultiscaleFlow).parameters, reason="the first level's squeeze is fixed at 2"
+)
+
+
+def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Random weights everywhere, so that no gradient is zero by the start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module
+
+
+def small(kind: str, activation: str = "elu", size: tuple[int, int] = (4, 6)) -> nn.Module:
+    return make_subnet(kind, 3, 5, 8, 2, size, activation)
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kind", "activation"), KINDS)
+def test_shape_format_and_start(kind: str, activation: str, memory_format: torch.memory_format) -> None:
+    net = small(kind, activation)
+    x = torch.randn(2, 3, 4, 6).contiguous(memory_format=memory_format)
+    before = x.clone()
+    y = net(x)
+    assert y.shape == (2, 5, 4, 6) and y.dtype == torch.float32 and not y.any()
+    assert torch.equal(x, before)
+    assert isinstance(net.tail, nn.Conv2d) and net.tail.out_channels == 5 and net.autocast is None
+    y = filled(net)(x)
+    assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    assert y.abs().max() > 0 and torch.equal(x, before)
+    assert net.double()(x.double()).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", SUBNETS)
+def test_input_may_be_a_half_of_the_channels_or_channel_major(kind: str) -> None:
+    net, x = filled(small(kind)), torch.randn(2, 6, 4, 6)
+    want = net(x[:, :3].clone())
+    torch.testing.assert_close(net(x[:, :3]), want)
+    channel_major = x.transpose(0, 1).contiguous()[:3].transpose(0, 1)
+    torch.testing.assert_close(net(channel_major), want)
+    assert net(x[:0, :3]).shape == (0, 5, 4, 6)
+
+
+@pytest.mark.parametrize("coupling", [AffineCoupling, MatExpCoupling])
+@pytest.mark.parametrize("kind", SUBNETS)
+def test_a_fresh_coupling_is_the_identity_and_learns(kind: str, coupling: type[Bijection]) -> None:
+    layer = coupling(6, lambda n_in, n_out: make_subnet(kind, n_in, n_out, 8, 1, (4, 4)))
+    x = torch.randn(2, 6, 4, 4)
+    z, logdet = layer(x)
+    torch.testing.assert_close(z, x, rtol=0, atol=1e-6)
+    assert logdet.abs().max() < 1e-5
+    ((z * torch.randn_like(z)).sum() + logdet.sum()).backward()
+    assert layer.net.tail.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("kind", "activation"), KINDS)
+def test_gradients_in_float64(kind: str, activation: str) -> None:
+    net = filled(make_subnet(kind, 2, 2, 4, 1, (3, 2), activation)).double()
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*net.named_parameters(), strict=True)
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *(w.detach().clone().requires_grad_() for w in weights)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_equals_the_plain_function(activation: str) -> None:
+    plain = getattr(F, activation)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    for owned in (False, True):
+        y = Activation(activation)(x * 1, owned=owned)
+        assert torch.equal(y, plain(x))
+        (got,) = torch.autograd.grad(y.sin().sum(), x)
+        torch.testing.assert_close(got, torch.autograd.grad(plain(x).sin().sum(), x)[0])
+    kept = torch.randn(4)
+    before = kept.clone()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            Activation(activation)(kept, owned=False)
+        assert torch.equal(kept, before)
+
+
+def test_the_published_block_is_unchanged() -> None:
+    """The formula written out, with the names under which saved models hold the weights."""
+    net = filled(ResidualSubnet(3, 5, 8, 2))
+    w = net.state_dict()
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        weight = w[f"{name}.weight"]
+        return F.conv2d(x, weight, w[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    x = torch.randn(2, 3, 4, 6)
+    h = conv("head", x)
+    for block in ("blocks.0", "blocks.1"):
+        inner = conv(f"{block}.conv2", F.elu(conv(f"{block}.conv1", F.elu(h))))
+        h = h + conv(f"{block}.conv3", F.elu(inner))
+    torch.testing.assert_close(net(x), conv("tail", F.elu(h)))
+    assert set(w) == {
+        f"{layer}.{part}"
+        for layer in ("head", "tail", *(f"blocks.{i}.conv{j}" for i in (0, 1) for j in (1, 2, 3)))
+        for part in ("weight", "bias")
+    }
+    assert [tuple(net.blocks[0].get_parameter(f"conv{j}.weight").shape[2:]) for j in (1, 2, 3)] == [
+        (3, 3),
+        (1, 1),
+        (3, 3),
+    ]
+
+
+def test_elu_keeps_one_tensor_per_activation() -> None:
+    """Three per block, where a plain elu keeps its input beside its result: six."""
+    net, x = ResidualSubnet(4, 4, 16, 4), torch.randn(2, 4, 8, 8)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = net(x)
+    size = 2 * 16 * 8 * 8 * 4
+    assert sum(v for k, v in kept.items() if k not in weights) <= (3 * 4 + 1) * size + x.numel() * 4
+    y.sum().backward()  # nothing that was kept has been overwritten
+
+
+def test_a_transformer_looks_at_every_pixel_and_knows_where_it_is() -> None:
+    net = filled(small("transformer"))
+    x = torch.randn(1, 3, 4, 6, requires_grad=True)
+    net(x)[0, :, 0, 0].sum().backward()
+    assert (x.grad.abs().amax(1) > 0).all()
+    rolled = net(x.roll(1, 3)).roll(-1, 3)
+    assert not torch.allclose(rolled, net(x), atol=1e-3)
+    with pytest.raises(RuntimeError):
+        net(torch.zeros(1, 3, 4, 4))
+
+
+def test_transformer_block_against_plain_attention() -> None:
+    net = filled(make_subnet("transformer", 3, 5, 64, 1, (2, 3)))
+    block = net.blocks[0]
+    assert block.heads == 2
+    x = torch.randn(2, 64, 2, 3)
+    tokens = x.flatten(2).transpose(1, 2)  # [B, pixels, channels]
+
+    def linear(layer: nn.Conv2d, t: Tensor) -> Tensor:
+        return F.linear(t, layer.weight[:, :, 0, 0], layer.bias)
+
+    def norm(layer: nn.LayerNorm, t: Tensor) -> Tensor:
+        return F.layer_norm(t, (64,), layer.weight, layer.bias)
+
+    q, k, v = linear(block.qkv, norm(block.norm1, tokens)).chunk(3, 2)
+    heads = []
+    for part in (slice(0, 32), slice(32, 64)):
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / 32**0.5
+        heads.append(scores.softmax(2) @ v[..., part])
+    tokens = tokens + linear(block.attend, torch.cat(heads, 2))
+    tokens = tokens + linear(block.project, F.gelu(linear(block.expand, norm(block.norm2, tokens))))
+    torch.testing.assert_close(block(x).flatten(2).transpose(1, 2), tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "activation"), KINDS)
+def test_autocast_runs_the_body_in_bf16_and_the_tail_in_float32(kind: str, activation: str) -> None:
+    net = filled(small(kind, activation), 0.2)
+    x = torch.randn(2, 3, 4, 6)
+    full = net(x).detach()
+    seen: dict[str, torch.dtype] = {}
+    hooks = [
+        m.register_forward_hook(lambda m, i, out, n=n: seen.update({n: out.dtype})) for n, m in net.named_modules()
+    ]
+    net.autocast = torch.bfloat16
+    y = net(x)
+    assert seen["head"] == torch.bfloat16 and seen["tail"] == y.dtype == torch.float32
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(y, full)
+    torch.testing.assert_close(y, full, rtol=0.1, atol=0.1 * float(full.abs().max()))
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in net.parameters())
+    for hook in hooks:
+        hook.remove()
+    net.autocast = None
+    assert torch.equal(net(x), full)
+
+
+# ---- as settings of a flow -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", ["matexp", "affine"])
+@pytest.mark.parametrize("kind", SUBNETS)
+def test_a_flow_of_each_kind_goes_there_and_back(kind: str, coupling: str) -> None:
+    flow = create_flow("mef_tiny", (3, 8, 8), coupling=coupling, subnet=kind, **SMALL)
+    x = torch.rand(16, 3, 8, 8) - 0.5
+    flow.initialise(x)
+    for module in flow.modules():
+        if hasattr(module, "tail"):
+            filled(module.tail, 0.1)
+    z, logdet = flow(x)
+    back, back_logdet = flow.inverse(z)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logdet, -back_logdet, rtol=1e-4, atol=1e-3)
+    (z.square().sum() - logdet.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+    again = build_flow(json.loads(json.dumps(flow.spec)))
+    again.load_state_dict(flow.state_dict())
+    assert again.spec == flow.spec
+    torch.testing.assert_close(again(x)[0], z)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_reaches_every_subnet(activation: str) -> None:
+    flow = create_flow("glow_tiny", (1, 8, 8), activation=activation, **SMALL)
+    names = {m.name for m in flow.modules() if isinstance(m, Activation)}
+    assert names == {activation}
+
+
+def test_saved_specs_name_the_subnet_and_older_ones_mean_the_published_one(tmp_path: Path) -> None:
+    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], **SMALL)
+    flow = model.config.flow
+    assert (flow["subnet"], flow["activation"], flow["patch"]) == ("residual", "elu", 2)
+    assert "activation" not in resolve_preset("mef_tiny", (1, 8, 8), subnet="transformer")
+    assert set(resolve_preset("identity", (1, 8, 8))) == {"preset", "image_shape", "coupling"}
+    filled(model.flow, 0.1)
+    model.save(tmp_path)
+    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    want = model.encode(x)[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("subnet", "activation", "patch"):
+        del config["flow"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(GLEM.from_pretrained(tmp_path).encode(x)[0], want)
+
+
+def test_a_transformer_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], subnet="transformer", **SMALL)
+    filled(model.flow, 0.1)
+    model.save(tmp_path)
+    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(GLEM.from_pretrained(tmp_path).encode(x)[0], model.encode(x)[0])
+
+
+@patches
+@pytest.mark.parametrize(("patch", "shape"), [(4, (3, 8, 8)), (4, (1, 16, 8)), (6, (1, 12, 24))])
+def test_patches_make_the_first_level_coarser(patch: int, shape: tuple[int, int, int]) -> None:
+    flow = create_flow("mef_tiny", shape, patch=patch, subnet="transformer", **SMALL)
+    filled(flow, 0.05)
+    x = torch.rand(3, *shape) - 0.5
+    z, logdet = flow(x)
+    assert flow.part_shapes[0] == (patch * patch * shape[0] // 2, shape[1] // patch, shape[2] // patch)
+    back, back_logdet = flow.inverse(z)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logdet, -back_logdet, rtol=1e-4, atol=1e-3)
+
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"subnet": "resnet"}, r"subnet must be one of residual.*transformer, got 'resnet'"),
+    ({"subnet": None}, "subnet must be one of"),
+    ({"subnet": ["residual"]}, "subnet must be one of"),
+    ({"subnet": {}}, "subnet must be one of"),
+    ({"activation": "swish"}, r"activation must be one of elu, .*, got 'swish'"),
+    ({"activation": 3}, "activation must be one of"),
+    ({"activation": []}, "activation must be one of"),
+    ({"subnet": "transformer", "activation": "elu"}, "always has GELU"),
+    ({"patch": 1}, "patch must be one of"),
+    ({"patch": 3}, "patch must be one of"),
+    ({"patch": True}, "patch must be one of"),
+    ({"patch": "2"}, "patch must be one of"),
+    ({"patch": 10**9}, "patch must be one of"),
+    ({"patch": 6}, "levels and patch 6 needs height and width divisible by 12, got 8x8"),
+    ({"width": [True, 8]}, "width must be a list of whole numbers"),
+    ({"width": [6.0, 8]}, "width must be a list of whole numbers"),
+    ({"bound": True}, "bound must lie"),
+    ({"coupling": ["matexp"]}, "coupling must be one of"),
+    ({"expansion": 10**9}, r"unknown settings \['expansion'\]"),
+    ({"subnet": "transformer" * 10**5}, "subnet must be one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE)
+def test_hostile_specs_are_refused(change: dict[str, Any], message: str) -> None:
+    spec = {**resolve_preset("mef_tiny", (3, 8, 8), **SMALL), **change}
+    if "subnet" in change and "activation" not in change:
+        spec.pop("activation")
+    for refuse in (check_spec, build_flow):
+        with pytest.raises(ValueError, match=message) as caught:
+            refuse(spec)
+        assert len(str(caught.value)) < 500
+
+
+def test_a_transformer_on_too_many_pixels_is_refused() -> None:
+    spec = resolve_preset("mef_tiny", (3, 1024, 1024))
+    del spec["activation"]
+    with pytest.raises(ValueError, match="attend to 262144 pixels, at most 16384.*raise patch"):
+        check_spec({**spec, "subnet": "transformer"})
+
+
+def test_a_model_file_with_an_unknown_subnet_is_refused(tmp_path: Path) -> None:
+    GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], **SMALL).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["flow"]["subnet"] = "mamba"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match="subnet must be one of"):
+        GLEM.from_pretrained(tmp_path)
+
+
+def test_options_that_do_not_apply_say_so() -> None:
+    with pytest.raises(ValueError, match="activation belongs to the convolutional subnets"):
+        create_flow("mef_tiny", (1, 8, 8), subnet="transformer", activation="silu")
+    with pytest.raises(ValueError, match=r"no option \['subnet'\]"):
+        create_flow("identity", (1, 8, 8), subnet="residual")
+    with pytest.raises(ValueError, match="activation must be one of"):
+        Activation("tanh")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        make_subnet("mlp", 1, 1, 1, 1, (1, 1))
