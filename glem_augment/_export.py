@@ -70,16 +70,27 @@ def export_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool =
     before = dataset.non_finite
     # First, so that an export which was cut off is known as one and may be overwritten.
     write_json(folder / PROVENANCE, _provenance(dataset, names, complete=False))
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-    running: deque[list[Future[None]]] = deque()
+    threads = min(8, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(max_workers=threads)
+    running: deque[list[Future[int]]] = deque()
     bar = tqdm(total=len(dataset), unit="image", desc="export", disable=not progress)
     try:
         # PNGs of one block are encoded while the next is decoded; no more than two blocks wait in memory.
-        for cls, number in blocks:
+        for index, (cls, number) in enumerate(blocks):
             images = dataset.decoded_block(cls, number)
+            if index + 1 < len(blocks):
+                dataset.decode_ahead(*blocks[index + 1])
             first = number * dataset.block
             paths = [folder / names[cls] / f"{first + i:06d}.png" for i in range(len(images))]
-            running.append([pool.submit(_write_png, *pair) for pair in zip(images, paths, strict=True)])
+            # One task per thread: the thread that decodes needs the interpreter too, and a task for each image
+            # would take it away more often.
+            share = -(-len(images) // threads)
+            running.append(
+                [
+                    pool.submit(_write_pngs, images[i : i + share], paths[i : i + share])
+                    for i in range(0, len(images), share)
+                ]
+            )
             while len(running) > 2:
                 bar.update(_wait(running.popleft()))
         while running:
@@ -127,6 +138,12 @@ def _check_space(folder: Path, dataset: SyntheticDataset) -> None:
         )
 
 
+def _write_pngs(images: Tensor, paths: Sequence[Path]) -> int:
+    for image, path in zip(images, paths, strict=True):
+        _write_png(image, path)
+    return len(paths)
+
+
 def _write_png(image: Tensor, path: Path) -> None:
     from glem_augment.synthetic import to_pil
 
@@ -154,10 +171,8 @@ def _naming(path: Path) -> Any:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _wait(futures: list[Future[None]]) -> int:
-    for future in futures:
-        future.result()
-    return len(futures)
+def _wait(futures: list[Future[int]]) -> int:
+    return sum(future.result() for future in futures)
 
 
 def _remove_left_over(folder: Path, names: Sequence[str], counts: Sequence[int]) -> None:

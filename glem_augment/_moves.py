@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from glem_augment._drawing import AugmentParams
+from glem_augment._drawing import FROM_BATCH, AugmentParams, move
 from glem_augment._lookup import FlowOnDevice
-from glem_augment.modes import row_chunks
+from glem_augment.modes import per_class
 
 
 def along_modes(flow: FlowOnDevice, cls: Tensor, coefficients: Tensor) -> Tensor:
@@ -24,25 +24,22 @@ def along_modes(flow: FlowOnDevice, cls: Tensor, coefficients: Tensor) -> Tensor
     """
     if flow.directions.ndim == 2:  # shared
         return (coefficients * flow.scales) @ flow.directions
-    coefficients = coefficients * flow.scales[cls]
-    out = coefficients.new_empty(len(cls), flow.directions.shape[-1])
-    for part in row_chunks(len(cls), flow.directions[0].numel()):
-        out[part] = torch.bmm(coefficients[part, None], flow.directions[cls[part]])[:, 0]
-    return out
+    return per_class(torch.matmul, coefficients * flow.scales[cls], cls, flow.directions)
 
 
 def project(flow: FlowOnDevice, cls: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """P delta [n, d], and |P delta|^2 / |delta|^2 [n] (0 where delta is 0: nothing moves)."""
     if flow.directions.ndim == 2:  # shared
-        moved = (delta @ flow.directions.mT) @ flow.directions
+        moved = _on_modes(delta, flow.directions)
     else:
-        moved = torch.empty_like(delta)
-        for part in row_chunks(len(cls), flow.directions[0].numel()):
-            v = flow.directions[cls[part]]
-            moved[part] = torch.bmm((v @ delta[part, :, None]).mT, v)[:, 0]
+        moved = per_class(_on_modes, delta, cls, flow.directions)
     total = delta.square().sum(dim=1)
     share = moved.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
     return moved, share.clamp(max=1.0)
+
+
+def _on_modes(delta: Tensor, modes: Tensor) -> Tensor:
+    return (delta @ modes.mT) @ modes
 
 
 def drawn_partners(flow: FlowOnDevice, params: AugmentParams) -> Tensor:
@@ -55,25 +52,57 @@ def drawn_partners(flow: FlowOnDevice, params: AugmentParams) -> Tensor:
     return flow.fitted.sample_from_noise(cls, params.eps)
 
 
-def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch rows to encode, and where in them the selected rows [n] and their partners [n] are.
+def with_draws(flow: FlowOnDevice, partners: Tensor, host: AugmentParams, params: AugmentParams) -> Tensor:
+    """`partners` [n, d], those that are rows of the batch, with drawn ones put in where `source` asks for them.
+
+    Args:
+        host: the parameters where they were drawn, of which the CPU tells how many draws there are without
+            waiting; params: the same on the flow's device.
+    """
+    if host.source.device.type != "cpu":
+        from_batch = (params.source == FROM_BATCH)[:, None]
+        return torch.where(from_batch, partners, drawn_partners(flow, params))
+    drawn = host.source != FROM_BATCH
+    if bool(drawn.all()):
+        return drawn_partners(flow, params)
+    if not bool(drawn.any()):
+        return partners
+    return partners.index_copy(
+        0, move(drawn.nonzero()[:, 0], partners.device), drawn_partners(flow, host.where(drawn).to(partners.device))
+    )
+
+
+def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
+    """Batch rows to encode, the n selected ones first, and where among them the partners are, int64 [n].
 
     Partners that are draws stand for themselves (the result is not used).
     """
     rows = params.rows
     n = len(rows)
-    if params.partner.numel() == 0 or (rows.device.type == "cpu" and bool((params.partner < 0).all())):
-        own = torch.arange(n, device=rows.device)
-        return rows, own, own
+    if params.partner.numel() == 0:
+        return rows, torch.arange(n, device=rows.device)
     partner = torch.where(params.partner < 0, rows, params.partner)
-    if rows.device.type == "cpu":
-        index, place = torch.unique(torch.cat([rows, partner]), return_inverse=True)
-        return index, place[:n], place[n:]
-    # On an accelerator the number of different rows is not known without waiting: take the smaller fixed set.
-    if 2 * n >= batch:
-        return torch.arange(batch, device=rows.device), rows, partner
-    place = torch.arange(2 * n, device=rows.device)
-    return torch.cat([rows, partner]), place[:n], place[n:]
+    if rows.device.type != "cpu":
+        return _fixed_set(rows, partner, batch)
+    selected = torch.zeros(batch, dtype=torch.bool).index_fill_(0, rows, True)
+    return _placed(torch.cat([rows, partner[~selected[partner]].unique()]), partner, batch)
+
+
+def _fixed_set(rows: Tensor, partner: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """`rows_to_encode` without waiting to learn how many different partners there are: as many rows as there
+    can be."""
+    n = len(rows)
+    if 2 * n < batch:  # every partner, even one that is selected too
+        return torch.cat([rows, partner]), torch.arange(n, 2 * n, device=rows.device)
+    selected = torch.zeros(batch, dtype=torch.int32, device=rows.device).index_fill_(0, rows, 1)
+    others = selected.argsort(stable=True)[: batch - n]
+    return _placed(torch.cat([rows, others]), partner, batch)
+
+
+def _placed(index: Tensor, partner: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    place = torch.zeros(batch, dtype=index.dtype, device=index.device)
+    place[index] = torch.arange(len(index), device=index.device)
+    return index, place[partner]
 
 
 @contextmanager

@@ -99,18 +99,24 @@ class PixelAdapter:
             self._range_seen.add((x.device, x.dtype))
 
     def to_unit(self, x: Tensor) -> Tensor:
-        """Images as float32 (float64 if they were) in [0, 1], a little outside where the input was."""
+        """Images as float32 (float64 if they were) in [0, 1], a little outside where the input was.
+
+        Overwrites x: for large images a new tensor costs more than the arithmetic.
+        """
         if x.dtype == torch.uint8:
-            return x.to(torch.float32) / 255
+            return x.to(torch.float32).div_(255)
         x = x if x.dtype == torch.float64 else x.to(torch.float32)
-        return x if self.mean is None else x * self._constant("std", x) + self._constant("mean", x)
+        return x if self.mean is None else x.mul_(self._constant("std", x)).add_(self._constant("mean", x))
 
     def from_unit(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of `to_unit`, with the dtype that came in; uint8 is rounded to the nearest level."""
+        """The inverse of `to_unit`, with the dtype that came in; uint8 is rounded to the nearest level.
+
+        Overwrites x.
+        """
         if dtype == torch.uint8:
-            return (x * 255).round().clamp(0, 255).to(torch.uint8)
+            return x.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
         if self.mean is not None:
-            x = (x - self._constant("mean", x)) / self._constant("std", x)
+            x = x.sub_(self._constant("mean", x)).div_(self._constant("std", x))
         return x.to(dtype)
 
     def to_flow(self, images: Tensor) -> SmallImages:
@@ -128,41 +134,41 @@ class PixelAdapter:
         images: Tensor,
         small: SmallImages,
         decoded: Tensor,
-        rows: Tensor,
         partner: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Carry decoded images back to the size and channels of the originals.
 
         Args:
-            images: float [m, C, H, W] originals; small: the same at the flow's size.
-            decoded: float [n, C_flow, h, w] in [0, 1], changed versions of images[rows].
-            rows: int64 [n].
+            images: float [m, C, H, W], the n originals and, after them, those of partners; small: the same at
+                the flow's size.
+            decoded: float [n, C_flow, h, w] in [0, 1], changed versions of images[:n].
             partner: for detail="mix": rows [n] of the partners among `images`, and the share [n] of their
                 detail.
 
         Returns:
-            float [n, C, H, W], in [0, 1] wherever the originals are.
+            float [n, C, H, W], in [0, 1] wherever the originals are. It may be `decoded` itself.
         """
-        original = images[rows]
+        n = len(decoded)
+        original = images[:n]
         same_size = original.shape[2:] == decoded.shape[2:]
         same_channels = original.shape[1] == decoded.shape[1]
         if same_size and same_channels:
             return decoded
-        change = decoded - small.flow[rows]
+        own = small.own[:n]
+        change = decoded - small.flow[:n]
         if not same_channels:
             # Grey change: the same for every channel. RGB change of a grey image: its average.
-            change = change.expand_as(small.own[rows]) if decoded.shape[1] == 1 else change.mean(1, keepdim=True)
-        if same_size:
+            change = change.expand_as(own) if decoded.shape[1] == 1 else change.mean(1, keepdim=True)
+        if not same_size and self.detail == "none":
+            out = self._resize(own + change, original.shape[2:])
+        elif same_size:
             out = original + change
-        elif self.detail == "none":
-            out = self._resize(small.own[rows] + change, original.shape[2:])
         else:
-            out = original + self._resize(change, original.shape[2:])
+            out = self._resize(change, original.shape[2:]).add_(original)
             if self.detail == "mix" and partner is not None:
                 fine = images - self._resize(small.own, original.shape[2:])
-                out = out + partner[1][:, None, None, None] * (fine[partner[0]] - fine[rows])
-        # Not simply [0, 1]: pixels of RandomErasing lie outside it, and stay as they are.
-        return torch.minimum(torch.maximum(out, original.clamp(max=0.0)), original.clamp(min=1.0))
+                out.add_(partner[1][:, None, None, None] * (fine[partner[0]] - fine[:n]))
+        return _clamp_as(out, original)
 
     @staticmethod
     def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -180,6 +186,18 @@ class PixelAdapter:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_constants": {}, "_range_seen": set()}
+
+
+def _clamp_as(out: Tensor, original: Tensor) -> Tensor:
+    """`out` (which is overwritten) brought into [0, 1], but no further than its original was.
+
+    Not simply [0, 1]: pixels of RandomErasing lie outside it, and stay as they are.
+    """
+    if out.device.type == "cpu" and out.numel():
+        low, high = (float(v) for v in torch.aminmax(original))
+        if low >= 0.0 and high <= 1.0:  # the usual case, for which nothing as large as the images is made
+            return out.clamp_(0.0, 1.0)
+    return torch.minimum(torch.maximum(out, original.clamp(max=0.0)), original.clamp(min=1.0))
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:

@@ -31,8 +31,9 @@ from glem_augment._drawing import (
     swapped,
 )
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
-from glem_augment._moves import along_modes, drawn_partners, evaluating, project, rows_to_encode
+from glem_augment._moves import along_modes, evaluating, project, rows_to_encode, with_draws
 from glem_augment._transfer import PixelAdapter
+from glem_augment.flows.bijection import full_precision
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes
 
@@ -61,7 +62,10 @@ class GLEMAugment(nn.Module):
             "shared".
         partner: of "mixup": "same" (another row of the class, else a draw from its RFCM), "near" (a row of,
             else a draw from, one of the 3 closest classes), "any" (any other row), "gaussian" (a draw from
-            the class's Gaussian).
+            the class's Gaussian). Rows that are changed themselves come first, and the others only where there
+            is none: they are encoded anyway, so a batch costs little more than its changed rows. Rows are
+            selected independently of what they show, so every allowed row is still equally likely to be a
+            given row's partner; only the partners of two rows of one batch are a little less independent.
         labels: "hard" (unchanged), "mix" (soft, by the share of the move that P keeps), "posterior" (of the
             flow, at z'), or "auto": unchanged where the class can't change (noise; partner "same" or
             "gaussian" with hard labels), "mix" otherwise.
@@ -213,8 +217,10 @@ class GLEMAugment(nn.Module):
             source, partner = torch.full_like(rows, FROM_GAUSSIAN), torch.full_like(rows, -1)
             return AugmentParams(rows, cls, partner, cls, source, lam, eps)
         # The partner is the allowed row with the largest random key: uniform, without a loop over rows or
-        # classes.
-        keys = move(torch.rand(n, batch, generator=g), y.device)
+        # classes. Selected rows (also random, and encoded anyway) come before the others.
+        keys = torch.rand(n, batch, generator=g)
+        keys[:, chosen] += 1.0
+        keys = move(keys, y.device)
         pick = move(torch.rand(n, generator=g), y.device)
         allowed, partner_cls = self._partners(tables, cls, cls_all, pick)
         own = rows[:, None] == torch.arange(batch, device=y.device)
@@ -246,12 +252,13 @@ class GLEMAugment(nn.Module):
         if len(params.rows) == 0:
             return x, y if kind == "hard" else self._soft(y)
         flow = self._flow_on(x.device)
-        here = params.to(x.device)
-        with torch.autocast(x.device.type, enabled=False), evaluating(flow.model):
-            changed, keep, z, share = self._change(flow, x, here)
-            originals = x.index_select(0, here.rows)
-            out = x.clone()  # keeps the memory format
-            out.index_copy_(0, here.rows, torch.where(keep[:, None, None, None], changed, originals))
+        with full_precision(x.device.type), evaluating(flow.model):
+            changed, keep, z, share = self._change(flow, x, params)
+            rows = move(params.rows, x.device)
+            # On an accelerator it would have to be waited for that there is nothing to replace.
+            if x.device.type != "cpu" or not bool(keep.all()):
+                changed = torch.where(keep[:, None, None, None], changed, x.index_select(0, rows))
+            out = x.clone().index_copy_(0, rows, changed)  # clone keeps the memory format
             labels = y
             if kind != "hard":
                 labels = self._new_labels(kind, flow, y, params.to(y.device), move(keep, y.device), z, share)
@@ -259,13 +266,17 @@ class GLEMAugment(nn.Module):
 
     # ---- the move in the latent space ----------------------------------------------------------------------
 
-    def _change(self, flow: FlowOnDevice, x: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Changed rows [n, C, H, W] in x's dtype, which to use [n], z' [n, d], share of the move kept [n]."""
-        index, own, other = rows_to_encode(params, len(x))
+    def _change(self, flow: FlowOnDevice, x: Tensor, host: AugmentParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Changed rows [n, C, H, W] in x's dtype, which to use [n], z' [n, d], share of the move kept [n].
+
+        `host` are the parameters where they were drawn: on the CPU, they can be looked at without waiting.
+        """
+        index, other = (move(rows, x.device) for rows in rows_to_encode(host, len(x)))
+        params = host.to(x.device)
         images = self.pixels.to_unit(x.index_select(0, index))
         small = self.pixels.to_flow(images)
         encoded = flow.model.encode(small.flow)[0]
-        z = encoded[own]
+        z = encoded[: len(params.rows)]
         known = params.cls >= 0
         cls = params.cls.clamp(min=0)
         detail = None
@@ -273,22 +284,18 @@ class GLEMAugment(nn.Module):
             share = torch.ones(len(z), device=z.device)
             z = z + along_modes(flow, cls, self.strength * params.eps)
         else:
-            from_batch = params.source == FROM_BATCH
-            partner = encoded[other]
-            # Only the CPU can say without waiting that no draw is needed.
-            if x.device.type != "cpu" or not bool(from_batch.all()):
-                partner = torch.where(from_batch[:, None], partner, drawn_partners(flow, params))
+            partner = with_draws(flow, encoded[other], host, params)
             away = 1.0 - params.l
             moved, share = project(flow, cls, partner - z)
             z = z + away[:, None] * moved
-            detail = (other, torch.where(from_batch, away, 0.0))
+            detail = (other, torch.where(params.source == FROM_BATCH, away, 0.0))
         decoded = flow.model.decode(z, clamp=False)
         # NaN compares false, so these two reductions also find what is not finite.
         low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
         plausible = (low >= -self.margin) & (high <= 1.0 + self.margin)
         self._tables_on(x.device).counters[:2] += torch.stack([(known & ~plausible).sum(), (~known).sum()])
-        decoded = decoded.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
-        changed = self.pixels.from_flow(images, small, decoded, own, detail)
+        decoded = decoded.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0)
+        changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
 
     def _partners(self, tables: ClassTables, cls: Tensor, cls_all: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 """Full class covariances of the latents as thin factors (RFCM), and the principal modes they give.
 
 A class with n images in d dimensions has a covariance of rank at most n - 1, and n < d as a rule. So no d x d
-matrix
-is kept: a class is its mean, its k strongest modes with their standard deviations, and a diagonal for what
-    they leave,
+matrix is kept: a class is its mean, its k strongest modes with their standard deviations, and a diagonal for
+what they leave,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 
@@ -35,6 +34,41 @@ def row_chunks(rows: int, floats_per_row: int) -> Iterator[slice]:
     step = max(1, GATHER_FLOATS // max(1, floats_per_row))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
+
+
+def per_class(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """``function(rows, modes)`` with each row's own class's modes: [n, d].
+
+    On the CPU one product for each class that is present, on views of the modes. An accelerator would have to
+    wait to learn which these are: there every row gathers its modes, a bounded number of rows at a time.
+
+    Args:
+        function: takes rows [m, *] and modes [k, d], or rows [m, 1, *] and modes [m, k, d], by broadcasting.
+        rows: [n, *]; y: int64 [n], the class of each; directions: [K, k, d].
+    """
+    out = rows.new_empty(len(y), directions.shape[-1])
+    if y.device.type == "cpu":
+        order = y.argsort(stable=True)
+        classes, counts = torch.unique_consecutive(y[order], return_counts=True)
+        for c, members in zip(classes.tolist(), order.split(counts.tolist()), strict=True):
+            out[members] = function(rows[members], directions[c])
+        return out
+    return _gathered(function, rows, y, directions, out)
+
+
+def _gathered(
+    function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor, out: Tensor
+) -> Tensor:
+    for part in row_chunks(len(y), directions[0].numel()):
+        out[part] = function(rows[part, None], directions[y[part]])[:, 0]
+    return out
+
+
+def _row_by_row(rows: Tensor, modes: Tensor) -> Tensor:
+    """``rows @ modes`` by one product per row: a matrix product's last bits would depend on the other rows."""
+    single = rows if rows.ndim == 3 else rows[:, None]
+    out = torch.bmm(single, modes.expand(len(rows), -1, -1))
+    return out if rows.ndim == 3 else out[:, 0]
 
 
 def nearest_classes(kld_matrix: Tensor, neighbours: int = 3, allowed: Tensor | None = None) -> Tensor:
@@ -192,13 +226,9 @@ class ClassModes(nn.Module):
             y: int64 [B]; coefficients: [B, m], m <= k, in units of the latents.
 
         Returns:
-            [B, d] float32.
+            [B, d] float32. Row i does not depend on the other rows, to the last bit.
         """
-        count = coefficients.shape[1]
-        out = coefficients.new_empty(len(y), self.dim)
-        for part in row_chunks(len(y), count * self.dim):
-            out[part] = torch.bmm(coefficients[part, None], self.directions[y[part], :count])[:, 0]
-        return out
+        return per_class(_row_by_row, coefficients, y, self.directions[:, : coefficients.shape[1]])
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """RFCM samples from given standard normal noise: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').

@@ -2,17 +2,19 @@
 
 Item i's latent depends on the seed, its class and its place within the class alone: never on the batch, the
 order, the worker, or how many items there are. Images are decoded in fixed aligned blocks, since convolutions
-and matrix products change in their last bits with the batch size.
+and matrix products change in their last bits with the batch size; a block is decoded once, whichever process
+needs it first (see `_blocks`).
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections import OrderedDict
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_choice, check_number
+from glem_augment._blocks import BlockStore
+from glem_augment._drawing import move
+from glem_augment._moves import evaluating
 from glem_augment._transfer import check_worker_device
 from glem_augment.model import GLEM
 
@@ -28,15 +33,37 @@ SOURCES = ("gaussian", "rfcm")
 # Items whose noise comes from one generator. Not the block of decoding: that one may be chosen to fit the
 # memory without changing what is drawn.
 NOISE_BLOCK = 16
+# Blocks decoded a second time before the user is told that the cache is too small for the way it is read.
+TOO_OFTEN = 32
+
+
+class _Decoding(NamedTuple):
+    """A block on its way to the CPU: uint8 [m, C, H, W], the number of images that are not finite, and what to
+    wait for before looking at either (None: nothing)."""
+
+    images: Tensor
+    broken: Tensor
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> tuple[Tensor, int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.images, int(self.broken)
 
 
 class SyntheticDataset(Dataset):
     """A map-style data set of samples, `per_class` of each class, in the order of the classes.
 
     Items are (PIL image, int), as torchvision's image data sets give them; `classes`, `class_to_idx`,
-    `targets`, `transform` and `target_transform` are those of torchvision. Blocks are decoded once and kept
-    up to `cache_bytes`; for shuffled training on more than fits, `export` the images and read them from the
-    disk.
+    `targets`, `transform` and `target_transform` are those of torchvision.
+
+    A block is decoded when the first of its images is wanted, and kept. While all images fit into `cache_bytes`
+    (`len(ds) * C * H * W`) each is decoded once, in whatever order and for however many epochs they are read, and
+    DataLoader workers share what they have decoded, with each other and with those of the next epoch, where
+    workers are forked (the rule on Linux before Python 3.14, and `multiprocessing_context="fork"`; others keep a
+    cache each). With more images than fit, reading in order still decodes each once per epoch, but a shuffled
+    epoch decodes a whole block for nearly every image: raise `cache_bytes`, or `export` the images and read them
+    from the disk. A warning says so when it happens.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm").
@@ -48,7 +75,7 @@ class SyntheticDataset(Dataset):
             latents).
         block: images decoded at a time.
         device: where to decode; None: where the model is.
-        cache_bytes: of decoded images kept in memory.
+        cache_bytes: of decoded images kept in memory (always at least one block); taken as it is needed.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -90,16 +117,21 @@ class SyntheticDataset(Dataset):
         self.counts = [self.per_class] * model.num_classes
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.targets: list[int] = np.repeat(np.arange(model.num_classes), self.counts).tolist()
-        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._not_finite: dict[tuple[int, int], int] = {}
+        # Blocks are numbered through, class after class.
+        per_class_blocks = -(-self.per_class // self.block)
+        self._first_block = np.arange(model.num_classes) * per_class_blocks
+        self._ahead: dict[int, _Decoding] = {}
+        self._warned = False
+        self._make_store()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def non_finite(self) -> int:
-        """Images decoded so far in this process with values that are not finite (shown as grey, 0, 255)."""
-        return sum(self._not_finite.values())
+        """Images decoded so far with values that are not finite (shown as grey, 0, 255), in this process and those
+        that share its cache."""
+        return self._store.not_finite
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index` (negative ones count from the end): (image, label) after the transforms.
@@ -125,14 +157,30 @@ class SyntheticDataset(Dataset):
     def images(self, indices: Sequence[int]) -> Tensor:
         """Decoded images, uint8 [n, C, H, W] on the CPU, any number of channels."""
         cls, within = self._locate(indices)
-        out = torch.empty(len(cls), *self.image_shape, dtype=torch.uint8)
-        number = within // self.block
-        keys = np.stack([cls, number], axis=1)
-        for c, b in np.unique(keys, axis=0).tolist():
-            rows = np.flatnonzero((cls == c) & (number == b))
-            place = torch.from_numpy(within[rows] - b * self.block)
-            out[torch.from_numpy(rows)] = self.decoded_block(c, b)[place]
-        return out
+        block, place = self._first_block[cls] + within // self.block, within % self.block
+        out = np.empty((len(cls), *self.image_shape), dtype=np.uint8)
+        missing = ~self._store.read(block, place, out)
+        while missing.any():
+            number = self._store.claim(np.unique(block[missing]))
+            if number is None:
+                # Others decode all that is missing here.
+                rows = np.flatnonzero(missing)
+                arrived = np.empty((len(rows), *self.image_shape), dtype=np.uint8)
+                found = self._store.read(block[rows], place[rows], arrived)
+                out[rows[found]] = arrived[found]
+                missing[rows[found]] = False
+                if not found.any():
+                    time.sleep(1e-3)
+                continue
+            c = int(np.searchsorted(self._first_block, number, side="right")) - 1
+            try:
+                decoded = self.decoded_block(c, number - int(self._first_block[c])).numpy()
+            finally:
+                self._store.give_up(number)
+            rows = np.flatnonzero(block == number)
+            out[rows] = decoded[place[rows]]
+            missing[rows] = False
+        return torch.from_numpy(out)
 
     def latents(self, indices: Sequence[int]) -> Tensor:
         """Latents z, float32 [n, d] on the model's device; they do not depend on the other indices."""
@@ -149,8 +197,8 @@ class SyntheticDataset(Dataset):
             drawn = generator.standard_normal((NOISE_BLOCK, width), dtype=np.float32)
             noise[rows] = drawn[within[rows] - b * NOISE_BLOCK]
         check_worker_device(self.model.device)
-        y = torch.from_numpy(cls).to(self.model.device)
-        eps = torch.from_numpy(noise).to(self.model.device)
+        y = move(torch.from_numpy(cls), self.model.device)
+        eps = move(torch.from_numpy(noise), self.model.device)
         with torch.no_grad():
             if self.source == "rfcm":
                 return self._modes().sample_from_noise(y, eps, self.temperature)
@@ -159,30 +207,48 @@ class SyntheticDataset(Dataset):
 
     def decoded_block(self, cls: int, number: int) -> Tensor:
         """Images number * block ... of a class, uint8 [m, C, H, W], m <= block; kept in the cache."""
-        key = (cls, number)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        first = number * self.block
-        last = min(self.counts[cls], first + self.block)
-        start = int(self._starts[cls])
-        z = self.latents(range(start + first, start + last))
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                x = self.model.decode(z, clamp=False)
-        finally:
-            self.model.train(training)
-        # Not drawn again: item i would then no longer be a function of the seed alone.
-        self._not_finite[key] = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum())
-        x = x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
-        images = (x * 255).round().to(torch.uint8).cpu()
-        self._cache[key] = images
-        held = sum(block.numel() for block in self._cache.values())
-        while held > self.cache_bytes and len(self._cache) > 1:
-            held -= self._cache.popitem(last=False)[1].numel()
+        key = int(self._first_block[cls]) + number
+        kept = self._store.whole(key)
+        if kept is not None:
+            return torch.from_numpy(kept)
+        decoding = self._ahead.pop(key, None) or self._decode(cls, number)
+        images, broken = decoding.wait()
+        self._store.write(key, images.numpy(), broken)
+        if not self._warned and self._store.decoded_again >= TOO_OFTEN:
+            self._warned = True
+            needed = len(self) * int(np.prod(self.image_shape))
+            warnings.warn(
+                f"SyntheticDataset decodes the same blocks again and again: its {needed} bytes of images do not fit "
+                f"cache_bytes={self.cache_bytes}. Raise it to {needed}, or export() the images once and read the files",
+                stacklevel=2,
+            )
         return images
+
+    def decode_ahead(self, cls: int, number: int) -> None:
+        """Start to decode a block, for the next call of `decoded_block`, where that need not be waited for: on CUDA.
+
+        At most one block is under way; another call replaces it.
+        """
+        key = int(self._first_block[cls]) + number
+        if self.model.device.type == "cuda" and key not in self._ahead and self._store.whole(key) is None:
+            self._ahead = {key: self._decode(cls, number)}
+
+    def _decode(self, cls: int, number: int) -> _Decoding:
+        first = int(self._starts[cls]) + number * self.block
+        last = min(int(self._starts[cls]) + self.counts[cls], first + self.block)
+        z = self.latents(range(first, last))
+        with torch.no_grad(), evaluating(self.model):
+            x = self.model.decode(z, clamp=False)
+        # Not drawn again: item i would then no longer be a function of the seed alone.
+        broken = (~torch.isfinite(x)).flatten(1).any(dim=1).sum()
+        images = x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0).mul_(255).round_().to(torch.uint8)
+        if images.device.type != "cuda":
+            return _Decoding(images.cpu(), broken, None)
+        # Into pinned memory the copy runs by itself, while the host goes on to the next block.
+        on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (images, broken)]
+        for to, value in zip(on_host, (images, broken), strict=True):
+            to.copy_(value, non_blocking=True)
+        return _Decoding(*on_host, torch.cuda.current_stream(images.device).record_event())
 
     def export(
         self,
@@ -223,8 +289,18 @@ class SyntheticDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers decode for themselves; sending the cache would cost more than it saves.
-        return {**self.__dict__, "_cache": OrderedDict()}
+        # A process that is not forked decodes for itself; sending the cache would cost more than it saves.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_store", "_ahead")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ahead = {}
+        self._make_store()
+
+    def _make_store(self) -> None:
+        full, rest = divmod(self.per_class, self.block)
+        sizes = ([self.block] * full + [rest] * (rest > 0)) * len(self._first_block)
+        self._store = BlockStore(sizes, self.image_shape, self.cache_bytes)
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Class and place within the class of every index, int64 [n] each."""

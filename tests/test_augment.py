@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from glem_augment._moves import drawn_partners
+from glem_augment._drawing import AugmentParams
+from glem_augment._moves import _fixed_set, _on_modes, drawn_partners, rows_to_encode
 from glem_augment.augment import GLEMAugment
 from glem_augment.model import GLEM
+from glem_augment.modes import _gathered, per_class
 
 SHAPE = (1, 8, 8)
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -219,6 +221,42 @@ def test_partner_near_any_and_gaussian(model: GLEM) -> None:
     assert params.source.eq(2).all() and params.partner.eq(-1).all()
 
 
+@pytest.mark.parametrize("partner", ["same", "near", "any"])
+def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM, partner: str) -> None:
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    aug = GLEMAugment(model, p=0.4, partner=partner, seed=0)
+    allowed = {"same": y[:, None] == y, "near": y[:, None] != y, "any": torch.ones(10, 10, dtype=torch.bool)}[partner]
+    allowed = allowed & ~torch.eye(10, dtype=torch.bool)
+    seen = torch.zeros(10, 10)
+    for _ in range(4000):
+        params = aug.draw((10, *SHAPE), y)
+        picked = torch.zeros(10, dtype=torch.bool)
+        picked[params.rows] = True
+        found = params.partner >= 0
+        assert torch.equal(found, allowed[params.rows].any(1))
+        rows, chosen = params.rows[found], params.partner[found]
+        assert torch.equal(picked[chosen], (allowed[rows] & picked).any(1))
+        seen[rows, chosen] += 1
+    assert torch.equal(seen > 0, allowed)
+    share = seen / seen.sum(1, keepdim=True).clamp(min=1)
+    expected = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    # 1600 partners per row; five standard deviations of their share
+    assert (share - expected).abs().max() < 5 * (0.25 / 1600) ** 0.5
+
+
+def test_a_batch_costs_little_more_than_its_changed_rows(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = GLEM.encode
+    monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: encoded.append(len(x)) or encode(m, x, *a))
+    y = torch.randint(4, (64,), generator=torch.Generator().manual_seed(0))
+    for partner in ("same", "near", "any", "gaussian"):
+        aug = GLEMAugment(model, p=0.5, partner=partner, seed=0)
+        encoded.clear()
+        for _ in range(20):
+            aug(images(64), y)
+        assert sum(encoded) <= 1.02 * aug.stats["selected"]
+
+
 def test_a_thousand_classes_in_a_batch_of_64() -> None:
     names = [f"c{i}" for i in range(1000)]
     many = GLEM.create("identity", (1, 4, 4), classes=names)
@@ -304,13 +342,35 @@ def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM, bas
     assert correlation.abs().max() < 0.07
 
 
-def test_chunked_gathering_changes_nothing(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = images(9) / 255, labels(9)
-    for policy in ("mixup", "noise"):
-        whole = GLEMAugment(model, p=1.0, policy=policy, seed=0)(x, y)[0]
-        with monkeypatch.context() as patch:
-            patch.setattr("glem_augment.modes.GATHER_FLOATS", 2 * 64 * 64)
-            assert torch.allclose(GLEMAugment(model, p=1.0, policy=policy, seed=0)(x, y)[0], whole, atol=1e-6)
+def test_accelerators_gather_what_the_cpu_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    directions = torch.randn(5, 3, 20, generator=g)
+    y = torch.tensor([4, 0, 4, 2, 4, 0, 1])
+    for function, width in ((torch.matmul, 3), (_on_modes, 20)):
+        rows = torch.randn(7, width, generator=g)
+        expected = torch.stack([function(row[None], directions[c])[0] for row, c in zip(rows, y, strict=True)])
+        assert torch.allclose(per_class(function, rows, y, directions), expected, atol=1e-5)
+        for floats in (2**20, 2 * 60, 1):
+            monkeypatch.setattr("glem_augment.modes.GATHER_FLOATS", floats)
+            gathered = _gathered(function, rows, y, directions, torch.empty(7, 20))
+            assert torch.allclose(gathered, expected, atol=1e-5)
+    assert per_class(torch.matmul, rows[:0, :3], y[:0], directions).shape == (0, 20)
+
+
+def test_the_rows_to_encode_hold_every_row_and_partner() -> None:
+    g = torch.Generator().manual_seed(0)
+    for n in (0, 1, 5, 15, 16, 31, 32):
+        rows = torch.randperm(32, generator=g)[:n]
+        partner = torch.randint(32, (n,), generator=g)
+        params = AugmentParams(rows, *([torch.zeros(n)] * 6))
+        params.partner = torch.where(torch.rand(n, generator=g) < 0.2, -1, partner)
+        wanted = torch.where(params.partner < 0, rows, params.partner)
+        index, place = rows_to_encode(params, 32)
+        assert torch.equal(index[:n], rows) and torch.equal(index[place], wanted)
+        assert len(index) == len(torch.cat([rows, wanted]).unique())
+        index, place = _fixed_set(rows, wanted, 32)
+        assert torch.equal(index[:n], rows) and torch.equal(index[place], wanted)
+        assert len(index) == min(2 * n, 32)
 
 
 def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,6 +599,24 @@ def test_normalised_input(dtype: torch.dtype) -> None:
     assert torch.allclose(out.float() * s + m, plain, atol={torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 2e-2))
     scalar, _ = GLEMAugment(own, p=1.0, seed=0, mean=0.5, std=0.5)(x * 2 - 1, y)
     assert torch.allclose(scalar / 2 + 0.5, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 20])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_the_input_is_never_written_to(size: int, normalised: bool, dtype: torch.dtype) -> None:
+    own = make_model((3, 8, 8))
+    x = images(6, 3, size)
+    if dtype != torch.uint8:
+        x = (x / 255).to(dtype)
+    elif normalised:
+        return
+    before = x.clone()
+    stats = {"mean": 0.1, "std": 0.9} if normalised else {}
+    for detail in ("keep", "mix", "none"):
+        out, _ = GLEMAugment(own, p=1.0, seed=0, detail=detail, **stats)(x, labels(6, 2))
+        assert torch.equal(x, before) and not torch.equal(out, x)
+        assert out.data_ptr() != x.data_ptr()
 
 
 def test_erased_pixels_outside_the_range_stay_in_large_images() -> None:

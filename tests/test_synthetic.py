@@ -6,6 +6,8 @@ import errno
 import json
 import multiprocessing
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from glem_augment import _export
+from glem_augment import _blocks, _export
+from glem_augment._blocks import BlockStore
 from glem_augment._export import class_folders
 from glem_augment._transfer import check_worker_device
 from glem_augment.classmatch import match_classes
@@ -116,7 +119,7 @@ def test_blocks_are_decoded_once_and_the_cache_is_bounded(model: GLEM, monkeypat
     small = SyntheticDataset(model, per_class=10, block=4, cache_bytes=2 * 4 * 64)
     for i in [0, 4, 0, 8, 0]:  # block 1 was used least recently when block 2 came
         small[i]
-    assert calls == [4, 4, 2] and sum(b.numel() for b in small._cache.values()) <= 2 * 4 * 64
+    assert calls == [4, 4, 2] and small._store._images.nbytes <= 2 * 4 * 64
     for i in [12, 0, 4]:
         small[i]
     assert calls[3:] == [4, 4]
@@ -133,11 +136,103 @@ def test_workers_give_the_same_items(model: GLEM, context: str) -> None:
     assert torch.equal(torch.cat(images), expected) and torch.cat(targets).tolist() == data.targets
 
 
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> Any:
+    """Decoded images are counted in every process forked from here; each block takes so long.
+
+    The patience is endless, so that a machine that stands still for a second changes nothing.
+    """
+    monkeypatch.setattr(_blocks, "PATIENCE", 600.0)
+    monkeypatch.setattr(_blocks, "FIRST_PATIENCE", 600.0)
+    count = multiprocessing.get_context("fork").Value("q", 0)
+    decode = GLEM.decode
+
+    def counted(self: GLEM, z: torch.Tensor, **settings: Any) -> torch.Tensor:
+        with count.get_lock():
+            count.value += len(z)
+        time.sleep(seconds)
+        return decode(self, z, **settings)
+
+    monkeypatch.setattr(GLEM, "decode", counted)
+    return count
+
+
+@needs_fork
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_forked_workers_decode_each_block_once(model: GLEM, shuffle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = SyntheticDataset(model, per_class=20, block=8).images(range(60))[:, 0]
+    count = count_decoded(monkeypatch, seconds=0.02)
+    # batches of 7 and blocks of 8, 8 and 4: nearly every batch needs a block that another worker needs too
+    data = SyntheticDataset(model, per_class=20, block=8, transform=np.asarray)
+    for _ in range(2):  # new workers find what the last ones decoded
+        loader = torch.utils.data.DataLoader(
+            _Numbered(data), batch_size=7, shuffle=shuffle, num_workers=2, multiprocessing_context="fork"
+        )
+        seen, indices = zip(*loader, strict=True)
+        assert torch.equal(torch.cat(seen), expected[torch.cat(indices)])
+        assert count.value == 60
+    assert torch.equal(data.images(range(60))[:, 0], expected) and count.value == 60
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """(image, index), so that a shuffled order is known."""
+
+    def __init__(self, data: SyntheticDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
+        return [(image, i) for (image, _), i in zip(self.data.__getitems__(indices), indices, strict=True)]
+
+
+@needs_fork
+@pytest.mark.parametrize("slots", [0, 5])
+def test_workers_share_a_cache_that_is_too_small(model: GLEM, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = SyntheticDataset(model, per_class=20, block=8).images(range(60))[:, 0]
+    count = count_decoded(monkeypatch, seconds=0.005)
+    for shuffle in (True, False):
+        data = SyntheticDataset(model, per_class=20, block=8, cache_bytes=slots * 8 * 64, transform=np.asarray)
+        count.value = 0
+        for image, index in torch.utils.data.DataLoader(
+            _Numbered(data), shuffle=shuffle, batch_size=7, num_workers=2, multiprocessing_context="fork"
+        ):
+            assert torch.equal(image, expected[index])
+    if slots:  # in order, a few blocks are enough, even where one worker lags behind a little
+        assert 60 <= count.value <= 80
+
+
+@needs_fork
+def test_images_that_are_not_finite_in_a_worker_are_counted(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = GLEM.decode
+    monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: decode(m, z, **k) * torch.tensor(float("nan")))
+    data = SyntheticDataset(model, per_class=6, transform=np.asarray)
+    for _ in torch.utils.data.DataLoader(data, num_workers=1, batch_size=9, multiprocessing_context="fork"):
+        pass
+    assert data.non_finite == 18
+
+
 def test_pickling_leaves_the_cache_behind(model: GLEM) -> None:
     data = SyntheticDataset(model, per_class=6)
     before = data.images(range(18))
-    other = pickle.loads(pickle.dumps(data))
-    assert not other._cache and data._cache and torch.equal(other.images(range(18)), before)
+    packed = pickle.dumps(data)
+    other = pickle.loads(packed)
+    assert data._store.whole(0) is not None and other._store.whole(0) is None
+    assert torch.equal(other.images(range(18)), before)
+
+
+def test_thrashing_is_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
+    small = SyntheticDataset(model, per_class=50, block=5, cache_bytes=4 * 5 * 64)
+    for _ in range(2):
+        small.images(range(150))
+    assert not recwarn.list  # in order, over and over, is not yet worth a word
+    for i in torch.randperm(150, generator=torch.Generator().manual_seed(0)).tolist():
+        small[i]
+    told = [str(w.message) for w in recwarn.list]
+    assert len(told) == 1 and f"9600 bytes of images do not fit cache_bytes={4 * 5 * 64}" in told[0]
 
 
 def test_a_forked_worker_cannot_use_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +299,77 @@ def test_more_checks(model: GLEM) -> None:
     for index in (6, -7):
         with pytest.raises(IndexError, match=f"index {index} is out of range for 6 images"):
             data[index]
+
+
+# ---- the store of decoded blocks ---------------------------------------------------------------------
+
+
+def make_store(cache_bytes: int = 2**20, blocks: int = 4) -> BlockStore:
+    return BlockStore([3] * blocks, (1, 2, 2), cache_bytes)
+
+
+def block_of(value: int) -> np.ndarray:
+    return np.full((3, 1, 2, 2), value, dtype=np.uint8)
+
+
+def test_a_block_that_somebody_decodes_is_left_to_him_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(_blocks.time, "monotonic", lambda: now[0])
+    store = make_store()
+    assert store.claim(np.array([1, 2])) == 1 and store.claim(np.array([1, 2])) == 2
+    assert store.claim(np.array([1, 2])) is None
+    store.give_up(2)  # its decoding failed
+    assert store.claim(np.array([1, 2])) == 2
+    now[0] += 4
+    store.write(2, block_of(2), 0)  # took 4 s: after twice that, and a little, block 1's process counts as stopped
+    assert store.claim(np.array([1, 2])) is None
+    now[0] += 5.1
+    assert store.claim(np.array([1, 2])) == 1
+    assert np.array_equal(store.whole(2), block_of(2)) and store.whole(1) is None
+
+
+def test_images_that_another_process_decodes_are_waited_for(model: GLEM) -> None:
+    data = SyntheticDataset(model, per_class=6, block=3)
+    expected = data.images(range(6))
+    waiting = SyntheticDataset(model, per_class=6, block=3)
+    assert waiting._store.claim(np.array([0])) == 0
+    other = threading.Timer(0.1, lambda: waiting._store.write(0, expected[:3].numpy(), 0))
+    other.start()
+    assert torch.equal(waiting.images(range(6)), expected)
+    other.join()
+
+
+def test_a_failed_decode_frees_its_block(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SyntheticDataset(model, per_class=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(GLEM, "decode", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data[0]
+    began = time.monotonic()
+    data[0]
+    assert time.monotonic() - began < 5
+
+
+def test_a_lock_held_by_a_dead_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_blocks, "LOCK_SECONDS", 0.01)
+    store = make_store()
+    store._lock.acquire()
+    with pytest.raises(RuntimeError, match="make the data set again"):
+        store.whole(0)
+
+
+def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = SyntheticDataset(model, per_class=6).images(range(18))
+    monkeypatch.setattr(_blocks.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert torch.equal(SyntheticDataset(model, per_class=6).images(range(18)), expected)
+    monkeypatch.undo()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(_blocks.mmap, "mmap", refuse)
+    with pytest.raises(ValueError, match="give a smaller cache_bytes"):
+        SyntheticDataset(model, per_class=6)
 
 
 # ---- export ------------------------------------------------------------------------------------------

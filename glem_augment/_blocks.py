@@ -1,0 +1,189 @@
+"""Decoded blocks of images in memory that forked DataLoader workers share: what one decodes, all can read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+# A process waits for a block of another one for twice the longest time that a block has taken, and these seconds.
+# Until one has been decoded, nobody knows how long it takes: for the second number of seconds. Waiting too long only
+# costs time after workers were stopped in the middle; too short, a block is decoded twice.
+PATIENCE, FIRST_PATIENCE = 1.0, 30.0
+# Longer than this nobody holds the lock, which is taken for copies only.
+LOCK_SECONDS = 30.0
+
+
+class BlockStore:
+    """Blocks of uint8 images: all of them where they fit into `cache_bytes`, else those used last (at least one).
+
+    The memory is an anonymous shared mapping, so that it needs no room in /dev/shm (64 MB in a container, where the
+    DataLoader needs it too), costs nothing until it is written to, and lives on in forked processes: the workers of
+    the next epoch find what those of the last one decoded. A process that is started in another way ("spawn",
+    "forkserver") gets the owner by pickling, and makes a store of its own.
+
+    Args:
+        sizes: images in each block.
+        image_shape: (C, H, W).
+        cache_bytes: of images to keep.
+
+    Raises:
+        ValueError: if the system refuses that much memory.
+    """
+
+    def __init__(self, sizes: Sequence[int], image_shape: tuple[int, int, int], cache_bytes: int) -> None:
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        image_bytes = math.prod(image_shape)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
+        total, blocks = int(self._sizes.sum()), len(self._sizes)
+        self.holds_all = total * image_bytes <= cache_bytes
+        # Images of a slot, in which any block fits; without slots every block has its place.
+        self._slot = int(self._sizes.max())
+        slots = 0 if self.holds_all else max(1, cache_bytes // (self._slot * image_bytes))
+        room = total if self.holds_all else slots * self._slot
+        self._lock, shared = _lock()
+        layout = {
+            "offset": ((blocks,), np.int64),  # of a block's first image in `images`; -1: not there
+            "started": ((blocks,), np.float64),  # when somebody began to decode it; -inf: nobody does
+            "broken": ((blocks,), np.int64),  # its images that are not finite; -1: never decoded
+            "held": ((slots,), np.int64),  # the block in each slot; -1: none
+            "used": ((slots,), np.int64),  # when, on the clock of `counts`
+            "counts": ((3,), np.int64),  # clock; blocks decoded again; longest decode in microseconds
+            "images": ((room, *image_shape), np.uint8),
+        }
+        try:
+            arrays = _arrays(layout, shared)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            raise ValueError(
+                f"the system refuses {room * image_bytes / 2**20:.0f} MiB for decoded images ({error}): give a smaller "
+                "cache_bytes"
+            ) from error
+        self._offset, self._started, self._broken = arrays["offset"], arrays["started"], arrays["broken"]
+        self._held, self._used, self._counts = arrays["held"], arrays["used"], arrays["counts"]
+        self._images = arrays["images"]
+        self._offset.fill(-1)
+        self._broken.fill(-1)
+        self._held.fill(-1)
+        self._started.fill(-np.inf)
+
+    @property
+    def decoded_again(self) -> int:
+        """Blocks that had been decoded before and had to give way since, in all processes together."""
+        return int(self._counts[1])
+
+    @property
+    def not_finite(self) -> int:
+        """Images in the blocks decoded so far whose values were not finite."""
+        return int(self._broken.clip(min=0).sum())
+
+    def read(self, blocks: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Copy image places[i] of blocks[i] to out[i] where it is there; bool [n], which ones were.
+
+        Args:
+            blocks, places: int64 [n]; out: uint8 [n, C, H, W].
+        """
+        with self._locked():
+            offset = self._offset[blocks]
+            found = offset >= 0
+            if found.all():
+                np.take(self._images, offset + places, axis=0, out=out, mode="clip")
+            elif found.any():
+                out[found] = self._images[offset[found] + places[found]]
+            self._touch(offset[found])
+        return found
+
+    def whole(self, block: int) -> np.ndarray | None:
+        """A copy of a block, uint8 [m, C, H, W], or None."""
+        with self._locked():
+            offset = int(self._offset[block])
+            if offset < 0:
+                return None
+            self._touch(np.array([offset]))
+            return self._images[offset : offset + self._sizes[block]].copy()
+
+    def claim(self, blocks: np.ndarray) -> int | None:
+        """The first of `blocks` that is neither there nor being decoded, for the caller to decode; or None.
+
+        A claim that is older than any decode takes is void: its process was stopped.
+        """
+        longest = self._counts[2] / 1e6
+        patience = 2 * longest + PATIENCE if longest else FIRST_PATIENCE
+        with self._locked():
+            now = time.monotonic()
+            free = blocks[(self._offset[blocks] < 0) & (self._started[blocks] < now - patience)]
+            if len(free) == 0:
+                return None
+            self._started[free[0]] = now
+            return int(free[0])
+
+    def give_up(self, block: int) -> None:
+        """Take back a claim: the block was not decoded after all."""
+        self._started[block] = -np.inf
+
+    def write(self, block: int, images: np.ndarray, not_finite: int) -> None:
+        """Keep a decoded block, uint8 [m, C, H, W]."""
+        with self._locked():
+            if self._broken[block] >= 0 and self._offset[block] < 0:
+                self._counts[1] += 1
+            if self._offset[block] < 0:
+                self._offset[block] = self._room(block)
+            offset = int(self._offset[block])
+            self._images[offset : offset + len(images)] = images
+            self._touch(np.array([offset]))
+            self._broken[block] = not_finite
+            if np.isfinite(self._started[block]):
+                took = int(1e6 * (time.monotonic() - self._started[block]))
+                self._counts[2] = max(int(self._counts[2]), took)
+            self._started[block] = -np.inf
+
+    def _room(self, block: int) -> int:
+        """Where the block's images may be written."""
+        if self.holds_all:
+            return int(self._starts[block])
+        slot = int(self._used.argmin())
+        if self._held[slot] >= 0:
+            self._offset[self._held[slot]] = -1
+        self._held[slot] = block
+        return slot * self._slot
+
+    def _touch(self, offsets: np.ndarray) -> None:
+        if not self.holds_all:
+            self._counts[0] += 1
+            self._used[offsets // self._slot] = self._counts[0]
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=LOCK_SECONDS):
+            raise RuntimeError(
+                "the cache of a SyntheticDataset is locked by a process that was killed: make the data set again"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _lock() -> tuple[object, bool]:
+    """A lock, and whether it works between processes that share memory: those that are forked."""
+    if "fork" in multiprocessing.get_all_start_methods():
+        with contextlib.suppress(ImportError, OSError):  # no semaphores here: then nothing is shared
+            return multiprocessing.get_context("fork").Lock(), True
+    return threading.Lock(), False
+
+
+def _arrays(layout: dict[str, tuple[tuple[int, ...], type]], shared: bool) -> dict[str, np.ndarray]:
+    """Zeros of the given shapes and types, in one shared mapping or in ordinary memory."""
+    sizes = {name: math.prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in layout.items()}
+    padded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+    memory = mmap.mmap(-1, max(1, sum(padded.values()))) if shared else bytearray(max(1, sum(padded.values())))
+    arrays, start = {}, 0
+    for name, (shape, kind) in layout.items():
+        arrays[name] = np.ndarray(shape, kind, buffer=memory, offset=start)
+        start += padded[name]
+    return arrays
