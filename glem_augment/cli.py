@@ -26,7 +26,8 @@ DATA, wherever a command asks for it, is one of
   a folder with one folder of images per class, or with train/ and test/ (or val/) folders of that kind;
   a folder of MNIST-style idx files; a .tar file; a timm data set as NAME@ROOT, e.g. torch/cifar10@data;
   bundled:fashion-mnist, 100 real images per class and split, inside the package.
-MODEL is a folder that glem train wrote, or bundled:NAME.
+MODEL is a folder that glem train wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A folder called
+like a repository wins; hf-hub:ORG/NAME is always the Hub. HF_TOKEN opens private ones, HF_HUB_OFFLINE=1 uses the cache.
 """
 
 EPILOG = """\

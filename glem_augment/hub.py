@@ -1,23 +1,26 @@
-"""Model folders: ``model.safetensors`` + ``config.json``, written atomically and read with suspicion."""
+"""Model folders: ``model.safetensors`` + ``config.json``, found by name, written atomically, read with suspicion."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from glem_augment.config import GLEMConfig
+from glem_augment._hub_names import PREFIX, HubError, HubName, parse_name
+from glem_augment.config import FORMAT_VERSION, GLEMConfig
 from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_MAX_CONFIG_BYTES = 16 * 2**20
+MAX_CONFIG_BYTES = 16 * 2**20
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: "BOOL", torch.int64: "I64"}
 
@@ -28,10 +31,55 @@ def bundled_models() -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
 
 
-def locate(name: str | Path) -> Path:
-    """The folder of a model: ``bundled:<name>``, or a folder on disk.
+@dataclass(frozen=True)
+class Located:
+    """Where a model's files are.
+
+    Attributes:
+        folder: with ``model.safetensors`` and ``config.json``.
+        repo_id, commit: of the Hub repository that they were downloaded from; None for files of this machine.
+    """
+
+    folder: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    @property
+    def origin(self) -> str | None:
+        """``org/name@commit``, a name under which exactly these files can be loaded again; None if not from the Hub."""
+        return None if self.repo_id is None else f"{self.repo_id}@{self.commit}"
+
+
+def locate(
+    name: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> Path:
+    """The folder of a model, downloaded first where it is on the Hub; see :func:`find`."""
+    return find(name, cache_dir=cache_dir, token=token, revision=revision).folder
+
+
+def find(
+    name: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> Located:
+    """A model by name, wherever it is. The one place where names of models are understood.
+
+    Args:
+        name: tried in this order: ``bundled:<name>``; ``hf-hub:org/name`` (always the Hub); a folder on disk, also one
+            that is called like a repository on the Hub; ``org/name`` on the Hub. The Hub's names may end in
+            ``@revision``: a branch, a tag, or a commit hash. A ``Path`` always means a folder.
+        cache_dir: for downloads, in place of the Hub client's own cache (``HF_HOME``).
+        token: for private and gated repositories; True: the stored one, False: none, None: the stored one if any.
+        revision: the same as ``@revision`` in the name.
 
     Raises:
+        HubError: a ModelFileError: no network, no such repository or revision, no access, a damaged download, ...
         ModelFileError: no such bundled model or folder, or a file missing in it; the message says what is there.
     """
     text = str(name)
@@ -42,15 +90,47 @@ def locate(name: str | Path) -> Path:
         folder = Path(str(resources.files("glem_augment") / "bundled" / "models" / wanted))
     else:
         folder = Path(text).expanduser()
+        remote = _remote_name(name, folder, revision)
+        if remote is not None:
+            return _download(remote, folder, cache_dir, token)
+    if revision is not None:
+        raise ModelFileError(
+            f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write hf-hub:org/name"
+        )
     if not folder.is_dir():
         raise ModelFileError(
-            f"no model at {text!r}: give a folder with {WEIGHTS} and {CONFIG}, or bundled:"
+            f"no model at {text!r}: give a folder with {WEIGHTS} and {CONFIG}, org/name on the Hub, or bundled:"
             f"{'|'.join(bundled_models()) or 'NAME'}"
         )
     for file in (WEIGHTS, CONFIG):
         if not (folder / file).is_file():
             raise ModelFileError(f"{folder} is not a model folder: it has no {file}")
-    return folder
+    return Located(folder)
+
+
+def _remote_name(name: str | Path, folder: Path, revision: str | None) -> HubName | None:
+    """The name on the Hub that is meant, or None for a folder."""
+    if isinstance(name, Path):
+        return None
+    remote = parse_name(name)
+    if remote is None or (folder.is_dir() and not name.startswith(PREFIX)):
+        return None
+    if revision is None:
+        return remote
+    if remote.revision not in (None, revision):
+        raise ModelFileError(f"{name!r} and revision={revision!r} name different revisions: give one of them")
+    return HubName(remote.repo_id, revision)
+
+
+def _download(name: HubName, folder: Path, cache_dir: str | Path | None, token: str | bool | None) -> Located:
+    from glem_augment._hub_remote import fetch
+
+    try:
+        got = fetch(name, (CONFIG, WEIGHTS), read_config, cache_dir, token)
+    except HubError as error:
+        # A mistyped folder looks like a name on the Hub.
+        raise HubError(f"{error} (and there is no folder {str(folder)!r} here)") from error
+    return Located(got.folder, got.repo_id, got.commit)
 
 
 def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]) -> None:
@@ -60,7 +140,7 @@ def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]
     """
     folder = Path(folder)
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    weights = weights_bytes(state)
     failure: OSError | None = None
     try:
         with atomic_write(folder / CONFIG, "w") as config_file:
@@ -69,8 +149,7 @@ def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]
             os.fsync(config_file.fileno())
             try:
                 with atomic_write(folder / WEIGHTS) as file:
-                    # One entry: safetensors writes several in random order, and equal weights should be equal files.
-                    file.write(safetensors_bytes(tensors, metadata={"format": "pt"}))
+                    file.write(weights)
             except OSError as error:
                 failure = error
                 raise
@@ -78,21 +157,48 @@ def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]
         raise failure or error from None  # the outer one would name the config
 
 
+def weights_bytes(state: dict[str, Tensor]) -> bytes:
+    """The content of ``model.safetensors`` for a state dict: equal weights give equal bytes.
+
+    Their SHA-256 names the weights: it is what ``sha256sum model.safetensors`` prints, and what the Hub shows.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # One entry: safetensors writes several in random order.
+    return safetensors_bytes(tensors, metadata={"format": "pt"})
+
+
 def read_config(folder: Path) -> GLEMConfig:
     """Read and check ``config.json``. Raises ModelFileError naming the file and the field."""
     path = folder / CONFIG
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ModelFileError(f"{path} has {path.stat().st_size} bytes, more than a model's config can need")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path} can't be read as JSON: {error}; download or save the model again") from None
+    _check_ours(path, values)
     try:
         return GLEMConfig.from_dict(values)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
+
+
+def _check_ours(path: Path, values: Any) -> None:
+    """Say so where a config is another library's, or of a later version, before its fields are judged one by one."""
+    if not isinstance(values, dict):
+        return
+    version = values.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path} has format_version {version}, this glem-augment reads {FORMAT_VERSION}: install a newer version "
+            "(pip install -U glem-augment), or load an older revision of the model"
+        )
+    if not {"flow", "class_ids", "format_version"} & set(values):
+        hints = ("model_type", "architectures", "architecture", "_class_name", "library_name")
+        what = ", ".join(f"{key} {str(values[key])[:60]}" for key in hints if key in values)
+        raise ModelFileError(f"{path} is no config of glem-augment{f' ({what})' if what else ''}: check the name")
 
 
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

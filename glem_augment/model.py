@@ -20,6 +20,8 @@ from glem_augment.modes import ClassModes, fit_class_modes
 from glem_augment.pixels import check_images, from_levels, to_levels
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from glem_augment.data import ImageData
 
 # Images per pass through the flow in the calls that take any number of them: bounds the memory of activations.
@@ -44,6 +46,7 @@ class GLEM(nn.Module):
         self.flow = flow
         self.gaussians = gaussians
         self.modes = modes
+        self.origin: str | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -88,20 +91,35 @@ class GLEM(nn.Module):
         return cls(config, build_flow(config.flow), ClassGaussians(classes, dim, config.psi), modes)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu") -> GLEM:
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> GLEM:
         """Load a saved model for inference.
 
         Args:
-            name: a folder with ``model.safetensors`` and ``config.json``, or ``bundled:<name>``.
+            name: a folder with ``model.safetensors`` and ``config.json``; ``bundled:<name>``; or ``org/name`` or
+                ``org/name@revision`` on the Hugging Face Hub, where ``hf-hub:`` before the name passes over a folder
+                that is called the same.
             device: where to put it.
+            cache_dir: where downloads are kept; by default the Hub client's cache (``HF_HOME``).
+            token: for private and gated repositories; None: the stored one, if any. False: none.
+            revision: branch, tag or commit hash, in place of ``@revision``.
 
         Returns:
-            The model in eval mode, without gradients.
+            The model in eval mode, without gradients; ``origin`` is ``org/name@commit`` if it came from the Hub.
 
         Raises:
-            ModelFileError: missing, truncated, inconsistent or hostile files; nothing is half-loaded.
+            ModelFileError: missing, truncated, inconsistent or hostile files; nothing is half-loaded. Its subclass
+                ``hub.HubError``: no network, no such repository or revision, no access, a damaged download.
         """
-        folder = hub.locate(name)
+        found = hub.find(name, cache_dir=cache_dir, token=token, revision=revision)
+        folder = found.folder
         config = hub.read_config(folder)
         # Shapes first, on the meta device: a config that lies about its weights is found out before memory is spent.
         with torch.device("meta"):
@@ -112,12 +130,66 @@ class GLEM(nn.Module):
         state = hub.read_weights(folder, expected)
         model = cls._build(config)
         model.load_state_dict(state, strict=True)
+        model.origin = found.origin
         return model.to(device).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` to ``folder``, atomically; OSError names the path."""
         self.config.modes_rank = None if self.modes is None else self.modes.rank
         hub.write_model(folder, self.config, self.state_dict())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,  # noqa: A002  (the Hub's word)
+        license_name: str | None = None,
+        license_link: str | None = None,
+        datasets: Sequence[str] = (),
+        metrics: Sequence[Any] = (),
+        samples: bool = True,
+    ) -> CommitInfo:
+        """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
+
+        Args:
+            repo_id: ``org/name``; made where there is none.
+            commit_message: by default one that names the library.
+            private: of a new repository; an existing one of the other kind is refused.
+            token: with write access; by default the stored one.
+            revision: branch to commit to, made where there is none; by default ``main``.
+            create_pr: open a pull request in place of committing.
+            license, license_name, license_link: of the training images, which passes on to what the model draws; an
+                identifier of the Hub. Left out of the card, with a warning, where it is not given.
+            datasets: identifiers of the training data on the Hub.
+            metrics: results of ``glem eval``, as tables or JSON files.
+            samples: draw the picture of samples.
+
+        Returns:
+            huggingface_hub's ``CommitInfo``; ``from_pretrained(repo_id, revision=info.oid)`` loads these very weights.
+
+        Raises:
+            hub.HubError: no network, no permission, ...; nothing has been committed then.
+            ValueError, FileNotFoundError: a licence or metrics that can't be used.
+        """
+        from glem_augment.hub_push import push_model
+        from glem_augment.model_card import CardFacts
+
+        return push_model(
+            self,
+            repo_id,
+            facts=CardFacts(license, license_name, license_link, datasets, metrics),
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            samples=samples,
+        )
 
     # ---- facts -------------------------------------------------------------------------------------------------
 

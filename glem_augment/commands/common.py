@@ -17,7 +17,7 @@ from glem_augment.data import ImageData, match_classes, open_data
 from glem_augment.model import GLEM
 
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
-MODEL_HELP = "a folder written by glem train, or bundled:NAME"
+MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

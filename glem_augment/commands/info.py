@@ -11,11 +11,12 @@ from glem_augment.model import GLEM
 
 DESCRIPTION = """\
 Say what a model is: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the
-record of its training. The files are read and checked whole.
+record of its training. The files are read and checked whole; a model on the Hugging Face Hub is downloaded first.
 """
 EXAMPLES = """\
   glem info bundled:fashion-mnist
   glem info runs/photos --json
+  glem info org/name@v1.0
 """
 
 
@@ -36,13 +37,16 @@ def run(args: argparse.Namespace) -> int:
 
 def model_facts(name: str) -> dict[str, Any]:
     """Everything that ``glem info`` shows, JSON-friendly. Raises ModelFileError for a damaged model."""
-    folder = hub.locate(name)
-    model = GLEM.from_pretrained(name)
+    found = hub.find(name)
+    folder = found.folder
+    # By commit, so that both speak of the same files though somebody may be pushing right now.
+    model = GLEM.from_pretrained(name if found.origin is None else f"hf-hub:{found.origin}")
     config = model.config
     return finite(
         {
             "model": name,
             "folder": str(folder),
+            "hub": None if found.origin is None else {"repo": found.repo_id, "commit": found.commit},
             "image_shape": list(model.image_shape),
             "bits": model.bits,
             "flow": config.flow,
@@ -72,6 +76,7 @@ def _text(facts: dict[str, Any]) -> str:
     rows = [
         ("model", facts["model"]),
         ("folder", facts["folder"]),
+        *([("hub", "{repo}, commit {commit}".format(**facts["hub"]))] if facts["hub"] else []),
         ("images", f"{channels}x{height}x{width} (channels x height x width), {facts['bits']} bits"),
         ("flow", f"{facts['flow']['preset']}: {_pairs(numbers)}"),
         (

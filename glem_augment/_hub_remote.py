@@ -1,0 +1,268 @@
+"""Reading a model from the Hub: its files at one commit, and proof that they arrived whole.
+
+The client (``huggingface_hub``) brings the cache, the tokens, the retries and the environment variables. Added here:
+both files come from one commit, the config is judged before the weights are fetched, and every file is compared with
+its checksum on every load, since the client compares sizes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+
+from glem_augment._hub_errors import Kind, classify, explain
+from glem_augment._hub_names import HubError, HubName
+from glem_augment.errors import ModelFileError
+
+LIBRARY = "glem-augment"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A folder with a repository's files as of one commit."""
+
+    folder: Path
+    repo_id: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What the Hub says about a revision: size and checksum of each file, None where it says nothing."""
+
+    commit: str
+    library: str | None
+    files: dict[str, tuple[int | None, str | None]] | None = field(default=None)
+
+
+def library_version() -> str:
+    from glem_augment import __version__
+
+    return __version__
+
+
+def fetch(
+    name: HubName,
+    files: tuple[str, str],
+    check: Callable[[Path], Any],
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Snapshot:
+    """Bring ``files`` of a repository into the cache, or find them there.
+
+    Args:
+        name: what to fetch; without a revision, the head of ``main``.
+        files: names of the config and of the weights.
+        check: called with the folder once the config is there; raises ModelFileError where this is not our model, so
+            that nobody waits for the weights of another library.
+        cache_dir: in place of the client's own cache (HF_HOME).
+        token: of the user, True for the stored one, False for none; None: the stored one if there is one.
+
+    Returns:
+        The folder, with both files from one commit, each with the checksum that the Hub states.
+
+    Raises:
+        HubError: see `_hub_errors.Kind`; a ModelFileError naming repository, revision and fix.
+        ModelFileError: from ``check``, with the repository's name before it.
+    """
+    config_name, weights_name = files
+    client = _Client(name, cache_dir, token)
+    listing = None if client.pinned_in_cache(files) else client.ask(files)
+    if listing is not None and listing.files is not None:
+        _check_listing(name, listing, files)
+    config = client.file(config_name, name.revision, listing)
+    commit = config.parent.name
+    try:
+        check(config.parent)
+    except ModelFileError as error:
+        made_by = f" (its card says: library {listing.library})" if _foreign(listing) else ""
+        raise HubError(f"{name.repo_id}@{commit} can't be used{made_by}: {error}") from None
+    client.file(weights_name, commit, listing)
+    return Snapshot(config.parent, name.repo_id, commit)
+
+
+class _Client:
+    """One repository through the client, with one cache and one token."""
+
+    def __init__(self, name: HubName, cache_dir: str | os.PathLike[str] | None, token: str | bool | None) -> None:
+        self.name = name
+        self.cache_dir = None if cache_dir is None else str(Path(cache_dir).expanduser())
+        self.token = token
+        # Set where the Hub could not be reached but the cache has everything: asking again would only take time.
+        self.local_only = False
+
+    def cached(self, filename: str, revision: str | None) -> Path | None:
+        found = try_to_load_from_cache(self.name.repo_id, filename, self.cache_dir, revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def pinned_in_cache(self, files: tuple[str, str]) -> bool:
+        """A commit never changes: with both files and their checksums at hand, nothing needs to be asked."""
+        if self.name.revision is None or _COMMIT.fullmatch(self.name.revision) is None:
+            return False
+        paths = [self.cached(filename, self.name.revision) for filename in files]
+        return all(path is not None and _checksum_in_cache(path) is not None for path in paths)
+
+    def ask(self, files: tuple[str, str]) -> _Listing | None:
+        """Commit, files and checksums in one request. None where the Hub does not say, but the cache or the client's
+        own retries may still help."""
+        try:
+            info = HfApi(library_name=LIBRARY, library_version=library_version()).model_info(
+                self.name.repo_id,
+                revision=self.name.revision,
+                files_metadata=True,
+                token=self.token,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
+            return _listing(info)
+        except Exception as error:  # the client's errors depend on its version and on the HTTP library below it
+            kind, link = classify(error)
+            if kind is Kind.OFFLINE:
+                self.local_only = True
+                return None
+            if kind in (Kind.BAD_NAME, Kind.NO_REVISION, Kind.NO_TOKEN):
+                raise explain(error, *self._what()) from error
+            if all(self.cached(filename, self.name.revision) for filename in files):
+                _log.warning("%s; using the copy in the cache", explain(error, *self._what(), cached=True))
+                self.local_only = True
+                return None
+            if kind in (Kind.GATED, Kind.NO_REPOSITORY, Kind.NETWORK):
+                raise explain(error, *self._what()) from error
+            return None
+
+    def file(self, filename: str, revision: str | None, listing: _Listing | None) -> Path:
+        """One file in the cache, with the right checksum.
+
+        A transfer that was damaged on the way is made once more; what is still wrong then is removed from the cache.
+        """
+        path = self._download(filename, revision)
+        wanted = _checksum(path, listing)
+        if wanted is None or _has_checksum(path, wanted):
+            return path
+        what = f"{filename} of {self.name.repo_id!r} at revision {path.parent.name}"
+        if self.local_only or constants.HF_HUB_OFFLINE:
+            raise HubError(f"{what} is damaged ({path}): load it again while online")
+        _log.warning("%s does not have the checksum that the Hub states; downloading it again", what)
+        try:
+            path = self._download(filename, path.parent.name, force=True)
+        except HubError as error:
+            raise HubError(f"{what} is damaged ({path}), and could not be fetched again: {error}") from error
+        if not _has_checksum(path, wanted):
+            _discard(path)
+            raise HubError(
+                f"{what} does not have the checksum {wanted[:12]}... that the Hub states, in two downloads: "
+                "nothing was loaded, and it was removed from the cache; try again later, or over another connection"
+            )
+        return path
+
+    def _download(self, filename: str, revision: str | None, force: bool = False) -> Path:
+        try:
+            path = hf_hub_download(
+                self.name.repo_id,
+                filename,
+                revision=revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                force_download=force,
+                local_files_only=self.local_only and not constants.HF_HUB_OFFLINE,
+                library_name=LIBRARY,
+                library_version=library_version(),
+            )
+        except Exception as error:  # see `ask`
+            raise explain(error, self.name.repo_id, revision) from error
+        return Path(path)
+
+    def _what(self) -> tuple[str, str | None]:
+        return self.name.repo_id, self.name.revision
+
+
+def _listing(info: Any) -> _Listing | None:
+    if not isinstance(info.sha, str) or _COMMIT.fullmatch(info.sha) is None:
+        return None
+    if not info.siblings:
+        return _Listing(info.sha, info.library_name)
+    files: dict[str, tuple[int | None, str | None]] = {}
+    for entry in info.siblings:
+        lfs = entry.lfs
+        sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+        files[entry.rfilename] = entry.size, sha256 or entry.blob_id
+    return _Listing(info.sha, info.library_name, files)
+
+
+def _check_listing(name: HubName, listing: _Listing, files: tuple[str, str]) -> None:
+    from glem_augment.hub import MAX_CONFIG_BYTES
+
+    assert listing.files is not None
+    for filename in files:
+        if filename not in listing.files:
+            has = ", ".join(sorted(listing.files)[:8]) or "no files"
+            made_by = f"; its card says: library {listing.library}" if _foreign(listing) else ""
+            raise HubError(
+                f"{name.repo_id!r} at revision {name.revision or 'main'!r} has no {filename}, so it holds no model of "
+                f"{LIBRARY} ({has}{made_by}): check the name"
+            )
+    size = listing.files[files[0]][0]
+    if size is not None and size > MAX_CONFIG_BYTES:
+        raise HubError(f"{name.repo_id!r}: {files[0]} has {size} bytes, more than a model's config can need")
+
+
+def _foreign(listing: _Listing | None) -> bool:
+    return listing is not None and listing.library not in (None, LIBRARY)
+
+
+# ---- checksums ---------------------------------------------------------------------------------------------------
+
+
+def _checksum(path: Path, listing: _Listing | None) -> str | None:
+    """What the Hub states for a file in the cache, as hexadecimal; None where it is not known here."""
+    stated = None
+    if listing is not None and listing.files is not None and listing.commit == path.parent.name:
+        stated = listing.files.get(path.name, (None, None))[1]
+    return stated if stated is not None and _is_checksum(stated) else _checksum_in_cache(path)
+
+
+def _checksum_in_cache(path: Path) -> str | None:
+    """The client names a blob by its ETag: the SHA-256 of a large file, git's SHA-1 of any other. A snapshot links to
+    it, except where the system has no symbolic links."""
+    try:
+        name = os.path.basename(os.readlink(path))
+    except OSError:
+        return None
+    return name if _is_checksum(name) else None
+
+
+def _is_checksum(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def _has_checksum(path: Path, wanted: str) -> bool:
+    size = path.stat().st_size
+    if len(wanted) == 64:
+        digests = [hashlib.sha256()]
+    else:
+        # git hashes a header with the content; servers other than the Hub may leave it out.
+        digests = [hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), hashlib.sha1(usedforsecurity=False)]
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            for digest in digests:
+                digest.update(part)
+    return wanted in [digest.hexdigest() for digest in digests]
+
+
+def _discard(path: Path) -> None:
+    """Take a file out of the cache: the snapshot's link, and the blob of this repository that it points to."""
+    with suppress(OSError):
+        blob = path.parent / os.readlink(path) if path.is_symlink() else None
+        path.unlink()
+        if blob is not None:
+            blob.unlink()

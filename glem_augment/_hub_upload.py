@@ -1,0 +1,139 @@
+"""Writing to the Hub: a repository, a branch, and one commit with all files, or none of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
+
+from glem_augment._hub_errors import Kind, classify, explain
+from glem_augment._hub_names import HubError
+from glem_augment._hub_remote import LIBRARY, library_version
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+CARD = "README.md"
+# A card with this line was generated and is written anew with the next push; one without it is somebody's own.
+GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
+_log = logging.getLogger(__name__)
+
+
+def prepare(
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Make sure that there is a repository, and a branch, to commit to. Asks what can be refused before work is done.
+
+    Args:
+        repo_id: ``org/name``, or ``name`` under the token's own user.
+        repo_type: "model" or "dataset".
+        private: of a new repository; of one that exists, what it has to be. None: public if new (or as the owner's
+            organisation has set it), and anything if it exists.
+        token: with write access; None or True: the stored one.
+        revision: branch to commit to, started from ``main`` where it does not exist; None: ``main``.
+        create_pr: a pull request will be opened: the repository is somebody else's, and is there.
+
+    Returns:
+        The repository's full name.
+
+    Raises:
+        HubError: naming repository, revision and fix.
+    """
+    if token is False:
+        raise HubError(f"writing to {repo_id!r} takes a token: give token=, or leave it out to use the stored one")
+    if create_pr:
+        return repo_id
+    api = _api(token)
+    try:
+        visibility = {} if private is None else {"private": private}
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, exist_ok=True, **visibility).repo_id
+        _check_visibility(api, repo_id, repo_type, private)
+        if revision is not None and revision != constants.DEFAULT_REVISION:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    except HubError:
+        raise
+    except Exception as error:  # the client's errors depend on its version and on the HTTP library below it
+        raise explain(error, repo_id, revision, repo_type=repo_type, writing=True) from error
+    return repo_id
+
+
+def commit(
+    repo_id: str,
+    files: Mapping[str, Path],
+    message: str,
+    *,
+    repo_type: str = "model",
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    delete_others_in: str | None = None,
+) -> CommitInfo:
+    """Commit ``files`` (path in the repository -> file on disk) to a repository that `prepare` has named.
+
+    A card that somebody wrote or edited by hand is left as it is, with a warning.
+
+    Args:
+        delete_others_in: a folder of the repository, from which files that are not among ``files`` are removed.
+
+    Returns:
+        The commit: ``oid`` (its hash), ``commit_url``, ``pr_url``.
+
+    Raises:
+        HubError: naming repository, revision and fix; nothing has been committed then.
+    """
+    files, api = dict(files), _api(token)
+    try:
+        if CARD in files and _own_card(repo_id, repo_type, token, revision):
+            _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
+            del files[CARD]
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        if delete_others_in is not None:
+            present = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
+            left = [name for name in present if name.startswith(f"{delete_others_in}/") and name not in files]
+            operations += [CommitOperationDelete(name) for name in left]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except Exception as error:  # see `prepare`
+        raise explain(error, repo_id, revision, repo_type=repo_type, writing=True) from error
+
+
+def _api(token: str | bool | None) -> HfApi:
+    return HfApi(library_name=LIBRARY, library_version=library_version(), token=token)
+
+
+def _own_card(repo_id: str, repo_type: str, token: str | bool | None, revision: str | None) -> bool:
+    try:
+        path = hf_hub_download(repo_id, CARD, repo_type=repo_type, token=token, revision=revision)
+    except Exception as error:
+        if classify(error)[0] is Kind.NO_FILE:
+            return False
+        raise
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    return bool(text.strip()) and GENERATED not in text
+
+
+def _check_visibility(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> None:
+    """The client leaves a repository that exists as it is: private weights must not end up in a public one."""
+    if private is None:
+        return
+    if bool(api.repo_info(repo_id, repo_type=repo_type).private) != private:
+        there, wanted = ("public", "private") if private else ("private", "public")
+        raise HubError(
+            f"{repo_id!r} exists and is {there}, not {wanted} as asked: change that in the settings on its page, or "
+            "choose another name; nothing was uploaded"
+        )

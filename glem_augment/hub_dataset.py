@@ -1,0 +1,238 @@
+"""Publishing synthetic images: a data set on the Hub that ``datasets.load_dataset`` reads, with a card that says how
+it was made.
+
+Small sets are an image folder (``data/train/<class>/NNNNNN.png`` and ``metadata.jsonl``). The Hub takes no more than
+10,000 files in a folder and 25,000 in a commit, so that larger ones are WebDataset shards (``data/train-*.tar``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glem_augment import hub
+from glem_augment._arguments import check_choice
+from glem_augment._dataset_card import dataset_card
+from glem_augment._export import PROVENANCE, class_folders
+from glem_augment.errors import DataError
+from glem_augment.io import atomic_write, write_json
+from glem_augment.model_card import CardFacts
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from glem_augment.model import GLEM
+    from glem_augment.synthetic import SyntheticDataset
+
+__all__ = ["FORMATS", "push_dataset", "write_dataset"]
+
+FORMATS = ("imagefolder", "webdataset")
+# Of the Hub, and of one folder in one of its repositories.
+MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
+SHARD = 2_000
+_BLOCK = 1_000
+_log = logging.getLogger(__name__)
+
+
+def push_dataset(
+    dataset: SyntheticDataset,
+    repo_id: str,
+    *,
+    format: str | None = None,  # noqa: A002  (the word users expect)
+    license: str | None = None,  # noqa: A002  (the Hub's word)
+    license_name: str | None = None,
+    license_link: str | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload all images of ``dataset`` with a data card, in one commit.
+
+    What an earlier push left under ``data/`` is removed in the same commit. Transforms are not applied.
+
+    Args:
+        dataset: its classes become the names of the column ``label`` (``cls`` in shards), in index order.
+        repo_id: ``org/name`` of a data set; made where there is none.
+        format: "imagefolder" or "webdataset"; by default by the number of images.
+        license, license_name, license_link: of the images that the flow was trained on, which passes on to its samples;
+            an identifier of the Hub. Left out of the card, with a warning, where it is not given.
+        commit_message, private, token, revision, create_pr: as in ``GLEM.push_to_hub``.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``; ``load_dataset(repo_id, revision=info.oid)`` reads these very images.
+
+    Raises:
+        HubError: no network, no permission, ...; nothing has been committed then.
+        DataError: too many images for the format. ValueError: a format or licence that can't be used, or a flow of
+            neither 1 nor 3 channels. OSError: no space for the files on the way.
+    """
+    from glem_augment._hub_upload import commit, prepare
+
+    facts = CardFacts(license, license_name, license_link)
+    if facts.license is None:
+        _log.warning(
+            "no licence is given, so the card of %s says that it is unknown. Samples inherit the licence of the images "
+            "that the flow was trained on: state it with license=",
+            repo_id,
+        )
+    with tempfile.TemporaryDirectory(prefix="glem-push-") as folder:
+        format = _format(dataset, format)
+        # Before the images, which may take hours: a missing permission should not.
+        target: dict[str, Any] = dict(repo_type="dataset", token=token, revision=revision, create_pr=create_pr)
+        repo_id = prepare(repo_id, private=private, **target)
+        files = write_dataset(dataset, Path(folder), repo_id, facts, format)
+        message = commit_message or f"Upload {len(dataset)} synthetic images with glem-augment"
+        return commit(repo_id, files, message, **target, delete_others_in="data")
+
+
+def write_dataset(
+    dataset: SyntheticDataset,
+    folder: Path,
+    repo_id: str,
+    facts: CardFacts | None = None,
+    format: str | None = None,  # noqa: A002
+) -> dict[str, Path]:
+    """Write what a push would upload: images with their labels, provenance, card.
+
+    Args:
+        folder: an empty one, made if missing; the others as in `push_dataset`.
+
+    Returns:
+        Names in the repository -> files.
+    """
+    from glem_augment._hub_upload import CARD, GENERATED
+
+    format = _format(dataset, format)
+    files = _write_imagefolder(dataset, folder) if format == "imagefolder" else _write_shards(dataset, folder)
+    origin = _provenance(dataset, format)
+    write_json(folder / PROVENANCE, origin)
+    card = dataset_card(dataset, repo_id, facts or CardFacts(), origin)
+    with atomic_write(folder / CARD, "w") as file:
+        file.write(f"{card}\n{GENERATED}\n")
+    return {**files, PROVENANCE: folder / PROVENANCE, CARD: folder / CARD}
+
+
+def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002
+    if dataset.image_shape[0] not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, this flow {dataset.image_shape[0]}")
+    most = max(dataset.counts)
+    # Beside the images there are a few other files.
+    fits = most <= MAX_FILES_IN_FOLDER and len(dataset) <= MAX_FILES - 100
+    if format is None:
+        return "imagefolder" if fits else "webdataset"
+    check_choice("format", format, FORMATS)
+    if format == "imagefolder" and not fits:
+        raise DataError(
+            f"{len(dataset)} images, {most} of one class, are more than the Hub takes as single files "
+            f"({MAX_FILES}, {MAX_FILES_IN_FOLDER} in a folder): use format='webdataset'"
+        )
+    return format
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def _write_imagefolder(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
+    names = class_folders(dataset.class_ids, dataset.classes)
+    files, rows = {}, []
+    for index, label, within, png in _pngs(dataset):
+        name = f"{names[label]}/{within:06d}.png"
+        path = folder / "data" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
+        files[f"data/train/{name}"] = path
+        rows.append({"file_name": name, "label": label, "index": index})
+    table = folder / "data" / "train" / "metadata.jsonl"
+    with atomic_write(table, "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files["data/train/metadata.jsonl"] = table
+    return files
+
+
+def _write_shards(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
+    """Image i goes to shard i mod S, so that every shard holds every class."""
+    count = -(-len(dataset) // SHARD)
+    names = [f"data/train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    archives = [tarfile.open(folder / name, "w") for name in names]
+    try:
+        for index, label, _, png in _pngs(dataset):
+            for ending, data in (("png", png), ("cls", str(label).encode())):
+                # Only name and size, no time: the same images give the same shards.
+                entry = tarfile.TarInfo(f"{index:08d}.{ending}")
+                entry.size = len(data)
+                archives[index % count].addfile(entry, io.BytesIO(data))
+    finally:
+        for archive in archives:
+            archive.close()
+    return {name: folder / name for name in names}
+
+
+def _pngs(dataset: SyntheticDataset) -> Iterator[tuple[int, int, int, bytes]]:
+    """Index, label, place within the class, and PNG of every image, in order."""
+    from glem_augment.synthetic import to_pil
+
+    within = [0] * len(dataset.classes)
+    for start in range(0, len(dataset), _BLOCK):
+        indices = range(start, min(len(dataset), start + _BLOCK))
+        for index, image in zip(indices, dataset.images(indices), strict=True):
+            label, buffer = dataset.targets[index], io.BytesIO()
+            to_pil(image).save(buffer, format="PNG")
+            yield index, label, within[label], buffer.getvalue()
+            within[label] += 1
+
+
+# ---- where it came from ------------------------------------------------------------------------------------------
+
+
+def _provenance(dataset: SyntheticDataset, format: str) -> dict[str, Any]:  # noqa: A002
+    from glem_augment import __version__
+
+    names = class_folders(dataset.class_ids, dataset.classes)
+    model = dataset.model
+    return {
+        "synthetic": True,
+        "complete": True,
+        "generator": f"glem-augment {__version__}",
+        "flow": {"weights_sha256": weights_sha256(model), "loaded_from": _origin(model)},
+        "format": format,
+        "count": len(dataset),
+        "images_not_finite": dataset.non_finite,
+        "settings": {
+            "per_class": dataset.per_class,
+            "temperature": dataset.temperature,
+            "seed": dataset.seed,
+            "source": dataset.source,
+            "block": dataset.block,
+        },
+        "classes": [
+            {"index": i, "id": class_id, "name": name, "folder": names[i], "count": dataset.counts[i]}
+            for i, (class_id, name) in enumerate(zip(dataset.class_ids, dataset.classes, strict=True))
+        ],
+    }
+
+
+def weights_sha256(model: GLEM) -> str:
+    """SHA-256 of the file that ``model.save`` would write, hexadecimal."""
+    return hashlib.sha256(hub.weights_bytes(model.state_dict())).hexdigest()
+
+
+def _origin(model: GLEM) -> str | None:
+    """``org/name@commit``, if the model is still what was loaded from there."""
+    if model.origin is None:
+        return None
+    try:
+        weights = hub.locate(f"hf-hub:{model.origin}") / hub.WEIGHTS
+        same = hashlib.sha256(weights.read_bytes()).hexdigest() == weights_sha256(model)
+    except (hub.HubError, OSError):
+        same = False
+    return model.origin if same else None
