@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.expm_coupling import expm_coupling
+from glem_augment.flows.expm_op import expm_coupling_op
 from glem_augment.flows.matexp import expm_apply_low_rank
 
 # (in_channels, out_channels) -> network
@@ -114,7 +115,8 @@ class MatExpCoupling(Coupling):
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         if not self.low_rank:
-            return expm_coupling(x2, params, self.bound, inverse)
+            couple = expm_coupling_op if torch.compiler.is_compiling() else expm_coupling
+            return couple(x2, params, self.bound, inverse)
         n, batch, height, width = x2.shape
         q, side = self.rank, self.bound**0.5
         u = params[:, : n * q].reshape(batch, n, q, height, width)

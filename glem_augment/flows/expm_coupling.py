@@ -95,43 +95,76 @@ class _Pixels(matexp.Pixels):
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def is_planes(n: int) -> bool:
+    """Which layout serves n x n matrices: over planes of pixels, or pixel by pixel."""
+    return matexp.layout(n) is matexp.Planes
+
+
 def _layout(n: int) -> type[_Planes] | type[_Pixels]:
-    return _Planes if matexp.layout(n) is matexp.Planes else _Pixels
+    return _Planes if is_planes(n) else _Pixels
+
+
+def vectors(x2: Tensor) -> Tensor:
+    """[n, B, H, W] in the layout that serves this n."""
+    return _layout(x2.shape[0]).vectors(x2)
+
+
+def couple(
+    x2: Tensor, params: Tensor, bound: float, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The result and log|det| of ``expm_coupling``, and what ``couple_backward`` needs: S, factors, segment starts."""
+    n, batch, height, width = x2.shape
+    layout = _layout(n)
+    segments, terms = taylor_plan(bound, x2.dtype)
+    sign = -1.0 if inverse else 1.0
+    s, factor, shift = layout.bounded(params, n, bound)
+    v = layout.vectors(x2)
+    if inverse:
+        v = v - shift
+    starts = []
+    for _ in range(segments):
+        starts.append(v)
+        v = layout.apply(s, v, sign / segments, terms)
+    y2 = layout.image(v if inverse else v + shift, x2.shape)
+    return y2, layout.trace(s, batch, height * width) * sign, s, factor, starts
+
+
+def couple_backward(
+    g: Tensor,
+    g_logdet: Tensor,
+    s: Tensor,
+    factor: Tensor,
+    starts: list[Tensor],
+    bound: float,
+    inverse: bool,
+    params_shape: torch.Size,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x2 and of the parameters, from those of what ``couple`` returned first."""
+    layout = _layout(g.shape[0])
+    _, terms = taylor_plan(bound, g.dtype)
+    sign = -1.0 if inverse else 1.0
+    g_out = a = layout.vectors(g)
+    grad_s = None
+    for start in reversed(starts):
+        grad_s, a = layout.adjoint(s, start, a, sign / len(starts), terms, grad_s)
+    assert grad_s is not None
+    g_params = layout.params_grad(s, factor, grad_s, -a if inverse else g_out, g_logdet * sign, bound, params_shape)
+    return layout.image(a, g.shape), g_params
 
 
 class _ExpmCoupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-        n, batch, height, width = x2.shape
-        layout = _layout(n)
-        segments, terms = taylor_plan(bound, x2.dtype)
-        sign = -1.0 if inverse else 1.0
-        s, factor, shift = layout.bounded(params, n, bound)
-        v = layout.vectors(x2)
-        if inverse:
-            v = v - shift
-        starts = []
-        for _ in range(segments):
-            starts.append(v)
-            v = layout.apply(s, v, sign / segments, terms)
-        y2 = layout.image(v if inverse else v + shift, x2.shape)
+        y2, logdet, s, factor, starts = couple(x2, params, bound, inverse)
         ctx.save_for_backward(s, factor, *starts)
-        ctx.plan = (n, bound, sign, terms, params.shape, x2.shape)
-        return y2, layout.trace(s, batch, height * width) * sign
+        ctx.plan = (bound, inverse, params.shape)
+        return y2, logdet
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor, g_logdet: Tensor):
-        n, bound, sign, terms, params_shape, shape = ctx.plan
         s, factor, *starts = ctx.saved_tensors
-        layout = _layout(n)
-        g_out = a = layout.vectors(g)
-        grad_s = None
-        for start in reversed(starts):
-            grad_s, a = layout.adjoint(s, start, a, sign / len(starts), terms, grad_s)
-        g_shift = -a if sign < 0 else g_out
-        g_params = layout.params_grad(s, factor, grad_s, g_shift, g_logdet * sign, bound, params_shape)
-        return layout.image(a, shape), g_params, None, None
+        return (*couple_backward(g, g_logdet, s, factor, starts, *ctx.plan), None, None)
 
 
 @torch.no_grad()

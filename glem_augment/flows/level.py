@@ -7,13 +7,13 @@ change of order. Only the networks inside couplings see images, channels last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.bijection import Bijection
+from glem_augment.flows.compiled import Step
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
 from glem_augment.flows.reversible import reversible_steps
@@ -95,13 +95,17 @@ class Level(nn.Module):
             raise TypeError("the steps of a level are ActNorm, Mixing1x1 and a Coupling, in this order")
         self.pixels = height * width
         self.memory = "stored"
-        self._compiled_forward: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self._compiled_inverse: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._compiled_forward: Step | None = None
+        self._compiled_inverse: Step | None = None
         self._cache: dict = {}
 
     def __getstate__(self) -> dict:
         # Copies and pickles start uncompiled: compiled code belongs to the process.
         return {**self.__dict__, "_cache": {}, "_compiled_forward": None, "_compiled_inverse": None}
+
+    def use_compiled(self, forward: Step | None, inverse: Step | None) -> None:
+        """Run these in place of ``step_forward`` and ``step_inverse``; None: themselves."""
+        self._compiled_forward, self._compiled_inverse = forward, inverse
 
     def prepare(self, inverse: bool) -> Prepared:
         """What does not depend on the image, differentiable; cached while the weights are frozen."""

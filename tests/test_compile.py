@@ -1,0 +1,119 @@
+"""Compiled steps: the same function as the ordinary ones, captured whole, and not compiled again for a short batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from glem_augment.flows import create_flow
+from glem_augment.flows.bijection import Bijection
+from glem_augment.flows.expm_coupling import expm_coupling
+from glem_augment.flows.expm_op import expm_coupling_op
+
+
+def _flow(coupling: str, **overrides: object) -> tuple[Bijection, Tensor]:
+    torch.manual_seed(0)
+    # On 2x8x8, S is 4x4 in the first level (planes of pixels) and 8x8 in the second (batched products).
+    settings = dict(coupling=coupling, depth=[3, 2], blocks=[1, 1], width=[8, 8], actnorm="channel", bound=1.0)
+    flow = create_flow("mef_tiny", (2, 8, 8), **{**settings, **overrides})
+    x = torch.rand(128, 2, 8, 8) - 0.5
+    flow.initialise(x)
+    for parameter in flow.parameters():
+        if parameter.dim() == 4 and not parameter.abs().sum():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return flow, x[:6]
+
+
+def _passes(flow: Bijection, x: Tensor) -> list[Tensor]:
+    """Latents, log-determinants, decoded images, and every gradient."""
+    flow.zero_grad()
+    z, logdet = flow(x)
+    (z.square().sum() - logdet.sum()).backward()
+    with torch.no_grad():
+        plain, _ = flow(x)
+        back, _ = flow.inverse(plain)
+    return [z.detach(), logdet.detach(), plain, back, *(p.grad.clone() for p in flow.parameters())]
+
+
+def _agrees(flow: Bijection, x: Tensor, backend: str) -> None:
+    expected, short = _passes(flow, x), _passes(flow, x[:3])
+    torch._dynamo.reset()
+    counters.clear()
+    flow.compile_steps(backend=backend)
+    for got, want in zip(_passes(flow, x), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * max(1.0, float(want.abs().max())))
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0 and not counters["graph_break"]
+    for got, want in zip(_passes(flow, x[:3]), short, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * max(1.0, float(want.abs().max())))
+    assert counters["stats"]["unique_graphs"] == graphs  # nothing was compiled for the short batch
+    flow.compile_steps(False)
+    for got, want in zip(_passes(flow, x), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("coupling", ["matexp", "affine"])
+def test_compiled_steps_agree_and_are_captured_whole(coupling: str) -> None:
+    flow, x = _flow(coupling)
+    _agrees(flow, x, "aot_eager")
+
+
+def test_more_steps_need_no_more_graphs() -> None:
+    counts = []
+    for depth in ([2, 2], [5, 4]):
+        flow, x = _flow("matexp", depth=depth)
+        torch._dynamo.reset()
+        counters.clear()
+        flow.compile_steps(backend="eager")
+        _passes(flow, x)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1]
+
+
+def test_many_levels_stay_below_the_limit_of_compilations() -> None:
+    x = torch.rand(4, 2, 32, 32) - 0.5
+    flow = create_flow("mef_tiny", (2, 32, 32), coupling="affine", depth=[2] * 5, blocks=[1] * 5, width=[4] * 5)
+    flow.initialise(x)
+    torch._dynamo.reset()
+    flow.compile_steps(backend="eager")
+    _passes(flow, x)
+
+
+def test_copies_start_uncompiled_and_reversible_training_uses_compiled_steps() -> None:
+    flow, x = _flow("matexp")
+    expected = _passes(flow, x)
+    flow.compile_steps(backend="eager")
+    assert copy.deepcopy(flow).levels[0]._compiled_forward is None
+    flow.set_memory("reversible")
+    for got, want in zip(_passes(flow, x), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("n", "bound"), [(2, 2.0), (3, 1.0), (12, 1.0), (12, 2.0)])
+def test_the_operator_is_the_function(n: int, bound: float, inverse: bool) -> None:
+    torch.manual_seed(0)
+    x2 = torch.randn(n, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    params = torch.randn(3, n * n + n, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    params.requires_grad_()
+    results = []
+    for function in (expm_coupling, expm_coupling_op):
+        y2, logdet = function(x2, params, bound, inverse)
+        weights = torch.linspace(-1, 1, y2.numel(), dtype=torch.float64).view(y2.shape)
+        grads = torch.autograd.grad((y2 * weights).sum() + logdet.square().sum(), (x2, params))
+        results.append((y2, logdet, *grads))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    # Schema, fake tensors (shapes and strides), autograd registration, ahead-of-time tracing.
+    torch.library.opcheck(torch.ops.glem_augment.expm_coupling.default, (x2, params, bound, inverse))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coupling", ["matexp", "affine"])
+def test_the_real_compiler(coupling: str) -> None:
+    flow, x = _flow(coupling)
+    _agrees(flow, x, "inductor")
