@@ -21,6 +21,7 @@ from glem_augment import GLEM, hub
 from glem_augment.cli import build_parser, main
 from glem_augment.commands.settings import KINDS
 from glem_augment.training import TrainConfig
+from glem_augment.training.checkpoint import NEWEST, load_checkpoint
 
 TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
 Output = Callable[[], tuple[str, str]]
@@ -111,7 +112,7 @@ def test_a_finished_run_is_not_trained_again(trained: Path, output: Output) -> N
 def test_a_run_without_its_model_is_finished_by_resume(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("checkpoint.pt", "run.json", "metrics.jsonl"):
+    for name in (NEWEST, "run.json", "metrics.jsonl"):
         (run / name).write_bytes((trained / name).read_bytes())
     assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
     assert (run / hub.WEIGHTS).read_bytes() == (trained / hub.WEIGHTS).read_bytes()
@@ -312,10 +313,10 @@ def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: P
 
 
 def test_an_existing_run_is_not_overwritten(trained: Path, tmp_path: Path, output: Output) -> None:
-    data, before = images_of(trained), (trained / "checkpoint.pt").read_bytes()
+    data, before = images_of(trained), (trained / NEWEST).read_bytes()
     fails(["train", data, "--out", str(trained)], output, "already holds a run", "--resume")
     fails(["train", data, "--out", str(trained), "--resume", "--lr", "0.5"], output, "other settings", "lr")
-    assert (trained / "checkpoint.pt").read_bytes() == before
+    assert (trained / NEWEST).read_bytes() == before
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / hub.CONFIG).write_text("{}")
     fails(["train", data, "--out", str(tmp_path / "run")], output, "already holds a model")
@@ -396,13 +397,13 @@ def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: P
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 60
+    checkpoint, deadline = tmp_path / "killed" / NEWEST, time.monotonic() + 60
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(0.4)
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
-    step = torch.load(checkpoint, weights_only=True)["step"]
+    step = load_checkpoint(checkpoint.parent).step
     assert 0 <= step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
     resume = ["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]
     assert main([*resume, "--checkpoint-minutes", "5"]) == 0
@@ -427,7 +428,7 @@ def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("glem: stopped at step") and "--resume" in errors and len(errors.splitlines()) == 1
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert load_checkpoint(tmp_path / "run").step > 0
 
 
 # ---- the bundled flow ----------------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from glem_augment import GLEM
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.gaussians import ClassGaussians
-from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training import TrainConfig, Trainer, statefile
+from glem_augment.training import run as run_module
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.checkpoint import load_checkpoint
+from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, load_checkpoint
 from glem_augment.training.image_ops import augment_batch
 from glem_augment.training.mstep import (
     LatentStatistics,
@@ -32,6 +33,7 @@ from glem_augment.training.mstep import (
     saturating_kld,
 )
 from glem_augment.training.split import epoch_order, stratified_split
+from glem_augment.training.state import state_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +49,7 @@ def _one_thread() -> Iterator[None]:
 def _no_curves(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Drawing them takes longer than the runs of these tests; one test looks at them."""
     if "curves" not in request.node.name:
-        monkeypatch.setattr(trainer_module, "plot_curves", lambda *args: None)
+        monkeypatch.setattr(run_module, "plot_curves", lambda *args: None)
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -333,6 +335,11 @@ def test_augmentation_is_deterministic_uint8_and_pure(names: list[str], shape: t
         (dict(schedule="step"), "schedule"),
         (dict(mean_init="ones"), "mean_init"),
         (dict(precision="fp8"), "precision"),
+        (dict(memory="swap"), "memory must be one of stored, reversible"),
+        (dict(compile=1), "compile must be true or false"),
+        (dict(max_rollbacks=-1), "max_rollbacks"),
+        (dict(max_minutes=0), "max_minutes"),
+        (dict(max_minutes=math.inf), "max_minutes"),
         (dict(objective="mle", repulsion="kld"), "mle"),
         (dict(objective="mle", beta=0.1), "mle"),
         (dict(objective="glem", beta=0.1), "hybrid"),
@@ -430,8 +437,8 @@ RUNS = {
 
 
 def comparable(out: Path) -> list[dict[str, Any]]:
-    """Metrics without what depends on the clock, or on where in its epoch a run was taken up again."""
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "loss")} for row in rows(out)]
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "seconds")} for row in rows(out)]
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +506,7 @@ import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_training as t
 torch.set_num_threads(1)
-t.trainer_module.plot_curves = lambda *args: None
+t.run_module.plot_curves = lambda *args: None
 class Dying(t.Trainer):
     def e_step(self, x, y):
         if self.step == 7:
@@ -534,7 +541,7 @@ def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(tmp_path: Path)
         trainer.e_step = e_step
         with pytest.raises(KeyboardInterrupt, match=f"step {at}"):
             trainer.fit()
-        assert load_checkpoint(out)["step"] == at
+        assert load_checkpoint(out).step == at
         tiny_trainer(out, resume=True).fit()
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
         assert comparable(out) == comparable(tmp_path / "whole")
@@ -581,7 +588,9 @@ def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
     assert torch.equal(loaded.log_prob(x, y), model.log_prob(x, y))
     assert loaded.modes.rank == 2 and loaded.config.training["images"] == 300
     assert loaded.check_invertibility(x)["within_half_step"] == 1
-    assert loaded.config.training["config"] == trainer.config.to_dict()
+    # How the run was cut into pieces is not part of it.
+    pieces = {"checkpoint_minutes", "max_minutes"}
+    assert loaded.config.training["config"] == {k: v for k, v in trainer.config.to_dict().items() if k not in pieces}
     needed = {"val_bits_per_dim", "val_accuracy", "mu_max", "kld_min", "kld_mean", "saturated_variances"}
     assert needed | {"images_per_second", "loss", "lr", "bad_steps"} <= set(history[-1])
 
@@ -704,12 +713,15 @@ def test_a_few_nan_steps_do_not_spoil_a_run(tmp_path: Path) -> None:
 
 def test_nan_after_nan_stops_the_run_with_advice_and_good_weights(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    trainer = tiny_trainer(out, max_bad_steps=3, epochs=4)
+    trainer = tiny_trainer(out, max_bad_steps=3, epochs=4, max_rollbacks=2)
     poisoned(trainer, set(range(5, 100)))
-    with pytest.raises(TrainingError, match=r"3 steps in a row were not finite.*Lower lr"):
+    advice = r"diverged again after 2 returns.*3 steps in a row were not finite.*Lower lr"
+    with pytest.warns(UserWarning, match="Returned to step 4") as returns, pytest.raises(TrainingError, match=advice):
         trainer.fit()
+    assert len(returns) == 2
     state = load_checkpoint(out)
-    assert state["step"] >= 4 and all(v.isfinite().all() for v in state["model"].values())
+    weights = {name: value for name, value in state.tensors.items() if name.startswith(("model/", "average/"))}
+    assert state.step >= 4 and weights and all(v.isfinite().all() for v in weights.values())
     assert not (out / "model.safetensors").exists()
 
 
@@ -732,64 +744,93 @@ def test_a_run_that_ends_badly_can_still_be_saved(tmp_path: Path, monkeypatch: p
     assert GLEM.from_pretrained(tmp_path / "run").num_classes == 2
 
 
-@pytest.mark.parametrize("how", ["fsync", "write"])
-def test_a_full_disk_names_the_checkpoint_and_keeps_the_old_one(
+@pytest.mark.parametrize("how", ["write", "fsync", "rename", "link"])
+def test_a_full_disk_names_the_checkpoint_and_keeps_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     out = tmp_path / "run"
     trainer = tiny_trainer(out)
-    trainer.save_checkpoint()
-    before = (out / "checkpoint.pt").read_bytes()
     x, y = next(iter(trainer.data.batches(trainer.split.nf, 24)))
-    trainer.e_step(x, y)
+    for _ in range(2):
+        trainer.save_checkpoint(good=True)
+        trainer.e_step(x, y)
+        trainer.step += 1
+    newest, before = out / NEWEST, {name: (out / name).read_bytes() for name in (NEWEST, PREVIOUS, GOOD)}
+    assert before[NEWEST] == before[GOOD] != before[PREVIOUS]
 
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if how == "fsync":
-        monkeypatch.setattr(os, "fsync", full)
-    else:
-        monkeypatch.setattr("glem_augment.io._RawFile.write", full)
-    with pytest.raises(OSError, match="no space left") as caught:
-        trainer.save_checkpoint()
-    monkeypatch.undo()
-    assert caught.value.errno == errno.ENOSPC and "checkpoint.pt" in str(caught.value)
-    assert (out / "checkpoint.pt").read_bytes() == before
+    with monkeypatch.context() as patch:
+        if how == "write":
+            patch.setattr("glem_augment.io._RawFile.write", full)
+        elif how == "fsync":
+            patch.setattr(os, "fsync", full)
+        else:
+            patch.setattr(os, "replace", full)
+            if how == "link":
+                patch.setattr(os, "link", full)
+        with pytest.raises(OSError, match="no space left") as caught:
+            trainer.save_checkpoint()
+    assert caught.value.errno == errno.ENOSPC and str(newest) in str(caught.value)
+    assert {name: (out / name).read_bytes() for name in before} == before
     assert not list(out.glob(".*tmp"))
-    tiny_trainer(out, resume=True)
+    assert tiny_trainer(out, resume=True).step == 1
+    trainer.save_checkpoint()  # there is space again
+    assert load_checkpoint(out).step == 2 and (out / PREVIOUS).read_bytes() == before[NEWEST]
+    assert not list(out.glob(".*tmp"))
 
 
-def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     trainer = tiny_trainer(out)
     trainer.save_checkpoint()
-    path = out / "checkpoint.pt"
+    path = out / NEWEST
+    assert sorted(p.name for p in out.iterdir()) == [NEWEST, "metrics.jsonl"]
     whole = path.read_bytes()
     for length in (0, 1, 4, 100, *range(0, len(whole), len(whole) // 25), len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(TrainingError, match="checkpoint.pt"):
+        with pytest.raises(TrainingError, match=NEWEST):
+            load_checkpoint(out)
+    for place in (0, 9, 100, *range(8, len(whole), len(whole) // 25), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(TrainingError, match=NEWEST):
             load_checkpoint(out)
     for foreign in (b"hello", b"\x80\x04\x95", b"PK\x03\x04" + b"\0" * 100, b"{}", os.urandom(1000)):
         path.write_bytes(foreign)
-        with pytest.raises(TrainingError, match="checkpoint.pt"):
+        with pytest.raises(TrainingError, match=NEWEST):
             load_checkpoint(out)
-    torch.save({"version": 99}, path)
-    with pytest.raises(TrainingError, match="version"):
+    with monkeypatch.context() as patch:
+        patch.setattr(statefile, "VERSION", 99)
+        path.write_bytes(statefile.to_bytes(*state_of(trainer)))
+    with pytest.raises(TrainingError, match="format 99, this version reads"):
         load_checkpoint(out)
-    torch.save([1, 2], path)
-    with pytest.raises(TrainingError, match="checkpoint"):
+    path.write_bytes(statefile.to_bytes({"step": 1}, {}))
+    with pytest.raises(TrainingError, match="no settings"):
         load_checkpoint(out)
 
 
-def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [NEWEST, "checkpoint.pt"])
+def test_a_checkpoint_runs_no_code(tmp_path: Path, name: str) -> None:
     class Trap:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "pwned"),))
 
-    torch.save({"version": 1, "trap": Trap()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(TrainingError):
+    torch.save({"version": 1, "trap": Trap()}, tmp_path / name)
+    with pytest.raises(TrainingError, match=name):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_the_pickled_checkpoint_of_an_older_version_is_named_as_such(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    torch.save({"version": 1, "step": 3}, out / "checkpoint.pt")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt was written by an older version.*pickle"):
+        tiny_trainer(out, resume=True)
+    with pytest.raises(TrainingError, match="already holds a run"):
+        tiny_trainer(out)
+    assert [p.name for p in out.iterdir()] == ["checkpoint.pt"]
 
 
 def test_resuming_needs_a_run_with_the_same_settings_and_data(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from glem_augment.training.config import (
     AUGMENTATIONS,
     AVERAGING,
     MEAN_INITS,
+    MEMORIES,
     OBJECTIVES,
     PRECISIONS,
     REPULSIONS,
@@ -79,7 +80,10 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "averaging": Setting(AVERAGING, "of the flow's weights"),
         "ema_decay": Setting(float, "of ema, per step"),
         "swa_start": Setting(float, "share of the run after which swa averages"),
-        "max_bad_steps": Setting(int, "stop after this many non-finite steps in a row"),
+        "max_bad_steps": Setting(int, "this many non-finite steps in a row are a divergence"),
+        "max_rollbacks": Setting(
+            int, "after a divergence, return to the last good checkpoint at half the learning rate, at most N times"
+        ),
     },
     GAUSSIANS: {
         "mean_init": Setting(MEAN_INITS, "means at the start"),
@@ -114,10 +118,20 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     RUN: {
         "seed": Setting(int, "of everything random"),
         "precision": Setting(PRECISIONS, "of the subnets during training; the bijection is float32"),
+        "memory": Setting(
+            MEMORIES,
+            "reversible: rebuild activations in the backward pass, so that memory does not grow with the flow's depth; "
+            "slower",
+        ),
+        "compile": Setting(bool, "torch.compile the flow's steps: a slow start, then faster steps"),
         "threads": Setting(int, "CPU threads; the same number gives the same weights bit for bit"),
         "workers": Setting(int, "processes that decode images that don't fit in memory"),
         "sample_every": Setting(int, "draw sample grids and curves every N epochs; 0 never"),
         "checkpoint_minutes": Setting(float, "time between checkpoints; there is one at each end of an epoch too"),
+        "max_minutes": Setting(
+            float,
+            "stop after that long, with a checkpoint and exit status 75; the same command with --resume goes on",
+        ),
     },
 }
 KINDS = {name: setting.kind for group in SETTINGS.values() for name, setting in group.items()}
@@ -225,7 +239,7 @@ def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, where: str) -> Any:
     kind, plain = KINDS[name], not isinstance(value, bool)
-    if value is None and name in ("psi", "threads", "beta", "repulsion"):
+    if value is None and name in ("psi", "threads", "beta", "repulsion", "max_minutes"):
         return None
     try:
         if kind is int and plain and float(value) == int(float(value)):

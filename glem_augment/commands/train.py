@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from glem_augment.errors import ModelFileError, TrainingError
 from glem_augment.io import write_json
 from glem_augment.model import GLEM
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.checkpoint import NAME as CHECKPOINT
-from glem_augment.training.checkpoint import load_checkpoint
+from glem_augment.training.checkpoint import Checkpoints
+from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
 
 DESCRIPTION = """\
 Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
@@ -27,7 +28,13 @@ metrics.jsonl, curves.png and samples/. A run that was stopped, even killed, goe
 
   glem train DATA --out DIR --resume
 
-and ends with the same weights as one that never stopped (on a CPU, with the same --threads).
+and ends with the same weights as one that never stopped (on a CPU, with the same --threads). --max-minutes cuts a run
+into pieces: each ends with a checkpoint, and with exit status 75 until the run is finished. A loop for it:
+
+  until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
+
+A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to --max-rollbacks
+times. Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM.
 """
 EXAMPLES = """\
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
@@ -81,17 +88,23 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    began = time.monotonic()
     device, out = pick_device(args.device), Path(args.out).expanduser()
+    checkpoints = Checkpoints(out)
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
         settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
-    if args.resume and not (out / CHECKPOINT).exists():
+    if args.resume and not checkpoints.exist():
         # A run can be killed before its first checkpoint, and whoever restarts it can't know.
-        print(f"glem: no checkpoint at {out / CHECKPOINT}; starting from the beginning", file=sys.stderr)
+        print(f"glem: no checkpoint in {out}; starting from the beginning", file=sys.stderr)
         args.resume = False
     if args.resume:
         # Before the data is opened: "nothing to resume" should not take minutes to say.
-        settings = _over(load_checkpoint(out)["config"], settings)
+        # The limit was one of the piece before, not of the run.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the Trainer loads it again, and then says what is damaged
+            earlier = checkpoints.load()
+        settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
         view = {**_earlier_view(out), **view}
     else:
         _refuse_earlier_run(out)
@@ -99,16 +112,19 @@ def run(args: argparse.Namespace) -> int:
     view = {**_VIEW, **view}
     data = open_data(args.data, view["split"], _size(view["image_size"]), view["channels"])
     init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
-    trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet)
+    trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
         return 0
     if not args.resume or not (out / RUN_FILE).exists():
         write_json(out / RUN_FILE, _record(args, view))
     print(summary(trainer, data), flush=True)
-    began = time.monotonic()
-    model = trainer.fit()
-    print(f"saved {out} after {_duration(time.monotonic() - began)}: {_held_out(model)}")
+    try:
+        model = trainer.fit()
+    except TimeUpError as stop:
+        print(f"glem: {stop}", file=sys.stderr)
+        return EXIT_TIME_UP
+    print(f"saved {out} after {_duration(trainer.seconds())}: {_held_out(model)}")
     return 0
 
 
@@ -130,7 +146,7 @@ def _size(value: list[int] | None) -> tuple[int, int] | None:
 
 def _refuse_earlier_run(out: Path) -> None:
     """Before any image is read; the Trainer looks again."""
-    if (out / CHECKPOINT).exists():
+    if Checkpoints(out).exist():
         raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
     for name in (hub.WEIGHTS, hub.CONFIG):
         if (out / name).exists():
@@ -155,7 +171,7 @@ def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
 def _finished(out: Path) -> GLEM | None:
     """The model, if it was written after the last checkpoint: a kill may have come between the two."""
     try:
-        if (out / hub.CONFIG).stat().st_mtime_ns < (out / CHECKPOINT).stat().st_mtime_ns:
+        if (out / hub.CONFIG).stat().st_mtime_ns < Checkpoints(out).written_at():
             return None
         return GLEM.from_pretrained(out)
     except (OSError, ModelFileError):

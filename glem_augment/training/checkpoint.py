@@ -1,61 +1,217 @@
-"""Checkpoints that survive a kill at any instant, and whether one belongs to the run at hand."""
+"""The checkpoints of a run's folder, and whether one belongs to the run at hand.
+
+Three names, each always a whole file or absent:
+
+- ``checkpoint.safetensors``: the newest state;
+- ``checkpoint.previous.safetensors``: the one before, in case the newest is damaged;
+- ``checkpoint.good.safetensors``: the state that a diverged run returns to. It is written at step 0 and at ends of
+  epochs, never by the clock, so that where a run returns to does not depend on how fast or how often killed it was.
+
+States that are the same are one file with two names, where the file system has hard links.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
+import json
+import os
+import re
+import secrets
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from glem_augment.data import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.io import atomic_write
 from glem_augment.training.config import TrainConfig
+from glem_augment.training.statefile import DamagedFileError, from_bytes, to_bytes
 
-NAME = "checkpoint.pt"
-VERSION = 1
+NEWEST, PREVIOUS, GOOD = (
+    "checkpoint.safetensors",
+    "checkpoint.previous.safetensors",
+    "checkpoint.good.safetensors",
+)
+# Written by versions up to 0.1: a pickle, which this version does not read.
+_PICKLED = "checkpoint.pt"
 _FINGERPRINT_IMAGES = 16
-# Settings that do not change what is learned may differ between the two halves of a run.
-_FREE = {"checkpoint_minutes", "sample_every", "workers", "threads", "max_bad_steps"}
+# Settings that do not change what is learned may differ between the two halves of a run; of these, some change the
+# order of additions, and with it the last bits.
+_LAST_BITS = ("threads", "memory", "compile")
+_FREE = {
+    "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS
+}  # fmt: skip
+# What glem_augment.io.atomic_write leaves behind when its process is killed.
+_LEFT_OVER = re.compile(r"\.(checkpoint|metrics|model|config|run|curves|epoch_\d+)\..*\.\d+-[0-9a-f]+\.tmp")
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``folder/checkpoint.pt``: serialised in memory, written to a temporary name, renamed.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: ``facts`` (JSON: settings, counters) and ``tensors`` (on the CPU)."""
 
-    Raises:
-        OSError: full disk and the like, naming the path; the previous checkpoint stays as it was.
-    """
-    buffer = io.BytesIO()
-    torch.save({"version": VERSION, **state}, buffer)
-    with atomic_write(folder / NAME) as file:
-        file.write(buffer.getbuffer())
+    path: Path
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the run, as ``TrainConfig.to_dict`` gave them."""
+        return self.facts["config"]
+
+    @property
+    def step(self) -> int:
+        """E-steps taken."""
+        return self.facts["step"]
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read ``folder/checkpoint.pt`` without running code from it.
+class Checkpoints:
+    """The checkpoints in ``folder``."""
 
-    Raises:
-        FileNotFoundError: there is none.
-        TrainingError: truncated, foreign, or of another version.
-    """
-    path = folder / NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; start without --resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything on damaged bytes, EINVAL among them
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._newest_is_damaged = False
+
+    def exist(self) -> bool:
+        """Whether there is anything to resume from, damaged or not, of this version or an older one."""
+        return any((self.folder / name).exists() for name in (NEWEST, PREVIOUS, GOOD, _PICKLED))
+
+    def written_at(self) -> int:
+        """When the newest was written, in ns. Raises FileNotFoundError where there is none."""
+        return (self.folder / NEWEST).stat().st_mtime_ns
+
+    def clean(self) -> None:
+        """Remove the unfinished files that killed processes left behind; each may be as large as a checkpoint."""
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("samples/.*.tmp")]:
+            if _LEFT_OVER.fullmatch(path.name):
+                with suppress(OSError):
+                    path.unlink()
+
+    def save(self, facts: dict[str, Any], tensors: dict[str, Tensor], good: bool = False) -> None:
+        """Write the newest checkpoint; the newest so far becomes the previous one.
+
+        Args:
+            facts, tensors: see ``statefile.to_bytes``.
+            good: a diverged run may return to this one.
+
+        Raises:
+            OSError: full disk, vanished folder and the like, naming the path; all checkpoints stay as they were.
+        """
+        require_folder(self.folder)
+        data, path = to_bytes(facts, tensors), self.folder / NEWEST
+        try:
+            with atomic_write(path) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                # All is on the disk; from here on there are only renames. A kill between them can leave a good one that
+                # is ahead of the newest: the run that goes on writes the same again.
+                if good and not self._also_call(Path(file.name), GOOD):
+                    with atomic_write(self.folder / GOOD) as second:
+                        second.write(data)
+                if path.exists() and not self._newest_is_damaged and not self._also_call(path, PREVIOUS):
+                    os.replace(path, self.folder / PREVIOUS)
+        except FileNotFoundError:
+            require_folder(self.folder)  # the better message, where that is why
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrainingError(f"{path} can't be read ({first}); delete it to start over") from None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise TrainingError(f"{path} is no checkpoint of this version; delete it to start over")
-    return state
+        self._newest_is_damaged = False
+
+    def _also_call(self, path: Path, name: str) -> bool:
+        """Give a file a second name, in place of what had it. False, changing nothing, where that can't be done."""
+        link = self.folder / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            os.link(path, link)
+            os.replace(link, self.folder / name)
+        except OSError:
+            return False
+        finally:
+            # Renaming one name of a file to another of its names is defined to do nothing.
+            with suppress(OSError):
+                link.unlink()
+        return True
+
+    def load(self) -> Checkpoint:
+        """The newest checkpoint that can be read; a warning says so where that is not the newest there is.
+
+        Raises:
+            FileNotFoundError: there is none.
+            TrainingError: there is none that can be read: all damaged, foreign, or of another version.
+            OSError: one can't be opened (permissions, for example).
+        """
+        problems: list[str] = []
+        for name in (NEWEST, PREVIOUS, GOOD):
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            try:
+                checkpoint = _read(path)
+            except DamagedFileError as error:
+                problems.append(f"{path} can't be used: {error}")
+                continue
+            if problems:
+                self._newest_is_damaged = True
+                warnings.warn(
+                    f"{'; '.join(problems)}. Going on from the one before, {path} (step {checkpoint.step})",
+                    stacklevel=3,
+                )
+            return checkpoint
+        if problems:
+            raise TrainingError(f"{'; '.join(problems)}. Restore one, or start over in another folder")
+        if (self.folder / _PICKLED).exists():
+            raise TrainingError(
+                f"{self.folder / _PICKLED} was written by an older version of glem-augment, as a pickle, which this "
+                "version does not read; finish that run with the older version, or start over in another folder"
+            )
+        raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {self.folder / NEWEST}; start without --resume")
+
+    def load_good(self) -> Checkpoint:
+        """The state to return to after a divergence; the newest one, with a warning, where that was lost.
+
+        Raises:
+            TrainingError: neither can be read.
+        """
+        path = self.folder / GOOD
+        try:
+            return _read(path)
+        except (FileNotFoundError, DamagedFileError) as error:
+            why = "there is none" if isinstance(error, FileNotFoundError) else error
+            warnings.warn(f"{path} can't be used ({why}); going on from the newest checkpoint", stacklevel=3)
+        try:
+            return self.load()
+        except FileNotFoundError as error:
+            raise TrainingError(f"the run diverged, and there is no checkpoint left in {self.folder}") from error
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        if error.errno != errno.EIO:  # a bad sector is damage like any other
+            raise
+        raise DamagedFileError(f"it can't be read ({error.strerror})") from None
+    facts, tensors = from_bytes(data)
+    if not isinstance(facts.get("config"), dict) or type(facts.get("step")) is not int or facts["step"] < 0:
+        raise DamagedFileError("it holds no settings or no step")
+    return Checkpoint(path, facts, tensors)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """``Checkpoints(folder).load()``."""
+    return Checkpoints(folder).load()
+
+
+def require_folder(folder: Path) -> None:
+    """Raise FileNotFoundError where the output folder has vanished, instead of starting a new one half-way."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"the output folder {folder} has vanished (removed, renamed or unmounted); the run can't go on",
+        )
 
 
 def data_fingerprint(data: ImageData) -> str:
@@ -69,21 +225,23 @@ def data_fingerprint(data: ImageData) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(folder: Path, state: dict[str, Any], config: TrainConfig, fingerprint: str, data_name: str) -> None:
-    """Raise TrainingError, naming what differs, unless ``state`` is of a run with these settings on these data.
+def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, data_name: str) -> None:
+    """Raise TrainingError, naming what differs, unless ``checkpoint`` is of a run with these settings on these data.
 
-    Another number of threads is only warned about: it changes the last bits of sums, not what is learned.
+    Settings that only change the order of additions are warned about: the last bits will differ, not what is learned.
     """
-    then, now = state["config"], config.to_dict()
+    folder, then = checkpoint.path.parent, checkpoint.config
+    now = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
     changed = [key for key in now if key not in _FREE and then.get(key) != now[key]]
     if changed:
         pairs = ", ".join(f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in changed)
         raise TrainingError(f"{folder} holds a run with other settings ({pairs}); use the same or another folder")
-    if then.get("threads") != config.threads:
-        warnings.warn(
-            f"{folder} was trained with threads={then.get('threads')}, now {config.threads}: sums are taken in another "
-            "order, so the weights will not be those of an uninterrupted run to the last bit",
-            stacklevel=3,
-        )
-    if state["fingerprint"] != fingerprint:
+    for key in _LAST_BITS:
+        if then.get(key) != now[key]:
+            warnings.warn(
+                f"{folder} was trained with {key}={then.get(key)}, now {now[key]}: sums are taken in another order, so "
+                "the weights will not be those of an uninterrupted run to the last bit",
+                stacklevel=3,
+            )
+    if checkpoint.facts.get("fingerprint") != fingerprint:
         raise TrainingError(f"{folder} holds a run on other data than {data_name}; use another folder")

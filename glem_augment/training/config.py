@@ -12,6 +12,7 @@ AVERAGING = ("ema", "swa", "none")
 SCHEDULES = ("multistep", "cosine")
 MEAN_INITS = ("class_means", "random", "zeros")
 PRECISIONS = ("fp32", "bf16")
+MEMORIES = ("stored", "reversible")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 
 
@@ -71,8 +72,15 @@ class TrainConfig:
         augment: any of "flip", "crop", "rotate", "jitter", for the flow's training. None by default: digits must
             not flip, and a flow learns whatever the augmentation adds.
         precision: of the subnets during training; the bijection is float32 always.
+        memory: "stored" keeps every activation for the backward pass; "reversible" rebuilds them from the outputs
+            through the exact inverse, so that memory does not grow with depth, at about one more forward pass.
+        compile: ``torch.compile`` of the flow's steps. Neither of the two changes what is learned, beyond the last
+            bits of the weights.
         modes_rank: class modes fitted at the end and stored with the model; 0 for none.
-        max_bad_steps: this many non-finite steps in a row stop the run.
+        max_bad_steps: this many non-finite steps in a row are a divergence (see ``training.guard`` for the other kind).
+        max_rollbacks: after a divergence the run returns to its last good checkpoint and goes on at half the learning
+            rates, at most so many times; then it stops.
+        max_minutes: end the run, with a checkpoint, at the first step boundary after that long; None for no limit.
     """
 
     preset: str = "mef_tiny"
@@ -115,13 +123,17 @@ class TrainConfig:
     val_max: int = 2000
     augment: tuple[str, ...] = ()
     precision: str = "fp32"
+    memory: str = "stored"
+    compile: bool = False
     modes_rank: int = 64
     max_bad_steps: int = 10
+    max_rollbacks: int = 3
     seed: int = 0
     threads: int | None = None
     workers: int = 0
     sample_every: int = 5
     checkpoint_minutes: float = 2.0
+    max_minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -130,6 +142,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("mean_init", MEAN_INITS),
             ("precision", PRECISIONS),
+            ("memory", MEMORIES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -169,7 +182,7 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         for name in ("epochs", "batch_size", "m_rounds", "m_steps", "max_bad_steps", "val_max"):
             self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
-        for name in ("warmup_steps", "modes_rank", "workers", "sample_every", "seed", "refit_steps"):
+        for name in ("warmup_steps", "modes_rank", "workers", "sample_every", "seed", "refit_steps", "max_rollbacks"):
             self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 0, "a whole number >= 0")
         for name in ("lr", "ce_scale", "beta_end", "clip_norm", "saturation", "m_budget", "checkpoint_minutes"):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
@@ -177,7 +190,7 @@ class TrainConfig:
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
         for name in ("g_fraction", "ema_decay", "swa_start", "freeze_gaussians_at"):
             self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, "in (0, 1]")
-        for name in ("learn_mu", "learn_sigma"):
+        for name in ("learn_mu", "learn_sigma", "compile"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("flow_options", isinstance(self.flow_options, dict), "a table of the preset's numbers")
         self._check("g_fraction", self.g_fraction < 1, "below 1")
@@ -186,6 +199,8 @@ class TrainConfig:
         self._check("val_fraction", _is_number(self.val_fraction) and 0 <= self.val_fraction < 1, "in [0, 1)")
         self._check("bits", _is_whole(self.bits) and 1 <= self.bits <= 8, "a whole number from 1 to 8")
         self._check("milestones", all(0 < v < 1 for v in self.milestones), "shares of the run in (0, 1)")
+        limit = self.max_minutes
+        self._check("max_minutes", limit is None or (_is_number(limit) and limit > 0), "a positive number")
         self._check(
             "threads", self.threads is None or (_is_whole(self.threads) and self.threads >= 1), "a whole number >= 1"
         )

@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 
 from glem_augment.io import atomic_write, save_png
 from glem_augment.model import GLEM
+from glem_augment.training.checkpoint import require_folder
 
 METRICS = "metrics.jsonl"
 
@@ -32,10 +33,24 @@ class MetricsLog:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict) and row.get("step", 0) <= keep_through_step:
+                if isinstance(row, dict) and _step(row) <= keep_through_step:
                     self.rows.append(row)
+        self._rewrite()
+
+    def _rewrite(self) -> None:
         with atomic_write(self.path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
+
+    def rewind(self, keep_through_step: int, row: dict[str, Any]) -> None:
+        """Drop the rows beyond a step, and older ones of the same kind and ``number``, and add ``row``; atomically."""
+        same = ("kind", "number")
+        self.rows = [
+            old
+            for old in self.rows
+            if _step(old) <= keep_through_step and any(old.get(key) != row[key] for key in same)
+        ]  # fmt: skip
+        self.rows.append(row)
+        self._rewrite()
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, which JSON can carry.
@@ -45,6 +60,7 @@ class MetricsLog:
         """
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
+        require_folder(self.path.parent)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -52,6 +68,11 @@ class MetricsLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}; the checkpoint stays") from error
+
+
+def _step(row: dict[str, Any]) -> float:
+    step = row.get("step", 0)
+    return step if isinstance(step, int | float) else math.inf
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from glem_augment.gaussians import ClassGaussians
@@ -50,6 +49,46 @@ def gaussian_optimizer(gaussians: ClassGaussians, config: TrainConfig) -> torch.
     return torch.optim.Adam(groups)
 
 
+# What torch's optimizers keep per parameter: one number, and tensors of its shape.
+_ENTRIES = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Adamax: {"step", "exp_avg", "exp_inf"},
+}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, named ``<index of the parameter>/<entry>``; the rest of its state (the
+    learning rates) follows from the settings and the step."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{key}": tensor for index, entries in state.items() for key, tensor in entries.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take up what ``optimizer_tensors`` gave.
+
+    Raises:
+        ValueError: a name, shape or dtype that this optimizer can't have, or one that is missing.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition("/")
+        if not (index.isdecimal() and int(index) < len(parameters) and key.isidentifier()):
+            raise ValueError(f"the optimizer has no {name!r}")
+        parameter = parameters[int(index)]
+        wanted = () if key == "step" else parameter.shape
+        if tensor.shape != wanted or not tensor.is_floating_point():
+            raise ValueError(f"the optimizer's {name} is {tensor.dtype} {list(tensor.shape)}")
+        if tensor.shape == parameter.shape:
+            # Files hold plain rows; the optimizer's fast path wants the strides of the weights (channels_last).
+            tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+        state.setdefault(int(index), {})[key] = tensor
+    for index, entries in state.items():
+        if set(entries) != _ENTRIES[type(optimizer)]:
+            raise ValueError(f"the optimizer's parameter {index} comes with {sorted(entries)}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 class WeightAverage:
     """EMA of the flow's weights, or SWA over the last part of the run, or neither.
 
@@ -82,9 +121,13 @@ class WeightAverage:
             return flow
         return flow if self.average is None else self.average.module
 
-    def state_dict(self) -> dict[str, Any] | None:
-        return None if self.average is None else self.average.state_dict()
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average's tensors; empty where there is none."""
+        return {} if self.average is None else self.average.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        if self.average is not None and state is not None:
-            self.average.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises RuntimeError unless ``state`` is of an average of the same kind."""
+        if self.average is not None:
+            self.average.load_state_dict(state, strict=True)
+        elif state:
+            raise RuntimeError(f"this run averages no weights, but there are {len(state)} of them")

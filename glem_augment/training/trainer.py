@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,21 +23,21 @@ from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.model import GLEM
-from glem_augment.training.checkpoint import NAME as CHECKPOINT
-from glem_augment.training.checkpoint import check_same_run, data_fingerprint, load_checkpoint, save_checkpoint
+from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint
 from glem_augment.training.config import TrainConfig
+from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.image_ops import augment_batch
-from glem_augment.training.interrupt import StopRequest, stop_between_steps
-from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
+from glem_augment.training.logs import MetricsLog
 from glem_augment.training.measure import gaussian_state, held_out
 from glem_augment.training.mstep import LatentStatistics, m_learning_rates, m_step_loss
 from glem_augment.training.optim import WeightAverage, flow_optimizer, gaussian_optimizer
-from glem_augment.training.split import Split, epoch_order, stratified_split
+from glem_augment.training.run import Run
+from glem_augment.training.split import Split, stratified_split
+from glem_augment.training.state import restore, state_of
 
 _EVAL_BATCH = 256
 # ActNorm's start needs a fair estimate of each element's spread.
 _INIT_IMAGES = 1024
-_STEP_ROWS_EVERY = 50
 _SHRINKAGE = 10  # images
 # The refit of the Gaussians keeps this many latents in memory, at most; 60,000 of 784 numbers are 190 MB.
 _REFIT_NUMBERS = 60_000 * 784
@@ -56,6 +56,8 @@ class Trainer:
             then say nothing. Give it again to resume.
         device: "cpu", "cuda", or None for CUDA where there is one.
         progress: show a bar on stderr.
+        began: when this piece of the run began, on the clock of ``time.monotonic`` (default: now); ``max_minutes``
+            counts from there.
 
     Raises:
         DataError: data that can't be trained on. TrainingError: a checkpoint of another run. OSError: ``out`` can't be
@@ -71,7 +73,10 @@ class Trainer:
         init_model: GLEM | None = None,
         device: str | torch.device | None = None,
         progress: bool = True,
+        began: float | None = None,
     ) -> None:
+        self.began = time.monotonic() if began is None else began
+        self._clock = self.began
         self.data, self.config, self.out, self.progress = data, config, Path(out), progress
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if config.threads is not None:
@@ -82,35 +87,43 @@ class Trainer:
         )
         self.model = self._new_model(init_model).to(self.device)
         self.fingerprint = data_fingerprint(data)
-        self.out.mkdir(parents=True, exist_ok=True)
-        state = load_checkpoint(self.out) if resume else None
-        if state is None and (self.out / CHECKPOINT).exists():
-            raise TrainingError(
-                f"{self.out} already holds a run; resume it (--resume), or choose another folder with --out"
-            )
-        if state is not None:
-            check_same_run(self.out, state, config, self.fingerprint, data.name)
-
+        self.checkpoints = Checkpoints(self.out)
+        checkpoint = self._open_folder(resume)
         batch = min(config.batch_size, len(self.split.nf))
         self.steps_per_epoch = max(1, len(self.split.nf) // batch)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.m_total = config.m_rounds * config.epochs
         self.m_rates = m_learning_rates(config, self.m_total * config.m_steps)
         self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs)
-        if state is None:
+        if checkpoint is None:
             # Before the optimizer and the average are made: both start from the initialised weights.
             self._initialise(init_model)
         self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
         self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
         self.average = WeightAverage(self.model.flow, config, self.total_steps)
+        self.guard = LossGuard(config.bits)
         self.step, self.m_done, self.bad_steps, self.bad_in_a_row, self.m_bad_in_a_row = 0, 0, 0, 0, 0
-        if state is not None:
-            self._load(state)
-        self.log = MetricsLog(self.out, self.step)
-        self._stop = StopRequest()
-        self._last_checkpoint = time.monotonic()
+        self.rollbacks, self.lr_scale = 0, 1.0
+        self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the epoch at hand
+        if checkpoint is not None:
+            restore(self, checkpoint)
+            self._clock -= checkpoint.facts["seconds"]
 
     # ---- set-up --------------------------------------------------------------------------------------------------
+
+    def _open_folder(self, resume: bool) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; finds out now whether ``out`` can be written."""
+        if not resume and self.checkpoints.exist():
+            raise TrainingError(
+                f"{self.out} already holds a run; resume it (--resume), or choose another folder with --out"
+            )
+        checkpoint = self.checkpoints.load() if resume else None
+        if checkpoint is not None:
+            check_same_run(checkpoint, self.config, self.fingerprint, self.data.name)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.clean()
+        self.log = MetricsLog(self.out, 0 if checkpoint is None else checkpoint.step)
+        return checkpoint
 
     def _new_model(self, init_model: GLEM | None) -> GLEM:
         config, data = self.config, self.data
@@ -136,7 +149,8 @@ class Trainer:
         model.flow.load_state_dict(init_model.flow.state_dict())
         return model
 
-    def _images(self, indices: np.ndarray, batch_size: int):
+    def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of ``indices``."""
         for x, y in self.data.batches(indices, batch_size, self.config.workers):
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
@@ -149,7 +163,7 @@ class Trainer:
         """Data-dependent ActNorms, then the Gaussians: a function of the seed and the data."""
         config, gaussians = self.config, self.model.gaussians
         rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
-        x = torch.cat([x for x, _ in self._images(rows, _EVAL_BATCH)])
+        x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
         self.model.initialise(x, self._generator(1))
         if init_model is not None:
             if init_model.class_ids == self.model.class_ids and init_model.config.psi == self.model.config.psi:
@@ -172,40 +186,23 @@ class Trainer:
             # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
             gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    # ---- state ---------------------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "fingerprint": self.fingerprint,
-            "step": self.step,
-            "m_done": self.m_done,
-            "bad_steps": self.bad_steps,
-            "bad_in_a_row": self.bad_in_a_row,
-            "m_bad_in_a_row": self.m_bad_in_a_row,
-            "model": self.model.state_dict(),
-            "flow_optimizer": self.flow_optimizer.state_dict() if self.flow_optimizer else None,
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "m_optimizer": self.m_optimizer.state_dict(),
-            "average": self.average.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
+    def save_checkpoint(self, good: bool = False) -> None:
+        """Write the whole state of the run to ``out``, atomically; ``good``: one to return to after a divergence."""
+        self.checkpoints.save(*state_of(self), good=good)
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.flow_optimizer is not None:
-            self.flow_optimizer.load_state_dict(state["flow_optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.m_optimizer.load_state_dict(state["m_optimizer"])
-        self.average.load_state_dict(state["average"])
-        torch.set_rng_state(state["rng"])
-        for name in ("step", "m_done", "bad_steps", "bad_in_a_row", "m_bad_in_a_row"):
-            setattr(self, name, state[name])
+    def set_lr_scale(self, scale: float) -> None:
+        """Multiply all learning rates of both steps by ``scale``, in (0, 1], from now on."""
+        self.lr_scale = scale
+        if self.flow_optimizer is not None and self.scheduler is not None:
+            for group in self.flow_optimizer.param_groups:
+                group["lr_scale"] = scale  # timm's schedulers multiply by it
+            self.scheduler.step_update(self.step)
 
-    def save_checkpoint(self) -> None:
-        """Write the whole state of the run to ``out/checkpoint.pt``, atomically."""
-        save_checkpoint(self.out, self._state())
-        self._last_checkpoint = time.monotonic()
+    def seconds(self) -> float:
+        """Wall-clock seconds spent on the run so far, over all its pieces, what was lost to kills apart."""
+        return time.monotonic() - self._clock
 
     # ---- the two steps -------------------------------------------------------------------------------------------
 
@@ -227,7 +224,7 @@ class Trainer:
         model = model or self.model
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self._generator(3, round_index + 1)
-        for x, y in self._images(rows, _EVAL_BATCH):
+        for x, y in self.images(rows, _EVAL_BATCH):
             z, logdet = model.encode(augment_batch(x, self.config.augment, generator), generator)
             statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
         return statistics
@@ -241,7 +238,7 @@ class Trainer:
             first = self.m_done * config.m_steps
             for rate in self.m_rates[first : first + config.m_steps]:
                 for group in self.m_optimizer.param_groups:
-                    group["lr"] = rate * group["lr_scale"]
+                    group["lr"] = rate * group["lr_scale"] * self.lr_scale
                 self._gaussian_step(statistics, config, weight)
             if self.m_done == 0:
                 # As the authors do: the moments of the first, large gradients are forgotten.
@@ -314,11 +311,7 @@ class Trainer:
     def _bad_step(self, what: str, in_a_row: int) -> None:
         self.bad_steps += 1
         if in_a_row >= self.config.max_bad_steps:
-            raise TrainingError(
-                f"{in_a_row} steps in a row were not finite (at step {self.step}: {what}). The last good "
-                f"checkpoint stays in {self.out / CHECKPOINT}. Lower lr ({self.config.lr:g}) or "
-                f"clip_norm ({self.config.clip_norm:g}), or raise warmup_steps ({self.config.warmup_steps})"
-            )
+            raise DivergenceError(f"{in_a_row} steps in a row were not finite ({what})")
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -329,84 +322,13 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: the run was stopped; go on with ``resume``.
-            TrainingError: too many non-finite steps in a row.
+            TimeUpError: ``max_minutes`` are over; likewise.
+            TrainingError: the run diverged, and ``max_rollbacks`` returns did not help.
             OSError: a file can't be written; the last checkpoint stays.
         """
-        config = self.config
-        if isinstance(self.model.flow, MultiscaleFlow) and config.precision == "bf16":
-            self.model.flow.set_autocast(torch.bfloat16)
-        bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.progress,
-            dynamic_ncols=True,
-        )  # fmt: skip
-        if self.step == 0:
-            # So that a run killed before its first periodic checkpoint can be resumed like any other.
-            self.save_checkpoint()
-        with stop_between_steps() as self._stop:
-            try:
-                for epoch in range(self.step // self.steps_per_epoch, config.epochs):
-                    self._epoch(epoch, bar)
-            finally:
-                bar.close()
-        return self._finish()
+        return Run(self).go()
 
-    def _epoch(self, epoch: int, bar: tqdm) -> None:
-        config, per_epoch = self.config, self.steps_per_epoch
-        frozen = epoch >= self.frozen_from
-        indices = np.concatenate([self.split.nf, self.split.g]) if frozen else self.split.nf
-        order = epoch_order(indices, config.batch_size, config.seed, epoch)[:per_epoch]
-        offset = self.step - epoch * per_epoch
-        # Before which batch each round of the epoch comes; several at one where rounds outnumber batches.
-        due = [r * per_epoch // config.m_rounds for r in range(config.m_rounds)]
-        began, first, total, counted = time.monotonic(), self.step, 0.0, 0
-        batches = self._images(order[offset:].reshape(-1), order.shape[1])
-        for position in range(offset, per_epoch):
-            for r, before in enumerate(due):
-                if before == position and not frozen and epoch * config.m_rounds + r == self.m_done:
-                    self.m_step()
-            x, y = next(batches)
-            loss = self.e_step(x, y)
-            self.step += 1
-            if self.scheduler is not None:
-                self.scheduler.step_update(self.step)
-            if math.isfinite(loss):  # else the step was skipped, and counted
-                total, counted = total + loss, counted + 1
-            bar.update(1)
-            if self.step % _STEP_ROWS_EVERY == 0:
-                bar.set_postfix(loss=f"{loss:.3f}", bad=self.bad_steps, refresh=False)
-                self.log.add({"kind": "step", "step": self.step, "loss": loss, "bad_steps": self.bad_steps})
-            if self._stop.requested and position < per_epoch - 1:
-                self.save_checkpoint()
-                raise KeyboardInterrupt(self._stopped())
-            # The last step of an epoch is saved with the epoch's metrics, below.
-            late = time.monotonic() - self._last_checkpoint > 60 * config.checkpoint_minutes
-            if late and position < per_epoch - 1:
-                self.save_checkpoint()
-        seconds = max(1e-9, time.monotonic() - began)
-        steps = max(1, self.step - first)
-        row = {
-            "kind": "epoch", "step": self.step, "epoch": epoch + 1, "loss": total / max(1, counted),
-            "lr": self.flow_optimizer.param_groups[0]["lr"] if self.flow_optimizer else 0.0,
-            "images_per_second": steps * order.shape[1] / seconds, "bad_steps": self.bad_steps,
-            "kld_weight": self.kld_weight() if config.repulsion != "none" else 0.0, **self.measure(),
-        }  # fmt: skip
-        self.log.add(row)
-        if self.progress:
-            bar.write(
-                f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  bits/dim {row['val_bits_per_dim']:.3f}  "
-                f"NF accuracy {100 * row['val_accuracy']:.2f} %  {row['images_per_second']:.0f} images/s"
-            )
-        self.save_checkpoint()
-        if config.sample_every and ((epoch + 1) % config.sample_every == 0 or epoch + 1 == config.epochs):
-            sample_grid(self._evaluated(), self.out / "samples" / f"epoch_{epoch + 1:04d}.png")
-            plot_curves(self.log.rows, self.out / "curves.png")
-        if self._stop.requested:
-            raise KeyboardInterrupt(self._stopped())
-
-    def _stopped(self) -> str:
-        return f"stopped at step {self.step}; go on from the checkpoint with --resume"
-
-    def _evaluated(self) -> GLEM:
+    def evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow in float32, current Gaussians."""
         flow = self.average.best(self.model.flow)
         if isinstance(flow, MultiscaleFlow) and flow is not self.model.flow:
@@ -417,34 +339,5 @@ class Trainer:
     def measure(self) -> dict[str, float]:
         """Held-out metrics, and the state of the Gaussians."""
         rows = self.split.val if len(self.split.val) else self.split.g
-        metrics = held_out(self._evaluated(), self._images(rows, _EVAL_BATCH), self._generator(5))
+        metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH), self._generator(5))
         return {**metrics, **gaussian_state(self.model.gaussians)}
-
-    def _finish(self) -> GLEM:
-        model = self._evaluated()
-        if isinstance(model.flow, MultiscaleFlow):
-            model.flow.set_autocast(None)
-        if self.config.refit_steps:
-            self.refit(model)
-            if not any(row.get("kind") == "final" for row in self.log.rows):
-                self.log.add({"kind": "final", "step": self.step, **self.measure()})
-        final = next((row for row in reversed(self.log.rows) if row.get("kind") in ("epoch", "final")), {})
-        model.config.training = {
-            "data": self.data.name,
-            "images": len(self.data),
-            "config": self.config.to_dict(),
-            # JSON has no infinity, and a model that ended badly is still worth saving.
-            "held_out": {
-                key: final[key] if final[key] is not None and math.isfinite(final[key]) else None
-                for key in ("val_images", "val_accuracy", "val_bits_per_dim")
-                if key in final
-            },
-            "bad_steps": self.bad_steps,
-        }
-        model.eval().requires_grad_(False)
-        if self.config.modes_rank:
-            smallest = int(np.bincount(self.data.targets, minlength=model.num_classes).min())
-            model.fit_modes(self.data, rank=max(1, min(self.config.modes_rank, smallest - 1, model.dim)))
-        model.save(self.out)
-        plot_curves(self.log.rows, self.out / "curves.png")
-        return model
