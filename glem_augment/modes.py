@@ -6,7 +6,7 @@ what they leave,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 
-Source: Enescu & Sahbi, ACCV 2024, "randomized full covariance matrix" (RFCM) and principal-mode mixup.
+Source: Enescu & Sahbi, ACCV 2024, "re-estimated full covariance matrix" (RFCM) and principal-mode mixup.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class ClassModes(nn.Module):
             weight = freedom[group] / freedom[group].sum(dim=1, keepdim=True).clamp(min=1.0)
             factor = self.scales[group].to(torch.float64) * weight.sqrt()[..., None]
             rows = self.directions[group].to(torch.float64) * factor[..., None]
-            pooled, deviation = _modes_of_rows(rows.flatten(1, 2), self.rank)
+            pooled, deviation = modes_of_rows(rows.flatten(1, 2), self.rank)
             directions[part, : pooled.shape[1]] = pooled.to(directions.dtype)
             scales[part, : deviation.shape[1]] = deviation.to(scales.dtype)
         return directions, scales
@@ -311,7 +311,7 @@ def fit_class_modes(latents_of_class: Callable[[int], Tensor], num_classes: int,
         x = x - mean
         if not bool(torch.isfinite(x).all()):
             raise DataError(f"class {y} has latents that are not finite: check the flow with model.check_invertibility")
-        directions, scales = _modes_of_rows(x[None] / (count - 1) ** 0.5, handed)
+        directions, scales = modes_of_rows(x[None] / (count - 1) ** 0.5, handed)
         directions, scales = directions[0], scales[0]
         kept_v, kept_s = directions[:rank], scales[:rank]
         explained = (kept_s[:, None] * kept_v).square().sum(dim=0)
@@ -345,11 +345,11 @@ class _PooledFactor:
             self.parts = [scales[:, None] * directions]
 
     def modes(self, rank: int) -> tuple[Tensor, Tensor]:
-        directions, scales = _modes_of_rows(torch.cat(self.parts)[None], rank)
+        directions, scales = modes_of_rows(torch.cat(self.parts)[None], rank)
         return directions[0], scales[0]
 
 
-def _modes_of_rows(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def modes_of_rows(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading right singular vectors and values of rows [G, n, d] float64, from the smaller of the two Grams.
 
     Returns directions [G, r, d] and scales [G, r], r = min(rank, n, d), descending; what is numerically zero
