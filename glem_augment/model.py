@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment import hub
+from glem_augment._weights import check_round_trip, load_model
 from glem_augment.classmatch import match_classes
 from glem_augment.config import GLEMConfig
-from glem_augment.errors import ClassMismatchError, DataError, ModelFileError
-from glem_augment.flows import Bijection, MultiscaleFlow, build_flow, resolve_preset
+from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.flow_model import FlowModel
+from glem_augment.flows import Bijection, build_flow, resolve_preset
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.modes import ClassModes, fit_class_modes
-from glem_augment.pixels import check_images, from_levels, to_levels
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from glem_augment.data import ImageData
 
-# Images per pass through the flow in the calls that take any number of them: bounds the memory of activations.
-_CHUNK = 256
 
-
-class GLEM(nn.Module):
+class GLEM(FlowModel):
     """Class-conditional normalizing flow (Enescu & Sahbi, ACCV 2024).
 
     ``p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|`` (Eq. 2). Densities are over pixel *levels*, bins of width 1 of
@@ -99,6 +99,7 @@ class GLEM(nn.Module):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
+        check: bool = False,
     ) -> GLEM:
         """Load a saved model for inference.
 
@@ -110,6 +111,8 @@ class GLEM(nn.Module):
             cache_dir: where downloads are kept; by default the Hub client's cache (``HF_HOME``).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash, in place of ``@revision``.
+            check: send a few images through the flow and back, and refuse a flow that does not return them; takes
+                a moment. Names, shapes, types and finite values are always checked.
 
         Returns:
             The model in eval mode, without gradients; ``origin`` is ``org/name@commit`` if it came from the Hub.
@@ -119,19 +122,13 @@ class GLEM(nn.Module):
                 ``hub.HubError``: no network, no such repository or revision, no access, a damaged download.
         """
         found = hub.find(name, cache_dir=cache_dir, token=token, revision=revision)
-        folder = found.folder
-        config = hub.read_config(folder)
-        # Shapes first, on the meta device: a config that lies about its weights is found out before memory is spent.
-        with torch.device("meta"):
-            try:
-                expected = cls._build(config).state_dict()
-            except (RuntimeError, OverflowError) as error:  # sizes beyond what a tensor can have
-                raise ModelFileError(f"{folder / hub.CONFIG} describes no model that can be built: {error}") from None
-        state = hub.read_weights(folder, expected)
-        model = cls._build(config)
-        model.load_state_dict(state, strict=True)
+        weights = found.folder / hub.WEIGHTS
+        model = load_model(weights, hub.read_config(found.folder), cls._build)
         model.origin = found.origin
-        return model.to(device).eval().requires_grad_(False)
+        model = model.to(device).eval().requires_grad_(False)
+        if check:
+            check_round_trip(model, weights)
+        return model
 
     def save(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` to ``folder``, atomically; OSError names the path."""
@@ -194,39 +191,12 @@ class GLEM(nn.Module):
     # ---- facts -------------------------------------------------------------------------------------------------
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.config.image_shape
-
-    @property
-    def dim(self) -> int:
-        """d = C * H * W."""
-        return math.prod(self.image_shape)
-
-    @property
-    def bits(self) -> int:
-        return self.config.bits
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.config.class_ids)
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names in index order."""
-        return list(self.config.class_names)
-
-    @property
-    def class_ids(self) -> list[str]:
-        return list(self.config.class_ids)
-
-    @property
-    def class_to_idx(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.config.class_names)}
-
-    @property
     def device(self) -> torch.device:
         return self.gaussians.mu.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gaussians.mu.dtype
 
     def __repr__(self) -> str:
         c, h, w = self.image_shape
@@ -236,49 +206,6 @@ class GLEM(nn.Module):
             f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} at {self.bits} bits, "
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
-
-    # ---- image <-> latent --------------------------------------------------------------------------------------
-
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Image to latent.
-
-        Args:
-            x: [B,C,H,W], uint8 or float in [0,1].
-            generator: adds uniform dequantisation noise to uint8 images; without one the middle of the bin is taken.
-
-        Returns:
-            z [B, d] and log|det dz/dlevels| [B] in nats.
-
-        Raises:
-            TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
-        """
-        check_images(x, self.image_shape)
-        parts = [self._encode(part, generator) for part in x.to(self.device).split(_CHUNK)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([z for z, _ in parts]), torch.cat([logdet for _, logdet in parts])
-
-    def _encode(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        h = to_levels(x, self.bits, self.gaussians.mu.dtype, generator)
-        z, logdet = self.flow(h)
-        return z, logdet - self.dim * self.bits * math.log(2)
-
-    def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
-        """Latent to image.
-
-        Args:
-            z: [B, d].
-            clamp: cut the result to [0,1]; without it the exact inverse comes back, whatever its range.
-
-        Returns:
-            [B,C,H,W] float; bin middles of uint8 images come back as value / 255.
-        """
-        if z.ndim != 2 or z.shape[1] != self.dim:
-            raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
-        z = z.to(self.device, self.gaussians.mu.dtype)
-        parts = [from_levels(self.flow.inverse(part)[0], self.bits) for part in z.split(_CHUNK)]
-        x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return x.clamp(0, 1) if clamp else x
 
     # ---- densities and classification --------------------------------------------------------------------------
 
@@ -414,6 +341,7 @@ class GLEM(nn.Module):
         Raises:
             DataError: a class of the flow without at least two images, or images of another shape.
         """
+        from glem_augment.adapt import class_latents
         from glem_augment.data import ImageData
 
         if isinstance(data, tuple):
@@ -421,52 +349,59 @@ class GLEM(nn.Module):
         if tuple(data.image_shape) != self.image_shape:
             raise DataError(f"{data.name} has images of {data.image_shape}, the flow takes {self.image_shape}")
         flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
-        targets = torch.as_tensor(flow_index)[torch.as_tensor(data.targets)]
-
-        def latents_of_class(index: int) -> Tensor:
-            rows = torch.nonzero(targets == index).flatten()[:max_per_class].numpy()
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            parts = [self.encode(x, generator)[0].cpu() for x, _ in data.batches(rows, _CHUNK)]
-            return torch.cat(parts) if parts else torch.empty(0, self.dim)
-
-        self.modes = fit_class_modes(latents_of_class, self.num_classes, rank, self.dim).to(self.device)
+        targets = flow_index[data.targets]
+        rows = [np.flatnonzero(targets == index)[:max_per_class] for index in range(self.num_classes)]
+        latents = class_latents(self, data, rows, seed)
+        self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device)
         self.config.modes_rank = self.modes.rank
         return self.modes
 
-    @torch.no_grad()
-    def check_invertibility(self, x: Tensor) -> dict[str, float]:
-        """Encode and decode without clamping, and compare.
+    def adapt(
+        self,
+        data: ImageData | tuple[Tensor, Tensor] | str | os.PathLike[str],
+        *,
+        classes: Sequence[str] | None = None,
+        split: str = "train",
+        rank: int = 64,
+        shrinkage: float = 10.0,
+        max_per_class: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> GLEM:
+        """A model with this flow for other images and classes, in closed form: one pass over ``data``, no training.
+
+        Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones (see
+        ``glem_augment.adapt``), and its principal modes. The flow's weights stay as they are, and so does this model.
 
         Args:
-            x: [B,C,H,W] images.
+            data: an ``ImageData`` in the flow's shape; a pair (images [N,C,H,W] uint8, labels int64 [N]); or what
+                ``open_data`` opens by name, which is then resized and converted to the flow's size and channels.
+            classes: names, in place of the data's (of a pair: "0", "1", ...).
+            split: of data given by name.
+            rank: k modes per class.
+            shrinkage: of the variances, in images: a class of that many is half its own, half pooled.
+            max_per_class: use at most this many images of a class (the first ones); it holds their latents in memory.
+            seed: of the dequantisation noise.
+            progress: show a bar on stderr.
 
         Returns:
-            ``max_error`` and ``mean_error`` in uint8 steps over the finite pixels, ``within_half_step`` (share of all
-            pixels whose error is below half a step, so that rounding gives the image back bit for bit) and
-            ``non_finite`` (share of all pixels).
-        """
-        check_images(x, self.image_shape)
-        worst, total, good, lost, count = 0.0, 0.0, 0, 0, 0
-        for part in x.split(_CHUNK):
-            wanted = from_levels(to_levels(part.to(self.device), self.bits, torch.float64), self.bits)
-            error = (self.decode(self.encode(part)[0], clamp=False).double() - wanted).abs() * 255
-            finite = torch.isfinite(error)
-            lost += int((~finite).sum())
-            error = error[finite]
-            count += finite.numel()
-            good += int((error < 0.5).sum())
-            total += float(error.sum())
-            worst = max(worst, float(error.max()) if error.numel() else math.inf)
-        return {
-            "max_error": worst,
-            "mean_error": total / max(1, count - lost),
-            "within_half_step": good / max(1, count),
-            "non_finite": lost / max(1, count),
-        }
+            A new GLEM in eval mode. ``config.training["adapted_from"]`` has the SHA-256 of this model's weights and its
+            record. ``psi`` is this model's where its range holds all variances, otherwise a wider one.
 
-    @torch.no_grad()
-    def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Data-dependent start of the flow's ActNorms from the images ``x`` [B,C,H,W]; done ones stay as they are."""
-        check_images(x, self.image_shape)
-        if isinstance(self.flow, MultiscaleFlow):
-            self.flow.initialise(to_levels(x.to(self.device), self.bits, self.gaussians.mu.dtype, generator))
+        Raises:
+            DataError: images of another shape, a class without images, no class with two, latents off any scale.
+            TypeError, ValueError: arguments that make no sense.
+        """
+        from glem_augment.adapt import adapt
+
+        return adapt(
+            self,
+            data,
+            classes=classes,
+            split=split,
+            rank=rank,
+            shrinkage=shrinkage,
+            max_per_class=max_per_class,
+            seed=seed,
+            progress=progress,
+        )

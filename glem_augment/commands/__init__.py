@@ -1,7 +1,7 @@
 """One module per command of ``glem``, each with ``add_parser(subparsers)``."""
 
-from glem_augment.commands import demo, evaluate, generate, info, preview, push, train
+from glem_augment.commands import adapt, demo, evaluate, generate, info, preview, push, train
 
-COMMANDS = (demo, train, evaluate, generate, preview, info, push)
+COMMANDS = (demo, train, adapt, evaluate, generate, preview, info, push)
 
 __all__ = ["COMMANDS"]
