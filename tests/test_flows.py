@@ -22,6 +22,7 @@ from glem_augment.flows import (
     create_flow,
 )
 from glem_augment.flows.coupling import row_bounded
+from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.subnets import ResidualSubnet
 
 SMALL = {
@@ -470,3 +471,22 @@ def test_gradients_reach_every_parameter() -> None:
         z, logdet = flow(torch.rand(2, 3, 8, 8) - 0.5)
         (z.square().sum() - logdet.sum()).backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in flow.parameters())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("steps", "channels", "size"), [(3, 4, 1.0), (2, 48, 1.0), (2, 12, 8.0), (1, 2, 0.0)])
+def test_exponentials_of_generators_and_their_gradient(steps: int, channels: int, size: float, sign: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(steps, channels, channels, generator=g, dtype=torch.float64)
+    # A rotation's generator and a little of everything else, as training leaves it.
+    weights = (size * ((noise - noise.mT) * 1.5 / channels**0.5 + 0.05 * noise)).requires_grad_()
+    upstream = torch.randn(weights.shape, generator=g, dtype=torch.float64)
+    expected = torch.matrix_exp(sign * weights)
+    (reference,) = torch.autograd.grad(expected, weights, upstream)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        own = weights.detach().to(dtype).requires_grad_()
+        result = exp_of_generators(own, sign)
+        (gradient,) = torch.autograd.grad(result, own, upstream.to(dtype))
+        assert gradient.dtype == dtype
+        for got, want in ((result, expected), (gradient, reference)):
+            assert (got.double() - want).norm() <= tolerance * want.norm()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,12 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import AffineCoupling, Bijection, MatExpCoupling, MultiscaleFlow, build_flow, create_flow
+from glem_augment.flows import AffineCoupling, Bijection, MatExpCoupling, build_flow, create_flow
 from glem_augment.flows.presets import check_spec, resolve_preset
 from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Activation, ResidualSubnet, make_subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
-patches = pytest.mark.skipif(
-    "patch" not in inspect.signature(MultiscaleFlow).parameters, reason="the first level's squeeze is fixed at 2"
-)
 
 
 def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
@@ -265,7 +261,6 @@ def test_a_transformer_model_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(GLEM.from_pretrained(tmp_path).encode(x)[0], model.encode(x)[0])
 
 
-@patches
 @pytest.mark.parametrize(("patch", "shape"), [(4, (3, 8, 8)), (4, (1, 16, 8)), (6, (1, 12, 24))])
 def test_patches_make_the_first_level_coarser(patch: int, shape: tuple[int, int, int]) -> None:
     flow = create_flow("mef_tiny", shape, patch=patch, subnet="transformer", **SMALL)

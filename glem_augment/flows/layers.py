@@ -122,15 +122,25 @@ class Mixing1x1(Bijection):
 
 
 class Squeeze(Bijection):
-    """[B, C, H, W] -> [B, 4C, H/2, W/2]: each 2x2 block of pixels becomes four channels (Dinh et al. 2017)."""
+    """[B, C, H, W] -> [B, 4C, H/2, W/2]: each 2x2 block of pixels becomes four channels (Dinh et al. 2017).
+
+    Args:
+        side: of the blocks; 2 as published, larger as in the patches of Jet (Kolesnikov et al. 2024).
+    """
+
+    def __init__(self, side: int = 2) -> None:
+        super().__init__()
+        self.side = side
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         batch, c, h, w = x.shape
+        n = self.side
         # torch leaves the shape of an empty batch as it was
-        z = F.pixel_unshuffle(x, 2) if batch else x.reshape(0, 4 * c, h // 2, w // 2)
+        z = F.pixel_unshuffle(x, n) if batch else x.reshape(0, n * n * c, h // n, w // n)
         return z, x.new_zeros(batch)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         batch, c, h, w = z.shape
-        x = F.pixel_shuffle(z, 2) if batch else z.reshape(0, c // 4, 2 * h, 2 * w)
+        n = self.side
+        x = F.pixel_shuffle(z, n) if batch else z.reshape(0, c // (n * n), n * h, n * w)
         return x, z.new_zeros(batch)

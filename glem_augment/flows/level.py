@@ -15,20 +15,23 @@ from torch import Tensor, nn
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.compiled import Step
 from glem_augment.flows.coupling import Coupling
+from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
 from glem_augment.flows.reversible import reversible_steps
 
 
-def squeeze(x: Tensor) -> Tensor:
-    """[C, B, H, W] -> [4C, B, H/2, W/2], channels in the order of ``layers.Squeeze``."""
+def squeeze(x: Tensor, side: int = 2) -> Tensor:
+    """[C, B, H, W] -> [side^2 C, B, H/side, W/side], channels in the order of ``layers.Squeeze``."""
     c, b, h, w = x.shape
-    return x.view(c, b, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(4 * c, b, h // 2, w // 2)
+    tall, wide = h // side, w // side
+    return x.view(c, b, tall, side, wide, side).permute(0, 3, 5, 1, 2, 4).reshape(side * side * c, b, tall, wide)
 
 
-def unsqueeze(x: Tensor) -> Tensor:
+def unsqueeze(x: Tensor, side: int = 2) -> Tensor:
     """Inverse of ``squeeze``."""
     c, b, h, w = x.shape
-    return x.view(c // 4, 2, 2, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c // 4, b, 2 * h, 2 * w)
+    c //= side * side
+    return x.view(c, side, side, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c, b, side * h, side * w)
 
 
 class Prepared(NamedTuple):
@@ -79,11 +82,13 @@ class Level(nn.Module):
     Args:
         steps: the layers of all steps, three per step.
         height, width: of the level's tensors after the squeeze.
+        side: of the pixel blocks that the squeeze makes channels.
     """
 
-    def __init__(self, steps: list[Bijection], height: int, width: int) -> None:
+    def __init__(self, steps: list[Bijection], height: int, width: int, side: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Squeeze(), *steps])
+        self.layers = nn.ModuleList([Squeeze(side), *steps])
+        self.side = side
         # Plain lists: the modules are registered above.
         self.norms: list[ActNorm] = steps[0::3]  # type: ignore[assignment]
         self.mixings: list[Mixing1x1] = steps[1::3]  # type: ignore[assignment]
@@ -127,9 +132,8 @@ class Level(nn.Module):
         bias = torch.stack([a.bias for a in self.norms]).unsqueeze(2)
         generators = torch.stack([m.weight for m in self.mixings])
         constant = log_scale.sum() * self.norms[0].pixels + generators.diagonal(dim1=1, dim2=2).sum() * self.pixels
-        # In float64, rounded once: see Mixing1x1.
         sign = -1.0 if inverse else 1.0
-        matrix = torch.matrix_exp(generators.double() * sign).to(log_scale.dtype)
+        matrix = exp_of_generators(generators, sign)
         scale = (sign * log_scale).exp()
         shift = -bias if inverse else bias * scale
         if self.norms[0].per == "element":
@@ -154,8 +158,11 @@ class Level(nn.Module):
         return x, prepared.logdet, logdets
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | float, list[Tensor]]:
-        """[C, B, 2H, 2W] -> [4C, B, H, W], log|det| that all images share (scalar), and the rest in parts [B]."""
-        x = squeeze(x)
+        """The squeeze and the steps, channel-major (``side`` = 2: [C, B, 2H, 2W] -> [4C, B, H, W]).
+
+        Returns the output, log|det| that all images share (scalar), and the rest of it in parts [B].
+        """
+        x = squeeze(x, self.side)
         if self.memory == "reversible" and torch.is_grad_enabled():
             y, logdet = reversible_steps(self, x)
             return y, 0.0, [logdet]
@@ -169,4 +176,4 @@ class Level(nn.Module):
             scale = None if prepared.scale is None else prepared.scale[index]
             y, logdet = run(y, scale, prepared.shift[index], prepared.matrix[index], self.couplings[index])
             logdets.append(logdet)
-        return unsqueeze(y), prepared.logdet, logdets
+        return unsqueeze(y, self.side), prepared.logdet, logdets

@@ -23,9 +23,10 @@ class MultiscaleFlow(Bijection):
     Args:
         image_shape: (C, H, W).
         levels: one list of steps (bijections on [B, 4C', H', W']) per level.
+        patch: side of the pixel blocks that the first level's squeeze makes channels; later levels: 2.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Bijection]]) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Bijection]], patch: int = 2) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
         self.levels = torch.nn.ModuleList()
@@ -33,8 +34,9 @@ class MultiscaleFlow(Bijection):
         self.autocast: torch.dtype | None = None
         self.part_shapes: list[tuple[int, int, int]] = []
         for index, steps in enumerate(levels):
-            channels, height, width = 4 * channels, height // 2, width // 2
-            self.levels.append(Level(steps, height, width))
+            side = 2 if index else patch
+            channels, height, width = side * side * channels, height // side, width // side
+            self.levels.append(Level(steps, height, width, side))
             if index < len(levels) - 1:
                 channels //= 2
             self.part_shapes.append((channels, height, width))

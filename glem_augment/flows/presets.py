@@ -36,6 +36,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         bound=1.0,
     ),
     "glow_tiny": dict(coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], actnorm="channel", bound=2.0),
+    # The best per CPU second of those in benchmarks/results/backbones.md.
+    "glow_fast": dict(
+        coupling="affine",
+        depth=[8, 8],
+        blocks=[1, 1],
+        width=[64, 96],
+        actnorm="element",
+        bound=2.0,
+        subnet="bottleneck",
+        activation="relu",
+    ),
     "identity": dict(coupling="identity"),
 }
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
@@ -183,7 +194,7 @@ def build_flow(spec: dict[str, Any]) -> Bijection:
                 steps.append(MatExpCoupling(channels, subnet, spec["bound"], spec.get("rank", 3)))
         levels.append(steps)
         channels //= 2
-    flow = MultiscaleFlow(image_shape, levels) if patch == 2 else MultiscaleFlow(image_shape, levels, patch=patch)
+    flow = MultiscaleFlow(image_shape, levels, patch)
     flow.spec = dict(spec)
     return flow
 
