@@ -52,6 +52,7 @@ class BlockStore:
             "offset": ((blocks,), np.int64),  # of a block's first image in `images`; -1: not there
             "started": ((blocks,), np.float64),  # when somebody began to decode it; -inf: nobody does
             "broken": ((blocks,), np.int64),  # its images that are not finite; -1: never decoded
+            "judged": ((blocks, 4), np.float64),  # items, candidates, failed, sum of confidences
             "held": ((slots,), np.int64),  # the block in each slot; -1: none
             "used": ((slots,), np.int64),  # when, on the clock of `counts`
             "counts": ((3,), np.int64),  # clock; blocks decoded again; longest decode in microseconds
@@ -66,7 +67,7 @@ class BlockStore:
             ) from error
         self._offset, self._started, self._broken = arrays["offset"], arrays["started"], arrays["broken"]
         self._held, self._used, self._counts = arrays["held"], arrays["used"], arrays["counts"]
-        self._images = arrays["images"]
+        self._images, self._judged = arrays["images"], arrays["judged"]
         self._offset.fill(-1)
         self._broken.fill(-1)
         self._held.fill(-1)
@@ -81,6 +82,19 @@ class BlockStore:
     def not_finite(self) -> int:
         """Images in the blocks decoded so far whose values were not finite."""
         return int(self._broken.clip(min=0).sum())
+
+    def not_finite_in(self, block: int) -> int:
+        """Images of a block that has been decoded whose values were not finite."""
+        return max(0, int(self._broken[block]))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks there are, decoded or not."""
+        return len(self._sizes)
+
+    def judged(self, first: int, last: int) -> np.ndarray:
+        """Of blocks first ... last - 1 decoded so far: items, candidates, failed, sum of confidences; float64 [4]."""
+        return self._judged[first:last].sum(axis=0)
 
     def read(self, blocks: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Copy image places[i] of blocks[i] to out[i] where it is there; bool [n], which ones were.
@@ -126,8 +140,10 @@ class BlockStore:
         """Take back a claim: the block was not decoded after all."""
         self._started[block] = -np.inf
 
-    def write(self, block: int, images: np.ndarray, not_finite: int) -> None:
-        """Keep a decoded block, uint8 [m, C, H, W]."""
+    def write(
+        self, block: int, images: np.ndarray, not_finite: int, judged: tuple[int, int, float] = (0, 0, 0.0)
+    ) -> None:
+        """Keep a decoded block, uint8 [m, C, H, W], and what is known of it: see `judged`, the items left out."""
         with self._locked():
             if self._broken[block] >= 0 and self._offset[block] < 0:
                 self._counts[1] += 1
@@ -137,6 +153,7 @@ class BlockStore:
             self._images[offset : offset + len(images)] = images
             self._touch(np.array([offset]))
             self._broken[block] = not_finite
+            self._judged[block] = (len(images), *judged)
             if np.isfinite(self._started[block]):
                 took = int(1e6 * (time.monotonic() - self._started[block]))
                 self._counts[2] = max(int(self._counts[2]), took)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 # Where a partner comes from (AugmentParams.source).
-FROM_BATCH, FROM_RFCM, FROM_GAUSSIAN = 0, 1, 2
+FROM_BATCH, FROM_RFCM, FROM_GAUSSIAN, FROM_BANK = 0, 1, 2, 3
 
 
 @dataclass
@@ -21,11 +21,13 @@ class AugmentParams:
         cls: int64 [n], flow class of each row, whose modes are used; -1: not in the flow, the row is passed
             through.
         partner: int64 [n], the partner's row in the batch; -1: a draw, made from `eps`.
-        partner_cls: int64 [n], flow class that a drawn partner comes from.
-        source: int64 [n], 0 = batch row, 1 = draw from a class's RFCM, 2 = draw from a class's Gaussian.
+        partner_cls: int64 [n], flow class of the partner; -1 for a batch row that is not in the flow.
+        source: int64 [n], 0 = batch row, 1 = draw from a class's RFCM, 2 = draw from a class's Gaussian, 3 = a latent
+            of an earlier image.
         l: float32 [n] in [1/2, 1], the share of the own image along the modes.
         eps: float32 [n, m] standard normal: coefficients of the modes (policy "noise"), or what a drawn
             partner is made from.
+        stored: float32 [n, d] latents of earlier images for the rows whose source is 3; empty without a bank.
 
     partner, partner_cls, source and l are empty for policy "noise".
     """
@@ -37,6 +39,7 @@ class AugmentParams:
     source: Tensor
     l: Tensor  # noqa: E741  (the paper's letter)
     eps: Tensor
+    stored: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """The same parameters with every tensor on `device`."""

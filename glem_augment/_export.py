@@ -1,9 +1,14 @@
-"""Writing a SyntheticDataset to an ImageFolder, with where it came from beside it."""
+"""Writing a SyntheticDataset to an ImageFolder, with where it came from beside it.
+
+Block by block: each is a shard of the manifest (see `_manifest`). Running an export again checks every shard, writes
+those that are missing or damaged, and refuses a folder with images of other settings.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -12,14 +17,26 @@ import secrets
 import shutil
 import unicodedata
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from glem_augment._manifest import (
+    JOURNAL,
+    Journal,
+    Shard,
+    differences,
+    digest,
+    image_name,
+    intact,
+    read_manifest,
+    shards_of,
+)
 from glem_augment.io import write_json
 
 if TYPE_CHECKING:
@@ -64,102 +81,211 @@ def _slug(text: str) -> str:
 def export_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool = True, overwrite: bool = False) -> Path:
     """Write folder/<class>/NNNNNN.png and the provenance; see `SyntheticDataset.export`."""
     names = class_folders(dataset.class_ids, dataset.classes)
-    _prepare(folder, names, overwrite)
-    _check_space(folder, dataset)
-    blocks = [(cls, number) for cls, count in enumerate(dataset.counts) for number in range(-(-count // dataset.block))]
-    before = dataset.non_finite
-    # First, so that an export which was cut off is known as one and may be overwritten.
-    write_json(folder / PROVENANCE, _provenance(dataset, names, complete=False))
+    wanted = _provenance(dataset, names)
+    journal = Journal(folder, wanted)
+    old = _prepare(folder, names, wanted, overwrite)
     threads = min(8, os.cpu_count() or 1)
+    kept = _kept(folder, names, dataset, [*shards_of(old), *journal.read()] if old is not None else [], threads)
+    blocks = [
+        (cls, number)
+        for cls, count in enumerate(dataset.counts)
+        for number in range(-(-count // dataset.block))
+        if (cls, number) not in kept
+    ]
+    whole = {**wanted, "complete": True}
+    if not blocks and old is not None and old.get("complete") is True:
+        if {key: old.get(key) for key in whole} != _plain(whole):
+            # Another record of the training, say: the images are the same.
+            write_json(folder / PROVENANCE, _finished(whole, dataset, kept))
+        _clean(folder, names, dataset.counts, journal)
+        return folder
+    _check_space(folder, dataset, sum(_size(dataset, *block) for block in blocks))
+    # In this order: an export that was cut off is known as one, and knows which of its shards were whole.
+    with _naming(journal.path):
+        journal.start(kept.values())
+    write_json(folder / PROVENANCE, {**wanted, "complete": False})
+    for name in names:
+        with _naming(folder / name):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    try:
+        for block, shard in _written(dataset, folder, names, blocks, threads, progress):
+            with _naming(journal.path):
+                journal.add(shard)
+            kept[block] = shard
+    finally:
+        journal.close()
+    write_json(folder / PROVENANCE, _finished(whole, dataset, kept))
+    _clean(folder, names, dataset.counts, journal)
+    return folder
+
+
+Block = tuple[int, int]
+
+
+def _written(
+    dataset: SyntheticDataset, folder: Path, names: Sequence[str], blocks: Sequence[Block], threads: int, progress: bool
+) -> Iterator[tuple[Block, Shard]]:
+    """Decode and write ``blocks`` (class, number); each with its shard once all its files are there."""
     pool = ThreadPoolExecutor(max_workers=threads)
-    running: deque[list[Future[int]]] = deque()
-    bar = tqdm(total=len(dataset), unit="image", desc="export", disable=not progress)
+    running: deque[tuple[Block, int, list[Future[list[bytes]]]]] = deque()
+    bar = tqdm(total=sum(_size(dataset, *block) for block in blocks), unit="image", desc="export", disable=not progress)
+
+    def finish() -> tuple[Block, Shard]:
+        (cls, number), not_finite, futures = running.popleft()
+        files = [data for future in futures for data in future.result()]
+        bar.update(len(files))
+        shard = Shard(names[cls], number * dataset.block, len(files), digest(files), not_finite)
+        return (cls, number), shard
+
     try:
         # PNGs of one block are encoded while the next is decoded; no more than two blocks wait in memory.
         for index, (cls, number) in enumerate(blocks):
             images = dataset.decoded_block(cls, number)
+            not_finite = dataset.not_finite_in(cls, number)
             if index + 1 < len(blocks):
                 dataset.decode_ahead(*blocks[index + 1])
             first = number * dataset.block
-            paths = [folder / names[cls] / f"{first + i:06d}.png" for i in range(len(images))]
+            paths = [folder / names[cls] / image_name(first + i) for i in range(len(images))]
             # One task per thread: the thread that decodes needs the interpreter too, and a task for each image
             # would take it away more often.
             share = -(-len(images) // threads)
-            running.append(
-                [
-                    pool.submit(_write_pngs, images[i : i + share], paths[i : i + share])
-                    for i in range(0, len(images), share)
-                ]
-            )
-            while len(running) > 2:
-                bar.update(_wait(running.popleft()))
+            tasks = [
+                pool.submit(_write_pngs, images[i : i + share], paths[i : i + share])
+                for i in range(0, len(images), share)
+            ]
+            running.append(((cls, number), not_finite, tasks))
+            # What is done is told at once: a shard that nobody has heard of is written again after a kill.
+            while running and (len(running) > 2 or all(task.done() for task in running[0][2])):
+                yield finish()
         while running:
-            bar.update(_wait(running.popleft()))
+            yield finish()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         bar.close()
-    _remove_left_over(folder, names, dataset.counts)
-    done = _provenance(dataset, names, complete=True)
-    write_json(folder / PROVENANCE, {**done, "images_not_finite": dataset.non_finite - before})
-    return folder
 
 
-def _prepare(folder: Path, names: Sequence[str], overwrite: bool) -> None:
-    """Make the class folders, or refuse before anything is written."""
+def _size(dataset: SyntheticDataset, cls: int, number: int) -> int:
+    return min(dataset.block, dataset.counts[cls] - number * dataset.block)
+
+
+def _prepare(folder: Path, names: Sequence[str], wanted: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of an export of the same images that is there already, finished or not; None: write everything.
+
+    Raises:
+        FileExistsError: the folder holds anything else, and nothing has been written.
+    """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if present and not overwrite:
-        raise FileExistsError(f"{folder} is not empty: give another folder, or overwrite=True")
+    # A run may have been killed before it could say what it was going to write.
+    if not [name for name in present if name != JOURNAL and not _temporary(name)]:
+        return None
+    present = [name for name in present if not _temporary(name)]
+    old = read_manifest(folder / PROVENANCE)
+    other = differences(old, wanted) if old is not None else []
+    if old is not None and not other and not set(present) - {*names, PROVENANCE, JOURNAL}:
+        return old
+    if not overwrite:
+        if old is None:
+            raise FileExistsError(f"{folder} is not empty: give another folder, or overwrite=True (--overwrite)")
+        raise FileExistsError(
+            f"{folder} is not empty: it holds an export of other images ({'; '.join(other[:4]) or 'and other files'}), "
+            "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
+        )
     # An export with other classes mixed in would be read as one data set.
-    foreign = [name for name in present if name not in names and name != PROVENANCE]
+    foreign = [name for name in present if name not in {*names, PROVENANCE, JOURNAL}]
     if foreign:
         raise FileExistsError(
             f"{folder} holds {foreign[0]!r}, which this export would not overwrite: give another folder"
         )
-    if present and PROVENANCE not in present:
+    if PROVENANCE not in present:
         raise FileExistsError(
             f"{folder} has no {PROVENANCE}, so it is no earlier export and is left alone: give another folder"
         )
-    for name in names:
-        with _naming(folder / name):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+    return None
 
 
-def _check_space(folder: Path, dataset: SyntheticDataset) -> None:
+def _kept(
+    folder: Path, names: Sequence[str], dataset: SyntheticDataset, known: Sequence[Shard], threads: int
+) -> dict[Block, Shard]:
+    """The blocks that need not be written again: those of which all files have the hash that is known."""
+    places = {name: cls for cls, name in enumerate(names)}
+    fitting: dict[Block, Shard] = {}
+    for shard in known:
+        cls, number = places.get(shard.folder, -1), shard.first // dataset.block
+        if cls >= 0 and shard.first == number * dataset.block and shard.count == _size(dataset, cls, number):
+            fitting[cls, number] = shard
+    good = intact(folder, list(fitting.values()), threads)
+    return {block: shard for (block, shard), whole in zip(fitting.items(), good, strict=True) if whole}
+
+
+def _finished(whole: dict[str, Any], dataset: SyntheticDataset, kept: dict[Block, Shard]) -> dict[str, Any]:
+    shards = [kept[block] for block in sorted(kept)]
+    return {
+        **whole,
+        "images_not_finite": sum(shard.not_finite for shard in shards),
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+
+
+def _clean(folder: Path, names: Sequence[str], counts: Sequence[int], journal: Journal) -> None:
+    """What is not part of the export: the journal, files that a kill left unfinished, images of an earlier, larger
+    export."""
+    journal.remove()
+    for path in folder.iterdir():
+        if _temporary(path.name):
+            path.unlink()
+    for name, count in zip(names, counts, strict=True):
+        for path in (folder / name).iterdir():
+            numbered = path.suffix == ".png" and re.fullmatch(r"\d{6,}", path.stem)
+            if _temporary(path.name) or (numbered and int(path.stem) >= count):
+                path.unlink()
+
+
+def _temporary(name: str) -> bool:
+    """Whether a kill left this file of ours under its temporary name."""
+    return (
+        re.fullmatch(r"\.(\d{6,}\.png|glem-provenance\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp", name)
+        is not None
+    )
+
+
+def _check_space(folder: Path, dataset: SyntheticDataset, count: int) -> None:
     """Refuse early where the images can't fit: a noisy PNG is as large as its pixels, in whole blocks."""
     channels, height, width = dataset.image_shape
     per_image = -(-(channels * height * width + 100) // 4096) * 4096
-    needed, free = len(dataset) * per_image, shutil.disk_usage(folder).free
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    needed, free = count * per_image, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{folder} has {free / 2**20:.0f} MiB free, the export of {len(dataset)} images may need "
+            f"{folder} has {free / 2**20:.0f} MiB free, the export of {count} images may need "
             f"{needed / 2**20:.0f} MiB: free some space, or give another folder"
         )
 
 
-def _write_pngs(images: Tensor, paths: Sequence[Path]) -> int:
-    for image, path in zip(images, paths, strict=True):
-        _write_png(image, path)
-    return len(paths)
+def _write_pngs(images: Tensor, paths: Sequence[Path]) -> list[bytes]:
+    return [_write_png(image, path) for image, path in zip(images, paths, strict=True)]
 
 
-def _write_png(image: Tensor, path: Path) -> None:
+def _write_png(image: Tensor, path: Path) -> bytes:
     from glem_augment.synthetic import to_pil
 
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG")
+    data = buffer.getvalue()
     # Not `io.atomic_write`: its fsync for each of many small files would take longer than all the rest.
-    # Only the provenance, written last, says that an export is complete.
+    # The manifest has the hashes, and what a power cut took is found by running the export again.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with _naming(path):
         try:
-            temporary.write_bytes(buffer.getvalue())
+            temporary.write_bytes(data)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+    return data
 
 
 @contextlib.contextmanager
@@ -171,39 +297,59 @@ def _naming(path: Path) -> Any:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _wait(futures: list[Future[int]]) -> int:
-    return sum(future.result() for future in futures)
-
-
-def _remove_left_over(folder: Path, names: Sequence[str], counts: Sequence[int]) -> None:
-    """Of an earlier, larger export: images that this one has not written."""
-    for name, count in zip(names, counts, strict=True):
-        for path in (folder / name).glob("*.png"):
-            if re.fullmatch(r"\d{6,}", path.stem) and int(path.stem) >= count:
-                path.unlink()
-
-
-def _provenance(dataset: SyntheticDataset, names: Sequence[str], complete: bool) -> dict[str, Any]:
-    from glem_augment import __version__
+def _provenance(dataset: SyntheticDataset, names: Sequence[str]) -> dict[str, Any]:
+    """The manifest without results: what was asked for."""
+    from glem_augment import __version__, hub
 
     return {
         "synthetic": True,
-        "complete": complete,
+        "complete": False,
         "generator": f"glem-augment {__version__}",
         "count": len(dataset),
-        "settings": {
-            "per_class": dataset.per_class,
-            "temperature": dataset.temperature,
-            "seed": dataset.seed,
-            "source": dataset.source,
-            "block": dataset.block,
-        },
+        "settings": settings_of(dataset),
         "classes": [
             {"index": i, "id": class_id, "name": name, "folder": names[i], "count": dataset.counts[i]}
             for i, (class_id, name) in enumerate(zip(dataset.class_ids, dataset.classes, strict=True))
         ],
+        "weights_sha256": hub.weights_sha256(dataset.model),
         "model": _plain(dataset.model.config),
     }
+
+
+def settings_of(dataset: SyntheticDataset) -> dict[str, Any]:
+    """All that decides what the images are, beside the weights and the classes."""
+    settings: dict[str, Any] = {
+        "per_class": dataset.per_class,
+        "temperature": dataset.temperature,
+        "seed": dataset.seed,
+        "source": dataset.source,
+        "block": dataset.block,
+    }
+    latents, rejection = dataset.latent_source, dataset.rejection
+    if latents.real is not None:
+        real = hashlib.sha256(latents.real.z.numpy().tobytes() + latents.real.counts.tobytes()).hexdigest()
+        settings |= {"modes": latents.modes, "alpha": latents.alpha, "real_latents_sha256": real}
+    if rejection is not None:
+        oracle = "posterior" if rejection.oracle is None else _oracle(rejection.oracle)
+        settings |= {
+            "min_confidence": rejection.min_confidence,
+            "max_attempts": rejection.max_attempts,
+            "oracle": oracle,
+        }
+    return settings
+
+
+def _oracle(oracle: Any) -> str:
+    """The name of a judge, and the SHA-256 of its weights where it has any."""
+    named = oracle if hasattr(oracle, "__qualname__") else type(oracle)
+    name = f"{named.__module__}.{named.__qualname__}"
+    if not isinstance(oracle, nn.Module):
+        return name
+    total = hashlib.sha256()
+    for key, value in oracle.state_dict().items():
+        total.update(key.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{name}, weights {total.hexdigest()}"
 
 
 def _plain(config: Any) -> Any:

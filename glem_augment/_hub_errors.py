@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from glem_augment._hub_names import HubError
 
-__all__ = ["Kind", "classify", "explain", "status"]
+__all__ = ["Kind", "chain", "classify", "explain", "status"]
 
 LOGIN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 _DISK = {
@@ -57,7 +57,7 @@ class Kind(Enum):
 
 def classify(error: BaseException) -> tuple[Kind, BaseException]:
     """What ``error`` comes down to, and the link of its chain of causes that says so."""
-    chain = list(_chain(error))
+    links = list(chain(error))
     # A gated repository is also "not found" to the client, a missing file on disk also a "missing entry".
     for kind, types in (
         (Kind.GATED, GatedRepoError),
@@ -66,16 +66,16 @@ def classify(error: BaseException) -> tuple[Kind, BaseException]:
         (Kind.BAD_NAME, HFValidationError),
         (Kind.OFFLINE, OfflineModeIsEnabled),
     ):
-        for link in chain:
+        for link in links:
             if isinstance(link, types):
                 return kind, link
-    for link in chain:
+    for link in links:
         if isinstance(link, EntryNotFoundError) and not isinstance(link, LocalEntryNotFoundError):
             return Kind.NO_FILE, link
-    for link in chain:
-        if isinstance(link, HfHubHTTPError) and status(link):
+    for link in links:
+        if isinstance(link, HfHubHTTPError | ConnectionError) and status(link):
             return Kind.HTTP, link
-    for link in chain:
+    for link in links:
         if type(link).__name__ == "LocalTokenNotFoundError":
             return Kind.NO_TOKEN, link
         if _cut_off(link):
@@ -84,7 +84,7 @@ def classify(error: BaseException) -> tuple[Kind, BaseException]:
             return Kind.NETWORK, link
         if isinstance(link, OSError) and link.errno in _DISK:
             return Kind.DISK, link
-    for link in chain:
+    for link in links:
         if isinstance(link, LocalEntryNotFoundError):
             return Kind.NOT_CACHED, link
     return Kind.OTHER, error
@@ -155,7 +155,10 @@ def explain(
 
 def status(error: BaseException) -> int:
     """The HTTP status of an error of the client, 0 where it has none."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+    code = int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+    # Xet storage has a client of its own, whose every error is a ConnectionError with words alone.
+    said = re.search(r"HTTP status (?:client|server) error \((\d{3})\b", str(error))
+    return code or (int(said[1]) if said else 0)
 
 
 def _http(code: int, error: BaseException, at: str, host: str, writing: bool) -> str:
@@ -174,7 +177,8 @@ def _http(code: int, error: BaseException, at: str, host: str, writing: bool) ->
     return f"{host} answered {code} for {at}: {said}"
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was raised from, or while handling."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

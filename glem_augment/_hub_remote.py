@@ -8,6 +8,7 @@ its checksum on every load, since the client compares sizes alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from glem_augment._hub_errors import Kind, classify, explain
 from glem_augment._hub_names import HubError, HubName
 from glem_augment.errors import ModelFileError
+from glem_augment.io import write_json
 
 LIBRARY = "glem-augment"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -153,17 +155,23 @@ class _Client:
         if self.local_only or constants.HF_HUB_OFFLINE:
             raise HubError(f"{what} is damaged ({path}): load it again while online")
         _log.warning("%s does not have the checksum that the Hub states; downloading it again", what)
+        before = _sha256(path)
         try:
             path = self._download(filename, path.parent.name, force=True)
         except HubError as error:
             raise HubError(f"{what} is damaged ({path}), and could not be fetched again: {error}") from error
-        if not _has_checksum(path, wanted):
-            _discard(path)
-            raise HubError(
-                f"{what} does not have the checksum {wanted[:12]}... that the Hub states, in two downloads: "
-                "nothing was loaded, and it was removed from the cache; try again later, or over another connection"
-            )
-        return path
+        if _has_checksum(path, wanted):
+            return path
+        if listing is not None and listing.files is None and _sha256(path) == before:
+            # A server that states no checksums, and whose ETags look like some but are none: twice the same bytes.
+            _log.warning("%s can't be compared with a checksum: %s states none", what, constants.ENDPOINT)
+            _Etags(path).add(before)
+            return path
+        _discard(path)
+        raise HubError(
+            f"{what} does not have the checksum {wanted[:12]}... that the Hub states, in two downloads: "
+            "nothing was loaded, and it was removed from the cache; try again later, or over another connection"
+        )
 
     def _download(self, filename: str, revision: str | None, force: bool = False) -> Path:
         try:
@@ -238,11 +246,46 @@ def _checksum_in_cache(path: Path) -> str | None:
         name = os.path.basename(os.readlink(path))
     except OSError:
         return None
-    return name if _is_checksum(name) else None
+    return _Etags(path).get(name) if _is_checksum(name) else None
+
+
+class _Etags:
+    """What has been learned about a server whose ETags are no checksums: a file in the repository's cache folder with
+    the SHA-256 that belongs to each, so that damage is still found.
+
+    Args:
+        path: of a file in a snapshot.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, path.parent.parent.parent / "glem-etags.json"
+
+    def _read(self) -> dict[str, str]:
+        try:
+            table = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return table if isinstance(table, dict) else {}
+
+    def get(self, etag: str) -> str:
+        known = self._read().get(etag)
+        return known if isinstance(known, str) and _is_checksum(known) else etag
+
+    def add(self, sha256: str) -> None:
+        with suppress(OSError):  # no links here, or a cache that can only be read
+            write_json(self.file, {**self._read(), os.path.basename(os.readlink(self.path)): sha256})
 
 
 def _is_checksum(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _has_checksum(path: Path, wanted: str) -> bool:

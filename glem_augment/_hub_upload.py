@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
 
-from glem_augment._hub_errors import Kind, classify, explain
+from glem_augment._hub_errors import Kind, chain, classify, explain, status
 from glem_augment._hub_names import HubError
 from glem_augment._hub_remote import LIBRARY, library_version
 
@@ -95,32 +97,71 @@ def commit(
         if CARD in files and _own_card(repo_id, repo_type, token, revision):
             _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
             del files[CARD]
-        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        others: list[Any] = []
         if delete_others_in is not None:
             present = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
             left = [name for name in present if name.startswith(f"{delete_others_in}/") and name not in files]
-            operations += [CommitOperationDelete(name) for name in left]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=message,
-            repo_type=repo_type,
-            revision=revision,
-            create_pr=create_pr,
-        )
+            others = [CommitOperationDelete(name) for name in left]
+
+        def send(sources: Mapping[str, Any]) -> CommitInfo:
+            return api.create_commit(
+                repo_id,
+                [*(CommitOperationAdd(name, source) for name, source in sources.items()), *others],
+                commit_message=message,
+                repo_type=repo_type,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+        try:
+            return send({name: str(path) for name, path in files.items()})
+        except Exception as error:
+            if not _without_xet(error):
+                raise
+            _log.info("%s does not speak Xet; uploading through Git LFS", constants.ENDPOINT)
+            with contextlib.ExitStack() as stack:
+                # The client sends open files through Git LFS, and all others through Xet wherever it is installed.
+                return send({name: stack.enter_context(open(path, "rb")) for name, path in files.items()})
     except Exception as error:  # see `prepare`
         raise explain(error, repo_id, revision, repo_type=repo_type, writing=True) from error
 
 
+class _Api(HfApi):
+    """The client, for servers too that cannot judge the metadata of a card: it asks before every commit of one."""
+
+    def _validate_yaml(self, content: str, **options: Any) -> None:
+        try:
+            super()._validate_yaml(content, **options)
+        except Exception as error:
+            # What the server finds wrong with the card begins so; all else is about the question, not the card.
+            if str(error).startswith("Invalid metadata") or not _unknown_address(error):
+                raise
+            _log.info("%s does not validate cards", constants.ENDPOINT)
+
+
+def _unknown_address(error: BaseException) -> bool:
+    """404 or 405, or an answer that is not JSON."""
+    return any(status(link) in (404, 405) or type(link).__name__ == "JSONDecodeError" for link in chain(error))
+
+
 def _api(token: str | bool | None) -> HfApi:
-    return HfApi(library_name=LIBRARY, library_version=library_version(), token=token)
+    return _Api(library_name=LIBRARY, library_version=library_version(), token=token)
+
+
+def _without_xet(error: BaseException) -> bool:
+    """Whether large files were refused because the server has no Xet storage. The Hub has it; others that speak its
+    protocol often have Git LFS alone, and the client, which does not ask, is told that there is no such address."""
+    texts = [str(link) for link in chain(error)]
+    return any("xet-write-token" in text and re.search(r"\b(400|404|405|410|501)\b", text) for text in texts)
 
 
 def _own_card(repo_id: str, repo_type: str, token: str | bool | None, revision: str | None) -> bool:
     try:
         path = hf_hub_download(repo_id, CARD, repo_type=repo_type, token=token, revision=revision)
     except Exception as error:
-        if classify(error)[0] is Kind.NO_FILE:
+        kind, link = classify(error)
+        # The Hub says what is missing; other servers may say 404 alone. That the repository is there is known.
+        if kind is Kind.NO_FILE or (kind is Kind.HTTP and status(link) == 404):
             return False
         raise
     text = Path(path).read_text(encoding="utf-8", errors="replace")

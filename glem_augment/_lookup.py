@@ -91,6 +91,24 @@ class ClassTables:
         total = new.sum(dim=1, keepdim=True)
         return new / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0] > 0
 
+    def partners(self, partner: str, cls: Tensor, cls_all: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
+        """Which batch rows may be partners, bool [n, B], and the class to draw from where none is, [n].
+
+        Args:
+            partner: "same", "near" or "any"; cls [n], cls_all [B]: flow classes of the changed and of all rows;
+            pick: [n] uniform in [0, 1).
+        """
+        if partner == "same":
+            return cls_all == cls[:, None], cls
+        if partner == "near":
+            near = self.neighbours[cls.clamp(min=0)]
+            choice = (pick * near.shape[1]).long().clamp(max=near.shape[1] - 1)
+            return (near[:, :, None] == cls_all).any(dim=1), near.gather(1, choice[:, None])[:, 0]
+        # A batch of one has no other row: its partner is then a draw from any class of the data.
+        choice = (pick * len(self.mapped)).long().clamp(max=len(self.mapped) - 1)
+        allowed = torch.ones(len(cls), len(cls_all), dtype=torch.bool, device=cls.device)
+        return allowed, self.to_flow[self.mapped[choice]]
+
 
 def class_tables(model: GLEM, class_map: tuple[int, ...] | None, neighbours: int) -> ClassTables:
     """The lookups of a checked class_map (None: data and flow classes are the same), on the CPU.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from glem_augment._drawing import FROM_BATCH, AugmentParams, move
+from glem_augment._drawing import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, AugmentParams, move
 from glem_augment._lookup import FlowOnDevice
 from glem_augment.modes import per_class
 
@@ -59,10 +59,12 @@ def with_draws(flow: FlowOnDevice, partners: Tensor, host: AugmentParams, params
         host: the parameters where they were drawn, of which the CPU tells how many draws there are without
             waiting; params: the same on the flow's device.
     """
+    if params.stored.numel():
+        partners = torch.where((params.source == FROM_BANK)[:, None], params.stored.to(partners.dtype), partners)
     if host.source.device.type != "cpu":
-        from_batch = (params.source == FROM_BATCH)[:, None]
-        return torch.where(from_batch, partners, drawn_partners(flow, params))
-    drawn = host.source != FROM_BATCH
+        there = (params.source == FROM_BATCH) | (params.source == FROM_BANK)
+        return torch.where(there[:, None], partners, drawn_partners(flow, params))
+    drawn = (host.source != FROM_BATCH) & (host.source != FROM_BANK)
     if bool(drawn.all()):
         return drawn_partners(flow, params)
     if not bool(drawn.any()):
@@ -70,6 +72,21 @@ def with_draws(flow: FlowOnDevice, partners: Tensor, host: AugmentParams, params
     return partners.index_copy(
         0, move(drawn.nonzero()[:, 0], partners.device), drawn_partners(flow, host.where(drawn).to(partners.device))
     )
+
+
+def rescaling(flow: FlowOnDevice, params: AugmentParams, z: Tensor, partner: Tensor) -> Tensor:
+    """What to add to a mixture of z and its partner [n, d], along the modes, so that it keeps the class's variance.
+
+    l z_i + (1 - l) z_j of two independent latents has l^2 + (1 - l)^2 of their variance about the mixture of their
+    means; the deviation is divided by the root of that.
+    """
+    l, cls = params.l[:, None], params.cls.clamp(min=0)  # noqa: E741
+    other_cls = torch.where(params.partner_cls < 0, cls, params.partner_cls)
+    mean = flow.fitted.mean
+    gaussian = (params.source == FROM_GAUSSIAN)[:, None]
+    other = torch.where(gaussian, flow.model.gaussians.mu.detach()[other_cls], mean[other_cls])
+    deviation = l * (z - mean[cls]) + (1.0 - l) * (partner - other)
+    return (1.0 / (l.square() + (1.0 - l).square()).sqrt() - 1.0) * deviation
 
 
 def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ A batch is encoded, its latents are moved within the span of the top modes, and 
 
     mixup:  z' = z_i + (1 - l) P (z_j - z_i),   l ~ Beta(alpha, alpha) folded to [1/2, 1]
     noise:  z' = z + strength * sum_m s_m e_m v_m,   e_m ~ N(0, 1)
+    adversarial: the same with coefficients that raise a classifier's loss (see `_adversarial`)
 
 v_m and s_m are the modes and their standard deviations, P = V^T V the projection on them. Drawing the random
 parameters (`draw`) is separate from using them (`apply`), so a call can be replayed.
@@ -14,32 +15,40 @@ Source: Enescu & Sahbi, ACCV 2024 (principal-mode mixup).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glem_augment._arguments import check_choice, check_class_map, check_modes, check_number
-from glem_augment._drawing import (
-    FROM_BATCH,
-    FROM_GAUSSIAN,
-    FROM_RFCM,
-    AugmentParams,
-    folded_beta,
-    move,
-    swapped,
+from glem_augment._adversarial import Adversary, CallerSettings, check_attached
+from glem_augment._arguments import (
+    check_batch,
+    check_choice,
+    check_class_map,
+    check_labels,
+    check_modes,
+    check_number,
 )
+from glem_augment._bank import LatentBank
+from glem_augment._drawing import FROM_BATCH, AugmentParams, move
+from glem_augment._labels import data_class, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
-from glem_augment._moves import along_modes, evaluating, project, rows_to_encode, with_draws
-from glem_augment._transfer import PixelAdapter
+from glem_augment._models import as_model
+from glem_augment._moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
+from glem_augment._partners import draw_mixup
+from glem_augment._plugin import PlugIn
+from glem_augment._random import RandomState
+from glem_augment._transfer import PixelAdapter, SmallImages
 from glem_augment.flows.bijection import full_precision
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes
+from glem_augment.transform import augment_sample, is_structure
 
 __all__ = ["AugmentParams", "GLEMAugment"]
 
-POLICIES = ("mixup", "noise")
+POLICIES = ("mixup", "noise")  # that need nothing but images and labels; "adversarial" needs a classifier too
 BASES = ("class", "near", "shared")
 PARTNERS = ("same", "near", "any", "gaussian")
 LABELS = ("auto", "hard", "mix", "posterior")
@@ -47,16 +56,18 @@ DETAILS = ("keep", "mix", "none")
 NEIGHBOURS = 3  # classes that count as "near"
 
 
-class GLEMAugment(nn.Module):
+class GLEMAugment(PlugIn, nn.Module):
     """A batch transform on images and labels through a GLEM. It has no parameters: the flow is not
     registered.
 
     Args:
-        model: a GLEM with fitted modes (`model.fit_modes(data)`).
+        model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
         p: probability of changing an image, for each one separately; p = 0 gives back the same tensors.
-        policy: "mixup" (with a partner, along the modes) or "noise" (Gaussian along the modes).
+        policy: "mixup" (with a partner, along the modes), "noise" (Gaussian along the modes) or "adversarial" (noise
+            and a step up the loss of a classifier, which `attach` names).
         alpha: parameter of the Beta law of "mixup".
-        strength: standard deviations of "noise".
+        strength: standard deviations t of "noise" and of the start of "adversarial", whose step is
+            t sqrt(modes) / 2 long, in standard deviations of the modes.
         modes: number of top modes, at most `model.modes.rank`.
         basis: whose modes: "class" (of the image's class), "near" (pooled with its 3 closest classes by KLD),
             "shared".
@@ -67,7 +78,7 @@ class GLEMAugment(nn.Module):
             selected independently of what they show, so every allowed row is still equally likely to be a
             given row's partner; only the partners of two rows of one batch are a little less independent.
         labels: "hard" (unchanged), "mix" (soft, by the share of the move that P keeps), "posterior" (of the
-            flow, at z'), or "auto": unchanged where the class can't change (noise; partner "same" or
+            flow, at z'), or "auto": unchanged where the class can't change (noise and adversarial; partner "same" or
             "gaussian" with hard labels), "mix" otherwise.
         mean, std: of a normalised input, a number or one per channel; None: the input is in [0, 1] or uint8.
         num_classes: K', width of soft labels; by default the length of `class_map`, else the flow's K.
@@ -80,6 +91,10 @@ class GLEMAugment(nn.Module):
         margin: a decoded image that leaves [0, 1] by more is not plausible: the original is kept, and
             counted. Noise at strength 0.5 takes single pixels of good images 0.25 out of range and more, an
             inverse that explodes far beyond 1.
+        rescale: of "mixup": undo that a mixture of two latents has only l^2 + (1 - l)^2 of their variance along the
+            modes, by moving it away from the mixed class means.
+        bank: of "mixup": keep this many latents of earlier images per class (K * bank * d floats) and take partners
+            from them, rather than from the RFCM, where the batch has none of the class; see also `fill_bank`.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -87,7 +102,7 @@ class GLEMAugment(nn.Module):
 
     def __init__(
         self,
-        model: GLEM,
+        model: GLEM | str | os.PathLike[str],
         p: float = 0.5,
         policy: str = "mixup",
         alpha: float = 1.0,
@@ -103,11 +118,11 @@ class GLEMAugment(nn.Module):
         detail: str = "keep",
         seed: int | None = None,
         margin: float = 1.0,
+        rescale: bool = False,
+        bank: int = 0,
     ) -> None:
         super().__init__()
-        if policy == "adversarial":
-            raise ValueError("policy 'adversarial' is not available in this version; choose 'mixup' or 'noise'")
-        check_choice("policy", policy, POLICIES)
+        check_choice("policy", policy, (*POLICIES, "adversarial"))
         check_choice("basis", basis, BASES)
         check_choice("partner", partner, PARTNERS)
         check_choice("labels", labels, LABELS)
@@ -118,8 +133,7 @@ class GLEMAugment(nn.Module):
         self.margin = check_number("margin", margin, 0.0, math.inf)
         if detail == "mix" and policy != "mixup":
             raise ValueError(f"detail='mix' needs a partner, which policy {policy!r} has not: use policy='mixup'")
-        if not isinstance(model, GLEM):
-            raise TypeError(f"model must be a GLEM, got {type(model).__name__}: load one with GLEM.from_pretrained")
+        model = as_model(model)
         self.policy, self.basis, self.partner, self.labels, self.detail = (
             policy,
             basis,
@@ -127,6 +141,15 @@ class GLEMAugment(nn.Module):
             labels,
             detail,
         )
+        if not isinstance(rescale, bool):
+            raise TypeError(f"rescale must be True or False, got {rescale!r}")
+        if isinstance(bank, bool) or not isinstance(bank, int) or bank < 0:
+            raise ValueError(f"bank must be a whole number of latents per class, 0 for none; got {bank!r}")
+        if policy != "mixup" and (rescale or bank):
+            raise ValueError(f"rescale and bank are for policy='mixup', which has partners; got policy={policy!r}")
+        if bank and partner == "gaussian":
+            raise ValueError("bank is for partners from the batch, partner='gaussian' draws them all: leave it out")
+        self.rescale, self.bank = rescale, bank
         self.modes = modes
         check_modes(model, modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
@@ -136,14 +159,9 @@ class GLEMAugment(nn.Module):
         self.num_classes = model.num_classes if self.class_map is None else len(self.class_map)
         # In a tuple, so that nn.Module does not register the flow: its weights are not the transform's.
         self._holder = (model,)
-        if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        elif isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int or None, got {seed!r}")
-        self.seed = seed
-        # On the CPU whatever the batch: draws are then the same for every device, and need no sync.
-        self._generator = torch.Generator().manual_seed(seed)
-        self._worker_seed: int | None = None
+        self._random = RandomState(seed)
+        self._adversary: Adversary | None = None
+        self._bank: LatentBank | None = None
         self._flows: dict[torch.device, FlowOnDevice] = {}
         self._tables: dict[torch.device, ClassTables] = {}
         self._selected = 0
@@ -153,6 +171,11 @@ class GLEMAugment(nn.Module):
     def model(self) -> GLEM:
         """The GLEM in use (not a submodule)."""
         return self._holder[0]
+
+    @property
+    def seed(self) -> int:
+        """Of the transform's own random state."""
+        return self._random.seed
 
     @property
     def stats(self) -> dict[str, int]:
@@ -165,12 +188,13 @@ class GLEMAugment(nn.Module):
         replaced, unmapped, invalid = self._counters()
         return {"selected": self._selected, "replaced": replaced, "unmapped": unmapped, "invalid": invalid}
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Any, y: Any = None) -> Any:
         """Augment a batch.
 
         Args:
             x: [B, C, H, W] uint8, or float in [0, 1], or normalised float if mean and std were given. Any
-                size; grey or RGB. Never changed in place.
+                size; grey or RGB. Never changed in place. Also the first item of torchvision's v2 structures
+                (tv_tensors, dicts, tuples; see `as_transform`), then given back as they came.
             y: int64 [B] data classes, or soft labels [B, K'].
 
         Returns:
@@ -180,6 +204,8 @@ class GLEMAugment(nn.Module):
         Raises:
             ValueError, TypeError: for a wrong shape, dtype, value range or label.
         """
+        if is_structure(x, y):
+            return augment_sample(self, x if y is None else (x, y))
         self._check(x, y)
         return (x, y) if self.p == 0 else self.apply(x, y, self.draw(x, y))
 
@@ -197,40 +223,25 @@ class GLEMAugment(nn.Module):
         """
         batch = int(x.shape[0] if isinstance(x, Tensor) else x[0])
         self._check_labels(y, batch)
-        g = self._own_generator() if generator is None else generator
+        g = self._random.generator() if generator is None else generator
         tables = self._tables_on(y.device)
         chosen = (torch.rand(batch, generator=g) < self.p).nonzero()[:, 0]
-        n, rows = len(chosen), move(chosen, y.device)
-        data_cls = self._data_class(y)
-        invalid = (data_cls < 0) | (data_cls >= self.num_classes)
-        if y.device.type != "cpu":
-            tables.counters[2] += invalid.sum()
-        cls_all = tables.to_flow[data_cls.clamp(0, self.num_classes - 1)].masked_fill(invalid, -1)
-        cls = cls_all[rows]
-        none = rows.new_empty(0)
-        if self.policy == "noise" or n == 0:
-            eps = move(torch.randn(n, self.modes, generator=g), y.device)
-            return AugmentParams(rows, cls, none, none, none, eps.new_empty(0), eps)
-        lam = move(folded_beta(self.alpha, n, g), y.device)
-        if self.partner == "gaussian":
-            eps = move(torch.randn(n, self.model.dim, generator=g), y.device)
-            source, partner = torch.full_like(rows, FROM_GAUSSIAN), torch.full_like(rows, -1)
-            return AugmentParams(rows, cls, partner, cls, source, lam, eps)
-        # The partner is the allowed row with the largest random key: uniform, without a loop over rows or
-        # classes. Selected rows (also random, and encoded anyway) come before the others.
-        keys = torch.rand(n, batch, generator=g)
-        keys[:, chosen] += 1.0
-        keys = move(keys, y.device)
-        pick = move(torch.rand(n, generator=g), y.device)
-        allowed, partner_cls = self._partners(tables, cls, cls_all, pick)
-        own = rows[:, None] == torch.arange(batch, device=y.device)
-        best, partner = keys.masked_fill(~allowed | own, -1.0).max(dim=1)
-        found = best >= 0
-        source = torch.where(found, FROM_BATCH, FROM_RFCM)
-        # Drawn for every row: which ones find a partner is known only on the device, and asking it would
-        # wait.
-        eps = move(torch.randn(n, self._fitted_modes().rank + self.model.dim, generator=g), y.device)
-        return AugmentParams(rows, cls, partner.masked_fill(~found, -1), partner_cls, source, lam, eps)
+        cls_all = self._flow_class(y, tables)
+        if self.policy != "mixup" or len(chosen) == 0:
+            rows = move(chosen, y.device)
+            eps, none = move(torch.randn(len(rows), self.modes, generator=g), y.device), rows.new_empty(0)
+            return AugmentParams(rows, cls_all[rows], none, none, none, eps.new_empty(0), eps)
+        return draw_mixup(
+            self.partner,
+            self.alpha,
+            tables,
+            chosen,
+            cls_all,
+            self.model.dim,
+            self._fitted_modes().rank,
+            g,
+            self._bank,
+        )
 
     @torch.no_grad()
     def apply(self, x: Any, y: Any = None, params: AugmentParams | None = None) -> Any:
@@ -243,6 +254,8 @@ class GLEMAugment(nn.Module):
         self._check(x, y)
         if self.p == 0:
             return x, y
+        if self.policy == "adversarial":
+            check_attached(self._adversary, x.device)
         kind = self._labels_for(y)
         selected = len(params.rows)
         self._selected += selected
@@ -250,10 +263,10 @@ class GLEMAugment(nn.Module):
             params = params.where(params.cls >= 0)
             self._carried[1] += selected - len(params.rows)
         if len(params.rows) == 0:
-            return x, y if kind == "hard" else self._soft(y)
-        flow = self._flow_on(x.device)
+            return x, y if kind == "hard" else soft_labels(y, self.num_classes)
+        flow, caller = self._flow_on(x.device), CallerSettings.now(x.device.type)
         with full_precision(x.device.type), evaluating(flow.model):
-            changed, keep, z, share = self._change(flow, x, params)
+            changed, keep, z, share = self._change(flow, x, y, params, caller)
             rows = move(params.rows, x.device)
             # On an accelerator it would have to be waited for that there is nothing to replace.
             if x.device.type != "cpu" or not bool(keep.all()):
@@ -261,12 +274,24 @@ class GLEMAugment(nn.Module):
             out = x.clone().index_copy_(0, rows, changed)  # clone keeps the memory format
             labels = y
             if kind != "hard":
-                labels = self._new_labels(kind, flow, y, params.to(y.device), move(keep, y.device), z, share)
+                labels = soft_labels(y, self.num_classes)
+            if kind in ("mix", "posterior"):
+                labels = moved_labels(
+                    kind,
+                    labels,
+                    self._tables_on(y.device),
+                    params.to(y.device),
+                    move(keep, y.device),
+                    share,
+                    lambda: flow.model.posterior_from_latents(z),
+                )
         return out, labels
 
     # ---- the move in the latent space ----------------------------------------------------------------------
 
-    def _change(self, flow: FlowOnDevice, x: Tensor, host: AugmentParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _change(
+        self, flow: FlowOnDevice, x: Tensor, y: Tensor, host: AugmentParams, caller: CallerSettings
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Changed rows [n, C, H, W] in x's dtype, which to use [n], z' [n, d], share of the move kept [n].
 
         `host` are the parameters where they were drawn: on the CPU, they can be looked at without waiting.
@@ -280,14 +305,32 @@ class GLEMAugment(nn.Module):
         known = params.cls >= 0
         cls = params.cls.clamp(min=0)
         detail = None
-        if self.policy == "noise":
+        if self.policy != "mixup":
             share = torch.ones(len(z), device=z.device)
-            z = z + along_modes(flow, cls, self.strength * params.eps)
+            coefficients = self.strength * params.eps
+            if self._adversary is not None and self.policy == "adversarial":
+
+                def render(c: Tensor) -> Tensor:
+                    decoded = flow.model.decode(z + along_modes(flow, cls, c), clamp=False)
+                    return self._as_images(images, small, decoded, x)
+
+                labels = move(y, x.device).index_select(0, params.rows)
+                if labels.ndim == 1:  # rows whose label is out of range are not used, but must not stop the device
+                    labels = labels.clamp(0, self.num_classes - 1)
+                coefficients = self._adversary.coefficients(
+                    coefficients, self.strength, render, labels, caller, flow.model
+                )
+            z = z + along_modes(flow, cls, coefficients)
         else:
             partner = with_draws(flow, encoded[other], host, params)
             away = 1.0 - params.l
+            if self.bank:
+                self._bank_on(x.device).add(z, params.cls)
             moved, share = project(flow, cls, partner - z)
-            z = z + away[:, None] * moved
+            moved = away[:, None] * moved
+            if self.rescale:
+                moved = moved + project(flow, cls, rescaling(flow, params, z, partner))[0]
+            z = z + moved
             detail = (other, torch.where(params.source == FROM_BATCH, away, 0.0))
         decoded = flow.model.decode(z, clamp=False)
         # NaN compares false, so these two reductions also find what is not finite.
@@ -298,71 +341,18 @@ class GLEMAugment(nn.Module):
         changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
 
-    def _partners(self, tables: ClassTables, cls: Tensor, cls_all: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
-        """Which batch rows may be partners, bool [n, B], and the class to draw from where none is, [n]."""
-        if self.partner == "same":
-            return cls_all == cls[:, None], cls
-        if self.partner == "near":
-            near = tables.neighbours[cls.clamp(min=0)]
-            choice = (pick * near.shape[1]).long().clamp(max=near.shape[1] - 1)
-            return (near[:, :, None] == cls_all).any(dim=1), near.gather(1, choice[:, None])[:, 0]
-        # A batch of one has no other row: its partner is then a draw from any class of the data.
-        choice = (pick * len(tables.mapped)).long().clamp(max=len(tables.mapped) - 1)
-        allowed = torch.ones(len(cls), len(cls_all), dtype=torch.bool, device=cls.device)
-        return allowed, tables.to_flow[tables.mapped[choice]]
-
-    # ---- labels --------------------------------------------------------------------------------------------
+    def _as_images(self, images: Tensor, small: SmallImages, decoded: Tensor, x: Tensor) -> Tensor:
+        """Decoded images as the classifier will get them, differentiable; float32 in [0, 1] if x is uint8."""
+        decoded = decoded.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+        changed = self.pixels.from_flow(images, small, decoded)
+        changed = self.pixels.from_unit(changed, torch.float32 if x.dtype == torch.uint8 else x.dtype)
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            changed = changed.contiguous(memory_format=torch.channels_last)
+        return changed
 
     def _labels_for(self, y: Tensor) -> str:
-        """What to do with labels: "hard" (nothing), "soft" (make them [B, K']), "mix" or "posterior"."""
-        no_partner = self.policy == "noise" or self.partner == "gaussian"
-        if self.labels == "auto":
-            same_class = no_partner or (self.partner == "same" and y.ndim == 1)
-            return "hard" if same_class else "mix"
-        if self.labels == "mix" and no_partner:
-            return "soft"
-        return self.labels
-
-    def _soft(self, y: Tensor) -> Tensor:
-        if y.ndim == 2:
-            return y
-        # Compared rather than scattered: a label out of range gives zeros instead of a device assertion.
-        return (y[:, None] == torch.arange(self.num_classes, device=y.device)).to(torch.float32)
-
-    def _new_labels(
-        self,
-        kind: str,
-        flow: FlowOnDevice,
-        y: Tensor,
-        params: AugmentParams,
-        keep: Tensor,
-        z: Tensor,
-        share: Tensor,
-    ) -> Tensor:
-        """Soft labels [B, K'] on the device of y, params and keep; z, share are on that of the images."""
-        soft = self._soft(y)
-        if kind == "soft":
-            return soft
-        tables = self._tables_on(y.device)
-        own = soft.index_select(0, params.rows)
-        if kind == "posterior":
-            probability = move(flow.model.posterior_from_latents(z), y.device)
-            new, usable = tables.data_probability(probability)
-            keep = keep & usable
-        else:
-            own_cls = self._data_class(own)
-            drawn_cls = torch.where(
-                params.partner_cls == params.cls, own_cls, tables.to_data[params.partner_cls.clamp(min=0)]
-            )
-            from_batch = (params.source == FROM_BATCH)[:, None]
-            other = torch.where(from_batch, soft[params.partner.clamp(min=0)], swapped(own, own_cls, drawn_cls))
-            weight = (1.0 - params.l) * move(share, y.device)
-            new = own + weight[:, None].to(own.dtype) * (other - own)
-        return soft.index_copy(0, params.rows, torch.where(keep[:, None], new.to(soft.dtype), own))
-
-    @staticmethod
-    def _data_class(y: Tensor) -> Tensor:
-        return y.argmax(dim=1) if y.ndim == 2 else y.long()
+        partnered = self.policy == "mixup" and self.partner != "gaussian"
+        return label_kind(self.labels, partnered, self.partner == "same", y.ndim == 2)
 
     # ---- what each device holds ----------------------------------------------------------------------------
 
@@ -386,67 +376,46 @@ class GLEMAugment(nn.Module):
             self._tables[device] = class_tables(self.model, self.class_map, near).to(device)
         return self._tables[device]
 
+    def _bank_on(self, device: torch.device) -> LatentBank:
+        """The bank of latents, made at the first batch."""
+        if self._bank is None:
+            self._bank = LatentBank(self.model.num_classes, self.bank, self.model.dim, device)
+        elif self._bank.device != device:
+            self._bank = self._bank.to(device)
+        return self._bank
+
+    def _flow_class(self, y: Tensor, tables: ClassTables) -> Tensor:
+        """Flow class of every row, -1 where it has none; labels out of range on an accelerator are counted."""
+        data_cls = data_class(y)
+        invalid = (data_cls < 0) | (data_cls >= self.num_classes)
+        if y.device.type != "cpu":
+            tables.counters[2] += invalid.sum()
+        return tables.to_flow[data_cls.clamp(0, self.num_classes - 1)].masked_fill(invalid, -1)
+
     def _counters(self) -> list[int]:
         totals = torch.tensor(self._carried)
         for tables in self._tables.values():
             totals = totals + tables.counters.cpu()
         return totals.tolist()
 
-    def _own_generator(self) -> torch.Generator:
-        """The transform's generator; in a DataLoader worker, one that differs from the other workers'."""
-        info = torch.utils.data.get_worker_info()
-        if info is not None and self._worker_seed != info.seed:
-            # Every worker holds a copy of one random state, and would draw the same as the others without
-            # this.
-            self._worker_seed = info.seed
-            self._generator = torch.Generator().manual_seed((self.seed * 1_000_003 + info.seed) % 2**63)
-        return self._generator
-
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        # Copies on accelerators are made again where they are needed; older torch can't pickle a Generator.
-        state.update(_carried=self._counters(), _flows={}, _tables={}, _generator=self._generator.get_state())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(state["_generator"])
+        # Copies on accelerators are made again where they are needed; the classifier is not the transform's to send.
+        return {**self.__dict__, "_carried": self._counters(), "_flows": {}, "_tables": {}, "_adversary": None}
 
     # ---- checks --------------------------------------------------------------------------------------------
 
     def _check(self, x: Tensor, y: Tensor) -> None:
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be a batch of images [B, C, H, W], got {got}")
+        check_batch(x)
         self.pixels.check(x)
         self._check_labels(y, x.shape[0])
 
     def _check_labels(self, y: Tensor, batch: int) -> None:
-        if not isinstance(y, Tensor):
-            raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
-        if y.ndim not in (1, 2) or y.shape[0] != batch:
-            raise ValueError(f"y must be int64 [{batch}] or soft [{batch}, {self.num_classes}], got {tuple(y.shape)}")
-        if y.ndim == 2:
-            if not y.is_floating_point():
-                raise TypeError(f"soft labels must be floating point, got {y.dtype}")
-            if y.shape[1] != self.num_classes:
-                raise ValueError(f"soft labels have {y.shape[1]} classes, not {self.num_classes}: give class_map")
-            return
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise TypeError(f"labels must be integers (int64), got {y.dtype}")
-        # Looking at labels on an accelerator waits for it: done for the first batch there; later ones are
-        # counted by apply, and their rows passed through.
-        if batch and (y.device.type == "cpu" or y.device not in self._tables):
-            low, high = (int(v) for v in torch.aminmax(y))
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"label {low if low < 0 else high} is out of range: this transform knows classes 0 to "
-                    f"{self.num_classes - 1}; give class_map if the data has other classes than the flow"
-                )
+        # On an accelerator labels are looked at in the first batch only; later ones that are out of range are counted
+        # by draw, and their rows passed through.
+        look = not isinstance(y, Tensor) or y.device.type == "cpu" or y.device not in self._tables
+        check_labels(y, batch, self.num_classes, look)
 
     def extra_repr(self) -> str:
-        names = "p policy alpha strength modes basis partner labels num_classes class_map detail seed margin"
-        settings = [f"{name}={getattr(self, name)!r}" for name in names.split()]
-        settings += [f"mean={self.pixels.mean}", f"std={self.pixels.std}", f"image_shape={self.pixels.shape}"]
-        return ", ".join(settings)
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in self.to_config().items() if k != "model"}
+        settings = [f"{name}={value!r}" for name, value in found.items()]
+        return ", ".join([*settings, f"image_shape={self.pixels.shape}"])

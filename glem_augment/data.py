@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from .classmatch import match_classes
 from .datafiles import ArraySource, Source, bundled_source, folder_source
 from .decoding import GREY_MODES, fit, geometry, in_threads, probe, read_image, ready_pixels, to_tensor
-from .errors import DataError
+from .errors import BadImageError, DataError
 from .timmdata import PREFIXES, is_timm_spec, timm_source
 
 __all__ = ["ImageData", "match_classes", "open_data"]
@@ -41,7 +41,11 @@ class ImageData(Dataset):
         classes: K names in index order; class_ids: K folder names, wnids or digits.
         image_shape: (C,H,W).
         name: what it was opened from.
+        skipped: file (or place in the data set) and reason, of every image that ``open_data(..., skip_bad=True)``
+            left out.
     """
+
+    skipped: tuple[tuple[str, str], ...] = ()
 
     def __init__(
         self,
@@ -140,20 +144,28 @@ class ImageData(Dataset):
                 self._tensor = self._decode(progress=False)
         return self._tensor
 
-    def _decode(self, progress: bool) -> torch.Tensor:
+    def _decode(self, progress: bool, bad: dict[int, BadImageError] | None = None) -> torch.Tensor:
         out = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
 
         def one(row: int) -> None:
-            out[row] = self._image(int(self._indices[row]))
+            try:
+                out[row] = self._image(int(self._indices[row]))
+            except BadImageError as error:
+                if bad is None:
+                    raise
+                bad[row] = error
 
         in_threads(one, len(self), f"decoding {self.name}", progress)
         return out
 
-    def _warm(self, progress: bool) -> None:
-        """Decode what fits in the cache, else read every header: bad files show before any work is done."""
+    def _warm(self, progress: bool, bad: dict[int, BadImageError] | None = None) -> None:
+        """Decode what fits in the cache, else read every header: bad files show before any work is done.
+
+        With ``bad``, images that can't be used are noted there in place of an error; to find them, all are decoded.
+        """
         if len(self) * int(np.prod(self.image_shape)) <= self._cache_bytes:
             if self._pixels is None:
-                self._pixels = self._decode(progress)
+                self._pixels = self._decode(progress, bad)
             return
 
         def check(index: int) -> None:
@@ -164,7 +176,35 @@ class ImageData(Dataset):
                     f"{self.image_shape[1]}x{self.image_shape[2]}; give image_size to resize all to one size"
                 )
 
-        in_threads(check, len(self), f"checking {self.name}", progress)
+        def check_whole(index: int) -> None:
+            assert bad is not None
+            try:
+                check(index)
+                read_image(self._source, index, self.image_shape[0])
+            except BadImageError as error:
+                bad[index] = error
+
+        in_threads(check if bad is None else check_whole, len(self), f"checking {self.name}", progress)
+
+    def _without(self, bad: dict[int, BadImageError]) -> ImageData:
+        """Only the other images.
+
+        Raises:
+            DataError: a class of which none is left.
+        """
+        kept = self.subset([row for row in range(len(self)) if row not in bad])
+        kept.skipped = tuple(_reason(self._source.where(row), bad[row]) for row in sorted(bad))
+        empty = np.setdiff1d(np.unique(self.targets), np.unique(kept.targets))
+        if len(empty):
+            names = ", ".join(self.classes[i] for i in empty[:10])
+            where, reason = next(
+                s for s, row in zip(kept.skipped, sorted(bad), strict=True) if self.targets[row] in empty
+            )
+            raise DataError(
+                f"no image of {len(empty)} of the {len(self.classes)} classes of {self.name} can be used ({names}): "
+                f"{where}: {reason}"
+            )
+        return kept
 
     def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageData:
         """The images at ``indices``, in that order, sharing the cached pixels.
@@ -247,6 +287,7 @@ def open_data(
     channels: int | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
+    skip_bad: bool = False,
 ) -> ImageData:
     """Open labelled images.
 
@@ -264,17 +305,22 @@ def open_data(
         image_size: (H,W), or one number for both: images are resized (shorter side, bilinear with antialias)
             and cropped at the centre. None: the size that they share.
         channels: 1 (luma) or 3. None: 1 if the images looked at first are grey, else 3. Transparency is
-            dropped, and EXIF orientation ignored, as torchvision and timm do.
+            dropped, EXIF orientation ignored, and the first frame of an animation taken, as torchvision and timm do.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
+        skip_bad: leave out images that cannot be used, and list them in ``skipped``, in place of an error at the
+            first; every image is then decoded once before anything else. Of streams (shards), which know no single
+            images, a bad one is an error all the same.
 
     Returns:
         The data, decoded if it fits in ``cache_bytes``; otherwise every header has been checked.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        DataError: an unknown name or split, a class without images, an image that cannot be read or has more
-            than 8 bits per channel, images of different sizes without ``image_size``.
+        BadImageError: an image that cannot be read, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` or more than
+            8 bits per channel.
+        DataError: an unknown name or split, a class without images (that can be used), images of different sizes
+            without ``image_size``.
         ValueError: ``image_size`` or ``channels`` that make no sense.
     """
     size = _check_size(image_size)
@@ -284,13 +330,18 @@ def open_data(
     source = _open_source(name, split, size, cache_bytes)
     if len(source) == 0:
         raise DataError(f"{name} holds no images")
-    shape, mixed = geometry(source, size, channels)
+    shape, mixed = geometry(source, size, channels, skip_bad)
     if mixed is not None:
         raise DataError(f"{name} holds images of different sizes: {mixed}; give image_size=(height, width)")
     data = ImageData(source, shape, name, resize=size is not None, cache_bytes=cache_bytes)
     data._pixels = ready_pixels(source, shape)
-    data._warm(progress)
-    return data
+    bad: dict[int, BadImageError] | None = {} if skip_bad else None
+    data._warm(progress, bad)
+    return data._without(bad) if bad else data
+
+
+def _reason(where: str, error: BadImageError) -> tuple[str, str]:
+    return where, str(error).removeprefix(where).strip()
 
 
 def _open_source(name: str, split: str, size: tuple[int, int] | None, cache_bytes: int) -> Source:

@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -88,7 +88,11 @@ class FolderSource(Source):
         return self.paths[index]
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(self.paths[index])
+        path = self.paths[index]
+        # Opening a pipe would wait for somebody to write into it.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is no regular file")
+        return Image.open(path)
 
 
 class ArraySource(Source):
@@ -188,7 +192,7 @@ def _image_folder(folder: Path) -> FolderSource:
     for index, name in enumerate(class_ids):
         found = [
             os.path.join(root, file)
-            for root, _, files in sorted(os.walk(folder / name, followlinks=True))
+            for root, files in sorted(_walk(folder / name))
             for file in sorted(files)
             if file.lower().endswith(IMG_EXTENSIONS)
         ]
@@ -203,6 +207,19 @@ def _image_folder(folder: Path) -> FolderSource:
             f"of {folder}: {listed}; add images or remove the folders"
         )
     return FolderSource(paths, _class_names(class_ids), class_ids, np.asarray(targets))
+
+
+def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and their files, through links, but into no folder that is on the way there already: a link to a parent
+    would otherwise give every image dozens of times."""
+    for root, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [f for f in folders if not _within(real, os.path.realpath(os.path.join(root, f)))]
+        yield root, files
+
+
+def _within(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _class_names(class_ids: list[str]) -> list[str]:

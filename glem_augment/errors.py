@@ -6,7 +6,7 @@ not know this package.
 
 from __future__ import annotations
 
-__all__ = ["ClassMismatchError", "DataError", "GLEMError", "ModelFileError", "TrainingError"]
+__all__ = ["BadImageError", "ClassMismatchError", "DataError", "GLEMError", "ModelFileError", "TrainingError"]
 
 
 class GLEMError(Exception):
@@ -15,6 +15,10 @@ class GLEMError(Exception):
 
 class DataError(GLEMError, ValueError):
     """Images or labels that cannot be used: unreadable, empty, of the wrong size, missing a split, ..."""
+
+
+class BadImageError(DataError):
+    """One image of a data set that cannot be used; the others may be fine (``open_data(..., skip_bad=True)``)."""
 
 
 class ClassMismatchError(DataError):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from glem_augment._hub_names import PREFIX, HubError, HubName, parse_name
 from glem_augment.config import FORMAT_VERSION, GLEMConfig
@@ -20,9 +20,8 @@ from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MAX_CONFIG_BYTES = 16 * 2**20
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_EXACT = {torch.bool: "BOOL", torch.int64: "I64"}
+# Names of 200,000 classes fit. A parsed value takes up to 30 times its text, so that their number is bounded too.
+MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
 
 
 def bundled_models() -> list[str]:
@@ -140,6 +139,10 @@ def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]
     """
     folder = Path(folder)
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        _parse(text.encode())  # what could not be loaded again is not written
+    except (UnicodeEncodeError, ModelFileError) as error:
+        raise ModelFileError(f"the model's config can't be saved to {folder}: {error}") from None
     weights = weights_bytes(state)
     failure: OSError | None = None
     try:
@@ -167,78 +170,63 @@ def weights_bytes(state: dict[str, Tensor]) -> bytes:
     return safetensors_bytes(tensors, metadata={"format": "pt"})
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of the ``model.safetensors`` that saving ``model`` would write, hexadecimal."""
+    return hashlib.sha256(weights_bytes(model.state_dict())).hexdigest()
+
+
 def read_config(folder: Path) -> GLEMConfig:
     """Read and check ``config.json``. Raises ModelFileError naming the file and the field."""
     path = folder / CONFIG
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelFileError(f"{path} has {path.stat().st_size} bytes, more than a model's config can need")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        if isinstance(error, ModelFileError):
-            raise
-        raise ModelFileError(f"{path} can't be read as JSON: {error}; download or save the model again") from None
-    _check_ours(path, values)
-    try:
-        return GLEMConfig.from_dict(values)
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ModelFileError(f"it has {path.stat().st_size} bytes, more than a model's config can need")
+        return _parse(data)
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error}; download or save the model again") from None
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def _check_ours(path: Path, values: Any) -> None:
+def _parse(data: bytes) -> GLEMConfig:
+    if sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
+        raise ModelFileError("it holds more values than a model's config can need")
+    try:
+        values = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"it can't be read as JSON: {error}; download or save the model again") from None
+    _check_ours(values)
+    return GLEMConfig.from_dict(values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two equal names they believe."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ModelFileError(f"it gives {ascii(twice)[:80]} twice")
+    return table
+
+
+def _no_constant(text: str) -> float:
+    raise ModelFileError(f"it holds {text}, which is no number in JSON")
+
+
+def _check_ours(values: Any) -> None:
     """Say so where a config is another library's, or of a later version, before its fields are judged one by one."""
     if not isinstance(values, dict):
         return
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise ModelFileError(
-            f"{path} has format_version {version}, this glem-augment reads {FORMAT_VERSION}: install a newer version "
+            f"it has format_version {version}, this glem-augment reads {FORMAT_VERSION}: install a newer version "
             "(pip install -U glem-augment), or load an older revision of the model"
         )
     if not {"flow", "class_ids", "format_version"} & set(values):
         hints = ("model_type", "architectures", "architecture", "_class_name", "library_name")
         what = ", ".join(f"{key} {str(values[key])[:60]}" for key in hints if key in values)
-        raise ModelFileError(f"{path} is no config of glem-augment{f' ({what})' if what else ''}: check the name")
-
-
-def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Read ``model.safetensors``, accepting exactly the tensors in ``expected`` (name -> a tensor of that shape
-    and kind, on the meta device). Any floating-point type is taken for a floating-point tensor.
-
-    Names, shapes and types are compared with the file's header before any tensor is loaded, so a file that does not
-    belong to its config costs no memory. Safetensors holds no code.
-
-    Raises:
-        ModelFileError: truncated or foreign file; missing, extra or misshapen tensors; non-finite weights.
-    """
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
-            if missing or extra:
-                raise ModelFileError(
-                    f"{path} does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
-                    f"{len(extra)} unknown {extra[:3]}"
-                )
-            for name, wanted in expected.items():
-                header = file.get_slice(name)
-                if tuple(header.get_shape()) != tuple(wanted.shape):
-                    raise ModelFileError(
-                        f"{path}: {name} has shape {tuple(header.get_shape())}, its config asks for "
-                        f"{tuple(wanted.shape)}"
-                    )
-                allowed = _FLOATS if wanted.is_floating_point() else {_EXACT[wanted.dtype]}
-                if header.get_dtype() not in allowed:
-                    raise ModelFileError(
-                        f"{path}: {name} is of type {header.get_dtype()}, expected {' or '.join(sorted(allowed))}"
-                    )
-            state = {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, ModelFileError):
-            raise
-        raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelFileError(f"{path}: {name} holds values that are not finite")
-    return state
+        raise ModelFileError(f"it is no config of glem-augment{f' ({what})' if what else ''}: check the name")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
-from glem_augment._export import PROVENANCE, class_folders
+from glem_augment._export import PROVENANCE, class_folders, settings_of
 from glem_augment.errors import DataError
 from glem_augment.io import atomic_write, write_json
 from glem_augment.model_card import CardFacts
@@ -203,27 +203,16 @@ def _provenance(dataset: SyntheticDataset, format: str) -> dict[str, Any]:  # no
         "synthetic": True,
         "complete": True,
         "generator": f"glem-augment {__version__}",
-        "flow": {"weights_sha256": weights_sha256(model), "loaded_from": _origin(model)},
+        "flow": {"weights_sha256": hub.weights_sha256(model), "loaded_from": _origin(model)},
         "format": format,
         "count": len(dataset),
         "images_not_finite": dataset.non_finite,
-        "settings": {
-            "per_class": dataset.per_class,
-            "temperature": dataset.temperature,
-            "seed": dataset.seed,
-            "source": dataset.source,
-            "block": dataset.block,
-        },
+        "settings": settings_of(dataset),
         "classes": [
             {"index": i, "id": class_id, "name": name, "folder": names[i], "count": dataset.counts[i]}
             for i, (class_id, name) in enumerate(zip(dataset.class_ids, dataset.classes, strict=True))
         ],
     }
-
-
-def weights_sha256(model: GLEM) -> str:
-    """SHA-256 of the file that ``model.save`` would write, hexadecimal."""
-    return hashlib.sha256(hub.weights_bytes(model.state_dict())).hexdigest()
 
 
 def _origin(model: GLEM) -> str | None:
@@ -232,7 +221,7 @@ def _origin(model: GLEM) -> str | None:
         return None
     try:
         weights = hub.locate(f"hf-hub:{model.origin}") / hub.WEIGHTS
-        same = hashlib.sha256(weights.read_bytes()).hexdigest() == weights_sha256(model)
+        same = hashlib.sha256(weights.read_bytes()).hexdigest() == hub.weights_sha256(model)
     except (hub.HubError, OSError):
         same = False
     return model.origin if same else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glem_augment import hub
+from glem_augment._weights import check_weights
 from glem_augment.io import atomic_write, save_png
 from glem_augment.model_card import SAMPLES, CardFacts, model_card
 
@@ -89,7 +90,7 @@ def push_model(
 def _write_model(model: GLEM, folder: Path) -> dict[str, Path]:
     model.save(folder)
     hub.read_config(folder)
-    hub.read_weights(folder, model.state_dict())
+    check_weights(folder / hub.WEIGHTS, model.state_dict())
     return {name: folder / name for name in (hub.CONFIG, hub.WEIGHTS)}
 
 

@@ -1,9 +1,9 @@
 """SyntheticDataset: class-balanced images drawn from the classes of a GLEM, reproducible item by item.
 
 Item i's latent depends on the seed, its class and its place within the class alone: never on the batch, the
-order, the worker, or how many items there are. Images are decoded in fixed aligned blocks, since convolutions
-and matrix products change in their last bits with the batch size; a block is decoded once, whichever process
-needs it first (see `_blocks`).
+order, the worker, or how many items there are (see `_sources`; where images are judged by an oracle, also on
+`block`). Images are decoded in fixed aligned blocks, since convolutions and matrix products change in their last
+bits with the batch size; a block is decoded once, whichever process needs it first (see `_blocks`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,28 +22,31 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glem_augment._arguments import check_choice, check_number
+from glem_augment._arguments import check_choice
 from glem_augment._blocks import BlockStore
-from glem_augment._drawing import move
+from glem_augment._models import as_model
 from glem_augment._moves import evaluating
+from glem_augment._rejection import Accepted, Oracle, Rejection
+from glem_augment._sources import LatentSource, RealLatents
 from glem_augment._transfer import check_worker_device
+from glem_augment.balance import PerClass, as_image_data, class_counts
 from glem_augment.model import GLEM
 
-SOURCES = ("gaussian", "rfcm")
-# Items whose noise comes from one generator. Not the block of decoding: that one may be chosen to fit the
-# memory without changing what is drawn.
-NOISE_BLOCK = 16
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
 # Blocks decoded a second time before the user is told that the cache is too small for the way it is read.
 TOO_OFTEN = 32
 
 
 class _Decoding(NamedTuple):
-    """A block on its way to the CPU: uint8 [m, C, H, W], the number of images that are not finite, and what to
-    wait for before looking at either (None: nothing)."""
+    """A block on its way to the CPU: uint8 [m, C, H, W], the number of images that are not finite, what to wait for
+    before looking at either (None: nothing), and what rejection did."""
 
     images: Tensor
     broken: Tensor
     arrived: torch.cuda.Event | None
+    accepted: Accepted | None
 
     def wait(self) -> tuple[Tensor, int]:
         if self.arrived is not None:
@@ -52,7 +55,7 @@ class _Decoding(NamedTuple):
 
 
 class SyntheticDataset(Dataset):
-    """A map-style data set of samples, `per_class` of each class, in the order of the classes.
+    """A map-style data set of synthetic images, in the order of the classes.
 
     Items are (PIL image, int), as torchvision's image data sets give them; `classes`, `class_to_idx`,
     `targets`, `transform` and `target_transform` are those of torchvision.
@@ -66,16 +69,26 @@ class SyntheticDataset(Dataset):
     from the disk. A warning says so when it happens.
 
     Args:
-        model: a GLEM (with fitted modes for source "rfcm").
-        per_class: images of each class.
+        model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`).
+        per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (the
+            others get none), or "balance": as many as fill up each class of `real` to its largest one.
         temperature: factor on the standard deviation.
         seed: int >= 0; with the class and the place within the class it fixes an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
-        source: "gaussian" (diagonal Gaussian of the class) or "rfcm" (mean and full covariance of its real
-            latents).
+        source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
+            "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; their latents are kept in
+            memory, N * d * 4 bytes).
         block: images decoded at a time.
         device: where to decode; None: where the model is.
         cache_bytes: of decoded images kept in memory (always at least one block); taken as it is needed.
+        real: real images: an `ImageData`, (uint8 images, labels), or for "balance" any torchvision or timm data set
+            whose labels can be read.
+        modes, alpha: of source "mixup", as in GLEMAugment.
+        min_confidence: draw an item again, up to `max_attempts` times, until the probability of its class is at least
+            this; the best is kept where none is. `acceptance()` reports. None: no rejection.
+        oracle: judges in place of the flow's posterior: from float images [n, C, H, W] in [0, 1] to probabilities or
+            logits [n, K] of the flow's classes. A module is put in eval mode for the while.
+        max_attempts: candidates per item.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -83,8 +96,8 @@ class SyntheticDataset(Dataset):
 
     def __init__(
         self,
-        model: GLEM,
-        per_class: int = 100,
+        model: GLEM | str | os.PathLike[str],
+        per_class: PerClass = 100,
         temperature: float = 0.8,
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
@@ -93,33 +106,49 @@ class SyntheticDataset(Dataset):
         block: int = 64,
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
+        real: Any = None,
+        modes: int = 64,
+        alpha: float = 1.0,
+        min_confidence: float | None = None,
+        oracle: Oracle | None = None,
+        max_attempts: int = 20,
     ) -> None:
-        if not isinstance(model, GLEM):
-            raise TypeError(f"model must be a GLEM, got {type(model).__name__}: load one with GLEM.from_pretrained")
-        self.per_class = _whole("per_class", per_class, 1)
+        model = as_model(model)
+        self.counts = class_counts(model, per_class, real)
+        self.per_class = _plain(per_class)
         self.seed = _whole("seed", seed, 0)
         self.block = _whole("block", block, 1)
         self.cache_bytes = _whole("cache_bytes", cache_bytes, 0)
-        self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
-        check_choice("source", source, SOURCES)
-        if source == "rfcm" and model.modes is None:
-            raise ValueError("source='rfcm' needs model.modes: fit them first with model.fit_modes(data)")
+        if oracle is not None and min_confidence is None:
+            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
+        self.rejection = None if min_confidence is None else Rejection(min_confidence, oracle, max_attempts)
         self.source = source
         self.transform = transform
         self.target_transform = target_transform
         self.model = model
         if device is not None and torch.device(device) != model.device:
             self.model = copy.deepcopy(model).to(device)
+        # The arguments are checked before the real images are encoded, which may take long.
+        latents = None
+        if source == "mixup" and real is not None:
+            images = as_image_data(model, real)
+            there = np.bincount(images.targets, minlength=model.num_classes)
+            empty = [name for name, n, count in zip(model.classes, there, self.counts, strict=True) if count and not n]
+            if empty:
+                raise ValueError(f"source='mixup' has no real image of {', '.join(empty[:10])}: leave them out")
+            LatentSource(self.model, "rfcm", self.seed, temperature, None, modes, alpha)
+            latents = RealLatents(self.model, images)
+        self.latent_source = LatentSource(self.model, source, self.seed, temperature, latents, modes, alpha)
+        self.temperature = self.latent_source.temperature
         self.image_shape: tuple[int, int, int] = model.image_shape
         self.classes: list[str] = list(model.classes)
         self.class_ids: list[str] = list(model.class_ids)
         self.class_to_idx: dict[str, int] = dict(model.class_to_idx)
-        self.counts = [self.per_class] * model.num_classes
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.targets: list[int] = np.repeat(np.arange(model.num_classes), self.counts).tolist()
         # Blocks are numbered through, class after class.
-        per_class_blocks = -(-self.per_class // self.block)
-        self._first_block = np.arange(model.num_classes) * per_class_blocks
+        blocks = [-(-count // self.block) for count in self.counts]
+        self._first_block = np.concatenate([[0], np.cumsum(blocks)[:-1]])
         self._ahead: dict[int, _Decoding] = {}
         self._warned = False
         self._make_store()
@@ -183,27 +212,39 @@ class SyntheticDataset(Dataset):
         return torch.from_numpy(out)
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """Latents z, float32 [n, d] on the model's device; they do not depend on the other indices."""
+        """Latents z, float32 [n, d] on the model's device; they do not depend on the other indices.
+
+        With rejection those that were accepted, for which whole blocks are judged again.
+        """
         cls, within = self._locate(indices)
-        width = self.model.dim
-        if self.source == "rfcm":
-            width += self._modes().rank
-        noise = np.empty((len(cls), width), dtype=np.float32)
-        number = within // NOISE_BLOCK
+        if self.rejection is None:
+            return self.latent_source.draw(cls, within)
+        out = torch.empty(len(cls), self.model.dim, device=self.model.device)
+        number = within // self.block
         for c, b in np.unique(np.stack([cls, number], axis=1), axis=0).tolist():
             rows = np.flatnonzero((cls == c) & (number == b))
-            # SeedSequence mixes the three so that neighbouring seeds, classes and blocks are unrelated.
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, c, b])))
-            drawn = generator.standard_normal((NOISE_BLOCK, width), dtype=np.float32)
-            noise[rows] = drawn[within[rows] - b * NOISE_BLOCK]
-        check_worker_device(self.model.device)
-        y = move(torch.from_numpy(cls), self.model.device)
-        eps = move(torch.from_numpy(noise), self.model.device)
-        with torch.no_grad():
-            if self.source == "rfcm":
-                return self._modes().sample_from_noise(y, eps, self.temperature)
-            gaussians = self.model.gaussians
-            return gaussians.mu[y] + self.temperature * gaussians.variance()[y].sqrt() * eps
+            places = torch.from_numpy(within[rows] - b * self.block).to(out.device)
+            out[torch.from_numpy(rows).to(out.device)] = self._accepted(c, b).z[places]
+        return out
+
+    def acceptance(self) -> dict[str, Any]:
+        """What rejection did in the blocks decoded so far (`images`, `export`, ... decode them).
+
+        Returns:
+            JSON-able: min_confidence, `total` and one entry per class with `items` (decoded), `candidates` (drawn for
+            them), `rate` (accepted / candidates), `failed` (kept though no candidate was good enough) and
+            `confidence` (mean).
+
+        Raises:
+            ValueError: for a data set without min_confidence.
+        """
+        if self.rejection is None:
+            raise ValueError("nothing is rejected without min_confidence")
+        ends = [*self._first_block[1:], self._store.blocks]
+        rows = [self._store.judged(int(a), int(b)) for a, b in zip(self._first_block, ends, strict=True)]
+        per_class = {name: _rates(row) for name, row in zip(self.classes, rows, strict=True)}
+        total = _rates(np.sum(rows, axis=0))
+        return {"min_confidence": self.rejection.min_confidence, "total": total, "classes": per_class}
 
     def decoded_block(self, cls: int, number: int) -> Tensor:
         """Images number * block ... of a class, uint8 [m, C, H, W], m <= block; kept in the cache."""
@@ -213,7 +254,7 @@ class SyntheticDataset(Dataset):
             return torch.from_numpy(kept)
         decoding = self._ahead.pop(key, None) or self._decode(cls, number)
         images, broken = decoding.wait()
-        self._store.write(key, images.numpy(), broken)
+        self._store.write(key, images.numpy(), broken, self._facts(decoding.accepted))
         if not self._warned and self._store.decoded_again >= TOO_OFTEN:
             self._warned = True
             needed = len(self) * int(np.prod(self.image_shape))
@@ -223,6 +264,10 @@ class SyntheticDataset(Dataset):
                 stacklevel=2,
             )
         return images
+
+    def not_finite_in(self, cls: int, number: int) -> int:
+        """Images of a block that has been decoded (`decoded_block`) whose values were not finite."""
+        return self._store.not_finite_in(int(self._first_block[cls]) + number)
 
     def decode_ahead(self, cls: int, number: int) -> None:
         """Start to decode a block, for the next call of `decoded_block`, where that need not be waited for: on CUDA.
@@ -234,21 +279,45 @@ class SyntheticDataset(Dataset):
             self._ahead = {key: self._decode(cls, number)}
 
     def _decode(self, cls: int, number: int) -> _Decoding:
-        first = int(self._starts[cls]) + number * self.block
-        last = min(int(self._starts[cls]) + self.counts[cls], first + self.block)
-        z = self.latents(range(first, last))
+        accepted = None if self.rejection is None else self._accepted(cls, number)
         with torch.no_grad(), evaluating(self.model):
-            x = self.model.decode(z, clamp=False)
+            if accepted is None or accepted.images is None:
+                z = self.latent_source.draw(*self._block_items(cls, number)) if accepted is None else accepted.z
+                x = self.model.decode(z, clamp=False)
+            else:
+                x = accepted.images
         # Not drawn again: item i would then no longer be a function of the seed alone.
         broken = (~torch.isfinite(x)).flatten(1).any(dim=1).sum()
         images = x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0).mul_(255).round_().to(torch.uint8)
         if images.device.type != "cuda":
-            return _Decoding(images.cpu(), broken, None)
+            return _Decoding(images.cpu(), broken, None, accepted)
         # Into pinned memory the copy runs by itself, while the host goes on to the next block.
         on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (images, broken)]
         for to, value in zip(on_host, (images, broken), strict=True):
             to.copy_(value, non_blocking=True)
-        return _Decoding(*on_host, torch.cuda.current_stream(images.device).record_event())
+        return _Decoding(*on_host, torch.cuda.current_stream(images.device).record_event(), accepted)
+
+    def _block_items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Class and place within it of a block's items, int64 [m] each."""
+        within = np.arange(number * self.block, min(self.counts[cls], (number + 1) * self.block))
+        return np.full_like(within, cls), within
+
+    def _accepted(self, cls: int, number: int) -> Accepted:
+        assert self.rejection is not None
+        check_worker_device(self.model.device)
+        y, within = self._block_items(cls, number)
+
+        def draw(rows: Tensor, attempt: int) -> Tensor:
+            return self.latent_source.draw(y[rows.numpy()], within[rows.numpy()], attempt)
+
+        return self.rejection.select(self.model, torch.from_numpy(y), draw)
+
+    def _facts(self, accepted: Accepted | None) -> tuple[int, int, float]:
+        """What the store keeps of a block: candidates, items that no candidate was good enough for, confidence."""
+        if accepted is None or self.rejection is None:
+            return 0, 0, 0.0
+        failed = int((accepted.confidence < self.rejection.min_confidence).sum())
+        return accepted.candidates, failed, float(accepted.confidence.sum())
 
     def export(
         self,
@@ -263,15 +332,19 @@ class SyntheticDataset(Dataset):
         Class folders are named by the class ids, or a slug of the class names (see `class_folders`).
         Transforms are not applied. Every file appears whole or not at all.
 
+        glem-provenance.json says what the images are (weights, settings, classes), and is the manifest: the SHA-256
+        of every shard, a block of images of one class. Exporting the same images to the same folder again checks them,
+        and writes what is missing or damaged: all that an export which was killed takes to be finished.
+
         Args:
-            folder: made if missing; format: "imagefolder"; progress: show a bar; overwrite: write into a
-            folder that already holds an export (what of it is left over is removed).
+            folder: made if missing; format: "imagefolder"; progress: show a bar; overwrite: write over an export of
+            other images (what of it is left over is removed).
 
         Returns:
             The folder.
 
         Raises:
-            FileExistsError: for a folder that is not empty; with overwrite=True, one that holds other things.
+            FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
             OSError: where the disk is full or can't be written, naming the path.
             ValueError: for another format, or a flow of neither 1 nor 3 channels.
         """
@@ -280,6 +353,18 @@ class SyntheticDataset(Dataset):
         check_choice("format", format, ("imagefolder",))
         self._check_pil()
         return export_imagefolder(self, Path(folder), progress=progress, overwrite=overwrite)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload all images with a data card to a data set on the Hugging Face Hub, in one commit.
+
+        Args:
+            repo_id: ``org/name``; options: see `hub_dataset.push_dataset`: license, format, private, token, ...
+
+        Returns, Raises: as there.
+        """
+        from glem_augment.hub_dataset import push_dataset
+
+        return push_dataset(self, repo_id, **options)
 
     def __repr__(self) -> str:
         return (
@@ -298,8 +383,10 @@ class SyntheticDataset(Dataset):
         self._make_store()
 
     def _make_store(self) -> None:
-        full, rest = divmod(self.per_class, self.block)
-        sizes = ([self.block] * full + [rest] * (rest > 0)) * len(self._first_block)
+        sizes: list[int] = []
+        for count in self.counts:
+            full, rest = divmod(count, self.block)
+            sizes += [self.block] * full + [rest] * (rest > 0)
         self._store = BlockStore(sizes, self.image_shape, self.cache_bytes)
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -313,11 +400,6 @@ class SyntheticDataset(Dataset):
         cls = np.searchsorted(self._starts, index, side="right") - 1
         return cls, index - self._starts[cls]
 
-    def _modes(self) -> Any:
-        if self.model.modes is None:
-            raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
-        return self.model.modes
-
     def _check_pil(self) -> None:
         if self.image_shape[0] not in (1, 3):
             raise ValueError(
@@ -330,6 +412,27 @@ def to_pil(image: Tensor) -> Image.Image:
     if image.shape[0] == 1:
         return Image.fromarray(image[0].numpy())
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+def _plain(per_class: PerClass) -> Any:
+    """As JSON can carry it."""
+    if isinstance(per_class, Mapping):
+        return {str(key): int(value) for key, value in per_class.items()}
+    if isinstance(per_class, (str, int)):
+        return per_class
+    return np.asarray(per_class).tolist()
+
+
+def _rates(row: np.ndarray) -> dict[str, Any]:
+    """From items, candidates, failed and the sum of confidences."""
+    items, candidates, failed, confidence = (float(value) for value in row)
+    return {
+        "items": int(items),
+        "candidates": int(candidates),
+        "rate": (items - failed) / candidates if candidates else None,
+        "failed": int(failed),
+        "confidence": confidence / items if items else None,
+    }
 
 
 def _whole(name: str, value: object, low: int) -> int:

@@ -225,8 +225,13 @@ def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, t
     assert len(files) == 6 and not (tmp_path / "some" / "cat").exists()
     for file in files:
         assert (tmp_path / "some" / file).read_bytes() == (tmp_path / "all" / file).read_bytes()
-    fails([*base, "--out", str(tmp_path / "all")], output, "not empty")
-    assert main([*base, "--out", str(tmp_path / "all"), "--overwrite", "--source", "rfcm"]) == 0
+    # Once more: the files are checked, and what is missing is written.
+    (tmp_path / "all" / "cat" / "000001.png").unlink()
+    assert main([*base, "--out", str(tmp_path / "all")]) == 0
+    assert (tmp_path / "all" / "cat" / "000001.png").is_file()
+    other = [*base, "--out", str(tmp_path / "all"), "--source", "rfcm"]
+    fails(other, output, "not empty", "source gaussian (not rfcm)", "--overwrite")
+    assert main([*other, "--overwrite"]) == 0
     fails([*base, "--out", str(tmp_path / "x"), "--classes", "cow"], output, "'cow'", "bird, cat, dog")
 
 

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
+import os
 import pickle
+import re
+import resource
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +18,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from glem_augment import GLEM
+from glem_augment.cli import main
 from glem_augment.data import ImageData, match_classes, open_data
-from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.errors import BadImageError, ClassMismatchError, DataError
 
 
 def png(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", value: int = 100) -> None:
@@ -234,6 +242,159 @@ def test_deep_images(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
+def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Two classes of good images in every mode, and among them what must not be used: file -> words of the reason."""
+    for name in ("cat", "dog"):
+        for i in range(12):
+            png(folder / name / f"good{i:02d}.png", value=10 * i)
+    cat, dog = folder / "cat", folder / "dog"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    noise.convert("CMYK").save(cat / "cmyk.jpg")
+    noise.convert("P").save(cat / "palette.png")
+    noise.convert("P").save(cat / "transparent.png", transparency=3)
+    noise.convert("RGBA").save(cat / "alpha.png")
+    noise.convert("LA").save(cat / "grey-alpha.png")
+    noise.convert("1").save(cat / "bits.png")
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (200, 20)]
+    frames[0].save(cat / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(cat / "animated.png", save_all=True, append_images=frames[1:])
+    frames[0].save(cat / "pages.tif", save_all=True, append_images=frames[1:])
+    noise.save(cat / "a-gif.png", format="GIF")
+    modes = sorted(p.name for p in cat.iterdir() if not p.name.startswith("good"))
+    large = noise.resize((64, 64))
+    bad = {}
+
+    def add(name: str, content: bytes, words: str) -> None:
+        (dog / name).write_bytes(content)
+        bad[str(dog / name)] = words
+
+    def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format=form, **options)
+        return buffer.getvalue()
+
+    for form, name in (("PNG", "cut.png"), ("JPEG", "cut.jpg"), ("WEBP", "cut.webp"), ("TIFF", "cut.tif")):
+        whole = encoded(large, form)
+        add(name, whole[: len(whole) // 2], "cannot be read")
+    add("empty.jpg", b"", "empty file")
+    add("page.jpg", b"<html>404</html>", "cannot be read")
+    add("text.png", b"hello\n" * 100, "cannot be read")
+    add("deep.png", encoded(Image.fromarray(np.full((8, 8), 4000, np.uint16)), "PNG"), "more than 8 bits")
+    add("float.tif", encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "more than 8 bits")
+    # A few hundred bytes that unfold into gigabytes: the header alone says so.
+    bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
+    for name, side in (("bomb.png", 30_000), ("limit.png", 10_000)):
+        bomb[16:24] = struct.pack(">II", side, side)
+        bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+        add(name, bytes(bomb), "pixels")
+    # PIL would start Ghostscript for this one.
+    add("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "holds EPS")
+    (dog / "link.png").symlink_to(dog / "nowhere.png")
+    bad[str(dog / "link.png")] = "cannot be read"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(dog / "pipe.png")
+        bad[str(dog / "pipe.png")] = "no regular file"
+    (dog / "notes.txt").write_text("not looked at")
+    return bad, modes
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("cache_bytes", [2**20, 0])
+def test_broken_images_among_good_ones(tmp_path: Path, cache_bytes: int) -> None:
+    bad, modes = broken_folder(tmp_path)
+    with pytest.raises(BadImageError, match="dog"):
+        data = open_data(tmp_path, image_size=8, cache_bytes=cache_bytes)
+        for i in range(len(data)):  # without a cache only the headers were read
+            data[i]
+    data = open_data(tmp_path, image_size=8, cache_bytes=cache_bytes, skip_bad=True)
+    assert sorted(where for where, _ in data.skipped) == sorted(bad)
+    for where, reason in data.skipped:
+        assert bad[where] in reason, (where, reason)
+    assert len(data) == 24 + len(modes) and np.bincount(data.targets).tolist() == [12 + len(modes), 12]
+    batches = torch.cat([x for x, _ in data.batches(range(len(data)), 5)])
+    assert batches.shape == (len(data), 3, 8, 8) and all(torch.equal(data[i][0], x) for i, x in enumerate(batches))
+    assert (data.tensor() is None) == (cache_bytes == 0)
+    # Good images in odd modes are what torchvision and timm read; of animations, the first frame.
+    for i, name in enumerate(sorted([*modes, *(f"good{i:02d}.png" for i in range(12))])):
+        with Image.open(tmp_path / "cat" / name) as image:
+            expected = np.asarray(image.convert("RGBA" if name == "transparent.png" else "RGB").convert("RGB"))
+        assert np.array_equal(batches[i].permute(1, 2, 0).numpy(), expected), name
+    for path, words in bad.items():
+        for other in bad:
+            if other != path:
+                Path(other).rename(other + ".aside")
+        with pytest.raises(BadImageError, match=f"{re.escape(path)}.*{words}"):
+            open_data(tmp_path, image_size=8)
+        for other in bad:
+            if other != path:
+                Path(other + ".aside").rename(other)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_glem_train_over_broken_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of broken images among good ones is trained over, with a report; without --skip-bad it is an error."""
+    bad, modes = broken_folder(tmp_path / "images")
+    out = tmp_path / "run"
+    flow = ["--flow", "depth=[1,1]", "--flow", "blocks=[1,1]", "--flow", "width=[6,6]"]
+    rest = ["--epochs", "2", "--batch-size", "8", "--sample-every", "0", "--threads", "1", "--device", "cpu", "--quiet"]
+    command = ["train", str(tmp_path / "images"), "--out", str(out), "--image-size", "8", *flow, *rest]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and any(path in error for path in bad) and not out.exists()
+
+    assert main([*command, "--skip-bad"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(bad)} images that can't be used: " in shown and "skipped.json" in shown
+    report = json.loads((out / "skipped.json").read_text())
+    assert report["skipped"] == len(bad) and report["used"] == 24 + len(modes)
+    assert {entry["image"] for entry in report["images"]} == set(bad)
+    assert all(bad[entry["image"]] in entry["reason"] for entry in report["images"])
+    model = GLEM.from_pretrained(out, check=True)
+    assert model.classes == ["cat", "dog"] and model.config.training["images"] == report["used"]
+    # Going on needs no flag: the run remembers how it opened its images.
+    assert main([*command, "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_class_of_broken_images_alone(image_folder: Path) -> None:
+    for path in (image_folder / "cat").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no image of 1 of the 3 classes.*\(cat\).*cat/0.png: cannot be read"):
+        open_data(image_folder, skip_bad=True)
+    for path in image_folder.rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(BadImageError, match="none of the 12 images"):
+        open_data(image_folder, skip_bad=True)
+
+
+def test_a_set_without_broken_images_skips_none(image_folder: Path, tmp_path: Path) -> None:
+    data = open_data(image_folder, skip_bad=True)
+    assert data.skipped == () and len(data) == 12
+    # An image of another size is no bad image: what is to be done about it is for the user to say.
+    png(image_folder / "cat" / "5.png", (9, 9))
+    with pytest.raises(DataError, match="image_size"):
+        open_data(image_folder, skip_bad=True)
+
+
+def test_very_long_images_are_cut_before_they_are_resized(tmp_path: Path) -> None:
+    png(tmp_path / "a" / "thin.png", (60_000, 1))
+    png(tmp_path / "a" / "tall.png", (2, 40_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = open_data(tmp_path, image_size=64)
+    assert all(torch.equal(data[i][0], torch.full((3, 64, 64), 100, dtype=torch.uint8)) for i in range(2))
+    # 64 x 3,840,000 x 3 bytes would be 700 MiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10
+
+
+def test_links_to_a_parent_give_no_image_twice(image_folder: Path) -> None:
+    (image_folder / "cat" / "loop").symlink_to(image_folder)
+    (image_folder / "cat" / "more").mkdir()
+    png(image_folder / "cat" / "more" / "x.png")
+    (image_folder / "dog" / "others").symlink_to(image_folder / "cat" / "more")
+    data = open_data(image_folder)
+    assert np.bincount(data.targets).tolist() == [4, 5, 5]
+
+
 def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
     (image_folder / "eel").mkdir()
     (image_folder / "eel" / "readme.txt").write_text("none yet")
@@ -291,7 +452,7 @@ def test_idx_damaged(tmp_path: Path, suffix: str) -> None:
     for data in (whole[:-3], whole[:6], b""):
         image_path.write_bytes(data)
         with pytest.raises(DataError, match="train-images-idx3-ubyte"):
-            open_data(tmp_path)
+            open_data(tmp_path, image_size=8)
     write_idx(image_path, labels)
     with pytest.raises(DataError, match="not an idx file .* 3 dimension"):
         open_data(tmp_path)

@@ -19,7 +19,7 @@ from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 
-from glem_augment import GLEM, ModelFileError, SyntheticDataset, hub
+from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset, hub
 from glem_augment.cli import main
 from glem_augment.hub import HubError
 from glem_augment.model_card import CardFacts, model_card
@@ -433,6 +433,55 @@ def test_branches_and_pull_requests(pushed: tuple[HubServer, GLEM, str]) -> None
     assert same(GLEM.from_pretrained("org/flow@refs/pr/1"), new)
 
 
+def test_servers_without_xet_storage(
+    pushed: tuple[HubServer, GLEM, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With hf_xet installed the client uploads large files to Xet storage, which only the Hub itself has."""
+    pytest.importorskip("hf_xet")
+    server, model, _ = pushed
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    commit = model.push_to_hub("org/other", license="mit", samples=False)
+    assert any("xet-write-token" in path for _, path, _ in server.requests)
+    assert server.repo("org/other").commits[commit.oid][WEIGHTS].lfs
+    assert same(GLEM.from_pretrained(f"org/other@{commit.oid}"), model)
+    images = SyntheticDataset(model, per_class=3)
+    assert set(push_images(images, server, format="webdataset")) >= {"data/train-00000-of-00001.tar"}
+    for status, words in ((401, "refused the token"), (403, "may write there")):
+        with server.faulty(Fault("xet-write-token", status)), pytest.raises(HubError, match=words):
+            tiny_model(1).push_to_hub("org/other", license="mit", samples=False)
+    assert server.repo("org/other").refs["main"] == commit.oid
+
+
+def test_a_server_that_speaks_just_enough(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No list of files, no judge of cards, 404 without a reason, ETags that look like checksums and are none."""
+    server.bare = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    model = tiny_model()
+    first = model.push_to_hub("org/flow", license="mit", samples=False).oid
+    assert same(GLEM.from_pretrained("org/flow"), model)
+    assert caplog.text.count("can't be compared with a checksum") == 2  # config and weights, said once each
+    count = sum(path.startswith("/objects/") for _, path, _ in server.requests)
+    new = tiny_model(1)
+    second = new.push_to_hub("org/flow", license="mit", samples=False).oid
+    assert same(GLEM.from_pretrained(f"org/flow@{first}"), model)
+    assert sum(path.startswith("/objects/") for _, path, _ in server.requests) == count  # from the cache
+    assert same(GLEM.from_pretrained("org/flow"), new)
+    assert GLEM.from_pretrained("org/flow").origin == f"org/flow@{second}"
+    # What was learned about the ETags serves offline, and damage is still found.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(GLEM.from_pretrained(f"org/flow@{first}"), model)
+    blob = (hub.locate(f"org/flow@{first}") / WEIGHTS).resolve()
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    refused("damaged", name=f"org/flow@{first}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert same(GLEM.from_pretrained(f"org/flow@{first}"), model)
+    with pytest.raises(HubError, match="org/nothing"):
+        GLEM.from_pretrained("org/nothing")
+
+
 def test_a_card_written_by_hand_is_kept(server: HubServer, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
 
@@ -444,6 +493,20 @@ def test_a_card_written_by_hand_is_kept(server: HubServer, caplog: pytest.LogCap
     server.put("org/flow", {"README.md": b"---\nlicense: mit\n---\nMine.\n"})
     assert push("apache-2.0") == b"---\nlicense: mit\n---\nMine.\n"
     assert "written by hand" in caplog.text
+
+
+def test_every_place_that_takes_a_model_takes_its_name(pushed: tuple[HubServer, GLEM, str], tmp_path: Path) -> None:
+    _, model, commit = pushed
+    model.save(tmp_path / "flow")
+    for name in ("org/flow", f"org/flow@{commit}", "hf-hub:org/flow", tmp_path / "flow", str(tmp_path / "flow")):
+        assert same(SyntheticDataset(name, per_class=1).model, model)
+    aug = GLEMAugment("bundled:fashion-mnist")
+    assert aug.model.num_classes == 10
+    with pytest.raises(HubError, match="no model repository 'org/nothing'"):
+        GLEMAugment("org/nothing")
+    with pytest.raises(ModelFileError, match="no model at"):
+        SyntheticDataset(Path("org/flow"))
+    assert GLEM.from_pretrained("org/flow", check=True).origin == f"org/flow@{commit}"
 
 
 # ---- the card ----------------------------------------------------------------------------------------------------
@@ -491,8 +554,9 @@ def test_nothing_is_invented_where_nothing_is_known(caplog: pytest.LogCaptureFix
 
 
 def test_names_of_classes_cannot_break_out_of_the_card() -> None:
-    names = ["a|b", "<script>alert(1)</script>", "[x](javascript:y)", "`c`", "---\nlicense: mit\n---"]
+    names = ["a|b", "<script>alert(1)</script>", "[x](javascript:y)", "`c`", "--- license: mit ---"]
     model = GLEM.create("identity", (1, 8, 8), names)
+    model.config.training = {"data": "x\n---\nlicense: mit\n---", "held_out": {"val_accuracy": 0.5, "val_images": "|"}}
     card = ModelCard(str(model_card(model, "org/flow")))
     assert card.data.license is None
     row = next(line for line in card.text.splitlines() if line.startswith("| classes |"))
@@ -566,7 +630,7 @@ def test_the_environment_alone_is_enough(server: HubServer, tmp_path: Path) -> N
     tiny_model().save(tmp_path / "flow")
     (tmp_path / "work").mkdir()
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
     def session(*lines: str, **extra: str) -> tuple[str, str]:
@@ -598,9 +662,7 @@ def test_the_environment_alone_is_enough(server: HubServer, tmp_path: Path) -> N
 
 
 def push_images(dataset: SyntheticDataset, server: HubServer, **options: object) -> dict[str, bytes]:
-    from glem_augment.hub_dataset import push_dataset
-
-    commit = push_dataset(dataset, "org/images", license="mit", **options)
+    commit = dataset.push_to_hub("org/images", license="mit", **options)
     return {path: blob.data for path, blob in server.repo("org/images", "dataset").commits[commit.oid].items()}
 
 

@@ -16,6 +16,7 @@ from glem_augment.evaluation import (
     Classifier,
     Recipe,
     auroc,
+    averaged_posterior,
     continuum_correlation,
     coverage,
     feature_fid,
@@ -90,13 +91,21 @@ def test_coverage_equals_its_definition(k: int, shift: float, monkeypatch: pytes
         assert 0 < got["coverage"] < 1
 
 
-def test_coverage_and_fid_against_the_reference_packages() -> None:
+def test_coverage_against_prdc() -> None:
     prdc = pytest.importorskip("prdc")
     real, fake = features(300, 16, 0), features(250, 16, 1, 0.5, 0.9)
     wanted = prdc.compute_prdc(real.numpy(), fake.numpy(), nearest_k=5)
     got = coverage(real, fake, 5)
     assert got["coverage"] == pytest.approx(wanted["coverage"], rel=1e-4)
     assert got["density"] == pytest.approx(wanted["density"], rel=1e-4)
+
+
+def test_fid_against_torch_fidelity() -> None:
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    real, fake = features(400, 64, 0), features(350, 64, 1, 0.2, 1.1)
+    statistics = [fidelity.fid_features_to_statistics(x) for x in (real, fake)]
+    wanted = fidelity.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert feature_fid(real, fake) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_coverage_of_itself_and_of_duplicates() -> None:
@@ -218,6 +227,21 @@ def test_ood_scores_by_hand_and_their_direction(toy: tuple[GLEM, Tensor, Tensor]
         assert auroc(typical["typicality"], outside["typicality"]) == 1.0
 
 
+def test_averaged_posteriors_are_means_over_noise_and_mirrors(toy: tuple[GLEM, Tensor, Tensor]) -> None:
+    model, x, _ = toy
+    x = x[:20] // 4 * 2 + 90  # off the classes' grounds, so that the posterior is not all zeros and ones
+    assert torch.allclose(averaged_posterior(model, x, draws=0), model.posterior(x).double(), atol=1e-5)
+    both = averaged_posterior(model, x, draws=0, flip=True)
+    mirrored = (model.posterior(x) + model.posterior(x.flip(3))).double() / 2
+    assert torch.allclose(both, mirrored, atol=1e-5)
+    g = torch.Generator().manual_seed(5)
+    by_hand = sum(torch.softmax(model.gaussians.log_prob(model.encode(x, g)[0]), 1).double() for _ in range(3)) / 3
+    got = averaged_posterior(model, x, draws=3, seed=5)
+    assert torch.allclose(got, by_hand, atol=1e-5) and torch.allclose(got.sum(1), torch.ones(20).double())
+    with pytest.raises(ValueError, match="draws"):
+        averaged_posterior(model, x, draws=-1)
+
+
 def test_ood_images_are_what_they_say() -> None:
     x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(ood_images(ood_images(x, "inverted"), "inverted"), x)
@@ -308,6 +332,7 @@ def test_architectures_are_the_papers() -> None:
     net = Classifier("resnet18", (3, 32, 32), 100)
     parameters = sum(p.numel() for p in net.net.parameters())
     assert parameters == 11_220_132  # the usual ResNet18 for CIFAR-100
+    assert sum(p.numel() for p in Classifier("resnet18_quarter", (3, 32, 32), 100).net.parameters()) < parameters / 15
     assert net.net.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
     with pytest.raises(ValueError, match="arch"):
         Classifier("resnet19", (3, 32, 32), 10)

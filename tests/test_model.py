@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import json
 import math
@@ -525,6 +526,24 @@ HOSTILE = {
     "unknown field": _top(exec="rm -rf /"),
     "other preset": _flow(coupling="affine"),
     "other classes": _top(class_ids=["a", "b"], class_names=["a", "b"]),
+    "psi true": _top(psi=[True, 0.2, 0.05]),
+    "format true": _top(format_version=True),
+    "bits true": _top(bits=True),
+    "subnet list": _flow(subnet=["residual"]),
+    "activation list": _flow(activation=["elu"]),
+    "patch list": _flow(patch=[2]),
+    "preset table": _flow(preset={"a": 1}),
+    "preset that clears the screen": _flow(preset="\x1b[2J"),
+    "class that clears the screen": _top(class_names=["\x1b[2J", "b", "c"]),
+    "class that UTF-8 can't hold": _top(class_ids=["\ud800", "b", "c"]),
+    "class with a line break": _top(class_ids=["a\nb", "b", "c"]),
+    "class without end": _top(class_ids=["a" * 2000, "b", "c"]),
+    "record that clears the screen": _top(training={"data": "\x1b[2J"}),
+    "record with such a name": _top(training={"\x00": 1}),
+    "record that UTF-8 can't hold": _top(training={"a": [{"b": "\udfff"}]}),
+    "record that is not finite": _top(training={"loss": math.nan}),
+    "record that is deep": _top(training=functools.reduce(lambda inner, _: {"a": inner}, range(100), {})),
+    "identity with a depth": lambda c: c["flow"].update(coupling="identity"),
     "no flow": _drop("flow"),
     "no format": _drop("format_version"),
     "no depth": _drop("flow", "depth"),
@@ -570,6 +589,73 @@ def test_configs_that_are_no_json_tables_are_refused(saved: Path, content: bytes
     (saved / "config.json").write_bytes(content)
     with pytest.raises(ModelFileError, match="config.json"):
         GLEM.from_pretrained(saved)
+
+
+def test_a_name_given_twice_is_refused(saved: Path) -> None:
+    """Which of the two counts would depend on who reads it."""
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"bits": 8', '"bits": 8, "bits": 5'))
+    with pytest.raises(ModelFileError, match="config.json: it gives 'bits' twice"):
+        GLEM.from_pretrained(saved)
+
+
+def test_what_could_not_be_loaded_is_not_saved(saved: Path) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    model = GLEM.from_pretrained(saved)
+    for training in ({"data": "\ud800"}, {"data": "\x1b[2J"}):
+        model.config.training = training
+        with pytest.raises(ModelFileError, match="can't be saved"):
+            model.save(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_variances_that_are_not_positive_are_refused(tmp_path: Path, saved: Path) -> None:
+    plain = tiny_model(psi=None)
+    plain.save(tmp_path / "plain")
+    assert GLEM.from_pretrained(tmp_path / "plain", check=True).gaussians.psi is None
+    for folder, name, value in (
+        (tmp_path / "plain", "gaussians.s", 0.0),
+        (tmp_path / "plain", "gaussians.s", -0.3),
+        (saved, "modes.scales", -1.0),
+        (saved, "modes.rest", -1e-3),
+    ):
+        whole = (folder / "model.safetensors").read_bytes()
+        state = load_file(folder / "model.safetensors")
+        state[name].reshape(-1)[0] = value
+        save_file(state, folder / "model.safetensors")
+        with pytest.raises(ModelFileError, match=name):
+            GLEM.from_pretrained(folder)
+        (folder / "model.safetensors").write_bytes(whole)
+    # A variance can vanish in float32 though all numbers of psi are positive.
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "psi": [1e-40, 1.0, 1e-45]}))
+    with pytest.raises(ModelFileError, match="variances"):
+        GLEM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
+def test_a_flow_that_cannot_be_inverted_is_found_when_asked(tmp_path: Path, preset: str) -> None:
+    model = tiny_model(preset)
+    model.save(tmp_path)
+    GLEM.from_pretrained(tmp_path, check=True)
+    for name, value in model.state_dict().items():
+        if name.endswith("log_scale"):
+            value.fill_(100.0)
+    model.save(tmp_path)
+    GLEM.from_pretrained(tmp_path)  # finite weights
+    with pytest.raises(ModelFileError, match="can't be inverted"):
+        GLEM.from_pretrained(tmp_path, check=True)
+
+
+def test_every_tensor_of_a_loaded_model_comes_from_the_file(tmp_path: Path) -> None:
+    """Models are built without memory and filled; nothing may be left that was neither."""
+    for preset in ("mef_tiny", "glow_tiny", "identity"):
+        tiny_model(preset).save(tmp_path)
+        model = GLEM.from_pretrained(tmp_path)
+        stored = set(load_file(tmp_path / "model.safetensors"))
+        assert {name for name, _ in [*model.named_parameters(), *model.named_buffers()]} == stored
+        for module in model.modules():
+            assert not [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
 
 
 def test_a_huge_config_is_not_even_read(saved: Path) -> None:

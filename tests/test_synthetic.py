@@ -282,7 +282,7 @@ def test_other_channel_counts_give_tensors_only() -> None:
         ({"temperature": float("inf")}, "temperature"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"block": 0}, "block"),
-        ({"source": "mixup"}, "'gaussian', 'rfcm'; got 'mixup'"),
+        ({"source": "vae"}, "'gaussian', 'rfcm', 'mixup'; got 'vae'"),
     ],
 )
 def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from glem_augment._export import export_imagefolder
+from glem_augment._sources import SOURCES
 from glem_augment.commands.common import (
     MODEL_HELP,
     add_device,
@@ -23,7 +24,7 @@ from glem_augment.commands.common import (
 )
 from glem_augment.errors import ClassMismatchError
 from glem_augment.model import GLEM
-from glem_augment.synthetic import SOURCES, SyntheticDataset
+from glem_augment.synthetic import SyntheticDataset
 
 DESCRIPTION = """\
 Draw new images of every class from a flow, and write them as PNG files, one folder per class, with
@@ -128,6 +129,9 @@ class _SomeClasses(SyntheticDataset):
 
     def decoded_block(self, cls: int, number: int) -> Tensor:
         return self._full.decoded_block(self._kept[cls], number)
+
+    def not_finite_in(self, cls: int, number: int) -> int:
+        return self._full.not_finite_in(self._kept[cls], number)
 
     @property
     def non_finite(self) -> int:

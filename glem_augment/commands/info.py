@@ -78,7 +78,7 @@ def _text(facts: dict[str, Any]) -> str:
         ("folder", facts["folder"]),
         *([("hub", "{repo}, commit {commit}".format(**facts["hub"]))] if facts["hub"] else []),
         ("images", f"{channels}x{height}x{width} (channels x height x width), {facts['bits']} bits"),
-        ("flow", f"{facts['flow']['preset']}: {_pairs(numbers)}"),
+        ("flow", f"{facts['flow'].get('preset', 'flow')}: {_pairs(numbers)}"),
         (
             "parameters",
             f"{parameters['flow']:,} in the flow, {parameters['gaussians']:,} in the class Gaussians",

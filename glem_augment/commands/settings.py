@@ -15,6 +15,7 @@ from glem_augment.flows.presets import PRESETS
 from glem_augment.training.config import (
     AUGMENTATIONS,
     AVERAGING,
+    LIKELIHOODS,
     MEAN_INITS,
     MEMORIES,
     OBJECTIVES,
@@ -67,6 +68,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "ce_scale": Setting(
             float, "class scores are multiplied by this before the cross-entropy; below 1: wider margins"
         ),
+        "label_smoothing": Setting(float, "of the cross-entropy"),
+        "likelihood": Setting(LIKELIHOODS, "of the E-step: of an image given its class, or of the image alone"),
+        "noise_std": Setting(float, "dequantise with Gaussian noise of this many levels; 0: uniform noise"),
     },
     OPTIMISER: {
         "epochs": Setting(int, "passes over the images"),
@@ -88,6 +92,10 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     GAUSSIANS: {
         "mean_init": Setting(MEAN_INITS, "means at the start"),
         "mean_init_std": Setting(float, "standard deviation of random means"),
+        "sigma_init": Setting(float, "variances at the start; by default the middle of psi's range, 0.3 without psi"),
+        "sigma_init_std": Setting(float, "standard deviation of noise on the variances' parameters at the start"),
+        "joint": Setting(bool, "learn the Gaussians with the flow, by the E-step's loss, in place of M-steps"),
+        "joint_lr": Setting(float, "learning rate of the Gaussians then"),
         "psi": Setting("psi", "variances a*sigmoid(b*s)+c; none: plain variances", "A"),
         "m_rounds": Setting(int, "M-steps per epoch"),
         "m_steps": Setting(int, "Adam steps in each M-step"),
@@ -111,6 +119,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             "Digits must not flip",
             "LIST",
         ),
+        "code_rows": Setting(int, "the lowest rows of the images are a class code, and are not augmented"),
         "g_fraction": Setting(float, "share of each class for the M-step"),
         "val_fraction": Setting(float, "share of each class held out for measuring"),
         "val_max": Setting(int, "at most this many images held out"),
@@ -239,7 +248,7 @@ def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, where: str) -> Any:
     kind, plain = KINDS[name], not isinstance(value, bool)
-    if value is None and name in ("psi", "threads", "beta", "repulsion", "max_minutes"):
+    if value is None and name in ("psi", "threads", "beta", "repulsion", "max_minutes", "sigma_init"):
         return None
     try:
         if kind is int and plain and float(value) == int(float(value)):

@@ -21,6 +21,7 @@ from glem_augment.model import GLEM
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import Checkpoints
 from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+from glem_augment.training.methods import METHODS, prepare
 
 DESCRIPTION = """\
 Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
@@ -45,7 +46,8 @@ EXAMPLES = """\
 """
 RUN_FILE = "run.json"
 # How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
-_VIEW = {"split": "train", "image_size": None, "channels": None, "init": None}
+_VIEW = {"split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None}
+SKIPPED_FILE = "skipped.json"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,6 +70,13 @@ def add_parser(subparsers: Any) -> None:
         default=argparse.SUPPRESS,
         help="start from this model's flow (fine-tuning) in place of a new one; its images must have the same size",
     )
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        default=argparse.SUPPRESS,
+        help="settings of a published method, under all others that are given. "
+        + "; ".join(f"{name}: {value.about}" for name, value in METHODS.items()),
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_device(parser)
     view = parser.add_argument_group("images")
@@ -83,6 +92,12 @@ def add_parser(subparsers: Any) -> None:
     )
     view.add_argument(
         "--channels", type=int, choices=(1, 3), default=argparse.SUPPRESS, help="grey or RGB (default: what they are)"
+    )
+    view.add_argument(
+        "--skip-bad",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help=f"leave out images that can't be read, and list them in DIR/{SKIPPED_FILE} (default: stop at the first)",
     )
     add_settings(parser)
 
@@ -108,9 +123,16 @@ def run(args: argparse.Namespace) -> int:
         view = {**_earlier_view(out), **view}
     else:
         _refuse_earlier_run(out)
-    config = TrainConfig.from_dict(settings)
     view = {**_VIEW, **view}
-    data = open_data(args.data, view["split"], _size(view["image_size"]), view["channels"])
+    name = view["method"]
+    # Settings that make no sense are found out before the data is opened.
+    config = TrainConfig.from_dict(settings) if name is None else METHODS[name].config(**settings)
+    size = _size(view["image_size"])
+    data = open_data(args.data, view["split"], size, view["channels"], skip_bad=view["skip_bad"])
+    skipped, codes = data.skipped, None
+    if name is not None:
+        ready = prepare(name, data, **settings)
+        data, config, codes = ready.data, ready.config, ready.codes
     init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
     trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
@@ -118,6 +140,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.resume or not (out / RUN_FILE).exists():
         write_json(out / RUN_FILE, _record(args, view))
+        if codes is not None:
+            codes.save(out)
+    if view["skip_bad"]:
+        listed = [{"image": where, "reason": reason} for where, reason in skipped]
+        write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
     print(summary(trainer, data), flush=True)
     try:
         model = trainer.fit()
@@ -157,9 +184,25 @@ def _earlier_view(out: Path) -> dict[str, Any]:
     """How the run's first half opened its data; empty where its record is missing or damaged."""
     try:
         earlier = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-        return {name: earlier.get(name, default) for name, default in _VIEW.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {name: earlier[name] for name in _VIEW if name in earlier and _is_view(name, earlier[name])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def _is_view(name: str, value: Any) -> bool:
+    """Whether a record, perhaps a stranger's, holds what its option could have been given."""
+    if name == "split":
+        return isinstance(value, str)
+    if name == "skip_bad":
+        return isinstance(value, bool)
+    if name == "method":
+        return value is None or value in METHODS
+    if name == "image_size":
+        sides = value if isinstance(value, list) else []
+        return value is None or (
+            len(sides) in (1, 2) and all(type(side) is int and 1 <= side <= 4096 for side in sides)
+        )
+    return value is None or (value in (1, 3) if name == "channels" else isinstance(value, str))
 
 
 def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +231,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
             "data",
             f"{data.name}: {len(data)} images, {channels}x{height}x{width}, {len(data.classes)} classes ({names})",
         ),
+        *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
         ("flow", f"{config.preset}, {sum(p.numel() for p in model.flow.parameters()):,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),
@@ -199,6 +243,12 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ("out", str(trainer.out)),
     ]
     return "\n".join(f"{key:<11}{value}" for key, value in rows)
+
+
+def _first(data: ImageData) -> str:
+    where, reason = data.skipped[0]
+    more = f"; all are in {SKIPPED_FILE}" if len(data.skipped) > 1 else ""
+    return f"{where} {' '.join(reason.split())[:120]}{more}"
 
 
 def _held_out(model: GLEM) -> str:

@@ -4,6 +4,7 @@ Every function takes tensors and says what it counts; ``classifier`` trains the 
 of them need. ``glem_augment.metrics.evaluate`` measures the flow itself (accuracy, bits/dim, calibration).
 """
 
+from glem_augment.evaluation.averaging import averaged_posterior
 from glem_augment.evaluation.classifier import Classifier, Recipe, train_classifier
 from glem_augment.evaluation.continuum import ContinuumFit, continuum_correlation, mantel, spearman
 from glem_augment.evaluation.coverage import coverage, nearest_distances
@@ -16,6 +17,7 @@ __all__ = [
     "ContinuumFit",
     "Recipe",
     "auroc",
+    "averaged_posterior",
     "continuum_correlation",
     "coverage",
     "feature_fid",

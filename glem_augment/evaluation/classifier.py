@@ -182,9 +182,14 @@ class Classifier(nn.Module):
 def _network(arch: str, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     channels, height, width = image_shape
     if arch in _RESNETS:
-        net = timm.create_model("resnet18", num_classes=num_classes, in_chans=channels, channels=_RESNETS[arch])
+        widths = _RESNETS[arch]
+        # timm narrows what follows the stem only where the stem is a "deep" one; that is replaced in the next line.
+        net = timm.create_model(
+            "resnet18", num_classes=num_classes, in_chans=channels, channels=widths, stem_type="deep",
+            stem_width=widths[0] // 2,
+        )  # fmt: skip
         # Small images: a 7x7 convolution of stride 2 and a pooling would leave 8x8 of 32x32 pixels.
-        net.conv1 = nn.Conv2d(channels, net.conv1.out_channels, 3, padding=1, bias=False)
+        net.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
         return net

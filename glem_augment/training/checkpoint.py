@@ -230,16 +230,21 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str
 
     Settings that only change the order of additions are warned about: the last bits will differ, not what is learned.
     """
-    folder, then = checkpoint.path.parent, checkpoint.config
+    folder = checkpoint.path.parent
     now = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
-    changed = [key for key in now if key not in _FREE and then.get(key) != now[key]]
+    try:
+        # A setting that did not exist yet was at what is its default now.
+        then = TrainConfig.from_dict(checkpoint.config).to_dict()
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{checkpoint.path} holds settings that this version can't use: {error}") from None
+    changed = [key for key in now if key not in _FREE and then[key] != now[key]]
     if changed:
-        pairs = ", ".join(f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in changed)
+        pairs = ", ".join(f"{key}: {then[key]!r} then, {now[key]!r} now" for key in changed)
         raise TrainingError(f"{folder} holds a run with other settings ({pairs}); use the same or another folder")
     for key in _LAST_BITS:
-        if then.get(key) != now[key]:
+        if then[key] != now[key]:
             warnings.warn(
-                f"{folder} was trained with {key}={then.get(key)}, now {now[key]}: sums are taken in another order, so "
+                f"{folder} was trained with {key}={then[key]}, now {now[key]}: sums are taken in another order, so "
                 "the weights will not be those of an uninterrupted run to the last bit",
                 stacklevel=3,
             )

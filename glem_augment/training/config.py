@@ -11,9 +11,21 @@ REPULSIONS = ("kld", "saturating", "none")
 AVERAGING = ("ema", "swa", "none")
 SCHEDULES = ("multistep", "cosine")
 MEAN_INITS = ("class_means", "random", "zeros")
+LIKELIHOODS = ("class", "marginal")
 PRECISIONS = ("fp32", "bf16")
 MEMORIES = ("stored", "reversible")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
+# Far above any use: settings are also read from the checkpoints of strangers, and must not ask for absurd amounts of
+# memory, processes or threads. M_STEPS: in all, since each has a learning rate in memory.
+_MOST = {
+    "epochs": 10**6,
+    "refit_steps": 10**6,
+    "modes_rank": 4096,
+    "workers": 512,
+    "threads": 4096,
+    "seed": 2**63 - 1,
+}
+_MOST_M_STEPS = 10**7
 
 
 def _is_whole(value: Any) -> bool:
@@ -53,6 +65,12 @@ class TrainConfig:
         repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
         beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension. The M-step
             weighs classes equally in both terms; the E-step takes images as they come.
+        label_smoothing: of that cross-entropy, in both steps.
+        likelihood: of the E-step: "class", -log p(x|y) (Eq. 3), or "marginal", -log p(x) = -log mean_y p(x|y).
+        noise_std: dequantise with Gaussian noise of this many levels, in place of the uniform noise at 0. Likelihoods
+            are measured with uniform noise all the same.
+        joint, joint_lr: learn the Gaussians by the E-step's loss together with the flow, with Adam at ``joint_lr`` (on
+            the flow's schedule), in place of M-steps; there is no repulsion then, and the flow sees all of the data.
         m_rounds: M-steps (passes over D_g) per epoch; m_steps: Adam steps in each.
         m_budget: sum of the Adam learning rates over the run, which is how far a mean can move; it is what keeps
             range-normalised repulsion finite. A tenth of the steps takes the first 1.0 / 1.45 of it; what falls to
@@ -66,6 +84,9 @@ class TrainConfig:
         mean_init: means at the start: "class_means" of the initial latents, "random" (``mean_init_std``) or "zeros".
             A run that starts from a fitted model takes its Gaussians where the classes are the same, else fits them to
             the latents.
+        sigma_init, sigma_init_std: variances at the start (None: the middle of psi's range, or 0.3 without psi), and
+            the standard deviation of normal noise on their free parameters s.
+        code_rows: the lowest rows of each image are a class code (``glem_augment.codes``), which is not augmented.
         psi, bits: see ``GLEM.create``.
         g_fraction, val_fraction: shares of the data for the M-step and (at most ``val_max`` images) for held-out
             metrics; stratified, seeded.
@@ -105,6 +126,11 @@ class TrainConfig:
     beta_end: float = 1.0
     beta_anneal_from: float = 0.0
     ce_scale: float = 1.0
+    label_smoothing: float = 0.0
+    likelihood: str = "class"
+    noise_std: float = 0.0
+    joint: bool = False
+    joint_lr: float = 1e-3
     m_rounds: int = 1
     m_steps: int = 1
     m_budget: float = 1.45
@@ -114,6 +140,9 @@ class TrainConfig:
     freeze_gaussians_at: float = 1.0
     mean_init: str = "class_means"
     mean_init_std: float = 0.1
+    sigma_init: float | None = None
+    sigma_init_std: float = 0.0
+    code_rows: int = 0
     psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05)
     bits: int = 8
     refit_steps: int | None = None
@@ -141,6 +170,7 @@ class TrainConfig:
             ("averaging", AVERAGING),
             ("schedule", SCHEDULES),
             ("mean_init", MEAN_INITS),
+            ("likelihood", LIKELIHOODS),
             ("precision", PRECISIONS),
             ("memory", MEMORIES),
         ):
@@ -157,6 +187,8 @@ class TrainConfig:
         if self.repulsion not in REPULSIONS:
             raise ValueError(f"repulsion must be one of {', '.join(REPULSIONS)}, got {self.repulsion!r}")
         self._check("beta", _is_number(self.beta), "a number >= 0")
+        if self.joint and self.repulsion != "none":
+            raise ValueError(f"joint=True has no M-step for the repulsion {self.repulsion!r}; set repulsion='none'")
         if self.objective == "mle" and (self.repulsion != "none" or self.beta):
             raise ValueError("objective='mle' has neither repulsion nor beta; use 'glem' or 'hybrid' for those")
         if self.objective == "glem" and self.beta:
@@ -182,18 +214,53 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         for name in ("epochs", "batch_size", "m_rounds", "m_steps", "max_bad_steps", "val_max"):
             self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
-        for name in ("warmup_steps", "modes_rank", "workers", "sample_every", "seed", "refit_steps", "max_rollbacks"):
+        for name in (
+            "warmup_steps",
+            "modes_rank",
+            "workers",
+            "sample_every",
+            "seed",
+            "refit_steps",
+            "max_rollbacks",
+            "code_rows",
+        ):
             self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 0, "a whole number >= 0")
-        for name in ("lr", "ce_scale", "beta_end", "clip_norm", "saturation", "m_budget", "checkpoint_minutes"):
+        for name in (
+            "lr",
+            "ce_scale",
+            "beta_end",
+            "clip_norm",
+            "saturation",
+            "m_budget",
+            "checkpoint_minutes",
+            "joint_lr",
+        ):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
-        for name in ("kld_weight", "kld_weight_end", "beta", "min_lr", "sigma_lr_scale", "mean_init_std", "refit_beta"):
+        for name in (
+            "kld_weight",
+            "kld_weight_end",
+            "beta",
+            "min_lr",
+            "sigma_lr_scale",
+            "mean_init_std",
+            "refit_beta",
+            "noise_std",
+            "sigma_init_std",
+        ):
             self._check(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
         for name in ("g_fraction", "ema_decay", "swa_start", "freeze_gaussians_at"):
             self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, "in (0, 1]")
-        for name in ("learn_mu", "learn_sigma", "compile"):
+        for name in ("learn_mu", "learn_sigma", "compile", "joint"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("flow_options", isinstance(self.flow_options, dict), "a table of the preset's numbers")
+        self._check("preset", isinstance(self.preset, str), "a name")
         self._check("g_fraction", self.g_fraction < 1, "below 1")
+        smooth = self.label_smoothing
+        self._check("label_smoothing", _is_number(smooth) and 0 <= smooth < 1, "in [0, 1)")
+        if self.sigma_init is not None:
+            self._check("sigma_init", _is_number(self.sigma_init) and self.sigma_init > 0, "a positive number")
+            low, high = (0.0, math.inf) if self.psi is None else (self.psi[2], self.psi[0] + self.psi[2])
+            self._check("sigma_init", low < self.sigma_init < high, f"a variance that psi can give, {low} to {high}")
         late = self.beta_anneal_from
         self._check("beta_anneal_from", _is_number(late) and 0 <= late < 1, "in [0, 1)")
         self._check("val_fraction", _is_number(self.val_fraction) and 0 <= self.val_fraction < 1, "in [0, 1)")
@@ -204,6 +271,10 @@ class TrainConfig:
         self._check(
             "threads", self.threads is None or (_is_whole(self.threads) and self.threads >= 1), "a whole number >= 1"
         )
+        for name, most in _MOST.items():
+            self._check(name, (getattr(self, name) or 0) <= most, f"at most {most}")
+        in_all = self.epochs * self.m_rounds * self.m_steps
+        self._check("m_steps", in_all <= _MOST_M_STEPS, f"such that there are at most {_MOST_M_STEPS} in all")
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:

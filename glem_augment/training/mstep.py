@@ -109,7 +109,9 @@ def m_step_loss(
         # weigh the same, as in the likelihood.
         z, y = statistics.kept()
         weight = (1 / statistics.count.clamp_min(1)).to(z.dtype)
-        entropy = F.cross_entropy(config.ce_scale * gaussians.log_prob(z), y, weight=weight).double()
+        entropy = F.cross_entropy(
+            config.ce_scale * gaussians.log_prob(z), y, weight=weight, label_smoothing=config.label_smoothing
+        ).double()
         loss = loss + config.beta * dim / unit * entropy
     return loss
 

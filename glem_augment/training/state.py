@@ -6,7 +6,6 @@ the order of the images, the noise. So a file can't bring in anything but counte
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +59,12 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     facts = checkpoint.facts
     for name in _COUNTERS:
-        if type(facts[name]) is not int or facts[name] < 0:
+        if type(facts[name]) is not int or not 0 <= facts[name] < 2**53:
             raise ValueError(f"{name} is {facts[name]!r}")
     if facts["step"] > trainer.total_steps or facts["m_done"] > trainer.m_total:
         raise ValueError(f"step {facts['step']} of {trainer.total_steps}, M-step {facts['m_done']}")
-    scale, seconds = float(facts["lr_scale"]), float(facts["seconds"])
-    if not 0 < scale <= 1 or not 0 <= seconds < math.inf:
+    scale, seconds = facts["lr_scale"], facts["seconds"]
+    if type(scale) is not float or not 0 < scale <= 1 or type(seconds) is not float or not 0 <= seconds < 1e12:
         raise ValueError(f"lr_scale is {scale!r}, seconds {seconds!r}")
     parts: dict[str, dict[str, Tensor]] = {
         "model": {}, "average": {}, "flow_optimizer": {}, "m_optimizer": {}, "run": {}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,10 +25,10 @@ from glem_augment.model import GLEM
 from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError, LossGuard
-from glem_augment.training.image_ops import augment_batch
 from glem_augment.training.logs import MetricsLog
 from glem_augment.training.measure import gaussian_state, held_out
 from glem_augment.training.mstep import LatentStatistics, m_learning_rates, m_step_loss
+from glem_augment.training.objective import augmented, e_step_loss, encode
 from glem_augment.training.optim import WeightAverage, flow_optimizer, gaussian_optimizer
 from glem_augment.training.run import Run
 from glem_augment.training.split import Split, stratified_split
@@ -94,7 +93,8 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self.m_total = config.m_rounds * config.epochs
         self.m_rates = m_learning_rates(config, self.m_total * config.m_steps)
-        self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs)
+        # Learned jointly, the Gaussians need no images of their own.
+        self.frozen_from = 0 if config.joint else math.ceil(config.freeze_gaussians_at * config.epochs)
         if checkpoint is None:
             # Before the optimizer and the average are made: both start from the initialised weights.
             self._initialise(init_model)
@@ -177,7 +177,14 @@ class Trainer:
             spread = (statistics.square / n - means * means).clamp_min(0)
             pooled = (spread * n).sum(0) / n.sum()
             gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
-        elif config.mean_init == "random":
+            return
+        if config.sigma_init is not None:
+            gaussians.set_variance(torch.full_like(gaussians.s, config.sigma_init))
+        if config.sigma_init_std:
+            noise = torch.randn(gaussians.s.shape, generator=self._generator(6)).to(gaussians.s)
+            gaussians.s.add_(config.sigma_init_std * noise)
+            gaussians.project()
+        if config.mean_init == "random":
             gaussians.randomise(config.mean_init_std, self._generator(2))
         elif config.mean_init == "class_means":
             statistics = self._latent_pass(-1, self.split.g, keep=False)
@@ -225,7 +232,7 @@ class Trainer:
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self._generator(3, round_index + 1)
         for x, y in self.images(rows, _EVAL_BATCH):
-            z, logdet = model.encode(augment_batch(x, self.config.augment, generator), generator)
+            z, logdet = encode(model, augmented(x, self.config, generator), self.config, generator)
             statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
         return statistics
 
@@ -275,38 +282,41 @@ class Trainer:
             self._gaussian_step(statistics, config, self.kld_weight())
 
     def e_step(self, x: Tensor, y: Tensor) -> float:
-        """One step of Adamax on the flow (Eq. 3, the Gaussians fixed). Returns the loss, nats per dimension."""
-        config, model, gaussians = self.config, self.model, self.model.gaussians
+        """One step of Adamax on the flow (Eq. 3; the Gaussians are fixed unless ``joint``).
+
+        Returns the loss, nats per dimension.
+        """
+        config, model = self.config, self.model
         generator = self._generator(4, self.step)
-        x = augment_batch(x, config.augment, generator)
-        with torch.no_grad():
-            terms = gaussians._density_terms()  # constants of the step; no gradient reaches the Gaussians
-        z, logdet = model.encode(x, generator)
-        if config.beta:
-            inverse, scaled, constant = terms
-            scores = torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
-            own = scores.gather(1, y[:, None])[:, 0]
-        else:
-            mu, var = gaussians.mu.detach()[y], gaussians.variance().detach()[y]
-            own = -0.5 * ((z - mu).square() / var + var.log() + math.log(2 * math.pi)).sum(1)
-        loss = -(own + logdet).mean() / model.dim
-        if config.beta:
-            loss = loss + self.beta() * F.cross_entropy(config.ce_scale * scores, y)
+        z, logdet = encode(model, augmented(x, config, generator), config, generator)
+        loss = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
         if self.flow_optimizer is None:
             return float(loss)
         self.flow_optimizer.zero_grad(set_to_none=True)
+        if config.joint:
+            self.m_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.flow.parameters(), config.clip_norm)
         # One read per step, of two numbers at once: a bad step has to be known before the weights move.
         value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
         if math.isfinite(value) and math.isfinite(norm_value):
             self.flow_optimizer.step()
+            if config.joint:
+                self._joint_step()
             self.bad_in_a_row = 0
             self.average.update(model.flow, self.step + 1)
         else:
             self.bad_in_a_row += 1
             self._bad_step(f"loss {value}, gradient norm {norm_value}", self.bad_in_a_row)
         return value
+
+    def _joint_step(self) -> None:
+        """Adam on the Gaussians, from the gradients of the E-step's loss, on the flow's schedule."""
+        share = self.flow_optimizer.param_groups[0]["lr"] / self.config.lr  # the return after a divergence included
+        for group in self.m_optimizer.param_groups:
+            group["lr"] = self.config.joint_lr * share * group["lr_scale"]
+        self.m_optimizer.step()
+        self.model.gaussians.project()
 
     def _bad_step(self, what: str, in_a_row: int) -> None:
         self.bad_steps += 1

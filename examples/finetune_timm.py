@@ -1,0 +1,280 @@
+"""Fine-tune any timm model with GLEMAugment: a short loop on timm's public API.
+
+    python examples/finetune_timm.py --smoke
+    python examples/finetune_timm.py --data photos/ --flow runs/photos --model resnet50.a1_in1k --img-size 224
+    torchrun --nproc_per_node 8 examples/finetune_timm.py --config examples/eva02_imagenet.yaml --data imagenet/ ...
+
+The data are an ImageFolder with train/ and val/. A config file holds the same options (with _ for -), and `augment`,
+the settings of GLEMAugment. Lines marked (*) are all that the augmentation adds to an ordinary loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from _common import BUNDLED, bundled_folders
+from PIL import Image, ImageOps
+from timm import utils
+from timm.data import RealLabelsImagenet, auto_augment, create_dataset, create_loader, resolve_model_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from glem_augment import GLEM, GLEMAugment
+from glem_augment.classmatch import match_classes
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's RandAugment asks for 0 bits at its highest level, which recent versions of Pillow refuse."""
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, max(1, bits_to_keep))
+
+
+auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
+
+DEFAULTS: dict[str, Any] = {
+    "model": "resnet18.a1_in1k",
+    "pretrained": True,
+    "num_classes": None,
+    "drop_path": None,
+    "img_size": None,
+    "mean": None,
+    "std": None,
+    "crop_mode": None,
+    "crop_pct": None,
+    "interpolation": None,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.4,
+    "reprob": 0.0,
+    "opt": "adamw",
+    "lr": 5e-4,
+    "layer_decay": None,
+    "weight_decay": 0.05,
+    "betas": None,
+    "clip_grad": None,
+    "epochs": 15,
+    "warmup_epochs": 2,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-6,
+    "smoothing": 0.1,
+    "ema_decay": 0.9999,
+    "batch_size": 64,
+    "accumulate": 1,
+    "amp": "bfloat16",
+    "grad_checkpointing": False,
+    "workers": 4,
+    "seed": 42,
+    "off_epoch": None,
+    "augment": {"policy": "noise", "p": 0.5, "strength": 0.5},
+}
+SMOKE: dict[str, Any] = {
+    "model": "resnet10t",
+    "pretrained": False,
+    "img_size": 64,
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "layer_decay": 0.8,
+    "ema_decay": 0.9,
+    "lr": 2e-3,
+    "amp": None,
+    "workers": 0,
+    "augment": {"policy": "adversarial", "p": 0.5, "strength": 0.5},
+}
+
+
+def options() -> argparse.Namespace:
+    """Defaults, then the config file, then the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="YAML of these options")
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--flow", default=BUNDLED, help="a folder, a bundled flow, or org/name on the Hub")
+    parser.add_argument("--out", type=Path, help="checkpoints; a run that finds one there goes on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="a quick run on the bundled images")
+    for name in DEFAULTS:
+        kind = yaml.safe_load if name != "model" else str
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
+    given = vars(parser.parse_args())
+    config = yaml.safe_load(given["config"].read_text()) if given["config"] else {}
+    unknown = set(config) - set(DEFAULTS)
+    if unknown:
+        parser.error(f"{given['config']} has unknown options: {', '.join(sorted(unknown))}")
+    if given["data"] is None and not given["smoke"]:
+        parser.error("give --data FOLDER, or --smoke")
+    return argparse.Namespace(**{**DEFAULTS, **(SMOKE if given["smoke"] else {}), **config, **given})
+
+
+def main() -> None:
+    args = options()
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, args.data or bundled_folders(Path(folder), per_class=40))
+
+
+def run(args: argparse.Namespace, root: Path) -> None:
+    device = utils.init_distributed_device(args)
+    utils.random_seed(args.seed, args.rank)
+    primary = utils.is_primary(args)
+
+    # Data
+    train = create_dataset("", root=str(root / "train"), split="train")
+    val = create_dataset("", root=str(root / "val"), split="val")
+    names = sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.__getitem__)
+    settings = {"img_size": args.img_size} if args.img_size and "eva" in args.model else {}
+    settings |= {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
+    net = timm.create_model(
+        args.model, pretrained=args.pretrained, num_classes=args.num_classes or len(names), **settings
+    ).to(device)
+    if args.grad_checkpointing:
+        net.set_grad_checkpointing()
+    config = resolve_model_data_config(net, vars(args))
+    common = {
+        "input_size": config["input_size"],
+        "batch_size": args.batch_size,
+        "mean": config["mean"],
+        "std": config["std"],
+        "interpolation": config["interpolation"],
+        "num_workers": args.workers,
+        "device": device,
+        "persistent_workers": args.workers > 0,
+    }
+    train_loader = create_loader(
+        train,
+        is_training=True,
+        auto_augment=args.aa,
+        color_jitter=args.color_jitter,
+        re_prob=args.reprob,
+        distributed=args.distributed,
+        **common,
+    )
+    val_loader = create_loader(val, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"], **common)
+
+    # Augmentation (*)
+    flow = GLEM.from_pretrained(args.flow, device=device)
+    class_map = match_classes(flow.class_ids, flow.classes, names, names).tolist()
+    modes = min(args.augment.get("modes", 64), flow.modes.rank if flow.modes is not None else 64)
+    augment = {**args.augment, "modes": modes, "mean": config["mean"], "std": config["std"], "seed": args.seed}
+    aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": len(names)}, flow)
+    train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
+    soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2
+
+    # Optimisation
+    optimizer = create_optimizer_v2(
+        net,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        layer_decay=args.layer_decay,
+        **({} if args.betas is None else {"betas": tuple(args.betas)}),
+    )
+    updates = len(train_loader) // args.accumulate
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    ema = utils.ModelEmaV3(net, decay=args.ema_decay)
+    loss_fn = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(args.smoothing)
+    model = net
+    if args.distributed:
+        model = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    dtype = None if args.amp is None else getattr(torch, args.amp)
+    if aug.policy == "adversarial":
+        aug.attach(model, autocast=dtype)  # (*)
+
+    state: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "aug": aug}
+    start = resume(args.out, state, device)
+    train_loader.epoch = start
+    for epoch in range(start, args.epochs):
+        if args.distributed:
+            train_loader.sampler.set_epoch(epoch)
+        began, seen = time.monotonic(), utils.AverageMeter()
+        model.train()
+        scheduler.step_update(epoch * updates)
+        for step, (x, y) in enumerate(train_loader):
+            if step >= updates * args.accumulate:
+                break
+            last = (step + 1) % args.accumulate == 0
+            if soft:
+                y = y * (1 - args.smoothing) + args.smoothing / y.shape[1]
+            with contextlib.nullcontext() if last or not args.distributed else model.no_sync():
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    loss = loss_fn(model(x), y) / args.accumulate
+                loss.backward()
+            seen.update(loss.detach() * args.accumulate, len(x))
+            if not last:
+                continue
+            if args.clip_grad:
+                utils.dispatch_clip_grad(net.parameters(), args.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            done = epoch * updates + (step + 1) // args.accumulate
+            ema.update(net, step=done)
+            scheduler.step_update(done)
+        if primary:
+            scores = evaluate(ema.module, val_loader, val, device, dtype)
+            row = {"epoch": epoch, "loss": round(float(seen.avg), 4), **scores, "seconds": time.monotonic() - began}
+            print(json.dumps(row), flush=True)
+            save(args.out, state, epoch + 1)
+    if primary:
+        print(f"augmented: {aug.stats}")
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, loader: Any, data: Any, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Top-1 and top-5 in per cent, and ImageNet-ReaL where the 50,000 validation images are all there."""
+    net.eval()
+    files = [os.path.basename(name) for name in data.filenames(basename=True)]
+    # ReaL finds the labels of an image by its original name.
+    real = None
+    if len(files) == 50_000 and all(name.startswith("ILSVRC2012_val_") for name in files):
+        real = RealLabelsImagenet(files)
+    top1, top5 = utils.AverageMeter(), utils.AverageMeter()
+    for x, y in loader:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = net(x).float()
+        one, five = utils.accuracy(output, y, topk=(1, min(5, output.shape[1])))
+        top1.update(one.item(), len(x))
+        top5.update(five.item(), len(x))
+        if real is not None:
+            real.add_result(output)
+    scores = {"top1": round(top1.avg, 3), "top5": round(top5.avg, 3)}
+    return scores if real is None else {**scores, "real": round(real.get_accuracy(k=1), 3)}
+
+
+def save(folder: Path | None, state: dict[str, Any], epoch: int) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".last.{os.getpid()}.tmp"
+    torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in state.items()}}, temporary)
+    os.replace(temporary, folder / "last.pt")
+
+
+def resume(folder: Path | None, state: dict[str, Any], device: torch.device) -> int:
+    """The epoch to go on with."""
+    if folder is None or not (folder / "last.pt").exists():
+        return 0
+    kept = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+    for name, part in state.items():
+        part.load_state_dict(kept[name])
+    return kept["epoch"]
+
+
+if __name__ == "__main__":
+    main()

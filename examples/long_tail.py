@@ -1,0 +1,89 @@
+"""Fill up the rare classes of a long-tailed data set with synthetic images, and see what the tail gains.
+
+    python examples/long_tail.py --data photos/ --flow runs/photos
+
+Without --data the bundled images are made long-tailed. The bundled flow has seen all 60,000 training images of
+Fashion-MNIST, so what it gains there proves nothing: benchmarks/augmentation.py compares fairly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from _common import arguments, batches, predictions, tensors, train
+
+from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
+from glem_augment.mixing import RealAndSynthetic
+
+
+def long_tailed(data: ImageData, imbalance: float) -> ImageData:
+    """The first images of each class, from all of the first class down to 1 / imbalance of them in the last."""
+    k, head = len(data.classes), int(np.bincount(data.targets).min())
+    kept = [max(2, round(head * imbalance ** (-c / (k - 1)))) for c in range(k)]
+    return data.subset(np.concatenate([np.flatnonzero(data.targets == c)[: kept[c]] for c in range(k)]))
+
+
+class AsFloat(torch.utils.data.Dataset):
+    """An ImageData with float images, as the synthetic set gives them."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data, self.targets, self.classes = data, data.targets, data.classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.data[index]
+        return image.float() / 255, label
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--imbalance", type=float, default=20.0, help="size of the head / size of the tail")
+    parser.add_argument("--source", default="mixup", choices=("gaussian", "rfcm", "mixup"))
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--min-confidence", type=float, default=0.5, help="of the flow's posterior; 0: no rejection")
+    args = parser.parse_args()
+    if args.smoke:
+        args.epochs = 3
+
+    flow = GLEM.from_pretrained(args.flow)
+    shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
+    tail = long_tailed(open_data(args.data, "train", **shape), args.imbalance)
+    test = open_data(args.data, "test", **shape)
+    if args.adapt:
+        flow = flow.adapt(tail)
+
+    synthetic = SyntheticDataset(
+        flow,
+        per_class="balance",
+        real=tail,
+        source=args.source,
+        modes=flow.modes.rank,
+        temperature=args.temperature,
+        min_confidence=args.min_confidence or None,
+        seed=args.seed,
+        transform=tensors,
+    )
+    balanced = RealAndSynthetic(AsFloat(tail), synthetic, ratio=None)
+    print(f"{len(tail)} real images, {np.bincount(tail.targets).tolist()} per class; {len(synthetic)} synthetic ones")
+
+    x, y = test.tensor().float() / 255, torch.from_numpy(test.targets)
+    rare = torch.from_numpy(np.argsort(np.bincount(tail.targets))[: len(tail.classes) // 3].copy())
+    for name, data in (("long tail", AsFloat(tail)), ("filled up", balanced)):
+        print(name, flush=True)
+        # The same number of steps for both: the larger set is gone through fewer times.
+        epochs = max(1, round(args.epochs * len(balanced) / len(data)))
+        net = train(batches(data, args.batch_size, args.seed), len(tail.classes), x.shape[1], epochs, args.seed)
+        right = predictions(net, x) == y
+        print(
+            f"  accuracy {100 * right.float().mean():.1f} %, "
+            f"of the rarest third of the classes {100 * right[torch.isin(y, rare)].float().mean():.1f} %"
+        )
+    if args.min_confidence:
+        total = synthetic.acceptance()["total"]
+        print(f"rejection: {total['candidates']} candidates for {total['items']} images, {total['failed']} failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Train a classifier on synthetic images alone, and test it on real ones.
+
+    python examples/synthetic_only.py --flow runs/photos --data photos/
+
+The bundled flow was fitted to Fashion-MNIST's training images; the test images are new to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from _common import arguments, batches, predictions, tensors, train
+
+from glem_augment import GLEM, SyntheticDataset, open_data
+from glem_augment.classmatch import match_classes
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--per-class", type=int, default=500)
+    parser.add_argument("--source", default="rfcm", choices=("gaussian", "rfcm"))
+    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--min-confidence", type=float, default=0.9, help="of the flow's posterior; 0: no rejection")
+    parser.add_argument("--export", help="also write the images to this folder, as an ImageFolder")
+    args = parser.parse_args()
+    if args.smoke:
+        args.per_class, args.epochs, args.batch_size = 60, 6, 32
+
+    flow = GLEM.from_pretrained(args.flow)
+    shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
+    if args.adapt:
+        flow = flow.adapt(open_data(args.data, "train", **shape))
+    data = SyntheticDataset(
+        flow,
+        per_class=args.per_class,
+        source=args.source,
+        temperature=args.temperature,
+        min_confidence=args.min_confidence or None,
+        seed=args.seed,
+        transform=tensors,
+    )
+    if args.export:
+        data.export(args.export)
+    print(data)
+    net = train(
+        batches(data, args.batch_size, args.seed), len(data.classes), data.image_shape[0], args.epochs, args.seed
+    )
+    if args.min_confidence:
+        total = data.acceptance()["total"]
+        print(f"rejection: {total['candidates']} candidates for {total['items']} images, rate {total['rate']:.2f}")
+
+    test = open_data(args.data, "test", **shape)
+    label_of = torch.from_numpy(match_classes(flow.class_ids, flow.classes, test.class_ids, test.classes))
+    right = predictions(net, test.tensor().float() / 255) == label_of[torch.from_numpy(test.targets)]
+    print(f"accuracy on {len(test)} real test images: {100 * right.float().mean():.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Where a model is wanted, its name will do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from glem_augment.model import GLEM
+
+__all__ = ["as_model"]
+
+
+def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
+    """``model`` itself, or the one that ``GLEM.from_pretrained`` finds under that name: a folder, ``bundled:NAME``, or
+    ``org/name[@revision]`` on the Hub.
+
+    Raises:
+        TypeError: neither. ModelFileError: see ``GLEM.from_pretrained``.
+    """
+    if isinstance(model, GLEM):
+        return model
+    if isinstance(model, str):
+        return GLEM.from_pretrained(model)
+    if isinstance(model, os.PathLike):
+        return GLEM.from_pretrained(Path(model))
+    raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")

@@ -1,0 +1,63 @@
+"""Drawing partners and weights for policy "mixup"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glem_augment._bank import LatentBank
+from glem_augment._drawing import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, FROM_RFCM, AugmentParams, folded_beta, move
+from glem_augment._lookup import ClassTables
+
+
+def draw_mixup(
+    partner: str,
+    alpha: float,
+    tables: ClassTables,
+    chosen: Tensor,
+    cls_all: Tensor,
+    dim: int,
+    rank: int,
+    generator: torch.Generator,
+    bank: LatentBank | None,
+) -> AugmentParams:
+    """The random parameters of one call.
+
+    Args:
+        partner, alpha: as given to GLEMAugment.
+        tables: on the device of the labels, as the result.
+        chosen: int64 [n] on the CPU, rows to change; cls_all: int64 [B], flow class of every row, -1 = none.
+        dim: d; rank: modes fitted per class (all, not only those in use).
+        generator: on the CPU.
+        bank: latents of earlier images, or None.
+    """
+    device, batch, n = cls_all.device, len(cls_all), len(chosen)
+    rows = move(chosen, device)
+    cls = cls_all[rows]
+    lam = move(folded_beta(alpha, n, generator), device)
+    if partner == "gaussian":
+        eps = move(torch.randn(n, dim, generator=generator), device)
+        source = torch.full_like(rows, FROM_GAUSSIAN)
+        return AugmentParams(rows, cls, torch.full_like(rows, -1), cls, source, lam, eps)
+    # The partner is the allowed row with the largest random key: uniform, without a loop over rows or
+    # classes. Selected rows (also random, and encoded anyway) come before the others.
+    keys = torch.rand(n, batch, generator=generator)
+    keys[:, chosen] += 1.0
+    keys = move(keys, device)
+    pick = move(torch.rand(n, generator=generator), device)
+    allowed, partner_cls = tables.partners(partner, cls, cls_all, pick)
+    own = rows[:, None] == torch.arange(batch, device=device)
+    best, other = keys.masked_fill(~allowed | own, -1.0).max(dim=1)
+    found = best >= 0
+    source = torch.where(found, FROM_BATCH, FROM_RFCM)
+    # Drawn for every row: which ones find a partner is known only on the device, and asking it would wait.
+    eps = move(torch.randn(n, rank + dim, generator=generator), device)
+    partner_cls = torch.where(found, cls_all[other], partner_cls)
+    params = AugmentParams(rows, cls, other.masked_fill(~found, -1), partner_cls, source, lam, eps)
+    if bank is not None:
+        # Copied out of the bank now, so that the call can be replayed when the bank has moved on.
+        uniform = torch.rand(n, generator=generator)
+        stored, there = bank.pick(move(partner_cls, bank.device), move(uniform, bank.device))
+        params.stored = stored
+        params.source = source.masked_fill(~found & move(there, device), FROM_BANK)
+    return params

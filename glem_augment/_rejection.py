@@ -1,0 +1,102 @@
+"""Rejection: draw again until the flow's posterior, or a classifier of the user's, agrees with the class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment._arguments import check_number
+from glem_augment._moves import evaluating
+from glem_augment.model import GLEM
+
+Oracle = Callable[[Tensor], Tensor]
+
+
+class Accepted(NamedTuple):
+    """Latents [n, d], their images [n, C, H, W] where they had to be decoded for the oracle (else None), confidence
+    [n] in the class, and how many candidates were drawn."""
+
+    z: Tensor
+    images: Tensor | None
+    confidence: Tensor
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """min_confidence: in (0, 1], smallest probability of the class; oracle: judges images, None: the flow's posterior
+    judges latents; max_attempts: candidates per item, of which the best is kept where none is good enough."""
+
+    min_confidence: float
+    oracle: Oracle | None
+    max_attempts: int
+
+    def __post_init__(self) -> None:
+        check_number("min_confidence", self.min_confidence, 0.0, 1.0, open_low=True)
+        if self.oracle is not None and not callable(self.oracle):
+            raise TypeError(f"oracle must take images and give probabilities, got {type(self.oracle).__name__}")
+        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be a whole number from 1, got {self.max_attempts!r}")
+
+    @torch.no_grad()
+    def select(self, model: GLEM, cls: Tensor, draw: Callable[[Tensor, int], Tensor]) -> Accepted:
+        """The first candidate of each item that is good enough.
+
+        Args:
+            model: decodes.
+            cls: int64 [n] on the CPU.
+            draw: (int64 rows on the CPU, attempt) -> latents of these rows.
+        """
+        rows = torch.arange(len(cls))
+        z = draw(rows, 0)
+        images, confidence = self._judge(model, z, cls)
+        candidates = len(cls)
+        for attempt in range(1, self.max_attempts):
+            rows = (confidence < self.min_confidence).nonzero()[:, 0]
+            if len(rows) == 0:
+                break
+            new = draw(rows, attempt)
+            new_images, new_confidence = self._judge(model, new, cls[rows])
+            candidates += len(rows)
+            better = new_confidence > confidence[rows]
+            rows, there = rows[better], better.nonzero()[:, 0].to(z.device)
+            z = z.index_copy(0, rows.to(z.device), new[there])
+            confidence[rows] = new_confidence[better]
+            if images is not None and new_images is not None:
+                images = images.index_copy(0, rows.to(images.device), new_images[there])
+        return Accepted(z, images, confidence, candidates)
+
+    def _judge(self, model: GLEM, z: Tensor, cls: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Images (or None), and the confidence [n] on the CPU; 0 where it is not a number."""
+        images = None
+        if self.oracle is None:
+            probability = model.posterior_from_latents(z)
+        else:
+            with evaluating(model):
+                images = model.decode(z, clamp=False)
+            seen = images.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+            if isinstance(self.oracle, nn.Module):
+                with evaluating(self.oracle):
+                    output = self.oracle(seen)
+            else:
+                output = self.oracle(seen)
+            probability = _probabilities(output, len(z), model.num_classes)
+            finite = torch.isfinite(images).flatten(1).all(dim=1, keepdim=True)
+            probability = probability * finite.to(probability.device)
+        own = probability.gather(1, cls.to(probability.device)[:, None])[:, 0]
+        return images, own.nan_to_num(nan=0.0).float().cpu()
+
+
+def _probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
+    """Probabilities as they are; anything else is taken as logits."""
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape != (n, num_classes):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"the oracle must give [{n}, {num_classes}], one number per class of the flow; got {got}")
+    output = output.float()
+    if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-3).all()):
+        return output
+    return output.softmax(1)

@@ -1,0 +1,156 @@
+"""How many synthetic images of each class: equally many, given numbers, or what a long-tailed data set lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glem_augment.classmatch import match_classes
+from glem_augment.data import ImageData
+from glem_augment.errors import DataError
+from glem_augment.model import GLEM
+
+PerClass = int | str | Sequence[int] | Mapping[Any, int]
+
+
+def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int]:
+    """Images to make of each of the flow's classes.
+
+    Args:
+        model: the flow.
+        per_class: a number for all; K numbers; a mapping from class names, ids or indices (others: none); or
+            "balance": as many as fill each class of `real` up to its largest.
+        real: the data set to balance, see `flow_targets`.
+
+    Returns:
+        K numbers, at least one of them positive.
+
+    Raises:
+        ValueError, TypeError: for anything else, or nothing to make.
+    """
+    k = model.num_classes
+    if isinstance(per_class, str):
+        if per_class != "balance":
+            raise ValueError(f"per_class must be a number, K numbers, a mapping or 'balance', got {per_class!r}")
+        if real is None:
+            raise ValueError("per_class='balance' fills up a real data set: give real=")
+        there = np.bincount(flow_targets(model, real), minlength=k)
+        counts = (there.max() - there).tolist()
+        if not any(counts):
+            raise ValueError(f"per_class='balance': all classes have {there.max()} images already")
+        return counts
+    if isinstance(per_class, Mapping):
+        counts = [0] * k
+        for key, value in per_class.items():
+            counts[_class_index(model, key)] = _whole(f"per_class[{key!r}]", value, 0)
+    elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
+        counts = [_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(np.asarray(per_class).tolist())]
+        if len(counts) != k:
+            raise ValueError(f"per_class has {len(counts)} numbers, the flow {k} classes")
+    else:
+        counts = [_whole("per_class", per_class, 1)] * k
+    if not any(counts):
+        raise ValueError("per_class asks for no image at all")
+    return counts
+
+
+def flow_targets(model: GLEM, real: Any) -> np.ndarray:
+    """The flow class of every image of a real data set, int64 [N].
+
+    Args:
+        real: an `ImageData`; (images, labels); or a torchvision or timm data set. Their classes are matched with the
+            flow's by name; where they name none, the numbers are the flow's.
+
+    Raises:
+        DataError: labels that can't be found or matched, or are out of range.
+    """
+    targets, names = targets_and_classes(real)
+    index = class_index(model, names)
+    high = model.num_classes if index is None else len(index)
+    if len(targets) == 0 or targets.min() < 0 or targets.max() >= high:
+        found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
+        raise DataError(f"labels of the real data must be 0 to {high - 1}, found {found}")
+    return targets if index is None else index[targets]
+
+
+def class_index(model: GLEM, names: tuple[list[str], list[str]] | None) -> np.ndarray | None:
+    """The flow's class of every class (ids, names) of a data set; None where it names none."""
+    if names is None:
+        return None
+    return match_classes(model.class_ids, model.classes, names[0], names[1])
+
+
+def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[str]] | None]:
+    """Labels int64 [N], and class (ids, names) in index order, or None where the data set names none.
+
+    Raises:
+        DataError: where no labels are found.
+    """
+    if isinstance(real, ImageData):
+        return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
+    if isinstance(real, tuple) and len(real) == 2 and all(isinstance(part, Tensor) for part in real):
+        return real[1].cpu().numpy().astype(np.int64), None
+    targets = getattr(real, "targets", None)
+    if targets is None:
+        targets = getattr(real, "labels", None)
+    reader = getattr(real, "reader", None)  # of timm's ImageDataset
+    if targets is None and hasattr(reader, "samples"):
+        targets = [label for _, label in reader.samples]
+    if targets is None and isinstance(getattr(real, "tensors", None), tuple) and len(real.tensors) == 2:
+        targets = real.tensors[1]
+    if targets is None:
+        raise DataError(
+            f"{type(real).__name__} has no labels that can be read without its images (targets, labels, samples): "
+            "give (images, labels), or the numbers themselves as per_class"
+        )
+    found = np.asarray(targets if not isinstance(targets, Tensor) else targets.cpu()).astype(np.int64)
+    names = class_names(real)
+    return found, None if names is None else (names, names)
+
+
+def class_names(real: Any) -> list[str] | None:
+    """Names of a torchvision or timm data set's classes in index order, or None where it has none."""
+    names = getattr(real, "classes", None)
+    lookup = getattr(getattr(real, "reader", None), "class_to_idx", None)
+    if names is None and isinstance(lookup, Mapping):
+        names = sorted(lookup, key=lookup.__getitem__)
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) and names else None
+
+
+def as_image_data(model: GLEM, real: Any) -> ImageData:
+    """Real images of the flow's size under the flow's classes.
+
+    Raises:
+        TypeError: for a data set whose images can't be taken as they are.
+    """
+    if isinstance(real, tuple) and len(real) == 2 and all(isinstance(part, Tensor) for part in real):
+        return ImageData.from_tensors(real[0], real[1], model.classes, model.class_ids)
+    if isinstance(real, ImageData):
+        return real.with_targets(flow_targets(model, real), model.classes, model.class_ids)
+    raise TypeError(
+        f"source='mixup' needs the images themselves: give an ImageData (open_data) or (uint8 images, labels), got "
+        f"{type(real).__name__}"
+    )
+
+
+def _class_index(model: GLEM, key: Any) -> int:
+    if isinstance(key, str):
+        for names in (model.classes, model.class_ids):
+            if key in names:
+                return names.index(key)
+        raise ValueError(f"per_class names {key!r}; the flow has {', '.join(model.classes[:20])}")
+    if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < model.num_classes:
+        raise ValueError(f"per_class names class {key!r}; the flow has 0 to {model.num_classes - 1}")
+    return int(key)
+
+
+def _whole(name: str, value: object, low: int) -> int:
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value)

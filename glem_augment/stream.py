@@ -1,0 +1,162 @@
+"""SyntheticStream: synthetic images without an end or an index, always new ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from glem_augment._arguments import check_number
+from glem_augment._models import as_model
+from glem_augment._moves import evaluating
+from glem_augment._random import rank
+from glem_augment._rejection import Oracle, Rejection
+from glem_augment._sources import LatentSource, RealLatents
+from glem_augment.balance import as_image_data
+from glem_augment.model import GLEM
+from glem_augment.synthetic import to_pil
+
+MAX_WORKERS = 1024
+
+
+class SyntheticStream(IterableDataset):
+    """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
+
+    Images are made in blocks of `block`; block number b is a function of seed and b alone. The workers of all ranks
+    share the blocks out among themselves, so the images of an epoch do not depend on how many there are, their order
+    does. Nothing is kept: it costs a decode per image and epoch, where a `SyntheticDataset` decodes once.
+
+    Args:
+        model: a GLEM or its name.
+        length: images per epoch, over all ranks and workers; None: no end.
+        weights: of the classes, K numbers >= 0; None: all the same.
+        temperature, seed, transform, target_transform, source, block, device, real, modes, alpha, min_confidence,
+            oracle, max_attempts: as for `SyntheticDataset`.
+        world: (rank, ranks); None: from torch.distributed, where it is initialised.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: GLEM | str,
+        length: int | None = None,
+        weights: Sequence[float] | None = None,
+        temperature: float = 0.8,
+        seed: int = 0,
+        transform: Callable[[Image.Image], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+        source: str = "gaussian",
+        block: int = 64,
+        device: torch.device | str | None = None,
+        real: Any = None,
+        modes: int = 64,
+        alpha: float = 1.0,
+        min_confidence: float | None = None,
+        oracle: Oracle | None = None,
+        max_attempts: int = 20,
+        world: tuple[int, int] | None = None,
+    ) -> None:
+        model = as_model(model)
+        for name, value, low in (
+            ("length", 1 if length is None else length, 1),
+            ("seed", seed, 0),
+            ("block", block, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
+        if oracle is not None and min_confidence is None:
+            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
+        self.length, self.block, self.seed = length, block, seed
+        self.probabilities = _probabilities(weights, model.num_classes)
+        self.rejection = None if min_confidence is None else Rejection(min_confidence, oracle, max_attempts)
+        self.transform, self.target_transform = transform, target_transform
+        self.model = (
+            model if device is None or torch.device(device) == model.device else copy.deepcopy(model).to(device)
+        )
+        latents = None
+        if source == "mixup" and real is not None:
+            images = as_image_data(model, real)
+            there = np.bincount(images.targets, minlength=model.num_classes) > 0
+            if (self.probabilities[~there] > 0).any():
+                raise ValueError("source='mixup' has no real image of some classes: give them weight 0")
+            latents = RealLatents(self.model, images)
+        self.latent_source = LatentSource(self.model, source, seed, temperature, latents, modes, alpha)
+        self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
+        self.world = world
+        # In shared memory, one count per worker: those of the next epoch, which start from a copy of this object, go
+        # on where the last ones were, and those that live on hear of `set_epoch`.
+        self._epochs = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The next epoch's number, from 0."""
+        return int(self._epochs[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next, where a run is resumed; otherwise they follow one another by themselves."""
+        self._epochs.fill_(epoch)
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("this SyntheticStream has no end, and so no length: give length=")
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        own, ranks = self.world if self.world is not None else (rank(), _ranks())
+        epoch = int(self._epochs[worker % MAX_WORKERS])
+        self._epochs[worker % MAX_WORKERS] += 1
+        blocks = None if self.length is None else -(-self.length // self.block)
+        number = own * workers + worker
+        while blocks is None or number < blocks:
+            rest = self.block if blocks is None else min(self.block, self.length - number * self.block)  # type: ignore[operator]
+            yield from self._made(epoch, number, rest)
+            number += ranks * workers
+
+    def _made(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
+        sequence = np.random.SeedSequence([self.seed, epoch, number])
+        y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
+        # A place that no other block and epoch has; 2^20 blocks of an epoch are images enough.
+        within = ((epoch * 2**20 + number) * self.block) + np.arange(self.block)
+        y, within = y[:count], within[:count]
+        with torch.no_grad(), evaluating(self.model):
+            if self.rejection is None:
+                x = self.model.decode(self.latent_source.draw(y, within), clamp=False)
+            else:
+
+                def draw(rows: Tensor, attempt: int) -> Tensor:
+                    return self.latent_source.draw(y[rows.numpy()], within[rows.numpy()], attempt)
+
+                accepted = self.rejection.select(self.model, torch.from_numpy(y), draw)
+                x = accepted.images if accepted.images is not None else self.model.decode(accepted.z, clamp=False)
+        x = x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0).mul_(255).round_().to(torch.uint8).cpu()
+        for image, label in zip(x, y.tolist(), strict=True):
+            picture: Any = to_pil(image)
+            yield (
+                picture if self.transform is None else self.transform(picture),
+                label if self.target_transform is None else self.target_transform(label),
+            )
+
+
+def _ranks() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def _probabilities(weights: Sequence[float] | None, num_classes: int) -> np.ndarray:
+    if weights is None:
+        return np.full(num_classes, 1.0 / num_classes)
+    found = np.array([check_number(f"weights[{i}]", float(w), 0.0, float("inf")) for i, w in enumerate(weights)])
+    if len(found) != num_classes or found.sum() <= 0:
+        raise ValueError(f"weights must be {num_classes} numbers from 0 that are not all 0, got {list(weights)!r}")
+    return found / found.sum()

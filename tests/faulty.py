@@ -1,0 +1,138 @@
+"""`glem` commands in processes of their own, which tests kill, starve and poison; see test_faults.
+
+The processes are forked from one that has imported everything, so that each costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glem_augment import GLEM, cli
+from glem_augment.io import _RawFile
+from glem_augment.training import Trainer
+from glem_augment.training import run as run_module
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Installed packages only: where the tests are, the server does not know.
+_CONTEXT.set_forkserver_preload(["pytest", "glem_augment.cli"])
+DIED = 9
+
+
+def start(argv: list[str], notes: Path, die_at: int | None = None, poison: bool = False) -> BaseProcess:
+    """Start `glem ARGV`; its exit code is the process's.
+
+    Args:
+        argv: of the command.
+        notes: a file that gets a line "start", and one with the step after every checkpoint that was written;
+            `notes` + ".log" gets what the command prints.
+        die_at: end the process, as abruptly as SIGKILL would, before this operation (counted from 0) on a file.
+        poison: make the latents NaN from step 9 on until the run has returned to an earlier step.
+    """
+    notes.unlink(missing_ok=True)
+    process = _CONTEXT.Process(target=_child, args=(argv, str(notes), die_at, poison))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not notes.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return process
+
+
+def finish(process: BaseProcess) -> int | None:
+    """Wait for the end; the exit code, -N for signal N."""
+    process.join(100)
+    assert process.exitcode is not None, "the command hangs"
+    return process.exitcode
+
+
+def kill_at_random(process: BaseProcess, within: float, rng: random.Random) -> int | None:
+    """SIGKILL or SIGTERM after up to `within` seconds; the exit code (0 if the command was faster)."""
+    process.join(rng.uniform(0, within))
+    if process.exitcode is None and process.pid is not None:
+        os.kill(process.pid, rng.choice((signal.SIGKILL, signal.SIGTERM)))
+    return finish(process)
+
+
+def steps_noted(notes: Path) -> int:
+    """The last step whose checkpoint the process knew to be written; -1 for none."""
+    steps = [int(line) for line in notes.read_text().split("\n")[:-1] if line != "start"] if notes.exists() else []
+    return steps[-1] if steps else -1
+
+
+def _child(argv: list[str], notes: str, die_at: int | None, poison: bool) -> None:
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which killed processes would leave behind
+    log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    run_module.plot_curves = lambda *args: True  # slow, and no part of what is compared
+    file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    _note_saves(file)
+    if die_at is not None:
+        die_before(die_at, lambda: os._exit(DIED))
+    if poison:
+        _poison()
+    os.write(file, b"start\n")
+    code = cli.main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _note_saves(file: int) -> None:
+    real = run_module.Run.save
+
+    def save(self: run_module.Run, good: bool = False) -> None:
+        real(self, good)
+        os.write(file, f"{self.trainer.step}\n".encode())
+
+    run_module.Run.save = save
+
+
+def file_operations() -> list[tuple[Any, str]]:
+    """What writes, flushes and names files, as (owner, attribute)."""
+    return [(os, "fsync"), (os, "replace"), (os, "link"), (_RawFile, "write")]
+
+
+def die_before(count: int, die: Callable[[], Any]) -> Callable[[], int]:
+    """Have `die` called in place of the operation number `count` on files; returns how many there have been so far."""
+    seen = [0]
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **options: Any) -> Any:
+            seen[0] += 1
+            return die() if seen[0] == count + 1 else real(*args, **options)
+
+        return operation
+
+    for owner, name in file_operations():
+        setattr(owner, name, wrap(getattr(owner, name)))
+    return lambda: seen[0]
+
+
+def _poison() -> None:
+    encode, e_step, on = GLEM.encode, Trainer.e_step, [False]
+
+    def bad_encode(self: GLEM, *args: Any) -> tuple[Tensor, Tensor]:
+        z, logdet = encode(self, *args)
+        return (z * math.nan if on[0] and torch.is_grad_enabled() else z), logdet
+
+    def bad_step(self: Trainer, x: Tensor, y: Tensor) -> float:
+        on[0] = self.rollbacks == 0 and self.step >= 9
+        return e_step(self, x, y)
+
+    GLEM.encode, Trainer.e_step = bad_encode, bad_step

@@ -1,0 +1,235 @@
+"""Exports in shards: the manifest, running one again, and runs that were killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glem_augment import GLEM, SyntheticDataset, hub
+from glem_augment._export import PROVENANCE
+from glem_augment._manifest import JOURNAL
+
+NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(seed: int = 0) -> GLEM:
+    torch.manual_seed(seed)
+    model = GLEM.create("mef_tiny", (1, 8, 8), NAMES, depth=[1, 1], blocks=[1, 1], width=[4, 4])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def make(model: GLEM | None = None, **options: Any) -> SyntheticDataset:
+    return SyntheticDataset(model or make_model(), **{"per_class": 10, "block": 4, "seed": 1, **options})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in the folder, hidden files as well."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def counting(data: SyntheticDataset, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The blocks that are decoded from now on."""
+    decoded, real = [], data.decoded_block
+
+    def decode(cls: int, number: int) -> torch.Tensor:
+        decoded.append((cls, number))
+        return real(cls, number)
+
+    monkeypatch.setattr(data, "decoded_block", decode)
+    return decoded
+
+
+def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
+    model = make_model()
+    model.save(tmp_path / "model")
+    folder = make(model).export(tmp_path / "out", progress=False)
+    manifest = json.loads((folder / PROVENANCE).read_text())
+    assert manifest["complete"] is True and manifest["count"] == 30 and manifest["settings"]["seed"] == 1
+    weights = (tmp_path / "model" / hub.WEIGHTS).read_bytes()
+    assert manifest["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    shards = manifest["shards"]
+    expected = [
+        (name, first, min(4, 10 - first)) for name in ("Bag", "T-shirt_top", "Ankle boot") for first in (0, 4, 8)
+    ]
+    assert [(s["folder"], s["first"], s["count"]) for s in shards] == expected
+    for shard in shards:
+        numbers = range(shard["first"], shard["first"] + shard["count"])
+        data = b"".join((folder / shard["folder"] / f"{i:06d}.png").read_bytes() for i in numbers)
+        assert hashlib.sha256(data).hexdigest() == shard["sha256"]
+    assert len(files(folder)) == 31  # and nothing else, the journal least of all
+
+
+def test_running_it_again_checks_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make().export(tmp_path / "out", progress=False)
+    whole = files(folder)
+
+    def again(expected: list[tuple[int, int]], **options: Any) -> None:
+        data = make()
+        decoded = counting(data, monkeypatch)
+        data.export(folder, progress=False, **options)
+        assert decoded == expected and files(folder) == whole
+
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again([])
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}  # not a byte was written
+
+    (folder / "Bag" / "000005.png").unlink()
+    path = folder / "T-shirt_top" / "000009.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    path = folder / "Ankle boot" / "000000.png"
+    path.write_bytes(path.read_bytes()[:-20] + bytes([path.read_bytes()[-20] ^ 1]) + path.read_bytes()[-19:])
+    again([(0, 1), (1, 2), (2, 0)])
+    # Two images of a class in each other's place are damage too.
+    first, second = (folder / "Bag" / f"00000{i}.png" for i in (0, 1))
+    content = first.read_bytes(), second.read_bytes()
+    first.write_bytes(content[1])
+    second.write_bytes(content[0])
+    again([(0, 0)], overwrite=True)
+    for path in (folder / "Bag").iterdir():
+        path.unlink()
+    (folder / "Bag").rmdir()
+    again([(0, 0), (0, 1), (0, 2)])
+
+
+def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
+    folder = make().export(tmp_path / "out", progress=False)
+    before = files(folder)
+    for options, words in (
+        ({"seed": 2}, r"seed 1 \(not 2\)"),
+        ({"temperature": 0.5}, r"temperature 0.8 \(not 0.5\)"),
+        ({"block": 5}, r"block 4 \(not 5\)"),
+        ({"per_class": 11}, r"count 30 \(not 33\)"),
+        ({"model": make_model(1)}, "weights"),
+    ):
+        with pytest.raises(FileExistsError, match=f"other images.*{words}.*overwrite=True"):
+            make(**options).export(folder, progress=False)
+        assert files(folder) == before
+    # Only asked for, and then nothing of the other is left.
+    fresh = files(make(per_class=5, seed=2).export(tmp_path / "fresh", progress=False))
+    assert files(make(per_class=5, seed=2).export(folder, progress=False, overwrite=True)) == fresh
+    # The record of the training makes no image.
+    model = make_model()
+    model.config.training = {"note": "the same weights"}
+    make(model, per_class=5, seed=2).export(folder, progress=False)
+    manifest = json.loads((folder / PROVENANCE).read_text())
+    assert manifest["model"]["training"] == model.config.training and len(manifest["shards"]) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:100],
+        lambda text: "[1, 2]",
+        lambda text: "[" * 100_000,
+        lambda text: json.dumps({**json.loads(text), "shards": 5, "complete": True}),
+        lambda text: json.dumps({**json.loads(text), "shards": [1, {"folder": "../../x"}, None], "complete": "yes"}),
+        lambda text: text.replace('"first": 4', '"first": "4"'),
+        lambda text: text.replace('"folder": "Bag"', '"folder": ["Bag"]').replace('"count": 4', '"count": -4'),
+        lambda text: text.replace('"settings"', '"settings_"'),
+    ],
+)
+def test_damaged_manifests(tmp_path: Path, change: Callable[[str], str]) -> None:
+    """Never believed, never a crash: either the shards it does not vouch for are written again, or it is refused."""
+    folder = make().export(tmp_path / "out", progress=False)
+    whole = files(folder)
+    path = folder / PROVENANCE
+    path.write_text(change(path.read_text()))
+    try:
+        make().export(folder, progress=False)
+    except FileExistsError as error:
+        assert "overwrite" in str(error)
+        make().export(folder, progress=False, overwrite=True)
+    assert files(folder) == whole
+
+
+def _slowly(data: SyntheticDataset, folder: Path) -> None:
+    """In a process of its own; a block takes long enough that a kill comes in the middle."""
+    os.setpgrp()
+    real = data.decoded_block
+
+    def decode(cls: int, number: int) -> torch.Tensor:
+        time.sleep(0.03)
+        return real(cls, number)
+
+    data.decoded_block = decode  # type: ignore[method-assign]
+    data.export(folder, progress=False)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_run_again(tmp_path: Path, stop: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = files(make().export(tmp_path / "whole", progress=False))
+    folder = tmp_path / "out"
+    for pngs in (1, 13):
+        process = multiprocessing.get_context("fork").Process(target=_slowly, args=(make(), folder))
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(list(folder.rglob("0*.png"))) < pngs and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert process.pid is not None and process.is_alive()
+        os.kill(process.pid, stop)
+        process.join(30)
+        assert process.exitcode == -stop
+        there = {name: data for name, data in files(folder).items() if not Path(name).name.startswith(".")}
+        assert json.loads(there.pop(PROVENANCE))["complete"] is False
+        assert all(data == whole[name] for name, data in there.items())  # whole or absent
+    # What a kill can leave in the worst of moments.
+    (folder / "Bag" / ".000007.png.123-0123abcd.tmp").write_bytes(b"half")
+    (folder / f".{PROVENANCE}.123-0123abcd.tmp").write_bytes(b"{")
+    journal = (folder / JOURNAL).read_bytes()
+    assert journal.count(b"\n") >= 2
+    (folder / JOURNAL).write_bytes(journal + b'{"folder": "Ankle bo')
+    data = make()
+    decoded = counting(data, monkeypatch)
+    data.export(folder, progress=False)
+    assert files(folder) == whole
+    assert 0 < len(decoded) <= 9 - (journal.count(b"\n") - 1)  # no shard that was finished is decoded again
+
+
+def test_killed_before_the_first_word(tmp_path: Path) -> None:
+    """The folder and the journal are there, the manifest is not yet."""
+    folder = tmp_path / "out"
+    whole = files(make().export(folder, progress=False))
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    for path in list(folder.iterdir()):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (folder / JOURNAL).write_bytes(b'{"export": "')
+    (folder / f".{PROVENANCE}.7-0123abcd.tmp").write_bytes(b"{")
+    make().export(folder, progress=False)
+    assert files(folder) == whole
+
+
+def test_images_that_are_not_finite_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    model.gaussians.mu[1] = 3e38
+    folder = make(model).export(tmp_path / "out", progress=False)
+    manifest = json.loads((folder / PROVENANCE).read_text())
+    assert manifest["images_not_finite"] == 10
+    (folder / "Bag" / "000005.png").unlink()
+    data = make(model)
+    data.images(range(12))  # some of it has been looked at before
+    data.export(folder, progress=False)
+    assert json.loads((folder / PROVENANCE).read_text()) == manifest

@@ -1,0 +1,523 @@
+"""The ways into a training loop: a wrapped loader, timm's mixup_fn, a collate function, a torchvision v2 transform."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader, resolve_model_data_config
+from timm.data.loader import fast_collate
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torchvision import tv_tensors
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from glem_augment import GLEM, ClassMismatchError, GLEMAugment
+from glem_augment.loader import AugmentedLoader
+from glem_augment.mixup import mix_soft
+
+CLASSES = ["bird", "cat", "dog"]
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def images(n: int, size: int = 8, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(60, 196, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+
+def labels(n: int) -> Tensor:
+    return torch.arange(n) % 3
+
+
+@pytest.fixture(scope="module")
+def model() -> GLEM:
+    model = GLEM.create("identity", (3, 8, 8), classes=CLASSES)
+    model.fit_modes((images(240), labels(240)), rank=16)
+    return model.eval().requires_grad_(False)
+
+
+def make(model: GLEM, **settings: Any) -> GLEMAugment:
+    return GLEMAugment(model, **{"p": 1.0, "modes": 16, "seed": 0, **settings})
+
+
+def loader(n: int = 10, batch: int = 4, **settings: Any) -> DataLoader:
+    return DataLoader(TensorDataset(images(n) / 255, labels(n)), batch_size=batch, **settings)
+
+
+def timm_loader(folder: Path, **settings: Any) -> Any:
+    given: dict[str, Any] = {
+        "input_size": (3, 16, 16),
+        "batch_size": 4,
+        "is_training": True,
+        "no_aug": True,
+        "num_workers": 0,
+        "persistent_workers": False,
+        "mean": MEAN,
+        "std": STD,
+        "device": torch.device("cpu"),
+    }
+    return create_loader(ImageDataset(str(folder)), **{**given, **settings})
+
+
+# ---- wrap ---------------------------------------------------------------------------------------------
+
+
+def test_a_wrapped_loader_behaves_as_the_loader(model: GLEM) -> None:
+    inner = loader()
+    wrapped = make(model).wrap(inner)
+    assert len(wrapped) == len(inner) == 3
+    for name in ("dataset", "sampler", "batch_size", "collate_fn", "num_workers"):
+        assert getattr(wrapped, name) is getattr(inner, name)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        wrapped.nothing_of_the_kind  # noqa: B018
+    assert "AugmentedLoader" in repr(wrapped)
+    sizes = []
+    for (x, y), (before, target) in zip(wrapped, inner, strict=True):
+        assert x.shape == before.shape and x.dtype == before.dtype and torch.equal(y, target)
+        assert (x != before).flatten(1).any(1).all()
+        sizes.append(len(x))
+    assert sizes == [4, 4, 2]
+    copied = pickle.loads(pickle.dumps(wrapped))
+    assert isinstance(copied, AugmentedLoader) and len(copied) == 3
+
+
+def test_epochs_switches_and_changing_batch_sizes(model: GLEM) -> None:
+    inner = loader()
+    first = [x for x, _ in inner]
+
+    def changed(wrapped: AugmentedLoader) -> list[bool]:
+        return [not torch.equal(x, before) for (x, _), before in zip(wrapped, first, strict=True)]
+
+    wrapped = make(model).wrap(inner, off_epoch=2)
+    assert wrapped.mixup_enabled and wrapped.epoch == 0
+    assert [all(changed(wrapped)) for _ in range(4)] == [True, True, False, False] and wrapped.epoch == 4
+    wrapped.epoch = 0
+    assert all(changed(wrapped))
+    wrapped.mixup_enabled = False
+    assert not wrapped.mixup_enabled and not any(changed(wrapped))
+    wrapped.mixup_enabled = True
+    wrapped.epoch = 1
+    assert all(changed(wrapped)) and not any(changed(wrapped))
+    varied = [(images(n, size) / 255, labels(n)) for n, size in ((1, 8), (5, 16), (2, 30))]
+    assert [len(x) for x, _ in make(model).wrap(varied)] == [1, 5, 2]
+
+
+def test_labels_keep_their_form_when_switched_off(model: GLEM) -> None:
+    wrapped = make(model, partner="any").wrap(loader(), off_epoch=1)
+    on, off = (next(iter(wrapped))[1] for _ in range(2))
+    assert on.shape == off.shape == (4, 3) and torch.equal(off, F.one_hot(labels(4), 3).float())
+    wrapped = make(model, partner="same").wrap(loader(), off_epoch=0)
+    assert next(iter(wrapped))[1].dtype == torch.int64
+
+
+def test_moves_that_do_not_take_place_are_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
+    list(make(model, policy="noise").wrap(loader(200)))
+    wrapped = make(model, policy="noise", class_map=[0, 1, None]).wrap(loader(400))
+    for _ in range(2):
+        list(wrapped)
+    told = [str(w.message) for w in recwarn.list if "of 400 images chosen" in str(w.message)]
+    assert len(told) == 1 and "0 were kept" in told[0] and "133, because the flow does not know" in told[0]
+    assert len(recwarn.list) == 1
+
+
+def test_lists_stay_lists_and_further_items_are_passed_on(model: GLEM) -> None:
+    batch = [images(4) / 255, labels(4), "names"]
+    (out,) = make(model).wrap([batch])
+    assert isinstance(out, list) and out[2] == "names"
+    (out,) = make(model).wrap([tuple(batch)])
+    assert isinstance(out, tuple) and len(out) == 3
+
+
+def test_the_device_of_the_batches(model: GLEM) -> None:
+    (out,) = make(model).wrap([(images(4) / 255, labels(4))], device="cpu")
+    assert out[0].device.type == "cpu"
+    if torch.cuda.is_available():
+        (out,) = make(model).wrap([(images(4) / 255, labels(4))], device="cuda")
+        assert out[0].is_cuda and out[1].is_cuda
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_training_step_after_timms_own_loader(model: GLEM, image_folder: Path, prefetch: bool, soft: bool) -> None:
+    collate = FastCollateMixup(num_classes=3, label_smoothing=0.1) if prefetch and soft else None
+    inner = timm_loader(image_folder, use_prefetcher=prefetch, collate_fn=collate)
+    aug = make(model, mean=MEAN, std=STD, partner="any" if soft else "same")
+    wrapped = aug.wrap(inner)
+    assert wrapped.sampler is inner.sampler and wrapped.dataset is inner.dataset
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    net = net.to(memory_format=torch.channels_last)
+    loss_fn = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(0.1)
+    total = 0
+    for x, y in wrapped:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss_fn(net(x.contiguous(memory_format=torch.channels_last)), y).backward()
+        total += len(x)
+    assert total == 12 and aug.stats["selected"] == 12 and aug.stats["replaced"] == 0
+    if collate is not None:
+        wrapped.mixup_enabled = False
+        assert not collate.mixup_enabled and not inner.mixup_enabled
+
+
+def test_normalised_batches_come_back_normalised(model: GLEM, image_folder: Path) -> None:
+    inner = timm_loader(image_folder, is_training=False)
+    wrapped = make(model, mean=MEAN, std=STD, policy="noise", strength=0.05).wrap(inner)
+    for (x, y), (before, target) in zip(wrapped, inner, strict=True):
+        m, s = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        change = ((x - before) * s).abs()
+        assert torch.equal(y, target) and 1e-3 < change.mean() < 0.05
+        assert (x * s + m).min() > -1e-4 and (x * s + m).max() < 1 + 1e-4
+
+
+def test_a_loader_that_normalises_otherwise_is_refused(model: GLEM, image_folder: Path) -> None:
+    inner = timm_loader(image_folder)
+    with pytest.raises(ValueError, match=r"mean=\(0.48, 0.46, 0.41\), std=\(0.27, 0.26, 0.28\)"):
+        make(model).wrap(inner)
+    with pytest.raises(ValueError, match="normalises"):
+        make(model, mean=MEAN, std=(0.5, 0.5, 0.5)).wrap(inner)
+    half = timm_loader(image_folder, img_dtype=torch.bfloat16)
+    (x, _), *_ = make(model, mean=MEAN, std=STD).wrap(half)
+    assert x.dtype == torch.bfloat16
+
+
+def test_classes_in_another_order_are_noticed(image_folder: Path) -> None:
+    other = GLEM.create("identity", (3, 8, 8), classes=["dog", "bird", "cat"])
+    other.fit_modes((images(240), labels(240)), rank=16)
+    inner = timm_loader(image_folder)
+    with pytest.raises(ClassMismatchError, match=r"class 0 is 'bird', the flow's 'dog'.*here \[1, 2, 0\]"):
+        make(other, mean=MEAN, std=STD).wrap(inner)
+    wrapped = make(other, mean=MEAN, std=STD, class_map=[1, 2, 0]).wrap(inner)
+    assert len(list(wrapped)) == 3
+    torchvision = DataLoader(ImageFolder(str(image_folder)))
+    with pytest.raises(ClassMismatchError, match="class_map=match_classes"):
+        make(other).wrap(torchvision)
+    unnamed = GLEM.create("identity", (3, 8, 8), classes=["one", "two", "three"])
+    unnamed.fit_modes((images(240), labels(240)), rank=16)
+    make(unnamed).wrap(torchvision)
+
+
+def test_mean_and_std_from_timm(model: GLEM) -> None:
+    config = resolve_model_data_config(timm.create_model("resnet10t"))
+    aug = make(model, mean=config["mean"], std=config["std"])
+    assert aug.pixels.mean == tuple(config["mean"])
+
+
+def test_adversarial_in_a_loop(model: GLEM, image_folder: Path) -> None:
+    net = timm.create_model("resnet10t", num_classes=3)
+    aug = make(model, mean=MEAN, std=STD, policy="adversarial").attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for x, y in aug.wrap(timm_loader(image_folder)):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    assert aug.stats["selected"] == 12 and net.training
+
+
+class NaFlexSomething:
+    def __iter__(self) -> Any:
+        return iter([({"patches": torch.zeros(2, 4, 768), "patch_coord": torch.zeros(2, 4, 2)}, labels(2))])
+
+
+def test_bad_loaders(model: GLEM) -> None:
+    aug = make(model)
+    with pytest.raises(ValueError, match="NaFlex loaders give patches"):
+        aug.wrap(NaFlexSomething())
+    with pytest.raises(ValueError, match="NaFlex loaders give patches"):
+        list(aug.wrap(list(NaFlexSomething())))
+    with pytest.raises(TypeError, match="must be iterable"):
+        aug.wrap(3)
+    with pytest.raises(TypeError, match="as_transform"):
+        list(aug.wrap([{"image": images(2), "label": labels(2)}]))
+    for bad in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="off_epoch"):
+            aug.wrap(loader(), off_epoch=bad)  # type: ignore[arg-type]
+
+
+def test_timms_naflex_loader_is_refused(model: GLEM, image_folder: Path) -> None:
+    naflex = pytest.importorskip("timm.data.naflex_loader")
+    inner = naflex.create_naflex_loader(
+        ImageDataset(str(image_folder)),
+        patch_size=4,
+        train_seq_lens=(16,),
+        max_seq_len=16,
+        batch_size=4,
+        is_training=True,
+        num_workers=0,
+        device=torch.device("cpu"),
+        persistent_workers=False,
+    )
+    with pytest.raises(ValueError, match="NaFlex"):
+        make(model).wrap(inner)
+
+
+# ---- as_mixup_fn --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"policy": "noise"}, {"partner": "any"}, {"labels": "hard"}, {"p": 0.0}])
+def test_mixup_fn_always_gives_soft_labels(model: GLEM, settings: dict[str, Any]) -> None:
+    mixup_fn = make(model, **settings).as_mixup_fn(smoothing=0.1)
+    x, y = images(5) / 255, labels(5)  # odd
+    smooth = F.one_hot(y, 3) * 0.9 + 0.1 / 3
+    out, target = mixup_fn(x, y)
+    assert target.shape == (5, 3) and torch.allclose(target.sum(1), torch.ones(5), atol=1e-5)
+    if settings.get("partner") != "any":
+        assert torch.allclose(target, smooth, atol=1e-6)
+    assert torch.equal(out, x) == (settings.get("p") == 0.0)
+    mixup_fn.mixup_enabled = False
+    out, target = mixup_fn(x, y)
+    assert out is x and torch.allclose(target, smooth)
+    assert torch.equal(mixup_fn(x, smooth)[1], smooth)
+    SoftTargetCrossEntropy()(torch.zeros(5, 3), target)
+
+
+def test_mixed_labels_weigh_both_and_keep_the_smoothing(model: GLEM) -> None:
+    x, y = images(6) / 255, labels(6)
+    aug = make(model, partner="any", modes=16)
+    twin = copy.deepcopy(aug)
+    smooth = F.one_hot(y, 3) * 0.8 + 0.2 / 3
+    assert torch.equal(aug.as_mixup_fn(smoothing=0.2)(x, y)[1], twin(x, smooth)[1])
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_timms_mixup_on_soft_labels_is_its_mixup_on_hard_ones(mode: str) -> None:
+    x, y = images(8).float(), labels(8)
+    mixup = Mixup(mixup_alpha=0.4, cutmix_alpha=1.0, mode=mode, label_smoothing=0.0, num_classes=3)
+    np.random.seed(1)
+    wanted = mixup(x.clone(), y)
+    np.random.seed(1)
+    got = mix_soft(mixup, x.clone(), F.one_hot(y, 3).float())
+    assert torch.equal(got[0], wanted[0]) and torch.allclose(got[1], wanted[1])
+    assert mixup.num_classes == 3
+
+
+@pytest.mark.parametrize("order", ["aug", "mixup"])
+def test_with_timms_mixup_before_or_after(model: GLEM, order: str) -> None:
+    x, y = images(8) / 255, labels(8)
+    before = x.clone()
+    mixup = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.7)
+    settings = {"policy": "noise", "strength": 0.2}
+    np.random.seed(2)
+    wanted_mix = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.1)
+    if order == "aug":
+        wanted = wanted_mix(make(model, **settings)(x, y)[0].clone(), y)
+    else:
+        wanted = make(model, **settings)(*wanted_mix(x.clone(), y))
+    np.random.seed(2)
+    out, target = make(model, **settings).as_mixup_fn(0.1, mixup=mixup, order=order)(x.clone(), y)
+    assert torch.allclose(out, wanted[0], atol=1e-5) and torch.allclose(target, wanted[1], atol=1e-5)
+    assert torch.equal(x, before)
+
+
+def test_already_mixed_labels_are_mixed_again_correctly(model: GLEM) -> None:
+    """After Mixup a row is lam a + (1 - lam) b; its mode mixup with row j has the same share of j's own mixture."""
+    x, y = images(8) / 255, labels(8)
+    x, soft = Mixup(mixup_alpha=1.0, num_classes=3, label_smoothing=0.0)(x, y)
+    big = GLEM.create("identity", (3, 8, 8), classes=CLASSES)
+    big.fit_modes((images(900), labels(900)), rank=192)  # every direction is a mode: the projection keeps all
+    aug = GLEMAugment(big, p=1.0, modes=192, partner="any", seed=0)
+    params = aug.draw(x, soft)
+    out, target = aug.apply(x, soft, params)
+    w = params.l[:, None]
+    assert torch.allclose(target, w * soft + (1 - w) * soft[params.partner], atol=1e-4)
+    w = w[:, :, None, None]
+    assert torch.allclose(out, w * x + (1 - w) * x[params.partner], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [v2.MixUp, v2.CutMix])
+@pytest.mark.parametrize("first", [True, False])
+def test_with_torchvisions_mixup_and_cutmix(model: GLEM, kind: type, first: bool) -> None:
+    x, y = images(6) / 255, labels(6)
+    other = kind(num_classes=3)
+    chain = [make(model, partner="any"), other]
+    out, target = v2.Compose(chain if first else chain[::-1])(x, y)
+    assert out.shape == x.shape and target.shape == (6, 3)
+    assert torch.allclose(target.sum(1), torch.ones(6), atol=1e-5) and not torch.equal(out, x)
+
+
+def test_mixup_fn_arguments(model: GLEM) -> None:
+    aug = make(model)
+    with pytest.raises(ValueError, match="smoothing must be from 0 to 1"):
+        aug.as_mixup_fn(smoothing=1.5)
+    with pytest.raises(ValueError, match="order must be one of"):
+        aug.as_mixup_fn(order="first")
+    with pytest.raises(TypeError, match="timm.data.Mixup"):
+        aug.as_mixup_fn(mixup=v2.MixUp(num_classes=3))
+    assert "smoothing=0.1" in repr(aug.as_mixup_fn(0.1))
+
+
+# ---- collate_fn ---------------------------------------------------------------------------------------
+
+
+def test_collate_in_workers(model: GLEM) -> None:
+    aug = make(model)
+    data = TensorDataset(images(8) / 255, labels(8))
+    batches = list(DataLoader(data, batch_size=4, num_workers=2, collate_fn=aug.collate_fn()))
+    for i, (x, y) in enumerate(batches):
+        assert not torch.equal(x, data.tensors[0][4 * i : 4 * i + 4]) and torch.equal(y, labels(8)[4 * i : 4 * i + 4])
+    # workers draw differently, though both have a copy of one random state
+    twice = TensorDataset(images(4).repeat(2, 1, 1, 1) / 255, labels(4).repeat(2))
+    a, b = DataLoader(twice, batch_size=4, num_workers=2, collate_fn=aug.collate_fn())
+    assert not torch.equal(a[0], b[0])
+
+
+def test_collate_with_timms_prefetching_loader(model: GLEM, image_folder: Path) -> None:
+    collate = make(model, policy="noise").collate_fn()
+    inner = timm_loader(image_folder, collate_fn=collate, is_training=False)
+    plain = timm_loader(image_folder, is_training=False)
+    for (x, y), (before, target) in zip(inner, plain, strict=True):
+        assert x.dtype == torch.float32 and not torch.equal(x, before) and torch.equal(y, target)
+    assert inner.mixup_enabled
+    inner.mixup_enabled = False
+    assert not collate.mixup_enabled
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(inner, plain, strict=True))
+
+
+def test_the_switch_reaches_workers_that_are_running(model: GLEM) -> None:
+    collate = make(model, partner="any").collate_fn()
+    data = TensorDataset(images(4) / 255, labels(4))
+    inner = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=collate)
+    (x, y), *_ = inner
+    assert not torch.equal(x, data.tensors[0])
+    collate.mixup_enabled = False
+    (x, y), *_ = inner
+    assert torch.equal(x, data.tensors[0]) and torch.equal(y, F.one_hot(labels(4), 3).float())
+
+
+def test_collate_bases(model: GLEM) -> None:
+    samples = [(image.numpy(), label) for image, label in zip(images(4), labels(4).tolist(), strict=True)]
+    x, y = make(model).collate_fn()(samples)
+    assert x.dtype == torch.uint8 and y.dtype == torch.int64 and not torch.equal(x, images(4))
+    mixup = FastCollateMixup(num_classes=3)
+    collate = make(model).collate_fn(mixup)
+    x, y = collate(samples)
+    assert x.dtype == torch.uint8 and y.shape == (4, 3)
+    collate.mixup_enabled = False
+    assert not mixup.mixup_enabled
+    out = make(model).collate_fn(default_collate)(
+        [(i / 255, int(y)) for i, y in zip(images(4), labels(4), strict=True)]
+    )
+    assert isinstance(out, list) and len(out) == 2
+    again = pickle.loads(pickle.dumps(make(model).collate_fn(fast_collate)))
+    assert torch.equal(again(samples)[0], make(model).collate_fn(fast_collate)(samples)[0])
+
+
+def test_bad_samples(model: GLEM) -> None:
+    collate = make(model).collate_fn()
+    with pytest.raises(TypeError, match=r"v2\.ToImage"):
+        collate([(Image.new("RGB", (8, 8)), 0)])
+    with pytest.raises(TypeError, match="samples must be"):
+        collate([images(1)[0]])
+    with pytest.raises(TypeError, match="collate function"):
+        make(model).collate_fn("default")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="base must give"):
+        make(model).collate_fn(lambda batch: {"x": 1})([(images(1)[0], 0)])
+
+
+# ---- torchvision v2 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_structures_come_back_as_they_were(model: GLEM, soft: bool) -> None:
+    x, y = images(4) / 255, labels(4)
+    y = F.one_hot(y, 3).float() if soft else y
+    wanted = make(model)(x, y)
+    image = tv_tensors.Image(x)
+    mask = tv_tensors.Mask(torch.zeros(4, 8, 8))
+    cases: list[Any] = [
+        (x, y),
+        [x, y],
+        {"image": x, "label": y},
+        OrderedDict(number=3, image=image, Labels=y),
+        (image, {"labels": y, "mask": mask}),
+        {"pixels": image, "targets": y, "other": torch.zeros(3)},
+    ]
+    for sample in cases:
+        for transform in (make(model), make(model).as_transform(), v2.Compose([nn.Identity(), make(model)])):
+            out = transform(sample)
+            assert type(out) is type(sample)
+            values = list(out.values()) if isinstance(out, dict) else list(out)
+            flat = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
+            found = next(v for v in flat if isinstance(v, Tensor) and v.shape == x.shape)
+            assert torch.equal(found, wanted[0])
+            source = list(sample.values()) if isinstance(sample, dict) else list(sample)
+            assert isinstance(found, tv_tensors.Image) == any(isinstance(v, tv_tensors.Image) for v in source)
+            assert any(isinstance(v, Tensor) and v.shape == y.shape and torch.equal(v, wanted[1]) for v in flat)
+    assert make(model)((image, {"labels": y, "mask": mask}))[1]["mask"] is mask
+
+
+def test_two_arguments_with_a_tv_tensor(model: GLEM) -> None:
+    x, y = tv_tensors.Image(images(4)), labels(4)
+    out, target = make(model)(x, y)
+    assert isinstance(out, tv_tensors.Image) and out.dtype == torch.uint8 and target is y
+
+
+def test_a_labels_getter(model: GLEM) -> None:
+    sample = {"image": images(4) / 255, "nested": [torch.zeros(2), labels(4)]}
+    out = make(model).as_transform(lambda s: s["nested"][1])(sample)
+    assert torch.equal(out["image"], make(model)(sample["image"], labels(4))[0])
+    assert "labels_getter" in repr(make(model).as_transform(lambda s: s))
+
+
+@pytest.mark.parametrize("label", [1, torch.tensor(1), torch.tensor([0.0, 1.0, 0.0])])
+@pytest.mark.parametrize("partner", ["same", "any"])
+def test_single_images_of_a_data_set(model: GLEM, label: Any, partner: str) -> None:
+    image = tv_tensors.Image(images(1)[0])
+    out, target = make(model, partner=partner)((image, label))
+    assert isinstance(out, tv_tensors.Image) and out.shape == (3, 8, 8) and not torch.equal(out, image)
+    if partner == "any" or not isinstance(label, int):
+        assert isinstance(target, Tensor) and target.ndim == (1 if partner == "any" else label.ndim)
+    else:
+        assert target == 1 and isinstance(target, int)
+    plain = make(model)(images(1)[0], 1)
+    assert plain[0].shape == (3, 8, 8) and plain[1] == 1
+
+
+def test_the_transform_can_be_pickled_and_used_in_workers(model: GLEM) -> None:
+    chain = v2.Compose([v2.RandomHorizontalFlip(), make(model).as_transform()])
+    x, y = images(4) / 255, labels(4)
+    again = pickle.loads(pickle.dumps(chain))
+    torch.manual_seed(0)
+    wanted = chain(x, y)
+    torch.manual_seed(0)
+    assert torch.equal(again(x, y)[0], wanted[0])
+    assert list(chain.transforms[1].state_dict()) == ["aug._extra_state"]
+    assert not list(chain.parameters())
+
+
+def test_samples_that_cannot_be_used(model: GLEM) -> None:
+    aug = make(model)
+    with pytest.raises(TypeError, match=r"v2\.ToImage"):
+        aug((Image.new("RGB", (8, 8)), 1))
+    with pytest.raises(ValueError, match="no labels found"):
+        aug({"image": images(2)})
+    with pytest.raises(ValueError, match="no image found"):
+        aug({"labels": labels(2)})
+    with pytest.raises(ValueError, match="labels must be a tensor"):
+        aug.as_transform(lambda s: "bird")((images(2), labels(2)))
+    with pytest.raises(TypeError, match="labels_getter"):
+        aug.as_transform(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 images"):
+        aug((tv_tensors.Image(images(2)), labels(2), tv_tensors.Image(images(2))))
+    with pytest.raises(ValueError, match="more than once"):
+        aug({"image": tv_tensors.Image(images(1)[0]), "label": 1, "index": 1})
+
+
+def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "plugin.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) > 6
+    space: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block.replace("[::10]", "[::50]"), "docs/plugin.md", "exec"), space)  # a fifth of the images
+    assert "| 0.5 |" in capsys.readouterr().out
+    assert len(space["both"]) == 255 and space["soft"].shape == (20, 10) and space["sample"]["label"] == 3
