@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the record of machine and versions, and where results go."""
+"""What every benchmark here shares: the record of machine and versions, timing, and where results go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import platform
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,24 +47,62 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def write_results(folder: Path, name: str, title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Write ``name.json`` and ``name.md`` (columns in the first row's order), and print the table."""
+def seconds(task: Callable[[], Any]) -> float:
+    """Seconds of one call on the CPU."""
+    began = time.perf_counter()
+    task()
+    return time.perf_counter() - began
+
+
+def write_results(
+    folder: Path,
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    tables: dict[str, list[dict[str, Any]]] | None = None,
+    show: bool = True,
+    **facts: Any,
+) -> None:
+    """Write ``name.json`` and ``name.md`` (columns in the first row's order), and print the table.
+
+    Args:
+        folder: where to.
+        name: of the files, and of the script.
+        title: heading.
+        rows: the results.
+        tables: more of them, by heading; in the JSON under the same words.
+        show: print the table too.
+        facts: what else is worth recording, as JSON can carry it.
+    """
     command = "python " + " ".join(shlex.quote(a) for a in [f"benchmarks/{name}.py", *sys.argv[1:]])
-    record = {"title": title, "command": command, "machine": machine(), **facts, "rows": rows}
+    tables = tables or {}
+    record = {"title": title, "command": command, "machine": machine(), **facts, "rows": rows, **tables}
     write_json(folder / f"{name}.json", record)
-    columns = list(rows[0])
-    lines = [f"# {title}", "", f"`{command}`", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    lines = [f"# {title}", "", f"`{command}`", "", *_table(rows)]
     info = record["machine"]
     lines += ["", f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; "]
     lines[-1] += ", ".join(f"{key} {value}" for key, value in info["versions"].items()) + "."
     lines += [f"{key}: {value}" for key, value in facts.items()]
+    for heading, more in tables.items():
+        lines += ["", f"## {heading}", "", *_table(more)]
     text = "\n".join(lines) + "\n"
     with atomic_write(folder / f"{name}.md", "w") as file:
         file.write(text)
-    print(text)
+    if show:
+        print(text)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["nothing"]
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,251 @@
+"""Batch augmentations of ``augmentation.py``, each with parameters of its own for every image, and their stacking.
+
+torchvision's transforms draw once per call, so those on single images are called image by image; the library's own
+training operations (crop, flip) and Mixup, CutMix and RandomErasing of torchvision and timm take batches.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from augmentation_settings import METHODS, REUSE
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from glem_augment import GLEM, GLEMAugment, SyntheticDataset
+from glem_augment.training.image_ops import augment_batch
+
+Component = tuple[str, dict[str, Any]]
+SYNTHETIC_POOL, POOL_RATIO = 200, 4  # images of a class, at most; to a training image
+# Pixel operations first, then what makes batches float, then what mixes labels.
+_ORDER = ("cropflip", "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
+
+
+class RememberingGLEM(GLEM):
+    """Encodes an image once: its latent is found again by the image's bytes.
+
+    The transforms come before crop and flip here, so that they see the same few images again and again.
+    """
+
+    @classmethod
+    def of(cls, model: GLEM) -> RememberingGLEM:
+        result = cls(model.config, model.flow, model.gaussians, model.modes)
+        result._latents: dict[bytes, Tensor] = {}
+        return result.eval().requires_grad_(False)
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        keys = [row.tobytes() for row in x.detach().contiguous().numpy()]
+        new = [i for i, key in enumerate(keys) if key not in self._latents]
+        if new:
+            with torch.no_grad():
+                for i, z in zip(new, super().encode(x[new])[0], strict=True):
+                    self._latents[keys[i]] = z
+        # Nothing here needs the log-determinant.
+        return torch.stack([self._latents[key] for key in keys]), x.new_zeros(len(x), dtype=torch.float32)
+
+
+class Reused:
+    """A transform applied to a share p of the images; what it made of one is used ``REUSE`` times on average.
+
+    Args:
+        transform: (uint8 images, labels, bool mask) to images and labels with those of the mask changed, and the
+            labels of all in one form, hard or soft.
+        count: training images.
+    """
+
+    def __init__(
+        self, transform: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], p: float, count: int
+    ) -> None:
+        self.transform, self.p, self.count = transform, p, count
+        self.images: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.made = torch.zeros(count, dtype=torch.bool)
+
+    def __call__(self, rows: Tensor, x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        use, again = (torch.rand(len(x), generator=g) < share for share in (self.p, 1 / REUSE))
+        mask = use & (again | ~self.made[rows])
+        if bool(mask.any()):
+            changed, fresh = self.transform(x, y, mask), mask.nonzero()[:, 0]
+            images, labels = changed[0][fresh], changed[1][fresh]
+            if self.images is None or self.labels is None:
+                self.images = torch.empty(self.count, *images.shape[1:], dtype=images.dtype)
+                self.labels = torch.empty(self.count, *labels.shape[1:], dtype=labels.dtype)
+            self.images[rows[fresh]], self.labels[rows[fresh]] = images, labels
+            self.made[rows[fresh]] = True
+        chosen = use.nonzero()[:, 0]
+        if not len(chosen):
+            return x, y
+        assert self.images is not None and self.labels is not None
+        x = x.index_copy(0, chosen, self.images[rows[chosen]])
+        if self.labels.ndim == 2:
+            y = F.one_hot(y, self.labels.shape[1]).to(self.labels.dtype)
+        return x, y.index_copy(0, chosen, self.labels[rows[chosen]])
+
+
+class Stack:
+    """What happens to a batch between the training set and the classifier.
+
+    Args:
+        components: (method, parameters), see ``METHODS``; of flow-based ones the parameters name the "flow".
+        flows: the adapted flow of each name in them.
+        network: the classifier, from floats in [0,1] to logits; adversarial methods look at it.
+        count, num_classes: of the training images.
+        seed: of everything drawn.
+        teacher: of "distill".
+    """
+
+    def __init__(
+        self,
+        components: list[Component],
+        flows: Callable[[str], GLEM],
+        network: nn.Module,
+        count: int,
+        num_classes: int,
+        seed: int,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.network, self.num_classes, self.teacher = network, num_classes, teacher
+        self.generator = torch.Generator().manual_seed(seed)
+        random.seed(seed)  # timm's RandomErasing
+        self.first: list[Callable[..., tuple[Tensor, Tensor]]] = []
+        self.then: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+        for name, params in components:
+            if METHODS[name].flow:
+                model = RememberingGLEM.of(flows(params["flow"]))
+                self.first.append(self._latent(name, dict(params), model, count, seed))
+            elif name != "none":
+                self.then[name] = self._pixel(name, params)
+
+    def __call__(self, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Training images ``rows``, uint8 [B,C,H,W], with their labels int64 [B], to floats in [0,1] and labels, hard
+        or soft [B,K]."""
+        for change in self.first:
+            x, y = change(rows, x, y, self.generator)
+        for name in _ORDER:
+            if name in self.then:
+                if name not in ("cropflip", "jitter", "trivial"):
+                    x = as_float(x)
+                x, y = self.then[name](x, y)
+        return as_float(x), y
+
+    # ---- through a flow --------------------------------------------------------------------------------------------
+
+    def _latent(
+        self, name: str, params: dict[str, Any], model: GLEM, count: int, seed: int
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        del params["flow"]
+        p = params.pop("p")
+        if name == "synthetic":
+            return _Synthetic(model, p, count // model.num_classes, seed, **params)
+        if name == "latent-noise":
+            strength = params["strength"]
+
+            def noise(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+                with torch.no_grad():
+                    z = model.encode(as_float(x[mask]))[0]
+                    eps = torch.randn(z.shape, generator=self.generator)
+                    z = z + strength * model.gaussians.variance()[y[mask]].sqrt() * eps
+                    out = x.clone()
+                    out[mask] = as_bytes(model.decode(z).nan_to_num_(0.5))
+                    return out, y
+
+            return Reused(noise, p, count)
+        assert model.modes is not None
+        aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
+        if params["policy"] == "adversarial":
+            aug.attach(self.network)
+        # All rows may be partners; only those of the mask are decoded.
+        return Reused(lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask)), p, count)
+
+    # ---- on pixels -------------------------------------------------------------------------------------------------
+
+    def _pixel(self, name: str, params: dict[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        g = self.generator
+        if name == "cropflip":
+            return lambda x, y: (augment_batch(x, ("flip", "crop"), g), y)
+        if name == "jitter":
+            s = params["strength"]
+            jitter = v2.ColorJitter(s, s, s, s / 4)
+            return lambda x, y: (torch.stack([jitter(image) for image in x]), y)
+        if name == "trivial":
+            trivial, p = v2.TrivialAugmentWide(), params["p"]
+
+            def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                chosen = self._chance(p, len(x)).tolist()
+                return torch.stack([trivial(i) if c else i for i, c in zip(x, chosen, strict=True)]), y
+
+            return some
+        if name == "erasing":
+            erase = RandomErasing(probability=params["p"], mode="pixel", device="cpu")
+
+            def erased(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                # Its noise is N(0, 1), meant for standardised images.
+                mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+                return erase((x - mean) / std) * std + mean, y
+
+            return erased
+        if name == "pixel-adversarial":
+            return lambda x, y: (self._adversarial_pixels(x, y, params["epsilon"] / 255, params["p"]), y)
+        if name == "distill":
+            return lambda x, y: (x, self._taught(x, y, params["weight"]))
+        mix = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=params["alpha"], num_classes=self.num_classes)
+        often = params.get("p", 1.0)
+        return lambda x, y: mix(x, y) if bool(self._chance(often, 1)) else (x, y)
+
+    @torch.no_grad()
+    def _taught(self, x: Tensor, y: Tensor, weight: float) -> Tensor:
+        assert self.teacher is not None
+        hard = y if y.ndim == 2 else F.one_hot(y, self.num_classes).float()
+        return hard + weight * (self.teacher(x).softmax(1) - hard)
+
+    def _chance(self, p: float, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator) < p
+
+    def _adversarial_pixels(self, x: Tensor, y: Tensor, epsilon: float, p: float) -> Tensor:
+        """A random start within epsilon and one step of its size up the loss (fast gradient sign, as in Wong et al.
+        2020), in eval mode as the adversarial policy has it."""
+        rows = self._chance(p, len(x)).nonzero()[:, 0]
+        if not len(rows):
+            return x
+        clean = x[rows]
+        start = (torch.rand(clean.shape, generator=self.generator) * 2 - 1) * epsilon
+        moved = (clean + start).clamp(0, 1).requires_grad_(True)
+        training = self.network.training
+        self.network.eval()
+        with torch.enable_grad():
+            loss = F.cross_entropy(self.network(moved), y[rows])
+            (grad,) = torch.autograd.grad(loss, moved)
+        self.network.train(training)
+        changed = clean + (moved.detach() + epsilon * grad.sign() - clean).clamp(-epsilon, epsilon)
+        return x.index_copy(0, rows, changed.clamp(0, 1))
+
+
+class _Synthetic:
+    """Rows replaced, with probability p, by images that the flow draws for their class."""
+
+    def __init__(self, model: GLEM, p: float, per_class: int, seed: int, temperature: float, source: str) -> None:
+        self.p = p
+        self.per_class = min(SYNTHETIC_POOL, max(20, POOL_RATIO * per_class))
+        drawn = SyntheticDataset(model, self.per_class, temperature=temperature, seed=seed, source=source)
+        self.images = drawn.images(range(len(drawn)))
+
+    def __call__(self, rows: Tensor, x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = (torch.rand(len(x), generator=g) < self.p).nonzero()[:, 0]
+        which = torch.randint(self.per_class, (len(chosen),), generator=g)
+        images = self.images[y[chosen] * self.per_class + which]
+        if images.shape[1:] != x.shape[1:]:
+            images = v2.functional.resize(images, list(x.shape[2:]), antialias=True)
+        return x.index_copy(0, chosen, images), y
+
+
+def as_float(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)

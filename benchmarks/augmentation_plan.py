@@ -1,0 +1,231 @@
+"""Which cells there are: tuning first, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from augmentation_data import Flows
+from augmentation_settings import METHODS, REUSE, TUNING_SEED, Setting
+from augmentation_store import Store
+
+Component = tuple[str, dict[str, Any]]
+CROPFLIP: Component = ("cropflip", {})
+# Seconds for an image on one core, where nothing has been measured yet.
+_CLASSIFIER = {"cnn": 5e-4, "resnet": 1.3e-3}
+_DECODE = 3e-3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One classifier to train.
+
+    Attributes:
+        stage: singles, pairs, ours or final.
+        side: opponent, ours or control.
+        flow: "none" of opponents, "identity" of controls.
+        method, params: what is tested; base: the components under it.
+    """
+
+    stage: str
+    setting: Setting
+    classifier: str
+    side: str
+    flow: str
+    method: str
+    params: dict[str, Any]
+    base: tuple[Component, ...]
+    seed: int
+
+    @property
+    def stack(self) -> tuple[Component, ...]:
+        own = () if self.method == "opponent" else ((self.method, self.params),)
+        return (*self.base, *own)
+
+    @property
+    def key(self) -> str:
+        """A name, for people and for ``--cells``."""
+        values = ",".join(f"{k}={v}" for k, v in self.params.items() if k != "flow")
+        under = "+".join(name for name, _ in self.base)
+        where = f"{self.setting.name}/{self.classifier}/{self.stage}/{self.side}/{self.flow}"
+        return f"{where}/{under}+{self.method}({values})/{self.seed}"
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "setting": self.setting.name,
+            "classifier": self.classifier,
+            "stage": self.stage,
+            "side": self.side,
+            "flow": self.flow,
+            "method": self.method,
+            "params": self.params,
+            "base": [[name, params] for name, params in self.base],
+            "seed": self.seed,
+        }
+
+
+class Plan:
+    """The cells of a setting and classifier, as far as what has been measured determines them.
+
+    Args:
+        args: ``opponents``, ``methods``, ``trials``, ``best``, ``seeds``, ``leaking``, ``through``.
+        flows: tells which ones can be used.
+    """
+
+    def __init__(self, args: Any, flows: Flows) -> None:
+        self.args, self.flows = args, flows
+
+    def cells(self, setting: Setting, classifier: str, store: Store) -> list[Cell]:
+        """All cells known so far, in the order in which to run them."""
+        singles = self.singles(setting, classifier)
+        best_single = self.best(singles, store)
+        # Without its flow a setting stops here: an opponent is missing, and the test images would be read too early.
+        if best_single is None or self.lacks(setting) or not self.available(setting):
+            return singles
+        pairs = self.pairs(best_single, singles, store)
+        opponent = self.best([*singles, *pairs], store) if all(store.has(c) for c in pairs) else None
+        if opponent is None:
+            return [*singles, *pairs]
+        base = opponent.stack
+        ours = self.ours(setting, classifier, base)
+        cells = [*singles, *pairs, *ours]
+        if not all(store.has(c) for c in ours):
+            return cells
+        return cells + self.final(setting, classifier, base, ours, store)
+
+    # ---- stages ----------------------------------------------------------------------------------------------------
+
+    def available(self, setting: Setting) -> list[str]:
+        names = (*setting.proof, *(setting.leaking if self.args.leaking else ()))
+        wanted = self.args.through or names
+        return [name for name in names if name in wanted and self.flows.missing(name, setting) is None]
+
+    def lacks(self, setting: Setting) -> str | None:
+        """Why more than the opponents on pixels can't run yet: the first flow of the setting is not there."""
+        return self.flows.missing(setting.proof[0], setting) if setting.proof else None
+
+    def singles(self, setting: Setting, classifier: str) -> list[Cell]:
+        result = []
+        for name in self.args.opponents:
+            method, flow = METHODS[name], {}
+            if method.flow:
+                # Always through the same flow, and never through one that has seen all labels.
+                if not setting.proof or self.lacks(setting) or setting.flow_size not in (None, setting.size):
+                    continue
+                flow = {"flow": setting.proof[0]}
+            base = () if name in ("none", "cropflip") else (CROPFLIP,)
+            for params in method.trials[: self.args.trials]:
+                params = {**params, **flow}
+                result.append(Cell("singles", setting, classifier, "opponent", "none", name, params, base, TUNING_SEED))
+        return result
+
+    def pairs(self, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:
+        """The best single with each other method at its best; none where crop + flip alone is best."""
+        if best.method in ("none", "cropflip"):
+            return []
+        result = []
+        for name in dict.fromkeys(cell.method for cell in singles):
+            own = self.best([cell for cell in singles if cell.method == name], store)
+            if name in ("none", "cropflip", best.method) or own is None:
+                continue
+            where = ("pairs", best.setting, best.classifier, "opponent", "none")
+            result.append(Cell(*where, name, own.params, best.stack, best.seed))
+        return result
+
+    def ours(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
+        result = []
+        for flow in ("identity", *self.available(setting)):
+            side = "control" if flow == "identity" else "ours"
+            for name in self.args.methods:
+                for params in METHODS[name].trials[: self.args.trials]:
+                    params = {**params, "flow": flow}
+                    result.append(Cell("ours", setting, classifier, side, flow, name, params, base, TUNING_SEED))
+        return result
+
+    def final(
+        self, setting: Setting, classifier: str, base: tuple[Component, ...], ours: list[Cell], store: Store
+    ) -> list[Cell]:
+        """Per flow the ``best`` methods by validation; the control of each of these, and its own best method."""
+        flows = list(dict.fromkeys(cell.flow for cell in ours if cell.flow != "identity"))
+        tuned = {
+            (flow, name): self.best([c for c in ours if c.flow == flow and c.method == name], store)
+            for flow in ("identity", *flows)
+            for name in self.args.methods
+        }
+
+        def ranked(flow: str) -> list[str]:
+            return sorted(self.args.methods, key=lambda name: -self.value(tuned[flow, name], store))
+
+        arms: list[tuple[str, str, Cell]] = []
+        for flow in flows:
+            arms += [("ours", flow, tuned[flow, name]) for name in ranked(flow)[: self.args.best]]
+        wanted = [cell.method for _, _, cell in arms] + ranked("identity")[:1]
+        arms += [("control", "identity", tuned["identity", name]) for name in dict.fromkeys(wanted)]
+        leaks = set(flows) & set(setting.leaking)
+        result = []
+        for seed in self.args.seeds:
+            if leaks:
+                params = METHODS["distill"].trials[0]
+                result.append(Cell("final", setting, classifier, "teacher", "none", "distill", params, base, seed))
+            if base != (CROPFLIP,):
+                result.append(Cell("final", setting, classifier, "opponent", "none", "cropflip", {}, (), seed))
+            result.append(Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, seed))
+            for side, flow, cell in arms:
+                result.append(Cell("final", setting, classifier, side, flow, cell.method, cell.params, base, seed))
+        return result
+
+    # ---- what was measured -----------------------------------------------------------------------------------------
+
+    def value(self, cell: Cell | None, store: Store) -> float:
+        row = None if cell is None else store.find(cell)
+        return -1.0 if row is None else row["val_accuracy"]
+
+    def best(self, cells: list[Cell], store: Store) -> Cell | None:
+        """The cell with the highest validation accuracy, the first of equals; None until all are measured."""
+        if not cells or not all(store.has(cell) for cell in cells):
+            return None
+        return max(cells, key=lambda cell: self.value(cell, store))
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def estimate(self, cell: Cell, store: Store) -> float:
+        """Seconds: the median of cells alike, else a guess."""
+        rows = store.rows(final=False) + store.rows(final=True)
+        alike = [
+            row["cell_seconds"]
+            for row in rows
+            if (row["setting"], row["classifier"], row["method"], row["flow"] == "identity")
+            == (cell.setting.name, cell.classifier, cell.method, cell.flow == "identity")
+            and (row["stage"] == "final") == (cell.stage == "final")
+        ]
+        if alike:
+            return statistics.median(alike)
+        images = cell.setting.steps[cell.classifier] * cell.setting.batch
+        area = (cell.setting.size / 32) ** 2
+        cost = images * area * _CLASSIFIER[cell.classifier] + 2 + 5 * (cell.stage == "final")
+        for name, params in cell.stack:
+            if METHODS[name].flow and params.get("flow") != "identity":
+                cost += 5 + images * params["p"] / REUSE * _DECODE * (7 if "adversarial" in name else 1)
+        return cost
+
+    def later(self, setting: Setting, classifier: str, store: Store) -> tuple[int, float]:
+        """How many cells will follow on the known ones, and seconds for them."""
+        known = {cell.stage for cell in self.cells(setting, classifier, store)}
+        following: list[Cell] = []
+        singles = self.singles(setting, classifier)
+        if "ours" not in known and "pairs" not in known:
+            following += singles[: max(0, len(self.args.opponents) - 3)]
+        ours = self.ours(setting, classifier, (CROPFLIP,))
+        if "ours" not in known:
+            following += ours
+        if "final" not in known:
+            first = [cell for cell in ours if cell.params["flow"] != "identity"] or ours
+            arms = 2 + 2 * self.args.best * max(1, len(self.available(setting))) + 1
+            following += first[:1] * (arms * len(self.args.seeds))
+        return len(following), sum(self.estimate(cell, store) for cell in following)
+
+
+def params_text(params: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in params.items() if k != "flow"}, sort_keys=True)[1:-1].replace('"', "")

@@ -1,0 +1,178 @@
+"""What ``augmentation.py`` compares: settings, flows, methods and the values that each may be tuned over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PROTOCOL = 1  # rows of another number are left alone: they were made in another way
+FINAL_SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEED = 1000
+FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # what the flows of "other classes" are trained on
+# English springer and garbage truck have relatives (dog, truck) among the classes of CIFAR-10.
+IMAGENETTE_APART = (0, 2, 3, 4, 5, 7, 8, 9)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task for a classifier.
+
+    Attributes:
+        data: a key of ``augmentation_data.PLACES``; classes: indices of those in use, None for all.
+        per_class: labelled images of a class; of the largest with ``imbalance``, the ratio of the largest to the
+            smallest class, sizes falling geometrically in between.
+        size, channels: of the classifier's images; flow_size: of the flows', by default the same.
+        proof: flows that are trained on (a) these labelled images alone ("own") or (b) other images, and adapted.
+        leaking: flows that have seen the labels of the full training set; they go into a table of their own.
+        steps: of training, per classifier.
+    """
+
+    name: str
+    data: str
+    per_class: int
+    size: int
+    channels: int
+    proof: tuple[str, ...]
+    leaking: tuple[str, ...] = ()
+    classes: tuple[int, ...] | None = None
+    imbalance: float = 1.0
+    steps: dict[str, int] = field(default_factory=lambda: {"cnn": 500, "resnet": 600})
+    batch: int = 64
+    flow_size: int | None = None
+
+
+def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(c for c in range(10) if c not in classes)
+
+
+_LONG = {"cnn": 1000, "resnet": 1000}
+_SETTINGS = (
+    Setting("imagenette32-50", "imagenette", 50, 32, 3, ("cifar10",)),
+    Setting("imagenette32-20", "imagenette", 20, 32, 3, ("cifar10",)),
+    Setting("imagenette32-100", "imagenette", 100, 32, 3, ("cifar10",), steps=_LONG),
+    Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=_LONG),
+    Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
+    Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
+    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",)),
+    Setting("fashion-100", "fashion-mnist", 100, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",), steps=_LONG),
+    Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
+    Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
+    Setting("cifar10-50", "cifar10", 50, 32, 3, ("imagenette32", "own"), ("cifar10",)),
+    Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", "own"), ("cifar10",), steps=_LONG),
+    Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
+    Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 100.0, _LONG),
+    Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 10.0, _LONG),
+)
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _SETTINGS}
+# For trying the script out: the images and the flow inside the package, and next to no steps. Only where it is named.
+SMOKE = Setting("smoke", "bundled", 10, 28, 1, (), ("fashion-mnist",), steps={"cnn": 12, "resnet": 4}, batch=16)
+
+
+# ---- flows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlowRecipe:
+    """A flow that ``--train-flow`` makes from the training images of a data set, a few classes of it or all.
+
+    Attributes:
+        epochs: passes over the images; settings: of ``TrainConfig``, over ``FLOW_SETTINGS``.
+    """
+
+    data: str
+    size: int
+    channels: int
+    epochs: int
+    classes: tuple[int, ...] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+FLOW_SETTINGS: dict[str, Any] = dict(
+    preset="mef_tiny", objective="hybrid", beta=0.3, ce_scale=0.2, batch_size=48, lr=0.01, min_lr=1e-4,
+    warmup_steps=200, schedule="cosine", m_steps=20, sigma_lr_scale=5.0, augment=("flip",), precision="bf16",
+    sample_every=0, val_fraction=0.02,
+)  # fmt: skip
+FLOWS: dict[str, FlowRecipe] = {
+    "cifar10": FlowRecipe("cifar10", 32, 3, 8),
+    "cifar10-five": FlowRecipe("cifar10", 32, 3, 16, CIFAR_FIVE),
+    "cifar10-grey28": FlowRecipe("cifar10", 28, 1, 8),
+    "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
+    "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
+}
+BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
+# "own" sees so many images in all, whatever their number, shifted and flipped; it has few to overfit.
+OWN_IMAGES, OWN_SETTINGS = 40_000, {"augment": ("flip", "crop"), "val_fraction": 0.0, "beta": 0.1, "min_lr": 1e-4}
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One augmentation and the values that it is tuned over.
+
+    Attributes:
+        side: "opponent" or "ours"; every one of ours is also a control, with the identity in place of the flow.
+        trials: settings tried; each side has as many for a method with something to tune.
+        flow: whether it needs one. An opponent that needs one takes the setting's first.
+    """
+
+    side: str
+    trials: tuple[dict[str, Any], ...]
+    flow: bool = False
+
+
+def _each(name: str, *values: Any, **others: Any) -> tuple[dict[str, Any], ...]:
+    return tuple({name: value, **others} for value in values)
+
+
+METHODS: dict[str, Method] = {
+    # Opponents; all but "none" come after crop + flip.
+    "none": Method("opponent", ({},)),
+    "cropflip": Method("opponent", ({},)),
+    "jitter": Method("opponent", _each("strength", 0.2, 0.4, 0.8)),
+    "mixup": Method("opponent", _each("alpha", 0.2, 0.5, 1.0)),
+    "cutmix": Method("opponent", _each("p", 0.25, 0.5, 1.0, alpha=1.0)),
+    "trivial": Method("opponent", _each("p", 0.5, 0.75, 1.0)),
+    "erasing": Method("opponent", _each("p", 0.25, 0.5, 0.75)),
+    "pixel-adversarial": Method("opponent", _each("epsilon", 2, 4, 8, p=0.5)),
+    "latent-noise": Method("opponent", _each("strength", 0.1, 0.2, 0.4, p=0.5), flow=True),
+    # Ours: GLEMAugment's policies, before crop + flip, and SyntheticDataset.
+    "adversarial": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.5), flow=True),
+    "noise": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", p=0.5), flow=True),
+    "mode-mixup": Method("ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", p=0.5), flow=True),
+    "synthetic": Method("ours", _each("temperature", 0.5, 0.75, 1.0, p=0.25, source="rfcm"), flow=True),
+    "mode-mixup-any": Method(
+        "ours",
+        (
+            {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 0.3, "p": 0.5},
+            {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 1.0, "p": 0.5},
+            {"policy": "mixup", "partner": "any", "labels": "posterior", "alpha": 1.0, "p": 0.5},
+        ),
+        flow=True,
+    ),
+    "noise-shared": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", basis="shared", p=0.5), flow=True),
+    "adversarial-near": Method(
+        "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="near", p=0.5), flow=True
+    ),
+    "adversarial-often": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.9), flow=True),
+    "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),
+    "mode-mixup-rescaled": Method(
+        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", rescale=True, p=0.5), flow=True
+    ),
+    "mode-mixup-near": Method(
+        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="near", labels="mix", p=0.5), flow=True
+    ),
+    "mode-mixup-gaussian": Method(
+        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="gaussian", p=0.5), flow=True
+    ),
+}
+OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
+# Beside leaking flows: the labels that a classifier trained on the same full data gives to the augmented images.
+METHODS["distill"] = Method("teacher", ({"weight": 0.7},))
+TEACHER_STEPS = 3000
+# The others wait for --methods.
+DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
+# An augmented image is used this many times, on average, before it is made anew, with another crop and flip each time:
+# on a CPU the flow costs more than a small classifier. For every policy and for the control alike.
+REUSE = 4

@@ -1,0 +1,129 @@
+"""The classifiers of ``augmentation.py`` and their training: the same steps, batches and start for every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from augmentation_ops import Component, Stack, as_float
+from torch import Tensor, nn
+
+from glem_augment import GLEM
+
+CLASSIFIERS = ("cnn", "resnet")
+LR, WEIGHT_DECAY, WARM_UP = 3e-3, 0.05, 0.15
+_EVAL_BATCH = 500
+
+
+class Classifier(nn.Module):
+    """A network on images in [0,1]: standardised inside, in bfloat16 where asked, so that whoever needs gradients with
+    respect to the image has nothing to know."""
+
+    def __init__(self, body: nn.Module, mean: Tensor, std: Tensor, bf16: bool) -> None:
+        super().__init__()
+        self.body, self.bf16 = body, bf16
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("std", std[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.body(x).float()
+
+
+def make_body(name: str, channels: int, num_classes: int, size: int) -> nn.Module:
+    """ "cnn": five 3x3 convolutions, 0.16 M parameters; "resnet": timm's resnet18 at a quarter of the width, with the
+    stem that is usual for small images, 0.7 M."""
+    if name == "cnn":
+        w = 24
+
+        def block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
+
+        layers = [*block(channels, w, 1 if size < 48 else 2), *block(w, 2 * w, 2), *block(2 * w, 2 * w, 1)]
+        layers += [*block(2 * w, 4 * w, 2), *block(4 * w, 4 * w, 1)]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, num_classes))
+    if name == "resnet":
+        body = timm.create_model("resnet18", num_classes=num_classes, channels=(16, 32, 64, 128))
+        body.conv1 = nn.Conv2d(channels, body.conv1.out_channels, 3, 1 if size < 48 else 2, 1, bias=False)
+        body.maxpool = nn.Identity()
+        return body
+    raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
+
+
+def order_of(count: int, batch: int, steps: int, seed: int) -> Tensor:
+    """Rows of every step, int64 [steps, batch]: passes over shuffled images, a function of the seed alone."""
+    rng, parts, total = np.random.default_rng([seed, 0x0BDE2]), [], 0
+    while total < steps * batch:
+        parts.append(rng.permutation(count))
+        total += count
+    return torch.from_numpy(np.concatenate(parts)[: steps * batch].reshape(steps, batch))
+
+
+def train(
+    name: str,
+    images: tuple[Tensor, Tensor],
+    num_classes: int,
+    components: list[Component],
+    flows: Callable[[str], GLEM],
+    steps: int,
+    batch: int,
+    seed: int,
+    bf16: bool,
+    teacher: nn.Module | None = None,
+) -> tuple[Classifier, dict[str, Any]]:
+    """Train one classifier from scratch.
+
+    Args:
+        images: uint8 [N,C,H,W], int64 [N].
+        components: see ``Stack``.
+
+    Returns:
+        The network in eval mode, and ``seconds_per_step``, the ``augment_seconds_per_step`` in it and the
+        ``train_loss`` of the last tenth of the steps. Seconds are of CPU time: other load does not count.
+    """
+    x, y = images
+    batch = min(batch, len(y))
+    torch.manual_seed(seed)
+    everything = as_float(x).transpose(0, 1).flatten(1)
+    body = make_body(name, x.shape[1], num_classes, x.shape[2]).to(memory_format=torch.channels_last)
+    network = Classifier(body, everything.mean(1), everything.std(1).clamp_min(1e-3), bf16).train()
+    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARM_UP)
+    rows = order_of(len(y), batch, steps, seed)
+    torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
+    began = time.process_time()
+    stack = Stack(components, flows, network, len(y), num_classes, seed, teacher)
+    augmenting = time.process_time() - began  # draws the synthetic pool
+    late, losses = steps - max(1, steps // 10), []
+    for step in range(steps):
+        start = time.process_time()
+        chosen, labels = stack(rows[step], x[rows[step]], y[rows[step]])
+        augmenting += time.process_time() - start
+        loss = F.cross_entropy(network(chosen), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step >= late:
+            losses.append(float(loss.detach()))
+    return network.eval(), {
+        "seconds_per_step": (time.process_time() - began) / steps,
+        "augment_seconds_per_step": augmenting / steps,
+        "train_loss": float(np.mean(losses)),
+    }
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: tuple[Tensor, Tensor]) -> float:
+    x, y = images
+    right = sum(
+        int((network(as_float(part)).argmax(1) == labels).sum())
+        for part, labels in zip(x.split(_EVAL_BATCH), y.split(_EVAL_BATCH), strict=True)
+    )
+    return right / len(y)

@@ -1,0 +1,103 @@
+"""The tables of Enescu & Sahbi, ACCV 2024, measured anew.
+
+    python benchmarks/paper.py TABLE [TABLE ...] --scale cpu|gpu|paper [--seeds N] [--max-minutes M]
+
+TABLE is 1 to 8, or "all" of them; "claims": verdicts on the paper's claims from the tables that are there; "figures":
+the paper's Figures 2 to 6; "trust": out-of-distribution detection and memorisation; "pareto": NF accuracy against
+bits/dim for a fixed budget, with what this library adds. Flows, oracles and
+measurements are kept in --work, so the same command goes on where it was stopped; --max-minutes ends it at the next
+step with exit status 75 while there is more to do:
+
+    until python benchmarks/paper.py all --scale gpu --max-minutes 9; do [ $? = 75 ] || break; done
+
+Results: <out>/table<N>.<scale>.json, a list of rows (table, method, data, setting, metric, seed, value, SHA-256 of the
+flow's weights), the same as Markdown beside the paper's numbers, and <out>/claims.json. --data main=SPEC and
+second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, parser
+from paper_claims import write_claims
+from paper_figures import run_figures
+from paper_lab import Lab, describe
+from paper_pareto import run_pareto
+from paper_report import row, write_table
+from paper_scales import SCALES, Scale
+from paper_tables import TITLES, cells_of
+from paper_trust import run_trust
+
+from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+
+_TABLES = [str(n) for n in TITLES]
+_OTHERS = ("claims", "figures", "trust", "pareto")
+
+
+def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path) -> None:
+    """Measure what is missing; write the table after every cell."""
+    # Folders of this machine, and how often the run was stopped, are no part of the result.
+    command = f"python benchmarks/paper.py {table} --scale {name} --seeds {seeds}"
+    cells = cells_of(table, scale.sizes)
+    rows: list[dict[str, Any]] = []
+    oracles: dict[str, float] = {}
+    for seed in range(seeds):
+        for cell in cells:
+            values, weights = lab.measure(cell, seed)
+            data = lab.spec(cell.data).name
+            rows += [row(table, cell, data, metric, seed, value, weights) for metric, value in values.items()]
+            if {"FID", "Cov", "L-R", "rho-distance"} & set(cell.metrics):
+                oracles[cell.data] = lab.oracle(cell.data).facts["test_accuracy"]
+            print(f"table {table}, seed {seed}, {data}, {cell.label} ({cell.setting}): {describe(values)}", flush=True)
+            write_table(out, table, name, scale, cells, rows, oracles, command)
+
+
+def main() -> int:
+    args = parser(__doc__)
+    args.set_defaults(out=RESULTS / "paper")
+    args.add_argument("tables", nargs="+", choices=[*_TABLES, "all", *_OTHERS], metavar="TABLE")
+    args.add_argument("--scale", choices=tuple(SCALES), default="cpu")
+    args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's)")
+    args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
+    args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")
+    args.add_argument("--other", metavar="FOLDER", help="images of another kind, for trust (an ImageFolder with val/)")
+    args.add_argument("--max-minutes", type=float, help="stop after that long, with exit status 75")
+    args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = args.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    scale = SCALES[args.scale]
+    for text in args.data:
+        role, equals, spec = text.partition("=")
+        if role not in ("main", "second") or not equals:
+            raise SystemExit(f"--data takes main=SPEC or second=SPEC, got {text!r}")
+        scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec)})
+    until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+    lab = Lab(scale, args.scale, args.work, args.device, until)
+    tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
+    seeds = args.seeds or scale.seeds
+    try:
+        for table in tables:
+            run_table(int(table), scale, args.scale, lab, seeds, args.out)
+        if "trust" in args.tables:
+            run_trust(lab, args.scale, args.out, seeds, args.other)
+        if "pareto" in args.tables:
+            run_pareto(lab, args.scale, args.out, seeds)
+        if "figures" in args.tables:
+            run_figures(lab, args.scale, args.out)
+    except TimeUpError as stop:
+        print(f"paper: {stop}", file=sys.stderr)
+        return EXIT_TIME_UP
+    if "claims" in args.tables or "all" in args.tables:
+        write_claims(args.out, args.scale)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

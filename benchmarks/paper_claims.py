@@ -1,0 +1,245 @@
+"""The paper's claims against the measured tables: holds, does not hold, or not decidable at this scale.
+
+A difference counts when it is larger than twice its standard error: over seeds where there are several, else (for
+accuracies and other shares) that of the share of so many test images and one point for how runs differ. A metric
+without either, FID, is never decided from one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glem_augment.io import write_json
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
+# Images behind a share, at least; the scales measure 5,000 to 10,000.
+_IMAGES = 5000
+# Standard deviation between runs, in points, that is taken for granted where there is only one.
+_BETWEEN_RUNS = 1.0
+_SHARES = {"NF-A", "CNN-A", "ViT-A", "Cov", "L-R"}
+
+
+@dataclass
+class Verdict:
+    """``evidence``: the numbers that it rests on."""
+
+    verdict: str
+    evidence: str
+
+
+class Measured:
+    """The rows of all tables of a scale."""
+
+    def __init__(self, folder: Path, scale: str) -> None:
+        self.rows: list[dict[str, Any]] = []
+        for path in sorted(folder.glob(f"table*.{scale}.json")):
+            self.rows += json.loads(path.read_text(encoding="utf-8"))
+
+    def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> list[float]:
+        """Over seeds; empty where it was not measured."""
+        key = (table, data, method, metric, setting)
+        names = ("table", "role", "method", "metric", "setting")
+        return [row["value"] for row in self.rows if tuple(row[name] for name in names) == key]
+
+
+def _error(values: list[float], metric: str) -> float:
+    if len(values) > 1:
+        return statistics.stdev(values) / math.sqrt(len(values))
+    if metric in _SHARES:
+        share = min(1.0, max(0.0, values[0] / 100))
+        return math.hypot(100 * math.sqrt(share * (1 - share) / _IMAGES), _BETWEEN_RUNS)
+    return math.inf
+
+
+def _sign(a: list[float], b: list[float], metric: str) -> int | None:
+    """+1 where a is above b, -1 below, 0 too close to say; None without numbers."""
+    if not a or not b:
+        return None
+    gap = statistics.mean(a) - statistics.mean(b)
+    return 0 if abs(gap) <= 2 * math.hypot(_error(a, metric), _error(b, metric)) else int(math.copysign(1, gap))
+
+
+def _text(name: str, values: list[float]) -> str:
+    if not values:
+        return f"{name} not measured"
+    spread = f" ± {statistics.stdev(values):.2g} ({len(values)} seeds)" if len(values) > 1 else " (1 seed)"
+    return f"{name} {statistics.mean(values):.4g}{spread}"
+
+
+def _all(parts: list[tuple[int | None, str]]) -> Verdict:
+    """Holds where every part is +1, fails where one is -1, else open."""
+    signs = [sign for sign, _ in parts]
+    verdict = FAILS if -1 in signs else HOLDS if signs and all(sign == 1 for sign in signs) else OPEN
+    return Verdict(verdict, "; ".join(text for _, text in parts))
+
+
+def _above(
+    m: Measured,
+    table: int,
+    data: str,
+    winner: str,
+    losers: tuple[str, ...],
+    metrics: tuple[str, ...],
+    settings: tuple[str, str] = ("default", "default"),
+    lower: tuple[str, ...] = (),
+) -> list[tuple[int | None, str]]:
+    """One part per loser and metric; ``lower``: metrics where less is better."""  # fmt: skip
+    parts = []
+    for metric in metrics:
+        a = m.values(table, data, winner, metric, settings[0])
+        for loser in losers:
+            b = m.values(table, data, loser, metric, settings[1])
+            sign = _sign(a, b, metric)
+            if metric in lower and sign is not None:
+                sign = -sign
+            parts.append((sign, f"{data} {metric}: {_text(winner, a)} against {_text(loser, b)}"))
+    return parts
+
+
+def _baselines(m: Measured) -> Verdict:
+    parts = []
+    for data in ("main", "second"):
+        parts += _above(m, 1, data, "GLEM", ("Baseline 2 (lambda = 0)",), ("NF-A", "CNN-A"))
+        parts += _above(m, 1, data, "GLEM", ("Baseline 1 (CE)",), ("CNN-A",))
+    return _all(parts)
+
+
+def _lambda(m: Measured) -> Verdict:
+    weights = (1, 3, 5, 10, 15, 20)
+    series = {n: {w: m.values(3, "main", f"lambda_0 = {w}", n) for w in weights} for n in ("NF-A", "CNN-A", "FID")}
+    if not all(all(values.values()) for values in series.values()):
+        return Verdict(OPEN, "not all of lambda_0 = 1 ... 20 measured")
+    means = {n: [statistics.mean(v[w]) for w in weights] for n, v in series.items()}
+    text = "; ".join(f"{n} {', '.join(f'{x:.4g}' for x in xs)}" for n, xs in means.items())
+    parts: list[tuple[int | None, str]] = []
+    for name in ("NF-A", "CNN-A"):
+        best = weights[means[name].index(max(means[name]))]
+        ends = [_sign(series[name][best], series[name][w], name) for w in (1, 20)]
+        parts.append((0 if best in (1, 20) or 0 in ends else 1, f"{name} best at {best}"))
+    rho = _rank(means["FID"])
+    parts.append((1 if rho > 0.8 else -1 if rho < 0 else 0, f"rank correlation of FID with lambda_0 {rho:.2f}"))
+    found = _all(parts)
+    return Verdict(found.verdict, f"{text} (lambda_0 = 1, 3, 5, 10, 15, 20); {found.evidence}")
+
+
+def _rank(values: list[float]) -> float:
+    """Spearman correlation of a series with its order."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [order.index(i) for i in range(len(values))]
+    n = len(values)
+    return 1 - 6 * sum((i - r) ** 2 for i, r in enumerate(ranks)) / (n * (n * n - 1))
+
+
+def _temperature(m: Measured) -> Verdict:
+    taus = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+    found = {}
+    for metric in ("CNN-A", "L-R"):
+        for t in taus:
+            setting = "default" if t == 0.9 else f"tau={t:g}"
+            found[metric, t] = m.values(5, "main", f"tau = {t}", metric, setting)
+    if not all(found.values()):
+        return Verdict(OPEN, "not all temperatures measured")
+    cnn = {t: statistics.mean(found["CNN-A", t]) for t in taus}
+    labels = [statistics.mean(found["L-R", t]) for t in taus]
+    best = max(cnn, key=cnn.__getitem__)
+    sign = _sign(found["CNN-A", best], found["CNN-A", 1.0], "CNN-A") if best < 1 else -1 if best > 1 else 0
+    rho = _rank(labels)
+    return _all(
+        [
+            (sign, f"CNN-A best at tau = {best} ({cnn[best]:.4g}; {cnn[1.0]:.4g} at 1)"),
+            (1 if rho < -0.8 else -1 if rho > 0 else 0, f"L-R {', '.join(f'{v:.4g}' for v in labels)} at tau {taus}"),
+        ]
+    )
+
+
+def _count(m: Measured) -> Verdict:
+    parts: list[tuple[int | None, str]] = []
+    for data in ("main", "second"):
+        sizes = sorted(
+            {
+                1 if row["setting"] == "default" else int(row["setting"].removesuffix("x"))
+                for row in m.rows
+                if row["table"] == 4 and row["role"] == data
+            }
+        )
+        series = [m.values(4, data, "GLEM", "CNN-A", "default" if s == 1 else f"{s}x") for s in sizes]
+        if len(series) < 2:
+            parts.append((None, f"{data} not measured"))
+            continue
+        text = ", ".join(f"{statistics.mean(v):.4g} at {s}x" for s, v in zip(sizes, series, strict=True))
+        parts.append((_sign(series[-1], series[0], "CNN-A"), f"{data} CNN-A {text}"))
+    return _all(parts)
+
+
+def _rfcm(m: Measured) -> Verdict:
+    settings = ("rfcm", "default")
+    return _all(_above(m, 5, "main", "RFCM", ("tau = 0.9",), ("CNN-A", "FID", "Cov"), settings, ("FID",)))
+
+
+def _continuum(m: Measured) -> Verdict:
+    label = "lambda_0 = 10"
+    rho, p = (m.values(3, "main", label, name) for name in ("rho-distance", "rho-distance p"))
+    if not rho or not p:
+        return Verdict(OPEN, "not measured")
+    confusion = m.values(3, "main", label, "rho-confusion")
+    mean = statistics.mean(rho)
+    text = f"{_text('rank correlation of KLD with the distance of class features', rho)}, Mantel p up to {max(p):.3g}; "
+    text += _text("with confusion", confusion) + "; control: "
+    text += _text("of the identity flow with distance", m.values(3, "main", "identity flow (control)", "rho-distance"))
+    sure = max(p) < 0.05
+    return Verdict(HOLDS if mean > 0 and sure else FAILS if mean < 0 and sure else OPEN, text)
+
+
+def _both(m: Measured) -> Verdict:
+    parts = _above(m, 7, "main", "both", ("only mu", "only Sigma", "random initialisation"), ("CNN-A", "L-R"))
+    return _all(parts)
+
+
+def _related(m: Measured) -> Verdict:
+    parts = []
+    for data in ("main", "second"):
+        parts += _above(m, 8, data, "GLEM", ("IB-INN", "FlowGMM"), ("NF-A", "CNN-A"))
+    return _all(parts)
+
+
+def _psi(m: Measured) -> Verdict:
+    return _all(_above(m, 6, "main", "3: KLD 10 + psi", ("2: KLD 10",), ("NF-A", "CNN-A", "L-R")))
+
+
+CLAIMS: dict[str, Callable[[Measured], Verdict]] = {
+    "GLEM is above lambda = 0 in NF and CNN accuracy, and above CE in CNN accuracy (Table 1)": _baselines,
+    "Accuracy rises, then falls with lambda_0, while FID worsens (Table 3)": _lambda,
+    "CNN accuracy is best at tau below 1, and label reliability rises as tau falls (Table 5)": _temperature,
+    "CNN accuracy grows with the number of generated images (Table 4)": _count,
+    "psi helps NF accuracy, CNN accuracy and label reliability (Table 6)": _psi,
+    "RFCM helps CNN accuracy, FID and Coverage (Table 5)": _rfcm,
+    "Learning both mu and Sigma gives the best CNN accuracy and label reliability (Table 7)": _both,
+    "Visually similar classes end up closer (rank correlation of pairwise KLD with the oracle)": _continuum,
+    "GLEM is above IB-INN and FlowGMM in NF and CNN accuracy (Table 8)": _related,
+}
+
+
+def verdicts(folder: Path, scale: str) -> list[dict[str, str]]:
+    """Claim, scale, verdict and evidence, for every claim."""
+    measured = Measured(folder, scale)
+    result = []
+    for claim, judge in CLAIMS.items():
+        found = judge(measured)
+        result.append({"claim": claim, "scale": scale, "verdict": found.verdict, "evidence": found.evidence})
+    return result
+
+
+def write_claims(folder: Path, scale: str) -> None:
+    """Write ``claims.json``: this scale's verdicts beside those of the others that are there."""
+    path = folder / "claims.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    found = verdicts(folder, scale)
+    write_json(path, [entry for entry in before if entry["scale"] != scale] + found)
+    for entry in found:
+        print(f"{entry['verdict']}: {entry['claim']}\n    {entry['evidence']}")

@@ -1,0 +1,334 @@
+"""What ``benchmarks/paper.py`` measures with: data, oracles, flows, samples and classifiers, each made once and kept.
+
+Everything lies in a work folder and is found again by a name made from its settings, so a run that was stopped goes on
+where it was, and tables share flows and measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from paper_scales import DataSpec, Scale
+from paper_tables import Cell
+from torch import Tensor
+
+from glem_augment import GLEM, ImageData, open_data
+from glem_augment.codes import ClassCodes, balance_by_rejection, code_agreement
+from glem_augment.errors import DataError
+from glem_augment.evaluation import (
+    Classifier,
+    Recipe,
+    continuum_correlation,
+    coverage,
+    feature_fid,
+    train_classifier,
+)
+from glem_augment.io import write_json
+from glem_augment.metrics import evaluate
+from glem_augment.rfcm import ThinCovariances
+from glem_augment.rfcm_fit import fit_rfcm
+from glem_augment.training import Trainer
+from glem_augment.training.checkpoint import Checkpoints
+from glem_augment.training.interrupt import TimeUpError
+from glem_augment.training.methods import METHODS, prepare
+
+_CHUNK = 256
+# Generated sets that are kept in memory between epochs of one classifier; others are drawn again.
+_KEEP_BYTES = 4 * 2**30
+
+
+def _name(*parts: Any) -> str:
+    """Twelve hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass
+class Fitted:
+    """A trained flow: ``weights`` is the SHA-256 of its file; ``folder`` holds it and what was measured with it."""
+
+    model: GLEM
+    codes: ClassCodes | None
+    weights: str
+    folder: Path
+    monomodal: bool
+
+
+class Lab:
+    """Makes and keeps.
+
+    Args:
+        scale: sizes. name: of the scale. work: the folder. device: of everything. until: on the clock of
+            ``time.monotonic``; later than that nothing new is begun, and training stops with a checkpoint.
+    """
+
+    def __init__(self, scale: Scale, name: str, work: Path, device: str, until: float | None = None) -> None:
+        self.scale, self.work, self.device, self.until = scale, work / name, torch.device(device), until
+        self._data: dict[str, tuple[ImageData, ImageData]] = {}
+        self._oracles: dict[str, Classifier] = {}
+        self._real: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rejection: dict[str, float] = {}  # of the last samples of a monomodal flow, in %
+
+    def spec(self, role: str) -> DataSpec:
+        return self.scale.main if role == "main" else self.scale.second
+
+    def check_time(self) -> None:
+        """Raises TimeUpError once the time is over."""
+        if self.until is not None and time.monotonic() >= self.until:
+            raise TimeUpError("the minutes are over; the same command goes on from here")
+
+    # ---- data and oracles ----------------------------------------------------------------------------------------
+
+    def data(self, role: str) -> tuple[ImageData, ImageData]:
+        """Training and test images."""
+        if role not in self._data:
+            spec = self.spec(role)
+            train, test = (self._open(spec, split) for split in ("train", "test"))
+            if spec.per_class is not None:
+                rows = [np.flatnonzero(train.targets == c)[: spec.per_class] for c in range(len(train.classes))]
+                train = train.subset(np.sort(np.concatenate(rows)))
+            self._data[role] = train, test
+        return self._data[role]
+
+    def _open(self, spec: DataSpec, split: str) -> ImageData:
+        """Decoded once; thousands of small files take minutes."""
+        path = self.work / "data" / f"{_name(asdict(spec) | {'per_class': 0})}-{split}.npz"
+        if path.exists():
+            with np.load(path) as file:
+                x, y, classes, ids = (file[key] for key in ("x", "y", "classes", "ids"))
+            return ImageData.from_tensors(torch.from_numpy(x), y, classes.tolist(), ids.tolist(), spec.name)
+        data = open_data(spec.spec, split, spec.image_size)
+        pixels = data.tensor()
+        if pixels is None:
+            raise DataError(f"{spec.spec} does not fit in memory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        waiting = path.with_suffix(".tmp.npz")
+        np.savez(waiting, x=pixels.numpy(), y=data.targets, classes=data.classes, ids=data.class_ids)
+        waiting.replace(path)
+        return ImageData.from_tensors(pixels, data.targets, data.classes, data.class_ids, spec.name)
+
+    def oracle(self, role: str) -> Classifier:
+        """The ResNet18 of the real training set; ``facts["test_accuracy"]``."""
+        if role not in self._oracles:
+            recipe, spec = self.scale.oracle, self.spec(role)
+            path = self.work / "oracles" / f"{role}-{_name(asdict(recipe), asdict(spec))}.safetensors"
+            if not path.exists():
+                self.check_time()
+                train, test = self.data(role)
+                net = train_classifier(
+                    (train.tensor(), torch.from_numpy(train.targets)), len(train.classes), recipe, self.device
+                )
+                net.facts["test_accuracy"] = net.accuracy(test.tensor(), torch.from_numpy(test.targets))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                net.save(path)
+            self._oracles[role] = Classifier.load(path, self.device)
+        return self._oracles[role]
+
+    def real(self, role: str) -> tuple[Tensor, Tensor]:
+        """The oracle's features and logits of the test images (evenly spread, at most ``measured``)."""
+        if role not in self._real:
+            self._real[role] = self.oracle(role).run(self.data(role)[1].tensor()[self._real_rows(role)])
+        return self._real[role]
+
+    def _real_rows(self, role: str) -> Tensor:
+        total = len(self.data(role)[1])
+        count = min(total, self.scale.measured)
+        return (torch.arange(count) * total) // count
+
+    # ---- flows ---------------------------------------------------------------------------------------------------
+
+    def flow(self, cell: Cell, seed: int) -> Fitted:
+        """The cell's flow, trained now or before."""
+        train, _ = self.data(cell.data)
+        settings = {**self.scale.flow, **cell.changes, "seed": seed}
+        label = _name(settings, asdict(self.spec(cell.data)), dict(METHODS[cell.method].settings))
+        folder = self.work / "flows" / f"{cell.data}-{cell.method}-{label}"
+        ready = prepare(cell.method, train, **settings)
+        if not (folder / "finished.json").exists():
+            self.check_time()
+            if self.until is not None:
+                ready.config.max_minutes = max(0.01, (self.until - time.monotonic()) / 60)
+            resume = Checkpoints(folder).exist()
+            trainer = Trainer(ready.data, ready.config, folder, resume, device=self.device)
+            trainer.fit()
+            if ready.codes is not None:
+                ready.codes.save(folder)
+            write_json(folder / "finished.json", {"seconds": trainer.seconds(), "steps": trainer.total_steps})
+        model = GLEM.from_pretrained(folder, self.device)
+        codes = ready.codes
+        return Fitted(model, codes, _file_hash(folder / "model.safetensors"), folder, METHODS[cell.method].monomodal)
+
+    # ---- samples -------------------------------------------------------------------------------------------------
+
+    def samples(self, fitted: Fitted, cell: Cell, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
+        """``per_class`` images of each class, uint8 [N,C,H,W] without codes, and labels int64 [N]."""
+        model, codes = fitted.model, fitted.codes
+        g = torch.Generator().manual_seed(seed)
+        if fitted.monomodal:
+            assert codes is not None
+
+            def draw(n: int) -> Tensor:
+                return _finite(model.sample(torch.zeros(n, dtype=torch.int64), cell.tau, g))
+
+            x, y, facts = balance_by_rejection(draw, codes, per_class, _CHUNK)
+            self.rejection = {"kept": 100 * facts["acceptance"], "rarest class": 100 * facts["rarest"]}
+            return x, y
+        y = torch.arange(model.num_classes).repeat_interleave(per_class)
+        thin = self._rfcm(fitted, cell) if cell.source == "rfcm" else None
+        parts = []
+        for part in y.split(_CHUNK):
+            if thin is None:
+                x = model.sample(part, cell.tau, g)
+            else:
+                x = model.decode(thin.sample(part, cell.tau, g))
+            x = _finite(x).cpu()
+            parts.append(((codes.split(x)[0] if codes is not None else x) * 255).round().to(torch.uint8))
+        return torch.cat(parts), y
+
+    def _rfcm(self, fitted: Fitted, cell: Cell) -> ThinCovariances:
+        """The exact covariances of the latents of all training images; kept beside the model."""
+        if fitted.codes is not None:
+            raise DataError("RFCM is measured for flows without codes")
+        if not (fitted.folder / "rfcm.safetensors").exists():
+            fit_rfcm(fitted.model, self.data(cell.data)[0]).save(fitted.folder, fitted.weights)
+        return ThinCovariances.load(fitted.folder, fitted.weights).to(self.device)
+
+    def trained_on_samples(self, fitted: Fitted, cell: Cell, recipe: Recipe, seed: int) -> Classifier:
+        """A classifier that has seen no real image. Epoch e trains on set e mod ``size`` of as many generated images as
+        the training set has, so every size takes the same number of steps."""
+        train, _ = self.data(cell.data)
+        classes = len(train.classes)
+        per_class = len(train) // classes
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def epoch_data(epoch: int) -> tuple[Tensor, Tensor]:
+            index = epoch % cell.size
+            if index not in kept:
+                self.check_time()
+                images = self.samples(fitted, cell, per_class, _seed(seed, 1, index))
+                if (len(kept) + 1) * images[0].numel() > _KEEP_BYTES:
+                    return images
+                kept[index] = images
+            return kept[index]
+
+        return train_classifier(epoch_data, classes, recipe, self.device)
+
+    # ---- measurements --------------------------------------------------------------------------------------------
+
+    def measure(self, cell: Cell, seed: int) -> tuple[dict[str, float], str]:
+        """The cell's metrics, in the paper's units (accuracies, Cov and L-R in %), and the weights' hash."""
+        fitted = self.flow(cell, seed)
+        store = fitted.folder / "measured.json"
+        known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+        if known.get("weights") != fitted.weights:
+            known = {"weights": fitted.weights, "values": {}}
+        values: dict[str, float] = {}
+        for group in (("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",), ("Agree",), _RHO):
+            wanted = [name for name in group if name in cell.metrics]
+            if not wanted:
+                continue
+            key = self._key(group, cell)
+            if key not in known["values"]:
+                self.check_time()
+                known["values"][key] = self._measure(group, fitted, cell, seed)
+                write_json(store, known)
+            found = known["values"][key]
+            values.update({name: found[name] for name in wanted})
+            values.update({name: found[name] for name in found if name.endswith(" p") and name[:-2] in wanted})
+            values.update({name: found[name] for name in ("kept", "rarest class") if name in found})
+        return values, fitted.weights
+
+    def _key(self, group: tuple[str, ...], cell: Cell) -> str:
+        """What a measurement depends on besides the flow."""
+        scale, sampling = self.scale, (cell.source, cell.tau)
+        about: dict[str, Any] = {
+            "NF-A": cell.source,
+            "FID": (sampling, scale.measured, scale.neighbours, asdict(scale.oracle)),
+            "CNN-A": (sampling, cell.size, asdict(scale.cnn)),
+            "ViT-A": (sampling, cell.size, asdict(scale.vit)),
+            "Agree": (sampling, scale.measured),
+            "rho-distance": asdict(scale.oracle),
+        }
+        return f"{group[0]} {_name(about[group[0]])}"
+
+    def _measure(self, group: tuple[str, ...], fitted: Fitted, cell: Cell, seed: int) -> dict[str, float]:
+        train, test = self.data(cell.data)
+        y = torch.from_numpy(test.targets)
+        if group[0] == "NF-A":
+            return self._flow_metrics(fitted, cell, test)
+        if group[0] == "FID":
+            count = max(1, self.scale.measured // len(train.classes))
+            x, labels = self.samples(fitted, cell, count, _seed(seed, 2))
+            features, logits = self.oracle(cell.data).run(x)
+            real = self.real(cell.data)[0]
+            cover = coverage(real, features, self.scale.neighbours)
+            right = (logits.argmax(1) == labels).double().mean()
+            extra = self.rejection if fitted.monomodal else {}
+            return {
+                "FID": feature_fid(real, features), "Cov": 100 * cover["coverage"], "L-R": 100 * float(right),
+                "generated": len(x), "real": len(real), "k": self.scale.neighbours, **extra,
+            }  # fmt: skip
+        if group[0] in ("CNN-A", "ViT-A"):
+            recipe = self.scale.cnn if group[0] == "CNN-A" else self.scale.vit
+            recipe = Recipe(**{**asdict(recipe), "seed": seed})
+            net = self.trained_on_samples(fitted, cell, recipe, seed)
+            return {group[0]: 100 * net.accuracy(test.tensor(), y)}
+        if group[0] == "Agree":
+            assert fitted.codes is not None
+            per_class = max(1, self.scale.measured // len(train.classes))
+            return {"Agree": 100 * code_agreement(fitted.model, fitted.codes, per_class, cell.tau, seed)["agreement"]}
+        features, logits = self.real(cell.data)
+        rho = continuum_correlation(
+            fitted.model.gaussians.kld_matrix(), logits, features, y[self._real_rows(cell.data)]
+        )
+        return {
+            "rho-distance": rho.distance, "rho-distance p": rho.distance_p,
+            "rho-confusion": rho.confusion, "rho-confusion p": rho.confusion_p,
+        }  # fmt: skip
+
+    def _flow_metrics(self, fitted: Fitted, cell: Cell, test: ImageData) -> dict[str, float]:
+        """NF accuracy, bits/dim (5 bits where the flow has 5) and calibration on the test images.
+
+        With class codes the test images get random ones, as in the paper's Table 1; with RFCM the accuracy is that of
+        the re-estimated Gaussians, scored with their full covariances.
+        """
+        if fitted.codes is not None:
+            coded = fitted.codes.append_random(test.tensor(), torch.Generator().manual_seed(0))
+            test = ImageData.from_tensors(coded, test.targets, test.classes, test.class_ids, test.name)
+        found = evaluate(fitted.model, test, round_trip=0, progress=False)
+        accuracy = found["accuracy"]
+        if cell.source == "rfcm":
+            thin, right = self._rfcm(fitted, cell), 0
+            with torch.no_grad():
+                z = torch.cat([fitted.model.encode(x)[0] for x in test.tensor().split(_CHUNK)])
+            right = int((thin.log_prob(z).argmax(1).cpu() == torch.from_numpy(test.targets)).sum())
+            accuracy = right / len(test)
+        return {"NF-A": 100 * accuracy, "BPD": found["bits_per_dim"], "ECE": 100 * (found["ece"] or 0.0)}
+
+
+_RHO = ("rho-distance", "rho-confusion")
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Images in [0, 1]; pixels that the inverse lost become grey."""
+    return torch.nan_to_num(x, 0.5, 1.0, 0.0).clamp(0, 1)
+
+
+def _seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """One line for the log."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())

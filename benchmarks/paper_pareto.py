@@ -1,0 +1,98 @@
+"""The best class-conditional flow classifier for a fixed budget: NF accuracy against bits/dim and FID.
+
+Beyond the paper. All take the same number of steps of the same flow. A setting is chosen on held-out *training* images
+(``val_accuracy`` in the model's record), the numbers shown are on test images.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_lab import Lab
+from paper_report import row, write_rows
+from paper_tables import Cell
+
+from glem_augment.evaluation import averaged_posterior
+
+# curve: points of (label, method, changes)
+CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "GLEM": [(f"GLEM {w:g}", "glem", dict(kld_weight=w)) for w in (1.0, 3.0, 10.0, 20.0)],
+    "saturating": [(f"saturating {w:g}", "saturating", dict(kld_weight=w)) for w in (0.1, 0.3, 1.0)],
+    "hybrid": [(f"hybrid {b:g}", "hybrid", dict(beta=b)) for b in (0.01, 0.03, 0.1, 0.3, 1.0)],
+    "hybrid, smoothed": [
+        (f"hybrid {b:g}, smoothing 0.05", "hybrid", dict(beta=b, label_smoothing=0.05)) for b in (0.1, 0.3)
+    ],
+    "hybrid, wide margins": [
+        (f"hybrid {b:g}, scores x 0.1", "hybrid", dict(beta=b, ce_scale=0.1)) for b in (0.1, 0.3, 1.0)
+    ],
+    "hybrid, joint": [(f"hybrid-joint {b:g}", "hybrid-joint", dict(beta=b)) for b in (0.03, 0.1, 0.3, 1.0)],
+    "IB-INN": [(f"IB-INN {b:g}", "ib-inn", dict(beta=b)) for b in (0.1, 0.3, 1.0, 3.0)],
+    "FlowGMM": [("FlowGMM", "flowgmm", {})],
+    "ULCGM": [("ULCGM", "ulcgm", {})],
+}
+
+
+def run_pareto(lab: Lab, scale: str, out: Path, seeds: int) -> None:
+    """Measure all points and write ``pareto.<scale>.json``, ``.md`` and ``.png`` after each."""
+    rows: list[dict[str, Any]] = []
+    for role in ("main", "second"):
+        data = lab.spec(role).name
+        for seed in range(seeds):
+            for curve, points in CURVES.items():
+                for label, method, changes in points:
+                    cell = Cell(label, role, method, ("NF-A", "BPD", "ECE", "FID"), changes, tau=1.0)
+                    values, weights = lab.measure(cell, seed)
+                    values = {**values, **_averaged(lab, cell, seed)}
+                    for metric, value in values.items():
+                        rows.append(
+                            {**row(0, cell, data, metric, seed, value, weights), "table": "pareto", "curve": curve}
+                        )
+                    print(f"pareto, seed {seed}, {data}, {label}: NF-A {values['NF-A']:.4g}", flush=True)
+                    path = out / f"pareto.{scale}.json"
+                    write_rows(path, "NF accuracy against bits/dim and FID, equal training steps", rows)
+                    plot(rows, path.with_suffix(".png"))
+
+
+def _averaged(lab: Lab, cell: Cell, seed: int) -> dict[str, float]:
+    """Accuracy by test-time averaging, and the held-out accuracy by which settings may be chosen."""
+    fitted = lab.flow(cell, seed)
+    test = lab.data(cell.data)[1]
+    flip = "flip" in lab.scale.flow.get("augment", ())  # else the flow never saw a mirror image
+    posterior = averaged_posterior(fitted.model, test.tensor(), draws=4, flip=flip)
+    right = (posterior.argmax(1) == torch.from_numpy(test.targets)).double().mean()
+    held_out = fitted.model.config.training.get("held_out", {}).get("val_accuracy")
+    result = {"NF-A averaged": 100 * float(right)}
+    return result if held_out is None else {**result, "held-out accuracy": 100 * held_out}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against bits/dim (left) and FID (right), a line per curve, a row of panels per data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = list(dict.fromkeys(r["data_set"] for r in rows))
+    figure, axes = plt.subplots(len(sets), 2, figsize=(10, 4.2 * len(sets)), squeeze=False)
+    for line, data in zip(axes, sets, strict=True):
+        for axis, metric in zip(line, ("BPD", "FID"), strict=True):
+            for curve in CURVES:
+                labels = list(dict.fromkeys(r["method"] for r in rows if r["curve"] == curve))
+                points = [(_mean(rows, data, n, metric), _mean(rows, data, n, "NF-A")) for n in labels]
+                known = [(x, y) for x, y in points if x is not None and y is not None]
+                if known:
+                    axis.plot(*zip(*known, strict=True), marker="o", label=curve)
+            axis.set(xlabel="bits/dim" if metric == "BPD" else metric, ylabel="NF accuracy, %", title=data)
+        line[0].legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _mean(rows: list[dict[str, Any]], data: str, method: str, metric: str) -> float | None:
+    found = [r["value"] for r in rows if (r["data_set"], r["method"], r["metric"]) == (data, method, metric)]
+    return statistics.mean(found) if found else None

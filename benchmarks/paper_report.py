@@ -1,0 +1,122 @@
+"""The rows of a table as JSON and as Markdown beside the paper's numbers."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import machine
+from paper_scales import Scale
+from paper_tables import ALL, TITLES, Cell
+
+from glem_augment.io import atomic_write, write_json
+
+
+def row(table: int, cell: Cell, data: str, metric: str, seed: int, value: float, weights: str) -> dict[str, Any]:
+    """One measured number."""
+    return {
+        "table": table, "method": cell.label, "data_set": data, "role": cell.data, "setting": cell.setting,
+        "metric": metric, "seed": seed, "value": value, "weights_hash": weights,
+    }  # fmt: skip
+
+
+def write_table(
+    folder: Path,
+    table: int,
+    scale_name: str,
+    scale: Scale,
+    cells: list[Cell],
+    rows: list[dict[str, Any]],
+    oracles: dict[str, float],
+    command: str,
+) -> Path:
+    """Write ``table<N>.<scale>.json`` (the rows) and ``.md``; returns the JSON's path."""  # fmt: skip
+    path = folder / f"table{table}.{scale_name}.json"
+    write_json(path, rows)
+    with atomic_write(path.with_suffix(".md"), "w") as file:
+        file.write(markdown(table, scale_name, scale, cells, rows, oracles, command))
+    return path
+
+
+def markdown(
+    table: int,
+    scale_name: str,
+    scale: Scale,
+    cells: list[Cell],
+    rows: list[dict[str, Any]],
+    oracles: dict[str, float],
+    command: str,
+) -> str:
+    """Measured means (and standard deviations over seeds), the paper's number after each."""  # fmt: skip
+    lines = [f"# Table {table}: {TITLES[table]} ({scale_name})", "", f"`{command}`", ""]
+    for role, printed in (("second", "CIFAR-10"), ("main", "CIFAR-100")):
+        chosen = [cell for cell in cells if cell.data == role]
+        if not chosen:
+            continue
+        name = (scale.main if role == "main" else scale.second).name
+        metrics = list(dict.fromkeys([*ALL, *(metric for cell in chosen for metric in cell.metrics)]))
+        metrics = [metric for metric in metrics if any(metric in cell.metrics for cell in chosen)]
+        beside = {m for m in metrics if any(m in cell.paper for cell in chosen)}
+        heads = ["method", "setting"]
+        for metric in metrics:
+            heads += [metric, "paper"] if metric in beside else [metric]
+        lines += [f"## {name} (the paper: {printed})", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for cell in chosen:
+            line = [cell.label, cell.setting]
+            for metric in metrics:
+                line.append(_measured(cell, name, metric, rows))
+                if metric in beside:
+                    line.append(f"{cell.paper[metric]:g}" if metric in cell.paper else "")
+            lines.append("| " + " | ".join(line) + " |")
+        if role in oracles:
+            lines += ["", f"Oracle: {100 * oracles[role]:.2f} % on the real test images."]
+        lines.append("")
+    about = machine()
+    versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
+    lines += [
+        f"{about['accelerator'] or about['processor']}, {about['threads']} CPU threads; {versions}.",
+        f"FID and Cov: oracle features, at most {scale.measured} generated and real test images, "
+        f"k = {scale.neighbours}. All flows: {_flow(scale.flow)}.",
+        "Columns named paper are the published numbers, on its data and at its size: they are beside, not the aim.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _measured(cell: Cell, data: str, metric: str, rows: list[dict[str, Any]]) -> str:
+    found = values_of(rows, cell.label, data, cell.setting, metric)
+    if not found:
+        return "" if metric in cell.metrics else "x"
+    spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.4g}{spread}"
+
+
+def values_of(rows: list[dict[str, Any]], method: str, data: str, setting: str, metric: str) -> list[float]:
+    """The values over seeds."""
+    key = (method, data, setting, metric)
+    return [r["value"] for r in rows if (r["method"], r["data_set"], r["setting"], r["metric"]) == key]
+
+
+def _flow(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("modes_rank", "sample_every"))
+
+
+def write_rows(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows that stand in no table of the paper: JSON, and Markdown with a line per method and a column per metric."""
+    write_json(path, rows)
+    lines = [f"# {title}", ""]
+    for data in dict.fromkeys(r["data_set"] for r in rows):
+        chosen = [r for r in rows if r["data_set"] == data]
+        metrics = list(dict.fromkeys(r["metric"] for r in chosen))
+        lines += [f"## {data}", "", "| method | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+        for method in dict.fromkeys(r["method"] for r in chosen):
+            line = [method]
+            for metric in metrics:
+                found = [r["value"] for r in chosen if (r["method"], r["metric"]) == (method, metric)]
+                spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
+                line.append(f"{statistics.mean(found):.4g}{spread}" if found else "")
+            lines.append("| " + " | ".join(line) + " |")
+        lines.append("")
+    with atomic_write(path.with_suffix(".md"), "w") as file:
+        file.write("\n".join(lines))

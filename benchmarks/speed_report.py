@@ -1,0 +1,123 @@
+"""Rows, verdicts and the picture of ``speed.py``."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from speed_measure import Times, overhead
+
+from glem_augment.io import atomic_write
+
+OURS, PUBLISHED = "glem-augment", "published (MEF)"
+REVERSIBLE, COMPILED = f"{OURS} reversible", f"{OURS} compiled"
+OPERATIONS = ("train", "encode", "decode")
+
+
+def rows_of(case: str, batch: int, times: Times, held: dict[str, int]) -> list[dict[str, Any]]:
+    """One row per side: medians in ms, overheads as shares, images/s and MiB held; None where there is no such thing.
+
+    Args:
+        case: its name.
+        batch: images per step.
+        times: from ``measure``.
+        held: bytes held for the backward, by side.
+    """
+    rows = []
+    for name in dict.fromkeys(name for name, _ in times):
+        row: dict[str, Any] = {"case": case, "side": name}
+        is_floor = name.startswith("floor")
+        for operation in OPERATIONS:
+            # The floor of both directions is the networks' forward.
+            kind = "forward" if is_floor and operation != "train" else operation
+            taken = times.get((name, kind))
+            row[f"{operation} ms"] = None if taken is None else statistics.median(taken) * 1e3
+            row[f"{operation} overhead"] = None if is_floor else overhead(times, name, operation)
+        for operation in ("train", "decode"):
+            taken_ms = row[f"{operation} ms"]
+            row[f"{operation} images/s"] = None if taken_ms is None else batch / taken_ms * 1e3
+        row["MiB for backward"] = held[name] / 2**20 if name in held else None
+        row["rounds"] = max(len(taken) for (side, _), taken in times.items() if side == name)
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]], growth: list[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """What was aimed at, and whether it was reached: dicts with case, what, value, limit and met.
+
+    Overhead above the floor: training at most 15 % (a level of ``mef_cifar``) and 40 % (``mef_tiny``), decoding 20 %;
+    at most a third of the published flow's, with no step slower; at most half of the best library's. Reversible
+    training: at most 1.5 times the time, and 1.3 times the memory at four times the depth. This library's ordinary form
+    is judged; the compiled one only against the limits above the floor, in lines of its own.
+
+    Args:
+        rows: from ``rows_of``.
+        growth: from ``memory_growth``.
+    """
+    result: list[dict[str, Any]] = []
+
+    def check(case: str, what: str, value: float | None, limit: float) -> None:
+        if value is not None:
+            result.append({"case": case, "what": what, "value": value, "limit": limit, "met": value <= limit})
+
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = {row["side"]: row for row in rows if row["case"] == case}
+        ours, others = mine[OURS], [row for name, row in mine.items() if not name.startswith((OURS, "floor"))]
+        if case.startswith("mef"):
+            for name, suffix in ((OURS, ""), (COMPILED, ", compiled")):
+                if name in mine:
+                    limit = 0.4 if case == "mef_tiny" else 0.15
+                    check(case, f"train overhead{suffix}", mine[name]["train overhead"], limit)
+                    check(case, f"decode overhead{suffix}", mine[name]["decode overhead"], 0.2)
+        if REVERSIBLE in mine:
+            check(case, "reversible step / ordinary step", mine[REVERSIBLE]["train ms"] / ours["train ms"], 1.5)
+        share, rival = (
+            (1 / 3, f"1/3 of {PUBLISHED}") if case.startswith("mef") else (1 / 2, "1/2 of the best library's")
+        )
+        for operation in OPERATIONS if others else ():
+            theirs = min(row[f"{operation} overhead"] for row in others)
+            check(case, f"{operation} overhead against {rival}", ours[f"{operation} overhead"], share * theirs)
+            took = min(row[f"{operation} ms"] for row in others)
+            check(case, f"{operation} time / the fastest other's", ours[f"{operation} ms"] / took, 1.0)
+    for row in growth:
+        if row["side"] == REVERSIBLE:
+            check("mef_tiny", "reversible memory at 4x depth / 1x", row["ratio"], 1.3)
+    return result
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the overhead above the floor in training and decoding, on a logarithmic scale.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if not row["side"].startswith("floor")]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    figure, axes = plt.subplots(2, 1, figsize=(max(6.0, 1.4 * len(cases) + 2), 7), sharex=True, layout="constrained")
+    for axis, operation in zip(axes, ("train", "decode"), strict=True):
+        for index, case in enumerate(cases):
+            present = [row for row in rows if row["case"] == case and row[f"{operation} overhead"] is not None]
+            width = 0.8 / max(1, len(present))
+            for position, row in enumerate(present):
+                # Below a percent it is noise, and a logarithm needs something above zero.
+                percent = 100 * row[f"{operation} overhead"]
+                height = max(1.0, percent)
+                place = index + (position - (len(present) - 1) / 2) * width
+                axis.bar(place, height, 0.92 * width, color=f"C{sides.index(row['side'])}")
+                axis.text(place, height, f"{percent:.0f}", ha="center", va="bottom", fontsize=6)
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{'training' if operation == 'train' else 'decoding'}: % above the subnets alone")
+        axis.grid(axis="y", alpha=0.3)
+    axes[1].set_xticks(range(len(cases)), cases, rotation=20)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(sides))]
+    figure.legend(handles, sides, loc="outside upper center", ncols=4, fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    plt.close(figure)

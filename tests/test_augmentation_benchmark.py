@@ -1,0 +1,300 @@
+"""The proof benchmark: who sees which images, what each method does to a batch, what is compared with what."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glem_augment import GLEM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import augmentation_data as data  # noqa: E402
+import augmentation_ops as ops  # noqa: E402
+import augmentation_plan as planning  # noqa: E402
+import augmentation_report as reporting  # noqa: E402
+import augmentation_settings as settings  # noqa: E402
+from augmentation_store import Store  # noqa: E402
+from augmentation_train import make_body, order_of  # noqa: E402
+
+CLASSES, COUNT = 3, 24
+
+
+@pytest.fixture(scope="module")
+def flow() -> GLEM:
+    """A random flow for 3x8x8, adapted to ``images()``."""
+    torch.manual_seed(0)
+    model = GLEM.create("glow_tiny", (3, 8, 8), ["x"], depth=[1, 1], blocks=[1, 1], width=[6, 6])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return model.eval().adapt(images(8), rank=6, progress=False)
+
+
+def images(size: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    y = torch.arange(COUNT) % CLASSES
+    return (torch.randint(60, 160, (COUNT, 3, size, size), generator=g) + 25 * y[:, None, None, None]).to(
+        torch.uint8
+    ), y
+
+
+def network(size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, CLASSES))
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_draw_other_images_and_never_those_of_validation(tmp_path: Path) -> None:
+    library = data.Library(tmp_path)
+    setting = replace(settings.SMOKE, imbalance=4.0, per_class=40)
+    first, again, other = (data.Library(tmp_path).task(setting, seed) for seed in (0, 0, 1))
+
+    def seen(part: tuple[Tensor, Tensor]) -> set[bytes]:
+        return {row.tobytes() for row in part[0].numpy()}
+
+    assert torch.equal(first.train[0], again.train[0]) and seen(first.train) != seen(other.train)
+    assert torch.equal(first.val[0], other.val[0]) and torch.equal(first.test[0], other.test[0])
+    for task in (first, other):
+        assert not seen(task.train) & seen(task.val) and not (seen(task.train) | seen(task.val)) & seen(task.test)
+    assert (
+        torch.bincount(first.train[1]).tolist() == data.counts(setting, 10) == [40, 34, 29, 25, 22, 19, 16, 14, 12, 10]
+    )
+    assert torch.bincount(first.val[1]).tolist() == [25] * 10
+    teacher = library.rest(setting)
+    assert not seen(teacher) & seen(first.val) and len(teacher[1]) == 750
+    with pytest.raises(SystemExit, match="is this the full data set"):
+        library.task(replace(setting, per_class=90), 0)
+
+
+def test_classes_are_numbered_anew(tmp_path: Path) -> None:
+    x, y, names = data.Library(tmp_path).chosen("bundled", "train", 28, 1, (7, 2))
+    assert names == ["Sneaker", "Pullover"] and torch.bincount(y).tolist() == [100, 100]
+    everything = data.Library(tmp_path).images("bundled", "train", 28, 1)
+    assert torch.equal(x[y == 0], everything[0][everything[1] == 7])
+
+
+def test_order_is_a_function_of_the_seed_and_visits_all_images_alike() -> None:
+    order = order_of(10, 4, 25, seed=3)
+    assert torch.equal(order, order_of(10, 4, 25, seed=3)) and not torch.equal(order, order_of(10, 4, 25, seed=4))
+    assert torch.bincount(order.flatten()).tolist() == [10] * 10
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("name", list(settings.METHODS))
+def test_every_method_changes_images_and_keeps_labels_honest(name: str, size: int, flow: GLEM) -> None:
+    if name == "latent-noise" and size != 8:
+        pytest.skip("a latent is of the flow's size")
+    x, y = images(size)
+    before, net = x.clone(), network(size)
+    method = settings.METHODS[name]
+    for params in method.trials:
+        params = {**params, **({"p": 1.0} if "p" in params else {}), **({"flow": "it"} if method.flow else {})}
+        stack = ops.Stack([(name, params)], lambda _: flow, net, COUNT, CLASSES, seed=0, teacher=network(size))
+        out, labels = stack(torch.arange(COUNT), x, y)
+        assert out.shape == x.shape and out.dtype == torch.float32
+        low, high = (float(v) for v in out.aminmax())
+        if name != "erasing":  # whose noise is Gaussian
+            assert 0 <= low <= high <= 1
+        assert torch.equal(x, before) and net.training
+        assert all(p.grad is None for p in net.parameters())
+        changed = (out != ops.as_float(x)).flatten(1).any(1).float().mean()
+        assert changed == 0 if name in ("none", "distill") else changed > 0.25  # mixing with l near 1 rounds away
+        if labels.ndim == 2:
+            torch.testing.assert_close(labels.sum(1), torch.ones(COUNT))
+            assert name in ("mixup", "cutmix", "mode-mixup-any", "mode-mixup-near", "distill")
+        else:
+            assert torch.equal(labels, y)
+
+
+def test_stacks_go_from_hard_to_soft_labels_and_from_bytes_to_floats(flow: GLEM) -> None:
+    x, y = images(8)
+    params = {**settings.METHODS["mode-mixup-any"].trials[0], "flow": "it"}
+    components = [("mixup", {"alpha": 1.0}), ("mode-mixup-any", params), ("trivial", {"p": 0.5}), ("cropflip", {})]
+    stack = ops.Stack(components, lambda _: flow, network(8), COUNT, CLASSES, seed=0)
+    for _ in range(3):
+        out, labels = stack(torch.arange(COUNT), x, y)
+        assert out.dtype == torch.float32 and labels.shape == (COUNT, CLASSES)
+        torch.testing.assert_close(labels.sum(1), torch.ones(COUNT))
+
+
+def test_remembered_latents_are_the_latents(flow: GLEM) -> None:
+    x = ops.as_float(images(8)[0])
+    remembering = ops.RememberingGLEM.of(flow)
+    first = remembering.encode(x)[0]
+    torch.testing.assert_close(first, flow.encode(x)[0])
+    remembering.flow = None  # from here on nothing can be encoded
+    assert torch.equal(remembering.encode(x.flip(0))[0], first.flip(0))
+
+
+def test_reused_changes_a_share_p_and_makes_each_image_anew_one_time_in_reuse() -> None:
+    count, calls, changed = 64, [], []
+
+    def transform(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(int(mask.sum()))
+        return torch.where(mask[:, None, None, None], torch.full_like(x, len(calls)), x), y
+
+    reused, g = ops.Reused(transform, 0.5, count), torch.Generator().manual_seed(0)
+    x, y, rows = torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.arange(count), torch.randperm(count)
+    for _ in range(200):
+        out, labels = reused(rows, x, y, g)
+        changed.append(float((out[:, 0, 0, 0] != 0).float().mean()))
+        assert torch.equal(labels, y)
+    assert np.mean(changed) == pytest.approx(0.5, abs=0.02)
+    assert sum(calls) / (200 * count * 0.5) == pytest.approx(1 / settings.REUSE, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("cnn", 64), ("resnet", 28)])
+def test_classifiers_have_the_size_that_is_said(name: str, size: int) -> None:
+    body = make_body(name, 1, 10, size)
+    assert body(torch.zeros(2, 1, size, size)).shape == (2, 10)
+    assert sum(p.numel() for p in body.parameters()) == pytest.approx({"cnn": 0.16e6, "resnet": 0.71e6}[name], rel=0.03)
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+class AllFlows:
+    def missing(self, name: str, setting: settings.Setting) -> None:
+        return None
+
+
+def arguments(**changes) -> argparse.Namespace:
+    chosen = dict(
+        opponents=list(settings.OPPONENTS), methods=["adversarial", "noise"], trials=3, best=1, seeds=[0, 1, 2, 3, 4],
+        leaking=False, through=None,
+    )  # fmt: skip
+    return argparse.Namespace(**{**chosen, **changes})
+
+
+def measure(plan: planning.Plan, store: Store, value, rounds: int = 10) -> list[planning.Cell]:
+    """Fill ``store`` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
+    setting = settings.SETTINGS["cifar10-50"]
+    for _ in range(rounds):
+        cells = plan.cells(setting, "cnn", store)
+        missing = [cell for cell in cells if not store.has(cell)]
+        if not missing:
+            return cells
+        rows = [
+            {
+                **cell.row(), ("accuracy" if cell.stage == "final" else "val_accuracy"): value(cell),
+                "seconds_per_step": 0.01, "cell_seconds": 1.0, "protocol": settings.PROTOCOL, "images": 500,
+                "measured_on": 1000, "steps": 10, "processor": "none", "threads": 1, "torch": "0",
+            }
+            for cell in missing
+        ]  # fmt: skip
+        for row in rows:
+            store.add(row)
+    raise AssertionError("the plan does not end")
+
+
+def made_up(cell: planning.Cell) -> float:
+    """Trivial is the best single, with erasing the best pair; noise wins on validation, adversarial on the test."""
+    names = [name for name, _ in cell.stack]
+    result = 0.5 + 0.01 * cell.seed * (cell.stage == "final")
+    result += 0.05 * ("trivial" in names) + 0.02 * ("erasing" in names) - 0.01 * ("mixup" in names)
+    if cell.side in ("ours", "control"):
+        better = "adversarial" if cell.stage == "final" else "noise"
+        result += 0.03 * (cell.side == "ours") + 0.01 * (cell.method == better)
+    return result + 0.001 * (cell.params.get("strength") == 0.5)
+
+
+def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_path: Path) -> None:
+    plan, store = planning.Plan(arguments(), AllFlows()), Store(tmp_path)
+    cells = measure(plan, store, made_up)
+    assert len({cell.key for cell in cells}) == len(cells)
+    stages = [cell.stage for cell in cells]
+    assert sorted(set(stages), key=stages.index) == ["singles", "pairs", "ours", "final"]
+    tried = {(c.side, c.flow, c.method): 0 for c in cells if c.stage in ("singles", "ours")}
+    for cell in cells:
+        if cell.stage in ("singles", "ours"):
+            tried[cell.side, cell.flow, cell.method] += 1
+    assert {key: n for key, n in tried.items() if n != 3} == {
+        ("opponent", "none", "none"): 1,
+        ("opponent", "none", "cropflip"): 1,
+    }
+    final = [cell for cell in cells if cell.stage == "final" and cell.seed == 0]
+    assert {(c.side, c.flow, c.method) for c in final} == {
+        ("opponent", "none", "cropflip"),
+        ("opponent", "none", "opponent"),
+        ("ours", "imagenette32", "noise"),
+        ("ours", "own", "noise"),
+        ("control", "identity", "noise"),
+    }
+    assert all([name for name, _ in c.base] == ["cropflip", "trivial", "erasing"] for c in final if c.base)
+    assert {c.params["strength"] for c in final if c.method == "noise"} == {0.5}
+    assert {cell.seed for cell in cells if cell.stage == "final"} == {0, 1, 2, 3, 4}
+    # Tuning reads validation images, final cells test images, and never the other way round.
+    rows = json.loads((tmp_path / "augmentation.json").read_text())
+    assert all("accuracy" in row and "val_accuracy" not in row for row in rows) and len(rows) == 25
+    tuning = json.loads((tmp_path / "augmentation_tuning.json").read_text())
+    assert all("accuracy" not in row and row["seed"] == settings.TUNING_SEED for row in tuning)
+
+
+def test_without_its_flow_a_setting_stops_before_the_test_images(tmp_path: Path) -> None:
+    class NoFlows:
+        def missing(self, name: str, setting: settings.Setting) -> str | None:
+            return None if name == "own" else "not there"
+
+    store = Store(tmp_path)
+    cells = measure(planning.Plan(arguments(), NoFlows()), store, made_up)
+    assert {cell.stage for cell in cells} == {"singles"} and "latent-noise" not in {cell.method for cell in cells}
+    # What was measured serves when it comes.
+    later = measure(planning.Plan(arguments(through=["imagenette32"]), AllFlows()), store, made_up)
+    assert {c.flow for c in later} == {"none", "identity", "imagenette32"} and {c.key for c in cells} < {
+        c.key for c in later
+    }
+
+
+def test_a_retuned_opponent_starts_ours_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    few = planning.Plan(arguments(opponents=["cropflip", "jitter"]), AllFlows())
+    before = measure(few, store, made_up)
+    more = planning.Plan(arguments(opponents=["cropflip", "jitter", "trivial"]), AllFlows())
+    after = more.cells(settings.SETTINGS["cifar10-50"], "cnn", store)
+    assert [c.key for c in after if not store.has(c)] == [
+        c.key for c in after if c.method == "trivial"
+    ]  # nothing of ours is known until the opponent is
+    done = measure(more, store, made_up)
+    assert not {c.key for c in before if c.stage == "ours"} & {c.key for c in done if c.stage == "ours"}
+
+
+def test_report_pairs_seeds_and_takes_what_validation_chose(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    measure(planning.Plan(arguments(best=2, leaking=True), AllFlows()), store, made_up)
+    (result,) = reporting.results_of(store)
+    arm = result.best(("imagenette32", "own"))
+    assert arm is not None and arm.method == "noise"  # though adversarial has the better test accuracy
+    over = reporting.paired_gain(arm.accuracies, result.opponent.accuracies)
+    assert (over.mean, over.half, over.seeds) == (pytest.approx(3.1), pytest.approx(0, abs=1e-9), 5)
+    reporting.report(store, tmp_path)
+    text = (tmp_path / "augmentation.md").read_text()
+    proof, leaking = text.split("## Never counted")
+    assert "noise, imagenette32" in proof and "noise, own" in proof and "noise, cifar10)" not in proof
+    assert (
+        "noise, cifar10)" in leaking.split("## All arms")[0] and "imagenette32" not in leaking.split("## All arms")[0]
+    )
+    assert "Interval over the opponent above zero: 1 (with at least 1 point: 1)" in text
+    assert (tmp_path / "augmentation.png").stat().st_size > 1000
+
+
+def test_paired_gain_is_students_t() -> None:
+    gain = reporting.paired_gain({0: 0.50, 1: 0.52, 2: 0.57, 9: 0.1}, {0: 0.49, 1: 0.50, 2: 0.54, 5: 0.9})
+    assert (gain.mean, gain.seeds) == (pytest.approx(2.0), 3)
+    assert gain.half == pytest.approx(4.303 * 1.0 / math.sqrt(3), rel=1e-3)
+    assert reporting.paired_gain({0: 0.5}, {1: 0.5}) is None
+    assert math.isnan(reporting.paired_gain({0: 0.5}, {0: 0.4}).half)

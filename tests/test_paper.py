@@ -1,0 +1,172 @@
+"""The benchmark of the paper's tables: what is asked of whom, the verdicts, and a whole run at the smallest scale."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts  # noqa: E402
+from paper_figures import SETTINGS, two_dimensional_fit  # noqa: E402
+from paper_report import markdown, row, values_of  # noqa: E402
+from paper_scales import SCALES  # noqa: E402
+from paper_tables import TITLES, Cell, cells_of  # noqa: E402
+
+from glem_augment.training.methods import METHODS, method  # noqa: E402
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", TITLES)
+def test_every_cell_is_a_method_with_settings_that_exist(table: int, scale: str) -> None:
+    cells = cells_of(table, SCALES[scale].sizes)
+    assert cells
+    keys = set()
+    for cell in cells:
+        method(cell.method).config(**{**SCALES[scale].flow, **cell.changes})
+        assert cell.data in ("main", "second") and set(cell.paper) <= set(cell.metrics)
+        assert cell.method != "ce" or "NF-A" not in cell.metrics  # one Gaussian can't classify
+        keys.add((cell.label, cell.data, cell.setting))
+    assert len(keys) == len(cells)  # rows can be told apart
+
+
+def test_tables_and_methods_cover_each_other() -> None:
+    used = {cell.method for table in TITLES for cell in cells_of(table, (1,))}
+    assert set(METHODS) - used == {"lambda0-psi", "saturating"}  # offered, in no table of the paper
+
+
+def test_printed_numbers_are_the_papers() -> None:
+    table3 = {cell.label: cell.paper for cell in cells_of(3, (1,))}
+    assert table3["lambda_0 = 15"]["NF-A"] == 68.23 and table3["lambda_0 = 1"]["BPD"] == 1.64
+    table5 = {cell.label: cell.paper for cell in cells_of(5, (1,))}
+    assert table5["RFCM"] == {"CNN-A": 49.74, "FID": 25.55, "Cov": 22.47, "L-R": 33.56}
+
+
+def write(folder: Path, table: int, entries: list[tuple[str, str, str, list[float]]]) -> None:
+    rows = []
+    for label, setting, metric, values in entries:
+        for seed, value in enumerate(values):
+            rows.append(
+                dict(table=table, method=label, role="main", setting=setting, metric=metric, seed=seed, value=value)
+            )
+    (folder / f"table{table}.cpu.json").write_text(json.dumps(rows))
+
+
+def verdict(folder: Path, word: str) -> dict[str, str]:
+    found = [v for v in verdicts(folder, "cpu") if word in v["claim"]]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_verdicts_need_more_than_the_noise(tmp_path: Path) -> None:
+    def both(value: list[float], other: list[float]) -> str:
+        entries = []
+        for metric in ("NF-A", "CNN-A", "L-R"):
+            entries += [("3: KLD 10 + psi", "default", metric, value), ("2: KLD 10", "default", metric, other)]
+        write(tmp_path, 6, entries)
+        return verdict(tmp_path, "psi helps")["verdict"]
+
+    assert both([80.0], [70.0]) == HOLDS and both([70.0], [80.0]) == FAILS
+    assert both([75.0], [74.5]) == OPEN  # within the error of 5,000 images
+    assert both([75.0, 75.1, 75.05], [74.5, 74.4, 74.55]) == HOLDS  # three seeds that agree
+    assert both([75.0, 85.0], [70.0, 79.0]) == OPEN
+    assert all(v["verdict"] == OPEN for v in verdicts(tmp_path / "nowhere", "cpu"))
+    assert len(CLAIMS) == 9
+
+
+def lambda_table(folder: Path, nf: list[float], fid: list[float]) -> str:
+    entries = []
+    for w, a, f in zip((1, 3, 5, 10, 15, 20), nf, fid, strict=True):
+        for metric, value in (("NF-A", a), ("CNN-A", a - 20), ("FID", f)):
+            entries.append((f"lambda_0 = {w}", "default", metric, [value]))
+    write(folder, 3, entries)
+    return verdict(folder, "rises, then falls")["verdict"]
+
+
+def test_rise_and_fall_with_lambda(tmp_path: Path) -> None:
+    assert lambda_table(tmp_path, [50, 70, 75, 80, 70, 60], [20, 21, 24, 26, 31, 36]) == HOLDS
+    assert lambda_table(tmp_path, [50, 60, 65, 70, 75, 80], [20, 21, 24, 26, 31, 36]) == OPEN  # no fall in sight
+    assert lambda_table(tmp_path, [50, 70, 75, 80, 70, 60], [36, 31, 26, 24, 21, 20]) == FAILS
+
+
+def test_lower_fid_counts_for_rfcm(tmp_path: Path) -> None:
+    def rfcm(fid: list[float]) -> str:
+        entries: list[Any] = []
+        for metric, good, plain in (("CNN-A", [50.0, 50.2], [45.0, 45.1]), ("Cov", [30.0, 30.1], [20.0, 20.3])):
+            entries += [("RFCM", "rfcm", metric, good), ("tau = 0.9", "default", metric, plain)]
+        entries += [("RFCM", "rfcm", "FID", fid), ("tau = 0.9", "default", "FID", [26.0, 26.1])]
+        write(tmp_path, 5, entries)
+        return verdict(tmp_path, "RFCM helps")["verdict"]
+
+    assert rfcm([22.0, 22.1]) == HOLDS and rfcm([30.0, 30.1]) == FAILS
+    assert rfcm([22.0]) == OPEN  # a FID from one seed has no error to be compared with
+
+
+def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:
+    def continuum(rho: float, p: float) -> str:
+        entries = [
+            ("lambda_0 = 10", "default", name, [v])
+            for name, v in (("rho-distance", rho), ("rho-distance p", p), ("rho-confusion", -rho))
+        ]
+        write(tmp_path, 3, entries)
+        return verdict(tmp_path, "similar classes")["verdict"]
+
+    assert (continuum(0.6, 0.001), continuum(0.1, 0.3), continuum(-0.6, 0.001)) == (HOLDS, OPEN, FAILS)
+
+
+def test_markdown_has_the_papers_number_beside_the_measured_one() -> None:
+    cells = [
+        Cell("GLEM", "main", "glem", ("NF-A", "FID"), paper={"NF-A": 67.67}),
+        Cell("CE", "main", "ce", ("FID",)),
+    ]
+    name = SCALES["cpu"].main.name
+    rows = [row(2, cells[0], name, "NF-A", seed, value, "abc") for seed, value in enumerate((50.0, 52.0))]
+    text = markdown(2, "cpu", SCALES["cpu"], cells, rows, {"main": 0.9}, "command")
+    assert "| method | setting | NF-A | paper | FID |" in text
+    assert "| GLEM | default | 51 ± 1.4 | 67.67 |  |" in text and "| CE | default | x |  |  |" in text
+    assert "Oracle: 90.00 %" in text and values_of(rows, "GLEM", name, "default", "NF-A") == [50.0, 52.0]
+
+
+def test_the_two_dimensional_illustration_learns_what_its_panels_say() -> None:
+    y = torch.arange(300) % 3
+    z = torch.randn(300, 2) * 0.6 + torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.5]])[y]
+    start = torch.stack([z[y == c].mean(0) for c in range(3)])
+    found = {name: two_dimensional_fit(settings, z, y, steps=60) for name, settings in SETTINGS.items()}
+    kld = {name: float(gaussians.kld_matrix().detach().sum()) for name, gaussians in found.items()}
+    assert torch.allclose(found["likelihood only"].mu, start, atol=0.05)  # already at its maximum
+    assert torch.equal(found["KLD, only variances"].mu, start)
+    spread = torch.stack([z[y == c].var(0) for c in range(3)])
+    assert torch.allclose(found["KLD, only means"].variance(), spread, atol=1e-4)
+    assert min(kld["KLD, only means"], kld["KLD, only variances"]) > 1.05 * kld["likelihood only"]
+
+
+def test_measured_reads_every_table_of_its_scale(tmp_path: Path) -> None:
+    write(tmp_path, 1, [("GLEM", "default", "NF-A", [1.0, 2.0])])
+    (tmp_path / "table2.gpu.json").write_text("[]")
+    assert Measured(tmp_path, "cpu").values(1, "main", "GLEM", "NF-A") == [1.0, 2.0]
+    assert Measured(tmp_path, "gpu").rows == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_table_stops_resumes_and_comes_out_the_same(tmp_path: Path) -> None:
+    """Table 6 at the smallest scale: whole, and in pieces of a few seconds."""
+    results = []
+    for name, limit in (("whole", []), ("pieces", ["--max-minutes", "0.1"])):
+        command = [sys.executable, str(BENCHMARKS / "paper.py"), "6", "--scale", "smoke", "--threads", "1", *limit]
+        command += ["--out", str(tmp_path / name), "--work", str(tmp_path / name / "work"), "--device", "cpu"]
+        environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+        codes = []
+        while not codes or codes[-1] == 75:
+            codes.append(subprocess.run(command, env=environment, capture_output=True).returncode)
+        assert codes[-1] == 0 and (len(codes) > 1) == bool(limit)
+        results.append(json.loads((tmp_path / name / "table6.smoke.json").read_text()))
+    assert results[0] == results[1] and len(results[0]) == 25
