@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows import matexp
-from glem_augment.flows.matexp import taylor_plan
+from glem_augment.flows.expm_kernels import make_kernel
 
 
-class _Planes(matexp.Planes):
+class _Planes:
     """n <= 6: everything over planes of pixels, P = B*H*W."""
 
     @staticmethod
@@ -31,7 +31,7 @@ class _Planes(matexp.Planes):
     @staticmethod
     def vectors(v: Tensor) -> Tensor:
         """[n, B, H, W] to what ``apply`` takes."""
-        return v.flatten(1)
+        return v.flatten(1).contiguous()
 
     @staticmethod
     def image(v: Tensor, shape: torch.Size) -> Tensor:
@@ -59,7 +59,7 @@ class _Planes(matexp.Planes):
         return out.view(channels, batch, height, width).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-class _Pixels(matexp.Pixels):
+class _Pixels:
     """n > 6: batched products on the networks' channels-last output as it is. Methods as in ``_Planes``."""
 
     @staticmethod
@@ -115,18 +115,17 @@ def couple(
     """The result and log|det| of ``expm_coupling``, and what ``couple_backward`` needs: S, factors, segment starts."""
     n, batch, height, width = x2.shape
     layout = _layout(n)
-    segments, terms = taylor_plan(bound, x2.dtype)
-    sign = -1.0 if inverse else 1.0
     s, factor, shift = layout.bounded(params, n, bound)
-    v = layout.vectors(x2)
+    kernel, v = make_kernel(s, n, bound), layout.vectors(x2)
     if inverse:
         v = v - shift
     starts = []
-    for _ in range(segments):
+    for _ in range(kernel.segments):
         starts.append(v)
-        v = layout.apply(s, v, sign / segments, terms)
-    y2 = layout.image(v if inverse else v + shift, x2.shape)
-    return y2, layout.trace(s, batch, height * width) * sign, s, factor, starts
+        v = kernel.apply(v, inverse)
+    y2 = layout.image(v if inverse else v.add_(shift), x2.shape)
+    trace = layout.trace(s, batch, height * width)
+    return y2, -trace if inverse else trace, s, factor, starts
 
 
 def couple_backward(
@@ -141,14 +140,12 @@ def couple_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x2 and of the parameters, from those of what ``couple`` returned first."""
     layout = _layout(g.shape[0])
-    _, terms = taylor_plan(bound, g.dtype)
-    sign = -1.0 if inverse else 1.0
-    g_out = a = layout.vectors(g)
-    grad_s = None
+    kernel, g_out = make_kernel(s, g.shape[0], bound), layout.vectors(g)
+    a = g_out
     for start in reversed(starts):
-        grad_s, a = layout.adjoint(s, start, a, sign / len(starts), terms, grad_s)
-    assert grad_s is not None
-    g_params = layout.params_grad(s, factor, grad_s, -a if inverse else g_out, g_logdet * sign, bound, params_shape)
+        a = kernel.adjoint(start, a, inverse)
+    g_shift, g_trace = (-a, -g_logdet) if inverse else (g_out, g_logdet)
+    g_params = layout.params_grad(s, factor, kernel.grad_s(), g_shift, g_trace, bound, params_shape)
     return layout.image(a, g.shape), g_params
 
 
@@ -182,14 +179,14 @@ def expm_coupling_backward(
     """
     n, _, height, width = y2.shape
     layout = _layout(n)
-    segments, terms = taylor_plan(bound, y2.dtype)
     s, factor, shift = layout.bounded(params, n, bound)
+    kernel = make_kernel(s, n, bound)
     # Undone segment by segment, the vectors on the way are the starts that the backward needs, last first.
-    v, a, grad_s = layout.vectors(y2) - shift, layout.vectors(g), None
-    for _ in range(segments):
-        v = layout.apply(s, v, -1 / segments, terms)
-        grad_s, a = layout.adjoint(s, v, a, 1 / segments, terms, grad_s)
-    g_params = layout.params_grad(s, factor, grad_s, layout.vectors(g), g_logdet, bound, params.shape)
+    v, a = layout.vectors(y2) - shift, layout.vectors(g)
+    for _ in range(kernel.segments):
+        v = kernel.apply(v, inverse=True)
+        a = kernel.adjoint(v, a, inverse=False)
+    g_params = layout.params_grad(s, factor, kernel.grad_s(), layout.vectors(g), g_logdet, bound, params.shape)
     return layout.image(v, y2.shape), layout.image(a, y2.shape), g_params
 
 
