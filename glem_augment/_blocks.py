@@ -6,11 +6,15 @@ import contextlib
 import math
 import mmap
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import get_spawning_popen
+from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
 # A process waits for a block of another one for twice the longest time that a block has taken, and these seconds.
 # Until one has been decoded, nobody knows how long it takes: for the second number of seconds. Waiting too long only
@@ -184,6 +188,41 @@ class BlockStore:
             yield
         finally:
             self._lock.release()
+
+
+# Threads of a process decode one after the other. Each uses all its cores anyway, and while one decodes a flow keeps
+# constants of its weights, a judge in training is switched to eval mode, and no weight may move.
+_decoding = threading.RLock()
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    """Hold this while a flow or a judge is used."""
+    return _decoding
+
+
+def _after_fork() -> None:
+    # The thread that held it is not there in the child.
+    global _decoding
+    _decoding = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def move_if_sent(*things: Any) -> None:
+    """Before modules and tensors are pickled for a process that is being spawned, move them to shared memory.
+
+    Pickling does so too, but at any time: what another thread decodes from weights that are being moved is garbage.
+    """
+    if get_spawning_popen() is None:
+        return
+    with one_at_a_time():
+        for thing in things:
+            parts = [*thing.parameters(), *thing.buffers()] if isinstance(thing, nn.Module) else [thing]
+            for tensor in parts:
+                if isinstance(tensor, Tensor):
+                    tensor.share_memory_()
 
 
 def _lock() -> tuple[object, bool]:

@@ -19,8 +19,8 @@ from glem_augment.errors import GLEMError
 DESCRIPTION = """\
 Synthetic-data augmentation from a class-conditional normalizing flow.
 
-A flow learns your labelled images once (glem train). From then on it augments real images while keeping their
-class, draws new ones (glem generate), and classifies (glem eval).
+A flow learns your labelled images once (glem train), or a trained one is given your classes (glem adapt). From then on
+it moves real images while keeping their class, draws new ones (glem generate), and classifies (glem eval).
 
 DATA, wherever a command asks for it, is one of
   a folder with one folder of images per class, or with train/ and test/ (or val/) folders of that kind;
@@ -36,7 +36,8 @@ examples:
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
   glem preview runs/photos photos/ --out preview.png
 
-GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 130 interrupted.
+GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 a training run that stopped at
+--max-minutes and goes on with --resume, 130 interrupted.
 """
 
 
@@ -57,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit code: 0, 2 for an error (one line on stderr says which), 130 after Ctrl-C. As usual with argparse,
-        ``--help``, ``--version`` and a command line that can't be parsed raise SystemExit instead.
+        The exit code: 0, 2 for an error (one line on stderr says which), 75 from ``train --max-minutes``, 130 after
+        Ctrl-C. As usual with argparse, ``--help``, ``--version`` and a command line that can't be parsed raise
+        SystemExit instead.
     """
     args = build_parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        return _fail(f"out of memory ({_one_line(error)}); lower --batch-size, or the size of the flow")
+        return _fail(f"out of memory ({_one_line(error)}); lower --batch-size or --block, or take a smaller flow")
     except (GLEMError, ValueError, TypeError, OSError) as error:
         return _fail(_one_line(error))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_choice
-from glem_augment._blocks import BlockStore
+from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import as_model
 from glem_augment._moves import evaluating
 from glem_augment._rejection import Accepted, Oracle, Rejection
@@ -218,7 +218,8 @@ class SyntheticDataset(Dataset):
         """
         cls, within = self._locate(indices)
         if self.rejection is None:
-            return self.latent_source.draw(cls, within)
+            with one_at_a_time():
+                return self.latent_source.draw(cls, within)
         out = torch.empty(len(cls), self.model.dim, device=self.model.device)
         number = within // self.block
         for c, b in np.unique(np.stack([cls, number], axis=1), axis=0).tolist():
@@ -280,7 +281,7 @@ class SyntheticDataset(Dataset):
 
     def _decode(self, cls: int, number: int) -> _Decoding:
         accepted = None if self.rejection is None else self._accepted(cls, number)
-        with torch.no_grad(), evaluating(self.model):
+        with one_at_a_time(), torch.no_grad(), evaluating(self.model):
             if accepted is None or accepted.images is None:
                 z = self.latent_source.draw(*self._block_items(cls, number)) if accepted is None else accepted.z
                 x = self.model.decode(z, clamp=False)
@@ -310,7 +311,8 @@ class SyntheticDataset(Dataset):
         def draw(rows: Tensor, attempt: int) -> Tensor:
             return self.latent_source.draw(y[rows.numpy()], within[rows.numpy()], attempt)
 
-        return self.rejection.select(self.model, torch.from_numpy(y), draw)
+        with one_at_a_time():
+            return self.rejection.select(self.model, torch.from_numpy(y), draw)
 
     def _facts(self, accepted: Accepted | None) -> tuple[int, int, float]:
         """What the store keeps of a block: candidates, items that no candidate was good enough for, confidence."""
@@ -375,6 +377,8 @@ class SyntheticDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that is not forked decodes for itself; sending the cache would cost more than it saves.
+        oracle = None if self.rejection is None else self.rejection.oracle
+        move_if_sent(self.model, oracle, getattr(self.latent_source.real, "z", None))
         return {name: value for name, value in self.__dict__.items() if name not in ("_store", "_ahead")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, hub
+from glem_augment import GLEM, SyntheticDataset, hub, open_data
 from glem_augment.cli import build_parser, main
 from glem_augment.commands.settings import KINDS
 from glem_augment.training import TrainConfig
@@ -163,12 +167,16 @@ def test_every_setting_has_a_flag_with_its_default_in_the_help(output: Output) -
     assert f"(default: {TrainConfig().kld_weight})" in text
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "generate", "preview", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "adapt", "eval", "generate", "preview", "info", "push"])
 def test_help_teaches(command: str, output: Output) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = output()[0]
-    assert "examples:" in text and text.count(f"  glem {command}") >= 2
+    examples = text.split("examples:\n")[1].split("\n\n")[0].splitlines()
+    assert sum(line.startswith(f"  glem {command} ") for line in examples) >= 2 or command == "demo"
+    for line in examples:
+        assert callable(build_parser().parse_args(shlex.split(line)[1:]).run)
+    assert "Exit codes: 0 " in text.split("examples:\n")[1]
 
 
 def test_version(output: Output) -> None:
@@ -191,8 +199,6 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     assert json.loads((tmp_path / "e.json").read_text()) == result
 
     model = GLEM.from_pretrained(trained)
-    from glem_augment import open_data
-
     data = open_data(images_of(trained), progress=False)
     right = (model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean()
     assert result["accuracy"] == pytest.approx(float(right))
@@ -233,6 +239,123 @@ def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, t
     fails(other, output, "not empty", "source gaussian (not rfcm)", "--overwrite")
     assert main([*other, "--overwrite"]) == 0
     fails([*base, "--out", str(tmp_path / "x"), "--classes", "cow"], output, "'cow'", "bird, cat, dog")
+
+
+def generated(argv: list[str], output: Output) -> dict[str, Any]:
+    """What ``glem generate`` prints."""
+    output()
+    assert main(["generate", *argv]) == 0
+    return json.loads(output()[0])
+
+
+def pixels_of(folder: Path) -> list[tuple[str, bytes]]:
+    """Class and pixels of every image of an ImageFolder, in its order."""
+    data = ImageFolder(str(folder))
+    return [(data.classes[label], image.tobytes()) for image, label in data]
+
+
+def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output) -> None:
+    base = [str(trained), "--seed", "5", "--per-class"]
+    summary = generated([*base, "dog=2, bird=1", "--out", str(tmp_path / "a")], output)
+    assert summary["per_class"] == {"bird": 1, "dog": 2} and summary["images"] == 3
+    # torchvision refuses a class without images: there must be no folder for it.
+    assert [name for name, _ in pixels_of(tmp_path / "a")] == ["bird", "dog", "dog"]
+    (tmp_path / "counts.yaml").write_text("dog: 2\nbird: 1\ncat: 0\n")
+    generated([*base, str(tmp_path / "counts.yaml"), "--out", str(tmp_path / "b")], output)
+    assert pixels_of(tmp_path / "a") == pixels_of(tmp_path / "b")
+
+    # Real images of another size and other names; one class of the flow is not among them.
+    write_images(tmp_path / "real", ("felix", "hond"), (20, 12), 4)
+    for i in range(3):
+        (tmp_path / "real" / "felix" / f"{i}.png").unlink()
+    (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
+    argv = [*base, "balance", "--real", str(tmp_path / "real"), "--class-map", str(tmp_path / "map.json")]
+    summary = generated([*argv, "--out", str(tmp_path / "c")], output)
+    assert summary["per_class"] == {"bird": 4, "cat": 3}
+    summary = generated([*argv, "--out", str(tmp_path / "d"), "--classes", "cat,dog"], output)
+    assert summary["per_class"] == {"cat": 3}
+    assert pixels_of(tmp_path / "d") == pixels_of(tmp_path / "c")[4:]
+
+
+def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["--source", "mixup", "--real", images_of(trained), "--modes", "2", "--alpha", "0.5"]
+    summary = generated([str(trained), "--per-class", "2", *argv, "--out", str(tmp_path / "a")], output)
+    assert summary["source"] == "mixup" and summary["temperature"] is None and summary["real"] == images_of(trained)
+    model, real = GLEM.from_pretrained(trained), open_data(images_of(trained), "train", progress=False)
+    data = SyntheticDataset(model, per_class=2, source="mixup", real=real, modes=2, alpha=0.5)
+    assert [(model.classes[label], image.tobytes()) for image, label in data] == pixels_of(tmp_path / "a")
+
+
+def test_generate_rejects_and_reports(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = [str(trained), "--per-class", "4", "--temperature", "300", "--min-confidence", "1", "--max-attempts", "3"]
+    output()
+    assert main(["generate", *argv, "--classes", "cat,dog", "--out", str(tmp_path / "a")]) == 0
+    out, err = output()
+    report = json.loads(out)["acceptance"]
+    data = SyntheticDataset(
+        GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=300.0, min_confidence=1.0, max_attempts=3
+    )
+    data.images(range(len(data)))
+    expected = data.acceptance()
+    assert report["total"] == expected["total"] and report["total"]["items"] == 8
+    assert report["classes"] == {name: expected["classes"][name] for name in ("cat", "dog")}
+    failed = report["total"]["failed"]
+    assert failed > 0 and f"{failed} of 8 images never reached --min-confidence 1" in err
+
+
+def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    import webdataset
+
+    base = [str(trained), "--per-class", "cat=2,dog=3", "--seed", "5", "--out"]
+    generated([*base, str(tmp_path / "files")], output)
+    shards = [*base, str(tmp_path / "shards"), "--format", "webdataset"]
+    assert generated(shards, output)["format"] == "webdataset"
+    read = webdataset.WebDataset(str(tmp_path / "shards/data/train-00000-of-00001.tar"), shardshuffle=False)
+    found = [(["cat", "dog"][label], image.tobytes()) for image, label in read.decode("pil").to_tuple("png", "cls")]
+    assert found == pixels_of(tmp_path / "files")
+    card = (tmp_path / "shards" / "README.md").read_text()
+    assert "synthetic" in card and (tmp_path / "shards" / "glem-provenance.json").is_file()
+
+    fails(["generate", *shards], output, "not empty", "--overwrite")
+    fails(
+        ["generate", *base, str(tmp_path / "files"), "--format", "webdataset", "--overwrite"],
+        output,
+        "no earlier export",
+    )
+    before = pixels_of(tmp_path / "files"), sorted(tmp_path.iterdir()), card
+    with monkeypatch.context() as patch:
+        patch.setattr("glem_augment.hub_dataset.tarfile.TarFile.addfile", full_disk)
+        fails(["generate", *shards, "--overwrite", "--seed", "6"], output, "No space left")
+    assert (tmp_path / "shards" / "README.md").read_text() == card
+    generated([*shards, "--overwrite", "--seed", "6"], output)
+    assert (tmp_path / "shards" / "README.md").read_text() != card
+    assert (pixels_of(tmp_path / "files"), sorted(tmp_path.iterdir())) == before[:2]
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Path, output: Output) -> None:
+    base = ["generate", str(trained), "--out", str(tmp_path / "x"), "--per-class"]
+    real = ["--real", images_of(trained)]
+    fails([*base, "balance"], output, "--per-class balance", "--real")
+    fails([*base, "2", "--source", "mixup"], output, "--source mixup", "--real")
+    fails([*base, "2", *real], output, "--real", "no effect")
+    fails([*base, "2", "--modes", "2"], output, "--modes", "--source mixup")
+    fails([*base, "2", "--max-attempts", "2"], output, "--max-attempts", "--min-confidence")
+    fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
+    fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "--temperature")
+    fails([*base, "2", "--min-confidence", "1.5"], output, "min_confidence", "1.5")
+    fails([*base, "cow=2"], output, "'cow'", "bird, cat, dog")
+    fails([*base, "cat=0"], output, "no image at all")
+    fails([*base, "balance", *real], output, "all classes have 6 images")
+    fails([*base, str(tmp_path / "none.json")], output, "--per-class", "none.json")
+    for text, word in (("cat=1,cat=2", "twice"), ("=2", "CLASS=N"), ("cat=x", "whole number"), ("0", "at least 1")):
+        with pytest.raises(SystemExit) as info:
+            main([*base, text])
+        assert info.value.code == 2 and word in output()[1]
+    assert not (tmp_path / "x").exists()
 
 
 def test_info(trained: Path, output: Output) -> None:

@@ -18,6 +18,11 @@ from glem_augment.model import GLEM
 
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
+CLASS_MAP_HELP = (
+    "YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
+    "(default: by id or name)"
+)
+EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -34,14 +39,20 @@ def _columns() -> int:
 
 
 def new_parser(
-    subparsers: Any, name: str, summary: str, description: str, examples: str, run: Callable[..., int]
+    subparsers: Any,
+    name: str,
+    summary: str,
+    description: str,
+    examples: str,
+    run: Callable[..., int],
+    exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
     """A command's parser; ``run`` gets the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         name,
         help=summary,
         description=description,
-        epilog=f"examples:\n{examples}",
+        epilog=f"examples:\n{examples}\n{exit_codes}",
         formatter_class=HelpFormatter,
         # An abbreviation that works today would change its meaning with the next option.
         allow_abbrev=False,

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from glem_augment.commands.common import (
+    CLASS_MAP_HELP,
     DATA_HELP,
     MODEL_HELP,
     add_device,
@@ -48,14 +49,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", default="test", help="of the data (default: %(default)s)")
-    parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="use N images, evenly spread over the data")
     parser.add_argument(
-        "--class-map",
-        metavar="FILE|order",
-        help="YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
-        "(default: by id or name)",
+        "--batch-size", type=whole(1), default=256, metavar="N", help="images at a time (default: %(default)s)"
     )
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="use N images, evenly spread over the data (default: all)"
+    )
+    parser.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
     parser.add_argument(
         "--round-trip",
         type=whole(0),
@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="images for the round trip, evenly spread; 0 for none (default: %(default)s)",
     )
-    parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON to FILE too")
     add_threads(parser)
     add_device(parser)
 

@@ -1,100 +1,193 @@
-"""``glem generate``: synthetic images as an ImageFolder."""
+"""``glem generate``: synthetic images as an ImageFolder or as WebDataset shards."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from glem_augment._export import export_imagefolder
+from glem_augment._export import PROVENANCE, export_imagefolder
+from glem_augment._manifest import read_manifest
 from glem_augment._sources import SOURCES
+from glem_augment.balance import PerClass, class_counts
 from glem_augment.commands.common import (
+    CLASS_MAP_HELP,
+    DATA_HELP,
     MODEL_HELP,
     add_device,
     add_threads,
     load_model,
     new_parser,
+    note,
     number,
+    open_for,
     print_json,
+    read_class_map,
+    read_table,
     whole,
 )
 from glem_augment.errors import ClassMismatchError
+from glem_augment.hub_dataset import FORMATS, write_dataset
 from glem_augment.model import GLEM
 from glem_augment.synthetic import SyntheticDataset
 
 DESCRIPTION = """\
-Draw new images of every class from a flow, and write them as PNG files, one folder per class, with
-glem-provenance.json beside the folders. The same seed gives the same images, whichever classes and however many
-are asked for. Prints a JSON summary.
+Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
+how. The same seed draws the same images, whichever classes and however many are asked for (but for rounding: pixels
+can differ by one step with another --block or number). Prints a JSON summary.
+
+  --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
+                         checks the files and writes what is missing, so that an export that was cut off goes on.
+  --format webdataset    data/train-*.tar with the classes mixed, and a card; appears whole or not at all.
+
+  --per-class 100                    of each class
+  --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
+  --per-class balance --real DATA    fill up every class of DATA to its largest. A class of the flow that DATA lacks
+                                     is filled up too; --classes leaves it out
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
-  glem generate runs/photos --per-class 1000 --temperature 0.9 --source rfcm --out synthetic/
-  glem generate runs/photos --per-class 50 --classes cat,dog --seed 1 --out pets/
+  glem generate runs/photos --per-class 1000 --temperature 0.9 --source rfcm --format webdataset --out synthetic/
+  glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
+  glem generate runs/photos --per-class 50 --classes cat,dog --min-confidence 0.9 --seed 1 --out pets/
 """
+TEMPERATURE, MODES, ALPHA, MAX_ATTEMPTS = 0.8, 64, 1.0, 20
 
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "generate", "draw a synthetic data set from a flow", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--per-class", type=whole(1), required=True, metavar="N", help="images of each class")
+    parser.add_argument(
+        "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
-    parser.add_argument(
-        "--temperature",
-        type=number(0),
-        default=0.8,
-        metavar="T",
-        help="factor on the standard deviation: lower is cleaner and less varied (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--source",
-        choices=SOURCES,
-        default="gaussian",
-        help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents "
-        "(default: %(default)s)",
-    )
     parser.add_argument(
         "--classes", metavar="A,B", help="names or ids of the classes wanted, with commas (default: all)"
     )
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
+    parser.add_argument(
+        "--block", type=whole(1), default=64, metavar="N", help="images decoded at a time (default: %(default)s)"
+    )
     add_threads(parser)
     add_device(parser)
+    source = parser.add_argument_group("what is drawn")
+    source.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="gaussian",
+        help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
+        "mixup: two images of --real mixed along the class's modes (default: %(default)s)",
+    )
+    # Where None is the default, a value that would have no effect is noticed.
+    source.add_argument(
+        "--temperature",
+        type=number(0),
+        metavar="T",
+        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied "
+        f"(default: {TEMPERATURE})",
+    )
+    source.add_argument(
+        "--modes", type=whole(1), metavar="N", help=f"of mixup: modes to mix along (default: {MODES}, or all there are)"
+    )
+    source.add_argument(
+        "--alpha", type=number(0), metavar="A", help=f"of mixup: of its Beta(A, A) (default: {ALPHA:g})"
+    )
+    judge = parser.add_argument_group("what is kept")
+    judge.add_argument(
+        "--min-confidence",
+        type=number(0),
+        metavar="P",
+        help="draw an image again until the flow's posterior gives its class at least P; the best is kept where none "
+        'does. "acceptance" in the summary counts, over the images that this run drew (default: keep all)',
+    )
+    judge.add_argument(
+        "--max-attempts", type=whole(1), metavar="N", help=f"candidates per image then (default: {MAX_ATTEMPTS})"
+    )
+    real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
+    real.add_argument("--real", metavar="DATA", help=DATA_HELP)
+    real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
+    real.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_together(args)
+    wanted: PerClass = args.per_class
+    if isinstance(wanted, Path):
+        wanted = read_table(str(wanted), "--per-class")
+    class_map = read_class_map(args.class_map)
     model = load_model(args)
-    kept = find_classes(model, args.classes.split(",")) if args.classes is not None else None
+    kept = None if args.classes is None else find_classes(model, args.classes.split(","))
+    real = None if args.real is None else open_for(model, args.real, args.split or "train", class_map)[0]
+    if kept is not None:
+        counts = class_counts(model, wanted, real)
+        wanted = {model.classes[i]: counts[i] for i in kept}
     dataset = SyntheticDataset(
-        model, per_class=args.per_class, temperature=args.temperature, seed=args.seed, source=args.source
+        model,
+        per_class=wanted,
+        temperature=TEMPERATURE if args.temperature is None else args.temperature,
+        seed=args.seed,
+        source=args.source,
+        block=args.block,
+        real=real,
+        modes=_modes(model, args.modes),
+        alpha=ALPHA if args.alpha is None else args.alpha,
+        min_confidence=args.min_confidence,
+        max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
     )
-    began = time.monotonic()
-    if kept is None:
-        folder = dataset.export(args.out, overwrite=args.overwrite)
-        chosen = dataset
+    dataset._check_pil()
+    part: Any = _Part(dataset)
+    folder, began = Path(args.out).expanduser(), time.monotonic()
+    if args.format == "webdataset":
+        write_shards(part, folder, args.overwrite)
     else:
-        dataset._check_pil()
-        chosen = _SomeClasses(dataset, kept)
-        folder = export_imagefolder(chosen, Path(args.out), overwrite=args.overwrite)
-    print_json(
-        {
-            "out": str(folder),
-            "images": len(chosen),
-            "per_class": args.per_class,
-            "classes": list(chosen.classes),
-            "model": args.model,
-            "temperature": args.temperature,
-            "seed": args.seed,
-            "source": args.source,
-            "not_finite": dataset.non_finite,
-            "seconds": round(time.monotonic() - began, 3),
-        }
-    )
+        export_imagefolder(part, folder, overwrite=args.overwrite)
+    summary = {
+        "out": str(folder),
+        "format": args.format,
+        "images": len(part),
+        "per_class": dict(zip(part.classes, part.counts, strict=True)),
+        "classes": part.classes,
+        "model": args.model,
+        "source": args.source,
+        "temperature": None if args.source == "mixup" else dataset.temperature,
+        "seed": args.seed,
+        "real": args.real,
+        "not_finite": dataset.non_finite,
+    }
+    if args.min_confidence is not None:
+        summary["acceptance"] = _acceptance(part)
+    print_json({**summary, "seconds": round(time.monotonic() - began, 3)})
     return 0
+
+
+def per_class(text: str) -> PerClass | Path:
+    """argparse type: a number, ``balance``, ``A=N,B=M``, or the path of a table."""
+    if text == "balance":
+        return text
+    if Path(text).suffix in (".yaml", ".yml", ".json"):
+        return Path(text)
+    if "=" not in text:
+        return whole(1)(text)
+    counts: dict[str, int] = {}
+    for entry in text.split(","):
+        name, _, count = entry.rpartition("=")
+        if not name.strip():
+            raise argparse.ArgumentTypeError(
+                f"{entry!r} is not CLASS=N (names with commas or = go into a YAML or JSON file)"
+            )
+        if name.strip() in counts:
+            raise argparse.ArgumentTypeError(f"class {name.strip()!r} is named twice")
+        counts[name.strip()] = whole(0)(count)
+    return counts
 
 
 def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:
@@ -114,25 +207,91 @@ def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:
     return sorted({known[name] for name in wanted})
 
 
-class _SomeClasses(SyntheticDataset):
-    """Some classes of a SyntheticDataset, with the very images that it has for them."""
+def write_shards(dataset: SyntheticDataset, folder: Path, overwrite: bool) -> None:
+    """Write WebDataset shards, card and provenance to ``folder``, in one step at the end.
 
-    def __init__(self, full: SyntheticDataset, kept: Sequence[int]) -> None:
-        super().__init__(full.model, full.per_class, full.temperature, full.seed, source=full.source, block=full.block)
-        self._full, self._kept = full, list(kept)
+    Raises:
+        FileExistsError: the folder is not empty, unless it holds such an export and ``overwrite`` is given.
+    """
+    folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder to export to")
+    earlier = folder.exists() and any(folder.iterdir())
+    if earlier and not overwrite:
+        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
+    if earlier and (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
+        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        write_dataset(dataset, Path(place) / "new", folder.name, format="webdataset")
+        if folder.exists():
+            os.replace(folder, Path(place) / "old")
+        os.replace(Path(place) / "new", folder)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Options that would have no effect, or lack what they need; ValueError names them."""
+    balance, mixup = args.per_class == "balance", args.source == "mixup"
+    if (balance or mixup) and args.real is None:
+        raise ValueError(
+            f"{'--per-class balance' if balance else '--source mixup'} needs real images: give --real DATA"
+        )
+    if args.real is not None and not (balance or mixup):
+        raise ValueError("--real has no effect without --per-class balance or --source mixup")
+    for name, needed, there in (
+        ("temperature", "--source gaussian or rfcm", not mixup),
+        ("modes", "--source mixup", mixup),
+        ("alpha", "--source mixup", mixup),
+        ("max_attempts", "--min-confidence", args.min_confidence is not None),
+        ("split", "--real", args.real is not None),
+        ("class_map", "--real", args.real is not None),
+    ):
+        if getattr(args, name) is not None and not there:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
+
+
+def _modes(model: GLEM, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    return MODES if model.modes is None else min(MODES, model.modes.rank)
+
+
+class _Part:
+    """What the writers need of a SyntheticDataset, without the classes that get no image: torchvision refuses empty
+    class folders."""
+
+    def __init__(self, full: SyntheticDataset) -> None:
+        kept = [i for i, count in enumerate(full.counts) if count]
+        self._full, self._kept = full, kept
         self.classes = [full.classes[i] for i in kept]
         self.class_ids = [full.class_ids[i] for i in kept]
-        self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         self.counts = [full.counts[i] for i in kept]
-        self._starts = full._starts[: len(kept) + 1]
-        self.targets = [i for i, count in enumerate(self.counts) for _ in range(count)]
+        # Empty classes take no place among the images, so their numbers are those of `full`.
+        self.targets = np.repeat(np.arange(len(kept)), self.counts).tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._full, name)
 
     def decoded_block(self, cls: int, number: int) -> Tensor:
         return self._full.decoded_block(self._kept[cls], number)
 
+    def decode_ahead(self, cls: int, number: int) -> None:
+        self._full.decode_ahead(self._kept[cls], number)
+
     def not_finite_in(self, cls: int, number: int) -> int:
         return self._full.not_finite_in(self._kept[cls], number)
 
-    @property
-    def non_finite(self) -> int:
-        return self._full.non_finite
+
+def _acceptance(part: Any) -> dict[str, Any]:
+    report = part.acceptance()
+    report["classes"] = {name: report["classes"][name] for name in part.classes}
+    total = report["total"]
+    if total["failed"]:
+        note(
+            f"{total['failed']} of {total['items']} images never reached --min-confidence "
+            f"{report['min_confidence']:g}; the best candidate of each was kept"
+        )
+    return report

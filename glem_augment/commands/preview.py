@@ -8,6 +8,7 @@ from typing import Any
 
 from glem_augment.augment import POLICIES
 from glem_augment.commands.common import (
+    CLASS_MAP_HELP,
     DATA_HELP,
     MODEL_HELP,
     add_device,
@@ -52,8 +53,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--modes", type=whole(1), metavar="N", help="principal modes to move along (default: all that are stored)"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--class-map", metavar="FILE|order", help="as in glem eval")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
+    parser.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
     add_threads(parser)
     add_device(parser)
 

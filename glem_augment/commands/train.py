@@ -35,7 +35,7 @@ into pieces: each ends with a checkpoint, and with exit status 75 until the run 
   until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
 
 A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to --max-rollbacks
-times. Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM.
+times.
 """
 EXAMPLES = """\
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
@@ -44,6 +44,7 @@ EXAMPLES = """\
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
+EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
 RUN_FILE = "run.json"
 # How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
 _VIEW = {"split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None}
@@ -51,7 +52,7 @@ SKIPPED_FILE = "skipped.json"
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "train", "fit a flow to your images", DESCRIPTION, EXAMPLES, run)
+    parser = new_parser(subparsers, "train", "fit a flow to your images", DESCRIPTION, EXAMPLES, run, EXIT_CODES)
     # All the flags would fill half a screen before the first word of help.
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
