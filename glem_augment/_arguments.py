@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from glem_augment.model import GLEM
     from glem_augment.modes import ClassModes
 
+DEFAULT_MODES = 64
+
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """ValueError unless `value` is one of `allowed`."""
@@ -100,6 +102,11 @@ def check_modes(model: GLEM, modes: int) -> ClassModes:
             "(for more: model.fit_modes(data, rank=...))"
         )
     return fitted
+
+
+def default_modes(model: GLEM) -> int:
+    """How many modes to use where the user does not say: 64, or as many as there are."""
+    return DEFAULT_MODES if model.modes is None else min(DEFAULT_MODES, model.modes.rank)
 
 
 def check_batch(x: object) -> None:

@@ -30,6 +30,7 @@ from glem_augment._arguments import (
     check_labels,
     check_modes,
     check_number,
+    default_modes,
 )
 from glem_augment._bank import LatentBank
 from glem_augment._drawing import FROM_BATCH, AugmentParams, move
@@ -68,7 +69,8 @@ class GLEMAugment(PlugIn, nn.Module):
         alpha: parameter of the Beta law of "mixup".
         strength: standard deviations t of "noise" and of the start of "adversarial", whose step is
             t sqrt(modes) / 2 long, in standard deviations of the modes.
-        modes: number of top modes, at most `model.modes.rank`.
+        modes: number of top modes, at most `model.modes.rank`; None: 64, or all where the model has fewer, as after
+            `adapt` to classes of a few images.
         basis: whose modes: "class" (of the image's class), "near" (pooled with its 3 closest classes by KLD),
             "shared".
         partner: of "mixup": "same" (another row of the class, else a draw from its RFCM), "near" (a row of,
@@ -107,7 +109,7 @@ class GLEMAugment(PlugIn, nn.Module):
         policy: str = "mixup",
         alpha: float = 1.0,
         strength: float = 0.5,
-        modes: int = 64,
+        modes: int | None = None,
         basis: str = "class",
         partner: str = "same",
         labels: str = "auto",
@@ -150,8 +152,8 @@ class GLEMAugment(PlugIn, nn.Module):
         if bank and partner == "gaussian":
             raise ValueError("bank is for partners from the batch, partner='gaussian' draws them all: leave it out")
         self.rescale, self.bank = rescale, bank
-        self.modes = modes
-        check_modes(model, modes)
+        self.modes = default_modes(model) if modes is None else modes
+        check_modes(model, self.modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
             raise ValueError("partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'")
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)

@@ -98,8 +98,8 @@ class AugmentedLoader:
         warnings.warn(
             f"of {selected} images chosen in this epoch {lost['replaced']} were kept as they were, because the moved "
             f"ones were not plausible, and {lost['unmapped']}, because the flow does not know their class. A flow "
-            "makes such moves of images unlike those it was fitted to (strong crops, RandAugment): fit it with these, "
-            "lower the strength, or put the transform before them",
+            "makes such moves of images unlike those it was fitted to (strong crops, RandAugment, RandomErasing), or "
+            "where it is trained too little: fit it with these, lower the strength, or put the transform before them",
             stacklevel=3,
         )
 

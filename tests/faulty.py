@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, so that each cos
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -40,7 +41,7 @@ def start(argv: list[str], notes: Path, die_at: int | None = None, poison: bool 
         argv: of the command.
         notes: a file that gets a line "start", and one with the step after every checkpoint that was written;
             `notes` + ".log" gets what the command prints.
-        die_at: end the process, as abruptly as SIGKILL would, before this operation (counted from 0) on a file.
+        die_at: end the process, as abruptly as SIGKILL would, in place of this operation (counted from 0) on a file.
         poison: make the latents NaN from step 9 on until the run has returned to an earlier step.
     """
     notes.unlink(missing_ok=True)
@@ -59,11 +60,12 @@ def finish(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
-def kill_at_random(process: BaseProcess, within: float, rng: random.Random) -> int | None:
-    """SIGKILL or SIGTERM after up to `within` seconds; the exit code (0 if the command was faster)."""
+def kill_at_random(process: BaseProcess, within: float, rng: random.Random, number: int) -> int | None:
+    """After up to `within` seconds SIGKILL, or where `number` is odd SIGTERM; the exit code (0 if the command was
+    faster)."""
     process.join(rng.uniform(0, within))
     if process.exitcode is None and process.pid is not None:
-        os.kill(process.pid, rng.choice((signal.SIGKILL, signal.SIGTERM)))
+        os.kill(process.pid, (signal.SIGKILL, signal.SIGTERM)[number % 2])
     return finish(process)
 
 
@@ -82,11 +84,11 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool) -> Non
     run_module.plot_curves = lambda *args: True  # slow, and no part of what is compared
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)
+    os.write(file, b"start\n")
     if die_at is not None:
-        die_before(die_at, lambda: os._exit(DIED))
+        die_before(die_at, lambda: os._exit(DIED), [*writing_operations(), *naming_operations()])
     if poison:
         _poison()
-    os.write(file, b"start\n")
     code = cli.main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -94,33 +96,51 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool) -> Non
 
 
 def _note_saves(file: int) -> None:
-    real = run_module.Run.save
+    real, write = run_module.Run.save, os.write
 
     def save(self: run_module.Run, good: bool = False) -> None:
         real(self, good)
-        os.write(file, f"{self.trainer.step}\n".encode())
+        write(file, f"{self.trainer.step}\n".encode())
 
     run_module.Run.save = save
 
 
-def file_operations() -> list[tuple[Any, str]]:
-    """What writes, flushes and names files, as (owner, attribute)."""
-    return [(os, "fsync"), (os, "replace"), (os, "link"), (_RawFile, "write")]
+Operation = tuple[Any, str]  # owner, attribute
 
 
-def die_before(count: int, die: Callable[[], Any]) -> Callable[[], int]:
-    """Have `die` called in place of the operation number `count` on files; returns how many there have been so far."""
-    seen = [0]
+def writing_operations() -> list[Operation]:
+    """What writes, flushes and renames files; any of them may find the disk full."""
+    written = [(_RawFile, "write"), (Path, "write_bytes"), (os, "write")]
+    return [*written, (os, "fsync"), (os, "replace"), (os, "link")]
 
-    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+
+def naming_operations() -> list[Operation]:
+    """What makes folders and takes files away."""
+    return [(os, "mkdir"), (os, "unlink")]
+
+
+def die_before(count: int, die: Callable[[], Any], operations: list[Operation]) -> Callable[[], int]:
+    """Have `die` called in place of operation number `count`; returns how many there have been so far.
+
+    In place of a write: in its middle, when half of the bytes are written.
+    """
+    numbers, seen = itertools.count(), [0]
+
+    def wrap(real: Callable[..., Any], writes: bool) -> Callable[..., Any]:
         def operation(*args: Any, **options: Any) -> Any:
-            seen[0] += 1
-            return die() if seen[0] == count + 1 else real(*args, **options)
+            number = next(numbers)  # atomic: exports write from several threads
+            seen[0] = max(seen[0], number + 1)
+            if number != count:
+                return real(*args, **options)
+            if writes:
+                data = bytes(args[1])
+                real(args[0], data[: len(data) // 2])
+            return die()
 
         return operation
 
-    for owner, name in file_operations():
-        setattr(owner, name, wrap(getattr(owner, name)))
+    for owner, name in operations:
+        setattr(owner, name, wrap(getattr(owner, name), name.startswith("write")))
     return lambda: seen[0]
 
 
