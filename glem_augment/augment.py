@@ -70,7 +70,7 @@ class GLEMAugment(PlugIn, nn.Module):
         strength: standard deviations t of "noise" and of the start of "adversarial", whose step is
             t sqrt(modes) / 2 long, in standard deviations of the modes.
         modes: number of top modes, at most `model.modes.rank`; None: 64, or all where the model has fewer, as after
-            `adapt` to classes of a few images.
+            training on classes of a few images.
         basis: whose modes: "class" (of the image's class), "near" (pooled with its 3 closest classes by KLD),
             "shared".
         partner: of "mixup": "same" (another row of the class, else a draw from its RFCM), "near" (a row of,

@@ -179,8 +179,8 @@ class ImageData(Dataset):
         def check_whole(index: int) -> None:
             assert bad is not None
             try:
-                check(index)
                 read_image(self._source, index, self.image_shape[0])
+                check(index)
             except BadImageError as error:
                 bad[index] = error
 
@@ -330,13 +330,18 @@ def open_data(
     source = _open_source(name, split, size, cache_bytes)
     if len(source) == 0:
         raise DataError(f"{name} holds no images")
-    shape, mixed = geometry(source, size, channels, skip_bad)
-    if mixed is not None:
-        raise DataError(f"{name} holds images of different sizes: {mixed}; give image_size=(height, width)")
-    data = ImageData(source, shape, name, resize=size is not None, cache_bytes=cache_bytes)
-    data._pixels = ready_pixels(source, shape)
     bad: dict[int, BadImageError] | None = {} if skip_bad else None
-    data._warm(progress, bad)
+    try:
+        shape, mixed = geometry(source, size, channels, skip_bad)
+        if mixed is not None:
+            raise DataError(f"{name} holds images of different sizes: {mixed}; give image_size=(height, width)")
+        data = ImageData(source, shape, name, resize=size is not None, cache_bytes=cache_bytes)
+        data._pixels = ready_pixels(source, shape)
+        data._warm(progress, bad)
+    except BadImageError as error:
+        if skip_bad:
+            raise
+        raise BadImageError(f"{error}, or leave such images out with skip_bad=True (glem train: --skip-bad)") from error
     return data._without(bad) if bad else data
 
 

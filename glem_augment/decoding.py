@@ -76,7 +76,7 @@ def _unreadable(source: Source, index: int, error: Exception) -> BadImageError:
     where = source.where(index)
     if os.path.isfile(where) and os.path.getsize(where) == 0:
         return BadImageError(f"{where} is an empty file; remove or replace it")
-    said = str(error).replace(f" {where!r}", "")
+    said = str(error).replace(f": {where!r}", "").replace(f" {where!r}", "")
     return BadImageError(f"{where} cannot be read as an image ({type(error).__name__}: {said}); remove or replace it")
 
 
@@ -122,6 +122,8 @@ def _probed(source: Source, indices: list[int], skip_bad: bool) -> list[tuple[in
     seen, failure = [], None
     for index in indices:
         try:
+            if skip_bad:  # the size of an image that is cut off is nobody's
+                read_image(source, index, 1)
             seen.append((index, *probe(source, index)))
         except BadImageError as error:
             if not skip_bad:

@@ -66,7 +66,7 @@ class SyntheticDataset(Dataset):
     workers are forked (the rule on Linux before Python 3.14, and `multiprocessing_context="fork"`; others keep a
     cache each). With more images than fit, reading in order still decodes each once per epoch, but a shuffled
     epoch decodes a whole block for nearly every image: raise `cache_bytes`, or `export` the images and read them
-    from the disk. A warning says so when it happens.
+    from the disk. A warning says so when it happens. Threads may read at the same time; they decode in turns.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`).

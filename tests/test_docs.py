@@ -19,6 +19,8 @@ from test_cli import TINY, write_images
 
 import glem_augment
 from glem_augment.cli import build_parser, main
+from glem_augment.flows.presets import PRESETS
+from glem_augment.training.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -177,6 +179,13 @@ def test_every_benchmark_and_page_is_listed() -> None:
     readme = (ROOT / "README.md").read_text()
     for page in PAGES:
         assert page.name == "README.md" or f"]({page.relative_to(ROOT)})" in readme, page.name
+
+
+def test_every_method_and_preset_is_described() -> None:
+    table = (ROOT / "docs" / "reproduction.md").read_text().split("| name | what it is |")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert sorted(name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)) == sorted(METHODS)
+    assert all(f"`{name}`" in (ROOT / "CHANGELOG.md").read_text() for name in PRESETS)
 
 
 # ---- the public names ----------------------------------------------------------------------------------------------

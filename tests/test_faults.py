@@ -13,15 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import faulty
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_cli import TINY, write_images
 from test_training import comparable, tiny_trainer
 
-from glem_augment import GLEM, SyntheticDataset, hub
+from glem_augment import GLEM, SyntheticDataset, hub, open_data
 from glem_augment._export import PROVENANCE
 from glem_augment._manifest import JOURNAL, Shard
 from glem_augment.cli import main
+from glem_augment.errors import BadImageError
 from glem_augment.training import run as run_module
 from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, Checkpoints, load_checkpoint
 from glem_augment.training.statefile import from_bytes
@@ -314,8 +317,11 @@ def test_the_command_says_once_that_a_checkpoint_is_damaged(images: Path, tmp_pa
     assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
     (out / hub.CONFIG).unlink()
     damage(out / NEWEST, "cut")
+    for name in ("skipped.json", "codes.safetensors", NEWEST):
+        (out / f".{name}.123-0123abcd.tmp").write_bytes(b"{")  # of a kill
     assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
     assert Path(f"{notes}.log").read_text().count("Going on from the one before") == 1
+    assert not list(out.glob(".*"))
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
@@ -459,7 +465,9 @@ def test_an_export_whose_folder_vanishes_or_turns_read_only(small_disk: Path, to
                 for how_to in (["--bind", str(out)], ["-o", "remount,bind,ro"]):
                     subprocess.run(["mount", *how_to, str(out)], check=True)
             else:
-                shutil.rmtree(out) if how == "removed" else out.rename(small_disk / "elsewhere")
+                out.rename(small_disk / "elsewhere")  # at once: other threads are writing
+                if how == "removed":
+                    shutil.rmtree(small_disk / "elsewhere", ignore_errors=True)
         return decode(cls, number)
 
     data.decoded_block = vanishing  # type: ignore[method-assign]
@@ -512,3 +520,24 @@ def test_an_output_folder_that_is_a_file(images: Path, tmp_path: Path, capsys: p
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("glem: error: ") and str(tmp_path / "file") in error
     assert (tmp_path / "file").read_text() == "kept"
+
+
+# ---- broken images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache_bytes", [2**20, 0])
+@pytest.mark.parametrize("name", ["a.jpg", "z.jpg"])
+def test_the_size_of_an_image_that_is_cut_off_is_nobodys(
+    images: Path, tmp_path: Path, name: str, cache_bytes: int
+) -> None:
+    """Its header can be read, and says another size than the others have."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(folder / "bird" / name)
+    path = folder / "bird" / name
+    path.write_bytes(path.read_bytes()[:-800])
+    data = open_data(folder, cache_bytes=cache_bytes, skip_bad=True)
+    assert len(data) == 36 and data.image_shape == (3, 8, 8) and [where for where, _ in data.skipped] == [str(path)]
+    path.write_bytes(b"GIF")
+    with pytest.raises(BadImageError, match=rf"{path} cannot be read.*leave such images out.*--skip-bad"):
+        open_data(folder, cache_bytes=cache_bytes)

@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from glem_augment import GLEM, ClassMismatchError, GLEMAugment
+from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data
 from glem_augment.loader import AugmentedLoader
 from glem_augment.mixup import mix_soft
 
@@ -258,6 +258,41 @@ def test_timms_naflex_loader_is_refused(model: GLEM, image_folder: Path) -> None
     )
     with pytest.raises(ValueError, match="NaFlex"):
         make(model).wrap(inner)
+
+
+def test_modes_as_many_as_a_flow_for_few_images_has(model: GLEM) -> None:
+    few = GLEM.create("identity", (3, 8, 8), classes=CLASSES)
+    few.fit_modes((images(30), labels(30)), rank=9)
+    aug = GLEMAugment(few)
+    assert few.modes is not None and aug.modes == few.modes.rank == 9 and aug.to_config()["modes"] == 9
+    many = GLEM.create("identity", (3, 8, 8), classes=CLASSES)
+    many.fit_modes((images(300), labels(300)), rank=80)
+    assert GLEMAugment(many).modes == 64
+    assert GLEMAugment.from_config({"modes": None}, many).modes == 64
+    with pytest.raises(ValueError, match="from 1 to 9"):
+        GLEMAugment(few, modes=64)
+
+
+def upper_energy(x: Tensor) -> Tensor:
+    """Energy in the upper half of the spectrum (a quarter of a cycle per pixel and more), summed over a batch."""
+    height, width = x.shape[2:]
+    radius = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()).sqrt()
+    return torch.fft.fft2(x).abs().square()[..., radius >= 0.25].sum()
+
+
+def test_large_images_stay_sharp(glem_data: Path) -> None:
+    """A flow of 32x32 moves images of 128x128 by 8 levels and more; their fine detail stays."""
+    small = open_data(glem_data / "imagenette128", "train", image_size=(32, 32), progress=False)
+    flow = GLEM.create("identity", (3, 32, 32), classes=small.classes, class_ids=small.class_ids)
+    flow.fit_modes(small)
+    large = open_data(glem_data / "imagenette128", "val", progress=False).subset(range(0, 200, 5))
+    x, y = large.tensor() / 255, torch.from_numpy(large.targets)
+    for policy, detail in (("noise", "keep"), ("mixup", "keep"), ("noise", "none")):
+        aug = GLEMAugment(flow, p=1.0, policy=policy, alpha=8.0, strength=0.5, detail=detail, seed=0)
+        out, _ = aug(x, y)
+        ratio = upper_energy(out) / upper_energy(x)
+        assert 255 * (out - x).abs().mean() > 8 and aug.stats["replaced"] == 0
+        assert abs(ratio - 1) < 0.1 if detail == "keep" else ratio < 0.5
 
 
 # ---- as_mixup_fn --------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ _FREE = {
     "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS
 }  # fmt: skip
 # What glem_augment.io.atomic_write leaves behind when its process is killed.
-_LEFT_OVER = re.compile(r"\.(checkpoint|metrics|model|config|run|curves|epoch_\d+)\..*\.\d+-[0-9a-f]+\.tmp")
+_LEFT_OVER = re.compile(
+    r"\.(checkpoint|metrics|model|config|run|skipped|codes|curves|epoch_\d+)\..*\.\d+-[0-9a-f]+\.tmp"
+)
 
 
 @dataclass(frozen=True)
