@@ -233,7 +233,7 @@ class ImageData(Dataset):
     def _copy(
         self, indices: np.ndarray, targets: np.ndarray, classes: Sequence[str], class_ids: Sequence[str]
     ) -> ImageData:
-        return ImageData(
+        other = ImageData(
             self._source,
             self.image_shape,
             self.name,
@@ -245,6 +245,8 @@ class ImageData(Dataset):
             classes,
             class_ids,
         )
+        other.skipped = self.skipped
+        return other
 
     def batches(
         self, indices: Sequence[int] | np.ndarray | torch.Tensor, batch_size: int, workers: int = 0

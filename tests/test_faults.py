@@ -538,6 +538,7 @@ def test_the_size_of_an_image_that_is_cut_off_is_nobodys(
     path.write_bytes(path.read_bytes()[:-800])
     data = open_data(folder, cache_bytes=cache_bytes, skip_bad=True)
     assert len(data) == 36 and data.image_shape == (3, 8, 8) and [where for where, _ in data.skipped] == [str(path)]
+    assert data.with_targets(data.targets, data.classes).skipped == data.skipped
     path.write_bytes(b"GIF")
     with pytest.raises(BadImageError, match=rf"{path} cannot be read.*leave such images out.*--skip-bad"):
         open_data(folder, cache_bytes=cache_bytes)
