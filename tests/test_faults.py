@@ -59,6 +59,8 @@ def train_argv(images: Path, out: Path, *options: str) -> list[str]:
     """42 steps with a checkpoint after each; --resume starts where there is nothing to resume."""
     argv = ["train", str(images), "--out", str(out), "--resume", "--quiet", "--epochs", "6", "--batch-size", "4", *TINY]
     argv += ["--warmup-steps", "5", "--objective", "hybrid", "--refit-steps", "5", "--modes-rank", "2"]
+    # The flow's settings in no order of the alphabet, which is that of the checkpoint.
+    argv += ["--flow", "blocks=[1,1]", "--sample-every", "2"]
     return [*argv, "--max-bad-steps", "3", "--checkpoint-minutes", "1e-9", *options]
 
 
@@ -102,6 +104,8 @@ def same_end(out: Path, whole: Path) -> None:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert comparable(out) == comparable(whole)
     assert names(out) == names(whole)
+    for path in (whole / "samples").iterdir():
+        assert (out / "samples" / path.name).read_bytes() == path.read_bytes()
     ours, theirs = (load_checkpoint(folder) for folder in (out, whole))
     assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items())
     assert {**ours.facts, "seconds": 0} == {**theirs.facts, "seconds": 0}
@@ -161,6 +165,40 @@ def test_training_killed_before_operations_on_files(
         if code == 0:
             break
     assert deaths >= 40 // stride
+
+
+def test_a_kill_between_a_checkpoint_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"sample_every": 1, "checkpoint_minutes": 1e9}
+    tiny_trainer(tmp_path / "whole", **options).fit()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "samples").iterdir()}
+    for name in sorted(whole):
+        out, draw = tmp_path / name, run_module.sample_grid
+
+        def killed(model: GLEM, path: Path, name: str = name, draw: Callable[..., None] = draw) -> None:
+            if path.name == name:
+                raise KeyboardInterrupt
+            draw(model, path)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run_module, "sample_grid", killed)
+            tiny_trainer(out, **options).fit()
+        assert not (out / "samples" / name).exists()
+        tiny_trainer(out, resume=True, **options).fit()
+        assert {path.name: path.read_bytes() for path in (out / "samples").iterdir()} == whole
+
+
+def test_a_kill_before_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with a model counts as finished, so that the model comes last."""
+
+    def killed(rows: list[dict[str, object]], path: Path) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "plot_curves", killed)
+        tiny_trainer(tmp_path).fit()
+    assert not (tmp_path / hub.CONFIG).exists() and not (tmp_path / hub.WEIGHTS).exists()
+    tiny_trainer(tmp_path, resume=True).fit()
+    assert (tmp_path / hub.CONFIG).exists()
 
 
 def export_argv(model: Path, out: Path, per_class: int) -> list[str]:

@@ -55,6 +55,9 @@ class Run:
                 # So that a run killed before its first periodic checkpoint can be resumed, and one that diverges in
                 # its first epoch has somewhere to return to.
                 self.save(good=True)
+            elif trainer.step % trainer.steps_per_epoch == 0:
+                # The kill may have come after the checkpoint of an epoch and before its pictures.
+                self.pictures(trainer.step // trainer.steps_per_epoch, again=False)
             while trainer.step < trainer.total_steps:
                 try:
                     self.epoch(trainer.step // trainer.steps_per_epoch)
@@ -129,11 +132,16 @@ class Run:
                 f"NF accuracy {100 * row['val_accuracy']:.2f} %  {images_per_second:.0f} images/s"
             )
         self.save(good=trainer.guard.calm and not trainer.bad_in_a_row)
-        if config.sample_every and (epochs % config.sample_every == 0 or epochs == config.epochs):
-            sample_grid(trainer.evaluated(), trainer.out / "samples" / f"epoch_{epochs:04d}.png")
-            plot_curves(trainer.log.rows, trainer.out / "curves.png")
+        self.pictures(epochs)
         if self.stop.due():
             raise self.stopped()
+
+    def pictures(self, epochs: int, again: bool = True) -> None:
+        """Samples and curves after an epoch for which they are due; ``again``: though they are there already."""
+        every, path = self.config.sample_every, self.trainer.out / "samples" / f"epoch_{epochs:04d}.png"
+        if every and (epochs % every == 0 or epochs == self.config.epochs) and (again or not path.exists()):
+            sample_grid(self.trainer.evaluated(), path)
+            plot_curves(self.trainer.log.rows, self.trainer.out / "curves.png")
 
     def stopped(self) -> BaseException:
         where = f"stopped at step {self.trainer.step} of {self.trainer.total_steps}"
@@ -188,7 +196,12 @@ class Run:
         model.config.training = {
             "data": trainer.data.name,
             "images": len(trainer.data),
-            "config": {key: value for key, value in config.to_dict().items() if key not in _ABOUT_THE_PIECE},
+            # Tables in the order of their keys: a run that was resumed has lost the order in which they were given.
+            "config": {
+                key: dict(sorted(value.items())) if isinstance(value, dict) else value
+                for key, value in config.to_dict().items()
+                if key not in _ABOUT_THE_PIECE
+            },
             # JSON has no infinity, and a model that ended badly is still worth saving.
             "held_out": {
                 key: final[key] if final[key] is not None and math.isfinite(final[key]) else None
@@ -202,6 +215,6 @@ class Run:
         if config.modes_rank:
             smallest = int(np.bincount(trainer.data.targets, minlength=model.num_classes).min())
             model.fit_modes(trainer.data, rank=max(1, min(config.modes_rank, smallest - 1, model.dim)))
-        model.save(trainer.out)
         plot_curves(rows, trainer.out / "curves.png")
+        model.save(trainer.out)  # last: where it is, nothing is left to be done
         return model
