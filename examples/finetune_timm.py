@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "crop_mode": None,
     "crop_pct": None,
     "interpolation": None,
+    "scale": None,
     "aa": "rand-m9-mstd0.5-inc1",
     "color_jitter": 0.4,
     "reprob": 0.0,
@@ -82,6 +83,8 @@ SMOKE: dict[str, Any] = {
     "model": "resnet10t",
     "pretrained": False,
     "img_size": 64,
+    "scale": [0.5, 1.0],
+    "aa": None,
     "epochs": 2,
     "warmup_epochs": 1,
     "layer_decay": 0.8,
@@ -89,7 +92,7 @@ SMOKE: dict[str, Any] = {
     "lr": 2e-3,
     "amp": None,
     "workers": 0,
-    "augment": {"policy": "adversarial", "p": 0.5, "strength": 0.5},
+    "augment": {"policy": "adversarial", "p": 0.5, "strength": 0.25},
 }
 
 
@@ -151,6 +154,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     train_loader = create_loader(
         train,
         is_training=True,
+        scale=args.scale,
         auto_augment=args.aa,
         color_jitter=args.color_jitter,
         re_prob=args.reprob,
@@ -162,11 +166,12 @@ def run(args: argparse.Namespace, root: Path) -> None:
     # Augmentation (*)
     flow = GLEM.from_pretrained(args.flow, device=device)
     class_map = match_classes(flow.class_ids, flow.classes, names, names).tolist()
-    modes = min(args.augment.get("modes", 64), flow.modes.rank if flow.modes is not None else 64)
-    augment = {**args.augment, "modes": modes, "mean": config["mean"], "std": config["std"], "seed": args.seed}
+    augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
     aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": len(names)}, flow)
     train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
     soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2
+    if primary:
+        print(aug)
 
     # Optimisation
     optimizer = create_optimizer_v2(

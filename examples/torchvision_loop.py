@@ -67,7 +67,6 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
         p=args.p,
         policy=args.policy,
         strength=args.strength,
-        modes=flow.modes.rank,
         mean=MEAN,
         std=STD,
         class_map=class_map,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -59,6 +60,16 @@ def move(value: Tensor, device: torch.device | str) -> Tensor:
     if value.device.type == "cpu" and device.type == "cuda" and value.numel():
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device)
+
+
+def chosen_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:
+    """Rows to change, int64 [n], rising: each with probability p, and n is p * batch, rounded up or down at random.
+
+    Not a coin for every row: n would differ from batch to batch, and whatever prepares itself for the shapes it meets
+    (oneDNN, cuDNN's benchmark mode, torch.compile) would do so again and again, which takes time and memory.
+    """
+    n = math.floor(p * batch + float(torch.rand((), generator=generator, dtype=torch.float64)))
+    return torch.randperm(batch, generator=generator)[:n].sort().values
 
 
 def folded_beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:

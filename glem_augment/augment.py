@@ -33,7 +33,7 @@ from glem_augment._arguments import (
     default_modes,
 )
 from glem_augment._bank import LatentBank
-from glem_augment._drawing import FROM_BATCH, AugmentParams, move
+from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows, move
 from glem_augment._labels import data_class, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
 from glem_augment._models import as_model
@@ -63,7 +63,8 @@ class GLEMAugment(PlugIn, nn.Module):
 
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
-        p: probability of changing an image, for each one separately; p = 0 gives back the same tensors.
+        p: probability of changing an image. Of a batch, p * B are changed, rounded up or down at random; p = 0 gives
+            back the same tensors.
         policy: "mixup" (with a partner, along the modes), "noise" (Gaussian along the modes) or "adversarial" (noise
             and a step up the loss of a classifier, which `attach` names).
         alpha: parameter of the Beta law of "mixup".
@@ -227,7 +228,7 @@ class GLEMAugment(PlugIn, nn.Module):
         self._check_labels(y, batch)
         g = self._random.generator() if generator is None else generator
         tables = self._tables_on(y.device)
-        chosen = (torch.rand(batch, generator=g) < self.p).nonzero()[:, 0]
+        chosen = chosen_rows(batch, self.p, g)
         cls_all = self._flow_class(y, tables)
         if self.policy != "mixup" or len(chosen) == 0:
             rows = move(chosen, y.device)

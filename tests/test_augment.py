@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -172,6 +173,22 @@ def test_workers_draw_differently(model: GLEM) -> None:
     data = _Loaded(GLEMAugment(model, p=1.0, seed=0))
     a, b = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2)
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("batch", "p"), [(1, 0.3), (7, 0.5), (10, 0.3), (64, 0.5), (5, 1.0)])
+def test_every_row_is_as_likely_and_their_number_nearly_fixed(model: GLEM, batch: int, p: float) -> None:
+    """What prepares itself for the shapes it meets (oneDNN, cuDNN's benchmark mode) then meets two of them."""
+    y = labels(batch)
+    aug = GLEMAugment(model, p=p, policy="noise", seed=0)
+    times, counts = torch.zeros(batch), []
+    for _ in range(1000):
+        rows = aug.draw((batch, *SHAPE), y).rows
+        assert torch.equal(rows, rows.unique())
+        times[rows] += 1
+        counts.append(len(rows))
+    assert set(counts) == {math.floor(p * batch), math.ceil(p * batch)}
+    # five standard deviations of a share of 1000 draws
+    assert (times / 1000 - p).abs().max() <= 5 * (p * (1 - p) / 1000) ** 0.5
 
 
 def test_selection_and_mixing_weights_follow_their_laws(model: GLEM) -> None:
