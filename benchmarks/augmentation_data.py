@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from augmentation_settings import BUNDLED, FLOW_SETTINGS, FLOWS, OWN_IMAGES, OWN_SETTINGS, Setting
+from common import find_images
 from torch import Tensor
 
 from glem_augment import GLEM, open_data
@@ -68,15 +68,7 @@ class Library:
 
     def _decode(self, file: Path, name: str, split: str, size: int, channels: int) -> None:
         folder, otherwise, test = PLACES[name]
-        root = os.environ.get("GLEM_DATA")
-        places = [str(Path(root) / folder)] if root and folder else []
-        places += [otherwise] if otherwise else []
-        found = next((p for p in places if p.startswith("bundled:") or Path(p).is_dir()), None)
-        if found is None:
-            raise SystemExit(
-                f"augmentation: no images of {name}: looked for {', '.join(places) or 'none'}. Set GLEM_DATA to a "
-                f"folder with {folder}/train/<class>/*"
-            )
+        found = find_images("augmentation", name, folder, otherwise)
         split = test if split == "test" else split
         data = open_data(found, split, image_size=size, channels=channels, progress=False)
         pixels = data.tensor()

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import statistics
@@ -40,7 +39,7 @@ import numpy as np
 import torch
 from backbones_report import draw, write_table
 from backbones_variants import BASE, PRESET, RECIPE, VARIANTS, count_flops, flow_spec, network_flops, settings_of
-from common import machine, parser
+from common import find_images, machine, parser
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,15 +80,7 @@ class Images:
 
     def __init__(self, name: str, limit: int = 0, held_out: int = 2000) -> None:
         folder, otherwise = DATA[name]
-        root = os.environ.get("GLEM_DATA")
-        places = [str(Path(root) / folder)] if root and folder else []
-        places += [otherwise] if otherwise else []
-        found = next((p for p in places if p.startswith("bundled:") or Path(p).is_dir()), None)
-        if found is None:
-            raise SystemExit(
-                f"backbones: no images of {name}: looked for {', '.join(places) or 'none'}. Set GLEM_DATA to a folder "
-                f"with {folder}/train/<class>/*, or leave {name} out of --data"
-            )
+        found = find_images("backbones", name, folder, otherwise)
         data = open_data(found, "train")
         rows = np.random.default_rng(0xDA7A).permutation(len(data))
         data = data.subset(np.sort(rows[: limit or len(rows)]))

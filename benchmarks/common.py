@@ -47,6 +47,24 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
+    """Where images are: ``folder`` in $GLEM_DATA, or else ``otherwise``, a folder or a bundled set.
+
+    Raises:
+        SystemExit: nowhere; says where they were looked for.
+    """
+    root = os.environ.get("GLEM_DATA")
+    places = [str(Path(root) / folder)] if root and folder else []
+    places += [otherwise] if otherwise else []
+    found = next((p for p in places if p.startswith("bundled:") or Path(p).is_dir()), None)
+    if found is None:
+        raise SystemExit(
+            f"{script}: no images of {name}: looked for {', '.join(places) or 'none'}. Set GLEM_DATA to a folder with "
+            f"{folder}/train/<class>/*, or leave out what needs them"
+        )
+    return found
+
+
 def seconds(task: Callable[[], Any]) -> float:
     """Seconds of one call on the CPU."""
     began = time.perf_counter()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,15 @@ def check_class_map(
 def _is_int(value: object) -> bool:
     # numpy's integers have __index__ too.
     return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, low: int) -> int:
+    """The int, numpy's too; TypeError for anything else, ValueError below `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value)
 
 
 def check_modes(model: GLEM, modes: int) -> ClassModes:

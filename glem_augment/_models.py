@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
+import torch
+
 from glem_augment.model import GLEM
 
-__all__ = ["as_model"]
+__all__ = ["as_model", "on_device"]
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
@@ -24,3 +27,10 @@ def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
     if isinstance(model, os.PathLike):
         return GLEM.from_pretrained(Path(model))
     raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")
+
+
+def on_device(model: GLEM, device: torch.device | str | None) -> GLEM:
+    """``model`` where it is there already, or ``device`` is None; else a copy there."""
+    if device is None or torch.device(device) == model.device:
+        return model
+    return copy.deepcopy(model).to(device)

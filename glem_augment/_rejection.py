@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glem_augment._arguments import check_number
 from glem_augment._moves import evaluating
 from glem_augment.model import GLEM
+from glem_augment.pixels import in_range
 
 Oracle = Callable[[Tensor], Tensor]
 
@@ -41,6 +42,15 @@ class Rejection:
             raise TypeError(f"oracle must take images and give probabilities, got {type(self.oracle).__name__}")
         if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
             raise ValueError(f"max_attempts must be a whole number from 1, got {self.max_attempts!r}")
+
+    @classmethod
+    def given(cls, min_confidence: float | None, oracle: Oracle | None, max_attempts: int) -> Rejection | None:
+        """From the arguments of a data set; None where there is to be none. ValueError: an oracle with no measure."""
+        if min_confidence is not None:
+            return cls(min_confidence, oracle, max_attempts)
+        if oracle is not None:
+            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
+        return None
 
     @torch.no_grad()
     def select(self, model: GLEM, cls: Tensor, draw: Callable[[Tensor, int], Tensor]) -> Accepted:
@@ -78,7 +88,7 @@ class Rejection:
         else:
             with evaluating(model):
                 images = model.decode(z, clamp=False)
-            seen = images.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+            seen = in_range(images)
             if isinstance(self.oracle, nn.Module):
                 with evaluating(self.oracle):
                     output = self.oracle(seen)

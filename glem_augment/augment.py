@@ -45,6 +45,7 @@ from glem_augment._transfer import PixelAdapter, SmallImages
 from glem_augment.flows.bijection import full_precision
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes
+from glem_augment.pixels import in_range, in_range_
 from glem_augment.transform import augment_sample, is_structure
 
 __all__ = ["AugmentParams", "GLEMAugment"]
@@ -340,14 +341,13 @@ class GLEMAugment(PlugIn, nn.Module):
         low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
         plausible = (low >= -self.margin) & (high <= 1.0 + self.margin)
         self._tables_on(x.device).counters[:2] += torch.stack([(known & ~plausible).sum(), (~known).sum()])
-        decoded = decoded.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0)
+        decoded = in_range_(decoded)
         changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
 
     def _as_images(self, images: Tensor, small: SmallImages, decoded: Tensor, x: Tensor) -> Tensor:
         """Decoded images as the classifier will get them, differentiable; float32 in [0, 1] if x is uint8."""
-        decoded = decoded.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
-        changed = self.pixels.from_flow(images, small, decoded)
+        changed = self.pixels.from_flow(images, small, in_range(decoded))
         changed = self.pixels.from_unit(changed, torch.float32 if x.dtype == torch.uint8 else x.dtype)
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             changed = changed.contiguous(memory_format=torch.channels_last)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from glem_augment._arguments import check_whole
 from glem_augment.classmatch import match_classes
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError
@@ -46,13 +46,13 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
     if isinstance(per_class, Mapping):
         counts = [0] * k
         for key, value in per_class.items():
-            counts[_class_index(model, key)] = _whole(f"per_class[{key!r}]", value, 0)
+            counts[_class_index(model, key)] = check_whole(f"per_class[{key!r}]", value, 0)
     elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
-        counts = [_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(np.asarray(per_class).tolist())]
+        counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(np.asarray(per_class).tolist())]
         if len(counts) != k:
             raise ValueError(f"per_class has {len(counts)} numbers, the flow {k} classes")
     else:
-        counts = [_whole("per_class", per_class, 1)] * k
+        counts = [check_whole("per_class", per_class, 1)] * k
     if not any(counts):
         raise ValueError("per_class asks for no image at all")
     return counts
@@ -146,11 +146,3 @@ def _class_index(model: GLEM, key: Any) -> int:
     if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < model.num_classes:
         raise ValueError(f"per_class names class {key!r}; the flow has 0 to {model.num_classes - 1}")
     return int(key)
-
-
-def _whole(name: str, value: object, low: int) -> int:
-    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return int(value)

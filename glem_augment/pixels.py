@@ -50,3 +50,18 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
 def from_levels(h: Tensor, bits: int) -> Tensor:
     """Inverse of ``to_levels`` for bin middles: float with 0 and 1 at the lowest and highest level."""
     return ((h + 0.5) * 2.0**bits - 0.5) / (2**bits - 1)
+
+
+def in_range(x: Tensor) -> Tensor:
+    """Decoded images as they can be shown: not a number becomes grey, all else lies in [0,1]. Differentiable."""
+    return x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+
+
+def in_range_(x: Tensor) -> Tensor:
+    """``in_range``, in place."""
+    return x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0)
+
+
+def to_uint8_(x: Tensor) -> Tensor:
+    """Decoded images, float of any values, as uint8; ``x`` is overwritten on the way."""
+    return in_range_(x).mul_(255).round_().to(torch.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,13 +12,15 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from glem_augment._arguments import check_number
-from glem_augment._models import as_model
+from glem_augment._blocks import one_at_a_time
+from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._random import rank
 from glem_augment._rejection import Oracle, Rejection
 from glem_augment._sources import LatentSource, RealLatents
 from glem_augment.balance import as_image_data
 from glem_augment.model import GLEM
+from glem_augment.pixels import to_uint8_
 from glem_augment.synthetic import to_pil
 
 MAX_WORKERS = 1024
@@ -72,15 +73,11 @@ class SyntheticStream(IterableDataset):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
-        if oracle is not None and min_confidence is None:
-            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
         self.length, self.block, self.seed = length, block, seed
         self.probabilities = _probabilities(weights, model.num_classes)
-        self.rejection = None if min_confidence is None else Rejection(min_confidence, oracle, max_attempts)
+        self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.transform, self.target_transform = transform, target_transform
-        self.model = (
-            model if device is None or torch.device(device) == model.device else copy.deepcopy(model).to(device)
-        )
+        self.model = on_device(model, device)
         latents = None
         if source == "mixup" and real is not None:
             images = as_image_data(model, real)
@@ -128,7 +125,7 @@ class SyntheticStream(IterableDataset):
         # A place that no other block and epoch has; 2^20 blocks of an epoch are images enough.
         within = ((epoch * 2**20 + number) * self.block) + np.arange(self.block)
         y, within = y[:count], within[:count]
-        with torch.no_grad(), evaluating(self.model):
+        with one_at_a_time(), torch.no_grad(), evaluating(self.model):
             if self.rejection is None:
                 x = self.model.decode(self.latent_source.draw(y, within), clamp=False)
             else:
@@ -138,7 +135,7 @@ class SyntheticStream(IterableDataset):
 
                 accepted = self.rejection.select(self.model, torch.from_numpy(y), draw)
                 x = accepted.images if accepted.images is not None else self.model.decode(accepted.z, clamp=False)
-        x = x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0).mul_(255).round_().to(torch.uint8).cpu()
+        x = to_uint8_(x).cpu()
         for image, label in zip(x, y.tolist(), strict=True):
             picture: Any = to_pil(image)
             yield (

@@ -8,7 +8,6 @@ bits with the batch size; a block is decoded once, whichever process needs it fi
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
@@ -22,15 +21,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glem_augment._arguments import check_choice
+from glem_augment._arguments import check_choice, check_whole
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
-from glem_augment._models import as_model
+from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._rejection import Accepted, Oracle, Rejection
 from glem_augment._sources import LatentSource, RealLatents
 from glem_augment._transfer import check_worker_device
 from glem_augment.balance import PerClass, as_image_data, class_counts
 from glem_augment.model import GLEM
+from glem_augment.pixels import to_uint8_
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -116,18 +116,14 @@ class SyntheticDataset(Dataset):
         model = as_model(model)
         self.counts = class_counts(model, per_class, real)
         self.per_class = _plain(per_class)
-        self.seed = _whole("seed", seed, 0)
-        self.block = _whole("block", block, 1)
-        self.cache_bytes = _whole("cache_bytes", cache_bytes, 0)
-        if oracle is not None and min_confidence is None:
-            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
-        self.rejection = None if min_confidence is None else Rejection(min_confidence, oracle, max_attempts)
+        self.seed = check_whole("seed", seed, 0)
+        self.block = check_whole("block", block, 1)
+        self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
+        self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.source = source
         self.transform = transform
         self.target_transform = target_transform
-        self.model = model
-        if device is not None and torch.device(device) != model.device:
-            self.model = copy.deepcopy(model).to(device)
+        self.model = on_device(model, device)
         # The arguments are checked before the real images are encoded, which may take long.
         latents = None
         if source == "mixup" and real is not None:
@@ -289,7 +285,7 @@ class SyntheticDataset(Dataset):
                 x = accepted.images
         # Not drawn again: item i would then no longer be a function of the seed alone.
         broken = (~torch.isfinite(x)).flatten(1).any(dim=1).sum()
-        images = x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0).mul_(255).round_().to(torch.uint8)
+        images = to_uint8_(x)
         if images.device.type != "cuda":
             return _Decoding(images.cpu(), broken, None, accepted)
         # Into pinned memory the copy runs by itself, while the host goes on to the next block.
@@ -437,11 +433,3 @@ def _rates(row: np.ndarray) -> dict[str, Any]:
         "failed": int(failed),
         "confidence": confidence / items if items else None,
     }
-
-
-def _whole(name: str, value: object, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return int(value)

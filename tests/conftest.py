@@ -11,11 +11,27 @@ import torch
 from PIL import Image
 
 from glem_augment.data import ImageData, open_data
+from glem_augment.training import run as run_module
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of small tensors, which gain nothing from a second one, and of equal bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves of a training run takes longer than a tiny one."""
+    monkeypatch.setattr(run_module, "plot_curves", lambda *args: True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,13 @@ from glem_augment.cli import main
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.training import Trainer, guard
-from glem_augment.training import run as run_module
 from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import GOOD, load_checkpoint
 from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
 from glem_augment.training.state import state_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "plot_curves", lambda *args: True)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 
 def rollbacks(out: Path) -> list[tuple[int, float, int]]:

@@ -33,19 +33,8 @@ from glem_augment.training.statefile import from_bytes
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
 KILLS = [4, pytest.param(50, marks=SLOW)]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Equal bits need an equal number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "plot_curves", lambda *args: True)
+# Equal bits need an equal number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 
 @pytest.fixture(scope="module")

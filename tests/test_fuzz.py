@@ -34,13 +34,7 @@ SECONDS = 10
 
 Pair = tuple[bytes, bytes]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _tiny(preset: str, with_modes: bool = False, **options: Any) -> GLEM:

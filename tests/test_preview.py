@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,8 @@ from glem_augment import GLEM, DataError, ImageData
 from glem_augment.demo import DemoSettings, _batches, run_demo
 from glem_augment.preview import LARGEST, SMALLEST, Section, compose, contact_sheet, preview
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(

@@ -20,13 +20,7 @@ from glem_augment.training import TrainConfig, statefile
 from glem_augment.training.checkpoint import NEWEST, check_same_run, load_checkpoint
 from glem_augment.training.state import restore, state_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hostile(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from glem_augment._arguments import DEFAULT_MODES, default_modes
 from glem_augment._export import PROVENANCE, export_imagefolder
 from glem_augment._manifest import read_manifest
 from glem_augment._sources import SOURCES
@@ -58,7 +59,7 @@ EXAMPLES = """\
   glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
   glem generate runs/photos --per-class 50 --classes cat,dog --min-confidence 0.9 --seed 1 --out pets/
 """
-TEMPERATURE, MODES, ALPHA, MAX_ATTEMPTS = 0.8, 64, 1.0, 20
+TEMPERATURE, ALPHA, MAX_ATTEMPTS = 0.8, 1.0, 20
 
 
 def add_parser(subparsers: Any) -> None:
@@ -96,7 +97,7 @@ def add_parser(subparsers: Any) -> None:
         f"(default: {TEMPERATURE})",
     )
     source.add_argument(
-        "--modes", type=whole(1), metavar="N", help=f"of mixup: modes to mix along (default: {MODES}, or all there are)"
+        "--modes", type=whole(1), metavar="N", help=f"of mixup: modes (default: {DEFAULT_MODES}, or all there are)"
     )
     source.add_argument(
         "--alpha", type=number(0), metavar="A", help=f"of mixup: of its Beta(A, A) (default: {ALPHA:g})"
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         source=args.source,
         block=args.block,
         real=real,
-        modes=_modes(model, args.modes),
+        modes=default_modes(model) if args.modes is None else args.modes,
         alpha=ALPHA if args.alpha is None else args.alpha,
         min_confidence=args.min_confidence,
         max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
@@ -248,12 +249,6 @@ def _check_together(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) is not None and not there:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
-
-
-def _modes(model: GLEM, wanted: int | None) -> int:
-    if wanted is not None:
-        return wanted
-    return MODES if model.modes is None else min(MODES, model.modes.rank)
 
 
 class _Part:
