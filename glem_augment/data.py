@@ -343,7 +343,9 @@ def open_data(
     except BadImageError as error:
         if skip_bad:
             raise
-        raise BadImageError(f"{error}, or leave such images out with skip_bad=True (glem train: --skip-bad)") from error
+        raise BadImageError(
+            f"{error}, or leave such images out with skip_bad=True (glem train, eval and preview: --skip-bad)"
+        ) from error
     return data._without(bad) if bad else data
 
 

@@ -221,14 +221,16 @@ class ClassGaussians(nn.Module):
         if self._may_change():
             return self._compute_terms()
         now = [(p, p.data_ptr(), p._version) for p in (self.mu, self.s)]
-        before = self._cache.get("state", ())
+        cache = self._cache  # another thread may put a new one in its place at any time
+        before = cache.get("state", ())
         if len(before) != 2 or any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(now, before, strict=True)):
             # A tensor made under inference_mode could never again take part in a graph.
             with torch.inference_mode(False), torch.no_grad():
                 terms = self._compute_terms()
             # The storages are held too: an address that may be given to a new tensor says nothing.
-            self._cache = {"state": now, "terms": terms, "storages": [p.untyped_storage() for p in (self.mu, self.s)]}
-        return self._cache["terms"]
+            storages = [p.untyped_storage() for p in (self.mu, self.s)]
+            cache = self._cache = {"state": now, "terms": terms, "storages": storages}
+        return cache["terms"]
 
     @torch.no_grad()
     def _compute_terms(self) -> tuple[Tensor, Tensor, Tensor]:

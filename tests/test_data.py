@@ -351,6 +351,15 @@ def test_glem_train_over_broken_images(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(bad[entry["image"]] in entry["reason"] for entry in report["images"])
     model = GLEM.from_pretrained(out, check=True)
     assert model.classes == ["cat", "dog"] and model.config.training["images"] == report["used"]
+    # What was trained can be measured and looked at over such a folder too.
+    data = [str(out), str(tmp_path / "images"), "--split", "train"]
+    assert main(["eval", *data, "--threads", "1"]) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert main(["eval", *data, "--threads", "1", "--skip-bad"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["skipped"] == len(bad) and found["n"] == report["used"] and "left out: " in shown.err
+    assert main(["preview", *data, "--threads", "1", "--skip-bad", "--out", str(tmp_path / "p.png")]) == 0
     # Going on needs no flag: the run remembers how it opened its images.
     assert main([*command, "--resume"]) == 0
     assert "finished" in capsys.readouterr().out

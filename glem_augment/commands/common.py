@@ -71,6 +71,20 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
+def add_skip_bad(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out images that can't be read, and say which (default: stop)"
+    )
+
+
+def report_skipped(data: ImageData, most: int = 5) -> None:
+    """Which images were left out, and why, on stderr: the first ``most``, and how many there are."""
+    for where, reason in data.skipped[:most]:
+        note(f"left out: {where} {' '.join(reason.split())[:200]}")
+    if len(data.skipped) > most:
+        note(f"left out: {len(data.skipped)} images in all")
+
+
 def whole(low: int) -> Callable[[str], int]:
     """argparse type: a whole number, at least ``low``."""
 
@@ -130,7 +144,7 @@ def load_model(args: argparse.Namespace) -> GLEM:
 
 
 def open_for(
-    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None
+    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None, skip_bad: bool = False
 ) -> tuple[ImageData, torch.Tensor]:
     """Data in the shape that the flow takes, labelled by the flow's classes, and the flow's class of each of the
     data's own classes, int64 [K_data].
@@ -139,7 +153,9 @@ def open_for(
         FileNotFoundError, DataError, ClassMismatchError: see ``open_data`` and ``match_classes``.
     """
     channels, height, width = model.image_shape
-    data = open_data(spec, split, image_size=(height, width), channels=channels if channels in (1, 3) else None)
+    channels = channels if channels in (1, 3) else None
+    data = open_data(spec, split, image_size=(height, width), channels=channels, skip_bad=skip_bad)
+    report_skipped(data)
     match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
 

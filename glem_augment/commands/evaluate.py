@@ -10,6 +10,7 @@ from glem_augment.commands.common import (
     DATA_HELP,
     MODEL_HELP,
     add_device,
+    add_skip_bad,
     add_threads,
     finite,
     load_model,
@@ -32,6 +33,7 @@ Classify labelled images with a flow, and measure how well it models them. Print
   ece                 expected calibration error of the posterior, 15 bins (needs torchmetrics)
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
   images_per_second   classification alone
+  skipped             images left out, with --skip-bad
 
 Images are resized to the flow's size, and converted to its channels.
 """
@@ -63,6 +65,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="images for the round trip, evenly spread; 0 for none (default: %(default)s)",
     )
+    add_skip_bad(parser)
     parser.add_argument("--out", metavar="FILE", help="write the JSON to FILE too")
     add_threads(parser)
     add_device(parser)
@@ -71,13 +74,14 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    data, _ = open_for(model, args.data, args.split, class_map)
+    data, _ = open_for(model, args.data, args.split, class_map, args.skip_bad)
     if args.limit is not None and args.limit < len(data):
         data = data.subset(spread(len(data), args.limit))
     result = {
         "model": args.model,
         "data": args.data,
         "split": args.split,
+        **({"skipped": len(data.skipped)} if args.skip_bad else {}),
         **evaluate(model, data, args.batch_size, round_trip=args.round_trip),
     }
     if result["ece"] is None and model.num_classes > 1:

@@ -12,6 +12,7 @@ from glem_augment.commands.common import (
     DATA_HELP,
     MODEL_HELP,
     add_device,
+    add_skip_bad,
     add_threads,
     load_model,
     new_parser,
@@ -54,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
         "--modes", type=whole(1), metavar="N", help="principal modes to move along (default: all that are stored)"
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
+    add_skip_bad(parser)
     parser.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
     add_threads(parser)
     add_device(parser)
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     if args.modes is not None and model.modes is None:
         raise ValueError(f"{args.model} has no modes stored; leave --modes out, or train with --modes-rank")
-    data, _ = open_for(model, args.data, args.split, class_map)
+    data, _ = open_for(model, args.data, args.split, class_map, args.skip_bad)
     policies = POLICIES if args.policy == "all" else (args.policy,)
     picture = preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
     save_png(picture, args.out)

@@ -97,14 +97,15 @@ class Mixing1x1(Bijection):
         if state is None:
             self._cache = {}
             return torch.matrix_exp(self.weight.double() * sign).to(dtype)
-        if self._cache.get("state") != state:
-            self._cache = {"state": state}
+        cache = self._cache  # another thread may put a new one in its place at any time
+        if cache.get("state") != state:
+            cache = self._cache = {"state": state}
         key = (sign, dtype)
-        if key not in self._cache:
+        if key not in cache:
             # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
             with torch.inference_mode(False), torch.no_grad():
-                self._cache[key] = torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
-        return self._cache[key]
+                cache[key] = torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
+        return cache[key]
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()

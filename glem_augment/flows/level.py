@@ -119,13 +119,14 @@ class Level(nn.Module):
         if state is None:
             self._cache = {}
             return self._prepare(inverse)
-        if self._cache.get("state") != state:
-            self._cache = {"state": state}
-        if inverse not in self._cache:
+        cache = self._cache  # another thread may put a new one in its place at any time
+        if cache.get("state") != state:
+            cache = self._cache = {"state": state}
+        if inverse not in cache:
             # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
             with torch.inference_mode(False), torch.no_grad():
-                self._cache[inverse] = self._prepare(inverse)
-        return self._cache[inverse]
+                cache[inverse] = self._prepare(inverse)
+        return cache[inverse]
 
     def _prepare(self, inverse: bool) -> Prepared:
         log_scale = torch.stack([a.log_scale for a in self.norms]).unsqueeze(2)
