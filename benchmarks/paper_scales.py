@@ -73,14 +73,15 @@ SCALES = {
         main=DataSpec("fashion-mnist (2,000 per class)", _fashion(), None, 2000),
         second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),
         flow=dict(
-            preset="mef_tiny", flow_options=dict(depth=[4, 4], blocks=[1, 1], width=[32, 32]), epochs=12,
+            preset="mef_tiny", flow_options=dict(depth=[4, 4], blocks=[1, 1], width=[32, 32]), epochs=8,
             batch_size=64, bits=5, warmup_steps=300, m_rounds=4, modes_rank=0, sample_every=0, val_fraction=0.05,
+            precision="bf16",
         ),
         oracle=Recipe(arch="resnet18_quarter", epochs=15),
-        cnn=Recipe(arch="resnet18_quarter", epochs=10),
+        cnn=Recipe(arch="resnet18_quarter", epochs=8, bf16=True),
         vit=Recipe.transformer(arch="vit_micro", epochs=15),
         measured=5000,
-        sizes=(1, 2, 5, 10),
+        sizes=(1, 2, 4, 8),
         seeds=1,
     ),
     # An hour or two per table on one data-centre GPU, in pieces of any length.

@@ -8,12 +8,24 @@ Source: Xiao & Liu 2020, Sec. 4.2, for what is computed; how is this library's.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows import matexp
 from glem_augment.flows.expm_kernels import make_kernel
+
+
+def _raw_grad(out: Tensor, s: Tensor, factor: Tensor, grad_s: Tensor, dim: int, bound: float) -> None:
+    """Into ``out``: the gradient of raw in ``S = bound * raw / (1 + sum |raw|)``, whose rows lie along ``dim``.
+
+    ``out`` serves for what comes before, too: tensors of this size, allocated anew, cost more than the arithmetic.
+    """
+    torch.mul(grad_s, s, out=out)
+    row = out.sum(dim, keepdim=True).mul_(factor).mul_(-1 / bound)
+    torch.sign(s, out=out).mul_(row).addcmul_(grad_s, factor)
 
 
 class _Planes:
@@ -52,9 +64,8 @@ class _Planes:
         batch, channels, height, width = shape
         n = s.shape[0]
         grad_s.view(n * n, batch, height * width)[:: n + 1].add_(g_trace[:, None])
-        row = (grad_s * s).sum(1, keepdim=True).mul_(factor)
         out = torch.empty(channels, batch * height * width, dtype=s.dtype, device=s.device)
-        out[: n * n].view(grad_s.shape).copy_(grad_s.mul_(factor)).addcmul_(s.sign(), row, value=-1 / bound)
+        _raw_grad(out[: n * n].view(grad_s.shape), s, factor, grad_s, 1, bound)
         out[n * n :] = g_shift
         return out.view(channels, batch, height, width).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
@@ -66,8 +77,9 @@ class _Pixels:
     def bounded(params: Tensor, n: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
         p = params.permute(0, 2, 3, 1).flatten(0, 2)
         raw, shift = p[:, : n * n].unflatten(1, (n, n)), p[:, None, n * n :]
-        factor = raw.abs().sum(2, keepdim=True).add_(1).reciprocal_().mul_(bound)
-        return raw * factor, factor, shift
+        s = raw.abs()
+        factor = s.sum(2, keepdim=True).add_(1).reciprocal_().mul_(bound)
+        return torch.mul(raw, factor, out=s), factor, shift
 
     @staticmethod
     def vectors(v: Tensor) -> Tensor:
@@ -88,9 +100,8 @@ class _Pixels:
         batch, channels, height, width = shape
         n = s.shape[1]
         grad_s.view(batch, height * width, n * n)[:, :, :: n + 1].add_(g_trace[:, None, None])
-        row = (grad_s * s).sum(2, keepdim=True).mul_(factor)
         out = torch.empty(batch * height * width, channels, dtype=s.dtype, device=s.device)
-        out[:, : n * n].unflatten(1, (n, n)).copy_(grad_s.mul_(factor)).addcmul_(s.sign(), row, value=-1 / bound)
+        _raw_grad(out[:, : n * n].unflatten(1, (n, n)), s, factor, grad_s, 2, bound)
         out[:, n * n :] = g_shift.squeeze(1)
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
@@ -109,14 +120,28 @@ def vectors(x2: Tensor) -> Tensor:
     return _layout(x2.shape[0]).vectors(x2)
 
 
+def norm_bound(factor: Tensor, bound: float) -> float:
+    """An upper bound of ``||S||_inf`` over a batch: ``bound`` by a power of two, at most by 2^10.
+
+    A row of S sums to ``bound - factor``, so on a CPU, where a value may be looked at, one small reduction tells it.
+    Early in training S is small, and most terms of its series are zeros.
+    """
+    if factor.device.type != "cpu" or not factor.numel():
+        return bound
+    norm = bound - float(factor.min()) + 1e-6 * bound
+    return bound * 0.5 ** min(10, math.floor(math.log2(bound / norm))) if norm < bound else bound
+
+
 def couple(
-    x2: Tensor, params: Tensor, bound: float, inverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The result and log|det| of ``expm_coupling``, and what ``couple_backward`` needs: S, factors, segment starts."""
+    x2: Tensor, params: Tensor, bound: float, inverse: bool, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], float]:
+    """The result and log|det| of ``expm_coupling``, and what ``couple_backward`` needs: S, factors, the starts of the
+    segments, and the bound of ``||S||_inf``: that of the batch if ``measure``, otherwise ``bound``."""
     n, batch, height, width = x2.shape
     layout = _layout(n)
     s, factor, shift = layout.bounded(params, n, bound)
-    kernel, v = make_kernel(s, n, bound), layout.vectors(x2)
+    reach = norm_bound(factor, bound) if measure else bound
+    kernel, v = make_kernel(s, n, reach), layout.vectors(x2)
     if inverse:
         v = v - shift
     starts = []
@@ -125,7 +150,7 @@ def couple(
         v = kernel.apply(v, inverse)
     y2 = layout.image(v if inverse else v.add_(shift), x2.shape)
     trace = layout.trace(s, batch, height * width)
-    return y2, -trace if inverse else trace, s, factor, starts
+    return y2, -trace if inverse else trace, s, factor, starts, reach
 
 
 def couple_backward(
@@ -134,13 +159,14 @@ def couple_backward(
     s: Tensor,
     factor: Tensor,
     starts: list[Tensor],
+    reach: float,
     bound: float,
     inverse: bool,
     params_shape: torch.Size,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x2 and of the parameters, from those of what ``couple`` returned first."""
     layout = _layout(g.shape[0])
-    kernel, g_out = make_kernel(s, g.shape[0], bound), layout.vectors(g)
+    kernel, g_out = make_kernel(s, g.shape[0], reach), layout.vectors(g)
     a = g_out
     for start in reversed(starts):
         a = kernel.adjoint(start, a, inverse)
@@ -152,9 +178,9 @@ def couple_backward(
 class _ExpmCoupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-        y2, logdet, s, factor, starts = couple(x2, params, bound, inverse)
+        y2, logdet, s, factor, starts, reach = couple(x2, params, bound, inverse, measure=True)
         ctx.save_for_backward(s, factor, *starts)
-        ctx.plan = (bound, inverse, params.shape)
+        ctx.plan = (reach, bound, inverse, params.shape)
         return y2, logdet
 
     @staticmethod
@@ -180,7 +206,7 @@ def expm_coupling_backward(
     n, _, height, width = y2.shape
     layout = _layout(n)
     s, factor, shift = layout.bounded(params, n, bound)
-    kernel = make_kernel(s, n, bound)
+    kernel = make_kernel(s, n, norm_bound(factor, bound))
     # Undone segment by segment, the vectors on the way are the starts that the backward needs, last first.
     v, a = layout.vectors(y2) - shift, layout.vectors(g)
     for _ in range(kernel.segments):

@@ -17,7 +17,7 @@ from glem_augment.flows.matexp import taylor_plan
 
 @torch.library.custom_op("glem_augment::expm_coupling", mutates_args=())
 def _forward(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y2, logdet, s, factor, starts = eager.couple(x2, params, bound, inverse)
+    y2, logdet, s, factor, starts, _ = eager.couple(x2, params, bound, inverse)
     # Operators may not return their inputs: the first start of the forward direction is x2 itself.
     own = starts if inverse else starts[1:]
     return y2, logdet, s, factor, torch.stack(own) if own else x2.new_empty(0)
@@ -57,7 +57,7 @@ def _backward(
     if not inverse:
         starts.insert(0, eager.vectors(x2))
     shape = torch.Size((batch, n * n + n, height, width))
-    g_x2, g_params = eager.couple_backward(g, g_logdet, s, factor, starts, bound, inverse, shape)
+    g_x2, g_params = eager.couple_backward(g, g_logdet, s, factor, starts, bound, bound, inverse, shape)
     return g_x2.clone() if g_x2.data_ptr() == g.data_ptr() else g_x2, g_params
 
 
