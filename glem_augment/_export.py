@@ -104,7 +104,9 @@ def export_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool =
     with _naming(journal.path):
         journal.start(kept.values())
     write_json(folder / PROVENANCE, {**wanted, "complete": False})
-    for name in names:
+    for name, count in zip(names, dataset.counts, strict=True):
+        if not count:
+            continue  # torchvision refuses empty class folders
         with _naming(folder / name):
             (folder / name).mkdir(parents=True, exist_ok=True)
     try:
@@ -236,10 +238,14 @@ def _clean(folder: Path, names: Sequence[str], counts: Sequence[int], journal: J
         if _temporary(path.name):
             path.unlink()
     for name, count in zip(names, counts, strict=True):
+        if not (folder / name).is_dir():
+            continue  # a class of no images
         for path in (folder / name).iterdir():
             numbered = path.suffix == ".png" and re.fullmatch(r"\d{6,}", path.stem)
             if _temporary(path.name) or (numbered and int(path.stem) >= count):
                 path.unlink()
+        if not count and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
 
 
 def _temporary(name: str) -> bool:

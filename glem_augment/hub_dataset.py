@@ -38,6 +38,8 @@ FORMATS = ("imagefolder", "webdataset")
 MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
 SHARD = 2_000
 _BLOCK = 1_000
+# What timm's reader wants to know of shards beside it. Loaders of the Hub read *.tar alone.
+_SHARDS_INFO = "data/_info.json"
 _log = logging.getLogger(__name__)
 
 
@@ -159,7 +161,7 @@ def _write_imagefolder(dataset: SyntheticDataset, folder: Path) -> dict[str, Pat
 
 
 def _write_shards(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
-    """Image i goes to shard i mod S, so that every shard holds every class."""
+    """Image i goes to shard i mod S, so that every shard holds every class; ``_info.json`` is for timm's reader."""
     count = -(-len(dataset) // SHARD)
     names = [f"data/train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -174,7 +176,15 @@ def _write_shards(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
     finally:
         for archive in archives:
             archive.close()
-    return {name: folder / name for name in names}
+    lengths = [len(range(i, len(dataset), count)) for i in range(count)]
+    split = {
+        "name": "train",
+        "num_samples": len(dataset),
+        "filenames": [Path(name).name for name in names],
+        "shard_lengths": lengths,
+    }
+    write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
+    return {name: folder / name for name in (*names, _SHARDS_INFO)}
 
 
 def _pngs(dataset: SyntheticDataset) -> Iterator[tuple[int, int, int, bytes]]:

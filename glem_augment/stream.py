@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from glem_augment._arguments import check_number
+from glem_augment._arguments import check_number, default_modes
 from glem_augment._blocks import one_at_a_time
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
@@ -58,7 +58,7 @@ class SyntheticStream(IterableDataset):
         block: int = 64,
         device: torch.device | str | None = None,
         real: Any = None,
-        modes: int = 64,
+        modes: int | None = None,
         alpha: float = 1.0,
         min_confidence: float | None = None,
         oracle: Oracle | None = None,
@@ -78,6 +78,7 @@ class SyntheticStream(IterableDataset):
         self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.transform, self.target_transform = transform, target_transform
         self.model = on_device(model, device)
+        modes = default_modes(model) if modes is None else modes
         latents = None
         if source == "mixup" and real is not None:
             images = as_image_data(model, real)

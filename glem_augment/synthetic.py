@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glem_augment._arguments import check_choice, check_whole
+from glem_augment._arguments import check_choice, check_whole, default_modes
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
@@ -83,7 +83,7 @@ class SyntheticDataset(Dataset):
         cache_bytes: of decoded images kept in memory (always at least one block); taken as it is needed.
         real: real images: an `ImageData`, (uint8 images, labels), or for "balance" any torchvision or timm data set
             whose labels can be read.
-        modes, alpha: of source "mixup", as in GLEMAugment.
+        modes, alpha: of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         min_confidence: draw an item again, up to `max_attempts` times, until the probability of its class is at least
             this; the best is kept where none is. `acceptance()` reports. None: no rejection.
         oracle: judges in place of the flow's posterior: from float images [n, C, H, W] in [0, 1] to probabilities or
@@ -107,7 +107,7 @@ class SyntheticDataset(Dataset):
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
-        modes: int = 64,
+        modes: int | None = None,
         alpha: float = 1.0,
         min_confidence: float | None = None,
         oracle: Oracle | None = None,
@@ -124,6 +124,7 @@ class SyntheticDataset(Dataset):
         self.transform = transform
         self.target_transform = target_transform
         self.model = on_device(model, device)
+        modes = default_modes(model) if modes is None else modes
         # The arguments are checked before the real images are encoded, which may take long.
         latents = None
         if source == "mixup" and real is not None:

@@ -298,6 +298,7 @@ def test_generate_rejects_and_reports(trained: Path, tmp_path: Path, output: Out
 
 
 def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
     import webdataset
 
     base = [str(trained), "--per-class", "cat=2,dog=3", "--seed", "5", "--out"]
@@ -307,6 +308,11 @@ def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypa
     read = webdataset.WebDataset(str(tmp_path / "shards/data/train-00000-of-00001.tar"), shardshuffle=False)
     found = [(["cat", "dog"][label], image.tobytes()) for image, label in read.decode("pil").to_tuple("png", "cls")]
     assert found == pixels_of(tmp_path / "files")
+    for split in ("train", "train-{00000..00000}-of-00001.tar|5"):  # timm's reader
+        images = timm.data.create_dataset("wds/", str(tmp_path / "shards/data"), split=split, batch_size=5)
+        assert sorted((label, image.tobytes()) for image, label in images) == sorted(
+            (["cat", "dog"].index(name), pixels) for name, pixels in found
+        )
     card = (tmp_path / "shards" / "README.md").read_text()
     assert "synthetic" in card and (tmp_path / "shards" / "glem-provenance.json").is_file()
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, SyntheticDataset, hub
-from glem_augment._export import PROVENANCE
+from glem_augment._export import PROVENANCE, class_folders
 from glem_augment._manifest import JOURNAL
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
@@ -227,3 +228,13 @@ def test_images_that_are_not_finite_are_counted_once(tmp_path: Path, monkeypatch
     data.images(range(12))  # some of it has been looked at before
     data.export(folder, progress=False)
     assert json.loads((folder / PROVENANCE).read_text()) == manifest
+
+
+def test_a_class_of_no_images_has_no_folder(tmp_path: Path) -> None:
+    """torchvision refuses empty class folders; those of an earlier, larger export go too."""
+    for counts in ([2, 3, 0], [0, 3, 0], [0, 3, 1]):
+        data = make(per_class=counts)
+        folder = data.export(tmp_path / "out", overwrite=True)
+        found, folders = ImageFolder(folder), class_folders(data.class_ids, data.classes)
+        assert sorted(found.classes[y] for y in found.targets) == sorted(folders[y] for y in data.targets)
+        assert data.export(folder) == folder  # nothing is missing

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from glem_augment._arguments import DEFAULT_MODES, default_modes
+from glem_augment._arguments import DEFAULT_MODES
 from glem_augment._export import PROVENANCE, export_imagefolder
 from glem_augment._manifest import read_manifest
 from glem_augment._sources import SOURCES
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         source=args.source,
         block=args.block,
         real=real,
-        modes=default_modes(model) if args.modes is None else args.modes,
+        modes=args.modes,
         alpha=ALPHA if args.alpha is None else args.alpha,
         min_confidence=args.min_confidence,
         max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
