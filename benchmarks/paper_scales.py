@@ -68,9 +68,9 @@ SCALES = {
         sizes=(1, 2),
         seeds=1,
     ),
-    # A night on two cores.
+    # Two or three hours of one core.
     "cpu": Scale(
-        main=DataSpec("fashion-mnist (2,000 per class)", _fashion(), None, 2000),
+        main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _fashion(), 16, 2000),
         second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),
         flow=dict(
             preset="mef_tiny", flow_options=dict(depth=[4, 4], blocks=[1, 1], width=[32, 32]), epochs=8,
