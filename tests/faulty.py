@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, so that each cos
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -65,7 +66,8 @@ def kill_at_random(process: BaseProcess, within: float, rng: random.Random, numb
     faster)."""
     process.join(rng.uniform(0, within))
     if process.exitcode is None and process.pid is not None:
-        os.kill(process.pid, (signal.SIGKILL, signal.SIGTERM)[number % 2])
+        with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+            os.kill(process.pid, (signal.SIGKILL, signal.SIGTERM)[number % 2])
     return finish(process)
 
 
