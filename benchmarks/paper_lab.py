@@ -33,6 +33,7 @@ from glem_augment.evaluation import (
 )
 from glem_augment.io import write_json
 from glem_augment.metrics import evaluate
+from glem_augment.pixels import in_range
 from glem_augment.rfcm import ThinCovariances
 from glem_augment.rfcm_fit import fit_rfcm
 from glem_augment.training import Trainer
@@ -179,7 +180,7 @@ class Lab:
             assert codes is not None
 
             def draw(n: int) -> Tensor:
-                return _finite(model.sample(torch.zeros(n, dtype=torch.int64), cell.tau, g))
+                return in_range(model.sample(torch.zeros(n, dtype=torch.int64), cell.tau, g))
 
             x, y, facts = balance_by_rejection(draw, codes, per_class, _CHUNK)
             self.rejection = {"kept": 100 * facts["acceptance"], "rarest class": 100 * facts["rarest"]}
@@ -192,7 +193,7 @@ class Lab:
                 x = model.sample(part, cell.tau, g)
             else:
                 x = model.decode(thin.sample(part, cell.tau, g))
-            x = _finite(x).cpu()
+            x = in_range(x).cpu()
             parts.append(((codes.split(x)[0] if codes is not None else x) * 255).round().to(torch.uint8))
         return torch.cat(parts), y
 
@@ -318,11 +319,6 @@ class Lab:
 
 
 _RHO = ("rho-distance", "rho-confusion")
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Images in [0, 1]; pixels that the inverse lost become grey."""
-    return torch.nan_to_num(x, 0.5, 1.0, 0.0).clamp(0, 1)
 
 
 def _seed(*key: int) -> int:

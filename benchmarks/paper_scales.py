@@ -68,7 +68,7 @@ SCALES = {
         sizes=(1, 2),
         seeds=1,
     ),
-    # Two or three hours of one core.
+    # Three to four hours of one core.
     "cpu": Scale(
         main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _fashion(), 16, 2000),
         second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),

@@ -8,7 +8,8 @@ The images are $GLEM_DATA/imagenette128, enlarged to --size; the flow is adapted
 resolution (``GLEM.adapt``). For each policy the strength is searched, on the first --search test images, that moves
 pixels by at least --change levels on average; then all test images are moved with p = 1. Reported are the mean change,
 the energy in the upper half of the spectrum (a quarter of a cycle per pixel and more) against the originals', and the
-top-1 accuracy of a pretrained ImageNet classifier, over all 1000 classes, on the originals and on the moved images.
+top-1 accuracy of a pretrained ImageNet classifier, over all 1000 classes, on the originals and on the moved images. The
+adversarial policy attacks that very classifier: the points that it costs are its purpose, held against the same limit.
 "identity" is the control: the same moves along the modes of the pixels.
 """
 
@@ -90,7 +91,7 @@ class Bench:
         """Which images are classified correctly, [B]."""
         return self.net((x - self.mean) / self.std).argmax(1) == self.rows[y]
 
-    def loss(self) -> nn.Module:
+    def on_images(self) -> nn.Module:
         """For the adversarial policy: the classifier on images in [0, 1], with the logits of these classes."""
         return _OnImages(self)
 
@@ -115,7 +116,7 @@ class _OnImages(nn.Module):
 def make(flow: GLEM, bench: Bench, settings: dict[str, object], strength: float) -> GLEMAugment:
     aug = GLEMAugment(flow, p=1.0, strength=strength, alpha=8.0, seed=0, **settings)  # type: ignore[arg-type]
     if settings["policy"] == "adversarial":
-        aug.attach(bench.loss())
+        aug.attach(bench.on_images())
     return aug
 
 

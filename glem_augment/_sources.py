@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment._arguments import check_choice, check_modes, check_number
+from glem_augment._arguments import check_choice, check_modes, check_number, default_modes
 from glem_augment._drawing import move
 from glem_augment._moves import evaluating
 from glem_augment._transfer import check_worker_device
@@ -64,7 +64,8 @@ class LatentSource:
         seed: int >= 0.
         temperature: factor on the standard deviation; "mixup" has none.
         real: the latents of "mixup".
-        modes: top modes that P of "mixup" keeps; alpha: of its l ~ Beta(alpha, alpha), folded to [1/2, 1].
+        modes: top modes that P of "mixup" keeps, None for `default_modes`; alpha: of its l ~ Beta(alpha, alpha), folded
+            to [1/2, 1].
 
     Raises:
         ValueError, TypeError: for what is missing or out of range.
@@ -77,12 +78,13 @@ class LatentSource:
         seed: int,
         temperature: float,
         real: RealLatents | None = None,
-        modes: int = 64,
+        modes: int | None = None,
         alpha: float = 1.0,
     ) -> None:
         check_choice("source", source, SOURCES)
         self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
         self.alpha = check_number("alpha", alpha, 0.0, float("inf"), open_low=True)
+        modes = default_modes(model) if modes is None else modes
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from glem_augment._arguments import check_number, default_modes
+from glem_augment._arguments import check_number
 from glem_augment._blocks import one_at_a_time
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
@@ -78,7 +78,6 @@ class SyntheticStream(IterableDataset):
         self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.transform, self.target_transform = transform, target_transform
         self.model = on_device(model, device)
-        modes = default_modes(model) if modes is None else modes
         latents = None
         if source == "mixup" and real is not None:
             images = as_image_data(model, real)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glem_augment._arguments import check_choice, check_whole, default_modes
+from glem_augment._arguments import check_choice, check_whole
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
@@ -124,7 +124,6 @@ class SyntheticDataset(Dataset):
         self.transform = transform
         self.target_transform = target_transform
         self.model = on_device(model, device)
-        modes = default_modes(model) if modes is None else modes
         # The arguments are checked before the real images are encoded, which may take long.
         latents = None
         if source == "mixup" and real is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward
+from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward, norm_bound
 from glem_augment.flows.matexp import expm_apply, expm_apply_low_rank, taylor_plan
 
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
@@ -214,11 +214,17 @@ def test_at_least_eight_times_faster_than_matrix_exp() -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("bound", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
-def test_the_coupling_of_every_kernel_against_dense_exponentials(n: int, bound: float, inverse: bool) -> None:
+# Where S is small, fewer terms of the series are added.
+@pytest.mark.parametrize("size", [3, 0.3, 0.01, 1e-5, 0])
+def test_the_coupling_of_every_kernel_against_dense_exponentials(
+    n: int, bound: float, inverse: bool, size: float
+) -> None:
     g = torch.Generator().manual_seed(n)
     x = torch.randn(n, 3, 4, 5, generator=g, dtype=torch.float64).requires_grad_()
-    raw = 3 * torch.randn(3, n * n + n, 4, 5, generator=g, dtype=torch.float64)
-    if n == 2:  # rotations, real eigenvalues, and nothing: what the closed form has to tell apart without telling apart
+    raw = size * torch.randn(3, n * n + n, 4, 5, generator=g, dtype=torch.float64)
+    if (
+        n == 2 and size == 3
+    ):  # rotations, real eigenvalues, and nothing: what the closed form has to tell apart without telling apart
         raw[0, :4] = torch.tensor([0.0, 9, -9, 0])[:, None, None]
         raw[1, :4] = torch.tensor([9.0, 0, 0, -9])[:, None, None]
         raw[2, :4, :2] = 0
@@ -244,3 +250,17 @@ def test_the_coupling_of_every_kernel_against_dense_exponentials(n: int, bound: 
     undone = expm_coupling_backward(y.detach(), raw.detach(), *upstream, bound)
     for result, want in zip(undone, [x, *expected[2:]], strict=True):
         assert (result - want).norm() <= 1e-10 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [0.7, 1.0, 5.0])
+def test_the_norm_of_a_batch_is_bounded(bound: float, dtype: torch.dtype) -> None:
+    """Never below the true norm, and within a factor of two of it while that is above a thousandth of the bound."""
+    for size in [10.0**k for k in range(-9, 9)]:
+        raw = size * torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        factor = bound / (1 + raw.abs().sum(2, keepdim=True))
+        norm, found = float((raw.double() * factor.double()).abs().sum(2).max()), norm_bound(factor, bound)
+        assert norm <= found * (1 + 1e-6) and found <= bound
+        assert found <= max(2 * norm + 1e-5, bound / 1024)
+    for lost in (torch.full((3, 4, 1), float("nan")), torch.empty(0, 4, 1)):
+        assert norm_bound(lost, bound) == bound

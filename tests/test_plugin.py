@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data
-from glem_augment.loader import AugmentedLoader
-from glem_augment.mixup import mix_soft
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from sharpness import upper_energy  # noqa: E402
+
+from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data  # noqa: E402
+from glem_augment.loader import AugmentedLoader  # noqa: E402
+from glem_augment.mixup import mix_soft  # noqa: E402
 
 CLASSES = ["bird", "cat", "dog"]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -271,13 +276,6 @@ def test_modes_as_many_as_a_flow_for_few_images_has(model: GLEM) -> None:
     assert GLEMAugment.from_config({"modes": None}, many).modes == 64
     with pytest.raises(ValueError, match="from 1 to 9"):
         GLEMAugment(few, modes=64)
-
-
-def upper_energy(x: Tensor) -> Tensor:
-    """Energy in the upper half of the spectrum (a quarter of a cycle per pixel and more), summed over a batch."""
-    height, width = x.shape[2:]
-    radius = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()).sqrt()
-    return torch.fft.fft2(x).abs().square()[..., radius >= 0.25].sum()
 
 
 def test_large_images_stay_sharp(glem_data: Path) -> None:

@@ -252,8 +252,8 @@ def _check_together(args: argparse.Namespace) -> None:
 
 
 class _Part:
-    """What the writers need of a SyntheticDataset, without the classes that get no image: torchvision refuses empty
-    class folders."""
+    """What the writers need of a SyntheticDataset, without the classes that get no image: labels, cards and manifests
+    number and list those that are there."""
 
     def __init__(self, full: SyntheticDataset) -> None:
         kept = [i for i, count in enumerate(full.counts) if count]
