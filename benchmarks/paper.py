@@ -17,6 +17,7 @@ second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -41,9 +42,9 @@ _OTHERS = ("claims", "figures", "trust", "pareto")
 
 
 def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path) -> None:
-    """Measure what is missing; write the table after every cell."""
+    """Measure what is missing, and write the table once it is whole: an earlier one stays until then."""
     # Folders of this machine, and how often the run was stopped, are no part of the result.
-    command = f"python benchmarks/paper.py {table} --scale {name} --seeds {seeds}"
+    command = " ".join([f"python benchmarks/paper.py {table} --scale {name} --seeds {seeds}", *lab.options])
     cells = cells_of(table, scale.sizes)
     rows: list[dict[str, Any]] = []
     oracles: dict[str, float] = {}
@@ -55,7 +56,12 @@ def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Pa
             if {"FID", "Cov", "L-R", "rho-distance"} & set(cell.metrics):
                 oracles[cell.data] = lab.oracle(cell.data).facts["test_accuracy"]
             print(f"table {table}, seed {seed}, {data}, {cell.label} ({cell.setting}): {describe(values)}", flush=True)
-            write_table(out, table, name, scale, cells, rows, oracles, command)
+    write_table(out, table, name, scale, cells, rows, oracles, command)
+
+
+def _short(spec: str) -> str:
+    """A data set's name for titles and files: the end of its path, or what it is called."""
+    return re.sub(r"[^\w.]+", "_", spec.rstrip("/").rsplit("/", 1)[-1]) or "data"
 
 
 def main() -> int:
@@ -77,25 +83,28 @@ def main() -> int:
         role, equals, spec = text.partition("=")
         if role not in ("main", "second") or not equals:
             raise SystemExit(f"--data takes main=SPEC or second=SPEC, got {text!r}")
-        scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec)})
+        scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec, name=_short(spec))})
+    # Other images get files of their own.
+    name = "-".join([args.scale, *(_short(text.partition("=")[2]) for text in args.data)])
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     lab = Lab(scale, args.scale, args.work, args.device, until)
+    lab.options = [f"--data {text}" for text in args.data]
     tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
     seeds = args.seeds or scale.seeds
     try:
         for table in tables:
-            run_table(int(table), scale, args.scale, lab, seeds, args.out)
+            run_table(int(table), scale, name, lab, seeds, args.out)
         if "trust" in args.tables:
-            run_trust(lab, args.scale, args.out, seeds, args.other)
+            run_trust(lab, name, args.out, seeds, args.other)
         if "pareto" in args.tables:
-            run_pareto(lab, args.scale, args.out, seeds)
+            run_pareto(lab, name, args.out, seeds)
         if "figures" in args.tables:
-            run_figures(lab, args.scale, args.out)
+            run_figures(lab, name, args.out)
     except TimeUpError as stop:
         print(f"paper: {stop}", file=sys.stderr)
         return EXIT_TIME_UP
     if "claims" in args.tables or "all" in args.tables:
-        write_claims(args.out, args.scale)
+        write_claims(args.out, name)
     return 0
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ from glem_augment.pixels import in_range
 from glem_augment.rfcm import ThinCovariances
 from glem_augment.rfcm_fit import fit_rfcm
 from glem_augment.training import Trainer
-from glem_augment.training.checkpoint import Checkpoints
+from glem_augment.training.checkpoint import FREE, Checkpoints
 from glem_augment.training.interrupt import TimeUpError
 from glem_augment.training.methods import METHODS, prepare
 
+# Part of every name: raise it when the same settings come to mean something else.
+_VERSION = 2
 _CHUNK = 256
 # Generated sets that are kept in memory between epochs of one classifier; others are drawn again.
 _KEEP_BYTES = 4 * 2**30
@@ -49,6 +52,11 @@ _KEEP_BYTES = 4 * 2**30
 def _name(*parts: Any) -> str:
     """Twelve hex digits of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def version_of(*parts: Any) -> str:
+    """A name for measurements that depend on ``parts``, another one where the benchmark has changed."""
+    return _name(_VERSION, *parts)
 
 
 def _file_hash(path: Path) -> str:
@@ -76,6 +84,7 @@ class Lab:
 
     def __init__(self, scale: Scale, name: str, work: Path, device: str, until: float | None = None) -> None:
         self.scale, self.work, self.device, self.until = scale, work / name, torch.device(device), until
+        self.options: list[str] = []  # of the command, for those who want to run it again
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
         self._oracles: dict[str, Classifier] = {}
         self._real: dict[str, tuple[Tensor, Tensor]] = {}
@@ -123,7 +132,7 @@ class Lab:
         """The ResNet18 of the real training set; ``facts["test_accuracy"]``."""
         if role not in self._oracles:
             recipe, spec = self.scale.oracle, self.spec(role)
-            path = self.work / "oracles" / f"{role}-{_name(asdict(recipe), asdict(spec))}.safetensors"
+            path = self.work / "oracles" / f"{role}-{_name(_VERSION, asdict(recipe), asdict(spec))}.safetensors"
             if not path.exists():
                 self.check_time()
                 train, test = self.data(role)
@@ -153,9 +162,11 @@ class Lab:
         """The cell's flow, trained now or before."""
         train, _ = self.data(cell.data)
         settings = {**self.scale.flow, **cell.changes, "seed": seed}
-        label = _name(settings, asdict(self.spec(cell.data)), dict(METHODS[cell.method].settings))
-        folder = self.work / "flows" / f"{cell.data}-{cell.method}-{label}"
         ready = prepare(cell.method, train, **settings)
+        # The defaults as well as what was asked for.
+        learned = {name: value for name, value in ready.config.to_dict().items() if name not in FREE}
+        label = _name(_VERSION, learned, asdict(self.spec(cell.data)))
+        folder = self.work / "flows" / f"{cell.data}-{cell.method}-{label}"
         if not (folder / "finished.json").exists():
             self.check_time()
             if self.until is not None:
@@ -216,7 +227,6 @@ class Lab:
         def epoch_data(epoch: int) -> tuple[Tensor, Tensor]:
             index = epoch % cell.size
             if index not in kept:
-                self.check_time()
                 images = self.samples(fitted, cell, per_class, _seed(seed, 1, index))
                 if (len(kept) + 1) * images[0].numel() > _KEEP_BYTES:
                     return images
@@ -227,24 +237,27 @@ class Lab:
 
     # ---- measurements --------------------------------------------------------------------------------------------
 
-    def measure(self, cell: Cell, seed: int) -> tuple[dict[str, float], str]:
-        """The cell's metrics, in the paper's units (accuracies, Cov and L-R in %), and the weights' hash."""
-        fitted = self.flow(cell, seed)
+    def kept(self, fitted: Fitted, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What ``make`` gives, measured now or before with the same weights; stored beside the flow."""
         store = fitted.folder / "measured.json"
         known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
         if known.get("weights") != fitted.weights:
             known = {"weights": fitted.weights, "values": {}}
+        if key not in known["values"]:
+            self.check_time()
+            known["values"][key] = make()
+            write_json(store, known)
+        return known["values"][key]
+
+    def measure(self, cell: Cell, seed: int) -> tuple[dict[str, float], str]:
+        """The cell's metrics, in the paper's units (accuracies, Cov and L-R in %), and the weights' hash."""
+        fitted = self.flow(cell, seed)
         values: dict[str, float] = {}
         for group in (("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",), ("Agree",), _RHO):
             wanted = [name for name in group if name in cell.metrics]
             if not wanted:
                 continue
-            key = self._key(group, cell)
-            if key not in known["values"]:
-                self.check_time()
-                known["values"][key] = self._measure(group, fitted, cell, seed)
-                write_json(store, known)
-            found = known["values"][key]
+            found = self.kept(fitted, self._key(group, cell), partial(self._measure, group, fitted, cell, seed))
             values.update({name: found[name] for name in wanted})
             values.update({name: found[name] for name in found if name.endswith(" p") and name[:-2] in wanted})
             values.update({name: found[name] for name in ("kept", "rarest class") if name in found})
@@ -261,7 +274,7 @@ class Lab:
             "Agree": (sampling, scale.measured),
             "rho-distance": asdict(scale.oracle),
         }
-        return f"{group[0]} {_name(about[group[0]])}"
+        return f"{group[0]} {_name(_VERSION, about[group[0]])}"
 
     def _measure(self, group: tuple[str, ...], fitted: Fitted, cell: Cell, seed: int) -> dict[str, float]:
         train, test = self.data(cell.data)

@@ -7,11 +7,12 @@ Beyond the paper. All take the same number of steps of the same flow. A setting 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from paper_lab import Lab
+from paper_lab import Lab, version_of
 from paper_report import row, write_rows
 from paper_tables import Cell
 
@@ -45,7 +46,10 @@ def run_pareto(lab: Lab, scale: str, out: Path, seeds: int) -> None:
                 for label, method, changes in points:
                     cell = Cell(label, role, method, ("NF-A", "BPD", "ECE", "FID"), changes, tau=1.0)
                     values, weights = lab.measure(cell, seed)
-                    values = {**values, **_averaged(lab, cell, seed)}
+                    extra = lab.kept(
+                        lab.flow(cell, seed), f"averaged {version_of()}", partial(_averaged, lab, cell, seed)
+                    )
+                    values = {**values, **extra}
                     for metric, value in values.items():
                         rows.append(
                             {**row(0, cell, data, metric, seed, value, weights), "table": "pareto", "curve": curve}

@@ -33,6 +33,7 @@ def write_table(
 ) -> Path:
     """Write ``table<N>.<scale>.json`` (the rows) and ``.md``; returns the JSON's path."""  # fmt: skip
     path = folder / f"table{table}.{scale_name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, rows)
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write(markdown(table, scale_name, scale, cells, rows, oracles, command))
@@ -57,6 +58,8 @@ def markdown(
         name = (scale.main if role == "main" else scale.second).name
         metrics = list(dict.fromkeys([*ALL, *(metric for cell in chosen for metric in cell.metrics)]))
         metrics = [metric for metric in metrics if any(metric in cell.metrics for cell in chosen)]
+        # A monomodal flow's samples are sorted by their codes: the share that is kept, and the rarest class's of it.
+        metrics += [m for m in ("kept", "rarest class") if any(r["metric"] == m and r["role"] == role for r in rows)]
         beside = {m for m in metrics if any(m in cell.paper for cell in chosen)}
         heads = ["method", "setting"]
         for metric in metrics:
@@ -78,6 +81,11 @@ def markdown(
         f"{about['accelerator'] or about['processor']}, {about['threads']} CPU threads; {versions}.",
         f"FID and Cov: oracle features, at most {scale.measured} generated and real test images, "
         f"k = {scale.neighbours}. All flows: {_flow(scale.flow)}.",
+        "; ".join(
+            f"{name}: {recipe.arch}, {recipe.epochs} epochs of batch {recipe.batch_size}"
+            for name, recipe in (("Oracle", scale.oracle), ("CNN-A", scale.cnn), ("ViT-A", scale.vit))
+        )
+        + ".",
         "Columns named paper are the published numbers, on its data and at its size: they are beside, not the aim.",
         "",
     ]

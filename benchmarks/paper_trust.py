@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from paper_lab import Lab
+from paper_lab import Lab, version_of
 from paper_report import row, write_rows
 from paper_tables import Cell
 from torch import Tensor
@@ -44,12 +46,16 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None) ->
             for label, method, changes in FLOWS:
                 cell = Cell(label, role, method, (), changes)
                 fitted = lab.flow(cell, seed)
-                lab.check_time()
                 for source in ("gaussian", "rfcm"):
-                    found = _memorisation(lab, Cell(label, role, method, (), changes, source=source), seed)
+                    drawn = Cell(label, role, method, (), changes, source=source)
+                    about = version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)
+                    found = lab.kept(fitted, f"memory {source} {about}", partial(_memorisation, lab, drawn, seed))
                     for metric, value in found.items():
                         rows.append({**row(0, cell, data, metric, seed, value, fitted.weights), "table": "trust"})
-                for metric, value in _detection(lab, cell, seed, other).items():
+                about = version_of(lab.scale.measured, other)
+                for metric, value in lab.kept(
+                    fitted, f"ood {about}", partial(_detection, lab, cell, seed, other)
+                ).items():
                     rows.append({**row(0, cell, data, metric, seed, value, fitted.weights), "table": "trust"})
                 write_rows(out / f"trust.{scale}.json", "Out-of-distribution detection and memorisation", rows)
                 print(f"trust, seed {seed}, {data}, {label}", flush=True)

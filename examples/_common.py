@@ -49,7 +49,7 @@ def train(
 ) -> nn.Module:
     """A small timm network from scratch: SGD with a one-cycle schedule, flips in the loop."""
     torch.manual_seed(seed)
-    net = timm.create_model("resnet10t", num_classes=classes, in_chans=channels)
+    net = timm.create_model(name, num_classes=classes, in_chans=channels)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from timm import utils
 from timm.data import RealLabelsImagenet, auto_augment, create_dataset, create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -133,7 +134,9 @@ def run(args: argparse.Namespace, root: Path) -> None:
     train = create_dataset("", root=str(root / "train"), split="train")
     val = create_dataset("", root=str(root / "val"), split="val")
     names = sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.__getitem__)
-    settings = {"img_size": args.img_size} if args.img_size and "eva" in args.model else {}
+    cfg = get_pretrained_cfg(args.model)
+    fixed = cfg is not None and cfg.fixed_input_size  # transformers; convolutions take any size
+    settings = {"img_size": args.img_size} if args.img_size and fixed else {}
     settings |= {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
     net = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=args.num_classes or len(names), **settings
@@ -165,9 +168,11 @@ def run(args: argparse.Namespace, root: Path) -> None:
 
     # Augmentation (*)
     flow = GLEM.from_pretrained(args.flow, device=device)
-    class_map = match_classes(flow.class_ids, flow.classes, names, names).tolist()
+    class_map = match_classes(flow.class_ids, flow.classes, names, names, partial=True).tolist()
     augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
-    aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": len(names)}, flow)
+    # The classifier may have more classes than the data, such as ImageNet's 1000 for a few of them.
+    class_map = dict(enumerate(class_map))
+    aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": net.num_classes}, flow)
     train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
     soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2
     if primary:

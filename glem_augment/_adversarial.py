@@ -5,7 +5,8 @@ alone,
 
     c = c0 + t sqrt(k) / 2 * g / |g|,     g = d L(classifier(image(c0)), y) / dc,
 
-in units of the modes' standard deviations; t is `strength`. The step is half as long as the noise is on average.
+in units of the modes' standard deviations; t is `strength`. The step is half as long as the noise is on average: k
+counts the modes that the class has, which are fewer than asked for where it was fitted on a few images.
 
 Source: DESIGN, section 4 ("the adversarial choice"); one normalised gradient step as in Goodfellow et al. 2015, taken
 along class modes of a latent space instead of pixels.
@@ -14,7 +15,6 @@ along class modes of a latent space instead of pixels.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -137,6 +137,7 @@ class Adversary:
         self,
         start: Tensor,
         strength: float,
+        modes: Tensor,
         render: Callable[[Tensor], Tensor],
         labels: Tensor,
         caller: CallerSettings,
@@ -146,7 +147,7 @@ class Adversary:
 
         Args:
             start: coefficients in units of the modes' standard deviations; not written to.
-            strength: t; the step is t sqrt(k) / 2 long.
+            strength: t; modes: how many there are, int64 [n] or []; the step is t sqrt(modes) / 2 long.
             render: differentiable, from coefficients to images for the classifier.
             labels: int64 [n] or soft [n, K'], within the classifier's classes.
             caller: precision of the classifier's pass.
@@ -177,7 +178,8 @@ class Adversary:
                 (gradient,) = torch.autograd.grad(total * scale, c)
         norm = gradient.norm(dim=1, keepdim=True)
         usable = torch.isfinite(norm) & (norm > 0)
-        step = (0.5 * strength * math.sqrt(c.shape[1])) * gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        length = 0.5 * strength * modes.to(norm.dtype).sqrt()
+        step = length.reshape(-1, 1) * gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return start + torch.where(usable, step, 0.0)
 
     def _half(self, caller: CallerSettings) -> bool:

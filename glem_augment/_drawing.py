@@ -82,12 +82,3 @@ def folded_beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(n, 2, generator=generator, dtype=torch.float64).clamp(min=1e-300)
     logs = gammas.log() + uniform.log() / alpha
     return (logs[:, 0] - logs[:, 1]).abs().sigmoid().to(torch.float32)
-
-
-def swapped(soft: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Soft labels [n, K'] with the entries of classes a and b [n] exchanged.
-
-    The label of a partner of class b: one-hot if `soft` is one-hot in a, and smoothed as `soft` is.
-    """
-    a, b = a.clamp(0, soft.shape[1] - 1)[:, None], b.clamp(0, soft.shape[1] - 1)[:, None]
-    return soft.scatter(1, a, soft.gather(1, b)).scatter(1, b, soft.gather(1, a))

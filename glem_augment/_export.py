@@ -78,10 +78,21 @@ def _slug(text: str) -> str:
     return slug if not slug or _safe(slug) else f"{slug}_"
 
 
-def export_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool = True, overwrite: bool = False) -> Path:
+def licence_note(licence: str | None) -> str:
+    """What an export's provenance says of the licence: the one that was stated, or that it is not known."""
+    return licence or "not stated; samples inherit the licence of the images that the flow was trained on"
+
+
+def export_imagefolder(
+    dataset: SyntheticDataset,
+    folder: Path,
+    progress: bool = True,
+    overwrite: bool = False,
+    license: str | None = None,  # noqa: A002  (the Hub's word)
+) -> Path:
     """Write folder/<class>/NNNNNN.png and the provenance; see `SyntheticDataset.export`."""
     names = class_folders(dataset.class_ids, dataset.classes)
-    wanted = _provenance(dataset, names)
+    wanted = {**_provenance(dataset, names), "license": licence_note(license)}
     journal = Journal(folder, wanted)
     old = _prepare(folder, names, wanted, overwrite)
     threads = min(8, os.cpu_count() or 1)

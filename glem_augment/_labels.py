@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glem_augment._drawing import FROM_BATCH, AugmentParams, move, swapped
+from glem_augment._drawing import FROM_BATCH, AugmentParams, move
 from glem_augment._lookup import ClassTables
 
 
@@ -31,6 +31,28 @@ def soft_labels(y: Tensor, num_classes: int) -> Tensor:
         return y
     # Compared rather than scattered: a label out of range gives zeros instead of a device assertion.
     return (y[:, None] == torch.arange(num_classes, device=y.device)).to(torch.float32)
+
+
+def smoothing_floor(soft: Tensor) -> Tensor:
+    """What label smoothing gives to every class, a number []: the least entry of a batch [B, K'].
+
+    Of a batch, since a single row may have been mixed of all classes.
+    """
+    return soft.amin().clamp(0.0, 1.0 / soft.shape[1])
+
+
+def pure_labels(cls: Tensor, soft: Tensor) -> Tensor:
+    """Labels [n, K'] of images of the classes cls int64 [n] alone, smoothed as those of the batch soft [B, K'] are."""
+    floor = smoothing_floor(soft)
+    one_hot = (cls[:, None] == torch.arange(soft.shape[1], device=soft.device)).to(soft.dtype)
+    return floor + (1.0 - soft.shape[1] * floor) * one_hot
+
+
+def is_pure(y: Tensor) -> Tensor:
+    """bool [B]: rows whose label is (nearly) one class, smoothed or not; others are mixtures, of no class's own."""
+    if y.ndim == 1:
+        return torch.ones_like(y, dtype=torch.bool)
+    return y.amax(dim=1) >= 0.95 * (1.0 - (y.shape[1] - 1) * smoothing_floor(y))
 
 
 def data_class(y: Tensor) -> Tensor:
@@ -66,7 +88,7 @@ def moved_labels(
             params.partner_cls == params.cls, own_cls, tables.to_data[params.partner_cls.clamp(min=0)]
         )
         from_batch = (params.source == FROM_BATCH)[:, None]
-        other = torch.where(from_batch, soft[params.partner.clamp(min=0)], swapped(own, own_cls, drawn_cls))
+        other = torch.where(from_batch, soft[params.partner.clamp(min=0)], pure_labels(drawn_cls, soft))
         weight = (1.0 - params.l) * move(share, soft.device)
         new = own + weight[:, None].to(own.dtype) * (other - own)
     return soft.index_copy(0, params.rows, torch.where(keep[:, None], new.to(soft.dtype), own))

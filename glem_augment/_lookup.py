@@ -17,14 +17,16 @@ from glem_augment.modes import ClassModes, nearest_classes
 class FlowOnDevice:
     """The model on one device (the user's own, or a copy of it), and the top modes of the basis there.
 
-    directions are [K, k, d] and scales [K, k]; [k, d] and [k] for the shared basis. `source` is the
-    ClassModes that they were made from: after a new fit they are out of date.
+    directions are [K, k, d] and scales [K, k]; [k, d] and [k] for the shared basis. counts int64 [K] or []: the
+    modes of a class that have any length. `source` is the ClassModes that they were made from: after a new fit they
+    are out of date.
     """
 
     model: GLEM
     source: ClassModes
     directions: Tensor
     scales: Tensor
+    counts: Tensor
 
     @property
     def fitted(self) -> ClassModes:
@@ -57,7 +59,8 @@ def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, ne
         directions, scales = fitted.shared_directions, fitted.shared_scales
     else:
         directions, scales = fitted.directions, fitted.scales
-    return FlowOnDevice(model, source, directions[..., :modes, :], scales[..., :modes])
+    scales = scales[..., :modes]
+    return FlowOnDevice(model, source, directions[..., :modes, :], scales, (scales > 0).sum(dim=-1))
 
 
 @dataclass

@@ -124,12 +124,15 @@ def _placed(index: Tensor, partner: Tensor, batch: int) -> tuple[Tensor, Tensor]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and back in train mode afterwards if that is where it was."""
-    training = model.training
-    if training:
-        model.eval()
+    """The model in eval mode, and afterwards each sub-module in the mode that it was in.
+
+    Flag by flag: `train()` would wake sub-modules that the user keeps in eval mode.
+    """
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True

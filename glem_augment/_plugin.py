@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment._adversarial import Adversary
-from glem_augment._labels import soft_labels
+from glem_augment._labels import is_pure, soft_labels
 from glem_augment._moves import evaluating
 from glem_augment.flows.bijection import full_precision
 
@@ -122,7 +122,7 @@ class PlugIn:
         flow = self._flow_on(x.device)
         with full_precision(x.device.type), evaluating(flow.model):
             z = flow.model.encode(self.pixels.to_flow(self.pixels.to_unit(x.clone())).flow)[0]
-        cls = self._flow_class(y, self._tables_on(y.device)).to(x.device)
+        cls = self._flow_class(y, self._tables_on(y.device)).masked_fill(~is_pure(y), -1).to(x.device)
         self._bank_on(x.device).add(z, cls)
 
     # ---- saving ----
@@ -136,11 +136,12 @@ class PlugIn:
         self._random.restore(state)
 
     def to_config(self: GLEMAugment) -> dict[str, Any]:
-        """Every setting, as JSON or YAML can carry it, and `model`: where a model from the Hub came from, else None."""
+        """Every setting, as JSON or YAML can carry it, and `model`: where a model from the Hub came from, or the name
+        or folder that the transform was made with; None for a model given as an object."""
         found = {name: getattr(self, name, None) for name in SETTINGS}
         found.update(mean=self.pixels.mean, std=self.pixels.std)
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-        return {"model": self.model.origin, **plain}
+        return {"model": self.model.origin or self._name, **plain}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], model: GLEM | str | None = None) -> GLEMAugment:

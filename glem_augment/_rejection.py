@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -110,3 +111,21 @@ def _probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-3).all()):
         return output
     return output.softmax(1)
+
+
+def acceptance_report(min_confidence: float, classes: Sequence[str], rows: np.ndarray) -> dict[str, Any]:
+    """What rejection did, for JSON; rows [K, 4]: items, candidates, failed and the sum of confidences per class."""
+    per_class = {name: _rates(row) for name, row in zip(classes, rows, strict=True)}
+    return {"min_confidence": min_confidence, "total": _rates(rows.sum(axis=0)), "classes": per_class}
+
+
+def _rates(row: np.ndarray) -> dict[str, Any]:
+    """From items, candidates, failed and the sum of confidences."""
+    items, candidates, failed, confidence = (float(value) for value in row)
+    return {
+        "items": int(items),
+        "candidates": int(candidates),
+        "rate": (items - failed) / candidates if candidates else None,
+        "failed": int(failed),
+        "confidence": confidence / items if items else None,
+    }

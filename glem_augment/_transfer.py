@@ -6,6 +6,7 @@ changed there, and the upsampled difference is added to the full-size image, who
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,6 +89,9 @@ class PixelAdapter:
             for name, values in (("mean", self.mean), ("std", self.std)):
                 if values is not None and len(values) not in (1, channels):
                     raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
+            if x.numel() and (x.device, x.dtype) not in self._range_seen:
+                self._check_normalised(x)
+                self._range_seen.add((x.device, x.dtype))
             return
         if x.numel() and (x.device, x.dtype) not in self._range_seen:
             low, high = (float(v) for v in torch.aminmax(x.detach()))
@@ -97,6 +101,24 @@ class PixelAdapter:
                     "give mean and std if they are normalised"
                 )
             self._range_seen.add((x.device, x.dtype))
+
+    def _check_normalised(self, x: Tensor) -> None:
+        """ValueError for values that can't be what mean and std make; a warning where it looks as if nothing had been
+        normalised."""
+        assert self.mean is not None and self.std is not None
+        low, high = (float(v) for v in torch.aminmax(x.detach().float()))
+        # RandomErasing fills with N(0, 1), which is further out than any image.
+        if not (low * max(self.std) + min(self.mean) >= -4 and high * max(self.std) + min(self.mean) <= 5):
+            raise ValueError(
+                f"with mean and std, images must be normalised by them, got values from {low:.4g} to {high:.4g}; for "
+                "images in [0, 1] leave mean and std out, for 0 to 255 give uint8"
+            )
+        if x.numel() >= 1000 and low >= 0 and high <= 1 and high > low:
+            warnings.warn(
+                f"mean and std are given, but the images look as if they were in [0, 1] still ({low:.3g} to "
+                f"{high:.3g}): then leave mean and std out, or all moves are too large",
+                stacklevel=4,
+            )
 
     def to_unit(self, x: Tensor) -> Tensor:
         """Images as float32 (float64 if they were) in [0, 1], a little outside where the input was.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from glem_augment._adversarial import Adversary, CallerSettings, check_attached
 from glem_augment._arguments import (
@@ -34,13 +35,13 @@ from glem_augment._arguments import (
 )
 from glem_augment._bank import LatentBank
 from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows, move
-from glem_augment._labels import data_class, label_kind, moved_labels, soft_labels
+from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
 from glem_augment._models import as_model
 from glem_augment._moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
 from glem_augment._partners import draw_mixup
 from glem_augment._plugin import PlugIn
-from glem_augment._random import RandomState
+from glem_augment._random import WORKERS, RandomState, shared_counts
 from glem_augment._transfer import PixelAdapter, SmallImages
 from glem_augment.flows.bijection import full_precision
 from glem_augment.model import GLEM
@@ -65,7 +66,7 @@ class GLEMAugment(PlugIn, nn.Module):
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
         p: probability of changing an image. Of a batch, p * B are changed, rounded up or down at random; p = 0 gives
-            back the same tensors.
+            back the same images.
         policy: "mixup" (with a partner, along the modes), "noise" (Gaussian along the modes) or "adversarial" (noise
             and a step up the loss of a classifier, which `attach` names).
         alpha: parameter of the Beta law of "mixup".
@@ -137,7 +138,9 @@ class GLEMAugment(PlugIn, nn.Module):
         self.margin = check_number("margin", margin, 0.0, math.inf)
         if detail == "mix" and policy != "mixup":
             raise ValueError(f"detail='mix' needs a partner, which policy {policy!r} has not: use policy='mixup'")
+        name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         model = as_model(model)
+        self._name = model.origin or name  # for `to_config`
         self.policy, self.basis, self.partner, self.labels, self.detail = (
             policy,
             basis,
@@ -170,6 +173,8 @@ class GLEMAugment(PlugIn, nn.Module):
         self._tables: dict[torch.device, ClassTables] = {}
         self._selected = 0
         self._carried = [0, 0, 0]  # counts of replaced, unmapped, invalid that no device holds
+        self._in_workers = shared_counts(4)  # selected, replaced, unmapped, invalid of DataLoader workers
+        self._told: list[int] | None = None  # in a worker: what of its counts is there already
 
     @property
     def model(self) -> GLEM:
@@ -185,12 +190,24 @@ class GLEMAugment(PlugIn, nn.Module):
     def stats(self) -> dict[str, int]:
         """Counts since the start; reading them waits for the device.
 
-        `selected`: rows chosen to be changed; `replaced`: of these, kept as they were because the decoded
-        image was not finite or out of range; `unmapped`: of these, kept because their class is not in the
-        flow; `invalid`: labels out of range met on an accelerator (elsewhere they are an error).
+        Calls in DataLoader workers are counted as well. `selected`: rows chosen to be changed; `replaced`: of these,
+        kept as they were because the decoded image was not finite or out of range; `unmapped`: of these, kept because
+        their class is not in the flow; `invalid`: labels out of range met on an accelerator (elsewhere they are an
+        error).
         """
-        replaced, unmapped, invalid = self._counters()
-        return {"selected": self._selected, "replaced": replaced, "unmapped": unmapped, "invalid": invalid}
+        names = ("selected", "replaced", "unmapped", "invalid")
+        own, workers = [self._selected, *self._counters()], self._in_workers.sum(dim=0).tolist()
+        return {name: a + b for name, a, b in zip(names, own, workers, strict=True)}
+
+    def _tell(self) -> None:
+        """In a DataLoader worker: put what has been counted since the last time where the main process reads it."""
+        info = get_worker_info()
+        if info is None:
+            return
+        counts = [self._selected, *self._counters()]
+        if self._told is not None:
+            self._in_workers[info.id % WORKERS] += torch.tensor(counts) - torch.tensor(self._told)
+        self._told = counts
 
     def forward(self, x: Any, y: Any = None) -> Any:
         """Augment a batch.
@@ -211,7 +228,13 @@ class GLEMAugment(PlugIn, nn.Module):
         if is_structure(x, y):
             return augment_sample(self, x if y is None else (x, y))
         self._check(x, y)
-        return (x, y) if self.p == 0 else self.apply(x, y, self.draw(x, y))
+        if self.p == 0:
+            return x, self.target(y)
+        if self._told is None:
+            self._tell()  # what a worker's copy of this transform starts from
+        result = self.apply(x, y, self.draw(x, y))
+        self._tell()
+        return result
 
     @torch.no_grad()
     def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
@@ -249,7 +272,10 @@ class GLEMAugment(PlugIn, nn.Module):
 
     @torch.no_grad()
     def apply(self, x: Any, y: Any = None, params: AugmentParams | None = None) -> Any:
-        """Augment with given parameters, deterministically; arguments and results are those of `forward`."""
+        """Augment with given parameters, deterministically; arguments and results are those of `forward`.
+
+        With a `bank`, the latents are put there every time.
+        """
         if y is None and callable(x):
             # nn.Module.apply(fn), which a parent module calls on its children.
             return super().apply(x)
@@ -257,7 +283,7 @@ class GLEMAugment(PlugIn, nn.Module):
             raise TypeError("apply needs the parameters of the call: params = aug.draw(x, y)")
         self._check(x, y)
         if self.p == 0:
-            return x, y
+            return x, self.target(y)
         if self.policy == "adversarial":
             check_attached(self._adversary, x.device)
         kind = self._labels_for(y)
@@ -319,17 +345,20 @@ class GLEMAugment(PlugIn, nn.Module):
                     return self._as_images(images, small, decoded, x)
 
                 labels = move(y, x.device).index_select(0, params.rows)
+                labels = labels.long() if labels.ndim == 1 else labels
                 if labels.ndim == 1:  # rows whose label is out of range are not used, but must not stop the device
                     labels = labels.clamp(0, self.num_classes - 1)
+                counts = flow.counts if flow.counts.ndim == 0 else flow.counts[cls]
                 coefficients = self._adversary.coefficients(
-                    coefficients, self.strength, render, labels, caller, flow.model
+                    coefficients, self.strength, counts, render, labels, caller, flow.model
                 )
             z = z + along_modes(flow, cls, coefficients)
         else:
             partner = with_draws(flow, encoded[other], host, params)
             away = 1.0 - params.l
             if self.bank:
-                self._bank_on(x.device).add(z, params.cls)
+                mixed = ~move(is_pure(y), x.device)[params.rows]
+                self._bank_on(x.device).add(z, params.cls.masked_fill(mixed, -1))
             moved, share = project(flow, cls, partner - z)
             moved = away[:, None] * moved
             if self.rescale:
@@ -354,8 +383,7 @@ class GLEMAugment(PlugIn, nn.Module):
         return changed
 
     def _labels_for(self, y: Tensor) -> str:
-        partnered = self.policy == "mixup" and self.partner != "gaussian"
-        return label_kind(self.labels, partnered, self.partner == "same", y.ndim == 2)
+        return label_kind(self.labels, self.policy == "mixup", self.partner in ("same", "gaussian"), y.ndim == 2)
 
     # ---- what each device holds ----------------------------------------------------------------------------
 
@@ -403,7 +431,12 @@ class GLEMAugment(PlugIn, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies on accelerators are made again where they are needed; the classifier is not the transform's to send.
-        return {**self.__dict__, "_carried": self._counters(), "_flows": {}, "_tables": {}, "_adversary": None}
+        gone: dict[str, Any] = {"_flows": {}, "_tables": {}, "_adversary": None, "_told": None}
+        return {**self.__dict__, "_carried": self._counters(), **gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._in_workers.share_memory_()
 
     # ---- checks --------------------------------------------------------------------------------------------
 

@@ -98,8 +98,10 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
     if targets is None:
         targets = getattr(real, "labels", None)
     reader = getattr(real, "reader", None)  # of timm's ImageDataset
+    if targets is None and reader is not None:  # readers of archives keep labels apart from other facts
+        targets = getattr(reader, "targets", None)
     if targets is None and hasattr(reader, "samples"):
-        targets = [label for _, label in reader.samples]
+        targets = [sample[1] for sample in reader.samples]
     if targets is None and isinstance(getattr(real, "tensors", None), tuple) and len(real.tensors) == 2:
         targets = real.tensors[1]
     if targets is None:
@@ -109,7 +111,9 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
         )
     found = np.asarray(targets if not isinstance(targets, Tensor) else targets.cpu()).astype(np.int64)
     names = class_names(real)
-    return found, None if names is None else (names, names)
+    ids = getattr(real, "wnids", None)  # of torchvision's ImageNet
+    ids = [str(i) for i in ids] if isinstance(ids, (list, tuple)) and names and len(ids) == len(names) else names
+    return found, None if names is None else (ids, names)
 
 
 def class_names(real: Any) -> list[str] | None:
@@ -118,7 +122,9 @@ def class_names(real: Any) -> list[str] | None:
     lookup = getattr(getattr(real, "reader", None), "class_to_idx", None)
     if names is None and isinstance(lookup, Mapping):
         names = sorted(lookup, key=lookup.__getitem__)
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) and names else None
+    if not isinstance(names, (list, tuple)) or not names:
+        return None
+    return [str(name[0] if isinstance(name, tuple) and name else name) for name in names]  # tuples: synonyms
 
 
 def as_image_data(model: GLEM, real: Any) -> ImageData:

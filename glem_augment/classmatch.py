@@ -18,6 +18,7 @@ def match_classes(
     data_ids: Sequence[str],
     data_names: Sequence[str],
     class_map: str | Mapping[str, str] | None = None,
+    partial: bool = False,
 ) -> np.ndarray:
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
@@ -31,9 +32,11 @@ def match_classes(
         class_map: None; ``"order"``: class i is class i (both sides must have equally many); or a mapping
             from data names (or ids) to flow names (or ids), the classes that it leaves out being matched as
             usual.
+        partial: the flow need not have all classes of the data, at least one.
 
     Returns:
-        int64 [K_data]: for each class of the data, the index of the flow's class.
+        int64 [K_data]: for each class of the data, the index of the flow's class; -1, only with ``partial``, where it
+        has none, as `GLEMAugment(class_map=...)` takes it.
 
     Raises:
         ClassMismatchError: a class without a counterpart, or two with the same one; it lists both sides and
@@ -68,16 +71,17 @@ def match_classes(
     _match(data, flow, found)
 
     missing = [data.label(i) for i, j in enumerate(found) if j is None]
-    if missing:
+    if missing and (not partial or len(missing) == len(found)):
         raise ClassMismatchError(
             f"{len(missing)} of the {len(data)} classes of the data have no counterpart in the flow: "
             f"{_listed(missing)}. {flow.listing('The flow')} Give class_map as a mapping from data names to "
             "flow names, or 'order' if both list the same classes in the same order; or use data of the "
-            "flow's classes."
+            "flow's classes; or adapt the flow to the data (glem adapt)."
         )
     owner: dict[int, int] = {}
     for i, j in enumerate(found):
-        assert j is not None
+        if j is None:
+            continue
         if j in owner:
             how = "class_map maps" if mapped[i] or mapped[owner[j]] else "Two classes of the data match:"
             raise ClassMismatchError(
@@ -85,7 +89,7 @@ def match_classes(
                 f"{flow.label(j)}; give class_map with a class of its own for each"
             )
         owner[j] = i
-    return np.asarray(found, dtype=np.int64)
+    return np.asarray([-1 if j is None else j for j in found], dtype=np.int64)
 
 
 class _Side:

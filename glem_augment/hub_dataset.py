@@ -11,16 +11,20 @@ import hashlib
 import io
 import json
 import logging
+import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
-from glem_augment._export import PROVENANCE, class_folders, settings_of
+from glem_augment._export import PROVENANCE, class_folders, licence_note, settings_of
+from glem_augment._manifest import read_manifest
 from glem_augment.errors import DataError
 from glem_augment.io import atomic_write, write_json
 from glem_augment.model_card import CardFacts
@@ -31,12 +35,14 @@ if TYPE_CHECKING:
     from glem_augment.model import GLEM
     from glem_augment.synthetic import SyntheticDataset
 
-__all__ = ["FORMATS", "push_dataset", "write_dataset"]
+__all__ = ["FORMATS", "export_shards", "push_dataset", "write_dataset"]
 
 FORMATS = ("imagefolder", "webdataset")
 # Of the Hub, and of one folder in one of its repositories.
 MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
-SHARD = 2_000
+# Images of a shard, at most. A loader gives each worker whole shards, and workers beyond their number nothing, so there
+# are this many, where each then has some images.
+SHARD, SHARDS, SMALL_SHARD = 2_000, 16, 32
 _BLOCK = 1_000
 # What timm's reader wants to know of shards beside it. Loaders of the Hub read *.tar alone.
 _SHARDS_INFO = "data/_info.json"
@@ -102,6 +108,7 @@ def write_dataset(
     repo_id: str,
     facts: CardFacts | None = None,
     format: str | None = None,  # noqa: A002
+    progress: bool = True,
 ) -> dict[str, Path]:
     """Write what a push would upload: images with their labels, provenance, card.
 
@@ -114,13 +121,44 @@ def write_dataset(
     from glem_augment._hub_upload import CARD, GENERATED
 
     format = _format(dataset, format)
-    files = _write_imagefolder(dataset, folder) if format == "imagefolder" else _write_shards(dataset, folder)
-    origin = _provenance(dataset, format)
+    write = _write_imagefolder if format == "imagefolder" else _write_shards
+    files = write(dataset, folder, progress)
+    facts = facts or CardFacts()
+    origin = {**_provenance(dataset, format), "license": licence_note(facts.license_name or facts.license)}
     write_json(folder / PROVENANCE, origin)
-    card = dataset_card(dataset, repo_id, facts or CardFacts(), origin)
+    card = dataset_card(dataset, repo_id, facts, origin)
     with atomic_write(folder / CARD, "w") as file:
         file.write(f"{card}\n{GENERATED}\n")
     return {**files, PROVENANCE: folder / PROVENANCE, CARD: folder / CARD}
+
+
+def export_shards(
+    dataset: SyntheticDataset,
+    folder: Path,
+    overwrite: bool = False,
+    license: str | None = None,  # noqa: A002
+    progress: bool = True,
+) -> Path:
+    """Write WebDataset shards, card and provenance to ``folder``, in one step at the end.
+
+    Raises:
+        FileExistsError: the folder is not empty, unless it holds such an export and ``overwrite`` is given.
+    """
+    folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder to export to")
+    earlier = folder.exists() and any(folder.iterdir())
+    if earlier and not overwrite:
+        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
+    if earlier and (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
+        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        write_dataset(dataset, Path(place) / "new", folder.name, CardFacts(license), "webdataset", progress)
+        if folder.exists():
+            os.replace(folder, Path(place) / "old")
+        os.replace(Path(place) / "new", folder)
+    return folder
 
 
 def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002
@@ -143,10 +181,10 @@ def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def _write_imagefolder(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
+def _write_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Path]:
     names = class_folders(dataset.class_ids, dataset.classes)
     files, rows = {}, []
-    for index, label, within, png in _pngs(dataset):
+    for index, label, within, png in _pngs(dataset, progress):
         name = f"{names[label]}/{within:06d}.png"
         path = folder / "data" / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,14 +198,14 @@ def _write_imagefolder(dataset: SyntheticDataset, folder: Path) -> dict[str, Pat
     return files
 
 
-def _write_shards(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
+def _write_shards(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Path]:
     """Image i goes to shard i mod S, so that every shard holds every class; ``_info.json`` is for timm's reader."""
-    count = -(-len(dataset) // SHARD)
+    count = max(-(-len(dataset) // SHARD), min(SHARDS, -(-len(dataset) // SMALL_SHARD)))
     names = [f"data/train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
     (folder / "data").mkdir(parents=True, exist_ok=True)
     archives = [tarfile.open(folder / name, "w") for name in names]
     try:
-        for index, label, _, png in _pngs(dataset):
+        for index, label, _, png in _pngs(dataset, progress):
             for ending, data in (("png", png), ("cls", str(label).encode())):
                 # Only name and size, no time: the same images give the same shards.
                 entry = tarfile.TarInfo(f"{index:08d}.{ending}")
@@ -187,18 +225,20 @@ def _write_shards(dataset: SyntheticDataset, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in (*names, _SHARDS_INFO)}
 
 
-def _pngs(dataset: SyntheticDataset) -> Iterator[tuple[int, int, int, bytes]]:
+def _pngs(dataset: SyntheticDataset, progress: bool) -> Iterator[tuple[int, int, int, bytes]]:
     """Index, label, place within the class, and PNG of every image, in order."""
     from glem_augment.synthetic import to_pil
 
     within = [0] * len(dataset.classes)
-    for start in range(0, len(dataset), _BLOCK):
-        indices = range(start, min(len(dataset), start + _BLOCK))
-        for index, image in zip(indices, dataset.images(indices), strict=True):
-            label, buffer = dataset.targets[index], io.BytesIO()
-            to_pil(image).save(buffer, format="PNG")
-            yield index, label, within[label], buffer.getvalue()
-            within[label] += 1
+    with tqdm(total=len(dataset), unit="image", desc="export", disable=not progress) as bar:
+        for start in range(0, len(dataset), _BLOCK):
+            indices = range(start, min(len(dataset), start + _BLOCK))
+            for index, image in zip(indices, dataset.images(indices), strict=True):
+                label, buffer = dataset.targets[index], io.BytesIO()
+                to_pil(image).save(buffer, format="PNG")
+                yield index, label, within[label], buffer.getvalue()
+                within[label] += 1
+                bar.update()
 
 
 # ---- where it came from ------------------------------------------------------------------------------------------

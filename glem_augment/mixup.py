@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data.mixup import Mixup
+from timm.data.mixup import FastCollateMixup, Mixup
 from torch import Tensor
 
 from glem_augment._arguments import check_choice, check_number
@@ -28,7 +28,7 @@ def mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
         images, and soft labels [B, K'].
     """
     weights_only = copy.copy(mixup)
-    weights_only.num_classes, weights_only.label_smoothing = len(x), 0.0
+    weights_only.num_classes, weights_only.label_smoothing, weights_only.multi_label = len(x), 0.0, False
     x, weights = weights_only(x, torch.arange(len(x), device=soft.device))
     return x, weights.to(soft.dtype) @ soft
 
@@ -53,6 +53,11 @@ class MixupFn:
         self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, order: str = "aug"
     ) -> None:
         check_choice("order", order, ("aug", "mixup"))
+        if isinstance(mixup, FastCollateMixup):
+            raise TypeError(
+                "a FastCollateMixup mixes lists of samples: give a timm.data.Mixup here, or "
+                "aug.collate_fn(base=FastCollateMixup(...)) to the DataLoader"
+            )
         if mixup is not None and not isinstance(mixup, Mixup):
             raise TypeError(f"mixup must be a timm.data.Mixup, got {type(mixup).__name__}")
         self.aug, self.mixup, self.order = aug, mixup, order
@@ -73,17 +78,18 @@ class MixupFn:
         Returns:
             images, soft labels float [B, K'].
         """
-        k, s = self.num_classes, self.label_smoothing
-        soft = soft_labels(target, k) * (1.0 - s) + s / k if target.ndim == 1 else target
-        if not self.mixup_enabled:
-            return x, soft
+        k, s = self.num_classes, self.label_smoothing if target.ndim == 1 else 0.0
+        soft = soft_labels(target, k)
         for name in ("aug", "mixup") if self.order == "aug" else ("mixup", "aug"):
+            if not self.mixup_enabled:
+                break
             if name == "aug":
                 x, soft = self.aug(x, soft)
             elif self.mixup is not None:
                 # Mixup overwrites its input: the user's own batch, unless the transform has made a new one.
                 x, soft = mix_soft(self.mixup, x, soft)
-        return x, soft
+        # Last: a posterior is smoothed like any other label, and nothing has to guess what smoothing came in.
+        return x, soft * (1.0 - s) + s / k if s else soft
 
     def __repr__(self) -> str:
         extra: Any = "" if self.mixup is None else f", mixup={self.mixup!r}, order={self.order!r}"

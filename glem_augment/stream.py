@@ -16,26 +16,27 @@ from glem_augment._blocks import one_at_a_time
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._random import rank
-from glem_augment._rejection import Oracle, Rejection
+from glem_augment._rejection import Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
 from glem_augment.balance import as_image_data
 from glem_augment.model import GLEM
 from glem_augment.pixels import to_uint8_
 from glem_augment.synthetic import to_pil
 
-MAX_WORKERS = 1024
+MAX_WORKERS, JUDGED_SLOTS = 1024, 64
 
 
 class SyntheticStream(IterableDataset):
     """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
 
     Images are made in blocks of `block`; block number b is a function of seed and b alone. The workers of all ranks
-    share the blocks out among themselves, so the images of an epoch do not depend on how many there are, their order
-    does. Nothing is kept: it costs a decode per image and epoch, where a `SyntheticDataset` decodes once.
+    share the blocks out among themselves, so the images of an epoch do not depend on how many workers there are, their
+    order does. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch, where a
+    `SyntheticDataset` decodes once.
 
     Args:
         model: a GLEM or its name.
-        length: images per epoch, over all ranks and workers; None: no end.
+        length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
         weights: of the classes, K numbers >= 0; None: all the same.
         temperature, seed, transform, target_transform, source, block, device, real, modes, alpha, min_confidence,
             oracle, max_attempts: as for `SyntheticDataset`.
@@ -91,6 +92,9 @@ class SyntheticStream(IterableDataset):
         # In shared memory, one count per worker: those of the next epoch, which start from a copy of this object, go
         # on where the last ones were, and those that live on hear of `set_epoch`.
         self._epochs = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
+        # The rows of `rates` per class; each worker adds to its own.
+        shape = (JUDGED_SLOTS if self.rejection is not None else 0, len(self.classes), 4)
+        self._judged = torch.zeros(shape, dtype=torch.float64).share_memory_()
 
     @property
     def epoch(self) -> int:
@@ -102,22 +106,49 @@ class SyntheticStream(IterableDataset):
         self._epochs.fill_(epoch)
 
     def __len__(self) -> int:
+        """Images per epoch on this rank, which is what a DataLoader's length and a schedule go by."""
         if self.length is None:
             raise TypeError("this SyntheticStream has no end, and so no length: give length=")
-        return self.length
+        return -(-self.length // self._place()[1])
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank and how many there are."""
+        return self.world if self.world is not None else (rank(), _ranks())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is started anew, rather than forked, is not part of the process group.
+        return {**self.__dict__, "world": self._place() if _ranks() > 1 else self.world}
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        own, ranks = self.world if self.world is not None else (rank(), _ranks())
+        own, ranks = self._place()
         epoch = int(self._epochs[worker % MAX_WORKERS])
         self._epochs[worker % MAX_WORKERS] += 1
-        blocks = None if self.length is None else -(-self.length // self.block)
-        number = own * workers + worker
-        while blocks is None or number < blocks:
-            rest = self.block if blocks is None else min(self.block, self.length - number * self.block)  # type: ignore[operator]
-            yield from self._made(epoch, number, rest)
-            number += ranks * workers
+        share = None if self.length is None else len(self)
+        local = worker  # among the blocks of this rank
+        while share is None or local * self.block < share:
+            rest = self.block if share is None else min(self.block, share - local * self.block)
+            yield from self._made(epoch, local * ranks + own, rest)
+            local += workers
+
+    def acceptance(self) -> dict[str, Any]:
+        """What rejection did so far, in all workers of this process; as `SyntheticDataset.acceptance`.
+
+        Raises:
+            ValueError: for a stream without min_confidence.
+        """
+        if self.rejection is None:
+            raise ValueError("nothing is rejected without min_confidence")
+        return acceptance_report(self.rejection.min_confidence, self.classes, self._judged.sum(dim=0).numpy())
+
+    def _count(self, y: np.ndarray, drawn: np.ndarray, confidence: np.ndarray, enough: float) -> None:
+        info, classes = get_worker_info(), len(self.classes)
+        items = np.bincount(y, minlength=classes)
+        failed = np.bincount(y, weights=confidence < enough, minlength=classes)
+        sums = np.bincount(y, weights=confidence, minlength=classes)
+        row = np.stack([items, drawn, failed, sums], axis=1)
+        self._judged[0 if info is None else info.id % JUDGED_SLOTS] += torch.from_numpy(row)
 
     def _made(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
         sequence = np.random.SeedSequence([self.seed, epoch, number])
@@ -125,15 +156,18 @@ class SyntheticStream(IterableDataset):
         # A place that no other block and epoch has; 2^20 blocks of an epoch are images enough.
         within = ((epoch * 2**20 + number) * self.block) + np.arange(self.block)
         y, within = y[:count], within[:count]
+        drawn = np.zeros(len(self.classes), dtype=np.int64)
         with one_at_a_time(), torch.no_grad(), evaluating(self.model):
             if self.rejection is None:
                 x = self.model.decode(self.latent_source.draw(y, within), clamp=False)
             else:
 
                 def draw(rows: Tensor, attempt: int) -> Tensor:
+                    np.add.at(drawn, y[rows.numpy()], 1)
                     return self.latent_source.draw(y[rows.numpy()], within[rows.numpy()], attempt)
 
                 accepted = self.rejection.select(self.model, torch.from_numpy(y), draw)
+                self._count(y, drawn, accepted.confidence.numpy(), self.rejection.min_confidence)
                 x = accepted.images if accepted.images is not None else self.model.decode(accepted.z, clamp=False)
         x = to_uint8_(x).cpu()
         for image, label in zip(x, y.tolist(), strict=True):

@@ -25,7 +25,7 @@ from glem_augment._arguments import check_choice, check_whole
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
-from glem_augment._rejection import Accepted, Oracle, Rejection
+from glem_augment._rejection import Accepted, Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
 from glem_augment._transfer import check_worker_device
 from glem_augment.balance import PerClass, as_image_data, class_counts
@@ -239,9 +239,7 @@ class SyntheticDataset(Dataset):
             raise ValueError("nothing is rejected without min_confidence")
         ends = [*self._first_block[1:], self._store.blocks]
         rows = [self._store.judged(int(a), int(b)) for a, b in zip(self._first_block, ends, strict=True)]
-        per_class = {name: _rates(row) for name, row in zip(self.classes, rows, strict=True)}
-        total = _rates(np.sum(rows, axis=0))
-        return {"min_confidence": self.rejection.min_confidence, "total": total, "classes": per_class}
+        return acceptance_report(self.rejection.min_confidence, self.classes, np.stack(rows))
 
     def decoded_block(self, cls: int, number: int) -> Tensor:
         """Images number * block ... of a class, uint8 [m, C, H, W], m <= block; kept in the cache."""
@@ -323,9 +321,10 @@ class SyntheticDataset(Dataset):
         format: str = "imagefolder",  # noqa: A002  (the word users expect)
         progress: bool = True,
         overwrite: bool = False,
+        license: str | None = None,  # noqa: A002  (the Hub's word)
     ) -> Path:
-        """Write all images as PNG: folder/<class>/NNNNNN.png, with glem-provenance.json beside the class
-        folders.
+        """Write all images as PNG: folder/<class>/NNNNNN.png, with glem-provenance.json beside the class folders; or as
+        WebDataset shards.
 
         Class folders are named by the class ids, or a slug of the class names (see `class_folders`).
         Transforms are not applied. Every file appears whole or not at all.
@@ -335,8 +334,10 @@ class SyntheticDataset(Dataset):
         and writes what is missing or damaged: all that an export which was killed takes to be finished.
 
         Args:
-            folder: made if missing; format: "imagefolder"; progress: show a bar; overwrite: write over an export of
-            other images (what of it is left over is removed).
+            folder: made if missing; format: "imagefolder", or "webdataset" (data/train-*.tar, which timm's reader and
+            the Hub take as they are, made in one step at the end); progress: show a bar; overwrite: write over an
+            export of other images (what of it is left over is removed); license: of the images that the flow was
+            trained on, which its samples inherit, for the provenance.
 
         Returns:
             The folder.
@@ -348,9 +349,13 @@ class SyntheticDataset(Dataset):
         """
         from glem_augment._export import export_imagefolder
 
-        check_choice("format", format, ("imagefolder",))
+        check_choice("format", format, ("imagefolder", "webdataset"))
         self._check_pil()
-        return export_imagefolder(self, Path(folder), progress=progress, overwrite=overwrite)
+        if format == "webdataset":
+            from glem_augment.hub_dataset import export_shards
+
+            return export_shards(self, Path(folder), overwrite, license, progress)
+        return export_imagefolder(self, Path(folder), progress=progress, overwrite=overwrite, license=license)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Upload all images with a data card to a data set on the Hugging Face Hub, in one commit.
@@ -421,15 +426,3 @@ def _plain(per_class: PerClass) -> Any:
     if isinstance(per_class, (str, int)):
         return per_class
     return np.asarray(per_class).tolist()
-
-
-def _rates(row: np.ndarray) -> dict[str, Any]:
-    """From items, candidates, failed and the sum of confidences."""
-    items, candidates, failed, confidence = (float(value) for value in row)
-    return {
-        "items": int(items),
-        "candidates": int(candidates),
-        "rate": (items - failed) / candidates if candidates else None,
-        "failed": int(failed),
-        "confidence": confidence / items if items else None,
-    }

@@ -79,7 +79,8 @@ def choose_strength(
     right, total = [0] * (len(tried) + 1), 0
     change, trials = [0.0] * len(tried), []
     for strength in tried:
-        trial = copy.deepcopy(aug)  # the same draws at every strength
+        # The same draws at every strength, through the same flow: it is large.
+        trial = copy.deepcopy(aug, {id(aug._holder): aug._holder})
         trial.p, trial.strength, trial.labels = 1.0, strength, "hard"
         trials.append((trial, trial.stats))
     classifier = unwrapped(classifier)

@@ -439,3 +439,21 @@ def test_cuda_gives_what_the_cpu_gives_without_waiting(model: GLEM, half: torch.
         aug(xd, yd)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_step_counts_the_modes_that_a_class_of_few_images_has() -> None:
+    few = GLEM.create("identity", (3, 8, 8), classes=["a", "b"])
+    y = torch.tensor([0] * 5 + [1] * 40)
+    few.fit_modes((images(45), y), rank=16)
+    few.eval().requires_grad_(False)
+    assert few.modes is not None and (few.modes.scales[0] > 0).sum() < 5 < (few.modes.scales[1] > 0).sum() == 16
+    x, y = images(2) / 255, torch.tensor([0, 1])
+    settings: dict[str, Any] = {"p": 1.0, "strength": 0.2, "modes": 16, "seed": 0}
+    aug = GLEMAugment(few, policy="adversarial", **settings).attach(network(classes=2))
+    noise = GLEMAugment(few, policy="noise", **settings)
+    params = aug.draw(x, y)
+    step = few.encode(aug.apply(x, y, params)[0])[0] - few.encode(noise.apply(x, y, params)[0])[0]
+    v, s = few.modes.directions[y], few.modes.scales[y]
+    c = torch.where(s > 0, torch.einsum("nd,nkd->nk", step, v) / s, 0.0).norm(dim=1)
+    real = (s > 0).sum(1)
+    assert torch.allclose(c, 0.2 * real.sqrt() / 2, rtol=1e-2)

@@ -58,10 +58,15 @@ ALL = [
 
 
 @pytest.mark.parametrize("kind", ["auto", "mix", "posterior", "hard"])
-def test_p_zero_gives_back_the_same_tensors(model: GLEM, kind: str) -> None:
+def test_p_zero_gives_back_the_same_images_with_labels_of_the_usual_form(model: GLEM, kind: str) -> None:
     x, y = images(6), labels(6)
-    out, target = GLEMAugment(model, p=0.0, labels=kind, partner="any")(x, y)
-    assert out is x and target is y
+    aug = GLEMAugment(model, p=0.0, labels=kind, partner="any")
+    out, target = aug(x, y)
+    assert out is x and torch.equal(target, aug.target(y)) and torch.equal(target, aug.apply(x, y, aug.draw(x, y))[1])
+    # as at any other p: a loop must not meet hard labels in one epoch and soft ones in the next
+    aug.p = 1.0
+    assert aug(x, y)[1].shape == target.shape
+    assert target is y if kind == "hard" else torch.equal(target, torch.eye(4)[y])
 
 
 @pytest.mark.parametrize("settings", ALL)
@@ -450,16 +455,41 @@ def test_soft_labels_stay_soft_and_are_mixed(model: GLEM) -> None:
     for settings in ({"policy": "noise"}, {"partner": "gaussian"}):
         for kind in ("auto", "mix", "hard"):
             out = GLEMAugment(model, p=1.0, labels=kind, **settings)(x, smooth.double())[1]
-            assert torch.equal(out, smooth.double())
+            assert torch.allclose(out, smooth.double(), atol=1e-7)
     # no partner of the class in the batch: the draw is of the own class, and the label does not change
     out = GLEMAugment(model, p=1.0, partner="same")(x[:4], smooth[:4])[1]
-    assert torch.equal(out, smooth[:4])
+    assert torch.allclose(out, smooth[:4], atol=1e-6)
     # a draw from another class has that class's label, smoothed in the same way
     aug = GLEMAugment(model, p=1.0, partner="near", modes=64, seed=0)
     params = aug.draw(x[:1], smooth[:1])
     out = aug.apply(x[:1], smooth[:1], params)[1]
     other = torch.eye(4)[params.partner_cls] * 0.9 + 0.025
     assert torch.allclose(out, params.l[0] * smooth[:1] + (1 - params.l[0]) * other, atol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smoothing: float) -> None:
+    """Mixed rows, as Mixup makes them: a draw of class c has none of the row's other class."""
+    hot = torch.eye(4)
+    own = 0.6 * hot[[0, 1, 2, 3]] + 0.4 * hot[[1, 2, 3, 0]]
+    mixed = own * (1 - smoothing) + smoothing / 4
+    aug = GLEMAugment(model, p=1.0, partner="gaussian", modes=64, seed=3)
+    params = aug.draw(images(4), mixed)
+    target = aug.apply(images(4) / 255, mixed, params)[1]
+    drawn = hot[params.partner_cls] * (1 - smoothing) + smoothing / 4
+    w = ((target - mixed) * (drawn - mixed)).sum(1) / (drawn - mixed).square().sum(1)  # how much of the draw
+    assert ((w > 0.01) & (w <= 1 - params.l + 1e-5)).all()
+    assert torch.allclose(target, mixed + w[:, None] * (drawn - mixed), atol=1e-5)
+
+
+def test_the_bank_takes_no_mixtures(model: GLEM) -> None:
+    x, y = images(8) / 255, labels(8)
+    aug = GLEMAugment(model, p=1.0, bank=4, seed=0)
+    hot = torch.eye(4)[y]
+    aug(x, 0.55 * hot + 0.45 * hot.roll(1, 0))
+    assert aug._bank is not None and aug._bank.counts.sum() == 0
+    aug(x, hot * 0.9 + 0.025)  # smoothed is not mixed
+    assert aug._bank.counts.tolist() == torch.bincount(y, minlength=4).tolist()
 
 
 def test_mix_of_hard_labels_without_a_partner_is_one_hot(model: GLEM) -> None:

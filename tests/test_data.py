@@ -616,6 +616,15 @@ def test_mismatch_lists_both_sides_and_the_fix() -> None:
     assert "class_map" in text and isinstance(caught.value, ValueError)
 
 
+def test_partial_match_leaves_out_what_the_flow_lacks() -> None:
+    flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
+    with pytest.raises(ClassMismatchError, match="wolf"):
+        match_classes(flow, flow, data, data)
+    assert match_classes(flow, flow, data, data, partial=True).tolist() == [1, -1, 2]
+    with pytest.raises(ClassMismatchError, match="no counterpart"):
+        match_classes(flow, flow, ["wolf"], ["wolf"], partial=True)
+
+
 def test_ambiguous_forms_do_not_match() -> None:
     with pytest.raises(ClassMismatchError, match="'c'"):
         match_classes(["C++", "C#"], ["C++", "C#"], ["c"], ["c"])

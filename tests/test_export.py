@@ -230,6 +230,23 @@ def test_images_that_are_not_finite_are_counted_once(tmp_path: Path, monkeypatch
     assert json.loads((folder / PROVENANCE).read_text()) == manifest
 
 
+@pytest.mark.parametrize("format", ["imagefolder", "webdataset"])
+def test_both_formats_state_the_licence(tmp_path: Path, format: str) -> None:  # noqa: A002
+    for name, licence in (("a", None), ("b", "mit")):
+        folder = make().export(tmp_path / name, format, progress=False, license=licence)
+        found = json.loads((folder / PROVENANCE).read_text())
+        assert found["synthetic"] is True and found["license"] == (licence or found["license"])
+        assert licence or found["license"].startswith("not stated")
+        assert (folder / "data").is_dir() == (format == "webdataset")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        make(per_class=2).export(tmp_path / "a", format, progress=False)
+
+
+def test_large_exports_have_shards_for_several_workers(tmp_path: Path) -> None:
+    folder = make(per_class=50).export(tmp_path / "out", "webdataset", progress=False)
+    assert len(list((folder / "data").glob("*.tar"))) == 5  # 150 images, 30 each
+
+
 def test_a_class_of_no_images_has_no_folder(tmp_path: Path) -> None:
     """torchvision refuses empty class folders; those of an earlier, larger export go too."""
     for counts in ([2, 3, 0], [0, 3, 0], [0, 3, 1]):

@@ -95,6 +95,9 @@ def test_rise_and_fall_with_lambda(tmp_path: Path) -> None:
     assert lambda_table(tmp_path, [50, 70, 75, 80, 70, 60], [20, 21, 24, 26, 31, 36]) == HOLDS
     assert lambda_table(tmp_path, [50, 60, 65, 70, 75, 80], [20, 21, 24, 26, 31, 36]) == OPEN  # no fall in sight
     assert lambda_table(tmp_path, [50, 70, 75, 80, 70, 60], [36, 31, 26, 24, 21, 20]) == FAILS
+    assert lambda_table(tmp_path, [90, 80, 70, 60, 50, 40], [20, 21, 24, 26, 31, 36]) == FAILS
+    # FID of one run within its error, whatever its order
+    assert lambda_table(tmp_path, [50, 70, 75, 80, 70, 60], [20, 20.3, 20.1, 19.8, 19.7, 19.6]) == OPEN
 
 
 def test_lower_fid_counts_for_rfcm(tmp_path: Path) -> None:
@@ -107,7 +110,20 @@ def test_lower_fid_counts_for_rfcm(tmp_path: Path) -> None:
         return verdict(tmp_path, "RFCM helps")["verdict"]
 
     assert rfcm([22.0, 22.1]) == HOLDS and rfcm([30.0, 30.1]) == FAILS
-    assert rfcm([22.0]) == OPEN  # a FID from one seed has no error to be compared with
+    assert rfcm([22.0]) == OPEN and rfcm([15.0]) == HOLDS  # of one seed, only what is far apart
+
+
+def test_no_verdict_from_the_best_of_several_temperatures_alone(tmp_path: Path) -> None:
+    def temperatures(cnn: list[float]) -> str:
+        entries: list[Any] = []
+        for t, a, label in zip((0.7, 0.8, 0.9, 1.0, 1.1, 1.2), cnn, (96, 94, 92, 90, 87, 84), strict=True):
+            setting = "default" if t == 0.9 else f"tau={t:g}"
+            entries += [(f"tau = {t}", setting, "CNN-A", [a]), (f"tau = {t}", setting, "L-R", [label])]
+        write(tmp_path, 5, entries)
+        return verdict(tmp_path, "tau below 1")["verdict"]
+
+    assert temperatures([70, 76, 80, 75, 70, 60]) == HOLDS and temperatures([60, 65, 70, 75, 80, 76]) == FAILS
+    assert temperatures([76.1, 76.2, 76.2, 76.28, 76.3, 76.2]) == OPEN
 
 
 def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from sharpness import upper_energy  # noqa: E402
 from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data  # noqa: E402
 from glem_augment.loader import AugmentedLoader  # noqa: E402
 from glem_augment.mixup import mix_soft  # noqa: E402
+from glem_augment.tuning import choose_strength  # noqa: E402
 
 CLASSES = ["bird", "cat", "dog"]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -319,7 +320,7 @@ def test_mixed_labels_weigh_both_and_keep_the_smoothing(model: GLEM) -> None:
     aug = make(model, partner="any", modes=16)
     twin = copy.deepcopy(aug)
     smooth = F.one_hot(y, 3) * 0.8 + 0.2 / 3
-    assert torch.equal(aug.as_mixup_fn(smoothing=0.2)(x, y)[1], twin(x, smooth)[1])
+    assert torch.allclose(aug.as_mixup_fn(smoothing=0.2)(x, y)[1], twin(x, smooth)[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
@@ -555,3 +556,41 @@ def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) 
         exec(compile(block.replace("[::10]", "[::50]"), "docs/plugin.md", "exec"), space)  # a fifth of the images
     assert "| 0.5 |" in capsys.readouterr().out
     assert len(space["both"]) == 255 and space["soft"].shape == (20, 10) and space["sample"]["label"] == 3
+
+
+def test_what_does_not_fit_is_refused_or_told(model: GLEM) -> None:
+    with pytest.raises(TypeError, match="collate_fn"):
+        make(model).as_mixup_fn(mixup=FastCollateMixup(num_classes=3))
+    several = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.0)
+    several.multi_label = True
+    x, y = make(model).as_mixup_fn(mixup=several)(images(8) / 255, labels(8))
+    assert y.shape == (8, 3) and torch.allclose(y.sum(1), torch.ones(8))
+
+    aug = make(model, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="uint8"):
+        aug(images(8).float(), labels(8))
+    with pytest.warns(UserWarning, match=r"\[0, 1\] still"):
+        aug(images(8) / 255, labels(8))
+
+
+def test_a_posterior_is_smoothed_like_any_other_label(model: GLEM) -> None:
+    aug = make(model, policy="noise", labels="posterior", p=1.0)
+    twin = copy.deepcopy(aug)
+    x, y = images(6) / 255, labels(6)
+    wanted = twin(x, F.one_hot(y, 3).float())[1] * 0.7 + 0.1
+    assert torch.allclose(aug.as_mixup_fn(smoothing=0.3)(x, y)[1], wanted)
+
+
+def test_a_transform_knows_the_name_it_was_made_with(tmp_path: Path, model: GLEM) -> None:
+    model.save(tmp_path / "flow")
+    for name in ("bundled:fashion-mnist", tmp_path / "flow"):
+        aug = GLEMAugment(name, seed=1)
+        assert aug.to_config()["model"] == str(name)
+        assert repr(GLEMAugment.from_config(aug.to_config())) == repr(aug)
+
+
+def test_modules_that_sleep_are_not_woken(model: GLEM) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 3))
+    net[1].eval()
+    choose_strength(make(model, policy="noise"), net, [(images(6) / 255, labels(6))], strengths=(0.5,))
+    assert net.training and net[2].training and not net[1].training

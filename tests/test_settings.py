@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from glem_augment import GLEM, GLEMAugment
 from glem_augment._bank import LatentBank
@@ -59,7 +60,7 @@ def test_a_run_is_resumed_where_it_was(model: GLEM, tmp_path: Path) -> None:
 def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     def draws(rank: int, worker: int | None, state: dict[str, int] | None = None) -> Tensor:
         monkeypatch.setattr("glem_augment._random.rank", lambda otherwise=0: rank)
-        info = None if worker is None else type("Info", (), {"seed": worker})()
+        info = None if worker is None else type("Info", (), {"seed": worker, "id": 0})()
         monkeypatch.setattr("glem_augment._random.get_worker_info", lambda: info)
         random = RandomState(5)
         if state is not None:
@@ -307,3 +308,31 @@ def test_search_finds_the_best_and_admits_that_nothing_helps() -> None:
         search(lambda s, p, seed: float("nan"))
     with pytest.raises(ValueError, match="nothing to try"):
         search(score, strengths=())
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_calls_and_counts_of_workers_reach_the_main_process(model: GLEM, context: str) -> None:
+    """A run that is resumed with the same torch seed must not meet the images of its first epoch again."""
+    x, y = images(12), labels(12)
+
+    def epoch(aug: GLEMAugment) -> Tensor:
+        torch.manual_seed(7)
+        loader = DataLoader(
+            list(zip(x, y.tolist(), strict=True)), 4, num_workers=2, collate_fn=aug.collate_fn(),
+            multiprocessing_context=context,
+        )  # fmt: skip
+        return torch.cat([batch for batch, _ in loader])
+
+    settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "modes": 4, "seed": 3, "class_map": [0, 1, None, 2]}
+    aug = GLEMAugment(model, **settings)
+    first = epoch(aug)
+    assert aug.stats["selected"] == 12 and aug.stats["unmapped"] == int((y == 2).sum())
+    state = aug.state_dict()
+    assert state["_extra_state"] == {"seed": 3, "calls": 3}
+    later = copy.deepcopy(aug)
+    later.load_state_dict(state)
+    moved = y != 2
+    assert not (epoch(later)[moved] == first[moved]).flatten(1).all(1).any()
+    assert torch.equal(
+        epoch(GLEMAugment(model, p=1.0, policy="noise", modes=4, seed=3, class_map=[0, 1, None, 2])), first
+    )

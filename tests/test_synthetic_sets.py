@@ -347,9 +347,40 @@ def test_a_stream_gives_new_images_every_epoch_the_same_for_any_number_of_worker
 
 
 def test_ranks_share_a_stream_out(model: GLEM) -> None:
-    whole = as_rows(SyntheticStream(model, length=50, block=8))
-    parts = [as_rows(SyntheticStream(model, length=50, block=8, world=(r, 3))) for r in range(3)]
-    assert set.union(*parts) == whole and sum(len(p) for p in parts) == 50
+    whole = as_rows(SyntheticStream(model, length=48, block=8))  # six blocks
+    streams = [SyntheticStream(model, length=50, block=8, world=(r, 3)) for r in range(3)]
+    parts = [as_rows(stream) for stream in streams]
+    # equally many, or the rank with fewer would leave the others waiting at the end of the epoch
+    assert [len(p) for p in parts] == [len(s) for s in streams] == [17] * 3
+    union = set.union(*parts)
+    assert len(union) == 51 and whole <= union
+    for workers in (1, 3):
+        loader = DataLoader(streams[1], batch_size=None, num_workers=workers)
+        streams[1].set_epoch(0)
+        assert as_rows(loader) == parts[1]
+
+
+def test_workers_that_are_started_anew_know_their_rank(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SyntheticStream(model, length=24, block=8)
+    monkeypatch.setattr("glem_augment.stream.rank", lambda: 1)
+    monkeypatch.setattr("glem_augment.stream._ranks", lambda: 2)
+    sent = pickle.dumps(stream)
+    monkeypatch.undo()
+    there = pickle.loads(sent)
+    assert there.world == (1, 2)
+    assert as_rows(there) == as_rows(SyntheticStream(model, length=24, block=8, world=(1, 2)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_reports_what_rejection_did(model: GLEM, workers: int) -> None:
+    stream = SyntheticStream(model, length=32, block=8, min_confidence=0.999, max_attempts=3, temperature=2.0)
+    list(DataLoader(stream, batch_size=None, num_workers=workers))
+    report = stream.acceptance()
+    assert report["total"]["items"] == 32 and 32 < report["total"]["candidates"] <= 96
+    assert sum(c["candidates"] for c in report["classes"].values()) == report["total"]["candidates"]
+    assert 0 <= report["total"]["failed"] <= 32 and 0 < report["total"]["confidence"] <= 1
+    with pytest.raises(ValueError, match="min_confidence"):
+        SyntheticStream(model, length=8).acceptance()
 
 
 def test_weights_transforms_rejection_and_no_end(model: GLEM, tail: ImageData) -> None:

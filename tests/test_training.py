@@ -176,8 +176,7 @@ def brute_force(
     entropy = torch.stack([each[y == c].mean() for c in y.unique()]).mean()
     if config.repulsion == "kld":
         class_means = torch.stack([sum(kl(a, b) for b in range(k) if b != a) / (k - 1) for a in range(k)]).detach()
-        mean_kld = sum(kl(a, b) for a, b in pairs) / len(pairs)
-        loss = loss / spread(nll) - weight * mean_kld / spread(class_means)
+        loss = loss / spread(nll) - weight * sum(kl(a, b) for a, b in pairs) / (k * d) / spread(class_means)
         return loss + config.beta * entropy * d / spread(nll)
     loss = loss / d + config.beta * entropy
     if config.repulsion == "saturating":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from glem_augment._arguments import DEFAULT_MODES
-from glem_augment._export import PROVENANCE, export_imagefolder
-from glem_augment._manifest import read_manifest
+from glem_augment._export import export_imagefolder
 from glem_augment._sources import SOURCES
 from glem_augment.balance import PerClass, class_counts
 from glem_augment.commands.common import (
@@ -35,7 +32,7 @@ from glem_augment.commands.common import (
     whole,
 )
 from glem_augment.errors import ClassMismatchError
-from glem_augment.hub_dataset import FORMATS, write_dataset
+from glem_augment.hub_dataset import FORMATS, export_shards
 from glem_augment.model import GLEM
 from glem_augment.synthetic import SyntheticDataset
 
@@ -74,6 +71,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0; it goes "
+        "into the provenance",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     parser.add_argument(
         "--block", type=whole(1), default=64, metavar="N", help="images decoded at a time (default: %(default)s)"
@@ -145,12 +148,14 @@ def run(args: argparse.Namespace) -> int:
         max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
     )
     dataset._check_pil()
-    part: Any = _Part(dataset)
+    # Shards have no names for their classes: where they are put beside real ones, the numbers must be the flow's.
+    numbered = args.format == "webdataset" and args.per_class == "balance"
+    part: Any = dataset if numbered else _Part(dataset)
     folder, began = Path(args.out).expanduser(), time.monotonic()
     if args.format == "webdataset":
-        write_shards(part, folder, args.overwrite)
+        export_shards(part, folder, args.overwrite, args.license)
     else:
-        export_imagefolder(part, folder, overwrite=args.overwrite)
+        export_imagefolder(part, folder, overwrite=args.overwrite, license=args.license)
     summary = {
         "out": str(folder),
         "format": args.format,
@@ -206,28 +211,6 @@ def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:
     if not wanted:
         raise ClassMismatchError("--classes names no class; give names or ids with commas between them")
     return sorted({known[name] for name in wanted})
-
-
-def write_shards(dataset: SyntheticDataset, folder: Path, overwrite: bool) -> None:
-    """Write WebDataset shards, card and provenance to ``folder``, in one step at the end.
-
-    Raises:
-        FileExistsError: the folder is not empty, unless it holds such an export and ``overwrite`` is given.
-    """
-    folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    earlier = folder.exists() and any(folder.iterdir())
-    if earlier and not overwrite:
-        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
-    if earlier and (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
-        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-        write_dataset(dataset, Path(place) / "new", folder.name, format="webdataset")
-        if folder.exists():
-            os.replace(folder, Path(place) / "old")
-        os.replace(Path(place) / "new", folder)
 
 
 def _check_together(args: argparse.Namespace) -> None:

@@ -126,6 +126,13 @@ def run(args: argparse.Namespace) -> int:
         _refuse_earlier_run(out)
     view = {**_VIEW, **view}
     name = view["method"]
+    # First of all: its images' size and bits are those of the run, unless others are asked for.
+    init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
+    if init_model is not None:
+        settings.setdefault("bits", init_model.bits)
+        channels, *side = init_model.image_shape
+        view["image_size"] = view["image_size"] or side
+        view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
     # Settings that make no sense are found out before the data is opened.
     config = TrainConfig.from_dict(settings) if name is None else METHODS[name].config(**settings)
     size = _size(view["image_size"])
@@ -134,7 +141,6 @@ def run(args: argparse.Namespace) -> int:
     if name is not None:
         ready = prepare(name, data, **settings)
         data, config, codes = ready.data, ready.config, ready.codes
-    init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
     trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
@@ -226,6 +232,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
     """What is about to be trained, for people."""
     model, split, config = trainer.model, trainer.split, trainer.config
     channels, height, width = model.image_shape
+    parameters = sum(p.numel() for p in model.flow.parameters())
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     rows = [
         (
@@ -234,7 +241,10 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ),
         *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
-        ("flow", f"{config.preset}, {sum(p.numel() for p in model.flow.parameters()):,} parameters, {model.bits} bits"),
+        (
+            "flow",
+            f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits",
+        ),
         ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),
         (
             "steps",

@@ -212,7 +212,7 @@ def train_classifier(
 
     Args:
         data: images uint8 [N,C,H,W] and labels int64 [N]; or a function of the epoch giving such a pair, of one length,
-            for sets that are generated anew or do not fit in memory. Normalisation comes from the first 10,000 images.
+            for sets that are generated anew or do not fit in memory. Normalisation comes from 10,000 images.
         num_classes: K.
         recipe: all settings.
 
@@ -226,7 +226,7 @@ def train_classifier(
     x, y = _checked(epoch_data(0), num_classes)
     torch.manual_seed(recipe.seed)
     model = Classifier(recipe.arch, tuple(x.shape[1:]), num_classes)
-    pixels = x[:10_000].float() / 255
+    pixels = x[torch.linspace(0, len(x) - 1, min(len(x), 10_000)).long()].float() / 255  # often sorted by class
     model.mean.copy_(pixels.mean((0, 2, 3), keepdim=True))
     model.std.copy_(pixels.std((0, 2, 3), keepdim=True).clamp_min(1e-3))
     model = model.to(device, memory_format=torch.channels_last)
@@ -265,8 +265,10 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     if recipe.optimizer == "sgd":
         sgd = torch.optim.SGD(model.parameters(), recipe.lr / 100, momentum=0.9, weight_decay=recipe.weight_decay)
-        # Starts at a hundredth of the peak, the paper's 1e-3 and 0.1.
-        return sgd, torch.optim.lr_scheduler.OneCycleLR(sgd, recipe.lr, total_steps=steps, div_factor=100)
+        # Starts at a hundredth of the peak, the paper's 1e-3 and 0.1; the momentum stays 0.9.
+        return sgd, torch.optim.lr_scheduler.OneCycleLR(
+            sgd, recipe.lr, total_steps=steps, div_factor=100, cycle_momentum=False
+        )
     adam = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     warmup = max(1, steps // 20)
 

@@ -44,7 +44,7 @@ _FINGERPRINT_IMAGES = 16
 # Settings that do not change what is learned may differ between the two halves of a run; of these, some change the
 # order of additions, and with it the last bits.
 _LAST_BITS = ("threads", "memory", "compile")
-_FREE = {
+FREE = {
     "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS
 }  # fmt: skip
 # What glem_augment.io.atomic_write leaves behind when its process is killed.
@@ -239,7 +239,7 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str
         then = TrainConfig.from_dict(checkpoint.config).to_dict()
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{checkpoint.path} holds settings that this version can't use: {error}") from None
-    changed = [key for key in now if key not in _FREE and then[key] != now[key]]
+    changed = [key for key in now if key not in FREE and then[key] != now[key]]
     if changed:
         pairs = ", ".join(f"{key}: {then[key]!r} then, {now[key]!r} now" for key in changed)
         raise TrainingError(f"{folder} holds a run with other settings ({pairs}); use the same or another folder")

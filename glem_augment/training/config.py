@@ -46,10 +46,11 @@ class TrainConfig:
     - M-step on the Gaussians: the same, plus repulsion (Eq. 5) weighted by an annealed ``kld_weight``.
 
     ``repulsion="kld"`` combines range-normalised gradients as the authors do,
-    ``mean NLL / R_nf - lambda * mean KLD / R_kld`` with ``R = max - min + 0.2 (|max| + |min|)`` over the per-sample
-    NLLs and over the classes' mean KLDs (both R without gradient), so lambda is a ratio of pulls and not the weight
-    of Eq. 5 taken literally, which is unbounded below beyond about 1/2. ``"saturating"`` replaces each pair's KLD by
-    ``t (1 - exp(-KLD / t))``, t = ``saturation`` * d nats, and is bounded for any weight.
+    ``mean NLL / R_nf - lambda * sum KLD / (K d R_kld)``, the sum over ordered pairs of classes, with
+    ``R = max - min + 0.2 (|max| + |min|)`` over the per-sample NLLs and over the classes' mean KLDs in nats (both R
+    without gradient), so lambda is a ratio of pulls and not the weight of Eq. 5 taken literally, which is unbounded
+    below beyond about 1/2. ``"saturating"`` replaces each pair's KLD by ``t (1 - exp(-KLD / t))``,
+    t = ``saturation`` * d nats, and is bounded for any weight.
 
     Attributes:
         preset, flow_options: size of the flow, and numbers of the preset to change.
@@ -79,7 +80,8 @@ class TrainConfig:
         learn_mu, learn_sigma: which parameters of the Gaussians the M-step may change.
         freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all data.
         refit_steps: Adam steps on the Gaussians after the last E-step, on the latents of all training images under the
-            averaged flow; the averaging has moved the latents a little. By default 200 for "hybrid", else 0.
+            averaged flow; the averaging has moved the latents a little. By default 200 for "hybrid", else 0. With the
+            likelihood alone ("mle"), any number above 0 is its maximum in closed form.
         refit_beta: beta of that refit, by default the run's. Its images have been seen by the flow, so less is better.
         mean_init: means at the start: "class_means" of the initial latents, "random" (``mean_init_std``) or "zeros".
             A run that starts from a fitted model takes its Gaussians where the classes are the same, else fits them to

@@ -71,6 +71,19 @@ class LatentStatistics:
         per_class = 0.5 * (var.log() + spread / var).sum(1) + 0.5 * self.dim * math.log(2 * math.pi)
         return per_class[present].mean()
 
+    @torch.no_grad()
+    def most_likely(self, gaussians: ClassGaussians, mu: bool = True, variance: bool = True) -> None:
+        """Set the means and variances, those that are asked for, to their maximum of ``balanced_nll``, as far as psi
+        and the lower bound allow. Classes without images stay as they are."""
+        rows = self.count > 0
+        n = self.count[rows][:, None]
+        mean, square = self.total[rows] / n, self.square[rows] / n
+        if mu:
+            gaussians.mu[rows] = mean.to(gaussians.mu.dtype)
+        if variance:
+            about = gaussians.mu[rows].double()
+            gaussians.set_variance((square - 2 * about * mean + about * about).clamp_min(0), rows)
+
 
 def value_range(low: float, high: float) -> float:
     """R = max - min + 0.2 (|max| + |min|), the authors' normaliser."""
@@ -98,7 +111,8 @@ def m_step_loss(
         spread = value_range(float(means.min()), float(means.max()))
         # Identical Gaussians: neither a gradient nor a range, so this step is the likelihood's alone.
         if repel and spread > 1e-9 * dim:
-            loss = loss - kld_weight * gaussians.kld_sum().double() / (k * (k - 1)) / spread
+            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
+            loss = loss - kld_weight * gaussians.kld_sum().double() / (k * dim) / spread
     else:
         unit = float(dim)
         loss = nll / unit

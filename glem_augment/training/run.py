@@ -208,6 +208,7 @@ class Run:
                 for key in ("val_images", "val_accuracy", "val_bits_per_dim")
                 if key in final
             },
+            **({} if trainer.init_from is None else {"init_from": trainer.init_from}),
             "bad_steps": trainer.bad_steps,
             "rollbacks": trainer.rollbacks,
         }

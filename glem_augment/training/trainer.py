@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
+from glem_augment.hub import weights_sha256
 from glem_augment.model import GLEM
 from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint
 from glem_augment.training.config import TrainConfig
@@ -85,6 +86,9 @@ class Trainer:
             data.targets, k, config.g_fraction, config.val_fraction, config.val_max, config.seed
         )
         self.model = self._new_model(init_model).to(self.device)
+        self.init_from = None  # for the record
+        if init_model is not None:
+            self.init_from = {"weights_sha256": weights_sha256(init_model), "origin": init_model.origin}
         self.fingerprint = data_fingerprint(data)
         self.checkpoints = Checkpoints(self.out)
         checkpoint = self._open_folder(resume)
@@ -93,8 +97,9 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self.m_total = config.m_rounds * config.epochs
         self.m_rates = m_learning_rates(config, self.m_total * config.m_steps)
-        # Learned jointly, the Gaussians need no images of their own.
-        self.frozen_from = 0 if config.joint else math.ceil(config.freeze_gaussians_at * config.epochs)
+        # Learned jointly, or not at all, the Gaussians need no images of their own.
+        m_steps = not config.joint and (config.learn_mu or config.learn_sigma)
+        self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs) if m_steps else 0
         if checkpoint is None:
             # Before the optimizer and the average are made: both start from the initialised weights.
             self._initialise(init_model)
@@ -268,13 +273,17 @@ class Trainer:
         gaussians.project()
 
     def refit(self, model: GLEM) -> None:
-        """``refit_steps`` of Adam on the Gaussians, on latents of all training images under ``model``'s flow."""
+        """The Gaussians once more, for latents of all training images under ``model``'s flow: ``refit_steps`` of Adam,
+        or in closed form where the loss is the likelihood alone."""
         config = replace(self.config, beta=self.config.refit_beta)
         if not config.refit_steps or not (config.learn_mu or config.learn_sigma):
             return
         rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
         rows = np.sort(rows[: max(1, _REFIT_NUMBERS // model.dim)])
         statistics = self._latent_pass(self.m_total, rows, keep=bool(config.beta), model=model)
+        if not config.beta and (config.repulsion == "none" or not self.kld_weight()):
+            statistics.most_likely(self.model.gaussians, config.learn_mu, config.learn_sigma)
+            return
         self.m_optimizer.state.clear()
         for step in tqdm(range(config.refit_steps), desc="refit", disable=not self.progress, dynamic_ncols=True):
             for group in self.m_optimizer.param_groups:
