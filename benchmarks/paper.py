@@ -17,6 +17,7 @@ second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -72,7 +73,12 @@ def main() -> int:
     args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's)")
     args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
     args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")
-    args.add_argument("--other", metavar="FOLDER", help="images of another kind, for trust (an ImageFolder with val/)")
+    args.add_argument(
+        "--other",
+        metavar="FOLDER",
+        help="images of another kind, for trust: an ImageFolder with "
+        "val/ (default: imagenette128 in $GLEM_DATA, where it is)",
+    )
     args.add_argument("--max-minutes", type=float, help="stop after that long, with exit status 75")
     args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = args.parse_args()
@@ -89,6 +95,9 @@ def main() -> int:
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     lab = Lab(scale, args.scale, args.work, args.device, until)
     lab.options = [f"--data {text}" for text in args.data]
+    other = Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"
+    if args.other is None and other.is_dir():
+        args.other = str(other)
     tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
     seeds = args.seeds or scale.seeds
     try:

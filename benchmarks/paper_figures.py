@@ -16,6 +16,7 @@ from glem_augment.codes import ClassCodes
 from glem_augment.evaluation import Classifier
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.io import write_json
+from glem_augment.pixels import in_range
 from glem_augment.training import TrainConfig
 from glem_augment.training.mstep import LatentStatistics, m_step_loss
 from glem_augment.training.optim import gaussian_optimizer
@@ -45,6 +46,7 @@ def run_figures(lab: Lab, scale: str, out: Path) -> None:
     facts: dict[str, Any] = {"figure2": losses_in_two_dimensions(folder / f"figure2.{scale}.png")}
     psi_and_codes(lab, folder / f"figure3.{scale}.png")
     facts["figure4"] = interpolations(lab, folder / f"figure4.{scale}.png")
+    pairwise_interpolations(lab, folder / f"figure5.{scale}.png")
     augmented_pictures(lab, folder / f"figure6.{scale}.png")
     write_json(out / f"figures.{scale}.json", facts)
     print(f"figures in {folder}", flush=True)
@@ -149,7 +151,7 @@ def _show(axis: Any, image: Tensor) -> None:
     axis.set_axis_off()
 
 
-# ---- Figures 4 and 5: interpolations, and how sure the oracle is along them ----------------------------------------
+# ---- Figure 4: interpolations, and how sure the oracle is along them; Figure 5: between four images ----------------
 
 
 @torch.no_grad()
@@ -201,6 +203,26 @@ def interpolations(lab: Lab, path: Path) -> dict[str, list[float]]:
     curve.legend(fontsize=7)
     _save(figure, path)
     return facts
+
+
+@torch.no_grad()
+def pairwise_interpolations(lab: Lab, path: Path, side: int = 7) -> None:
+    """Test images of four classes at the corners; between them, decoded, the bilinear mixtures of their latents."""
+    _, test = lab.data("main")
+    model = lab.flow(Cell("GLEM", "main", "glem", ()), 0).model
+    x, y = test.tensor(), torch.from_numpy(test.targets)
+    classes = torch.linspace(0, len(test.classes) - 1, 4).long().tolist()
+    corners = torch.stack([x[int((y == c).nonzero()[0])] for c in classes])
+    z = model.encode(corners.to(model.device))[0]
+    down, right = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    weights = torch.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], dim=-1)
+    images = in_range(model.decode(weights.view(-1, 4).to(z) @ z)).cpu()
+    figure, axes = _plots().subplots(side, side, figsize=(side, side))
+    for axis, image in zip(axes.flat, images, strict=True):
+        _show(axis, (image * 255).round().to(torch.uint8))
+    for axis, c in ((axes[0, 0], 0), (axes[0, -1], 1), (axes[-1, 0], 2), (axes[-1, -1], 3)):
+        axis.set_title(test.classes[classes[c]], fontsize=8)
+    _save(figure, path)
 
 
 # ---- Figure 6: augmented pictures ----------------------------------------------------------------------------------

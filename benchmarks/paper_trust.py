@@ -52,7 +52,7 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None) ->
                     found = lab.kept(fitted, f"memory {source} {about}", partial(_memorisation, lab, drawn, seed))
                     for metric, value in found.items():
                         rows.append({**row(0, cell, data, metric, seed, value, fitted.weights), "table": "trust"})
-                about = version_of(lab.scale.measured, other)
+                about = version_of(lab.scale.measured, other and Path(other).name)
                 for metric, value in lab.kept(
                     fitted, f"ood {about}", partial(_detection, lab, cell, seed, other)
                 ).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,15 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
     """`value` as a float; TypeError if it is no number, ValueError outside [low, high] (or (low, high])."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's numbers too
         raise TypeError(f"{name} must be a number, got {value!r}")
+    value = float(value)
     inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
     if not inside:
         if high < math.inf:
             raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
         raise ValueError(f"{name} must be finite and {'above' if open_low else 'at least'} {low:g}, got {value!r}")
-    return float(value)
+    return value
 
 
 def check_class_map(
@@ -106,7 +108,7 @@ def check_modes(model: GLEM, modes: int) -> ClassModes:
     fitted = model.modes
     if fitted is None:
         raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
-    if isinstance(modes, bool) or not isinstance(modes, int) or not 1 <= modes <= fitted.rank:
+    if isinstance(modes, bool) or not isinstance(modes, numbers.Integral) or not 1 <= modes <= fitted.rank:
         raise ValueError(
             f"modes must be an int from 1 to {fitted.rank}, the modes stored with the model; got {modes!r} "
             "(for more: model.fit_modes(data, rank=...))"

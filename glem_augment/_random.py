@@ -9,6 +9,7 @@ does not meet the draws of its first epoch again, even where torch's own seed, a
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,9 @@ class RandomState:
     def __init__(self, seed: int | None) -> None:
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        elif isinstance(seed, bool) or not isinstance(seed, int):
+        elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an int or None, got {seed!r}")
-        self.seed = seed
+        self.seed = int(seed)
         self.calls = 0
         self._in_workers = shared_counts()
         self._sender = 0  # rank of the process that sent this copy: a worker that is started anew knows no rank

@@ -175,7 +175,8 @@ class PixelAdapter:
         same_size = original.shape[2:] == decoded.shape[2:]
         same_channels = original.shape[1] == decoded.shape[1]
         if same_size and same_channels:
-            return decoded
+            # What the flow does not see, such as RandomErasing's N(0, 1), stays.
+            return decoded if self.mean is None else decoded + (original - small.flow[:n])
         own = small.own[:n]
         change = decoded - small.flow[:n]
         if not same_channels:

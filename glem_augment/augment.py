@@ -159,6 +159,7 @@ class GLEMAugment(PlugIn, nn.Module):
         self.rescale, self.bank = rescale, bank
         self.modes = default_modes(model) if modes is None else modes
         check_modes(model, self.modes)
+        self.modes = int(self.modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
             raise ValueError("partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'")
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)

@@ -59,8 +59,9 @@ def is_structure(x: Any, y: Any) -> bool:
     """Whether the arguments of a call are one of torchvision's structures rather than a plain batch and its labels."""
     if y is None or isinstance(x, tv_tensors.TVTensor):
         return True
-    # One image out of a data set.
-    return isinstance(x, Tensor) and x.ndim == 3 and (isinstance(y, int) or (isinstance(y, Tensor) and y.ndim == 0))
+    # One image out of a data set, with a number or a soft label [K'].
+    single = isinstance(y, int) or (isinstance(y, Tensor) and (y.ndim == 0 or (y.ndim == 1 and y.is_floating_point())))
+    return isinstance(x, Tensor) and x.ndim == 3 and single
 
 
 def augment_sample(aug: GLEMAugment, sample: Any, labels_getter: str | Callable[[Any], Any] = "default") -> Any:

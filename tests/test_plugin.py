@@ -594,3 +594,20 @@ def test_modules_that_sleep_are_not_woken(model: GLEM) -> None:
     net[1].eval()
     choose_strength(make(model, policy="noise"), net, [(images(6) / 255, labels(6))], strengths=(0.5,))
     assert net.training and net[2].training and not net[1].training
+
+
+def test_numpys_numbers_and_one_image_with_a_soft_label(model: GLEM) -> None:
+    aug = GLEMAugment(model, p=np.float32(1.0), strength=np.float64(0.5), modes=np.int64(8), seed=np.int32(4))
+    assert repr(aug) == repr(GLEMAugment(model, p=1.0, strength=0.5, modes=8, seed=4))
+    image, label = aug(images(1)[0], F.one_hot(torch.tensor(1), 3).float())
+    assert image.shape == (3, 8, 8) and label.shape == (3,)
+    with pytest.raises(ValueError, match="4 dimensions|B, C, H, W"):
+        aug(images(3)[:, 0], labels(3))
+
+
+def test_what_the_flow_cannot_see_stays(model: GLEM) -> None:
+    """RandomErasing fills with N(0, 1) after normalisation: far out of what a flow takes."""
+    x = (images(4) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    x[:, :, :4, :4] = 4.0 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    aug = make(model, policy="noise", strength=0.0, mean=MEAN, std=STD)
+    assert torch.allclose(aug(x, labels(4))[0], x, atol=1e-4)
