@@ -17,6 +17,7 @@ second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -42,10 +43,8 @@ _TABLES = [str(n) for n in TITLES]
 _OTHERS = ("claims", "figures", "trust", "pareto")
 
 
-def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path) -> None:
+def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path, command: str) -> None:
     """Measure what is missing, and write the table once it is whole: an earlier one stays until then."""
-    # Folders of this machine, and how often the run was stopped, are no part of the result.
-    command = " ".join([f"python benchmarks/paper.py {table} --scale {name} --seeds {seeds}", *lab.options])
     cells = cells_of(table, scale.sizes)
     rows: list[dict[str, Any]] = []
     oracles: dict[str, float] = {}
@@ -63,6 +62,12 @@ def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Pa
 def _short(spec: str) -> str:
     """A data set's name for titles and files: the end of its path, or what it is called."""
     return re.sub(r"[^\w.]+", "_", spec.rstrip("/").rsplit("/", 1)[-1]) or "data"
+
+
+def _place(text: str) -> str:
+    """Part of a file's name for ROLE=SPEC: which data, in whose place."""
+    role, _, spec = text.partition("=")
+    return f"{role}-{_short(spec)}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"
 
 
 def main() -> int:
@@ -91,18 +96,19 @@ def main() -> int:
             raise SystemExit(f"--data takes main=SPEC or second=SPEC, got {text!r}")
         scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec, name=_short(spec))})
     # Other images get files of their own.
-    name = "-".join([args.scale, *(_short(text.partition("=")[2]) for text in args.data)])
+    name = "-".join([args.scale, *(_place(text) for text in args.data)])
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     lab = Lab(scale, args.scale, args.work, args.device, until)
-    lab.options = [f"--data {text}" for text in args.data]
     other = Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"
     if args.other is None and other.is_dir():
         args.other = str(other)
     tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
     seeds = args.seeds or scale.seeds
+    # Folders of this machine, and how often the run was stopped, are no part of the result.
+    options = " ".join([f"--scale {args.scale} --seeds {seeds}", *(f"--data {text}" for text in args.data)])
     try:
         for table in tables:
-            run_table(int(table), scale, name, lab, seeds, args.out)
+            run_table(int(table), scale, name, lab, seeds, args.out, f"python benchmarks/paper.py {table} {options}")
         if "trust" in args.tables:
             run_trust(lab, name, args.out, seeds, args.other)
         if "pareto" in args.tables:

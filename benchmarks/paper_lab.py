@@ -84,7 +84,6 @@ class Lab:
 
     def __init__(self, scale: Scale, name: str, work: Path, device: str, until: float | None = None) -> None:
         self.scale, self.work, self.device, self.until = scale, work / name, torch.device(device), until
-        self.options: list[str] = []  # of the command, for those who want to run it again
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
         self._oracles: dict[str, Classifier] = {}
         self._real: dict[str, tuple[Tensor, Tensor]] = {}

@@ -95,6 +95,8 @@ def export_imagefolder(
     wanted = {**_provenance(dataset, names), "license": licence_note(license)}
     journal = Journal(folder, wanted)
     old = _prepare(folder, names, wanted, overwrite)
+    if license is None and old is not None and isinstance(old.get("license"), str):
+        wanted["license"] = old["license"]  # stated when it was begun
     threads = min(8, os.cpu_count() or 1)
     kept = _kept(folder, names, dataset, [*shards_of(old), *journal.read()] if old is not None else [], threads)
     blocks = [

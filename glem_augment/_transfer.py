@@ -107,18 +107,26 @@ class PixelAdapter:
         normalised."""
         assert self.mean is not None and self.std is not None
         low, high = (float(v) for v in torch.aminmax(x.detach().float()))
-        # RandomErasing fills with N(0, 1), which is further out than any image.
-        if not (low * max(self.std) + min(self.mean) >= -4 and high * max(self.std) + min(self.mean) <= 5):
+        outside = min(low * s + m for s, m in self._scales()) < -1 or max(high * s + m for s, m in self._scales()) > 2
+        # RandomErasing fills with N(0, 1): beyond any image's range, but not by this much.
+        if not (-10 <= low and high <= 10) and (outside or low != low or high != high):
             raise ValueError(
                 f"with mean and std, images must be normalised by them, got values from {low:.4g} to {high:.4g}; for "
                 "images in [0, 1] leave mean and std out, for 0 to 255 give uint8"
             )
-        if x.numel() >= 1000 and low >= 0 and high <= 1 and high > low:
+        changes = min(self.mean) > 0 or max(self.std) < 1  # mean 0 and std 1 leave images as they are
+        if changes and x.numel() >= 1000 and low >= 0 and high <= 1 and high > low:
             warnings.warn(
                 f"mean and std are given, but the images look as if they were in [0, 1] still ({low:.3g} to "
                 f"{high:.3g}): then leave mean and std out, or all moves are too large",
                 stacklevel=4,
             )
+
+    def _scales(self) -> list[tuple[float, float]]:
+        """(std, mean) of each channel, or of all."""
+        assert self.mean is not None and self.std is not None
+        n = max(len(self.mean), len(self.std))
+        return [(self.std[i % len(self.std)], self.mean[i % len(self.mean)]) for i in range(n)]
 
     def to_unit(self, x: Tensor) -> Tensor:
         """Images as float32 (float64 if they were) in [0, 1], a little outside where the input was.

@@ -426,7 +426,9 @@ class GLEMAugment(PlugIn, nn.Module):
 
     def _counters(self) -> list[int]:
         totals = torch.tensor(self._carried)
-        for tables in self._tables.values():
+        for device, tables in self._tables.items():
+            if device.type != "cpu" and get_worker_info() is not None:
+                continue  # the main process's, which a forked worker can't read
             totals = totals + tables.counters.cpu()
         return totals.tolist()
 

@@ -106,7 +106,11 @@ class SyntheticStream(IterableDataset):
         self._epochs.fill_(epoch)
 
     def __len__(self) -> int:
-        """Images per epoch on this rank, which is what a DataLoader's length and a schedule go by."""
+        """Images per epoch on this rank.
+
+        Each worker ends with a batch of its own that may be short, so a DataLoader's length is exact with at most one
+        worker, or where every worker has whole batches; it may give up to as many batches more as there are workers.
+        """
         if self.length is None:
             raise TypeError("this SyntheticStream has no end, and so no length: give length=")
         return -(-self.length // self._place()[1])
@@ -118,6 +122,12 @@ class SyntheticStream(IterableDataset):
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is started anew, rather than forked, is not part of the process group.
         return {**self.__dict__, "world": self._place() if _ranks() > 1 else self.world}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # They are shared already in a worker; in a copy or out of a file they are not.
+        self._epochs.share_memory_()
+        self._judged.share_memory_()
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         info = get_worker_info()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -358,6 +359,12 @@ def test_ranks_share_a_stream_out(model: GLEM) -> None:
         loader = DataLoader(streams[1], batch_size=None, num_workers=workers)
         streams[1].set_epoch(0)
         assert as_rows(loader) == parts[1]
+
+
+def test_a_copy_of_a_stream_counts_epochs_in_workers_too(model: GLEM) -> None:
+    stream = copy.deepcopy(SyntheticStream(model, length=16, block=8))
+    loader = DataLoader(stream, batch_size=None, num_workers=1)
+    assert not as_rows(loader) & as_rows(loader)
 
 
 def test_workers_that_are_started_anew_know_their_rank(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from glem_augment.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig, Trainer, statefile
 from glem_augment.training import run as run_module
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, load_checkpoint
+from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, check_same_run, load_checkpoint
 from glem_augment.training.image_ops import augment_batch
 from glem_augment.training.mstep import (
     LatentStatistics,
@@ -904,3 +906,41 @@ def test_beta_is_annealed_geometrically_over_the_last_part(tmp_path: Path) -> No
     for share, want in shares.items():
         trainer.step = share * trainer.total_steps
         assert trainer.beta() == pytest.approx(want)
+
+
+def test_likelihood_alone_ends_at_its_maximum(tmp_path: Path) -> None:
+    """Baseline 2: per class the mean and variance of the latents, as far as the lower bound allows."""
+    trainer = tiny_trainer(tmp_path / "run", objective="mle", psi=None, refit_steps=1, modes_rank=0)
+    model = trainer.fit()
+    rows = np.concatenate([trainer.split.nf, trainer.split.g])
+    statistics = trainer._latent_pass(trainer.m_total, np.sort(rows), keep=False, model=model)
+    best = float(statistics.balanced_nll(model.gaussians))
+    mean = (statistics.total / statistics.count[:, None]).float()
+    torch.testing.assert_close(model.gaussians.mu, mean)
+    for shift in (0.02, -0.02):
+        moved = copy.deepcopy(model.gaussians)
+        with torch.no_grad():
+            moved.mu += shift
+        assert float(statistics.balanced_nll(moved)) > best
+        moved = copy.deepcopy(model.gaussians)
+        with torch.no_grad():
+            moved.set_variance(moved.variance() * (1 + shift))
+        assert float(statistics.balanced_nll(moved)) >= best
+
+
+def test_flows_of_fixed_gaussians_see_all_images(tmp_path: Path) -> None:
+    fixed = tiny_trainer(tmp_path / "a", objective="mle", learn_mu=False, learn_sigma=False)
+    assert fixed.frozen_from == 0 and tiny_trainer(tmp_path / "b").frozen_from > 0
+
+
+def test_a_run_of_other_rules_is_not_gone_on_with(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run")
+    trainer.save_checkpoint()
+    checkpoint = trainer.checkpoints.load()
+    old = replace(checkpoint, facts={key: value for key, value in checkpoint.facts.items() if key != "rules"})
+    check_same_run(checkpoint, trainer.config, trainer.fingerprint, "data")
+    with pytest.raises(TrainingError, match="another version"):
+        check_same_run(old, trainer.config, trainer.fingerprint, "data")
+    free = TrainConfig.from_dict({**trainer.config.to_dict(), "objective": "hybrid", "repulsion": "none"})
+    loose = replace(old, facts={**old.facts, "config": free.to_dict()})
+    check_same_run(loose, free, trainer.fingerprint, "data")

@@ -131,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
         channels, *side = init_model.image_shape
-        view["image_size"] = view["image_size"] or side
+        name = view["method"]
+        if name is None or not METHODS[name].codes:  # with codes its images have more rows than the data's
+            view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
     # Settings that make no sense are found out before the data is opened.
     config = TrainConfig.from_dict(settings) if name is None else METHODS[name].config(**settings)

@@ -47,6 +47,9 @@ _LAST_BITS = ("threads", "memory", "compile")
 FREE = {
     "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS
 }  # fmt: skip
+# What the steps of the same settings are. Since 2: the sum of the KLDs is divided by K d rather than by the number of
+# pairs, and a flow whose Gaussians are fixed trains on all images from the start.
+RULES = 2
 # What glem_augment.io.atomic_write leaves behind when its process is killed.
 _LEFT_OVER = re.compile(
     r"\.(checkpoint|metrics|model|config|run|skipped|codes|curves|epoch_\d+)\..*\.\d+-[0-9a-f]+\.tmp"
@@ -243,6 +246,12 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str
     if changed:
         pairs = ", ".join(f"{key}: {then[key]!r} then, {now[key]!r} now" for key in changed)
         raise TrainingError(f"{folder} holds a run with other settings ({pairs}); use the same or another folder")
+    fixed = not (config.learn_mu or config.learn_sigma)
+    if checkpoint.facts.get("rules", 1) != RULES and (config.repulsion == "kld" or fixed):
+        raise TrainingError(
+            f"{folder} holds a run of another version, whose steps were other ones with these settings; start again in "
+            "another folder"
+        )
     for key in _LAST_BITS:
         if then[key] != now[key]:
             warnings.warn(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.errors import TrainingError
-from glem_augment.training.checkpoint import Checkpoint
+from glem_augment.training.checkpoint import RULES, Checkpoint
 from glem_augment.training.optim import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts = {
         "config": trainer.config.to_dict(),
         "fingerprint": trainer.fingerprint,
+        "rules": RULES,
         **{name: getattr(trainer, name) for name in _COUNTERS},
         "lr_scale": trainer.lr_scale,
         "epoch_loss": list(trainer.epoch_loss),

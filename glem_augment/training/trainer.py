@@ -279,9 +279,11 @@ class Trainer:
         if not config.refit_steps or not (config.learn_mu or config.learn_sigma):
             return
         rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
-        rows = np.sort(rows[: max(1, _REFIT_NUMBERS // model.dim)])
-        statistics = self._latent_pass(self.m_total, rows, keep=bool(config.beta), model=model)
-        if not config.beta and (config.repulsion == "none" or not self.kld_weight()):
+        exact = config.objective == "mle"
+        if not exact:
+            rows = rows[: max(1, _REFIT_NUMBERS // model.dim)]
+        statistics = self._latent_pass(self.m_total, np.sort(rows), keep=bool(config.beta), model=model)
+        if exact:
             statistics.most_likely(self.model.gaussians, config.learn_mu, config.learn_sigma)
             return
         self.m_optimizer.state.clear()
