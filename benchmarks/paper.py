@@ -110,9 +110,9 @@ def main() -> int:
         for table in tables:
             run_table(int(table), scale, name, lab, seeds, args.out, f"python benchmarks/paper.py {table} {options}")
         if "trust" in args.tables:
-            run_trust(lab, name, args.out, seeds, args.other)
+            run_trust(lab, name, args.out, seeds, args.other, f"python benchmarks/paper.py trust {options}")
         if "pareto" in args.tables:
-            run_pareto(lab, name, args.out, seeds)
+            run_pareto(lab, name, args.out, seeds, f"python benchmarks/paper.py pareto {options}")
         if "figures" in args.tables:
             run_figures(lab, name, args.out)
     except TimeUpError as stop:

@@ -31,7 +31,7 @@ CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 }
 
 
-def run_pareto(lab: Lab, scale: str, out: Path, seeds: int) -> None:
+def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: str) -> None:
     """Measure all points and write ``pareto.<scale>.json``, ``.md`` and ``.png`` after each."""
     rows: list[dict[str, Any]] = []
     for role in ("main", "second"):
@@ -51,7 +51,7 @@ def run_pareto(lab: Lab, scale: str, out: Path, seeds: int) -> None:
                         )
                     print(f"pareto, seed {seed}, {data}, {label}: NF-A {values['NF-A']:.4g}", flush=True)
                     path = out / f"pareto.{scale}.json"
-                    write_rows(path, "NF accuracy against bits/dim and FID, equal training steps", rows)
+                    write_rows(path, "NF accuracy against bits/dim and FID, equal training steps", rows, command)
                     plot(rows, path.with_suffix(".png"))
 
 

@@ -75,10 +75,8 @@ def markdown(
         if role in oracles:
             lines += ["", f"Oracle: {100 * oracles[role]:.2f} % on the real test images."]
         lines.append("")
-    about = machine()
-    versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
     lines += [
-        f"{about['accelerator'] or about['processor']}, {about['threads']} CPU threads; {versions}.",
+        _machine(),
         f"FID and Cov: oracle features, at most {scale.measured} generated and real test images, "
         f"k = {scale.neighbours}. All flows: {_flow(scale.flow)}.",
         "; ".join(
@@ -106,14 +104,20 @@ def values_of(rows: list[dict[str, Any]], method: str, data: str, setting: str, 
     return [r["value"] for r in rows if (r["method"], r["data_set"], r["setting"], r["metric"]) == key]
 
 
+def _machine() -> str:
+    about = machine()
+    versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
+    return f"{about['accelerator'] or about['processor']}, {about['threads']} CPU threads; {versions}."
+
+
 def _flow(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("modes_rank", "sample_every"))
 
 
-def write_rows(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
     """Rows that stand in no table of the paper: JSON, and Markdown with a line per method and a column per metric."""
     write_json(path, rows)
-    lines = [f"# {title}", ""]
+    lines = [f"# {title}", "", f"`{command}`", ""]
     for data in dict.fromkeys(r["data_set"] for r in rows):
         chosen = [r for r in rows if r["data_set"] == data]
         metrics = list(dict.fromkeys(r["metric"] for r in chosen))
@@ -126,5 +130,7 @@ def write_rows(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
                 line.append(f"{statistics.mean(found):.4g}{spread}" if found else "")
             lines.append("| " + " | ".join(line) + " |")
         lines.append("")
+    seeds = sorted({r["seed"] for r in rows})
+    lines += [f"{_machine()} Seeds {', '.join(map(str, seeds))}; data and flows as in the tables of this scale.", ""]
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write("\n".join(lines))

@@ -37,7 +37,7 @@ def _outside(x: Tensor, role: str, other: str | None) -> dict[str, Tensor]:
     return sets
 
 
-def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None) -> None:
+def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None, command: str) -> None:
     """Measure every flow on both data sets and write ``trust.<scale>.json`` and ``.md`` after each."""
     rows: list[dict[str, Any]] = []
     for role in ("main", "second"):
@@ -57,7 +57,7 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None) ->
                     fitted, f"ood {about}", partial(_detection, lab, cell, seed, other)
                 ).items():
                     rows.append({**row(0, cell, data, metric, seed, value, fitted.weights), "table": "trust"})
-                write_rows(out / f"trust.{scale}.json", "Out-of-distribution detection and memorisation", rows)
+                write_rows(out / f"trust.{scale}.json", "Out-of-distribution detection and memorisation", rows, command)
                 print(f"trust, seed {seed}, {data}, {label}", flush=True)
 
 
