@@ -410,7 +410,7 @@ def test_export_protects_what_is_there(model: GLEM, tmp_path: Path) -> None:
     assert own.read_bytes() == b"the user's own"
     with pytest.raises(FileExistsError, match="is a file"):
         data.export(own, progress=False)
-    with pytest.raises(ValueError, match="'imagefolder'; got 'wds'"):
+    with pytest.raises(ValueError, match="'webdataset'; got 'wds'"):
         data.export(tmp_path / "new", format="wds")
     assert not (tmp_path / "new").exists()
 
