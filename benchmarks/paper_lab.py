@@ -55,7 +55,7 @@ def _name(*parts: Any) -> str:
 
 
 def version_of(*parts: Any) -> str:
-    """A name for measurements that depend on ``parts``, another one where the benchmark has changed."""
+    """A name for what depends on ``parts``, another one where the benchmark has changed."""
     return _name(_VERSION, *parts)
 
 
@@ -131,7 +131,7 @@ class Lab:
         """The ResNet18 of the real training set; ``facts["test_accuracy"]``."""
         if role not in self._oracles:
             recipe, spec = self.scale.oracle, self.spec(role)
-            path = self.work / "oracles" / f"{role}-{_name(_VERSION, asdict(recipe), asdict(spec))}.safetensors"
+            path = self.work / "oracles" / f"{role}-{version_of(asdict(recipe), asdict(spec))}.safetensors"
             if not path.exists():
                 self.check_time()
                 train, test = self.data(role)
@@ -164,7 +164,7 @@ class Lab:
         ready = prepare(cell.method, train, **settings)
         # The defaults as well as what was asked for.
         learned = {name: value for name, value in ready.config.to_dict().items() if name not in FREE}
-        label = _name(_VERSION, learned, asdict(self.spec(cell.data)))
+        label = version_of(learned, asdict(self.spec(cell.data)))
         folder = self.work / "flows" / f"{cell.data}-{cell.method}-{label}"
         if not (folder / "finished.json").exists():
             self.check_time()
@@ -273,7 +273,7 @@ class Lab:
             "Agree": (sampling, scale.measured),
             "rho-distance": asdict(scale.oracle),
         }
-        return f"{group[0]} {_name(_VERSION, about[group[0]])}"
+        return f"{group[0]} {version_of(about[group[0]])}"
 
     def _measure(self, group: tuple[str, ...], fitted: Fitted, cell: Cell, seed: int) -> dict[str, float]:
         train, test = self.data(cell.data)

@@ -65,12 +65,11 @@ def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, ne
 
 @dataclass
 class ClassTables:
-    """Class lookups, K flow classes and K' data classes, and the counters of a device; -1 = none.
+    """Class lookups, K flow classes and K' data classes; -1 = none.
 
     to_flow [K'], flow class of each data class; to_data [K], the first data class of each flow class; share
     [K'], the part of its flow class's probability that is a data class's; mapped, the data classes that the
-    flow knows; neighbours [K, m], closest flow classes first; counters int64 [3]: replaced, unmapped,
-    invalid.
+    flow knows; neighbours [K, m], closest flow classes first.
     """
 
     to_flow: Tensor
@@ -78,7 +77,6 @@ class ClassTables:
     share: Tensor
     mapped: Tensor
     neighbours: Tensor
-    counters: Tensor
 
     def to(self, device: torch.device) -> ClassTables:
         """The tables on a device."""
@@ -136,4 +134,4 @@ def class_tables(model: GLEM, class_map: tuple[int, ...] | None, neighbours: int
         near = nearest_classes(kld, neighbours, allowed=to_data >= 0)
         if near.shape[1] == 0:
             raise ValueError("partner='near' needs a class_map with at least 2 flow classes: use partner='same'")
-    return ClassTables(to_flow, to_data, share, mapped, near, torch.zeros(3, dtype=torch.int64))
+    return ClassTables(to_flow, to_data, share, mapped, near)

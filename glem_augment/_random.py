@@ -16,13 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-WORKERS = 256  # slots of shared counters; worker w uses slot w mod this
-
-
-def shared_counts(columns: int = 1) -> torch.Tensor:
-    """Zeros int64 [WORKERS, columns] that the workers of a DataLoader add to, each in its own row, and the main process
-    reads."""
-    return torch.zeros(WORKERS, columns, dtype=torch.int64).share_memory_()
+from glem_augment._counts import WorkerCounts
 
 
 def rank(otherwise: int = 0) -> int:
@@ -49,7 +43,7 @@ class RandomState:
             raise TypeError(f"seed must be an int or None, got {seed!r}")
         self.seed = int(seed)
         self.calls = 0
-        self._in_workers = shared_counts()
+        self._in_workers = WorkerCounts()
         self._sender = 0  # rank of the process that sent this copy: a worker that is started anew knows no rank
 
     def generator(self) -> torch.Generator:
@@ -62,13 +56,13 @@ class RandomState:
         )
         self.calls += 1
         if info is not None:
-            self._in_workers[info.id % WORKERS] += 1
+            self._in_workers.own().add_(1)
         # On the CPU a generator takes any 64 bits; the highest one is left out for those that do not.
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
     def state(self) -> dict[str, int]:
         """What `restore` needs."""
-        return {"seed": self.seed, "calls": self.calls + int(self._in_workers.sum())}
+        return {"seed": self.seed, "calls": self.calls + int(self._in_workers.total())}
 
     def restore(self, state: dict[str, int]) -> None:
         """Go on where the state was taken; ValueError for what is no such state."""
@@ -77,11 +71,7 @@ class RandomState:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"a random state has whole numbers 'seed' and 'calls', got {state!r}") from None
         self.seed, self.calls = seed, calls
-        self._in_workers.zero_()
+        self._in_workers.rows.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sender": rank(self._sender)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._in_workers.share_memory_()  # it is already in a worker; in a copy or out of a file it is not

@@ -89,18 +89,17 @@ class PixelAdapter:
             for name, values in (("mean", self.mean), ("std", self.std)):
                 if values is not None and len(values) not in (1, channels):
                     raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
-            if x.numel() and (x.device, x.dtype) not in self._range_seen:
-                self._check_normalised(x)
-                self._range_seen.add((x.device, x.dtype))
-            return
         if x.numel() and (x.device, x.dtype) not in self._range_seen:
-            low, high = (float(v) for v in torch.aminmax(x.detach()))
-            if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
-                raise ValueError(
-                    f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; "
-                    "give mean and std if they are normalised"
-                )
+            (self._check_unit if self.mean is None else self._check_normalised)(x)
             self._range_seen.add((x.device, x.dtype))
+
+    def _check_unit(self, x: Tensor) -> None:
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise ValueError(
+                f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; "
+                "give mean and std if they are normalised"
+            )
 
     def _check_normalised(self, x: Tensor) -> None:
         """ValueError for values that can't be what mean and std make; a warning where it looks as if nothing had been

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
 
 from glem_augment._adversarial import Adversary, CallerSettings, check_attached
 from glem_augment._arguments import (
@@ -34,6 +33,7 @@ from glem_augment._arguments import (
     default_modes,
 )
 from glem_augment._bank import LatentBank
+from glem_augment._counts import MoveCounts
 from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows, move
 from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
@@ -41,7 +41,7 @@ from glem_augment._models import as_model
 from glem_augment._moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
 from glem_augment._partners import draw_mixup
 from glem_augment._plugin import PlugIn
-from glem_augment._random import WORKERS, RandomState, shared_counts
+from glem_augment._random import RandomState
 from glem_augment._transfer import PixelAdapter, SmallImages
 from glem_augment.flows.bijection import full_precision
 from glem_augment.model import GLEM
@@ -172,10 +172,7 @@ class GLEMAugment(PlugIn, nn.Module):
         self._bank: LatentBank | None = None
         self._flows: dict[torch.device, FlowOnDevice] = {}
         self._tables: dict[torch.device, ClassTables] = {}
-        self._selected = 0
-        self._carried = [0, 0, 0]  # counts of replaced, unmapped, invalid that no device holds
-        self._in_workers = shared_counts(4)  # selected, replaced, unmapped, invalid of DataLoader workers
-        self._told: list[int] | None = None  # in a worker: what of its counts is there already
+        self._counts = MoveCounts()
 
     @property
     def model(self) -> GLEM:
@@ -196,19 +193,7 @@ class GLEMAugment(PlugIn, nn.Module):
         their class is not in the flow; `invalid`: labels out of range met on an accelerator (elsewhere they are an
         error).
         """
-        names = ("selected", "replaced", "unmapped", "invalid")
-        own, workers = [self._selected, *self._counters()], self._in_workers.sum(dim=0).tolist()
-        return {name: a + b for name, a, b in zip(names, own, workers, strict=True)}
-
-    def _tell(self) -> None:
-        """In a DataLoader worker: put what has been counted since the last time where the main process reads it."""
-        info = get_worker_info()
-        if info is None:
-            return
-        counts = [self._selected, *self._counters()]
-        if self._told is not None:
-            self._in_workers[info.id % WORKERS] += torch.tensor(counts) - torch.tensor(self._told)
-        self._told = counts
+        return self._counts.stats()
 
     def forward(self, x: Any, y: Any = None) -> Any:
         """Augment a batch.
@@ -231,10 +216,9 @@ class GLEMAugment(PlugIn, nn.Module):
         self._check(x, y)
         if self.p == 0:
             return x, self.target(y)
-        if self._told is None:
-            self._tell()  # what a worker's copy of this transform starts from
+        self._counts.tell()
         result = self.apply(x, y, self.draw(x, y))
-        self._tell()
+        self._counts.tell()
         return result
 
     @torch.no_grad()
@@ -289,10 +273,10 @@ class GLEMAugment(PlugIn, nn.Module):
             check_attached(self._adversary, x.device)
         kind = self._labels_for(y)
         selected = len(params.rows)
-        self._selected += selected
+        self._counts.here[0] += selected
         if params.rows.device.type == "cpu" and self.class_map is not None:
             params = params.where(params.cls >= 0)
-            self._carried[1] += selected - len(params.rows)
+            self._counts.here[2] += selected - len(params.rows)
         if len(params.rows) == 0:
             return x, y if kind == "hard" else soft_labels(y, self.num_classes)
         flow, caller = self._flow_on(x.device), CallerSettings.now(x.device.type)
@@ -346,9 +330,8 @@ class GLEMAugment(PlugIn, nn.Module):
                     return self._as_images(images, small, decoded, x)
 
                 labels = move(y, x.device).index_select(0, params.rows)
-                labels = labels.long() if labels.ndim == 1 else labels
                 if labels.ndim == 1:  # rows whose label is out of range are not used, but must not stop the device
-                    labels = labels.clamp(0, self.num_classes - 1)
+                    labels = labels.long().clamp(0, self.num_classes - 1)
                 counts = flow.counts if flow.counts.ndim == 0 else flow.counts[cls]
                 coefficients = self._adversary.coefficients(
                     coefficients, self.strength, counts, render, labels, caller, flow.model
@@ -370,7 +353,7 @@ class GLEMAugment(PlugIn, nn.Module):
         # NaN compares false, so these two reductions also find what is not finite.
         low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
         plausible = (low >= -self.margin) & (high <= 1.0 + self.margin)
-        self._tables_on(x.device).counters[:2] += torch.stack([(known & ~plausible).sum(), (~known).sum()])
+        self._counts.on(x.device)[:2] += torch.stack([(known & ~plausible).sum(), (~known).sum()])
         decoded = in_range_(decoded)
         changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
@@ -401,7 +384,7 @@ class GLEMAugment(PlugIn, nn.Module):
         return self._flows[device]
 
     def _tables_on(self, device: torch.device) -> ClassTables:
-        """Class lookups and counters on a device, made at the first batch there."""
+        """Class lookups on a device, made at the first batch there."""
         if device not in self._tables:
             # For a lookup of neighbours the flow must know which classes are close.
             near = NEIGHBOURS if self.policy == "mixup" and self.partner == "near" else 0
@@ -421,25 +404,12 @@ class GLEMAugment(PlugIn, nn.Module):
         data_cls = data_class(y)
         invalid = (data_cls < 0) | (data_cls >= self.num_classes)
         if y.device.type != "cpu":
-            tables.counters[2] += invalid.sum()
+            self._counts.on(y.device)[2] += invalid.sum()
         return tables.to_flow[data_cls.clamp(0, self.num_classes - 1)].masked_fill(invalid, -1)
-
-    def _counters(self) -> list[int]:
-        totals = torch.tensor(self._carried)
-        for device, tables in self._tables.items():
-            if device.type != "cpu" and get_worker_info() is not None:
-                continue  # the main process's, which a forked worker can't read
-            totals = totals + tables.counters.cpu()
-        return totals.tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies on accelerators are made again where they are needed; the classifier is not the transform's to send.
-        gone: dict[str, Any] = {"_flows": {}, "_tables": {}, "_adversary": None, "_told": None}
-        return {**self.__dict__, "_carried": self._counters(), **gone}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._in_workers.share_memory_()
+        return {**self.__dict__, "_flows": {}, "_tables": {}, "_adversary": None}
 
     # ---- checks --------------------------------------------------------------------------------------------
 

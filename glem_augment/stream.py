@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from glem_augment._arguments import check_number
 from glem_augment._blocks import one_at_a_time
+from glem_augment._counts import WorkerCounts
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._random import rank
@@ -23,7 +24,7 @@ from glem_augment.model import GLEM
 from glem_augment.pixels import to_uint8_
 from glem_augment.synthetic import to_pil
 
-MAX_WORKERS, JUDGED_SLOTS = 1024, 64
+JUDGED_ROWS = 64
 
 
 class SyntheticStream(IterableDataset):
@@ -89,21 +90,20 @@ class SyntheticStream(IterableDataset):
         self.latent_source = LatentSource(self.model, source, seed, temperature, latents, modes, alpha)
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self.world = world
-        # In shared memory, one count per worker: those of the next epoch, which start from a copy of this object, go
-        # on where the last ones were, and those that live on hear of `set_epoch`.
-        self._epochs = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
-        # The rows of `rates` per class; each worker adds to its own.
-        shape = (JUDGED_SLOTS if self.rejection is not None else 0, len(self.classes), 4)
-        self._judged = torch.zeros(shape, dtype=torch.float64).share_memory_()
+        # One count per worker; those that live on hear of `set_epoch`.
+        self._epochs = WorkerCounts()
+        # Per class what `acceptance_report` takes.
+        rows = JUDGED_ROWS if self.rejection is not None else 0
+        self._judged = WorkerCounts(len(self.classes), 4, dtype=torch.float64, workers=rows)
 
     @property
     def epoch(self) -> int:
         """The next epoch's number, from 0."""
-        return int(self._epochs[0])
+        return int(self._epochs.rows[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch comes next, where a run is resumed; otherwise they follow one another by themselves."""
-        self._epochs.fill_(epoch)
+        self._epochs.rows.fill_(epoch)
 
     def __len__(self) -> int:
         """Images per epoch on this rank.
@@ -123,18 +123,12 @@ class SyntheticStream(IterableDataset):
         # A worker that is started anew, rather than forked, is not part of the process group.
         return {**self.__dict__, "world": self._place() if _ranks() > 1 else self.world}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # They are shared already in a worker; in a copy or out of a file they are not.
-        self._epochs.share_memory_()
-        self._judged.share_memory_()
-
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         own, ranks = self._place()
-        epoch = int(self._epochs[worker % MAX_WORKERS])
-        self._epochs[worker % MAX_WORKERS] += 1
+        epoch = int(self._epochs.own())
+        self._epochs.own().add_(1)
         share = None if self.length is None else len(self)
         local = worker  # among the blocks of this rank
         while share is None or local * self.block < share:
@@ -150,15 +144,15 @@ class SyntheticStream(IterableDataset):
         """
         if self.rejection is None:
             raise ValueError("nothing is rejected without min_confidence")
-        return acceptance_report(self.rejection.min_confidence, self.classes, self._judged.sum(dim=0).numpy())
+        return acceptance_report(self.rejection.min_confidence, self.classes, self._judged.total().numpy())
 
     def _count(self, y: np.ndarray, drawn: np.ndarray, confidence: np.ndarray, enough: float) -> None:
-        info, classes = get_worker_info(), len(self.classes)
+        classes = len(self.classes)
         items = np.bincount(y, minlength=classes)
         failed = np.bincount(y, weights=confidence < enough, minlength=classes)
         sums = np.bincount(y, weights=confidence, minlength=classes)
         row = np.stack([items, drawn, failed, sums], axis=1)
-        self._judged[0 if info is None else info.id % JUDGED_SLOTS] += torch.from_numpy(row)
+        self._judged.own().add_(torch.from_numpy(row))
 
     def _made(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
         sequence = np.random.SeedSequence([self.seed, epoch, number])

@@ -243,10 +243,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ),
         *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
-        (
-            "flow",
-            f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits",
-        ),
+        ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),
         (
             "steps",
