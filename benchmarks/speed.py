@@ -17,7 +17,7 @@ memory above what was there before the step.
 beside FrEIA, normflows and nflows (``speed_peers.py``), all with copies of the same subnets. Opponents run each
 operation in the fastest memory format; they are not compiled, so it is this library's ordinary form that is judged
 against them, and its compiled form stands in rows of its own. S is small here, as at the start of training, and the
-published code adds fewer terms the smaller S is; so does this library on a CPU, unless it is compiled.
+published code adds fewer terms the smaller S is; so does this library on a CPU.
 """
 
 from __future__ import annotations

@@ -94,11 +94,12 @@ def test_copies_start_uncompiled_and_reversible_training_uses_compiled_steps() -
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("n", "bound"), [(2, 2.0), (3, 1.0), (12, 1.0), (12, 2.0)])
-def test_the_operator_is_the_function(n: int, bound: float, inverse: bool) -> None:
+@pytest.mark.parametrize("size", [1.0, 0.01])  # a series of small S is shorter, in fewer segments
+@pytest.mark.parametrize(("n", "bound"), [(2, 2.0), (2, 0.7), (3, 1.0), (4, 3.0), (12, 1.0), (12, 2.0)])
+def test_the_operator_is_the_function(n: int, bound: float, size: float, inverse: bool) -> None:
     torch.manual_seed(0)
     x2 = torch.randn(n, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    params = torch.randn(3, n * n + n, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    params = (size * torch.randn(3, n * n + n, 4, 5, dtype=torch.float64)).contiguous(memory_format=torch.channels_last)
     params.requires_grad_()
     results = []
     for function in (expm_coupling, expm_coupling_op):

@@ -212,11 +212,25 @@ class _TwoByTwo:
         return out
 
 
+def _terms(dtype: torch.dtype) -> int:
+    """Of the series of C and Q, for |x| <= 1."""
+    tolerance = torch.finfo(dtype).eps / 4
+    return next(k for k in range(1, 40) if 1 / math.factorial(2 * k) < tolerance)
+
+
+def cosh_and_sinhc(x: Tensor) -> tuple[Tensor, Tensor]:
+    """C(x) and Q(x) of ``_TwoByTwo``, for |x| <= 1, in operations that autograd and a compiler see through."""
+    even = odd = torch.zeros_like(x)
+    for k in range(_terms(x.dtype) - 1, -1, -1):
+        even = even * x + 1 / math.factorial(2 * k)
+        odd = odd * x + 1 / math.factorial(2 * k + 1)
+    return even, odd
+
+
 @cache
 def _coefficients(dtype: torch.dtype, device: torch.device, slope: bool) -> Tensor:
     """Those of C and Q as [terms, 2, 1], or of Q' as [terms, 1], the highest power first, for |x| <= 1."""
-    tolerance = torch.finfo(dtype).eps / 4
-    terms = next(k for k in range(1, 40) if 1 / math.factorial(2 * k) < tolerance)
+    terms = _terms(dtype)
     if slope:
         rows: list = [[k / math.factorial(2 * k + 1)] for k in range(terms - 1, 0, -1)]
     else:

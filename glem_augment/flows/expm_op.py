@@ -12,15 +12,28 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows import expm_coupling as eager
-from glem_augment.flows.matexp import taylor_plan
+from glem_augment.flows.expm_kernels import cosh_and_sinhc
+from glem_augment.flows.matexp import segments_of
 
 
 @torch.library.custom_op("glem_augment::expm_coupling", mutates_args=())
 def _forward(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y2, logdet, s, factor, starts, _ = eager.couple(x2, params, bound, inverse)
+    y2, logdet, s, factor, starts, _ = eager.couple(x2, params, bound, inverse, measure=True)
     # Operators may not return their inputs: the first start of the forward direction is x2 itself.
-    own = starts if inverse else starts[1:]
-    return y2, logdet, s, factor, torch.stack(own) if own else x2.new_empty(0)
+    own = x2.new_zeros(_own_shape(x2.shape, bound, inverse))
+    for place, start in zip(own, starts if inverse else starts[1:], strict=False):
+        place.copy_(start)
+    return y2, logdet, s, factor, own
+
+
+def _own_shape(shape: torch.Size, bound: float, inverse: bool) -> tuple[int, ...]:
+    """Room for the starts of as many segments as there can be; a batch of small norm leaves some empty."""
+    n, batch, height, width = shape
+    pixels = batch * height * width
+    count = segments_of(bound) - (0 if inverse else 1)
+    if not count:
+        return (0,)
+    return (count, n, pixels) if eager.is_planes(n) else (count, pixels, 1, n)
 
 
 def _image_like(x2: Tensor) -> Tensor:
@@ -36,15 +49,12 @@ def _(x2, params, bound, inverse):
     n, batch, height, width = x2.shape
     pixels = batch * height * width
     planes = eager.is_planes(n)
-    segments, _ = taylor_plan(bound, x2.dtype)
-    vectors = (n, pixels) if planes else (pixels, 1, n)
-    own = segments if inverse else segments - 1
     return (
         _image_like(x2),
         x2.new_empty(batch),
         x2.new_empty((n, n, pixels) if planes else (pixels, n, n)),
         x2.new_empty((n, 1, pixels) if planes else (pixels, n, 1)),
-        x2.new_empty((own, *vectors) if own else 0),
+        x2.new_empty(_own_shape(x2.shape, bound, inverse)),
     )
 
 
@@ -53,11 +63,12 @@ def _backward(
     g: Tensor, g_logdet: Tensor, x2: Tensor, s: Tensor, factor: Tensor, own: Tensor, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     n, batch, height, width = x2.shape
-    starts = list(own) if own.numel() else []
-    if not inverse:
-        starts.insert(0, eager.vectors(x2))
+    reach = eager.norm_bound(factor, bound)  # the same as the forward's
+    starts = list(own) if inverse else [eager.vectors(x2), *(own if own.numel() else ())]
     shape = torch.Size((batch, n * n + n, height, width))
-    g_x2, g_params = eager.couple_backward(g, g_logdet, s, factor, starts, bound, bound, inverse, shape)
+    g_x2, g_params = eager.couple_backward(
+        g, g_logdet, s, factor, starts[: segments_of(reach)], reach, bound, inverse, shape
+    )
     return g_x2.clone() if g_x2.data_ptr() == g.data_ptr() else g_x2, g_params
 
 
@@ -87,7 +98,28 @@ def _differentiate(ctx, g, g_logdet, *_unused):
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
+def _two_by_two(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """``expm_coupling`` for n = 2, by the closed form of ``expm_kernels``: elementwise, so fused it is one loop."""
+    raw, shift = params.transpose(0, 1).split([4, 2])
+    (s00, s01), (s10, s11) = (row * (bound / (1 + row.abs().sum(0))) for row in raw.split(2))
+    segments = segments_of(bound)
+    h = (-1.0 if inverse else 1.0) / segments
+    trace, half, b, c = s00 + s11, (s00 - s11) * (h / 2), s01 * h, s10 * h
+    # h S is m I + B, B = [[half, b], [c, -half]] and B^2 = x I.
+    even, odd = cosh_and_sinhc(torch.addcmul(half * half, b, c))
+    scale = (trace * (h / 2)).exp()
+    even, odd = even * scale, odd * scale
+    v0, v1 = x2 - shift if inverse else x2
+    for _ in range(segments):
+        v0, v1 = even * v0 + odd * (half * v0 + b * v1), even * v1 + odd * (c * v0 - half * v1)
+    y2 = torch.stack([v0, v1])
+    logdet = trace.sum((1, 2))
+    return (y2, -logdet) if inverse else (y2 + shift, logdet)
+
+
 def expm_coupling_op(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
     """As ``expm_coupling``, traceable without a graph break; reverse mode once, like there."""
+    if x2.shape[0] == 2:
+        return _two_by_two(x2, params, bound, inverse)
     y2, logdet, *_ = _forward(x2.contiguous(), params, bound, inverse)
     return y2, logdet

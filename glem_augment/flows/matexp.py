@@ -25,6 +25,11 @@ PLANES_UP_TO = 6
 _TRANSPOSE_UP_TO = 16
 
 
+def segments_of(bound: float) -> int:
+    """In how many equal parts exp(S) is applied when ``||S||_inf <= bound``: their norms are at most 1."""
+    return max(1, math.ceil(bound - 1e-9))
+
+
 @cache
 def taylor_plan(bound: float, dtype: torch.dtype) -> tuple[int, int]:
     """How to apply exp(S) when ``||S||_inf <= bound``.
@@ -40,7 +45,7 @@ def taylor_plan(bound: float, dtype: torch.dtype) -> tuple[int, int]:
     """
     if not bound > 0 or not math.isfinite(bound):
         raise ValueError(f"bound must be a positive number, got {bound}")
-    segments = max(1, math.ceil(bound - 1e-9))
+    segments = segments_of(bound)
     rho = bound / segments
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) / segments
     terms = 1
