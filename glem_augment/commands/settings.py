@@ -61,12 +61,12 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "kld_weight_end": Setting(float, "lambda at the end, as a share of the one at the start"),
         "saturation": Setting(float, "where saturating repulsion levels off, nats per dimension"),
         "beta": Setting(
-            float, "weight of the cross-entropy, per nat, against NLL per dimension; by default 0.03 for hybrid, else 0"
+            float, "weight of the cross-entropy, per nat, against NLL per dimension; by default 0.3 for hybrid, else 0"
         ),
         "beta_end": Setting(float, "beta at the end, as a share of itself"),
         "beta_anneal_from": Setting(float, "share of the run from which beta falls to that, geometrically", "SHARE"),
         "ce_scale": Setting(
-            float, "class scores are multiplied by this before the cross-entropy; below 1: wider margins"
+            float, "class scores are multiplied by this before the cross-entropy, for wider margins; by default 0.2"
         ),
         "label_smoothing": Setting(float, "of the cross-entropy"),
         "likelihood": Setting(LIKELIHOODS, "of the E-step: of an image given its class, or of the image alone"),

@@ -63,9 +63,10 @@ class TrainConfig:
             itself: classes first, then likelihood, as the paper anneals lambda.
         ce_scale: the class scores are multiplied by this before that cross-entropy. A sum over d dimensions is far too
             sure of itself, so at 1 only images within a few nats of a mistake count; below 1 wider margins are learned.
+            By default 0.2 for "hybrid".
         repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
-        beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension. The M-step
-            weighs classes equally in both terms; the E-step takes images as they come.
+        beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension, by default
+            0.3 for "hybrid". The M-step weighs classes equally in both terms; the E-step takes images as they come.
         label_smoothing: of that cross-entropy, in both steps.
         likelihood: of the E-step: "class", -log p(x|y) (Eq. 3), or "marginal", -log p(x) = -log mean_y p(x|y).
         noise_std: dequantise with Gaussian noise of this many levels, in place of the uniform noise at 0. Likelihoods
@@ -127,7 +128,7 @@ class TrainConfig:
     beta: float | None = None
     beta_end: float = 1.0
     beta_anneal_from: float = 0.0
-    ce_scale: float = 1.0
+    ce_scale: float | None = None
     label_smoothing: float = 0.0
     likelihood: str = "class"
     noise_std: float = 0.0
@@ -181,7 +182,9 @@ class TrainConfig:
         if self.repulsion is None:
             self.repulsion = "kld" if self.objective == "glem" else "none"
         if self.beta is None:
-            self.beta = 0.03 if self.objective == "hybrid" else 0.0
+            self.beta = 0.3 if self.objective == "hybrid" else 0.0
+        if self.ce_scale is None:
+            self.ce_scale = 0.2 if self.objective == "hybrid" else 1.0
         if self.refit_beta is None:
             self.refit_beta = self.beta
         if self.refit_steps is None:

@@ -91,13 +91,13 @@ METHODS: dict[str, Method] = {
     "ib-inn": Method(
         dict(
             objective="hybrid", beta=1.0, likelihood="marginal", joint=True, joint_lr=1e-2, label_smoothing=0.05,
-            noise_std=0.5, refit_steps=0, mean_init_std=0.1, **_RANDOM, **_UNIT,
+            noise_std=0.5, refit_steps=0, ce_scale=1.0, mean_init_std=0.1, **_RANDOM, **_UNIT,
         ),
         "IB-INN (Ardizzone et al., NeurIPS 2020): learned means, identity covariance, -log p(x) + beta cross-entropy, "
         "Gaussian dequantisation noise, smoothed labels",
     ),
     "ulcgm": Method(
-        dict(objective="hybrid", beta=1.0, joint=True, joint_lr=1e-2, refit_steps=0),
+        dict(objective="hybrid", beta=1.0, ce_scale=1.0, joint=True, joint_lr=1e-2, refit_steps=0),
         "after Fetaya et al., ICLR 2020 (ULCGM): -log p(x|y) plus a classification loss, Gaussians learned with the "
         "flow; in all latent dimensions, where the original conditions only the deepest level's",
     ),
