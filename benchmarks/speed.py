@@ -95,6 +95,11 @@ def make_flow(case: dict[str, Any], device: torch.device) -> tuple[nn.Module, to
     return flow.to(device), x.to(device)
 
 
+def name_of(device: torch.device) -> str:
+    """Of the results: those of an accelerator do not replace the CPU's."""
+    return "speed" if device.type == "cpu" else f"speed_{device.type}"
+
+
 def our_sides(flow: nn.Module, x: torch.Tensor, compiled: bool) -> list[Side]:
     """The flow as it comes, reversible, and compiled, as far as it offers these."""
     sides = [Side(OURS, flow, x)]
@@ -258,7 +263,7 @@ def main() -> None:
         # After every case, so that a run that is cut off leaves what it has; its JSON lacks the cases that did not run.
         write_results(
             args.out,
-            "speed",
+            name_of(device),
             "Time above the subnets alone",
             rows,
             {
@@ -273,7 +278,7 @@ def main() -> None:
             peers=speed_peers.versions() if args.peers else {},
         )
     try:
-        plot(rows, args.out / "speed.png")
+        plot(rows, args.out / f"{name_of(device)}.png")
     except ImportError:
         say("no picture: pip install matplotlib (or glem-augment[plots])")
 

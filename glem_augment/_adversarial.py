@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import get_worker_info
 
+from glem_augment.flows.precision import get_switches, set_switches
+
 # float16 gradients of a loss of order 1 underflow; only their direction matters here.
 HALF_SCALE = 1024.0
 
@@ -34,40 +36,40 @@ class CallerSettings(NamedTuple):
     device_type: str
     autocast: bool
     dtype: torch.dtype
-    matmul: str
-    conv: bool
+    switches: list[str]
 
     @classmethod
     def now(cls, device_type: str) -> CallerSettings:
         """What holds at this moment."""
-        conv = torch.backends.cudnn.allow_tf32 if device_type == "cuda" else False
         return cls(
             device_type,
             torch.is_autocast_enabled(device_type),
             torch.get_autocast_dtype(device_type),
-            torch.get_float32_matmul_precision(),
-            conv,
+            get_switches(device_type),
         )
 
     @contextlib.contextmanager
     def again(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """These settings, and those of the moment back afterwards; `dtype` turns autocast on, whatever it was."""
-        before = CallerSettings.now(self.device_type)
-        try:
-            self._set(self)
-            with torch.autocast(
-                self.device_type, dtype=dtype or self.dtype, enabled=self.autocast or dtype is not None
-            ):
+        with self._switched():
+            enabled = self.autocast or dtype is not None
+            with torch.autocast(self.device_type, dtype=dtype or self.dtype, enabled=enabled):
                 yield
-        finally:
-            self._set(before)
 
-    @staticmethod
-    def _set(settings: CallerSettings) -> None:
-        if torch.get_float32_matmul_precision() != settings.matmul:
-            torch.set_float32_matmul_precision(settings.matmul)
-        if settings.device_type == "cuda" and torch.backends.cudnn.allow_tf32 != settings.conv:
-            torch.backends.cudnn.allow_tf32 = settings.conv
+    @contextlib.contextmanager
+    def for_backward(self) -> Iterator[None]:
+        """The same without autocast, under which a backward pass would put its own operations into half precision."""
+        with self._switched(), torch.autocast(self.device_type, enabled=False):
+            yield
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        before = get_switches(self.device_type)
+        try:
+            set_switches(self.device_type, self.switches)
+            yield
+        finally:
+            set_switches(self.device_type, before)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -174,7 +176,8 @@ class Adversary:
                     raise RuntimeError(
                         "no gradient reaches the images: the classifier or the loss detaches them, or runs in no_grad"
                     )
-                scale = HALF_SCALE if pictures.dtype == torch.float16 or self._half(caller) else 1.0
+            scale = HALF_SCALE if pictures.dtype == torch.float16 or self._half(caller) else 1.0
+            with caller.for_backward():
                 (gradient,) = torch.autograd.grad(total * scale, c)
         norm = gradient.norm(dim=1, keepdim=True)
         usable = torch.isfinite(norm) & (norm > 0)

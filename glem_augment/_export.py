@@ -37,6 +37,7 @@ from glem_augment._manifest import (
     read_manifest,
     shards_of,
 )
+from glem_augment.decoding import usable_cpus
 from glem_augment.io import write_json
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def export_imagefolder(
     old = _prepare(folder, names, wanted, overwrite)
     if license is None and old is not None and isinstance(old.get("license"), str):
         wanted["license"] = old["license"]  # stated when it was begun
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(8, usable_cpus())
     kept = _kept(folder, names, dataset, [*shards_of(old), *journal.read()] if old is not None else [], threads)
     blocks = [
         (cls, number)
@@ -336,7 +337,8 @@ def _provenance(dataset: SyntheticDataset, names: Sequence[str]) -> dict[str, An
 
 
 def settings_of(dataset: SyntheticDataset) -> dict[str, Any]:
-    """All that decides what the images are, beside the weights and the classes."""
+    """All that decides what the images are, beside weights and classes; RuntimeError after a change of these."""
+    dataset.check_model()
     settings: dict[str, Any] = {
         "per_class": dataset.per_class,
         "temperature": dataset.temperature,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glem_augment._models import weights_version
 from glem_augment._transfer import check_worker_device
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes, nearest_classes
@@ -18,8 +19,8 @@ class FlowOnDevice:
     """The model on one device (the user's own, or a copy of it), and the top modes of the basis there.
 
     directions are [K, k, d] and scales [K, k]; [k, d] and [k] for the shared basis. counts int64 [K] or []: the
-    modes of a class that have any length. `source` is the ClassModes that they were made from: after a new fit they
-    are out of date.
+    modes of a class that have any length. `source` is the ClassModes that they were made from, `version` that of the
+    weights that they depend on: after a new fit, or more training, they are out of date.
     """
 
     model: GLEM
@@ -27,6 +28,7 @@ class FlowOnDevice:
     directions: Tensor
     scales: Tensor
     counts: Tensor
+    version: int
 
     @property
     def fitted(self) -> ClassModes:
@@ -34,9 +36,14 @@ class FlowOnDevice:
         assert self.model.modes is not None
         return self.model.modes
 
-    def is_current(self, source: ClassModes, device: torch.device) -> bool:
-        """Whether neither the modes were fitted again nor the user's model moved elsewhere."""
-        return self.source is source and self.directions.device == self.model.device == device
+    def is_current(self, model: GLEM, device: torch.device) -> bool:
+        """Whether the user's model is as it was: its modes, its device, and the weights that were copied from it."""
+        same = self.source is model.modes and self.directions.device == self.model.device == device
+        return same and self.version == _version(model, device)
+
+
+def _version(model: GLEM, device: torch.device) -> int:
+    return weights_version(model.gaussians if model.device == device else model)
 
 
 def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, neighbours: int) -> FlowOnDevice:
@@ -48,7 +55,7 @@ def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, ne
     """
     check_worker_device(model.device)
     check_worker_device(device)
-    source = model.modes
+    source, version = model.modes, _version(model, device)
     if model.device != device:
         model = copy.deepcopy(model).to(device)
     fitted = model.modes
@@ -60,7 +67,7 @@ def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, ne
     else:
         directions, scales = fitted.directions, fitted.scales
     scales = scales[..., :modes]
-    return FlowOnDevice(model, source, directions[..., :modes, :], scales, (scales > 0).sum(dim=-1))
+    return FlowOnDevice(model, source, directions[..., :modes, :], scales, (scales > 0).sum(dim=-1), version)
 
 
 @dataclass

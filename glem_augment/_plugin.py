@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glem_augment._adversarial import Adversary
 from glem_augment._labels import is_pure, soft_labels
 from glem_augment._moves import evaluating
-from glem_augment.flows.bijection import full_precision
+from glem_augment.flows.precision import full_precision
 
 if TYPE_CHECKING:
     from timm.data.mixup import Mixup

@@ -153,7 +153,7 @@ class PixelAdapter:
         own = self._resize(images, self.shape[1:])
         flow = own
         if images.shape[1] == 3 and self.shape[0] == 1:
-            flow = (own * own.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+            flow = (own * self._constant("luma", own)).sum(dim=1, keepdim=True)
         elif images.shape[1] == 1 and self.shape[0] == 3:
             flow = own.expand(-1, 3, -1, -1)
         return SmallImages(flow.clamp(0.0, 1.0), own)
@@ -210,7 +210,7 @@ class PixelAdapter:
     def _constant(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.device)
         if key not in self._constants:
-            values = self.mean if name == "mean" else self.std
+            values = {"mean": self.mean, "std": self.std, "luma": LUMA}[name]
             self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
         return self._constants[key]
 

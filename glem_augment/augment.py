@@ -37,13 +37,13 @@ from glem_augment._counts import MoveCounts
 from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows, move
 from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
-from glem_augment._models import as_model
+from glem_augment._models import as_model, weights_version
 from glem_augment._moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
 from glem_augment._partners import draw_mixup
 from glem_augment._plugin import PlugIn
 from glem_augment._random import RandomState
 from glem_augment._transfer import PixelAdapter, SmallImages
-from glem_augment.flows.bijection import full_precision
+from glem_augment.flows.precision import full_precision
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes
 from glem_augment.pixels import in_range, in_range_
@@ -79,9 +79,10 @@ class GLEMAugment(PlugIn, nn.Module):
         partner: of "mixup": "same" (another row of the class, else a draw from its RFCM), "near" (a row of,
             else a draw from, one of the 3 closest classes), "any" (any other row), "gaussian" (a draw from
             the class's Gaussian). Rows that are changed themselves come first, and the others only where there
-            is none: they are encoded anyway, so a batch costs little more than its changed rows. Rows are
-            selected independently of what they show, so every allowed row is still equally likely to be a
-            given row's partner; only the partners of two rows of one batch are a little less independent.
+            is none: they are encoded anyway, so a batch costs little more than its changed rows (on CUDA, where
+            counting the others would mean to wait, up to as many again are encoded). Rows are selected
+            independently of what they show, so every allowed row is still equally likely to be a given row's
+            partner; only the partners of two rows of one batch are a little less independent.
         labels: "hard" (unchanged), "mix" (soft, by the share of the move that P keeps), "posterior" (of the
             flow, at z'), or "auto": unchanged where the class can't change (noise and adversarial; partner "same" or
             "gaussian" with hard labels), "mix" otherwise.
@@ -171,7 +172,7 @@ class GLEMAugment(PlugIn, nn.Module):
         self._adversary: Adversary | None = None
         self._bank: LatentBank | None = None
         self._flows: dict[torch.device, FlowOnDevice] = {}
-        self._tables: dict[torch.device, ClassTables] = {}
+        self._tables: dict[torch.device, tuple[int, ClassTables]] = {}
         self._counts = MoveCounts()
 
     @property
@@ -376,20 +377,21 @@ class GLEMAugment(PlugIn, nn.Module):
 
     def _flow_on(self, device: torch.device) -> FlowOnDevice:
         """The model and its basis on a device, made at the first batch there, again after a new fit."""
-        fitted = self._fitted_modes()
+        self._fitted_modes()
         found = self._flows.get(device)
-        if found is not None and found.is_current(fitted, device):
+        if found is not None and found.is_current(self.model, device):
             return found
         self._flows[device] = flow_on_device(self.model, device, self.basis, self.modes, NEIGHBOURS)
         return self._flows[device]
 
     def _tables_on(self, device: torch.device) -> ClassTables:
-        """Class lookups on a device, made at the first batch there."""
-        if device not in self._tables:
-            # For a lookup of neighbours the flow must know which classes are close.
-            near = NEIGHBOURS if self.policy == "mixup" and self.partner == "near" else 0
-            self._tables[device] = class_tables(self.model, self.class_map, near).to(device)
-        return self._tables[device]
+        """Class lookups on a device, made at the first batch there, again when the classes have moved."""
+        # For a lookup of neighbours the flow must know which classes are close.
+        near = NEIGHBOURS if self.policy == "mixup" and self.partner == "near" else 0
+        version = weights_version(self.model.gaussians) if near else 0
+        if device not in self._tables or self._tables[device][0] != version:
+            self._tables[device] = version, class_tables(self.model, self.class_map, near).to(device)
+        return self._tables[device][1]
 
     def _bank_on(self, device: torch.device) -> LatentBank:
         """The bank of latents, made at the first batch."""

@@ -17,7 +17,17 @@ from tqdm import tqdm
 from .datafiles import Source
 from .errors import BadImageError
 
-__all__ = ["FORMATS", "fit", "geometry", "in_threads", "probe", "read_image", "ready_pixels", "to_tensor"]
+__all__ = [
+    "FORMATS",
+    "fit",
+    "geometry",
+    "in_threads",
+    "probe",
+    "read_image",
+    "ready_pixels",
+    "to_tensor",
+    "usable_cpus",
+]
 
 GREY_MODES = ("L", "1", "LA")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -168,6 +178,11 @@ def fit(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.center_crop(pixels, [height, width])
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may run on, where the system says; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool) -> None:
     """Run ``task(i)`` for i < count on a few threads (PIL and torch let go of the GIL while they decode)."""
 
@@ -177,7 +192,7 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
             task(i)
         return stop - start
 
-    threads = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+    threads = min(8, usable_cpus())
     starts = iter(range(0, count, _BLOCK))
     bar = tqdm(total=count, desc=title, unit="img", delay=2, disable=not progress, leave=False)
     with bar, ThreadPoolExecutor(threads) as pool:

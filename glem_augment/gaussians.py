@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from glem_augment.flows.bijection import full_precision
+from glem_augment.flows.precision import full_precision
 from glem_augment.kld import kld_class_sums, kld_matrix, kld_pair_sum
 
 # Classes whose terms are made and used at a time on the CPU: few enough to stay in its cache, enough that threads

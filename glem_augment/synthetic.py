@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_choice, check_whole
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
-from glem_augment._models import as_model, on_device
+from glem_augment._models import as_model, on_device, weights_version
 from glem_augment._moves import evaluating
 from glem_augment._rejection import Accepted, Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
@@ -146,6 +146,7 @@ class SyntheticDataset(Dataset):
         blocks = [-(-count // self.block) for count in self.counts]
         self._first_block = np.concatenate([[0], np.cumsum(blocks)[:-1]])
         self._ahead: dict[int, _Decoding] = {}
+        self._model_version: tuple[int, int] | None = None
         self._warned = False
         self._make_store()
 
@@ -243,6 +244,7 @@ class SyntheticDataset(Dataset):
 
     def decoded_block(self, cls: int, number: int) -> Tensor:
         """Images number * block ... of a class, uint8 [m, C, H, W], m <= block; kept in the cache."""
+        self.check_model()
         key = int(self._first_block[cls]) + number
         kept = self._store.whole(key)
         if kept is not None:
@@ -259,6 +261,21 @@ class SyntheticDataset(Dataset):
                 stacklevel=2,
             )
         return images
+
+    def check_model(self) -> None:
+        """Images of two models must not stand in one set, nor under the wrong hash in its provenance.
+
+        Raises:
+            RuntimeError: the model has changed since the first block was decoded.
+        """
+        version = weights_version(self.model), id(self.model.modes)
+        if self._model_version is None:
+            self._model_version = version
+        elif self._model_version != version:
+            raise RuntimeError(
+                "the model's weights or modes have changed since this SyntheticDataset decoded its first images: "
+                "make a new SyntheticDataset"
+            )
 
     def not_finite_in(self, cls: int, number: int) -> int:
         """Images of a block that has been decoded (`decoded_block`) whose values were not finite."""
@@ -380,7 +397,8 @@ class SyntheticDataset(Dataset):
         # A process that is not forked decodes for itself; sending the cache would cost more than it saves.
         oracle = None if self.rejection is None else self.rejection.oracle
         move_if_sent(self.model, oracle, getattr(self.latent_source.real, "z", None))
-        return {name: value for name, value in self.__dict__.items() if name not in ("_store", "_ahead")}
+        left_out = ("_store", "_ahead")
+        return {**{k: v for k, v in self.__dict__.items() if k not in left_out}, "_model_version": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -806,3 +806,32 @@ def test_cuda_gives_what_the_cpu_gives_without_waiting(model: GLEM, settings: di
         aug(xd, yd)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_neighbours_follow_the_gaussians() -> None:
+    """They are looked up once, and again after more training."""
+    model = GLEM.create("identity", (1, 4, 4), classes=["a", "b", "c", "d", "e", "f"])
+    x, y = torch.randint(60, 196, (120, 1, 4, 4), dtype=torch.uint8), torch.arange(120) % 6
+    model.fit_modes((x, y), rank=4)
+    model.eval().requires_grad_(False)
+    aug = GLEMAugment(model, p=1.0, partner="near", seed=0)
+    device = torch.device("cpu")
+    with torch.no_grad():
+        model.gaussians.mu.copy_(torch.arange(6.0)[:, None].expand_as(model.gaussians.mu))
+        before = aug._tables_on(device).neighbours
+        assert aug._tables_on(device) is aug._tables_on(device)
+        model.gaussians.mu.copy_(model.gaussians.mu[[0, 3, 1, 4, 2, 5]])
+    assert not torch.equal(aug._tables_on(device).neighbours, before)
+
+
+def test_a_flow_copied_to_another_device_follows_its_original() -> None:
+    model = GLEM.create("identity", (1, 4, 4), classes=["a", "b"])
+    x, y = torch.randint(60, 196, (40, 1, 4, 4), dtype=torch.uint8), torch.arange(40) % 2
+    model.fit_modes((x, y), rank=4)
+    aug = GLEMAugment(model.eval(), p=1.0, seed=0)
+    there = torch.device("meta")  # a copy like that on an accelerator, whose values nobody asks for
+    found = aug._flow_on(there)
+    assert aug._flow_on(there) is found and found.model is not model
+    with torch.no_grad():
+        model.gaussians.s.add_(0.1)
+    assert aug._flow_on(there) is not found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from glem_augment.flows import create_flow
+from glem_augment.flows import compiled, create_flow
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.expm_coupling import expm_coupling
 from glem_augment.flows.expm_op import expm_coupling_op
@@ -81,6 +81,34 @@ def test_many_levels_stay_below_the_limit_of_compilations() -> None:
     torch._dynamo.reset()
     flow.compile_steps(backend="eager")
     _passes(flow, x)
+
+
+def test_flows_of_one_process_have_a_limit_each() -> None:
+    torch._dynamo.reset()
+    for width in range(4, 10):
+        x = torch.rand(2, 1, 4, 4) - 0.5
+        flow = create_flow("mef_tiny", (1, 4, 4), depth=[1], blocks=[1], width=[width])
+        flow.initialise(x)
+        flow.compile_steps(backend="eager")
+        for batch in (x, x[:1]):
+            _passes(flow, batch)
+        with torch.no_grad():
+            flow.eval().inverse(flow(x)[0])
+
+
+def test_beyond_the_limit_of_compilations_it_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_KINDS_PER_LEVEL", 1)
+    torch._dynamo.reset()
+    flow, x = _flow("matexp", depth=[1, 1])
+    expected = _passes(flow, x)
+    with torch._dynamo.config.patch(cache_size_limit=1):
+        flow.compile_steps(backend="eager")
+        with pytest.warns(UserWarning, match="go on uncompiled"):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    got = flow(x.clone().requires_grad_(grad))
+    torch.testing.assert_close(got[0], expected[0].detach(), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_copies_start_uncompiled_and_reversible_training_uses_compiled_steps() -> None:

@@ -462,3 +462,24 @@ def test_class_folders() -> None:
         ids = [str(i) for i in range(len(names))]
         folders = class_folders(ids, names)
         assert match_classes(ids, names, folders, folders).tolist() == list(range(len(names)))
+
+
+def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
+    """Blocks are kept: after more training, the cached ones would be the old model's under the new one's hash."""
+    model = make_model()
+    data = SyntheticDataset(model, per_class=5)
+    first = data.images(range(5))
+    with torch.no_grad():
+        model.gaussians.mu.add_(0.01)
+    for use in (lambda: data.images(range(15)), lambda: data.export(tmp_path / "out")):
+        with pytest.raises(RuntimeError, match="make a new SyntheticDataset"):
+            use()
+    assert not torch.equal(SyntheticDataset(model, per_class=5).images(range(5)), first)
+    # A copy for another process, and one made before the first image, take the model as it is then.
+    data = pickle.loads(pickle.dumps(SyntheticDataset(model, per_class=5)))
+    assert data.images(range(5)).shape == (5, 1, 8, 8)
+    unused = SyntheticDataset(model, per_class=5, source="rfcm")
+    unused.images(range(2))
+    model.fit_modes((torch.randint(60, 196, (60, 1, 8, 8), dtype=torch.uint8), torch.arange(60) % 3), rank=4)
+    with pytest.raises(RuntimeError, match="modes have changed"):
+        unused.images(range(15))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 
@@ -65,26 +63,3 @@ class FlatIdentity(Bijection):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z.reshape(z.shape[0], *self.image_shape), z.new_zeros(z.shape[0])
-
-
-@contextmanager
-def full_precision(device_type: str):
-    """Run the bijective path in true float32 whatever the caller's settings.
-
-    TF32 and bf16 break the inverse: 24 orthogonal layers there and back lose 4e-6 in float32, 9e-3 in TF32 and
-    8e-2 in bf16, where one uint8 step is 4e-3. Subnets may opt into less inside, see ``subnets``.
-    """
-    matmul = torch.get_float32_matmul_precision()
-    conv = torch.backends.cudnn.allow_tf32 if device_type == "cuda" else False
-    try:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if conv:
-            torch.backends.cudnn.allow_tf32 = False
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        if conv:
-            torch.backends.cudnn.allow_tf32 = True

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from glem_augment.flows import matexp
 from glem_augment.flows.expm_kernels import make_kernel
+from glem_augment.flows.precision import full_precision
 
 
 def _raw_grad(out: Tensor, s: Tensor, factor: Tensor, grad_s: Tensor, dim: int, bound: float) -> None:
@@ -166,12 +167,13 @@ def couple_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x2 and of the parameters, from those of what ``couple`` returned first."""
     layout = _layout(g.shape[0])
-    kernel, g_out = make_kernel(s, g.shape[0], reach), layout.vectors(g)
-    a = g_out
-    for start in reversed(starts):
-        a = kernel.adjoint(start, a, inverse)
-    g_shift, g_trace = (-a, -g_logdet) if inverse else (g_out, g_logdet)
-    g_params = layout.params_grad(s, factor, kernel.grad_s(), g_shift, g_trace, bound, params_shape)
+    with full_precision(g.device.type):  # a backward pass may be called under autocast
+        kernel, g_out = make_kernel(s, g.shape[0], reach), layout.vectors(g)
+        a = g_out
+        for start in reversed(starts):
+            a = kernel.adjoint(start, a, inverse)
+        g_shift, g_trace = (-a, -g_logdet) if inverse else (g_out, g_logdet)
+        g_params = layout.params_grad(s, factor, kernel.grad_s(), g_shift, g_trace, bound, params_shape)
     return layout.image(a, g.shape), g_params
 
 

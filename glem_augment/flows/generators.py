@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glem_augment.flows.precision import full_precision
+
 # The series is summed where the norm is at most 1/2: x^k/k! is then below rounding after so many terms.
 _TERMS = {torch.float32: 8, torch.float64: 14}
 
@@ -52,7 +54,8 @@ class _ExpOfGenerators(torch.autograd.Function):
         if generators.dtype not in _TERMS:
             raise TypeError(f"the weights of a flow are float32 or float64, got {generators.dtype}")
         # The adjoint of the derivative at X is the derivative at its transpose.
-        return _frechet(generators.transpose(1, 2) * ctx.sign, g) * ctx.sign, None
+        with full_precision(g.device.type):
+            return _frechet(generators.transpose(1, 2) * ctx.sign, g) * ctx.sign, None
 
 
 def exp_of_generators(generators: Tensor, sign: float) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glem_augment.flows.bijection import Bijection, full_precision
+from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.compiled import compile_step
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.layers import ActNorm
 from glem_augment.flows.level import Level, step_forward, step_inverse
+from glem_augment.flows.precision import full_precision
 
 MEMORY = ("stored", "reversible")
 

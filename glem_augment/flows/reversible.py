@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.flows.bijection import full_precision
 from glem_augment.flows.coupling import Coupling, MatExpCoupling
 from glem_augment.flows.expm_coupling import expm_coupling_backward
+from glem_augment.flows.precision import full_precision
 
 if TYPE_CHECKING:
     from glem_augment.flows.level import Level, Prepared

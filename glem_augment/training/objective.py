@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glem_augment.flows.precision import full_precision
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.model import GLEM
 from glem_augment.pixels import to_levels
@@ -46,7 +47,9 @@ def e_step_loss(
     elif config.beta or config.likelihood == "marginal":
         with torch.no_grad():
             inverse, scaled, constant = gaussians._density_terms()  # no gradient reaches the Gaussians
-        scores = torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
+        # Sums of thousands of terms that nearly cancel, as in `ClassGaussians.log_prob`.
+        with full_precision(z.device.type):
+            scores = torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
     if config.likelihood == "marginal":
         own = torch.logsumexp(scores, 1) - math.log(gaussians.num_classes)
     elif scores is not None:
