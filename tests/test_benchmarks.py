@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -275,3 +276,48 @@ def test_pipeline_measures_data_set_and_augmentation(monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
     rows = pipeline.measure_augment(model, images[:16].float() / 255, labels[:16], rounds=1)
     assert len(rows) == len(pipeline.AUGMENTS) and all(row["ratio"] > 0 for row in rows)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_train_large_trains_in_pieces_and_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    large = load("train_large")
+    options = ["--smoke", "--run", str(tmp_path / "run"), "--out", str(tmp_path), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_large.py", *options, "--minutes", "5", "--", "--refit-steps", "2"])
+    codes = []
+    while not codes or codes[-1] == large.EXIT_TIME_UP:
+        assert len(codes) < 3
+        monkeypatch.setattr(large, "BEGAN", time.monotonic())
+        codes.append(large.main())
+    assert codes == [large.EXIT_TIME_UP, 0]  # fitted by the first, measured by the second
+    record = json.loads((tmp_path / "train_large_smoke.json").read_text())
+    assert record["test"]["n"] == 1000 and record["test"]["round_trip"]["within_half_step"] == 1.0
+    assert record["pieces"][0]["from_step"] == 0 and record["pieces"][-1]["to_step"] == record["steps"] > 0
+    assert large.main() == 0  # and a third call changes nothing
+    assert json.loads((tmp_path / "train_large_smoke.json").read_text())["test"] == record["test"]
+
+
+def test_backbones_stores_cells_and_draws_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    backbones = load("backbones")
+    options = ["--data", "bundled", "--only", "^base$", "--images", "200", "--val", "60", "--rounds", "1"]
+    monkeypatch.setattr(
+        sys, "argv", ["backbones.py", *options, "--seconds", "0.5", "--threads", "1", "--out", str(tmp_path)]
+    )
+    backbones.main()
+    (row,) = json.loads((tmp_path / "backbones.json").read_text())["rows"]
+    assert row["variant"] == "base" and row["seed"] == 0
+    assert (tmp_path / "backbones.png").read_bytes().startswith(b"\x89PNG")
+    backbones.main()  # a rerun trains nothing: the seconds would be others
+    assert json.loads((tmp_path / "backbones.json").read_text())["rows"] == [row]
+
+
+def test_the_drift_of_reversible_training_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drift = load("reversible")
+    rows = drift.measure([1, 3], batch=2, image_shape=(1, 8, 8), width=4, seed=0)
+    assert [(row["steps"], row["subnets"]) for row in rows] == [(1, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
+    for row in rows:
+        limit = 1e-4 if row["subnets"] == "fp32" else 0.2
+        assert 0 <= row["gradients, relative"] <= row["worst tensor's"] < limit
+        assert row["input, largest error"] < 1e-4
