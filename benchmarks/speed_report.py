@@ -34,7 +34,7 @@ def rows_of(case: str, batch: int, times: Times, held: dict[str, int]) -> list[d
             taken = times.get((name, kind))
             row[f"{operation} ms"] = None if taken is None else statistics.median(taken) * 1e3
             row[f"{operation} overhead"] = None if is_floor else overhead(times, name, operation)
-        for operation in ("train", "decode"):
+        for operation in ("train", "encode", "decode"):
             taken_ms = row[f"{operation} ms"]
             row[f"{operation} images/s"] = None if taken_ms is None else batch / taken_ms * 1e3
         row["MiB for backward"] = held[name] / 2**20 if name in held else None

@@ -183,6 +183,16 @@ class ClassGaussians(nn.Module):
             return self.s.clamp_min(self._lowest)
         return _Psi.apply(self.s, *self.psi)
 
+    def variance_of(self, y: Tensor) -> Tensor:
+        """``variance()[y]`` [B, d] for classes y, int64 [B], without those of all classes where these are more.
+
+        Up to the last bit: which of its ways a vectorised sigmoid goes depends on where a number stands.
+        """
+        if len(y) >= self.num_classes:
+            return self.variance()[y]
+        rows = self.s[y]
+        return rows.clamp_min(self._lowest) if self.psi is None else _Psi.apply(rows, *self.psi)
+
     @torch.no_grad()
     def set_variance(self, variance: Tensor, rows: Tensor | slice = slice(None)) -> None:
         """Set ``rows`` so that ``variance()`` comes as close to ``variance`` [.., d] as psi allows."""
@@ -268,7 +278,7 @@ class ClassGaussians(nn.Module):
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""
-        var = self.variance()[y]
+        var = self.variance_of(y)
         return -0.5 * ((z - self.mu[y]).square() / var + var.log()).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
 
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -289,7 +299,7 @@ class ClassGaussians(nn.Module):
         noise = torch.randn(y.shape[0], self.dim, generator=generator, dtype=self.mu.dtype).to(self.mu.device)
         y = y.to(self.mu.device)
         with torch.no_grad():
-            return self.mu[y] + temperature * self.variance()[y].sqrt() * noise
+            return self.mu[y] + temperature * self.variance_of(y).sqrt() * noise
 
     def kld_matrix(self) -> Tensor:
         """[K, K] float64, nats: entry (y, y') is KL(y || y') (Eq. 4)."""

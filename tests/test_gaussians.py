@@ -326,3 +326,17 @@ def test_terms_cached_under_inference_mode_do_not_break_later_gradients() -> Non
     with torch.inference_mode():
         made_inside = ClassGaussians(2, 3)
         assert made_inside.log_prob(torch.zeros(1, 3)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("psi", [None, (0.5, 0.2, 0.05)])
+@pytest.mark.parametrize("batch", [2, 9])
+def test_variances_of_a_few_classes_are_those_of_all(psi: tuple[float, float, float] | None, batch: int) -> None:
+    gaussians = ClassGaussians(5, 7, psi=psi).double()
+    with torch.no_grad():
+        gaussians.s.normal_(std=2.0)
+    y = torch.randint(5, (batch,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gaussians.variance_of(y), gaussians.variance()[y], rtol=1e-14, atol=0)
+    weights = torch.randn(batch, 7, dtype=torch.float64)
+    got, want = (torch.autograd.grad((v * weights).sum(), gaussians.s)[0] for v in (
+        gaussians.variance_of(y), gaussians.variance()[y]))  # fmt: skip
+    torch.testing.assert_close(got, want)

@@ -55,7 +55,7 @@ def e_step_loss(
     elif scores is not None:
         own = scores.gather(1, y[:, None])[:, 0]
     else:
-        mu, var = gaussians.mu.detach()[y], gaussians.variance().detach()[y]
+        mu, var = gaussians.mu.detach()[y], gaussians.variance_of(y).detach()
         own = -0.5 * ((z - mu).square() / var + var.log() + math.log(2 * math.pi)).sum(1)
     loss = -(own + logdet).mean() / gaussians.dim
     if config.beta:
