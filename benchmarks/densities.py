@@ -85,7 +85,7 @@ def pairs(classes: int, dim: int, batch: int) -> dict[str, tuple[Task, Task]]:
     z = torch.randn(batch, dim)
     grad = torch.randn(batch, classes)
     free = z.clone().requires_grad_()
-    frozen, trained = make_gaussians(classes, dim, False), make_gaussians(classes, dim, True)
+    frozen, trained, evaluated = (make_gaussians(classes, dim, trainable) for trainable in (False, True, True))
     model = GLEM.create("identity", image_shape(dim), [f"class {i}" for i in range(classes)])
     model.gaussians.load_state_dict(frozen.state_dict())
     model.eval().requires_grad_(False)
@@ -98,6 +98,10 @@ def pairs(classes: int, dim: int, batch: int) -> dict[str, tuple[Task, Task]]:
             products(z, *fixed),
         ),
         "frozen, forward + backward to z": (densities(frozen, free, grad), products(free, *fixed, grad)),
+        "trainable, forward without gradients": (
+            torch.no_grad()(densities(evaluated, z)),
+            torch.no_grad()(products(z, *leaves)),
+        ),
         "trainable, forward": (densities(trained, z), products(z, *leaves)),
         "trainable, forward + backward to mu, s": (densities(trained, z, grad), products(z, *leaves, grad)),
         "trainable, forward + backward to z, mu, s": (densities(trained, free, grad), products(free, *leaves, grad)),

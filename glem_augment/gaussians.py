@@ -15,6 +15,8 @@ from glem_augment.kld import kld_class_sums, kld_matrix, kld_pair_sum
 # Classes whose terms are made and used at a time on the CPU: few enough to stay in its cache, enough that threads
 # seldom wait for each other.
 _ROWS = 64
+# About how many elements of a parameter are looked at to see whether an optimizer has made a step.
+_PROBED = 1024
 
 
 def _variance(s: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
@@ -47,6 +49,22 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of classes: small ones on the CPU, everything at once where a launch costs more than a pass."""
     size = _ROWS if tensors[0].device.type == "cpu" else max(1, tensors[0].shape[0])
     return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+def _probe(parameter: Tensor) -> Tensor:
+    """Some of its elements, at least one of every class, as a view. Fused optimizers write to parameters without bumping their
+    version, and what was made under inference_mode has none; but an optimizer's step changes these too."""
+    step = max(1, min(parameter.shape[1], parameter.numel() // _PROBED))
+    return parameter.detach().view(-1)[::step]
+
+
+def _same(now: list[tuple[Tensor, int, int]], probes: list[Tensor], cache: dict) -> bool:
+    """Whether what is kept was made from parameters in this state."""
+    before = cache.get("state", ())
+    if len(before) != len(now) or len(cache["probes"]) != len(probes):
+        return False
+    kept = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, before, strict=True))
+    return kept and all(torch.equal(a, b) for a, b in zip(probes, cache["probes"], strict=True))
 
 
 class _Psi(torch.autograd.Function):
@@ -214,11 +232,9 @@ class ClassGaussians(nn.Module):
         """Draw the means from N(0, std^2): random initialisation of the paper's ablation."""
         self.mu.copy_(torch.randn(self.mu.shape, generator=generator).to(self.mu) * std)
 
-    def _may_change(self) -> bool:
-        """Whether the terms have to be made anew; then what was kept is dropped."""
-        # Fused optimizers change a parameter without bumping its version, and parameters made under inference_mode have
-        # none, so nothing is remembered about these.
-        result = any(p.requires_grad or p.is_inference() for p in (self.mu, self.s))
+    def _learns(self) -> bool:
+        """Whether a gradient is to reach the parameters; what was kept is then dropped, since they will change."""
+        result = torch.is_grad_enabled() and (self.mu.requires_grad or self.s.requires_grad)
         if result:
             self._cache = {}
         return result
@@ -226,20 +242,24 @@ class ClassGaussians(nn.Module):
     def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]; no gradient reaches the parameters through them.
 
-        Those of frozen parameters are kept until one is replaced, moved or written to.
+        They are kept until a parameter is replaced, moved or written to; on an accelerator only those of frozen
+        parameters.
         """
-        if self._may_change():
+        parameters = (self.mu, self.s)
+        on_cpu = self.mu.device.type == "cpu"
+        if not on_cpu and any(p.requires_grad or p.is_inference() for p in parameters):
+            self._cache = {}
             return self._compute_terms()
-        now = [(p, p.data_ptr(), p._version) for p in (self.mu, self.s)]
+        now = [(p, p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        probes = [_probe(p) for p in parameters if on_cpu]
         cache = self._cache  # another thread may put a new one in its place at any time
-        before = cache.get("state", ())
-        if len(before) != 2 or any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(now, before, strict=True)):
+        if not _same(now, probes, cache):
             # A tensor made under inference_mode could never again take part in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                terms = self._compute_terms()
+                terms, probes = self._compute_terms(), [p.clone() for p in probes]
             # The storages are held too: an address that may be given to a new tensor says nothing.
-            storages = [p.untyped_storage() for p in (self.mu, self.s)]
-            cache = self._cache = {"state": now, "terms": terms, "storages": storages}
+            storages = [p.untyped_storage() for p in parameters]
+            cache = self._cache = {"state": now, "probes": probes, "terms": terms, "storages": storages}
         return cache["terms"]
 
     @torch.no_grad()
@@ -259,9 +279,9 @@ class ClassGaussians(nn.Module):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of every latent under every class, by two matrix products.
 
-        Frozen parameters (``requires_grad_(False)``) keep the constants of the products between calls; a write through
-        ``.data`` goes unseen, all others are noticed. With parameters that can change they are made anew, and the
-        result can be differentiated once.
+        The constants of the products are kept between calls where no gradient is to reach the parameters (they are
+        frozen, or gradients are off); a write through ``.data`` goes unseen, all others are noticed. Else they are made
+        anew, and the result can be differentiated once. On an accelerator only those of frozen parameters are kept.
 
         Args:
             z: [B, d].
@@ -271,7 +291,7 @@ class ClassGaussians(nn.Module):
         """
         # Sums of thousands of terms that nearly cancel: neither bf16 (autocast) nor TF32 will do.
         with full_precision(z.device.type):
-            if self._may_change():
+            if self._learns():
                 return _LogProb.apply(z, self.mu, self.s, self.psi, self._lowest)
             inverse, scaled, constant = self._density_terms()
             return torch.addmm(torch.addmm(constant, z, scaled.T), z * z, inverse.T, alpha=-0.5)

@@ -38,13 +38,15 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
         generator: on any device; the noise is drawn there and moved.
     """
     if x.dtype == torch.uint8:
-        level = (x >> (8 - bits)).to(dtype)
-        if generator is not None:
-            noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
-            return (level + noise) * 2.0**-bits - 0.5
+        level = x if bits == 8 else x >> (8 - bits)
+        if generator is None:
+            h = level.to(dtype).add_(0.5)
+        else:
+            noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype)
+            h = noise.to(x.device).add_(level)
     else:
-        level = x.to(dtype) * (2**bits - 1)
-    return (level + 0.5) * 2.0**-bits - 0.5
+        h = (x.to(dtype) * (2**bits - 1)).add_(0.5)
+    return h.mul_(2.0**-bits).sub_(0.5)
 
 
 def from_levels(h: Tensor, bits: int) -> Tensor:

@@ -314,6 +314,28 @@ def test_cached_density_terms_follow_changes_in_place() -> None:
     optimizer.step()
     gaussians.requires_grad_(False)
     check()
+    gaussians.requires_grad_(True)  # a step whose gradients came from elsewhere
+    for p in gaussians.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    gaussians.requires_grad_(False)
+    check()
+
+
+def test_terms_of_trainable_parameters_are_kept_where_no_gradient_is_wanted() -> None:
+    gaussians, z = random_gaussians(40, 30).requires_grad_(True), torch.randn(4, 30, dtype=torch.float64)
+    optimizer = torch.optim.Adam(gaussians.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        want = torch.stack([n.log_prob(z) for n in reference(gaussians)], 1)
+        for context in (torch.no_grad, torch.inference_mode, torch.no_grad):
+            with context():
+                torch.testing.assert_close(gaussians.log_prob(z), want, rtol=1e-10, atol=1e-9)
+                assert gaussians._density_terms()[0] is gaussians._density_terms()[0]
+        kept = gaussians._density_terms()[0]
+        gaussians.log_prob(z).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert gaussians._density_terms()[0] is not kept
 
 
 def test_terms_cached_under_inference_mode_do_not_break_later_gradients() -> None:
