@@ -52,8 +52,11 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _probe(parameter: Tensor) -> Tensor:
-    """Some of its elements, at least one of every class, as a view. Fused optimizers write to parameters without bumping their
-    version, and what was made under inference_mode has none; but an optimizer's step changes these too."""
+    """Some of its elements, at least one of every class, as a view.
+
+    Fused optimizers write to parameters without bumping their version, and what was made under inference_mode has none;
+    but an optimizer's step changes these too.
+    """
     step = max(1, min(parameter.shape[1], parameter.numel() // _PROBED))
     return parameter.detach().view(-1)[::step]
 
