@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from glem_augment._devices import move
+
 # Where a partner comes from (AugmentParams.source).
 FROM_BATCH, FROM_RFCM, FROM_GAUSSIAN, FROM_BANK = 0, 1, 2, 3
 
@@ -52,14 +54,6 @@ class AugmentParams:
             return self
         n, values = len(self.rows), {f.name: getattr(self, f.name) for f in fields(self)}
         return AugmentParams(**{name: v[mask] if len(v) == n else v for name, v in values.items()})
-
-
-def move(value: Tensor, device: torch.device | str) -> Tensor:
-    """`value` on `device`; from the CPU to CUDA through pinned memory, so that the host does not wait."""
-    device = torch.device(device)
-    if value.device.type == "cpu" and device.type == "cuda" and value.numel():
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)
 
 
 def chosen_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:

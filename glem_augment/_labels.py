@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glem_augment._drawing import FROM_BATCH, AugmentParams, move
+from glem_augment._devices import move
+from glem_augment._drawing import FROM_BATCH, AugmentParams
 from glem_augment._lookup import ClassTables
 
 

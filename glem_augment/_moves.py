@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from glem_augment._drawing import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, AugmentParams, move
+from glem_augment._devices import move
+from glem_augment._drawing import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, AugmentParams
 from glem_augment._lookup import FlowOnDevice
 from glem_augment.modes import per_class
 

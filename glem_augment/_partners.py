@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from glem_augment._bank import LatentBank
-from glem_augment._drawing import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, FROM_RFCM, AugmentParams, folded_beta, move
+from glem_augment._devices import move
+from glem_augment._drawing import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, FROM_RFCM, AugmentParams, folded_beta
 from glem_augment._lookup import ClassTables
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glem_augment._arguments import check_choice, check_modes, check_number, default_modes
-from glem_augment._drawing import move
+from glem_augment._devices import move
 from glem_augment._moves import evaluating
 from glem_augment._transfer import check_worker_device
 from glem_augment.data import ImageData

@@ -34,7 +34,8 @@ from glem_augment._arguments import (
 )
 from glem_augment._bank import LatentBank
 from glem_augment._counts import MoveCounts
-from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows, move
+from glem_augment._devices import move
+from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows
 from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
 from glem_augment._models import as_model, weights_version

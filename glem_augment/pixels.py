@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glem_augment._devices import move
+
 # Antialiased resizing overshoots by rounding only; more than this is another kind of image (0..255, normalised).
 _RANGE_TOLERANCE = 1e-3
 
@@ -43,7 +45,7 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
             h = level.to(dtype).add_(0.5)
         else:
             noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype)
-            h = noise.to(x.device).add_(level)
+            h = move(noise, x.device).add_(level)
     else:
         h = (x.to(dtype) * (2**bits - 1)).add_(0.5)
     return h.mul_(2.0**-bits).sub_(0.5)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glem_augment._devices import move
+
 PAD_SHARE = 1 / 8
 ROTATION_DEGREES = 12.0
 JITTER = 0.1
@@ -35,7 +37,7 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -
     batch, _, height, width = x.shape
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(x.device) * 2 - 1
+        return move(torch.rand(shape, generator=generator), x.device) * 2 - 1
 
     if "flip" in names:
         x = torch.where((draw(batch) > 0)[:, None, None, None], x.flip(3), x)

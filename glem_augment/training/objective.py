@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glem_augment._devices import move
 from glem_augment.flows.precision import full_precision
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.model import GLEM
@@ -29,7 +30,7 @@ def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generat
     if not config.noise_std:
         return model.encode(x, generator)
     h = to_levels(x, config.bits, model.gaussians.mu.dtype)
-    noise = torch.randn(h.shape, generator=generator, dtype=h.dtype).to(h.device)
+    noise = move(torch.randn(h.shape, generator=generator, dtype=h.dtype), h.device)
     z, logdet = model.flow(h + noise * (config.noise_std * 2.0**-config.bits))
     return z, logdet - model.dim * config.bits * math.log(2)
 

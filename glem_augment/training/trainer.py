@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from glem_augment._devices import move
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
@@ -157,7 +158,7 @@ class Trainer:
     def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of ``indices``."""
         for x, y in self.data.batches(indices, batch_size, self.config.workers):
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            yield move(x, self.device), move(y, self.device)
 
     def _generator(self, *key: int) -> torch.Generator:
         seed = np.random.SeedSequence([self.config.seed, *key]).generate_state(1, np.uint64)[0]
