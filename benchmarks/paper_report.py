@@ -131,6 +131,10 @@ def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str)
             lines.append("| " + " | ".join(line) + " |")
         lines.append("")
     seeds = sorted({r["seed"] for r in rows})
-    lines += [f"{_machine()} Seeds {', '.join(map(str, seeds))}; data and flows as in the tables of this scale.", ""]
+    once = " A number without ± is of one seed." if len(seeds) > 1 else ""
+    lines += [
+        f"{_machine()} Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of this scale.",
+        "",
+    ]
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write("\n".join(lines))
