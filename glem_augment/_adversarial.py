@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from glem_augment.flows.precision import get_switches, set_switches
+from glem_augment.flows import precision
 
 # float16 gradients of a loss of order 1 underflow; only their direction matters here.
 HALF_SCALE = 1024.0
@@ -36,7 +36,7 @@ class CallerSettings(NamedTuple):
     device_type: str
     autocast: bool
     dtype: torch.dtype
-    switches: list[str]
+    switches: precision.Standing
 
     @classmethod
     def now(cls, device_type: str) -> CallerSettings:
@@ -45,7 +45,7 @@ class CallerSettings(NamedTuple):
             device_type,
             torch.is_autocast_enabled(device_type),
             torch.get_autocast_dtype(device_type),
-            get_switches(device_type),
+            precision.standing(device_type),
         )
 
     @contextlib.contextmanager
@@ -64,12 +64,12 @@ class CallerSettings(NamedTuple):
 
     @contextlib.contextmanager
     def _switched(self) -> Iterator[None]:
-        before = get_switches(self.device_type)
+        before = precision.now(self.switches)
         try:
-            set_switches(self.device_type, self.switches)
+            precision.restore(self.switches)
             yield
         finally:
-            set_switches(self.device_type, before)
+            precision.restore(before)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

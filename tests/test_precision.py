@@ -12,43 +12,55 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment
 from glem_augment.flows import Bijection, create_flow
-from glem_augment.flows.precision import full_precision, get_switches, set_switches
+from glem_augment.flows.precision import Standing, full_precision, now, restore, standing
 
 # One process each: what is set here is set for good.
 SETTINGS = (
+    "pass",  # TF32 in convolutions, as torch comes
     "torch.set_float32_matmul_precision('high')",
     "torch.set_float32_matmul_precision('medium')",
     "torch.backends.cudnn.allow_tf32 = False",
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.rnn.fp32_precision = 'ieee'",
     "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
     "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
 )
 SCRIPT = """
 import torch
-from glem_augment.flows.precision import full_precision, get_switches
+from glem_augment.flows.precision import full_precision, standing
 
-if not hasattr(torch.backends.cuda.matmul, "fp32_precision") and "fp32_precision" in {setting!r}:
+new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+if not new and "fp32_precision" in {setting!r}:
     raise SystemExit(0)
 {setting}
-old = []
-for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
-    try:
-        old.append(read())
-    except RuntimeError:
-        old.append("mixed")
-before = [get_switches(device) for device in ("cpu", "cuda")]
+
+def seen():
+    found = []
+    for read in (
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda: [standing(device) for device in ("cpu", "cuda")],
+        lambda: new and [getattr(torch.backends, kind).fp32_precision for kind in ("cuda", "cudnn", "mkldnn")],
+        lambda: new and (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision),
+    ):
+        try:
+            found.append(read())
+        except (RuntimeError, AttributeError):
+            found.append("at odds")
+    return found
+
+before = seen()
 for device in ("cpu", "cuda"):
     with full_precision(device), full_precision(device):
-        assert set(get_switches(device)) <= {{"ieee", "none"}}, get_switches(device)
-assert before == [get_switches(device) for device in ("cpu", "cuda")], before
-new = []
-for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
-    try:
-        new.append(read())
-    except RuntimeError:
-        new.append("mixed")
-assert old == new, (old, new)
+        assert {{value for _, value in standing(device)}} <= {{"ieee", "none"}}, standing(device)
+        if new and device == "cuda":
+            conv, product = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+            assert {{conv, product}} <= {{"ieee", "none"}}, (conv, product)
+        if device == "cuda" and "fp32_precision" not in {setting!r}:
+            torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()  # who asks in the old way is answered
+assert before == seen(), (before, seen())
 """
 
 
@@ -59,30 +71,29 @@ def test_every_way_to_ask_for_less_is_overridden_and_put_back(setting: str) -> N
 
 
 def test_a_thread_that_leaves_does_not_take_the_precision_of_another() -> None:
-    before = get_switches("cpu")
-    less = ["tf32" if value in ("ieee", "none") else value for value in before]
+    before = standing("cpu")
     entered, left = threading.Event(), threading.Event()
-    seen: list[list[str]] = []
+    seen: list[Standing] = []
 
     def other() -> None:
         with full_precision("cpu"):
             entered.set()
             assert left.wait(10)
-            seen.append(get_switches("cpu"))
+            seen.append(now(before))
 
     try:
-        set_switches("cpu", less)
-        asked = get_switches("cpu")
+        restore([(switch, "tf32" if value in ("ieee", "none") else value) for switch, value in before])
+        asked = now(before)
         thread = threading.Thread(target=other)
         with full_precision("cpu"):
             thread.start()
             assert entered.wait(10)
         left.set()
         thread.join(10)
-        assert set(seen[0]) <= {"ieee", "none"}
-        assert get_switches("cpu") == asked
+        assert {value for _, value in seen[0]} <= {"ieee", "none"}
+        assert now(before) == asked
     finally:
-        set_switches("cpu", before)
+        restore(before)
 
 
 def _flow(width: int = 8) -> tuple[Bijection, Tensor]:

@@ -17,7 +17,7 @@ import torch
 # Torch's switches are the process's: threads that are inside at the same time share one change of them.
 _lock = threading.Lock()
 _inside: dict[str, int] = {}
-_before: dict[str, list[str]] = {}
+_before: dict[str, Standing] = {}
 _EXACT = ("ieee", "none")
 
 
@@ -33,8 +33,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-class _Legacy:
-    """torch before 2.9, under the interface of what came then; there "ieee" and "tf32" are all there is to tell."""
+class _Old:
+    """torch's older settings under the interface of those that came with 2.9: "ieee", "tf32", ... as there."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -54,24 +54,48 @@ class _Legacy:
             torch.set_float32_matmul_precision("highest" if value == "ieee" else value)
 
 
+_OLD = {name: _Old(name) for name in ("matmul", "conv")}
+
+
+def _old_hold() -> bool:
+    """Whether the older settings, which all of torch understands, are in force: the caller has set none of the newer
+    ones by hand. Then the two are, or would be, at odds, and reading an older one is an error."""
+    if {torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision} != {"none"}:
+        return False
+    try:
+        return all(switch.fp32_precision is not None for switch in _OLD.values())
+    except RuntimeError:
+        return False
+
+
 def _switches(device_type: str) -> list[Any]:
-    """Of matrix products and convolutions. Since torch 2.9 the old ones raise an error where the new ones were set by
-    hand, so the new ones are used, which never do."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        return [_Legacy("matmul"), _Legacy("conv")] if device_type == "cuda" else [_Legacy("matmul")]
+    """Of matrix products and convolutions."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9
     if device_type == "cuda":
-        return [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+        return [torch.backends.cuda.matmul, torch.backends.cudnn.conv] if new and not _old_hold() else [*_OLD.values()]
+    if not new:
+        return [_OLD["matmul"]]
+    # The older setting of products does not tell what oneDNN does, and there is none of its convolutions.
     return [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv] if device_type == "cpu" else []
 
 
-def get_switches(device_type: str) -> list[str]:
-    """How exact float32 is now, for ``set_switches``: "ieee" or "none" (the same), "tf32", "bf16", ..."""
-    return [switch.fp32_precision for switch in _switches(device_type)]
+# Switches and how they stand: "ieee" or "none" (the same), "tf32", "bf16", ...
+Standing = list[tuple[Any, str]]
 
 
-def set_switches(device_type: str, values: list[str]) -> None:
-    """What ``get_switches`` returned. Switches that stand so already are not touched."""
-    for switch, value in zip(_switches(device_type), values, strict=True):
+def standing(device_type: str) -> Standing:
+    """How exact float32 is at this moment, for ``restore``."""
+    return now([(switch, "") for switch in _switches(device_type)])
+
+
+def now(switches: Standing) -> Standing:
+    """How the same switches stand at this moment."""
+    return [(switch, switch.fp32_precision) for switch, _ in switches]
+
+
+def restore(switches: Standing) -> None:
+    """Switches that stand so already are not touched."""
+    for switch, value in switches:
         if switch.fp32_precision != value:
             switch.fp32_precision = value
 
@@ -85,8 +109,8 @@ def full_precision(device_type: str) -> Iterator[None]:
     """
     with _lock:
         if not _inside.get(device_type):
-            _before[device_type] = get_switches(device_type)
-            set_switches(device_type, [v if v in _EXACT else "ieee" for v in _before[device_type]])
+            _before[device_type] = standing(device_type)
+            restore([(switch, value if value in _EXACT else "ieee") for switch, value in _before[device_type]])
         _inside[device_type] = _inside.get(device_type, 0) + 1
     try:
         with torch.autocast(device_type, enabled=False):
@@ -95,4 +119,4 @@ def full_precision(device_type: str) -> Iterator[None]:
         with _lock:
             _inside[device_type] -= 1
             if not _inside[device_type]:
-                set_switches(device_type, _before.pop(device_type))
+                restore(_before.pop(device_type))
