@@ -21,16 +21,21 @@ from glem_augment.io import atomic_write, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Processor, threads, accelerator and the versions of what was measured."""
-    processor = platform.processor() or platform.machine()
+def cpu() -> str:
+    """The name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, accelerator and the versions of what was measured."""
     packages = ("torch", "torchvision", "timm", "numpy")
     return {
-        "processor": processor,
+        "processor": cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -4,15 +4,20 @@
 
 TABLE is 1 to 8, or "all" of them; "claims": verdicts on the paper's claims from the tables that are there; "figures":
 the paper's Figures 2 to 6; "trust": out-of-distribution detection and memorisation; "pareto": NF accuracy against
-bits/dim for a fixed budget, with what this library adds. Flows, oracles and
-measurements are kept in --work, so the same command goes on where it was stopped; --max-minutes ends it at the next
-step with exit status 75 while there is more to do:
-
-    until python benchmarks/paper.py all --scale gpu --max-minutes 9; do [ $? = 75 ] || break; done
+bits/dim for a fixed budget, with what this library adds.
 
 Results: <out>/table<N>.<scale>.json, a list of rows (table, method, data, setting, metric, seed, value, SHA-256 of the
-flow's weights), the same as Markdown beside the paper's numbers, and <out>/claims.json. --data main=SPEC and
-second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
+flow's weights, key, processor), the same as Markdown beside the paper's numbers, and <out>/claims.json. --data
+main=SPEC and second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
+
+What <out> has, or --work (flows, oracles and measurements), is not measured again, so the same command goes on where it
+was stopped, and writes the tables of the results in the repository at once. To check some of those, measure them anew:
+
+    python benchmarks/paper.py 3 --only "lambda_0 = 10" --anew --work /tmp/check
+
+--max-minutes ends a run at the next step with exit status 75 while there is more to do:
+
+    until python benchmarks/paper.py all --scale gpu --max-minutes 9; do [ $? = 75 ] || break; done
 """
 
 from __future__ import annotations
@@ -22,9 +27,9 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import RESULTS, parser
@@ -32,7 +37,7 @@ from paper_claims import write_claims
 from paper_figures import run_figures
 from paper_lab import Lab, describe
 from paper_pareto import run_pareto
-from paper_report import row, write_table
+from paper_report import numbers_of, oracle_row, row, write_table
 from paper_scales import SCALES, Scale
 from paper_tables import TITLES, cells_of
 from paper_trust import run_trust
@@ -40,23 +45,56 @@ from paper_trust import run_trust
 from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
 
 _TABLES = [str(n) for n in TITLES]
+# Metrics that rest on the oracle.
+_ORACLES = {"FID", "Cov", "L-R", "rho-distance"}
 _OTHERS = ("claims", "figures", "trust", "pareto")
 
 
-def run_table(table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path, command: str) -> None:
-    """Measure what is missing, and write the table once it is whole: an earlier one stays until then."""
+def run_table(
+    table: int,
+    scale: Scale,
+    name: str,
+    lab: Lab,
+    seeds: int,
+    out: Path,
+    command: Callable[[str, int], str],
+    only: str | None = None,
+    anew: bool = False,
+) -> None:  # fmt: skip
+    """Measure what is missing, and write the table once it is whole: an earlier one stays until then.
+
+    Args:
+        seeds: at least; more where they are known.
+        only: measure only cells with this in their label; the others are known, or the table is not written.
+        anew: measure what is known as well.
+    """
     cells = cells_of(table, scale.sizes)
-    rows: list[dict[str, Any]] = []
-    oracles: dict[str, float] = {}
-    for seed in range(seeds):
-        for cell in cells:
-            values, weights = lab.measure(cell, seed)
-            data = lab.spec(cell.data).name
-            rows += [row(table, cell, data, metric, seed, value, weights) for metric, value in values.items()]
-            if {"FID", "Cov", "L-R", "rho-distance"} & set(cell.metrics):
-                oracles[cell.data] = lab.oracle(cell.data).facts["test_accuracy"]
-            print(f"table {table}, seed {seed}, {data}, {cell.label} ({cell.setting}): {describe(values)}", flush=True)
-    write_table(out, table, name, scale, cells, rows, oracles, command)
+    chosen = [cell for cell in cells if only is None or only in cell.label]
+    todo = [(cell, seed) for seed in range(seeds) for cell in chosen]
+    for cell, seed in todo:
+        earlier = lab.forget(cell, seed) if anew else []
+        new = not lab.knows(cell, seed)
+        numbers = lab.measure(cell, seed)
+        if new:
+            label = f"{lab.spec(cell.data).name}, {cell.label} ({cell.setting})"
+            was = f"; before: {describe(earlier)}" if earlier else ""
+            print(f"table {table}, seed {seed}, {label}: {describe(numbers)}{was}", flush=True)
+    while all(lab.knows(cell, seeds) for cell in cells):
+        seeds += 1
+    missing = sum(not lab.knows(cell, seed) for cell in cells for seed in range(seeds))
+    if missing:
+        print(f"table {table} is not written: {missing} of its other rows have not been measured")
+        return
+    rows = [
+        row(table, cell, lab.spec(cell.data).name, seed, number)
+        for seed in range(seeds)
+        for cell in cells
+        for number in lab.measure(cell, seed)
+    ]
+    for role in dict.fromkeys(cell.data for cell in cells if _ORACLES & set(cell.metrics)):
+        rows.append(oracle_row(table, role, lab.spec(role).name, lab.oracle_accuracy(role)))
+    path = write_table(out, table, name, scale, cells, rows, command(str(table), seeds))
+    print(f"table {table}: {path.with_suffix('.md')}")
 
 
 def _short(spec: str) -> str:
@@ -84,6 +122,8 @@ def main() -> int:
         help="images of another kind, for trust: an ImageFolder with "
         "val/ (default: imagenette128 in $GLEM_DATA, where it is)",
     )
+    args.add_argument("--anew", action="store_true", help="measure what --out has as well, and say what it was")
+    args.add_argument("--only", metavar="TEXT", help="of the tables, measure the rows with this in their label")
     args.add_argument("--max-minutes", type=float, help="stop after that long, with exit status 75")
     args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = args.parse_args()
@@ -98,21 +138,28 @@ def main() -> int:
     # Other images get files of their own.
     name = "-".join([args.scale, *(_place(text) for text in args.data)])
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-    lab = Lab(scale, args.scale, args.work, args.device, until)
+    known = numbers_of(args.out, name)
+    lab = Lab(scale, args.scale, args.work, args.device, until, known)
     other = Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"
     if args.other is None and other.is_dir():
         args.other = str(other)
     tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
     seeds = args.seeds or scale.seeds
-    # Folders of this machine, and how often the run was stopped, are no part of the result.
-    options = " ".join([f"--scale {args.scale} --seeds {seeds}", *(f"--data {text}" for text in args.data)])
+
+    def command(what: str, seeds: int) -> str:
+        """Folders of this machine, and how often the run was stopped, are no part of the result."""
+        data = "".join(f" --data {text}" for text in args.data)
+        return f"python benchmarks/paper.py {what} --scale {args.scale} --seeds {seeds}{data}"
+
     try:
         for table in tables:
-            run_table(int(table), scale, name, lab, seeds, args.out, f"python benchmarks/paper.py {table} {options}")
+            run_table(int(table), scale, name, lab, seeds, args.out, command, args.only, args.anew)
+        if args.anew:
+            lab.known.clear()
         if "trust" in args.tables:
-            run_trust(lab, name, args.out, seeds, args.other, f"python benchmarks/paper.py trust {options}")
+            run_trust(lab, name, args.out, seeds, args.other, command("trust", seeds))
         if "pareto" in args.tables:
-            run_pareto(lab, name, args.out, seeds, f"python benchmarks/paper.py pareto {options}")
+            run_pareto(lab, name, args.out, seeds, command)
         if "figures" in args.tables:
             run_figures(lab, name, args.out)
     except TimeUpError as stop:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import machine
 from paper_scales import DataSpec, Scale
 from paper_tables import Cell
 from torch import Tensor
@@ -38,9 +39,9 @@ from glem_augment.pixels import in_range
 from glem_augment.rfcm import ThinCovariances
 from glem_augment.rfcm_fit import fit_rfcm
 from glem_augment.training import Trainer
-from glem_augment.training.checkpoint import FREE, Checkpoints
+from glem_augment.training.checkpoint import FREE, RULES, Checkpoints
 from glem_augment.training.interrupt import TimeUpError
-from glem_augment.training.methods import METHODS, prepare
+from glem_augment.training.methods import METHODS, method, prepare
 
 # Part of every name: raise it when the same settings come to mean something else.
 _VERSION = 2
@@ -74,16 +75,43 @@ class Fitted:
     monomodal: bool
 
 
+@dataclass(frozen=True)
+class Number:
+    """A measured number: ``weights``, the SHA-256 of its flow's file; ``key``, a name made from all that it depends on
+    (settings of flow, data, samples and classifiers, seed), by which it is found in the results of earlier runs;
+    ``processor``: on which it was measured."""
+
+    metric: str
+    value: float
+    weights: str
+    key: str
+    processor: str
+
+
 class Lab:
     """Makes and keeps.
 
     Args:
         scale: sizes. name: of the scale. work: the folder. device: of everything. until: on the clock of
             ``time.monotonic``; later than that nothing new is begun, and training stops with a checkpoint.
+        known: numbers of earlier runs, which are not measured again.
     """
 
-    def __init__(self, scale: Scale, name: str, work: Path, device: str, until: float | None = None) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        name: str,
+        work: Path,
+        device: str,
+        until: float | None = None,
+        known: Iterable[Number] = (),
+    ) -> None:  # fmt: skip
         self.scale, self.work, self.device, self.until = scale, work / name, torch.device(device), until
+        self.known: dict[str, dict[str, Number]] = {}
+        for number in known:
+            self.known.setdefault(number.key, {})[number.metric] = number
+        about = machine()
+        self.processor: str = about["processor"] if self.device.type == "cpu" else about["accelerator"]
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
         self._oracles: dict[str, Classifier] = {}
         self._real: dict[str, tuple[Tensor, Tensor]] = {}
@@ -248,19 +276,63 @@ class Lab:
             write_json(store, known)
         return known["values"][key]
 
-    def measure(self, cell: Cell, seed: int) -> tuple[dict[str, float], str]:
-        """The cell's metrics, in the paper's units (accuracies, Cov and L-R in %), and the weights' hash."""
-        fitted = self.flow(cell, seed)
-        values: dict[str, float] = {}
-        for group in (("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",), ("Agree",), _RHO):
-            wanted = [name for name in group if name in cell.metrics]
-            if not wanted:
-                continue
-            found = self.kept(fitted, self._key(group, cell), partial(self._measure, group, fitted, cell, seed))
-            values.update({name: found[name] for name in wanted})
-            values.update({name: found[name] for name in found if name.endswith(" p") and name[:-2] in wanted})
-            values.update({name: found[name] for name in ("kept", "rarest class") if name in found})
-        return values, fitted.weights
+    def measure(self, cell: Cell, seed: int) -> list[Number]:
+        """The cell's metrics, in the paper's units (accuracies, Cov and L-R in %)."""
+        result: list[Number] = []
+        for group, wanted in _groups(cell):
+            make = partial(self._measure, group, cell=cell, seed=seed)
+            found = self.numbers(cell, seed, self._key(group, cell), make, wanted)
+            names = {*wanted, *(f"{name} p" for name in wanted), "kept", "rarest class"}
+            result += [number for number in found if number.metric in names]
+        return result
+
+    def knows(self, cell: Cell, seed: int) -> bool:
+        """Whether nothing of the cell need be measured."""
+        keys = [(self.key(cell, seed, self._key(group, cell)), wanted) for group, wanted in _groups(cell)]
+        return all(set(self.known.get(key, ())) >= set(wanted) for key, wanted in keys)
+
+    def forget(self, cell: Cell, seed: int) -> list[Number]:
+        """Let the cell be measured again; returns what was known."""
+        keys = [self.key(cell, seed, self._key(group, cell)) for group, _ in _groups(cell)]
+        return [number for key in keys for number in self.known.pop(key, {}).values()]
+
+    def numbers(
+        self,
+        cell: Cell,
+        seed: int,
+        about: str,
+        make: Callable[[Fitted], dict[str, float]],
+        wanted: Iterable[str] = (),
+    ) -> list[Number]:
+        """What ``make`` gives for the cell's flow: known, if all that is ``wanted`` is, or measured, now or before.
+
+        Args:
+            about: names what is measured, with everything that it depends on besides the flow.
+        """
+        key = self.key(cell, seed, about)
+        known = self.known.get(key)
+        if known is None or not set(known) >= set(wanted):
+            fitted = self.flow(cell, seed)
+            values = self.kept(fitted, about, partial(make, fitted))
+            found = [Number(metric, value, fitted.weights, key, self.processor) for metric, value in values.items()]
+            known = self.known[key] = {number.metric: number for number in found}
+        return list(known.values())
+
+    def key(self, cell: Cell, seed: int, about: str) -> str:
+        """``Number.key``, from settings alone: neither data nor flow need be there, nor be where they were."""
+        changes = {**self.scale.flow, **cell.changes, "seed": seed}
+        config = method(cell.method).config(**changes).to_dict()
+        learned = {name: value for name, value in config.items() if name not in FREE}
+        return version_of(RULES, cell.method, learned, self._data_key(cell.data), about)
+
+    def _data_key(self, role: str) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.spec(role)).items() if name != "spec"}
+
+    def oracle_accuracy(self, role: str) -> Number:
+        """The oracle's accuracy on the test images, in %."""
+        key = version_of("oracle", asdict(self.scale.oracle), self._data_key(role))
+        found = self.known.get(key, {}).get("accuracy")
+        return found or Number("accuracy", 100 * self.oracle(role).facts["test_accuracy"], "", key, self.processor)
 
     def _key(self, group: tuple[str, ...], cell: Cell) -> str:
         """What a measurement depends on besides the flow."""
@@ -276,6 +348,7 @@ class Lab:
         return f"{group[0]} {version_of(about[group[0]])}"
 
     def _measure(self, group: tuple[str, ...], fitted: Fitted, cell: Cell, seed: int) -> dict[str, float]:
+        """A group of metrics that are measured together."""
         train, test = self.data(cell.data)
         y = torch.from_numpy(test.targets)
         if group[0] == "NF-A":
@@ -330,13 +403,23 @@ class Lab:
         return {"NF-A": 100 * accuracy, "BPD": found["bits_per_dim"], "ECE": 100 * (found["ece"] or 0.0)}
 
 
-_RHO = ("rho-distance", "rho-confusion")
+# Metrics that are measured together.
+_GROUPS = (
+    ("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",), ("Agree",),
+    ("rho-distance", "rho-confusion"),
+)  # fmt: skip
+
+
+def _groups(cell: Cell) -> list[tuple[tuple[str, ...], list[str]]]:
+    """The groups that the cell asks for, with what it wants of each."""
+    groups = [(group, [name for name in group if name in cell.metrics]) for group in _GROUPS]
+    return [(group, wanted) for group, wanted in groups if wanted]
 
 
 def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def describe(values: Mapping[str, float]) -> str:
+def describe(numbers: Iterable[Number]) -> str:
     """One line for the log."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return ", ".join(f"{number.metric} {number.value:.4g}" for number in numbers)

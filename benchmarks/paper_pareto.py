@@ -7,12 +7,13 @@ Beyond the paper. All take the same number of steps of the same flow. A setting 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from paper_lab import Lab, version_of
+from paper_lab import Fitted, Lab, describe, version_of
 from paper_report import row, write_rows
 from paper_tables import Cell
 
@@ -38,35 +39,43 @@ CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 ONCE = ("GLEM 1", "IB-INN 0.3", "saturating 0.3", *(label for label, *_ in CURVES["hybrid-joint, less"]))
 
 
-def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: str) -> None:
-    """Measure all points, those of ``ONCE`` for one seed, and write ``pareto.<scale>.json``, ``.md`` and ``.png``."""
+def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[str, int], str]) -> None:
+    """Measure all points for so many seeds (more, where they are known; one for those of ``ONCE``), and write
+    ``pareto.<scale>.json``, ``.md`` and ``.png`` after each."""
     rows: list[dict[str, Any]] = []
+    while all(lab.knows(cell, seeds) for role in ("main", "second") for _, cell in _points(role, seeds)):
+        seeds += 1
     for role in ("main", "second"):
         data = lab.spec(role).name
         for seed in range(seeds):
-            for curve, points in CURVES.items():
-                for label, method, changes in points:
-                    if seed and label in ONCE:
-                        continue
-                    cell = Cell(label, role, method, ("NF-A", "BPD", "ECE", "FID"), changes, tau=1.0)
-                    values, weights = lab.measure(cell, seed)
-                    extra = lab.kept(
-                        lab.flow(cell, seed), f"averaged {version_of()}", partial(_averaged, lab, cell, seed)
-                    )
-                    values = {**values, **extra}
-                    for metric, value in values.items():
-                        rows.append(
-                            {**row(0, cell, data, metric, seed, value, weights), "table": "pareto", "curve": curve}
-                        )
-                    print(f"pareto, seed {seed}, {data}, {label}: NF-A {values['NF-A']:.4g}", flush=True)
-                    path = out / f"pareto.{scale}.json"
-                    write_rows(path, "NF accuracy against bits/dim and FID, equal training steps", rows, command)
-                    plot(rows, path.with_suffix(".png"))
+            for curve, cell in _points(role, seed):
+                new = not lab.knows(cell, seed)
+                numbers = lab.measure(cell, seed)
+                numbers += lab.numbers(cell, seed, f"averaged {version_of()}", partial(_averaged, lab, cell))
+                rows += [{**row("pareto", cell, data, seed, number), "curve": curve} for number in numbers]
+                if new:
+                    print(f"pareto, seed {seed}, {data}, {cell.label}: {describe(numbers)}", flush=True)
+                    _write(rows, out / f"pareto.{scale}.json", command("pareto", seeds))
+    _write(rows, out / f"pareto.{scale}.json", command("pareto", seeds))
 
 
-def _averaged(lab: Lab, cell: Cell, seed: int) -> dict[str, float]:
+def _points(role: str, seed: int) -> list[tuple[str, Cell]]:
+    """Curve and cell of what is measured with that seed."""
+    return [
+        (curve, Cell(label, role, method, ("NF-A", "BPD", "ECE", "FID"), changes, tau=1.0))
+        for curve, points in CURVES.items()
+        for label, method, changes in points
+        if seed == 0 or label not in ONCE
+    ]
+
+
+def _write(rows: list[dict[str, Any]], path: Path, command: str) -> None:
+    write_rows(path, "NF accuracy against bits/dim and FID, equal training steps", rows, command)
+    plot(rows, path.with_suffix(".png"))
+
+
+def _averaged(lab: Lab, cell: Cell, fitted: Fitted) -> dict[str, float]:
     """Accuracy by test-time averaging, and the held-out accuracy by which settings may be chosen."""
-    fitted = lab.flow(cell, seed)
     test = lab.data(cell.data)[1]
     flip = "flip" in lab.scale.flow.get("augment", ())  # else the flow never saw a mirror image
     posterior = averaged_posterior(fitted.model, test.tensor(), draws=4, flip=flip)

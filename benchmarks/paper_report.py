@@ -2,54 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from common import machine
+from paper_lab import Number
 from paper_scales import Scale
 from paper_tables import ALL, TITLES, Cell
 
 from glem_augment.io import atomic_write, write_json
 
+_ORACLE = "oracle"
 
-def row(table: int, cell: Cell, data: str, metric: str, seed: int, value: float, weights: str) -> dict[str, Any]:
+
+def row(table: int | str, cell: Cell, data: str, seed: int, number: Number) -> dict[str, Any]:
     """One measured number."""
     return {
         "table": table, "method": cell.label, "data_set": data, "role": cell.data, "setting": cell.setting,
-        "metric": metric, "seed": seed, "value": value, "weights_hash": weights,
+        "metric": number.metric, "seed": seed, "value": number.value, "weights_hash": number.weights,
+        "key": number.key, "processor": number.processor,
     }  # fmt: skip
 
 
+def oracle_row(table: int, role: str, data: str, number: Number) -> dict[str, Any]:
+    """The oracle's accuracy, of the one oracle that there is."""
+    return row(table, Cell(_ORACLE, role, "", ("accuracy",)), data, 0, number)
+
+
+def numbers_of(folder: Path, scale: str) -> list[Number]:
+    """All numbers of that scale in the results of earlier runs that say what they depend on."""
+    result = []
+    for path in sorted(folder.glob(f"*.{scale}.json")):
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            if "key" in entry:
+                values = (entry[name] for name in ("metric", "value", "weights_hash", "key", "processor"))
+                result.append(Number(*values))
+    return result
+
+
 def write_table(
-    folder: Path,
-    table: int,
-    scale_name: str,
-    scale: Scale,
-    cells: list[Cell],
-    rows: list[dict[str, Any]],
-    oracles: dict[str, float],
-    command: str,
+    folder: Path, table: int, scale_name: str, scale: Scale, cells: list[Cell], rows: list[dict[str, Any]], command: str
 ) -> Path:
-    """Write ``table<N>.<scale>.json`` (the rows) and ``.md``; returns the JSON's path."""  # fmt: skip
+    """Write ``table<N>.<scale>.json`` (the rows) and ``.md``; returns the JSON's path."""
     path = folder / f"table{table}.{scale_name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, rows)
     with atomic_write(path.with_suffix(".md"), "w") as file:
-        file.write(markdown(table, scale_name, scale, cells, rows, oracles, command))
+        file.write(markdown(table, scale_name, scale, cells, rows, command))
     return path
 
 
 def markdown(
-    table: int,
-    scale_name: str,
-    scale: Scale,
-    cells: list[Cell],
-    rows: list[dict[str, Any]],
-    oracles: dict[str, float],
-    command: str,
+    table: int, scale_name: str, scale: Scale, cells: list[Cell], rows: list[dict[str, Any]], command: str
 ) -> str:
-    """Measured means (and standard deviations over seeds), the paper's number after each."""  # fmt: skip
+    """Measured means (and standard deviations over seeds), the paper's number after each."""
     lines = [f"# Table {table}: {TITLES[table]} ({scale_name})", "", f"`{command}`", ""]
     for role, printed in (("second", "CIFAR-10"), ("main", "CIFAR-100")):
         chosen = [cell for cell in cells if cell.data == role]
@@ -72,11 +80,11 @@ def markdown(
                 if metric in beside:
                     line.append(f"{cell.paper[metric]:g}" if metric in cell.paper else "")
             lines.append("| " + " | ".join(line) + " |")
-        if role in oracles:
-            lines += ["", f"Oracle: {100 * oracles[role]:.2f} % on the real test images."]
+        for accuracy in values_of(rows, _ORACLE, name, "default", "accuracy"):
+            lines += ["", f"Oracle: {accuracy:.2f} % on the real test images."]
         lines.append("")
     lines += [
-        _machine(),
+        _machine(rows),
         f"FID and Cov: oracle features, at most {scale.measured} generated and real test images, "
         f"k = {scale.neighbours}. All flows: {_flow(scale.flow)}.",
         "; ".join(
@@ -104,10 +112,11 @@ def values_of(rows: list[dict[str, Any]], method: str, data: str, setting: str, 
     return [r["value"] for r in rows if (r["method"], r["data_set"], r["setting"], r["metric"]) == key]
 
 
-def _machine() -> str:
-    about = machine()
-    versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
-    return f"{about['accelerator'] or about['processor']}, {about['threads']} CPU threads; {versions}."
+def _machine(rows: list[dict[str, Any]]) -> str:
+    """Where the rows were measured, and what wrote them here."""
+    names = " and ".join(dict.fromkeys(r["processor"] for r in rows))
+    versions = ", ".join(f"{key} {value}" for key, value in machine()["versions"].items())
+    return f"Measured on {names}; written with {versions}."
 
 
 def _flow(settings: dict[str, Any]) -> str:
@@ -133,7 +142,7 @@ def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str)
     seeds = sorted({r["seed"] for r in rows})
     once = " A number without ± is of one seed." if len(seeds) > 1 else ""
     lines += [
-        f"{_machine()} Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of this scale.",
+        f"{_machine(rows)} Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of this scale.",
         "",
     ]
     with atomic_write(path.with_suffix(".md"), "w") as file:

@@ -68,7 +68,7 @@ SCALES = {
         sizes=(1, 2),
         seeds=1,
     ),
-    # Three to four hours of one core.
+    # A night of one core.
     "cpu": Scale(
         main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _fashion(), 16, 2000),
         second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),
@@ -82,7 +82,7 @@ SCALES = {
         vit=Recipe.transformer(arch="vit_micro", epochs=15),
         measured=5000,
         sizes=(1, 2, 4, 8),
-        seeds=1,
+        seeds=3,
     ),
     # An hour or two per table on one data-centre GPU, in pieces of any length.
     "gpu": Scale(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper_lab import Lab, version_of
+from paper_lab import Fitted, Lab, version_of
 from paper_report import row, write_rows
 from paper_tables import Cell
 from torch import Tensor
@@ -45,24 +45,21 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None, co
         for seed in range(seeds):
             for label, method, changes in FLOWS:
                 cell = Cell(label, role, method, (), changes)
-                fitted = lab.flow(cell, seed)
+                numbers = []
                 for source in ("gaussian", "rfcm"):
                     drawn = Cell(label, role, method, (), changes, source=source)
                     about = version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)
-                    found = lab.kept(fitted, f"memory {source} {about}", partial(_memorisation, lab, drawn, seed))
-                    for metric, value in found.items():
-                        rows.append({**row(0, cell, data, metric, seed, value, fitted.weights), "table": "trust"})
+                    make = partial(_memorisation, lab, drawn, seed)
+                    numbers += lab.numbers(drawn, seed, f"memory {source} {about}", make)
                 about = version_of(lab.scale.measured, other and Path(other).name)
-                for metric, value in lab.kept(
-                    fitted, f"ood {about}", partial(_detection, lab, cell, seed, other)
-                ).items():
-                    rows.append({**row(0, cell, data, metric, seed, value, fitted.weights), "table": "trust"})
+                numbers += lab.numbers(cell, seed, f"ood {about}", partial(_detection, lab, cell, other))
+                rows += [row("trust", cell, data, seed, number) for number in numbers]
                 write_rows(out / f"trust.{scale}.json", "Out-of-distribution detection and memorisation", rows, command)
                 print(f"trust, seed {seed}, {data}, {label}", flush=True)
 
 
-def _detection(lab: Lab, cell: Cell, seed: int, other: str | None) -> dict[str, float]:
-    model = lab.flow(cell, seed).model
+def _detection(lab: Lab, cell: Cell, other: str | None, fitted: Fitted) -> dict[str, float]:
+    model = fitted.model
     train, test = lab.data(cell.data)
     count = min(len(test), lab.scale.measured)
     rows = (torch.arange(count) * len(test)) // count
@@ -78,9 +75,8 @@ def _detection(lab: Lab, cell: Cell, seed: int, other: str | None) -> dict[str, 
     return result
 
 
-def _memorisation(lab: Lab, cell: Cell, seed: int) -> dict[str, float]:
+def _memorisation(lab: Lab, cell: Cell, seed: int, fitted: Fitted) -> dict[str, float]:
     """In the oracle's features; and, once, the likelihood gap."""
-    fitted = lab.flow(cell, seed)
     train, test = lab.data(cell.data)
     count = min(len(test), len(train), lab.scale.measured)
     pick = (torch.arange(count) * len(train)) // count

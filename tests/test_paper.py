@@ -17,7 +17,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts  # noqa: E402
 from paper_figures import SETTINGS, two_dimensional_fit  # noqa: E402
-from paper_report import markdown, row, values_of  # noqa: E402
+from paper_lab import Lab, Number  # noqa: E402
+from paper_report import markdown, numbers_of, oracle_row, row, values_of, write_table  # noqa: E402
 from paper_scales import SCALES  # noqa: E402
 from paper_tables import TITLES, Cell, cells_of  # noqa: E402
 
@@ -138,17 +139,23 @@ def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:
     assert (continuum(0.6, 0.001), continuum(0.1, 0.3), continuum(-0.6, 0.001)) == (HOLDS, OPEN, FAILS)
 
 
+def number(metric: str, value: float, key: str = "key") -> Number:
+    return Number(metric, value, "abc", key, "this processor")
+
+
 def test_markdown_has_the_papers_number_beside_the_measured_one() -> None:
     cells = [
         Cell("GLEM", "main", "glem", ("NF-A", "FID"), paper={"NF-A": 67.67}),
         Cell("CE", "main", "ce", ("FID",)),
     ]
     name = SCALES["cpu"].main.name
-    rows = [row(2, cells[0], name, "NF-A", seed, value, "abc") for seed, value in enumerate((50.0, 52.0))]
-    text = markdown(2, "cpu", SCALES["cpu"], cells, rows, {"main": 0.9}, "command")
+    rows = [row(2, cells[0], name, seed, number("NF-A", value)) for seed, value in enumerate((50.0, 52.0))]
+    rows.append(oracle_row(2, "main", name, number("accuracy", 90.0)))
+    text = markdown(2, "cpu", SCALES["cpu"], cells, rows, "command")
     assert "| method | setting | NF-A | paper | FID |" in text
     assert "| GLEM | default | 51 ± 1.4 | 67.67 |  |" in text and "| CE | default | x |  |  |" in text
-    assert "Oracle: 90.00 %" in text and values_of(rows, "GLEM", name, "default", "NF-A") == [50.0, 52.0]
+    assert "Oracle: 90.00 %" in text and "Measured on this processor;" in text
+    assert values_of(rows, "GLEM", name, "default", "NF-A") == [50.0, 52.0]
 
 
 def test_the_two_dimensional_illustration_learns_what_its_panels_say() -> None:
@@ -171,6 +178,39 @@ def test_measured_reads_every_table_of_its_scale(tmp_path: Path) -> None:
     assert Measured(tmp_path, "gpu").rows == []
 
 
+def test_what_the_results_have_is_not_measured_again(tmp_path: Path) -> None:
+    """Two cells of Table 2 in a file of results, which a laboratory without data and flows takes them from."""
+    scale, cells = SCALES["cpu"], [cell for cell in cells_of(2, (1,)) if cell.method == "glem"]
+    empty = Lab(scale, "cpu", tmp_path / "work", "cpu")
+    rows = []
+    for cell in cells:
+        for group in (("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",)):
+            key = empty.key(cell, 0, empty._key(group, cell))
+            metrics = [metric for metric in group if metric in cell.metrics]
+            rows += [row(2, cell, scale.main.name, 0, number(m, float(len(m)), key)) for m in metrics]
+    write_table(tmp_path, 2, "cpu", scale, cells, rows, "command")
+    lab = Lab(scale, "cpu", tmp_path / "work", "cpu", known=numbers_of(tmp_path, "cpu"))
+    for cell in cells:
+        assert lab.knows(cell, 0) and not lab.knows(cell, 1) and not empty.knows(cell, 0)
+        assert [(n.metric, n.value) for n in lab.measure(cell, 0)] == [
+            (m, float(len(m))) for m in ("NF-A", "FID", "Cov", "L-R", "CNN-A")
+        ]
+    changed = Cell("GLEM 10", "main", "glem", ("NF-A",), {"kld_weight": 10.5})
+    cooler = Cell("GLEM 10", "main", "glem", ("CNN-A",), tau=0.8)
+    assert not lab.knows(changed, 0) and not lab.knows(cooler, 0)
+    assert {n.metric for n in lab.forget(cells[0], 0)} == set(cells[0].metrics)
+    assert not lab.knows(cells[0], 0) and lab.knows(cells[1], 0)
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_results_in_the_repository_are_found_by_their_settings() -> None:
+    """Their keys are made from today's settings: a changed default would have them measured again."""
+    folder = BENCHMARKS / "results" / "paper"
+    lab = Lab(SCALES["cpu"], "cpu", Path("nowhere"), "cpu", known=numbers_of(folder, "cpu"))
+    for table in TITLES:
+        assert all(lab.knows(cell, 0) for cell in cells_of(table, SCALES["cpu"].sizes))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_table_stops_resumes_and_comes_out_the_same(tmp_path: Path) -> None:
@@ -185,4 +225,4 @@ def test_a_table_stops_resumes_and_comes_out_the_same(tmp_path: Path) -> None:
             codes.append(subprocess.run(command, env=environment, capture_output=True).returncode)
         assert codes[-1] == 0 and (len(codes) > 1) == bool(limit)
         results.append(json.loads((tmp_path / name / "table6.smoke.json").read_text()))
-    assert results[0] == results[1] and len(results[0]) == 25
+    assert results[0] == results[1] and len(results[0]) == 26
