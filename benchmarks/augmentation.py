@@ -4,6 +4,7 @@
     python benchmarks/augmentation.py --settings imagenette32-50 --seconds 3600
     python benchmarks/augmentation.py --report                          # tables and plot from the stored JSON
     python benchmarks/augmentation.py --train-flow cifar10 --seconds 600    # a flow that settings need, in pieces
+    python benchmarks/augmentation.py --task flowers=data/flowers --flow user/flow --per-class 50    # images of yours
 
 A cell is one classifier trained with one stack of augmentations. For every setting and classifier, in this order:
 
@@ -48,12 +49,14 @@ from augmentation_settings import (
     TUNING_SEED,
 )
 from augmentation_store import Store
+from augmentation_task import own_task
 from augmentation_train import CLASSIFIERS, Classifier, accuracy, make_body, train
 from common import RESULTS, machine, parser
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from glem_augment import GLEM
+from glem_augment.errors import GLEMError
 from glem_augment.io import atomic_write
 
 
@@ -195,6 +198,21 @@ def options() -> Any:
     result.add_argument("--plan", action="store_true", help="list the cells and the time they will take; do nothing")
     result.add_argument("--report", action="store_true", help="tables and plot from the stored rows; do nothing else")
     result.add_argument("--train-flow", metavar="NAME", help=f"make a flow: {', '.join(FLOWS)}")
+    result.add_argument(
+        "--task",
+        metavar="NAME=SPEC",
+        help="a setting of your own images: a folder with train/ and test/ or val/, or "
+        "what open_data takes; results go to runs/augmentation-NAME",
+    )
+    result.add_argument(
+        "--flow",
+        action="append",
+        metavar="FLOW",
+        help="of --task: a folder, a Hub repository, a name "
+        "of --train-flow, or 'own', trained on the labelled images alone (the default); may be repeated",
+    )
+    result.add_argument("--per-class", type=int, default=50, help="of --task: labelled images (%(default)s)")
+    result.add_argument("--size", type=int, help="of --task: side of the classifier's images (the flow's)")
     result.add_argument("--smoke", action="store_true", help="half a minute on the bundled images")
     return result
 
@@ -207,6 +225,10 @@ def main() -> None:
         args.out = args.out if args.out != RESULTS else Path("runs/augmentation-smoke")
         args.settings, args.seeds, args.trials, args.best, args.leaking = ["smoke"], args.seeds[:2], 1, 1, True
         args.opponents = ["none", "cropflip", "jitter", "mixup", "cutmix", "trivial", "erasing", "pixel-adversarial"]
+    if args.task:
+        setting = own_task(args.task, args.per_class, args.size, args.flow or ["own"])
+        args.settings = [setting.name]
+        args.out = args.out if args.out != RESULTS else Path("runs") / f"augmentation-{args.task.partition('=')[0]}"
     known = {**SETTINGS, "smoke": SMOKE}
     unknown = [name for name in args.settings if name not in known]
     if unknown:
@@ -253,3 +275,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit("augmentation: stopped; finished cells are stored, run again to go on") from None
+    except (GLEMError, FileNotFoundError) as error:
+        raise SystemExit(f"augmentation: {error}") from error

@@ -68,7 +68,7 @@ class Library:
 
     def _decode(self, file: Path, name: str, split: str, size: int, channels: int) -> None:
         folder, otherwise, test = PLACES[name]
-        found = find_images("augmentation", name, folder, otherwise)
+        found = otherwise if folder is None else find_images("augmentation", name, folder, otherwise)
         split = test if split == "test" else split
         data = open_data(found, split, image_size=size, channels=channels, progress=False)
         pixels = data.tensor()
@@ -146,7 +146,9 @@ class Flows:
             return None
         if name in BUNDLED:
             return BUNDLED[name]
-        return self.folder / (f"own-{setting.name}-{seed}" if name == "own" else name)
+        if name == "own":
+            return self.folder / f"own-{setting.name}-{seed}"
+        return self.folder / name if name in FLOWS else name  # of --task: a folder, or a repository of the Hub
 
     def missing(self, name: str, setting: Setting) -> str | None:
         """Why a flow can't be used yet; None where it can, or is trained on the way ("own")."""

@@ -23,6 +23,7 @@ import augmentation_ops as ops  # noqa: E402
 import augmentation_plan as planning  # noqa: E402
 import augmentation_report as reporting  # noqa: E402
 import augmentation_settings as settings  # noqa: E402
+import augmentation_task as tasks  # noqa: E402
 from augmentation_store import Store  # noqa: E402
 from augmentation_train import make_body, order_of  # noqa: E402
 
@@ -298,3 +299,28 @@ def test_paired_gain_is_students_t() -> None:
     assert gain.half == pytest.approx(4.303 * 1.0 / math.sqrt(3), rel=1e-3)
     assert reporting.paired_gain({0: 0.5}, {1: 0.5}) is None
     assert math.isnan(reporting.paired_gain({0: 0.5}, {0: 0.4}).half)
+
+
+def test_a_task_of_ones_own_is_a_setting_with_its_own_images_and_flow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "SETTINGS", dict(settings.SETTINGS))
+    monkeypatch.setattr(tasks, "PLACES", data.PLACES)
+    setting = tasks.own_task("mine=bundled:fashion-mnist", 10, None, ["bundled:fashion-mnist", "own"])
+    assert (setting.name, setting.size, setting.channels, setting.proof[0]) == (
+        "mine-10", 28, 1, "bundled:fashion-mnist",
+    )  # fmt: skip
+    library = data.Library(tmp_path / "images")
+    task = library.task(setting, seed=0)
+    assert len(task.train[1]) == 100 and task.train[0].shape[1:] == (1, 28, 28) and len(task.test[1]) == 1000
+    flows = data.Flows(tmp_path, library)
+    assert flows.missing("bundled:fashion-mnist", setting) is None and flows.missing("own", setting) is None
+    adapted = flows.adapted("bundled:fashion-mnist", setting, 0, task)
+    assert adapted.classes == task.classes
+    larger = tasks.own_task("larger=bundled:fashion-mnist", 10, 32, ["bundled:fashion-mnist"])
+    assert (larger.size, larger.flow_size) == (32, 28)
+    for bad, said in (
+        ("mine", "NAME=SPEC"), ("mine=bundled:fashion-mnist", "already"), (f"other={tmp_path}", "train/ and test/"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=said):
+            tasks.own_task(bad, 10, None, ["own"])

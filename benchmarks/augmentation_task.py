@@ -1,0 +1,70 @@
+"""The same protocol on images of one's own: ``augmentation.py --task NAME=SPEC``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from augmentation_data import PLACES
+from augmentation_settings import FLOWS, SETTINGS, Setting
+
+from glem_augment import GLEM
+
+_STEPS = {"cnn": 500, "resnet": 600}
+_LONG = {"cnn": 1000, "resnet": 1000}  # for more labelled images
+
+
+def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> Setting:
+    """Make a setting of ``NAME=SPEC`` and enter it where the others are.
+
+    Args:
+        text: NAME stands for these images in results and for flows trained on them; SPEC is anything that
+            ``open_data`` takes, with a training split and one called test or val.
+        per_class: labelled images of a class. size: of the classifier's images, by default the first flow's.
+        flows: that have not seen these images: anything that ``GLEM.from_pretrained`` takes, a name of ``FLOWS``, or
+            "own" (trained on the labelled images alone). The first one gives the number of channels.
+
+    Raises:
+        SystemExit: no NAME or SPEC, or a folder without splits. GLEMError, OSError: a flow that can't be loaded.
+    """
+    name, equals, spec = text.partition("=")
+    if not equals or not name or not spec:
+        raise SystemExit(f"augmentation: --task takes NAME=SPEC, got {text!r}")
+    name = f"{name}-{per_class}"
+    if name in SETTINGS:
+        raise SystemExit(f"augmentation: there is a setting {name!r} already: choose another NAME")
+    shapes = [_shape(flow) for flow in flows]
+    sides = [shape[1] for shape in shapes if shape is not None]
+    side = size or (sides[0] if sides else 32)
+    channels = next((shape[0] for shape in shapes if shape is not None), 3)
+    key = f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"  # decoded images are kept under this name
+    _check_splits(spec)
+    PLACES[key] = (None, spec, "test")
+    steps = _LONG if per_class >= 100 else _STEPS
+    flow_size = sides[0] if sides and sides[0] != side else None
+    setting = Setting(name, key, per_class, side, channels, tuple(flows), steps=steps, flow_size=flow_size)
+    SETTINGS[name] = setting
+    return setting
+
+
+def _shape(flow: str) -> tuple[int, int, int] | None:
+    """Of the flow's images; None for one that is yet to be trained on the task's own."""
+    if flow == "own":
+        return None
+    if flow in FLOWS:
+        recipe = FLOWS[flow]
+        return recipe.channels, recipe.size, recipe.size
+    channels, height, width = GLEM.from_pretrained(flow).image_shape
+    return channels, height, width
+
+
+def _check_splits(spec: str) -> None:
+    """A folder of classes alone would be training and test images at once."""
+    folder = Path(spec)
+    if folder.is_dir() and not any(folder.glob("*-ubyte*")):
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not any(name.lower() in ("train", "training") for name in found):
+            raise SystemExit(
+                f"augmentation: {spec} needs folders train/ and test/ or val/, with a folder per class in each; it "
+                f"holds {', '.join(found[:8]) or 'no folders'}"
+            )
