@@ -11,9 +11,10 @@ flow's weights, key, processor), the same as Markdown beside the paper's numbers
 main=SPEC and second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
 
 What <out> has, or --work (flows, oracles and measurements), is not measured again, so the same command goes on where it
-was stopped, and writes the tables of the results in the repository at once. To check some of those, measure them anew:
+was stopped, and writes the tables of the results in the repository at once. To check these, rows are measured anew
+(the results stay as they are):
 
-    python benchmarks/paper.py 3 --only "lambda_0 = 10" --anew --work /tmp/check
+    python benchmarks/paper.py 3 --check --only "lambda_0 = 10"
 
 --max-minutes ends a run at the next step with exit status 75 while there is more to do:
 
@@ -51,50 +52,51 @@ _OTHERS = ("claims", "figures", "trust", "pareto")
 
 
 def run_table(
-    table: int,
-    scale: Scale,
-    name: str,
-    lab: Lab,
-    seeds: int,
-    out: Path,
-    command: Callable[[str, int], str],
-    only: str | None = None,
-    anew: bool = False,
-) -> None:  # fmt: skip
+    table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path, command: Callable[[str, int], str]
+) -> None:
     """Measure what is missing, and write the table once it is whole: an earlier one stays until then.
 
     Args:
         seeds: at least; more where they are known.
-        only: measure only cells with this in their label; the others are known, or the table is not written.
-        anew: measure what is known as well.
     """
     cells = cells_of(table, scale.sizes)
-    chosen = [cell for cell in cells if only is None or only in cell.label]
-    todo = [(cell, seed) for seed in range(seeds) for cell in chosen]
-    for cell, seed in todo:
-        earlier = lab.forget(cell, seed) if anew else []
-        new = not lab.knows(cell, seed)
-        numbers = lab.measure(cell, seed)
-        if new:
-            label = f"{lab.spec(cell.data).name}, {cell.label} ({cell.setting})"
-            was = f"; before: {describe(earlier)}" if earlier else ""
-            print(f"table {table}, seed {seed}, {label}: {describe(numbers)}{was}", flush=True)
     while all(lab.knows(cell, seeds) for cell in cells):
         seeds += 1
-    missing = sum(not lab.knows(cell, seed) for cell in cells for seed in range(seeds))
-    if missing:
-        print(f"table {table} is not written: {missing} of its other rows have not been measured")
-        return
-    rows = [
-        row(table, cell, lab.spec(cell.data).name, seed, number)
-        for seed in range(seeds)
-        for cell in cells
-        for number in lab.measure(cell, seed)
-    ]
+    rows = []
+    for seed in range(seeds):
+        for cell in cells:
+            data, new = lab.spec(cell.data).name, not lab.knows(cell, seed)
+            numbers = lab.measure(cell, seed)
+            rows += [row(table, cell, data, seed, number) for number in numbers]
+            if new:
+                label = f"{data}, {cell.label} ({cell.setting})"
+                print(f"table {table}, seed {seed}, {label}: {describe(numbers)}", flush=True)
     for role in dict.fromkeys(cell.data for cell in cells if _ORACLES & set(cell.metrics)):
         rows.append(oracle_row(table, role, lab.spec(role).name, lab.oracle_accuracy(role)))
     path = write_table(out, table, name, scale, cells, rows, command(str(table), seeds))
     print(f"table {table}: {path.with_suffix('.md')}")
+
+
+def check_tables(tables: list[int], scale: Scale, lab: Lab, results: Lab, seeds: int, only: list[str]) -> None:
+    """Measure rows of the tables with a laboratory that knows nothing, and print them below what the results have.
+
+    Args:
+        only: labels of the rows; all, where it is empty.
+
+    Raises:
+        SystemExit: no such row.
+    """
+    cells = [(table, cell) for table in tables for cell in cells_of(table, scale.sizes)]
+    chosen = [(table, cell) for table, cell in cells if not only or cell.label in only]
+    if not chosen:
+        labels = ", ".join(repr(label) for label in dict.fromkeys(cell.label for _, cell in cells))
+        raise SystemExit(f"paper: there is no row {' or '.join(map(repr, only))} in these tables; there are {labels}")
+    for seed in range(seeds):
+        for table, cell in chosen:
+            print(f"table {table}, seed {seed}, {lab.spec(cell.data).name}, {cell.label} ({cell.setting})")
+            stored = describe(results.measure(cell, seed)) if results.knows(cell, seed) else "nothing"
+            print(f"  results: {stored}", flush=True)
+            print(f"  now:     {describe(lab.measure(cell, seed))}", flush=True)
 
 
 def _short(spec: str) -> str:
@@ -113,7 +115,7 @@ def main() -> int:
     args.set_defaults(out=RESULTS / "paper")
     args.add_argument("tables", nargs="+", choices=[*_TABLES, "all", *_OTHERS], metavar="TABLE")
     args.add_argument("--scale", choices=tuple(SCALES), default="cpu")
-    args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's)")
+    args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's; 1 for trust and --check)")
     args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
     args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")
     args.add_argument(
@@ -122,8 +124,10 @@ def main() -> int:
         help="images of another kind, for trust: an ImageFolder with "
         "val/ (default: imagenette128 in $GLEM_DATA, where it is)",
     )
-    args.add_argument("--anew", action="store_true", help="measure what --out has as well, and say what it was")
-    args.add_argument("--only", metavar="TEXT", help="of the tables, measure the rows with this in their label")
+    args.add_argument(
+        "--check", action="store_true", help="measure rows of the tables anew, and print them below the results'"
+    )
+    args.add_argument("--only", action="append", default=[], metavar="ROW", help="of --check: rows with this label")
     args.add_argument("--max-minutes", type=float, help="stop after that long, with exit status 75")
     args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = args.parse_args()
@@ -135,16 +139,19 @@ def main() -> int:
         if role not in ("main", "second") or not equals:
             raise SystemExit(f"--data takes main=SPEC or second=SPEC, got {text!r}")
         scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec, name=_short(spec))})
+    if scale.main.name == scale.second.name:
+        scale = replace(scale, second=replace(scale.second, name=f"{scale.second.name} (second)"))
     # Other images get files of their own.
     name = "-".join([args.scale, *(_place(text) for text in args.data)])
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-    known = numbers_of(args.out, name)
-    lab = Lab(scale, args.scale, args.work, args.device, until, known)
+    lab = Lab(scale, args.scale, args.work, args.device, until, numbers_of(args.out, name))
     other = Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"
     if args.other is None and other.is_dir():
         args.other = str(other)
     tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
     seeds = args.seeds or scale.seeds
+    if args.only and not args.check:
+        raise SystemExit("paper: --only goes with --check")
 
     def command(what: str, seeds: int) -> str:
         """Folders of this machine, and how often the run was stopped, are no part of the result."""
@@ -152,12 +159,15 @@ def main() -> int:
         return f"python benchmarks/paper.py {what} --scale {args.scale} --seeds {seeds}{data}"
 
     try:
+        if args.check:
+            # Nothing that is there is used, but by the next call of the same check.
+            anew = Lab(scale, args.scale, args.work / "check", args.device, until)
+            check_tables([int(t) for t in tables], scale, anew, lab, args.seeds or 1, args.only)
+            return 0
         for table in tables:
-            run_table(int(table), scale, name, lab, seeds, args.out, command, args.only, args.anew)
-        if args.anew:
-            lab.known.clear()
+            run_table(int(table), scale, name, lab, seeds, args.out, command)
         if "trust" in args.tables:
-            run_trust(lab, name, args.out, seeds, args.other, command("trust", seeds))
+            run_trust(lab, name, args.out, args.seeds or 1, args.other, command)
         if "pareto" in args.tables:
             run_pareto(lab, name, args.out, seeds, command)
         if "figures" in args.tables:

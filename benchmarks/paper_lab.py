@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import machine
-from paper_scales import DataSpec, Scale
+from paper_scales import SCALES, DataSpec, Scale
 from paper_tables import Cell
 from torch import Tensor
 
@@ -43,8 +43,9 @@ from glem_augment.training.checkpoint import FREE, RULES, Checkpoints
 from glem_augment.training.interrupt import TimeUpError
 from glem_augment.training.methods import METHODS, method, prepare
 
-# Part of every name: raise it when the same settings come to mean something else.
-_VERSION = 2
+# Part of every name: changes with the steps of training, and when the same settings come to mean something else here.
+_CHANGES = 0
+_VERSION = RULES + 100 * _CHANGES
 _CHUNK = 256
 # Generated sets that are kept in memory between epochs of one classifier; others are drawn again.
 _KEEP_BYTES = 4 * 2**30
@@ -106,12 +107,13 @@ class Lab:
         until: float | None = None,
         known: Iterable[Number] = (),
     ) -> None:  # fmt: skip
-        self.scale, self.work, self.device, self.until = scale, work / name, torch.device(device), until
+        self.scale, self.name, self.work = scale, name, work / name
+        self.device, self.until = torch.device(device), until
         self.known: dict[str, dict[str, Number]] = {}
         for number in known:
             self.known.setdefault(number.key, {})[number.metric] = number
         about = machine()
-        self.processor: str = about["processor"] if self.device.type == "cpu" else about["accelerator"]
+        self.processor: str = about["processor"] if self.device.type == "cpu" else about["accelerator"] or device
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
         self._oracles: dict[str, Classifier] = {}
         self._real: dict[str, tuple[Tensor, Tensor]] = {}
@@ -167,6 +169,7 @@ class Lab:
                     (train.tensor(), torch.from_numpy(train.targets)), len(train.classes), recipe, self.device
                 )
                 net.facts["test_accuracy"] = net.accuracy(test.tensor(), torch.from_numpy(test.targets))
+                net.facts["processor"] = self.processor
                 path.parent.mkdir(parents=True, exist_ok=True)
                 net.save(path)
             self._oracles[role] = Classifier.load(path, self.device)
@@ -264,8 +267,9 @@ class Lab:
 
     # ---- measurements --------------------------------------------------------------------------------------------
 
-    def kept(self, fitted: Fitted, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What ``make`` gives, measured now or before with the same weights; stored beside the flow."""
+    def kept(self, fitted: Fitted, key: str, make: Callable[[], dict[str, float]]) -> tuple[dict[str, float], str]:
+        """What ``make`` gives, measured now or before with the same weights, and on which processor; stored beside the
+        flow."""
         store = fitted.folder / "measured.json"
         known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
         if known.get("weights") != fitted.weights:
@@ -273,8 +277,9 @@ class Lab:
         if key not in known["values"]:
             self.check_time()
             known["values"][key] = make()
+            known.setdefault("processors", {})[key] = self.processor
             write_json(store, known)
-        return known["values"][key]
+        return known["values"][key], known.get("processors", {}).get(key, self.processor)
 
     def measure(self, cell: Cell, seed: int) -> list[Number]:
         """The cell's metrics, in the paper's units (accuracies, Cov and L-R in %)."""
@@ -286,15 +291,14 @@ class Lab:
             result += [number for number in found if number.metric in names]
         return result
 
+    def has(self, cell: Cell, seed: int, about: str) -> bool:
+        """Whether that of the cell's flow (see ``numbers``) is known."""
+        return self.key(cell, seed, about) in self.known
+
     def knows(self, cell: Cell, seed: int) -> bool:
         """Whether nothing of the cell need be measured."""
         keys = [(self.key(cell, seed, self._key(group, cell)), wanted) for group, wanted in _groups(cell)]
         return all(set(self.known.get(key, ())) >= set(wanted) for key, wanted in keys)
-
-    def forget(self, cell: Cell, seed: int) -> list[Number]:
-        """Let the cell be measured again; returns what was known."""
-        keys = [self.key(cell, seed, self._key(group, cell)) for group, _ in _groups(cell)]
-        return [number for key in keys for number in self.known.pop(key, {}).values()]
 
     def numbers(
         self,
@@ -313,8 +317,8 @@ class Lab:
         known = self.known.get(key)
         if known is None or not set(known) >= set(wanted):
             fitted = self.flow(cell, seed)
-            values = self.kept(fitted, about, partial(make, fitted))
-            found = [Number(metric, value, fitted.weights, key, self.processor) for metric, value in values.items()]
+            values, where = self.kept(fitted, about, partial(make, fitted))
+            found = [Number(metric, value, fitted.weights, key, where) for metric, value in values.items()]
             known = self.known[key] = {number.metric: number for number in found}
         return list(known.values())
 
@@ -323,16 +327,24 @@ class Lab:
         changes = {**self.scale.flow, **cell.changes, "seed": seed}
         config = method(cell.method).config(**changes).to_dict()
         learned = {name: value for name, value in config.items() if name not in FREE}
-        return version_of(RULES, cell.method, learned, self._data_key(cell.data), about)
+        return version_of(cell.method, learned, self._data_key(cell.data), about)
 
-    def _data_key(self, role: str) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self.spec(role)).items() if name != "spec"}
+    def _data_key(self, role: str) -> tuple[Any, ...]:
+        """Without the path of the scale's own data, which is another one on every machine."""
+        spec = asdict(self.spec(role))
+        path = spec.pop("spec")
+        own = getattr(SCALES[self.name], role).spec
+        return role, spec, "" if path == own else path
 
     def oracle_accuracy(self, role: str) -> Number:
         """The oracle's accuracy on the test images, in %."""
         key = version_of("oracle", asdict(self.scale.oracle), self._data_key(role))
         found = self.known.get(key, {}).get("accuracy")
-        return found or Number("accuracy", 100 * self.oracle(role).facts["test_accuracy"], "", key, self.processor)
+        if found is None:
+            facts = self.oracle(role).facts
+            where = facts.get("processor", self.processor)
+            found = Number("accuracy", 100 * facts["test_accuracy"], "", key, where)
+        return found
 
     def _key(self, group: tuple[str, ...], cell: Cell) -> str:
         """What a measurement depends on besides the flow."""
@@ -343,7 +355,7 @@ class Lab:
             "CNN-A": (sampling, cell.size, asdict(scale.cnn)),
             "ViT-A": (sampling, cell.size, asdict(scale.vit)),
             "Agree": (sampling, scale.measured),
-            "rho-distance": asdict(scale.oracle),
+            "rho-distance": (scale.measured, asdict(scale.oracle)),
         }
         return f"{group[0]} {version_of(about[group[0]])}"
 

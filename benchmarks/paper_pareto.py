@@ -41,7 +41,7 @@ ONCE = ("GLEM 1", "IB-INN 0.3", "saturating 0.3", *(label for label, *_ in CURVE
 
 def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[str, int], str]) -> None:
     """Measure all points for so many seeds (more, where they are known; one for those of ``ONCE``), and write
-    ``pareto.<scale>.json``, ``.md`` and ``.png`` after each."""
+    ``pareto.<scale>.json``, ``.md`` and ``.png`` once they are whole."""
     rows: list[dict[str, Any]] = []
     while all(lab.knows(cell, seeds) for role in ("main", "second") for _, cell in _points(role, seeds)):
         seeds += 1
@@ -55,8 +55,10 @@ def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[s
                 rows += [{**row("pareto", cell, data, seed, number), "curve": curve} for number in numbers]
                 if new:
                     print(f"pareto, seed {seed}, {data}, {cell.label}: {describe(numbers)}", flush=True)
-                    _write(rows, out / f"pareto.{scale}.json", command("pareto", seeds))
-    _write(rows, out / f"pareto.{scale}.json", command("pareto", seeds))
+    path = out / f"pareto.{scale}.json"
+    title = "NF accuracy against bits/dim and FID, equal training steps"
+    write_rows(path, title, rows, command("pareto", seeds))
+    plot(rows, path.with_suffix(".png"))
 
 
 def _points(role: str, seed: int) -> list[tuple[str, Cell]]:
@@ -67,11 +69,6 @@ def _points(role: str, seed: int) -> list[tuple[str, Cell]]:
         for label, method, changes in points
         if seed == 0 or label not in ONCE
     ]
-
-
-def _write(rows: list[dict[str, Any]], path: Path, command: str) -> None:
-    write_rows(path, "NF accuracy against bits/dim and FID, equal training steps", rows, command)
-    plot(rows, path.with_suffix(".png"))
 
 
 def _averaged(lab: Lab, cell: Cell, fitted: Fitted) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,25 +38,37 @@ def _outside(x: Tensor, role: str, other: str | None) -> dict[str, Tensor]:
     return sets
 
 
-def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str | None, command: str) -> None:
-    """Measure every flow on both data sets and write ``trust.<scale>.json`` and ``.md`` after each."""
+def run_trust(
+    lab: Lab, scale: str, out: Path, seeds: int, other: str | None, command: Callable[[str, int], str]
+) -> None:
+    """Measure every flow on both data sets and write ``trust.<scale>.json`` and ``.md`` once they are whole."""
+    cells = [Cell(label, role, method, (), changes) for role in ("main", "second") for label, method, changes in FLOWS]
+    while all(lab.has(cell, seeds, _memory(lab, seeds, "gaussian")) for cell in cells):
+        seeds += 1
+    about = version_of(lab.scale.measured, _identity(other))
     rows: list[dict[str, Any]] = []
-    for role in ("main", "second"):
-        data = lab.spec(role).name
+    for cell in cells:
+        data = lab.spec(cell.data).name
         for seed in range(seeds):
-            for label, method, changes in FLOWS:
-                cell = Cell(label, role, method, (), changes)
-                numbers = []
-                for source in ("gaussian", "rfcm"):
-                    drawn = Cell(label, role, method, (), changes, source=source)
-                    about = version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)
-                    make = partial(_memorisation, lab, drawn, seed)
-                    numbers += lab.numbers(drawn, seed, f"memory {source} {about}", make)
-                about = version_of(lab.scale.measured, other and Path(other).name)
-                numbers += lab.numbers(cell, seed, f"ood {about}", partial(_detection, lab, cell, other))
-                rows += [row("trust", cell, data, seed, number) for number in numbers]
-                write_rows(out / f"trust.{scale}.json", "Out-of-distribution detection and memorisation", rows, command)
-                print(f"trust, seed {seed}, {data}, {label}", flush=True)
+            numbers = []
+            for source in ("gaussian", "rfcm"):
+                drawn = replace(cell, source=source)
+                make = partial(_memorisation, lab, drawn, seed)
+                numbers += lab.numbers(drawn, seed, _memory(lab, seed, source), make)
+            numbers += lab.numbers(cell, seed, f"ood {about}", partial(_detection, lab, cell, other))
+            rows += [row("trust", cell, data, seed, number) for number in numbers]
+            print(f"trust, seed {seed}, {data}, {cell.label}", flush=True)
+    path = out / f"trust.{scale}.json"
+    write_rows(path, "Out-of-distribution detection and memorisation", rows, command("trust", seeds))
+
+
+def _memory(lab: Lab, seed: int, source: str) -> str:
+    return f"memory {source} {version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)}"
+
+
+def _identity(other: str | None) -> tuple[str, int] | None:
+    """A folder's name and how many files it has: paths are other ones on every machine."""
+    return None if other is None else (Path(other).name, sum(path.is_file() for path in Path(other).rglob("*")))
 
 
 def _detection(lab: Lab, cell: Cell, other: str | None, fitted: Fitted) -> dict[str, float]:

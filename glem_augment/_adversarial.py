@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import get_worker_info
 
-from glem_augment.flows import precision
+from glem_augment.flows.precision import callers_precision
 
 # float16 gradients of a loss of order 1 underflow; only their direction matters here.
 HALF_SCALE = 1024.0
@@ -36,7 +36,6 @@ class CallerSettings(NamedTuple):
     device_type: str
     autocast: bool
     dtype: torch.dtype
-    switches: precision.Standing
 
     @classmethod
     def now(cls, device_type: str) -> CallerSettings:
@@ -45,13 +44,12 @@ class CallerSettings(NamedTuple):
             device_type,
             torch.is_autocast_enabled(device_type),
             torch.get_autocast_dtype(device_type),
-            precision.standing(device_type),
         )
 
     @contextlib.contextmanager
     def again(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """These settings, and those of the moment back afterwards; `dtype` turns autocast on, whatever it was."""
-        with self._switched():
+        with callers_precision():
             enabled = self.autocast or dtype is not None
             with torch.autocast(self.device_type, dtype=dtype or self.dtype, enabled=enabled):
                 yield
@@ -59,17 +57,8 @@ class CallerSettings(NamedTuple):
     @contextlib.contextmanager
     def for_backward(self) -> Iterator[None]:
         """The same without autocast, under which a backward pass would put its own operations into half precision."""
-        with self._switched(), torch.autocast(self.device_type, enabled=False):
+        with callers_precision(), torch.autocast(self.device_type, enabled=False):
             yield
-
-    @contextlib.contextmanager
-    def _switched(self) -> Iterator[None]:
-        before = precision.now(self.switches)
-        try:
-            precision.restore(self.switches)
-            yield
-        finally:
-            precision.restore(before)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glem_augment._models import weights_version
+from glem_augment._models import WeightsVersion, weights_version
 from glem_augment._transfer import check_worker_device
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes, nearest_classes
@@ -28,7 +28,7 @@ class FlowOnDevice:
     directions: Tensor
     scales: Tensor
     counts: Tensor
-    version: int
+    version: WeightsVersion
 
     @property
     def fitted(self) -> ClassModes:
@@ -42,7 +42,7 @@ class FlowOnDevice:
         return same and self.version == _version(model, device)
 
 
-def _version(model: GLEM, device: torch.device) -> int:
+def _version(model: GLEM, device: torch.device) -> WeightsVersion:
     return weights_version(model.gaussians if model.device == device else model)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glem_augment.model import GLEM
 
-__all__ = ["as_model", "on_device", "weights_version"]
+__all__ = ["WeightsVersion", "as_model", "on_device", "weights_version"]
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
@@ -42,10 +44,30 @@ def on_device(model: GLEM, device: torch.device | str | None) -> GLEM:
     return copy.deepcopy(model).to(device)
 
 
-def weights_version(*modules: nn.Module) -> int:
-    """A number that is another one after any weight or buffer was replaced or written to, within this process.
+class WeightsVersion:
+    """The state of weights and buffers at a moment, to be compared with a later one: equal as long as none of them was
+    replaced, given another memory or type, or written to, within this process.
 
-    Not after a write through ``.data``, nor by a fused optimizer, which torch does not count.
+    A write through ``.data``, or by a fused optimizer, which torch does not count, goes unseen. Nothing is kept alive.
     """
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return hash(tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, tensors: Iterable[Tensor], *others: object) -> None:
+        states = [(t, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+        self._states = [state for _, *state in states]
+        self._objects = [weakref.ref(thing) for thing in (*(t for t, *_ in states), *others)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightsVersion):
+            return NotImplemented
+        if self._states != other._states or len(self._objects) != len(other._objects):
+            return False
+        pairs = ((a(), b()) for a, b in zip(self._objects, other._objects, strict=True))
+        return all(a is b and a is not None for a, b in pairs)
+
+
+def weights_version(*modules: nn.Module, others: Iterable[object] = ()) -> WeightsVersion:
+    """The present state of the modules' weights and buffers, and which ``others`` there are."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return WeightsVersion(tensors, *others)

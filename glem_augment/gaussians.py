@@ -52,13 +52,12 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _probe(parameter: Tensor) -> Tensor:
-    """Some of its elements, at least one of every class, as a view.
+    """Some of its elements, at least one of every class.
 
-    Fused optimizers write to parameters without bumping their version, and what was made under inference_mode has none;
-    but an optimizer's step changes these too.
+    Fused optimizers write to parameters without bumping their version; but an optimizer's step changes these too.
     """
     step = max(1, min(parameter.shape[1], parameter.numel() // _PROBED))
-    return parameter.detach().view(-1)[::step]
+    return parameter.detach().flatten()[::step]
 
 
 def _same(now: list[tuple[Tensor, int, int]], probes: list[Tensor], cache: dict) -> bool:
@@ -250,10 +249,10 @@ class ClassGaussians(nn.Module):
         """
         parameters = (self.mu, self.s)
         on_cpu = self.mu.device.type == "cpu"
-        if not on_cpu and any(p.requires_grad or p.is_inference() for p in parameters):
+        if any(p.is_inference() or (p.requires_grad and not on_cpu) for p in parameters):
             self._cache = {}
             return self._compute_terms()
-        now = [(p, p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        now = [(p, p.data_ptr(), p._version) for p in parameters]
         probes = [_probe(p) for p in parameters if on_cpu]
         cache = self._cache  # another thread may put a new one in its place at any time
         if not _same(now, probes, cache):
@@ -283,8 +282,9 @@ class ClassGaussians(nn.Module):
         """Log-density of every latent under every class, by two matrix products.
 
         The constants of the products are kept between calls where no gradient is to reach the parameters (they are
-        frozen, or gradients are off); a write through ``.data`` goes unseen, all others are noticed. Else they are made
-        anew, and the result can be differentiated once. On an accelerator only those of frozen parameters are kept.
+        frozen, or gradients are off); writes through ``.data`` or NumPy may go unseen, all others are noticed. Else
+        they are made anew, and the result can be differentiated once. On an accelerator only those of frozen parameters
+        are kept, and none of parameters made under inference_mode, whose writes torch does not count.
 
         Args:
             z: [B, d].

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_choice, check_whole
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
-from glem_augment._models import as_model, on_device, weights_version
+from glem_augment._models import WeightsVersion, as_model, on_device, weights_version
 from glem_augment._moves import evaluating
 from glem_augment._rejection import Accepted, Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
@@ -146,7 +146,7 @@ class SyntheticDataset(Dataset):
         blocks = [-(-count // self.block) for count in self.counts]
         self._first_block = np.concatenate([[0], np.cumsum(blocks)[:-1]])
         self._ahead: dict[int, _Decoding] = {}
-        self._model_version: tuple[int, int] | None = None
+        self._model_version: WeightsVersion | None = None
         self._warned = False
         self._make_store()
 
@@ -268,7 +268,8 @@ class SyntheticDataset(Dataset):
         Raises:
             RuntimeError: the model has changed since the first block was decoded.
         """
-        version = weights_version(self.model), id(self.model.modes)
+        modes = self.model.modes
+        version = weights_version(self.model, others=() if modes is None else (modes,))
         if self._model_version is None:
             self._model_version = version
         elif self._model_version != version:

@@ -347,7 +347,15 @@ def test_terms_cached_under_inference_mode_do_not_break_later_gradients() -> Non
     assert z.grad.abs().max() > 0
     with torch.inference_mode():
         made_inside = ClassGaussians(2, 3)
-        assert made_inside.log_prob(torch.zeros(1, 3)).shape == (1, 2)
+        first = made_inside.log_prob(torch.zeros(1, 3))
+        assert first.shape == (1, 2)
+        made_inside.mu[1, 2] = 3.0  # a write that torch does not count
+        second = made_inside.log_prob(torch.zeros(1, 3))
+        assert first[0, 0] == second[0, 0] and first[0, 1] != second[0, 1]
+    transposed = ClassGaussians(8, 5)
+    transposed.mu = torch.nn.Parameter(torch.randn(5, 8).T)
+    with torch.no_grad():
+        transposed.log_prob(torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize("psi", [None, (0.5, 0.2, 0.05)])

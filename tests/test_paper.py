@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts  # noqa: E402
+from paper import check_tables  # noqa: E402
+from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, beyond_t, verdicts  # noqa: E402
 from paper_figures import SETTINGS, two_dimensional_fit  # noqa: E402
 from paper_lab import Lab, Number  # noqa: E402
 from paper_report import markdown, numbers_of, oracle_row, row, values_of, write_table  # noqa: E402
@@ -51,6 +53,17 @@ def test_printed_numbers_are_the_papers() -> None:
     assert table5["RFCM"] == {"CNN-A": 49.74, "FID": 25.55, "Cov": 22.47, "L-R": 33.56}
 
 
+def test_students_t() -> None:
+    # Quantiles from a printed table: 97.5 % and, for 4 and 7 degrees, 99.5 %.
+    for t, freedom, both_sides in (
+        (12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (2.228, 10, 0.05), (4.604, 4, 0.01),
+        (3.499, 7, 0.01),
+    ):  # fmt: skip
+        assert beyond_t(t, freedom) == pytest.approx(both_sides, rel=2e-3)
+        assert beyond_t(-t, freedom) == beyond_t(t, freedom)
+    assert beyond_t(0.0, 5) == 1
+
+
 def write(folder: Path, table: int, entries: list[tuple[str, str, str, list[float]]]) -> None:
     rows = []
     for label, setting, metric, values in entries:
@@ -79,6 +92,7 @@ def test_verdicts_need_more_than_the_noise(tmp_path: Path) -> None:
     assert both([75.0], [74.5]) == OPEN  # within the error of 5,000 images
     assert both([75.0, 75.1, 75.05], [74.5, 74.4, 74.55]) == HOLDS  # three seeds that agree
     assert both([75.0, 85.0], [70.0, 79.0]) == OPEN
+    assert both([70.0, 70.5], [75.0, 75.3]) == OPEN  # apart by 95 %, but not by what three comparisons ask for
     assert all(v["verdict"] == OPEN for v in verdicts(tmp_path / "nowhere", "cpu"))
     assert len(CLAIMS) == 9
 
@@ -137,6 +151,10 @@ def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:
         return verdict(tmp_path, "similar classes")["verdict"]
 
     assert (continuum(0.6, 0.001), continuum(0.1, 0.3), continuum(-0.6, 0.001)) == (HOLDS, OPEN, FAILS)
+    assert continuum(0.4, 0.04) == OPEN  # to one side, so twice as likely to either
+    entries = [("lambda_0 = 10", "default", "rho-distance", [0.5, -0.4])]
+    write(tmp_path, 3, [*entries, ("lambda_0 = 10", "default", "rho-distance p", [0.01, 0.01])])
+    assert verdict(tmp_path, "similar classes")["verdict"] == OPEN
 
 
 def number(metric: str, value: float, key: str = "key") -> Number:
@@ -198,9 +216,47 @@ def test_what_the_results_have_is_not_measured_again(tmp_path: Path) -> None:
     changed = Cell("GLEM 10", "main", "glem", ("NF-A",), {"kld_weight": 10.5})
     cooler = Cell("GLEM 10", "main", "glem", ("CNN-A",), tau=0.8)
     assert not lab.knows(changed, 0) and not lab.knows(cooler, 0)
-    assert {n.metric for n in lab.forget(cells[0], 0)} == set(cells[0].metrics)
-    assert not lab.knows(cells[0], 0) and lab.knows(cells[1], 0)
+    second = Cell("GLEM 10", "second", "glem", ("NF-A",))
+    assert not lab.knows(second, 0)
+    elsewhere = replace(scale, main=replace(scale.main, spec="/other/images"), second=scale.main)
+    others = Lab(elsewhere, "cpu", tmp_path / "work", "cpu", known=numbers_of(tmp_path, "cpu"))
+    assert not any(others.knows(replace(cells[0], data=role), 0) for role in ("main", "second"))
     assert not (tmp_path / "work").exists()
+
+
+def test_a_check_measures_anew_and_says_what_the_results_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = SCALES["smoke"]
+    cell = next(cell for cell in cells_of(3, scale.sizes) if cell.label.startswith("identity"))
+    results = Lab(scale, "smoke", tmp_path / "none", "cpu")
+    key = results.key(cell, 0, results._key(("NF-A", "BPD", "ECE"), cell))
+    results.known[key] = {"NF-A": number("NF-A", 12.5, key)}
+    lab = Lab(scale, "smoke", tmp_path / "work", "cpu")
+    cell = replace(cell, metrics=("NF-A",))
+    measured = lab.measure(cell, 0)
+    assert measured[0].value != 12.5 and measured[0].processor == lab.processor
+    # What was measured on another processor stays so, whoever reads it.
+    later = Lab(scale, "smoke", tmp_path / "work", "cpu")
+    later.processor = "another one"
+    assert later.measure(cell, 0) == measured
+    with pytest.raises(SystemExit, match="there is no row 'lambda_0 = 2' .* 'lambda_0 = 10'"):
+        check_tables([3], scale, lab, results, 1, ["lambda_0 = 2"])
+    check_tables([6], scale, Known(results, 50.0), Known(results, 40.0), 1, ["3: KLD 10 + psi"])
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  results: NF-A 40", "  now:     NF-A 50"]
+
+
+class Known:
+    """A laboratory with one answer."""
+
+    def __init__(self, lab: Lab, value: float) -> None:
+        self.spec, self.value = lab.spec, value
+
+    def knows(self, cell: Cell, seed: int) -> bool:
+        return True
+
+    def measure(self, cell: Cell, seed: int) -> list[Number]:
+        return [number("NF-A", self.value)]
 
 
 def test_the_results_in_the_repository_are_found_by_their_settings() -> None:

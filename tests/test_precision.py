@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment
 from glem_augment.flows import Bijection, create_flow
-from glem_augment.flows.precision import Standing, full_precision, now, restore, standing
 
 # One process each: what is set here is set for good.
 SETTINGS = (
@@ -20,47 +19,87 @@ SETTINGS = (
     "torch.set_float32_matmul_precision('high')",
     "torch.set_float32_matmul_precision('medium')",
     "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.backends.fp32_precision = 'tf32'",
     "torch.backends.cudnn.fp32_precision = 'tf32'",
     "torch.backends.cudnn.rnn.fp32_precision = 'ieee'",
     "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
     "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    # Old and new ones together, where torch allows it
+    "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.set_float32_matmul_precision('medium'); torch.backends.mkldnn.matmul.fp32_precision = 'ieee'",
+    "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'",
 )
 SCRIPT = """
+import threading
 import torch
-from glem_augment.flows.precision import full_precision, standing
+from glem_augment.flows.precision import callers_precision, full_precision
 
 new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 if not new and "fp32_precision" in {setting!r}:
     raise SystemExit(0)
 {setting}
+KINDS = [(b, k) for b in ("cuda", "mkldnn") for k in ("all", "matmul", "conv", "rnn")] if new else []
+stands = torch._C._get_fp32_precision_getter if new else None
 
 def seen():
-    found = []
+    found = [stands(*kind) for kind in KINDS]
     for read in (
         torch.get_float32_matmul_precision,
         lambda: torch.backends.cudnn.allow_tf32,
-        lambda: [standing(device) for device in ("cpu", "cuda")],
-        lambda: new and [getattr(torch.backends, kind).fp32_precision for kind in ("cuda", "cudnn", "mkldnn")],
-        lambda: new and (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision),
+        lambda: torch.backends.cuda.matmul.allow_tf32,
     ):
         try:
             found.append(read())
-        except (RuntimeError, AttributeError):
+        except RuntimeError:
             found.append("at odds")
     return found
 
+def check_exact():
+    assert {{stands(*kind) for kind in KINDS if kind[1] in ("matmul", "conv")}} <= {{"ieee", "none"}}, seen()
+    if "at odds" not in before:
+        assert "at odds" not in seen()  # who asks in the old way is answered
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
 before = seen()
-for device in ("cpu", "cuda"):
-    with full_precision(device), full_precision(device):
-        assert {{value for _, value in standing(device)}} <= {{"ieee", "none"}}, standing(device)
-        if new and device == "cuda":
-            conv, product = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-            assert {{conv, product}} <= {{"ieee", "none"}}, (conv, product)
-        if device == "cuda" and "fp32_precision" not in {setting!r}:
-            torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()  # who asks in the old way is answered
-assert before == seen(), (before, seen())
+for outer, inner in (("cpu", "cuda"), ("cuda", "cpu"), ("cpu", "cpu")):
+    with full_precision(outer):
+        check_exact()
+        with full_precision(inner):
+            check_exact()
+            with callers_precision():
+                assert seen() == before
+            check_exact()
+        check_exact()
+    assert before == seen(), (before, seen())
+
+# A thread that is inside meanwhile stays exact; another device's does not end it, nor does this one's network.
+entered, leave = threading.Event(), threading.Event()
+failed = []
+def other():
+    try:
+        with full_precision("cuda"):
+            entered.set()
+            leave.wait(10)
+            check_exact()
+    except BaseException as error:
+        failed.append(error)
+thread = threading.Thread(target=other)
+with full_precision("cpu"):
+    thread.start()
+    assert entered.wait(10)
+    with callers_precision():
+        check_exact()
+check_exact()
+leave.set()
+thread.join(10)
+assert not failed and before == seen(), (failed, before, seen())
+
+# What was inherited is inherited still.
+if {setting!r}.startswith("torch.backends.fp32_precision"):
+    torch.backends.fp32_precision = "ieee"
+    assert {{stands(*kind) for kind in KINDS}} == {{"ieee"}}, seen()
 """
 
 
@@ -70,30 +109,52 @@ def test_every_way_to_ask_for_less_is_overridden_and_put_back(setting: str) -> N
     assert done.returncode == 0, done.stderr
 
 
-def test_a_thread_that_leaves_does_not_take_the_precision_of_another() -> None:
-    before = standing("cpu")
-    entered, left = threading.Event(), threading.Event()
-    seen: list[Standing] = []
-
-    def other() -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_forked_process_starts_with_the_callers_settings(inside: bool) -> None:
+    """Forked while another thread is inside, and, if so, this one as well."""
+    script = """
+import os, threading, torch
+from glem_augment.flows.precision import full_precision
+torch.set_float32_matmul_precision("medium")
+entered, leave = threading.Event(), threading.Event()
+def other():
+    with full_precision("cpu"):
+        entered.set()
+        leave.wait(10)
+thread = threading.Thread(target=other)
+thread.start()
+entered.wait(10)
+def child():
+    if not INSIDE:
+        assert torch.get_float32_matmul_precision() == "medium"
         with full_precision("cpu"):
-            entered.set()
-            assert left.wait(10)
-            seen.append(now(before))
-
-    try:
-        restore([(switch, "tf32" if value in ("ieee", "none") else value) for switch, value in before])
-        asked = now(before)
-        thread = threading.Thread(target=other)
-        with full_precision("cpu"):
-            thread.start()
-            assert entered.wait(10)
-        left.set()
-        thread.join(10)
-        assert {value for _, value in seen[0]} <= {"ieee", "none"}
-        assert now(before) == asked
-    finally:
-        restore(before)
+            assert torch.get_float32_matmul_precision() == "highest"
+    else:
+        assert torch.get_float32_matmul_precision() == "highest"
+def fork():
+    pid = os.fork()
+    if not pid:
+        try:
+            child()
+        except BaseException:
+            os._exit(3)
+        if not INSIDE:
+            os._exit(4 if torch.get_float32_matmul_precision() != "medium" else 0)
+    return pid
+if INSIDE:
+    with full_precision("cpu"):
+        pid = fork()
+else:
+    pid = fork()
+if not pid:
+    os._exit(0 if torch.get_float32_matmul_precision() == "medium" else 4)
+leave.set()
+thread.join()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+""".replace("INSIDE", str(inside))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def _flow(width: int = 8) -> tuple[Bijection, Tensor]:

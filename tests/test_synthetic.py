@@ -475,6 +475,17 @@ def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="make a new SyntheticDataset"):
             use()
     assert not torch.equal(SyntheticDataset(model, per_class=5).images(range(5)), first)
+    for change in (
+        lambda: setattr(model.gaussians, "mu", torch.nn.Parameter(model.gaussians.mu + 0.01)),
+        lambda: torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(model.parameters()) + 0.001, model.parameters()
+        ),
+    ):
+        data = SyntheticDataset(model, per_class=5)
+        data.images(range(5))
+        change()
+        with pytest.raises(RuntimeError, match="make a new SyntheticDataset"):
+            data.images(range(15))
     # A copy for another process, and one made before the first image, take the model as it is then.
     data = pickle.loads(pickle.dumps(SyntheticDataset(model, per_class=5)))
     assert data.images(range(5)).shape == (5, 1, 8, 8)

@@ -8,96 +8,111 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-# Torch's switches are the process's: threads that are inside at the same time share one change of them.
+# Torch's switches are the process's: all that is inside at the same time, in whatever thread and on whatever device,
+# shares one change of them.
 _lock = threading.Lock()
-_inside: dict[str, int] = {}
-_before: dict[str, Standing] = {}
+_inside = 0
+_undo: list[Callable[[], None]] = []
+_own = threading.local()  # depth: how often this thread is inside
 _EXACT = ("ieee", "none")
 
 
-def _forget() -> None:
-    """In a forked process there are no other threads; the lock may have been held by one."""
-    global _lock
+def _in_child() -> None:
+    """In a forked process only the thread that forked goes on; the lock may have been held by another."""
+    global _lock, _inside
     _lock = threading.Lock()
-    _inside.clear()
-    _before.clear()
+    _inside = getattr(_own, "depth", 0)
+    if not _inside:
+        _switch_back()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_in_child)
 
 
-class _Old:
-    """torch's older settings under the interface of those that came with 2.9: "ieee", "tf32", ... as there."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    @property
-    def fp32_precision(self) -> str:
-        if self._name == "conv":
-            return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-        value = torch.get_float32_matmul_precision()
-        return "ieee" if value == "highest" else value
-
-    @fp32_precision.setter
-    def fp32_precision(self, value: str) -> None:
-        if self._name == "conv":
-            torch.backends.cudnn.allow_tf32 = value != "ieee"
-        else:
-            torch.set_float32_matmul_precision("highest" if value == "ieee" else value)
+def _switches() -> list[Any]:
+    """Of matrix products and convolutions, as they came with torch 2.9: these are what kernels go by."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return []
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
 
 
-_OLD = {name: _Old(name) for name in ("matmul", "conv")}
-
-
-def _old_hold() -> bool:
-    """Whether the older settings, which all of torch understands, are in force: the caller has set none of the newer
-    ones by hand. Then the two are, or would be, at odds, and reading an older one is an error."""
-    if {torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision} != {"none"}:
-        return False
+def _older() -> tuple[str, bool] | None:
+    """The settings of matrix products and convolutions before 2.9, which all of torch still reads; None where the
+    caller has set newer ones by hand: then the two are, or would be, at odds, and reading an older one is an error."""
     try:
-        return all(switch.fp32_precision is not None for switch in _OLD.values())
+        new = _switches()
+        if new and {torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision} != {"none"}:
+            return None
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:
-        return False
+        return None
 
 
-def _switches(device_type: str) -> list[Any]:
-    """Of matrix products and convolutions."""
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9
-    if device_type == "cuda":
-        return [torch.backends.cuda.matmul, torch.backends.cudnn.conv] if new and not _old_hold() else [*_OLD.values()]
-    if not new:
-        return [_OLD["matmul"]]
-    # The older setting of products does not tell what oneDNN does, and there is none of its convolutions.
-    return [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv] if device_type == "cpu" else []
-
-
-# Switches and how they stand: "ieee" or "none" (the same), "tf32", "bf16", ...
-Standing = list[tuple[Any, str]]
-
-
-def standing(device_type: str) -> Standing:
-    """How exact float32 is at this moment, for ``restore``."""
-    return now([(switch, "") for switch in _switches(device_type)])
-
-
-def now(switches: Standing) -> Standing:
-    """How the same switches stand at this moment."""
-    return [(switch, switch.fp32_precision) for switch, _ in switches]
-
-
-def restore(switches: Standing) -> None:
-    """Switches that stand so already are not touched."""
-    for switch, value in switches:
-        if switch.fp32_precision != value:
+def _switch() -> None:
+    """Make float32 exact, and note how to undo it. Switches that are exact are not touched."""
+    before = []
+    for switch in _switches():
+        value = switch.fp32_precision
+        if value not in _EXACT:
+            switch.fp32_precision = "none"
+            inherited = switch.fp32_precision == value
             switch.fp32_precision = value
+            before.append((switch, value, "none" if inherited else value))
+        else:
+            before.append((switch, value, value))
+    older = _older()
+    if older is not None:
+        product, convolution = older
+        if product != "highest":
+            _undo.append(lambda: torch.set_float32_matmul_precision(product))
+            torch.set_float32_matmul_precision("highest")
+        if convolution:
+            _undo.append(lambda: setattr(torch.backends.cudnn, "allow_tf32", True))
+            torch.backends.cudnn.allow_tf32 = False
+    for switch, _, _ in before:
+        if switch.fp32_precision not in _EXACT:
+            switch.fp32_precision = "ieee"
+    # Put back last: an older setting stands for several newer ones, which may have stood otherwise.
+    _undo.extend(_put_back(*entry) for entry in before)
+
+
+def _put_back(switch: Any, value: str, own: str) -> Callable[[], None]:
+    def undo() -> None:
+        if switch.fp32_precision != value:
+            switch.fp32_precision = own
+
+    return undo
+
+
+def _switch_back() -> None:
+    while _undo:
+        _undo.pop(0)()
+
+
+def _enter(times: int) -> None:
+    global _inside
+    with _lock:
+        if not _inside:
+            _switch()
+        _inside += times
+    _own.depth = getattr(_own, "depth", 0) + times
+
+
+def _leave(times: int) -> None:
+    global _inside
+    with _lock:
+        _inside -= times
+        if not _inside:
+            _switch_back()
+    _own.depth -= times
 
 
 @contextmanager
@@ -105,18 +120,26 @@ def full_precision(device_type: str) -> Iterator[None]:
     """Run what is inside in true float32: neither TF32 nor autocast, whatever the caller's settings.
 
     Args:
-        device_type: "cpu", "cuda", ...
+        device_type: "cpu", "cuda", ...: where autocast is off. The switches of all devices are set.
     """
-    with _lock:
-        if not _inside.get(device_type):
-            _before[device_type] = standing(device_type)
-            restore([(switch, value if value in _EXACT else "ieee") for switch, value in _before[device_type]])
-        _inside[device_type] = _inside.get(device_type, 0) + 1
+    _enter(1)
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        with _lock:
-            _inside[device_type] -= 1
-            if not _inside[device_type]:
-                restore(_before.pop(device_type))
+        _leave(1)
+
+
+@contextmanager
+def callers_precision() -> Iterator[None]:
+    """Inside ``full_precision``: the caller's own switches for a while, for a network of the caller's. As long as other
+    threads are inside, exact all the same. Autocast stays as it is."""
+    depth = getattr(_own, "depth", 0)
+    if not depth:
+        yield
+        return
+    _leave(depth)
+    try:
+        yield
+    finally:
+        _enter(depth)
