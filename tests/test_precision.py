@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment
 from glem_augment.flows import Bijection, create_flow
+from glem_augment.gaussians import ClassGaussians
 
 # One process each: what is set here is set for good.
 SETTINGS = (
@@ -209,3 +210,12 @@ def test_adversarial_moves_through_matrix_exponentials_under_amp() -> None:
     # Half precision in the classifier turns the step a little, and nothing else.
     assert float(torch.cosine_similarity(plain, amp).min()) > 0.95
     assert float(plain.norm(dim=1).min()) > 0
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know")
+def test_a_compiled_program_may_go_through_it() -> None:
+    torch.manual_seed(0)
+    gaussians, z = ClassGaussians(3, 5), torch.randn(4, 5)
+    compiled = torch.compile(lambda latents: gaussians.log_prob(latents).exp(), backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(z), gaussians.log_prob(z).exp())

@@ -97,6 +97,7 @@ def _switch_back() -> None:
         _undo.pop(0)()
 
 
+@torch.compiler.disable
 def _enter(times: int) -> None:
     global _inside
     with _lock:
@@ -106,6 +107,7 @@ def _enter(times: int) -> None:
     _own.depth = getattr(_own, "depth", 0) + times
 
 
+@torch.compiler.disable
 def _leave(times: int) -> None:
     global _inside
     with _lock:
