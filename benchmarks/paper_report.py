@@ -36,7 +36,7 @@ def numbers_of(folder: Path, scale: str) -> list[Number]:
     result = []
     for path in sorted(folder.glob(f"*.{scale}.json")):
         for entry in json.loads(path.read_text(encoding="utf-8")):
-            if "key" in entry:
+            if isinstance(entry, dict) and "key" in entry:
                 values = (entry[name] for name in ("metric", "value", "weights_hash", "key", "processor"))
                 result.append(Number(*values))
     return result

@@ -14,7 +14,7 @@ from glem_augment import GLEM, GLEMAugment
 from glem_augment.flows import Bijection, create_flow
 from glem_augment.gaussians import ClassGaussians
 
-# One process each: what is set here is set for good.
+# What is set here is set for good.
 SETTINGS = (
     "pass",  # TF32 in convolutions, as torch comes
     "torch.set_float32_matmul_precision('high')",
@@ -38,9 +38,9 @@ import torch
 from glem_augment.flows.precision import callers_precision, full_precision
 
 new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-if not new and "fp32_precision" in {setting!r}:
+if not new and "fp32_precision" in setting:
     raise SystemExit(0)
-{setting}
+exec(setting)
 KINDS = [(b, k) for b in ("cuda", "mkldnn") for k in ("all", "matmul", "conv", "rnn")] if new else []
 stands = torch._C._get_fp32_precision_getter if new else None
 
@@ -58,7 +58,7 @@ def seen():
     return found
 
 def check_exact():
-    assert {{stands(*kind) for kind in KINDS if kind[1] in ("matmul", "conv")}} <= {{"ieee", "none"}}, seen()
+    assert {stands(*kind) for kind in KINDS if kind[1] in ("matmul", "conv")} <= {"ieee", "none"}, seen()
     if "at odds" not in before:
         assert "at odds" not in seen()  # who asks in the old way is answered
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
@@ -98,16 +98,39 @@ thread.join(10)
 assert not failed and before == seen(), (failed, before, seen())
 
 # What was inherited is inherited still.
-if {setting!r}.startswith("torch.backends.fp32_precision"):
+if setting.startswith("torch.backends.fp32_precision"):
     torch.backends.fp32_precision = "ieee"
-    assert {{stands(*kind) for kind in KINDS}} == {{"ieee"}}, seen()
+    assert {stands(*kind) for kind in KINDS} == {"ieee"}, seen()
 """
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_every_way_to_ask_for_less_is_overridden_and_put_back(setting: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(setting=setting)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+# One process for all, which has imported everything; a child each.
+EACH = """
+import os, sys, traceback
+import torch, glem_augment.flows.precision
+settings, script = sys.argv[1].split("|"), sys.argv[2]
+for setting in settings:
+    pid = os.fork()
+    if not pid:
+        try:
+            exec(script, {"setting": setting})
+        except Exception:
+            print(setting, file=sys.stderr)
+            traceback.print_exc()
+            os._exit(1)
+        except SystemExit:
+            pass
+        os._exit(0)
+    print(setting, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), sep="|")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_every_way_to_ask_for_less_is_overridden_and_put_back() -> None:
+    command = [sys.executable, "-c", EACH, "|".join(SETTINGS), SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    codes = dict(line.split("|") for line in done.stdout.splitlines())
+    assert set(codes) == set(SETTINGS) and set(codes.values()) == {"0"}, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
