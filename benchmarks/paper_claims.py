@@ -1,10 +1,12 @@
 """The paper's claims against the measured tables: holds, does not hold, or not decidable at this scale.
 
-A difference counts when chance alone would make it in less than 5 % of cases: by Welch's test over seeds where there
-are several, else by the error of one run, which for accuracies and other shares is that of so many test images and of
-how runs differ, and for FID a tenth of it. A claim of several parts holds where all of them do, and fails where one is
-the other way round with 5 % shared among them: one of eight comparisons is far apart by chance too often. A series
-counts as rising or falling where its ends differ by that rule.
+A difference counts when chance alone would make it in less than 5 % of cases: over seeds by a paired test where both
+are of the same flows, else by Welch's; of one run by its error, which for accuracies and other shares is that of so
+many test images and of how runs differ, and for FID a tenth of it. Three seeds tell little of their own spread: in
+Welch's test it is moderated by that of all methods on the data set, as if that had been seen in two more seeds (after
+Smyth 2004). A claim of several parts holds where all of them do, and fails where one is the other way round with 5 %
+shared among them: one of eight comparisons is far apart by chance too often. A series counts as rising or falling where
+its ends differ by that rule.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ _IMAGES = 5000
 _BETWEEN_RUNS = {"main": 1.0, "second": 3.0}
 # The same, relative, of FID: samples, oracle and training together.
 _BETWEEN_FIDS = 0.1
+# Seeds' worth (degrees of freedom) of the spread of all methods in that of one.
+_PRIOR = 2
 _SHARES = {"NF-A", "CNN-A", "ViT-A", "Cov", "L-R"}
 
 
@@ -36,21 +40,6 @@ class Verdict:
 
     verdict: str
     evidence: str
-
-
-class Measured:
-    """The rows of all tables of a scale."""
-
-    def __init__(self, folder: Path, scale: str) -> None:
-        self.rows: list[dict[str, Any]] = []
-        for path in sorted(folder.glob(f"table*.{scale}.json")):
-            self.rows += json.loads(path.read_text(encoding="utf-8"))
-
-    def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> list[float]:
-        """Over seeds; empty where it was not measured."""
-        key = (table, data, method, metric, setting)
-        names = ("table", "role", "method", "metric", "setting")
-        return [row["value"] for row in self.rows if tuple(row[name] for name in names) == key]
 
 
 class Comparison(NamedTuple):
@@ -84,22 +73,66 @@ def beyond_t(t: float, freedom: int) -> float:
     return max(0.0, 1 - (2 / math.pi * (angle + inside) if odd else inside))
 
 
-def _compare(a: list[float], b: list[float], metric: str, data: str) -> Comparison | None:
-    """None without numbers. One run of either: by what is known of such runs; else Welch's test."""
-    if not a or not b:
-        return None
-    gap = statistics.mean(a) - statistics.mean(b)
-    direction = 0 if gap == 0 else int(math.copysign(1, gap))
-    if len(a) < 2 or len(b) < 2:
-        error = math.hypot(*(_one_run(statistics.mean(v), metric, data) / math.sqrt(len(v)) for v in (a, b)))
-        return Comparison(
-            direction, 2 * (1 - statistics.NormalDist().cdf(abs(gap) / error)) if error else float(not gap)
-        )
-    parts = [statistics.variance(v) / len(v) for v in (a, b)]
-    if not sum(parts):
-        return Comparison(direction, float(not gap))
-    freedom = sum(parts) ** 2 / sum(p * p / (len(v) - 1) for p, v in zip(parts, (a, b), strict=True))
-    return Comparison(direction, beyond_t(gap / math.sqrt(sum(parts)), max(1, int(freedom))))
+class Runs(list[float]):
+    """Values over seeds, in their order, and the flows that they are of (None where that is not said)."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        rows = sorted(rows, key=lambda row: row["seed"])
+        super().__init__(row["value"] for row in rows)
+        self.flows = [(row["seed"], row["weights_hash"]) if row.get("weights_hash") else None for row in rows]
+
+
+class Measured:
+    """The rows of all tables of a scale."""
+
+    def __init__(self, folder: Path, scale: str) -> None:
+        self.rows: list[dict[str, Any]] = []
+        for path in sorted(folder.glob(f"table*.{scale}.json")):
+            self.rows += json.loads(path.read_text(encoding="utf-8"))
+
+    def variance(self, data: str, metric: str) -> float:
+        """Of a method's runs, the mean over all methods that were run several times; 0 where there are fewer than
+        three."""
+        groups: dict[tuple[Any, ...], list[float]] = {}
+        for row in self.rows:
+            if (row["role"], row["metric"]) == (data, metric):
+                groups.setdefault((row["table"], row["method"], row["setting"]), []).append(row["value"])
+        several = {tuple(values) for values in groups.values() if len(values) > 1}  # a flow stands in several tables
+        return statistics.mean(map(statistics.variance, several)) if len(several) > 2 else 0.0
+
+    def compare(self, a: list[float], b: list[float], metric: str, data: str) -> Comparison | None:
+        """None without numbers. One run of either: by what is known of such runs. Several: paired, where the flows are
+        the same; else Welch's test, each variance moderated by that of all methods."""
+        if not a or not b:
+            return None
+        gap = statistics.mean(a) - statistics.mean(b)
+        direction = 0 if gap == 0 else int(math.copysign(1, gap))
+        if len(a) < 2 or len(b) < 2:
+            error = math.hypot(*(_one_run(statistics.mean(v), metric, data) / math.sqrt(len(v)) for v in (a, b)))
+            chance = 2 * (1 - statistics.NormalDist().cdf(abs(gap) / error)) if error else float(not gap)
+            return Comparison(direction, chance)
+        if isinstance(a, Runs) and isinstance(b, Runs) and a.flows == b.flows and all(a.flows):
+            differences = [x - y for x, y in zip(a, b, strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            return Comparison(direction, beyond_t(gap / error, len(differences) - 1) if error else float(not gap))
+        common = self.variance(data, metric)
+        prior = _PRIOR if common else 0
+        parts = []
+        for values in (a, b):
+            freedom = len(values) - 1 + prior
+            variance = (prior * common + (len(values) - 1) * statistics.variance(values)) / freedom
+            parts.append((variance / len(values), freedom))
+        total = sum(part for part, _ in parts)
+        if not total:
+            return Comparison(direction, float(not gap))
+        freedom = int(total**2 / sum(part * part / own for part, own in parts))
+        return Comparison(direction, beyond_t(gap / math.sqrt(total), max(1, freedom)))
+
+    def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> list[float]:
+        """Over seeds; empty where it was not measured."""
+        key = (table, data, method, metric, setting)
+        names = ("table", "role", "method", "metric", "setting")
+        return Runs([row for row in self.rows if tuple(row[name] for name in names) == key])
 
 
 def _text(name: str, values: list[float]) -> str:
@@ -133,7 +166,7 @@ def _above(
         a = m.values(table, data, winner, metric, settings[0])
         for loser in losers:
             b = m.values(table, data, loser, metric, settings[1])
-            found = _compare(b, a, metric, data) if metric in lower else _compare(a, b, metric, data)
+            found = m.compare(b, a, metric, data) if metric in lower else m.compare(a, b, metric, data)
             parts.append((found, f"{data} {metric}: {_text(winner, a)} against {_text(loser, b)}"))
     return parts
 
@@ -156,12 +189,12 @@ def _lambda(m: Measured) -> Verdict:
     parts: list[tuple[Comparison | None, str]] = []
     for name in ("NF-A", "CNN-A"):
         best = weights[means[name].index(max(means[name]))]
-        ends = [_compare(series[name][best], series[name][w], name, "main") for w in (1, 20)]
+        ends = [m.compare(series[name][best], series[name][w], name, "main") for w in (1, 20)]
         rises, falls = (end for end in ends if end is not None)
         # Best at the smallest, and surely better than at the largest, there is no rise. No fall yet is no verdict.
         part = Comparison(-1, falls.chance) if best == 1 else Comparison(1, max(rises.chance, falls.chance))
         parts.append((part, f"{name} best at {best}"))
-    worse = _compare(series["FID"][20], series["FID"][1], "FID", "main")
+    worse = m.compare(series["FID"][20], series["FID"][1], "FID", "main")
     parts.append((worse, f"rank correlation of FID with lambda_0 {_rank(means['FID']):.2f}"))
     found = _all(parts)
     return Verdict(found.verdict, f"{text} (lambda_0 = 1, 3, 5, 10, 15, 20); {found.evidence}")
@@ -192,11 +225,11 @@ def _temperature(m: Measured) -> Verdict:
     return _all(
         [
             (
-                _compare(found["CNN-A", below], found["CNN-A", above], "CNN-A", "main"),
+                m.compare(found["CNN-A", below], found["CNN-A", above], "CNN-A", "main"),
                 f"CNN-A best at tau = {best}; {cnn[below]:.4g} at {below}, {cnn[above]:.4g} at {above}",
             ),
             (
-                _compare(found["L-R", 0.7], found["L-R", 1.2], "L-R", "main"),
+                m.compare(found["L-R", 0.7], found["L-R", 1.2], "L-R", "main"),
                 f"L-R {', '.join(f'{v:.4g}' for v in labels)} at tau {taus}, rank correlation {_rank(labels):.2f}",
             ),
         ]
@@ -218,7 +251,7 @@ def _count(m: Measured) -> Verdict:
             parts.append((None, f"{data} not measured"))
             continue
         text = ", ".join(f"{statistics.mean(v):.4g} at {s}x" for s, v in zip(sizes, series, strict=True))
-        parts.append((_compare(series[-1], series[0], "CNN-A", data), f"{data} CNN-A {text}"))
+        parts.append((m.compare(series[-1], series[0], "CNN-A", data), f"{data} CNN-A {text}"))
     return _all(parts)
 
 

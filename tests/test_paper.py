@@ -97,6 +97,41 @@ def test_verdicts_need_more_than_the_noise(tmp_path: Path) -> None:
     assert len(CLAIMS) == 9
 
 
+def test_runs_of_the_same_flows_are_compared_in_pairs(tmp_path: Path) -> None:
+    """Differences that agree, of flows that don't."""
+
+    def rfcm(flows: str) -> str:
+        entries = []
+        for metric, more in (("CNN-A", 1.0), ("Cov", 1.0), ("FID", -1.0)):
+            plain = [40.0, 50.0, 60.0]
+            entries += [("tau = 0.9", "default", metric, plain)]
+            entries += [("RFCM", "rfcm", metric, [v + more * (2 + 0.1 * i) for i, v in enumerate(plain)])]
+        write(tmp_path, 5, entries)
+        path = tmp_path / "table5.cpu.json"
+        rows = json.loads(path.read_text())
+        hashes = {"rfcm": flows, "default": "abc"}
+        for entry in rows:
+            entry["weights_hash"] = hashes[entry["setting"]][entry["seed"]]
+        path.write_text(json.dumps(rows))
+        return verdict(tmp_path, "RFCM helps")["verdict"]
+
+    assert rfcm("abc") == HOLDS and rfcm("xyz") == OPEN
+
+
+def test_the_spread_of_three_seeds_is_moderated_by_that_of_all(tmp_path: Path) -> None:
+    def psi(others: float) -> str:
+        entries = []
+        for metric in ("NF-A", "CNN-A", "L-R"):
+            entries += [("3: KLD 10 + psi", "default", metric, [80.0, 80.1, 80.2])]
+            entries += [("2: KLD 10", "default", metric, [78.0, 79.0, 77.0])]
+            for k in range(12):
+                entries += [(f"other {k}", "default", metric, [70.0 + k, 70.0 + k + others, 70.0 + k - others])]
+        write(tmp_path, 6, entries)
+        return verdict(tmp_path, "psi helps")["verdict"]
+
+    assert psi(0.2) == HOLDS and psi(4.0) == OPEN
+
+
 def lambda_table(folder: Path, nf: list[float], fid: list[float]) -> str:
     entries = []
     for w, a, f in zip((1, 3, 5, 10, 15, 20), nf, fid, strict=True):
