@@ -54,17 +54,24 @@ class WeightsVersion:
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, tensors: Iterable[Tensor], *others: object) -> None:
-        states = [(t, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
-        self._states = [state for _, *state in states]
-        self._objects = [weakref.ref(thing) for thing in (*(t for t, *_ in states), *others)]
+        states = [(t, (t.dtype, 0 if t.is_inference() else t._version), t.data_ptr()) for t in tensors]
+        self._states = [state for _, state, _ in states]
+        self._addresses = [address for _, _, address in states]
+        self._tensors = [weakref.ref(t) for t, _, _ in states]
+        self._others = [weakref.ref(thing) for thing in others]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsVersion):
             return NotImplemented
-        if self._states != other._states or len(self._objects) != len(other._objects):
+        if self._states != other._states or len(self._others) != len(other._others):
             return False
-        pairs = ((a(), b()) for a, b in zip(self._objects, other._objects, strict=True))
-        return all(a is b and a is not None for a, b in pairs)
+        both = (self._tensors + self._others, other._tensors + other._others)
+        objects = [(a(), b()) for a, b in zip(*both, strict=True)]
+        if any(a is not b or a is None for a, b in objects):
+            return False
+        moved = [t for (t, _), a, b in zip(objects, self._addresses, other._addresses, strict=False) if a != b]
+        # On its way to another process a tensor goes into shared memory, unchanged.
+        return all(isinstance(t, Tensor) and t.device.type == "cpu" and t.is_shared() for t in moved)
 
 
 def weights_version(*modules: nn.Module, others: Iterable[object] = ()) -> WeightsVersion:

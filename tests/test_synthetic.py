@@ -486,6 +486,10 @@ def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
         change()
         with pytest.raises(RuntimeError, match="make a new SyntheticDataset"):
             data.images(range(15))
+    data = SyntheticDataset(model, per_class=5)
+    data.images(range(5))
+    model.share_memory()  # as it is when it is sent to another process
+    data.images(range(15))
     # A copy for another process, and one made before the first image, take the model as it is then.
     data = pickle.loads(pickle.dumps(SyntheticDataset(model, per_class=5)))
     assert data.images(range(5)).shape == (5, 1, 8, 8)
