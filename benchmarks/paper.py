@@ -60,6 +60,7 @@ def run_table(
         seeds: at least; more where they are known.
     """
     cells = cells_of(table, scale.sizes)
+    lab.learn(numbers_of(out, name, f"table{table}"))
     while all(lab.knows(cell, seeds) for cell in cells):
         seeds += 1
     rows = []

@@ -110,8 +110,7 @@ class Lab:
         self.scale, self.name, self.work = scale, name, work / name
         self.device, self.until = torch.device(device), until
         self.known: dict[str, dict[str, Number]] = {}
-        for number in known:
-            self.known.setdefault(number.key, {})[number.metric] = number
+        self.learn(known)
         about = machine()
         self.processor: str = about["processor"] if self.device.type == "cpu" else about["accelerator"] or device
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
@@ -121,6 +120,11 @@ class Lab:
 
     def spec(self, role: str) -> DataSpec:
         return self.scale.main if role == "main" else self.scale.second
+
+    def learn(self, numbers: Iterable[Number]) -> None:
+        """Know these, in place of what was known of the same: a table that is written again keeps its own."""
+        for number in numbers:
+            self.known.setdefault(number.key, {})[number.metric] = number
 
     def check_time(self) -> None:
         """Raises TimeUpError once the time is over."""

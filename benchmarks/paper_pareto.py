@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from paper_lab import Fitted, Lab, describe, version_of
-from paper_report import row, write_rows
+from paper_report import numbers_of, row, write_rows
 from paper_tables import Cell
 
 from glem_augment.evaluation import averaged_posterior
@@ -43,6 +43,7 @@ def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[s
     """Measure all points for so many seeds (more, where they are known; one for those of ``ONCE``), and write
     ``pareto.<scale>.json``, ``.md`` and ``.png`` once they are whole."""
     rows: list[dict[str, Any]] = []
+    lab.learn(numbers_of(out, scale, "pareto"))
     while all(lab.knows(cell, seeds) for role in ("main", "second") for _, cell in _points(role, seeds)):
         seeds += 1
     for role in ("main", "second"):

@@ -31,13 +31,14 @@ def oracle_row(table: int, role: str, data: str, number: Number) -> dict[str, An
     return row(table, Cell(_ORACLE, role, "", ("accuracy",)), data, 0, number)
 
 
-def numbers_of(folder: Path, scale: str) -> list[Number]:
-    """All numbers of that scale in the results of earlier runs that say what they depend on."""
+def numbers_of(folder: Path, scale: str, name: str = "*") -> list[Number]:
+    """The numbers of that scale in the results of earlier runs that say what they depend on: of one file
+    (``table3``, ``pareto``, ...), or of all."""
     result = []
-    for path in sorted(folder.glob(f"*.{scale}.json")):
+    for path in sorted(folder.glob(f"{name}.{scale}.json")):
         for entry in json.loads(path.read_text(encoding="utf-8")):
             if isinstance(entry, dict) and "key" in entry:
-                values = (entry[name] for name in ("metric", "value", "weights_hash", "key", "processor"))
+                values = (entry[part] for part in ("metric", "value", "weights_hash", "key", "processor"))
                 result.append(Number(*values))
     return result
 
