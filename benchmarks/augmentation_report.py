@@ -12,12 +12,10 @@ from typing import Any
 from augmentation_plan import params_text
 from augmentation_settings import REUSE, SETTINGS, SMOKE
 from augmentation_store import FINAL, TUNING, Store
+from students_t import quantile
 
 from glem_augment.io import atomic_write
 
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted
 
 
@@ -46,7 +44,7 @@ def paired_gain(ours: dict[int, float], other: dict[int, float]) -> Gain | None:
     count = len(differences)
     if count == 1:
         return Gain(differences[0], math.nan, 1)
-    t = _T[count - 2] if count - 2 < len(_T) else 1.96
+    t = quantile(count - 1)
     return Gain(statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(count), count)
 
 

@@ -45,23 +45,23 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(c for c in range(10) if c not in classes)
 
 
-_LONG = {"cnn": 1000, "resnet": 1000}
+LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
     Setting("imagenette32-50", "imagenette", 50, 32, 3, ("cifar10",)),
     Setting("imagenette32-20", "imagenette", 20, 32, 3, ("cifar10",)),
-    Setting("imagenette32-100", "imagenette", 100, 32, 3, ("cifar10",), steps=_LONG),
-    Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=_LONG),
+    Setting("imagenette32-100", "imagenette", 100, 32, 3, ("cifar10",), steps=LONG),
+    Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=LONG),
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",)),
-    Setting("fashion-100", "fashion-mnist", 100, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",), steps=_LONG),
+    Setting("fashion-100", "fashion-mnist", 100, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",), steps=LONG),
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
     Setting("cifar10-50", "cifar10", 50, 32, 3, ("imagenette32", "own"), ("cifar10",)),
-    Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", "own"), ("cifar10",), steps=_LONG),
+    Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
-    Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 100.0, _LONG),
-    Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 10.0, _LONG),
+    Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 100.0, LONG),
+    Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 10.0, LONG),
 )
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _SETTINGS}
 # For trying the script out: the images and the flow inside the package, and next to no steps. Only where it is named.

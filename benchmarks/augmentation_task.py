@@ -6,12 +6,10 @@ import hashlib
 from pathlib import Path
 
 from augmentation_data import PLACES
-from augmentation_settings import FLOWS, SETTINGS, Setting
+from augmentation_settings import FLOWS, LONG, SETTINGS, Setting
 
 from glem_augment import GLEM
-
-_STEPS = {"cnn": 500, "resnet": 600}
-_LONG = {"cnn": 1000, "resnet": 1000}  # for more labelled images
+from glem_augment.datafiles import has_splits
 
 
 def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> Setting:
@@ -38,11 +36,15 @@ def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> S
     side = size or (sides[0] if sides else 32)
     channels = next((shape[0] for shape in shapes if shape is not None), 3)
     key = f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"  # decoded images are kept under this name
-    _check_splits(spec)
+    if Path(spec).is_dir() and not has_splits(Path(spec)):
+        # It would be training and test images at once.
+        raise SystemExit(
+            f"augmentation: {spec} needs folders train/ and test/ or val/, with a folder per class in each"
+        )
     PLACES[key] = (None, spec, "test")
-    steps = _LONG if per_class >= 100 else _STEPS
+    more = {"steps": LONG} if per_class >= 100 else {}
     flow_size = sides[0] if sides and sides[0] != side else None
-    setting = Setting(name, key, per_class, side, channels, tuple(flows), steps=steps, flow_size=flow_size)
+    setting = Setting(name, key, per_class, side, channels, tuple(flows), flow_size=flow_size, **more)
     SETTINGS[name] = setting
     return setting
 
@@ -56,15 +58,3 @@ def _shape(flow: str) -> tuple[int, int, int] | None:
         return recipe.channels, recipe.size, recipe.size
     channels, height, width = GLEM.from_pretrained(flow).image_shape
     return channels, height, width
-
-
-def _check_splits(spec: str) -> None:
-    """A folder of classes alone would be training and test images at once."""
-    folder = Path(spec)
-    if folder.is_dir() and not any(folder.glob("*-ubyte*")):
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        if not any(name.lower() in ("train", "training") for name in found):
-            raise SystemExit(
-                f"augmentation: {spec} needs folders train/ and test/ or val/, with a folder per class in each; it "
-                f"holds {', '.join(found[:8]) or 'no folders'}"
-            )

@@ -21,21 +21,16 @@ from glem_augment.io import atomic_write, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def cpu() -> str:
-    """The name of the CPU."""
+def machine() -> dict[str, Any]:
+    """Processor, threads, accelerator and the versions of what was measured."""
+    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads, accelerator and the versions of what was measured."""
+        processor = names[0] if names else processor
     packages = ("torch", "torchvision", "timm", "numpy")
     return {
-        "processor": cpu(),
+        "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

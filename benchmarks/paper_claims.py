@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from students_t import beyond
+
 from glem_augment.io import write_json
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
@@ -61,18 +63,6 @@ def _one_run(mean: float, metric: str, data: str) -> float:
     return _BETWEEN_FIDS * abs(mean) if metric == "FID" else math.inf
 
 
-def beyond_t(t: float, freedom: int) -> float:
-    """Probability that Student's t of so many degrees of freedom is farther from 0 (Abramowitz & Stegun 26.7.3-4)."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    odd = freedom % 2
-    term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    inside = math.sin(angle) * total
-    return max(0.0, 1 - (2 / math.pi * (angle + inside) if odd else inside))
-
-
 class Runs(list[float]):
     """Values over seeds, in their order, and the flows that they are of (None where that is not said)."""
 
@@ -100,7 +90,7 @@ class Measured:
         several = {tuple(values) for values in groups.values() if len(values) > 1}  # a flow stands in several tables
         return statistics.mean(map(statistics.variance, several)) if len(several) > 2 else 0.0
 
-    def compare(self, a: list[float], b: list[float], metric: str, data: str) -> Comparison | None:
+    def compare(self, a: Runs, b: Runs, metric: str, data: str) -> Comparison | None:
         """None without numbers. One run of either: by what is known of such runs. Several: paired, where the flows are
         the same; else Welch's test, each variance moderated by that of all methods."""
         if not a or not b:
@@ -111,10 +101,10 @@ class Measured:
             error = math.hypot(*(_one_run(statistics.mean(v), metric, data) / math.sqrt(len(v)) for v in (a, b)))
             chance = 2 * (1 - statistics.NormalDist().cdf(abs(gap) / error)) if error else float(not gap)
             return Comparison(direction, chance)
-        if isinstance(a, Runs) and isinstance(b, Runs) and a.flows == b.flows and all(a.flows):
+        if a.flows == b.flows and all(a.flows):
             differences = [x - y for x, y in zip(a, b, strict=True)]
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-            return Comparison(direction, beyond_t(gap / error, len(differences) - 1) if error else float(not gap))
+            return Comparison(direction, beyond(gap / error, len(differences) - 1) if error else float(not gap))
         common = self.variance(data, metric)
         prior = _PRIOR if common else 0
         parts = []
@@ -126,9 +116,9 @@ class Measured:
         if not total:
             return Comparison(direction, float(not gap))
         freedom = int(total**2 / sum(part * part / own for part, own in parts))
-        return Comparison(direction, beyond_t(gap / math.sqrt(total), max(1, freedom)))
+        return Comparison(direction, beyond(gap / math.sqrt(total), max(1, freedom)))
 
-    def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> list[float]:
+    def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> Runs:
         """Over seeds; empty where it was not measured."""
         key = (table, data, method, metric, setting)
         names = ("table", "role", "method", "metric", "setting")

@@ -38,7 +38,7 @@ from glem_augment.metrics import evaluate
 from glem_augment.pixels import in_range
 from glem_augment.rfcm import ThinCovariances
 from glem_augment.rfcm_fit import fit_rfcm
-from glem_augment.training import Trainer
+from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import FREE, RULES, Checkpoints
 from glem_augment.training.interrupt import TimeUpError
 from glem_augment.training.methods import METHODS, method, prepare
@@ -198,8 +198,7 @@ class Lab:
         settings = {**self.scale.flow, **cell.changes, "seed": seed}
         ready = prepare(cell.method, train, **settings)
         # The defaults as well as what was asked for.
-        learned = {name: value for name, value in ready.config.to_dict().items() if name not in FREE}
-        label = version_of(learned, asdict(self.spec(cell.data)))
+        label = version_of(_learned(ready.config), asdict(self.spec(cell.data)))
         folder = self.work / "flows" / f"{cell.data}-{cell.method}-{label}"
         if not (folder / "finished.json").exists():
             self.check_time()
@@ -329,8 +328,7 @@ class Lab:
     def key(self, cell: Cell, seed: int, about: str) -> str:
         """``Number.key``, from settings alone: neither data nor flow need be there, nor be where they were."""
         changes = {**self.scale.flow, **cell.changes, "seed": seed}
-        config = method(cell.method).config(**changes).to_dict()
-        learned = {name: value for name, value in config.items() if name not in FREE}
+        learned = _learned(method(cell.method).config(**changes))
         return version_of(cell.method, learned, self._data_key(cell.data), about)
 
     def _data_key(self, role: str) -> tuple[Any, ...]:
@@ -424,6 +422,11 @@ _GROUPS = (
     ("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",), ("Agree",),
     ("rho-distance", "rho-confusion"),
 )  # fmt: skip
+
+
+def _learned(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a flow depends on."""
+    return {name: value for name, value in config.to_dict().items() if name not in FREE}
 
 
 def _groups(cell: Cell) -> list[tuple[tuple[str, ...], list[str]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glem_augment._models import WeightsVersion, weights_version
+from glem_augment._models import WeightsVersion
 from glem_augment._transfer import check_worker_device
 from glem_augment.model import GLEM
 from glem_augment.modes import ClassModes, nearest_classes
@@ -43,7 +43,7 @@ class FlowOnDevice:
 
 
 def _version(model: GLEM, device: torch.device) -> WeightsVersion:
-    return weights_version(model.gaussians if model.device == device else model)
+    return WeightsVersion(model.gaussians if model.device == device else model)
 
 
 def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, neighbours: int) -> FlowOnDevice:

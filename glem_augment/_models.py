@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glem_augment.model import GLEM
 
-__all__ = ["WeightsVersion", "as_model", "on_device", "weights_version"]
+__all__ = ["WeightsVersion", "as_model", "on_device"]
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
@@ -45,36 +45,31 @@ def on_device(model: GLEM, device: torch.device | str | None) -> GLEM:
 
 
 class WeightsVersion:
-    """The state of weights and buffers at a moment, to be compared with a later one: equal as long as none of them was
-    replaced, given another memory or type, or written to, within this process.
+    """The state of the weights and buffers of modules at a moment, to be compared with a later one: equal as long as
+    none of them was replaced, given another memory or type, or written to, within this process.
 
     A write through ``.data``, or by a fused optimizer, which torch does not count, goes unseen. Nothing is kept alive.
+
+    Args:
+        modules: whose weights and buffers. others: objects that must be the same ones.
     """
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, tensors: Iterable[Tensor], *others: object) -> None:
-        states = [(t, (t.dtype, 0 if t.is_inference() else t._version), t.data_ptr()) for t in tensors]
-        self._states = [state for _, state, _ in states]
-        self._addresses = [address for _, _, address in states]
-        self._tensors = [weakref.ref(t) for t, _, _ in states]
-        self._others = [weakref.ref(thing) for thing in others]
+    def __init__(self, *modules: nn.Module, others: Iterable[object] = ()) -> None:
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self._states = [(t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+        self._addresses = [t.data_ptr() for t in tensors]
+        self._objects = [weakref.ref(thing) for thing in (*tensors, *others)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsVersion):
             return NotImplemented
-        if self._states != other._states or len(self._others) != len(other._others):
+        if self._states != other._states or len(self._objects) != len(other._objects):
             return False
-        both = (self._tensors + self._others, other._tensors + other._others)
-        objects = [(a(), b()) for a, b in zip(*both, strict=True)]
-        if any(a is not b or a is None for a, b in objects):
+        objects = [reference() for reference in self._objects]
+        if any(a is None or a is not b() for a, b in zip(objects, other._objects, strict=True)):
             return False
-        moved = [t for (t, _), a, b in zip(objects, self._addresses, other._addresses, strict=False) if a != b]
         # On its way to another process a tensor goes into shared memory, unchanged.
-        return all(isinstance(t, Tensor) and t.device.type == "cpu" and t.is_shared() for t in moved)
-
-
-def weights_version(*modules: nn.Module, others: Iterable[object] = ()) -> WeightsVersion:
-    """The present state of the modules' weights and buffers, and which ``others`` there are."""
-    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    return WeightsVersion(tensors, *others)
+        addresses = zip(objects, self._addresses, other._addresses, strict=False)  # others, at the end, have none
+        return all(a == b or (t.device.type == "cpu" and t.is_shared()) for t, a, b in addresses)

@@ -38,7 +38,7 @@ from glem_augment._devices import move
 from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows
 from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
-from glem_augment._models import WeightsVersion, as_model, weights_version
+from glem_augment._models import WeightsVersion, as_model
 from glem_augment._moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
 from glem_augment._partners import draw_mixup
 from glem_augment._plugin import PlugIn
@@ -389,7 +389,7 @@ class GLEMAugment(PlugIn, nn.Module):
         """Class lookups on a device, made at the first batch there, again when the classes have moved."""
         # For a lookup of neighbours the flow must know which classes are close.
         near = NEIGHBOURS if self.policy == "mixup" and self.partner == "near" else 0
-        version = weights_version(self.model.gaussians) if near else None
+        version = WeightsVersion(self.model.gaussians) if near else None
         if device not in self._tables or self._tables[device][0] != version:
             self._tables[device] = version, class_tables(self.model, self.class_map, near).to(device)
         return self._tables[device][1]

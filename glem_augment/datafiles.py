@@ -156,15 +156,32 @@ def folder_source(folder: Path, split: str) -> Source:
     Raises:
         DataError: no such split, no classes, a class without images, or damaged idx files.
     """
-    if any(_IDX_IMAGES.fullmatch(name) for name in os.listdir(folder)):
+    if _is_idx(folder):
         return _idx_source(folder, split)
     return _image_folder(_split_folder(folder, split))
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+def has_splits(folder: Path) -> bool:
+    """Whether a folder tells training from test images: by idx files, or ImageFolders named after splits. Else it is
+    one ImageFolder, which stands for every split."""
+    return _is_idx(folder) or bool(_splits(folder))
+
+
+def _is_idx(folder: Path) -> bool:
+    return any(_IDX_IMAGES.fullmatch(name) for name in os.listdir(folder))
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _splits(folder: Path) -> list[str]:
     # A class may be called "test"; a split is a folder that holds folders itself.
-    splits = [name for name in folders if name.lower() in _SPLIT_FOLDERS and _has_folders(folder / name)]
+    return [name for name in _folders(folder) if name.lower() in _SPLIT_FOLDERS and _has_folders(folder / name)]
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    folders, splits = _folders(folder), _splits(folder)
     if not splits:
         return folder
     wanted = _SPLIT_FOLDERS.get(split.lower(), (split,))

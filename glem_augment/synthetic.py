@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_choice, check_whole
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
-from glem_augment._models import WeightsVersion, as_model, on_device, weights_version
+from glem_augment._models import WeightsVersion, as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._rejection import Accepted, Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
@@ -269,7 +269,7 @@ class SyntheticDataset(Dataset):
             RuntimeError: the model has changed since the first block was decoded.
         """
         modes = self.model.modes
-        version = weights_version(self.model, others=() if modes is None else (modes,))
+        version = WeightsVersion(self.model, others=() if modes is None else (modes,))
         if self._model_version is None:
             self._model_version = version
         elif self._model_version != version:

@@ -17,12 +17,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from paper import check_tables  # noqa: E402
-from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, beyond_t, verdicts  # noqa: E402
+from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts  # noqa: E402
 from paper_figures import SETTINGS, two_dimensional_fit  # noqa: E402
 from paper_lab import Lab, Number  # noqa: E402
 from paper_report import markdown, numbers_of, oracle_row, row, values_of, write_table  # noqa: E402
 from paper_scales import SCALES  # noqa: E402
 from paper_tables import TITLES, Cell, cells_of  # noqa: E402
+from students_t import beyond, quantile  # noqa: E402
 
 from glem_augment.training.methods import METHODS, method  # noqa: E402
 
@@ -59,9 +60,10 @@ def test_students_t() -> None:
         (12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (2.228, 10, 0.05), (4.604, 4, 0.01),
         (3.499, 7, 0.01),
     ):  # fmt: skip
-        assert beyond_t(t, freedom) == pytest.approx(both_sides, rel=2e-3)
-        assert beyond_t(-t, freedom) == beyond_t(t, freedom)
-    assert beyond_t(0.0, 5) == 1
+        assert beyond(t, freedom) == pytest.approx(both_sides, rel=2e-3)
+        assert beyond(-t, freedom) == beyond(t, freedom)
+        assert quantile(freedom, both_sides) == pytest.approx(t, abs=6e-4)
+    assert beyond(0.0, 5) == 1
 
 
 def write(folder: Path, table: int, entries: list[tuple[str, str, str, list[float]]]) -> None:
