@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from augmentation_settings import METHODS, REUSE
+from augmentation_settings import METHODS, REUSE, WHOLE_LATENT
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -142,25 +142,52 @@ class Stack:
         p = params.pop("p")
         if name == "synthetic":
             return _Synthetic(model, p, count // model.num_classes, seed, **params)
-        if name == "latent-noise":
-            strength = params["strength"]
-
-            def noise(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-                with torch.no_grad():
-                    z = model.encode(as_float(x[mask]))[0]
-                    eps = torch.randn(z.shape, generator=self.generator)
-                    z = z + strength * model.gaussians.variance()[y[mask]].sqrt() * eps
-                    out = x.clone()
-                    out[mask] = as_bytes(model.decode(z).nan_to_num_(0.5))
-                    return out, y
-
-            return Reused(noise, p, count)
+        if name in WHOLE_LATENT:
+            return Reused(self._whole_latent(model, params["strength"], name == "latent-adversarial"), p, count)
         assert model.modes is not None
         aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
         if params["policy"] == "adversarial":
             aug.attach(self.network)
         # All rows may be partners; only those of the mask are decoded.
         return Reused(lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask)), p, count)
+
+    def _whole_latent(
+        self, model: GLEM, strength: float, adversarial: bool
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Moves in all dimensions, in standard deviations of the image's class: Gaussian, or up the classifier's loss.
+
+        The step up the loss is ``strength sqrt(d)`` long and starts from noise half that long.
+        """
+        spread = model.gaussians.variance().detach().sqrt()
+
+        def moved(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            labels = y[mask]
+            with torch.no_grad():
+                z = model.encode(as_float(x[mask]))[0]
+            noise, scale = torch.randn(z.shape, generator=self.generator), spread[labels]
+            move = strength * noise
+            if adversarial:
+                start = move / 2
+                grad = self._gradient(
+                    lambda e: F.cross_entropy(self.network(model.decode(z + scale * e, clamp=False)), labels), start
+                )
+                move = start + strength * z.shape[1] ** 0.5 * F.normalize(grad)
+            with torch.no_grad():
+                out = x.clone()
+                out[mask] = as_bytes(model.decode(z + scale * move).nan_to_num_(0.5))
+            return out, y
+
+        return moved
+
+    def _gradient(self, loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+        """Of ``loss`` at ``at``, with the classifier in eval mode, as the adversarial policy has it."""
+        training = self.network.training
+        self.network.eval()
+        with torch.enable_grad():
+            variable = at.detach().requires_grad_(True)
+            (grad,) = torch.autograd.grad(loss(variable), variable)
+        self.network.train(training)
+        return grad
 
     # ---- on pixels -------------------------------------------------------------------------------------------------
 
@@ -208,20 +235,15 @@ class Stack:
 
     def _adversarial_pixels(self, x: Tensor, y: Tensor, epsilon: float, p: float) -> Tensor:
         """A random start within epsilon and one step of its size up the loss (fast gradient sign, as in Wong et al.
-        2020), in eval mode as the adversarial policy has it."""
+        2020)."""
         rows = self._chance(p, len(x)).nonzero()[:, 0]
         if not len(rows):
             return x
         clean = x[rows]
         start = (torch.rand(clean.shape, generator=self.generator) * 2 - 1) * epsilon
-        moved = (clean + start).clamp(0, 1).requires_grad_(True)
-        training = self.network.training
-        self.network.eval()
-        with torch.enable_grad():
-            loss = F.cross_entropy(self.network(moved), y[rows])
-            (grad,) = torch.autograd.grad(loss, moved)
-        self.network.train(training)
-        changed = clean + (moved.detach() + epsilon * grad.sign() - clean).clamp(-epsilon, epsilon)
+        moved = (clean + start).clamp(0, 1)
+        grad = self._gradient(lambda images: F.cross_entropy(self.network(images), y[rows]), moved)
+        changed = clean + (moved + epsilon * grad.sign() - clean).clamp(-epsilon, epsilon)
         return x.index_copy(0, rows, changed.clamp(0, 1))
 
 

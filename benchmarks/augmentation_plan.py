@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from augmentation_data import Flows
-from augmentation_settings import METHODS, REUSE, TUNING_SEED, Setting
+from augmentation_settings import METHODS, REUSE, TUNING_SEED, WHOLE_LATENT, Setting
 from augmentation_store import Store
 
 Component = tuple[str, dict[str, Any]]
@@ -112,7 +112,7 @@ class Plan:
             method, flow = METHODS[name], {}
             if method.flow:
                 # Always through the same flow, and never through one that has seen all labels.
-                if not setting.proof or self.lacks(setting) or setting.flow_size not in (None, setting.size):
+                if not setting.proof or self.lacks(setting) or not fits(name, setting):
                     continue
                 flow = {"flow": setting.proof[0]}
             base = () if name in ("none", "cropflip") else (CROPFLIP,)
@@ -138,7 +138,7 @@ class Plan:
         result = []
         for flow in ("identity", *self.available(setting)):
             side = "control" if flow == "identity" else "ours"
-            for name in self.args.methods:
+            for name in (name for name in self.args.methods if fits(name, setting)):
                 for params in METHODS[name].trials[: self.args.trials]:
                     params = {**params, "flow": flow}
                     result.append(Cell("ours", setting, classifier, side, flow, name, params, base, TUNING_SEED))
@@ -149,14 +149,15 @@ class Plan:
     ) -> list[Cell]:
         """Per flow the ``best`` methods by validation; the control of each of these, and its own best method."""
         flows = list(dict.fromkeys(cell.flow for cell in ours if cell.flow != "identity"))
+        methods = [name for name in self.args.methods if fits(name, setting)]
         tuned = {
             (flow, name): self.best([c for c in ours if c.flow == flow and c.method == name], store)
             for flow in ("identity", *flows)
-            for name in self.args.methods
+            for name in methods
         }
 
         def ranked(flow: str) -> list[str]:
-            return sorted(self.args.methods, key=lambda name: -self.value(tuned[flow, name], store))
+            return sorted(methods, key=lambda name: -self.value(tuned[flow, name], store))
 
         arms: list[tuple[str, str, Cell]] = []
         for flow in flows:
@@ -225,6 +226,11 @@ class Plan:
             arms = 2 + 2 * self.args.best * max(1, len(self.available(setting))) + 1
             following += first[:1] * (arms * len(self.args.seeds))
         return len(following), sum(self.estimate(cell, store) for cell in following)
+
+
+def fits(method: str, setting: Setting) -> bool:
+    """Whether the setting's flows can serve a method."""
+    return method not in WHOLE_LATENT or setting.flow_size in (None, setting.size)
 
 
 def params_text(params: dict[str, Any]) -> str:

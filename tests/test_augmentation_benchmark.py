@@ -98,7 +98,7 @@ def test_order_is_a_function_of_the_seed_and_visits_all_images_alike() -> None:
 @pytest.mark.parametrize("size", [8, 16])
 @pytest.mark.parametrize("name", list(settings.METHODS))
 def test_every_method_changes_images_and_keeps_labels_honest(name: str, size: int, flow: GLEM) -> None:
-    if name == "latent-noise" and size != 8:
+    if name in settings.WHOLE_LATENT and size != 8:
         pytest.skip("a latent is of the flow's size")
     x, y = images(size)
     before, net = x.clone(), network(size)
@@ -131,6 +131,28 @@ def test_stacks_go_from_hard_to_soft_labels_and_from_bytes_to_floats(flow: GLEM)
         out, labels = stack(torch.arange(COUNT), x, y)
         assert out.dtype == torch.float32 and labels.shape == (COUNT, CLASSES)
         torch.testing.assert_close(labels.sum(1), torch.ones(COUNT))
+
+
+def test_adversarial_moves_of_the_whole_latent_raise_the_loss_and_leave_the_classifier_alone(flow: GLEM) -> None:
+    x, y = images(8)
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 64), nn.Linear(3 * 64, CLASSES)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def loss_after(name: str, strength: float) -> float:
+        params = {"strength": strength, "p": 1.0, "flow": "any"}
+        stack = ops.Stack([(name, params)], lambda _: flow, net, COUNT, CLASSES, seed=0)
+        changed, labels = stack(torch.arange(COUNT), x, y)
+        assert torch.equal(labels, y) and net.training
+        net.eval()
+        with torch.no_grad():
+            value = float(nn.functional.cross_entropy(net(changed), y))
+        net.train()
+        return value
+
+    # The adversarial move is 1 to 1.5 times as long as the strength says, noise of all dimensions about once.
+    assert loss_after("latent-adversarial", 0.2) > loss_after("latent-noise", 0.3) + 0.05
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_remembered_latents_are_the_latents(flow: GLEM) -> None:
