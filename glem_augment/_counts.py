@@ -56,7 +56,9 @@ class MoveCounts:
     def on(self, device: torch.device) -> Tensor:
         """int64 [3] on a device, to be added to in place: replaced, unmapped, invalid."""
         if device not in self._devices:
-            self._devices[device] = torch.zeros(3, dtype=torch.int64, device=device)
+            # One made under inference_mode could not be added to in a later call outside it.
+            with torch.inference_mode(False):
+                self._devices[device] = torch.zeros(3, dtype=torch.int64, device=device)
         return self._devices[device]
 
     def stats(self) -> dict[str, int]:

@@ -84,10 +84,7 @@ def moved_labels(
         new, usable = tables.data_probability(move(posterior(), soft.device))
         keep = keep & usable
     else:
-        own_cls = data_class(own)
-        drawn_cls = torch.where(
-            params.partner_cls == params.cls, own_cls, tables.to_data[params.partner_cls.clamp(min=0)]
-        )
+        drawn_cls = tables.data_class(params.partner_cls, params.cls, data_class(own))
         from_batch = (params.source == FROM_BATCH)[:, None]
         other = torch.where(from_batch, soft[params.partner.clamp(min=0)], pure_labels(drawn_cls, soft))
         weight = (1.0 - params.l) * move(share, soft.device)

@@ -89,6 +89,11 @@ class ClassTables:
         """The tables on a device."""
         return ClassTables(**{name: value.to(device) for name, value in vars(self).items()})
 
+    def data_class(self, cls: Tensor, own_cls: Tensor, own_data: Tensor) -> Tensor:
+        """The data class by which an image drawn for the flow classes cls [n] goes: the row's own, own_data [n], where
+        its flow class own_cls [n] is the same, else the first of the class."""
+        return torch.where(cls == own_cls, own_data, self.to_data[cls.clamp(min=0)])
+
     def data_probability(self, flow_probability: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of data classes [n, K'] from those of flow classes [n, K], and whether they say
         anything [n].
@@ -99,15 +104,18 @@ class ClassTables:
         total = new.sum(dim=1, keepdim=True)
         return new / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0] > 0
 
-    def partners(self, partner: str, cls: Tensor, cls_all: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
-        """Which batch rows may be partners, bool [n, B], and the class to draw from where none is, [n].
+    def partners(
+        self, partner: str, rows: Tensor, cls_all: Tensor, data_all: Tensor, pick: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which batch rows may be partners, bool [n, B], and the flow class to draw from where none is, [n].
 
         Args:
-            partner: "same", "near" or "any"; cls [n], cls_all [B]: flow classes of the changed and of all rows;
-            pick: [n] uniform in [0, 1).
+            partner: "same" (data class, of which a flow class may hold several), "near" or "any"; rows [n]: the
+            changed ones; cls_all, data_all [B]: flow and data classes of all; pick: [n] uniform in [0, 1).
         """
+        cls = cls_all[rows]
         if partner == "same":
-            return cls_all == cls[:, None], cls
+            return data_all == data_all[rows][:, None], cls
         if partner == "near":
             near = self.neighbours[cls.clamp(min=0)]
             choice = (pick * near.shape[1]).long().clamp(max=near.shape[1] - 1)

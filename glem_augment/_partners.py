@@ -17,6 +17,7 @@ def draw_mixup(
     tables: ClassTables,
     chosen: Tensor,
     cls_all: Tensor,
+    data_all: Tensor,
     dim: int,
     rank: int,
     generator: torch.Generator,
@@ -27,10 +28,11 @@ def draw_mixup(
     Args:
         partner, alpha: as given to GLEMAugment.
         tables: on the device of the labels, as the result.
-        chosen: int64 [n] on the CPU, rows to change; cls_all: int64 [B], flow class of every row, -1 = none.
+        chosen: int64 [n] on the CPU, rows to change.
+        cls_all, data_all: int64 [B], flow class (-1 = none) and data class of every row.
         dim: d; rank: modes fitted per class (all, not only those in use).
         generator: on the CPU.
-        bank: latents of earlier images, or None.
+        bank: latents of earlier images by data class, or None.
     """
     device, batch, n = cls_all.device, len(cls_all), len(chosen)
     rows = move(chosen, device)
@@ -46,7 +48,7 @@ def draw_mixup(
     keys[:, chosen] += 1.0
     keys = move(keys, device)
     pick = move(torch.rand(n, generator=generator), device)
-    allowed, partner_cls = tables.partners(partner, cls, cls_all, pick)
+    allowed, partner_cls = tables.partners(partner, rows, cls_all, data_all, pick)
     own = rows[:, None] == torch.arange(batch, device=device)
     best, other = keys.masked_fill(~allowed | own, -1.0).max(dim=1)
     found = best >= 0
@@ -58,7 +60,8 @@ def draw_mixup(
     if bank is not None:
         # Copied out of the bank now, so that the call can be replayed when the bank has moved on.
         uniform = torch.rand(n, generator=generator)
-        stored, there = bank.pick(move(partner_cls, bank.device), move(uniform, bank.device))
+        wanted = tables.data_class(partner_cls, cls, data_all[rows])
+        stored, there = bank.pick(move(wanted, bank.device), move(uniform, bank.device))
         params.stored = stored
         params.source = source.masked_fill(~found & move(there, device), FROM_BANK)
     return params

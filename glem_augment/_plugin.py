@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment._adversarial import Adversary
-from glem_augment._labels import is_pure, soft_labels
+from glem_augment._labels import soft_labels
 from glem_augment._moves import evaluating
 from glem_augment.flows.precision import full_precision
 
@@ -100,8 +100,22 @@ class PlugIn:
         return GLEMTransform(self, labels_getter)
 
     def target(self: GLEMAugment, y: Tensor) -> Tensor:
-        """Labels as they come out of a call that changes no image: y itself, or soft where moves make soft ones."""
-        return y if self._labels_for(y) == "hard" else soft_labels(y, self.num_classes)
+        """Labels as they come out of a call that changes no image: y itself, or soft where moves make soft ones.
+
+        Raises:
+            ValueError, TypeError: for labels that a call would not take.
+        """
+        return y if self._labels_for(y) == "hard" else self.soft_target(y)
+
+    def soft_target(self: GLEMAugment, y: Tensor) -> Tensor:
+        """Labels as soft ones [B, K']: one-hot float32, or y itself.
+
+        Raises:
+            ValueError, TypeError: for labels that a call would not take.
+        """
+        self._check_labels(y, len(y))
+        self._tables_on(y.device)  # from now on an accelerator is not waited for
+        return soft_labels(y, self.num_classes)
 
     @torch.no_grad()
     def fill_bank(self: GLEMAugment, x: Tensor, y: Tensor) -> None:
@@ -122,8 +136,8 @@ class PlugIn:
         flow = self._flow_on(x.device)
         with full_precision(x.device.type), evaluating(flow.model):
             z = flow.model.encode(self.pixels.to_flow(self.pixels.to_unit(x.clone())).flow)[0]
-        cls = self._flow_class(y, self._tables_on(y.device)).masked_fill(~is_pure(y), -1).to(x.device)
-        self._bank_on(x.device).add(z, cls)
+        cls = self._flow_class(y, self._tables_on(y.device))
+        self._bank_on(x.device).add(z, self._bank_class(y, cls, torch.arange(len(y), device=y.device)).to(x.device))
 
     # ---- saving ----
 

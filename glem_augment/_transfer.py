@@ -211,7 +211,9 @@ class PixelAdapter:
         key = (name, like.device)
         if key not in self._constants:
             values = {"mean": self.mean, "std": self.std, "luma": LUMA}[name]
-            self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+            # One made under inference_mode could take no part in a later call's graph.
+            with torch.inference_mode(False):
+                self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
         return self._constants[key]
 
     def __getstate__(self) -> dict[str, object]:

@@ -77,7 +77,7 @@ class GLEMAugment(PlugIn, nn.Module):
             training on classes of a few images.
         basis: whose modes: "class" (of the image's class), "near" (pooled with its 3 closest classes by KLD),
             "shared".
-        partner: of "mixup": "same" (another row of the class, else a draw from its RFCM), "near" (a row of,
+        partner: of "mixup": "same" (another row of its data class, else a draw from the RFCM), "near" (a row of,
             else a draw from, one of the 3 closest classes), "any" (any other row), "gaussian" (a draw from
             the class's Gaussian). Rows that are changed themselves come first, and the others only where there
             is none: they are encoded anyway, so a batch costs little more than its changed rows (on CUDA, where
@@ -100,7 +100,7 @@ class GLEMAugment(PlugIn, nn.Module):
             inverse that explodes far beyond 1.
         rescale: of "mixup": undo that a mixture of two latents has only l^2 + (1 - l)^2 of their variance along the
             modes, by moving it away from the mixed class means.
-        bank: of "mixup": keep this many latents of earlier images per class (K * bank * d floats) and take partners
+        bank: of "mixup": keep this many latents of earlier images per class (K' * bank * d floats) and take partners
             from them, rather than from the RFCM, where the batch has none of the class; see also `fill_bank`.
 
     Raises:
@@ -251,6 +251,7 @@ class GLEMAugment(PlugIn, nn.Module):
             tables,
             chosen,
             cls_all,
+            data_class(y),
             self.model.dim,
             self._fitted_modes().rank,
             g,
@@ -343,8 +344,7 @@ class GLEMAugment(PlugIn, nn.Module):
             partner = with_draws(flow, encoded[other], host, params)
             away = 1.0 - params.l
             if self.bank:
-                mixed = ~move(is_pure(y), x.device)[params.rows]
-                self._bank_on(x.device).add(z, params.cls.masked_fill(mixed, -1))
+                self._bank_on(x.device).add(z, move(self._bank_class(y, host.cls, host.rows), x.device))
             moved, share = project(flow, cls, partner - z)
             moved = away[:, None] * moved
             if self.rescale:
@@ -382,7 +382,9 @@ class GLEMAugment(PlugIn, nn.Module):
         found = self._flows.get(device)
         if found is not None and found.is_current(self.model, device):
             return found
-        self._flows[device] = flow_on_device(self.model, device, self.basis, self.modes, NEIGHBOURS)
+        # What is made under inference_mode could take no part in a later call's graph, nor be overwritten outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._flows[device] = flow_on_device(self.model, device, self.basis, self.modes, NEIGHBOURS)
         return self._flows[device]
 
     def _tables_on(self, device: torch.device) -> ClassTables:
@@ -391,21 +393,32 @@ class GLEMAugment(PlugIn, nn.Module):
         near = NEIGHBOURS if self.policy == "mixup" and self.partner == "near" else 0
         version = WeightsVersion(self.model.gaussians) if near else None
         if device not in self._tables or self._tables[device][0] != version:
-            self._tables[device] = version, class_tables(self.model, self.class_map, near).to(device)
+            with torch.inference_mode(False), torch.no_grad():
+                self._tables[device] = version, class_tables(self.model, self.class_map, near).to(device)
         return self._tables[device][1]
 
     def _bank_on(self, device: torch.device) -> LatentBank:
         """The bank of latents, made at the first batch."""
-        if self._bank is None:
-            self._bank = LatentBank(self.model.num_classes, self.bank, self.model.dim, device)
-        elif self._bank.device != device:
-            self._bank = self._bank.to(device)
+        # See _flow_on.
+        with torch.inference_mode(False):
+            if self._bank is None:
+                self._bank = LatentBank(self.num_classes, self.bank, self.model.dim, device)
+            elif self._bank.device != device:
+                self._bank = self._bank.to(device)
         return self._bank
+
+    def _bank_class(self, y: Tensor, cls: Tensor, rows: Tensor) -> Tensor:
+        """The data class under which the latents of some rows are kept, int64 [n] on the device of y; -1 for those that
+        are mixtures, and for rows whose flow class cls [n] is none (both on that device)."""
+        not_kept = ~is_pure(y) | (data_class(y) >= self.num_classes)
+        return data_class(y).masked_fill(not_kept, -1)[rows].masked_fill(cls < 0, -1)
 
     def _flow_class(self, y: Tensor, tables: ClassTables) -> Tensor:
         """Flow class of every row, -1 where it has none; labels out of range on an accelerator are counted."""
         data_cls = data_class(y)
         invalid = (data_cls < 0) | (data_cls >= self.num_classes)
+        if y.ndim == 2:
+            invalid = y.amax(dim=1) <= 0  # of no class: what becomes of an integer label that is out of range
         if y.device.type != "cpu":
             self._counts.on(y.device)[2] += invalid.sum()
         return tables.to_flow[data_cls.clamp(0, self.num_classes - 1)].masked_fill(invalid, -1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment.balance import class_names
 from glem_augment.classmatch import match_classes
@@ -170,18 +171,33 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
 
 def _check_classes(loader: Any, aug: GLEMAugment) -> None:
     """ClassMismatchError where the data name the flow's classes in another order, and no class_map says so."""
-    names = class_names(getattr(loader, "dataset", None))
-    if names is None or aug.class_map is not None:
+    if aug.class_map is not None:
         return
-    try:
-        index = match_classes(aug.model.class_ids, aug.model.classes, names, names)
-    except ClassMismatchError:
-        return  # they are called otherwise, which says nothing
-    if index.tolist() != list(range(len(index))):
-        raise ClassMismatchError(
-            f"the data set's class 0 is {names[0]!r}, the flow's {aug.model.classes[0]!r}: make the transform with "
-            f"class_map=match_classes(flow.class_ids, flow.classes, names, names), here {_short(index.tolist())}"
-        )
+    for names in _all_names(getattr(loader, "dataset", None)):
+        try:
+            index = match_classes(aug.model.class_ids, aug.model.classes, names, names, partial=True).tolist()
+        except ClassMismatchError:
+            continue  # they are all called otherwise, which says nothing
+        wrong = [i for i, j in enumerate(index) if j not in (i, -1)]
+        if wrong:
+            i = wrong[0]
+            raise ClassMismatchError(
+                f"the data set's class {i} is {names[i]!r}, the flow's {aug.model.classes[i]!r}: make the transform "
+                "with class_map=match_classes(flow.class_ids, flow.classes, names, names, partial=True), here "
+                f"{_short(index)}"
+            )
+
+
+def _all_names(data: Any) -> Iterator[list[str]]:
+    """The class names of a data set, also inside torch's Subset and ConcatDataset."""
+    names = class_names(data)
+    if names is not None:
+        yield names
+    elif isinstance(data, Subset):
+        yield from _all_names(data.dataset)
+    elif isinstance(data, ConcatDataset):
+        for part in data.datasets:
+            yield from _all_names(part)
 
 
 def _short(numbers: list[int]) -> str:

@@ -10,7 +10,6 @@ from timm.data.mixup import FastCollateMixup, Mixup
 from torch import Tensor
 
 from glem_augment._arguments import check_choice, check_number
-from glem_augment._labels import soft_labels
 
 if TYPE_CHECKING:
     from glem_augment.augment import GLEMAugment
@@ -77,9 +76,12 @@ class MixupFn:
 
         Returns:
             images, soft labels float [B, K'].
+
+        Raises:
+            ValueError, TypeError: for labels or images that the transform does not take.
         """
         k, s = self.num_classes, self.label_smoothing if target.ndim == 1 else 0.0
-        soft = soft_labels(target, k)
+        soft = self.aug.soft_target(target)
         for name in ("aug", "mixup") if self.order == "aug" else ("mixup", "aug"):
             if not self.mixup_enabled:
                 break

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -66,51 +66,53 @@ def is_structure(x: Any, y: Any) -> bool:
 
 def augment_sample(aug: GLEMAugment, sample: Any, labels_getter: str | Callable[[Any], Any] = "default") -> Any:
     """What `GLEMTransform.forward` does, to one structure."""
-    flat, spec = tree_flatten(sample)
-    labels = default_labels(sample) if labels_getter == "default" else labels_getter(sample)  # type: ignore[operator]
-    where_y = _position(flat, labels)
+    leaves, spec = tree_flatten_with_path(sample)
+    flat = [item for _, item in leaves]
+    if labels_getter == "default":
+        place, labels = default_labels(sample)
+        found = [i for i, (path, _) in enumerate(leaves) if path == place]
+    else:
+        labels = labels_getter(sample)  # type: ignore[operator]
+        # Small ints are one object wherever they stand: an index of the same value is found too.
+        found = [i for i, item in enumerate(flat) if item is labels]
+    if not found or not isinstance(labels, (Tensor, int)) or isinstance(labels, bool):
+        raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
+    where_y = found[-1]
     where_x = _image_position(flat, where_y)
     x, y = _batched(flat[where_x], labels)
     new_x, new_y = aug(x, y)
     single = flat[where_x].ndim == 3
     flat[where_x] = _as_type(new_x[0] if single else new_x, flat[where_x])
     if new_y is not y:
+        if len(found) > 1 and not isinstance(labels, Tensor):
+            raise ValueError(
+                f"label {labels} stands in the sample more than once, and soft labels take its place: make it a tensor"
+            )
         flat[where_y] = new_y[0] if single else new_y
     return tree_unflatten(flat, spec)
 
 
-def default_labels(sample: Any) -> Any:
-    """The labels of a sample, by torchvision's convention.
+def default_labels(sample: Any) -> tuple[tuple[Any, ...], Any]:
+    """Where the labels of a sample are, as a path of torch's pytrees, and the labels, by torchvision's convention.
 
     Raises:
         ValueError: where there are none to be found.
     """
+    place: tuple[Any, ...] = ()
     if isinstance(sample, (tuple, list)) and len(sample) > 1:
+        place = (GetAttrKey(sample._fields[1]) if hasattr(sample, "_fields") else SequenceKey(1),)
         sample = sample[1]
     if isinstance(sample, (Tensor, int)):
-        return sample
+        return place, sample
     if isinstance(sample, Mapping):
         lower = {str(key).lower(): key for key in sample}
-        for name in LABEL_KEYS:
-            if name in lower:
-                return sample[lower[name]]
-        for key in sample:
-            if "label" in str(key).lower():
-                return sample[key]
+        named = [lower[name] for name in LABEL_KEYS if name in lower]
+        for key in (*named, *(key for key in sample if "label" in str(key).lower())):
+            return (*place, MappingKey(key)), sample[key]
     raise ValueError(
         f"no labels found in {type(sample).__name__}: give (images, labels) or a dict with a key 'labels', or a "
         "labels_getter"
     )
-
-
-def _position(flat: list[Any], labels: Any) -> int:
-    # The last one: the number of a class may also stand elsewhere, but images and the like come first.
-    found = [i for i, item in enumerate(flat) if item is labels]
-    if not found or not isinstance(labels, (Tensor, int)) or isinstance(labels, bool):
-        raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
-    if not isinstance(labels, Tensor) and len(found) > 1:
-        raise ValueError(f"label {labels} stands in the sample more than once: make it a tensor")
-    return found[-1]
 
 
 def _image_position(flat: list[Any], labels: int) -> int:

@@ -835,3 +835,32 @@ def test_a_flow_copied_to_another_device_follows_its_original() -> None:
     with torch.no_grad():
         model.gaussians.s.add_(0.1)
     assert aug._flow_on(there) is not found
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_partners_of_the_same_class_are_of_the_same_data_class(model: GLEM, soft: bool) -> None:
+    aug = GLEMAugment(model, p=1.0, class_map=[0, 0, 2], seed=0)
+    y = torch.tensor([0, 1] * 8)
+    given = torch.nn.functional.one_hot(y, 3).float() if soft else y
+    for _ in range(5):
+        params = aug.draw(images(16) / 255, given)
+        assert torch.equal(y[params.partner], y[params.rows])
+        labels_after = aug.apply(images(16) / 255, given, params)[1]
+        assert torch.allclose(labels_after.float(), given.float())
+
+
+@pytest.mark.parametrize("settings", [{"bank": 4}, {"policy": "adversarial"}, {"partner": "near"}])
+def test_a_first_call_under_inference_mode_leaves_nothing_behind(settings: dict[str, Any]) -> None:
+    aug = GLEMAugment(make_model((1, 8, 8)), p=1.0, seed=0, mean=0.5, std=0.25, **settings)
+    if aug.policy == "adversarial":
+        aug.attach(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)))
+    x, y = (images(8) / 255 - 0.5) / 0.25, labels(8)
+    with torch.inference_mode():
+        if aug.policy != "adversarial":  # whose gradient can't be taken there
+            aug(x, y)
+        if aug.bank:
+            aug.fill_bank(x, y)
+        aug.pixels.to_unit(x.clone())
+        aug._flow_on(x.device), aug._tables_on(y.device)
+    out, _ = aug(x, y)
+    assert out.shape == x.shape and sum(aug.stats.values()) >= 8

@@ -7,7 +7,7 @@ import pickle
 import sys
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader, reso
 from timm.data.loader import fast_collate
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -196,6 +197,14 @@ def test_a_loader_that_normalises_otherwise_is_refused(model: GLEM, image_folder
     assert x.dtype == torch.bfloat16
 
 
+class Named(TensorDataset):
+    """A data set that says its classes."""
+
+    def __init__(self, classes: list[str]) -> None:
+        super().__init__(images(4), labels(4))
+        self.classes = classes
+
+
 def test_classes_in_another_order_are_noticed(image_folder: Path) -> None:
     other = GLEM.create("identity", (3, 8, 8), classes=["dog", "bird", "cat"])
     other.fit_modes((images(240), labels(240)), rank=16)
@@ -207,6 +216,14 @@ def test_classes_in_another_order_are_noticed(image_folder: Path) -> None:
     torchvision = DataLoader(ImageFolder(str(image_folder)))
     with pytest.raises(ClassMismatchError, match="class_map=match_classes"):
         make(other).wrap(torchvision)
+    within = ImageFolder(str(image_folder))
+    for data in (Subset(within, [0, 1]), ConcatDataset([Subset(within, [0]), within])):
+        with pytest.raises(ClassMismatchError, match="class_map=match_classes"):
+            make(other).wrap(DataLoader(data))
+    partly = Named(["dog", "cat", "zebra"])
+    with pytest.raises(ClassMismatchError, match=r"class 1 is 'cat', the flow's 'bird'.*here \[0, 2, -1\]"):
+        make(other).wrap(DataLoader(partly))
+    make(other).wrap(DataLoader(Named(["dog", "bird", "zebra"])))  # the flow has another name for the third
     unnamed = GLEM.create("identity", (3, 8, 8), classes=["one", "two", "three"])
     unnamed.fit_modes((images(240), labels(240)), rank=16)
     make(unnamed).wrap(torchvision)
@@ -379,6 +396,34 @@ def test_with_torchvisions_mixup_and_cutmix(model: GLEM, kind: type, first: bool
     assert torch.allclose(target.sum(1), torch.ones(6), atol=1e-5) and not torch.equal(out, x)
 
 
+@pytest.mark.parametrize("label", [3, -1])
+@pytest.mark.parametrize("partner", ["same", "any"])
+def test_unknown_labels_are_refused_in_every_form(model: GLEM, label: int, partner: str) -> None:
+    aug = make(model, partner=partner)
+    y = torch.tensor([0, label])
+    off = aug.as_mixup_fn()
+    off.mixup_enabled = False
+    for call in (aug, aug.as_mixup_fn(smoothing=0.1), off):
+        with pytest.raises(ValueError, match="out of range"):
+            call(images(2), y)
+    if partner == "any":  # labels become soft, switched off too
+        wrapped = aug.wrap([(images(2), y)])
+        wrapped.mixup_enabled = False
+        collate = aug.collate_fn()
+        collate.mixup_enabled = False
+        with pytest.raises(ValueError, match="out of range"):
+            list(wrapped)
+        with pytest.raises(ValueError, match="out of range"):
+            collate([(image, int(k)) for image, k in zip(images(2), y, strict=True)])
+
+
+def test_rows_of_no_class_pass_through(model: GLEM) -> None:
+    x, soft = images(2), torch.eye(3)[:2].clone()
+    soft[1] = 0
+    out, _ = make(model, policy="noise")(x, soft)
+    assert torch.equal(out[1], x[1]) and not torch.equal(out[0], x[0])
+
+
 def test_mixup_fn_arguments(model: GLEM) -> None:
     aug = make(model)
     with pytest.raises(ValueError, match="smoothing must be from 0 to 1"):
@@ -544,7 +589,36 @@ def test_samples_that_cannot_be_used(model: GLEM) -> None:
     with pytest.raises(ValueError, match="2 images"):
         aug((tv_tensors.Image(images(2)), labels(2), tv_tensors.Image(images(2))))
     with pytest.raises(ValueError, match="more than once"):
-        aug({"image": tv_tensors.Image(images(1)[0]), "label": 1, "index": 1})
+        soft = make(model, partner="any").as_transform(lambda s: s["label"])
+        soft({"image": tv_tensors.Image(images(1)[0]), "label": 1, "index": 1})
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    label: int
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("make_sample", "label_of"),
+    [
+        (lambda x: {"image": x, "index": 1, "label": 1, "id": 1}, lambda s: s["label"]),
+        (lambda x: (x, 1, 1), lambda s: s[1]),
+        (lambda x: [x, {"index": 1, "Target": 1}], lambda s: s[1]["Target"]),
+        (lambda x: Pair(x, 1, 1), lambda s: s.label),
+    ],
+)
+def test_numbers_that_equal_the_label_stay(model: GLEM, make_sample: Any, label_of: Any) -> None:
+    sample = make_sample(tv_tensors.Image(images(1)[0]))
+    same = make(model, policy="noise").as_transform()(sample)
+    assert type(same) is type(sample) and label_of(same) == 1
+    soft = make(model, partner="any").as_transform()(sample)
+    assert isinstance(label_of(soft), Tensor) and label_of(soft).shape == (3,)
+    leaves = tree_leaves(soft)
+    assert sum(isinstance(leaf, int) and leaf == 1 for leaf in leaves) == len(leaves) - 2
+    # Where a function names the label, it can't be told from its equals; they only matter where it is replaced.
+    chosen = make(model, policy="noise").as_transform(label_of)(sample)
+    assert label_of(chosen) == 1
 
 
 def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,17 @@ def test_batches_fill_the_bank_by_themselves(model: GLEM) -> None:
     aug(x, y)
     params = aug.draw(x, y)
     assert params.source[params.cls >= 0].tolist() == [FROM_BANK, FROM_BANK]
-    assert aug._bank is not None and aug._bank.counts.tolist() == [1, 1, 0, 0]
+    assert aug._bank is not None and aug._bank.counts.tolist() == [1, 0, 1]  # by data class
+
+
+def test_bank_partners_have_the_data_class_where_a_flow_class_holds_two(model: GLEM) -> None:
+    aug = GLEMAugment(model, p=1.0, bank=4, class_map=[2, 2, 0], seed=0)
+    aug.fill_bank(torch.full((4, *images(1).shape[1:]), 0.25), torch.zeros(4, dtype=torch.int64))
+    aug.fill_bank(torch.full((4, *images(1).shape[1:]), 0.75), torch.ones(4, dtype=torch.int64))
+    for data_class, grey in ((0, 0.25), (1, 0.75)):
+        params = aug.draw(images(1) / 255, torch.tensor([data_class]))
+        assert params.source.tolist() == [FROM_BANK] and params.stored is not None
+        torch.testing.assert_close(params.stored, torch.full_like(params.stored, grey - 0.5), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize(
