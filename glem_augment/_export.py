@@ -1,7 +1,7 @@
 """Writing a SyntheticDataset to an ImageFolder, with where it came from beside it.
 
 Block by block: each is a shard of the manifest (see `_manifest`). Running an export again checks every shard, writes
-those that are missing or damaged, and refuses a folder with images of other settings.
+those that are missing or damaged, and refuses a folder with images of other settings, or with files of others.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from glem_augment.synthetic import SyntheticDataset
 
 PROVENANCE = "glem-provenance.json"
+# Of settings: what tells the real images apart that are mixed. Known once these are encoded.
+REAL_LATENTS = "real_latents_sha256"
 # Names that Windows gives to devices.
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
@@ -95,7 +97,7 @@ def export_imagefolder(
     names = class_folders(dataset.class_ids, dataset.classes)
     wanted = {**_provenance(dataset, names), "license": licence_note(license)}
     journal = Journal(folder, wanted)
-    old = _prepare(folder, names, wanted, overwrite)
+    old = _prepare(folder, wanted, overwrite)
     if license is None and old is not None and isinstance(old.get("license"), str):
         wanted["license"] = old["license"]  # stated when it was begun
     threads = min(8, usable_cpus())
@@ -114,6 +116,9 @@ def export_imagefolder(
         _clean(folder, names, dataset.counts, journal)
         return folder
     _check_space(folder, dataset, sum(_size(dataset, *block) for block in blocks))
+    if old is None:
+        # While the earlier export's manifest is still there: after a kill, nothing else tells whose these are.
+        _remove_left_over(folder, names, dataset.counts)
     # In this order: an export that was cut off is known as one, and knows which of its shards were whole.
     with _naming(journal.path):
         journal.start(kept.values())
@@ -184,41 +189,114 @@ def _size(dataset: SyntheticDataset, cls: int, number: int) -> int:
     return min(dataset.block, dataset.counts[cls] - number * dataset.block)
 
 
-def _prepare(folder: Path, names: Sequence[str], wanted: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse what no images may be exported to, as far as that is known without them; see `check_imagefolder`.
+
+    Raises:
+        FileExistsError: a file, or a folder that is not empty and holds no export, unless ``overwrite``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder to export to")
+    if not overwrite and _present(folder) and read_manifest(folder / PROVENANCE) is None:
+        raise FileExistsError(f"{folder} is not empty: give another folder, or overwrite=True (--overwrite)")
+
+
+def check_imagefolder(dataset: SyntheticDataset, folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that `export_imagefolder` would refuse.
+
+    Args:
+        dataset: may lack its real latents, which take long: they are taken for those of the export that is there.
+
+    Raises:
+        FileExistsError: the folder holds an export of other images, unless ``overwrite``, or anything else.
+    """
+    _prepare(folder, _provenance(dataset, class_folders(dataset.class_ids, dataset.classes)), overwrite)
+
+
+def _prepare(folder: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The manifest of an export of the same images that is there already, finished or not; None: write everything.
 
     Raises:
         FileExistsError: the folder holds anything else, and nothing has been written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    # A run may have been killed before it could say what it was going to write.
-    if not [name for name in present if name != JOURNAL and not _temporary(name)]:
+    check_folder(folder, overwrite)
+    present = _present(folder)
+    if not present:
         return None
-    present = [name for name in present if not _temporary(name)]
     old = read_manifest(folder / PROVENANCE)
-    other = differences(old, wanted) if old is not None else []
-    if old is not None and not other and not set(present) - {*names, PROVENANCE, JOURNAL}:
-        return old
-    if not overwrite:
-        if old is None:
-            raise FileExistsError(f"{folder} is not empty: give another folder, or overwrite=True (--overwrite)")
+    other = _differences(old, wanted) if old is not None else []
+    if other and not overwrite:
         raise FileExistsError(
-            f"{folder} is not empty: it holds an export of other images ({'; '.join(other[:4]) or 'and other files'}), "
+            f"{folder} is not empty: it holds an export of other images ({'; '.join(other[:4])}), "
             "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
         )
-    # An export with other classes mixed in would be read as one data set.
-    foreign = [name for name in present if name not in {*names, PROVENANCE, JOURNAL}]
-    if foreign:
+    # An export with other images mixed in would be read as one data set. Where the manifest is too damaged to say what
+    # the earlier export wrote, files with the names of this one's are taken for it.
+    counts = _images_of(wanted) or {}
+    earlier = counts if old is None else _images_of(old) or counts
+    foreign = next(_foreign(folder, {name: earlier.get(name, 0) for name in counts}), None)
+    if foreign is not None:
         raise FileExistsError(
-            f"{folder} holds {foreign[0]!r}, which this export would not overwrite: give another folder"
+            f"{folder} holds {foreign!r}, which this export would not overwrite: move it away, or give another folder"
         )
+    if old is not None and not other:
+        return old
     if PROVENANCE not in present:
         raise FileExistsError(
             f"{folder} has no {PROVENANCE}, so it is no earlier export and is left alone: give another folder"
         )
     return None
+
+
+def _present(folder: Path) -> list[str]:
+    """What is in the folder, without what a run leaves that was killed before it could say what it would write."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return [name for name in names if name != JOURNAL and not _temporary(name)]
+
+
+def _differences(old: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """`differences`, but for real latents that are not known yet."""
+    settings, before = wanted["settings"], old.get("settings")
+    if settings.get(REAL_LATENTS, "") is None and isinstance(before, dict):
+        wanted = {**wanted, "settings": {**settings, REAL_LATENTS: before.get(REAL_LATENTS)}}
+    return differences(old, wanted)
+
+
+def _images_of(manifest: dict[str, Any]) -> dict[str, int] | None:
+    """How many images the export has in each class folder, from 000000.png; None where the manifest is damaged."""
+    try:
+        counts = {entry["folder"]: entry["count"] for entry in manifest["classes"]}
+    except (KeyError, TypeError):
+        return None
+    whole = all(type(name) is str and type(count) is int for name, count in counts.items())
+    return counts if whole else None
+
+
+def _foreign(folder: Path, counts: dict[str, int]) -> Iterator[str]:
+    """What is in the folder beside an export with so many images in each class folder."""
+    for name in _present(folder):
+        if name == PROVENANCE:
+            continue
+        if name not in counts or not (folder / name).is_dir():
+            yield name
+            continue
+        for path in (folder / name).iterdir():
+            if not _temporary(path.name) and not 0 <= _number(path.name) < counts[name]:
+                yield f"{name}/{path.name}"
+
+
+def _number(name: str) -> int:
+    """Of an image with the name that an export gives it; -1 for any other file."""
+    stem = name.removesuffix(".png")
+    return int(stem) if re.fullmatch(r"[0-9]{6,}", stem) and image_name(int(stem)) == name else -1
+
+
+def _remove_left_over(folder: Path, names: Sequence[str], counts: Sequence[int]) -> None:
+    """Images of an earlier, larger export; `_prepare` has seen that there are no others."""
+    for name, count in zip(names, counts, strict=True):
+        for path in (folder / name).iterdir() if (folder / name).is_dir() else ():
+            if _number(path.name) >= count:
+                path.unlink()
 
 
 def _kept(
@@ -245,8 +323,7 @@ def _finished(whole: dict[str, Any], dataset: SyntheticDataset, kept: dict[Block
 
 
 def _clean(folder: Path, names: Sequence[str], counts: Sequence[int], journal: Journal) -> None:
-    """What is not part of the export: the journal, files that a kill left unfinished, images of an earlier, larger
-    export."""
+    """What is not part of the export: the journal, files that a kill left unfinished, folders that are empty now."""
     journal.remove()
     for path in folder.iterdir():
         if _temporary(path.name):
@@ -255,8 +332,7 @@ def _clean(folder: Path, names: Sequence[str], counts: Sequence[int], journal: J
         if not (folder / name).is_dir():
             continue  # a class of no images
         for path in (folder / name).iterdir():
-            numbered = path.suffix == ".png" and re.fullmatch(r"\d{6,}", path.stem)
-            if _temporary(path.name) or (numbered and int(path.stem) >= count):
+            if _temporary(path.name):
                 path.unlink()
         if not count and not any((folder / name).iterdir()):
             (folder / name).rmdir()
@@ -347,9 +423,11 @@ def settings_of(dataset: SyntheticDataset) -> dict[str, Any]:
         "block": dataset.block,
     }
     latents, rejection = dataset.latent_source, dataset.rejection
+    if dataset.source == "mixup":
+        settings |= {"modes": latents.modes, "alpha": latents.alpha, REAL_LATENTS: None}
     if latents.real is not None:
-        real = hashlib.sha256(latents.real.z.numpy().tobytes() + latents.real.counts.tobytes()).hexdigest()
-        settings |= {"modes": latents.modes, "alpha": latents.alpha, "real_latents_sha256": real}
+        real = latents.real.z.numpy().tobytes() + latents.real.counts.tobytes()
+        settings[REAL_LATENTS] = hashlib.sha256(real).hexdigest()
     if rejection is not None:
         oracle = "posterior" if rejection.oracle is None else _oracle(rejection.oracle)
         settings |= {

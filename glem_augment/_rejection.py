@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +31,18 @@ class Accepted(NamedTuple):
 @dataclass(frozen=True)
 class Rejection:
     """min_confidence: in (0, 1], smallest probability of the class; oracle: judges images, None: the flow's posterior
-    judges latents; max_attempts: candidates per item, of which the best is kept where none is good enough."""
+    judges latents; max_attempts: candidates per item, of which the best is kept where none is good enough.
+
+    An oracle gives probabilities, or logits, which are put through softmax. Which of them is told from its first batch
+    (rows from 0 up that sum to 1, as near as its dtype can, are probabilities) and not asked again. A row with NaN has
+    no say in that, and has confidence 0.
+    """
 
     min_confidence: float
     oracle: Oracle | None
     max_attempts: int
+    # Empty until the oracle's first batch, then whether it gives probabilities.
+    _gives_probabilities: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("min_confidence", self.min_confidence, 0.0, 1.0, open_low=True)
@@ -95,22 +102,30 @@ class Rejection:
                     output = self.oracle(seen)
             else:
                 output = self.oracle(seen)
-            probability = _probabilities(output, len(z), model.num_classes)
+            probability = self._probabilities(output, len(z), model.num_classes)
             finite = torch.isfinite(images).flatten(1).all(dim=1, keepdim=True)
             probability = probability * finite.to(probability.device)
         own = probability.gather(1, cls.to(probability.device)[:, None])[:, 0]
         return images, own.nan_to_num(nan=0.0).float().cpu()
 
-
-def _probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
-    """Probabilities as they are; anything else is taken as logits."""
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape != (n, num_classes):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"the oracle must give [{n}, {num_classes}], one number per class of the flow; got {got}")
-    output = output.float()
-    if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-3).all()):
-        return output
-    return output.softmax(1)
+    def _probabilities(self, output: Tensor, n: int, num_classes: int) -> Tensor:
+        """What the oracle gave, as probabilities float32 [n, K]; NaN or 0 in a row that is not usable."""
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape != (n, num_classes):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"the oracle must give [{n}, {num_classes}], one number per class of the flow; got {got}")
+        # Rounded to bfloat16, probabilities can miss a sum of 1 by half of its eps, which is 4e-3; a sum that the
+        # oracle itself took in that dtype by more.
+        tolerance = max(1e-3, 4 * torch.finfo(output.dtype).eps) if output.is_floating_point() else 1e-3
+        output = output.float()
+        # -inf is a fair logit, of a class that is ruled out.
+        usable = (output < torch.inf).all(dim=1, keepdim=True)
+        if not self._gives_probabilities:
+            rows = output[usable[:, 0]]
+            if len(rows) == 0:
+                return torch.zeros_like(output)
+            summed = (rows.sum(1) - 1).abs() < tolerance
+            self._gives_probabilities.append(bool((rows >= 0).all()) and bool(summed.all()))
+        return output.where(usable, 0.0) if self._gives_probabilities[0] else output.softmax(1)
 
 
 def acceptance_report(min_confidence: float, classes: Sequence[str], rows: np.ndarray) -> dict[str, Any]:

@@ -16,6 +16,11 @@ from glem_augment.model import GLEM
 
 PerClass = int | str | Sequence[int] | Mapping[Any, int]
 
+WITHOUT_COUNTERPART = (
+    "A flow makes images of its own classes only: adapt it to the data (model.adapt(data), or glem adapt), or open the "
+    "data without those classes."
+)
+
 
 def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int]:
     """Images to make of each of the flow's classes.
@@ -23,7 +28,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
     Args:
         model: the flow.
         per_class: a number for all; K numbers; a mapping from class names, ids or indices (others: none); or
-            "balance": as many as fill each class of `real` up to its largest.
+            "balance": as many as fill each class of `real` up to its largest, none of a class that it does not name.
         real: the data set to balance, see `flow_targets`.
 
     Returns:
@@ -38,15 +43,17 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
             raise ValueError(f"per_class must be a number, K numbers, a mapping or 'balance', got {per_class!r}")
         if real is None:
             raise ValueError("per_class='balance' fills up a real data set: give real=")
-        there = np.bincount(flow_targets(model, real), minlength=k)
-        counts = (there.max() - there).tolist()
+        targets, index = _flow_targets(model, real)
+        there = np.bincount(targets, minlength=k)
+        named = np.ones(k, dtype=bool) if index is None else np.isin(np.arange(k), index)
+        counts = np.where(named, there.max() - there, 0).tolist()
         if not any(counts):
             raise ValueError(f"per_class='balance': all classes have {there.max()} images already")
         return counts
     if isinstance(per_class, Mapping):
         counts = [0] * k
         for key, value in per_class.items():
-            counts[_class_index(model, key)] = check_whole(f"per_class[{key!r}]", value, 0)
+            counts[_class_index(model, key, "per_class")] = check_whole(f"per_class[{key!r}]", value, 0)
     elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
         counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(np.asarray(per_class).tolist())]
         if len(counts) != k:
@@ -56,6 +63,27 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
     if not any(counts):
         raise ValueError("per_class asks for no image at all")
     return counts
+
+
+def for_every_class(model: GLEM, values: Mapping[Any, Any], name: str) -> list[Any]:
+    """The K values of a mapping from all the flow's class names, ids or indices, in the order of the classes.
+
+    Raises:
+        ValueError: for a key that the flow does not have, a class twice, or one left out; `name` is the argument's.
+    """
+    found: dict[int, Any] = {}
+    for key, value in values.items():
+        index = _class_index(model, key, name)
+        if index in found:
+            raise ValueError(f"{name} has the class {model.classes[index]!r} twice: leave one of them out")
+        found[index] = value
+    missing = [str(c) for i, c in enumerate(model.classes) if i not in found]
+    if missing:
+        more = ", ..." if len(missing) > 10 else ""
+        raise ValueError(
+            f"{name} leaves out {', '.join(missing[:10])}{more}: give all {model.num_classes} classes of the flow"
+        )
+    return [found[i] for i in range(model.num_classes)]
 
 
 def flow_targets(model: GLEM, real: Any) -> np.ndarray:
@@ -68,20 +96,31 @@ def flow_targets(model: GLEM, real: Any) -> np.ndarray:
     Raises:
         DataError: labels that can't be found or matched, or are out of range.
     """
+    return _flow_targets(model, real)[0]
+
+
+def _flow_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """`flow_targets`, and the flow's class of every class of the data, None where it names none."""
     targets, names = targets_and_classes(real)
     index = class_index(model, names)
     high = model.num_classes if index is None else len(index)
     if len(targets) == 0 or targets.min() < 0 or targets.max() >= high:
         found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
         raise DataError(f"labels of the real data must be 0 to {high - 1}, found {found}")
-    return targets if index is None else index[targets]
+    return (targets if index is None else index[targets]), index
 
 
-def class_index(model: GLEM, names: tuple[list[str], list[str]] | None) -> np.ndarray | None:
-    """The flow's class of every class (ids, names) of a data set; None where it names none."""
+def class_index(
+    model: GLEM, names: tuple[list[str], list[str]] | None, advice: str = WITHOUT_COUNTERPART
+) -> np.ndarray | None:
+    """The flow's class of every class (ids, names) of a data set; None where it names none.
+
+    Raises:
+        ClassMismatchError: classes that do not match; its last sentence is `advice`.
+    """
     if names is None:
         return None
-    return match_classes(model.class_ids, model.classes, names[0], names[1])
+    return match_classes(model.class_ids, model.classes, names[0], names[1], fix=advice)
 
 
 def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[str]] | None]:
@@ -143,12 +182,12 @@ def as_image_data(model: GLEM, real: Any) -> ImageData:
     )
 
 
-def _class_index(model: GLEM, key: Any) -> int:
+def _class_index(model: GLEM, key: Any, argument: str) -> int:
     if isinstance(key, str):
         for names in (model.classes, model.class_ids):
             if key in names:
                 return names.index(key)
-        raise ValueError(f"per_class names {key!r}; the flow has {', '.join(model.classes[:20])}")
+        raise ValueError(f"{argument} names {key!r}; the flow has {', '.join(model.classes[:20])}")
     if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < model.num_classes:
-        raise ValueError(f"per_class names class {key!r}; the flow has 0 to {model.num_classes - 1}")
+        raise ValueError(f"{argument} names class {key!r}; the flow has 0 to {model.num_classes - 1}")
     return int(key)

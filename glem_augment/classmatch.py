@@ -19,6 +19,7 @@ def match_classes(
     data_names: Sequence[str],
     class_map: str | Mapping[str, str] | None = None,
     partial: bool = False,
+    fix: str | None = None,
 ) -> np.ndarray:
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
@@ -33,6 +34,8 @@ def match_classes(
             from data names (or ids) to flow names (or ids), the classes that it leaves out being matched as
             usual.
         partial: the flow need not have all classes of the data, at least one.
+        fix: the last sentence of an error about classes that do not match, for callers who take no ``class_map``; None:
+            how to give one.
 
     Returns:
         int64 [K_data]: for each class of the data, the index of the flow's class; -1, only with ``partial``, where it
@@ -74,9 +77,7 @@ def match_classes(
     if missing and (not partial or len(missing) == len(found)):
         raise ClassMismatchError(
             f"{len(missing)} of the {len(data)} classes of the data have no counterpart in the flow: "
-            f"{_listed(missing)}. {flow.listing('The flow')} Give class_map as a mapping from data names to "
-            "flow names, or 'order' if both list the same classes in the same order; or use data of the "
-            "flow's classes; or adapt the flow to the data (glem adapt)."
+            f"{_listed(missing)}. {flow.listing('The flow')} {fix or _FIX}"
         )
     owner: dict[int, int] = {}
     for i, j in enumerate(found):
@@ -86,10 +87,16 @@ def match_classes(
             how = "class_map maps" if mapped[i] or mapped[owner[j]] else "Two classes of the data match:"
             raise ClassMismatchError(
                 f"{how} {data.label(owner[j])} and {data.label(i)} to the same class of the flow, "
-                f"{flow.label(j)}; give class_map with a class of its own for each"
+                f"{flow.label(j)}{f'. {fix}' if fix else '; give class_map with a class of its own for each'}"
             )
         owner[j] = i
     return np.asarray([-1 if j is None else j for j in found], dtype=np.int64)
+
+
+_FIX = (
+    "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
+    "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."
+)
 
 
 class _Side:

@@ -7,6 +7,7 @@ Small sets are an image folder (``data/train/<class>/NNNNNN.png`` and ``metadata
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from glem_augment.model import GLEM
     from glem_augment.synthetic import SyntheticDataset
 
-__all__ = ["FORMATS", "export_shards", "push_dataset", "write_dataset"]
+__all__ = ["FORMATS", "check_shards_folder", "export_shards", "push_dataset", "write_dataset"]
 
 FORMATS = ("imagefolder", "webdataset")
 # Of the Hub, and of one folder in one of its repositories.
@@ -142,23 +143,59 @@ def export_shards(
     """Write WebDataset shards, card and provenance to ``folder``, in one step at the end.
 
     Raises:
-        FileExistsError: the folder is not empty, unless it holds such an export and ``overwrite`` is given.
+        FileExistsError: see `check_shards_folder`.
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    earlier = folder.exists() and any(folder.iterdir())
-    if earlier and not overwrite:
-        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
-    if earlier and (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
-        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
+    folder = check_shards_folder(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         write_dataset(dataset, Path(place) / "new", folder.name, CardFacts(license), "webdataset", progress)
         if folder.exists():
+            # The whole folder goes: files may have been put there in the meantime.
+            check_shards_folder(folder, overwrite)
             os.replace(folder, Path(place) / "old")
         os.replace(Path(place) / "new", folder)
     return folder
+
+
+def check_shards_folder(folder: Path, overwrite: bool) -> Path:
+    """``folder``, absolute, for `export_shards`.
+
+    Raises:
+        FileExistsError: it is not empty, unless it holds such an export and nothing else, and ``overwrite`` is given.
+    """
+    folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder to export to")
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder
+    if not overwrite:
+        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
+    if (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
+        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
+    ours = _written_by_export(folder)
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    foreign = next((name for name in there if name not in ours), None)
+    if foreign is not None:
+        raise FileExistsError(
+            f"{folder} holds {foreign!r}, which is not of an earlier export: move it away, or give another folder"
+        )
+    return folder
+
+
+def _written_by_export(folder: Path) -> set[str]:
+    """Names of all that the export of shards in ``folder`` has written there, as its own records tell."""
+    from glem_augment._hub_upload import CARD, GENERATED
+
+    names = {PROVENANCE, "data", _SHARDS_INFO}
+    # Where this file is damaged, the shards are not known to be ours.
+    with contextlib.suppress(KeyError, TypeError):
+        info = read_manifest(folder / _SHARDS_INFO) or {}
+        names |= {f"data/{name}" for name in info["splits"]["train"]["filenames"]}
+    # A card without this line is somebody's own.
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if GENERATED in (folder / CARD).read_text(encoding="utf-8"):
+            names.add(CARD)
+    return names
 
 
 def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002

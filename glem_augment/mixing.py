@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_number
-from glem_augment.balance import class_index, targets_and_classes
+from glem_augment.balance import class_index, for_every_class, targets_and_classes
 from glem_augment.errors import DataError
 from glem_augment.synthetic import SyntheticDataset
 
@@ -28,14 +28,17 @@ class RealAndSynthetic(Dataset):
         synthetic: with at least `ratio * len(real)` images (unless ratio is None).
         ratio: synthetic images per real one: 1 doubles the data. They are taken class by class in turn, so that any
             ratio is balanced as `synthetic` is. None: all of them, as for per_class="balance".
-        class_map: label in the real data of every flow class, in place of matching names.
+        class_map: in place of matching names, the real data's label for each of the flow's K classes: K labels in the
+            order of the flow's classes, or a mapping from all its class names, ids or indices to labels. None or -1:
+            the real data has no such class, and `synthetic` gives no image of it.
 
     Attributes:
         real, synthetic: as given; targets: int labels of all items; classes, class_to_idx: the real data's, where it
             names any.
 
     Raises:
-        DataError: classes that do not match, or too few synthetic images. ValueError, TypeError: a bad ratio.
+        DataError: classes that do not match, a bad class_map, or too few synthetic images. ValueError, TypeError: a bad
+            ratio, or a class_map of another type.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class RealAndSynthetic(Dataset):
         real: Any,
         synthetic: SyntheticDataset,
         ratio: float | None = 1.0,
-        class_map: Iterable[int] | None = None,
+        class_map: Mapping[Any, int | None] | Iterable[int | None] | None = None,
     ) -> None:
         if not isinstance(synthetic, SyntheticDataset):
             raise TypeError(f"synthetic must be a SyntheticDataset, got {type(synthetic).__name__}")
@@ -67,23 +70,57 @@ class RealAndSynthetic(Dataset):
         labels = self._label_of[np.asarray(synthetic.targets, dtype=np.int64)[chosen]]
         missing = sorted({synthetic.classes[synthetic.targets[i]] for i in chosen[labels < 0].tolist()})
         if missing:
-            raise DataError(f"the real data has no class for the synthetic {', '.join(missing[:10])}: give class_map")
+            fix = "give class_map" if class_map is None else "give class_map a label for them"
+            raise DataError(
+                f"the real data has no class for the synthetic {', '.join(missing[:10])}: {fix}, or leave them out of "
+                "per_class"
+            )
         self.targets: list[int] = real_targets.tolist() + labels.tolist()
         self._real_count = len(real)
 
-    def _labels(self, names: tuple[list[str], list[str]] | None, class_map: Iterable[int] | None) -> np.ndarray:
+    def _labels(
+        self,
+        names: tuple[list[str], list[str]] | None,
+        class_map: Mapping[Any, int | None] | Iterable[int | None] | None,
+    ) -> np.ndarray:
         """The real data's label of every flow class, -1 = none."""
         model = self.synthetic.model
         if class_map is not None:
-            found = np.asarray(list(class_map), dtype=np.int64)
-            if len(found) != model.num_classes:
-                raise DataError(f"class_map has {len(found)} entries, the flow {model.num_classes} classes")
-            return found
-        index = class_index(model, names)
+            return self._given_labels(class_map, None if names is None else len(names[1]))
+        index = class_index(model, names, "Give class_map, the real data's label for every class of the flow.")
         if index is None:
             return np.arange(model.num_classes)
         labels = np.full(model.num_classes, -1)
         labels[index] = np.arange(len(index))
+        return labels
+
+    def _given_labels(
+        self, class_map: Mapping[Any, int | None] | Iterable[int | None], real_classes: int | None
+    ) -> np.ndarray:
+        """`class_map` as labels, -1 = none; real_classes: None where the real data does not say how many it has."""
+        model = self.synthetic.model
+        if isinstance(class_map, Mapping):
+            try:
+                given = for_every_class(model, class_map, "class_map")
+            except ValueError as error:
+                raise DataError(str(error)) from None
+        elif isinstance(class_map, Iterable) and not isinstance(class_map, (str, bytes)):
+            given = class_map.tolist() if isinstance(class_map, (np.ndarray, Tensor)) else list(class_map)
+        else:
+            raise TypeError(f"class_map must be labels or a mapping to labels, got {class_map!r}")
+        if len(given) != model.num_classes:
+            raise DataError(f"class_map has {len(given)} entries, the flow {model.num_classes} classes")
+        labels = np.full(model.num_classes, -1)
+        for i, label in enumerate(given):
+            if label is None:
+                continue
+            name = f"class_map for {model.classes[i]!r}"
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+                raise TypeError(f"{name} must be a label of the real data or None, got {label!r}")
+            if label < -1 or (real_classes is not None and label >= real_classes):
+                high = "up" if real_classes is None else f"to {real_classes - 1}"
+                raise DataError(f"{name} is {label}; the real data has labels from 0 {high} (None: no such class)")
+            labels[i] = label
         return labels
 
     def __len__(self) -> int:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
@@ -19,12 +24,14 @@ from glem_augment._moves import evaluating
 from glem_augment._random import rank
 from glem_augment._rejection import Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
-from glem_augment.balance import as_image_data
+from glem_augment.balance import as_image_data, for_every_class
 from glem_augment.model import GLEM
 from glem_augment.pixels import to_uint8_
 from glem_augment.synthetic import to_pil
 
 JUDGED_ROWS = 64
+RANKS, STARTS = 1024, 1024  # rows of `_Epochs`
+LOCK_SECONDS = 30.0  # longer than this nobody holds its lock
 
 
 class SyntheticStream(IterableDataset):
@@ -35,10 +42,16 @@ class SyntheticStream(IterableDataset):
     order does. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch, where a
     `SyntheticDataset` decodes once.
 
+    An epoch begins with `iter`, here or in the workers of a DataLoader, which begin it together. The next one has the
+    next number, whoever iterates: no images come twice when the number of workers changes, or after a look at the
+    first ones. A look is an epoch too; `set_epoch` sets the number. Every rank counts for itself, and a copy
+    (deepcopy, pickle) goes on from where the original was, so that both give the same images: give it another seed.
+
     Args:
         model: a GLEM or its name.
         length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
-        weights: of the classes, K numbers >= 0; None: all the same.
+        weights: of the classes, K numbers >= 0, or a mapping to them from all class names, ids or indices; None: all
+            the same.
         temperature, seed, transform, target_transform, source, block, device, real, modes, alpha, min_confidence,
             oracle, max_attempts: as for `SyntheticDataset`.
         world: (rank, ranks); None: from torch.distributed, where it is initialised.
@@ -51,7 +64,7 @@ class SyntheticStream(IterableDataset):
         self,
         model: GLEM | str,
         length: int | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Mapping[Any, float] | None = None,
         temperature: float = 0.8,
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
@@ -76,7 +89,7 @@ class SyntheticStream(IterableDataset):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
         self.length, self.block, self.seed = length, block, seed
-        self.probabilities = _probabilities(weights, model.num_classes)
+        self.probabilities = _probabilities(weights, model)
         self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.transform, self.target_transform = transform, target_transform
         self.model = on_device(model, device)
@@ -90,8 +103,7 @@ class SyntheticStream(IterableDataset):
         self.latent_source = LatentSource(self.model, source, seed, temperature, latents, modes, alpha)
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self.world = world
-        # One count per worker; those that live on hear of `set_epoch`.
-        self._epochs = WorkerCounts()
+        self._epochs = _Epochs()
         # Per class what `acceptance_report` takes.
         rows = JUDGED_ROWS if self.rejection is not None else 0
         self._judged = WorkerCounts(len(self.classes), 4, dtype=torch.float64, workers=rows)
@@ -99,11 +111,11 @@ class SyntheticStream(IterableDataset):
     @property
     def epoch(self) -> int:
         """The next epoch's number, from 0."""
-        return int(self._epochs.rows[0])
+        return self._epochs.next(*self._place())
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch comes next, where a run is resumed; otherwise they follow one another by themselves."""
-        self._epochs.rows.fill_(epoch)
+        self._epochs.set(epoch)
 
     def __len__(self) -> int:
         """Images per epoch on this rank.
@@ -124,11 +136,13 @@ class SyntheticStream(IterableDataset):
         return {**self.__dict__, "world": self._place() if _ranks() > 1 else self.world}
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        # Now, not with the first image, for which a worker may be too late: then it would count for the epoch after.
+        return self._items(self._epochs.begin(*self._place()))
+
+    def _items(self, epoch: int) -> Iterator[tuple[Any, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         own, ranks = self._place()
-        epoch = int(self._epochs.own())
-        self._epochs.own().add_(1)
         share = None if self.length is None else len(self)
         local = worker  # among the blocks of this rank
         while share is None or local * self.block < share:
@@ -182,15 +196,111 @@ class SyntheticStream(IterableDataset):
             )
 
 
+class _Epochs:
+    """Which epoch begins next, in memory that this process shares with its workers, forked or spawned.
+
+    The workers of a DataLoader have to find one number, though nothing tells them that an epoch begins, and though they
+    begin it at any time and in any order. What they have in common is the loader's seed, and how often they have begun
+    one. So the first of them takes the next number and writes down for whom; the others find it there. A worker that
+    finds only epochs which it has begun itself is the first: torch was seeded again, and the loader's seed is the same.
+    """
+
+    def __init__(self) -> None:
+        # Next epoch of each rank: `torch.multiprocessing.spawn` has them share this memory.
+        self._next = torch.zeros(RANKS, dtype=torch.int64).share_memory_()
+        # The last starts of workers: who (a row of `_who`, then the worker), a serial number from 1 and the epoch, both
+        # the same for all workers that began together.
+        self._starts = torch.zeros(STARTS, 8, dtype=torch.int64).share_memory_()
+        self._lock = _lock()
+        self._begun = 0  # in a worker: epochs that it has begun
+
+    def next(self, rank: int, ranks: int) -> int:
+        """The number of the next epoch."""
+        # One process alone has no share: nobody may repeat what it gave before the ranks were there.
+        return int(self._next.max() if ranks == 1 else self._next[rank % RANKS])
+
+    def set(self, epoch: int) -> None:
+        """Make it the next."""
+        with self._locked():
+            self._next.fill_(epoch)
+
+    def begin(self, rank: int, ranks: int) -> int:
+        """The number of the epoch that this process, or this worker, begins now."""
+        info = get_worker_info()
+        if info is None:
+            with self._locked():
+                return self._take(rank, ranks)
+        who = np.array([rank, os.getppid(), info.seed - info.id, info.num_workers, self._begun])
+        self._begun += 1
+        starts = self._starts.numpy()
+        with self._locked():
+            ours = starts[(starts[:, :5] == who).all(axis=1) & (starts[:, 6] > 0)]
+            mine = ours[ours[:, 5] == info.id, 6].max(initial=0)
+            others = ours[ours[:, 6] > mine]
+            if len(others):
+                serial, epoch = others[others[:, 6].argmin(), 6:].tolist()
+            else:
+                serial, epoch = int(starts[:, 6].max()) + 1, self._take(rank, ranks)
+            oldest = starts[:, 6].argmin()
+            # All of them that began together: of half of them a worker could not tell whether it was one.
+            starts[starts[:, 6] == starts[oldest, 6]] = 0
+            starts[oldest] = [*who, info.id, serial, epoch]
+        return epoch
+
+    def _take(self, rank: int, ranks: int) -> int:
+        epoch = self.next(rank, ranks)
+        if ranks == 1:
+            self._next.fill_(epoch + 1)
+        else:
+            self._next[rank % RANKS] = epoch + 1
+        return epoch
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=LOCK_SECONDS):
+            raise RuntimeError(
+                "the epochs of a SyntheticStream are locked by a process that was killed: make the stream again, and "
+                "go on with set_epoch"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that is being started shares them. What goes anywhere else (a copy, a file, a queue) is on its own.
+        if get_spawning_popen() is not None:
+            return self.__dict__
+        with self._locked():
+            return {"_next": self._next.clone(), "_starts": torch.zeros_like(self._starts), "_begun": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._next.share_memory_()
+        self._starts.share_memory_()
+        if "_lock" not in state:
+            self._lock = _lock()
+
+
+def _lock() -> Any:
+    """A lock between processes, however they are started (one made for "fork" could not be sent to others)."""
+    with contextlib.suppress(ImportError, OSError):  # no semaphores here: it holds for threads
+        return multiprocessing.get_context("spawn").Lock()
+    return threading.Lock()
+
+
 def _ranks() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1
 
 
-def _probabilities(weights: Sequence[float] | None, num_classes: int) -> np.ndarray:
+def _probabilities(weights: Sequence[float] | Mapping[Any, float] | None, model: GLEM) -> np.ndarray:
+    num_classes = model.num_classes
     if weights is None:
         return np.full(num_classes, 1.0 / num_classes)
+    if isinstance(weights, Mapping):
+        weights = for_every_class(model, weights, "weights")
     found = np.array([check_number(f"weights[{i}]", float(w), 0.0, float("inf")) for i, w in enumerate(weights)])
     if len(found) != num_classes or found.sum() <= 0:
         raise ValueError(f"weights must be {num_classes} numbers from 0 that are not all 0, got {list(weights)!r}")

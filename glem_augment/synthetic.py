@@ -71,7 +71,8 @@ class SyntheticDataset(Dataset):
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`).
         per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (the
-            others get none), or "balance": as many as fill up each class of `real` to its largest one.
+            others get none), or "balance": as many as fill up each class of `real` to its largest one, and none of a
+            class that `real` does not name.
         temperature: factor on the standard deviation.
         seed: int >= 0; with the class and the place within the class it fixes an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
@@ -87,7 +88,8 @@ class SyntheticDataset(Dataset):
         min_confidence: draw an item again, up to `max_attempts` times, until the probability of its class is at least
             this; the best is kept where none is. `acceptance()` reports. None: no rejection.
         oracle: judges in place of the flow's posterior: from float images [n, C, H, W] in [0, 1] to probabilities or
-            logits [n, K] of the flow's classes. A module is put in eval mode for the while.
+            logits [n, K] of the flow's classes. Which of them is told from the first batch it judges and kept for the
+            set; a row with NaN is a confidence of 0. A module is put in eval mode for the while.
         max_attempts: candidates per item.
 
     Raises:

@@ -267,10 +267,10 @@ def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output)
     (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
     argv = [*base, "balance", "--real", str(tmp_path / "real"), "--class-map", str(tmp_path / "map.json")]
     summary = generated([*argv, "--out", str(tmp_path / "c")], output)
-    assert summary["per_class"] == {"bird": 4, "cat": 3}
-    summary = generated([*argv, "--out", str(tmp_path / "d"), "--classes", "cat,dog"], output)
     assert summary["per_class"] == {"cat": 3}
-    assert pixels_of(tmp_path / "d") == pixels_of(tmp_path / "c")[4:]
+    summary = generated([*argv, "--out", str(tmp_path / "d"), "--classes", "bird,cat,dog"], output)
+    assert summary["per_class"] == {"bird": 4, "cat": 3}
+    assert pixels_of(tmp_path / "c") == pixels_of(tmp_path / "d")[4:]
     # Shards have numbers alone, which go on being the flow's where a class needs no image.
     generated([*argv, "--out", str(tmp_path / "e"), "--format", "webdataset", "--classes", "cat,dog"], output)
     with tarfile.open(tmp_path / "e" / "data" / "train-00000-of-00001.tar") as archive:
@@ -285,6 +285,44 @@ def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, outpu
     model, real = GLEM.from_pretrained(trained), open_data(images_of(trained), "train", progress=False)
     data = SyntheticDataset(model, per_class=2, source="mixup", real=real, modes=2, alpha=0.5)
     assert [(model.classes[label], image.tobytes()) for image, label in data] == pixels_of(tmp_path / "a")
+
+
+def test_generate_looks_at_the_output_folder_before_the_real_images(
+    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ["--source", "mixup", "--real", images_of(trained), "--modes", "2", "--out"]
+    base = ["generate", str(trained), "--per-class", "2", *real]
+    files, shards, own = (str(tmp_path / name) for name in ("files", "shards", "own"))
+    generated([*base[1:], files], output)
+    generated([*base[1:], shards, "--format", "webdataset"], output)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    wds, over = ["--format", "webdataset"], ["--overwrite"]
+
+    def not_yet(*_: object) -> None:
+        raise AssertionError("the real images are encoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("glem_augment.synthetic.RealLatents", not_yet)
+        fails([*base, own, *over], output, "holds 'notes.txt'")
+        fails([*base, files, "--seed", "1"], output, "not empty", "seed 0 (not 1)", "--overwrite")
+        fails([*base, files, "--alpha", "2", "--min-confidence", "0.1"], output, "alpha 1.0 (not 2.0)", "min_conf")
+        gaussian = ["generate", str(trained), "--per-class", "2", "--out", own + "/out"]
+        assert main(gaussian) == 0
+        fails([*base, own + "/out"], output, "source gaussian (not mixup)")
+        # For these, not even the model.
+        patch.setattr("glem_augment.commands.generate.load_model", not_yet)
+        fails([*base, own], output, "not empty", "--overwrite")
+        fails([*base, own + "/notes.txt"], output, "is a file")
+        fails([*base, own, *wds], output, "not empty", "--overwrite")
+        fails([*base, own, *wds, *over], output, "no earlier export")
+        (tmp_path / "shards" / "notes.txt").write_text("mine")
+        fails([*base, shards, *wds, *over], output, "holds 'notes.txt'")
+    # The same images again, and others in real: what is told from the encoded ones still is.
+    generated([*base[1:], files], output)
+    write_images(tmp_path / "other", ("bird", "cat", "dog"), (8, 8), 5)
+    base[base.index("--real") + 1] = str(tmp_path / "other")
+    fails([*base, files], output, "not empty", "real_latents_sha256")
 
 
 def test_generate_rejects_and_reports(trained: Path, tmp_path: Path, output: Output) -> None:

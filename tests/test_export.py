@@ -16,7 +16,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, SyntheticDataset, hub
+from glem_augment import GLEM, SyntheticDataset, _export, hub
 from glem_augment._export import PROVENANCE, class_folders
 from glem_augment._manifest import JOURNAL
 
@@ -133,6 +133,66 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["Bag/20240101.png", "Bag/000010.png", "Bag/0000001.png", "Bag/notes.txt", "notes.txt"]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_never_removed(tmp_path: Path, name: str, overwrite: bool) -> None:
+    folder = make().export(tmp_path / "out", progress=False)
+    (folder / name).write_bytes(b"mine")
+    before = files(folder)
+    for options in [{}, {"per_class": 5}, {"per_class": 20}]:  # the last would have an image 10
+        other = "" if overwrite or not options else "other images"
+        with pytest.raises(FileExistsError, match=other or f"{folder} holds '{name}'.*move it away"):
+            make(**options).export(folder, progress=False, overwrite=overwrite)
+        assert files(folder) == before
+
+
+def test_a_folder_that_no_export_has_written_is_not_overwritten(tmp_path: Path) -> None:
+    """It has the name of a class, for which the earlier export had no image."""
+    folder = make(per_class=[3, 0, 3]).export(tmp_path / "out", progress=False)
+    (folder / "T-shirt_top").mkdir()
+    (folder / "T-shirt_top" / "000000.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="holds 'T-shirt_top/000000.png'"):
+        make(per_class=3).export(folder, progress=False, overwrite=True)
+    assert (folder / "T-shirt_top" / "000000.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("point", ["left over", "journal", "manifest", "images"])
+def test_a_smaller_export_cut_off_while_it_overwrites(
+    tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever that is, it is known afterwards whose the images of the larger one are, and none of them is left."""
+    fresh = files(make(per_class=[5, 0, 5], seed=2).export(tmp_path / "fresh", progress=False))
+    folder = make().export(tmp_path / "out", progress=False)
+    data = make(per_class=[5, 0, 5], seed=2)
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    unlink, unlinked = Path.unlink, []
+
+    def cut_third(path: Path, **options: Any) -> None:
+        if len(unlinked) == 2:
+            cut()
+        unlinked.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        owner, name = {
+            "left over": (Path, "unlink"),
+            "journal": (_export.Journal, "start"),
+            "manifest": (_export, "write_json"),
+            "images": (data, "decoded_block"),
+        }[point]
+        patch.setattr(owner, name, cut_third if point == "left over" else cut)
+        with pytest.raises(KeyboardInterrupt):
+            data.export(folder, progress=False, overwrite=True)
+    (folder / "Bag" / ".000007.png.123-0123abcd.tmp").write_bytes(b"half")
+    make(per_class=[5, 0, 5], seed=2).export(folder, progress=False, overwrite=point != "images")
+    assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda text: text[:100],
@@ -240,6 +300,50 @@ def test_both_formats_state_the_licence(tmp_path: Path, format: str) -> None:  #
         assert (folder / "data").is_dir() == (format == "webdataset")
     with pytest.raises(FileExistsError, match="overwrite"):
         make(per_class=2).export(tmp_path / "a", format, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "data/val-00000.tar", "data/train-00007-of-00009.tar", "data/more/a.txt"]
+)
+def test_shards_are_not_written_over_files_of_others(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make().export(tmp_path / "out", "webdataset", progress=False)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"mine")
+    before, data = files(folder), make(seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "images", None)  # refused before any work
+        with pytest.raises(FileExistsError, match=f"{folder} holds '{name[:9]}.*move it away"):
+            data.export(folder, "webdataset", progress=False, overwrite=True)
+    assert files(folder) == before
+    (folder / name).unlink()
+    if name.startswith("data/more"):
+        (folder / "data" / "more").rmdir()
+    # Put there while the images are made: the user's file counts more than the work.
+    images = data.images
+
+    def meanwhile(indices: Any) -> torch.Tensor:
+        (folder / "late.txt").write_bytes(b"mine")
+        return images(indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "images", meanwhile)
+        with pytest.raises(FileExistsError, match="late.txt"):
+            data.export(folder, "webdataset", progress=False, overwrite=True)
+    assert (folder / "late.txt").read_bytes() == b"mine" and list(tmp_path.iterdir()) == [folder]
+    (folder / "late.txt").unlink()
+    data.export(folder, "webdataset", progress=False, overwrite=True)
+    assert files(folder) == files(make(seed=2).export(tmp_path / "fresh" / "out", "webdataset", progress=False))
+
+
+def test_a_card_that_was_edited_is_not_written_over(tmp_path: Path) -> None:
+    """Its last line is there for that."""
+    folder = make().export(tmp_path / "out", "webdataset", progress=False)
+    (folder / "README.md").write_text("# My own card\n")
+    with pytest.raises(FileExistsError, match="README.md"):
+        make(seed=2).export(folder, "webdataset", progress=False, overwrite=True)
+    assert (folder / "README.md").read_text() == "# My own card\n"
 
 
 def test_large_exports_have_shards_for_several_workers(tmp_path: Path) -> None:

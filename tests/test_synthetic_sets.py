@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, DataError, ImageData, SyntheticDataset
+from glem_augment import GLEM, ClassMismatchError, DataError, ImageData, SyntheticDataset
+from glem_augment._rejection import Rejection
 from glem_augment.balance import class_counts, flow_targets
 from glem_augment.mixing import RealAndSynthetic
-from glem_augment.stream import SyntheticStream
+from glem_augment.stream import STARTS, SyntheticStream, _Epochs
 
 NAMES = ["dog", "cat", "bird"]
 
@@ -124,6 +126,33 @@ def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
     other = tail.with_targets(tail.targets, ["cow", "cat", "dog"])
     with pytest.raises(DataError, match="no counterpart"):
         class_counts(model, "balance", other)
+
+
+def test_balance_leaves_out_what_the_real_data_does_not_name(model: GLEM, tail: ImageData) -> None:
+    two = tail.subset(range(17)).with_targets([1] * 12 + [0] * 5, ["cat", "bird"])
+    assert class_counts(model, "balance", two) == [0, 7, 0]
+    for source in ("gaussian", "mixup"):
+        data = SyntheticDataset(model, per_class="balance", real=two, source=source, modes=8)
+        assert data.counts == [0, 7, 0]
+        assert np.bincount(RealAndSynthetic(two, data, ratio=None).targets).tolist() == [12, 12]
+    empty = tail.subset(range(17))  # names dog, but has no image of it
+    assert class_counts(model, "balance", empty) == [12, 7, 0]
+    with pytest.raises(ValueError, match="no real image of dog"):
+        SyntheticDataset(model, per_class="balance", real=empty, source="mixup", modes=8)
+
+
+def test_a_class_that_the_flow_lacks_says_what_helps(model: GLEM, tail: ImageData) -> None:
+    y = np.where(tail.targets == 2, 3, tail.targets)
+    more = tail.with_targets(y, ["bird", "cat", "dog", "zebra"])
+    other = tail.with_targets(tail.targets, ["fox", "cow", "zebra"])
+    twice = tail.with_targets(tail.targets, ["bird", "cat", "Cat"], ["b", "c", "cat"])
+    for real, what in ((more, "'zebra'"), (other, "'cow'"), (twice, "'cat'")):
+        for settings in ({"per_class": "balance"}, {"source": "mixup", "modes": 8}):
+            with pytest.raises(ClassMismatchError, match=what + r".*model\.adapt\(data\)") as info:
+                SyntheticDataset(model, real=real, **settings)
+            assert "class_map" not in str(info.value)
+    with pytest.raises(ClassMismatchError, match="zebra.*Give class_map, the real data's label for every class"):
+        RealAndSynthetic(more, SyntheticDataset(model, per_class=10))
 
 
 # ---- mixup of real latents ----------------------------------------------------------------------------
@@ -254,6 +283,45 @@ def test_an_oracle_rejects(model: GLEM, as_probabilities: bool) -> None:
     assert sum(loader) == 60
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_of_any_dtype_stay_as_they_are(dtype: torch.dtype) -> None:
+    p = torch.tensor([[0.3007, 0.3007, 0.3986]]).repeat(5, 1).to(dtype)
+    judge = Rejection(0.5, Brightness(), 3)
+    assert torch.equal(judge._probabilities(p, 5, 3), p.float())
+    logits = torch.tensor([[2.0, 0.5, 0.0]]).to(dtype)
+    expected = logits.float().softmax(1)
+    assert torch.equal(Rejection(0.5, Brightness(), 3)._probabilities(logits, 1, 3), expected)
+
+
+def test_what_an_oracle_gives_is_told_once_and_a_bad_row_has_no_say() -> None:
+    good, bad = [0.9, 0.1, 0.0], [float("nan"), 0.5, 0.5]
+    judge = Rejection(0.5, Brightness(), 3)
+    assert not judge._probabilities(torch.tensor([bad, bad]), 2, 3).any()  # says nothing yet
+    found = judge._probabilities(torch.tensor([good, bad, good]), 3, 3)
+    assert found.tolist() == torch.tensor([good, [0.0] * 3, good]).tolist()
+    odd = torch.tensor([[0.9, 0.2, 0.0]])
+    assert torch.equal(judge._probabilities(odd, 1, 3), odd)
+    judge = Rejection(0.5, Brightness(), 3)
+    ruled_out = torch.tensor([[3.0, -torch.inf, 1.0], [torch.nan, 0.0, 0.0]])
+    assert torch.equal(judge._probabilities(ruled_out, 2, 3)[0], ruled_out[0].softmax(0))
+    unit = torch.tensor([[1.0, 0.0, 0.0]])
+    assert torch.equal(judge._probabilities(unit, 1, 3), unit.softmax(1))  # logits by chance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_of_an_oracle_counts_for_its_own_image_only(model: GLEM, dtype: torch.dtype) -> None:
+    def oracle(x: Tensor) -> Tensor:
+        p = torch.tensor([0.3007, 0.3007, 0.3986]).repeat(len(x), 1).to(dtype)
+        p[0, 2] = torch.nan
+        return p
+
+    data = SyntheticDataset(model, per_class=8, block=8, min_confidence=0.3, oracle=oracle, max_attempts=1)
+    data.images(range(24))
+    for name, p in (("dog", 0.3007), ("bird", 0.3986)):
+        row = data.acceptance()["classes"][name]
+        assert row["failed"] == 1 and row["confidence"] == pytest.approx(7 * p / 8, abs=2e-3)
+
+
 def test_bad_rejection(model: GLEM) -> None:
     for settings, message in (
         ({"min_confidence": 0.0}, "above 0|from 0"),
@@ -322,6 +390,28 @@ def test_classes_that_only_one_side_has(model: GLEM, tail: ImageData) -> None:
         RealAndSynthetic(numbers, SyntheticDataset(model, per_class=1), class_map=[0, 1])
 
 
+def test_a_class_map_by_keys(model: GLEM, tail: ImageData) -> None:
+    synthetic = SyntheticDataset(model, per_class=1)
+    for class_map in ({0: 1, 2: 0, 1: 2}, {"bird": 0, "dog": 1, 1: 2}, [1, 2, 0], torch.tensor([1, 2, 0])):
+        assert RealAndSynthetic(tail, synthetic, None, class_map).targets[19:] == [1, 2, 0]
+    some = SyntheticDataset(model, per_class={"bird": 2})
+    assert RealAndSynthetic(tail, some, None, {"bird": 0, "dog": None, "cat": -1}).targets[19:] == [0, 0]
+    for class_map, message in (
+        ({0: 1, 2: 0}, "class_map leaves out cat: give all 3 classes"),
+        ({0: 1, 1: 2, 3: 0}, "class_map names class 3; the flow has 0 to 2"),
+        ({"dog": 1, 1: 2, "cow": 0}, "class_map names 'cow'; the flow has dog, cat, bird"),
+        ({"dog": 1, 0: 2, 1: 0, 2: 0}, "'dog' twice"),
+        ([99] * 3, "class_map for 'dog' is 99; the real data has labels from 0 to 2"),
+        ({0: 0, 1: -2, 2: 0}, "class_map for 'cat' is -2"),
+        ([None] * 3, "no class for the synthetic bird, cat, dog: give class_map a label"),
+    ):
+        with pytest.raises(DataError, match=message):
+            RealAndSynthetic(tail, synthetic, None, class_map)
+    for class_map, message in (([0, 1.5, 0], "'cat' must be a label"), ("abc", "got 'abc'"), (3, "got 3")):
+        with pytest.raises(TypeError, match=message):
+            RealAndSynthetic(tail, synthetic, None, class_map)
+
+
 # ---- streams ------------------------------------------------------------------------------------------
 
 
@@ -345,6 +435,84 @@ def test_a_stream_gives_new_images_every_epoch_the_same_for_any_number_of_worker
     assert again.epoch == 2 and as_rows(again) == alone[2] and len(again) == 50
     assert as_rows(SyntheticStream(model, length=20, block=8, seed=2)) <= alone[0]
     assert not as_rows(SyntheticStream(model, length=50, block=8, seed=3)) & alone[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_epochs_follow_one_another_whoever_iterates(model: GLEM, start: str) -> None:
+    settings: dict[str, Any] = {"length": 40, "block": 8, "seed": 2}
+
+    def loader(stream: SyntheticStream, workers: int, persistent: bool = False) -> DataLoader:
+        context = start if workers else None
+        return DataLoader(
+            stream, None, num_workers=workers, multiprocessing_context=context, persistent_workers=persistent
+        )
+
+    def given(epoch: int) -> set[tuple[int, bytes]]:
+        alone = SyntheticStream(model, **settings)
+        alone.set_epoch(epoch)
+        return as_rows(alone)
+
+    stream = SyntheticStream(model, **settings)
+    next(iter(stream))
+    next(iter(loader(stream, 2)))  # a look is an epoch
+    kept = loader(stream, 2, persistent=True)
+    assert stream.epoch == 2 and as_rows(kept) == given(2)
+    assert as_rows(kept) == given(3)  # workers that live on
+    stream.set_epoch(1)
+    assert as_rows(kept) == given(1) and stream.epoch == 2
+    if start == "fork":  # the others take seconds to start
+        for epoch, workers in ((2, 1), (3, 2), (4, 0), (5, 2)):
+            torch.manual_seed(0)  # all loaders have one seed
+            assert as_rows(loader(stream, workers)) == given(epoch)
+        assert as_rows(kept) == given(6)
+        pairs = list(zip(loader(stream, 2), loader(stream, 2), strict=True))  # two at the same time
+        assert [as_rows(p[i] for p in pairs) for i in range(2)] in ([given(7), given(8)], [given(8), given(7)])
+
+
+def test_a_worker_that_is_late_joins_the_others(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(worker: int, begun: int, seed: int = 5, rank: tuple[int, int] = (0, 1), workers: int = 2) -> int:
+        info = SimpleNamespace(id=worker, num_workers=workers, seed=seed + worker)
+        monkeypatch.setattr("glem_augment.stream.get_worker_info", lambda: info)
+        epochs._begun = begun
+        return epochs.begin(*rank)
+
+    epochs = _Epochs()
+    assert [start(0, 0), start(0, 1), start(1, 0), start(1, 1)] == [0, 1, 0, 1]
+    assert start(0, 2) == 2
+    epochs.set(7)
+    assert [start(1, 2), start(0, 3), start(1, 3)] == [2, 7, 7]
+    assert [start(1, 3), start(0, 3)] == [8, 8]  # new workers under the same seed
+    assert [start(0, 3, workers=3), start(2, 3, workers=3)] == [9, 9]
+    # Ranks that share the memory, the first of them ahead; nobody repeats what was given before there were ranks.
+    assert [start(0, 4, rank=(r, 2)) for r in (0, 0, 1)] == [10, 11, 10]
+    assert start(0, 5) == 12
+    half = start(0, 6)
+    for i in range(1, STARTS):
+        start(0, 0, seed=100 + i)
+    assert start(1, 6) == half  # still known
+    late = [start(0, 0, seed=9), *(start(0, 0, seed=5000 + i) for i in range(STARTS)), start(1, 0, seed=9)]
+    assert len(set(late)) == len(late)  # no longer: a number of its own
+
+
+def test_a_copy_counts_for_itself(model: GLEM) -> None:
+    stream = SyntheticStream(model, length=16, block=8)
+    list(stream)
+    other = pickle.loads(pickle.dumps(stream))
+    assert other.epoch == 1
+    list(other)
+    assert (other.epoch, stream.epoch) == (2, 1)
+
+
+def test_weights_by_keys(model: GLEM) -> None:
+    for weights in ({"dog": 0, "cat": 3, "bird": 1}, {2: 1, 1: 3, 0: 0}):
+        assert SyntheticStream(model, weights=weights).probabilities.tolist() == [0, 0.75, 0.25]
+    for weights, message in (
+        ({"cat": 1}, "weights leaves out dog, bird"),
+        ({0: 1, 1: 1, 9: 1}, "weights names class 9"),
+        ({0: 0, 1: 0, 2: 0}, "not all 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SyntheticStream(model, weights=weights)
 
 
 def test_ranks_share_a_stream_out(model: GLEM) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from glem_augment._arguments import DEFAULT_MODES
-from glem_augment._export import export_imagefolder
+from glem_augment._export import check_folder, check_imagefolder, export_imagefolder
 from glem_augment._sources import SOURCES
 from glem_augment.balance import PerClass, class_counts
 from glem_augment.commands.common import (
@@ -32,7 +32,7 @@ from glem_augment.commands.common import (
     whole,
 )
 from glem_augment.errors import ClassMismatchError
-from glem_augment.hub_dataset import FORMATS, export_shards
+from glem_augment.hub_dataset import FORMATS, check_shards_folder, export_shards
 from glem_augment.model import GLEM
 from glem_augment.synthetic import SyntheticDataset
 
@@ -47,8 +47,8 @@ can differ by one step with another --block or number). Prints a JSON summary.
 
   --per-class 100                    of each class
   --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
-  --per-class balance --real DATA    fill up every class of DATA to its largest. A class of the flow that DATA lacks
-                                     is filled up too; --classes leaves it out
+  --per-class balance --real DATA    fill up every class of DATA to its largest; a class of the flow that DATA does
+                                     not have gets images only where --classes names it
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
@@ -124,22 +124,30 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_together(args)
+    folder = Path(args.out).expanduser()
+    # First, so that a folder that can't be used costs no work.
+    if args.format == "webdataset":
+        check_shards_folder(folder, args.overwrite)
+    else:
+        check_folder(folder, args.overwrite)
     wanted: PerClass = args.per_class
     if isinstance(wanted, Path):
         wanted = read_table(str(wanted), "--per-class")
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     kept = None if args.classes is None else find_classes(model, args.classes.split(","))
-    real = None if args.real is None else open_for(model, args.real, args.split or "train", class_map)[0]
+    real = None
+    if args.real is not None:
+        real, match = open_for(model, args.real, args.split or "train", class_map)
+        if kept is None and args.per_class == "balance":
+            kept = sorted(match.tolist())
     if kept is not None:
         counts = class_counts(model, wanted, real)
         wanted = {model.classes[i]: counts[i] for i in kept}
-    dataset = SyntheticDataset(
-        model,
+    options: dict[str, Any] = dict(
         per_class=wanted,
         temperature=TEMPERATURE if args.temperature is None else args.temperature,
         seed=args.seed,
-        source=args.source,
         block=args.block,
         real=real,
         modes=args.modes,
@@ -147,11 +155,19 @@ def run(args: argparse.Namespace) -> int:
         min_confidence=args.min_confidence,
         max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
     )
+    if args.source == "mixup" and args.format == "imagefolder":
+        # The real images are encoded when the data set is made, which may take long. What a folder is compared with is
+        # known from one without them.
+        draft = SyntheticDataset(model, source="gaussian", **options)
+        draft.source = args.source
+        check_imagefolder(_Part(draft), folder, args.overwrite)
+        del draft
+    dataset = SyntheticDataset(model, source=args.source, **options)
     dataset._check_pil()
     # Shards have no names for their classes: where they are put beside real ones, the numbers must be the flow's.
     numbered = args.format == "webdataset" and args.per_class == "balance"
     part: Any = dataset if numbered else _Part(dataset)
-    folder, began = Path(args.out).expanduser(), time.monotonic()
+    began = time.monotonic()
     if args.format == "webdataset":
         export_shards(part, folder, args.overwrite, args.license)
     else:
