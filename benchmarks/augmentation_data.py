@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from augmentation_settings import BUNDLED, FLOW_SETTINGS, FLOWS, OWN_IMAGES, OWN_SETTINGS, Setting
+from augmentation_settings import BUNDLED, FLOW_SETTINGS, FLOWS, OWN_IMAGES, OWN_SETTINGS, FlowRecipe, Setting
 from common import find_images
 from torch import Tensor
 
@@ -89,9 +89,9 @@ class Library:
         rows = (table[y] >= 0).nonzero()[:, 0]
         return x[rows], table[y[rows]], [names[c] for c in classes]
 
-    def rest(self, setting: Setting) -> tuple[Tensor, Tensor]:
-        """All training images that are not for validation, with their labels: for a teacher."""
-        x, y, classes = self.chosen(setting.data, "train", setting.size, setting.channels, setting.classes)
+    def rest(self, of: Setting | FlowRecipe) -> tuple[Tensor, Tensor]:
+        """All training images that are not for validation, with their labels."""
+        x, y, classes = self.chosen(of.data, "train", of.size, of.channels, of.classes)
         order = torch.from_numpy(np.random.default_rng(0xA06).permutation(len(y)))
         rows = [order[y[order] == index] for index in range(len(classes))]
         rows = torch.cat([part[held(len(part)) :] for part in rows])
@@ -188,6 +188,9 @@ class Flows:
             raise SystemExit(f"augmentation: no recipe for a flow {name!r}; there are {', '.join(FLOWS)}")
         recipe = FLOWS[name]
         x, y, classes = self.library.chosen(recipe.data, "train", recipe.size, recipe.channels, recipe.classes)
+        if not recipe.labels:
+            x, classes = self.library.rest(recipe)[0], ["any"]
+            y = torch.zeros(len(x), dtype=torch.int64)
         data = ImageData.from_tensors(x, y, classes, name=recipe.data)
         settings = {**FLOW_SETTINGS, **recipe.settings, "epochs": recipe.epochs, "threads": torch.get_num_threads()}
         config = TrainConfig(**settings, max_minutes=None if seconds is None else max(0.05, seconds / 60))

@@ -45,6 +45,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(c for c in range(10) if c not in classes)
 
 
+UNLABELLED = "fashion-unlabelled"  # a variant: it has seen the other training images, without labels
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
     Setting("imagenette32-50", "imagenette", 50, 32, 3, ("cifar10",)),
@@ -53,7 +54,7 @@ _SETTINGS = (
     Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=LONG),
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
-    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",)),
+    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28", UNLABELLED), ("fashion-mnist",)),
     Setting("fashion-100", "fashion-mnist", 100, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",), steps=LONG),
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
@@ -77,6 +78,7 @@ class FlowRecipe:
 
     Attributes:
         epochs: passes over the images; settings: of ``TrainConfig``, over ``FLOW_SETTINGS``.
+        labels: whether it sees them. Without, it sees no image that is for validation either.
     """
 
     data: str
@@ -85,6 +87,7 @@ class FlowRecipe:
     epochs: int
     classes: tuple[int, ...] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    labels: bool = True
 
 
 FLOW_SETTINGS: dict[str, Any] = dict(
@@ -97,6 +100,9 @@ FLOWS: dict[str, FlowRecipe] = {
     "cifar10-five": FlowRecipe("cifar10", 32, 3, 16, CIFAR_FIVE),
     "cifar10-grey28": FlowRecipe("cifar10", 28, 1, 8),
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
+    "fashion-unlabelled": FlowRecipe(
+        "fashion-mnist", 28, 1, 6, settings={"objective": "mle", "beta": 0.0, "ce_scale": 1.0}, labels=False
+    ),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
