@@ -67,7 +67,7 @@ class ImageData(Dataset):
         self._cache_bytes = cache_bytes
         self._tensor: torch.Tensor | None = None
         self.image_shape = image_shape
-        self.name = name
+        self.name = printable(name)
         self.targets = source.targets[self._indices] if targets is None else targets
         self.classes = list(source.classes if classes is None else classes)
         self.class_ids = list(source.class_ids if class_ids is None else class_ids)
@@ -350,7 +350,7 @@ def open_data(
 
 
 def _reason(where: str, error: BadImageError) -> tuple[str, str]:
-    return where, str(error).removeprefix(where).strip()
+    return printable(where), printable(str(error).removeprefix(where).strip())
 
 
 def _open_source(name: str, split: str, size: tuple[int, int] | None, cache_bytes: int) -> Source:
@@ -412,6 +412,12 @@ def _check_targets(y: torch.Tensor | np.ndarray | Sequence[int], count: int, num
             f"labels must lie in 0..{num_classes - 1} for {num_classes} classes, got {targets.min()}..{targets.max()}"
         )
     return np.ascontiguousarray(targets, dtype=np.int64)
+
+
+def printable(text: str) -> str:
+    """The text with what can't be shown or written to a file as it is (control characters, bytes of a file name that
+    are no UTF-8) in Python's escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _check_names(classes: Sequence[str], class_ids: Sequence[str]) -> None:

@@ -184,6 +184,14 @@ def _split_folder(folder: Path, split: str) -> Path:
     folders, splits = _folders(folder), _splits(folder)
     if not splits:
         return folder
+    beside = [name for name in folders if name not in splits and not name.startswith(".")]
+    classes = [name for name in beside if name.lower() not in _SPLIT_FOLDERS and _has_images(folder / name)]
+    if classes:
+        raise DataError(
+            f"{folder} can be read in two ways: {splits[0]!r} holds folders, as a split does, and {classes[0]!r} "
+            f"images, as a class does. Open {folder / splits[0]} for the split; for the classes rename the folder "
+            f"{splits[0]!r}, or take the folders out of it"
+        )
     wanted = _SPLIT_FOLDERS.get(split.lower(), (split,))
     for candidate in wanted:
         for name in folders:
@@ -193,7 +201,12 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in os.scandir(folder))
+    # Hidden ones are left by editors and notebooks.
+    return any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder))
+
+
+def _has_images(folder: Path) -> bool:
+    return any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
 
 
 def _image_folder(folder: Path) -> FolderSource:
@@ -275,7 +288,15 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
     images, labels = found["images"], found["labels"]
     if len(images) != len(labels):
         raise DataError(f"{folder}: split {split!r} has {len(images)} images but {len(labels)} labels")
-    return labelled_arrays(images, labels, str(folder), fashion="fashion" in str(folder.resolve()).lower())
+    return labelled_arrays(images, labels, str(folder), fashion=_is_fashion(folder))
+
+
+def _is_fashion(folder: Path) -> bool:
+    """Whether a folder of idx files is called Fashion-MNIST: itself, or what it is the "raw" folder of, as torchvision
+    has it. Not just any folder above it, which may be called so for other reasons."""
+    folder = folder.resolve()
+    name = folder.parent.name if folder.name.lower() == "raw" else folder.name
+    return re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist")
 
 
 def labelled_arrays(images: np.ndarray, labels: np.ndarray, name: str, fashion: bool = False) -> ArraySource:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -179,12 +179,13 @@ def search(
         All trials. Where nothing is better than no augmentation, the best trial is that one (p = 0).
 
     Raises:
-        ValueError: for an empty grid, or a score that is not a finite number.
+        ValueError: for an empty grid, a strength or p out of range, or a score that is not a finite number.
     """
-    if seeds < 1 or not strengths or not ps:
+    settings = _settings(strengths, ps)  # all of them looked at before the first training
+    if seeds < 1 or len(settings) < 2:
         raise ValueError(f"nothing to try: strengths={strengths!r}, ps={ps!r}, seeds={seeds}")
     trials: list[Trial] = []
-    for strength, p in _settings(strengths, ps):
+    for strength, p in settings:
         scores = [float(score(strength, p, seed)) for seed in range(seeds)]
         if not all(math.isfinite(value) for value in scores):
             raise ValueError(f"score({strength:g}, {p:g}) gave {scores}: it must be a finite number")
@@ -194,8 +195,8 @@ def search(
     return SearchResult(trials, max(trials, key=lambda trial: trial.mean))
 
 
-def _settings(strengths: Sequence[float], ps: Sequence[float]) -> Iterator[tuple[float, float]]:
-    yield 0.0, 0.0
-    for strength, p in itertools.product(strengths, ps):
-        if p > 0 and strength > 0:
-            yield check_number("strengths", strength, 0.0, math.inf), check_number("ps", p, 0.0, 1.0)
+def _settings(strengths: Sequence[float], ps: Sequence[float]) -> list[tuple[float, float]]:
+    """No augmentation, and then all combinations that are any."""
+    checked = [check_number("strengths", value, 0.0, math.inf) for value in strengths]
+    shares = [check_number("ps", value, 0.0, 1.0) for value in ps]
+    return [(0.0, 0.0), *((s, p) for s, p in itertools.product(checked, shares) if s > 0 and p > 0)]

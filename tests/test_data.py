@@ -171,6 +171,40 @@ def test_a_class_may_be_called_test(tmp_path: Path) -> None:
     png(tmp_path / "test" / "0.png")
     png(tmp_path / "rest" / "0.png")
     assert open_data(tmp_path).classes == ["rest", "test"]
+    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
+    assert open_data(tmp_path).classes == ["rest", "test"]
+    png(tmp_path / "test" / "inner" / "0.png")
+    with pytest.raises(DataError, match="two ways: 'test' holds folders.*'rest' images"):
+        open_data(tmp_path)
+    (tmp_path / "test" / ".ipynb_checkpoints").rmdir()
+    assert open_data(tmp_path / "test").classes == ["inner"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "clothes"),
+    [("fashion-mnist", True), ("FashionMNIST/raw", True), ("fashion/mnist", False), ("fashion-vs-digits/raw", False)],
+)
+def test_digits_are_not_clothes_because_of_where_they_lie(tmp_path: Path, folder: str, clothes: bool) -> None:
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    write_idx(place / "train-images-idx3-ubyte", np.zeros((3, 4, 4)))
+    write_idx(place / "train-labels-idx1-ubyte", np.arange(3))
+    data = open_data(place)
+    assert data.class_ids == ["0", "1", "2"] and (data.classes[0] == "T-shirt/top") == clothes
+
+
+def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9\r")
+    for i in range(2):
+        png(tmp_path / odd / "a" / f"{i}.png")
+    (tmp_path / odd / "a" / "3.png").write_bytes(b"text")
+    data = open_data(tmp_path / odd, skip_bad=True)
+    assert data.name.endswith(r"caf\udce9\r") and r"caf\udce9\r" in data.skipped[0][0]
+    json.dumps([data.name, data.skipped], ensure_ascii=False).encode()
+    adapted = GLEM.create("identity", data.image_shape, ["x"]).eval().adapt(data, rank=1, progress=False)
+    adapted.save(tmp_path / "model")
+    assert GLEM.from_pretrained(tmp_path / "model").config.training["data"] == data.name
+    assert open_data(tmp_path / odd, skip_bad=True).name == data.name
 
 
 def test_geometry(tmp_path: Path) -> None:

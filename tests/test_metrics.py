@@ -178,6 +178,9 @@ def test_continuum_correlation_has_the_signs_of_the_claim() -> None:
     assert fit.distance_p <= 0.01 and fit.confusion_p <= 0.01
     shuffled = torch.randperm(k, generator=g)
     assert abs(continuum_correlation(kld[shuffled][:, shuffled], logits, x, y).distance) < 0.6
+    there = y != 3
+    with pytest.raises(DataError, match="no images of the classes 3: leave them out"):
+        continuum_correlation(kld, logits[there], x[there], y[there])
 
 
 def test_auroc_counts_pairs_also_beyond_the_sigmoid() -> None:

@@ -316,8 +316,14 @@ def test_search_finds_the_best_and_admits_that_nothing_helps() -> None:
     assert worse.best is worse.baseline and worse.best.p == 0.0
     with pytest.raises(ValueError, match="finite"):
         search(lambda s, p, seed: float("nan"))
-    with pytest.raises(ValueError, match="nothing to try"):
-        search(score, strengths=())
+    seen.clear()
+    for grid in ({"strengths": ()}, {"strengths": (0.0,)}, {"ps": (0,)}):
+        with pytest.raises(ValueError, match="nothing to try"):
+            search(score, **grid)
+    for grid in ({"ps": (0.5, 1.5)}, {"ps": (0.5, -1)}, {"strengths": (0.5, -0.5)}, {"strengths": (float("nan"),)}):
+        with pytest.raises(ValueError, match=f"{next(iter(grid))} must be"):
+            search(score, **grid)
+    assert not seen
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

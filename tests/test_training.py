@@ -23,11 +23,13 @@ from glem_augment import GLEM
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.gaussians import ClassGaussians
+from glem_augment.hub import weights_sha256
 from glem_augment.training import TrainConfig, Trainer, statefile
 from glem_augment.training import run as run_module
 from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, check_same_run, load_checkpoint
 from glem_augment.training.image_ops import augment_batch
+from glem_augment.training.interrupt import TimeUpError
 from glem_augment.training.mstep import (
     LatentStatistics,
     m_learning_rates,
@@ -866,6 +868,24 @@ def test_fine_tuning_starts_from_the_given_flow(tmp_path: Path) -> None:
     assert trainer.model.num_classes == 3 and trainer.fit().classes == ["class0", "class1", "class2"]
     with pytest.raises(DataError, match=r"\(1, 8, 8\)"):
         Trainer(toy_data(shape=(1, 4, 8)), tiny_config(), tmp_path / "third", init_model=first, progress=False)
+
+
+def test_a_resumed_run_keeps_the_record_of_what_it_started_from(tmp_path: Path) -> None:
+    first, second = (tiny_trainer(tmp_path / name, epochs=1, seed=seed).fit() for name, seed in (("a", 1), ("b", 2)))
+    data = toy_data(90, k=3, seed=4)
+
+    def trainer(folder: str, init: GLEM | None, resume: bool, **config: Any) -> Trainer:
+        out = tmp_path / folder
+        return Trainer(data, tiny_config(epochs=1, **config), out, resume, init, device="cpu", progress=False)
+
+    digest = weights_sha256(first)
+    for folder, init in (("tuned", first), ("new", None)):
+        with pytest.raises(TimeUpError):
+            trainer(folder, init, False, max_minutes=1e-9).fit()
+        with pytest.warns(UserWarning, match="goes on from its own checkpoint"):
+            again = trainer(folder, second, True)
+        record = again.fit().config.training
+        assert record is not None and record.get("init_from", {}).get("weights_sha256") == (digest if init else None)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4), (5, 4, 4)])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glem_augment.errors import DataError
+
 
 def average_ranks(values: Tensor) -> Tensor:
     """Ranks 1..N of [N] values, float64; equal values share the mean of their ranks."""
@@ -53,11 +55,27 @@ def mantel(a: Tensor, b: Tensor, permutations: int = 999, seed: int = 0) -> tupl
 
 
 def class_mean_distance(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
-    """Distances [K, K] float64 between the classes' mean features [N, m]."""
+    """Distances [K, K] float64 between the classes' mean features [N, m].
+
+    Raises:
+        DataError: a class has no images.
+    """
     total = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
     total.index_add_(0, y.cpu(), features.detach().cpu().double())
-    means = total / torch.bincount(y.cpu(), minlength=num_classes).clamp_min(1)[:, None]
+    means = total / _counts(y, num_classes)[:, None]
     return torch.cdist(means, means)
+
+
+def _counts(y: Tensor, num_classes: int) -> Tensor:
+    """Images of every class [K]."""
+    counts = torch.bincount(y.cpu(), minlength=num_classes)
+    missing = (counts == 0).nonzero()[:, 0].tolist()
+    if missing:
+        raise DataError(
+            f"no images of the classes {', '.join(map(str, missing[:10]))}{', ...' * (len(missing) > 10)}: leave them "
+            "out of the KLD matrix and the logits, or use more images"
+        )
+    return counts
 
 
 @dataclass
@@ -87,12 +105,15 @@ def continuum_correlation(
 
     Args:
         kld_matrix: [K, K] nats, KL(row || column). logits: [N, K], features: [N, m] of the oracle; y: int64 [N].
+
+    Raises:
+        DataError: a class has no images.
     """
     k = kld_matrix.shape[0]
     kld = kld_matrix.detach().cpu().double()
     confusion = torch.zeros(k, k, dtype=torch.float64)
     confusion.index_add_(0, y.cpu(), logits.detach().cpu().double().softmax(1))
-    confusion = confusion / torch.bincount(y.cpu(), minlength=k).clamp_min(1)[:, None]
+    confusion = confusion / _counts(y, k)[:, None]
     by_confusion = mantel(kld + kld.T, confusion + confusion.T, permutations)
     by_distance = mantel(kld + kld.T, class_mean_distance(features, y, k), permutations)
     return ContinuumFit(*by_confusion, *by_distance, k * (k - 1) // 2)

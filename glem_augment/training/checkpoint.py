@@ -261,3 +261,23 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str
             )
     if checkpoint.facts.get("fingerprint") != fingerprint:
         raise TrainingError(f"{folder} holds a run on other data than {data_name}; use another folder")
+
+
+def init_of_run(checkpoint: Checkpoint, given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the run of ``checkpoint`` started from, for the record: None, or the model's digest and name.
+
+    Warns where ``given``, the model that is named now, is another one: the run goes on from its own weights.
+    """
+    if "init_from" not in checkpoint.facts:
+        return given  # of an older version
+    known = checkpoint.facts["init_from"]
+    if known is not None and not (isinstance(known, dict) and isinstance(known.get("weights_sha256"), str)):
+        raise TrainingError(f"{checkpoint.path} is damaged: init_from is {known!r:.100}")
+    if given is not None and (known is None or known["weights_sha256"] != given["weights_sha256"]):
+        began = "new weights" if known is None else f"the weights {known['weights_sha256'][:12]}"
+        warnings.warn(
+            f"the run in {checkpoint.path.parent} started from {began}, not from {given['weights_sha256'][:12]}, which "
+            "is given now (--init): it goes on from its own checkpoint, and its record stays as it is",
+            stacklevel=4,
+        )
+    return known

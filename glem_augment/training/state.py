@@ -27,6 +27,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts = {
         "config": trainer.config.to_dict(),
         "fingerprint": trainer.fingerprint,
+        "init_from": trainer.init_from,
         "rules": RULES,
         **{name: getattr(trainer, name) for name in _COUNTERS},
         "lr_scale": trainer.lr_scale,

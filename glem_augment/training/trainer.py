@@ -24,7 +24,7 @@ from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.hub import weights_sha256
 from glem_augment.model import GLEM
-from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint
+from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint, init_of_run
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.logs import MetricsLog
@@ -126,6 +126,7 @@ class Trainer:
         checkpoint = self.checkpoints.load() if resume else None
         if checkpoint is not None:
             check_same_run(checkpoint, self.config, self.fingerprint, self.data.name)
+            self.init_from = init_of_run(checkpoint, self.init_from)
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.clean()
         self.log = MetricsLog(self.out, 0 if checkpoint is None else checkpoint.step)
