@@ -187,8 +187,9 @@ class Flows:
         if name not in FLOWS:
             raise SystemExit(f"augmentation: no recipe for a flow {name!r}; there are {', '.join(FLOWS)}")
         recipe = FLOWS[name]
-        x, y, classes = self.library.chosen(recipe.data, "train", recipe.size, recipe.channels, recipe.classes)
-        if not recipe.labels:
+        if recipe.labels:
+            x, y, classes = self.library.chosen(recipe.data, "train", recipe.size, recipe.channels, recipe.classes)
+        else:
             x, classes = self.library.rest(recipe)[0], ["any"]
             y = torch.zeros(len(x), dtype=torch.int64)
         data = ImageData.from_tensors(x, y, classes, name=recipe.data)

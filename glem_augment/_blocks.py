@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from glem_augment._locks import locked, shared_lock
+
 # A process waits for a block of another one for twice the longest time that a block has taken, and these seconds.
 # Until one has been decoded, nobody knows how long it takes: for the second number of seconds. Waiting too long only
 # costs time after workers were stopped in the middle; too short, a block is decoded twice.
 PATIENCE, FIRST_PATIENCE = 1.0, 30.0
-# Longer than this nobody holds the lock, which is taken for copies only.
-LOCK_SECONDS = 30.0
 
 
 class BlockStore:
@@ -51,7 +50,7 @@ class BlockStore:
         self._slot = int(self._sizes.max())
         slots = 0 if self.holds_all else max(1, cache_bytes // (self._slot * image_bytes))
         room = total if self.holds_all else slots * self._slot
-        self._lock, shared = _lock()
+        self._lock, shared = shared_lock("fork")
         layout = {
             "offset": ((blocks,), np.int64),  # of a block's first image in `images`; -1: not there
             "started": ((blocks,), np.float64),  # when somebody began to decode it; -inf: nobody does
@@ -178,16 +177,8 @@ class BlockStore:
             self._counts[0] += 1
             self._used[offsets // self._slot] = self._counts[0]
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=LOCK_SECONDS):
-            raise RuntimeError(
-                "the cache of a SyntheticDataset is locked by a process that was killed: make the data set again"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self._lock, "the cache of a SyntheticDataset is", "make the data set again")
 
 
 # Threads of a process decode one after the other. Each uses all its cores anyway, and while one decodes a flow keeps
@@ -223,14 +214,6 @@ def move_if_sent(*things: Any) -> None:
             for tensor in parts:
                 if isinstance(tensor, Tensor):
                     tensor.share_memory_()
-
-
-def _lock() -> tuple[object, bool]:
-    """A lock, and whether it works between processes that share memory: those that are forked."""
-    if "fork" in multiprocessing.get_all_start_methods():
-        with contextlib.suppress(ImportError, OSError):  # no semaphores here: then nothing is shared
-            return multiprocessing.get_context("fork").Lock(), True
-    return threading.Lock(), False
 
 
 def _arrays(layout: dict[str, tuple[tuple[int, ...], type]], shared: bool) -> dict[str, np.ndarray]:

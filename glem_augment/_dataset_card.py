@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from glem_augment._export import PROVENANCE
+from glem_augment._provenance import PROVENANCE
 from glem_augment.model_card import LIBRARY, CardFacts, data_name, escape
 
 if TYPE_CHECKING:

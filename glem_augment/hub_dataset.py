@@ -24,8 +24,8 @@ from tqdm import tqdm
 from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
-from glem_augment._export import PROVENANCE, class_folders, licence_note, settings_of
 from glem_augment._manifest import read_manifest
+from glem_augment._provenance import PROVENANCE, class_folders, licence_note, settings_of
 from glem_augment.errors import DataError
 from glem_augment.io import atomic_write, write_json
 from glem_augment.model_card import CardFacts

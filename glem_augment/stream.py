@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
@@ -19,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from glem_augment._arguments import check_number
 from glem_augment._blocks import one_at_a_time
 from glem_augment._counts import WorkerCounts
+from glem_augment._epochs import Epochs
 from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._random import rank
@@ -30,8 +26,6 @@ from glem_augment.pixels import to_uint8_
 from glem_augment.synthetic import to_pil
 
 JUDGED_ROWS = 64
-RANKS, STARTS = 1024, 1024  # rows of `_Epochs`
-LOCK_SECONDS = 30.0  # longer than this nobody holds its lock
 
 
 class SyntheticStream(IterableDataset):
@@ -103,7 +97,7 @@ class SyntheticStream(IterableDataset):
         self.latent_source = LatentSource(self.model, source, seed, temperature, latents, modes, alpha)
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self.world = world
-        self._epochs = _Epochs()
+        self._epochs = Epochs()
         # Per class what `acceptance_report` takes.
         rows = JUDGED_ROWS if self.rejection is not None else 0
         self._judged = WorkerCounts(len(self.classes), 4, dtype=torch.float64, workers=rows)
@@ -194,99 +188,6 @@ class SyntheticStream(IterableDataset):
                 picture if self.transform is None else self.transform(picture),
                 label if self.target_transform is None else self.target_transform(label),
             )
-
-
-class _Epochs:
-    """Which epoch begins next, in memory that this process shares with its workers, forked or spawned.
-
-    The workers of a DataLoader have to find one number, though nothing tells them that an epoch begins, and though they
-    begin it at any time and in any order. What they have in common is the loader's seed, and how often they have begun
-    one. So the first of them takes the next number and writes down for whom; the others find it there. A worker that
-    finds only epochs which it has begun itself is the first: torch was seeded again, and the loader's seed is the same.
-    """
-
-    def __init__(self) -> None:
-        # Next epoch of each rank: `torch.multiprocessing.spawn` has them share this memory.
-        self._next = torch.zeros(RANKS, dtype=torch.int64).share_memory_()
-        # The last starts of workers: who (a row of `_who`, then the worker), a serial number from 1 and the epoch, both
-        # the same for all workers that began together.
-        self._starts = torch.zeros(STARTS, 8, dtype=torch.int64).share_memory_()
-        self._lock = _lock()
-        self._begun = 0  # in a worker: epochs that it has begun
-
-    def next(self, rank: int, ranks: int) -> int:
-        """The number of the next epoch."""
-        # One process alone has no share: nobody may repeat what it gave before the ranks were there.
-        return int(self._next.max() if ranks == 1 else self._next[rank % RANKS])
-
-    def set(self, epoch: int) -> None:
-        """Make it the next."""
-        with self._locked():
-            self._next.fill_(epoch)
-
-    def begin(self, rank: int, ranks: int) -> int:
-        """The number of the epoch that this process, or this worker, begins now."""
-        info = get_worker_info()
-        if info is None:
-            with self._locked():
-                return self._take(rank, ranks)
-        who = np.array([rank, os.getppid(), info.seed - info.id, info.num_workers, self._begun])
-        self._begun += 1
-        starts = self._starts.numpy()
-        with self._locked():
-            ours = starts[(starts[:, :5] == who).all(axis=1) & (starts[:, 6] > 0)]
-            mine = ours[ours[:, 5] == info.id, 6].max(initial=0)
-            others = ours[ours[:, 6] > mine]
-            if len(others):
-                serial, epoch = others[others[:, 6].argmin(), 6:].tolist()
-            else:
-                serial, epoch = int(starts[:, 6].max()) + 1, self._take(rank, ranks)
-            oldest = starts[:, 6].argmin()
-            # All of them that began together: of half of them a worker could not tell whether it was one.
-            starts[starts[:, 6] == starts[oldest, 6]] = 0
-            starts[oldest] = [*who, info.id, serial, epoch]
-        return epoch
-
-    def _take(self, rank: int, ranks: int) -> int:
-        epoch = self.next(rank, ranks)
-        if ranks == 1:
-            self._next.fill_(epoch + 1)
-        else:
-            self._next[rank % RANKS] = epoch + 1
-        return epoch
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=LOCK_SECONDS):
-            raise RuntimeError(
-                "the epochs of a SyntheticStream are locked by a process that was killed: make the stream again, and "
-                "go on with set_epoch"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A process that is being started shares them. What goes anywhere else (a copy, a file, a queue) is on its own.
-        if get_spawning_popen() is not None:
-            return self.__dict__
-        with self._locked():
-            return {"_next": self._next.clone(), "_starts": torch.zeros_like(self._starts), "_begun": 0}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._next.share_memory_()
-        self._starts.share_memory_()
-        if "_lock" not in state:
-            self._lock = _lock()
-
-
-def _lock() -> Any:
-    """A lock between processes, however they are started (one made for "fork" could not be sent to others)."""
-    with contextlib.suppress(ImportError, OSError):  # no semaphores here: it holds for threads
-        return multiprocessing.get_context("spawn").Lock()
-    return threading.Lock()
 
 
 def _ranks() -> int:

@@ -17,8 +17,8 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, SyntheticDataset, _export, hub
-from glem_augment._export import PROVENANCE, class_folders
 from glem_augment._manifest import JOURNAL
+from glem_augment._provenance import PROVENANCE, class_folders
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
 

@@ -21,8 +21,8 @@ from test_cli import TINY, write_images
 from test_training import comparable, tiny_trainer
 
 from glem_augment import GLEM, SyntheticDataset, hub, open_data
-from glem_augment._export import PROVENANCE
 from glem_augment._manifest import JOURNAL, Shard
+from glem_augment._provenance import PROVENANCE
 from glem_augment.cli import main
 from glem_augment.errors import BadImageError
 from glem_augment.training import run as run_module

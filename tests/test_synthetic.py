@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from glem_augment import _blocks, _export
+from glem_augment import _blocks, _export, _locks
 from glem_augment._blocks import BlockStore
-from glem_augment._export import class_folders
+from glem_augment._provenance import class_folders
 from glem_augment._transfer import check_worker_device
 from glem_augment.classmatch import match_classes
 from glem_augment.model import GLEM
@@ -351,7 +351,7 @@ def test_a_failed_decode_frees_its_block(model: GLEM, monkeypatch: pytest.Monkey
 
 
 def test_a_lock_held_by_a_dead_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_blocks, "LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(_locks, "LOCK_SECONDS", 0.01)
     store = make_store()
     store._lock.acquire()
     with pytest.raises(RuntimeError, match="make the data set again"):
@@ -360,7 +360,7 @@ def test_a_lock_held_by_a_dead_process_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = SyntheticDataset(model, per_class=6).images(range(18))
-    monkeypatch.setattr(_blocks.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(_locks.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert torch.equal(SyntheticDataset(model, per_class=6).images(range(18)), expected)
     monkeypatch.undo()
 

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ClassMismatchError, DataError, ImageData, SyntheticDataset
+from glem_augment._epochs import STARTS, Epochs
 from glem_augment._rejection import Rejection
 from glem_augment.balance import class_counts, flow_targets
 from glem_augment.mixing import RealAndSynthetic
-from glem_augment.stream import STARTS, SyntheticStream, _Epochs
+from glem_augment.stream import SyntheticStream
 
 NAMES = ["dog", "cat", "bird"]
 
@@ -472,11 +473,11 @@ def test_epochs_follow_one_another_whoever_iterates(model: GLEM, start: str) -> 
 def test_a_worker_that_is_late_joins_the_others(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(worker: int, begun: int, seed: int = 5, rank: tuple[int, int] = (0, 1), workers: int = 2) -> int:
         info = SimpleNamespace(id=worker, num_workers=workers, seed=seed + worker)
-        monkeypatch.setattr("glem_augment.stream.get_worker_info", lambda: info)
+        monkeypatch.setattr("glem_augment._epochs.get_worker_info", lambda: info)
         epochs._begun = begun
         return epochs.begin(*rank)
 
-    epochs = _Epochs()
+    epochs = Epochs()
     assert [start(0, 0), start(0, 1), start(1, 0), start(1, 1)] == [0, 1, 0, 1]
     assert start(0, 2) == 2
     epochs.set(7)

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from glem_augment._arguments import DEFAULT_MODES
-from glem_augment._export import check_folder, check_imagefolder, export_imagefolder
+from glem_augment._export import export_imagefolder
+from glem_augment._export_folder import check_folder, check_imagefolder
 from glem_augment._sources import SOURCES
 from glem_augment.balance import PerClass, class_counts
 from glem_augment.commands.common import (
