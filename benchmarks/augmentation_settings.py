@@ -45,7 +45,8 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(c for c in range(10) if c not in classes)
 
 
-UNLABELLED = "fashion-unlabelled"  # a variant: it has seen the other training images, without labels
+# A variant: these have seen the other training images, without labels.
+UNLABELLED, CIFAR_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled"
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
     Setting("imagenette32-50", "imagenette", 50, 32, 3, ("cifar10",)),
@@ -55,11 +56,20 @@ _SETTINGS = (
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28", UNLABELLED), ("fashion-mnist",)),
-    Setting("fashion-100", "fashion-mnist", 100, 28, 1, ("own", "cifar10-grey28"), ("fashion-mnist",), steps=LONG),
-    Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
-    Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five",), (), _rest(FM_FIVE)),
-    Setting("cifar10-50", "cifar10", 50, 32, 3, ("imagenette32", "own"), ("cifar10",)),
-    Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", "own"), ("cifar10",), steps=LONG),
+    Setting(
+        "fashion-100",
+        "fashion-mnist",
+        100,
+        28,
+        1,
+        (UNLABELLED, "own", "cifar10-grey28"),
+        ("fashion-mnist",),
+        steps=LONG,
+    ),
+    Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
+    Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
+    Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
+    Setting("cifar10-500", "cifar10", 500, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
     Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 100.0, LONG),
     Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 10.0, LONG),
@@ -95,14 +105,14 @@ FLOW_SETTINGS: dict[str, Any] = dict(
     warmup_steps=200, schedule="cosine", m_steps=20, sigma_lr_scale=5.0, augment=("flip",), precision="bf16",
     sample_every=0, val_fraction=0.02,
 )  # fmt: skip
+WITHOUT_LABELS: dict[str, Any] = {"objective": "mle", "beta": 0.0, "ce_scale": 1.0}
 FLOWS: dict[str, FlowRecipe] = {
     "cifar10": FlowRecipe("cifar10", 32, 3, 8),
     "cifar10-five": FlowRecipe("cifar10", 32, 3, 16, CIFAR_FIVE),
     "cifar10-grey28": FlowRecipe("cifar10", 28, 1, 8),
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
-    "fashion-unlabelled": FlowRecipe(
-        "fashion-mnist", 28, 1, 6, settings={"objective": "mle", "beta": 0.0, "ce_scale": 1.0}, labels=False
-    ),
+    "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
+    "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}

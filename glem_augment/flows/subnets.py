@@ -27,6 +27,9 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu"
 _FROM_RESULT = ("elu", "relu")
 # Channels per attention head, where the width allows.
 _HEAD = 32
+# On planes of so few pixels, 3x3 convolutions at such widths run faster contiguously than channels last: on a CPU a
+# training step of mef_cifar's last level takes 0.93 of the time, and 0.87 at a width of 512.
+_FEW_PIXELS, _WIDE = 16, 128
 
 
 class Activation(nn.Module):
@@ -76,6 +79,8 @@ class Subnet(nn.Module):
     [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, ``tail``, runs in the
     input's dtype and starts at zero, so that a coupling starts as the identity.
 
+    ``memory_format`` is what the convolutions run in; a subclass may choose another than channels_last.
+
     ``autocast`` (a dtype or None) runs the rest in reduced precision. It is a switch for training: encoding and
     decoding must use the same value, and only float32 meets the library's round-trip promise, so models are loaded
     with it off.
@@ -88,6 +93,7 @@ class Subnet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.autocast: torch.dtype | None = None
+        self.memory_format: torch.memory_format = torch.channels_last
 
     def body(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
@@ -98,7 +104,7 @@ class Subnet(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.memory_format)
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             h = self.body(x)
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
@@ -150,6 +156,7 @@ class ConvSubnet(Subnet):
         kind: of the blocks, one of ``CONV_SUBNETS``. The last convolution is 3x3 for "residual", as published, and
             1x1 for the others, where a 3x3 one would cost more than all the blocks.
         activation: one of ``ACTIVATIONS``.
+        size: (H, W) of the level, where known: it decides on the memory format, and any other works too.
     """
 
     def __init__(
@@ -160,10 +167,13 @@ class ConvSubnet(Subnet):
         blocks: int,
         kind: str = "residual",
         activation: str = "elu",
+        size: tuple[int, int] | None = None,
     ) -> None:
         if kind not in CONV_SUBNETS:
             raise ValueError(f"kind must be one of {', '.join(CONV_SUBNETS)}, got {kind!r}")
         super().__init__()
+        if size is not None and kind == "residual" and size[0] * size[1] <= _FEW_PIXELS and width >= _WIDE:
+            self.memory_format = torch.contiguous_format
         self.act = Activation(activation)
         self.head = nn.Conv2d(in_channels, width, 3, padding=1)
 
@@ -176,7 +186,7 @@ class ConvSubnet(Subnet):
 
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=self.memory_format)
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)
@@ -276,7 +286,7 @@ def make_subnet(
         kind: one of ``SUBNETS``.
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
         width, blocks: see the classes.
-        size: (H, W) of the level; only the transformer is tied to it.
+        size: (H, W) of the level; the transformer is tied to it, the others choose their memory format by it.
         activation: of the convolutional kinds; the transformer has GELU.
 
     Raises:
@@ -284,4 +294,4 @@ def make_subnet(
     """
     if kind == "transformer":
         return TransformerSubnet(in_channels, out_channels, width, blocks, size)
-    return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation)
+    return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation, size)
