@@ -146,6 +146,7 @@ def todo(plan: Plan, store: Store, args: Any) -> Iterator[Cell]:
             while True:
                 cells = plan.cells(setting, classifier, store)
                 ready = [c for c in cells if not store.has(c) and c.key not in tried and re.search(args.cells, c.key)]
+                ready = [c for c in ready if not plan.lacks(c)]
                 if not ready:
                     break
                 tried.add(ready[0].key)
@@ -165,7 +166,8 @@ def show_plan(plan: Plan, store: Store, args: Any, flows: Flows) -> None:
             for cell in cells:
                 done, cost = store.has(cell), plan.estimate(cell, store)
                 missing, seconds = missing + (not done), seconds + (0 if done else cost)
-                print(f"  {'done' if done else f'{cost:4.0f}s'}  {cell.key}")
+                state = "done" if done else "flow?" if plan.lacks(cell) else f"{cost:4.0f}s"
+                print(f"  {state}  {cell.key}")
             more, later = plan.later(setting, classifier, store)
             print(
                 f"{setting.name}, {classifier}: {len(cells) - missing} done, {missing} to do in about "
@@ -248,8 +250,7 @@ def main() -> None:
     for setting in args.settings:
         for name in setting.proof:
             if why := study.flows.missing(name, setting):
-                what = "opponents alone" if plan.lacks(setting) else f"without {name}"
-                print(f"augmentation: {setting.name}: {what}, {why}", file=sys.stderr)
+                print(f"augmentation: {setting.name}: without the flow {name}: {why}", file=sys.stderr)
     slow = 1.0  # wall-clock seconds per second of CPU time; estimates are in the latter
     for cell in todo(plan, store, args):
         expected = slow * plan.estimate(cell, store)

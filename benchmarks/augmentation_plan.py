@@ -81,8 +81,8 @@ class Plan:
         """All cells known so far, in the order in which to run them."""
         singles = self.singles(setting, classifier)
         best_single = self.best(singles, store)
-        # Without its flow a setting stops here: an opponent is missing, and the test images would be read too early.
-        if best_single is None or self.lacks(setting) or not self.available(setting):
+        # Not before every opponent has been measured: a flow that one of them needs may not be there yet.
+        if best_single is None or not self.available(setting):
             return singles
         pairs = self.pairs(best_single, singles, store)
         opponent = self.best([*singles, *pairs], store) if all(store.has(c) for c in pairs) else None
@@ -102,9 +102,10 @@ class Plan:
         wanted = self.args.through or names
         return [name for name in names if name in wanted and self.flows.missing(name, setting) is None]
 
-    def lacks(self, setting: Setting) -> str | None:
-        """Why more than the opponents on pixels can't run yet: the first flow of the setting is not there."""
-        return self.flows.missing(setting.proof[0], setting) if setting.proof else None
+    def lacks(self, cell: Cell) -> bool:
+        """Whether a cell can't run yet, because a flow that it takes is not there."""
+        names = [params["flow"] for _, params in cell.stack if "flow" in params]
+        return any(self.flows.missing(name, cell.setting) is not None for name in names)
 
     def singles(self, setting: Setting, classifier: str) -> list[Cell]:
         result = []
@@ -112,7 +113,7 @@ class Plan:
             method, flow = METHODS[name], {}
             if method.flow:
                 # Always through the same flow, and never through one that has seen all labels.
-                if not setting.proof or self.lacks(setting) or not fits(name, setting):
+                if not setting.proof or not fits(name, setting):
                     continue
                 flow = {"flow": setting.proof[0]}
             base = () if name in ("none", "cropflip") else (CROPFLIP,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -191,6 +192,9 @@ def test_classifiers_have_the_size_that_is_said(name: str, size: int) -> None:
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
+CIFAR = dataclasses.replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
+
+
 class AllFlows:
     def missing(self, name: str, setting: settings.Setting) -> None:
         return None
@@ -206,10 +210,9 @@ def arguments(**changes) -> argparse.Namespace:
 
 def measure(plan: planning.Plan, store: Store, value, rounds: int = 10) -> list[planning.Cell]:
     """Fill ``store`` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
-    setting = settings.SETTINGS["cifar10-50"]
     for _ in range(rounds):
-        cells = plan.cells(setting, "cnn", store)
-        missing = [cell for cell in cells if not store.has(cell)]
+        cells = plan.cells(CIFAR, "cnn", store)
+        missing = [cell for cell in cells if not store.has(cell) and not plan.lacks(cell)]
         if not missing:
             return cells
         rows = [
@@ -274,8 +277,10 @@ def test_without_its_flow_a_setting_stops_before_the_test_images(tmp_path: Path)
             return None if name == "own" else "not there"
 
     store = Store(tmp_path)
-    cells = measure(planning.Plan(arguments(), NoFlows()), store, made_up)
+    plan = planning.Plan(arguments(), NoFlows())
+    cells = [cell for cell in measure(plan, store, made_up) if store.has(cell)]
     assert {cell.stage for cell in cells} == {"singles"} and "latent-noise" not in {cell.method for cell in cells}
+    assert {cell.method for cell in plan.cells(CIFAR, "cnn", store) if plan.lacks(cell)} == {"latent-noise"}
     # What was measured serves when it comes.
     later = measure(planning.Plan(arguments(through=["imagenette32"]), AllFlows()), store, made_up)
     assert {c.flow for c in later} == {"none", "identity", "imagenette32"} and {c.key for c in cells} < {
@@ -283,12 +288,26 @@ def test_without_its_flow_a_setting_stops_before_the_test_images(tmp_path: Path)
     }
 
 
+def test_an_opponent_measured_earlier_does_not_ask_for_its_flow_again(tmp_path: Path) -> None:
+    class OwnAlone:
+        def missing(self, name: str, setting: settings.Setting) -> str | None:
+            return None if name in ("own", "identity") else "not there"
+
+    store = Store(tmp_path)
+    for cell in measure(planning.Plan(arguments(through=["own"]), AllFlows()), store, made_up):
+        assert cell.flow != "imagenette32"
+    later = planning.Plan(arguments(through=["own"], methods=["adversarial", "mode-mixup"]), OwnAlone())
+    new = [cell for cell in later.cells(CIFAR, "cnn", store) if not store.has(cell)]
+    assert {(cell.stage, cell.method) for cell in new} == {("ours", "mode-mixup")}
+    assert not any(later.lacks(cell) for cell in new)
+
+
 def test_a_retuned_opponent_starts_ours_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     few = planning.Plan(arguments(opponents=["cropflip", "jitter"]), AllFlows())
     before = measure(few, store, made_up)
     more = planning.Plan(arguments(opponents=["cropflip", "jitter", "trivial"]), AllFlows())
-    after = more.cells(settings.SETTINGS["cifar10-50"], "cnn", store)
+    after = more.cells(CIFAR, "cnn", store)
     assert [c.key for c in after if not store.has(c)] == [
         c.key for c in after if c.method == "trivial"
     ]  # nothing of ours is known until the opponent is
