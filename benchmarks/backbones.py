@@ -60,6 +60,8 @@ M_ROUNDS, WARMUP = 4, 200
 ON_THE_WAY, FEW = (1 / 3, 2 / 3), 500
 # Images for the first steps, which are only timed.
 TRIAL = 600
+# Fewer images than this, of a budget of a step or two on a slow machine, could leave a class without any.
+LEAST = 200
 DATA = {
     "fashion-mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist"),
     "cifar10": ("cifar10", None),
@@ -211,7 +213,7 @@ class Study:
             if needed <= len(images.pool):
                 break
             epochs += 1
-        data = images.draw(needed, seed)
+        data = images.draw(min(len(images.pool), max(needed, LEAST)), seed)
         row: dict[str, Any] = {"variant": variant, "data": name, "seed": seed, "spec": spec, "settings": changes}
         with tempfile.TemporaryDirectory() as folder:
             trainer = self.trainer(
