@@ -272,7 +272,8 @@ def _arms(result: Result) -> list[str]:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Gains over the opponent and over the control, with intervals, one line per setting and classifier."""
+    """Gains over the opponent and over the control, with intervals, one line per setting and classifier: of the flow
+    and method that validation put first."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -294,7 +295,8 @@ def draw(results: list[Result], path: Path) -> None:
                 axis.errorbar([gain.mean], [index + shift], xerr=half, fmt="o", color=colour, capsize=3, label=label)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.axvline(AIM, color="grey", linewidth=0.8, linestyle=":")
-    names = [f"{r.setting}, {r.classifier}\n{r.best(_setting(r.setting).proof).method}" for r, _ in found]
+    arms = [result.best(_setting(result.setting).proof) for result, _ in found]
+    names = [f"{r.setting}, {r.classifier}\n{a.method}, {a.flow}" for (r, _), a in zip(found, arms, strict=True) if a]
     axis.set_yticks(range(len(found)), names, fontsize=8)
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("points of test accuracy, mean and 95 % interval over paired seeds")
