@@ -145,8 +145,8 @@ def todo(plan: Plan, store: Store, args: Any) -> Iterator[Cell]:
             tried: set[str] = set()
             while True:
                 cells = plan.cells(setting, classifier, store)
-                ready = [c for c in cells if not store.has(c) and c.key not in tried and re.search(args.cells, c.key)]
-                ready = [c for c in ready if not plan.lacks(c)]
+                new = [c for c in cells if not store.has(c) and c.key not in tried and re.search(args.cells, c.key)]
+                ready = [c for c in new if not plan.lacks(c)]
                 if not ready:
                     break
                 tried.add(ready[0].key)

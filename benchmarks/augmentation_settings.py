@@ -57,15 +57,9 @@ _SETTINGS = (
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28", UNLABELLED), ("fashion-mnist",)),
     Setting(
-        "fashion-100",
-        "fashion-mnist",
-        100,
-        28,
-        1,
-        (UNLABELLED, "own", "cifar10-grey28"),
-        ("fashion-mnist",),
+        "fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", "cifar10-grey28"), ("fashion-mnist",),
         steps=LONG,
-    ),
+    ),  # fmt: skip
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),

@@ -27,8 +27,8 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu"
 _FROM_RESULT = ("elu", "relu")
 # Channels per attention head, where the width allows.
 _HEAD = 32
-# On planes of so few pixels, 3x3 convolutions at such widths run faster contiguously than channels last: on a CPU a
-# training step of mef_cifar's last level takes 0.93 of the time, and 0.87 at a width of 512.
+# On planes of so few pixels, 3x3 convolutions at such widths run faster contiguously than channels last on a CPU: see
+# mef_cifar_2 among the floors that benchmarks/speed.py tries.
 _FEW_PIXELS, _WIDE = 16, 128
 
 
