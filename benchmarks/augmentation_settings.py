@@ -47,6 +47,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 # A variant: these have seen the other training images, without labels.
 UNLABELLED, CIFAR_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled"
+GREY = "cifar10-grey28"
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
     Setting("imagenette32-50", "imagenette", 50, 32, 3, ("cifar10",)),
@@ -55,11 +56,8 @@ _SETTINGS = (
     Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=LONG),
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
-    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", "cifar10-grey28", UNLABELLED), ("fashion-mnist",)),
-    Setting(
-        "fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", "cifar10-grey28"), ("fashion-mnist",),
-        steps=LONG,
-    ),  # fmt: skip
+    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED), ("fashion-mnist",)),
+    Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), ("fashion-mnist",), steps=LONG),
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
@@ -103,7 +101,7 @@ WITHOUT_LABELS: dict[str, Any] = {"objective": "mle", "beta": 0.0, "ce_scale": 1
 FLOWS: dict[str, FlowRecipe] = {
     "cifar10": FlowRecipe("cifar10", 32, 3, 8),
     "cifar10-five": FlowRecipe("cifar10", 32, 3, 16, CIFAR_FIVE),
-    "cifar10-grey28": FlowRecipe("cifar10", 28, 1, 8),
+    GREY: FlowRecipe("cifar10", 28, 1, 8),
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
     "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
     "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
