@@ -39,6 +39,7 @@ from augmentation_report import report
 from augmentation_settings import (
     DEFAULT_OURS,
     FINAL_SEEDS,
+    FINALISTS,
     FLOWS,
     METHODS,
     OPPONENTS,
@@ -47,6 +48,7 @@ from augmentation_settings import (
     SMOKE,
     TEACHER_STEPS,
     TUNING_SEED,
+    TUNING_SEEDS,
 )
 from augmentation_store import Store
 from augmentation_task import own_task
@@ -192,6 +194,10 @@ def options() -> Any:
     result.add_argument("--through", nargs="+", metavar="FLOW", help="only these of a setting's flows (all)")
     result.add_argument("--leaking", action="store_true", help="also flows that have seen all labels; never counted")
     result.add_argument("--trials", type=int, default=3, help="at most so many per method (%(default)s)")
+    result.add_argument(
+        "--tuning-seeds", type=int, default=len(TUNING_SEEDS), choices=range(1, len(TUNING_SEEDS) + 1),
+        help=f"of the best {FINALISTS} trials of a method (%(default)s)",
+    )  # fmt: skip
     result.add_argument("--cells", default="", metavar="PATTERN", help="only cells whose name this expression finds")
     result.add_argument("--seconds", type=float, default=None, help="start no cell that would end later")
     result.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the classifier (%(default)s)")
@@ -225,7 +231,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.smoke:
         args.out = args.out if args.out != RESULTS else Path("runs/augmentation-smoke")
-        args.settings, args.seeds, args.trials, args.best, args.leaking = ["smoke"], args.seeds[:2], 1, 1, True
+        args.settings, args.seeds, args.leaking = ["smoke"], args.seeds[:2], True
+        args.trials, args.best, args.tuning_seeds = 1, 1, 1
         args.opponents = ["none", "cropflip", "jitter", "mixup", "cutmix", "trivial", "erasing", "pixel-adversarial"]
     if args.task:
         setting = own_task(args.task, args.per_class, args.size, args.flow or ["own"])

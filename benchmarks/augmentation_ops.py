@@ -117,8 +117,9 @@ class Stack:
         for name, params in components:
             if METHODS[name].flow:
                 model = RememberingGLEM.of(flows(params["flow"]))
-                self.first.append(self._latent(name, dict(params), model, count, seed))
-            elif name != "none":
+                pixels = RememberingGLEM.of(flows("identity")) if name == "adversarial-both" else None
+                self.first.append(self._latent(name, dict(params), model, count, seed, pixels))
+            elif name not in ("none", "natural"):  # the latter is up to the order of the images
                 self.then[name] = self._pixel(name, params)
 
     def __call__(self, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ class Stack:
     # ---- through a flow --------------------------------------------------------------------------------------------
 
     def _latent(
-        self, name: str, params: dict[str, Any], model: GLEM, count: int, seed: int
+        self, name: str, params: dict[str, Any], model: GLEM, count: int, seed: int, pixels: GLEM | None
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         del params["flow"]
         p = params.pop("p")
@@ -144,12 +145,26 @@ class Stack:
             return _Synthetic(model, p, count // model.num_classes, seed, **params)
         if name in WHOLE_LATENT:
             return Reused(self._whole_latent(model, params["strength"], name == "latent-adversarial"), p, count)
+        moved = self._along_modes(model, seed, params)
+        if pixels is None:
+            return Reused(moved, p, count)
+        moved_pixels = self._along_modes(pixels, seed + 1, params)
+
+        def either(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            coin = self._chance(0.5, len(x))
+            return moved_pixels(*moved(x, y, mask & coin), mask & ~coin)
+
+        return Reused(either, p, count)
+
+    def _along_modes(
+        self, model: GLEM, seed: int, params: dict[str, Any]
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
         assert model.modes is not None
         aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
         if params["policy"] == "adversarial":
             aug.attach(self.network)
         # All rows may be partners; only those of the mask are decoded.
-        return Reused(lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask)), p, count)
+        return lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask))
 
     def _whole_latent(
         self, model: GLEM, strength: float, adversarial: bool

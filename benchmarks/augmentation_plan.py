@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from augmentation_data import Flows
-from augmentation_settings import METHODS, REUSE, TUNING_SEED, WHOLE_LATENT, Setting
+from augmentation_settings import FINALISTS, METHODS, REUSE, TUNING_SEED, TUNING_SEEDS, WHOLE_LATENT, Setting
 from augmentation_store import Store
 
 Component = tuple[str, dict[str, Any]]
@@ -70,7 +70,7 @@ class Plan:
     """The cells of a setting and classifier, as far as what has been measured determines them.
 
     Args:
-        args: ``opponents``, ``methods``, ``trials``, ``best``, ``seeds``, ``leaking``, ``through``.
+        args: ``opponents``, ``methods``, ``trials``, ``tuning_seeds``, ``best``, ``seeds``, ``leaking``, ``through``.
         flows: tells which ones can be used.
     """
 
@@ -80,18 +80,22 @@ class Plan:
     def cells(self, setting: Setting, classifier: str, store: Store) -> list[Cell]:
         """All cells known so far, in the order in which to run them."""
         singles = self.singles(setting, classifier)
+        cells = [*singles, *self.again(singles, store)]
         best_single = self.best(singles, store)
         # Not before every opponent has been measured: a flow that one of them needs may not be there yet.
         if best_single is None or not self.available(setting):
-            return singles
+            return cells
         pairs = self.pairs(best_single, singles, store)
-        opponent = self.best([*singles, *pairs], store) if all(store.has(c) for c in pairs) else None
+        cells += [*pairs, *(cell for cell in self.again([*singles, *pairs], store) if cell not in cells)]
+        opponent = self.best([*singles, *pairs], store)
         if opponent is None:
-            return [*singles, *pairs]
+            return cells
         base = opponent.stack
         ours = self.ours(setting, classifier, base)
-        cells = [*singles, *pairs, *ours]
-        if not all(store.has(c) for c in ours):
+        cells += ours
+        for flow, method in dict.fromkeys((cell.flow, cell.method) for cell in ours):
+            cells += self.again([c for c in ours if (c.flow, c.method) == (flow, method)], store)
+        if not all(store.has(c) for c in cells):
             return cells
         return cells + self.final(setting, classifier, base, ours, store)
 
@@ -111,9 +115,11 @@ class Plan:
         result = []
         for name in self.args.opponents:
             method, flow = METHODS[name], {}
+            if not fits(name, setting):
+                continue
             if method.flow:
                 # Always through the same flow, and never through one that has seen all labels.
-                if not setting.proof or not fits(name, setting):
+                if not setting.proof:
                     continue
                 flow = {"flow": setting.proof[0]}
             base = () if name in ("none", "cropflip") else (CROPFLIP,)
@@ -128,9 +134,9 @@ class Plan:
             return []
         result = []
         for name in dict.fromkeys(cell.method for cell in singles):
-            own = self.best([cell for cell in singles if cell.method == name], store)
-            if name in ("none", "cropflip", best.method) or own is None:
+            if name in ("none", "cropflip", best.method):
                 continue
+            own = self.leading([cell for cell in singles if cell.method == name], store)[0]
             where = ("pairs", best.setting, best.classifier, "opponent", "none")
             result.append(Cell(*where, name, own.params, best.stack, best.seed))
         return result
@@ -180,15 +186,31 @@ class Plan:
 
     # ---- what was measured -----------------------------------------------------------------------------------------
 
-    def value(self, cell: Cell | None, store: Store) -> float:
-        row = None if cell is None else store.find(cell)
-        return -1.0 if row is None else row["val_accuracy"]
+    def value(self, cell: Cell, store: Store) -> float:
+        """The mean validation accuracy over the tuning seeds measured so far."""
+        seeds = TUNING_SEEDS[: self.args.tuning_seeds]
+        rows = [row for seed in seeds if (row := store.find(replace(cell, seed=seed))) is not None]
+        return statistics.mean(row["val_accuracy"] for row in rows)
+
+    def leading(self, cells: list[Cell], store: Store) -> list[Cell]:
+        """The few best by the first tuning seed, best first and the first of equals; none until all are measured."""
+        rows = [row for cell in cells if (row := store.find(cell)) is not None]
+        if len(rows) < len(cells):
+            return []
+        order = sorted(range(len(cells)), key=lambda index: -rows[index]["val_accuracy"])
+        return [cells[index] for index in order[:FINALISTS]]
+
+    def again(self, cells: list[Cell], store: Store) -> list[Cell]:
+        """The leading ones with the other tuning seeds."""
+        seeds = TUNING_SEEDS[1 : self.args.tuning_seeds]
+        return [replace(cell, seed=seed) for cell in self.leading(cells, store) for seed in seeds]
 
     def best(self, cells: list[Cell], store: Store) -> Cell | None:
-        """The cell with the highest validation accuracy, the first of equals; None until all are measured."""
-        if not cells or not all(store.has(cell) for cell in cells):
+        """Of the leading ones the one with the best mean, the first of equals; None until all are measured."""
+        leading = self.leading(cells, store)
+        if not leading or not all(store.has(cell) for cell in self.again(cells, store)):
             return None
-        return max(cells, key=lambda cell: self.value(cell, store))
+        return max(leading, key=lambda cell: self.value(cell, store))
 
     # ---- time ------------------------------------------------------------------------------------------------------
 
@@ -230,7 +252,9 @@ class Plan:
 
 
 def fits(method: str, setting: Setting) -> bool:
-    """Whether the setting's flows can serve a method."""
+    """Whether a method makes sense in a setting."""
+    if method == "natural":
+        return setting.imbalance != 1.0
     return method not in WHOLE_LATENT or setting.flow_size in (None, setting.size)
 
 

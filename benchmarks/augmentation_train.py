@@ -56,12 +56,23 @@ def make_body(name: str, channels: int, num_classes: int, size: int) -> nn.Modul
     raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
 
 
-def order_of(count: int, batch: int, steps: int, seed: int) -> Tensor:
-    """Rows of every step, int64 [steps, batch]: passes over shuffled images, a function of the seed alone."""
+def order_of(labels: Tensor, batch: int, steps: int, seed: int, oversampled: bool = True) -> Tensor:
+    """Rows of every step, int64 [steps, batch]: passes over shuffled images, a function of labels and seed alone.
+
+    Oversampled, a pass has equally many images of every class, those of a small class several times; where classes are
+    equal, that changes nothing.
+    """
     rng, parts, total = np.random.default_rng([seed, 0x0BDE2]), [], 0
+    classes = [np.flatnonzero(labels.numpy() == index) for index in range(int(labels.max()) + 1)]
+    oversampled = oversampled and len({len(rows) for rows in classes}) > 1
+    each = -(-len(labels) // len(classes))
     while total < steps * batch:
-        parts.append(rng.permutation(count))
-        total += count
+        if oversampled:
+            part = rng.permutation(np.concatenate([np.resize(rng.permutation(rows), each) for rows in classes]))
+        else:
+            part = rng.permutation(len(labels))
+        parts.append(part)
+        total += len(part)
     return torch.from_numpy(np.concatenate(parts)[: steps * batch].reshape(steps, batch))
 
 
@@ -95,7 +106,7 @@ def train(
     network = Classifier(body, everything.mean(1), everything.std(1).clamp_min(1e-3), bf16).train()
     optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARM_UP)
-    rows = order_of(len(y), batch, steps, seed)
+    rows = order_of(y, batch, steps, seed, oversampled="natural" not in dict(components))
     torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
     began = time.process_time()
     stack = Stack(components, flows, network, len(y), num_classes, seed, teacher)
