@@ -131,16 +131,6 @@ def counts(setting: Setting, num_classes: int) -> list[int]:
     return [max(2, round(setting.per_class * share)) for share in fall]
 
 
-def clustered(x: Tensor, count: int) -> Tensor:
-    """The k-means cluster of each image by its pixels, int64 [N]; all zero for fewer than two clusters."""
-    if count < 2:
-        return torch.zeros(len(x), dtype=torch.int64)
-    from sklearn.cluster import MiniBatchKMeans
-
-    means = MiniBatchKMeans(count, random_state=0, n_init=3, batch_size=1024)
-    return torch.from_numpy(means.fit_predict(x.flatten(1).float().numpy() / 255)).long()
-
-
 # ---- flows -----------------------------------------------------------------------------------------------------------
 
 
@@ -200,9 +190,8 @@ class Flows:
         if recipe.labels:
             x, y, classes = self.library.chosen(recipe.data, "train", recipe.size, recipe.channels, recipe.classes)
         else:
-            x = self.library.rest(recipe)[0]
-            y = clustered(x, recipe.clusters)
-            classes = [f"cluster {index}" for index in range(int(y.max()) + 1)]
+            x, classes = self.library.rest(recipe)[0], ["any"]
+            y = torch.zeros(len(x), dtype=torch.int64)
         data = ImageData.from_tensors(x, y, classes, name=recipe.data)
         settings = {**FLOW_SETTINGS, **recipe.settings, "epochs": recipe.epochs, "threads": torch.get_num_threads()}
         config = TrainConfig(**settings, max_minutes=None if seconds is None else max(0.05, seconds / 60))

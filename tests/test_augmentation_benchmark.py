@@ -282,13 +282,13 @@ def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_pat
     assert all("accuracy" in row and "val_accuracy" not in row for row in rows) and len(rows) == 25
     tuning = json.loads((tmp_path / "augmentation_tuning.json").read_text())
     assert all("accuracy" not in row and row["seed"] in settings.TUNING_SEEDS for row in tuning)
-    # With two more seeds: the three best singles, the pair that joins them, three of each method, flow and control.
+    # With two more seeds: the best singles, the pair that joins them, the best of each method, flow and control.
     again = [cell for cell in cells if cell.seed in settings.TUNING_SEEDS[1:]]
     assert {(c.stage, c.method) for c in again if c.side == "opponent"} == {
         ("singles", "trivial"),
         ("pairs", "erasing"),
     }
-    assert len(again) == 2 * (3 + 1 + 3 * 2 * 3)
+    assert len(again) == 2 * (1 + settings.FINALISTS * (1 + 3 * 2))
 
 
 def test_a_lucky_first_seed_does_not_decide(tmp_path: Path) -> None:
