@@ -47,7 +47,8 @@ class Cell:
     @property
     def key(self) -> str:
         """A name, for people and for ``--cells``."""
-        values = ",".join(f"{k}={v}" for k, v in self.params.items() if k != "flow")
+        # The flow of ours and of controls has a place of its own.
+        values = ",".join(f"{k}={v}" for k, v in self.params.items() if k != "flow" or self.side == "opponent")
         under = "+".join(name for name, _ in self.base)
         where = f"{self.setting.name}/{self.classifier}/{self.stage}/{self.side}/{self.flow}"
         return f"{where}/{under}+{self.method}({values})/{self.seed}"
@@ -114,18 +115,18 @@ class Plan:
     def singles(self, setting: Setting, classifier: str) -> list[Cell]:
         result = []
         for name in self.args.opponents:
-            method, flow = METHODS[name], {}
-            if not fits(name, setting):
+            method = METHODS[name]
+            if not fits(name, setting) or (method.flow and not setting.proof):
                 continue
-            if method.flow:
-                # Always through the same flow, and never through one that has seen all labels.
-                if not setting.proof:
-                    continue
-                flow = {"flow": setting.proof[0]}
+            # Through every flow that counts as proof: what it adds without a choice of direction is an opponent too.
+            through = [name for name in self.available(setting) if name in setting.proof]
+            flows = [{"flow": flow} for flow in dict.fromkeys((*setting.proof[:1], *through))] if method.flow else [{}]
             base = () if name in ("none", "cropflip") else (CROPFLIP,)
-            for params in method.trials[: self.args.trials]:
-                params = {**params, **flow}
-                result.append(Cell("singles", setting, classifier, "opponent", "none", name, params, base, TUNING_SEED))
+            where = ("singles", setting, classifier, "opponent", "none", name)
+            for flow in flows:
+                result += [
+                    Cell(*where, {**params, **flow}, base, TUNING_SEED) for params in method.trials[: self.args.trials]
+                ]
         return result
 
     def pairs(self, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:

@@ -59,6 +59,7 @@ _SETTINGS = (
     Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=LONG),
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
+    Setting("fashion-5", "fashion-mnist", 5, 28, 1, (UNLABELLED,)),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED), ("fashion-mnist",)),
     Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), ("fashion-mnist",), steps=LONG),
     Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), (), None, 100.0),
@@ -126,7 +127,7 @@ class Method:
     Attributes:
         side: "opponent" or "ours"; every one of ours is also a control, with the identity in place of the flow.
         trials: settings tried; each side has as many for a method with something to tune.
-        flow: whether it needs one. An opponent that needs one takes the setting's first.
+        flow: whether it needs one. An opponent that needs one is tried with each that counts as proof.
     """
 
     side: str

@@ -265,6 +265,7 @@ def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_pat
     assert {key: n for key, n in tried.items() if n != 3} == {
         ("opponent", "none", "none"): 1,
         ("opponent", "none", "cropflip"): 1,
+        ("opponent", "none", "latent-noise"): 6,  # through either flow
     }
     final = [cell for cell in cells if cell.stage == "final" and cell.seed == 0]
     assert {(c.side, c.flow, c.method) for c in final} == {
@@ -310,13 +311,14 @@ def test_without_its_flow_a_setting_stops_before_the_test_images(tmp_path: Path)
     store = Store(tmp_path)
     plan = planning.Plan(arguments(), NoFlows())
     cells = [cell for cell in measure(plan, store, made_up) if store.has(cell)]
-    assert {cell.stage for cell in cells} == {"singles"} and "latent-noise" not in {cell.method for cell in cells}
-    assert {cell.method for cell in plan.cells(CIFAR, "cnn", store) if plan.lacks(cell)} == {"latent-noise"}
+    assert {cell.stage for cell in cells} == {"singles"}
+    assert {cell.params["flow"] for cell in cells if cell.method == "latent-noise"} == {"own"}
+    waiting = [cell for cell in plan.cells(CIFAR, "cnn", store) if plan.lacks(cell)]
+    assert {(cell.method, cell.params["flow"]) for cell in waiting} == {("latent-noise", "imagenette32")}
     # What was measured serves when it comes.
-    later = measure(planning.Plan(arguments(through=["imagenette32"]), AllFlows()), store, made_up)
-    assert {c.flow for c in later} == {"none", "identity", "imagenette32"} and {c.key for c in cells} < {
-        c.key for c in later
-    }
+    later = measure(planning.Plan(arguments(), AllFlows()), store, made_up)
+    assert {c.flow for c in later} == {"none", "identity", "imagenette32", "own"}
+    assert {c.key for c in cells} < {c.key for c in later}
 
 
 def test_an_opponent_measured_earlier_does_not_ask_for_its_flow_again(tmp_path: Path) -> None:
