@@ -114,19 +114,15 @@ class Plan:
 
     def singles(self, setting: Setting, classifier: str) -> list[Cell]:
         result = []
-        for name in self.args.opponents:
-            method = METHODS[name]
-            if not fits(name, setting) or (method.flow and not setting.proof):
-                continue
-            # Through every flow that counts as proof: what it adds without a choice of direction is an opponent too.
-            through = [name for name in self.available(setting) if name in setting.proof]
-            flows = [{"flow": flow} for flow in dict.fromkeys((*setting.proof[:1], *through))] if method.flow else [{}]
+        # Through every flow that counts as proof: what one adds without a choice of direction is an opponent's, too.
+        counting = [flow for flow in self.available(setting) if flow in setting.proof]
+        flows = [{"flow": flow} for flow in dict.fromkeys((*setting.proof[:1], *counting))]
+        for name in (name for name in self.args.opponents if fits(name, setting)):
             base = () if name in ("none", "cropflip") else (CROPFLIP,)
             where = ("singles", setting, classifier, "opponent", "none", name)
-            for flow in flows:
-                result += [
-                    Cell(*where, {**params, **flow}, base, TUNING_SEED) for params in method.trials[: self.args.trials]
-                ]
+            trials = METHODS[name].trials[: self.args.trials]
+            for flow in flows if METHODS[name].flow else [{}]:
+                result += [Cell(*where, {**params, **flow}, base, TUNING_SEED) for params in trials]
         return result
 
     def pairs(self, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:

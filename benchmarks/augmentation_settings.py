@@ -140,7 +140,7 @@ def _each(name: str, *values: Any, **others: Any) -> tuple[dict[str, Any], ...]:
 
 
 METHODS: dict[str, Method] = {
-    # Opponents; all but "none" and "natural" come after crop + flip.
+    # Opponents; all but "none" come after crop + flip.
     "none": Method("opponent", ({},)),
     "cropflip": Method("opponent", ({},)),
     "natural": Method("opponent", ({},)),  # images of a long tail as often as they are there
