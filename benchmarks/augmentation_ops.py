@@ -21,6 +21,8 @@ from glem_augment import GLEM, GLEMAugment, SyntheticDataset
 from glem_augment.training.image_ops import augment_batch
 
 Component = tuple[str, dict[str, Any]]
+# (uint8 images, labels, bool mask) to images and labels with those of the mask changed.
+Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SYNTHETIC_POOL, POOL_RATIO = 200, 4  # images of a class, at most; to a training image
 # Pixel operations first, then what makes batches float, then what mixes labels.
 _ORDER = ("cropflip", "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
@@ -53,14 +55,11 @@ class Reused:
     """A transform applied to a share p of the images; what it made of one is used ``REUSE`` times on average.
 
     Args:
-        transform: (uint8 images, labels, bool mask) to images and labels with those of the mask changed, and the
-            labels of all in one form, hard or soft.
+        transform: gives the labels of all in one form, hard or soft.
         count: training images.
     """
 
-    def __init__(
-        self, transform: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], p: float, count: int
-    ) -> None:
+    def __init__(self, transform: Change, p: float, count: int) -> None:
         self.transform, self.p, self.count = transform, p, count
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
@@ -156,9 +155,7 @@ class Stack:
 
         return Reused(either, p, count)
 
-    def _along_modes(
-        self, model: GLEM, seed: int, params: dict[str, Any]
-    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _along_modes(self, model: GLEM, seed: int, params: dict[str, Any]) -> Change:
         assert model.modes is not None
         aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
         if params["policy"] == "adversarial":
@@ -166,9 +163,7 @@ class Stack:
         # All rows may be partners; only those of the mask are decoded.
         return lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask))
 
-    def _whole_latent(
-        self, model: GLEM, strength: float, adversarial: bool
-    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _whole_latent(self, model: GLEM, strength: float, adversarial: bool) -> Change:
         """Moves in all dimensions, in standard deviations of the image's class: Gaussian, or up the classifier's loss.
 
         The step up the loss is ``strength sqrt(d)`` long and starts from noise half that long.
