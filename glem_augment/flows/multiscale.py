@@ -8,11 +8,15 @@ from torch import Tensor
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.compiled import compile_step
 from glem_augment.flows.coupling import Coupling
+from glem_augment.flows.host_memory import keep_freed_memory
 from glem_augment.flows.layers import ActNorm
 from glem_augment.flows.level import Level, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
 
 MEMORY = ("stored", "reversible")
+
+# On import: workers that unpickle a flow make none themselves.
+keep_freed_memory()
 
 
 class MultiscaleFlow(Bijection):
