@@ -33,5 +33,5 @@ def fresh_pages(environment: dict[str, str]) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
 def test_layers_reuse_memory_unless_the_user_has_set_the_limits() -> None:
-    assert fresh_pages({}) < 300
-    assert fresh_pages(SMALL) > 3000
+    # How many pages a fault brings is up to the kernel.
+    assert 10 * fresh_pages({}) < fresh_pages(SMALL)

@@ -17,4 +17,4 @@ def keep_freed_memory() -> None:
     ("M_MMAP_THRESHOLD" in mallopt(3)); at most 64 MiB of free memory stay with the process then. The block's pages are
     never touched. Where a user has set these limits, or the C library is another one, nothing changes.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8)
+    torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")
