@@ -61,6 +61,7 @@ _SETTINGS = (
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
     Setting("fashion-5", "fashion-mnist", 5, 28, 1, (UNLABELLED,)),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED), ("fashion-mnist",)),
+    Setting("fashion-20", "fashion-mnist", 20, 28, 1, (UNLABELLED,)),
     Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), ("fashion-mnist",), steps=LONG),
     Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), (), None, 100.0),
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
