@@ -113,11 +113,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.bar(place, height, 0.92 * width, color=f"C{sides.index(row['side'])}")
                 axis.text(place, height, f"{percent:.0f}", ha="center", va="bottom", fontsize=6)
         axis.set_yscale("log")
+        axis.set_ylim(bottom=1)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_ylabel(f"{'training' if operation == 'train' else 'decoding'}: % above the subnets alone")
         axis.grid(axis="y", alpha=0.3)
     axes[1].set_xticks(range(len(cases)), cases, rotation=20)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(sides))]
-    figure.legend(handles, sides, loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(handles, sides, loc="outside upper center", ncols=4 if len(cases) > 2 else 2, fontsize=8)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     plt.close(figure)
