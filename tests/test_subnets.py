@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from glem_augment import GLEM
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import AffineCoupling, Bijection, MatExpCoupling, build_flow, create_flow
+from glem_augment.flows.activations import ACTIVATIONS, Activation
 from glem_augment.flows.presets import check_spec, resolve_preset
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Activation, ResidualSubnet, make_subnet
+from glem_augment.flows.subnets import CONV_SUBNETS, SUBNETS, ResidualSubnet, make_subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])

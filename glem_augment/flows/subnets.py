@@ -12,56 +12,19 @@ All share one contract (``Subnet``), so that a coupling need not know which it h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glem_augment.flows.activations import Activation
+
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
-ACTIVATIONS = ("elu", "silu", "relu", "gelu")
-_PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-# Those whose derivative follows from their result: done in place, autograd keeps one tensor instead of two. The others
-# would make autograd copy the input first.
-_FROM_RESULT = ("elu", "relu")
 # Channels per attention head, where the width allows.
 _HEAD = 32
 # On planes of so few pixels, 3x3 convolutions at such widths run faster contiguously than channels last on a CPU: see
 # mef_cifar_2 among the floors that benchmarks/speed.py tries.
 _FEW_PIXELS, _WIDE = 16, 128
-
-
-class Activation(nn.Module):
-    """An elementwise nonlinearity that keeps as little for the backward pass as its derivative allows.
-
-    Args:
-        name: one of ``ACTIVATIONS``.
-    """
-
-    def __init__(self, name: str = "elu") -> None:
-        super().__init__()
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-        self.name = name
-
-    def forward(self, x: Tensor, owned: bool = True) -> Tensor:
-        """Apply it to ``x``, any shape.
-
-        Args:
-            owned: nobody else reads ``x`` any more (the result of a convolution, which does not need it for its
-                gradient), so it may be overwritten.
-        """
-        function = _PLAIN[self.name]
-        if self.name not in _FROM_RESULT:
-            return function(x)
-        if owned:
-            return function(x, inplace=True)
-        # relu keeps its result in either form. For elu a copy is cheaper than what it saves: the derivative from the
-        # result needs no exponential, and the input is not kept beside the result.
-        if self.name == "elu" and torch.is_grad_enabled():
-            return function(x.clone(), inplace=True)
-        return function(x)
 
 
 def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:

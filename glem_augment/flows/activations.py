@@ -1,0 +1,47 @@
+"""The elementwise nonlinearities of the convolutional subnets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = ("elu", "silu", "relu", "gelu")
+_PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+# Those whose derivative follows from their result: done in place, autograd keeps one tensor instead of two. The others
+# would make autograd copy the input first.
+_FROM_RESULT = ("elu", "relu")
+
+
+class Activation(nn.Module):
+    """An elementwise nonlinearity that keeps as little for the backward pass as its derivative allows.
+
+    Args:
+        name: one of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, name: str = "elu") -> None:
+        super().__init__()
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        self.name = name
+
+    def forward(self, x: Tensor, owned: bool = True) -> Tensor:
+        """Apply it to ``x``, any shape.
+
+        Args:
+            owned: nobody else reads ``x`` any more (the result of a convolution, which does not need it for its
+                gradient), so it may be overwritten.
+        """
+        function = _PLAIN[self.name]
+        if self.name not in _FROM_RESULT:
+            return function(x)
+        if owned:
+            return function(x, inplace=True)
+        # relu keeps its result in either form. For elu a copy is cheaper than what it saves: the derivative from the
+        # result needs no exponential, and the input is not kept beside the result.
+        if self.name == "elu" and torch.is_grad_enabled():
+            return function(x.clone(), inplace=True)
+        return function(x)
