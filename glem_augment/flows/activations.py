@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,17 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu"
 # Those whose derivative follows from their result: done in place, autograd keeps one tensor instead of two. The others
 # would make autograd copy the input first.
 _FROM_RESULT = ("elu", "relu")
+_LOG2_E = 1 / math.log(2)
+
+
+def elu_by_exp2(x: Tensor) -> Tensor:
+    """ELU as ``max(x, 2^(min(x, 0) log2 e) - 1)``: within 1e-7 of ``F.elu`` in float32, and without a derivative.
+
+    Five passes over memory, and yet half the time of ``F.elu`` on a CPU: torch's vectorised exp2 takes a sixth of its
+    expm1 (benchmarks/elementwise.py).
+    """
+    below = torch.mul(x, _LOG2_E).clamp_max_(0).exp2_().sub_(1)
+    return torch.maximum(x, below, out=below)
 
 
 class Activation(nn.Module):
@@ -35,6 +47,8 @@ class Activation(nn.Module):
             owned: nobody else reads ``x`` any more (the result of a convolution, which does not need it for its
                 gradient), so it may be overwritten.
         """
+        if self.name == "elu" and _exp2_is_faster(x):
+            return elu_by_exp2(x)
         function = _PLAIN[self.name]
         if self.name not in _FROM_RESULT:
             return function(x)
@@ -45,3 +59,9 @@ class Activation(nn.Module):
         if self.name == "elu" and torch.is_grad_enabled():
             return function(x.clone(), inplace=True)
         return function(x)
+
+
+def _exp2_is_faster(x: Tensor) -> bool:
+    """Whether ``elu_by_exp2`` may stand for ``F.elu``; a compiler makes one pass of either."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not plain and x.device.type == "cpu" and x.dtype == torch.float32

@@ -27,6 +27,14 @@ def row_bounded(raw: Tensor, bound: float, dim: int) -> Tensor:
     return raw * (bound / (1 + raw.abs().sum(dim, keepdim=True)))
 
 
+def bounded(raw: Tensor, bound: float) -> Tensor:
+    """``bound * tanh(raw / bound)``, entry by entry.
+
+    By way of a sigmoid, for which torch takes a CPU a ninth of the time of its tanh (benchmarks/elementwise.py).
+    """
+    return torch.sigmoid(raw * (2 / bound)).sub(0.5) * (2 * bound)
+
+
 class Coupling(Bijection):
     """Splits the channels in halves x1, x2; x1 passes unchanged, x2 is mapped with parameters made from x1."""
 
@@ -82,7 +90,7 @@ class AffineCoupling(Coupling):
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         raw, shift = params.transpose(0, 1).contiguous().split(self.half)
-        log_scale = self.bound * torch.tanh(raw / self.bound)
+        log_scale = bounded(raw, self.bound)
         logdet = log_scale.sum((0, 2, 3))
         if inverse:
             return (x2 - shift) * (-log_scale).exp(), -logdet
