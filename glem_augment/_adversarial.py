@@ -158,7 +158,7 @@ class Adversary:
         classifier = unwrapped(self.classifier)
         with torch.enable_grad(), untouched(classifier, flow):
             c = start.detach().clone().requires_grad_(True)
-            pictures = render(c)
+            pictures = self._as_weights(render(c), classifier, caller)
             with caller.again(self.autocast):
                 total = self._total(classifier(pictures), labels)
                 if not total.requires_grad:
@@ -173,6 +173,14 @@ class Adversary:
         length = 0.5 * strength * modes.to(norm.dtype).sqrt()
         step = length.reshape(-1, 1) * gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return start + torch.where(usable, step, 0.0)
+
+    def _as_weights(self, pictures: Tensor, classifier: nn.Module, caller: CallerSettings) -> Tensor:
+        """Without autocast, pictures in the dtype of the classifier's weights: a training loop that has these in half
+        precision casts its batches after the loader."""
+        weight = next((p for p in classifier.parameters() if p.is_floating_point()), None)
+        if weight is None or caller.autocast or self.autocast is not None:
+            return pictures
+        return pictures.to(weight.dtype)
 
     def _half(self, caller: CallerSettings) -> bool:
         return (self.autocast or (caller.dtype if caller.autocast else None)) == torch.float16

@@ -48,10 +48,8 @@ def check_class_map(
         ValueError: for a flow or data class out of range, nothing mapped, or a num_classes that does not fit.
         TypeError: for what is not a mapping or sequence of integers.
     """
-    if num_classes is not None and (
-        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
-    ):
-        raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
+    if num_classes is not None:
+        num_classes = check_whole("num_classes", num_classes, 1)
     if class_map is None:
         if num_classes not in (None, flow_classes):
             raise ValueError(

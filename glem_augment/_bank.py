@@ -22,7 +22,7 @@ class LatentBank:
 
     def __init__(self, num_classes: int, capacity: int, dim: int, device: torch.device) -> None:
         self.capacity = capacity
-        self.latents = torch.zeros(num_classes * capacity + 1, dim, device=device)
+        self.latents = torch.zeros(num_classes * capacity + 1, dim, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     @property

@@ -22,7 +22,7 @@ class WorkerCounts:
     """
 
     def __init__(self, *shape: int, dtype: torch.dtype = torch.int64, workers: int = WORKERS) -> None:
-        self.rows = torch.zeros(workers, *shape, dtype=dtype).share_memory_()
+        self.rows = torch.zeros(workers, *shape, dtype=dtype, device="cpu").share_memory_()
 
     def own(self) -> Tensor:
         """This worker's row, to be changed in place; the main process has that of worker 0."""
@@ -72,11 +72,11 @@ class MoveCounts:
             return
         counts = self._own()
         if self._told is not None:
-            self._in_workers.own().add_(torch.tensor(counts) - torch.tensor(self._told))
+            self._in_workers.own().add_(torch.tensor(counts, device="cpu") - torch.tensor(self._told, device="cpu"))
         self._told = counts
 
     def _own(self) -> list[int]:
-        totals = torch.tensor(self.here)
+        totals = torch.tensor(self.here, device="cpu")
         for device, counts in self._devices.items():
             if device.type != "cpu" and get_worker_info() is not None:
                 continue  # the main process's, which a forked worker can't read

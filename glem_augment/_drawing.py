@@ -42,7 +42,7 @@ class AugmentParams:
     source: Tensor
     l: Tensor  # noqa: E741  (the paper's letter)
     eps: Tensor
-    stored: Tensor = field(default_factory=lambda: torch.empty(0))
+    stored: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """The same parameters with every tensor on `device`."""
@@ -62,8 +62,8 @@ def chosen_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:
     Not a coin for every row: n would differ from batch to batch, and whatever prepares itself for the shapes it meets
     (oneDNN, cuDNN's benchmark mode, torch.compile) would do so again and again, which takes time and memory.
     """
-    n = math.floor(p * batch + float(torch.rand((), generator=generator, dtype=torch.float64)))
-    return torch.randperm(batch, generator=generator)[:n].sort().values
+    n = math.floor(p * batch + float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")))
+    return torch.randperm(batch, generator=generator, device="cpu")[:n].sort().values
 
 
 def folded_beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:
@@ -72,7 +72,7 @@ def folded_beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:
     Beta is g / (g + g') of two gammas, taken in logarithms with g(alpha) = g(alpha + 1) u^(1/alpha): for a
     small alpha both gammas underflow. (torch.distributions.Beta takes no generator.)
     """
-    gammas = torch._standard_gamma(torch.full((n, 2), alpha + 1.0, dtype=torch.float64), generator)
-    uniform = torch.rand(n, 2, generator=generator, dtype=torch.float64).clamp(min=1e-300)
+    gammas = torch._standard_gamma(torch.full((n, 2), alpha + 1.0, dtype=torch.float64, device="cpu"), generator)
+    uniform = torch.rand(n, 2, generator=generator, dtype=torch.float64, device="cpu").clamp(min=1e-300)
     logs = gammas.log() + uniform.log() / alpha
     return (logs[:, 0] - logs[:, 1]).abs().sigmoid().to(torch.float32)

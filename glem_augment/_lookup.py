@@ -134,15 +134,15 @@ def class_tables(model: GLEM, class_map: tuple[int, ...] | None, neighbours: int
     """
     check_worker_device(model.device)
     flow_classes = model.num_classes
-    to_flow = torch.tensor(range(flow_classes) if class_map is None else class_map)
+    to_flow = torch.tensor(range(flow_classes) if class_map is None else class_map, device="cpu")
     mapped = (to_flow >= 0).nonzero()[:, 0]
-    to_data = torch.full((flow_classes,), -1)
+    to_data = torch.full((flow_classes,), -1, device="cpu")
     # Reversed, so that the first of several data classes with one flow class names it.
     for data_class in reversed(mapped.tolist()):
         to_data[to_flow[data_class]] = data_class
     several = torch.bincount(to_flow[mapped], minlength=flow_classes)
     share = (to_flow >= 0) / several[to_flow.clamp(min=0)].clamp(min=1)
-    near = torch.zeros(flow_classes, 0, dtype=torch.int64)
+    near = torch.zeros(flow_classes, 0, dtype=torch.int64, device="cpu")
     if neighbours:
         # Only classes that the data has, or the label of a drawn partner could not be named.
         kld = model.gaussians.kld_matrix().detach().cpu()

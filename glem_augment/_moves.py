@@ -102,7 +102,7 @@ def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
     partner = torch.where(params.partner < 0, rows, params.partner)
     if rows.device.type != "cpu":
         return _fixed_set(rows, partner, batch)
-    selected = torch.zeros(batch, dtype=torch.bool).index_fill_(0, rows, True)
+    selected = torch.zeros(batch, dtype=torch.bool, device="cpu").index_fill_(0, rows, True)
     return _placed(torch.cat([rows, partner[~selected[partner]].unique()]), partner, batch)
 
 

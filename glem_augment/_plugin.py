@@ -141,11 +141,11 @@ class PlugIn:
 
     # ---- saving ----
 
-    def get_extra_state(self: GLEMAugment) -> dict[str, int]:
+    def get_extra_state(self: GLEMAugment) -> dict[str, Any]:
         """The random state, for `state_dict`: whole numbers, the same on every rank."""
         return self._random.state()
 
-    def set_extra_state(self: GLEMAugment, state: dict[str, int]) -> None:
+    def set_extra_state(self: GLEMAugment, state: dict[str, Any]) -> None:
         """Go on drawing where the state was taken."""
         self._random.restore(state)
 

@@ -3,8 +3,8 @@
 Call number n on a rank and worker draws from its own generator, seeded from (seed, rank, worker, n). So nothing of
 the past has to be stored but n, and a checkpoint that rank 0 wrote resumes every rank where it was.
 
-The calls that DataLoader workers make are counted in shared memory and are part of n as well: a run that is resumed
-does not meet the draws of its first epoch again, even where torch's own seed, and with it the workers', is the same.
+The calls of each DataLoader worker are counted in shared memory and are part of its n, from epoch to epoch. Their
+counts are saved too: a run that is resumed after an epoch goes on with the draws that it would have met.
 """
 
 from __future__ import annotations
@@ -49,29 +49,35 @@ class RandomState:
     def generator(self) -> torch.Generator:
         """The next call's generator. On the CPU whatever the batch: the same draws on every device, and no sync."""
         info = get_worker_info()
-        # A worker's seed changes from epoch to epoch, its copy of this state starts from the same call again.
-        worker = [] if info is None else [info.seed % 2**64]
-        words = np.random.SeedSequence([self.seed % 2**64, rank(self._sender), self.calls, *worker]).generate_state(
+        if info is None:
+            number, worker = self.calls, []
+            self.calls += 1
+        else:
+            # The worker's copy of this state is that of the main process when the epoch began.
+            number, worker = self.calls + int(self._in_workers.own()), [info.seed % 2**64]
+            self._in_workers.own().add_(1)
+        words = np.random.SeedSequence([self.seed % 2**64, rank(self._sender), number, *worker]).generate_state(
             1, np.uint64
         )
-        self.calls += 1
-        if info is not None:
-            self._in_workers.own().add_(1)
         # On the CPU a generator takes any 64 bits; the highest one is left out for those that do not.
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
-    def state(self) -> dict[str, int]:
-        """What `restore` needs."""
-        return {"seed": self.seed, "calls": self.calls + int(self._in_workers.total())}
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs: whole numbers, and `workers`, a list of them, where there have been any."""
+        counts = np.trim_zeros(self._in_workers.rows.numpy(), "b").tolist()
+        return {"seed": self.seed, "calls": self.calls, **({"workers": counts} if counts else {})}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on where the state was taken; ValueError for what is no such state."""
         try:
             seed, calls = int(state["seed"]), int(state["calls"])
-        except (KeyError, TypeError, ValueError):
+            counts = torch.tensor([int(count) for count in state.get("workers", [])], dtype=torch.int64, device="cpu")
+            rows = torch.zeros_like(self._in_workers.rows)
+            rows[: len(counts)] = counts
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise ValueError(f"a random state has whole numbers 'seed' and 'calls', got {state!r}") from None
         self.seed, self.calls = seed, calls
-        self._in_workers.rows.zero_()
+        self._in_workers.rows.copy_(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sender": rank(self._sender)}

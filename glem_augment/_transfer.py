@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class PixelAdapter:
             raise ValueError(f"std must be positive, got {std!r}")
         self.detail = detail
         self._range_seen: set[tuple[torch.device, torch.dtype]] = set()
-        self._constants: dict[tuple[str, torch.device], Tensor] = {}
+        self._constants: dict[tuple[str, torch.device, int], Tensor] = {}
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError or TypeError for a batch [B, C, H, W] that can't be converted.
@@ -87,7 +88,7 @@ class PixelAdapter:
             raise TypeError(f"x must be uint8 or floating point, got {x.dtype}")
         if self.mean is not None:
             for name, values in (("mean", self.mean), ("std", self.std)):
-                if values is not None and len(values) not in (1, channels):
+                if values is not None and len(for_channels(values, channels)) not in (1, channels):
                     raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
         if x.numel() and (x.device, x.dtype) not in self._range_seen:
             (self._check_unit if self.mean is None else self._check_normalised)(x)
@@ -208,9 +209,11 @@ class PixelAdapter:
         return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
     def _constant(self, name: str, like: Tensor) -> Tensor:
-        key = (name, like.device)
+        key = (name, like.device, like.shape[1])
         if key not in self._constants:
             values = {"mean": self.mean, "std": self.std, "luma": LUMA}[name]
+            assert values is not None
+            values = for_channels(values, like.shape[1])
             # One made under inference_mode could take no part in a later call's graph.
             with torch.inference_mode(False):
                 self._constants[key] = torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
@@ -218,6 +221,11 @@ class PixelAdapter:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_constants": {}, "_range_seen": set()}
+
+
+def for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A mean or std for images of so many channels: timm averages the three of an RGB configuration for grey images."""
+    return (sum(values) / 3,) if channels == 1 and len(values) == 3 else values
 
 
 def _clamp_as(out: Tensor, original: Tensor) -> Tensor:
@@ -233,8 +241,8 @@ def _clamp_as(out: Tensor, original: Tensor) -> Tensor:
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
-    values = (value,) if isinstance(value, (int, float)) else tuple(value)
     try:
+        values = (value,) if isinstance(value, Real) else tuple(value)
         return tuple(float(v) for v in values)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}") from None

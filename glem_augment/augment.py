@@ -30,6 +30,7 @@ from glem_augment._arguments import (
     check_labels,
     check_modes,
     check_number,
+    check_whole,
     default_modes,
 )
 from glem_augment._bank import LatentBank
@@ -152,8 +153,7 @@ class GLEMAugment(PlugIn, nn.Module):
         )
         if not isinstance(rescale, bool):
             raise TypeError(f"rescale must be True or False, got {rescale!r}")
-        if isinstance(bank, bool) or not isinstance(bank, int) or bank < 0:
-            raise ValueError(f"bank must be a whole number of latents per class, 0 for none; got {bank!r}")
+        bank = check_whole("bank", bank, 0)
         if policy != "mixup" and (rescale or bank):
             raise ValueError(f"rescale and bank are for policy='mixup', which has partners; got policy={policy!r}")
         if bank and partner == "gaussian":
@@ -197,7 +197,7 @@ class GLEMAugment(PlugIn, nn.Module):
         """
         return self._counts.stats()
 
-    def forward(self, x: Any, y: Any = None) -> Any:
+    def forward(self, x: Any, y: Any = None, *others: Any) -> Any:
         """Augment a batch.
 
         Args:
@@ -205,6 +205,7 @@ class GLEMAugment(PlugIn, nn.Module):
                 size; grey or RGB. Never changed in place. Also the first item of torchvision's v2 structures
                 (tv_tensors, dicts, tuples; see `as_transform`), then given back as they came.
             y: int64 [B] data classes, or soft labels [B, K'].
+            others: of a v2 structure of more than two items.
 
         Returns:
             (x', y') with x' of x's dtype, device and memory format; rows that were not selected are bit for
@@ -213,8 +214,8 @@ class GLEMAugment(PlugIn, nn.Module):
         Raises:
             ValueError, TypeError: for a wrong shape, dtype, value range or label.
         """
-        if is_structure(x, y):
-            return augment_sample(self, x if y is None else (x, y))
+        if others or is_structure(x, y):
+            return augment_sample(self, x if y is None else (x, y, *others))
         self._check(x, y)
         if self.p == 0:
             return x, self.target(y)
@@ -243,7 +244,8 @@ class GLEMAugment(PlugIn, nn.Module):
         cls_all = self._flow_class(y, tables)
         if self.policy != "mixup" or len(chosen) == 0:
             rows = move(chosen, y.device)
-            eps, none = move(torch.randn(len(rows), self.modes, generator=g), y.device), rows.new_empty(0)
+            drawn = torch.randn(len(rows), self.modes, generator=g, dtype=torch.float32, device="cpu")
+            eps, none = move(drawn, y.device), rows.new_empty(0)
             return AugmentParams(rows, cls_all[rows], none, none, none, eps.new_empty(0), eps)
         return draw_mixup(
             self.partner,
@@ -324,7 +326,7 @@ class GLEMAugment(PlugIn, nn.Module):
         cls = params.cls.clamp(min=0)
         detail = None
         if self.policy != "mixup":
-            share = torch.ones(len(z), device=z.device)
+            share = z.new_ones(len(z))
             coefficients = self.strength * params.eps
             if self._adversary is not None and self.policy == "adversarial":
 
@@ -422,6 +424,14 @@ class GLEMAugment(PlugIn, nn.Module):
         if y.device.type != "cpu":
             self._counts.on(y.device)[2] += invalid.sum()
         return tables.to_flow[data_cls.clamp(0, self.num_classes - 1)].masked_fill(invalid, -1)
+
+    def moved_rows(self, y: Tensor) -> Tensor:
+        """Rows of a batch whose class the flow has, so that they can be changed; int64 [n], waits for the device of y.
+
+        Args:
+            y: int64 [B] or soft [B, K'].
+        """
+        return (self._flow_class(y, self._tables_on(y.device)) >= 0).nonzero()[:, 0]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies on accelerators are made again where they are needed; the classifier is not the transform's to send.

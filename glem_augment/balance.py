@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment._arguments import check_whole
 from glem_augment.classmatch import match_classes
@@ -133,6 +134,14 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
         return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
     if isinstance(real, tuple) and len(real) == 2 and all(isinstance(part, Tensor) for part in real):
         return real[1].cpu().numpy().astype(np.int64), None
+    if isinstance(real, Subset):
+        whole, names = targets_and_classes(real.dataset)
+        return whole[np.asarray(real.indices, dtype=np.int64)], names
+    if isinstance(real, ConcatDataset):
+        parts = [targets_and_classes(part) for part in real.datasets]
+        if any(names != parts[0][1] for _, names in parts):
+            raise DataError("the parts of this ConcatDataset have other classes than its first: join those of the same")
+        return np.concatenate([found for found, _ in parts]), parts[0][1]
     targets = getattr(real, "targets", None)
     if targets is None:
         targets = getattr(real, "labels", None)

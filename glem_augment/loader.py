@@ -11,6 +11,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from glem_augment._transfer import for_channels
 from glem_augment.balance import class_names
 from glem_augment.classmatch import match_classes
 from glem_augment.errors import ClassMismatchError
@@ -23,7 +24,7 @@ TOO_MANY, ENOUGH = 0.3, 100
 
 NAFLEX = (
     "NaFlex loaders give patches of images of many sizes, not image batches [B, C, H, W]: use an ordinary loader "
-    "(timm's create_loader), or augment the images in the data set's transform with aug.as_transform()"
+    "(timm's create_loader)"
 )
 
 
@@ -59,7 +60,8 @@ class AugmentedLoader:
         device: torch.device | str | None = None,
         off_epoch: int | None = None,
     ) -> None:
-        if "NaFlex" in type(loader).__name__ or "NaFlex" in type(getattr(loader, "dataset", None)).__name__:
+        parts = (loader, getattr(loader, "dataset", None), getattr(loader, "collate_fn", None))
+        if any("NaFlex" in type(part).__name__ for part in parts):
             raise ValueError(NAFLEX)
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
@@ -153,7 +155,8 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
     theirs = [[v / 255 for v in values.detach().float().flatten().tolist()] for values in (loader.mean, loader.std)]
     channels = len(theirs[0])
     ours = [
-        None if v is None else list(v) * (channels if len(v) == 1 else 1) for v in (aug.pixels.mean, aug.pixels.std)
+        None if v is None else list(for_channels(v, channels)) * (channels if len(v) == 1 else 1)
+        for v in (aug.pixels.mean, aug.pixels.std)
     ]
     # Half-precision loaders hold their constants in half precision.
     close = all(
@@ -164,8 +167,7 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
         mean, std = (tuple(round(v, 4) for v in values) for values in theirs)
         raise ValueError(
             f"this loader normalises its images with mean={mean}, std={std}; the transform has "
-            f"mean={aug.pixels.mean}, std={aug.pixels.std}: make it with GLEMAugment(..., mean={mean}, std={std}), the "
-            "numbers of timm.data.resolve_model_data_config(model)"
+            f"mean={aug.pixels.mean}, std={aug.pixels.std}: make it with GLEMAugment(..., mean={mean}, std={std})"
         )
 
 

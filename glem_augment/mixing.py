@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,7 +21,8 @@ from glem_augment.synthetic import SyntheticDataset
 class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
-    Items are what the two data sets give (each applies its own transform). Classes are matched by name; where the
+    Items are what the two data sets give (each applies its own transform; setting `transform` here, as timm's
+    create_loader does, sets it on both). Classes are matched by name; where the
     real data names none, its numbers are the flow's.
 
     Args:
@@ -123,6 +125,22 @@ class RealAndSynthetic(Dataset):
             labels[i] = label
         return labels
 
+    @property
+    def transform(self) -> Any:
+        """The image transform of the real data; setting it sets that of the synthetic images as well, which come to it
+        in the mode (RGB, L) that the real ones are in if these are PIL images."""
+        return getattr(self.real, "transform", None)
+
+    @transform.setter
+    def transform(self, value: Callable[[Any], Any] | None) -> None:
+        if not hasattr(self.real, "transform"):
+            raise AttributeError(f"{type(self.real).__name__} has no transform that could be set: set one inside it")
+        self.real.transform = None
+        like = self.real[0][0] if self._real_count else None
+        mode = like.mode if isinstance(like, Image.Image) else None
+        self.real.transform = value
+        self.synthetic.transform = value if value is None or mode is None else _InMode(mode, value)
+
     def __len__(self) -> int:
         return self._real_count + len(self.chosen)
 
@@ -182,6 +200,19 @@ class RealAndSynthetic(Dataset):
 
     def __repr__(self) -> str:
         return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
+
+
+class _InMode:
+    """A transform of PIL images that gets them in one mode; a class, so that workers can be sent it."""
+
+    def __init__(self, mode: str, transform: Callable[[Any], Any]) -> None:
+        self.mode, self.transform = mode, transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(image.convert(self.mode))
+
+    def __repr__(self) -> str:
+        return f"_InMode({self.mode!r}, {self.transform!r})"
 
 
 def _in_turn(counts: list[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,10 +58,12 @@ class GLEMTransform(v2.Transform):
 
 def is_structure(x: Any, y: Any) -> bool:
     """Whether the arguments of a call are one of torchvision's structures rather than a plain batch and its labels."""
-    if y is None or isinstance(x, tv_tensors.TVTensor):
+    if y is None or isinstance(y, Mapping) or isinstance(x, tv_tensors.TVTensor):
         return True
     # One image out of a data set, with a number or a soft label [K'].
-    single = isinstance(y, int) or (isinstance(y, Tensor) and (y.ndim == 0 or (y.ndim == 1 and y.is_floating_point())))
+    single = isinstance(y, Integral) or (
+        isinstance(y, Tensor) and (y.ndim == 0 or (y.ndim == 1 and y.is_floating_point()))
+    )
     return isinstance(x, Tensor) and x.ndim == 3 and single
 
 
@@ -75,7 +78,7 @@ def augment_sample(aug: GLEMAugment, sample: Any, labels_getter: str | Callable[
         labels = labels_getter(sample)  # type: ignore[operator]
         # Small ints are one object wherever they stand: an index of the same value is found too.
         found = [i for i, item in enumerate(flat) if item is labels]
-    if not found or not isinstance(labels, (Tensor, int)) or isinstance(labels, bool):
+    if not found or not isinstance(labels, (Tensor, Integral)) or isinstance(labels, bool):
         raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
     where_y = found[-1]
     where_x = _image_position(flat, where_y)
@@ -102,7 +105,12 @@ def default_labels(sample: Any) -> tuple[tuple[Any, ...], Any]:
     if isinstance(sample, (tuple, list)) and len(sample) > 1:
         place = (GetAttrKey(sample._fields[1]) if hasattr(sample, "_fields") else SequenceKey(1),)
         sample = sample[1]
-    if isinstance(sample, (Tensor, int)):
+    if isinstance(sample, (Tensor, Integral)):
+        if not place:
+            raise ValueError(
+                "the transform got an image without a label, as a data set's transform= does; it needs both: augment "
+                "batches, with aug.wrap(loader) or collate_fn=aug.collate_fn(), or give (image, label)"
+            )
         return place, sample
     if isinstance(sample, Mapping):
         lower = {str(key).lower(): key for key in sample}

@@ -24,10 +24,10 @@ from glem_augment.augment import GLEMAugment
 
 @dataclass(frozen=True)
 class StrengthRow:
-    """What one strength does to held-out images.
+    """What one strength does to held-out images of the flow's classes.
 
-    strength; accuracy of the classifier on the moved images, in [0, 1]; change, the mean absolute change of a pixel in
-    uint8 steps; replaced, the share of images that were kept because the moved one was not plausible.
+    strength; accuracy of the classifier on what comes out, in [0, 1]; change, the mean absolute change of a pixel in
+    uint8 steps; replaced, the share of images that came out as they were because the moved one was not plausible.
     """
 
     strength: float
@@ -55,6 +55,9 @@ def choose_strength(
 ) -> StrengthReport:
     """The largest strength at which held-out images, all moved, are still recognised: labels stay right.
 
+    An image that is kept because its moved one is not plausible counts as lost. Images of classes that the flow does
+    not have are left out: nothing moves them.
+
     A bound from above, in seconds: whether so strong a move also helps, only `search` can tell. For policy
     "adversarial" the moves are noise with a step that fools this very classifier, so the drop says little: use "noise".
 
@@ -68,7 +71,7 @@ def choose_strength(
         The report.
 
     Raises:
-        ValueError: for another policy, no images, or an argument out of range.
+        ValueError: for another policy, no images of the flow's classes, or an argument out of range.
     """
     if aug.policy != "noise":
         raise ValueError(f"choose_strength needs policy='noise', got {aug.policy!r}: see `search` for the others")
@@ -87,15 +90,19 @@ def choose_strength(
     std = 1.0 if aug.pixels.std is None else fmean(aug.pixels.std)
     with evaluating(classifier):
         for x, y in batches:
+            rows = trials[0][0].moved_rows(y)
+            x, y = x[rows.to(x.device)], y[rows]
             cls, scale = data_class(y), 1.0 if x.dtype == torch.uint8 else 255.0 * std
             total += len(y)
+            if len(y) == 0:
+                continue
             right[-1] += _right(classifier, x, cls)
             for i, (trial, _) in enumerate(trials):
                 moved = trial(x, y)[0]
                 right[i] += _right(classifier, moved, cls)
                 change[i] += float((moved.float() - x.float()).abs().flatten(1).mean(1).sum()) * scale
     if total == 0:
-        raise ValueError("batches gave no images")
+        raise ValueError("batches gave no image of a class that the flow has")
     rows = [
         StrengthRow(
             strength,
@@ -107,7 +114,7 @@ def choose_strength(
     ]
     plain, chosen = right[-1] / total, 0.0
     for row in rows:  # up to the first that is too strong
-        if row.accuracy < plain - max_drop:
+        if row.accuracy - row.replaced < plain - max_drop:
             break
         chosen = row.strength
     return StrengthReport(plain, rows, chosen)

@@ -273,6 +273,25 @@ def test_mixed_precision_is_the_classifiers_alone(model: GLEM, where: str) -> No
     assert F.cosine_similarity(moved, wanted).min() > (0.9999 if where == "nowhere" else 0.97)
 
 
+def test_weights_in_half_precision_without_autocast(model: GLEM) -> None:
+    """As in timm's train.py with --model-dtype, which casts what comes out of the loader."""
+    single = network()
+    net = copy.deepcopy(single).to(torch.bfloat16)
+    before = snapshot(net)
+    x, y = images(6) / 255, labels(6)
+
+    def moved(policy: str, classifier: nn.Module) -> Tensor:
+        aug = GLEMAugment(model, p=1.0, policy=policy, modes=8, strength=0.5, seed=0)
+        return (aug if policy == "noise" else aug.attach(classifier))(x, y)[0]
+
+    start = moved("noise", net)  # of the same draws
+    step, exact = ((moved("adversarial", one) - start).flatten(1) for one in (net, single))
+    assert step.dtype == torch.float32
+    # The same steps, but for what bfloat16 rounds.
+    assert F.cosine_similarity(step, exact).min() > 0.9
+    assert_unchanged(net, before)
+
+
 def test_the_callers_matmul_precision_reaches_the_classifier(model: GLEM) -> None:
     net, seen = network(), []
     net[7].register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))

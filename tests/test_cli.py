@@ -271,11 +271,13 @@ def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output)
     summary = generated([*argv, "--out", str(tmp_path / "d"), "--classes", "bird,cat,dog"], output)
     assert summary["per_class"] == {"bird": 4, "cat": 3}
     assert pixels_of(tmp_path / "c") == pixels_of(tmp_path / "d")[4:]
-    # Shards have numbers alone, which go on being the flow's where a class needs no image.
+    # Shards have numbers alone: those of the real images, of which felix is the first.
     generated([*argv, "--out", str(tmp_path / "e"), "--format", "webdataset", "--classes", "cat,dog"], output)
     with tarfile.open(tmp_path / "e" / "data" / "train-00000-of-00001.tar") as archive:
         found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]
-    assert found == [b"1"] * 3
+    assert found == [b"0"] * 3
+    classes = json.loads((tmp_path / "e" / "glem-provenance.json").read_text())["classes"]
+    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 3), (1, "dog", 0)]
 
 
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -351,12 +353,13 @@ def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypa
     shards = [*base, str(tmp_path / "shards"), "--format", "webdataset"]
     assert generated(shards, output)["format"] == "webdataset"
     read = webdataset.WebDataset(str(tmp_path / "shards/data/train-00000-of-00001.tar"), shardshuffle=False)
-    found = [(["cat", "dog"][label], image.tobytes()) for image, label in read.decode("pil").to_tuple("png", "cls")]
+    names = ["bird", "cat", "dog"]  # numbered as by the flow, and as SyntheticDataset.export does
+    found = [(names[label], image.tobytes()) for image, label in read.decode("pil").to_tuple("png", "cls")]
     assert found == pixels_of(tmp_path / "files")
     for split in ("train", "train-{00000..00000}-of-00001.tar|5"):  # timm's reader
         images = timm.data.create_dataset("wds/", str(tmp_path / "shards/data"), split=split, batch_size=5)
         assert sorted((label, image.tobytes()) for image, label in images) == sorted(
-            (["cat", "dog"].index(name), pixels) for name, pixels in found
+            (names.index(name), pixels) for name, pixels in found
         )
     card = (tmp_path / "shards" / "README.md").read_text()
     assert "synthetic" in card and (tmp_path / "shards" / "glem-provenance.json").is_file()

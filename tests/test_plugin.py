@@ -266,7 +266,8 @@ def test_bad_loaders(model: GLEM) -> None:
             aug.wrap(loader(), off_epoch=bad)  # type: ignore[arg-type]
 
 
-def test_timms_naflex_loader_is_refused(model: GLEM, image_folder: Path) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_timms_naflex_loader_is_refused(model: GLEM, image_folder: Path, training: bool) -> None:
     naflex = pytest.importorskip("timm.data.naflex_loader")
     inner = naflex.create_naflex_loader(
         ImageDataset(str(image_folder)),
@@ -274,7 +275,8 @@ def test_timms_naflex_loader_is_refused(model: GLEM, image_folder: Path) -> None
         train_seq_lens=(16,),
         max_seq_len=16,
         batch_size=4,
-        is_training=True,
+        is_training=training,
+        use_prefetcher=training,
         num_workers=0,
         device=torch.device("cpu"),
         persistent_workers=False,
@@ -677,6 +679,66 @@ def test_numpys_numbers_and_one_image_with_a_soft_label(model: GLEM) -> None:
     assert image.shape == (3, 8, 8) and label.shape == (3,)
     with pytest.raises(ValueError, match="4 dimensions|B, C, H, W"):
         aug(images(3)[:, 0], labels(3))
+
+
+def test_structures_in_compose_as_torchvisions_mixup_takes_them(model: GLEM) -> None:
+    x, y = images(4) / 255, labels(4)
+    aug = make(model, policy="noise")
+    expected, single = aug(x, y)[0], make(model, policy="noise")(x[:1], y[:1])[0][0]
+
+    def compose() -> v2.Compose:
+        return v2.Compose([make(model, policy="noise")])
+
+    indices = torch.arange(4)
+    got = compose()(x, y, indices)
+    assert torch.equal(got[0], expected) and got[1] is y and got[2] is indices
+    got = compose()(x, {"labels": y, "id": 7})
+    assert torch.equal(got[0], expected) and got[1]["labels"] is y and got[1]["id"] == 7
+    for label in (np.int64(0), {"label": 0}, 0):
+        assert torch.equal(compose()(x[0], label)[0], single)
+
+
+def test_an_image_without_a_label_is_refused_with_advice(model: GLEM) -> None:
+    for image in (tv_tensors.Image(images(1)[0]), images(1)[0]):
+        with pytest.raises(ValueError, match=r"without a label.*aug\.wrap\(loader\)"):
+            make(model).as_transform()(image)
+        with pytest.raises(ValueError, match="without a label"):
+            make(model)(image)
+
+
+def test_grey_images_with_the_mean_and_std_of_timms_rgb(model: GLEM) -> None:
+    """timm averages the three numbers of a model's configuration where images have one channel."""
+    x = images(4)[:, :1].float() / 255
+    grey = make(model, policy="noise")(x, labels(4))[0]
+    mean, std = sum(MEAN) / 3, sum(STD) / 3
+    normalised = make(model, policy="noise", mean=MEAN, std=STD)((x - mean) / std, labels(4))[0]
+    torch.testing.assert_close(normalised * std + mean, grey, rtol=0, atol=1e-5)
+
+
+def test_nan_pixels_are_named(model: GLEM) -> None:
+    aug = make(model, policy="noise", mean=MEAN, std=STD)
+    x, y = images(4) / 255 - 0.5, labels(4)
+    aug(x, y)
+    x[2, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="image 2 of the batch has NaN"):
+        aug(x, y)
+
+
+@pytest.mark.parametrize("settings", [{"policy": "noise"}, {"partner": "gaussian"}, {"partner": "any", "bank": 2}])
+def test_torchs_defaults_change_nothing(model: GLEM, settings: dict[str, Any]) -> None:
+    x, y = images(6) / 255, labels(6)
+    expected = make(model, **settings)(x, y)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = make(model, **settings)(x, y)
+        # Any other device would do; this one can't hold a value, so that nothing may be made there.
+        with torch.device("meta"):
+            elsewhere = make(model, **settings)(x, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result in (got, elsewhere):
+        assert result[0].dtype == torch.float32 and torch.equal(result[0], expected[0])
+        torch.testing.assert_close(result[1], expected[1], check_dtype=False)
 
 
 def test_what_the_flow_cannot_see_stays(model: GLEM) -> None:

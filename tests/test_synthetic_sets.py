@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timm.data import ImageDataset
+from timm.data import ImageDataset, create_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ClassMismatchError, DataError, ImageData, SyntheticDataset
 from glem_augment._epochs import STARTS, Epochs
 from glem_augment._rejection import Rejection
-from glem_augment.balance import class_counts, flow_targets
+from glem_augment.balance import class_counts, flow_targets, targets_and_classes
 from glem_augment.mixing import RealAndSynthetic
 from glem_augment.stream import SyntheticStream
 
@@ -365,6 +365,37 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
         RealAndSynthetic(real, synthetic, ratio=3.0)
     with pytest.raises(TypeError, match="SyntheticDataset"):
         RealAndSynthetic(real, real)
+
+
+def test_parts_of_data_sets_are_real_data_too(model: GLEM, image_folder: Path) -> None:
+    folder = ImageFolder(image_folder)
+    order = sorted(range(len(folder)), key=lambda i: (i % 3, i))[: len(folder) - 2]
+    part = Subset(folder, order)
+    targets, names = targets_and_classes(part)
+    assert targets.tolist() == [folder.targets[i] for i in order] and names == (folder.classes, folder.classes)
+    both = ConcatDataset([part, Subset(folder, [0, 1])])
+    assert targets_and_classes(both)[0].tolist() == [*targets, folder.targets[0], folder.targets[1]]
+    synthetic = SyntheticDataset(model, per_class="balance", real=Subset(folder, [*range(len(folder))][:-1]))
+    joined = RealAndSynthetic(part, SyntheticDataset(model, per_class=2), ratio=None)
+    assert synthetic.counts[model.classes.index(folder.classes[folder.targets[-1]])] > 0
+    assert joined.classes == folder.classes and joined[len(order)][1] == joined.targets[len(order)]
+    with pytest.raises(DataError, match="other classes than its first"):
+        targets_and_classes(ConcatDataset([folder, SyntheticDataset(model, per_class=1)]))
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_both_kinds_in_timms_own_loader(image_folder: Path, prefetch: bool) -> None:
+    """timm sets the transform of the data set that it is given; grey images of a flow come out as the real RGB ones."""
+    grey = GLEM.create("identity", (1, 8, 8), classes=sorted(p.name for p in image_folder.iterdir())).eval()
+    real = ImageDataset(str(image_folder))
+    both = RealAndSynthetic(real, SyntheticDataset(grey, per_class=3), ratio=None)
+    loader = create_loader(
+        both, input_size=(3, 16, 16), batch_size=len(both), is_training=False, num_workers=0,
+        persistent_workers=False, use_prefetcher=prefetch, device=torch.device("cpu"),
+    )  # fmt: skip
+    (x, y), *more = list(loader)
+    assert not more and x.shape == (len(both), 3, 16, 16) and y.tolist() == both.targets
+    assert both.transform is real.transform and "_InMode('RGB'" in repr(both.synthetic.transform)
 
 
 def test_the_share_of_a_sampler(model: GLEM, tail: ImageData) -> None:

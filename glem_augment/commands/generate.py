@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     kept = None if args.classes is None else find_classes(model, args.classes.split(","))
-    real = None
+    real, match = None, None
     if args.real is not None:
         real, match = open_for(model, args.real, args.split or "train", class_map)
         if kept is None and args.per_class == "balance":
@@ -165,9 +165,13 @@ def run(args: argparse.Namespace) -> int:
         del draft
     dataset = SyntheticDataset(model, source=args.source, **options)
     dataset._check_pil()
-    # Shards have no names for their classes: where they are put beside real ones, the numbers must be the flow's.
-    numbered = args.format == "webdataset" and args.per_class == "balance"
-    part: Any = dataset if numbered else _Part(dataset)
+    # Shards have no names for their classes, only numbers: those of the real images, where there are any, or else the
+    # flow's, as `SyntheticDataset.export` has them.
+    part: Any = dataset
+    if args.format == "imagefolder":
+        part = _Part(dataset)
+    elif match is not None:
+        part = _Part(dataset, match.tolist())
     began = time.monotonic()
     if args.format == "webdataset":
         export_shards(part, folder, args.overwrite, args.license)
@@ -252,17 +256,23 @@ def _check_together(args: argparse.Namespace) -> None:
 
 
 class _Part:
-    """What the writers need of a SyntheticDataset, without the classes that get no image: labels, cards and manifests
-    number and list those that are there."""
+    """What the writers need of a SyntheticDataset, with classes of another number: labels, cards and manifests number
+    and list these alone.
 
-    def __init__(self, full: SyntheticDataset) -> None:
-        kept = [i for i, count in enumerate(full.counts) if count]
+    Args:
+        full: the data set; kept: its classes in the new order, all that get an image among them. By default those.
+    """
+
+    def __init__(self, full: SyntheticDataset, kept: list[int] | None = None) -> None:
+        kept = [i for i, count in enumerate(full.counts) if count] if kept is None else kept
         self._full, self._kept = full, kept
         self.classes = [full.classes[i] for i in kept]
         self.class_ids = [full.class_ids[i] for i in kept]
         self.counts = [full.counts[i] for i in kept]
-        # Empty classes take no place among the images, so their numbers are those of `full`.
-        self.targets = np.repeat(np.arange(len(kept)), self.counts).tolist()
+        number = np.full(len(full.counts), -1)
+        number[kept] = np.arange(len(kept))
+        # Classes without images take no place among them: image i is image i of `full`.
+        self.targets = number[np.asarray(full.targets, dtype=np.int64)].tolist()
 
     def __len__(self) -> int:
         return len(self.targets)
