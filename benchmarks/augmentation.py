@@ -49,6 +49,7 @@ from augmentation_settings import (
     TEACHER_STEPS,
     TUNING_SEED,
     TUNING_SEEDS,
+    Setting,
 )
 from augmentation_store import Store
 from augmentation_task import own_task
@@ -126,6 +127,7 @@ class Study:
         part = task.test if cell.stage == "final" else task.val
         return {
             **cell.row(),
+            "data": cell.setting.data,
             ("accuracy" if cell.stage == "final" else "val_accuracy"): accuracy(network, part),
             **measured,
             "steps": steps,
@@ -138,6 +140,16 @@ class Study:
             "torch": self._machine["versions"]["torch"],
             "protocol": PROTOCOL,
         }
+
+
+def check_same_images(store: Store, setting: Setting, out: Path) -> None:
+    """SystemExit where stored rows of a task were measured on images that have changed since, or on others."""
+    rows = [*store.rows(final=False), *store.rows(final=True)]
+    if any(row["setting"] == setting.name and row.get("data") != setting.data for row in rows):
+        raise SystemExit(
+            f"augmentation: {out} has results of {setting.name} on other images, or on these before files changed: "
+            "choose another NAME in --task, or remove the folder"
+        )
 
 
 def todo(plan: Plan, store: Store, args: Any) -> Iterator[Cell]:
@@ -247,6 +259,8 @@ def main() -> None:
     if args.report:
         report(store, args.out)
         return
+    if args.task:
+        check_same_images(store, args.settings[0], args.out)
     study = Study(args)
     if args.train_flow:
         raise SystemExit(0 if study.flows.train(args.train_flow, args.seconds) else 75)

@@ -102,25 +102,39 @@ class Library:
         shape = (size or setting.size, setting.channels)
         x, y, classes = self.chosen(setting.data, "train", *shape, setting.classes)
         order = np.random.default_rng(0xA06).permutation(len(y))
+        check_enough(setting, y, classes)
         val, train = [], []
         for index, count in enumerate(counts(setting, len(classes))):
             rows = order[(y.numpy()[order] == index)]
             kept = held(len(rows))
-            if count > len(rows) - kept:
-                raise SystemExit(
-                    f"augmentation: {setting.name} asks for {count} training images of {classes[index]!r}; with {kept} "
-                    f"of {len(rows)} held out for validation there are {len(rows) - kept}: is this the full data set?"
-                )
             val.append(rows[:kept])
             train.append(np.random.default_rng([seed, index, 0x5B5E7]).permutation(rows[kept:])[:count])
         picked = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, val)]
         test = self.chosen(setting.data, "test", *shape, setting.classes)
+        if test[2] != classes:
+            other = ", ".join(sorted(set(test[2]) ^ set(classes))) or "their order"
+            raise SystemExit(
+                f"augmentation: the test images of {setting.name} have other classes than its training images "
+                f"({other}): is a folder missing, or called otherwise?"
+            )
         return Task(*((x[rows], y[rows]) for rows in picked), test[:2], classes)
 
 
 def held(count: int) -> int:
     """Validation images of a class with ``count`` training images."""
     return min(VALIDATION_MOST, int(VALIDATION_SHARE * count))
+
+
+def check_enough(setting: Setting, labels: Tensor, classes: list[str]) -> None:
+    """SystemExit where a class has fewer training images than the setting asks for."""
+    for index, count in enumerate(counts(setting, len(classes))):
+        there = int((labels == index).sum())
+        kept = held(there)
+        if count > there - kept:
+            raise SystemExit(
+                f"augmentation: {setting.name} asks for {count} training images of {classes[index]!r}; with {kept} of "
+                f"{there} held out for validation there are {there - kept}: is this the full data set?"
+            )
 
 
 def counts(setting: Setting, num_classes: int) -> list[int]:

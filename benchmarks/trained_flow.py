@@ -2,8 +2,8 @@
 
     python benchmarks/trained_flow.py RUN [--data DATA] [--threads N]
 
-    GLEM_DATA=... glem train $GLEM_DATA/cifar10 --config benchmarks/cifar10.yaml --out runs/cifar10
-    GLEM_DATA=... python benchmarks/trained_flow.py runs/cifar10
+    GLEM_DATA=... glem train $GLEM_DATA/cifar10 --config benchmarks/cifar10.yaml --out runs/cifar10-affine
+    GLEM_DATA=... python benchmarks/trained_flow.py runs/cifar10-affine
 
 Seconds are those of the training steps, M-steps and held-out measurements up to the end of the last epoch, on the clock
 on the wall, as the run recorded them. DATA is by default the folder of the run's name in $GLEM_DATA. The

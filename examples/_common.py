@@ -41,6 +41,7 @@ def tensors(image: Image.Image) -> Tensor:
 
 def batches(data: Dataset, batch_size: int, seed: int) -> DataLoader:
     """Shuffled batches, in an order that the seed fixes."""
+    batch_size = min(batch_size, len(data))  # type: ignore[arg-type]
     return DataLoader(data, batch_size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
 
 

@@ -131,6 +131,8 @@ def run(args: argparse.Namespace, root: Path) -> None:
     primary = utils.is_primary(args)
 
     # Data
+    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+        raise SystemExit(f"--data {root} needs folders train/ and val/, with a folder per class in each")
     train = create_dataset("", root=str(root / "train"), split="train")
     val = create_dataset("", root=str(root / "val"), split="val")
     names = sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.__getitem__)

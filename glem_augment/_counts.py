@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 WORKERS = 1024  # rows; worker w uses row w mod this
+FIRST, MOST = 100, 0.5  # rows after which `MoveCounts.lost` judges, and the share it takes for too many
 
 
 class WorkerCounts:
@@ -51,6 +52,7 @@ class MoveCounts:
         self.here = [0, 0, 0, 0]
         self._devices: dict[torch.device, Tensor] = {}
         self._in_workers = WorkerCounts(4)
+        self._judged = False
         self._told: list[int] | None = None  # in a worker: what of its counts is there already
 
     def on(self, device: torch.device) -> Tensor:
@@ -60,6 +62,15 @@ class MoveCounts:
             with torch.inference_mode(False):
                 self._devices[device] = torch.zeros(3, dtype=torch.int64, device=device)
         return self._devices[device]
+
+    def lost(self) -> bool:
+        """Once, when the first rows have been selected, on the CPU: whether most were kept because their moved images
+        were not plausible."""
+        if self._judged or self.here[0] < FIRST:
+            return False
+        self._judged = True
+        here = self._own()
+        return here[1] > MOST * here[0]
 
     def stats(self) -> dict[str, int]:
         """All counts; waits for the devices."""

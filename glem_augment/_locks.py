@@ -1,12 +1,20 @@
-"""Locks between processes that share memory, and waiting for one that a killed process may have kept."""
+"""Locks between processes that share memory, waiting for one that a killed process may have kept, and a folder of one's
+own."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import threading
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Longer than this nobody holds a lock of ours: they are taken for copies and sums only.
 LOCK_SECONDS = 30.0
@@ -37,3 +45,47 @@ def locked(lock: Any, what: str, fix: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of ``folder``, which is made if missing.
+
+    A kill leaves an empty file behind, and no lock. Where the system or the file system has no locks of files, nothing
+    is kept out.
+
+    Raises:
+        BlockingIOError: another process is in there. OSError: the folder can't be written.
+    """
+    path, file = folder / ".lock", None
+    while file is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+        if not _lock_file(file):
+            file.close()
+            raise BlockingIOError(f"another process is at work in {folder}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # the one before has just removed it: whoever comes next would lock a file of that name anew
+        file = None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            folder.rmdir()  # goes only where nothing came of it
+        file.close()
+
+
+def _lock_file(file: IO[bytes]) -> bool:
+    """Whether it is locked now, or can't be at all."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a network file system without locks
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,12 +129,14 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
     """Labels int64 [N], and class (ids, names) in index order, or None where the data set names none.
 
     Raises:
-        DataError: where no labels are found.
+        DataError: where no labels are found. TypeError: for a name.
     """
     if isinstance(real, ImageData):
         return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
     if isinstance(real, tuple) and len(real) == 2 and all(isinstance(part, Tensor) for part in real):
         return real[1].cpu().numpy().astype(np.int64), None
+    if isinstance(real, (str, os.PathLike)):
+        raise TypeError(f"real must be a data set, got {real!r}: open it first, with glem_augment.open_data")
     if isinstance(real, Subset):
         whole, names = targets_and_classes(real.dataset)
         return whole[np.asarray(real.indices, dtype=np.int64)], names

@@ -162,10 +162,14 @@ def check_shards_folder(folder: Path, overwrite: bool) -> Path:
 
     Raises:
         FileExistsError: it is not empty, unless it holds such an export and nothing else, and ``overwrite`` is given.
+        OSError: it is there and can't be replaced by the finished export.
     """
     folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
+    if folder.exists() and (os.path.ismount(folder) or not os.access(folder, os.W_OK)):
+        why = "a mount point" if os.path.ismount(folder) else "read-only"
+        raise OSError(f"{folder} is {why}, and shards take a folder's place in one step: give a new folder, say in it")
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     if not overwrite:

@@ -339,13 +339,18 @@ class GLEM(FlowModel):
             seed: of the dequantisation noise.
 
         Raises:
-            DataError: a class of the flow without at least two images, or images of another shape.
+            DataError: a class of the flow without at least two images, or images of another shape. TypeError: ``data``
+            is neither.
         """
         from glem_augment.adapt import class_latents
         from glem_augment.data import ImageData
 
         if isinstance(data, tuple):
             data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
+        if not isinstance(data, ImageData):
+            raise TypeError(
+                f"fit_modes takes an ImageData (glem_augment.open_data) or (images, labels), got {type(data).__name__}"
+            )
         if tuple(data.image_shape) != self.image_shape:
             raise DataError(f"{data.name} has images of {data.image_shape}, the flow takes {self.image_shape}")
         flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)

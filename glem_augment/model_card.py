@@ -172,7 +172,7 @@ def _eval_results(table: Mapping[str, Any], facts: CardFacts) -> list[EvalResult
             task_name=task.replace("-", " "),
             dataset_type=facts.datasets[0] if len(facts.datasets) == 1 else slug,
             dataset_name=name,
-            dataset_split=str(table.get("split", "test")),
+            dataset_split=None if table.get("split") is None else str(table["split"]),
             metric_type=metric,
             metric_name=words,
             metric_value=round(float(table[key]), 6),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -113,6 +114,12 @@ def choose_strength(
         for i, strength in enumerate(tried)
     ]
     plain, chosen = right[-1] / total, 0.0
+    if plain <= 1.5 / aug.num_classes:
+        warnings.warn(
+            f"the classifier is right on {100 * plain:.1f} % of the images, which among {aug.num_classes} classes is "
+            "little more than chance: what it still recognises says nothing. Train it first",
+            stacklevel=2,
+        )
     for row in rows:  # up to the first that is too strong
         if row.accuracy - row.replaced < plain - max_drop:
             break

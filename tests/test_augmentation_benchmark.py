@@ -13,17 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from glem_augment import GLEM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import augmentation as benchmark  # noqa: E402
 import augmentation_data as data  # noqa: E402
 import augmentation_ops as ops  # noqa: E402
 import augmentation_plan as planning  # noqa: E402
 import augmentation_report as reporting  # noqa: E402
 import augmentation_settings as settings  # noqa: E402
+import augmentation_store as store_module  # noqa: E402
 import augmentation_task as tasks  # noqa: E402
 from augmentation_store import Store  # noqa: E402
 from augmentation_train import make_body, order_of  # noqa: E402
@@ -398,3 +401,33 @@ def test_a_task_of_ones_own_is_a_setting_with_its_own_images_and_flow(
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=said):
             tasks.own_task(bad, 10, None, ["own"])
+    for count, said in ((-5, "at least 1"), (90, "asks for 90 training images")):
+        with pytest.raises(SystemExit, match=said):
+            tasks.own_task("few=bundled:fashion-mnist", count, None, ["own"])
+
+
+def test_images_of_ones_own_that_changed_are_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "SETTINGS", dict(settings.SETTINGS))
+    monkeypatch.setattr(tasks, "PLACES", data.PLACES)
+    for split, names in (("train", ("cat", "dog", "ship")), ("test", ("dog", "ship"))):
+        for name in names:
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "pets" / split / name / f"{i}.png")
+
+    def opened() -> settings.Setting:
+        tasks.SETTINGS.pop("pets-2", None)
+        return tasks.own_task(f"pets={tmp_path / 'pets'}", 2, 8, ["own"])
+
+    first, library = opened(), data.Library(tmp_path / "images")
+    with pytest.raises(SystemExit, match=r"other classes than its training images \(cat\)"):
+        library.task(first, seed=0)
+    store, row = Store(tmp_path / "results"), {key: None for key in store_module.IDENTITY}
+    store.add({**row, "stage": "singles", "setting": "pets-2", "protocol": settings.PROTOCOL, "data": first.data})
+    benchmark.check_same_images(store, first, store.folder)
+    (tmp_path / "pets/test/cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pets/test/cat/0.png")
+    second = opened()
+    assert library.task(second, seed=0).classes == ["cat", "dog", "ship"]  # and not the images kept under the old name
+    with pytest.raises(SystemExit, match="on other images"):
+        benchmark.check_same_images(store, second, store.folder)

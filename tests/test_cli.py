@@ -181,13 +181,25 @@ def test_version(output: Output) -> None:
     assert info.value.code == 0 and output()[0].startswith("glem-augment ")
 
 
+def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["eval", str(trained), images_of(trained), "--round-trip", "0"]
+    fails([*argv, "--split", "val"], output, "has no splits", "--split")
+    assert main([*argv, "--out", str(tmp_path / "e.json")]) == 0
+    assert "may be the images that the model was made with" in output()[1]
+    for name in ("train", "val"):
+        write_images(tmp_path / "photos" / name, ("bird", "cat", "dog"), (8, 8), 2)
+    assert main(["eval", str(trained), str(tmp_path / "photos"), "--split", "val", "--round-trip", "0"]) == 0
+    out, err = output()
+    assert json.loads(out)["split"] == "val" and "may be" not in err
+
+
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
     argv = ["eval", str(trained), images_of(trained), "--batch-size", "7", "--out", str(tmp_path / "e.json")]
     output()
     assert main(argv) == 0
     out, _ = output()
     result = json.loads(out)
-    assert result["n"] == 18 and result["split"] == "test" and result["bits"] == 8
+    assert result["n"] == 18 and result["split"] is None and result["bits"] == 8
     assert 0 <= result["accuracy"] <= result["top5"] == 1.0
     assert result["images_per_second"] > 0 and result["model"] == str(trained)
     assert result["bits_per_dim_marginal"] > 0 and np.isfinite(result["bits_per_dim"])
@@ -588,6 +600,35 @@ def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: P
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "epoch"]
     assert steps == sorted(set(steps))
+
+
+def test_one_process_trains_in_a_folder_at_a_time(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    run = tmp_path / "run"
+    argv = ["train", str(image_folder), "--out", str(run), "--epochs", "2000", *TINY, "--quiet", "--batch-size", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "glem_augment", *argv], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline().startswith("data ")
+        assert main([*argv, "--resume"]) == 2
+        assert "glem: error: another process is at work in" in output()[1]
+        process.kill()  # its lock goes with it
+        process.wait()
+        assert main([*argv, "--resume", "--max-minutes", "0.01"]) == 75
+    finally:
+        process.kill()
+    assert not (run / ".lock").exists()
+    # Where nothing came of a run, no folder stays behind.
+    new = ["train", str(image_folder), "--out", str(tmp_path / "new"), *TINY, "--batch-size", "2", "--quiet"]
+    fails([*new, "--flow", "sides=3"], output, "sides")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["train", str(image_folder), "--epochs", "1", *TINY, "--val-fraction", "0.4"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    out, err = output()
+    assert "steps are few" in err and "glem adapt" in err
+    bits = float(re.search(r"bits/dim ([0-9.]+)", out)[1])  # type: ignore[index]
+    assert bits > 8 and "worse than the 8 of uniform noise" in err
 
 
 def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:

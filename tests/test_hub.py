@@ -602,7 +602,7 @@ def test_commands_take_names_on_the_hub(
         glem("generate", pinned, "--per-class", "2", "--out", tmp_path / "images", "--device", "cpu")
     )
     assert generated["images"] == 6
-    measured = glem("eval", "org/flow", tmp_path / "images", "--split", "train", "--device", "cpu", "--round-trip", "0")
+    measured = glem("eval", "org/flow", tmp_path / "images", "--device", "cpu", "--round-trip", "0")
     assert json.loads(measured)["n"] == 6
     small = ["--flow", "depth=[1,1]", "--flow", "blocks=[1,1]", "--flow", "width=[6,6]", "--epochs", "1", "--quiet"]
     glem("train", tmp_path / "images", "--init", pinned, "--out", tmp_path / "run", "--sample-every", "0", *small)

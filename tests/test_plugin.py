@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from sharpness import upper_energy  # noqa: E402
 
-from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data  # noqa: E402
+from glem_augment import GLEM, ClassMismatchError, GLEMAugment, SyntheticDataset, open_data  # noqa: E402
 from glem_augment.loader import AugmentedLoader  # noqa: E402
 from glem_augment.mixup import mix_soft  # noqa: E402
 from glem_augment.tuning import choose_strength  # noqa: E402
@@ -739,6 +739,28 @@ def test_torchs_defaults_change_nothing(model: GLEM, settings: dict[str, Any]) -
     for result in (got, elsewhere):
         assert result[0].dtype == torch.float32 and torch.equal(result[0], expected[0])
         torch.testing.assert_close(result[1], expected[1], check_dtype=False)
+
+
+def test_a_flow_that_does_not_know_the_images_is_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
+    x, y = images(64) / 255, labels(64)
+    wild = make(model, policy="noise", strength=50.0, margin=0.0)
+    wild(x, y)
+    assert not recwarn.list  # 64 rows are too few to tell
+    with pytest.warns(UserWarning, match="most of the first images chosen were kept"):
+        wild(x, y)
+    recwarn.clear()
+    wild(x, y)
+    tame = make(model, policy="noise", strength=0.1)
+    for _ in range(3):
+        tame(x, y)
+    assert not recwarn.list and tame.stats["replaced"] == 0
+
+
+def test_names_in_place_of_data_are_refused_with_advice(model: GLEM) -> None:
+    with pytest.raises(TypeError, match=r"fit_modes takes an ImageData \(glem_augment.open_data\).*got str"):
+        model.fit_modes("photos/")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="glem_augment.open_data"):
+        SyntheticDataset(model, per_class="balance", real="photos/")
 
 
 def test_what_the_flow_cannot_see_stays(model: GLEM) -> None:

@@ -306,7 +306,8 @@ def test_choose_strength_judges_what_was_moved(model: GLEM) -> None:
         strongest(partial, (y != 2).nonzero()[:, 0])
     # Where no moved image is plausible, all come out as they were, and are recognised.
     never = GLEMAugment(model, policy="noise", seed=0, margin=0.0)
-    report = choose_strength(never, Nearest(), [(x, y)], strengths=(50.0,))
+    with pytest.warns(UserWarning, match="were not plausible"):
+        report = choose_strength(never, Nearest(), [(x, y)], strengths=(50.0,))
     assert report.rows[0].replaced == 1.0 and report.rows[0].accuracy == report.accuracy and report.strength == 0
 
 
@@ -317,6 +318,9 @@ def test_choose_strength_arguments(model: GLEM) -> None:
     aug = GLEMAugment(model, policy="noise")
     with pytest.raises(ValueError, match="no image of a class"):
         choose_strength(aug, ByBrightness(), [])
+    wrong = [(batches[0][0], torch.zeros(4, dtype=torch.int64))]
+    with pytest.warns(UserWarning, match="little more than chance"):
+        choose_strength(aug, ByBrightness(), wrong, strengths=(0.5,))
     with pytest.raises(ValueError, match="empty"):
         choose_strength(aug, ByBrightness(), batches, strengths=())
     with pytest.raises(ValueError, match="max_drop"):

@@ -11,12 +11,14 @@ from glem_augment.commands.common import (
     DATA_HELP,
     MODEL_HELP,
     add_device,
+    add_skip_bad,
     add_threads,
     finite,
     load_model,
     new_parser,
     number,
     print_json,
+    report_skipped,
     whole,
 )
 from glem_augment.data import open_data
@@ -57,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--seed", type=whole(0), default=0, metavar="N", help="of the dequantisation noise (default: %(default)s)"
     )
+    add_skip_bad(parser)
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     add_threads(parser)
     add_device(parser)
@@ -67,8 +70,13 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     channels, height, width = model.image_shape
     data = open_data(
-        args.data, args.split, image_size=(height, width), channels=channels if channels in (1, 3) else None
+        args.data,
+        args.split,
+        image_size=(height, width),
+        channels=channels if channels in (1, 3) else None,
+        skip_bad=args.skip_bad,
     )
+    report_skipped(data)
     folder.mkdir(parents=True, exist_ok=True)  # now, so that a folder that can't be made costs no work
     began = time.monotonic()
     adapted = model.adapt(
@@ -84,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
                 "model_sha256": record["adapted_from"]["weights_sha256"],
                 "data": args.data,
                 "split": args.split,
+                **({"skipped": len(data.skipped)} if args.skip_bad else {}),
                 "images": record["images"],
                 "images_per_class": record["images_per_class"],
                 "classes": adapted.classes,

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from glem_augment.data import ImageData, match_classes, open_data
+from glem_augment.datafiles import has_splits
 from glem_augment.model import GLEM
 
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
@@ -158,6 +159,12 @@ def open_for(
     report_skipped(data)
     match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
+
+
+def one_folder(spec: str) -> bool:
+    """Whether DATA is one ImageFolder, whose images stand for every split."""
+    folder = Path(spec).expanduser()
+    return folder.is_dir() and not has_splits(folder)
 
 
 def read_class_map(text: str | None) -> str | dict[str, str] | None:

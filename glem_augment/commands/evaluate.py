@@ -16,6 +16,7 @@ from glem_augment.commands.common import (
     load_model,
     new_parser,
     note,
+    one_folder,
     open_for,
     print_json,
     read_class_map,
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", default="test", help="of the data (default: %(default)s)")
+    parser.add_argument("--split", help="of the data, where it has any (default: test)")
     parser.add_argument(
         "--batch-size", type=whole(1), default=256, metavar="N", help="images at a time (default: %(default)s)"
     )
@@ -74,13 +75,19 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    data, _ = open_for(model, args.data, args.split, class_map, args.skip_bad)
+    one = one_folder(args.data)
+    if one and args.split is not None:
+        raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
+    split = args.split or "test"
+    data, _ = open_for(model, args.data, split, class_map, args.skip_bad)
+    if one and data.name == model.config.training.get("data"):
+        note(f"these may be the images that the model was made with ({data.name}): their accuracy says little")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(spread(len(data), args.limit))
     result = {
         "model": args.model,
         "data": args.data,
-        "split": args.split,
+        "split": None if one else split,
         **({"skipped": len(data.skipped)} if args.skip_bad else {}),
         **evaluate(model, data, args.batch_size, round_trip=args.round_trip),
     }

@@ -8,11 +8,14 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from glem_augment import hub
-from glem_augment.commands.common import DATA_HELP, add_device, new_parser, pick_device, read_table, whole
+from glem_augment._locks import alone_in
+from glem_augment.commands.common import DATA_HELP, add_device, new_parser, note, pick_device, read_table, whole
 from glem_augment.commands.settings import add_settings, checked, given
 from glem_augment.data import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError
@@ -49,6 +52,7 @@ RUN_FILE = "run.json"
 # How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
 _VIEW = {"split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None}
 SKIPPED_FILE = "skipped.json"
+FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
 
 def add_parser(subparsers: Any) -> None:
@@ -143,7 +147,21 @@ def run(args: argparse.Namespace) -> int:
     if name is not None:
         ready = prepare(name, data, **settings)
         data, config, codes = ready.data, ready.config, ready.codes
-    trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
+    with _alone_in(out):
+        trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
+        return _train(args, trainer, data, view, skipped, codes)
+
+
+def _train(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    data: ImageData,
+    view: dict[str, Any],
+    skipped: list[tuple[str, str]],
+    codes: Any,
+) -> int:
+    """Train, or go on, and say what came of it."""
+    out = trainer.out
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
         return 0
@@ -155,13 +173,34 @@ def run(args: argparse.Namespace) -> int:
         listed = [{"image": where, "reason": reason} for where, reason in skipped]
         write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
     print(summary(trainer, data), flush=True)
+    if trainer.total_steps < FEW_STEPS and not args.quiet:
+        note(
+            f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
+            "flow your classes in seconds with glem adapt"
+        )
     try:
         model = trainer.fit()
     except TimeUpError as stop:
         print(f"glem: {stop}", file=sys.stderr)
         return EXIT_TIME_UP
     print(f"saved {out} after {_duration(trainer.seconds())}: {_held_out(model)}")
+    bits = (model.config.training.get("held_out") or {}).get("val_bits_per_dim")
+    if bits is not None and bits >= model.bits:
+        note(
+            f"glem: {bits:.2f} bits/dim are worse than the {model.bits} of uniform noise: this flow has learned "
+            "nothing that could move or make images. Train for more --epochs"
+        )
     return 0
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """TrainingError where another process trains in this folder."""
+    try:
+        with alone_in(out):
+            yield
+    except BlockingIOError as error:
+        raise TrainingError(f"{error}: wait for it, or choose another folder with --out") from None
 
 
 def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
