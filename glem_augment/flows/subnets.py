@@ -22,8 +22,8 @@ CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
 # Channels per attention head, where the width allows.
 _HEAD = 32
-# On planes of so few pixels, 3x3 convolutions at such widths run faster contiguously than channels last on a CPU: see
-# mef_cifar_2 among the floors that benchmarks/speed.py tries.
+# On planes of so few pixels, 3x3 convolutions at such widths train faster contiguously than channels last on some CPUs
+# (an Intel Xeon: 6 %): see mef_cifar_2 among the floors that benchmarks/speed.py tries.
 _FEW_PIXELS, _WIDE = 16, 128
 
 
@@ -42,7 +42,8 @@ class Subnet(nn.Module):
     [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, ``tail``, runs in the
     input's dtype and starts at zero, so that a coupling starts as the identity.
 
-    ``memory_format`` is what the convolutions run in; a subclass may choose another than channels_last.
+    ``memory_format`` is what the convolutions train in; a subclass may choose another than channels_last, in which all
+    run without gradients.
 
     ``autocast`` (a dtype or None) runs the rest in reduced precision. It is a switch for training: encoding and
     decoding must use the same value, and only float32 meets the library's round-trip promise, so models are loaded
@@ -67,7 +68,7 @@ class Subnet(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=self.memory_format)
+        x = x.contiguous(memory_format=self.memory_format if torch.is_grad_enabled() else torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             h = self.body(x)
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
