@@ -386,7 +386,7 @@ def test_glem_train_over_broken_images(tmp_path: Path, capsys: pytest.CaptureFix
     model = GLEM.from_pretrained(out, check=True)
     assert model.classes == ["cat", "dog"] and model.config.training["images"] == report["used"]
     # What was trained can be measured and looked at over such a folder too.
-    data = [str(out), str(tmp_path / "images"), "--split", "train"]
+    data = [str(out), str(tmp_path / "images")]
     assert main(["eval", *data, "--threads", "1"]) == 2
     assert "--skip-bad" in capsys.readouterr().err
     assert main(["eval", *data, "--threads", "1", "--skip-bad"]) == 0

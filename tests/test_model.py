@@ -208,7 +208,7 @@ def _seeded() -> torch.Generator:
         (torch.zeros(2, 1, 4, 4, dtype=torch.bool), TypeError, "bool"),
         (torch.full((2, 1, 4, 4), 255.0), ValueError, r"\[0,1\].*255"),
         (torch.full((2, 1, 4, 4), -1.0), ValueError, r"\[0,1\].*-1"),
-        (torch.full((2, 1, 4, 4), math.nan), ValueError, "nan"),
+        (torch.full((2, 1, 4, 4), math.nan), ValueError, "image 0 of the batch has NaN"),
         (torch.full((2, 1, 4, 4), math.inf), ValueError, "inf"),
         ([[0]], TypeError, "list"),
     ],
@@ -222,7 +222,7 @@ def test_wrong_images_are_refused_with_one_clear_error(call: str, x, kind, messa
 def test_a_single_nan_pixel_is_found() -> None:
     x = torch.rand(3, 1, 4, 4)
     x[1, 0, 2, 2] = math.nan
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(ValueError, match="image 1 of the batch has NaN"):
         tiny_model().encode(x)
 
 
