@@ -55,25 +55,6 @@ def test_shape_format_and_start(kind: str, activation: str, memory_format: torch
     assert net.double()(x.double()).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_wide_networks_on_few_pixels_run_contiguously_and_come_to_the_same() -> None:
-    torch.manual_seed(0)
-    net = filled(make_subnet("residual", 3, 5, 128, 1, (4, 4)), 0.05)
-    other = make_subnet("residual", 3, 5, 128, 1, (8, 8))
-    other.load_state_dict(net.state_dict())
-    assert net.memory_format is torch.contiguous_format and net.blocks[0].conv1.weight.is_contiguous()
-    assert other.memory_format is torch.channels_last and not other.blocks[0].conv1.weight.is_contiguous()
-    for kind, width in (("residual", 64), ("bottleneck", 128)):
-        assert make_subnet(kind, 3, 5, width, 1, (4, 4)).memory_format is torch.channels_last
-    x = torch.randn(2, 3, 4, 4)
-    outputs = [module(x) for module in (net, other)]
-    for y in outputs:
-        assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
-        y.square().sum().backward()
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
-    for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("kind", SUBNETS)
 def test_input_may_be_a_half_of_the_channels_or_channel_major(kind: str) -> None:
     net, x = filled(small(kind)), torch.randn(2, 6, 4, 6)

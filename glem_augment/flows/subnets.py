@@ -22,9 +22,6 @@ CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
 # Channels per attention head, where the width allows.
 _HEAD = 32
-# On planes of so few pixels, 3x3 convolutions at such widths train faster contiguously than channels last on some CPUs
-# (an Intel Xeon: 6 %): see mef_cifar_2 among the floors that benchmarks/speed.py tries.
-_FEW_PIXELS, _WIDE = 16, 128
 
 
 def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:
@@ -42,9 +39,6 @@ class Subnet(nn.Module):
     [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, ``tail``, runs in the
     input's dtype and starts at zero, so that a coupling starts as the identity.
 
-    ``memory_format`` is what the convolutions train in; a subclass may choose another than channels_last, in which all
-    run without gradients.
-
     ``autocast`` (a dtype or None) runs the rest in reduced precision. It is a switch for training: encoding and
     decoding must use the same value, and only float32 meets the library's round-trip promise, so models are loaded
     with it off.
@@ -57,7 +51,6 @@ class Subnet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.autocast: torch.dtype | None = None
-        self.memory_format: torch.memory_format = torch.channels_last
 
     def body(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
@@ -68,7 +61,7 @@ class Subnet(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=self.memory_format if torch.is_grad_enabled() else torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             h = self.body(x)
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
@@ -120,7 +113,6 @@ class ConvSubnet(Subnet):
         kind: of the blocks, one of ``CONV_SUBNETS``. The last convolution is 3x3 for "residual", as published, and
             1x1 for the others, where a 3x3 one would cost more than all the blocks.
         activation: one of ``ACTIVATIONS``.
-        size: (H, W) of the level, where known: it decides on the memory format, and any other works too.
     """
 
     def __init__(
@@ -131,13 +123,10 @@ class ConvSubnet(Subnet):
         blocks: int,
         kind: str = "residual",
         activation: str = "elu",
-        size: tuple[int, int] | None = None,
     ) -> None:
         if kind not in CONV_SUBNETS:
             raise ValueError(f"kind must be one of {', '.join(CONV_SUBNETS)}, got {kind!r}")
         super().__init__()
-        if size is not None and kind == "residual" and size[0] * size[1] <= _FEW_PIXELS and width >= _WIDE:
-            self.memory_format = torch.contiguous_format
         self.act = Activation(activation)
         self.head = nn.Conv2d(in_channels, width, 3, padding=1)
 
@@ -150,7 +139,7 @@ class ConvSubnet(Subnet):
 
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
-        self.to(memory_format=self.memory_format)
+        self.to(memory_format=torch.channels_last)
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)
@@ -250,7 +239,7 @@ def make_subnet(
         kind: one of ``SUBNETS``.
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
         width, blocks: see the classes.
-        size: (H, W) of the level; the transformer is tied to it, the others choose their memory format by it.
+        size: (H, W) of the level, to which the transformer is tied.
         activation: of the convolutional kinds; the transformer has GELU.
 
     Raises:
@@ -258,4 +247,4 @@ def make_subnet(
     """
     if kind == "transformer":
         return TransformerSubnet(in_channels, out_channels, width, blocks, size)
-    return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation, size)
+    return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation)
