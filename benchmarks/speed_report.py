@@ -113,7 +113,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.bar(place, height, 0.92 * width, color=f"C{sides.index(row['side'])}")
                 axis.text(place, height, f"{percent:.0f}", ha="center", va="bottom", fontsize=6)
         axis.set_yscale("log")
-        axis.set_ylim(bottom=0.8)  # the least of the bars stays in sight
+        axis.set_ylim(0.8, 1.3 * axis.get_ylim()[1])  # the least bar and the highest number in sight
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
         axis.set_ylabel(f"{'training' if operation == 'train' else 'decoding'}: % above the subnets alone")
