@@ -181,6 +181,17 @@ def test_version(output: Output) -> None:
     assert info.value.code == 0 and output()[0].startswith("glem-augment ")
 
 
+def test_adapt_leaves_out_what_cannot_be_read(trained: Path, tmp_path: Path, output: Output) -> None:
+    write_images(tmp_path / "photos", ("cat", "dog"), (8, 8), 4)
+    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"no image")
+    argv = ["adapt", str(trained), str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--rank", "2"]
+    fails(argv, output, "broken.png", "--skip-bad")
+    assert main([*argv, "--skip-bad"]) == 0
+    out, err = output()
+    assert json.loads(out)["skipped"] == 1 and json.loads(out)["images"] == 8
+    assert "left out: " in err and "broken.png" in err
+
+
 def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, output: Output) -> None:
     argv = ["eval", str(trained), images_of(trained), "--round-trip", "0"]
     fails([*argv, "--split", "val"], output, "has no splits", "--split")

@@ -302,6 +302,21 @@ def test_both_formats_state_the_licence(tmp_path: Path, format: str) -> None:  #
         make(per_class=2).export(tmp_path / "a", format, progress=False)
 
 
+def test_shards_that_could_not_take_the_folders_place_are_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted folder, such as a container's volume, can't be renamed."""
+    data, folder = make(), tmp_path / "volume"
+    folder.mkdir()
+    monkeypatch.setattr(data, "images", None)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == folder)
+    with pytest.raises(OSError, match="volume is a mount point.*say in it"):
+        data.export(folder, "webdataset", progress=False)
+    monkeypatch.undo()
+    data.export(folder / "in", "webdataset", progress=False)
+    assert sorted(path.name for path in folder.iterdir()) == ["in"]
+
+
 @pytest.mark.parametrize(
     "name", ["notes.txt", "data/val-00000.tar", "data/train-00007-of-00009.tar", "data/more/a.txt"]
 )
