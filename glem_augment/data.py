@@ -344,7 +344,7 @@ def open_data(
         if skip_bad:
             raise
         raise BadImageError(
-            f"{error}, or leave such images out with skip_bad=True (glem train, eval and preview: --skip-bad)"
+            f"{error}, or leave such images out with skip_bad=True (glem train, adapt, eval and preview: --skip-bad)"
         ) from error
     return data._without(bad) if bad else data
 
