@@ -216,7 +216,7 @@ class GLEMAugment(PlugIn, nn.Module):
             ValueError, TypeError: for a wrong shape, dtype, value range or label.
         """
         if others or is_structure(x, y):
-            return augment_sample(self, x if y is None else (x, y, *others))
+            return augment_sample(self, (x, y, *others) if others or y is not None else x)
         self._check(x, y)
         if self.p == 0:
             return x, self.target(y)

@@ -114,7 +114,8 @@ def choose_strength(
         for i, strength in enumerate(tried)
     ]
     plain, chosen = right[-1] / total, 0.0
-    if plain <= 1.5 / aug.num_classes:
+    chance = 1 / aug.num_classes
+    if plain <= min(1.5 * chance, chance + 0.1) < 1:
         warnings.warn(
             f"the classifier is right on {100 * plain:.1f} % of the images, which among {aug.num_classes} classes is "
             "little more than chance: what it still recognises says nothing. Train it first",
