@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 WORKERS = 1024  # rows; worker w uses row w mod this
-FIRST, MOST = 100, 0.5  # rows after which `MoveCounts.lost` judges, and the share it takes for too many
+FIRST, MOST = 100, 0.5  # rows after which `MoveCounts` judges, and the share it takes for too many
 
 
 class WorkerCounts:
@@ -63,14 +64,20 @@ class MoveCounts:
                 self._devices[device] = torch.zeros(3, dtype=torch.int64, device=device)
         return self._devices[device]
 
-    def lost(self) -> bool:
-        """Once, when the first rows have been selected, on the CPU: whether most were kept because their moved images
+    def warn_where_most_are_lost(self) -> None:
+        """On the CPU, once the first rows have been selected: warn if most of them were kept because their moved images
         were not plausible."""
         if self._judged or self.here[0] < FIRST:
-            return False
+            return
         self._judged = True
-        here = self._own()
-        return here[1] > MOST * here[0]
+        selected, replaced, *_ = self._own()
+        if replaced > MOST * selected:
+            warnings.warn(
+                "most of the first images chosen were kept as they were, because the moved ones were not plausible: "
+                "the flow does not know such images (see aug.stats). Train it longer, adapt it to them, or lower the "
+                "strength",
+                stacklevel=3,
+            )
 
     def stats(self) -> dict[str, int]:
         """All counts; waits for the devices."""

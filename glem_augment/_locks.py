@@ -63,7 +63,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         file = open(path, "ab")
         if not _lock_file(file):
             file.close()
-            raise BlockingIOError(f"another process is at work in {folder}")
+            raise BlockingIOError(f"another process is at work in {folder}: wait for it, or choose another folder")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break

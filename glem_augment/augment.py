@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -223,13 +222,8 @@ class GLEMAugment(PlugIn, nn.Module):
         self._counts.tell()
         result = self.apply(x, y, self.draw(x, y))
         self._counts.tell()
-        if x.device.type == "cpu" and self._counts.lost():
-            warnings.warn(
-                "most of the first images chosen were kept as they were, because the moved ones were not plausible: "
-                "the flow does not know such images (see aug.stats). Train it longer, adapt it to them, or lower the "
-                "strength",
-                stacklevel=2,
-            )
+        if x.device.type == "cpu":
+            self._counts.warn_where_most_are_lost()
         return result
 
     @torch.no_grad()

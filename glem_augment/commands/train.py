@@ -8,8 +8,6 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     if name is not None:
         ready = prepare(name, data, **settings)
         data, config, codes = ready.data, ready.config, ready.codes
-    with _alone_in(out):
+    with alone_in(out):
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
         return _train(args, trainer, data, view, skipped, codes)
 
@@ -191,16 +189,6 @@ def _train(
             "nothing that could move or make images. Train for more --epochs"
         )
     return 0
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """TrainingError where another process trains in this folder."""
-    try:
-        with alone_in(out):
-            yield
-    except BlockingIOError as error:
-        raise TrainingError(f"{error}: wait for it, or choose another folder with --out") from None
 
 
 def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
