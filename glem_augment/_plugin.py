@@ -114,7 +114,7 @@ class PlugIn:
             ValueError, TypeError: for labels that a call would not take.
         """
         self._check_labels(y, len(y))
-        self._tables_on(y.device)  # from now on an accelerator is not waited for
+        self._held.tables(y.device)  # from now on an accelerator is not waited for
         return soft_labels(y, self.num_classes)
 
     @torch.no_grad()
@@ -133,11 +133,11 @@ class PlugIn:
         if not self.bank:
             raise ValueError("this transform has no bank: make it with GLEMAugment(..., bank=16)")
         self._check(x, y)
-        flow = self._flow_on(x.device)
+        flow = self._held.flow(x.device)
         with full_precision(x.device.type), evaluating(flow.model):
             z = flow.model.encode(self.pixels.to_flow(self.pixels.to_unit(x.clone())).flow)[0]
-        cls = self._flow_class(y, self._tables_on(y.device))
-        self._bank_on(x.device).add(z, self._bank_class(y, cls, torch.arange(len(y), device=y.device)).to(x.device))
+        cls = self._flow_class(y, self._held.tables(y.device))
+        self._held.bank(x.device).add(z, self._bank_class(y, cls, torch.arange(len(y), device=y.device)).to(x.device))
 
     # ---- saving ----
 

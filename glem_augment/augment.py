@@ -33,13 +33,13 @@ from glem_augment._arguments import (
     check_whole,
     default_modes,
 )
-from glem_augment._bank import LatentBank
 from glem_augment._counts import MoveCounts
 from glem_augment._devices import move
 from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows
+from glem_augment._held import Holdings
 from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
-from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
-from glem_augment._models import WeightsVersion, as_model
+from glem_augment._lookup import ClassTables, FlowOnDevice
+from glem_augment._models import as_model
 from glem_augment._moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
 from glem_augment._partners import draw_mixup
 from glem_augment._plugin import PlugIn
@@ -47,7 +47,6 @@ from glem_augment._random import RandomState
 from glem_augment._transfer import PixelAdapter, SmallImages
 from glem_augment.flows.precision import full_precision
 from glem_augment.model import GLEM
-from glem_augment.modes import ClassModes
 from glem_augment.pixels import in_range, in_range_
 from glem_augment.transform import augment_sample, is_structure
 
@@ -58,7 +57,6 @@ BASES = ("class", "near", "shared")
 PARTNERS = ("same", "near", "any", "gaussian")
 LABELS = ("auto", "hard", "mix", "posterior")
 DETAILS = ("keep", "mix", "none")
-NEIGHBOURS = 3  # classes that count as "near"
 
 
 class GLEMAugment(PlugIn, nn.Module):
@@ -167,19 +165,17 @@ class GLEMAugment(PlugIn, nn.Module):
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)
         self.class_map = check_class_map(class_map, num_classes, model.num_classes)
         self.num_classes = model.num_classes if self.class_map is None else len(self.class_map)
-        # In a tuple, so that nn.Module does not register the flow: its weights are not the transform's.
-        self._holder = (model,)
         self._random = RandomState(seed)
         self._adversary: Adversary | None = None
-        self._bank: LatentBank | None = None
-        self._flows: dict[torch.device, FlowOnDevice] = {}
-        self._tables: dict[torch.device, tuple[WeightsVersion | None, ClassTables]] = {}
+        near = policy == "mixup" and partner == "near"
+        # No nn.Module, so the flow is not registered: its weights are not the transform's.
+        self._held = Holdings(model, basis, self.modes, self.class_map, near, self.num_classes, bank)
         self._counts = MoveCounts()
 
     @property
     def model(self) -> GLEM:
         """The GLEM in use (not a submodule)."""
-        return self._holder[0]
+        return self._held.model
 
     @property
     def seed(self) -> int:
@@ -241,7 +237,7 @@ class GLEMAugment(PlugIn, nn.Module):
         batch = int(x.shape[0] if isinstance(x, Tensor) else x[0])
         self._check_labels(y, batch)
         g = self._random.generator() if generator is None else generator
-        tables = self._tables_on(y.device)
+        tables = self._held.tables(y.device)
         chosen = chosen_rows(batch, self.p, g)
         cls_all = self._flow_class(y, tables)
         if self.policy != "mixup" or len(chosen) == 0:
@@ -257,9 +253,9 @@ class GLEMAugment(PlugIn, nn.Module):
             cls_all,
             data_class(y),
             self.model.dim,
-            self._fitted_modes().rank,
+            self._held.fitted_modes().rank,
             g,
-            self._bank,
+            self._held.latents,
         )
 
     @torch.no_grad()
@@ -286,7 +282,7 @@ class GLEMAugment(PlugIn, nn.Module):
             self._counts.here[2] += selected - len(params.rows)
         if len(params.rows) == 0:
             return x, y if kind == "hard" else soft_labels(y, self.num_classes)
-        flow, caller = self._flow_on(x.device), CallerSettings.now(x.device.type)
+        flow, caller = self._held.flow(x.device), CallerSettings.now(x.device.type)
         with full_precision(x.device.type), evaluating(flow.model):
             changed, keep, z, share = self._change(flow, x, y, params, caller)
             rows = move(params.rows, x.device)
@@ -301,7 +297,7 @@ class GLEMAugment(PlugIn, nn.Module):
                 labels = moved_labels(
                     kind,
                     labels,
-                    self._tables_on(y.device),
+                    self._held.tables(y.device),
                     params.to(y.device),
                     move(keep, y.device),
                     share,
@@ -348,7 +344,7 @@ class GLEMAugment(PlugIn, nn.Module):
             partner = with_draws(flow, encoded[other], host, params)
             away = 1.0 - params.l
             if self.bank:
-                self._bank_on(x.device).add(z, move(self._bank_class(y, host.cls, host.rows), x.device))
+                self._held.bank(x.device).add(z, move(self._bank_class(y, host.cls, host.rows), x.device))
             moved, share = project(flow, cls, partner - z)
             moved = away[:, None] * moved
             if self.rescale:
@@ -375,41 +371,7 @@ class GLEMAugment(PlugIn, nn.Module):
     def _labels_for(self, y: Tensor) -> str:
         return label_kind(self.labels, self.policy == "mixup", self.partner in ("same", "gaussian"), y.ndim == 2)
 
-    # ---- what each device holds ----------------------------------------------------------------------------
-
-    def _fitted_modes(self) -> ClassModes:
-        return check_modes(self.model, self.modes)
-
-    def _flow_on(self, device: torch.device) -> FlowOnDevice:
-        """The model and its basis on a device, made at the first batch there, again after a new fit."""
-        self._fitted_modes()
-        found = self._flows.get(device)
-        if found is not None and found.is_current(self.model, device):
-            return found
-        # What is made under inference_mode could take no part in a later call's graph, nor be overwritten outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._flows[device] = flow_on_device(self.model, device, self.basis, self.modes, NEIGHBOURS)
-        return self._flows[device]
-
-    def _tables_on(self, device: torch.device) -> ClassTables:
-        """Class lookups on a device, made at the first batch there, again when the classes have moved."""
-        # For a lookup of neighbours the flow must know which classes are close.
-        near = NEIGHBOURS if self.policy == "mixup" and self.partner == "near" else 0
-        version = WeightsVersion(self.model.gaussians) if near else None
-        if device not in self._tables or self._tables[device][0] != version:
-            with torch.inference_mode(False), torch.no_grad():
-                self._tables[device] = version, class_tables(self.model, self.class_map, near).to(device)
-        return self._tables[device][1]
-
-    def _bank_on(self, device: torch.device) -> LatentBank:
-        """The bank of latents, made at the first batch."""
-        # See _flow_on.
-        with torch.inference_mode(False):
-            if self._bank is None:
-                self._bank = LatentBank(self.num_classes, self.bank, self.model.dim, device)
-            elif self._bank.device != device:
-                self._bank = self._bank.to(device)
-        return self._bank
+    # ---- classes of a batch --------------------------------------------------------------------------------
 
     def _bank_class(self, y: Tensor, cls: Tensor, rows: Tensor) -> Tensor:
         """The data class under which the latents of some rows are kept, int64 [n] on the device of y; -1 for those that
@@ -433,11 +395,10 @@ class GLEMAugment(PlugIn, nn.Module):
         Args:
             y: int64 [B] or soft [B, K'].
         """
-        return (self._flow_class(y, self._tables_on(y.device)) >= 0).nonzero()[:, 0]
+        return (self._flow_class(y, self._held.tables(y.device)) >= 0).nonzero()[:, 0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies on accelerators are made again where they are needed; the classifier is not the transform's to send.
-        return {**self.__dict__, "_flows": {}, "_tables": {}, "_adversary": None}
+        return {**self.__dict__, "_adversary": None}  # the classifier is not the transform's to send
 
     # ---- checks --------------------------------------------------------------------------------------------
 
@@ -449,7 +410,7 @@ class GLEMAugment(PlugIn, nn.Module):
     def _check_labels(self, y: Tensor, batch: int) -> None:
         # On an accelerator labels are looked at in the first batch only; later ones that are out of range are counted
         # by draw, and their rows passed through.
-        look = not isinstance(y, Tensor) or y.device.type == "cpu" or y.device not in self._tables
+        look = not isinstance(y, Tensor) or y.device.type == "cpu" or not self._held.has_tables(y.device)
         check_labels(y, batch, self.num_classes, look)
 
     def extra_repr(self) -> str:

@@ -84,7 +84,7 @@ def choose_strength(
     change, trials = [0.0] * len(tried), []
     for strength in tried:
         # The same draws at every strength, through the same flow: it is large.
-        trial = copy.deepcopy(aug, {id(aug._holder): aug._holder})
+        trial = copy.deepcopy(aug, {id(aug.model): aug.model})
         trial.p, trial.strength, trial.labels = 1.0, strength, "hard"
         trials.append((trial, trial.stats))
     classifier = unwrapped(classifier)

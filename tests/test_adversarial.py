@@ -106,7 +106,7 @@ def test_the_move_is_half_as_long_as_the_noise_and_along_the_basis(model: GLEM, 
     params = aug.draw(x, y)
     assert torch.equal(params.eps, noise.draw(x, y).eps)
     step = model.encode(aug.apply(x, y, params)[0])[0] - model.encode(noise.apply(x, y, params)[0])[0]
-    flow = aug._flow_on(x.device)
+    flow = aug._held.flow(x.device)
     v, s = flow.directions, flow.scales
     v, s = (v[y], s[y]) if basis != "shared" else (v.expand(8, -1, -1), s.expand(8, -1))
     c = torch.einsum("nd,nkd->nk", step, v) / s

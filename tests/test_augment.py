@@ -329,7 +329,7 @@ def test_drawn_partners_come_from_their_law(model: GLEM, partner: str) -> None:
     aug = GLEMAugment(model, p=1.0, partner=partner, modes=64, alpha=1e6, seed=0, margin=9.0)  # l = 1/2
     z = model.encode(x)[0]
     params = [aug.draw(x, y) for _ in range(n)]
-    flow = aug._flow_on(x.device)
+    flow = aug._held.flow(x.device)
     stacked = copy.copy(params[0])
     for name in ("rows", "cls", "partner", "partner_cls", "source", "l", "eps"):
         setattr(stacked, name, torch.cat([getattr(p, name) for p in params]))
@@ -487,9 +487,9 @@ def test_the_bank_takes_no_mixtures(model: GLEM) -> None:
     aug = GLEMAugment(model, p=1.0, bank=4, seed=0)
     hot = torch.eye(4)[y]
     aug(x, 0.55 * hot + 0.45 * hot.roll(1, 0))
-    assert aug._bank is not None and aug._bank.counts.sum() == 0
+    assert aug._held.latents is not None and aug._held.latents.counts.sum() == 0
     aug(x, hot * 0.9 + 0.025)  # smoothed is not mixed
-    assert aug._bank.counts.tolist() == torch.bincount(y, minlength=4).tolist()
+    assert aug._held.latents.counts.tolist() == torch.bincount(y, minlength=4).tolist()
 
 
 def test_mix_of_hard_labels_without_a_partner_is_one_hot(model: GLEM) -> None:
@@ -818,10 +818,10 @@ def test_neighbours_follow_the_gaussians() -> None:
     device = torch.device("cpu")
     with torch.no_grad():
         model.gaussians.mu.copy_(torch.arange(6.0)[:, None].expand_as(model.gaussians.mu))
-        before = aug._tables_on(device).neighbours
-        assert aug._tables_on(device) is aug._tables_on(device)
+        before = aug._held.tables(device).neighbours
+        assert aug._held.tables(device) is aug._held.tables(device)
         model.gaussians.mu.copy_(model.gaussians.mu[[0, 3, 1, 4, 2, 5]])
-    assert not torch.equal(aug._tables_on(device).neighbours, before)
+    assert not torch.equal(aug._held.tables(device).neighbours, before)
 
 
 def test_a_flow_copied_to_another_device_follows_its_original() -> None:
@@ -830,11 +830,11 @@ def test_a_flow_copied_to_another_device_follows_its_original() -> None:
     model.fit_modes((x, y), rank=4)
     aug = GLEMAugment(model.eval(), p=1.0, seed=0)
     there = torch.device("meta")  # a copy like that on an accelerator, whose values nobody asks for
-    found = aug._flow_on(there)
-    assert aug._flow_on(there) is found and found.model is not model
+    found = aug._held.flow(there)
+    assert aug._held.flow(there) is found and found.model is not model
     with torch.no_grad():
         model.gaussians.s.add_(0.1)
-    assert aug._flow_on(there) is not found
+    assert aug._held.flow(there) is not found
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -861,6 +861,6 @@ def test_a_first_call_under_inference_mode_leaves_nothing_behind(settings: dict[
         if aug.bank:
             aug.fill_bank(x, y)
         aug.pixels.to_unit(x.clone())
-        aug._flow_on(x.device), aug._tables_on(y.device)
+        aug._held.flow(x.device), aug._held.tables(y.device)
     out, _ = aug(x, y)
     assert out.shape == x.shape and sum(aug.stats.values()) >= 8

@@ -178,7 +178,7 @@ def test_batches_fill_the_bank_by_themselves(model: GLEM) -> None:
     aug(x, y)
     params = aug.draw(x, y)
     assert params.source[params.cls >= 0].tolist() == [FROM_BANK, FROM_BANK]
-    assert aug._bank is not None and aug._bank.counts.tolist() == [1, 0, 1]  # by data class
+    assert aug._held.latents is not None and aug._held.latents.counts.tolist() == [1, 0, 1]  # by data class
 
 
 def test_bank_partners_have_the_data_class_where_a_flow_class_holds_two(model: GLEM) -> None:

@@ -1,0 +1,86 @@
+"""What GLEMAugment holds on each device, made at the first batch there and again when it is out of date."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from glem_augment._arguments import check_modes
+from glem_augment._bank import LatentBank
+from glem_augment._lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
+from glem_augment._models import WeightsVersion
+from glem_augment.model import GLEM
+from glem_augment.modes import ClassModes
+
+NEIGHBOURS = 3  # classes that count as "near"
+
+
+class Holdings:
+    """The flow, the class lookups and the bank of latents on every device that batches have come from.
+
+    Args:
+        model: the user's; basis: whose modes; modes: how many of them.
+        class_map: flow class of every data class, -1 for none; None: they are the same; near: whether the lookups know
+            which classes are close.
+        num_classes: data classes; bank: latents of each that are kept.
+    """
+
+    def __init__(
+        self,
+        model: GLEM,
+        basis: str,
+        modes: int,
+        class_map: tuple[int, ...] | None,
+        near: bool,
+        num_classes: int,
+        bank: int,
+    ) -> None:
+        self.model, self.basis, self.modes = model, basis, modes
+        self.class_map, self.num_classes, self.capacity = class_map, num_classes, bank
+        self.neighbours = NEIGHBOURS if near else 0
+        self.latents: LatentBank | None = None
+        self._flows: dict[torch.device, FlowOnDevice] = {}
+        self._tables: dict[torch.device, tuple[WeightsVersion | None, ClassTables]] = {}
+
+    def fitted_modes(self) -> ClassModes:
+        """The model's modes, which must still be as many."""
+        return check_modes(self.model, self.modes)
+
+    def flow(self, device: torch.device) -> FlowOnDevice:
+        """The model and its basis on a device, made again after a new fit."""
+        self.fitted_modes()
+        found = self._flows.get(device)
+        if found is not None and found.is_current(self.model, device):
+            return found
+        # What is made under inference_mode could take no part in a later call's graph, nor be overwritten outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._flows[device] = flow_on_device(self.model, device, self.basis, self.modes, NEIGHBOURS)
+        return self._flows[device]
+
+    def tables(self, device: torch.device) -> ClassTables:
+        """Class lookups on a device, made again when the classes have moved."""
+        # For a lookup of neighbours the flow must know which classes are close.
+        version = WeightsVersion(self.model.gaussians) if self.neighbours else None
+        if device not in self._tables or self._tables[device][0] != version:
+            with torch.inference_mode(False), torch.no_grad():
+                made = class_tables(self.model, self.class_map, self.neighbours).to(device)
+                self._tables[device] = version, made
+        return self._tables[device][1]
+
+    def has_tables(self, device: torch.device) -> bool:
+        """Whether a batch with labels has come from this device before."""
+        return device in self._tables
+
+    def bank(self, device: torch.device) -> LatentBank:
+        """The bank of latents, moved to a device."""
+        with torch.inference_mode(False):  # see `flow`
+            if self.latents is None:
+                self.latents = LatentBank(self.num_classes, self.capacity, self.model.dim, device)
+            elif self.latents.device != device:
+                self.latents = self.latents.to(device)
+        return self.latents
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies on accelerators are made again where they are needed.
+        return {**self.__dict__, "_flows": {}, "_tables": {}}
