@@ -241,11 +241,15 @@ def _image_folder(folder: Path) -> FolderSource:
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
     """Folders and their files, through links, but into no folder that is on the way there already: a link to a parent
-    would otherwise give every image dozens of times."""
-    for root, folders, files in os.walk(top, followlinks=True):
+    would otherwise give every image dozens of times. DataError for a folder that can't be read, rather than silence."""
+    for root, folders, files in os.walk(top, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(root)
         folders[:] = [f for f in folders if not _within(real, os.path.realpath(os.path.join(root, f)))]
         yield root, files
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"can't read the folder {error.filename}: {error.strerror}; check its permissions") from error
 
 
 def _within(path: str, folder: str) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Share of the selected images in an epoch that were left alone after all, above which the user is told.
 TOO_MANY, ENOUGH = 0.3, 100
+_OWN = {"loader", "aug", "device", "off_epoch", "epoch", "_enabled", "_told"}  # what is not the wrapped loader's
 
 NAFLEX = (
     "NaFlex loaders give patches of images of many sizes, not image batches [B, C, H, W]: use an ordinary loader "
@@ -137,6 +138,12 @@ class AugmentedLoader:
         if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN or hasattr(type(self), name) or not hasattr(self.loader, name):
+            super().__setattr__(name, value)
+        else:  # where it is read; DataLoader refuses what can't be changed
+            setattr(self.loader, name, value)
 
     def __repr__(self) -> str:
         return f"AugmentedLoader({self.loader!r}, {self.aug!r}, device={self.device}, off_epoch={self.off_epoch})"

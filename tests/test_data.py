@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -436,6 +438,19 @@ def test_links_to_a_parent_give_no_image_twice(image_folder: Path) -> None:
     (image_folder / "dog" / "others").symlink_to(image_folder / "cat" / "more")
     data = open_data(image_folder)
     assert np.bincount(data.targets).tolist() == [4, 5, 5]
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_empty(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"can't read the folder .*dog: Permission denied"):
+        open_data(image_folder)
 
 
 def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:

@@ -97,6 +97,12 @@ def test_a_wrapped_loader_behaves_as_the_loader(model: GLEM) -> None:
     assert sizes == [4, 4, 2]
     copied = pickle.loads(pickle.dumps(wrapped))
     assert isinstance(copied, AugmentedLoader) and len(copied) == 3
+    wrapped.timeout = 5.0
+    assert inner.timeout == 5.0 and wrapped.timeout == 5.0
+    with pytest.raises(ValueError, match="batch_size"):
+        wrapped.batch_size = 2
+    wrapped.note = "mine"
+    assert wrapped.note == "mine" and not hasattr(inner, "note")
 
 
 def test_epochs_switches_and_changing_batch_sizes(model: GLEM) -> None:
