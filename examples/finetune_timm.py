@@ -4,8 +4,8 @@
     python examples/finetune_timm.py --data photos/ --flow runs/photos --model resnet50.a1_in1k --img-size 224
     torchrun --nproc_per_node 8 examples/finetune_timm.py --config examples/eva02_imagenet.yaml --data imagenet/ ...
 
-The data are an ImageFolder with train/ and val/. A config file holds the same options (with _ for -), and `augment`,
-the settings of GLEMAugment. Lines marked (*) are all that the augmentation adds to an ordinary loop.
+The data are an ImageFolder with train/ and val/. A config file holds the same options (with _ for -), `augment` among
+them, the settings of GLEMAugment. Lines marked (*) are all that the augmentation adds to an ordinary loop.
 """
 
 from __future__ import annotations
@@ -99,24 +99,46 @@ SMOKE: dict[str, Any] = {
 
 def options() -> argparse.Namespace:
     """Defaults, then the config file, then the command line."""
+    places = {
+        "data": (None, "folder with train/ and val/"),
+        "flow": (BUNDLED, "a folder, a bundled flow, or org/name on the Hub"),
+        "out": (None, "checkpoints; a run that finds one there goes on"),
+        "device": ("cuda" if torch.cuda.is_available() else "cpu", "of the training"),
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="YAML of these options")
-    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
-    parser.add_argument("--flow", default=BUNDLED, help="a folder, a bundled flow, or org/name on the Hub")
-    parser.add_argument("--out", type=Path, help="checkpoints; a run that finds one there goes on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a quick run on the bundled images")
+    for name, (default, text) in places.items():
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     for name in DEFAULTS:
-        kind = yaml.safe_load if name != "model" else str
+        kind = value if name != "model" else str
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
     given = vars(parser.parse_args())
-    config = yaml.safe_load(given["config"].read_text()) if given["config"] else {}
-    unknown = set(config) - set(DEFAULTS)
+    config = (yaml.safe_load(given["config"].read_text()) or {}) if given["config"] else {}
+    config = {name: number(v) if name in DEFAULTS else v for name, v in config.items()}
+    unknown = set(config) - set(DEFAULTS) - set(places)
     if unknown:
         parser.error(f"{given['config']} has unknown options: {', '.join(sorted(unknown))}")
-    if given["data"] is None and not given["smoke"]:
+    defaults = {**{name: default for name, (default, _) in places.items()}, **DEFAULTS}
+    merged = {**defaults, **(SMOKE if given["smoke"] else {}), **config, **given}
+    if merged["data"] is None and not given["smoke"]:
         parser.error("give --data FOLDER, or --smoke")
-    return argparse.Namespace(**{**DEFAULTS, **(SMOKE if given["smoke"] else {}), **config, **given})
+    for name in ("data", "out"):
+        merged[name] = None if merged[name] is None else Path(merged[name])
+    return argparse.Namespace(**merged)
+
+
+def value(text: str) -> Any:
+    """What YAML reads from the text of an option."""
+    return number(yaml.safe_load(text))
+
+
+def number(found: Any) -> Any:
+    """YAML takes 5e-4, without a point, for text."""
+    try:
+        return float(found) if isinstance(found, str) else found
+    except ValueError:
+        return found
 
 
 def main() -> None:
@@ -190,6 +212,11 @@ def run(args: argparse.Namespace, root: Path) -> None:
         **({} if args.betas is None else {"betas": tuple(args.betas)}),
     )
     updates = len(train_loader) // args.accumulate
+    if updates == 0:
+        raise SystemExit(
+            f"{len(train)} training images make no {args.accumulate} whole batches of {args.batch_size}: lower "
+            "--batch-size or --accumulate"
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",

@@ -59,7 +59,7 @@ def main() -> None:
         per_class="balance",
         real=tail,
         source=args.source,
-        modes=flow.modes.rank,
+        modes=None if flow.modes is None else flow.modes.rank,
         temperature=args.temperature,
         min_confidence=args.min_confidence or None,
         seed=args.seed,

@@ -80,6 +80,8 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
     loader = DataLoader(
         train, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers, collate_fn=collate
     )
+    if len(loader) == 0:
+        raise SystemExit(f"{len(train)} training images make no batch of {args.batch_size}: lower --batch-size")
     # 2. After the loader, on the training device.
     batches = aug.wrap(loader, device=device) if args.where == "wrap" else loader
     # 3. In the loop, before or after others of its kind.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from glem_augment._provenance import PROVENANCE
+from glem_augment._provenance import PROVENANCE, REAL_IMAGES
 from glem_augment.model_card import LIBRARY, CardFacts, data_name, escape
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["dataset_card"]
 
 _MAX_CLASSES = 200
+_DRAWN = """drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."""
+_MIXED = """made by a class-conditional normalizing flow: each is a real image, moved part of the way
+towards another one of its class. Many are close to the real image that they began with."""
+_LICENCE_MIXED = "Mixtures derive from the real images that were mixed, and"
 
 
 def dataset_card(dataset: SyntheticDataset, repo_id: str, facts: CardFacts, origin: dict[str, Any]) -> DatasetCard:
@@ -59,6 +63,22 @@ def dataset_card(dataset: SyntheticDataset, repo_id: str, facts: CardFacts, orig
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, (image, label), origin)}")
 
 
+def _arguments(settings: dict[str, Any]) -> str:
+    """Of the call that makes the images again. The real images and a judge of one's own can't be written down."""
+    mixed, own_judge = settings["source"] == "mixup", settings.get("oracle", "posterior") != "posterior"
+    left_out = {"oracle", REAL_IMAGES, *(["temperature"] if mixed else [])}
+    shown = [f"{key}={value!r}" for key, value in settings.items() if key not in left_out]
+    needs_real = mixed or settings["per_class"] == "balance"
+    return ", ".join([*shown, *(["real=real"] if needs_real else []), *(["oracle=oracle"] if own_judge else [])])
+
+
+def _temperature_or_real(dataset: SyntheticDataset, mixed: bool) -> str:
+    if not mixed:
+        return f"| temperature (factor on the standard deviation) | {dataset.temperature:g} |"
+    real = dataset.latent_source.real
+    return f"| the real images that were mixed | {escape(data_name(real.name)) if real else 'not recorded'} |"
+
+
 def _size_category(count: int) -> str:
     edges = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
     return next((name for edge, name in edges if count < edge), "n>10M")
@@ -82,12 +102,12 @@ def _body(
     )
     left = len(dataset.classes) - _MAX_CLASSES
     more = f"\n\nand {left} more (see {PROVENANCE})" if left > 0 else ""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    mixed = settings["source"] == "mixup"
     return f"""# {escape(repo_id)}
 
 **These images are synthetic.** {len(dataset):,} images, {c}x{h}x{w} (channels x height x width), of
-{len(dataset.classes)} classes, drawn from a class-conditional normalizing flow. None is a photograph, and none should
-be taken for one. They are for training image classifiers together with real images; measure on real ones only.
+{len(dataset.classes)} classes, {_MIXED if mixed else _DRAWN}
+They are for training image classifiers together with real images; measure on real ones only.
 
 ```python
 from datasets import load_dataset
@@ -104,21 +124,22 @@ image, label = data[0]["{columns[0]}"], data[0]["{columns[1]}"]
 | flow | {loaded}, weights with SHA-256 `{flow["weights_sha256"]}` |
 | the flow was trained on | {trained_on} |
 | source | {settings["source"]} |
-| temperature (factor on the standard deviation) | {settings["temperature"]:g} |
+{_temperature_or_real(dataset, mixed)}
 | seed | {settings["seed"]} |
 | images whose values were not finite and were replaced | {origin["images_not_finite"]} |
 
 With the same flow, version and kind of machine, they can be drawn again:
 
 ```python
-SyntheticDataset(model, {arguments})
+SyntheticDataset(model, {_arguments(settings)})
 ```
 
 `{PROVENANCE}` holds all of this for programs.
 
 ## Licence
 
-Samples derive from the images that the flow was trained on and inherit their licence, {licence}.
+{_LICENCE_MIXED if mixed else "Samples derive"} from the images that the flow was trained on and inherit their licence,
+{licence}.
 
 ## Classes
 

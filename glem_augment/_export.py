@@ -40,7 +40,7 @@ def export_imagefolder(
 ) -> Path:
     """Write folder/<class>/NNNNNN.png and the provenance; see `SyntheticDataset.export`."""
     names = class_folders(dataset.class_ids, dataset.classes)
-    wanted = {**provenance(dataset, names), "license": licence_note(license)}
+    wanted = {**provenance(dataset, names), "license": licence_note(license, dataset.source)}
     journal = Journal(folder, wanted)
     old = prepare(folder, wanted, overwrite)
     if license is None and old is not None and isinstance(old.get("license"), str):
@@ -60,22 +60,24 @@ def export_imagefolder(
             write_json(folder / PROVENANCE, _finished(whole, dataset, kept))
         clean(folder, names, dataset.counts, journal)
         return folder
-    _check_space(folder, dataset, sum(_size(dataset, *block) for block in blocks))
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_space(folder, dataset, [path for block in blocks for path in _paths(folder, names, dataset, *block)])
     if old is None:
         # While the earlier export's manifest is still there: after a kill, nothing else tells whose these are.
         remove_left_over(folder, names, dataset.counts)
     # In this order: an export that was cut off is known as one, and knows which of its shards were whole.
-    with _naming(journal.path):
+    with naming(journal.path):
         journal.start(kept.values())
     write_json(folder / PROVENANCE, {**wanted, "complete": False})
     for name, count in zip(names, dataset.counts, strict=True):
         if not count:
             continue  # torchvision refuses empty class folders
-        with _naming(folder / name):
+        with naming(folder / name):
             (folder / name).mkdir(parents=True, exist_ok=True)
     try:
         for block, shard in _written(dataset, folder, names, blocks, threads, progress):
-            with _naming(journal.path):
+            with naming(journal.path):
                 journal.add(shard)
             kept[block] = shard
     finally:
@@ -110,8 +112,7 @@ def _written(
             not_finite = dataset.not_finite_in(cls, number)
             if index + 1 < len(blocks):
                 dataset.decode_ahead(*blocks[index + 1])
-            first = number * dataset.block
-            paths = [folder / names[cls] / image_name(first + i) for i in range(len(images))]
+            paths = _paths(folder, names, dataset, cls, number)
             # One task per thread: the thread that decodes needs the interpreter too, and a task for each image
             # would take it away more often.
             share = -(-len(images) // threads)
@@ -132,6 +133,11 @@ def _written(
 
 def _size(dataset: SyntheticDataset, cls: int, number: int) -> int:
     return min(dataset.block, dataset.counts[cls] - number * dataset.block)
+
+
+def _paths(folder: Path, names: Sequence[str], dataset: SyntheticDataset, cls: int, number: int) -> list[Path]:
+    first = number * dataset.block
+    return [folder / names[cls] / image_name(first + i) for i in range(_size(dataset, cls, number))]
 
 
 def _kept(
@@ -157,13 +163,19 @@ def _finished(whole: dict[str, Any], dataset: SyntheticDataset, kept: dict[Block
     }
 
 
-def _check_space(folder: Path, dataset: SyntheticDataset, count: int) -> None:
-    """Refuse early where the images can't fit: a noisy PNG is as large as its pixels, in whole blocks."""
+def check_space(folder: Path, dataset: SyntheticDataset, paths: Sequence[Path] | None = None) -> None:
+    """Refuse early where the images can't fit: a noisy PNG is as large as its pixels, in whole blocks.
+
+    Args:
+        folder: is there; paths: of the images to write, None for all images in archives.
+    """
     channels, height, width = dataset.image_shape
-    per_image = -(-(channels * height * width + 100) // 4096) * 4096
-    with _naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    pixels, count = channels * height * width + 100, len(dataset) if paths is None else len(paths)
+    # An archive has blocks of 512 bytes: the pixels, the label, and what comes before each.
+    per_image = -(-pixels // 4096) * 4096 if paths is not None else -(-pixels // 512) * 512 + 3 * 512
     needed, free = count * per_image, shutil.disk_usage(folder).free
+    if needed > free and paths is not None:  # what is written over gives its space back
+        free += sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
     if needed > free:
         raise OSError(
             f"{folder} has {free / 2**20:.0f} MiB free, the export of {count} images may need "
@@ -184,7 +196,7 @@ def _write_png(image: Tensor, path: Path) -> bytes:
     # Not `io.atomic_write`: its fsync for each of many small files would take longer than all the rest.
     # The manifest has the hashes, and what a power cut took is found by running the export again.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with _naming(path):
+    with naming(path):
         try:
             temporary.write_bytes(data)
             os.replace(temporary, path)
@@ -196,7 +208,7 @@ def _write_png(image: Tensor, path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Any:
+def naming(path: Path) -> Any:
     """OSErrors inside name `path` (a full disk's own message does not)."""
     try:
         yield

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glem_augment._manifest import JOURNAL, Journal, differences, image_name, read_manifest
-from glem_augment._provenance import PROVENANCE, REAL_LATENTS, class_folders, provenance
+from glem_augment._provenance import PROVENANCE, REAL_IMAGES, class_folders, provenance
 
 if TYPE_CHECKING:
     from glem_augment.synthetic import SyntheticDataset
@@ -82,8 +82,8 @@ def _present(folder: Path) -> list[str]:
 def _differences(old: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """`differences`, but for real latents that are not known yet."""
     settings, before = wanted["settings"], old.get("settings")
-    if settings.get(REAL_LATENTS, "") is None and isinstance(before, dict):
-        wanted = {**wanted, "settings": {**settings, REAL_LATENTS: before.get(REAL_LATENTS)}}
+    if settings.get(REAL_IMAGES, "") is None and isinstance(before, dict):
+        wanted = {**wanted, "settings": {**settings, REAL_IMAGES: before.get(REAL_IMAGES)}}
     return differences(old, wanted)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from glem_augment.synthetic import SyntheticDataset
 
 PROVENANCE = "glem-provenance.json"
-# Of settings: what tells the real images apart that are mixed. Known once these are encoded.
-REAL_LATENTS = "real_latents_sha256"
+# Of settings: what tells the real images apart that are mixed. Known once these are read.
+REAL_IMAGES = "real_images_sha256"
 # Names that Windows gives to devices.
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
@@ -39,8 +40,17 @@ def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
         folder = class_id if ids_serve else _slug(name)
         folders.append(folder or f"class_{index}")
     # Some file systems do not tell capitals apart.
-    lower = [folder.casefold() for folder in folders]
-    return [f"{f}_{i}" if lower.count(lower[i]) > 1 else f for i, f in enumerate(folders)]
+    lower = Counter(folder.casefold() for folder in folders)
+    taken = {folder.casefold() for folder in folders if lower[folder.casefold()] == 1}
+    unique = []
+    for index, folder in enumerate(folders):
+        if lower[folder.casefold()] > 1:
+            folder = f"{folder}_{index}"
+            while folder.casefold() in taken:  # it is another class's name
+                folder += "_"
+            taken.add(folder.casefold())
+        unique.append(folder)
+    return unique
 
 
 def _safe(text: str) -> bool:
@@ -54,9 +64,10 @@ def _slug(text: str) -> str:
     return slug if not slug or _safe(slug) else f"{slug}_"
 
 
-def licence_note(licence: str | None) -> str:
+def licence_note(licence: str | None, source: str) -> str:
     """What an export's provenance says of the licence: the one that was stated, or that it is not known."""
-    return licence or "not stated; samples inherit the licence of the images that the flow was trained on"
+    mixed = ", and of the real images that were mixed" if source == "mixup" else ""
+    return licence or f"not stated; samples inherit the licence of the images that the flow was trained on{mixed}"
 
 
 def provenance(dataset: SyntheticDataset, names: Sequence[str]) -> dict[str, Any]:
@@ -90,10 +101,9 @@ def settings_of(dataset: SyntheticDataset) -> dict[str, Any]:
     }
     latents, rejection = dataset.latent_source, dataset.rejection
     if dataset.source == "mixup":
-        settings |= {"modes": latents.modes, "alpha": latents.alpha, REAL_LATENTS: None}
+        settings |= {"modes": latents.modes, "alpha": latents.alpha, REAL_IMAGES: None}
     if latents.real is not None:
-        real = latents.real.z.numpy().tobytes() + latents.real.counts.tobytes()
-        settings[REAL_LATENTS] = hashlib.sha256(real).hexdigest()
+        settings[REAL_IMAGES] = latents.real.sha256
     if rejection is not None:
         oracle = "posterior" if rejection.oracle is None else _oracle(rejection.oracle)
         settings |= {

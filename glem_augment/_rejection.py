@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glem_augment._arguments import check_number
+from glem_augment._arguments import check_number, check_whole
 from glem_augment._moves import evaluating
 from glem_augment.model import GLEM
 from glem_augment.pixels import in_range
@@ -45,11 +45,12 @@ class Rejection:
     _gives_probabilities: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_number("min_confidence", self.min_confidence, 0.0, 1.0, open_low=True)
+        # As plain numbers, which JSON can carry.
+        least = check_number("min_confidence", self.min_confidence, 0.0, 1.0, open_low=True)
+        object.__setattr__(self, "min_confidence", least)
         if self.oracle is not None and not callable(self.oracle):
             raise TypeError(f"oracle must take images and give probabilities, got {type(self.oracle).__name__}")
-        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
-            raise ValueError(f"max_attempts must be a whole number from 1, got {self.max_attempts!r}")
+        object.__setattr__(self, "max_attempts", check_whole("max_attempts", self.max_attempts, 1))
 
     @classmethod
     def given(cls, min_confidence: float | None, oracle: Oracle | None, max_attempts: int) -> Rejection | None:

@@ -6,11 +6,13 @@ depend on what else is drawn.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment._arguments import check_choice, check_modes, check_number, default_modes
+from glem_augment._arguments import check_choice, check_modes, check_number, check_whole, default_modes
 from glem_augment._devices import move
 from glem_augment._moves import evaluating
 from glem_augment._transfer import check_worker_device
@@ -35,6 +37,8 @@ class RealLatents:
 
     Attributes:
         z: float32 [N, d], class after class; starts, counts: int64 [K].
+        sha256: of the pixels and counts, hexadecimal: latents would differ in their last bits between machines.
+        name: of the images.
 
     Raises:
         DataError: for images of another shape.
@@ -48,10 +52,13 @@ class RealLatents:
             )
         check_worker_device(model.device)
         order = np.argsort(images.targets, kind="stable")
-        with torch.no_grad(), evaluating(model):
-            parts = [model.encode(x)[0].cpu() for x, _ in images.batches(order, _CHUNK)]
-        self.z = torch.cat(parts)
         self.counts = np.bincount(images.targets, minlength=model.num_classes)
+        self.name, read, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
+        with torch.no_grad(), evaluating(model):
+            for x, _ in images.batches(order, _CHUNK):
+                read.update(x.numpy().tobytes())
+                parts.append(model.encode(x)[0].cpu())
+        self.z, self.sha256 = torch.cat(parts), read.hexdigest()
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
 
 
@@ -84,7 +91,7 @@ class LatentSource:
         check_choice("source", source, SOURCES)
         self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
         self.alpha = check_number("alpha", alpha, 0.0, float("inf"), open_low=True)
-        modes = default_modes(model) if modes is None else modes
+        modes = default_modes(model) if modes is None else check_whole("modes", modes, 1)
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":

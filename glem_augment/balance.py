@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
@@ -54,8 +55,13 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
         return counts
     if isinstance(per_class, Mapping):
         counts = [0] * k
+        asked: set[int] = set()
         for key, value in per_class.items():
-            counts[_class_index(model, key, "per_class")] = check_whole(f"per_class[{key!r}]", value, 0)
+            index = find_class(model, key, "per_class")
+            if index in asked:
+                raise ValueError(f"per_class has the class {model.classes[index]!r} twice: leave one of them out")
+            asked.add(index)
+            counts[index] = check_whole(f"per_class[{key!r}]", value, 0)
     elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
         counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(np.asarray(per_class).tolist())]
         if len(counts) != k:
@@ -75,7 +81,7 @@ def for_every_class(model: GLEM, values: Mapping[Any, Any], name: str) -> list[A
     """
     found: dict[int, Any] = {}
     for key, value in values.items():
-        index = _class_index(model, key, name)
+        index = find_class(model, key, name)
         if index in found:
             raise ValueError(f"{name} has the class {model.classes[index]!r} twice: leave one of them out")
         found[index] = value
@@ -133,8 +139,8 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
     """
     if isinstance(real, ImageData):
         return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
-    if isinstance(real, tuple) and len(real) == 2 and all(isinstance(part, Tensor) for part in real):
-        return real[1].cpu().numpy().astype(np.int64), None
+    if _is_pair(real):
+        return _whole_labels(real[1]), None
     if isinstance(real, (str, os.PathLike)):
         raise TypeError(f"real must be a data set, got {real!r}: open it first, with glem_augment.open_data")
     if isinstance(real, Subset):
@@ -184,8 +190,9 @@ def as_image_data(model: GLEM, real: Any) -> ImageData:
     Raises:
         TypeError: for a data set whose images can't be taken as they are.
     """
-    if isinstance(real, tuple) and len(real) == 2 and all(isinstance(part, Tensor) for part in real):
-        return ImageData.from_tensors(real[0], real[1], model.classes, model.class_ids)
+    if _is_pair(real):
+        images = real[0] if isinstance(real[0], Tensor) else torch.from_numpy(np.asarray(real[0]))
+        return ImageData.from_tensors(images, real[1], model.classes, model.class_ids)
     if isinstance(real, ImageData):
         return real.with_targets(flow_targets(model, real), model.classes, model.class_ids)
     raise TypeError(
@@ -194,7 +201,26 @@ def as_image_data(model: GLEM, real: Any) -> ImageData:
     )
 
 
-def _class_index(model: GLEM, key: Any, argument: str) -> int:
+def _is_pair(real: Any) -> bool:
+    """(images, labels), of tensors or arrays; labels may be a list."""
+    arrays = (Tensor, np.ndarray)
+    return (
+        isinstance(real, tuple)
+        and len(real) == 2
+        and isinstance(real[0], arrays)
+        and isinstance(real[1], (*arrays, list))
+    )
+
+
+def _whole_labels(labels: Any) -> np.ndarray:
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise DataError(f"labels must be whole numbers, one per image; got {found.dtype} of shape {found.shape}")
+    return found.astype(np.int64)
+
+
+def find_class(model: GLEM, key: Any, argument: str) -> int:
+    """Index of one of the flow's classes, given by name, id or index; ValueError naming the `argument`."""
     if isinstance(key, str):
         for names in (model.classes, model.class_ids):
             if key in names:

@@ -232,7 +232,7 @@ class ClassCodes:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["codes"])
                 return cls(file.get_tensor("prototypes"), facts["amplitude"], facts["height"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ModelFileError(f"{path} can't be read: {error!r}; save the codes again") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -67,8 +68,8 @@ class GLEMConfig:
         if not isinstance(self.flow, dict):
             raise ModelFileError(f"flow must be a table of numbers, got {type(self.flow).__name__}")
         preset = self.flow.get("preset", "flow")
-        if not isinstance(preset, str) or not _plain(preset):
-            raise ModelFileError(f"the flow's preset must be a short name, got {str(preset)[:80]!r}")
+        if not isinstance(preset, str) or not re.fullmatch(r"[\w.-]{1,60}", preset, re.ASCII):
+            raise ModelFileError(f"the flow's preset must be a short name, got {ascii(preset)[:80]}")
         try:
             check_spec(self.flow)
         except (ValueError, TypeError) as error:  # TypeError: a list where a name belongs, looked up in a table

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from .classmatch import match_classes
 from .datafiles import ArraySource, Source, bundled_source, folder_source
-from .decoding import GREY_MODES, fit, geometry, in_threads, probe, read_image, ready_pixels, to_tensor
+from .decoding import DEEP_MODES, GREY_MODES, fit, geometry, in_threads, probe, read_image, ready_pixels, to_tensor
 from .errors import BadImageError, DataError
 from .timmdata import PREFIXES, is_timm_spec, timm_source
 
@@ -365,6 +365,8 @@ def _open_source(name: str, split: str, size: tuple[int, int] | None, cache_byte
             height, width = size
 
             def shrink(image: Image.Image) -> Image.Image:
+                if image.mode in DEEP_MODES:
+                    return image  # converted it would be white; as it is, it is refused like those of other sets
                 grey = image.mode in GREY_MODES
                 pixels = to_tensor(image.convert("L" if grey else "RGB"))
                 return F.to_pil_image(fit(pixels, height, width))

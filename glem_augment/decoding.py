@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 GREY_MODES = ("L", "1", "LA")
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # What the extensions that are looked for stand for, and GIF, which likes to hide behind them. PIL goes by content, and
 # knows formats that run other programs (EPS) or that nobody has looked at for years.
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP"})
@@ -77,7 +77,7 @@ def _check(image: Image.Image, where: str) -> None:
             f"{where} has {image.width} x {image.height} pixels, more than PIL's limit of {limit}: it may be there to "
             "fill the memory; reduce or remove it"
         )
-    if image.mode in _DEEP_MODES:
+    if image.mode in DEEP_MODES:
         raise BadImageError(f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits")
 
 

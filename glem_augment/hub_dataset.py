@@ -24,6 +24,7 @@ from tqdm import tqdm
 from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
+from glem_augment._export import check_space, naming
 from glem_augment._manifest import read_manifest
 from glem_augment._provenance import PROVENANCE, class_folders, licence_note, settings_of
 from glem_augment.errors import DataError
@@ -125,7 +126,10 @@ def write_dataset(
     write = _write_imagefolder if format == "imagefolder" else _write_shards
     files = write(dataset, folder, progress)
     facts = facts or CardFacts()
-    origin = {**_provenance(dataset, format), "license": licence_note(facts.license_name or facts.license)}
+    origin = {
+        **_provenance(dataset, format),
+        "license": licence_note(facts.license_name or facts.license, dataset.source),
+    }
     write_json(folder / PROVENANCE, origin)
     card = dataset_card(dataset, repo_id, facts, origin)
     with atomic_write(folder / CARD, "w") as file:
@@ -146,7 +150,9 @@ def export_shards(
         FileExistsError: see `check_shards_folder`.
     """
     folder = check_shards_folder(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with naming(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    check_space(folder.parent, dataset)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         write_dataset(dataset, Path(place) / "new", folder.name, CardFacts(license), "webdataset", progress)
         if folder.exists():
@@ -164,7 +170,7 @@ def check_shards_folder(folder: Path, overwrite: bool) -> Path:
         FileExistsError: it is not empty, unless it holds such an export and nothing else, and ``overwrite`` is given.
         OSError: it is there and can't be replaced by the finished export.
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name to make another one from
+    folder = Path(os.path.realpath(folder))  # "." has no name to make another one from; a link stays one
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
     if folder.exists() and (os.path.ismount(folder) or not os.access(folder, os.W_OK)):
@@ -244,17 +250,15 @@ def _write_shards(dataset: SyntheticDataset, folder: Path, progress: bool) -> di
     count = max(-(-len(dataset) // SHARD), min(SHARDS, -(-len(dataset) // SMALL_SHARD)))
     names = [f"data/train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    archives = [tarfile.open(folder / name, "w") for name in names]
-    try:
-        for index, label, _, png in _pngs(dataset, progress):
-            for ending, data in (("png", png), ("cls", str(label).encode())):
-                # Only name and size, no time: the same images give the same shards.
-                entry = tarfile.TarInfo(f"{index:08d}.{ending}")
-                entry.size = len(data)
-                archives[index % count].addfile(entry, io.BytesIO(data))
-    finally:
-        for archive in archives:
-            archive.close()
+    # Appended to a block of images at a time: so many shards can't all be kept open.
+    waiting: dict[int, list[bytes]] = {shard: [] for shard in range(count)}
+    for index, label, _, png in _pngs(dataset, progress):
+        waiting[index % count] += [_tar_entry(f"{index:08d}.png", png), _tar_entry(f"{index:08d}.cls", b"%d" % label)]
+        if (index + 1) % _BLOCK == 0:
+            _append(folder, names, waiting)
+    for parts in waiting.values():
+        parts.append(bytes(2 * tarfile.BLOCKSIZE))  # the end of an archive
+    _append(folder, names, waiting)
     lengths = [len(range(i, len(dataset), count)) for i in range(count)]
     split = {
         "name": "train",
@@ -264,6 +268,20 @@ def _write_shards(dataset: SyntheticDataset, folder: Path, progress: bool) -> di
     }
     write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
     return {name: folder / name for name in (*names, _SHARDS_INFO)}
+
+
+def _tar_entry(name: str, data: bytes) -> bytes:
+    """A file as an archive holds it. Only name and size, no time: the same images give the same shards."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    return entry.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _append(folder: Path, names: list[str], waiting: dict[int, list[bytes]]) -> None:
+    for shard, parts in waiting.items():
+        with naming(folder / names[shard]), open(folder / names[shard], "ab") as file:
+            file.write(b"".join(parts))
+        parts.clear()
 
 
 def _pngs(dataset: SyntheticDataset, progress: bool) -> Iterator[tuple[int, int, int, bytes]]:
@@ -311,7 +329,9 @@ def _origin(model: GLEM) -> str | None:
     if model.origin is None:
         return None
     try:
-        weights = hub.locate(f"hf-hub:{model.origin}") / hub.WEIGHTS
+        weights = model.origin_file
+        if weights is None or not weights.is_file():
+            weights = hub.locate(f"hf-hub:{model.origin}") / hub.WEIGHTS
         same = hashlib.sha256(weights.read_bytes()).hexdigest() == hub.weights_sha256(model)
     except (hub.HubError, OSError):
         same = False

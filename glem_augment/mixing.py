@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from glem_augment._arguments import check_number
 from glem_augment.balance import class_index, for_every_class, targets_and_classes
@@ -22,8 +22,9 @@ class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
     Items are what the two data sets give (each applies its own transform; setting `transform` here, as timm's
-    create_loader does, sets it on both). Classes are matched by name; where the
-    real data names none, its numbers are the flow's.
+    create_loader does, sets it on both). Classes are matched by name; where the real data names none, its numbers are
+    the flow's. A synthetic image's label goes through the synthetic data's `target_transform`, or else the real data's,
+    where either has one.
 
     Args:
         real: a torchvision or timm data set, an `ImageData`, ...: its items are (image, label).
@@ -52,6 +53,11 @@ class RealAndSynthetic(Dataset):
     ) -> None:
         if not isinstance(synthetic, SyntheticDataset):
             raise TypeError(f"synthetic must be a SyntheticDataset, got {type(synthetic).__name__}")
+        if isinstance(real, (tuple, list)):
+            raise TypeError(
+                f"real must be a data set of (image, label) items, got a {type(real).__name__}: "
+                "torch.utils.data.TensorDataset(images, labels) makes one of two tensors"
+            )
         self.real, self.synthetic, self.ratio = real, synthetic, ratio
         real_targets, names = targets_and_classes(real)
         if names is not None:
@@ -135,8 +141,14 @@ class RealAndSynthetic(Dataset):
     def transform(self, value: Callable[[Any], Any] | None) -> None:
         if not hasattr(self.real, "transform"):
             raise AttributeError(f"{type(self.real).__name__} has no transform that could be set: set one inside it")
-        self.real.transform = None
-        like = self.real[0][0] if self._real_count else None
+        before = self.real.transform
+        try:
+            # Not None, which a data set of the user's may call.
+            self.real.transform = _as_it_is
+            like = self.real[0][0] if self._real_count else None
+        except BaseException:
+            self.real.transform = before
+            raise
         mode = like.mode if isinstance(like, Image.Image) else None
         self.real.transform = value
         self.synthetic.transform = value if value is None or mode is None else _InMode(mode, value)
@@ -156,17 +168,13 @@ class RealAndSynthetic(Dataset):
         """Several items; the synthetic ones among them are decoded together."""
         places = [self._place(i) for i in indices]
         wanted = [int(self.chosen[p - self._real_count]) for p in places if p >= self._real_count]
-        made = iter(self.synthetic.__getitems__(wanted)) if wanted else iter(())
-        items = []
-        for place in places:
-            if place < self._real_count:
-                items.append(self.real[place])
-            else:
-                image, label = next(made)
-                # A target_transform of the synthetic data has the last word on what a label looks like.
-                own = self.synthetic.target_transform is None
-                items.append((image, self.targets[place] if own else label))
-        return items
+        made = iter(self.synthetic.pictures(wanted)) if wanted else iter(())
+        shaped = self.synthetic.target_transform or _target_transform(self.real) or _as_it_is
+        # The number is the real data's by now; what it looks like is for a target_transform to say.
+        return [
+            self.real[place] if place < self._real_count else (next(made), shaped(self.targets[place]))
+            for place in places
+        ]
 
     def weights(self, share: float) -> Tensor:
         """Weights for `torch.utils.data.WeightedRandomSampler` that make `share` of what is drawn synthetic.
@@ -200,6 +208,17 @@ class RealAndSynthetic(Dataset):
 
     def __repr__(self) -> str:
         return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _target_transform(real: Any) -> Callable[[int], Any] | None:
+    """Of a data set, also inside torch's Subset."""
+    while isinstance(real, Subset):
+        real = real.dataset
+    return getattr(real, "target_transform", None)
 
 
 class _InMode:

@@ -47,6 +47,7 @@ class GLEM(FlowModel):
         self.gaussians = gaussians
         self.modes = modes
         self.origin: str | None = None
+        self.origin_file: Path | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class GLEM(FlowModel):
         found = hub.find(name, cache_dir=cache_dir, token=token, revision=revision)
         weights = found.folder / hub.WEIGHTS
         model = load_model(weights, hub.read_config(found.folder), cls._build)
-        model.origin = found.origin
+        model.origin, model.origin_file = found.origin, weights
         model = model.to(device).eval().requires_grad_(False)
         if check:
             check_round_trip(model, weights)

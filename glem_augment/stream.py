@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from glem_augment._arguments import check_number
+from glem_augment._arguments import check_number, check_whole
 from glem_augment._blocks import one_at_a_time
 from glem_augment._counts import WorkerCounts
 from glem_augment._epochs import Epochs
@@ -75,14 +75,8 @@ class SyntheticStream(IterableDataset):
         world: tuple[int, int] | None = None,
     ) -> None:
         model = as_model(model)
-        for name, value, low in (
-            ("length", 1 if length is None else length, 1),
-            ("seed", seed, 0),
-            ("block", block, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
-        self.length, self.block, self.seed = length, block, seed
+        self.length = None if length is None else check_whole("length", length, 1)
+        self.seed, self.block = check_whole("seed", seed, 0), check_whole("block", block, 1)
         self.probabilities = _probabilities(weights, model)
         self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.transform, self.target_transform = transform, target_transform
@@ -94,7 +88,7 @@ class SyntheticStream(IterableDataset):
             if (self.probabilities[~there] > 0).any():
                 raise ValueError("source='mixup' has no real image of some classes: give them weight 0")
             latents = RealLatents(self.model, images)
-        self.latent_source = LatentSource(self.model, source, seed, temperature, latents, modes, alpha)
+        self.latent_source = LatentSource(self.model, source, self.seed, temperature, latents, modes, alpha)
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self.world = world
         self._epochs = Epochs()

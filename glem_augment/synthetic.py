@@ -28,7 +28,7 @@ from glem_augment._moves import evaluating
 from glem_augment._rejection import Accepted, Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
 from glem_augment._transfer import check_worker_device
-from glem_augment.balance import PerClass, as_image_data, class_counts
+from glem_augment.balance import PerClass, as_image_data, class_counts, find_class
 from glem_augment.model import GLEM
 from glem_augment.pixels import to_uint8_
 
@@ -117,7 +117,7 @@ class SyntheticDataset(Dataset):
     ) -> None:
         model = as_model(model)
         self.counts = class_counts(model, per_class, real)
-        self.per_class = _plain(per_class)
+        self.per_class = _plain(per_class, model)
         self.seed = check_whole("seed", seed, 0)
         self.block = check_whole("block", block, 1)
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
@@ -172,15 +172,17 @@ class SyntheticDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """Several items, each block among them decoded once. See `__getitem__`."""
+        pictures = self.pictures(indices)
+        labels: list[Any] = [self.targets[index] for index in indices]
+        if self.target_transform is not None:
+            labels = [self.target_transform(label) for label in labels]
+        return list(zip(pictures, labels, strict=True))
+
+    def pictures(self, indices: Sequence[int]) -> list[Any]:
+        """The images of several items, after the transform. See `__getitem__`."""
         self._check_pil()
-        items = []
-        for index, image in zip(indices, self.images(indices), strict=True):
-            picture: Any = to_pil(image)
-            label: Any = self.targets[index]
-            picture = picture if self.transform is None else self.transform(picture)
-            label = label if self.target_transform is None else self.target_transform(label)
-            items.append((picture, label))
-        return items
+        pictures = [to_pil(image) for image in self.images(indices)]
+        return pictures if self.transform is None else [self.transform(picture) for picture in pictures]
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Decoded images, uint8 [n, C, H, W] on the CPU, any number of channels."""
@@ -370,12 +372,13 @@ class SyntheticDataset(Dataset):
         from glem_augment._export import export_imagefolder
 
         check_choice("format", format, ("imagefolder", "webdataset"))
+        folder = Path(folder).expanduser()
         self._check_pil()
         if format == "webdataset":
             from glem_augment.hub_dataset import export_shards
 
-            return export_shards(self, Path(folder), overwrite, license, progress)
-        return export_imagefolder(self, Path(folder), progress=progress, overwrite=overwrite, license=license)
+            return export_shards(self, folder, overwrite, license, progress)
+        return export_imagefolder(self, folder, progress=progress, overwrite=overwrite, license=license)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Upload all images with a data card to a data set on the Hugging Face Hub, in one commit.
@@ -417,7 +420,10 @@ class SyntheticDataset(Dataset):
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Class and place within the class of every index, int64 [n] each."""
-        index = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices), dtype=np.int64)
+        index = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices))
+        if index.size and not np.issubdtype(index.dtype, np.integer):
+            raise TypeError(f"indices must be integers, got {index.dtype}")
+        index = index.astype(np.int64)
         total = len(self)
         bad = (index < -total) | (index >= total)
         if bad.any():
@@ -440,10 +446,10 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
 
 
-def _plain(per_class: PerClass) -> Any:
-    """As JSON can carry it."""
+def _plain(per_class: PerClass, model: GLEM) -> Any:
+    """As JSON can carry it; classes by name, since an index as text may be another class's name."""
     if isinstance(per_class, Mapping):
-        return {str(key): int(value) for key, value in per_class.items()}
-    if isinstance(per_class, (str, int)):
+        return {model.classes[find_class(model, key, "per_class")]: int(value) for key, value in per_class.items()}
+    if isinstance(per_class, str):
         return per_class
     return np.asarray(per_class).tolist()

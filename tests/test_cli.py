@@ -301,6 +301,22 @@ def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output)
     assert found == [b"0"] * 3
     classes = json.loads((tmp_path / "e" / "glem-provenance.json").read_text())["classes"]
     assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 3), (1, "dog", 0)]
+    # A class of the flow that the real images lack comes after theirs.
+    generated([*argv, "--out", str(tmp_path / "f"), "--format", "webdataset", "--classes", "bird,cat"], output)
+    with tarfile.open(tmp_path / "f" / "data" / "train-00000-of-00001.tar") as archive:
+        found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]
+    assert sorted(found) == [b"0"] * 3 + [b"2"] * 4
+    classes = json.loads((tmp_path / "f" / "glem-provenance.json").read_text())["classes"]
+    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 3), (1, "dog", 0), (2, "bird", 4)]
+
+
+def test_tables_name_classes_that_are_called_by_numbers(tmp_path: Path, output: Output) -> None:
+    GLEM.create("identity", (1, 8, 8), ["1", "2", "3"]).save(tmp_path / "flow")
+    (tmp_path / "t.yaml").write_text("1: 2\n")
+    (tmp_path / "t.json").write_text('{"1": 2}')
+    for name, table in (("a", str(tmp_path / "t.yaml")), ("b", str(tmp_path / "t.json")), ("c", "1=2")):
+        summary = generated([str(tmp_path / "flow"), "--per-class", table, "--out", str(tmp_path / name)], output)
+        assert summary["per_class"] == {"1": 2}
 
 
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -347,7 +363,7 @@ def test_generate_looks_at_the_output_folder_before_the_real_images(
     generated([*base[1:], files], output)
     write_images(tmp_path / "other", ("bird", "cat", "dog"), (8, 8), 5)
     base[base.index("--real") + 1] = str(tmp_path / "other")
-    fails([*base, files], output, "not empty", "real_latents_sha256")
+    fails([*base, files], output, "not empty", "real_images_sha256")
 
 
 def test_generate_rejects_and_reports(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -395,8 +411,8 @@ def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypa
     )
     before = pixels_of(tmp_path / "files"), sorted(tmp_path.iterdir()), card
     with monkeypatch.context() as patch:
-        patch.setattr("glem_augment.hub_dataset.tarfile.TarFile.addfile", full_disk)
-        fails(["generate", *shards, "--overwrite", "--seed", "6"], output, "No space left")
+        patch.setattr("glem_augment.hub_dataset.open", full_disk, raising=False)
+        fails(["generate", *shards, "--overwrite", "--seed", "6"], output, "cannot write ", ".tar: No space left")
     assert (tmp_path / "shards" / "README.md").read_text() == card
     generated([*shards, "--overwrite", "--seed", "6"], output)
     assert (tmp_path / "shards" / "README.md").read_text() != card

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from glem_augment import GLEM, ImageData
 from glem_augment.codes import ClassCodes, balance_by_rejection, code_agreement
@@ -141,6 +142,10 @@ def test_codes_come_back_from_their_file(codes: ClassCodes, tmp_path: Path) -> N
     again = ClassCodes.load(tmp_path)
     assert torch.equal(again.prototypes, codes.prototypes)
     assert (again.amplitude, again.height) == (codes.amplitude, codes.height)
+    for facts in ('{"amplitude": 0.1, "height": 1e400}', "[" * 100_000):
+        save_file({"prototypes": codes.prototypes}, tmp_path / "codes.safetensors", {"codes": facts})
+        with pytest.raises(ModelFileError, match="codes.safetensors"):
+            ClassCodes.load(tmp_path)
     (tmp_path / "codes.safetensors").write_bytes(b"short")
     with pytest.raises(ModelFileError, match="codes.safetensors"):
         ClassCodes.load(tmp_path)

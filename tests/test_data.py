@@ -586,6 +586,18 @@ def test_webdataset(image_folder: Path, tmp_path: Path) -> None:
     assert open_data(f"wds/@{tmp_path}", image_size=4).image_shape == (3, 4, 4)
     with pytest.raises(DataError, match="does not fit"):
         open_data(f"wds/@{tmp_path}", cache_bytes=500)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(deep, "PNG")
+    with tarfile.open(tmp_path / "part-0.tar", "w") as archive:
+        for name, content in (("0.png", deep.getvalue()), ("0.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    split |= {"num_samples": 1, "shard_lengths": [1]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    for size in (None, 4):
+        with pytest.raises(BadImageError, match="more than 8 bits per channel"):
+            open_data(f"wds/@{tmp_path}", image_size=size)
 
 
 def test_timm_errors(tmp_path: Path) -> None:

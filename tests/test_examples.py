@@ -65,6 +65,14 @@ def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.Mo
     args = finetune.options()
     assert (args.lr, args.epochs, args.mean, args.smoothing) == (0.25, 3, [0.1, 0.2, 0.3], 0.1)
     assert args.augment == {"policy": "mixup"}
+    # YAML reads 5e-4, without a point, as text.
+    file.write_text("lr: 5e-5\nout: runs/a\n")
+    monkeypatch.setattr(sys, "argv", [*argv[:5], "--min-lr", "1e-6", "--aa", "rand-m9", "--amp", "null"])
+    args = finetune.options()
+    assert (args.lr, args.min_lr, args.aa, args.amp) == (5e-5, 1e-6, "rand-m9", None)
+    assert args.out == Path("runs/a") and args.flow == finetune.BUNDLED
+    file.write_text("# nothing\n")
+    assert finetune.options().lr == finetune.DEFAULTS["lr"]
     file.write_text("learning_rate: 0.5\n")
     with pytest.raises(SystemExit):
         finetune.options()

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, SyntheticDataset, _export, hub
+from glem_augment import GLEM, ImageData, SyntheticDataset, _export, hub
 from glem_augment._manifest import JOURNAL
-from glem_augment._provenance import PROVENANCE, class_folders
+from glem_augment._provenance import PROVENANCE, REAL_IMAGES, class_folders, settings_of
+from glem_augment.stream import SyntheticStream
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
 
@@ -315,6 +320,86 @@ def test_shards_that_could_not_take_the_folders_place_are_not_drawn(
     monkeypatch.undo()
     data.export(folder / "in", "webdataset", progress=False)
     assert sorted(path.name for path in folder.iterdir()) == ["in"]
+
+
+def test_numpys_numbers_can_be_written_down(tmp_path: Path) -> None:
+    model = make_model()
+    real = ImageData.from_tensors(torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2, NAMES)
+    model.fit_modes(real, rank=1)
+    options: dict[str, Any] = {"min_confidence": np.float32(0.1), "max_attempts": np.int64(2), "modes": np.int64(1)}
+    data = make(model, per_class=np.int64(2), source="mixup", real=real, **options)
+    for format in ("imagefolder", "webdataset"):  # noqa: A001
+        folder = data.export(tmp_path / format, format, progress=False)
+        assert json.loads((folder / PROVENANCE).read_text())["settings"]["max_attempts"] == 2
+    SyntheticStream(model, length=np.int64(5))
+
+
+def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> None:
+    model = make_model()
+    x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
+    real = ImageData.from_tensors(x, y, NAMES, name="somewhere/photos")
+    model.fit_modes(real, rank=1)
+    drawn, mixed = make(model, min_confidence=0.1), make(model, source="mixup", real=real, oracle=None, per_class=2)
+    cards = []
+    for name, data in (("a", drawn), ("b", mixed)):
+        folder = data.export(tmp_path / name, "webdataset", progress=False)
+        cards.append((folder / "README.md").read_text())
+        code = next(line for line in cards[-1].splitlines() if line.startswith("SyntheticDataset(model"))
+        again = eval(code, {"SyntheticDataset": SyntheticDataset, "model": model, "real": real})
+        assert torch.equal(again.images(range(len(data))), data.images(range(len(data))))
+    assert "None is a photograph" in cards[0] and "temperature" in cards[0]
+    assert "None is a photograph" not in cards[1] and "temperature" not in cards[1]
+    assert "each is a real image, moved" in cards[1] and "| photos |" in cards[1]
+    note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
+    assert "and of the real images that were mixed" in note
+    # The hash is of the images, not of latents, whose last bits are the machine's.
+    same = make(model, source="mixup", real=ImageData.from_tensors(x, y, NAMES), per_class=2)
+    other = make(model, source="mixup", real=ImageData.from_tensors(255 - x, y, NAMES), per_class=2)
+    hashes = [settings_of(data)[REAL_IMAGES] for data in (mixed, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_shards_take_the_place_a_link_points_to(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    make().export(tmp_path / "link", "webdataset", progress=False)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "big" / "README.md").is_file()
+
+
+def test_shards_are_what_tarfile_would_have_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images at a time, so that shards are appended to; the bytes are those of an archive made in one go."""
+    whole = files(make().export(tmp_path / "a", "webdataset", progress=False))
+    monkeypatch.setattr("glem_augment.hub_dataset._BLOCK", 7)
+    monkeypatch.setattr("glem_augment.hub_dataset.SMALL_SHARD", 10)
+    make().export(tmp_path / "b", "webdataset", progress=False)
+    names = sorted((tmp_path / "b" / "data").glob("*.tar"))
+    assert len(names) == 3
+    found: dict[str, bytes] = {}
+    for name in names:
+        with tarfile.open(name) as archive:
+            found |= {m.name: archive.extractfile(m).read() for m in archive.getmembers()}  # type: ignore[union-attr]
+    with tarfile.open(tmp_path / "a" / "data" / "train-00000-of-00001.tar") as archive:
+        assert found == {m.name: archive.extractfile(m).read() for m in archive.getmembers()}  # type: ignore[union-attr]
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for name in sorted(found, key=lambda name: (name[:8], name[-3:] != "png")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(found[name])
+            archive.addfile(entry, io.BytesIO(found[name]))
+    assert made.getvalue().rstrip(b"\0") == whole["data/train-00000-of-00001.tar"].rstrip(b"\0")
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)
+    data = make()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free._replace(free=4096))
+    for format in ("imagefolder", "webdataset"):  # noqa: A001
+        with pytest.raises(OSError, match=f"{tmp_path}.* has 0 MiB free, the export of 30 images"):
+            data.export(tmp_path / format, format, progress=False)
+    monkeypatch.undo()
+    folder = data.export(tmp_path / "again", progress=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free._replace(free=4096))
+    make(seed=2).export(folder, progress=False, overwrite=True)  # what is written over gives its space back
 
 
 @pytest.mark.parametrize(

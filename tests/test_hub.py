@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -556,6 +557,9 @@ def test_names_of_classes_cannot_break_out_of_the_card() -> None:
     row = next(line for line in card.text.splitlines() if line.startswith("| classes |"))
     assert "<script" not in row.replace("\\<", "") and row.count("|") - row.count("\\|") == 3
     assert len([line for line in card.text.splitlines() if line.strip() == "---"]) == 0
+    for preset in ("x` </code><img src=x onerror=alert(1)>", "a | b", "", "n" * 61):
+        with pytest.raises(ModelFileError, match="preset must be a short name"):
+            replace(model.config, flow={**model.config.flow, "preset": preset})
 
 
 @pytest.mark.parametrize(
@@ -679,6 +683,16 @@ def test_a_data_set_is_pushed_as_an_image_folder(pushed: tuple[HubServer, GLEM, 
     assert "These images are synthetic" in card.text and commit in card.text
     # Fewer images than before: the others go.
     assert len(push_images(SyntheticDataset(model, per_class=1), server)) == len(files) - 6
+
+
+def test_an_export_asks_the_hub_for_nothing(pushed: tuple[HubServer, GLEM, str], tmp_path: Path) -> None:
+    server, _, commit = pushed
+    model = GLEM.from_pretrained("org/flow", cache_dir=tmp_path / "elsewhere")
+    server.requests.clear()
+    folder = SyntheticDataset(model, per_class=1).export(tmp_path / "out", "webdataset", progress=False)
+    assert not server.requests
+    flow = json.loads((folder / "glem-provenance.json").read_text())["flow"]
+    assert flow["loaded_from"] == f"org/flow@{commit}"
 
 
 def test_a_model_that_was_changed_is_no_longer_the_one_on_the_hub(pushed: tuple[HubServer, GLEM, str]) -> None:

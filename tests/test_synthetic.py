@@ -296,6 +296,8 @@ def test_more_checks(model: GLEM) -> None:
     with pytest.raises(ValueError, match=r"fit_modes\(data\)"):
         SyntheticDataset(GLEM.create("identity", (1, 8, 8), classes=NAMES), source="rfcm")
     data = SyntheticDataset(model, per_class=2)
+    with pytest.raises(TypeError, match="indices must be integers, got bool"):
+        data.images(torch.tensor([True, False]))
     for index in (6, -7):
         with pytest.raises(IndexError, match=f"index {index} is out of range for 6 images"):
             data[index]
@@ -457,6 +459,8 @@ def test_class_folders() -> None:
     assert class_folders(["a/b", "../x", "ok"], ["a/b", "../x", "fine"]) == ["a_b", "x", "ok"]
     assert class_folders(["a/b", "A_b"], ["a/b", "A_b"]) == ["a_b_0", "A_b_1"]
     assert class_folders(["???", "con"], ["???", "con"]) == ["class_0", "con_"]
+    mixed = class_folders(*2 * [["cat", "Cat", "cat_0"]])
+    assert len({name.casefold() for name in mixed}) == 3 and mixed[2] == "cat_0"
     assert class_folders([".hidden", "x" * 300], [".hidden", "long"]) == ["hidden", "long"]
     for names in (NAMES, ["a/b c", "Ünï/code", "x:y*z"]):
         ids = [str(i) for i in range(len(names))]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, WeightedRandomSampler
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ClassMismatchError, DataError, ImageData, SyntheticDataset
@@ -68,7 +68,7 @@ def test_counts_per_class(model: GLEM, per_class: Any, counts: list[int]) -> Non
     data = SyntheticDataset(model, per_class=per_class, block=4)
     assert data.counts == counts and len(data) == sum(counts)
     assert data.targets == np.repeat([0, 1, 2], counts).tolist()
-    json.dumps(data.per_class)
+    assert class_counts(model, json.loads(json.dumps(data.per_class))) == counts  # the record says the same
     whole = data.images(range(len(data)))
     order = torch.randperm(len(data)).tolist()
     assert torch.equal(data.images(order), whole[order]) and data[-1][1] == data.targets[-1]
@@ -109,6 +109,7 @@ def test_balance_fills_the_tail_up_to_the_head(model: GLEM, tail: ImageData, ima
         ({"cow": 3}, "names 'cow'; the flow has dog, cat, bird"),
         ({5: 3}, "class 5"),
         ({"cat": 1.5}, "must be an int"),
+        ({"cat": 1, 1: 2}, "the class 'cat' twice"),
     ],
 )
 def test_bad_counts(model: GLEM, per_class: Any, message: str) -> None:
@@ -124,6 +125,9 @@ def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
         class_counts(model, "balance", (pixels(2), torch.tensor([0, 3])))
     with pytest.raises(DataError, match="no labels that can be read"):
         class_counts(model, "balance", [1, 2, 3])
+    with pytest.raises(DataError, match="labels must be whole numbers"):
+        class_counts(model, "balance", (pixels(2).numpy(), [0.5, 1.0]))
+    assert class_counts(model, "balance", (pixels(3).numpy(), [0, 1, 1])) == [1, 0, 2]
     other = tail.with_targets(tail.targets, ["cow", "cat", "dog"])
     with pytest.raises(DataError, match="no counterpart"):
         class_counts(model, "balance", other)
@@ -365,6 +369,45 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
         RealAndSynthetic(real, synthetic, ratio=3.0)
     with pytest.raises(TypeError, match="SyntheticDataset"):
         RealAndSynthetic(real, real)
+    with pytest.raises(TypeError, match="got a tuple: torch.utils.data.TensorDataset"):
+        RealAndSynthetic((pixels(4), torch.zeros(4, dtype=torch.int64)), synthetic)
+
+
+def test_labels_of_both_kinds_are_the_real_datas_whatever_they_look_like(model: GLEM, image_folder: Path) -> None:
+    real = ImageFolder(image_folder, target_transform=lambda label: label + 100)
+    both = RealAndSynthetic(Subset(real, range(12)), SyntheticDataset(model, per_class=2), ratio=None)
+    assert [both[i][1] for i in range(len(both))] == [label + 100 for label in both.targets]
+    real = ImageFolder(image_folder, target_transform=torch.tensor)
+    both = RealAndSynthetic(real, SyntheticDataset(model, per_class=2, target_transform=torch.tensor), ratio=None)
+    assert [int(both[i][1]) for i in range(len(both))] == both.targets
+    assert [both.classes[i] for i in both.targets[12:]] == [name for name in NAMES for _ in range(2)]
+
+
+def test_a_data_set_that_calls_its_transform_can_be_given_one(model: GLEM, image_folder: Path) -> None:
+    class Mine(Dataset):
+        def __init__(self) -> None:
+            self.folder, self.transform = ImageFolder(image_folder), np.asarray
+            self.classes, self.targets = self.folder.classes, self.folder.targets
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Any:
+            image, label = self.folder[index]
+            return self.transform(image), label
+
+    both = RealAndSynthetic(Mine(), SyntheticDataset(model, per_class=1), ratio=None)
+    both.transform = lambda image: image.size
+    assert both[0][0] == (8, 8) and both[-1][0] == (8, 8)
+
+    class Broken(Mine):
+        def __getitem__(self, index: int) -> Any:
+            raise OSError("gone")
+
+    both = RealAndSynthetic(Broken(), SyntheticDataset(model, per_class=1), ratio=None)
+    with pytest.raises(OSError, match="gone"):
+        both.transform = len
+    assert both.transform is np.asarray
 
 
 def test_parts_of_data_sets_are_real_data_too(model: GLEM, image_folder: Path) -> None:

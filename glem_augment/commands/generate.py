@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     wanted: PerClass = args.per_class
     if isinstance(wanted, Path):
         wanted = read_table(str(wanted), "--per-class")
+        if isinstance(wanted, dict):  # YAML reads the name 1 as a number, which would be an index
+            wanted = {str(name): count for name, count in wanted.items()}
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     kept = None if args.classes is None else find_classes(model, args.classes.split(","))
@@ -165,13 +167,14 @@ def run(args: argparse.Namespace) -> int:
         del draft
     dataset = SyntheticDataset(model, source=args.source, **options)
     dataset._check_pil()
-    # Shards have no names for their classes, only numbers: those of the real images, where there are any, or else the
-    # flow's, as `SyntheticDataset.export` has them.
+    # Shards have no names for their classes, only numbers: those of the real images, where there are any, and then of
+    # what these lack; or else the flow's, as `SyntheticDataset.export` has them.
     part: Any = dataset
     if args.format == "imagefolder":
         part = _Part(dataset)
     elif match is not None:
-        part = _Part(dataset, match.tolist())
+        others = [i for i, count in enumerate(dataset.counts) if count and i not in match]
+        part = _Part(dataset, [*match.tolist(), *others])
     began = time.monotonic()
     if args.format == "webdataset":
         export_shards(part, folder, args.overwrite, args.license)
