@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from glem_augment import hub
-from glem_augment._arguments import check_number
+from glem_augment._arguments import check_number, check_whole
 from glem_augment.data import ImageData, open_data
 from glem_augment.errors import DataError
 from glem_augment.gaussians import ClassGaussians
@@ -57,7 +57,7 @@ def class_latents(
     """
 
     def latents(index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         parts = []
         for x, _ in data.batches(rows_of_class[index], _CHUNK):
             parts.append(model.encode(x, generator)[0].cpu())
@@ -82,10 +82,9 @@ def adapt(
 ) -> GLEM:
     """See ``GLEM.adapt``."""
     shrinkage = check_number("shrinkage", shrinkage, 0.0, float("inf"))
-    if max_per_class is not None and (isinstance(max_per_class, bool) or int(max_per_class) < 1):
-        raise ValueError(f"max_per_class must be a whole number >= 1 or None, got {max_per_class!r}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
+    max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 1)
+    rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
+    classes = None if classes is None else [str(name) for name in classes]
     images = _opened(model, data, classes, split, progress)
     rows = _rows_of_class(images, max_per_class)
     total = sum(len(r) for r in rows)
@@ -167,6 +166,8 @@ def _rows_of_class(data: ImageData, max_per_class: int | None) -> list[np.ndarra
             f"{data.name} has no images of {len(empty)} of its {len(rows)} classes ({names}): add some, or name only "
             "the classes that it has (data.with_targets)"
         )
+    if max_per_class == 1:
+        raise ValueError("max_per_class=1 says nothing about how images of one class differ: give 2 or more")
     if max(len(found) for found in rows) < 2:
         raise DataError(
             f"{data.name} has one image per class, which says nothing about how images of one class differ: at least "
@@ -291,7 +292,7 @@ def gaussians_of(mean: Tensor, variance: Tensor, psi: tuple[float, float, float]
 
 def check_out(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """``folder`` for a new model. Raises FileExistsError if one is there, unless ``overwrite``."""
-    path = Path(folder)
+    path = Path(folder).expanduser()
     there = [name for name in (hub.WEIGHTS, hub.CONFIG) if (path / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{path} holds a model already ({', '.join(there)}): give another folder, or --overwrite")

@@ -78,9 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        return _fail(f"out of memory ({_one_line(error)}); lower --batch-size or --block, or take a smaller flow")
+        return _no_memory(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch has no class of its own for it on a CPU
+            raise
+        return _no_memory(error)
     except (GLEMError, ValueError, TypeError, OSError) as error:
         return _fail(_one_line(error))
+
+
+def _no_memory(error: BaseException) -> int:
+    return _fail(f"out of memory ({_one_line(error)}); lower --batch-size or --block, or take a smaller flow")
 
 
 def _fail(message: str) -> int:

@@ -18,6 +18,9 @@ _ROWS = 64
 # About how many elements of a parameter are looked at to see whether an optimizer has made a step.
 _PROBED = 1024
 
+# Without psi: of the variances at the start, and their lower bound relative to it.
+INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
+
 
 def _variance(s: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
     """sigma^2 from the free parameters, a new tensor; ``low`` bounds it where there is no psi. No gradient."""
@@ -166,7 +169,7 @@ class ClassGaussians(nn.Module):
         num_classes: int,
         dim: int,
         psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05),
-        initial_variance: float = 0.3,
+        initial_variance: float = INITIAL_VARIANCE,
     ) -> None:
         super().__init__()
         if num_classes < 1 or dim < 1:
@@ -195,7 +198,7 @@ class ClassGaussians(nn.Module):
     @property
     def _lowest(self) -> float:
         """Lower bound of the variances without psi."""
-        return 0.1 * self.initial_variance
+        return LOWEST_SHARE * self.initial_variance
 
     def variance(self) -> Tensor:
         """sigma^2 [K, d]; differentiable with respect to ``s``."""

@@ -72,7 +72,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder; give a file name")
     # A random part, so that two processes writing the same file never share a temporary one.
-    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")  # file systems count bytes
+    temporary = path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     raw: _RawFile | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

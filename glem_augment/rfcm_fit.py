@@ -157,7 +157,7 @@ def fit_rfcm(
     @torch.no_grad()
     def latents_of_class(index: int) -> Iterable[Tensor]:
         rows = torch.nonzero(targets == index).flatten()[:max_per_class].numpy()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         return [model.encode(x, generator)[0].cpu() for x, _ in data.batches(rows, _CHUNK)]
 
     return fit_covariances(latents_of_class, model.num_classes, model.dim, **settings)

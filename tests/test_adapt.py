@@ -243,3 +243,16 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds a model already" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--max-per-class", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 5
+
+
+def test_numbers_of_numpy_and_classes_that_are_numbers(tmp_path: Path) -> None:
+    model, (x, y) = random_flow(), images((6, 5))
+    adapted = model.adapt(
+        (x, y), classes=range(2), rank=np.int64(2), max_per_class=np.int64(4), seed=np.int64(3), progress=False
+    )  # type: ignore[arg-type]
+    adapted.save(tmp_path)
+    assert GLEM.from_pretrained(tmp_path).classes == ["0", "1"]
+    model.adapt((x, y), seed=2 * 10**13, progress=False)
+    for bad in (dict(max_per_class=2.5), dict(rank=0), dict(max_per_class=1)):
+        with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
+            model.adapt((x, y), progress=False, **bad)

@@ -423,6 +423,19 @@ def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_too_little_memory_is_told(
+    error: Exception, trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("glem_augment.commands.generate.SyntheticDataset", none_left)
+    fails(["generate", str(trained), "--per-class", "1", "--out", str(tmp_path / "x")], output, "lower --batch-size")
+
+
 def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Path, output: Output) -> None:
     base = ["generate", str(trained), "--out", str(tmp_path / "x"), "--per-class"]
     real = ["--real", images_of(trained)]

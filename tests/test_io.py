@@ -114,6 +114,12 @@ def test_json_refuses_what_others_cannot_read(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_long_names_of_many_bytes(tmp_path: Path) -> None:
+    path = tmp_path / ("猫" * 80 + ".json")  # 245 bytes of the 255 that file systems take
+    write_json(path, [1])
+    assert json.loads(path.read_text()) == [1]
+
+
 def test_save_png(tmp_path: Path) -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     colour = np.stack([grey, grey + 1, grey + 2], -1)

@@ -117,6 +117,8 @@ def test_coverage_of_itself_and_of_duplicates() -> None:
         coverage(real[:5], real, 5)
     with pytest.raises(ValueError, match="k must be"):
         coverage(real, real, 0)
+    with pytest.raises(ValueError, match=f"real has {real.shape[1]} features, generated 1"):
+        coverage(real, real[:, :1])
 
 
 def test_features_that_cannot_be_used_are_named() -> None:

@@ -218,6 +218,7 @@ def test_new_settings_are_checked() -> None:
         (dict(noise_std=-1.0), "noise_std"),
         (dict(sigma_init=2.0), "sigma_init must be a variance that psi can give, 0.05 to 0.55"),
         (dict(sigma_init=0.0, psi=None), "sigma_init"),
+        (dict(sigma_init=0.01, psi=None), "a variance that psi can give, 0.03 to inf"),
         (dict(code_rows=-1), "code_rows"),
         (dict(joint_lr=0.0), "joint_lr"),
     ):
@@ -225,7 +226,9 @@ def test_new_settings_are_checked() -> None:
             TrainConfig(**bad)
 
 
-def test_the_command_line_takes_a_method_by_name_and_resumes_it(image_folder: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_a_method_by_name_and_resumes_it(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from glem_augment.cli import main
     from glem_augment.codes import ClassCodes
 
@@ -241,4 +244,12 @@ def test_the_command_line_takes_a_method_by_name_and_resumes_it(image_folder: Pa
     model, codes = GLEM.from_pretrained(out), ClassCodes.load(out)
     assert model.image_shape == codes.coded_shape == (3, 12, 8)
     assert model.config.training["config"]["kld_weight"] == 2.0  # the flag wins over the method
+    assert "val_accuracy" not in model.config.training["held_out"]  # the images tell their class
+    for argv in (
+        ["eval", str(out), str(many)],
+        ["generate", str(out), "--per-class", "2", "--out", str(tmp_path / "x")],
+    ):
+        assert main(argv) == 2 and "for a class code" in capsys.readouterr().err
+    other = ["train", str(many), "--out", str(out), "--quiet", "--resume", "--method", "glem"]
+    assert main(other) == 2 and "has --method ceglem, not glem" in capsys.readouterr().err
     assert main(["train", str(many), "--out", str(out), "--quiet", "--resume"]) == 0  # finished already

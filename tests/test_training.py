@@ -665,6 +665,19 @@ def test_learning_rate_warms_up_and_is_halved_down_to_its_floor(tmp_path: Path) 
     assert rates[-1] == pytest.approx(2.5e-3)  # the third halving would pass the floor
 
 
+@pytest.mark.parametrize("settings", [dict(schedule="cosine", lr=1e-3), dict(milestones=(0.75, 0.5), min_lr=1e-4)])
+def test_learning_rates_never_rise_after_the_warm_up(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = tiny_trainer(tmp_path / "run", epochs=10, warmup_steps=8, **settings)
+    rates = []
+    for step in range(trainer.total_steps):
+        rates.append(trainer.flow_optimizer.param_groups[0]["lr"])
+        trainer.scheduler.step_update(step + 1)
+    assert all(b <= a + 1e-12 for a, b in zip(rates[9:], rates[10:], strict=False))
+    if "milestones" in settings:
+        halved = [rates[18] / rates[21], rates[28] / rates[31]]
+        assert halved == pytest.approx([2.0, 2.0])
+
+
 # ---- things that go wrong --------------------------------------------------------------------------------------------
 
 
@@ -886,6 +899,69 @@ def test_a_resumed_run_keeps_the_record_of_what_it_started_from(tmp_path: Path) 
             again = trainer(folder, second, True)
         record = again.fit().config.training
         assert record is not None and record.get("init_from", {}).get("weights_sha256") == (digest if init else None)
+
+
+def test_a_small_class_leaves_the_others_their_modes(tmp_path: Path) -> None:
+    y = np.array([0] * 60 + [1] * 40 + [2] * 3)
+    whole = toy_data(180, k=3)
+    rows = [i for k in range(3) for i in np.flatnonzero(whole.targets == k)[: int(np.sum(y == k))]]
+    model = tiny_trainer(tmp_path / "run", whole.subset(rows), epochs=1, modes_rank=8).fit()
+    assert model.modes.rank == 8
+    assert (model.modes.scales > 0).sum(1).tolist() == [8, 8, 2]
+
+
+def test_what_was_not_held_out_is_not_called_held_out(tmp_path: Path) -> None:
+    model = tiny_trainer(tmp_path / "none", epochs=1, val_fraction=0.0).fit()
+    assert model.config.training["held_out"] == {}
+    model = tiny_trainer(tmp_path / "coded", epochs=1, code_rows=2, val_fraction=0.1).fit()
+    assert set(model.config.training["held_out"]) == {"val_images", "val_bits_per_dim"}
+
+
+def test_fine_tuning_takes_gaussians_of_another_psi(tmp_path: Path) -> None:
+    data, wide = toy_data(), (20.0, 0.2, 0.01)
+    first = tiny_trainer(tmp_path / "first", data, epochs=1, psi=wide).fit()
+    config = tiny_config(epochs=1, psi=(10.0, 0.2, 0.001))
+    second = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
+    torch.testing.assert_close(second.model.gaussians.mu, first.gaussians.mu)
+    torch.testing.assert_close(second.model.gaussians.variance(), first.gaussians.variance())
+    with pytest.warns(UserWarning, match=r"can't give the variances .* by up to \d+.* Its own is psi=\(20"):
+        narrow = tiny_config(epochs=1, psi=(0.1, 0.2, 0.01))
+        Trainer(data, narrow, tmp_path / "third", init_model=first, device="cpu", progress=False)
+
+
+def test_what_follows_the_last_step_can_be_changed_by_those_who_go_on(tmp_path: Path) -> None:
+    with pytest.raises(TimeUpError):
+        tiny_trainer(tmp_path / "run", objective="hybrid", refit_steps=5, max_minutes=1e-9).fit()
+    model = tiny_trainer(tmp_path / "run", resume=True, objective="hybrid", refit_steps=0, modes_rank=0).fit()
+    assert model.modes is None
+
+
+def test_the_m_steps_entropy_weighs_classes_alike_smoothing_included() -> None:
+    torch.manual_seed(0)
+    gaussians = ClassGaussians(2, 3)
+    z, y = torch.randn(1000, 3), (torch.arange(1000) >= 990).long()
+    with torch.no_grad():
+        gaussians.mu.copy_(torch.randn(2, 3))
+    statistics = LatentStatistics(2, 3, keep_latents=True)
+    statistics.add(z, y, torch.zeros(1000))
+    losses = []
+    for beta in (0.0, 1.0):
+        config = tiny_config(objective="hybrid", beta=beta, label_smoothing=0.1, repulsion="none")
+        losses.append(float(m_step_loss(gaussians, statistics, config, 0.0).detach()))
+    log_p = (config.ce_scale * gaussians.log_prob(z)).log_softmax(1)
+    smooth = -(0.95 * log_p.gather(1, y[:, None]) + 0.05 * log_p.gather(1, 1 - y[:, None]))[:, 0]
+    balanced = (smooth[y == 0].mean() + smooth[y == 1].mean()) / 2
+    assert losses[1] - losses[0] == pytest.approx(float(balanced), rel=1e-4)
+
+
+def test_a_refit_of_some_images_has_some_of_every_class() -> None:
+    targets = np.repeat([0, 1, 2], [900, 95, 5])
+    rows = np.random.default_rng(0).permutation(1000)
+    chosen = trainer_module._some_of_each(rows, targets[rows], 100)
+    assert len(chosen) == len(set(chosen)) == 100
+    assert np.bincount(targets[chosen]).tolist()[2] == 5 and np.bincount(targets[chosen])[1] >= 8
+    assert np.array_equal(trainer_module._some_of_each(rows, targets[rows], 1000), rows)
+    assert len(trainer_module._some_of_each(rows, targets[rows], 10)) == 21  # 8, 8 and the 5 there are
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4), (5, 4, 4)])

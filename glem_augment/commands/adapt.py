@@ -18,6 +18,7 @@ from glem_augment.commands.common import (
     new_parser,
     number,
     print_json,
+    refuse_codes,
     report_skipped,
     whole,
 )
@@ -68,6 +69,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = check_out(args.out, args.overwrite)
     model = load_model(args)
+    refuse_codes(model)
     channels, height, width = model.image_shape
     data = open_data(
         args.data,

@@ -153,12 +153,25 @@ def open_for(
     Raises:
         FileNotFoundError, DataError, ClassMismatchError: see ``open_data`` and ``match_classes``.
     """
+    refuse_codes(model)
     channels, height, width = model.image_shape
     channels = channels if channels in (1, 3) else None
     data = open_data(spec, split, image_size=(height, width), channels=channels, skip_bad=skip_bad)
     report_skipped(data)
     match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
+
+
+def refuse_codes(model: GLEM) -> None:
+    """ValueError for a flow whose images carry class codes, which no data set has: in its samples the codes would stand
+    for pixels, and data of the user's would be stretched over them."""
+    settings = model.config.training.get("config")
+    rows = settings.get("code_rows") if isinstance(settings, dict) else None
+    if rows:
+        raise ValueError(
+            f"this flow was trained with --method ce or ceglem, on images with {rows} more rows for a class code: "
+            "such flows are for comparisons (glem_augment.codes, benchmarks/paper.py)"
+        )
 
 
 def one_folder(spec: str) -> bool:

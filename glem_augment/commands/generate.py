@@ -30,6 +30,7 @@ from glem_augment.commands.common import (
     print_json,
     read_class_map,
     read_table,
+    refuse_codes,
     whole,
 )
 from glem_augment.errors import ClassMismatchError
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
             wanted = {str(name): count for name, count in wanted.items()}
     class_map = read_class_map(args.class_map)
     model = load_model(args)
+    refuse_codes(model)
     kept = None if args.classes is None else find_classes(model, args.classes.split(","))
     real, match = None, None
     if args.real is not None:

@@ -107,7 +107,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             float, "share of the run after which the Gaussians stay and the flow trains on all images"
         ),
         "refit_steps": Setting(
-            int, "Adam steps on the Gaussians at the end, on all training images; by default 200 for hybrid, else 0"
+            int, "Adam steps on the Gaussians at the end, on the training images; by default 200 for hybrid, else 0"
         ),
         "refit_beta": Setting(float, "beta of that refit; by default the run's"),
         "modes_rank": Setting(int, "principal modes per class, fitted at the end; 0 for none"),
@@ -122,7 +122,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "code_rows": Setting(int, "the lowest rows of the images are a class code, and are not augmented"),
         "g_fraction": Setting(float, "share of each class for the M-step"),
         "val_fraction": Setting(float, "share of each class held out for measuring"),
-        "val_max": Setting(int, "at most this many images held out"),
+        "val_max": Setting(int, "at most this many images held out, but one of each class"),
     },
     RUN: {
         "seed": Setting(int, "of everything random"),
@@ -144,6 +144,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     },
 }
 KINDS = {name: setting.kind for group in SETTINGS.values() for name, setting in group.items()}
+_NULL = {field.name for field in fields(TrainConfig) if field.default is None} | {"psi"}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +249,7 @@ def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, where: str) -> Any:
     kind, plain = KINDS[name], not isinstance(value, bool)
-    if value is None and name in ("psi", "threads", "beta", "repulsion", "max_minutes", "sigma_init"):
+    if value is None and name in _NULL:
         return None
     try:
         if kind is int and plain and float(value) == int(float(value)):

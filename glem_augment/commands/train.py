@@ -123,7 +123,13 @@ def run(args: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the Trainer loads it again, and then says what is damaged
             earlier = checkpoints.load()
         settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
-        view = {**_earlier_view(out), **view}
+        before = _earlier_view(out)
+        if view.get("method") is not None and view["method"] != before.get("method"):
+            raise ValueError(
+                f"the run in {out} has --method {before.get('method') or '(none)'}, not {view['method']}: leave it out "
+                "to go on, or give another --out"
+            )
+        view = {**before, **view}
     else:
         _refuse_earlier_run(out)
     view = {**_VIEW, **view}
@@ -132,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
+        if view["method"] is None:  # which may have a psi of its own
+            settings.setdefault("psi", init_model.config.psi)
         channels, *side = init_model.image_shape
         name = view["method"]
         if name is None or not METHODS[name].codes:  # with codes its images have more rows than the data's
@@ -290,12 +298,11 @@ def _first(data: ImageData) -> str:
 
 def _held_out(model: GLEM) -> str:
     held_out = model.config.training.get("held_out") or {}
-    if None in (held_out.get("val_accuracy"), held_out.get("val_bits_per_dim")):
+    bits, accuracy = held_out.get("val_bits_per_dim"), held_out.get("val_accuracy")
+    if bits is None:
         return repr(model)
-    return (
-        f"bits/dim {held_out['val_bits_per_dim']:.3f}, accuracy {100 * held_out['val_accuracy']:.2f} % "
-        f"on {held_out['val_images']} held-out images"
-    )
+    right = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
+    return f"bits/dim {bits:.3f}{right} on {held_out['val_images']} held-out images"
 
 
 def _duration(seconds: float) -> str:

@@ -171,11 +171,11 @@ class Classifier(nn.Module):
                     raise ModelFileError(f"{path} holds no classifier of glem-augment")
                 result = cls(about["arch"], tuple(about["image_shape"]), about["num_classes"])
                 result.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=True)
-        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
+                result.facts = about["facts"]
+        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, ModelFileError):
                 raise
             raise ModelFileError(f"{path} can't be read: {error}; train the classifier again") from None
-        result.facts = about["facts"]
         return result.to(device, memory_format=torch.channels_last).eval()
 
 

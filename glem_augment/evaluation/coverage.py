@@ -49,6 +49,10 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     real, generated = check_features(real, "real", k + 1), check_features(generated, "generated")
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(
+            f"real has {real.shape[1]} features, generated {generated.shape[1]}: take one network for both"
+        )
     centre = real.mean(0)  # distances do not change, the digits that cancel get fewer
     real, generated = real - centre, generated - centre
     radii = _kth_neighbour(real, k)

@@ -45,7 +45,8 @@ _FINGERPRINT_IMAGES = 16
 # order of additions, and with it the last bits.
 _LAST_BITS = ("threads", "memory", "compile")
 FREE = {
-    "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS
+    "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS,
+    "refit_steps", "refit_beta", "modes_rank",  # after the last step
 }  # fmt: skip
 # What the steps of the same settings are. Since 2: the sum of the KLDs is divided by K d rather than by the number of
 # pairs, and a flow whose Gaussians are fixed trains on all images from the start.

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from glem_augment.gaussians import INITIAL_VARIANCE, LOWEST_SHARE
+
 OBJECTIVES = ("glem", "mle", "hybrid")
 REPULSIONS = ("kld", "saturating", "none")
 AVERAGING = ("ema", "swa", "none")
@@ -80,9 +82,10 @@ class TrainConfig:
         sigma_lr_scale: the variances' learning rate relative to the means'.
         learn_mu, learn_sigma: which parameters of the Gaussians the M-step may change.
         freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all data.
-        refit_steps: Adam steps on the Gaussians after the last E-step, on the latents of all training images under the
-            averaged flow; the averaging has moved the latents a little. By default 200 for "hybrid", else 0. With the
-            likelihood alone ("mle"), any number above 0 is its maximum in closed form.
+        refit_steps: Adam steps on the Gaussians after the last E-step, on the latents of the training images (of large
+            sets as many as make 47 million numbers, some of each class) under the averaged flow; the averaging has
+            moved the latents a little. By default 200 for "hybrid", else 0. With the likelihood alone ("mle"), any
+            number above 0 is its maximum in closed form.
         refit_beta: beta of that refit, by default the run's. Its images have been seen by the flow, so less is better.
         mean_init: means at the start: "class_means" of the initial latents, "random" (``mean_init_std``) or "zeros".
             A run that starts from a fitted model takes its Gaussians where the classes are the same, else fits them to
@@ -91,8 +94,8 @@ class TrainConfig:
             the standard deviation of normal noise on their free parameters s.
         code_rows: the lowest rows of each image are a class code (``glem_augment.codes``), which is not augmented.
         psi, bits: see ``GLEM.create``.
-        g_fraction, val_fraction: shares of the data for the M-step and (at most ``val_max`` images) for held-out
-            metrics; stratified, seeded.
+        g_fraction, val_fraction: shares of the data for the M-step and (at most ``val_max`` images, but one of each
+            class of three or more) for held-out metrics; stratified, seeded.
         augment: any of "flip", "crop", "rotate", "jitter", for the flow's training. None by default: digits must
             not flip, and a flow learns whatever the augmentation adds.
         precision: of the subnets during training; the bijection is float32 always.
@@ -264,7 +267,9 @@ class TrainConfig:
         self._check("label_smoothing", _is_number(smooth) and 0 <= smooth < 1, "in [0, 1)")
         if self.sigma_init is not None:
             self._check("sigma_init", _is_number(self.sigma_init) and self.sigma_init > 0, "a positive number")
-            low, high = (0.0, math.inf) if self.psi is None else (self.psi[2], self.psi[0] + self.psi[2])
+            low, high = LOWEST_SHARE * INITIAL_VARIANCE, math.inf
+            if self.psi is not None:
+                low, high = self.psi[2], self.psi[0] + self.psi[2]
             self._check("sigma_init", low < self.sigma_init < high, f"a variance that psi can give, {low} to {high}")
         late = self.beta_anneal_from
         self._check("beta_anneal_from", _is_number(late) and 0 <= late < 1, "in [0, 1)")

@@ -123,9 +123,11 @@ def m_step_loss(
         # weigh the same, as in the likelihood.
         z, y = statistics.kept()
         weight = (1 / statistics.count.clamp_min(1)).to(z.dtype)
-        entropy = F.cross_entropy(
-            config.ce_scale * gaussians.log_prob(z), y, weight=weight, label_smoothing=config.label_smoothing
-        ).double()
+        # Weighted here: torch would weight the smoothing by the classes that it is spread over.
+        each = F.cross_entropy(
+            config.ce_scale * gaussians.log_prob(z), y, label_smoothing=config.label_smoothing, reduction="none"
+        )
+        entropy = ((weight[y] * each).sum() / weight[y].sum()).double()
         loss = loss + config.beta * dim / unit * entropy
     return loss
 

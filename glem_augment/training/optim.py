@@ -28,11 +28,12 @@ def flow_optimizer(
     scheduler: Scheduler
     if config.schedule == "cosine":
         span = max(1, total_steps - warmup)
-        scheduler = CosineLRScheduler(optimizer, t_initial=span, lr_min=config.min_lr, warmup_prefix=True, **common)
+        low = min(config.min_lr, config.lr)  # a cosine to a higher rate would raise it
+        scheduler = CosineLRScheduler(optimizer, t_initial=span, lr_min=low, warmup_prefix=True, **common)
     else:
         # Halve at each milestone, but not below min_lr.
         allowed = int(math.log2(max(1.0, config.lr / max(config.min_lr, 1e-12))) + 1e-9)
-        halvings = [round(share * total_steps) for share in config.milestones][:allowed]
+        halvings = [round(share * total_steps) for share in sorted(config.milestones)][:allowed]
         scheduler = MultiStepLRScheduler(optimizer, decay_t=halvings, decay_rate=0.5, warmup_prefix=False, **common)
     scheduler.step_update(0)
     return optimizer, scheduler

@@ -206,7 +206,9 @@ class Run:
             "held_out": {
                 key: final[key] if final[key] is not None and math.isfinite(final[key]) else None
                 for key in ("val_images", "val_accuracy", "val_bits_per_dim")
-                if key in final
+                # Without images held out, those that trained the Gaussians are measured on the way. Images that carry
+                # the code of their class tell it to whoever reads them.
+                if key in final and len(trainer.split.val) and not (key == "val_accuracy" and config.code_rows)
             },
             **({} if trainer.init_from is None else {"init_from": trainer.init_from}),
             "bad_steps": trainer.bad_steps,
@@ -214,8 +216,9 @@ class Run:
         }
         model.eval().requires_grad_(False)
         if config.modes_rank:
-            smallest = int(np.bincount(trainer.data.targets, minlength=model.num_classes).min())
-            model.fit_modes(trainer.data, rank=max(1, min(config.modes_rank, smallest - 1, model.dim)))
+            # A class of n images has n - 1; the others of small classes have no length.
+            largest = int(np.bincount(trainer.data.targets).max())
+            model.fit_modes(trainer.data, rank=max(1, min(config.modes_rank, largest - 1, model.dim)))
         plot_curves(rows, trainer.out / "curves.png")
         model.save(trainer.out)  # last: where it is, nothing is left to be done
         return model

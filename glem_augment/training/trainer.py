@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ _SHRINKAGE = 10  # images
 # The refit of the Gaussians keeps this many latents in memory, at most; 60,000 of 784 numbers are 190 MB.
 _REFIT_NUMBERS = 60_000 * 784
 _REFIT_LR = 3e-3
+_REFIT_LEAST = 8  # images of a class
 
 
 class Trainer:
@@ -165,6 +167,22 @@ class Trainer:
         seed = np.random.SeedSequence([self.config.seed, *key]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
+    def _take_gaussians(self, init_model: GLEM) -> None:
+        mine, theirs = self.model.gaussians, init_model.gaussians
+        if init_model.config.psi == self.model.config.psi:
+            mine.load_state_dict(theirs.state_dict())
+            return
+        mine.mu.copy_(theirs.mu)
+        wanted = theirs.variance().to(mine.s)
+        mine.set_variance(wanted)
+        worst = float((mine.variance() / wanted).log().abs().max().exp())
+        if worst > 1.1:
+            warnings.warn(
+                f"psi={self.model.config.psi} of the settings can't give the variances of the model to start from: "
+                f"they change by up to {worst:.1f} times. Its own is psi={init_model.config.psi}",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def _initialise(self, init_model: GLEM | None) -> None:
         """Data-dependent ActNorms, then the Gaussians: a function of the seed and the data."""
@@ -173,8 +191,8 @@ class Trainer:
         x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
         self.model.initialise(x, self._generator(1))
         if init_model is not None:
-            if init_model.class_ids == self.model.class_ids and init_model.config.psi == self.model.config.psi:
-                gaussians.load_state_dict(init_model.gaussians.state_dict())
+            if init_model.class_ids == self.model.class_ids:
+                self._take_gaussians(init_model)
                 return
             statistics = self._latent_pass(-1, self.split.g, keep=False)
             n = statistics.count.clamp_min(1)[:, None]
@@ -275,15 +293,16 @@ class Trainer:
         gaussians.project()
 
     def refit(self, model: GLEM) -> None:
-        """The Gaussians once more, for latents of all training images under ``model``'s flow: ``refit_steps`` of Adam,
-        or in closed form where the loss is the likelihood alone."""
+        """The Gaussians once more, for latents of the training images under ``model``'s flow: ``refit_steps`` of Adam,
+        or in closed form where the loss is the likelihood alone. Adam keeps the latents of as many images as make
+        ``_REFIT_NUMBERS`` numbers."""
         config = replace(self.config, beta=self.config.refit_beta)
         if not config.refit_steps or not (config.learn_mu or config.learn_sigma):
             return
         rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
         exact = config.objective == "mle"
         if not exact:
-            rows = rows[: max(1, _REFIT_NUMBERS // model.dim)]
+            rows = _some_of_each(rows, self.data.targets[rows], max(1, _REFIT_NUMBERS // model.dim))
         statistics = self._latent_pass(self.m_total, np.sort(rows), keep=bool(config.beta), model=model)
         if exact:
             statistics.most_likely(self.model.gaussians, config.learn_mu, config.learn_sigma)
@@ -360,7 +379,20 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Held-out metrics, and the state of the Gaussians."""
+        """Held-out metrics (with none held out, of the images that fit the Gaussians), and the Gaussians' state."""
         rows = self.split.val if len(self.split.val) else self.split.g
         metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH), self._generator(5))
         return {**metrics, **gaussian_state(self.model.gaussians)}
+
+
+def _some_of_each(rows: np.ndarray, targets: np.ndarray, most: int) -> np.ndarray:
+    """The first ``most`` rows, but no fewer than ``_REFIT_LEAST`` of each class that has as many: cross-entropy pushes
+    a class without images away."""
+    if len(rows) <= most:
+        return rows
+    order = np.argsort(targets, kind="stable")
+    starts = np.searchsorted(targets[order], targets[order])
+    within = np.empty(len(rows), dtype=np.int64)
+    within[order] = np.arange(len(rows)) - starts
+    first = within < _REFIT_LEAST
+    return np.concatenate([rows[first], rows[~first][: max(0, most - int(first.sum()))]])
