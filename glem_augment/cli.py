@@ -79,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         return _no_memory(error)
+    except (GLEMError, ValueError, TypeError, OSError) as error:
+        return _fail(_one_line(error))
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # torch has no class of its own for it on a CPU
             raise
         return _no_memory(error)
-    except (GLEMError, ValueError, TypeError, OSError) as error:
-        return _fail(_one_line(error))
 
 
 def _no_memory(error: BaseException) -> int:

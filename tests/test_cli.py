@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -528,13 +529,15 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
 
 
 def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: Path, output: Output) -> None:
-    run = tmp_path / "tuned"
-    argv = ["train", images_of(trained), "--init", str(trained), "--out", str(run), "--epochs", "1", "--quiet"]
+    run, start = tmp_path / "tuned", tmp_path / "start"
+    shutil.copytree(trained, start)
+    argv = ["train", images_of(trained), "--init", str(start), "--out", str(run), "--epochs", "1", "--quiet"]
     assert main([*argv, "--objective", "hybrid", "--refit-steps", "5", *TINY]) == 0
     before, after = GLEM.from_pretrained(trained), GLEM.from_pretrained(run)
     assert after.config.flow == before.config.flow and after.class_ids == before.class_ids
     assert '"kind": "final"' in (run / "metrics.jsonl").read_text().splitlines()[-1]
     (run / hub.WEIGHTS).unlink()
+    shutil.rmtree(start)  # whoever goes on needs it no more
     assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
     again = GLEM.from_pretrained(run)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in after.state_dict().items())

@@ -108,7 +108,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     device, out = pick_device(args.device), Path(args.out).expanduser()
-    checkpoints = Checkpoints(out)
+    checkpoints, whole = Checkpoints(out), False
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
         settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
@@ -123,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the Trainer loads it again, and then says what is damaged
             earlier = checkpoints.load()
         settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
+        # Such a checkpoint has all that is needed: the model that the run started from may be gone.
+        whole = not hasattr(args, "init") and "flow" in earlier.facts
         before = _earlier_view(out)
         if view.get("method") is not None and view["method"] != before.get("method"):
             raise ValueError(
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     view = {**_VIEW, **view}
     name = view["method"]
     # First of all: its images' size and bits are those of the run, unless others are asked for.
-    init_model = None if view["init"] is None else GLEM.from_pretrained(view["init"])
+    init_model = None if view["init"] is None or whole else GLEM.from_pretrained(view["init"])
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
         if view["method"] is None:  # which may have a psi of its own

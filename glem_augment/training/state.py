@@ -6,6 +6,7 @@ the order of the images, the noise. So a file can't bring in anything but counte
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "config": trainer.config.to_dict(),
         "fingerprint": trainer.fingerprint,
         "init_from": trainer.init_from,
+        "flow": trainer.model.config.flow,
         "rules": RULES,
         **{name: getattr(trainer, name) for name in _COUNTERS},
         "lr_scale": trainer.lr_scale,
@@ -60,6 +62,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     facts = checkpoint.facts
+    flow = trainer.model.config.flow  # older versions did not write it
+    if json.dumps(facts.get("flow", flow), sort_keys=True) != json.dumps(flow, sort_keys=True):  # lists are tuples here
+        raise ValueError("its flow is another one")
     for name in _COUNTERS:
         if type(facts[name]) is not int or not 0 <= facts[name] < 2**53:
             raise ValueError(f"{name} is {facts[name]!r}")

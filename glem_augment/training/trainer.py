@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from glem_augment._devices import move
+from glem_augment.config import GLEMConfig
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
@@ -88,13 +89,14 @@ class Trainer:
         self.split: Split = stratified_split(
             data.targets, k, config.g_fraction, config.val_fraction, config.val_max, config.seed
         )
-        self.model = self._new_model(init_model).to(self.device)
+        self.checkpoints = Checkpoints(self.out)
+        begun = self.checkpoints.load() if resume else None
+        self.model = self._new_model(init_model, begun).to(self.device)
         self.init_from = None  # for the record
         if init_model is not None:
             self.init_from = {"weights_sha256": weights_sha256(init_model), "origin": init_model.origin}
         self.fingerprint = data_fingerprint(data)
-        self.checkpoints = Checkpoints(self.out)
-        checkpoint = self._open_folder(resume)
+        checkpoint = self._open_folder(resume, begun)
         batch = min(config.batch_size, len(self.split.nf))
         self.steps_per_epoch = max(1, len(self.split.nf) // batch)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -119,13 +121,12 @@ class Trainer:
 
     # ---- set-up --------------------------------------------------------------------------------------------------
 
-    def _open_folder(self, resume: bool) -> Checkpoint | None:
+    def _open_folder(self, resume: bool, checkpoint: Checkpoint | None) -> Checkpoint | None:
         """The checkpoint to go on from, if any; finds out now whether ``out`` can be written."""
         if not resume and self.checkpoints.exist():
             raise TrainingError(
                 f"{self.out} already holds a run; resume it (--resume), or choose another folder with --out"
             )
-        checkpoint = self.checkpoints.load() if resume else None
         if checkpoint is not None:
             check_same_run(checkpoint, self.config, self.fingerprint, self.data.name)
             self.init_from = init_of_run(checkpoint, self.init_from)
@@ -134,9 +135,20 @@ class Trainer:
         self.log = MetricsLog(self.out, 0 if checkpoint is None else checkpoint.step)
         return checkpoint
 
-    def _new_model(self, init_model: GLEM | None) -> GLEM:
+    def _new_model(self, init_model: GLEM | None, begun: Checkpoint | None) -> GLEM:
         config, data = self.config, self.data
         torch.manual_seed(config.seed)
+        if init_model is None and begun is not None and begun.facts.get("init_from") and "flow" in begun.facts:
+            # The model that the run started from need not be there any more: all weights are in the checkpoint.
+            return GLEM._build(
+                GLEMConfig(
+                    flow=begun.facts["flow"],
+                    bits=config.bits,
+                    psi=config.psi,
+                    class_ids=list(data.class_ids),
+                    class_names=list(data.classes),
+                )
+            )
         if init_model is None:
             return GLEM.create(
                 config.preset, data.image_shape, data.classes, data.class_ids, config.bits, config.psi,
