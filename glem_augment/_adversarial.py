@@ -167,7 +167,13 @@ class Adversary:
                     )
             scale = HALF_SCALE if pictures.dtype == torch.float16 or self._half(caller) else 1.0
             with caller.for_backward():
-                (gradient,) = torch.autograd.grad(total * scale, c)
+                if self.loss is None:
+                    # All else in the graph is frozen. Not autograd.grad, which reentrant checkpointing refuses.
+                    (total * scale).backward()
+                    assert c.grad is not None
+                    gradient = c.grad
+                else:  # which may have weights of its own, whose gradients are not to be touched
+                    (gradient,) = torch.autograd.grad(total * scale, c)
         norm = gradient.norm(dim=1, keepdim=True)
         usable = torch.isfinite(norm) & (norm > 0)
         length = 0.5 * strength * modes.to(norm.dtype).sqrt()

@@ -126,11 +126,12 @@ def check_batch(x: object) -> None:
         raise ValueError(f"x must be a batch of images [B, C, H, W], got {got}")
 
 
-def check_labels(y: object, batch: int, num_classes: int, look: bool) -> None:
+def check_labels(y: object, batch: int, num_classes: int, look: bool, advice: str = "class_map") -> None:
     """Labels of a batch: int64 [batch], or floating point [batch, num_classes].
 
     Args:
         look: check the values of integer labels too, for which an accelerator has to be waited for.
+        advice: the argument to give for other classes.
 
     Raises:
         ValueError, TypeError: naming what was given and what is allowed.
@@ -152,5 +153,6 @@ def check_labels(y: object, batch: int, num_classes: int, look: bool) -> None:
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"label {low if low < 0 else high} is out of range: this transform knows classes 0 to "
-                f"{num_classes - 1}; give class_map if the data has other classes than the flow"
+                f"{num_classes - 1}; give {advice} if the data has {'more' if advice == 'num_classes' else 'other'} "
+                "classes" + (" than the flow" if advice == "class_map" else "")
             )

@@ -50,6 +50,11 @@ class Holdings:
     def flow(self, device: torch.device) -> FlowOnDevice:
         """The model and its basis on a device, made again after a new fit."""
         self.fitted_modes()
+        if self.model.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"the flow's weights are {self.model.dtype}, in which it is not invertible: use flow.float(); its "
+                "subnets alone may run in less (flow.flow.set_autocast)"
+            )
         found = self._flows.get(device)
         if found is not None and found.is_current(self.model, device):
             return found

@@ -11,6 +11,8 @@ from glem_augment._devices import move
 from glem_augment._drawing import FROM_BATCH, AugmentParams
 from glem_augment._lookup import ClassTables
 
+_MOST_SMOOTHING = 0.3
+
 
 def label_kind(labels: str, partnered: bool, same_class: bool, soft_in: bool) -> str:
     """What to do with labels: "hard" (nothing), "soft" (make them [B, K']), "mix" or "posterior".
@@ -37,9 +39,11 @@ def soft_labels(y: Tensor, num_classes: int) -> Tensor:
 def smoothing_floor(soft: Tensor) -> Tensor:
     """What label smoothing gives to every class, a number []: the least entry of a batch [B, K'].
 
-    Of a batch, since a single row may have been mixed of all classes.
+    Of a batch, since a single row may have been mixed of all classes; so may every row where there are two, and nobody
+    smooths by more than ``_MOST_SMOOTHING``.
     """
-    return soft.amin().clamp(0.0, 1.0 / soft.shape[1])
+    low = soft.amin().clamp(min=0.0)
+    return torch.where(low * soft.shape[1] > _MOST_SMOOTHING, 0.0, low)
 
 
 def pure_labels(cls: Tensor, soft: Tensor) -> Tensor:

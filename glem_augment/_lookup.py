@@ -43,7 +43,9 @@ class FlowOnDevice:
 
 
 def _version(model: GLEM, device: torch.device) -> WeightsVersion:
-    return WeightsVersion(model.gaussians if model.device == device else model)
+    if model.device != device:
+        return WeightsVersion(model)
+    return WeightsVersion(model.gaussians, *([] if model.modes is None else [model.modes]))
 
 
 def flow_on_device(model: GLEM, device: torch.device, basis: str, modes: int, neighbours: int) -> FlowOnDevice:

@@ -12,6 +12,7 @@ from glem_augment._adversarial import Adversary
 from glem_augment._labels import soft_labels
 from glem_augment._moves import evaluating
 from glem_augment.flows.precision import full_precision
+from glem_augment.transform import augment_sample, is_structure
 
 if TYPE_CHECKING:
     from timm.data.mixup import Mixup
@@ -106,6 +107,16 @@ class PlugIn:
             ValueError, TypeError: for labels that a call would not take.
         """
         return y if self._labels_for(y) == "hard" else self.soft_target(y)
+
+    def unmoved(self: GLEMAugment, x: Any, y: Any) -> tuple[Any, Any]:
+        """What a call gives that changes no image, whatever structure the batch comes in: (x, `target` of y).
+
+        Raises:
+            ValueError, TypeError: for what a call would not take.
+        """
+        if is_structure(x, y):
+            return augment_sample(lambda x, y: (x, self.target(y)), (x, y))
+        return x, self.target(y)
 
     def soft_target(self: GLEMAugment, y: Tensor) -> Tensor:
         """Labels as soft ones [B, K']: one-hot float32, or y itself.

@@ -115,7 +115,7 @@ class LatentSource:
             for generator, rows, places in self._generators(cls, within, attempt):
                 noise[rows] = generator.standard_normal((NOISE_BLOCK, width), dtype=np.float32)[places]
             y = move(torch.from_numpy(cls), self.model.device)
-            eps = move(torch.from_numpy(noise), self.model.device)
+            eps = move(torch.from_numpy(noise), self.model.device).to(self.model.dtype)
             if self.source == "rfcm":
                 return self._fitted().sample_from_noise(y, eps, self.temperature)
             gaussians = self.model.gaussians

@@ -87,9 +87,10 @@ class GLEMAugment(PlugIn, nn.Module):
             flow, at z'), or "auto": unchanged where the class can't change (noise and adversarial; partner "same" or
             "gaussian" with hard labels), "mix" otherwise.
         mean, std: of a normalised input, a number or one per channel; None: the input is in [0, 1] or uint8.
-        num_classes: K', width of soft labels; by default the length of `class_map`, else the flow's K.
-        class_map: flow class of every data class, a sequence or a dict; None, -1 or a missing key: not in the
-            flow, such images are passed through and counted.
+        num_classes: K', width of soft labels; by default the length of `class_map` (of a dict, its largest key and
+            one more), else the flow's K.
+        class_map: flow class of every data class, a sequence or a dict; None, -1 or a missing key below
+            `num_classes`: not in the flow, such images are passed through and counted.
         detail: where the images are larger than the flow's: "keep" adds the upsampled change to them, "mix"
             also mixes in the fine detail of a partner from the batch with the same l, "none" gives the
             decoded image, resized.
@@ -411,7 +412,7 @@ class GLEMAugment(PlugIn, nn.Module):
         # On an accelerator labels are looked at in the first batch only; later ones that are out of range are counted
         # by draw, and their rows passed through.
         look = not isinstance(y, Tensor) or y.device.type == "cpu" or not self._held.has_tables(y.device)
-        check_labels(y, batch, self.num_classes, look)
+        check_labels(y, batch, self.num_classes, look, "num_classes" if self.class_map else "class_map")
 
     def extra_repr(self) -> str:
         found = {k: tuple(v) if isinstance(v, list) else v for k, v in self.to_config().items() if k != "model"}

@@ -155,7 +155,8 @@ def _plain(name: str) -> str:
 
 
 def _unnumbered(name: str) -> str:
-    return _plain(re.sub(r"^\d+\s*[_-]\s*", "", name))
+    rest = _plain(re.sub(r"^\d+\s*[_-]\s*", "", name))
+    return rest if rest[:1].isalpha() else _plain(name)  # 737-200 is no 747-200
 
 
 _FORMS: tuple[Callable[[str], str], ...] = (str, _plain, _unnumbered)

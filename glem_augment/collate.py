@@ -12,6 +12,8 @@ from timm.data.mixup import FastCollateMixup
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from glem_augment.transform import like
+
 if TYPE_CHECKING:
     from glem_augment.augment import GLEMAugment
 
@@ -34,7 +36,9 @@ class AugmentingCollate(FastCollateMixup):
         self.aug, self.base = aug, base
         # Shared memory: workers that live through several epochs see a change of the switch.
         self._on = torch.ones(1, dtype=torch.bool).share_memory_()
-        super().__init__(num_classes=aug.num_classes)
+        enabled = getattr(base, "mixup_enabled", True)
+        super().__init__(num_classes=aug.num_classes)  # which switches it on
+        self.mixup_enabled = enabled
 
     @property
     def mixup_enabled(self) -> bool:
@@ -60,8 +64,11 @@ class AugmentingCollate(FastCollateMixup):
         if not isinstance(collated, (tuple, list)) or len(collated) < 2 or not isinstance(collated[0], Tensor):
             raise TypeError(f"base must give a batch (images, labels), got {type(collated).__name__}")
         x, y, *rest = collated
-        x, y = self.aug(x, y) if on else (x, self.aug.target(y))
-        return [x, y, *rest] if isinstance(collated, list) else (x, y, *rest)
+        return like(collated, [*(self.aug if on else self.aug.unmoved)(x, y), *rest])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._on.share_memory_()  # a copy's is memory of its own, to be shared with its workers
 
     def __repr__(self) -> str:
         return f"AugmentingCollate({self.aug!r}, base={self.base!r})"
@@ -71,8 +78,11 @@ def _default(batch: Sequence[Any]) -> Callable[[list[Any]], Any]:
     if len(batch) == 0 or not isinstance(batch[0], (tuple, list)) or len(batch[0]) < 2:
         raise TypeError(f"samples must be (image, label), got {type(batch[0] if batch else batch).__name__}")
     image = batch[0][0][0] if isinstance(batch[0][0], tuple) else batch[0][0]  # timm's augmentation splits
-    if isinstance(image, np.ndarray) or (isinstance(image, Tensor) and image.dtype == torch.uint8):
+    pair = type(batch[0]) is tuple and len(batch[0]) == 2  # it knows no other samples, and leaves out a third item
+    if pair and isinstance(image, (np.ndarray, Tensor)) and image.dtype in (np.uint8, torch.uint8):
         return fast_collate
+    if isinstance(image, np.ndarray):
+        return default_collate
     if not isinstance(image, Tensor):
         raise TypeError(
             f"the data set gives images as {type(image).__name__}: end its transform with one that makes tensors, "

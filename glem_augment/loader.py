@@ -15,6 +15,7 @@ from glem_augment._transfer import for_channels
 from glem_augment.balance import class_names
 from glem_augment.classmatch import match_classes
 from glem_augment.errors import ClassMismatchError
+from glem_augment.transform import like
 
 if TYPE_CHECKING:
     from glem_augment.augment import GLEMAugment
@@ -118,8 +119,7 @@ class AugmentedLoader:
         x, y, *rest = batch
         if self.device is not None and isinstance(x, Tensor) and isinstance(y, Tensor):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        x, y = self.aug(x, y) if on else (x, self.aug.target(y))
-        return [x, y, *rest] if isinstance(batch, list) else (x, y, *rest)
+        return like(batch, [*(self.aug if on else self.aug.unmoved)(x, y), *rest])
 
     @property
     def mixup_enabled(self) -> bool:

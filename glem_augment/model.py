@@ -45,7 +45,7 @@ class GLEM(FlowModel):
         self.config = config
         self.flow = flow
         self.gaussians = gaussians
-        self.modes = modes
+        self.modes = None if modes is None else modes.to(gaussians.mu.dtype)
         self.origin: str | None = None
         self.origin_file: Path | None = None
 
@@ -358,7 +358,7 @@ class GLEM(FlowModel):
         targets = flow_index[data.targets]
         rows = [np.flatnonzero(targets == index)[:max_per_class] for index in range(self.num_classes)]
         latents = class_latents(self, data, rows, seed)
-        self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device)
+        self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank = self.modes.rank
         return self.modes
 

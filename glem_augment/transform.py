@@ -67,8 +67,15 @@ def is_structure(x: Any, y: Any) -> bool:
     return isinstance(x, Tensor) and x.ndim == 3 and single
 
 
-def augment_sample(aug: GLEMAugment, sample: Any, labels_getter: str | Callable[[Any], Any] = "default") -> Any:
-    """What `GLEMTransform.forward` does, to one structure."""
+def like(batch: Any, items: list[Any]) -> Any:
+    """The items in the kind of sequence that `batch` is: a list, a tuple, a namedtuple."""
+    if hasattr(batch, "_fields"):
+        return type(batch)(*items)
+    return items if isinstance(batch, list) else tuple(items)
+
+
+def augment_sample(aug: Callable[..., Any], sample: Any, labels_getter: str | Callable[[Any], Any] = "default") -> Any:
+    """What `GLEMTransform.forward` does, to one structure; aug: from images and labels to both."""
     leaves, spec = tree_flatten_with_path(sample)
     flat = [item for _, item in leaves]
     if labels_getter == "default":

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from glem_augment import GLEM, GLEMAugment, ImageData
 from glem_augment._adversarial import unwrapped
@@ -168,6 +169,25 @@ def test_classifier_flow_and_random_state_are_left_alone(model: GLEM) -> None:
         aug(x, y)
     assert_unchanged(net, before)
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_classifier_with_gradient_checkpointing(model: GLEM, reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=reentrant)
+
+    net, x, y = Checkpointed(), images(8) / 255, labels(8)
+    before = snapshot(net)
+    aug = GLEMAugment(model, p=1.0, policy="adversarial", modes=8, seed=0)
+    out = aug.attach(net)(x, y)[0]
+    assert_unchanged(net, before)
+    aug = GLEMAugment(model, p=1.0, policy="adversarial", modes=8, seed=0)
+    torch.testing.assert_close(out, aug.attach(net.net)(x, y)[0])
 
 
 def test_overridden_train_methods_are_not_called(model: GLEM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from glem_augment._drawing import AugmentParams
+from glem_augment._labels import is_pure, smoothing_floor
 from glem_augment._moves import _fixed_set, _on_modes, drawn_partners, rows_to_encode
 from glem_augment.augment import GLEMAugment
 from glem_augment.model import GLEM
 from glem_augment.modes import _gathered, per_class
+from glem_augment.synthetic import SyntheticDataset
 
 SHAPE = (1, 8, 8)
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -864,3 +867,53 @@ def test_a_first_call_under_inference_mode_leaves_nothing_behind(settings: dict[
         aug._held.flow(x.device), aug._held.tables(y.device)
     out, _ = aug(x, y)
     assert out.shape == x.shape and sum(aug.stats.values()) >= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_flow_in_half_precision_is_refused(model: GLEM, dtype: torch.dtype) -> None:
+    aug = GLEMAugment(copy.deepcopy(model).to(dtype), p=1.0, modes=4)
+    with pytest.raises(TypeError, match=r"the flow's weights are .*16, in which it is not invertible: use flow.float"):
+        aug(images(4), labels(4))
+
+
+def test_a_flow_in_double_precision(model: GLEM, tmp_path: Path) -> None:
+    wide = copy.deepcopy(model).double()
+    x, y = images(12), labels(12)
+    wide.fit_modes((x, y), rank=2)
+    adapted = wide.adapt((x, y), rank=2, progress=False)
+    model.save(tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = GLEM.from_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for flow in (wide, adapted, loaded):
+        assert flow.modes is not None and flow.modes.directions.dtype == flow.dtype
+        for settings in ({"policy": "noise"}, {"partner": "gaussian"}, {"basis": "near"}):
+            GLEMAugment(flow, p=1.0, modes=2, **settings)(x, y)
+        SyntheticDataset(flow, per_class=1, source="rfcm").images(range(2))
+
+
+def test_modes_written_in_place_are_noticed(model: GLEM) -> None:
+    mine = copy.deepcopy(model)
+    aug = GLEMAugment(mine, p=1.0, policy="noise", basis="near", modes=4, seed=0)
+    x, y = images(4), labels(4)
+    assert not torch.equal(aug(x, y)[0], x)
+    assert mine.modes is not None
+    mine.modes.scales.zero_()
+    mine.modes.rest.zero_()
+    assert torch.equal(aug(x, y)[0], x)
+
+
+def test_labels_beyond_a_class_map_ask_for_num_classes(model: GLEM) -> None:
+    aug = GLEMAugment(model, class_map={0: 0, 2: 1})
+    assert aug.num_classes == 3
+    with pytest.raises(ValueError, match="label 3 is out of range: .* give num_classes if the data has more classes$"):
+        aug(images(4), torch.tensor([0, 1, 2, 3]))
+
+
+def test_mixtures_of_two_classes_are_not_taken_for_smoothing() -> None:
+    mixed = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
+    assert float(smoothing_floor(mixed)) == 0.0 and not is_pure(mixed).any()
+    smoothed = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    assert float(smoothing_floor(smoothed)) == pytest.approx(0.1) and is_pure(smoothed).all()

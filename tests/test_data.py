@@ -668,6 +668,11 @@ def test_class_map() -> None:
         match_classes(flow, flow, data, data, ["a"])
 
 
+def test_numbers_are_taken_off_names_alone() -> None:
+    ours, theirs = ["737-200", "737-400D", "01_dog"], ["747-200", "747-400D", "7 - dog"]
+    assert match_classes(ours, ours, theirs, theirs, partial=True).tolist() == [-1, -1, 2]
+
+
 def test_mismatch_lists_both_sides_and_the_fix() -> None:
     flow = [f"c{i}" for i in range(30)]
     with pytest.raises(ClassMismatchError) as caught:

@@ -458,6 +458,54 @@ def test_collate_in_workers(model: GLEM) -> None:
     assert not torch.equal(a[0], b[0])
 
 
+def test_what_is_switched_off_takes_the_batches_that_it_took_before(model: GLEM) -> None:
+    class Pair(NamedTuple):
+        image: Any
+        label: Any
+
+    x, y = images(4) / 255, labels(4)
+    for batch in ((x, {"labels": y}), Pair(x, y), [x, y, ["a", "b", "c", "d"]], (x[0], 1)):
+        wrapped = make(model, policy="noise").wrap([batch], off_epoch=1)
+        (on,), (off,) = list(wrapped), list(wrapped)
+        assert type(on) is type(off) is type(batch) and len(on) == len(off) == len(batch)
+        assert not torch.equal(on[0], batch[0]) and torch.equal(off[0], batch[0])
+        assert str(off[1]) == str(batch[1])
+    collate = make(model, policy="noise").collate_fn(lambda samples: Pair(*default_collate(samples)))
+    samples = list(zip(x, y, strict=True))
+    assert type(collate(samples)) is Pair
+    collate.mixup_enabled = False
+    assert torch.equal(collate(samples).image, x)
+
+
+def test_collate_drops_no_item(model: GLEM) -> None:
+    collate = make(model).collate_fn()
+    x, y = images(4), labels(4)
+    third = collate([(x[i], int(y[i]), i) for i in range(4)])
+    assert len(third) == 3 and third[2].tolist() == [0, 1, 2, 3] and third[0].dtype == torch.uint8
+    assert len(collate([[x[i], int(y[i])] for i in range(4)])) == 2
+    assert collate([(x[i].numpy() / np.float32(255), int(y[i])) for i in range(4)])[0].dtype == torch.float32
+    assert collate([(x[i].numpy(), int(y[i])) for i in range(4)])[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda collate: pickle.loads(pickle.dumps(collate))])
+def test_the_switch_of_a_copied_collate_reaches_its_workers(model: GLEM, again: Any) -> None:
+    collate = again(make(model, policy="noise").collate_fn())
+    data = TensorDataset(images(4) / 255, labels(4))
+    loader = DataLoader(data, batch_size=4, num_workers=1, collate_fn=collate, persistent_workers=True)
+    ((x, _),) = loader
+    assert not torch.equal(x, data.tensors[0])
+    collate.mixup_enabled = False
+    ((x, _),) = loader
+    assert torch.equal(x, data.tensors[0])
+
+
+def test_a_base_that_is_switched_off_stays_so(model: GLEM) -> None:
+    base = FastCollateMixup(num_classes=3)
+    base.mixup_enabled = False
+    collate = make(model).collate_fn(base)
+    assert not collate.mixup_enabled and not base.mixup_enabled
+
+
 def test_collate_with_timms_prefetching_loader(model: GLEM, image_folder: Path) -> None:
     collate = make(model, policy="noise").collate_fn()
     inner = timm_loader(image_folder, collate_fn=collate, is_training=False)
