@@ -27,6 +27,7 @@ PLACES = {
     "imagenette": ("imagenette128", None, "val"),
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }
+SHIPPED = tuple(PLACES)
 VALIDATION_MOST, VALIDATION_SHARE = 200, 0.25  # images of a class
 
 
@@ -122,7 +123,7 @@ class Library:
 
 def held(count: int) -> int:
     """Validation images of a class with ``count`` training images."""
-    return min(VALIDATION_MOST, int(VALIDATION_SHARE * count))
+    return min(VALIDATION_MOST, max(1, int(VALIDATION_SHARE * count)))
 
 
 def check_enough(setting: Setting, labels: Tensor, classes: list[str]) -> None:
@@ -161,7 +162,9 @@ class Flows:
         if name in BUNDLED:
             return BUNDLED[name]
         if name == "own":
-            return self.folder / f"own-{setting.name}-{seed}"
+            # Images of a task may change under one name; those of the other settings are named by them.
+            images = setting.name if setting.data in SHIPPED else setting.data
+            return self.folder / f"own-{images}-{seed}"
         return self.folder / name if name in FLOWS else name  # of --task: a folder, or a repository of the Hub
 
     def missing(self, name: str, setting: Setting) -> str | None:

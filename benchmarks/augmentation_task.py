@@ -44,10 +44,15 @@ def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> S
         raise SystemExit(
             f"augmentation: {spec} needs folders train/ and test/ or val/, with a folder per class in each"
         )
-    key = f"{name}-{_version(spec)}"  # decoded images are kept under this name
+    # Decoded images, and flows of these alone, are kept under this name.
+    key = f"{name}-{channels}x{side}-{_version(spec)}"
     PLACES[key] = (None, spec, "test")
     more = {"steps": LONG} if per_class >= 100 else {}
     flow_size = sides[0] if sides and sides[0] != side else None
+    if "own" in flows and (flow_size or side) % 4:
+        raise SystemExit(
+            f"augmentation: a flow of one's own takes sides divisible by 4, not {flow_size or side}: --size"
+        )
     setting = Setting(name, key, per_class, side, channels, tuple(flows), flow_size=flow_size, **more)
     data = open_data(spec, "train", image_size=side, channels=channels, progress=False)
     check_enough(setting, torch.from_numpy(data.targets), data.classes)

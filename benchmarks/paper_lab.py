@@ -39,7 +39,7 @@ from glem_augment.pixels import in_range
 from glem_augment.rfcm import ThinCovariances
 from glem_augment.rfcm_fit import fit_rfcm
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.checkpoint import FREE, RULES, Checkpoints
+from glem_augment.training.checkpoint import AFTER_THE_STEPS, FREE, RULES, Checkpoints
 from glem_augment.training.interrupt import TimeUpError
 from glem_augment.training.methods import METHODS, method, prepare
 
@@ -426,7 +426,8 @@ _GROUPS = (
 
 def _learned(config: TrainConfig) -> dict[str, Any]:
     """The settings that a flow depends on."""
-    return {name: value for name, value in config.to_dict().items() if name not in FREE}
+    free = FREE - AFTER_THE_STEPS
+    return {name: value for name, value in config.to_dict().items() if name not in free}
 
 
 def _groups(cell: Cell) -> list[tuple[tuple[str, ...], list[str]]]:

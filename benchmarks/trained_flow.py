@@ -3,7 +3,7 @@
     python benchmarks/trained_flow.py RUN [--data DATA] [--threads N]
 
     GLEM_DATA=... glem train $GLEM_DATA/cifar10 --config benchmarks/cifar10.yaml --out runs/cifar10-affine
-    GLEM_DATA=... python benchmarks/trained_flow.py runs/cifar10-affine
+    GLEM_DATA=... python benchmarks/trained_flow.py runs/cifar10-affine --data $GLEM_DATA/cifar10
 
 Seconds are those of the training steps, M-steps and held-out measurements up to the end of the last epoch, on the clock
 on the wall, as the run recorded them. DATA is by default the folder of the run's name in $GLEM_DATA. The
@@ -13,11 +13,10 @@ weights stay where they are.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from common import parser, write_results
+from common import find_images, parser, write_results
 
 from glem_augment import GLEM, open_data
 from glem_augment.metrics import evaluate
@@ -32,7 +31,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = GLEM.from_pretrained(args.run)
-    data = open_data(args.data or str(Path(os.environ["GLEM_DATA"]) / args.run.name), "test")
+    data = open_data(args.data or find_images("trained_flow", str(args.run), args.run.name), "test")
     epochs = [json.loads(line) for line in (args.run / METRICS).read_text().splitlines()]
     last = [entry for entry in epochs if entry["kind"] == "epoch"][-1]
     found = evaluate(model, data, round_trip=len(data))

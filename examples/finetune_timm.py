@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 examples/finetune_timm.py --config examples/eva02_imagenet.yaml --data imagenet/ ...
 
 The data are an ImageFolder with train/ and val/. A config file holds the same options (with _ for -), `augment` among
-them, the settings of GLEMAugment. Lines marked (*) are all that the augmentation adds to an ordinary loop.
+them, the settings of GLEMAugment. Lines marked (*) are the main ones that the augmentation adds to an ordinary loop.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
     python examples/long_tail.py --data photos/ --flow runs/photos
 
-Without --data the bundled images are made long-tailed. The bundled flow has seen all 60,000 training images of
-Fashion-MNIST, so what it gains there proves nothing: benchmarks/augmentation.py compares fairly.
+The bundled images, or with --imbalance above 1 those of --data, are made long-tailed first. The bundled flow has seen
+all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: benchmarks/augmentation.py compares fairly.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from _common import arguments, batches, predictions, tensors, train
+from _common import BUNDLED, arguments, batches, predictions, tensors, train
 
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.mixing import RealAndSynthetic
@@ -39,7 +39,9 @@ class AsFloat(torch.utils.data.Dataset):
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--imbalance", type=float, default=20.0, help="size of the head / size of the tail")
+    parser.add_argument(
+        "--imbalance", type=float, help="make the data long-tailed: size of the head / size of the tail"
+    )
     parser.add_argument("--source", default="mixup", choices=("gaussian", "rfcm", "mixup"))
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--min-confidence", type=float, default=0.5, help="of the flow's posterior; 0: no rejection")
@@ -49,7 +51,10 @@ def main() -> None:
 
     flow = GLEM.from_pretrained(args.flow)
     shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
-    tail = long_tailed(open_data(args.data, "train", **shape), args.imbalance)
+    tail = open_data(args.data, "train", **shape)
+    imbalance = args.imbalance or (20.0 if args.data == BUNDLED else 1.0)
+    if imbalance != 1:
+        tail = long_tailed(tail, imbalance)
     test = open_data(args.data, "test", **shape)
     if args.adapt:
         flow = flow.adapt(tail)

@@ -8,8 +8,8 @@ alone,
 in units of the modes' standard deviations; t is `strength`. The step is half as long as the noise is on average: k
 counts the modes that the class has, which are fewer than asked for where it was fitted on a few images.
 
-Source: DESIGN, section 4 ("the adversarial choice"); one normalised gradient step as in Goodfellow et al. 2015, taken
-along class modes of a latent space instead of pixels.
+Source: one normalised gradient step as in Goodfellow et al. 2015, taken along class modes of a latent space instead of
+pixels.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from glem_augment.training.methods import METHODS, prepare
 
 DESCRIPTION = """\
 Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
-metrics.jsonl, curves.png and samples/. A run that was stopped, even killed, goes on with
+metrics.jsonl, samples/ and, with matplotlib, curves.png. A run that was stopped, even killed, goes on with
 
   glem train DATA --out DIR --resume
 
@@ -65,13 +65,17 @@ def add_parser(subparsers: Any) -> None:
         help="go on from DIR's checkpoint, with its settings where none are given; start if there is none",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="settings from a YAML or JSON file (the names below with _ for -); flags win"
+        "--config",
+        metavar="FILE",
+        help="settings of the flow and its training from a YAML or JSON file: the names from --preset on, with _ for - "
+        "(--flow is flow_options); flags win",
     )
     parser.add_argument(
         "--init",
         metavar="MODEL",
         default=argparse.SUPPRESS,
-        help="start from this model's flow (fine-tuning) in place of a new one; its images must have the same size",
+        help="start from this model's flow (fine-tuning) in place of a new one; images are resized and converted to "
+        "its own, and bits and psi are its own where none are given",
     )
     parser.add_argument(
         "--method",

@@ -23,7 +23,7 @@ class MultiscaleFlow(Bijection):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
     All parts are concatenated, first level first, into one flat latent; there is no learned split prior, since the
-    class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6; DESIGN of this library).
+    class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6).
 
     Args:
         image_shape: (C, H, W).

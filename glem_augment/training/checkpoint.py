@@ -44,9 +44,10 @@ _FINGERPRINT_IMAGES = 16
 # Settings that do not change what is learned may differ between the two halves of a run; of these, some change the
 # order of additions, and with it the last bits.
 _LAST_BITS = ("threads", "memory", "compile")
+AFTER_THE_STEPS = {"refit_steps", "refit_beta", "modes_rank"}  # they change the model, but no step of the training
 FREE = {
     "checkpoint_minutes", "max_minutes", "sample_every", "workers", "max_bad_steps", "max_rollbacks", *_LAST_BITS,
-    "refit_steps", "refit_beta", "modes_rank",  # after the last step
+    *AFTER_THE_STEPS,
 }  # fmt: skip
 # What the steps of the same settings are. Since 2: the sum of the KLDs is divided by K d rather than by the number of
 # pairs, and a flow whose Gaussians are fixed trains on all images from the start.
