@@ -3,7 +3,8 @@
     python examples/long_tail.py --data photos/ --flow runs/photos
 
 The bundled images, or with --imbalance above 1 those of --data, are made long-tailed first. The bundled flow has seen
-all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: benchmarks/augmentation.py compares fairly.
+all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: benchmarks/augmentation.py compares
+fairly.
 """
 
 from __future__ import annotations

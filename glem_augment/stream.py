@@ -32,8 +32,8 @@ class SyntheticStream(IterableDataset):
     """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
 
     Images are made in blocks of `block`; block number b is a function of seed, epoch and b alone. The workers of all
-    ranks share the blocks out among themselves, so the images of an epoch do not depend on how many workers there are, their
-    order does. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch, where a
+    ranks share the blocks out among themselves, so the images of an epoch do not depend on how many workers there are,
+    their order does. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch, where a
     `SyntheticDataset` decodes once.
 
     An epoch begins with `iter`, here or in the workers of a DataLoader, which begin it together. The next one has the
