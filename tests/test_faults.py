@@ -443,7 +443,11 @@ def test_an_export_to_a_disk_that_fills_up(
     with pytest.raises(OSError, match=rf"{out} has 0 MiB free.*may need"):
         data.export(out, progress=False)
     with monkeypatch.context() as patch:  # somebody else fills the disk after the check
-        patch.setattr("glem_augment._export._check_space", lambda *args: None)
+        patch.setattr("glem_augment._export.check_space", lambda *args: None)
+        patch.setattr("glem_augment.hub_dataset.check_space", lambda *args: None)
+        with pytest.raises(OSError, match=r"cannot write .*\.tar: No space left"):
+            data.export(small_disk / "shards", "webdataset", progress=False)
+        assert not (small_disk / "shards").exists() and sorted(small_disk.iterdir()) == sorted([filler, out])
         with pytest.raises(OSError, match=rf"cannot write {out}.*No space left") as caught:
             data.export(out, progress=False, overwrite=True)
     assert caught.value.errno == errno.ENOSPC
