@@ -59,7 +59,16 @@ _SETTINGS = (
     Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=LONG),
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
     Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
-    Setting("imagenette128-300", "imagenette", 300, 128, 3, ("cifar10",), steps=LONG, flow_size=32),
+    Setting(
+        "imagenette128-300",
+        "imagenette",
+        300,
+        128,
+        3,
+        ("cifar10-short",),
+        steps={"cnn": 800, "resnet": 800},
+        flow_size=32,
+    ),
     Setting("fashion-5", "fashion-mnist", 5, 28, 1, (UNLABELLED,)),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED), ("fashion-mnist",)),
     Setting("fashion-20", "fashion-mnist", 20, 28, 1, (UNLABELLED,)),
@@ -107,6 +116,7 @@ FLOW_SETTINGS: dict[str, Any] = dict(
 WITHOUT_LABELS: dict[str, Any] = {"objective": "mle", "beta": 0.0, "ce_scale": 1.0}
 FLOWS: dict[str, FlowRecipe] = {
     "cifar10": FlowRecipe("cifar10", 32, 3, 8),
+    "cifar10-short": FlowRecipe("cifar10", 32, 3, 4),
     "cifar10-five": FlowRecipe("cifar10", 32, 3, 16, CIFAR_FIVE),
     GREY: FlowRecipe("cifar10", 28, 1, 8),
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
