@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,36 +22,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from glem_augment._arguments import check_choice, check_whole
+from glem_augment._block_decoder import BlockDecoder
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import WeightsVersion, as_model, on_device
-from glem_augment._moves import evaluating
-from glem_augment._rejection import Accepted, Oracle, Rejection, acceptance_report
+from glem_augment._rejection import Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
-from glem_augment._transfer import check_worker_device
 from glem_augment.balance import PerClass, as_image_data, class_counts, find_class
 from glem_augment.model import GLEM
-from glem_augment.pixels import to_uint8_
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 # Blocks decoded a second time before the user is told that the cache is too small for the way it is read.
 TOO_OFTEN = 32
-
-
-class _Decoding(NamedTuple):
-    """A block on its way to the CPU: uint8 [m, C, H, W], the number of images that are not finite, what to wait for
-    before looking at either (None: nothing), and what rejection did."""
-
-    images: Tensor
-    broken: Tensor
-    arrived: torch.cuda.Event | None
-    accepted: Accepted | None
-
-    def wait(self) -> tuple[Tensor, int]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.images, int(self.broken)
 
 
 class SyntheticDataset(Dataset):
@@ -147,7 +130,7 @@ class SyntheticDataset(Dataset):
         # Blocks are numbered through, class after class.
         blocks = [-(-count // self.block) for count in self.counts]
         self._first_block = np.concatenate([[0], np.cumsum(blocks)[:-1]])
-        self._ahead: dict[int, _Decoding] = {}
+        self._decoder = BlockDecoder(self.model, self.latent_source, self.rejection, self.counts, self.block)
         self._model_version: WeightsVersion | None = None
         self._warned = False
         self._make_store()
@@ -226,7 +209,7 @@ class SyntheticDataset(Dataset):
         for c, b in np.unique(np.stack([cls, number], axis=1), axis=0).tolist():
             rows = np.flatnonzero((cls == c) & (number == b))
             places = torch.from_numpy(within[rows] - b * self.block).to(out.device)
-            out[torch.from_numpy(rows).to(out.device)] = self._accepted(c, b).z[places]
+            out[torch.from_numpy(rows).to(out.device)] = self._decoder.accepted(c, b).z[places]
         return out
 
     def acceptance(self) -> dict[str, Any]:
@@ -253,9 +236,8 @@ class SyntheticDataset(Dataset):
         kept = self._store.whole(key)
         if kept is not None:
             return torch.from_numpy(kept)
-        decoding = self._ahead.pop(key, None) or self._decode(cls, number)
-        images, broken = decoding.wait()
-        self._store.write(key, images.numpy(), broken, self._facts(decoding.accepted))
+        images, not_finite, judged = self._decoder.decode(cls, number)
+        self._store.write(key, images.numpy(), not_finite, judged)
         if not self._warned and self._store.decoded_again >= TOO_OFTEN:
             self._warned = True
             needed = len(self) * int(np.prod(self.image_shape))
@@ -291,51 +273,8 @@ class SyntheticDataset(Dataset):
 
         At most one block is under way; another call replaces it.
         """
-        key = int(self._first_block[cls]) + number
-        if self.model.device.type == "cuda" and key not in self._ahead and self._store.whole(key) is None:
-            self._ahead = {key: self._decode(cls, number)}
-
-    def _decode(self, cls: int, number: int) -> _Decoding:
-        accepted = None if self.rejection is None else self._accepted(cls, number)
-        with one_at_a_time(), torch.no_grad(), evaluating(self.model):
-            if accepted is None or accepted.images is None:
-                z = self.latent_source.draw(*self._block_items(cls, number)) if accepted is None else accepted.z
-                x = self.model.decode(z, clamp=False)
-            else:
-                x = accepted.images
-        # Not drawn again: item i would then no longer be a function of the seed alone.
-        broken = (~torch.isfinite(x)).flatten(1).any(dim=1).sum()
-        images = to_uint8_(x)
-        if images.device.type != "cuda":
-            return _Decoding(images.cpu(), broken, None, accepted)
-        # Into pinned memory the copy runs by itself, while the host goes on to the next block.
-        on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (images, broken)]
-        for to, value in zip(on_host, (images, broken), strict=True):
-            to.copy_(value, non_blocking=True)
-        return _Decoding(*on_host, torch.cuda.current_stream(images.device).record_event(), accepted)
-
-    def _block_items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Class and place within it of a block's items, int64 [m] each."""
-        within = np.arange(number * self.block, min(self.counts[cls], (number + 1) * self.block))
-        return np.full_like(within, cls), within
-
-    def _accepted(self, cls: int, number: int) -> Accepted:
-        assert self.rejection is not None
-        check_worker_device(self.model.device)
-        y, within = self._block_items(cls, number)
-
-        def draw(rows: Tensor, attempt: int) -> Tensor:
-            return self.latent_source.draw(y[rows.numpy()], within[rows.numpy()], attempt)
-
-        with one_at_a_time():
-            return self.rejection.select(self.model, torch.from_numpy(y), draw)
-
-    def _facts(self, accepted: Accepted | None) -> tuple[int, int, float]:
-        """What the store keeps of a block: candidates, items that no candidate was good enough for, confidence."""
-        if accepted is None or self.rejection is None:
-            return 0, 0, 0.0
-        failed = int((accepted.confidence < self.rejection.min_confidence).sum())
-        return accepted.candidates, failed, float(accepted.confidence.sum())
+        if self._store.whole(int(self._first_block[cls]) + number) is None:
+            self._decoder.decode_ahead(cls, number)
 
     def export(
         self,
@@ -403,12 +342,10 @@ class SyntheticDataset(Dataset):
         # A process that is not forked decodes for itself; sending the cache would cost more than it saves.
         oracle = None if self.rejection is None else self.rejection.oracle
         move_if_sent(self.model, oracle, getattr(self.latent_source.real, "z", None))
-        left_out = ("_store", "_ahead")
-        return {**{k: v for k, v in self.__dict__.items() if k not in left_out}, "_model_version": None}
+        return {**{k: v for k, v in self.__dict__.items() if k != "_store"}, "_model_version": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._ahead = {}
         self._make_store()
 
     def _make_store(self) -> None:
