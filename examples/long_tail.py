@@ -20,7 +20,7 @@ from glem_augment.mixing import RealAndSynthetic
 def long_tailed(data: ImageData, imbalance: float) -> ImageData:
     """The first images of each class, from all of the first class down to 1 / imbalance of them in the last."""
     k, head = len(data.classes), int(np.bincount(data.targets).min())
-    kept = [max(2, round(head * imbalance ** (-c / (k - 1)))) for c in range(k)]
+    kept = [max(2, round(head * imbalance ** (-c / max(1, k - 1)))) for c in range(k)]
     return data.subset(np.concatenate([np.flatnonzero(data.targets == c)[: kept[c]] for c in range(k)]))
 
 

@@ -52,6 +52,11 @@ class ClassMoments:
         return replace(self, factor=factor, rest=(self.variance - factor.square().sum(0)).clamp_min(0))
 
 
+def not_finite(name: str) -> DataError:
+    """The error for latents of a class that are NaN or infinite."""
+    return DataError(f"{name} has latents that are not finite: check the flow with model.check_invertibility")
+
+
 def strongest_rows(rows: Tensor, keep: int) -> Tensor:
     """The ``keep`` strongest modes of rows [n, d] times their singular values: [<= keep, d] float64."""
     if keep >= rows.shape[1]:
@@ -81,7 +86,7 @@ class ClassStream:
         self._waiting_rows = 0
 
     def add(self, z: Tensor) -> None:
-        """Take in latents [n, d].
+        """Take in latents [n, d], which nobody may write to afterwards.
 
         Raises:
             ValueError: of another shape; DataError: not finite.
@@ -89,9 +94,7 @@ class ClassStream:
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"latents of {self.name} must be [n, {self.dim}], got {tuple(z.shape)}")
         if not bool(torch.isfinite(z).all()):
-            raise DataError(
-                f"{self.name} has latents that are not finite: check the flow with model.check_invertibility"
-            )
+            raise not_finite(self.name)
         if len(z):
             self._waiting.append(z)
             self._waiting_rows += len(z)
@@ -99,6 +102,11 @@ class ClassStream:
         # As many rows wait as are kept, which spreads the cost of an eigendecomposition over them.
         if self._waiting_rows + len(self.factor) > 2 * keep:
             self._fold()
+
+    @property
+    def images(self) -> int:
+        """How many have been taken in."""
+        return self.count + self._waiting_rows
 
     @property
     def _keep(self) -> int:
@@ -123,17 +131,21 @@ class ClassStream:
             rows = strongest_rows(rows, self._keep)
         self.factor = rows
 
+    def check_enough(self) -> None:
+        """DataError for fewer than 2 images."""
+        if self.images < 2:
+            raise DataError(
+                f"{self.name} has {self.images} images; its covariance needs at least 2: add images or leave it out"
+            )
+
     def moments(self) -> ClassMoments:
         """The moments so far, unbiased (n - 1).
 
         Raises:
             DataError: fewer than 2 images.
         """
+        self.check_enough()
         self._fold()
-        if self.count < 2:
-            raise DataError(
-                f"{self.name} has {self.count} images; its covariance needs at least 2: add images or leave it out"
-            )
         factor = self.factor / math.sqrt(self.count - 1)
         variance = self.square / (self.count - 1)
         rest = (variance - factor.square().sum(0)).clamp_min(0) if self.lossy else torch.zeros_like(variance)

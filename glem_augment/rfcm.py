@@ -182,9 +182,11 @@ class ThinCovariances:
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
-        if not bool((self.diagonal > 0).all()):
+        flat = (~(self.diagonal > 0)).any(1).nonzero()[:, 0].tolist()
+        if flat:
             raise ValueError(
-                "covariances without a diagonal are singular: fit with ridge > 0 or shrinkage > 0 to score"
+                f"the covariance of class {flat[0]} may be singular, without variance in its diagonal: to score, fit "
+                "with ridge > 0 or shrinkage > 0 (target='pooled' also serves a class whose latents are all alike)"
             )
         wide = z.to(self.device, torch.float64)
         return torch.stack([self._log_prob_of_class(wide, y) for y in range(self.num_classes)], 1)

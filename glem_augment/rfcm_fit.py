@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.classmatch import match_classes
-from glem_augment.covstream import ClassMoments, ClassStream
+from glem_augment.covstream import ClassMoments, ClassStream, not_finite
 from glem_augment.errors import DataError
 from glem_augment.rfcm import ThinCovariances, check_labels
 
@@ -34,7 +34,8 @@ def oas_shrinkage(moments: ClassMoments) -> float:
     n, p = moments.count, moments.dim
     trace, square = float(moments.variance.sum()), moments.trace_of_square()
     spread = (n + 1 - 2 / p) * (square - trace**2 / p)
-    return 1.0 if spread <= 0 else min(1.0, ((1 - 2 / p) * square + trace**2) / spread)
+    # In one dimension both are rounding errors.
+    return 1.0 if spread <= 0 else min(1.0, max(0.0, ((1 - 2 / p) * square + trace**2) / spread))
 
 
 def fit_covariances(
@@ -80,8 +81,9 @@ class CovarianceStream:
 
     Args:
         num_classes, dim: K, d.
-        max_rows: factor rows kept per class; the variance of what is cut off stays in the diagonal, exactly. None keeps
-            min(n, d) rows, which loses nothing. Memory: at most 2 ``max_rows`` d floats per class.
+        max_rows: factor rows kept per class; the variance of what is cut off stays in the diagonal, exactly, but "oas"
+            shrinks by what is known of the rest. None keeps min(n, d) rows, which loses nothing. Memory: at most 2
+            ``max_rows`` d floats per class.
 
     >>> stream = CovarianceStream(2, 6)
     >>> for _ in range(3):
@@ -99,17 +101,24 @@ class CovarianceStream:
         self.streams = [ClassStream(dim, max_rows, f"class {y}") for y in range(num_classes)]
 
     def add(self, z: Tensor, y: Tensor) -> None:
-        """Take in latents z [B, d] with labels y int64 [B]."""
+        """Take in latents z [B, d] with labels y int64 [B]: all of them, or after an error none.
+
+        Raises:
+            ValueError: other shapes, or a label out of range; DataError: latents that are not finite.
+        """
         labels = check_labels(y, len(self.streams))
-        if z.ndim != 2 or len(z) != len(labels):
+        if z.ndim != 2 or z.shape[1] != self.dim or len(z) != len(labels):
             raise ValueError(f"need latents [B, {self.dim}] and B labels, got {list(z.shape)} and {len(labels)} labels")
         z = z.detach().cpu()
+        finite = torch.isfinite(z).all(1)
+        if not finite.all():
+            raise not_finite(self.streams[int(labels[~finite][0])].name)
         for c in labels.unique().tolist():
             self.streams[c].add(z[labels == c])
 
     def add_class(self, y: int, z: Tensor) -> None:
         """Take in latents [n, d], all of class ``y``."""
-        self.streams[y].add(z.detach().cpu())
+        self.streams[y].add(z.detach().to("cpu", copy=True))  # the caller may fill the same memory with the next ones
 
     def take(self, y: int) -> ClassMoments:
         """What class ``y`` has come to; its memory is given back."""
@@ -125,8 +134,17 @@ class CovarianceStream:
         ridge: float = 1e-4,
         store: str = "float32",
     ) -> ThinCovariances:
-        """The covariances of all classes; arguments as in ``fit_covariances``."""
+        """The covariances of all classes; arguments as in ``fit_covariances``. The stream is empty afterwards.
+
+        Raises:
+            DataError: a class with fewer than 2 images. What has been taken in is kept, so that more can be added.
+            ValueError: settings that make no sense.
+        """
         settings = _Settings(rank, shrinkage, target, ridge, store)
+        if not any(stream.images for stream in self.streams):
+            raise DataError("no latents have been added since the stream was made, or last finished")
+        for stream in self.streams:
+            stream.check_enough()
         return _assemble([settings.packed(self.take(y)) for y in range(len(self.streams))], settings)
 
 

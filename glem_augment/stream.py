@@ -159,8 +159,8 @@ class SyntheticStream(IterableDataset):
     def _made(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
         sequence = np.random.SeedSequence([self.seed, epoch, number])
         y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
-        # A place that no other block and epoch has; 2^20 blocks of an epoch are images enough.
-        within = ((epoch * 2**20 + number) * self.block) + np.arange(self.block)
+        # A place that no other block and epoch has; 2^40 are images enough for an epoch.
+        within = epoch * 2**40 + number * self.block + np.arange(self.block)
         y, within = y[:count], within[:count]
         drawn = np.zeros(len(self.classes), dtype=np.int64)
         with one_at_a_time(), torch.no_grad(), evaluating(self.model):
@@ -196,7 +196,11 @@ def _probabilities(weights: Sequence[float] | Mapping[Any, float] | None, model:
         return np.full(num_classes, 1.0 / num_classes)
     if isinstance(weights, Mapping):
         weights = for_every_class(model, weights, "weights")
-    found = np.array([check_number(f"weights[{i}]", float(w), 0.0, float("inf")) for i, w in enumerate(weights)])
+    if isinstance(weights, (Tensor, np.ndarray)):
+        weights = weights.tolist()
+    if not isinstance(weights, Sequence) or isinstance(weights, (str, bytes)):
+        raise TypeError(f"weights must be {num_classes} numbers, got {weights!r}")
+    found = np.array([check_number(f"weights[{i}]", w, 0.0, float("inf")) for i, w in enumerate(weights)])
     if len(found) != num_classes or found.sum() <= 0:
         raise ValueError(f"weights must be {num_classes} numbers from 0 that are not all 0, got {list(weights)!r}")
     return found / found.sum()

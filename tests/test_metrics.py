@@ -29,7 +29,7 @@ from glem_augment.evaluation import (
     spearman,
     train_classifier,
 )
-from glem_augment.evaluation.continuum import average_ranks
+from glem_augment.evaluation.continuum import average_ranks, class_mean_distance
 
 
 @pytest.fixture(autouse=True)
@@ -262,12 +262,21 @@ def test_ood_images_are_what_they_say() -> None:
         ood_images(torch.zeros(1, 1, 4, 6, dtype=torch.uint8), "rotated")
 
 
+def test_distances_of_means_survive_a_common_offset() -> None:
+    x = torch.randn(300, 16, dtype=torch.float64) * 1e-3
+    y = torch.arange(300) % 30
+    near, far = class_mean_distance(x, y, 30), class_mean_distance(x + 1e4, y, 30)
+    assert torch.allclose(near, far, atol=1e-9)
+
+
 def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     train, held_out, fresh = features(300, 6, 0), features(200, 6, 1), features(150, 6, 2)
     honest = memorisation_ratio(fresh, train, held_out)
     assert honest["images"] == 200 and 0.9 < honest["ratio"] < 1.1 and 0.4 < honest["share_nearer_train"] < 0.6
     copies = memorisation_ratio(train[:150] + 1e-3, train, held_out)
     assert copies["ratio"] < 0.1 and copies["share_nearer_train"] > 0.6
+    two = memorisation_ratio(torch.tensor([[1.0, 0], [2.0, 0]]), torch.zeros(1, 2), torch.tensor([[3.0, 0]]))
+    assert two["ratio"] == pytest.approx(1.25)  # of 1/2 and 2
     ties = memorisation_ratio(fresh, train[:50], train[:50])
     assert ties["share_nearer_train"] == 0.5
 

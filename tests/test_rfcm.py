@@ -167,6 +167,45 @@ def test_streaming_in_any_order_is_exact(count: int) -> None:
             assert torch.allclose(other.covariance(c), whole.covariance(c), atol=1e-6)
 
 
+def test_a_stream_takes_all_of_a_batch_or_nothing_and_lives_on_after_an_error() -> None:
+    z = torch.randn(8, 4)
+    y = torch.tensor([0] * 7 + [1])
+    stream = CovarianceStream(2, 4)
+    spoilt = z.clone()
+    spoilt[7] = torch.nan
+    with pytest.raises(DataError, match="class 1 has latents that are not finite"):
+        stream.add(spoilt, y)
+    stream.add(z, y)
+    with pytest.raises(DataError, match="class 1 has 1 images"):
+        stream.finish()
+    more = torch.randn(5, 4)
+    stream.add(more, torch.ones(5, dtype=torch.int64))
+    found = stream.finish()
+    assert found.counts.tolist() == [7, 6]
+    assert torch.allclose(found.mean, torch.stack([z[:7].mean(0), torch.cat([z[7:], more]).mean(0)]), atol=1e-6)
+    with pytest.raises(DataError, match="last finished"):
+        stream.finish()
+
+
+def test_chunks_may_be_made_in_one_buffer() -> None:
+    latents, buffer = make_latents([12], 3)[0], torch.empty(4, 3, dtype=torch.float64)
+
+    def in_buffer(_: int) -> Iterator[torch.Tensor]:
+        for part in latents.split(4):
+            yield buffer.copy_(part)
+
+    found = fit_covariances(in_buffer, 1, 3)
+    assert torch.allclose(found.mean[0].double(), latents.mean(0), atol=1e-6)
+    assert torch.allclose(found.covariance(0), fit_covariances(lambda y: latents, 1, 3).covariance(0), atol=1e-6)
+
+
+def test_shrinkage_of_one_dimension_stays_a_share() -> None:
+    for seed in range(300):
+        stream = CovarianceStream(1, 1)
+        stream.add_class(0, torch.randn(7, 1, generator=torch.Generator().manual_seed(seed)))
+        assert 0.0 <= oas_shrinkage(stream.take(0)) <= 1.0
+
+
 def test_bounded_streaming_keeps_variances_exactly_and_strong_modes_nearly() -> None:
     z = make_latents([400], 40)[0]
     stream = CovarianceStream(1, 40, max_rows=12)

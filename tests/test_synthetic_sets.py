@@ -512,6 +512,20 @@ def test_a_stream_gives_new_images_every_epoch_the_same_for_any_number_of_worker
     assert not as_rows(SyntheticStream(model, length=50, block=8, seed=3)) & alone[0]
 
 
+def test_a_long_epoch_of_small_blocks_does_not_run_into_the_next(model: GLEM) -> None:
+    stream = SyntheticStream(model, block=1, weights=[1.0] + [0.0] * (model.num_classes - 1))
+    late = as_rows(item for n in range(5) for item in stream._made(0, 2**20 + n, 1))
+    assert not late & as_rows(item for n in range(5) for item in stream._made(1, n, 1))
+
+
+@pytest.mark.parametrize("bad, error", [([1.0, None], TypeError), ("ab", TypeError), ([1.0, -1.0], ValueError)])
+def test_weights_that_are_none_are_named(model: GLEM, bad: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="weights"):
+        SyntheticStream(model, weights=bad)
+    halves = SyntheticStream(model, weights=torch.ones(model.num_classes)).probabilities
+    assert halves.tolist() == SyntheticStream(model, weights=np.ones(model.num_classes)).probabilities.tolist()
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_epochs_follow_one_another_whoever_iterates(model: GLEM, start: str) -> None:
     settings: dict[str, Any] = {"length": 40, "block": 8, "seed": 2}

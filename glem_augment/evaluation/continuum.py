@@ -63,7 +63,8 @@ def class_mean_distance(features: Tensor, y: Tensor, num_classes: int) -> Tensor
     total = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
     total.index_add_(0, y.cpu(), features.detach().cpu().double())
     means = total / _counts(y, num_classes)[:, None]
-    return torch.cdist(means, means)
+    # By differences, since the means may be far from zero and close to each other.
+    return torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _counts(y: Tensor, num_classes: int) -> Tensor:

@@ -37,7 +37,7 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
     tiny = torch.finfo(torch.float64).tiny
     tie = (a - b).abs() <= 1e-9 * torch.maximum(a, b)  # equal up to the order in which sums were rounded
     return {
-        "ratio": float((a.clamp_min(tiny) / b.clamp_min(tiny)).median()),
+        "ratio": float((a.clamp_min(tiny) / b.clamp_min(tiny)).quantile(0.5)),
         "share_nearer_train": float(((a < b) & ~tie).double().mean() + 0.5 * tie.double().mean()),
         "images": count,
     }
