@@ -166,7 +166,7 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
             f"{type(real).__name__} has no labels that can be read without its images (targets, labels, samples): "
             "give (images, labels), or the numbers themselves as per_class"
         )
-    found = np.asarray(targets if not isinstance(targets, Tensor) else targets.cpu()).astype(np.int64)
+    found = _whole_labels(targets)
     names = class_names(real)
     ids = getattr(real, "wnids", None)  # of torchvision's ImageNet
     ids = [str(i) for i in ids] if isinstance(ids, (list, tuple)) and names and len(ids) == len(names) else names
@@ -214,7 +214,7 @@ def _is_pair(real: Any) -> bool:
 
 def _whole_labels(labels: Any) -> np.ndarray:
     found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+    if found.ndim != 1 or (found.size and not (np.issubdtype(found.dtype, np.integer) or found.dtype == bool)):
         raise DataError(f"labels must be whole numbers, one per image; got {found.dtype} of shape {found.shape}")
     return found.astype(np.int64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -150,8 +151,15 @@ def _match(data: _Side, flow: _Side, found: list[int | None]) -> None:
                     found[i] = lookup.get(key)
 
 
+def _composed(name: str) -> str:
+    """One spelling of accents, which macOS writes as characters of their own."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    # Marks are vowels in many scripts; C++ and C# are not C.
+    composed = _composed(name.lower())
+    return "".join(c for c in composed if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
 
 
 def _unnumbered(name: str) -> str:
@@ -159,11 +167,11 @@ def _unnumbered(name: str) -> str:
     return rest if rest[:1].isalpha() else _plain(name)  # 737-200 is no 747-200
 
 
-_FORMS: tuple[Callable[[str], str], ...] = (str, _plain, _unnumbered)
+_FORMS: tuple[Callable[[str], str], ...] = (_composed, _plain, _unnumbered)
 
 
 def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, int]:
-    """Index by form; without the empty form, and forms of two names (of "C++" and "C#", both "c")."""
+    """Index by form; without the empty form, and forms of two names (of "T-shirt" and "T shirt", both "tshirt")."""
     keys = [form(name) for name in names]
     seen: dict[str, int] = {}
     for key in keys:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from glem_augment.model import GLEM
 
-__all__ = ["push_model", "write_repository"]
+__all__ = ["check_repository_folder", "push_model", "write_repository"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def write_repository(
 
     Args:
         model: any GLEM; it is read back from ``folder`` and checked before anything else is done.
-        folder: made if missing.
+        folder: made if missing; see ``check_repository_folder``.
         repo_id: "org/name", for the card.
         facts: what the model does not know, above all the licence.
         samples: draw ``samples.png``: a few seconds to minutes, by the size of the flow.
@@ -40,13 +40,25 @@ def write_repository(
     Raises:
         ModelFileError: weights that could not be loaded again (values that are not finite).
         ValueError, FileNotFoundError: metrics that can't be read. OSError: the folder can't be written to.
+        FileExistsError: it holds files of these names that an earlier call did not write.
     """
+    check_repository_folder(folder)
     # The card first: it is what can be wrong about the arguments.
     card = model_card(model, repo_id, facts, samples)
     files = _write_model(model, folder)
     if samples:
         files |= _write_samples(model, folder, repo_id)
     return files | _write_card(card, folder)
+
+
+def check_repository_folder(folder: Path) -> None:
+    """FileExistsError where ``write_repository`` would write over files that it has not written."""
+    from glem_augment._hub_upload import CARD, GENERATED
+
+    there = [name for name in (CARD, hub.CONFIG, hub.WEIGHTS, SAMPLES) if (folder / name).exists()]
+    card = folder / CARD
+    if there and not (card.is_file() and GENERATED in card.read_text(encoding="utf-8", errors="replace")):
+        raise FileExistsError(f"{folder / there[0]} is there already: give a new folder, for nothing to be lost")
 
 
 def push_model(

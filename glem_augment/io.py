@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-__all__ = ["atomic_write", "save_png", "write_json"]
+__all__ = ["atomic_write", "json_text", "save_png", "write_json"]
 
 _HINTS = {
     errno.ENOSPC: "no space left on the disk; free some, or choose another folder",
@@ -132,9 +132,19 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         TypeError, ValueError: ``obj`` holds something that JSON cannot carry; nothing is written.
         OSError: see :func:`atomic_write`.
     """
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json_text(obj)
     with atomic_write(path, "w") as file:
         file.write(text + "\n")
+
+
+def json_text(obj: Any) -> str:
+    """``obj`` as indented JSON that can be written as UTF-8: what is not UTF-8 in the names of files is escaped.
+
+    Raises:
+        TypeError, ValueError: see ``write_json``.
+    """
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def save_png(image: Image.Image | np.ndarray | torch.Tensor, path: str | os.PathLike[str]) -> None:

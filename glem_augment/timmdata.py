@@ -16,7 +16,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -91,14 +90,15 @@ def timm_source(
     """
     from timm.data import create_dataset
 
-    address, _, query = spec.partition("?")
+    archive = tar_file(spec)
+    address, _, query = spec.partition("?") if archive is None else ("", "", "")
     name, _, root = address.partition("@")
     options: dict[str, Any] = dict(parse_qsl(query))
     if set(options) - set(_OPTIONS):
         raise DataError(f"{spec!r}: after '?' only {' and '.join(_OPTIONS)} can be given, got {query!r}")
-    if name.lower().endswith(".tar"):
+    if archive is not None:
         # A handle kept open would be shared, position and all, by threads and forked workers.
-        name, root, options = "", spec, {"cache_tarfiles": False}
+        root, options = archive, {"cache_tarfiles": False}
     if name.lower().startswith(_NEEDS_ROOT) and not root:
         raise DataError(f"{spec!r} needs the folder of the data: write {name}@FOLDER")
     try:
@@ -205,5 +205,10 @@ def _check_labels(targets: np.ndarray) -> None:
 
 def is_timm_spec(spec: str) -> bool:
     """Whether ``spec`` is for timm to open: it starts with one of timm's prefixes or names a .tar file."""
-    lower = spec.lower()
-    return lower.startswith(PREFIXES) or (lower.endswith(".tar") and Path(spec).is_file())
+    return spec.lower().startswith(PREFIXES) or tar_file(spec) is not None
+
+
+def tar_file(spec: str) -> str | None:
+    """The path of the .tar file that ``spec`` names, or None."""
+    path = os.path.expanduser(spec)
+    return path if path.lower().endswith(".tar") and os.path.isfile(path) else None

@@ -203,6 +203,58 @@ def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, outpu
     assert main(["eval", str(trained), str(tmp_path / "photos"), "--split", "val", "--round-trip", "0"]) == 0
     out, err = output()
     assert json.loads(out)["split"] == "val" and "may be" not in err
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:  # has no splits either
+        archive.add(images_of(trained), "images")
+    argv[2] = str(tmp_path / "images.tar")
+    fails([*argv, "--split", "val"], output, "has no splits", "--split")
+    assert main(argv) == 0
+    assert json.loads(output()[0])["split"] is None
+
+
+def test_eval_writes_its_file_though_nobody_reads_what_it_prints(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(obj: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("glem_augment.commands.evaluate.print_json", gone)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", "~/e.json"]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["n"] == 18
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_a_folder_whose_name_is_not_utf8(trained: Path, tmp_path: Path, output: Output) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/f\xfc")
+    shutil.copytree(images_of(trained), odd)
+    assert main(["train", odd, "--out", str(tmp_path / "run"), "--epochs", "1", "--quiet", *TINY]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data"] == odd
+    output()
+    assert main(["eval", str(tmp_path / "run"), odd, "--round-trip", "0", "--out", str(tmp_path / "e.json")]) == 0
+    assert json.loads(output()[0])["data"] == odd == json.loads((tmp_path / "e.json").read_text())["data"]
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_tables_take_names_as_they_are_written(trained: Path, tmp_path: Path, output: Output, ending: str) -> None:
+    write_images(tmp_path / "photos", ("010", "8", "no"), (8, 8), 2)
+    names = {"010": "cat", "8": "dog", "no": "bird"}
+    table = tmp_path / f"map.{ending}"
+    table.write_text(json.dumps(names) if ending == "json" else "".join(f"{a}: {b}\n" for a, b in names.items()))
+    argv = ["eval", str(trained), str(tmp_path / "photos"), "--round-trip", "0", "--class-map", str(table)]
+    assert main(argv) == 0
+    assert json.loads(output()[0])["n"] == 6
+    table.write_text('{"8": "cat", "8": "dog"}' if ending == "json" else "8: cat\n8: dog\n")
+    fails(argv, output, "'8' is named twice", str(table))
+
+
+def test_counts_of_a_table_are_numbers(trained: Path, tmp_path: Path, output: Output) -> None:
+    table = tmp_path / "counts.yaml"
+    argv = ["generate", str(trained), "--out", str(tmp_path / "made"), "--per-class", str(table)]
+    table.write_text("cat: many\n")
+    fails(argv, output, "per_class['cat']", "'many'")
+    table.write_text("cat: 2\ndog: 0\n")
+    assert main(argv) == 0
+    assert json.loads(output()[0])["images"] == 2
 
 
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:

@@ -8,8 +8,10 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import struct
 import tarfile
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -554,12 +556,18 @@ def test_torch_image_folder(image_folder: Path) -> None:
     ]
 
 
-def test_tar(image_folder: Path, tmp_path: Path) -> None:
+def test_tar(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
         archive.add(image_folder, "images")
     data = open_data(tmp_path / "images.tar")
     assert data.classes == ["bird", "cat", "dog"]
     assert torch.equal(data.tensor(), open_data(image_folder).tensor())
+    odd = tmp_path / "me@home" / "what?.tar"
+    odd.parent.mkdir()
+    shutil.copy(tmp_path / "images.tar", odd)
+    monkeypatch.setenv("HOME", str(odd.parent))
+    for spec in (odd, str(odd), "~/what?.tar"):
+        assert torch.equal(open_data(spec).tensor(), data.tensor())
     (image_folder / "cat" / "1.png").write_bytes(b"damaged")
     with tarfile.open(tmp_path / "bad.tar", "w") as archive:
         archive.add(image_folder, "images")
@@ -671,6 +679,16 @@ def test_class_map() -> None:
 def test_numbers_are_taken_off_names_alone() -> None:
     ours, theirs = ["737-200", "737-400D", "01_dog"], ["747-200", "747-400D", "7 - dog"]
     assert match_classes(ours, ours, theirs, theirs, partial=True).tolist() == [-1, -1, 2]
+
+
+def test_names_in_any_script_and_spelling() -> None:
+    for ours, theirs in ((["की", "ख"], ["का"]), (["C++", "x"], ["C"]), (["が"], ["か"])):
+        with pytest.raises(ClassMismatchError, match="no counterpart"):
+            match_classes(ours, ours, theirs, theirs)
+    apart = [unicodedata.normalize("NFD", name) for name in ("café", "が")]
+    assert apart[0] != "café"
+    assert match_classes(["が", "café"], ["が", "café"], apart, apart).tolist() == [1, 0]
+    assert match_classes(["Café au lait"], ["Café au lait"], [apart[0] + "_au_lait"], ["x"]).tolist() == [0]
 
 
 def test_mismatch_lists_both_sides_and_the_fix() -> None:

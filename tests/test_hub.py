@@ -595,6 +595,12 @@ def test_commands_take_names_on_the_hub(
     listed = json.loads(glem("push", tmp_path / "flow", "org/flow", "--dry-run", tmp_path / "look", "--license", "mit"))
     assert set(listed["files"]) == {CONFIG, WEIGHTS, "README.md", "samples.png"} == set(os.listdir(tmp_path / "look"))
     assert not server.repos
+    glem("push", tmp_path / "flow", "org/flow", "--dry-run", tmp_path / "look", "--license", "mit")  # once more
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    assert main(["push", str(tmp_path / "flow"), "org/flow", "--dry-run", str(tmp_path / "project")]) == 2
+    assert os.listdir(tmp_path / "project") == ["README.md"]
+    assert (tmp_path / "project" / "README.md").read_text() == "mine" and not server.repos
     out = json.loads(glem("push", tmp_path / "flow", "org/flow", "--private", "--license", "mit", "--message", "Mine"))
     repo = server.repo("org/flow")
     assert repo.private and repo.messages[-1] == (out["commit"], "Mine")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ClassMismatchError, DataError, ImageData, SyntheticDataset
@@ -144,6 +144,17 @@ def test_balance_leaves_out_what_the_real_data_does_not_name(model: GLEM, tail: 
     assert class_counts(model, "balance", empty) == [12, 7, 0]
     with pytest.raises(ValueError, match="no real image of dog"):
         SyntheticDataset(model, per_class="balance", real=empty, source="mixup", modes=8)
+
+
+def test_labels_that_are_no_whole_numbers_are_refused(model: GLEM) -> None:
+    x = torch.zeros(4, 3, 8, 8)
+    for bad in (torch.tensor([0.0, 0.9, 1.7, 2.0]), torch.eye(4), torch.zeros(4, 1, dtype=torch.int64)):
+        with pytest.raises(DataError, match="labels must be whole numbers"):
+            SyntheticDataset(model, per_class="balance", real=TensorDataset(x, bad))
+    named = TensorDataset(x)
+    named.targets = ["cat", "cat", "dog", "bird"]
+    with pytest.raises(DataError, match="labels must be whole numbers"):
+        SyntheticDataset(model, per_class="balance", real=named)
 
 
 def test_a_class_that_the_flow_lacks_says_what_helps(model: GLEM, tail: ImageData) -> None:

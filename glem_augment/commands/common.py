@@ -15,7 +15,9 @@ import yaml
 
 from glem_augment.data import ImageData, match_classes, open_data
 from glem_augment.datafiles import has_splits
+from glem_augment.io import json_text
 from glem_augment.model import GLEM
+from glem_augment.timmdata import tar_file
 
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
@@ -174,33 +176,55 @@ def refuse_codes(model: GLEM) -> None:
         )
 
 
-def one_folder(spec: str) -> bool:
-    """Whether DATA is one ImageFolder, whose images stand for every split."""
+def without_splits(spec: str) -> bool:
+    """Whether DATA is one ImageFolder or archive, whose images stand for every split."""
     folder = Path(spec).expanduser()
-    return folder.is_dir() and not has_splits(folder)
+    return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
 
 
 def read_class_map(text: str | None) -> str | dict[str, str] | None:
     """``order``, or a YAML or JSON file with a table from data names to flow names."""
     if text is None or text == "order":
         return text
-    table = read_table(text, "--class-map")
-    return {str(key): str(value) for key, value in table.items()}
+    return {key: str(value) for key, value in read_table(text, "--class-map", _Names).items()}
 
 
-def read_table(path: str, option: str) -> dict[str, Any]:
-    """The table in a YAML or JSON file (JSON is YAML).
+def read_counts(path: str, option: str) -> dict[str, Any]:
+    """A YAML or JSON file with a table from class names to whole numbers."""
+    table = read_table(path, option, _Names)
+    return {key: int(v) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in table.items()}
+
+
+class _Names(yaml.BaseLoader):
+    """Reads all as text: a class may be called 010, no or null. A name that comes twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        pairs = [tuple(self.construct_object(part, deep=True) for part in pair) for pair in node.value]
+        return _each_once(pairs)
+
+
+def _each_once(pairs: list[Any]) -> dict[Any, Any]:
+    names = [str(name) for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is named twice")
+    return dict(pairs)
+
+
+def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
+    """The table in a YAML or JSON file (JSON is YAML); ``loader``: of the YAML.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a table.
+        FileNotFoundError: no such file. ValueError: not a table, or a name that comes twice.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"{option}: no such file: {path}")
     try:
         text = file.read_text(encoding="utf-8")
-        table = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        is_json = file.suffix == ".json"
+        table = json.loads(text, object_pairs_hook=_each_once) if is_json else yaml.load(text, loader)  # noqa: S506
+    except (yaml.YAMLError, ValueError) as error:  # also of bytes that are no text
         raise ValueError(f"{option}: {path} can't be read as YAML or JSON: {error}") from None
     if not isinstance(table, dict):
         raise ValueError(f"{option}: {path} must hold a table (key: value), got {type(table).__name__}")
@@ -209,7 +233,7 @@ def read_table(path: str, option: str) -> dict[str, Any]:
 
 def print_json(obj: dict[str, Any]) -> None:
     """One JSON object on stdout. Non-finite numbers become null: other readers could not parse them."""
-    print(json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json_text(finite(obj)), flush=True)
 
 
 def finite(obj: Any) -> Any:

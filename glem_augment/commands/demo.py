@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from glem_augment.commands.common import add_threads, new_parser, set_threads, whole
@@ -42,5 +43,5 @@ def run(args: argparse.Namespace) -> int:
     from glem_augment.demo import run_demo
 
     set_threads(args.threads)
-    run_demo(args.out, args.model, seeds=args.seeds, epochs=args.epochs, quick=args.quick)
+    run_demo(Path(args.out).expanduser(), args.model, seeds=args.seeds, epochs=args.epochs, quick=args.quick)
     return 0

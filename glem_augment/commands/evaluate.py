@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from glem_augment.commands.common import (
@@ -16,11 +17,11 @@ from glem_augment.commands.common import (
     load_model,
     new_parser,
     note,
-    one_folder,
     open_for,
     print_json,
     read_class_map,
     whole,
+    without_splits,
 )
 from glem_augment.io import write_json
 from glem_augment.metrics import evaluate, spread
@@ -75,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    one = one_folder(args.data)
+    one = without_splits(args.data)
     if one and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
     split = args.split or "test"
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if result["ece"] is None and model.num_classes > 1:
         note("ece is null: install torchmetrics for it (pip install 'glem-augment[metrics]')")
-    print_json(result)
+    # First, since whoever reads what is printed may have gone.
     if args.out:
-        write_json(args.out, finite(result))
+        write_json(Path(args.out).expanduser(), finite(result))
+    print_json(result)
     return 0

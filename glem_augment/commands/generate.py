@@ -29,7 +29,7 @@ from glem_augment.commands.common import (
     open_for,
     print_json,
     read_class_map,
-    read_table,
+    read_counts,
     refuse_codes,
     whole,
 )
@@ -134,9 +134,7 @@ def run(args: argparse.Namespace) -> int:
         check_folder(folder, args.overwrite)
     wanted: PerClass = args.per_class
     if isinstance(wanted, Path):
-        wanted = read_table(str(wanted), "--per-class")
-        if isinstance(wanted, dict):  # YAML reads the name 1 as a number, which would be an index
-            wanted = {str(name): count for name, count in wanted.items()}
+        wanted = read_counts(str(wanted), "--per-class")
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     refuse_codes(model)

@@ -64,7 +64,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from glem_augment.preview import preview
 
-    if Path(args.out).suffix.lower() != ".png":
+    out = Path(args.out).expanduser()
+    if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     class_map = read_class_map(args.class_map)
     model = load_model(args)
@@ -73,6 +74,6 @@ def run(args: argparse.Namespace) -> int:
     data, _ = open_for(model, args.data, args.split, class_map, args.skip_bad)
     policies = POLICIES if args.policy == "all" else (args.policy,)
     picture = preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
-    save_png(picture, args.out)
-    note(f"wrote {args.out} ({picture.width}x{picture.height})")
+    save_png(picture, out)
+    note(f"wrote {out} ({picture.width}x{picture.height})")
     return 0

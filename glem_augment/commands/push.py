@@ -56,15 +56,18 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from glem_augment.hub_push import push_model, write_repository
+    from glem_augment.hub_push import check_repository_folder, push_model, write_repository
 
     set_threads(args.threads)
     # Before the model is loaded, which may take a download: these can be wrong.
     facts = CardFacts(args.license, args.license_name, args.license_link, args.dataset, args.metrics)
     samples = not args.no_samples
+    folder = None if args.dry_run is None else Path(args.dry_run).expanduser()
+    if folder is not None:
+        check_repository_folder(folder)
     model = GLEM.from_pretrained(args.model)
-    if args.dry_run is not None:
-        files = write_repository(model, Path(args.dry_run).expanduser(), args.repo, facts, samples)
+    if folder is not None:
+        files = write_repository(model, folder, args.repo, facts, samples)
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return 0
