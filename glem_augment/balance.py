@@ -63,7 +63,8 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
             asked.add(index)
             counts[index] = check_whole(f"per_class[{key!r}]", value, 0)
     elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
-        counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(np.asarray(per_class).tolist())]
+        numbers = per_class.tolist() if isinstance(per_class, Tensor) else np.asarray(per_class).tolist()
+        counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(numbers)]
         if len(counts) != k:
             raise ValueError(f"per_class has {len(counts)} numbers, the flow {k} classes")
     else:

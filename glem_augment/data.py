@@ -404,7 +404,7 @@ def _check_indices(indices: Sequence[int] | np.ndarray | torch.Tensor, count: in
 
 
 def _check_targets(y: torch.Tensor | np.ndarray | Sequence[int], count: int, num_classes: int) -> np.ndarray:
-    targets = np.asarray(y)
+    targets = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
     if targets.shape != (count,):
         raise DataError(f"there must be one label for each of the {count} images, got shape {targets.shape}")
     if not np.issubdtype(targets.dtype, np.integer):

@@ -389,4 +389,4 @@ def _plain(per_class: PerClass, model: GLEM) -> Any:
         return {model.classes[find_class(model, key, "per_class")]: int(value) for key, value in per_class.items()}
     if isinstance(per_class, str):
         return per_class
-    return np.asarray(per_class).tolist()
+    return per_class.tolist() if isinstance(per_class, Tensor) else np.asarray(per_class).tolist()
