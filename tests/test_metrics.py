@@ -277,6 +277,8 @@ def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     assert copies["ratio"] < 0.1 and copies["share_nearer_train"] > 0.6
     two = memorisation_ratio(torch.tensor([[1.0, 0], [2.0, 0]]), torch.zeros(1, 2), torch.tensor([[3.0, 0]]))
     assert two["ratio"] == pytest.approx(1.25)  # of 1/2 and 2
+    held_copies = memorisation_ratio(held_out[:150] * 1e3, train, held_out * 1e3)["ratio"]  # may overflow
+    assert held_copies > 1e6
     ties = memorisation_ratio(fresh, train[:50], train[:50])
     assert ties["share_nearer_train"] == 0.5
 
