@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from glem_augment._provenance import PROVENANCE, REAL_IMAGES
-from glem_augment.model_card import LIBRARY, CardFacts, data_name, escape
+from glem_augment.model_card import LIBRARY, CardFacts, data_name, escape, trained_on
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -89,8 +89,6 @@ def _body(
 ) -> str:
     c, h, w = dataset.image_shape
     flow, settings = origin["flow"], origin["settings"]
-    trained_on = dataset.model.config.training.get("data")
-    trained_on = escape(data_name(trained_on)) if trained_on else "data that its record does not name"
     named = facts.license_name or facts.license
     licence = (
         f"as stated by whoever pushed it: {named}" if named else "**not stated: ask its author before you use it**"
@@ -122,7 +120,7 @@ image, label = data[0]["{columns[0]}"], data[0]["{columns[1]}"]
 |---|---|
 | generator | {origin["generator"]} |
 | flow | {loaded}, weights with SHA-256 `{flow["weights_sha256"]}` |
-| the flow was trained on | {trained_on} |
+| the flow was trained on | {trained_on(dataset.model.config.training)} |
 | source | {settings["source"]} |
 {_temperature_or_real(dataset, mixed)}
 | seed | {settings["seed"]} |

@@ -140,7 +140,8 @@ def _opened(model: GLEM, data: Any, classes: Sequence[str] | None, split: str, p
     elif not isinstance(data, ImageData):
         raise TypeError(f"data must be an ImageData, a folder, or (images, labels); got {type(data).__name__}")
     if classes is not None and list(classes) != data.classes:
-        data = data.with_targets(data.targets, classes)
+        same = len(classes) == len(data.class_ids)
+        data = data.with_targets(data.targets, classes, data.class_ids if same else None)
     if tuple(data.image_shape) != model.image_shape:
         have, want = data.image_shape, model.image_shape
         what = "grey images" if have[0] == 1 else f"images of {have[0]} channels"

@@ -64,6 +64,10 @@ class AugmentingCollate(FastCollateMixup):
         if not isinstance(collated, (tuple, list)) or len(collated) < 2 or not isinstance(collated[0], Tensor):
             raise TypeError(f"base must give a batch (images, labels), got {type(collated).__name__}")
         x, y, *rest = collated
+        if on and not isinstance(y, Tensor):
+            raise TypeError(
+                f"labels must come as a tensor, one per image, got {type(y).__name__}: make soft ones tensors"
+            )
         return like(collated, [*(self.aug if on else self.aug.unmoved)(x, y), *rest])
 
     def __setstate__(self, state: dict[str, Any]) -> None:

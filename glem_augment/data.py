@@ -307,7 +307,8 @@ def open_data(
         image_size: (H,W), or one number for both: images are resized (shorter side, bilinear with antialias)
             and cropped at the centre. None: the size that they share.
         channels: 1 (luma) or 3. None: 1 if the images looked at first are grey, else 3. Transparency is
-            dropped, EXIF orientation ignored, and the first frame of an animation taken, as torchvision and timm do.
+            dropped, EXIF orientation ignored (PIL itself turns TIFF files), the first frame of an animation taken, as
+            torchvision and timm do.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in ``skipped``, in place of an error at the

@@ -168,7 +168,12 @@ def has_splits(folder: Path) -> bool:
 
 
 def _is_idx(folder: Path) -> bool:
-    return any(_IDX_IMAGES.fullmatch(name) for name in os.listdir(folder))
+    return any(_IDX_IMAGES.fullmatch(name) for name in _files(folder))
+
+
+def _files(folder: Path) -> list[str]:
+    # Kaggle's MNIST has folders called like the files.
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
 
 
 def _folders(folder: Path) -> list[str]:
@@ -278,7 +283,7 @@ _IDX_IMAGES = re.compile(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 
 
 def _idx_source(folder: Path, split: str) -> ArraySource:
-    names = sorted(os.listdir(folder))
+    names = _files(folder)
     prefixes = _IDX_PREFIX.get(split.lower(), (split,))
     found = {}
     for kind, rank in (("images", 3), ("labels", 1)):

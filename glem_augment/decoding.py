@@ -31,6 +31,7 @@ __all__ = [
 
 GREY_MODES = ("L", "1", "LA")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_DEEP_RAW = (";16B", ";16L", ";16N")
 # What the extensions that are looked for stand for, and GIF, which likes to hide behind them. PIL goes by content, and
 # knows formats that run other programs (EPS) or that nobody has looked at for years.
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP"})
@@ -61,7 +62,8 @@ def read_image(source: Source, index: int, channels: int) -> Image.Image:
 def _check(image: Image.Image, where: str) -> None:
     """Refuse, from the header alone, what must not be decoded.
 
-    16- and 32-bit images: PIL would clip them to white instead of scaling them.
+    16- and 32-bit images: PIL would clip them to white, or cut off the lower half of their bits, instead of scaling
+    them.
 
     Raises:
         BadImageError: naming ``where``.
@@ -77,8 +79,19 @@ def _check(image: Image.Image, where: str) -> None:
             f"{where} has {image.width} x {image.height} pixels, more than PIL's limit of {limit}: it may be there to "
             "fill the memory; reduce or remove it"
         )
-    if image.mode in DEEP_MODES:
-        raise BadImageError(f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits")
+    raw = _raw_mode(image)
+    if image.mode in DEEP_MODES or raw.endswith(_DEEP_RAW):
+        raise BadImageError(
+            f"{where} has more than 8 bits per channel (PIL mode {raw or image.mode}); convert it to 8 bits"
+        )
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the file holds the pixels, in PIL's words, such as RGB;16B, which PIL cuts down to RGB; empty if not said."""
+    tiles = getattr(image, "tile", None)
+    how = tiles[0][3] if tiles and len(tiles[0]) > 3 else ""
+    how = how[0] if isinstance(how, tuple) and how else how
+    return how if isinstance(how, str) else ""
 
 
 def _unreadable(source: Source, index: int, error: Exception) -> BadImageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from glem_augment import hub
 from glem_augment._weights import check_weights
 from glem_augment.io import atomic_write, save_png
-from glem_augment.model_card import SAMPLES, CardFacts, model_card
+from glem_augment.model_card import SAMPLES, CardFacts, model_card, records
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -83,9 +84,11 @@ def push_model(
             "training images: state it with license= (glem push --license)",
             repo_id,
         )
-    trained_on = str(model.config.training.get("data") or "")
-    if trained_on.startswith(str(Path.home()) + "/"):
-        _log.warning("config.json names the folder of the training images, %s, and will be uploaded", trained_on)
+    at_home = re.compile(rf"(^|@){re.escape(str(Path.home()))}(/|$)")
+    for record in records(model.config.training):
+        data = str(record.get("data") or "")
+        if at_home.search(data):
+            _log.warning("config.json names the folder of the training images, %s, and will be uploaded", data)
     with tempfile.TemporaryDirectory(prefix="glem-push-") as name:
         folder = Path(name)
         model_card(model, repo_id, facts, samples)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+
+from glem_augment.timmdata import PREFIXES
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -158,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _eval_results(table: Mapping[str, Any], facts: CardFacts) -> list[EvalResult]:
@@ -183,10 +186,30 @@ def _eval_results(table: Mapping[str, Any], facts: CardFacts) -> list[EvalResult
 
 
 def data_name(spec: object) -> str:
-    """A name for people: the last part of a path (the rest is nobody's business), what follows ``bundled:``."""
-    text = str(spec or "").strip()
-    text = text.removeprefix("bundled:").split("@")[0] if text else ""
+    """A name for people: the last part of a path (the rest is nobody's business), what follows ``bundled:``, and timm's
+    name of a set, or of wds/ the folder."""
+    text = str(spec or "").strip().removeprefix("bundled:")
+    if text.lower().startswith(PREFIXES):
+        name, _, root = text.partition("?")[0].partition("@")
+        text = root if name.endswith("/") else name
     return PurePath(text.replace("\\", "/")).name or "unknown data"
+
+
+def trained_on(training: Mapping[str, Any]) -> str:
+    """From the record of a training: what the flow learned from, and what it was then adapted to; Markdown."""
+    steps = [
+        escape(data_name(record["data"])) if record.get("data") else "data that its record does not name"
+        for record in reversed(records(training))
+    ]
+    return steps[0] + "".join(f", then adapted to {step}" for step in steps[1:])
+
+
+def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The record of a training, and of those of the flows that it was adapted from, newest first."""
+    found = [training]
+    while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
+        found.append(before["training"])
+    return found
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
@@ -195,8 +218,9 @@ def data_name(spec: object) -> str:
 def _body(model: GLEM, repo_id: str, facts: CardFacts, measured: Sequence[Mapping[str, Any]], samples: bool) -> str:
     config, training = model.config, model.config.training
     c, h, w = model.image_shape
-    settings = training.get("config") if isinstance(training.get("config"), dict) else {}
-    data = escape(data_name(training.get("data"))) if training.get("data") else "data that its record does not name"
+    first = records(training)[-1]
+    settings = first["config"] if isinstance(first.get("config"), dict) else {}
+    data = trained_on(training)
     images = f", {training['images']:,} images" if isinstance(training.get("images"), int) else ""
     parameters = sum(p.numel() for p in model.flow.parameters())
     modes = "none stored" if model.modes is None else f"{model.modes.rank} per class"

@@ -198,13 +198,13 @@ def interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, step
 def contact_sheet(
     images: Tensor, targets: Sequence[int], classes: Sequence[str], title: str, note: str = "", columns: int = 20
 ) -> Image.Image:
-    """Images by class, one row for each class (the first 20), ``columns`` images at most.
+    """Images by class, one row for each class (the first 20 that have any), ``columns`` images at most.
 
     Args:
         images: [N,C,H,W], uint8 or float in [0,1]; targets: N class indices; classes: K names.
     """
     labels = np.asarray(targets)
-    kept = [c for c in range(min(len(classes), MAX_CLASSES)) if (labels == c).any()]
+    kept = [c for c in range(len(classes)) if (labels == c).any()][:MAX_CLASSES]
     if not kept:
         raise DataError("there are no images to draw")
     _, channels, height, width = images.shape
@@ -253,7 +253,11 @@ def _draw(section: Section) -> Image.Image:
     edges = [0, *sorted(set(section.breaks)), count]
     blocks = []
     for first, last in zip(edges, edges[1:], strict=False):
-        grid = make_grid(cells[:, first:last].flatten(0, 1), nrow=last - first, padding=_PADDING, pad_value=1.0)
+        block = cells[:, first:last].flatten(0, 1)
+        if len(block) == 1:  # make_grid leaves a single image without padding
+            grid = torch.nn.functional.pad(block[0], (_PADDING,) * 4, value=1.0)
+        else:
+            grid = make_grid(block, nrow=last - first, padding=_PADDING, pad_value=1.0)
         blocks.append(grid)
         if last != count:
             blocks.append(torch.ones(grid.shape[0], grid.shape[1], 8))

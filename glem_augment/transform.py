@@ -85,6 +85,8 @@ def augment_sample(aug: Callable[..., Any], sample: Any, labels_getter: str | Ca
         labels = labels_getter(sample)  # type: ignore[operator]
         # Small ints are one object wherever they stand: an index of the same value is found too.
         found = [i for i, item in enumerate(flat) if item is labels]
+    if not found and isinstance(labels, Tensor) and isinstance(sample, Mapping) and not isinstance(sample, dict):
+        raise ValueError(f"torch's pytrees do not take a {type(sample).__name__} apart: give dict(sample)")
     if not found or not isinstance(labels, (Tensor, Integral)) or isinstance(labels, bool):
         raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
     where_y = found[-1]

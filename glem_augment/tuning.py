@@ -28,13 +28,15 @@ class StrengthRow:
     """What one strength does to held-out images of the flow's classes.
 
     strength; accuracy of the classifier on what comes out, in [0, 1]; change, the mean absolute change of a pixel in
-    uint8 steps; replaced, the share of images that came out as they were because the moved one was not plausible.
+    uint8 steps; replaced, the share of images that came out as they were because the moved one was not plausible;
+    kept_right, the share that were replaced and are recognised, part of both.
     """
 
     strength: float
     accuracy: float
     change: float
     replaced: float
+    kept_right: float
 
 
 @dataclass(frozen=True)
@@ -80,28 +82,32 @@ def choose_strength(
     tried = sorted(check_number("strengths", s, 0.0, math.inf, open_low=True) for s in strengths)
     if not tried:
         raise ValueError("strengths is empty")
-    right, total = [0] * (len(tried) + 1), 0
-    change, trials = [0.0] * len(tried), []
+    plainly_right, total, trials = 0, 0, []
+    right, kept_right, change = [0] * len(tried), [0] * len(tried), [0.0] * len(tried)
     for strength in tried:
         # The same draws at every strength, through the same flow: it is large.
         trial = copy.deepcopy(aug, {id(aug.model): aug.model})
         trial.p, trial.strength, trial.labels = 1.0, strength, "hard"
         trials.append((trial, trial.stats))
     classifier = unwrapped(classifier)
-    std = 1.0 if aug.pixels.std is None else fmean(aug.pixels.std)
+    std = torch.tensor([1.0] if aug.pixels.std is None else list(aug.pixels.std)).view(-1, 1, 1)
     with evaluating(classifier):
         for x, y in batches:
             rows = trials[0][0].moved_rows(y)
             x, y = x[rows.to(x.device)], y[rows]
-            cls, scale = data_class(y), 1.0 if x.dtype == torch.uint8 else 255.0 * std
+            cls, scale = data_class(y), 1.0 if x.dtype == torch.uint8 else 255.0 * std.to(x.device)
             total += len(y)
             if len(y) == 0:
                 continue
-            right[-1] += _right(classifier, x, cls)
+            plainly_right += int(_right(classifier, x, cls).sum())
             for i, (trial, _) in enumerate(trials):
+                before = trial.stats["replaced"]
                 moved = trial(x, y)[0]
-                right[i] += _right(classifier, moved, cls)
-                change[i] += float((moved.float() - x.float()).abs().flatten(1).mean(1).sum()) * scale
+                recognised = _right(classifier, moved, cls)
+                right[i] += int(recognised.sum())
+                if trial.stats["replaced"] > before:
+                    kept_right[i] += int((recognised & (moved == x).flatten(1).all(1)).sum())
+                change[i] += float(((moved.float() - x.float()).abs() * scale).flatten(1).mean(1).sum())
     if total == 0:
         raise ValueError("batches gave no image of a class that the flow has")
     rows = [
@@ -110,10 +116,11 @@ def choose_strength(
             right[i] / total,
             change[i] / total,
             (trials[i][0].stats["replaced"] - trials[i][1]["replaced"]) / total,
+            kept_right[i] / total,
         )
         for i, strength in enumerate(tried)
     ]
-    plain, chosen = right[-1] / total, 0.0
+    plain, chosen = plainly_right / total, 0.0
     chance = 1 / aug.num_classes
     if plain <= min(1.5 * chance, chance + 0.1) < 1:
         warnings.warn(
@@ -122,15 +129,16 @@ def choose_strength(
             stacklevel=2,
         )
     for row in rows:  # up to the first that is too strong
-        if row.accuracy - row.replaced < plain - max_drop:
+        if row.accuracy - row.kept_right < plain - max_drop:
             break
         chosen = row.strength
     return StrengthReport(plain, rows, chosen)
 
 
-def _right(classifier: nn.Module, x: Tensor, y: Tensor) -> int:
+def _right(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which images are recognised, bool [n]."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x
-    return int((classifier(x).argmax(1) == y.to(x.device)).sum())
+    return classifier(x).argmax(1) == y.to(x.device)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from glem_augment.adapt import gaussians_of, psi_that_holds
 from glem_augment.cli import main
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError
+from glem_augment.hub_dataset import write_dataset
+from glem_augment.model_card import CardFacts, data_name, model_card
 
 TINY = dict(depth=[1, 1], blocks=[1, 1], width=[6, 6])
 
@@ -90,6 +92,36 @@ def test_a_class_of_one_image_borrows_the_shared_modes() -> None:
     aug = GLEMAugment(model.adapt((x, y), rank=3, progress=False), p=1.0, policy="noise", modes=3, seed=0)
     changed = aug(x, y)[0]
     assert (changed != x).flatten(1).any(1).all()
+
+
+def test_given_names_leave_the_ids_of_the_data() -> None:
+    model, (x, y) = random_flow(), images((5, 5))
+    data = ImageData.from_tensors(x, y, ["n01", "n02"], name="photos")
+    named = model.adapt(data, classes=["fish", "dog"], rank=2, progress=False)
+    assert (named.class_ids, named.classes) == (["n01", "n02"], ["fish", "dog"])
+    fewer = model.adapt((x, y), classes=["fish", "dog", "cat"][:2], rank=2, progress=False)
+    assert fewer.classes == ["fish", "dog"]
+
+
+def test_cards_of_adapted_flows_name_all_data(tmp_path: Path) -> None:
+    model, (x, y) = random_flow(), images((5, 5))
+    model.config.training.update(data="/home/someone/sets/large", config={"epochs": 7})
+    once = model.adapt(ImageData.from_tensors(x, y, ["a", "b"], name="photos"), rank=2, progress=False)
+    twice = once.adapt(ImageData.from_tensors(x, y, ["a", "b"], name="torch/cifar10@/home/someone"), progress=False)
+    card = str(model_card(twice, "org/flow", CardFacts(), samples=False))
+    assert "trained on large, then adapted to photos, then adapted to cifar10" in card and "epochs 7" in card
+    assert "someone" not in card
+    write_dataset(SyntheticDataset(once, per_class=2), tmp_path / "made", "org/made", progress=False)
+    assert "| large, then adapted to photos |" in (tmp_path / "made" / "README.md").read_text()
+    for spec, name in (
+        ("/home/me@there.example/flowers", "flowers"),
+        ("wds/@sets/shards", "shards"),
+        ("hfds/ylecun/mnist?input_key=img", "mnist"),
+        ("/d/a@2x.tar", "a@2x.tar"),
+        ("bundled:fashion-mnist", "fashion-mnist"),
+        ("", "unknown data"),
+    ):
+        assert data_name(spec) == name
 
 
 def test_the_flow_and_the_model_adapted_from_stay_as_they_are() -> None:

@@ -278,6 +278,19 @@ def test_deep_images(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 60_000, np.uint16)).save(tmp_path / "a" / "0.png")
     with pytest.raises(DataError, match="0.png has more than 8 bits"):
         open_data(tmp_path)
+    for kind, channels, mode in ((2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")):  # PIL says RGB or RGBA
+        rows = b"".join(b"\0" + np.full(4 * channels, 4000, ">u2").tobytes() for _ in range(4))
+        (tmp_path / "a" / "0.png").write_bytes(raw_png(struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0), rows))
+        with pytest.raises(DataError, match=f"0.png has more than 8 bits per channel .PIL mode {mode}"):
+            open_data(tmp_path)
+
+
+def raw_png(header: bytes, rows: bytes) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -484,8 +497,10 @@ def test_wordnet_ids_get_names(tmp_path: Path) -> None:
 def test_idx(tmp_path: Path, suffix: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
     labels = np.array([1, 3, 3, 1, 2, 2, 1], np.uint8)
-    write_idx(tmp_path / f"train-images-idx3-ubyte{suffix}", images)
-    write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", labels)
+    write_idx(tmp_path / f"train-images.idx3-ubyte{suffix}", images)
+    write_idx(tmp_path / f"train-labels.idx1-ubyte{suffix}", labels)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):  # as in Kaggle's archive
+        (tmp_path / name).mkdir()
     data = open_data(tmp_path)
     assert data.image_shape == (1, 5, 4) and np.array_equal(data.tensor()[:, 0], images)
     assert data.class_ids == data.classes == ["1", "2", "3"] and data.targets.tolist() == [

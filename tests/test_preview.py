@@ -58,6 +58,7 @@ def test_fewer_things_to_draw_give_smaller_pictures() -> None:
     single, one = small(classes=1)
     preview(single, one)
     preview(single, one.subset([0]))
+    assert preview(model, data, rows=1).height < whole.height
 
 
 def test_more_classes_than_a_picture_holds() -> None:
@@ -94,6 +95,8 @@ def test_a_contact_sheet_has_a_row_for_each_class() -> None:
     x = torch.zeros(7, 1, 56, 56, dtype=torch.uint8)
     sheet = pixels(contact_sheet(x, [0, 0, 0, 2, 2, 2, 2], ["a", "b", "c"], "t", columns=4))
     assert (sheet == 0).all(2).sum() == 7 * 56 * 56
+    late = pixels(contact_sheet(x, [30, 30, 31, 31, 32, 33, 34], list(map(str, range(40))), "t", columns=2))
+    assert (late == 0).all(2).sum() == 7 * 56 * 56
     with pytest.raises(DataError, match="no images"):
         contact_sheet(x[:0], [], ["a"], "t")
 

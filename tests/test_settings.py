@@ -309,6 +309,11 @@ def test_choose_strength_judges_what_was_moved(model: GLEM) -> None:
     with pytest.warns(UserWarning, match="were not plausible"):
         report = choose_strength(never, Nearest(), [(x, y)], strengths=(50.0,))
     assert report.rows[0].replaced == 1.0 and report.rows[0].accuracy == report.accuracy and report.strength == 0
+    # One that is kept and not recognised is lost once, not twice.
+    half = torch.where(torch.arange(400) < 200, y, (y + 1) % 4)
+    with pytest.warns(UserWarning, match="were not plausible"):
+        report = choose_strength(never, Nearest(), [(x, half)], strengths=(50.0,), max_drop=0.5)
+    assert report.accuracy == report.rows[0].kept_right == 0.5 and report.strength == 50.0
 
 
 def test_choose_strength_arguments(model: GLEM) -> None:
