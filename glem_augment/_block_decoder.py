@@ -74,9 +74,9 @@ class BlockDecoder:
         return (self._ahead.pop((cls, number), None) or self._start(cls, number)).wait()
 
     def decode_ahead(self, cls: int, number: int) -> None:
-        """Start to decode a block for the next call of `decode`, where that need not be waited for: on CUDA. At most
-        one block is under way; another call replaces it."""
-        if self.model.device.type == "cuda" and (cls, number) not in self._ahead:
+        """Start to decode a block for the next call of `decode`; of use on CUDA, where it need not be waited for. At
+        most one block is under way; another call replaces it."""
+        if (cls, number) not in self._ahead:
             self._ahead = {(cls, number): self._start(cls, number)}
 
     def _start(self, cls: int, number: int) -> _Decoding:

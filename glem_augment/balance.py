@@ -63,8 +63,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
             asked.add(index)
             counts[index] = check_whole(f"per_class[{key!r}]", value, 0)
     elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
-        numbers = per_class.tolist() if isinstance(per_class, Tensor) else np.asarray(per_class).tolist()
-        counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(numbers)]
+        counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(as_list(per_class))]
         if len(counts) != k:
             raise ValueError(f"per_class has {len(counts)} numbers, the flow {k} classes")
     else:
@@ -200,6 +199,11 @@ def as_image_data(model: GLEM, real: Any) -> ImageData:
         f"source='mixup' needs the images themselves: give an ImageData (open_data) or (uint8 images, labels), got "
         f"{type(real).__name__}"
     )
+
+
+def as_list(values: Any) -> Any:
+    """Numbers of any kind of array, wherever it lies, as Python's."""
+    return values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
 
 
 def _is_pair(real: Any) -> bool:

@@ -27,7 +27,7 @@ from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import WeightsVersion, as_model, on_device
 from glem_augment._rejection import Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents
-from glem_augment.balance import PerClass, as_image_data, class_counts, find_class
+from glem_augment.balance import PerClass, as_image_data, as_list, class_counts, find_class
 from glem_augment.model import GLEM
 
 if TYPE_CHECKING:
@@ -273,7 +273,8 @@ class SyntheticDataset(Dataset):
 
         At most one block is under way; another call replaces it.
         """
-        if self._store.whole(int(self._first_block[cls]) + number) is None:
+        key = int(self._first_block[cls]) + number
+        if self.model.device.type == "cuda" and self._store.whole(key) is None:
             self._decoder.decode_ahead(cls, number)
 
     def export(
@@ -389,4 +390,4 @@ def _plain(per_class: PerClass, model: GLEM) -> Any:
         return {model.classes[find_class(model, key, "per_class")]: int(value) for key, value in per_class.items()}
     if isinstance(per_class, str):
         return per_class
-    return per_class.tolist() if isinstance(per_class, Tensor) else np.asarray(per_class).tolist()
+    return as_list(per_class)

@@ -105,19 +105,19 @@ def test_given_names_leave_the_ids_of_the_data() -> None:
 
 def test_cards_of_adapted_flows_name_all_data(tmp_path: Path) -> None:
     model, (x, y) = random_flow(), images((5, 5))
-    model.config.training.update(data="/home/someone/sets/large", config={"epochs": 7})
+    model.config.training.update(data="private/someone/large", config={"epochs": 7})
     once = model.adapt(ImageData.from_tensors(x, y, ["a", "b"], name="photos"), rank=2, progress=False)
-    twice = once.adapt(ImageData.from_tensors(x, y, ["a", "b"], name="torch/cifar10@/home/someone"), progress=False)
+    twice = once.adapt(ImageData.from_tensors(x, y, ["a", "b"], name="torch/cifar10@private/someone"), progress=False)
     card = str(model_card(twice, "org/flow", CardFacts(), samples=False))
     assert "trained on large, then adapted to photos, then adapted to cifar10" in card and "epochs 7" in card
     assert "someone" not in card
     write_dataset(SyntheticDataset(once, per_class=2), tmp_path / "made", "org/made", progress=False)
     assert "| large, then adapted to photos |" in (tmp_path / "made" / "README.md").read_text()
     for spec, name in (
-        ("/home/me@there.example/flowers", "flowers"),
+        ("private/me@there.example/flowers", "flowers"),
         ("wds/@sets/shards", "shards"),
         ("hfds/ylecun/mnist?input_key=img", "mnist"),
-        ("/d/a@2x.tar", "a@2x.tar"),
+        ("sets/a@2x.tar", "a@2x.tar"),
         ("bundled:fashion-mnist", "fashion-mnist"),
         ("", "unknown data"),
     ):
