@@ -1,27 +1,35 @@
 """Synthetic-data augmentation for timm and torchvision from a class-conditional normalizing flow (GLEM).
 
-Rooms of their own, imported when they are wanted: ``glem_augment.training``, ``glem_augment.evaluation``,
-``glem_augment.tuning``, ``glem_augment.rfcm_fit``.
+What is named here is imported when it is first used, and torch, torchvision and timm with it: ``glem --help`` and a
+settings script need not wait for them. So are the modules: ``glem_augment.training``, ``glem_augment.evaluation``,
+``glem_augment.tuning``, ``glem_augment.rfcm_fit``, ...
 """
 
-from glem_augment.augment import GLEMAugment
-from glem_augment.classmatch import match_classes
-from glem_augment.data import ImageData, open_data
-from glem_augment.errors import (
-    BadImageError,
-    ClassMismatchError,
-    DataError,
-    GLEMError,
-    ModelFileError,
-    TrainingError,
-)
-from glem_augment.flows import create_flow
-from glem_augment.gaussians import ClassGaussians
-from glem_augment.hub import HubError
-from glem_augment.mixing import RealAndSynthetic
-from glem_augment.model import GLEM
-from glem_augment.stream import SyntheticStream
-from glem_augment.synthetic import SyntheticDataset
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glem_augment.augment import GLEMAugment
+    from glem_augment.classmatch import match_classes
+    from glem_augment.data import ImageData, open_data
+    from glem_augment.errors import (
+        BadImageError,
+        ClassMismatchError,
+        DataError,
+        GLEMError,
+        ModelFileError,
+        TrainingError,
+    )
+    from glem_augment.flows import create_flow
+    from glem_augment.gaussians import ClassGaussians
+    from glem_augment.hub import HubError
+    from glem_augment.mixing import RealAndSynthetic
+    from glem_augment.model import GLEM
+    from glem_augment.stream import SyntheticStream
+    from glem_augment.synthetic import SyntheticDataset
 
 __version__ = "0.1.0"
 
@@ -44,3 +52,36 @@ __all__ = [
     "match_classes",
     "open_data",
 ]
+_HOMES = {
+    "BadImageError": "glem_augment.errors",
+    "ClassGaussians": "glem_augment.gaussians",
+    "ClassMismatchError": "glem_augment.errors",
+    "DataError": "glem_augment.errors",
+    "GLEM": "glem_augment.model",
+    "GLEMAugment": "glem_augment.augment",
+    "GLEMError": "glem_augment.errors",
+    "HubError": "glem_augment.hub",
+    "ImageData": "glem_augment.data",
+    "ModelFileError": "glem_augment.errors",
+    "RealAndSynthetic": "glem_augment.mixing",
+    "SyntheticDataset": "glem_augment.synthetic",
+    "SyntheticStream": "glem_augment.stream",
+    "TrainingError": "glem_augment.errors",
+    "create_flow": "glem_augment.flows",
+    "match_classes": "glem_augment.classmatch",
+    "open_data": "glem_augment.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

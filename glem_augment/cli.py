@@ -9,11 +9,8 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
-import torch
-
 from glem_augment import __version__
-from glem_augment.commands import COMMANDS
-from glem_augment.commands.common import HelpFormatter
+from glem_augment.commands.parsers import COMMANDS, HelpFormatter, add_command
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
@@ -41,13 +38,22 @@ GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``glem`` with all its commands; each sets ``run`` to a function of the parsed arguments."""
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of ``glem``; each command sets ``run`` to a function of the parsed arguments.
+
+    Args:
+        argv: what will be parsed: only the command in there is imported, the others are names and a line of help. By
+            default all are imported.
+    """
     parser = argparse.ArgumentParser(prog="glem", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    wanted = set(COMMANDS) if argv is None else {next((a for a in argv if not a.startswith("-")), None)}
+    for name, command in COMMANDS.items():
+        if name in wanted:
+            add_command(commands, name)
+        else:
+            commands.add_parser(name, help=command.summary)
     return parser
 
 
@@ -62,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl-C. As usual with argparse, ``--help``, ``--version`` and a command line that can't be parsed raise
         SystemExit instead.
     """
-    args = build_parser().parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        # The command's module is imported here, and torch with it, which takes seconds: Ctrl-C may come already.
+        args = build_parser(argv).parse_args(argv)
+        args.argv = argv
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -77,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The trainer says where its run stopped.
         print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+    except MemoryError as error:
         return _no_memory(error)
     except (GLEMError, ValueError, TypeError, OSError) as error:
         return _fail(_one_line(error))
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch has no class of its own for it on a CPU
+        # torch.OutOfMemoryError, by name, since torch may not be there yet; on a CPU torch has no class for it.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         return _no_memory(error)
 

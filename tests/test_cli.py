@@ -26,6 +26,7 @@ from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, SyntheticDataset, hub, open_data
 from glem_augment.cli import build_parser, main
+from glem_augment.commands.parsers import COMMANDS
 from glem_augment.commands.settings import KINDS
 from glem_augment.training import TrainConfig
 from glem_augment.training.checkpoint import NEWEST, load_checkpoint
@@ -658,6 +659,35 @@ def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypat
     errors = process.stderr.read().decode()
     process.stderr.close()
     assert process.wait(60) == 0 and errors == ""
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom glem_augment.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    for argv, status in ((["--help"], 0), (["--version"], 0), (["no-such-command"], 2)):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == f"{status} False", done.stderr
+        if argv == ["--help"]:
+            assert all(f"    {name} " in done.stdout for name in COMMANDS)
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "glem_augment", "info", "bundled:fashion-mnist"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "| " in line and "torch." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    errors = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
+    assert process.wait(60) == 130
+    assert errors == ["glem: interrupted"]
 
 
 def test_the_parser_is_complete() -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 from test_cli import TINY, write_images
 from test_training import comparable, rows, tiny_trainer
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from glem_augment import GLEM, hub
 from glem_augment.cli import main
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.training import Trainer, guard
+from glem_augment.training import run as run_module
 from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import GOOD, load_checkpoint
 from glem_augment.training.guard import DivergenceError, LossGuard
@@ -158,6 +161,23 @@ def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_p
     assert model.config.training["rollbacks"] == 1 and model.config.training["bad_steps"] == 3
     epochs = [row["epoch"] for row in rows(out) if row["kind"] == "epoch"]
     assert epochs == [1, 2, 3, 4]
+
+
+def test_the_progress_bar_goes_back_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+
+    class Bar(tqdm):
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            shown.append(self.n)
+
+    monkeypatch.setattr(run_module, "tqdm", partial(Bar, mininterval=0, miniters=1))
+    trainer = tiny_trainer(tmp_path / "run", max_bad_steps=3, epochs=4)
+    trainer.progress = True
+    until_returned(trainer, BAD["nan in the loss"], set(range(9, 100)))
+    with pytest.warns(UserWarning, match="Returned to step 8"):
+        trainer.fit()
+    back = next(i for i in range(1, len(shown)) if shown[i] < shown[i - 1])
+    assert shown[back] == 8 and set(range(9, 17)) <= set(shown[back:])
 
 
 def test_what_was_learned_after_the_good_checkpoint_is_forgotten(tmp_path: Path) -> None:

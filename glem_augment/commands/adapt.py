@@ -15,13 +15,13 @@ from glem_augment.commands.common import (
     add_threads,
     finite,
     load_model,
-    new_parser,
     number,
     print_json,
     refuse_codes,
     report_skipped,
     whole,
 )
+from glem_augment.commands.parsers import new_parser
 from glem_augment.data import open_data
 
 DESCRIPTION = """\
@@ -39,9 +39,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(
-        subparsers, "adapt", "serve your classes with a flow trained on others", DESCRIPTION, EXAMPLES, run
-    )
+    parser = new_parser(subparsers, "adapt", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the adapted model; made if missing")

@@ -25,43 +25,6 @@ CLASS_MAP_HELP = (
     "YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
     "(default: by id or name)"
 )
-EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and examples."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=min(110, _columns()))
-
-
-def _columns() -> int:
-    import shutil
-
-    return max(60, shutil.get_terminal_size().columns - 2)
-
-
-def new_parser(
-    subparsers: Any,
-    name: str,
-    summary: str,
-    description: str,
-    examples: str,
-    run: Callable[..., int],
-    exit_codes: str = EXIT_CODES,
-) -> argparse.ArgumentParser:
-    """A command's parser; ``run`` gets the parsed arguments and returns the exit code."""
-    parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"examples:\n{examples}\n{exit_codes}",
-        formatter_class=HelpFormatter,
-        # An abbreviation that works today would change its meaning with the next option.
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from glem_augment.commands.common import add_threads, new_parser, set_threads, whole
+from glem_augment.commands.common import add_threads, set_threads, whole
+from glem_augment.commands.parsers import new_parser
 
 DESCRIPTION = """\
 Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
@@ -21,7 +22,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "demo", "the whole job on bundled images, in minutes", DESCRIPTION, EXAMPLES, run)
+    parser = new_parser(subparsers, "demo", DESCRIPTION, EXAMPLES, run)
     parser.add_argument(
         "--out", default="demo-out", metavar="DIR", help="folder for the results (default: %(default)s)"
     )

@@ -15,7 +15,6 @@ from glem_augment.commands.common import (
     add_threads,
     finite,
     load_model,
-    new_parser,
     note,
     open_for,
     print_json,
@@ -23,6 +22,7 @@ from glem_augment.commands.common import (
     whole,
     without_splits,
 )
+from glem_augment.commands.parsers import new_parser
 from glem_augment.io import write_json
 from glem_augment.metrics import evaluate, spread
 
@@ -47,9 +47,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(
-        subparsers, "eval", "accuracy, bits/dim, calibration and round trip, as JSON", DESCRIPTION, EXAMPLES, run
-    )
+    parser = new_parser(subparsers, "eval", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", help="of the data, where it has any (default: test)")

@@ -23,7 +23,6 @@ from glem_augment.commands.common import (
     add_device,
     add_threads,
     load_model,
-    new_parser,
     note,
     number,
     open_for,
@@ -33,6 +32,7 @@ from glem_augment.commands.common import (
     refuse_codes,
     whole,
 )
+from glem_augment.commands.parsers import new_parser
 from glem_augment.errors import ClassMismatchError
 from glem_augment.hub_dataset import FORMATS, check_shards_folder, export_shards
 from glem_augment.model import GLEM
@@ -62,7 +62,7 @@ TEMPERATURE, ALPHA, MAX_ATTEMPTS = 0.8, 1.0, 20
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "generate", "draw a synthetic data set from a flow", DESCRIPTION, EXAMPLES, run)
+    parser = new_parser(subparsers, "generate", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"

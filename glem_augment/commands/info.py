@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from glem_augment import hub
-from glem_augment.commands.common import MODEL_HELP, finite, new_parser, print_json
+from glem_augment.commands.common import MODEL_HELP, finite, print_json
+from glem_augment.commands.parsers import new_parser
 from glem_augment.model import GLEM
 
 DESCRIPTION = """\
@@ -21,7 +22,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "info", "what a model is and how it was trained", DESCRIPTION, EXAMPLES, run)
+    parser = new_parser(subparsers, "info", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -15,12 +15,12 @@ from glem_augment.commands.common import (
     add_skip_bad,
     add_threads,
     load_model,
-    new_parser,
     note,
     open_for,
     read_class_map,
     whole,
 )
+from glem_augment.commands.parsers import new_parser
 from glem_augment.io import save_png
 
 DESCRIPTION = """\
@@ -35,9 +35,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(
-        subparsers, "preview", "a picture of augmentations, samples, interpolations", DESCRIPTION, EXAMPLES, run
-    )
+    parser = new_parser(subparsers, "preview", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")

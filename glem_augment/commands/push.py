@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from glem_augment.commands.common import MODEL_HELP, add_threads, new_parser, note, print_json, set_threads
+from glem_augment.commands.common import MODEL_HELP, add_threads, note, print_json, set_threads
+from glem_augment.commands.parsers import new_parser
 from glem_augment.model import GLEM
 from glem_augment.model_card import CardFacts
 
@@ -25,7 +26,7 @@ EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "push", "upload a flow to the Hugging Face Hub", DESCRIPTION, EXAMPLES, run)
+    parser = new_parser(subparsers, "push", DESCRIPTION, EXAMPLES, run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
     visibility = parser.add_mutually_exclusive_group()

@@ -13,7 +13,8 @@ from typing import Any
 
 from glem_augment import hub
 from glem_augment._locks import alone_in
-from glem_augment.commands.common import DATA_HELP, add_device, new_parser, note, pick_device, read_table, whole
+from glem_augment.commands.common import DATA_HELP, add_device, note, pick_device, read_table, whole
+from glem_augment.commands.parsers import new_parser
 from glem_augment.commands.settings import add_settings, checked, given
 from glem_augment.data import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError
@@ -54,7 +55,7 @@ FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "train", "fit a flow to your images", DESCRIPTION, EXAMPLES, run, EXIT_CODES)
+    parser = new_parser(subparsers, "train", DESCRIPTION, EXAMPLES, run, EXIT_CODES)
     # All the flags would fill half a screen before the first word of help.
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)

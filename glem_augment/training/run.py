@@ -174,7 +174,7 @@ class Run:
             stacklevel=2,
         )
         self.save()
-        self.bar.n = trainer.step
+        self.bar.update(trainer.step - self.bar.n)  # setting n would leave the bar still until it is passed again
         self.bar.refresh()
 
     def finish(self) -> GLEM:
