@@ -15,6 +15,7 @@ pixels.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -98,12 +99,26 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """A module whose parts that `module.compile()` compiled in place run as they are written: see `unwrapped`."""
+    calls = [(m, m._compiled_call_impl) for m in module.modules() if m._compiled_call_impl is not None]
+    try:
+        for part, _ in calls:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in calls:
+            part._compiled_call_impl = call
+
+
 class Adversary:
     """A classifier whose loss chooses coefficients.
 
     Args:
         classifier: any module from images (as the transform gives them) to logits [n, K'].
-        loss: takes logits and labels, gives one number or one per row; None: cross-entropy, for hard and soft labels.
+        loss: takes the classifier's output and labels, gives one number or one per row; None: cross-entropy, for hard
+            and soft labels.
         autocast: dtype of the classifier's pass; None: as autocast is set where the transform is called.
 
     Raises:
@@ -119,9 +134,15 @@ class Adversary:
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
         if loss is not None and not callable(loss):
-            raise TypeError(f"loss must take (logits, labels), got {type(loss).__name__}")
+            raise TypeError(f"loss must take (output, labels), got {type(loss).__name__}")
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+        if next(unwrapped(classifier).parameters(), None) is None:
+            warnings.warn(
+                "the attached classifier has no parameters: if it calls a network that is not registered in it, that "
+                "one is not kept in eval mode; attach the network itself",
+                stacklevel=3,
+            )
         self.classifier, self.loss, self.autocast = classifier, loss, autocast
 
     def coefficients(
@@ -156,7 +177,7 @@ class Adversary:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("policy='adversarial' needs gradients, which torch.inference_mode() rules out")
         classifier = unwrapped(self.classifier)
-        with torch.enable_grad(), untouched(classifier, flow):
+        with torch.enable_grad(), untouched(classifier, flow), uncompiled(classifier):
             c = start.detach().clone().requires_grad_(True)
             pictures = self._as_weights(render(c), classifier, caller)
             with caller.again(self.autocast):
@@ -167,12 +188,12 @@ class Adversary:
                     )
             scale = HALF_SCALE if pictures.dtype == torch.float16 or self._half(caller) else 1.0
             with caller.for_backward():
-                if self.loss is None:
+                if self.loss is None and next(classifier.parameters(), None) is not None:
                     # All else in the graph is frozen. Not autograd.grad, which reentrant checkpointing refuses.
                     (total * scale).backward()
                     assert c.grad is not None
                     gradient = c.grad
-                else:  # which may have weights of its own, whose gradients are not to be touched
+                else:  # there may be weights elsewhere, whose gradients are not to be touched
                     (gradient,) = torch.autograd.grad(total * scale, c)
         norm = gradient.norm(dim=1, keepdim=True)
         usable = torch.isfinite(norm) & (norm > 0)
@@ -193,9 +214,17 @@ class Adversary:
 
     def _total(self, output: Any, labels: Tensor) -> Tensor:
         """The loss summed over rows; a mean serves as well, since only each row's direction is used."""
-        logits = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
         if self.loss is not None:
-            return self.loss(logits, labels).sum()
+            return self.loss(output, labels).sum()
+        logits = getattr(output, "logits", output)
+        if isinstance(output, (tuple, list)) and logits is output:
+            found = [item for item in output if isinstance(item, Tensor) and item.ndim == 2]
+            if len(found) != 1:
+                raise ValueError(
+                    f"the classifier gives {len(output)} things, {len(found)} of them matrices: which are the logits? "
+                    "Give attach a loss, which takes (output, labels)"
+                )
+            logits = found[0]
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the classifier must give logits [{len(labels)}, classes], got {got}: give attach a loss")

@@ -24,7 +24,8 @@ class WorkerCounts:
     """
 
     def __init__(self, *shape: int, dtype: torch.dtype = torch.int64, workers: int = WORKERS) -> None:
-        self.rows = torch.zeros(workers, *shape, dtype=dtype, device="cpu").share_memory_()
+        with torch.inference_mode(False):  # or the numbers could not be changed outside it
+            self.rows = torch.zeros(workers, *shape, dtype=dtype, device="cpu").share_memory_()
 
     def own(self) -> Tensor:
         """This worker's row, to be changed in place; the main process has that of worker 0."""

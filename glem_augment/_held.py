@@ -39,7 +39,7 @@ class Holdings:
         self.model, self.basis, self.modes = model, basis, modes
         self.class_map, self.num_classes, self.capacity = class_map, num_classes, bank
         self.neighbours = NEIGHBOURS if near else 0
-        self.latents: LatentBank | None = None
+        self._bank: tuple[LatentBank, WeightsVersion] | None = None
         self._flows: dict[torch.device, FlowOnDevice] = {}
         self._tables: dict[torch.device, tuple[WeightsVersion | None, ClassTables]] = {}
 
@@ -77,15 +77,32 @@ class Holdings:
         """Whether a batch with labels has come from this device before."""
         return device in self._tables
 
+    @property
+    def latents(self) -> LatentBank | None:
+        """The bank where it is, if there is one and its latents are those of the flow as it is now."""
+        if self._bank is not None and self._bank[1] != WeightsVersion(self.model.flow):
+            self._bank = None
+        return None if self._bank is None else self._bank[0]
+
     def bank(self, device: torch.device) -> LatentBank:
         """The bank of latents, moved to a device."""
-        with torch.inference_mode(False):  # see `flow`
-            if self.latents is None:
-                self.latents = LatentBank(self.num_classes, self.capacity, self.model.dim, device)
-            elif self.latents.device != device:
-                self.latents = self.latents.to(device)
-        return self.latents
+        found = self.latents
+        if found is None or found.device != device:
+            with torch.inference_mode(False):  # see `flow`
+                if found is None:
+                    found = LatentBank(self.num_classes, self.capacity, self.model.dim, device)
+                else:
+                    found = found.to(device)
+            self._bank = found, WeightsVersion(self.model.flow)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies on accelerators are made again where they are needed.
-        return {**self.__dict__, "_flows": {}, "_tables": {}}
+        # Copies on accelerators are made again where they are needed. A version is one of this process's weights.
+        latents = self.latents
+        return {**self.__dict__, "_flows": {}, "_tables": {}, "_bank": None, "_sent": latents}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        latents = state.pop("_sent")
+        self.__dict__.update(state)
+        if latents is not None:
+            self._bank = latents, WeightsVersion(self.model.flow)

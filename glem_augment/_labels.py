@@ -42,6 +42,8 @@ def smoothing_floor(soft: Tensor) -> Tensor:
     Of a batch, since a single row may have been mixed of all classes; so may every row where there are two, and nobody
     smooths by more than ``_MOST_SMOOTHING``.
     """
+    if soft.numel() == 0:
+        return soft.new_zeros(())
     low = soft.amin().clamp(min=0.0)
     return torch.where(low * soft.shape[1] > _MOST_SMOOTHING, 0.0, low)
 

@@ -46,8 +46,11 @@ class PlugIn:
         registered as a sub-module, and not part of copies and pickles of the transform.
 
         Args:
-            classifier: from images as this transform returns them (uint8 ones as floats in [0, 1]) to logits.
-            loss: takes (logits, labels), labels as given to the transform; None: cross-entropy.
+            classifier: from images as this transform returns them (uint8 ones as floats in [0, 1]) to logits. What it
+                runs must be registered in it: a network that it reaches in another way is neither frozen nor in eval
+                mode.
+            loss: takes (output, labels), the classifier's output as it comes and labels as given to the transform;
+                None: cross-entropy of the output, of its `logits`, or of the one item of a tuple that is a matrix.
             autocast: dtype of that pass (torch.bfloat16, torch.float16); None: as set where the transform is called,
                 which for a wrapped loader is outside a loop's `with autocast()`.
 
@@ -106,6 +109,7 @@ class PlugIn:
         Raises:
             ValueError, TypeError: for labels that a call would not take.
         """
+        self._check_labels(y, len(y))
         return y if self._labels_for(y) == "hard" else self.soft_target(y)
 
     def unmoved(self: GLEMAugment, x: Any, y: Any) -> tuple[Any, Any]:
@@ -132,8 +136,9 @@ class PlugIn:
     def fill_bank(self: GLEMAugment, x: Tensor, y: Tensor) -> None:
         """Put a batch into the bank of latents (`bank=` of the constructor), for partners from the first step on.
 
-        Batches that are augmented are put there anyway. The bank is not part of `state_dict`: fill it again when a
-        run is resumed.
+        Batches that are augmented are put there anyway, in each DataLoader worker into one of its own, which ends
+        with it. The bank is not part of `state_dict`: fill it again when a run is resumed. It is emptied when the
+        flow's weights change, which makes its latents another flow's.
 
         Args:
             x, y: as for a call.

@@ -1,7 +1,8 @@
 """A random state of two whole numbers: easy to save, resumable, and different on every rank and worker.
 
 Call number n on a rank and worker draws from its own generator, seeded from (seed, rank, worker, n). So nothing of
-the past has to be stored but n, and a checkpoint that rank 0 wrote resumes every rank where it was.
+the past has to be stored but n, a checkpoint that rank 0 wrote resumes every rank where it was, and torch's own seed
+plays no part.
 
 The calls of each DataLoader worker are counted in shared memory and are part of its n, from epoch to epoch. Their
 counts are saved too: a run that is resumed after an epoch goes on with the draws that it would have met.
@@ -38,7 +39,7 @@ class RandomState:
 
     def __init__(self, seed: int | None) -> None:
         if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_().item())
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
         elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an int or None, got {seed!r}")
         self.seed = int(seed)
@@ -46,6 +47,7 @@ class RandomState:
         self._in_workers = WorkerCounts()
         self._sender = 0  # rank of the process that sent this copy: a worker that is started anew knows no rank
 
+    @torch.compiler.disable  # Dynamo would trace NumPy's whole numbers as tensors, whose operations are others
     def generator(self) -> torch.Generator:
         """The next call's generator. On the CPU whatever the batch: the same draws on every device, and no sync."""
         info = get_worker_info()
@@ -54,13 +56,13 @@ class RandomState:
             self.calls += 1
         else:
             # The worker's copy of this state is that of the main process when the epoch began.
-            number, worker = self.calls + int(self._in_workers.own()), [info.seed % 2**64]
+            number, worker = self.calls + int(self._in_workers.own()), [info.id]
             self._in_workers.own().add_(1)
         words = np.random.SeedSequence([self.seed % 2**64, rank(self._sender), number, *worker]).generate_state(
             1, np.uint64
         )
         # On the CPU a generator takes any 64 bits; the highest one is left out for those that do not.
-        return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        return torch.Generator("cpu").manual_seed(int(words[0]) >> 1)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs: whole numbers, and `workers`, a list of them, where there have been any."""

@@ -57,11 +57,13 @@ BASES = ("class", "near", "shared")
 PARTNERS = ("same", "near", "any", "gaussian")
 LABELS = ("auto", "hard", "mix", "posterior")
 DETAILS = ("keep", "mix", "none")
+_FIXED = ("policy", "modes", "basis", "partner", "detail", "rescale", "bank", "class_map", "num_classes")
+_RANGES = {"p": (1.0, False), "alpha": (math.inf, True), "strength": (math.inf, False), "margin": (math.inf, False)}
 
 
 class GLEMAugment(PlugIn, nn.Module):
     """A batch transform on images and labels through a GLEM. It has no parameters: the flow is not
-    registered.
+    registered. `p`, `alpha`, `strength`, `margin` and `labels` may be set anew between calls.
 
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
@@ -132,12 +134,8 @@ class GLEMAugment(PlugIn, nn.Module):
         check_choice("policy", policy, (*POLICIES, "adversarial"))
         check_choice("basis", basis, BASES)
         check_choice("partner", partner, PARTNERS)
-        check_choice("labels", labels, LABELS)
         check_choice("detail", detail, DETAILS)
-        self.p = check_number("p", p, 0.0, 1.0)
-        self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
-        self.strength = check_number("strength", strength, 0.0, math.inf)
-        self.margin = check_number("margin", margin, 0.0, math.inf)
+        self.p, self.alpha, self.strength, self.margin = p, alpha, strength, margin
         if detail == "mix" and policy != "mixup":
             raise ValueError(f"detail='mix' needs a partner, which policy {policy!r} has not: use policy='mixup'")
         name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
@@ -158,9 +156,9 @@ class GLEMAugment(PlugIn, nn.Module):
         if bank and partner == "gaussian":
             raise ValueError("bank is for partners from the batch, partner='gaussian' draws them all: leave it out")
         self.rescale, self.bank = rescale, bank
-        self.modes = default_modes(model) if modes is None else modes
-        check_modes(model, self.modes)
-        self.modes = int(self.modes)
+        modes = default_modes(model) if modes is None else modes
+        check_modes(model, modes)
+        self.modes = int(modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
             raise ValueError("partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'")
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)
@@ -172,6 +170,18 @@ class GLEMAugment(PlugIn, nn.Module):
         # No nn.Module, so the flow is not registered: its weights are not the transform's.
         self._held = Holdings(model, basis, self.modes, self.class_map, near, self.num_classes, bank)
         self._counts = MoveCounts()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"{name} can't be changed, since what it stands for has been made ready: make another transform, "
+                f"GLEMAugment.from_config({{**aug.to_config(), {name!r}: {value!r}}}, aug.model)"
+            )
+        if name in _RANGES:
+            value = check_number(name, value, 0.0, *_RANGES[name])
+        elif name == "labels":
+            check_choice(name, value, LABELS)
+        super().__setattr__(name, value)
 
     @property
     def model(self) -> GLEM:
@@ -194,6 +204,7 @@ class GLEMAugment(PlugIn, nn.Module):
         """
         return self._counts.stats()
 
+    @torch.compiler.disable  # of a user's compiled step: what there is to compile is the flow (`compile_steps`)
     def forward(self, x: Any, y: Any = None, *others: Any) -> Any:
         """Augment a batch.
 
@@ -201,7 +212,9 @@ class GLEMAugment(PlugIn, nn.Module):
             x: [B, C, H, W] uint8, or float in [0, 1], or normalised float if mean and std were given. Any
                 size; grey or RGB. Never changed in place. Also the first item of torchvision's v2 structures
                 (tv_tensors, dicts, tuples; see `as_transform`), then given back as they came.
-            y: int64 [B] data classes, or soft labels [B, K'].
+            y: int64 [B] data classes, or soft labels [B, K']. An image that shows several classes at once (multi-hot
+                labels) is for noise and adversarial: it moves along the modes of the strongest one, the first of
+                equals, and "mixup" would mix its label like that of a mixture.
             others: of a v2 structure of more than two items.
 
         Returns:
@@ -209,7 +222,8 @@ class GLEMAugment(PlugIn, nn.Module):
             bit those of x. y' is y itself, or float [B, K'].
 
         Raises:
-            ValueError, TypeError: for a wrong shape, dtype, value range or label.
+            ValueError, TypeError: for a wrong shape, dtype, value range or label. The range is looked at in the first
+                batch of each dtype and device.
         """
         if others or is_structure(x, y):
             return augment_sample(self, (x, y, *others) if others or y is not None else x)
@@ -319,7 +333,7 @@ class GLEMAugment(PlugIn, nn.Module):
         params = host.to(x.device)
         images = self.pixels.to_unit(x.index_select(0, index))
         small = self.pixels.to_flow(images)
-        encoded = flow.model.encode(small.flow)[0]
+        encoded = self._encode(flow.model, small.flow, index)
         z = encoded[: len(params.rows)]
         known = params.cls >= 0
         cls = params.cls.clamp(min=0)
@@ -360,6 +374,17 @@ class GLEMAugment(PlugIn, nn.Module):
         decoded = in_range_(decoded)
         changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
+
+    @staticmethod
+    def _encode(model: GLEM, images: Tensor, index: Tensor) -> Tensor:
+        """Latents of some rows of a batch. ValueError, with its place in the batch, for one that is not a number."""
+        try:
+            return model.encode(images)[0]
+        except ValueError:
+            bad = index[images.flatten(1).isnan().any(dim=1)].tolist()
+            if not bad:
+                raise
+            raise ValueError(f"images must be numbers, but image {bad[0]} of the batch has NaN pixels") from None
 
     def _as_images(self, images: Tensor, small: SmallImages, decoded: Tensor, x: Tensor) -> Tensor:
         """Decoded images as the classifier will get them, differentiable; float32 in [0, 1] if x is uint8."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class AugmentingCollate(FastCollateMixup):
             raise TypeError(f"base must be a collate function, got {type(base).__name__}")
         self.aug, self.base = aug, base
         # Shared memory: workers that live through several epochs see a change of the switch.
-        self._on = torch.ones(1, dtype=torch.bool).share_memory_()
+        with torch.inference_mode(False):  # or it could not be switched outside it
+            self._on = torch.ones(1, dtype=torch.bool, device="cpu").share_memory_()
         enabled = getattr(base, "mixup_enabled", True)
         super().__init__(num_classes=aug.num_classes)  # which switches it on
         self.mixup_enabled = enabled
@@ -82,7 +84,8 @@ def _default(batch: Sequence[Any]) -> Callable[[list[Any]], Any]:
     if len(batch) == 0 or not isinstance(batch[0], (tuple, list)) or len(batch[0]) < 2:
         raise TypeError(f"samples must be (image, label), got {type(batch[0] if batch else batch).__name__}")
     image = batch[0][0][0] if isinstance(batch[0][0], tuple) else batch[0][0]  # timm's augmentation splits
-    pair = type(batch[0]) is tuple and len(batch[0]) == 2  # it knows no other samples, and leaves out a third item
+    # fast_collate knows no other samples: it would leave out a third item, and cut a label of 2.7 to 2.
+    pair = type(batch[0]) is tuple and len(batch[0]) == 2 and _whole(batch[0][1])
     if pair and isinstance(image, (np.ndarray, Tensor)) and image.dtype in (np.uint8, torch.uint8):
         return fast_collate
     if isinstance(image, np.ndarray):
@@ -93,3 +96,10 @@ def _default(batch: Sequence[Any]) -> Callable[[list[Any]], Any]:
             "such as v2.ToImage() and v2.ToDtype(torch.float32, scale=True)"
         )
     return default_collate
+
+
+def _whole(label: Any) -> bool:
+    dtype = getattr(label, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return not (dtype.is_floating_point or dtype.is_complex)
+    return isinstance(label, Integral) or (dtype is not None and np.issubdtype(dtype, np.integer))

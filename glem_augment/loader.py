@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment._transfer import for_channels
@@ -40,7 +41,7 @@ class AugmentedLoader:
         loader: anything that gives such batches; timm's `PrefetchLoader` (normalised, on the GPU), a DataLoader
             (CPU batches), ...
         aug: the transform.
-        device: where to bring images and labels first; None: augment where they are.
+        device: where to bring images and labels first (all tensors of a structure); None: augment where they are.
         off_epoch: from this epoch on (counted from 0, by `__iter__`) nothing is changed. Labels keep their form:
             where the transform makes soft ones, they stay soft, as the loss expects.
 
@@ -117,8 +118,8 @@ class AugmentedLoader:
                 "structures use aug.as_transform(labels_getter)"
             )
         x, y, *rest = batch
-        if self.device is not None and isinstance(x, Tensor) and isinstance(y, Tensor):
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        if self.device is not None:
+            x, y = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), (x, y))
         return like(batch, [*(self.aug if on else self.aug.unmoved)(x, y), *rest])
 
     @property

@@ -26,6 +26,8 @@ def mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         images, and soft labels [B, K'].
     """
+    if len(x) == 0:
+        return x, soft
     weights_only = copy.copy(mixup)
     weights_only.num_classes, weights_only.label_smoothing, weights_only.multi_label = len(x), 0.0, False
     x, weights = weights_only(x, torch.arange(len(x), device=soft.device))

@@ -150,7 +150,7 @@ def _batched(image: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels of a batch must be a tensor, got {labels!r}")
         return x, labels
-    return x[None], labels[None] if isinstance(labels, Tensor) else torch.tensor([labels])
+    return x[None], labels[None] if isinstance(labels, Tensor) else torch.tensor([labels], device=x.device)
 
 
 def _as_type(value: Tensor, like: Tensor) -> Tensor:

@@ -415,7 +415,7 @@ def test_errors_say_what_to_do(model: GLEM) -> None:
         GLEMAugment(model, policy="noise", modes=8).attach(network())
     with pytest.raises(TypeError, match="torch.nn.Module"):
         aug.attach(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="logits, labels"):
+    with pytest.raises(TypeError, match="output, labels"):
         aug.attach(network(), loss=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="autocast must be"):
         aug.attach(network(), autocast=torch.float32)
@@ -496,3 +496,77 @@ def test_the_step_counts_the_modes_that_a_class_of_few_images_has() -> None:
     c = torch.where(s > 0, torch.einsum("nd,nkd->nk", step, v) / s, 0.0).norm(dim=1)
     real = (s > 0).sum(1)
     assert torch.allclose(c, 0.2 * real.sqrt() / 2, rtol=1e-2)
+
+
+class TwoHeads(nn.Module):
+    """Features or a second head beside the logits."""
+
+    def __init__(self, give: str) -> None:
+        super().__init__()
+        self.body, self.give = network(), give
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.body(x)
+        return {
+            "one matrix": (x, logits),
+            "features": (x.flatten(1), logits),
+            "two heads": [logits, -logits],
+        }[self.give]
+
+
+def test_several_outputs(model: GLEM) -> None:
+    x, y = images(8), labels(8)
+    aug = GLEMAugment(model, p=1.0, policy="adversarial", seed=0)
+    plain = TwoHeads("one matrix")
+    expected = copy.deepcopy(aug).attach(plain.body)(x, y)[0]
+    assert torch.equal(copy.deepcopy(aug).attach(plain)(x, y)[0], expected)
+    for give in ("features", "two heads"):
+        net = TwoHeads(give)
+        net.load_state_dict(plain.state_dict())
+        with pytest.raises(ValueError, match="2 things, 2 of them matrices.*Give attach a loss"):
+            copy.deepcopy(aug).attach(net)(x, y)
+        which = 1 if give == "features" else 0
+        got = copy.deepcopy(aug).attach(net, loss=lambda out, y: F.cross_entropy(out[which], y))(x, y)[0]  # noqa: B023
+        assert torch.equal(got, expected)
+    both = copy.deepcopy(aug).attach(net, loss=lambda out, y: F.cross_entropy(out[0], y) + F.cross_entropy(out[1], y))
+    assert both(x, y)[0].shape == x.shape
+
+
+def test_a_network_that_is_not_registered_gets_no_gradients_and_a_warning(model: GLEM) -> None:
+    class Wrap(nn.Module):
+        def __init__(self, f: Any) -> None:
+            super().__init__()
+            self.f = f
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x)
+
+    net = network()
+    with pytest.warns(UserWarning, match="attach the network itself"):
+        aug = GLEMAugment(model, p=1.0, policy="adversarial", seed=0).attach(Wrap(lambda x: net(x)))
+    aug(images(8), labels(8))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_modules_compiled_in_place_run_as_they_are_written(model: GLEM) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    class Net(nn.Module):  # Dynamo leaves a bare nn.Sequential alone
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    net = Net()
+    aug = GLEMAugment(model, p=1.0, policy="adversarial", seed=0)
+    expected = copy.deepcopy(aug).attach(net)(images(8), labels(8))[0]
+    net.compile(backend=backend)
+    assert torch.equal(aug.attach(net)(images(8), labels(8))[0], expected) and not graphs
+    net(images(4) / 255)
+    assert graphs

@@ -832,3 +832,129 @@ def test_mean_0_and_std_1_with_erased_patches_are_no_alarm(model: GLEM, recwarn:
     x[0, :, :4, :4] = torch.linspace(-4.8, 4.8, 48).view(3, 4, 4)
     make(model, policy="noise", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))(x, labels(8))
     assert not [w for w in recwarn if "mean and std" in str(w.message)]
+
+
+def test_nan_rows_are_named_by_their_place_among_all(model: GLEM) -> None:
+    aug = make(model, policy="noise", p=0.5)
+    x, y = images(8) / 255, labels(8)
+    aug(x, y)
+    x[5, 0, 0, 0] = torch.nan
+    for _ in range(20):  # only rows that are chosen are looked at
+        try:
+            aug(x, y)
+        except ValueError as error:
+            assert "image 5 of the batch has NaN" in str(error)
+            return
+    pytest.fail("row 5 was never chosen")
+
+
+def test_a_users_compiled_step_gives_what_the_plain_one_gives(model: GLEM) -> None:
+    x, y = images(6) / 255, labels(6)
+    plain, inside = make(model, policy="noise", p=0.5), make(model, policy="noise", p=0.5)
+    compiled = torch.compile(lambda x, y: (inside(x * 1.0, y)[0] + 0.0, y), backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x, y)[0], plain(x, y)[0])
+    whole = torch.compile(make(model, policy="noise", p=0.5), backend="eager")
+    torch.testing.assert_close(whole(x, y)[0], make(model, policy="noise", p=0.5)(x, y)[0])
+
+
+def test_what_is_made_under_inference_mode_works_outside(model: GLEM) -> None:
+    with torch.inference_mode():
+        aug = make(model, policy="noise")
+        collate = aug.collate_fn()
+    aug.load_state_dict(aug.state_dict())
+    collate.mixup_enabled = False
+    assert collate.mixup_enabled is False
+
+
+def test_the_default_device_is_not_where_workers_things_go(model: GLEM) -> None:
+    with torch.device("meta"):
+        collate = make(model, policy="noise", seed=None).collate_fn()
+        image, label = make(model, policy="noise")(torch.full((3, 8, 8), 0.5, device="cpu"), 2)
+    assert collate.mixup_enabled and image.device.type == "cpu" and label == 2
+
+
+def test_structures_are_brought_to_the_device_whole(model: GLEM) -> None:
+    sample = (images(4), {"labels": labels(4), "boxes": torch.zeros(4, 4), "name": "a"})
+    aug = make(model, policy="noise")
+    seen: list[Any] = []
+    aug.unmoved = lambda x, y: seen.append((x, y)) or (x, y)  # type: ignore[method-assign]
+    list(aug.wrap([sample], device="meta", off_epoch=0))
+    x, y = seen[0]
+    assert x.is_meta and y["labels"].is_meta and y["boxes"].is_meta and y["name"] == "a"
+
+
+def test_float_labels_are_no_class_numbers(model: GLEM) -> None:
+    collate = make(model, policy="noise").collate_fn()
+    pixels = images(4).numpy()
+    for label in (2.7, np.float32(2.7), torch.tensor(2.7)):
+        with pytest.raises(TypeError, match="labels must be integers"):
+            collate([(image, label) for image in pixels])
+    for label in (2, np.int32(2), torch.tensor(2)):
+        x, y = collate([(image, label) for image in pixels])
+        assert x.dtype == torch.uint8 and y.tolist() == [2] * 4
+
+
+def test_lists_of_labels_are_refused_where_nothing_is_moved_too(model: GLEM) -> None:
+    aug = make(model, policy="noise")
+    for off_epoch in (None, 0):
+        with pytest.raises(TypeError, match="y must be a tensor of labels"):
+            list(aug.wrap([(images(3), [0, 1, 2])], off_epoch=off_epoch))
+
+
+def test_empty_batches(model: GLEM) -> None:
+    x, y = images(3)[:0], labels(3)[:0]
+    aug = make(model, bank=4)
+    aug.fill_bank(x, torch.zeros(0, 3))
+    aug.fill_bank(x, y)
+    got = aug.as_mixup_fn(0.1, Mixup(0.2, num_classes=3))(x / 255, y)
+    assert got[0].shape == x.shape and got[1].shape == (0, 3)
+
+
+def test_the_bank_forgets_a_flow_that_has_changed(model: GLEM) -> None:
+    own = GLEM.create("glow_tiny", (3, 8, 8), CLASSES, depth=[1, 1], blocks=[1, 1], width=[4, 4])
+    own.fit_modes((images(240), labels(240)), rank=16)
+    own.requires_grad_(False)
+    aug = make(own, bank=4)
+    aug.fill_bank(images(6), labels(6))
+    assert aug._held.latents is not None
+    for again in (copy.deepcopy(aug), pickle.loads(pickle.dumps(aug))):
+        assert torch.equal(again._held.latents.latents, aug._held.latents.latents)
+    own.fit_modes((images(240, seed=1), labels(240)), rank=16)  # the latents stay what they were
+    assert aug._held.latents is not None
+    with torch.no_grad():
+        next(own.flow.parameters()).add_(0)
+    assert aug._held.latents is None
+    aug(images(6), labels(6))
+    assert int(aug._held.latents.counts.sum()) == 6
+
+
+def test_settings_that_are_held_ready_are_not_changed(model: GLEM) -> None:
+    aug = make(model, strength=0.5, policy="noise")
+    aug.p, aug.strength, aug.labels = 0.25, 1, "mix"
+    assert "p=0.25" in repr(aug) and aug.to_config()["strength"] == 1.0
+    for name, value in {"modes": 2, "partner": "near", "basis": "shared", "bank": 1, "policy": "mixup"}.items():
+        with pytest.raises(AttributeError, match=f"{name} can't be changed"):
+            setattr(aug, name, value)
+    for name, value in {"p": 50, "strength": -1, "alpha": 0, "labels": "none"}.items():
+        with pytest.raises(ValueError, match=name):
+            setattr(aug, name, value)
+
+
+def test_persistent_workers_are_resumed_exactly(model: GLEM) -> None:
+    def loader_of(aug: GLEMAugment) -> DataLoader:
+        return loader(12, 4, num_workers=2, persistent_workers=True, collate_fn=aug.collate_fn())
+
+    def epoch(of: DataLoader) -> list[Tensor]:
+        return [x for x, _ in of]
+
+    aug = make(model, policy="noise")
+    living = loader_of(aug)
+    epoch(living)
+    state = copy.deepcopy(aug.state_dict())
+    expected = epoch(living)
+    torch.manual_seed(12345)  # no part of the transform's state
+    resumed = make(model, policy="noise")
+    resumed.load_state_dict(state)
+    for a, b in zip(epoch(loader_of(resumed)), expected, strict=True):
+        assert torch.equal(a, b)
