@@ -32,7 +32,8 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
     inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
     if not inside:
         if high < math.inf:
-            raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+            allowed = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
         raise ValueError(f"{name} must be finite and {'above' if open_low else 'at least'} {low:g}, got {value!r}")
     return value
 

@@ -105,7 +105,7 @@ def settings_of(dataset: SyntheticDataset) -> dict[str, Any]:
     if latents.real is not None:
         settings[REAL_IMAGES] = latents.real.sha256
     if rejection is not None:
-        oracle = "posterior" if rejection.oracle is None else _oracle(rejection.oracle)
+        oracle = "posterior" if rejection.oracle is None else _oracle(rejection.oracle, rejection.token)
         settings |= {
             "min_confidence": rejection.min_confidence,
             "max_attempts": rejection.max_attempts,
@@ -114,12 +114,13 @@ def settings_of(dataset: SyntheticDataset) -> dict[str, Any]:
     return settings
 
 
-def _oracle(oracle: Any) -> str:
-    """The name of a judge, and the SHA-256 of its weights where it has any."""
+def _oracle(oracle: Any, token: str) -> str:
+    """The name of a judge, and the SHA-256 of its weights where it has any. What else it goes by can't be told from
+    outside (a lambda's network, an object's state), so `token` stands for that, which only this very judge has."""
     named = oracle if hasattr(oracle, "__qualname__") else type(oracle)
     name = f"{named.__module__}.{named.__qualname__}"
     if not isinstance(oracle, nn.Module):
-        return name
+        return f"{name}, {token}"
     total = hashlib.sha256()
     for key, value in oracle.state_dict().items():
         total.update(key.encode())

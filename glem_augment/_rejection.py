@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ class Rejection:
     min_confidence: float
     oracle: Oracle | None
     max_attempts: int
+    # Names this rejection among all there are.
+    token: str = field(default_factory=lambda: secrets.token_hex(8), init=False, repr=False, compare=False)
     # Empty until the oracle's first batch, then whether it gives probabilities.
     _gives_probabilities: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 

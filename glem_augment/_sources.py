@@ -7,6 +7,8 @@ depend on what else is drawn.
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -60,6 +62,21 @@ class RealLatents:
                 parts.append(model.encode(x)[0].cpu())
         self.z, self.sha256 = torch.cat(parts), read.hexdigest()
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+
+
+def warn_of_single_images(classes: Sequence[str], counts: np.ndarray) -> None:
+    """Warn of classes whose images can only be mixed with themselves.
+
+    Args:
+        counts: int64 [K], real images of each class that is to be drawn, 0 for the others.
+    """
+    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
+    if single:
+        warnings.warn(
+            f"source='mixup' has one real image of {', '.join(single[:10])}{', ...' if len(single) > 10 else ''}: all "
+            "synthetic ones will be copies of it; give more, or take another source",
+            stacklevel=3,
+        )
 
 
 class LatentSource:

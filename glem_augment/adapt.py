@@ -29,6 +29,7 @@ from glem_augment._arguments import check_number, check_whole
 from glem_augment.data import ImageData, open_data
 from glem_augment.errors import DataError
 from glem_augment.gaussians import ClassGaussians
+from glem_augment.io import expand
 from glem_augment.modes import REST_FLOOR, ClassModes, fit_class_modes
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def gaussians_of(mean: Tensor, variance: Tensor, psi: tuple[float, float, float]
 
 def check_out(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """``folder`` for a new model. Raises FileExistsError if one is there, unless ``overwrite``."""
-    path = Path(folder).expanduser()
+    path = expand(folder)
     there = [name for name in (hub.WEIGHTS, hub.CONFIG) if (path / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{path} holds a model already ({', '.join(there)}): give another folder, or --overwrite")

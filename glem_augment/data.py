@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from .classmatch import match_classes
 from .datafiles import ArraySource, Source, bundled_source, folder_source
 from .decoding import DEEP_MODES, GREY_MODES, fit, geometry, in_threads, probe, read_image, ready_pixels, to_tensor
 from .errors import BadImageError, DataError
+from .io import expand
 from .timmdata import PREFIXES, is_timm_spec, timm_source
 
 __all__ = ["ImageData", "match_classes", "open_data"]
@@ -357,7 +357,7 @@ def _reason(where: str, error: BadImageError) -> tuple[str, str]:
 def _open_source(name: str, split: str, size: tuple[int, int] | None, cache_bytes: int) -> Source:
     if name.startswith("bundled:"):
         return bundled_source(name.removeprefix("bundled:"), split)
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         return folder_source(path, split)
     if is_timm_spec(name):

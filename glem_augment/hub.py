@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glem_augment._hub_names import PREFIX, HubError, HubName, parse_name
 from glem_augment.config import FORMAT_VERSION, GLEMConfig
 from glem_augment.errors import ModelFileError
-from glem_augment.io import atomic_write
+from glem_augment.io import atomic_write, expand
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Names of 200,000 classes fit. A parsed value takes up to 30 times its text, so that their number is bounded too.
@@ -88,7 +88,7 @@ def find(
             raise ModelFileError(f"no bundled model {wanted!r}; bundled are: {', '.join(bundled_models()) or 'none'}")
         folder = Path(str(resources.files("glem_augment") / "bundled" / "models" / wanted))
     else:
-        folder = Path(text).expanduser()
+        folder = expand(text)
         remote = _remote_name(name, folder, revision)
         if remote is not None:
             return _download(remote, folder, cache_dir, token)
@@ -137,7 +137,7 @@ def write_model(folder: str | Path, config: GLEMConfig, state: dict[str, Tensor]
 
     Both are on the disk in full before either takes its name, so that a save that fails leaves the old pair whole.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         _parse(text.encode())  # what could not be loaded again is not written

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-__all__ = ["atomic_write", "json_text", "save_png", "write_json"]
+__all__ = ["atomic_write", "expand", "json_text", "save_png", "write_json"]
 
 _HINTS = {
     errno.ENOSPC: "no space left on the disk; free some, or choose another folder",
@@ -51,7 +52,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     The content goes to a temporary file in the same folder (a rename is atomic only within one file system),
     is flushed to the disk (``fsync``), and takes the final name with ``os.replace``. On any error in the
     ``with`` block the temporary file is removed, and what stood at ``path`` before is untouched. Missing
-    parent folders are made.
+    parent folders are made. A file that is replaced hands on its permissions, and a link is replaced itself; a device
+    or a pipe (``/dev/stdout``) is written to as it is.
 
     Args:
         path: the file to write.
@@ -71,6 +73,11 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder; give a file name")
+    before = _status(path)
+    if before is not None and not stat.S_ISREG(before.st_mode):
+        with open(path, mode, encoding="utf-8" if mode == "w" else None) as special:
+            yield special
+        return
     # A random part, so that two processes writing the same file never share a temporary one.
     start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")  # file systems count bytes
     temporary = path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -88,6 +95,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             # A full disk can show itself again in the implicit flush; the first error is the one to report.
             with suppress(OSError):
                 file.close()
+        if before is not None:
+            with suppress(OSError):  # some file systems have no permissions
+                temporary.chmod(stat.S_IMODE(before.st_mode))
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -98,6 +108,23 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             raise
         raise named from error
     _sync_folder(path.parent)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # not there, or to be explained by the attempt to write it
+        return None
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` and ``~user`` as folders. Raises ValueError for a user that does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{os.fspath(path)}: there is no home folder of that user; for a name that begins with ~, write ./~..."
+        ) from None
 
 
 def _named(error: BaseException, path: Path, temporary: Path) -> OSError | None:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from glem_augment._arguments import check_number
 from glem_augment.balance import class_index, for_every_class, targets_and_classes
+from glem_augment.data import ImageData
 from glem_augment.errors import DataError
 from glem_augment.synthetic import SyntheticDataset
 
@@ -22,7 +23,9 @@ class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
     Items are what the two data sets give (each applies its own transform; setting `transform` here, as timm's
-    create_loader does, sets it on both). Classes are matched by name; where the real data names none, its numbers are
+    create_loader does, sets it on both). Beside an `ImageData`, whose items are uint8 tensors, synthetic ones without a
+    transform are such tensors too. A `Subset` is left as it is, since its data set may serve others: what is set here
+    comes after it. Classes are matched by name; where the real data names none, its numbers are
     the flow's. A synthetic image's label goes through the synthetic data's `target_transform`, or else the real data's,
     where either has one.
 
@@ -59,6 +62,7 @@ class RealAndSynthetic(Dataset):
                 "torch.utils.data.TensorDataset(images, labels) makes one of two tensors"
             )
         self.real, self.synthetic, self.ratio = real, synthetic, ratio
+        self._of_subset: Callable[[Any], Any] | None = None
         real_targets, names = targets_and_classes(real)
         if names is not None:
             self.classes: list[str] = list(names[1])
@@ -135,22 +139,28 @@ class RealAndSynthetic(Dataset):
     def transform(self) -> Any:
         """The image transform of the real data; setting it sets that of the synthetic images as well, which come to it
         in the mode (RGB, L) that the real ones are in if these are PIL images."""
-        return getattr(self.real, "transform", None)
+        return self._of_subset if isinstance(self.real, Subset) else getattr(self.real, "transform", None)
 
     @transform.setter
     def transform(self, value: Callable[[Any], Any] | None) -> None:
-        if not hasattr(self.real, "transform"):
-            raise AttributeError(f"{type(self.real).__name__} has no transform that could be set: set one inside it")
-        before = self.real.transform
-        try:
-            # Not None, which a data set of the user's may call.
-            self.real.transform = _as_it_is
+        if isinstance(self.real, Subset):
+            if value is not None and getattr(_inside(self.real), "transform", None) is not None:
+                raise AttributeError("the data set inside Subset has a transform already: leave it out there")
             like = self.real[0][0] if self._real_count else None
-        except BaseException:
-            self.real.transform = before
-            raise
+            self._of_subset = value
+        elif not hasattr(self.real, "transform"):
+            raise AttributeError(f"{type(self.real).__name__} has no transform that could be set: set one inside it")
+        else:
+            before = self.real.transform
+            try:
+                # Not None, which a data set of the user's may call.
+                self.real.transform = _as_it_is
+                like = self.real[0][0] if self._real_count else None
+            except BaseException:
+                self.real.transform = before
+                raise
+            self.real.transform = value
         mode = like.mode if isinstance(like, Image.Image) else None
-        self.real.transform = value
         self.synthetic.transform = value if value is None or mode is None else _InMode(mode, value)
 
     def __len__(self) -> int:
@@ -168,13 +178,21 @@ class RealAndSynthetic(Dataset):
         """Several items; the synthetic ones among them are decoded together."""
         places = [self._place(i) for i in indices]
         wanted = [int(self.chosen[p - self._real_count]) for p in places if p >= self._real_count]
-        made = iter(self.synthetic.pictures(wanted)) if wanted else iter(())
+        tensors = self.synthetic.transform is None and isinstance(_inside(self.real), ImageData)
+        draw = self.synthetic.images if tensors else self.synthetic.pictures
+        made = iter(draw(wanted) if wanted else ())
         shaped = self.synthetic.target_transform or _target_transform(self.real) or _as_it_is
         # The number is the real data's by now; what it looks like is for a target_transform to say.
         return [
-            self.real[place] if place < self._real_count else (next(made), shaped(self.targets[place]))
+            self._real_item(place) if place < self._real_count else (next(made), shaped(self.targets[place]))
             for place in places
         ]
+
+    def _real_item(self, place: int) -> tuple[Any, Any]:
+        if self._of_subset is None:
+            return self.real[place]
+        image, *rest = self.real[place]
+        return (self._of_subset(image), *rest)
 
     def weights(self, share: float) -> Tensor:
         """Weights for `torch.utils.data.WeightedRandomSampler` that make `share` of what is drawn synthetic.
@@ -214,11 +232,15 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _target_transform(real: Any) -> Callable[[int], Any] | None:
-    """Of a data set, also inside torch's Subset."""
+def _inside(real: Any) -> Any:
+    """The data set inside torch's Subset."""
     while isinstance(real, Subset):
         real = real.dataset
-    return getattr(real, "target_transform", None)
+    return real
+
+
+def _target_transform(real: Any) -> Callable[[int], Any] | None:
+    return getattr(_inside(real), "target_transform", None)
 
 
 class _InMode:

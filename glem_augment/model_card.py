@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from glem_augment.io import expand
 from glem_augment.timmdata import PREFIXES
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    path = path.expanduser()
+    path = expand(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file with metrics at {path}: write it with glem eval ... --out FILE")
     try:

@@ -19,7 +19,7 @@ from glem_augment._models import as_model, on_device
 from glem_augment._moves import evaluating
 from glem_augment._random import rank
 from glem_augment._rejection import Oracle, Rejection, acceptance_report
-from glem_augment._sources import LatentSource, RealLatents
+from glem_augment._sources import LatentSource, RealLatents, warn_of_single_images
 from glem_augment.balance import as_image_data, for_every_class
 from glem_augment.model import GLEM
 from glem_augment.pixels import to_uint8_
@@ -84,9 +84,10 @@ class SyntheticStream(IterableDataset):
         latents = None
         if source == "mixup" and real is not None:
             images = as_image_data(model, real)
-            there = np.bincount(images.targets, minlength=model.num_classes) > 0
-            if (self.probabilities[~there] > 0).any():
+            there = np.bincount(images.targets, minlength=model.num_classes)
+            if (self.probabilities[there == 0] > 0).any():
                 raise ValueError("source='mixup' has no real image of some classes: give them weight 0")
+            warn_of_single_images(model.classes, there * (np.asarray(self.probabilities) > 0))
             latents = RealLatents(self.model, images)
         self.latent_source = LatentSource(self.model, source, self.seed, temperature, latents, modes, alpha)
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)

@@ -26,8 +26,9 @@ from glem_augment._block_decoder import BlockDecoder
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
 from glem_augment._models import WeightsVersion, as_model, on_device
 from glem_augment._rejection import Oracle, Rejection, acceptance_report
-from glem_augment._sources import LatentSource, RealLatents
+from glem_augment._sources import LatentSource, RealLatents, warn_of_single_images
 from glem_augment.balance import PerClass, as_image_data, as_list, class_counts, find_class
+from glem_augment.io import expand
 from glem_augment.model import GLEM
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class SyntheticDataset(Dataset):
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
             "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; their latents are kept in
-            memory, N * d * 4 bytes).
+            memory, N * d * 4 bytes). A class of one real image has nothing to mix: all of its images are that one, of
+            which there is a warning.
         block: images decoded at a time.
         device: where to decode; None: where the model is.
         cache_bytes: of decoded images kept in memory (always at least one block); taken as it is needed.
@@ -69,10 +71,13 @@ class SyntheticDataset(Dataset):
             whose labels can be read.
         modes, alpha: of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         min_confidence: draw an item again, up to `max_attempts` times, until the probability of its class is at least
-            this; the best is kept where none is. `acceptance()` reports. None: no rejection.
+            this; the best is kept where none is. `acceptance()` reports. None: no rejection. The flow's posterior
+            judges latents (a few in a hundred of the decoded, rounded images fall short), and passes nearly all draws
+            of the class Gaussians, its own: what judges images is an oracle.
         oracle: judges in place of the flow's posterior: from float images [n, C, H, W] in [0, 1] to probabilities or
             logits [n, K] of the flow's classes. Which of them is told from the first batch it judges and kept for the
-            set; a row with NaN is a confidence of 0. A module is put in eval mode for the while.
+            set; a row with NaN is a confidence of 0. A module is put in eval mode for the while, and known by its
+            weights to an export that is finished later; another function is known to this data set alone.
         max_attempts: candidates per item.
 
     Raises:
@@ -116,7 +121,11 @@ class SyntheticDataset(Dataset):
             there = np.bincount(images.targets, minlength=model.num_classes)
             empty = [name for name, n, count in zip(model.classes, there, self.counts, strict=True) if count and not n]
             if empty:
-                raise ValueError(f"source='mixup' has no real image of {', '.join(empty[:10])}: leave them out")
+                raise ValueError(
+                    f"source='mixup' has no real image of {', '.join(empty[:10])}: leave them out of per_class (give a "
+                    "mapping), or take another source"
+                )
+            warn_of_single_images(model.classes, there * (np.asarray(self.counts) > 0))
             LatentSource(self.model, "rfcm", self.seed, temperature, None, modes, alpha)
             latents = RealLatents(self.model, images)
         self.latent_source = LatentSource(self.model, source, self.seed, temperature, latents, modes, alpha)
@@ -218,7 +227,8 @@ class SyntheticDataset(Dataset):
         Returns:
             JSON-able: min_confidence, `total` and one entry per class with `items` (decoded), `candidates` (drawn for
             them), `rate` (accepted / candidates), `failed` (kept though no candidate was good enough) and
-            `confidence` (mean).
+            `confidence` (mean). As with `non_finite`, workers that are not forked ("spawn", "forkserver") count for
+            themselves, and `rate` is None where this process has seen no block.
 
         Raises:
             ValueError: for a data set without min_confidence.
@@ -312,7 +322,7 @@ class SyntheticDataset(Dataset):
         from glem_augment._export import export_imagefolder
 
         check_choice("format", format, ("imagefolder", "webdataset"))
-        folder = Path(folder).expanduser()
+        folder = expand(folder)
         self._check_pil()
         if format == "webdataset":
             from glem_augment.hub_dataset import export_shards

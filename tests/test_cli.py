@@ -258,6 +258,40 @@ def test_counts_of_a_table_are_numbers(trained: Path, tmp_path: Path, output: Ou
     assert json.loads(output()[0])["images"] == 2
 
 
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(
+    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_yet(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        for command in ("evaluate", "preview"):
+            patch.setattr(f"glem_augment.commands.{command}.load_model", not_yet)
+        (tmp_path / "folder.png").mkdir()
+        for command in ("eval", "preview"):
+            argv = [command, str(trained), images_of(trained), "--out"]
+            fails([*argv, str(tmp_path / "folder.png")], output, "folder.png: it is a folder")
+            fails([*argv, str(tmp_path / "file" / "x.png")], output, "is a file, not a folder")
+            fails([*argv, "~nobody-here/x.png"], output, "no home folder of that user")
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("{}")
+    link.symlink_to(real)
+    assert main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", str(link)]) == 0
+    assert link.is_symlink() and json.loads(real.read_text())["model"] == str(trained)
+    with monkeypatch.context() as patch:  # what goes wrong after the work does not lose it
+        patch.setattr("glem_augment.commands.evaluate.write_json", not_yet)
+        output()
+        with pytest.raises(AssertionError):
+            main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", str(real)])
+    assert json.loads(output()[0])["model"] == str(trained)
+    for argv in (["info"], ["eval", str(trained)]):
+        fails([*argv, "~nobody-here/x"], output, "no home folder of that user")
+    with pytest.raises(SystemExit):
+        main(["eval", "m", "d", "--threads", "100000"])
+    assert "must be at most" in output()[1]
+
+
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
     argv = ["eval", str(trained), images_of(trained), "--batch-size", "7", "--out", str(tmp_path / "e.json")]
     output()

@@ -459,3 +459,21 @@ def test_a_class_of_no_images_has_no_folder(tmp_path: Path) -> None:
         found, folders = ImageFolder(folder), class_folders(data.class_ids, data.classes)
         assert sorted(found.classes[y] for y in found.targets) == sorted(folders[y] for y in data.targets)
         assert data.export(folder) == folder  # nothing is missing
+
+
+def test_another_judge_is_another_export(tmp_path: Path) -> None:
+    """A lambda has a name but no identity: what it calls may have been trained since."""
+
+    def judged(rule: Callable[[torch.Tensor], torch.Tensor]) -> SyntheticDataset:
+        return make(
+            per_class=4, min_confidence=0.5, max_attempts=2,
+            oracle=lambda x: torch.nn.functional.one_hot(rule(x).long(), 3).float(),
+        )  # fmt: skip
+
+    first = judged(lambda x: x.mean((1, 2, 3)) < 0.5)
+    first.export(tmp_path / "out", progress=False)
+    before = files(tmp_path / "out")
+    first.export(tmp_path / "out", progress=False)  # the same one goes on
+    assert files(tmp_path / "out") == before
+    with pytest.raises(FileExistsError, match="other images"):
+        judged(lambda x: x.mean((1, 2, 3)) > 0.5).export(tmp_path / "out", progress=False)

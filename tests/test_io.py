@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from glem_augment import io as glem_io
-from glem_augment.io import atomic_write, save_png, write_json
+from glem_augment.io import atomic_write, expand, save_png, write_json
 
 
 def test_writes_bytes_and_text_and_makes_folders(tmp_path: Path) -> None:
@@ -138,3 +138,27 @@ def test_save_png(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="must be uint8"):
         save_png(np.zeros((3, 4)), tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_what_is_no_file_is_written_to_and_a_file_hands_on_its_permissions(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json(pipe, {"a": 1})
+        assert os.read(reader, 100) == b'{\n  "a": 1\n}\n' and stat.S_ISFIFO(pipe.stat().st_mode)
+    finally:
+        os.close(reader)
+    private = tmp_path / "private.json"
+    private.write_text("old")
+    private.chmod(0o600)
+    write_json(private, [])
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["pipe", "private.json"]
+
+
+def test_homes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand("~/x") == tmp_path / "x" and expand("a/~") == Path("a/~")
+    with pytest.raises(ValueError, match="~nobody-here/x: there is no home folder"):
+        expand("~nobody-here/x")

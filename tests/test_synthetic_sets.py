@@ -685,3 +685,39 @@ def test_weights_transforms_rejection_and_no_end(model: GLEM, tail: ImageData) -
     ):
         with pytest.raises(ValueError, match=message):
             SyntheticStream(model, **settings)
+
+
+def test_copies_of_a_single_image_are_told(model: GLEM) -> None:
+    tail = ImageData.from_tensors(pixels(6, seed=1), [0, 0, 0, 0, 1, 2], NAMES)
+    with pytest.warns(UserWarning, match="one real image of cat, bird: all synthetic ones will be copies"):
+        SyntheticDataset(model, per_class=3, source="mixup", real=tail, modes=8)
+    with pytest.warns(UserWarning, match="one real image of bird:"):
+        SyntheticStream(model, weights=[1, 0, 1], source="mixup", real=tail, modes=8)
+    with pytest.raises(ValueError, match=r"no real image of bird: leave them out of per_class \(give a mapping\)"):
+        SyntheticDataset(model, per_class=1, source="mixup", real=tail.subset(range(5)), modes=8)
+
+
+def test_an_image_data_and_its_fill_can_be_batched(model: GLEM, tail: ImageData) -> None:
+    for real in (tail, Subset(tail, range(0, 19, 2))):
+        both = RealAndSynthetic(real, SyntheticDataset(model, per_class=4), ratio=None)
+        batches = list(DataLoader(both, batch_size=5, shuffle=True))
+        assert all(x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) for x, _ in batches)
+        assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(both.targets)
+        first = len(real)
+        assert torch.equal(both[first][0], both.synthetic.images([int(both.chosen[0])])[0])
+
+
+def test_timms_loader_takes_a_subset_and_leaves_its_data_set_alone(image_folder: Path) -> None:
+    flow = GLEM.create("identity", (3, 8, 8), classes=sorted(p.name for p in image_folder.iterdir())).eval()
+    whole = ImageDataset(str(image_folder))
+    both = RealAndSynthetic(Subset(whole, range(4)), SyntheticDataset(flow, per_class=2), ratio=None)
+    loader = create_loader(
+        both, input_size=(3, 16, 16), batch_size=len(both), is_training=False, num_workers=0,
+        persistent_workers=False, use_prefetcher=False, device=torch.device("cpu"),
+    )  # fmt: skip
+    ((x, y),) = list(loader)
+    assert x.shape == (len(both), 3, 16, 16) and y.tolist() == both.targets and both.transform is not None
+    assert whole.transform is None  # another subset of it may be the validation set
+    whole.transform = len
+    with pytest.raises(AttributeError, match="inside Subset has a transform already"):
+        both.transform = repr

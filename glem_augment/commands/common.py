@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 
 from glem_augment.data import ImageData, match_classes, open_data
 from glem_augment.datafiles import has_splits
-from glem_augment.io import json_text
+from glem_augment.io import expand, json_text
 from glem_augment.model import GLEM
 from glem_augment.timmdata import tar_file
 
@@ -34,7 +36,9 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    # So many more than there are cores that the system refuses them end the process with a segmentation fault.
+    most = max(1024, os.cpu_count() or 1)
+    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
 def add_skip_bad(parser: argparse._ActionsContainer) -> None:
@@ -51,8 +55,25 @@ def report_skipped(data: ImageData, most: int = 5) -> None:
         note(f"left out: {len(data.skipped)} images in all")
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """argparse type: a whole number, at least ``low``."""
+def out_file(path: str) -> Path:
+    """Where a result is to be written: refused before the work is done where that can't be. A link stands for what it
+    names. Raises OSError."""
+    file = expand(path)
+    if file.is_symlink() and file.is_file():  # not /dev/stdout, which is a pipe or a terminal as a rule
+        file = Path(os.path.realpath(file))
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder; give a file name")
+    if not file.exists():
+        folder = next(parent for parent in file.parents if parent.exists())
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"cannot write {path}: {folder} is a file, not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"cannot write {path}: you may not write to {folder}")
+    return file
+
+
+def whole(low: int, most: float = math.inf) -> Callable[[str], int]:
+    """argparse type: a whole number, at least ``low`` and at most ``most``."""
 
     def parse(text: str) -> int:
         try:
@@ -61,6 +82,8 @@ def whole(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
         return value
 
     return parse
@@ -141,7 +164,7 @@ def refuse_codes(model: GLEM) -> None:
 
 def without_splits(spec: str) -> bool:
     """Whether DATA is one ImageFolder or archive, whose images stand for every split."""
-    folder = Path(spec).expanduser()
+    folder = expand(spec)
     return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
 
 
@@ -180,7 +203,7 @@ def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[s
     Raises:
         FileNotFoundError: no such file. ValueError: not a table, or a name that comes twice.
     """
-    file = Path(path).expanduser()
+    file = expand(path)
     if not file.is_file():
         raise FileNotFoundError(f"{option}: no such file: {path}")
     try:

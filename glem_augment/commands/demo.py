@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from glem_augment.commands.common import add_threads, set_threads, whole
 from glem_augment.commands.parsers import new_parser
+from glem_augment.io import expand
 
 DESCRIPTION = """\
 Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
     from glem_augment.demo import run_demo
 
     set_threads(args.threads)
-    run_demo(Path(args.out).expanduser(), args.model, seeds=args.seeds, epochs=args.epochs, quick=args.quick)
+    run_demo(expand(args.out), args.model, seeds=args.seeds, epochs=args.epochs, quick=args.quick)
     return 0

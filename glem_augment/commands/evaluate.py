@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from glem_augment.commands.common import (
@@ -17,6 +16,7 @@ from glem_augment.commands.common import (
     load_model,
     note,
     open_for,
+    out_file,
     print_json,
     read_class_map,
     whole,
@@ -72,6 +72,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    out = None if args.out is None else out_file(args.out)
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     one = without_splits(args.data)
@@ -92,8 +93,10 @@ def run(args: argparse.Namespace) -> int:
     }
     if result["ece"] is None and model.num_classes > 1:
         note("ece is null: install torchmetrics for it (pip install 'glem-augment[metrics]')")
-    # First, since whoever reads what is printed may have gone.
-    if args.out:
-        write_json(Path(args.out).expanduser(), finite(result))
-    print_json(result)
+    try:
+        # First, since whoever reads what is printed may have gone.
+        if out is not None:
+            write_json(out, finite(result))
+    finally:
+        print_json(result)
     return 0

@@ -35,6 +35,7 @@ from glem_augment.commands.common import (
 from glem_augment.commands.parsers import new_parser
 from glem_augment.errors import ClassMismatchError
 from glem_augment.hub_dataset import FORMATS, check_shards_folder, export_shards
+from glem_augment.io import expand
 from glem_augment.model import GLEM
 from glem_augment.synthetic import SyntheticDataset
 
@@ -112,8 +113,9 @@ def add_parser(subparsers: Any) -> None:
         "--min-confidence",
         type=number(0),
         metavar="P",
-        help="draw an image again until the flow's posterior gives its class at least P; the best is kept where none "
-        'does. "acceptance" in the summary counts, over the images that this run drew (default: keep all)',
+        help="draw a latent again until the flow's posterior gives its class at least P; the best is kept where none "
+        'does. Nearly all of the class Gaussians\' own pass: it is for the other sources. "acceptance" in the summary '
+        "counts, over the images that this run drew (default: keep all)",
     )
     judge.add_argument(
         "--max-attempts", type=whole(1), metavar="N", help=f"candidates per image then (default: {MAX_ATTEMPTS})"
@@ -126,7 +128,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_together(args)
-    folder = Path(args.out).expanduser()
+    folder = expand(args.out)
     # First, so that a folder that can't be used costs no work.
     if args.format == "webdataset":
         check_shards_folder(folder, args.overwrite)
@@ -146,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
             kept = sorted(match.tolist())
     if kept is not None:
         counts = class_counts(model, wanted, real)
+        if wanted == "balance" and not any(counts[i] for i in kept):
+            raise ValueError("--per-class balance: these classes have equally many images already")
         wanted = {model.classes[i]: counts[i] for i in kept}
     options: dict[str, Any] = dict(
         per_class=wanted,

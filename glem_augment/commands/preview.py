@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from glem_augment.augment import POLICIES
@@ -17,6 +16,7 @@ from glem_augment.commands.common import (
     load_model,
     note,
     open_for,
+    out_file,
     read_class_map,
     whole,
 )
@@ -62,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from glem_augment.preview import preview
 
-    out = Path(args.out).expanduser()
+    out = out_file(args.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     class_map = read_class_map(args.class_map)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from glem_augment.commands.common import MODEL_HELP, add_threads, note, print_json, set_threads
 from glem_augment.commands.parsers import new_parser
+from glem_augment.io import expand
 from glem_augment.model import GLEM
 from glem_augment.model_card import CardFacts
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     # Before the model is loaded, which may take a download: these can be wrong.
     facts = CardFacts(args.license, args.license_name, args.license_link, args.dataset, args.metrics)
     samples = not args.no_samples
-    folder = None if args.dry_run is None else Path(args.dry_run).expanduser()
+    folder = None if args.dry_run is None else expand(args.dry_run)
     if folder is not None:
         check_repository_folder(folder)
     model = GLEM.from_pretrained(args.model)

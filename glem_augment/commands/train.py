@@ -18,7 +18,7 @@ from glem_augment.commands.parsers import new_parser
 from glem_augment.commands.settings import add_settings, checked, given
 from glem_augment.data import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError
-from glem_augment.io import write_json
+from glem_augment.io import expand, write_json
 from glem_augment.model import GLEM
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import Checkpoints
@@ -112,7 +112,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    device, out = pick_device(args.device), Path(args.out).expanduser()
+    device, out = pick_device(args.device), expand(args.out)
     checkpoints, whole = Checkpoints(out), False
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:

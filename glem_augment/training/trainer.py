@@ -25,6 +25,7 @@ from glem_augment.data import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.hub import weights_sha256
+from glem_augment.io import expand
 from glem_augment.model import GLEM
 from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint, init_of_run
 from glem_augment.training.config import TrainConfig
@@ -81,7 +82,7 @@ class Trainer:
     ) -> None:
         self.began = time.monotonic() if began is None else began
         self._clock = self.began
-        self.data, self.config, self.out, self.progress = data, config, Path(out), progress
+        self.data, self.config, self.out, self.progress = data, config, expand(out), progress
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
