@@ -174,6 +174,8 @@ def show_plan(plan: Plan, store: Store, args: Any, flows: Flows) -> None:
             why = flows.missing(name, setting)
             if why:
                 print(f"{setting.name}: without the flow {name}: {why}")
+            elif name == "own":
+                print(f"{setting.name}: flows of the labelled images alone, one per seed, are trained on top of this")
         for classifier in args.classifiers:
             cells = [c for c in plan.cells(setting, classifier, store) if re.search(args.cells, c.key)]
             missing, seconds = 0, 0.0
