@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from glem_augment import open_data
+from glem_augment.commands.common import without_splits
 
 BUNDLED = "bundled:fashion-mnist"
 
@@ -32,6 +34,23 @@ def bundled_folders(root: Path, per_class: int = 100) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).save(place / f"{seen[label]:04d}.png")
     return root
+
+
+def check_classes(where: str | Path, tested: Iterable[str], trained: Iterable[str]) -> None:
+    """Stop at test images of classes that were not trained on: the network has no output for them."""
+    others = sorted(set(tested) - set(trained))
+    if others:
+        raise SystemExit(
+            f"{where} has test images of classes without training images: {', '.join(others[:10])}"
+            f"{', ...' if len(others) > 10 else ''}; remove these folders, or add training images of the same name"
+        )
+
+
+def check_splits(data: str) -> None:
+    """Stop at one ImageFolder or archive, which `open_data` serves for every split: training images would be the test
+    images too."""
+    if without_splits(data):
+        raise SystemExit(f"--data {data} needs folders train/ and test/ (or val/), with a folder per class in each")
 
 
 def tensors(image: Image.Image) -> Tensor:
@@ -78,7 +97,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """The options that the small examples have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a quick run on a few of the bundled images")
-    parser.add_argument("--data", default=BUNDLED, help="images: see glem_augment.open_data")
+    parser.add_argument("--data", default=BUNDLED, help="images, training and test: see glem_augment.open_data")
     parser.add_argument("--flow", default=BUNDLED, help="a folder, a bundled flow, or org/name on the Hub")
     parser.add_argument("--adapt", action="store_true", help="adapt the flow to the classes of the training images")
     parser.add_argument("--epochs", type=int, default=30)

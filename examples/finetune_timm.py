@@ -22,10 +22,17 @@ from typing import Any
 import timm
 import torch
 import yaml
-from _common import BUNDLED, bundled_folders
+from _common import BUNDLED, bundled_folders, check_classes
 from PIL import Image, ImageOps
 from timm import utils
-from timm.data import RealLabelsImagenet, auto_augment, create_dataset, create_loader, resolve_model_data_config
+from timm.data import (
+    ImageDataset,
+    RealLabelsImagenet,
+    auto_augment,
+    create_dataset,
+    create_loader,
+    resolve_model_data_config,
+)
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
@@ -44,42 +51,47 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
 
-DEFAULTS: dict[str, Any] = {
-    "model": "resnet18.a1_in1k",
-    "pretrained": True,
-    "num_classes": None,
-    "drop_path": None,
-    "img_size": None,
-    "mean": None,
-    "std": None,
-    "crop_mode": None,
-    "crop_pct": None,
-    "interpolation": None,
-    "scale": None,
-    "aa": "rand-m9-mstd0.5-inc1",
-    "color_jitter": 0.4,
-    "reprob": 0.0,
-    "opt": "adamw",
-    "lr": 5e-4,
-    "layer_decay": None,
-    "weight_decay": 0.05,
-    "betas": None,
-    "clip_grad": None,
-    "epochs": 15,
-    "warmup_epochs": 2,
-    "warmup_lr": 1e-6,
-    "min_lr": 1e-6,
-    "smoothing": 0.1,
-    "ema_decay": 0.9999,
-    "batch_size": 64,
-    "accumulate": 1,
-    "amp": "bfloat16",
-    "grad_checkpointing": False,
-    "workers": 4,
-    "seed": 42,
-    "off_epoch": None,
-    "augment": {"policy": "noise", "p": 0.5, "strength": 0.5},
+# Each with its default and what it is. On the command line they are read as YAML.
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "model": ("resnet18.a1_in1k", "timm's name of it"),
+    "pretrained": (True, "start from its published weights: true or false"),
+    "num_classes": (None, "of the classifier; null: as many as train/ has"),
+    "drop_path": (None, "rate of stochastic depth; null: the model's own"),
+    "img_size": (None, "pixels; null: the model's own"),
+    "mean": (None, "of the normalisation, YAML: [r, g, b]; null: the model's own"),
+    "std": (None, "of the normalisation, YAML: [r, g, b]; null: the model's own"),
+    "crop_mode": (None, "of validation: center, squash or border; null: the model's own"),
+    "crop_pct": (None, "share of a validation image's side that is kept; null: the model's own"),
+    "interpolation": (None, "bilinear, bicubic, ...; null: the model's own"),
+    "scale": (None, "share of a training image's area that is kept, YAML: [least, most]; null: timm's [0.08, 1]"),
+    "aa": ("rand-m9-mstd0.5-inc1", "timm's AutoAugment or RandAugment; null: off"),
+    "color_jitter": (0.4, "in place of aa, beside it only with 3-Augment (3a); null: off"),
+    "reprob": (0.0, "probability of random erasing; 0: off"),
+    "opt": ("adamw", "timm's name of the optimiser"),
+    "lr": (5e-4, "highest learning rate"),
+    "layer_decay": (None, "factor of the learning rate from each layer to the one below; null: off"),
+    "weight_decay": (0.05, "of the optimiser; 0: off"),
+    "betas": (None, "of the optimiser, YAML: [0.9, 0.999]; null: its own"),
+    "clip_grad": (None, "largest norm of the gradient; null: off"),
+    "epochs": (15, "warm-up included"),
+    "warmup_epochs": (2, "with a rising learning rate; 0: off"),
+    "warmup_lr": (1e-6, "learning rate at the start of the warm-up"),
+    "min_lr": (1e-6, "learning rate at the end"),
+    "smoothing": (0.1, "of the labels; 0: off"),
+    "ema_decay": (None, "average the weights, keeping this much per update, and score the average too; null: off"),
+    "batch_size": (64, "per GPU"),
+    "accumulate": (1, "batches per update of the weights"),
+    "amp": ("bfloat16", "precision of the classifier: bfloat16, float16 or null: float32"),
+    "grad_checkpointing": (False, "less memory for more time: true or false"),
+    "workers": (4, "processes that load images; 0: none"),
+    "seed": (42, "of everything random"),
+    "off_epoch": (None, "first epoch without the augmentation, counted from 0; null: never off"),
+    "augment": (
+        {"policy": "noise", "p": 0.5, "strength": 0.5},
+        "settings of GLEMAugment, all of them anew, YAML: {policy: mixup, p: 0.3}",
+    ),
 }
+DEFAULTS = {name: default for name, (default, _) in OPTIONS.items()}
 SMOKE: dict[str, Any] = {
     "model": "resnet10t",
     "pretrained": False,
@@ -100,22 +112,32 @@ SMOKE: dict[str, Any] = {
 def options() -> argparse.Namespace:
     """Defaults, then the config file, then the command line."""
     places = {
-        "data": (None, "folder with train/ and val/"),
+        "data": (None, "folder with train/ and val/, needed but for --smoke"),
         "flow": (BUNDLED, "a folder, a bundled flow, or org/name on the Hub"),
         "out": (None, "checkpoints; a run that finds one there goes on"),
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "of the training"),
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Values are read as YAML: null (or none) turns off what can be off. --smoke has defaults of its own.",
+    )
     parser.add_argument("--config", type=Path, help="YAML of these options")
     parser.add_argument("--smoke", action="store_true", help="a quick run on the bundled images")
     for name, (default, text) in places.items():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} (default: {default})")
-    for name in DEFAULTS:
+    for name, (default, text) in OPTIONS.items():
         kind = value if name != "model" else str
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
+        shown = default if isinstance(default, str) else json.dumps(default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar="{bfloat16,float16,null}" if name == "amp" else None,
+            help=f"{text} (default: {shown})",
+        )
     given = vars(parser.parse_args())
     config = (yaml.safe_load(given["config"].read_text()) or {}) if given["config"] else {}
-    config = {name: number(v) if name in DEFAULTS else v for name, v in config.items()}
+    config = {name: plain(v) if name in DEFAULTS else v for name, v in config.items()}
     unknown = set(config) - set(DEFAULTS) - set(places)
     if unknown:
         parser.error(f"{given['config']} has unknown options: {', '.join(sorted(unknown))}")
@@ -123,6 +145,12 @@ def options() -> argparse.Namespace:
     merged = {**defaults, **(SMOKE if given["smoke"] else {}), **config, **given}
     if merged["data"] is None and not given["smoke"]:
         parser.error("give --data FOLDER, or --smoke")
+    # Here, since the config file sets them too.
+    if merged["amp"] not in (None, "bfloat16", "float16"):
+        parser.error(f"--amp must be bfloat16, float16 or null, got {merged['amp']}")
+    for name in ("epochs", "batch_size", "accumulate"):
+        if not isinstance(merged[name], int) or merged[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} must be a whole number of at least 1, got {merged[name]}")
     for name in ("data", "out"):
         merged[name] = None if merged[name] is None else Path(merged[name])
     return argparse.Namespace(**merged)
@@ -130,15 +158,37 @@ def options() -> argparse.Namespace:
 
 def value(text: str) -> Any:
     """What YAML reads from the text of an option."""
-    return number(yaml.safe_load(text))
+    return plain(yaml.safe_load(text))
 
 
-def number(found: Any) -> Any:
+def plain(found: Any) -> Any:
+    """A value as YAML reads it, with Python's "none" for null; inside `augment` it is a word of its own."""
+    return None if isinstance(found, str) and found.lower() == "none" else numbers(found)
+
+
+def numbers(found: Any) -> Any:
     """YAML takes 5e-4, without a point, for text."""
+    if isinstance(found, dict):
+        return {key: numbers(item) for key, item in found.items()}
+    if isinstance(found, list):
+        return [numbers(item) for item in found]
     try:
         return float(found) if isinstance(found, str) else found
     except ValueError:
         return found
+
+
+def datasets(root: Path) -> tuple[ImageDataset, ImageDataset]:
+    """The images of root/train and root/val, labelled alike: by the classes of root/train."""
+    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+        raise SystemExit(f"--data {root} needs folders train/ and val/, with a folder per class in each")
+    # A class may be called "train" or "val": no search for splits.
+    train, val = (create_dataset("", root=str(root / split), search_split=False) for split in ("train", "val"))
+    labels = train.reader.class_to_idx
+    # timm would leave images of other classes out without a word.
+    check_classes(root / "val", val.reader.class_to_idx, labels)
+    # By itself val/ numbers the classes that it has, others than train/ where it lacks one.
+    return train, create_dataset("", root=str(root / "val"), search_split=False, class_map=labels)
 
 
 def main() -> None:
@@ -153,10 +203,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     primary = utils.is_primary(args)
 
     # Data
-    if not ((root / "train").is_dir() and (root / "val").is_dir()):
-        raise SystemExit(f"--data {root} needs folders train/ and val/, with a folder per class in each")
-    train = create_dataset("", root=str(root / "train"), split="train")
-    val = create_dataset("", root=str(root / "val"), split="val")
+    train, val = datasets(root)
     names = sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.__getitem__)
     cfg = get_pretrained_cfg(args.model)
     fixed = cfg is not None and cfg.fixed_input_size  # transformers; convolutions take any size
@@ -227,7 +274,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
         step_on_epochs=False,
         updates_per_epoch=updates,
     )
-    ema = utils.ModelEmaV3(net, decay=args.ema_decay)
+    ema = None if args.ema_decay is None else utils.ModelEmaV3(net, decay=args.ema_decay)
     loss_fn = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(args.smoothing)
     model = net
     if args.distributed:
@@ -235,9 +282,15 @@ def run(args: argparse.Namespace, root: Path) -> None:
     dtype = None if args.amp is None else getattr(torch, args.amp)
     if aug.policy == "adversarial":
         aug.attach(model, autocast=dtype)  # (*)
+    scaler = None
+    if dtype == torch.float16:  # small gradients would be zero in it
+        # Only newer versions of timm take a device, CUDA is the default of all.
+        scaler = utils.NativeScaler(**({} if device.type == "cuda" else {"device": device.type}))
 
-    state: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "aug": aug}
+    state: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "scaler": scaler, "aug": aug}
+    state = {name: part for name, part in state.items() if part is not None}
     start = resume(args.out, state, device)
+    final: dict[str, Any] = {}
     train_loader.epoch = start
     for epoch in range(start, args.epochs):
         if args.distributed:
@@ -254,23 +307,35 @@ def run(args: argparse.Namespace, root: Path) -> None:
             with contextlib.nullcontext() if last or not args.distributed else model.no_sync():
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                     loss = loss_fn(model(x), y) / args.accumulate
-                loss.backward()
+                if scaler is None:
+                    loss.backward()
+                else:  # with the update
+                    scaler(loss, optimizer, args.clip_grad or None, parameters=net.parameters(), need_update=last)
             seen.update(loss.detach() * args.accumulate, len(x))
             if not last:
                 continue
-            if args.clip_grad:
-                utils.dispatch_clip_grad(net.parameters(), args.clip_grad)
-            optimizer.step()
+            if scaler is None:
+                if args.clip_grad:
+                    utils.dispatch_clip_grad(net.parameters(), args.clip_grad)
+                optimizer.step()
             optimizer.zero_grad()
             done = epoch * updates + (step + 1) // args.accumulate
-            ema.update(net, step=done)
+            if ema is not None:
+                ema.update(net, step=done)
             scheduler.step_update(done)
         if primary:
-            scores = evaluate(ema.module, val_loader, val, device, dtype)
+            scores = final = evaluate(net, val_loader, val, device, dtype)
+            if ema is not None:
+                # Early on the average still holds much of the weights at the start, and scores far below these.
+                final = evaluate(ema.module, val_loader, val, device, dtype)
+                scores = {**scores, **{f"{name}_ema": score for name, score in final.items()}}
             row = {"epoch": epoch, "loss": round(float(seen.avg), 4), **scores, "seconds": time.monotonic() - began}
             print(json.dumps(row), flush=True)
             save(args.out, state, epoch + 1)
     if primary:
+        if final:
+            listed = ", ".join(f"{name} {score} %" for name, score in final.items())
+            print(f"{'weights' if ema is None else 'EMA of the weights'} after epoch {epoch}: {listed}")
         print(f"augmented: {aug.stats}")
 
 
@@ -310,6 +375,12 @@ def resume(folder: Path | None, state: dict[str, Any], device: torch.device) -> 
     if folder is None or not (folder / "last.pt").exists():
         return 0
     kept = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+    parts = [name for name in kept if name != "epoch"]
+    if set(parts) != set(state):
+        raise SystemExit(
+            f"{folder / 'last.pt'} holds {', '.join(parts)}, this run has {', '.join(state)}: set --ema-decay and "
+            "--amp as they were, or give another --out"
+        )
     for name, part in state.items():
         part.load_state_dict(kept[name])
     return kept["epoch"]

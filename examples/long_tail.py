@@ -1,6 +1,6 @@
 """Fill up the rare classes of a long-tailed data set with synthetic images, and see what the tail gains.
 
-    python examples/long_tail.py --data photos/ --flow runs/photos
+    python examples/long_tail.py --data photos/ --flow runs/photos        # photos/{train,test}/<class>/*
 
 The bundled images, or with --imbalance above 1 those of --data, are made long-tailed first. The bundled flow has seen
 all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: benchmarks/augmentation.py compares
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from _common import BUNDLED, arguments, batches, predictions, tensors, train
+from _common import BUNDLED, arguments, batches, check_classes, check_splits, predictions, tensors, train
 
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
+from glem_augment.classmatch import match_classes
 from glem_augment.mixing import RealAndSynthetic
 
 
@@ -22,6 +23,13 @@ def long_tailed(data: ImageData, imbalance: float) -> ImageData:
     k, head = len(data.classes), int(np.bincount(data.targets).min())
     kept = [max(2, round(head * imbalance ** (-c / max(1, k - 1)))) for c in range(k)]
     return data.subset(np.concatenate([np.flatnonzero(data.targets == c)[: kept[c]] for c in range(k)]))
+
+
+def rarest_third(trained: np.ndarray, tested: np.ndarray) -> np.ndarray:
+    """The third of the tested classes, at least one, that have the fewest training images; both are labels."""
+    classes = np.unique(tested)
+    counts = np.bincount(trained, minlength=classes.max() + 1)
+    return classes[np.argsort(counts[classes])[: max(1, len(classes) // 3)]]
 
 
 class AsFloat(torch.utils.data.Dataset):
@@ -50,6 +58,7 @@ def main() -> None:
     if args.smoke:
         args.epochs = 3
 
+    check_splits(args.data)
     flow = GLEM.from_pretrained(args.flow)
     shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
     tail = open_data(args.data, "train", **shape)
@@ -57,6 +66,9 @@ def main() -> None:
     if imbalance != 1:
         tail = long_tailed(tail, imbalance)
     test = open_data(args.data, "test", **shape)
+    check_classes(args.data, test.class_ids, tail.class_ids)
+    # Test images that lack a class number the others anew.
+    label_of = match_classes(tail.class_ids, tail.classes, test.class_ids, test.classes)
     if args.adapt:
         flow = flow.adapt(tail)
 
@@ -74,8 +86,8 @@ def main() -> None:
     balanced = RealAndSynthetic(AsFloat(tail), synthetic, ratio=None)
     print(f"{len(tail)} real images, {np.bincount(tail.targets).tolist()} per class; {len(synthetic)} synthetic ones")
 
-    x, y = test.tensor().float() / 255, torch.from_numpy(test.targets)
-    rare = torch.from_numpy(np.argsort(np.bincount(tail.targets))[: len(tail.classes) // 3].copy())
+    x, y = test.tensor().float() / 255, torch.from_numpy(label_of[test.targets])
+    rare = torch.from_numpy(rarest_third(tail.targets, y.numpy()))
     for name, data in (("long tail", AsFloat(tail)), ("filled up", balanced)):
         print(name, flush=True)
         # The same number of steps for both: the larger set is gone through fewer times.

@@ -1,6 +1,6 @@
 """Train a classifier on synthetic images alone, and test it on real ones.
 
-    python examples/synthetic_only.py --flow runs/photos --data photos/
+    python examples/synthetic_only.py --flow runs/photos --data photos/        # photos/{train,test}/<class>/*
 
 The bundled flow was fitted to Fashion-MNIST's training images; the test images are new to it.
 """
@@ -8,7 +8,7 @@ The bundled flow was fitted to Fashion-MNIST's training images; the test images 
 from __future__ import annotations
 
 import torch
-from _common import arguments, batches, predictions, tensors, train
+from _common import arguments, batches, check_splits, predictions, tensors, train
 
 from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.classmatch import match_classes
@@ -25,6 +25,7 @@ def main() -> None:
     if args.smoke:
         args.per_class, args.epochs, args.batch_size = 60, 6, 32
 
+    check_splits(args.data)
     flow = GLEM.from_pretrained(args.flow)
     shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
     if args.adapt:

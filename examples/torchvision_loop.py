@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from _common import BUNDLED, bundled_folders
+from _common import BUNDLED, bundled_folders, check_classes
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -50,14 +50,22 @@ def main() -> None:
         run(args, args.root or bundled_folders(Path(folder)), device)
 
 
-def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
+def datasets(root: Path, size: int) -> tuple[ImageFolder, ImageFolder]:
+    """The images of root/train and root/val, labelled alike: by the classes of root/train."""
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     train = ImageFolder(
         str(root / "train"),
-        v2.Compose([v2.RandomResizedCrop(args.size, scale=(0.5, 1)), v2.RandomHorizontalFlip(), *to_tensor]),
+        v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1)), v2.RandomHorizontalFlip(), *to_tensor]),
     )
-    val = ImageFolder(str(root / "val"), v2.Compose([v2.Resize(args.size), v2.CenterCrop(args.size), *to_tensor]))
+    val = ImageFolder(str(root / "val"), v2.Compose([v2.Resize(size), v2.CenterCrop(size), *to_tensor]))
+    check_classes(root / "val", val.classes, train.classes)
+    # By itself val/ numbers the classes that it has, others than train/ where it lacks one.
+    val.target_transform = [train.class_to_idx[name] for name in val.classes].__getitem__
+    return train, val
 
+
+def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
+    train, val = datasets(root, args.size)
     net = torchvision.models.resnet18(num_classes=len(train.classes)).to(device)
     flow = GLEM.from_pretrained(args.flow)
     # Folders are sorted by name, the flow's classes are not: which is which is found by their names.
