@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from glem_augment._hub_names import HubError
 
-__all__ = ["Kind", "chain", "classify", "explain", "status"]
+__all__ = ["Kind", "chain", "classify", "endpoint", "explain", "status"]
 
 LOGIN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 _DISK = {
@@ -34,6 +34,8 @@ _DISK = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
 }
 
 
@@ -48,6 +50,7 @@ class Kind(Enum):
     HTTP = "http"
     BAD_NAME = "bad name"
     NO_TOKEN = "no token"
+    BAD_TOKEN = "bad token"
     DISK = "disk"
     CUT_OFF = "cut off"
     NETWORK = "network"
@@ -78,6 +81,8 @@ def classify(error: BaseException) -> tuple[Kind, BaseException]:
     for link in links:
         if type(link).__name__ == "LocalTokenNotFoundError":
             return Kind.NO_TOKEN, link
+        if _no_header(link):
+            return Kind.BAD_TOKEN, link
         if _cut_off(link):
             return Kind.CUT_OFF, link
         if _transport(link):
@@ -98,14 +103,15 @@ def explain(
     repo_type: str = "model",
     writing: bool = False,
     cached: bool = False,
+    cache_dir: str | None = None,
 ) -> HubError:
     """The error to raise for ``error``, met while reading (or ``writing``) ``repo_id`` at ``revision``, of which the
-    cache has a copy or not.
+    cache (in ``cache_dir``, or the client's own) has a copy or not.
 
-    Tokens never appear in it: the client keeps them out of its messages, and queries are cut from addresses.
+    Neither tokens nor passwords appear in it, nor the queries of addresses.
     """
     kind, link = classify(error)
-    host, at = constants.ENDPOINT, f"{repo_id!r} at revision {revision or 'main'!r}"
+    host, at = endpoint(), f"{repo_id!r} at revision {revision or 'main'!r}"
     what = "dataset repository" if repo_type == "dataset" else "model repository"
     page = f"{host}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
     if kind is Kind.GATED:
@@ -130,13 +136,17 @@ def explain(
         text = f"{repo_id!r} is no name of a repository: {_message(link)}"
     elif kind is Kind.NO_TOKEN:
         text = f"no token is stored on this machine for {at}: {LOGIN}"
+    elif kind is Kind.BAD_TOKEN:
+        text = f"the token for {at} holds characters that no token has: {LOGIN}"
     elif kind is Kind.HTTP:
         text = _http(status(link), link, at, host, writing)
     elif kind is Kind.DISK:
         assert isinstance(link, OSError)
+        where = link.filename or cache_dir or constants.HF_HUB_CACHE
+        space = "free some space, or " if link.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         text = (
-            f"{at} can't be written to the disk ({link.filename or constants.HF_HUB_CACHE}: {_DISK[link.errno or 0]}): "
-            "free some space, or choose another folder with cache_dir= or HF_HOME"
+            f"{at} can't be written to the disk ({where}: {_DISK[link.errno or 0]}): {space}choose another folder with "
+            "cache_dir= or HF_HOME"
         )
     elif kind is Kind.CUT_OFF:
         text = f"the transfer of {at} was cut off ({_message(link)}): try again"
@@ -150,7 +160,12 @@ def explain(
         text = f"{at} is not complete in the cache, and {host} gave no answer that helps: {_message(link)}"
     else:
         text = f"{at} on {host}: {type(error).__name__}: {_message(error)}"
-    return HubError(text)
+    return HubError(_without_userinfo(text))
+
+
+def endpoint() -> str:
+    """The Hub's address, for people: without the name and password that HF_ENDPOINT may hold."""
+    return _without_userinfo(constants.ENDPOINT)
 
 
 def status(error: BaseException) -> int:
@@ -194,6 +209,13 @@ def _transport(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or bool(names & {"TransportError", "RequestException"})
 
 
+def _no_header(error: BaseException) -> bool:
+    """What was to be sent can't stand in a header: of those that are sent, only the token is the user's."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    encoded = not isinstance(error, UnicodeEncodeError) or error.encoding == "utf-8"
+    return not encoded or "InvalidHeader" in names or "Illegal header value" in str(error)
+
+
 def _cut_off(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     short = isinstance(error, OSError) and "consistency check failed" in str(error).lower()
@@ -201,8 +223,15 @@ def _cut_off(error: BaseException) -> bool:
 
 
 def _message(error: BaseException) -> str:
-    """One line, with neither request ids nor queries of addresses (they hold the signatures of download links)."""
+    """One line, without request ids and what is secret: tokens, passwords in addresses, and the queries of addresses,
+    which hold the signatures of download links."""
     text = re.sub(r"\((?:Request ID|Amzn Trace ID|Amz CF ID)[^)]*\)", "", str(error))
     text = re.sub(r"\?[^\s'\"()]*=[^\s'\"()]*", "", text)
+    text = re.sub(r"\bhf_\w+", "hf_...", re.sub(r"Bearer \S+", "Bearer ...", _without_userinfo(text)))
     text = " ".join(text.replace("Please retry with `force_download=True`.", "").split())
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _without_userinfo(text: str) -> str:
+    """Addresses in it without ``user:password@``."""
+    return re.sub(r"(?<=://)[^\s/?#'\"]*@", "", text)

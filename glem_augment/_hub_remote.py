@@ -20,10 +20,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
-from glem_augment._hub_errors import Kind, classify, explain
+from glem_augment._hub_errors import Kind, classify, endpoint, explain
 from glem_augment._hub_names import HubError, HubName
 from glem_augment.errors import ModelFileError
-from glem_augment.io import write_json
+from glem_augment.io import atomic_write, expand, write_json
 
 LIBRARY = "glem-augment"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,6 +54,21 @@ def library_version() -> str:
     return __version__
 
 
+def usable_token(token: str | bool | None, repo_id: str) -> str | bool | None:
+    """``token`` as it can be sent: what is read from a file ends in a line break.
+
+    Raises:
+        HubError: it can't be one; the message does not show it.
+    """
+    if not isinstance(token, str):
+        return token
+    token = token.strip()
+    if re.fullmatch(r"[!-~]+", token) is None:
+        what = "holds characters that no token has (blanks, line breaks or others than ASCII)" if token else "is empty"
+        raise HubError(f"the token for {repo_id!r} {what}: pass it as the Hub shows it, or leave it out")
+    return token
+
+
 def fetch(
     name: HubName,
     files: tuple[str, str],
@@ -72,26 +87,32 @@ def fetch(
         token: of the user, True for the stored one, False for none; None: the stored one if there is one.
 
     Returns:
-        The folder, with both files from one commit, each with the checksum that the Hub states.
+        The folder, with both files from one commit, each with the checksum that the Hub states. Where an update can't
+        be fetched, that of the commit that the cache had before, with a warning.
 
     Raises:
         HubError: see `_hub_errors.Kind`; a ModelFileError naming repository, revision and fix.
         ModelFileError: from ``check``, with the repository's name before it.
     """
-    config_name, weights_name = files
-    client = _Client(name, cache_dir, token)
+    client = _Client(name, cache_dir, usable_token(token, name.repo_id))
     listing = None if client.pinned_in_cache(files) else client.ask(files)
     if listing is not None and listing.files is not None:
         _check_listing(name, listing, files)
-    config = client.file(config_name, name.revision, listing)
-    commit = config.parent.name
+    if listing is None:
+        return client.snapshot(files, name.revision, check)
+    # By the commit: asked for by the name of a branch, the first file would move that name in the cache at once, and an
+    # update that fails half-way would leave no model under it.
     try:
-        check(config.parent)
-    except ModelFileError as error:
-        made_by = f" (its card says: library {listing.library})" if _foreign(listing) else ""
-        raise HubError(f"{name.repo_id}@{commit} can't be used{made_by}: {error}") from None
-    client.file(weights_name, commit, listing)
-    return Snapshot(config.parent, name.repo_id, commit)
+        got = client.snapshot(files, listing.commit, check, listing)
+    except HubError as error:
+        # What has a cause is the transfer's; what came whole and is no good model is refused.
+        if error.__cause__ is None or not client.has_earlier(files, listing.commit):
+            raise
+        _log.warning("%s; using the copy in the cache", error)
+        client.local_only = True
+        return client.snapshot(files, name.revision, check)
+    client.point_to(got)
+    return got
 
 
 class _Client:
@@ -99,7 +120,7 @@ class _Client:
 
     def __init__(self, name: HubName, cache_dir: str | os.PathLike[str] | None, token: str | bool | None) -> None:
         self.name = name
-        self.cache_dir = None if cache_dir is None else str(Path(cache_dir).expanduser())
+        self.cache_dir = None if cache_dir is None else str(expand(cache_dir))
         self.token = token
         # Set where the Hub could not be reached but the cache has everything: asking again would only take time.
         self.local_only = False
@@ -107,6 +128,11 @@ class _Client:
     def cached(self, filename: str, revision: str | None) -> Path | None:
         found = try_to_load_from_cache(self.name.repo_id, filename, self.cache_dir, revision)
         return Path(found) if isinstance(found, str) else None
+
+    def has_earlier(self, files: tuple[str, str], commit: str) -> bool:
+        """Whether the cache has a model under the name, of another commit than this one."""
+        paths = [self.cached(filename, self.name.revision) for filename in files]
+        return all(path is not None and path.parent.name != commit for path in paths)
 
     def pinned_in_cache(self, files: tuple[str, str]) -> bool:
         """A commit never changes: with both files and their checksums at hand, nothing needs to be asked."""
@@ -142,6 +168,35 @@ class _Client:
                 raise explain(error, *self._what()) from error
             return None
 
+    def snapshot(
+        self,
+        files: tuple[str, str],
+        revision: str | None,
+        check: Callable[[Path], Any],
+        listing: _Listing | None = None,
+    ) -> Snapshot:
+        """Both files, of one commit, with ``check`` between them; see `fetch`."""
+        config_name, weights_name = files
+        config = self.file(config_name, revision, listing)
+        commit = config.parent.name
+        try:
+            check(config.parent)
+        except ModelFileError as error:
+            made_by = f" (its card says: library {listing.library})" if listing and _foreign(listing) else ""
+            raise HubError(f"{self.name.repo_id}@{commit} can't be used{made_by}: {error}") from None
+        self.file(weights_name, commit, listing)
+        return Snapshot(config.parent, self.name.repo_id, commit)
+
+    def point_to(self, got: Snapshot) -> None:
+        """Let the branch or tag in the cache stand for what was fetched, as the client does with what it is asked for
+        by such a name. Not through the client: it would ask again, and the branch may have moved on."""
+        revision = self.name.revision or constants.DEFAULT_REVISION
+        ref = got.folder.parent.parent / "refs" / revision
+        with suppress(OSError):  # a cache that can only be read
+            if revision != got.commit and not (ref.is_file() and ref.read_text() == got.commit):
+                with atomic_write(ref, "w") as file:
+                    file.write(got.commit)
+
     def file(self, filename: str, revision: str | None, listing: _Listing | None) -> Path:
         """One file in the cache, with the right checksum.
 
@@ -164,7 +219,7 @@ class _Client:
             return path
         if listing is not None and listing.files is None and _sha256(path) == before:
             # A server that states no checksums, and whose ETags look like some but are none: twice the same bytes.
-            _log.warning("%s can't be compared with a checksum: %s states none", what, constants.ENDPOINT)
+            _log.warning("%s can't be compared with a checksum: %s states none", what, endpoint())
             _Etags(path).add(before)
             return path
         _discard(path)
@@ -187,7 +242,7 @@ class _Client:
                 library_version=library_version(),
             )
         except Exception as error:  # see `ask`
-            raise explain(error, self.name.repo_id, revision) from error
+            raise explain(error, *self._what(), cache_dir=self.cache_dir) from error
         return Path(path)
 
     def _what(self) -> tuple[str, str | None]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.utils import validate_repo_id
 
-from glem_augment._hub_errors import Kind, chain, classify, explain, status
+from glem_augment._hub_errors import Kind, chain, classify, endpoint, explain, status
 from glem_augment._hub_names import HubError
-from glem_augment._hub_remote import LIBRARY, library_version
+from glem_augment._hub_remote import LIBRARY, library_version, usable_token
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -22,6 +24,14 @@ CARD = "README.md"
 # A card with this line was generated and is written anew with the next push; one without it is somebody's own.
 GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
 _log = logging.getLogger(__name__)
+
+
+def check_name(repo_id: str) -> None:
+    """HubError for what the client would not take as the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise explain(error, repo_id, None, writing=True) from error
 
 
 def prepare(
@@ -52,14 +62,14 @@ def prepare(
     """
     if token is False:
         raise HubError(f"writing to {repo_id!r} takes a token: give token=, or leave it out to use the stored one")
-    if create_pr:
-        return repo_id
-    api = _api(token)
+    check_name(repo_id)
+    api = _api(repo_id, token)
     try:
-        visibility = {} if private is None else {"private": private}
-        repo_id = api.create_repo(repo_id, repo_type=repo_type, exist_ok=True, **visibility).repo_id
+        if not create_pr:
+            visibility = {} if private is None else {"private": private}
+            repo_id = api.create_repo(repo_id, repo_type=repo_type, exist_ok=True, **visibility).repo_id
         _check_visibility(api, repo_id, repo_type, private)
-        if revision is not None and revision != constants.DEFAULT_REVISION:
+        if not create_pr and revision is not None and revision != constants.DEFAULT_REVISION:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
     except HubError:
         raise
@@ -92,9 +102,9 @@ def commit(
     Raises:
         HubError: naming repository, revision and fix; nothing has been committed then.
     """
-    files, api = dict(files), _api(token)
+    files, api = dict(files), _api(repo_id, token)
     try:
-        if CARD in files and _own_card(repo_id, repo_type, token, revision):
+        if CARD in files and _own_card(api, repo_id, repo_type, revision):
             _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
             del files[CARD]
         others: list[Any] = []
@@ -118,10 +128,12 @@ def commit(
         except Exception as error:
             if not _without_xet(error):
                 raise
-            _log.info("%s does not speak Xet; uploading through Git LFS", constants.ENDPOINT)
+            _log.info("%s does not speak Xet; uploading through Git LFS", endpoint())
             with contextlib.ExitStack() as stack:
                 # The client sends open files through Git LFS, and all others through Xet wherever it is installed.
                 return send({name: stack.enter_context(open(path, "rb")) for name, path in files.items()})
+    except HubError:
+        raise
     except Exception as error:  # see `prepare`
         raise explain(error, repo_id, revision, repo_type=repo_type, writing=True) from error
 
@@ -136,7 +148,7 @@ class _Api(HfApi):
             # What the server finds wrong with the card begins so; all else is about the question, not the card.
             if str(error).startswith("Invalid metadata") or not _unknown_address(error):
                 raise
-            _log.info("%s does not validate cards", constants.ENDPOINT)
+            _log.info("%s does not validate cards", endpoint())
 
 
 def _unknown_address(error: BaseException) -> bool:
@@ -144,8 +156,8 @@ def _unknown_address(error: BaseException) -> bool:
     return any(status(link) in (404, 405) or type(link).__name__ == "JSONDecodeError" for link in chain(error))
 
 
-def _api(token: str | bool | None) -> HfApi:
-    return _Api(library_name=LIBRARY, library_version=library_version(), token=token)
+def _api(repo_id: str, token: str | bool | None) -> HfApi:
+    return _Api(library_name=LIBRARY, library_version=library_version(), token=usable_token(token, repo_id))
 
 
 def _without_xet(error: BaseException) -> bool:
@@ -155,16 +167,28 @@ def _without_xet(error: BaseException) -> bool:
     return any("xet-write-token" in text and re.search(r"\b(400|404|405|410|501)\b", text) for text in texts)
 
 
-def _own_card(repo_id: str, repo_type: str, token: str | bool | None, revision: str | None) -> bool:
-    try:
-        path = hf_hub_download(repo_id, CARD, repo_type=repo_type, token=token, revision=revision)
-    except Exception as error:
-        kind, link = classify(error)
-        # The Hub says what is missing; other servers may say 404 alone. That the repository is there is known.
-        if kind is Kind.NO_FILE or (kind is Kind.HTTP and status(link) == 404):
-            return False
-        raise
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+def _own_card(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
+    """Whether the card that is there now is somebody's own.
+
+    Raises:
+        HubError: that can't be told.
+    """
+    # A cache of its own: from the user's the client would give an older card where the Hub fails, and there it would
+    # move the branch to a commit whose weights the cache does not have.
+    with tempfile.TemporaryDirectory(prefix="glem-card-") as cache:
+        try:
+            path = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=revision, cache_dir=cache)
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+        except Exception as error:
+            kind, link = classify(error)
+            # The Hub says what is missing; other servers may say 404 alone. That the repository is there is known.
+            if kind is Kind.NO_FILE or (kind is Kind.HTTP and status(link) == 404):
+                return False
+            why = explain(error, repo_id, revision, repo_type=repo_type, writing=True, cache_dir=cache)
+            raise HubError(
+                f"the present card of {repo_id!r} can't be read, and may hold edits that a push must not overwrite: "
+                f"nothing was uploaded; {why}"
+            ) from error
     return bool(text.strip()) and GENERATED not in text
 
 

@@ -89,9 +89,13 @@ def find(
         folder = Path(str(resources.files("glem_augment") / "bundled" / "models" / wanted))
     else:
         folder = expand(text)
+        if folder.is_file():
+            raise ModelFileError(f"{text!r} is a file; give its folder, {str(folder.parent)!r}")
         remote = _remote_name(name, folder, revision)
         if remote is not None:
-            return _download(remote, folder, cache_dir, token)
+            # A mistyped folder looks like a name on the Hub.
+            mistyped = "" if text.startswith(PREFIX) else f" (and there is no folder {str(folder)!r} here)"
+            return _download(remote, mistyped, cache_dir, token)
     if revision is not None:
         raise ModelFileError(
             f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write hf-hub:org/name"
@@ -121,14 +125,16 @@ def _remote_name(name: str | Path, folder: Path, revision: str | None) -> HubNam
     return HubName(remote.repo_id, revision)
 
 
-def _download(name: HubName, folder: Path, cache_dir: str | Path | None, token: str | bool | None) -> Located:
+def _download(name: HubName, mistyped: str, cache_dir: str | Path | None, token: str | bool | None) -> Located:
+    from glem_augment._hub_errors import Kind, classify
     from glem_augment._hub_remote import fetch
 
     try:
         got = fetch(name, (CONFIG, WEIGHTS), read_config, cache_dir, token)
     except HubError as error:
-        # A mistyped folder looks like a name on the Hub.
-        raise HubError(f"{error} (and there is no folder {str(folder)!r} here)") from error
+        if not mistyped or classify(error)[0] not in (Kind.NO_REPOSITORY, Kind.NETWORK, Kind.OFFLINE):
+            raise
+        raise HubError(f"{error}{mistyped}") from error
     return Located(got.folder, got.repo_id, got.commit)
 
 

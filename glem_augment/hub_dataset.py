@@ -13,6 +13,8 @@ import io
 import json
 import logging
 import os
+import re
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
 from glem_augment._export import check_space, naming
+from glem_augment._export_folder import abandoned, marked
 from glem_augment._manifest import read_manifest
 from glem_augment._provenance import PROVENANCE, class_folders, licence_note, settings_of
 from glem_augment.errors import DataError
@@ -146,14 +149,17 @@ def export_shards(
 ) -> Path:
     """Write WebDataset shards, card and provenance to ``folder``, in one step at the end.
 
+    What an export to the same folder left beside it when it was killed is removed.
+
     Raises:
         FileExistsError: see `check_shards_folder`.
     """
+    _remove_left_over(Path(os.path.realpath(folder)))
     folder = check_shards_folder(folder, overwrite)
     with naming(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder.parent, dataset)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place, marked(Path(place)):
         write_dataset(dataset, Path(place) / "new", folder.name, CardFacts(license), "webdataset", progress)
         if folder.exists():
             # The whole folder goes: files may have been put there in the meantime.
@@ -161,6 +167,17 @@ def export_shards(
             os.replace(folder, Path(place) / "old")
         os.replace(Path(place) / "new", folder)
     return folder
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Clear away the hidden folders in which exports to ``folder`` were made whose processes were killed."""
+    with contextlib.suppress(OSError):  # no parent, or one that can't be read
+        for place in list(folder.parent.iterdir()):
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}", place.name) and abandoned(place):
+                # Killed between the two moves: after the second there is no new one, and perhaps half of the old.
+                if not folder.exists() and (place / "new").exists() and (place / "old").exists():
+                    os.replace(place / "old", folder)
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def check_shards_folder(folder: Path, overwrite: bool) -> Path:

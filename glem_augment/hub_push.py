@@ -73,8 +73,12 @@ def push_model(
     revision: str | None = None,
     create_pr: bool = False,
     samples: bool = True,
-) -> CommitInfo:
-    """Upload ``model`` with its card, in one commit; see ``GLEM.push_to_hub``."""
+) -> tuple[str, CommitInfo]:
+    """Upload ``model`` with its card, in one commit; see ``GLEM.push_to_hub``.
+
+    Returns:
+        The repository's full name, and the commit.
+    """
     from glem_augment._hub_upload import commit, prepare
 
     facts = facts or CardFacts()
@@ -99,7 +103,7 @@ def push_model(
             files |= _write_samples(model, folder, repo_id)
         files |= _write_card(model_card(model, repo_id, facts, samples), folder)
         message = commit_message or f"Upload a flow of {model.num_classes} classes with glem-augment"
-        return commit(repo_id, files, message, token=token, revision=revision, create_pr=create_pr)
+        return repo_id, commit(repo_id, files, message, token=token, revision=revision, create_pr=create_pr)
 
 
 def _write_model(model: GLEM, folder: Path) -> dict[str, Path]:

@@ -177,7 +177,7 @@ class GLEM(FlowModel):
         from glem_augment.hub_push import push_model
         from glem_augment.model_card import CardFacts
 
-        return push_model(
+        _, commit = push_model(
             self,
             repo_id,
             facts=CardFacts(license, license_name, license_link, datasets, metrics),
@@ -188,6 +188,7 @@ class GLEM(FlowModel):
             create_pr=create_pr,
             samples=samples,
         )
+        return commit
 
     # ---- facts -------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -444,6 +445,52 @@ def test_a_card_that_was_edited_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="README.md"):
         make(seed=2).export(folder, "webdataset", progress=False, overwrite=True)
     assert (folder / "README.md").read_text() == "# My own card\n"
+
+
+def _stuck(data: SyntheticDataset, folder: Path, begun: Any) -> None:
+    """In a process of its own: an export that never comes to its end."""
+
+    def images(_: Any) -> torch.Tensor:
+        begun.set()
+        threading.Event().wait()
+        raise AssertionError
+
+    data.images = images  # type: ignore[method-assign]
+    data.export(folder, "webdataset", progress=False)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_what_a_killed_export_of_shards_leaves_goes_with_the_next(tmp_path: Path) -> None:
+    fork, folder = multiprocessing.get_context("fork"), tmp_path / "out"
+    (tmp_path / ".out.backup_1").mkdir()  # somebody else's, for all that anybody knows
+    others = {folder, tmp_path / ".out.backup_1"}
+    begun = fork.Event()
+    process = fork.Process(target=_stuck, args=(make(), folder, begun))
+    process.start()
+    assert begun.wait(60)
+    (place,) = set(tmp_path.iterdir()) - others
+    make().export(folder, "webdataset", progress=False)
+    assert place.is_dir()  # somebody is still at work there
+    process.kill()
+    process.join(30)
+    assert set(tmp_path.iterdir()) - others == {place}
+    make().export(tmp_path / "another", "webdataset", progress=False)
+    assert place.is_dir()  # of an export to another folder
+    make(seed=2).export(folder, "webdataset", progress=False, overwrite=True)
+    assert set(tmp_path.iterdir()) == {*others, tmp_path / "another"}
+    assert not any(name.startswith(".") for name in files(folder))
+
+
+def test_an_export_of_shards_killed_between_its_two_moves(tmp_path: Path) -> None:
+    """The earlier one is whole and comes back."""
+    folder = make().export(tmp_path / "out", "webdataset", progress=False)
+    before, place = files(folder), tmp_path / ".out.0123abcd"
+    (place / "new").mkdir(parents=True)
+    (place / ".glem-lock").touch()
+    folder.rename(place / "old")
+    with pytest.raises(FileExistsError, match="not empty"):
+        make(seed=2).export(folder, "webdataset", progress=False)
+    assert files(folder) == before and list(tmp_path.iterdir()) == [folder]
 
 
 def test_large_exports_have_shards_for_several_workers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -20,7 +21,8 @@ from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 
-from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset, hub
+from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset, _hub_remote, hub
+from glem_augment._hub_errors import explain
 from glem_augment.cli import main
 from glem_augment.hub import HubError
 from glem_augment.model_card import CardFacts, model_card
@@ -145,6 +147,7 @@ def test_both_files_come_from_one_commit(pushed: tuple[HubServer, GLEM, str], tm
     server.fault_of = push_meanwhile  # type: ignore[method-assign]
     model = GLEM.from_pretrained("org/flow")
     assert model.origin == f"org/flow@{first}" and same(model, old)
+    assert (Path(constants.HF_HUB_CACHE) / "models--org--flow" / "refs" / "main").read_text() == first
     assert GLEM.from_pretrained("org/flow").classes == ["a", "b"]
 
 
@@ -173,6 +176,23 @@ def test_what_is_no_name_on_the_hub_is_a_folder(server: HubServer, name: str) ->
     with pytest.raises(ModelFileError, match="no model at"):
         GLEM.from_pretrained(name)
     assert not server.requests
+
+
+def test_a_file_is_no_model(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save(tmp_path / "flow")
+    monkeypatch.chdir(tmp_path)
+    for name in (f"flow/{WEIGHTS}", Path(f"flow/{WEIGHTS}"), str(tmp_path / "flow" / CONFIG)):
+        with pytest.raises(ModelFileError, match="is a file; give its folder, '.*flow'"):
+            GLEM.from_pretrained(name)
+    assert not server.requests
+
+
+def test_only_what_the_hub_does_not_have_may_be_a_mistyped_folder(pushed: tuple[HubServer, GLEM, str]) -> None:
+    server, *_ = pushed
+    server.put("org/empty", {"README.md": b"x"})
+    for name in ("org/flow@v9", "org/empty", "hf-hub:org/nothing"):
+        assert "no folder" not in refused(name=name)
+    assert "(and there is no folder 'org/nothing' here)" in refused(name="org/nothing")
 
 
 def test_bad_names_and_revisions(server: HubServer) -> None:
@@ -217,6 +237,37 @@ def test_an_unreachable_hub(pushed: tuple[HubServer, GLEM, str], caplog: pytest.
     with pytest.raises(HubError, match="can't be reached"):
         model.push_to_hub("org/flow", license="mit", samples=False)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("broken", ["HEAD .*config", "HEAD .*safetensors", "GET /objects/"])
+def test_an_update_that_fails_leaves_the_model_that_is_there(
+    pushed: tuple[HubServer, GLEM, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    server, old, first = pushed
+    assert same(GLEM.from_pretrained("org/flow"), old)
+    new = tiny_model(1)
+    files = files_of(new, Path(constants.HF_HUB_CACHE).parent / "new")
+    second = server.put("org/flow", {**files, CONFIG: files[CONFIG] + b"\n"})
+
+    def load() -> GLEM:
+        """The same, online and offline."""
+        online = GLEM.from_pretrained("org/flow")
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            assert GLEM.from_pretrained("org/flow").origin == online.origin
+        return online
+
+    with server.faulty(Fault(broken, 403)):
+        model = load()
+        assert model.origin == f"org/flow@{first}" and same(model, old)
+        assert "403" in caplog.text and "using the copy in the cache" in caplog.text
+        refused("403", name=f"org/flow@{second}")
+    # What the Hub has is no longer our model: that is said, and is not the Hub's failure.
+    server.put("org/flow", {CONFIG: b'{"model_type": "bert"}'})
+    refused("no config of glem-augment")
+    third = server.put("org/flow", files)
+    model = load()
+    assert model.origin == f"org/flow@{third}" and same(model, new)
 
 
 # ---- damaged on the way ------------------------------------------------------------------------------------------
@@ -328,6 +379,52 @@ def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 test_refusals = pytest.mark.usefixtures("_in_tmp")(test_refusals)
 
 
+@pytest.mark.parametrize("token", ["", " \n", "hf_s\xe9cret", "hf_se cret", "hf_se\ncret", "hf_se\0cret"])
+def test_tokens_that_can_not_be_one(server: HubServer, token: str) -> None:
+    refused("the token for 'org/flow'", "as the Hub shows it", token=token)
+    for thing in (tiny_model(), SyntheticDataset(tiny_model(), per_class=1)):
+        with pytest.raises(HubError, match="as the Hub shows it") as caught:
+            thing.push_to_hub("org/flow", license="mit", token=token)
+        assert "cret" not in str(caught.value)
+    assert not server.requests
+
+
+def test_tokens_read_from_a_file(pushed: tuple[HubServer, GLEM, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, _ = pushed
+    monkeypatch.setenv("HF_TOKEN", "hf_s\u20accret")
+    refused("holds characters that no token has", "hf auth login")
+    model.push_to_hub("org/secret", private=True, license="mit", samples=False, token=f"{TOKEN}\n")
+    assert same(GLEM.from_pretrained("org/secret", token=f"{READER}\r\n"), model)
+
+
+def test_what_is_secret_is_taken_out_of_messages(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "sent b'Bearer SECRET\\n' with hf_SECRET to http://me:SE@CRET@host/x?Signature=SECRET " + "x" * 500
+    text = str(explain(RuntimeError(said), "org/flow", None))
+    assert "SECRET" not in text and "CRET" not in text and "http://host/x" in text
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    for address in (server.endpoint, "http://127.0.0.1:1"):
+        secret = address.replace("://", "://me:PASSWORD@")
+        monkeypatch.setattr(constants, "ENDPOINT", secret)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(server.endpoint, secret))
+        assert "PASSWORD" not in refused(address)
+
+
+def test_a_cache_that_can_not_be_written(
+    pushed: tuple[HubServer, GLEM, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "in"):
+        text = refused("'main'", str(place), "is a file, not a folder", "cache_dir=", cache_dir=place)
+        assert "free some space" not in text
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_hub_remote, "hf_hub_download", full)
+    refused(f"({tmp_path / 'mine'}: no space left", "free some space", cache_dir=tmp_path / "mine")
+    refused(f"({constants.HF_HUB_CACHE}: no space left")
+
+
 def test_private_repositories(
     pushed: tuple[HubServer, GLEM, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -415,6 +512,18 @@ def test_refused_pushes_change_nothing(pushed: tuple[HubServer, GLEM, str], monk
         broken.push_to_hub("org/flow", license="mit", samples=False)
 
 
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_private_files_in_no_pull_request_to_a_public_repository(server: HubServer, kind: str) -> None:
+    model = tiny_model()
+    thing = model if kind == "model" else SyntheticDataset(model, per_class=1)
+    for name, private in (("org/open", False), ("org/shut", True)):
+        server.repo(name, kind, private=private)
+        with pytest.raises(HubError, match="exists and is .* as asked"):
+            thing.push_to_hub(name, private=not private, create_pr=True, license="mit")
+        assert not any("commit" in path or "upload" in path for _, path, _ in server.requests)
+    assert thing.push_to_hub("org/shut", private=True, create_pr=True, license="mit").pr_url
+
+
 def test_branches_and_pull_requests(pushed: tuple[HubServer, GLEM, str]) -> None:
     server, old, first = pushed
     new = tiny_model(1)
@@ -487,6 +596,24 @@ def test_a_card_written_by_hand_is_kept(server: HubServer, caplog: pytest.LogCap
     assert b"license: mit" in push("mit") and b"license: apache-2.0" in push("apache-2.0")
     server.put("org/flow", {"README.md": b"---\nlicense: mit\n---\nMine.\n"})
     assert push("apache-2.0") == b"---\nlicense: mit\n---\nMine.\n"
+    assert "written by hand" in caplog.text
+
+
+def test_a_card_that_can_not_be_read_is_not_overwritten(server: HubServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is an older one taken for it."""
+    model = tiny_model()
+    for _ in range(2):
+        model.push_to_hub("org/flow", license="mit", samples=False)
+    assert not Path(constants.HF_HUB_CACHE).exists()
+    HfApi().hf_hub_download("org/flow", "README.md")
+    mine = server.put("org/flow", {"README.md": b"---\nlicense: mit\n---\nMine.\n"})
+    for method in ("HEAD", "GET"):
+        with server.faulty(Fault(f"{method} .*README", 403)), pytest.raises(HubError) as caught:
+            model.push_to_hub("org/flow", license="mit", samples=False)
+        for words in ("the present card of 'org/flow' can't be read", "nothing was uploaded", "403"):
+            assert words in str(caught.value)
+    assert server.repo("org/flow").refs["main"] == mine
+    model.push_to_hub("org/flow", license="mit", samples=False)
     assert "written by hand" in caplog.text
 
 
@@ -619,6 +746,27 @@ def test_commands_take_names_on_the_hub(
     assert (tmp_path / "run" / WEIGHTS).is_file()
     assert main(["info", "org/nothing"]) == 2
     assert "no model repository 'org/nothing'" in capsys.readouterr().err
+
+
+def test_push_says_the_full_name(server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    model.save(tmp_path / "flow")
+    assert main(["push", str(tmp_path / "flow"), "mine", "--license", "mit", "--no-samples"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["repo"] == "org/mine" and out["pinned"] == f"org/mine@{out['commit']}"
+    assert same(GLEM.from_pretrained(out["pinned"]), model)
+
+
+@pytest.mark.parametrize("name", ["org/flow--x", "a/b/c", "org/flow.git", "org/flow@v1", "hf-hub:org/flow", ""])
+def test_a_dry_run_refuses_the_names_that_a_push_refuses(
+    server: HubServer, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--dry-run", str(tmp_path / "look")], ["--create-pr"], []):
+        assert main(["push", "bundled:fashion-mnist", name, *options]) == 2
+        assert "is no name of a repository" in capsys.readouterr().err
+    with pytest.raises(HubError, match="is no name of a repository"):
+        tiny_model().push_to_hub(name, license="mit", create_pr=True)
+    assert not server.requests and not (tmp_path / "look").exists()
 
 
 SESSION = """

@@ -57,10 +57,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from glem_augment._hub_upload import check_name
     from glem_augment.hub_push import check_repository_folder, push_model, write_repository
 
     set_threads(args.threads)
     # Before the model is loaded, which may take a download: these can be wrong.
+    check_name(args.repo)
     facts = CardFacts(args.license, args.license_name, args.license_link, args.dataset, args.metrics)
     samples = not args.no_samples
     folder = None if args.dry_run is None else expand(args.dry_run)
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return 0
-    commit = push_model(
+    repo, commit = push_model(
         model,
         args.repo,
         facts=facts,
@@ -84,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
     )
     print_json(
         {
-            "repo": args.repo,
+            "repo": repo,
             "commit": commit.oid,
-            "pinned": f"{args.repo}@{commit.oid}",
+            "pinned": f"{repo}@{commit.oid}",
             "url": str(commit.commit_url),
             "pull_request": commit.pr_url,
         }
