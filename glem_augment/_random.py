@@ -56,7 +56,8 @@ class RandomState:
             self.calls += 1
         else:
             # The worker's copy of this state is that of the main process when the epoch began.
-            number, worker = self.calls + int(self._in_workers.own()), [info.id]
+            # Not 0, which SeedSequence can't tell from nothing: the main process's.
+            number, worker = self.calls + int(self._in_workers.own()), [info.id + 1]
             self._in_workers.own().add_(1)
         words = np.random.SeedSequence([self.seed % 2**64, rank(self._sender), number, *worker]).generate_state(
             1, np.uint64
