@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from glem_augment._manifest import JOURNAL, Journal, differences, image_name, read_manifest
 from glem_augment._provenance import PROVENANCE, REAL_IMAGES, class_folders, provenance
 
 if TYPE_CHECKING:
     from glem_augment.synthetic import SyntheticDataset
-
-# In a folder that a process works in, see `marked`.
-_MARK = ".glem-lock"
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -157,35 +146,3 @@ def _temporary(name: str) -> bool:
         re.fullmatch(r"\.(\d{6,}\.png|glem-provenance\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp", name)
         is not None
     )
-
-
-@contextlib.contextmanager
-def marked(folder: Path) -> Iterator[None]:
-    """Mark a new ``folder`` as in use, for `abandoned`; a kill ends that, and leaves the mark behind.
-
-    Where the system or the file system has no locks of files, there is no mark.
-
-    Raises:
-        OSError: the folder can't be written.
-    """
-    path = folder / f"{_MARK}.{secrets.token_hex(4)}"
-    with open(path, "ab") as file:
-        # Locked before it has its name, under which nobody then finds it free. Flock: threads of one process keep each
-        # other out too, and children that outlive a killed process only put off that it is found.
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.replace(path, folder / _MARK)
-        yield
-
-
-def abandoned(folder: Path) -> bool:
-    """Whether ``folder`` was `marked` by a process that is gone; False where that can't be known."""
-    if fcntl is None:
-        return False
-    try:
-        with open(folder / _MARK, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

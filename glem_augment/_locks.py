@@ -1,11 +1,12 @@
-"""Locks between processes that share memory, waiting for one that a killed process may have kept, and a folder of one's
-own."""
+"""Locks between processes that share memory, waiting for one that a killed process may have kept, a folder of one's
+own, and whether the process that made a folder is gone."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ except ImportError:  # Windows
 
 # Longer than this nobody holds a lock of ours: they are taken for copies and sums only.
 LOCK_SECONDS = 30.0
+# In a folder that a process works in, see `marked`.
+_MARK = ".glem-lock"
 
 
 def shared_lock(how: str) -> tuple[Any, bool]:
@@ -76,6 +79,38 @@ def alone_in(folder: Path) -> Iterator[None]:
             path.unlink()
             folder.rmdir()  # goes only where nothing came of it
         file.close()
+
+
+@contextlib.contextmanager
+def marked(folder: Path) -> Iterator[None]:
+    """Mark a new ``folder`` as in use, for `abandoned`; a kill ends that, and leaves the mark behind.
+
+    Where the system or the file system has no locks of files, there is no mark.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    path = folder / f"{_MARK}.{secrets.token_hex(4)}"
+    with open(path, "ab") as file:
+        # Locked before it has its name, under which nobody then finds it free. Flock: threads of one process keep each
+        # other out too, and children that outlive a killed process only put off that it is found.
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.replace(path, folder / _MARK)
+        yield
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether ``folder`` was `marked` by a process that is gone; False where that can't be known."""
+    if fcntl is None:
+        return False
+    try:
+        with open(folder / _MARK, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _lock_file(file: IO[bytes]) -> bool:

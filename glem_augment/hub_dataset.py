@@ -27,7 +27,7 @@ from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
 from glem_augment._export import check_space, naming
-from glem_augment._export_folder import abandoned, marked
+from glem_augment._locks import abandoned, marked
 from glem_augment._manifest import read_manifest
 from glem_augment._provenance import PROVENANCE, class_folders, licence_note, settings_of
 from glem_augment.errors import DataError
