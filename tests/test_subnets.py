@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import AffineCoupling, Bijection, MatExpCoupling, build_flow, create_flow
+from glem_augment.flows import (
+    AffineCoupling,
+    Bijection,
+    MatExpCoupling,
+    activations,
+    build_flow,
+    coupling,
+    create_flow,
+)
 from glem_augment.flows.activations import ACTIVATIONS, Activation
 from glem_augment.flows.coupling import bounded
 from glem_augment.flows.presets import check_spec, resolve_preset
@@ -107,7 +115,11 @@ def test_activation_equals_the_plain_function(activation: str) -> None:
 
 
 @pytest.mark.parametrize("owned", [False, True])
-def test_elu_without_gradients_equals_elu_to_float32_rounding(owned: bool) -> None:
+@pytest.mark.parametrize("mkl", [False, True])
+def test_elu_without_gradients_equals_elu_to_float32_rounding(
+    owned: bool, mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "mkl_is_fast", lambda: mkl)
     special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.8, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
     x = torch.cat([torch.linspace(-40, 40, 100_001), special])
     with torch.no_grad():
@@ -121,7 +133,11 @@ def test_elu_without_gradients_equals_elu_to_float32_rounding(owned: bool) -> No
 
 
 @pytest.mark.parametrize("bound", [0.7, 2.0])
-def test_the_log_scale_of_an_affine_coupling_is_a_bounded_tanh(bound: float) -> None:
+@pytest.mark.parametrize("mkl", [False, True])
+def test_the_log_scale_of_an_affine_coupling_is_a_bounded_tanh(
+    bound: float, mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coupling, "mkl_is_fast", lambda: mkl)
     raw = torch.linspace(-30, 30, 10_001, dtype=torch.float64, requires_grad=True)
     value, expected = bounded(raw, bound), bound * torch.tanh(raw / bound)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)

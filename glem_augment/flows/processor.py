@@ -1,0 +1,18 @@
+"""Which of torch's elementwise functions this processor computes fast."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def mkl_is_fast() -> bool:
+    """Whether torch's exp and tanh are at their best here: they are MKL's, which is made for Intel's processors.
+
+    There they take two thirds of exp2 and sigmoid, which torch has from elsewhere; on an AMD EPYC it is the other way
+    round (benchmarks/elementwise.py). Versions of torch that cannot name the processor count as the latter.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.backends.mkl.is_available() and str(capabilities.get("cpu_name")).startswith("Intel")
