@@ -19,7 +19,7 @@ and start.
 Every finished cell is stored at once, in augmentation_tuning.json or (final) augmentation.json, a list of rows; a rerun
 goes on with what is missing. See docs/augmentation.md.
 
-Data is looked for in $GLEM_DATA (fashion-mnist, cifar10, imagenette128), trained flows in --flows.
+Data is looked for in $GLEM_DATA (fashion-mnist, cifar10, imagenette128, mnist), trained flows in --flows.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Study:
             network.load_state_dict(load_file(file))
             return network.eval().requires_grad_(False)
         network, _ = train(
-            cell.classifier, (x, y), num_classes, [("cropflip", {})], lambda name: self.flow(name, cell), steps,
+            cell.classifier, (x, y), num_classes, [(setting.plain, {})], lambda name: self.flow(name, cell), steps,
             setting.batch, TUNING_SEED, self.args.precision == "bf16",
         )  # fmt: skip
         print(
@@ -235,6 +235,7 @@ def options() -> Any:
     )
     result.add_argument("--per-class", type=int, default=50, help="of --task: labelled images (%(default)s)")
     result.add_argument("--size", type=int, help="of --task: side of the classifier's images (the flow's)")
+    result.add_argument("--no-flip", action="store_true", help="of --task: mirror images are wrong, as of digits")
     result.add_argument("--smoke", action="store_true", help="half a minute on the bundled images")
     return result
 
@@ -249,7 +250,7 @@ def main() -> None:
         args.trials, args.best, args.tuning_seeds = 1, 1, 1
         args.opponents = ["none", "cropflip", "jitter", "mixup", "cutmix", "trivial", "erasing", "pixel-adversarial"]
     if args.task:
-        setting = own_task(args.task, args.per_class, args.size, args.flow or ["own"])
+        setting = own_task(args.task, args.per_class, args.size, args.flow or ["own"], flip=not args.no_flip)
         args.settings = [setting.name]
         args.out = args.out if args.out != RESULTS else Path("runs") / f"augmentation-{args.task.partition('=')[0]}"
     known = {**SETTINGS, "smoke": SMOKE}

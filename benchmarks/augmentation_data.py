@@ -25,6 +25,7 @@ PLACES = {
     "fashion-mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "test"),
     "cifar10": ("cifar10", None, "test"),
     "imagenette": ("imagenette128", None, "val"),
+    "mnist": ("mnist", None, "test"),
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }
 SHIPPED = tuple(PLACES)
@@ -193,9 +194,8 @@ class Flows:
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
         x, y = task.train
         data = ImageData.from_tensors(x, y, task.classes, name=setting.name)
-        config = TrainConfig(
-            **{**FLOW_SETTINGS, **OWN_SETTINGS, "epochs": max(1, OWN_IMAGES // len(y)), "m_rounds": 1, "modes_rank": 0}
-        )
+        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": ("flip", "crop") if setting.flip else ("crop",)}
+        config = TrainConfig(**{**settings, "epochs": max(1, OWN_IMAGES // len(y)), "m_rounds": 1, "modes_rank": 0})
         print(f"augmentation: training {out.name} on {len(y)} images", flush=True)
         _fit(data, config, out)
 

@@ -25,7 +25,7 @@ Component = tuple[str, dict[str, Any]]
 Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SYNTHETIC_POOL, POOL_RATIO = 200, 4  # images of a class, at most; to a training image
 # Pixel operations first, then what makes batches float, then what mixes labels.
-_ORDER = ("cropflip", "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
+_ORDER = ("cropflip", "crop", "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
 
 
 class RememberingGLEM(GLEM):
@@ -128,7 +128,7 @@ class Stack:
             x, y = change(rows, x, y, self.generator)
         for name in _ORDER:
             if name in self.then:
-                if name not in ("cropflip", "jitter", "trivial"):
+                if name not in ("cropflip", "crop", "jitter", "trivial"):
                     x = as_float(x)
                 x, y = self.then[name](x, y)
         return as_float(x), y
@@ -203,8 +203,9 @@ class Stack:
 
     def _pixel(self, name: str, params: dict[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         g = self.generator
-        if name == "cropflip":
-            return lambda x, y: (augment_batch(x, ("flip", "crop"), g), y)
+        if name in ("cropflip", "crop"):
+            steps = ("flip", "crop") if name == "cropflip" else ("crop",)
+            return lambda x, y: (augment_batch(x, steps, g), y)
         if name == "jitter":
             s = params["strength"]
             jitter = v2.ColorJitter(s, s, s, s / 4)

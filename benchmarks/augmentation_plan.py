@@ -12,7 +12,6 @@ from augmentation_settings import FINALISTS, METHODS, REUSE, TUNING_SEED, TUNING
 from augmentation_store import Store
 
 Component = tuple[str, dict[str, Any]]
-CROPFLIP: Component = ("cropflip", {})
 # Seconds for an image on one core, where nothing has been measured yet.
 _CLASSIFIER = {"cnn": 5e-4, "resnet": 1.3e-3}
 _DECODE = 3e-3
@@ -118,7 +117,7 @@ class Plan:
         counting = [flow for flow in self.available(setting) if flow in setting.proof]
         flows = [{"flow": flow} for flow in dict.fromkeys((*setting.proof[:1], *counting))]
         for name in (name for name in self.args.opponents if fits(name, setting)):
-            base = () if name in ("none", "cropflip") else (CROPFLIP,)
+            base = () if name in ("none", setting.plain) else ((setting.plain, {}),)
             where = ("singles", setting, classifier, "opponent", "none", name)
             trials = METHODS[name].trials[: self.args.trials]
             for flow in flows if METHODS[name].flow else [{}]:
@@ -126,12 +125,12 @@ class Plan:
         return result
 
     def pairs(self, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:
-        """The best single with each other method at its best; none where crop + flip alone is best."""
-        if best.method in ("none", "cropflip"):
+        """The best single with each other method at its best; none where that is crop + flip alone."""
+        if best.method in ("none", best.setting.plain):
             return []
         result = []
         for name in dict.fromkeys(cell.method for cell in singles):
-            if name in ("none", "cropflip", best.method):
+            if name in ("none", best.setting.plain, best.method):
                 continue
             own = self.leading([cell for cell in singles if cell.method == name], store)[0]
             where = ("pairs", best.setting, best.classifier, "opponent", "none")
@@ -174,8 +173,8 @@ class Plan:
             if leaks:
                 params = METHODS["distill"].trials[0]
                 result.append(Cell("final", setting, classifier, "teacher", "none", "distill", params, base, seed))
-            if base != (CROPFLIP,):
-                result.append(Cell("final", setting, classifier, "opponent", "none", "cropflip", {}, (), seed))
+            if base != ((setting.plain, {}),):
+                result.append(Cell("final", setting, classifier, "opponent", "none", setting.plain, {}, (), seed))
             result.append(Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, seed))
             for side, flow, cell in arms:
                 result.append(Cell("final", setting, classifier, side, flow, cell.method, cell.params, base, seed))
@@ -238,7 +237,7 @@ class Plan:
         singles = self.singles(setting, classifier)
         if "ours" not in known and "pairs" not in known:
             following += singles[: max(0, len(self.args.opponents) - 3)]
-        ours = self.ours(setting, classifier, (CROPFLIP,))
+        ours = self.ours(setting, classifier, ((setting.plain, {}),))
         if "ours" not in known:
             following += ours
         if "final" not in known:
@@ -252,6 +251,8 @@ def fits(method: str, setting: Setting) -> bool:
     """Whether a method makes sense in a setting."""
     if method == "natural":
         return setting.imbalance != 1.0
+    if method in ("cropflip", "crop"):
+        return method == setting.plain
     return method not in WHOLE_LATENT or setting.flow_size in (None, setting.size)
 
 

@@ -90,7 +90,7 @@ class Result:
         self.base = newest[-1]["base"] if newest else []
         self.arms: list[Arm] = []
         for row in own:
-            if row["method"] != "cropflip" and row["base"] != self.base:
+            if row["method"] not in ("cropflip", "crop") and row["base"] != self.base:
                 continue
             key = (row["side"], row["flow"], row["method"], row["params"])
             arm = next((a for a in self.arms if (a.side, a.flow, a.method, a.params) == key), None)
@@ -105,9 +105,9 @@ class Result:
 
     @property
     def plain(self) -> Arm | None:
-        """Crop + flip alone, also where that is the best opponent."""
-        found = next((arm for arm in self.arms if arm.method == "cropflip"), None)
-        return found or (self.opponent if [name for name, _ in self.base] == ["cropflip"] else None)
+        """Crop + flip (or crop) alone, also where that is the best opponent."""
+        found = next((arm for arm in self.arms if arm.method in ("cropflip", "crop")), None)
+        return found or (self.opponent if [name for name, _ in self.base] in (["cropflip"], ["crop"]) else None)
 
     def validation(self, arm: Arm) -> tuple[int, float]:
         """By what the arm was chosen: the mean over tuning seeds, after how many there were (earlier rows have one)."""

@@ -28,6 +28,7 @@ class Setting:
         proof: flows that are trained on (a) these labelled images alone ("own") or (b) other images, and adapted.
         leaking: flows that have seen the labels of the full training set; they go into a table of their own.
         steps: of training, per classifier.
+        flip: whether images may be mirrored; where not (digits), all stacks begin with the crop alone.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Setting:
     steps: dict[str, int] = field(default_factory=lambda: {"cnn": 500, "resnet": 600})
     batch: int = 64
     flow_size: int | None = None
+    flip: bool = True
+
+    @property
+    def plain(self) -> str:
+        """The method that is under all others but "none"."""
+        return "cropflip" if self.flip else "crop"
 
 
 def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
@@ -49,7 +56,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 # A variant: these have seen the other training images, without labels.
-UNLABELLED, CIFAR_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled"
+UNLABELLED, CIFAR_UNLABELLED, MNIST_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled", "mnist-unlabelled"
 GREY = "cifar10-grey28"
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
@@ -76,6 +83,7 @@ _SETTINGS = (
     Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), (), None, 100.0),
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
+    Setting("mnist-10", "mnist", 10, 28, 1, (MNIST_UNLABELLED, "fashion-mnist"), flip=False),
     Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
     Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
@@ -122,11 +130,12 @@ FLOWS: dict[str, FlowRecipe] = {
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
     "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
     "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
+    MNIST_UNLABELLED: FlowRecipe("mnist", 28, 1, 6, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
 # "own" sees so many images in all, whatever their number, shifted and flipped; it has few to overfit.
-OWN_IMAGES, OWN_SETTINGS = 40_000, {"augment": ("flip", "crop"), "val_fraction": 0.0, "beta": 0.1, "min_lr": 1e-4}
+OWN_IMAGES, OWN_SETTINGS = 40_000, {"val_fraction": 0.0, "beta": 0.1, "min_lr": 1e-4}
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------
@@ -152,9 +161,10 @@ def _each(name: str, *values: Any, **others: Any) -> tuple[dict[str, Any], ...]:
 
 
 METHODS: dict[str, Method] = {
-    # Opponents; all but "none" come after crop + flip.
+    # Opponents; all but "none" come after crop + flip, or, where images have no mirror image, after the crop alone.
     "none": Method("opponent", ({},)),
     "cropflip": Method("opponent", ({},)),
+    "crop": Method("opponent", ({},)),
     "natural": Method("opponent", ({},)),  # images of a long tail as often as they are there
     "jitter": Method("opponent", _each("strength", 0.2, 0.4, 0.8)),
     "mixup": Method("opponent", _each("alpha", 0.2, 0.5, 1.0)),

@@ -13,7 +13,7 @@ from glem_augment import GLEM, open_data
 from glem_augment.datafiles import has_splits
 
 
-def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> Setting:
+def own_task(text: str, per_class: int, size: int | None, flows: list[str], flip: bool = True) -> Setting:
     """Make a setting of ``NAME=SPEC`` and enter it where the others are.
 
     Args:
@@ -22,6 +22,7 @@ def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> S
         per_class: labelled images of a class. size: of the classifier's images, by default the first flow's.
         flows: that have not seen these images: anything that ``GLEM.from_pretrained`` takes, a name of ``FLOWS``, or
             "own" (trained on the labelled images alone). The first one gives the number of channels.
+        flip: whether images may be mirrored.
 
     Raises:
         SystemExit: no NAME or SPEC, a folder without splits, or too few images. GLEMError, OSError: images or a flow
@@ -53,7 +54,7 @@ def own_task(text: str, per_class: int, size: int | None, flows: list[str]) -> S
         raise SystemExit(
             f"augmentation: a flow of one's own takes sides divisible by 4, not {flow_size or side}: --size"
         )
-    setting = Setting(name, key, per_class, side, channels, tuple(flows), flow_size=flow_size, **more)
+    setting = Setting(name, key, per_class, side, channels, tuple(flows), flow_size=flow_size, flip=flip, **more)
     data = open_data(spec, "train", image_size=side, channels=channels, progress=False)
     check_enough(setting, torch.from_numpy(data.targets), data.classes)
     SETTINGS[name] = setting

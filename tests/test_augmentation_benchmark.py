@@ -224,10 +224,12 @@ def arguments(**changes) -> argparse.Namespace:
     return argparse.Namespace(**{**chosen, **changes})
 
 
-def measure(plan: planning.Plan, store: Store, value, rounds: int = 10) -> list[planning.Cell]:
+def measure(
+    plan: planning.Plan, store: Store, value, rounds: int = 10, setting: settings.Setting = CIFAR
+) -> list[planning.Cell]:
     """Fill ``store`` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
     for _ in range(rounds):
-        cells = plan.cells(CIFAR, "cnn", store)
+        cells = plan.cells(setting, "cnn", store)
         missing = [cell for cell in cells if not store.has(cell) and not plan.lacks(cell)]
         if not missing:
             return cells
@@ -293,6 +295,19 @@ def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_pat
         ("pairs", "erasing"),
     }
     assert len(again) == 2 * (1 + settings.FINALISTS * (1 + 3 * 2))
+
+
+def test_images_without_a_mirror_image_are_never_mirrored(tmp_path: Path, flow: GLEM) -> None:
+    digits = dataclasses.replace(settings.SETTINGS["fashion-10"], flip=False)
+    cells = measure(planning.Plan(arguments(), AllFlows()), Store(tmp_path), made_up, setting=digits)
+    assert all("cropflip" not in dict(cell.stack) for cell in cells)
+    assert all(cell.base[0][0] == "crop" for cell in cells if cell.base)
+    assert [c.method for c in cells if c.stage == "final" and c.seed == 0][:2] == ["crop", "opponent"]
+    stack = ops.Stack([("crop", {})], lambda name: flow, torch.nn.Identity(), 4, 2, 0)
+    left = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
+    left[:, :, 10:18, 6:10] = 255  # a bar that no crop by an eighth takes to the other half
+    moved = stack(torch.arange(64) % 4, left, torch.zeros(64, dtype=torch.int64))[0]
+    assert moved[..., 14:].sum() == 0 and len(moved.flatten(1).unique(dim=0)) > 8
 
 
 def test_a_lucky_first_seed_does_not_decide(tmp_path: Path) -> None:
@@ -396,6 +411,8 @@ def test_a_task_of_ones_own_is_a_setting_with_its_own_images_and_flow(
     assert adapted.classes == task.classes
     larger = tasks.own_task("larger=bundled:fashion-mnist", 10, 32, ["bundled:fashion-mnist"])
     assert (larger.size, larger.flow_size) == (32, 28)
+    digits = tasks.own_task("digits=bundled:fashion-mnist", 10, None, ["own"], flip=False)
+    assert setting.plain == "cropflip" and digits.plain == "crop"
     for bad, said in (
         ("mine", "NAME=SPEC"), ("mine=bundled:fashion-mnist", "already"), (f"other={tmp_path}", "train/ and test/"),
     ):  # fmt: skip
