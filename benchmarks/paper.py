@@ -115,7 +115,7 @@ def main() -> int:
     args = parser(__doc__)
     args.set_defaults(out=RESULTS / "paper")
     args.add_argument("tables", nargs="+", choices=[*_TABLES, "all", *_OTHERS], metavar="TABLE")
-    args.add_argument("--scale", choices=tuple(SCALES), default="cpu")
+    args.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how much is trained (%(default)s)")
     args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's; 1 for trust and --check)")
     args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
     args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")

@@ -29,7 +29,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, help="folder with train/ and val/ image folders")
+    parser.add_argument("--root", type=Path, help="folder with train/ and val/ image folders (default: bundled images)")
     parser.add_argument("--flow", default=BUNDLED)
     parser.add_argument("--where", default="chain", choices=("collate", "wrap", "chain"))
     parser.add_argument("--policy", default="noise", choices=("mixup", "noise", "adversarial"))
@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a quick run on the bundled images")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a quick run, with --size, --epochs and --workers of its own"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

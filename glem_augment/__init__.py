@@ -1,7 +1,7 @@
 """Synthetic-data augmentation for timm and torchvision from a class-conditional normalizing flow (GLEM).
 
-What is named here is imported when it is first used, and torch, torchvision and timm with it: ``glem --help`` and a
-settings script need not wait for them. So are the modules: ``glem_augment.training``, ``glem_augment.evaluation``,
+What is named here is imported when it is first used, and torch and torchvision with it: ``glem --help`` and a settings
+script need not wait for them. So are the modules: ``glem_augment.training``, ``glem_augment.evaluation``,
 ``glem_augment.tuning``, ``glem_augment.rfcm_fit``, ...
 """
 

@@ -23,7 +23,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
     if not overwrite and _present(folder) and read_manifest(folder / PROVENANCE) is None:
-        raise FileExistsError(f"{folder} is not empty: give another folder, or overwrite=True (--overwrite)")
+        raise FileExistsError(
+            f"{folder} is not empty and holds no export: give another folder, or move what is in it away"
+        )
 
 
 def check_imagefolder(dataset: SyntheticDataset, folder: Path, overwrite: bool) -> None:

@@ -44,7 +44,7 @@ def match_classes(
 
     Raises:
         ClassMismatchError: a class without a counterpart, or two with the same one; it lists both sides and
-            the fix.
+            the fix. Also for a ``class_map`` that names a class that is not there, or a string but "order".
         TypeError: another kind of ``class_map``.
     """
     flow = _Side(model_ids, model_names)

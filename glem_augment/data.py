@@ -302,7 +302,9 @@ def open_data(
               order;
             - a folder with MNIST-style idx files (``train-images-idx3-ubyte[.gz]``, ``t10k-...``);
             - what ``timm.data.create_dataset`` reads, as ``NAME@ROOT``: ``torch/cifar10@data``,
-              ``hfds/ylecun/mnist``, ``wds/@shards``, or a .tar file with one folder per class.
+              ``hfds/ylecun/mnist``, ``wds/@shards`` (extra ``wds``), or a .tar file with one folder per class. What
+              torch/ names is never downloaded; columns of other names than image and label follow a question mark:
+              ``hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label``.
         split: train, test, val, ...
         image_size: (H,W), or one number for both: images are resized (shorter side, bilinear with antialias)
             and cropped at the centre. None: the size that they share.

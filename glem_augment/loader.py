@@ -54,6 +54,7 @@ class AugmentedLoader:
             than the transform takes back.
         ClassMismatchError: for a transform without class_map and a data set that has the flow's classes, by name, in
             another order.
+        TypeError: for what can't be iterated; while iterating, for batches that are no (images, labels, ...).
     """
 
     def __init__(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from glem_augment import hub
+from glem_augment._arguments import check_number, check_whole
 from glem_augment._weights import check_round_trip, load_model
 from glem_augment.classmatch import match_classes
 from glem_augment.config import GLEMConfig
@@ -274,12 +275,17 @@ class GLEM(FlowModel):
 
         Args:
             y: int64 [B].
-            temperature: multiplies the standard deviation.
+            temperature: >= 0, multiplies the standard deviation.
             generator: CPU generator.
             source: "gaussian" (the learned class Gaussian) or "rfcm" (mean and covariance re-estimated from the
                 training latents; needs ``fit_modes``).
+
+        Raises:
+            ValueError: a negative temperature, another source, or "rfcm" without modes. ClassMismatchError: a label
+            that the model has no class for.
         """
         y = self._check_labels(y)
+        check_number("temperature", temperature, 0.0, math.inf)
         if source == "gaussian":
             return self.gaussians.sample(y, temperature, generator)
         if source == "rfcm":
@@ -336,17 +342,20 @@ class GLEM(FlowModel):
         Args:
             data: an ``ImageData`` (see ``open_data``), or a pair (images [N,C,H,W] uint8, labels int64 [N]).
             rank: k modes per class; what they leave over is kept as a variance per dimension.
-            max_per_class: use at most this many images of a class (the first ones).
+            max_per_class: use at most this many images of a class (the first ones), at least 1.
             class_map: how the data's classes map to the flow's, see ``match_classes``.
             seed: of the dequantisation noise.
 
         Raises:
             DataError: a class of the flow without at least two images, or images of another shape. TypeError: ``data``
-            is neither.
+            is neither. ValueError: rank or max_per_class below 1.
         """
         from glem_augment.adapt import class_latents
         from glem_augment.data import ImageData
 
+        check_whole("rank", rank, 1)
+        if max_per_class is not None:
+            check_whole("max_per_class", max_per_class, 1)
         if isinstance(data, tuple):
             data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
         if not isinstance(data, ImageData):

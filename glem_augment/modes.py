@@ -169,8 +169,14 @@ class ClassModes(nn.Module):
 
     @property
     def rank(self) -> int:
-        """k, the modes stored per class."""
+        """k, the modes stored per class; where a class has fewer, the others are zero."""
         return self.directions.shape[1]
+
+    @property
+    def fewest_and_most(self) -> tuple[int, int]:
+        """How many modes the classes have: those of any length, at most one less than there were images."""
+        present = (self.scales > 0).sum(1)
+        return int(present.min()), int(present.max())
 
     @property
     def dim(self) -> int:
@@ -253,7 +259,7 @@ class ClassModes(nn.Module):
         """Samples of the classes y from mean and full covariance (RFCM).
 
         Args:
-            y: int64 [B]; temperature: factor on the standard deviation; generator: on any device.
+            y: int64 [B]; temperature: factor on the standard deviation, >= 0; generator: on any device.
 
         Returns:
             z [B, d] float32 on the device of the modes.

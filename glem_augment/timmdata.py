@@ -114,7 +114,9 @@ def timm_source(
     except DataError:
         raise
     except (Exception, SystemExit) as error:
-        raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {error}") from error
+        # torchvision's advice is an option of its own.
+        why = str(error).replace("You can use download=True to download it", f"download it to {root!r} first")
+        raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {why}") from error
 
     return source or _streamed(dataset, spec, limit_bytes, shrink)
 

@@ -29,7 +29,8 @@ Make a flow that was trained on other images serve your classes. Every class get
 variances (shrunk towards those of all classes together, so that a class of one or two images is no problem) and its
 principal modes. The flow itself is not trained, so this takes one pass over the images: seconds to minutes. DIR then
 holds a model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow
-too. Images are resized to the flow's size, and converted to its channels. Prints a JSON summary.
+too. Images are resized to the flow's size, and converted to its channels. Prints a JSON summary; images_per_class and
+modes_per_class are those of the smallest and the largest class (n images have n - 1 modes at most).
 """
 EXAMPLES = """\
   glem adapt bundled:fashion-mnist photos/ --out runs/photos
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 "images": record["images"],
                 "images_per_class": record["images_per_class"],
                 "classes": adapted.classes,
-                "modes_per_class": adapted.config.modes_rank,
+                "modes_per_class": adapted.modes.fewest_and_most,
                 "psi": adapted.config.psi,
                 "psi_is_the_flows": adapted.config.psi == model.config.psi,
                 "seconds": round(time.monotonic() - began, 3),

@@ -61,10 +61,20 @@ def model_facts(name: str) -> dict[str, Any]:
             "num_classes": model.num_classes,
             "classes": model.classes,
             "class_ids": model.class_ids,
-            "modes_per_class": 0 if model.modes is None else model.modes.rank,
+            "modes_per_class": (0, 0) if model.modes is None else model.modes.fewest_and_most,
             "training": config.training,
         }
     )
+
+
+def _modes(fewest: int, most: int) -> str:
+    if most == 0:
+        return "none stored"
+    return f"{most} per class" if fewest == most else f"{fewest} to {most} per class, fewer where images were few"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -84,10 +94,10 @@ def _text(facts: dict[str, Any]) -> str:
             "parameters",
             f"{parameters['flow']:,} in the flow, {parameters['gaussians']:,} in the class Gaussians",
         ),
-        ("files", ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in files.items())),
+        ("files", ", ".join(f"{name} {_size(size)}" for name, size in files.items())),
         ("variances", "plain" if psi is None else f"psi(s) = {psi[0]:g} sigmoid({psi[1]:g} s) + {psi[2]:g}"),
         ("classes", f"{len(names)}: {', '.join(shown)}{', ...' if len(names) > 20 else ''}"),
-        ("modes", f"{facts['modes_per_class']} per class" if facts["modes_per_class"] else "none stored"),
+        ("modes", _modes(*facts["modes_per_class"])),
     ]
     training = dict(facts["training"])
     if training:
