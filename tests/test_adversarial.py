@@ -143,6 +143,12 @@ def test_strength_zero_and_dead_gradients_leave_the_start(model: GLEM) -> None:
         aug = GLEMAugment(model, p=1.0, policy="adversarial", modes=8, seed=0)
         aug.attach(network(), loss=lambda logits, _, f=factor: (logits * f).sum())
         assert torch.equal(aug(x, y)[0], noise)
+    steep = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with torch.no_grad():
+        steep[1].weight.zero_()[0, 0] = 1e38
+    aug = GLEMAugment(model, p=1.0, policy="adversarial", modes=8, seed=0)
+    aug.attach(steep, loss=lambda logits, _: 100 * logits[:, 0])  # infinite, and no NaN
+    assert torch.equal(aug(x, y)[0], noise)
 
 
 # ---- what must not change -----------------------------------------------------------------------------
@@ -291,6 +297,16 @@ def test_mixed_precision_is_the_classifiers_alone(model: GLEM, where: str) -> No
     # bf16 turns the direction by a few per cent, not more; the flow's own arithmetic must not be in it.
     moved, wanted = (out - x).flatten(1), (full - x).flatten(1)
     assert F.cosine_similarity(moved, wanted).min() > (0.9999 if where == "nowhere" else 0.97)
+
+
+def test_small_losses_keep_their_direction_in_float16(model: GLEM) -> None:
+    net, x, y = network(), images(8) / 255, labels(8)
+    moves = []
+    for dtype in (None, torch.float16):
+        aug = GLEMAugment(model, p=1.0, policy="adversarial", modes=8, seed=0)
+        aug.attach(net, loss=lambda logits, t: 1e-5 * F.cross_entropy(logits.float(), t), autocast=dtype)
+        moves.append((aug(x, y)[0] - x).flatten(1))
+    assert F.cosine_similarity(*moves).min() > 0.97
 
 
 def test_weights_in_half_precision_without_autocast(model: GLEM) -> None:

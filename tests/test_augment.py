@@ -575,6 +575,17 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
     assert posterior[~absent][:, [1, 3]].eq(0).all()
 
 
+def test_a_posterior_on_classes_that_the_data_lacks_leaves_the_label() -> None:
+    own = make_model()
+    with torch.no_grad():
+        own.gaussians.mu.fill_(9.0)
+        own.gaussians.mu[1] = 0.0
+    aug = GLEMAugment(own, p=1.0, policy="noise", labels="posterior", class_map=[0, None, 2, 3], seed=0)
+    x, y = images(4) / 255, torch.tensor([0, 2, 3, 0])
+    out, target = aug(x, y)
+    assert (out != x).flatten(1).any(1).all() and torch.equal(target, torch.eye(4)[y])
+
+
 def test_data_classes_that_share_a_flow_class_share_its_probability(model: GLEM) -> None:
     aug = GLEMAugment(model, p=1.0, policy="noise", labels="posterior", class_map=[0, 1, 2, 3, 3], seed=0)
     x = images(5) / 255
@@ -636,6 +647,21 @@ def test_grey_flow_moves_the_luminance_of_rgb() -> None:
     out, _ = GLEMAugment(own, p=1.0, policy="noise", strength=0.05, seed=0)(x, labels(6))
     change = out - x
     assert torch.allclose(change[:, 0], change[:, 1], atol=1e-6) and change.abs().max() > 1e-3
+
+
+def test_channels_are_weighed_as_pil_does_and_averaged_on_the_way_back() -> None:
+    settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "strength": 0.05, "seed": 0}
+    x, y, grey = images(6, 3, 8) / 255, labels(6), GLEMAugment(make_model((1, 8, 8)), partner="any", p=1.0, seed=0)
+    luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    params = grey.draw(x, y)
+    change = grey.apply(luma, y, params)[0] - luma
+    assert torch.allclose(grey.apply(x, y, params)[0], (x + change).clamp(0, 1), atol=1e-5)
+    coloured = GLEMAugment(make_model((3, 8, 8)), **settings)
+    x = images(6, 1, 8) / 255
+    params = coloured.draw(x, y)
+    three = x.expand(-1, 3, -1, -1)
+    change = (coloured.apply(three, y, params)[0] - three).mean(1, keepdim=True)
+    assert torch.allclose(coloured.apply(x, y, params)[0], x + change, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -917,3 +943,4 @@ def test_mixtures_of_two_classes_are_not_taken_for_smoothing() -> None:
     assert float(smoothing_floor(mixed)) == 0.0 and not is_pure(mixed).any()
     smoothed = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
     assert float(smoothing_floor(smoothed)) == pytest.approx(0.1) and is_pure(smoothed).all()
+    assert smoothing_floor(torch.tensor([[1.1, -0.1], [0.0, 1.0]])) == 0  # nobody smooths by less than nothing

@@ -674,6 +674,14 @@ def test_numbers_identify_only_without_names() -> None:
         match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["cat", "dog", "eel"])
 
 
+def test_numbered_ids_are_left_out_where_ids_and_names_are_compared_across() -> None:
+    numbers = ["0", "1"]
+    assert match_classes(numbers, ["cat", "dog"], ["dog", "cat"], ["Hund", "Katze"]).tolist() == [1, 0]
+    assert match_classes(["cat", "dog"], ["Katze", "Hund"], numbers, ["dog", "cat"]).tolist() == [1, 0]
+    with pytest.raises(ClassMismatchError, match="no counterpart"):  # a name may be a number too: "0" is no index here
+        match_classes(numbers, ["cat", "dog"], ["a", "b"], numbers)
+
+
 def test_class_map() -> None:
     flow, data = ["a", "b", "c"], ["x", "b"]
     assert match_classes(flow, flow, data, data, {"x": "c"}).tolist() == [2, 1]
@@ -682,6 +690,7 @@ def test_class_map() -> None:
         ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
         ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
         ({"x": "b"}, "to the same class of the flow, 'b'"),
+        ({"x": "a", "X": "c"}, "class_map maps the data's class 'x' twice"),
         ("order", "equally many classes: the data has 2, the flow 3"),
         ("alphabet", "None, 'order' or a mapping"),
     ):
@@ -730,3 +739,5 @@ def test_ambiguous_forms_do_not_match() -> None:
     assert match_classes(["C++", "C#"], ["C++", "C#"], ["C#"], ["C#"]).tolist() == [1]
     with pytest.raises(ClassMismatchError, match="same class"):
         match_classes(["cat", "dog"], ["cat", "dog"], ["cat", "Cat"], ["cat", "Cat"])
+    twice = ["T-shirt", "T shirt", "Dog"]  # either may be the flow's
+    assert match_classes(["tshirt", "dog"], ["tshirt", "dog"], twice, twice, partial=True).tolist() == [-1, -1, 1]

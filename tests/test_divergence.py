@@ -77,6 +77,8 @@ def test_the_guard_notices_losses_that_leave_for_good(bad: float) -> None:
 
 def test_the_guard_notices_a_run_that_never_learned() -> None:
     assert feed([6.0] * 5 + [8 * 1.05**i for i in range(200)]) is not None
+    # Steps that were skipped are no start to compare with.
+    assert feed([math.nan] * 5 + [100 - i / 10 for i in range(300)]) is None
 
 
 def test_the_guard_goes_on_where_its_state_was_saved() -> None:

@@ -127,6 +127,10 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match=f"other images.*{words}.*overwrite=True"):
             make(**options).export(folder, progress=False)
         assert files(folder) == before
+    manifest = folder / PROVENANCE
+    manifest.write_text(manifest.read_text().replace('"generator": "glem-augment ', '"generator": "glem-augment 0.'))
+    with pytest.raises(FileExistsError, match=r"generator glem-augment 0\.\S+ \(not glem-augment"):
+        make().export(folder, progress=False)
     # Only asked for, and then nothing of the other is left.
     fresh = files(make(per_class=5, seed=2).export(tmp_path / "fresh", progress=False))
     assert files(make(per_class=5, seed=2).export(folder, progress=False, overwrite=True)) == fresh
@@ -306,6 +310,26 @@ def test_both_formats_state_the_licence(tmp_path: Path, format: str) -> None:  #
         assert (folder / "data").is_dir() == (format == "webdataset")
     with pytest.raises(FileExistsError, match="overwrite"):
         make(per_class=2).export(tmp_path / "a", format, progress=False)
+
+
+def test_a_repaired_export_keeps_the_licence_that_was_stated(tmp_path: Path) -> None:
+    folder, before = make().export(tmp_path, progress=False, license="mit"), "mit"
+    for licence in (None, "cc0-1.0", None):
+        (folder / "Bag" / "000003.png").unlink()
+        make().export(folder, progress=False, license=licence)
+        stated = json.loads((folder / PROVENANCE).read_text())["license"]
+        assert stated == (licence or before)
+        before = stated
+
+
+def test_a_journal_that_the_disk_cuts_short_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr("glem_augment._manifest.os.write", lambda file, data: write(file, data[:-1]))
+    with pytest.raises(OSError, match=f"cannot write .*{JOURNAL}: the disk is full"):
+        make().export(tmp_path, progress=False)
+    monkeypatch.undo()
+    make().export(tmp_path, progress=False)
+    assert files(tmp_path) == files(make().export(tmp_path / "fresh", progress=False))
 
 
 def test_shards_that_could_not_take_the_folders_place_are_not_drawn(

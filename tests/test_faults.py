@@ -338,6 +338,18 @@ def test_without_the_newest_two_a_run_goes_on_from_the_end_of_an_epoch(tmp_path:
     assert type(caught.value).__name__ == "TrainingError"
 
 
+def test_only_files_that_a_kill_left_are_cleared_away(tmp_path: Path) -> None:
+    left = [".checkpoint.safetensors.1-0abc.tmp", ".checkpoint.good.safetensors.12-0abc.tmp", ".metrics.jsonl.9-ab.tmp"]
+    left += ["samples/.epoch_0001.png.12-0abc.tmp"]
+    others = [".notes.txt.12-0abc.tmp", "checkpoint.safetensors.12-0abc.tmp", ".model.tmp", "samples/.mine.12-0abc.tmp"]
+    (tmp_path / "samples").mkdir()
+    for name in [*left, *others]:
+        (tmp_path / name).write_bytes(b"half")
+    Checkpoints(tmp_path).clean()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == set(others)
+
+
 def test_the_command_says_once_that_a_checkpoint_is_damaged(images: Path, tmp_path: Path) -> None:
     out, notes = tmp_path / "run", tmp_path / "notes"
     short = ("--epochs", "1", "--refit-steps", "0")

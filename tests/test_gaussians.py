@@ -128,6 +128,9 @@ def test_set_variance_hits_what_is_allowed_and_clamps_the_rest(psi) -> None:
     gaussians.set_variance(torch.tensor([1e-9, 0.2, 1e9, 0.3]), slice(1, 2))
     row = gaussians.variance().detach()[1]
     assert low <= row[0] and row[2] <= high and row.isfinite().all()
+    if psi:  # a hundredth from either end, where s does not run off
+        ends = torch.tensor([low + 0.01 * (high - low), high - 0.01 * (high - low)])
+        torch.testing.assert_close(row[[0, 2]], ends, rtol=1e-4, atol=0)
     torch.testing.assert_close(gaussians.variance().detach()[[0, 2]], wanted[[0, 2]], rtol=1e-4, atol=0)
 
 
@@ -320,6 +323,21 @@ def test_cached_density_terms_follow_changes_in_place() -> None:
     optimizer.step()
     gaussians.requires_grad_(False)
     check()
+
+
+def test_a_fused_step_that_moves_one_class_among_many_is_noticed() -> None:
+    gaussians, z = random_gaussians(5000, 2).requires_grad_(True), torch.zeros(1, 2, dtype=torch.float64)
+    optimizer = torch.optim.SGD(gaussians.parameters(), lr=1.0, fused=True)  # leaves the versions as they were
+    with torch.no_grad():
+        before = gaussians.log_prob(z)
+    for row in (1, 2222, 4999):
+        gaussians.mu.grad = torch.zeros_like(gaussians.mu)
+        gaussians.mu.grad[row] = 1.0
+        optimizer.step()
+        with torch.no_grad():
+            after = gaussians.log_prob(z)
+        assert (after != before).nonzero().tolist() == [[0, row]]
+        before = after
 
 
 def test_terms_of_trainable_parameters_are_kept_where_no_gradient_is_wanted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -276,13 +277,16 @@ def test_an_update_that_fails_leaves_the_model_that_is_there(
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("mode", ["corrupt", "short"])
 def test_a_damaged_download_is_never_loaded(pushed: tuple[HubServer, GLEM, str], file: str, mode: str) -> None:
-    server, model, _ = pushed
+    server, model, commit = pushed
     pattern = "GET /objects/" if file == WEIGHTS else f"GET .*{CONFIG}"
     with server.faulty(Fault(pattern, mode=mode)):
         text = refused("revision", file if mode == "corrupt" else "cut off")
     assert mode == "short" or "checksum" in text
     # Nothing of it is left for anybody, this library or another.
     assert not list(Path(constants.HF_HUB_CACHE).rglob(file))
+    whole = {blob.data for blob in server.repo("org/flow").commits[commit].values()}
+    blobs = [path for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*") if path.suffix != ".incomplete"]
+    assert {path.read_bytes() for path in blobs} <= whole
     assert same(GLEM.from_pretrained("org/flow"), model)
 
 
@@ -313,6 +317,20 @@ def test_a_file_damaged_in_the_cache(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert same(GLEM.from_pretrained(name), model) and path.read_bytes() == whole
     assert "downloading it again" in caplog.text
+
+
+def test_a_file_that_is_no_link_is_compared_with_what_the_hub_states(pushed: tuple[HubServer, GLEM, str]) -> None:
+    """As in the cache of a system without symbolic links, whose files do not have a checksum for a name."""
+    server, model, commit = pushed
+    path = hub.locate(f"org/flow@{commit}") / WEIGHTS
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    server.requests.clear()
+    with contextlib.suppress(HubError):  # clients that do not replace what is no link need it removed first
+        assert same(GLEM.from_pretrained(f"org/flow@{commit}"), model)
+    assert any(target.startswith("/objects/") for _, target, _ in server.requests)
+    assert same(GLEM.from_pretrained(f"org/flow@{commit}"), model) and path.read_bytes() == whole
 
 
 # ---- what the Hub answers ----------------------------------------------------------------------------------------
@@ -835,8 +853,11 @@ def test_a_data_set_is_pushed_as_an_image_folder(pushed: tuple[HubServer, GLEM, 
     card = huggingface_hub.DatasetCard(files["README.md"].decode())
     assert {"synthetic", "glem-augment"} <= set(card.data.tags) and card.data.license == "mit"
     assert "These images are synthetic" in card.text and commit in card.text
-    # Fewer images than before: the others go.
-    assert len(push_images(SyntheticDataset(model, per_class=1), server)) == len(files) - 6
+    # Fewer images than before: the others go, and what is not the export's stays.
+    mine = {"data-notes/a.txt": b"mine", "database.txt": b"mine"}
+    server.put("org/images", mine, "dataset")
+    now = push_images(SyntheticDataset(model, per_class=1), server)
+    assert len(now) == len(files) - 6 + len(mine) and mine.items() <= now.items()
 
 
 def test_an_export_asks_the_hub_for_nothing(pushed: tuple[HubServer, GLEM, str], tmp_path: Path) -> None:

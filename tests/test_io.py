@@ -73,6 +73,21 @@ def test_full_disk_as_the_system_reports_it(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="folders can't be synced")
+def test_the_rename_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, real = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("folder" if folder else "file", sorted(os.listdir(tmp_path)) == ["a.bin"]))
+        real(descriptor)
+
+    monkeypatch.setattr(glem_io.os, "fsync", fsync)
+    with atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"abc")
+    assert synced == [("file", False), ("folder", True)]  # the file before it has its name, the folder after
+
+
 def test_permission_error_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(source: object, target: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -129,8 +129,8 @@ def test_near_pools_a_class_with_its_closest() -> None:
     modes = fit_class_modes(lambda y: latents[y], 4, rank=16, dim=16)
     line = torch.tensor([0.0, 1.0, 3.0, 10.0])
     kld = (line[:, None] - line).square()
-    kld[0, 1] += 3.0  # one-sided: the symmetrised value still has class 1 closest to class 0
-    assert nearest_classes(kld, 2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    kld[0, 1] += 9.0  # one-sided: the symmetrised value still has class 1 closest to class 0, but not 0 to 1
+    assert nearest_classes(kld, 2).tolist() == [[1, 2], [2, 0], [1, 0], [2, 1]]
     directions, scales = modes.near(kld, neighbours=1)
     pooled = ((5 - 1) * torch.cov(latents[0].T) + 39 * torch.cov(latents[1].T)) / 43
     got = directions[0].double().T @ torch.diag(scales[0].double() ** 2) @ directions[0].double()

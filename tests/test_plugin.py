@@ -136,6 +136,7 @@ def test_labels_keep_their_form_when_switched_off(model: GLEM) -> None:
 
 def test_moves_that_do_not_take_place_are_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
     list(make(model, policy="noise").wrap(loader(200)))
+    list(make(model, policy="noise", class_map=[0, 1, None]).wrap(loader(60)))  # too few to say
     wrapped = make(model, policy="noise", class_map=[0, 1, None]).wrap(loader(400))
     for _ in range(2):
         list(wrapped)
@@ -537,8 +538,11 @@ def test_collate_bases(model: GLEM) -> None:
     collate = make(model).collate_fn(mixup)
     x, y = collate(samples)
     assert x.dtype == torch.uint8 and y.shape == (4, 3)
+    worker = copy.copy(collate)  # as a running worker has it: only the switch itself is shared
+    worker.base = copy.copy(mixup)
     collate.mixup_enabled = False
-    assert not mixup.mixup_enabled
+    assert not mixup.mixup_enabled and worker.base.mixup_enabled
+    assert torch.equal(worker(samples)[0], images(4))
     out = make(model).collate_fn(default_collate)(
         [(i / 255, int(y)) for i, y in zip(images(4), labels(4), strict=True)]
     )
@@ -555,6 +559,8 @@ def test_bad_samples(model: GLEM) -> None:
         collate([images(1)[0]])
     with pytest.raises(TypeError, match="collate function"):
         make(model).collate_fn("default")  # type: ignore[arg-type]
+    with pytest.raises((TypeError, ValueError), match="label"):  # not cut to whole numbers
+        collate([(image, torch.tensor(1.7)) for image in images(4)])
     with pytest.raises(TypeError, match="base must give"):
         make(model).collate_fn(lambda batch: {"x": 1})([(images(1)[0], 0)])
 
@@ -595,6 +601,14 @@ def test_two_arguments_with_a_tv_tensor(model: GLEM) -> None:
     x, y = tv_tensors.Image(images(4)), labels(4)
     out, target = make(model)(x, y)
     assert isinstance(out, tv_tensors.Image) and out.dtype == torch.uint8 and target is y
+
+
+def test_which_key_holds_the_labels(model: GLEM) -> None:
+    keys = ["my_labels", "target", "Targets", "label", "LABELS"]  # from the last choice to the first
+    for n in range(1, len(keys) + 1):
+        sample = {"image": tv_tensors.Image(images(4)), **{key: labels(4).clone() for key in keys[:n]}}
+        out = make(model, partner="any")(sample)
+        assert [key for key in keys[:n] if out[key].ndim == 2] == [keys[n - 1]]
 
 
 def test_a_labels_getter(model: GLEM) -> None:

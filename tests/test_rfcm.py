@@ -127,6 +127,11 @@ def test_oas_matches_its_formula_and_falls_with_the_number_of_images() -> None:
     expected = ((1 - 2 / p) * t2 + t * t) / ((n + 1 - 2 / p) * (t2 - t * t / p))
     assert intensity(few) == pytest.approx(min(1.0, expected), rel=1e-9)
     assert intensity(many) < 0.01 < intensity(few)
+    cut = CovarianceStream(1, 20)
+    cut.add_class(0, many)
+    thin = cut.take(0).truncated(4)
+    dense = thin.factor.T @ thin.factor + torch.diag(thin.rest)
+    assert thin.rest.min() > 0 and thin.trace_of_square() == pytest.approx(float((dense @ dense).trace()), rel=1e-9)
 
 
 def test_truncation_keeps_every_variance() -> None:
@@ -207,7 +212,7 @@ def test_shrinkage_of_one_dimension_stays_a_share() -> None:
 
 
 def test_bounded_streaming_keeps_variances_exactly_and_strong_modes_nearly() -> None:
-    z = make_latents([400], 40)[0]
+    z = make_latents([409], 40)[0]  # the last 4 still wait at the end
     stream = CovarianceStream(1, 40, max_rows=12)
     for part in z.split(9):
         stream.add(part, torch.zeros(len(part), dtype=torch.int64))
@@ -245,6 +250,15 @@ def test_storage_is_compact_and_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(again.log_prob(latents[0]), half.log_prob(latents[0]))
     with pytest.raises(ModelFileError, match="belongs to the weights abc"):
         ThinCovariances.load(tmp_path, weights="other")
+    for name in ("mean", "diagonal", "row_scales"):
+        spoilt = fit_covariances(lambda y: latents[y], 2, 200)
+        values = getattr(spoilt, name)
+        values[1][3] = torch.nan
+        spoilt.save(tmp_path)
+        with pytest.raises(ModelFileError, match="not finite"):
+            ThinCovariances.load(tmp_path)
+        with pytest.raises(ModelFileError, match=r"belongs to the weights \?"):  # nobody said whose they are
+            ThinCovariances.load(tmp_path, weights="abc")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ModelFileError, match="can't be read"):
         ThinCovariances.load(tmp_path)

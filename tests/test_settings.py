@@ -72,6 +72,8 @@ def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: 
     for i, a in enumerate(streams):
         assert len(a.unique()) == 16 and all(not torch.isin(a, b).any() for b in streams[:i])
     assert torch.equal(draws(1, None, {"seed": 5, "calls": 2})[:8], streams[3][8:])
+    signs = [torch.rand(4, generator=RandomState(seed).generator()) for seed in (5, -5)]
+    assert not torch.isin(*signs).any()
 
 
 def test_the_rank_travels_with_a_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +137,7 @@ def test_the_bank_keeps_the_last_latents_of_each_class() -> None:
     assert held(0) == {2.0, 4.0} and held(1) == set() and held(2) == {3.0}
     bank.add(torch.tensor([[6.0]]), torch.tensor([0]))
     assert held(0) == {4.0, 6.0}
+    assert bank.pick(torch.tensor([0, 1, 2, -1]), torch.rand(4))[1].tolist() == [True, False, True, False]
     counts = torch.bincount((bank.pick(torch.zeros(1000).long(), torch.rand(1000))[0][:, 0] == 6).long())
     assert 400 < counts[1] < 600
 
@@ -253,6 +256,24 @@ def test_rescaling_is_exact_for_two_classes_and_changes_no_label(model: GLEM) ->
     assert torch.equal(target, plain.apply(x, y, params)[1])
 
 
+def test_rescaling_takes_a_drawn_partners_deviation_from_the_mean_of_its_own_law() -> None:
+    """Class Gaussians need not have the means of the images, from which the modes were fitted."""
+    exact = GLEM.create("identity", (1, 8, 8), classes=CLASSES)
+    exact.fit_modes((images(320), labels(320)), rank=64)
+    with torch.no_grad():
+        exact.gaussians.mu.copy_(0.05 + 0.01 * torch.arange(4.0)[:, None].expand_as(exact.gaussians.mu))
+    exact = exact.double().eval().requires_grad_(False)
+    x, y = images(4).double() / 255, labels(4)
+    aug = GLEMAugment(exact, p=1.0, partner="gaussian", modes=64, rescale=True, seed=0)
+    params = aug.draw(x, y)
+    z, own, drawn = exact.encode(x)[0], exact.modes.mean[y], exact.gaussians.mu[y]
+    partner = drawn + exact.gaussians.variance()[y].sqrt() * params.eps
+    l = params.l[:, None].double()  # noqa: E741
+    deviation = l * (z - own) + (1 - l) * (partner - drawn)
+    expected = exact.decode(l * own + (1 - l) * drawn + deviation / (l**2 + (1 - l) ** 2).sqrt())
+    assert torch.allclose(aug.apply(x, y, params)[0], expected, atol=1e-6)
+
+
 # ---- tuning -------------------------------------------------------------------------------------------
 
 
@@ -314,6 +335,31 @@ def test_choose_strength_judges_what_was_moved(model: GLEM) -> None:
     with pytest.warns(UserWarning, match="were not plausible"):
         report = choose_strength(never, Nearest(), [(x, half)], strengths=(50.0,), max_drop=0.5)
     assert report.accuracy == report.rows[0].kept_right == 0.5 and report.strength == 50.0
+
+
+def test_a_strength_beyond_one_that_is_too_strong_is_not_chosen(model: GLEM) -> None:
+    x, y = images(8) / 255, labels(8)
+    answers = iter([True, True, True, False, True])  # as the images are, and then moved at each strength
+
+    class Scripted(nn.Module):
+        def forward(self, batch: Tensor) -> Tensor:
+            return F.one_hot(y if next(answers) else (y + 1) % 4, 4).float()
+
+    report = choose_strength(GLEMAugment(model, policy="noise"), Scripted(), [(x, y)], (0.5, 0.1, 0.2, 0.05))
+    assert [row.accuracy for row in report.rows] == [1.0, 1.0, 0.0, 1.0] and report.strength == 0.1
+
+
+def test_changes_of_normalised_images_are_in_steps_of_uint8(model: GLEM) -> None:
+    x, y = images(16) / 255, labels(16)
+    plain = GLEMAugment(model, policy="noise", seed=0)
+    normalised = GLEMAugment(model, policy="noise", seed=0, mean=0.4, std=0.2)
+    (a,), (b,) = (
+        choose_strength(aug, ByBrightness(), [(batch, y)], (0.1,), max_drop=1.0).rows
+        for aug, batch in ((plain, x), (normalised, (x - 0.4) / 0.2))
+    )
+    moved = GLEMAugment(model, p=1.0, policy="noise", strength=0.1, seed=0)(x, y)[0]
+    assert a.change == pytest.approx(float((moved - x).abs().mean()) * 255, rel=1e-4)
+    assert b.change == pytest.approx(a.change, rel=1e-3)
 
 
 def test_choose_strength_arguments(model: GLEM) -> None:

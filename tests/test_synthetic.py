@@ -352,12 +352,49 @@ def test_a_failed_decode_frees_its_block(model: GLEM, monkeypatch: pytest.Monkey
     assert time.monotonic() - began < 5
 
 
+def test_at_most_one_block_is_decoded_ahead_and_given_once(model: GLEM) -> None:
+    decoder = SyntheticDataset(model, per_class=12, block=4)._decoder
+    expected = decoder.decode(0, 2).images
+    decoder.decode_ahead(0, 1)
+    decoder.decode_ahead(0, 2)
+    started = decoder._ahead[0, 2]
+    decoder.decode_ahead(0, 2)
+    assert decoder._ahead == {(0, 2): started}
+    assert decoder.decode(0, 2).images is started.images and torch.equal(started.images, expected)
+    assert not decoder._ahead
+
+
 def test_a_lock_held_by_a_dead_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_locks, "LOCK_SECONDS", 0.01)
     store = make_store()
     store._lock.acquire()
     with pytest.raises(RuntimeError, match="make the data set again"):
         store.whole(0)
+
+
+def test_an_error_inside_gives_the_lock_back() -> None:
+    lock, _ = _locks.shared_lock("fork")
+    with pytest.raises(ZeroDivisionError), _locks.locked(lock, "it is", "wait"):
+        1 / 0  # noqa: B018
+    assert lock.acquire(timeout=0)
+
+
+@pytest.mark.skipif(_locks.fcntl is None, reason="no locks of files")
+def test_a_lock_file_that_its_last_owner_has_just_removed_is_locked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, locked = _locks._lock_file, []
+
+    def late(file: Any) -> bool:
+        if not locked:
+            (tmp_path / "run" / ".lock").unlink()
+        locked.append(real(file))
+        return locked[-1]
+
+    monkeypatch.setattr(_locks, "_lock_file", late)
+    with _locks.alone_in(tmp_path / "run"):
+        assert locked == [True, True] and (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 from glem_augment import GLEM, ClassMismatchError, DataError, ImageData, SyntheticDataset
 from glem_augment._epochs import STARTS, Epochs
 from glem_augment._rejection import Rejection
+from glem_augment._sources import RealLatents
 from glem_augment.balance import class_counts, flow_targets, targets_and_classes
 from glem_augment.mixing import RealAndSynthetic
 from glem_augment.stream import SyntheticStream
@@ -157,6 +158,21 @@ def test_labels_that_are_no_whole_numbers_are_refused(model: GLEM) -> None:
         SyntheticDataset(model, per_class="balance", real=named)
 
 
+def test_a_key_is_a_name_before_it_is_an_id() -> None:
+    crossed = GLEM.create("identity", (3, 8, 8), classes=["ant", "bee", "n3"], class_ids=["bee", "n1", "ant"])
+    assert class_counts(crossed, {"bee": 4}) == [0, 4, 0]
+    assert class_counts(crossed, {"n1": 2, "ant": 1, "n3": 5}) == [1, 2, 5]
+
+
+def test_ids_and_first_names_of_torchvisions_imagenet(model: GLEM) -> None:
+    synonyms = [("tench", "Tinca tinca"), ("goldfish", "Carassius auratus")]
+    real = SimpleNamespace(targets=[1, 0, 1], classes=synonyms, wnids=["n01440764", "n01443537"])
+    targets, names = targets_and_classes(real)
+    assert targets.tolist() == [1, 0, 1] and names == (["n01440764", "n01443537"], ["tench", "goldfish"])
+    real.wnids = ["n01440764"]
+    assert targets_and_classes(real)[1] == (["tench", "goldfish"], ["tench", "goldfish"])
+
+
 def test_a_class_that_the_flow_lacks_says_what_helps(model: GLEM, tail: ImageData) -> None:
     y = np.where(tail.targets == 2, 3, tail.targets)
     more = tail.with_targets(y, ["bird", "cat", "dog", "zebra"])
@@ -189,7 +205,7 @@ def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail:
         targets = [(m - members[nearest]) @ v.T for j, m in enumerate(members) if j != nearest]
         shares = [float(moved @ t / (t @ t)) for t in targets]
         best = min(range(len(targets)), key=lambda j: float((moved - shares[j] * targets[j]).norm()))
-        assert (moved - shares[best] * targets[best]).norm() < 1e-4 and 0 <= shares[best] <= 0.5 + 1e-5
+        assert (moved - shares[best] * targets[best]).norm() < 1e-4 and 1e-4 < shares[best] <= 0.5 + 1e-5
     order = torch.randperm(18).tolist()
     assert torch.equal(data.latents(order), z[order])
     again = SyntheticDataset(model, per_class=6, source="mixup", real=tail, modes=8, seed=1, block=5)
@@ -207,6 +223,13 @@ def test_mixup_encodes_the_real_images_once(model: GLEM, tail: ImageData, monkey
     one = (pixels(3), torch.tensor([0, 1, 2]))  # a class of one image gives that image
     alone = SyntheticDataset(model, per_class=2, source="mixup", real=one, modes=4)
     assert torch.equal(alone.images([0, 3]), one[0][[0, 1]])
+
+
+def test_the_hash_of_real_latents_tells_labels_apart(model: GLEM) -> None:
+    x = pixels(6)
+    labels = ([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 2])  # the same images in the same order
+    first, other, again = (RealLatents(model, ImageData.from_tensors(x, y, NAMES)).sha256 for y in labels)
+    assert first == again != other
 
 
 def test_mixup_needs_images(model: GLEM, tail: ImageData) -> None:
@@ -261,6 +284,7 @@ def test_what_never_passes_is_the_best_and_is_told(model: GLEM) -> None:
     data.images(range(24))
     total = data.acceptance()["total"]
     assert total["failed"] > 12 and total["candidates"] <= 72
+    assert total["rate"] == pytest.approx((24 - total["failed"]) / total["candidates"])
     once = SyntheticDataset(model, min_confidence=1.0, max_attempts=1, **settings)
     y = torch.tensor(data.targets)[:, None]
     three, one = (model.posterior_from_latents(d.latents(range(24))).gather(1, y) for d in (data, once))
@@ -336,6 +360,23 @@ def test_a_nan_of_an_oracle_counts_for_its_own_image_only(model: GLEM, dtype: to
     for name, p in (("dog", 0.3007), ("bird", 0.3986)):
         row = data.acceptance()["classes"][name]
         assert row["failed"] == 1 and row["confidence"] == pytest.approx(7 * p / 8, abs=2e-3)
+
+
+def test_an_image_that_is_not_finite_is_not_accepted(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = GLEM.decode
+
+    def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
+        x = decode(self, z, clamp)
+        x[1, 0, 0] = torch.nan  # the oracle is shown grey there
+        return x
+
+    monkeypatch.setattr(GLEM, "decode", broken)
+    sure = torch.tensor([1.0, 0.0, 0.0])
+    settings: dict[str, Any] = {"per_class": [8, 0, 0], "min_confidence": 0.5, "max_attempts": 1}
+    data = SyntheticDataset(model, oracle=lambda x: sure.expand(len(x), 3), **settings)
+    data.images(range(8))
+    total = data.acceptance()["total"]
+    assert total["failed"] == 1 and total["confidence"] == 7 / 8
 
 
 def test_bad_rejection(model: GLEM) -> None:
@@ -488,6 +529,7 @@ def test_a_class_map_by_keys(model: GLEM, tail: ImageData) -> None:
         ({"dog": 1, 1: 2, "cow": 0}, "class_map names 'cow'; the flow has dog, cat, bird"),
         ({"dog": 1, 0: 2, 1: 0, 2: 0}, "'dog' twice"),
         ([99] * 3, "class_map for 'dog' is 99; the real data has labels from 0 to 2"),
+        ([0, 1, 3], "class_map for 'bird' is 3; the real data has labels from 0 to 2"),
         ({0: 0, 1: -2, 2: 0}, "class_map for 'cat' is -2"),
         ([None] * 3, "no class for the synthetic bird, cat, dog: give class_map a label"),
     ):
@@ -521,6 +563,14 @@ def test_a_stream_gives_new_images_every_epoch_the_same_for_any_number_of_worker
     assert again.epoch == 2 and as_rows(again) == alone[2] and len(again) == 50
     assert as_rows(SyntheticStream(model, length=20, block=8, seed=2)) <= alone[0]
     assert not as_rows(SyntheticStream(model, length=50, block=8, seed=3)) & alone[0]
+
+
+def test_every_epoch_of_a_stream_has_classes_in_an_order_of_its_own(model: GLEM) -> None:
+    stream = SyntheticStream(model, length=40, block=40)
+    orders = [tuple(label for _, label in stream) for _ in range(3)]
+    assert len(set(orders)) == 3
+    stream.set_epoch(1)
+    assert tuple(label for _, label in stream) == orders[1]
 
 
 def test_a_long_epoch_of_small_blocks_does_not_run_into_the_next(model: GLEM) -> None:
@@ -656,6 +706,15 @@ def test_a_stream_reports_what_rejection_did(model: GLEM, workers: int) -> None:
     assert 0 <= report["total"]["failed"] <= 32 and 0 < report["total"]["confidence"] <= 1
     with pytest.raises(ValueError, match="min_confidence"):
         SyntheticStream(model, length=8).acceptance()
+    p = torch.tensor([0.125, 0.25, 0.625])
+    judged = SyntheticStream(
+        model, length=32, block=8, min_confidence=0.5, max_attempts=2, oracle=lambda x: p.expand(len(x), 3)
+    )
+    list(DataLoader(judged, batch_size=None, num_workers=workers))
+    for name, confidence in zip(NAMES, p.tolist(), strict=True):
+        row, low = judged.acceptance()["classes"][name], confidence < 0.5
+        assert row["items"] > 0 and row["confidence"] == pytest.approx(confidence)
+        assert row["failed"] == low * row["items"] and row["candidates"] == (1 + low) * row["items"]
 
 
 def test_weights_transforms_rejection_and_no_end(model: GLEM, tail: ImageData) -> None:

@@ -27,7 +27,14 @@ from glem_augment.hub import weights_sha256
 from glem_augment.training import TrainConfig, Trainer, statefile
 from glem_augment.training import run as run_module
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, check_same_run, load_checkpoint
+from glem_augment.training.checkpoint import (
+    GOOD,
+    NEWEST,
+    PREVIOUS,
+    check_same_run,
+    data_fingerprint,
+    load_checkpoint,
+)
 from glem_augment.training.image_ops import augment_batch
 from glem_augment.training.interrupt import TimeUpError
 from glem_augment.training.mstep import (
@@ -156,6 +163,20 @@ def test_absent_classes_do_not_count() -> None:
     torch.testing.assert_close(statistics.balanced_nll(gaussians), balanced(gaussians, z, y))
     statistics.balanced_nll(gaussians).backward()
     assert gaussians.mu.grad[1].abs().max() == 0 and gaussians.mu.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mu", [True, False])
+def test_the_most_likely_variance_is_about_the_mean_that_stays(mu: bool) -> None:
+    gaussians, z, y, statistics = unbalanced()
+    free = ClassGaussians(*gaussians.mu.shape, psi=None).double()
+    with torch.no_grad():
+        free.mu.copy_(gaussians.mu)
+    statistics.most_likely(free, mu=mu)
+    for k in y.unique().tolist():
+        own = z[y == k]
+        mean = own.mean(0) if mu else gaussians.mu[k]
+        torch.testing.assert_close(free.mu[k], mean.detach())
+        torch.testing.assert_close(free.variance()[k], (own - mean).square().mean(0).clamp_min(0.03).detach())
 
 
 def brute_force(
@@ -642,6 +663,15 @@ def test_every_round_of_m_steps_takes_place(tmp_path: Path, m_rounds: int) -> No
     assert trainer.m_done == 2 * m_rounds == trainer.m_total
 
 
+def test_the_loss_of_an_epoch_is_the_mean_of_its_own_steps(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", modes_rank=0)
+    losses, real = [], trainer.e_step
+    trainer.e_step = lambda x, y: losses.append(real(x, y)) or losses[-1]
+    trainer.fit()
+    found = [row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
+    assert found == pytest.approx(np.reshape(losses, (3, -1)).mean(1).tolist())
+
+
 def test_lambda_falls_linearly(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", kld_weight=4.0, kld_weight_end=0.5, epochs=5)
     weights = []
@@ -857,6 +887,20 @@ def test_resuming_needs_a_run_with_the_same_settings_and_data(tmp_path: Path) ->
     tiny_trainer(out, resume=True, checkpoint_minutes=7.0, sample_every=3, max_bad_steps=4)
 
 
+def test_other_labels_names_or_pixels_are_other_data() -> None:
+    data = toy_data()
+    x, y = data.tensor(), data.targets
+    changed = x.clone()
+    changed[-1, 0, 0, 0] += 1
+    others = [
+        ImageData.from_tensors(x, np.roll(y, 1), data.classes),
+        ImageData.from_tensors(x, y, ["class0", "class2"]),
+        ImageData.from_tensors(changed, y, data.classes),
+    ]
+    assert data_fingerprint(ImageData.from_tensors(x, y, data.classes)) == data_fingerprint(data)
+    assert len({data_fingerprint(each) for each in [data, *others]}) == 4
+
+
 def test_a_class_without_enough_images_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     data = ImageData.from_tensors(
         torch.zeros(5, 1, 8, 8, dtype=torch.uint8), np.array([0, 0, 0, 0, 1]), ["a", "b"], name="toy"
@@ -939,9 +983,10 @@ def test_what_follows_the_last_step_can_be_changed_by_those_who_go_on(tmp_path: 
 def test_the_m_steps_entropy_weighs_classes_alike_smoothing_included() -> None:
     torch.manual_seed(0)
     gaussians = ClassGaussians(2, 3)
-    z, y = torch.randn(1000, 3), (torch.arange(1000) >= 990).long()
+    y = (torch.arange(1000) >= 990).long()
+    z = torch.randn(1000, 3) + y[:, None]  # or the other class's share would be as large as the own one's
     with torch.no_grad():
-        gaussians.mu.copy_(torch.randn(2, 3))
+        gaussians.mu.copy_(torch.arange(2.0)[:, None].expand(2, 3))
     statistics = LatentStatistics(2, 3, keep_latents=True)
     statistics.add(z, y, torch.zeros(1000))
     losses = []
