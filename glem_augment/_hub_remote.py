@@ -212,6 +212,9 @@ class _Client:
         _log.warning("%s does not have the checksum that the Hub states; downloading it again", what)
         before = _sha256(path)
         try:
+            # Without symbolic links, as on Windows, the client keeps what stands there.
+            if not path.is_symlink():
+                path.unlink()
             path = self._download(filename, path.parent.name, force=True)
         except HubError as error:
             raise HubError(f"{what} is damaged ({path}), and could not be fetched again: {error}") from error

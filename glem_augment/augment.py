@@ -75,7 +75,7 @@ class GLEMAugment(PlugIn, nn.Module):
         strength: standard deviations t of "noise" and of the start of "adversarial", whose step is
             t sqrt(k) / 2 long, in standard deviations of the modes, k those that the class has, at most `modes`.
         modes: number of top modes, at most `model.modes.rank`; None: 64, or all where the model has fewer. A class of
-            n images has n - 1 at most, and moves along these.
+            few images has fewer, and moves along these.
         basis: whose modes: "class" (of the image's class), "near" (pooled with its 3 closest classes by KLD),
             "shared".
         partner: of "mixup": "same" (another row of its data class, else a draw from the RFCM), "near" (a row of,

@@ -174,7 +174,7 @@ class ClassModes(nn.Module):
 
     @property
     def fewest_and_most(self) -> tuple[int, int]:
-        """How many modes the classes have: those of any length, at most one less than there were images."""
+        """How many modes the classes have: those of any length."""
         present = (self.scales > 0).sum(1)
         return int(present.min()), int(present.max())
 

@@ -242,7 +242,8 @@ class ThinCovariances:
             if isinstance(error, ModelFileError):
                 raise
             raise ModelFileError(f"{path} can't be read: {error}; fit and save the covariances again") from None
-        if not all(bool(torch.isfinite(t).all()) for t in (result.mean, result.diagonal, *result.row_scales)):
+        values = (result.mean, result.diagonal, *result.factors, *result.row_scales)
+        if not all(bool(torch.isfinite(t).all()) for t in values):
             raise ModelFileError(f"{path} holds values that are not finite; fit and save the covariances again")
         return result
 

@@ -89,8 +89,7 @@ def augment_sample(aug: Callable[..., Any], sample: Any, labels_getter: str | Ca
         raise ValueError(f"torch's pytrees do not take a {type(sample).__name__} apart: give dict(sample)")
     if not found or not isinstance(labels, (Tensor, Integral)) or isinstance(labels, bool):
         raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
-    where_y = found[-1]
-    where_x = _image_position(flat, where_y)
+    where_x = _image_position(flat, found)
     x, y = _batched(flat[where_x], labels)
     new_x, new_y = aug(x, y)
     single = flat[where_x].ndim == 3
@@ -100,7 +99,8 @@ def augment_sample(aug: Callable[..., Any], sample: Any, labels_getter: str | Ca
             raise ValueError(
                 f"label {labels} stands in the sample more than once, and soft labels take its place: make it a tensor"
             )
-        flat[where_y] = new_y[0] if single else new_y
+        for place_y in found:  # one tensor may stand in several places
+            flat[place_y] = new_y[0] if single else new_y
     return tree_unflatten(flat, spec)
 
 
@@ -132,11 +132,11 @@ def default_labels(sample: Any) -> tuple[tuple[Any, ...], Any]:
     )
 
 
-def _image_position(flat: list[Any], labels: int) -> int:
+def _image_position(flat: list[Any], labels: list[int]) -> int:
     if any(isinstance(item, Image.Image) for item in flat):
         raise TypeError("PIL images can't be moved: put v2.ToImage() before this transform")
     images = [i for i, item in enumerate(flat) if isinstance(item, tv_tensors.Image)]
-    plain = [i for i, item in enumerate(flat) if type(item) is Tensor and i != labels]
+    plain = [i for i, item in enumerate(flat) if type(item) is Tensor and i not in labels]
     if not images and not plain:
         raise ValueError("no image found: a sample needs a tv_tensors.Image or a tensor besides its labels")
     if len(images) > 1:

@@ -266,17 +266,20 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     summary = json.loads(capsys.readouterr().out)
     assert summary["classes"] == ["day", "night", "once"] and summary["images"] == 12
     assert summary["images_per_class"] == [1, 6] and summary["psi_is_the_flows"] is False
-    assert summary["modes_per_class"] == [0, 3]
+    assert summary["modes_per_class"] == [3, 3]
     assert main(["eval", str(tmp_path / "new"), str(tmp_path / "photos"), "--round-trip", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
     assert main(["info", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
-    assert "day, night, once" in shown and "0 to 3 per class" in shown
+    assert "day, night, once" in shown and "3 per class" in shown
     # A model that is there is not written over by accident.
     assert main(command) == 2
     assert "holds a model already" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--max-per-class", "2"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 5
+    again = json.loads(capsys.readouterr().out)
+    assert again["images"] == 5 and again["modes_per_class"] == [1, 2]  # of two images one, of one image all classes'
+    assert main(["info", str(tmp_path / "new")]) == 0
+    assert "1 to 2 per class" in capsys.readouterr().out
 
 
 def test_numbers_of_numpy_and_classes_that_are_numbers(tmp_path: Path) -> None:

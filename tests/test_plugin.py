@@ -618,6 +618,18 @@ def test_a_labels_getter(model: GLEM) -> None:
     assert "labels_getter" in repr(make(model).as_transform(lambda s: s))
 
 
+def test_labels_that_stand_in_a_sample_twice(model: GLEM) -> None:
+    x, y = images(4), labels(4)
+    wanted = make(model, partner="any")(x, y)
+    for sample, getter in (
+        ((x, y, y), lambda s: s[1]),
+        ({"label": y, "image": x, "target": y}, lambda s: s["label"]),
+    ):
+        out = make(model, partner="any").as_transform(getter)(sample)
+        pictures, *soft = sorted(out if isinstance(out, tuple) else out.values(), key=lambda v: -v.ndim)
+        assert torch.equal(pictures, wanted[0]) and len(soft) == 2 and all(torch.equal(s, wanted[1]) for s in soft)
+
+
 @pytest.mark.parametrize("label", [1, torch.tensor(1), torch.tensor([0.0, 1.0, 0.0])])
 @pytest.mark.parametrize("partner", ["same", "any"])
 def test_single_images_of_a_data_set(model: GLEM, label: Any, partner: str) -> None:

@@ -250,7 +250,7 @@ def test_storage_is_compact_and_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(again.log_prob(latents[0]), half.log_prob(latents[0]))
     with pytest.raises(ModelFileError, match="belongs to the weights abc"):
         ThinCovariances.load(tmp_path, weights="other")
-    for name in ("mean", "diagonal", "row_scales"):
+    for name in ("mean", "diagonal", "factors", "row_scales"):
         spoilt = fit_covariances(lambda y: latents[y], 2, 200)
         values = getattr(spoilt, name)
         values[1][3] = torch.nan

@@ -30,7 +30,7 @@ variances (shrunk towards those of all classes together, so that a class of one 
 principal modes. The flow itself is not trained, so this takes one pass over the images: seconds to minutes. DIR then
 holds a model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow
 too. Images are resized to the flow's size, and converted to its channels. Prints a JSON summary; images_per_class and
-modes_per_class are those of the smallest and the largest class (n images have n - 1 modes at most).
+modes_per_class are the fewest and the most (of n images there are n - 1 modes at most; one image gets those of all).
 """
 EXAMPLES = """\
   glem adapt bundled:fashion-mnist photos/ --out runs/photos
