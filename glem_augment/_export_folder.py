@@ -24,7 +24,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
     if not overwrite and _present(folder) and read_manifest(folder / PROVENANCE) is None:
         raise FileExistsError(
-            f"{folder} is not empty and holds no export: give another folder, or move what is in it away"
+            f"{folder} is not empty and holds no export: give another folder; overwrite=True (--overwrite) replaces "
+            "what is left of an export, and no files of others"
         )
 
 
