@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from augmentation_settings import BUNDLED, FLOW_SETTINGS, FLOWS, OWN_IMAGES, OWN_SETTINGS, FlowRecipe, Setting
+from augmentation_settings import BUNDLED, FLOW_SETTINGS, FLOWS, OWN_IMAGES, OWN_SETTINGS, PLAIN, FlowRecipe, Setting
 from common import find_images
 from torch import Tensor
 
@@ -194,7 +194,7 @@ class Flows:
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
         x, y = task.train
         data = ImageData.from_tensors(x, y, task.classes, name=setting.name)
-        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": ("flip", "crop") if setting.flip else ("crop",)}
+        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": PLAIN[setting.plain]}
         config = TrainConfig(**{**settings, "epochs": max(1, OWN_IMAGES // len(y)), "m_rounds": 1, "modes_rank": 0})
         print(f"augmentation: training {out.name} on {len(y)} images", flush=True)
         _fit(data, config, out)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from augmentation_settings import METHODS, REUSE, WHOLE_LATENT
+from augmentation_settings import METHODS, PLAIN, REUSE, WHOLE_LATENT
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -25,7 +25,7 @@ Component = tuple[str, dict[str, Any]]
 Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SYNTHETIC_POOL, POOL_RATIO = 200, 4  # images of a class, at most; to a training image
 # Pixel operations first, then what makes batches float, then what mixes labels.
-_ORDER = ("cropflip", "crop", "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
+_ORDER = (*PLAIN, "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
 
 
 class RememberingGLEM(GLEM):
@@ -128,7 +128,7 @@ class Stack:
             x, y = change(rows, x, y, self.generator)
         for name in _ORDER:
             if name in self.then:
-                if name not in ("cropflip", "crop", "jitter", "trivial"):
+                if name not in (*PLAIN, "jitter", "trivial"):
                     x = as_float(x)
                 x, y = self.then[name](x, y)
         return as_float(x), y
@@ -203,9 +203,8 @@ class Stack:
 
     def _pixel(self, name: str, params: dict[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         g = self.generator
-        if name in ("cropflip", "crop"):
-            steps = ("flip", "crop") if name == "cropflip" else ("crop",)
-            return lambda x, y: (augment_batch(x, steps, g), y)
+        if name in PLAIN:
+            return lambda x, y: (augment_batch(x, PLAIN[name], g), y)
         if name == "jitter":
             s = params["strength"]
             jitter = v2.ColorJitter(s, s, s, s / 4)

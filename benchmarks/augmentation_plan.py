@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from augmentation_data import Flows
-from augmentation_settings import FINALISTS, METHODS, REUSE, TUNING_SEED, TUNING_SEEDS, WHOLE_LATENT, Setting
+from augmentation_settings import FINALISTS, METHODS, PLAIN, REUSE, TUNING_SEED, TUNING_SEEDS, WHOLE_LATENT, Setting
 from augmentation_store import Store
 
 Component = tuple[str, dict[str, Any]]
@@ -117,7 +117,7 @@ class Plan:
         counting = [flow for flow in self.available(setting) if flow in setting.proof]
         flows = [{"flow": flow} for flow in dict.fromkeys((*setting.proof[:1], *counting))]
         for name in (name for name in self.args.opponents if fits(name, setting)):
-            base = () if name in ("none", setting.plain) else ((setting.plain, {}),)
+            base = () if name in ("none", setting.plain) else plain(setting)
             where = ("singles", setting, classifier, "opponent", "none", name)
             trials = METHODS[name].trials[: self.args.trials]
             for flow in flows if METHODS[name].flow else [{}]:
@@ -173,7 +173,7 @@ class Plan:
             if leaks:
                 params = METHODS["distill"].trials[0]
                 result.append(Cell("final", setting, classifier, "teacher", "none", "distill", params, base, seed))
-            if base != ((setting.plain, {}),):
+            if base != plain(setting):
                 result.append(Cell("final", setting, classifier, "opponent", "none", setting.plain, {}, (), seed))
             result.append(Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, seed))
             for side, flow, cell in arms:
@@ -237,7 +237,7 @@ class Plan:
         singles = self.singles(setting, classifier)
         if "ours" not in known and "pairs" not in known:
             following += singles[: max(0, len(self.args.opponents) - 3)]
-        ours = self.ours(setting, classifier, ((setting.plain, {}),))
+        ours = self.ours(setting, classifier, plain(setting))
         if "ours" not in known:
             following += ours
         if "final" not in known:
@@ -247,11 +247,16 @@ class Plan:
         return len(following), sum(self.estimate(cell, store) for cell in following)
 
 
+def plain(setting: Setting) -> tuple[Component, ...]:
+    """The stack of crop + flip alone, or crop."""
+    return ((setting.plain, {}),)
+
+
 def fits(method: str, setting: Setting) -> bool:
     """Whether a method makes sense in a setting."""
     if method == "natural":
         return setting.imbalance != 1.0
-    if method in ("cropflip", "crop"):
+    if method in PLAIN:
         return method == setting.plain
     return method not in WHOLE_LATENT or setting.flow_size in (None, setting.size)
 

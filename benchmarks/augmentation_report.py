@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from augmentation_plan import params_text
-from augmentation_settings import REUSE, SETTINGS, SMOKE, TUNING_SEED
+from augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from augmentation_store import FINAL, TUNING, Store
 from students_t import quantile
 
@@ -90,7 +90,7 @@ class Result:
         self.base = newest[-1]["base"] if newest else []
         self.arms: list[Arm] = []
         for row in own:
-            if row["method"] not in ("cropflip", "crop") and row["base"] != self.base:
+            if row["method"] not in PLAIN and row["base"] != self.base:
                 continue
             key = (row["side"], row["flow"], row["method"], row["params"])
             arm = next((a for a in self.arms if (a.side, a.flow, a.method, a.params) == key), None)
@@ -106,8 +106,8 @@ class Result:
     @property
     def plain(self) -> Arm | None:
         """Crop + flip (or crop) alone, also where that is the best opponent."""
-        found = next((arm for arm in self.arms if arm.method in ("cropflip", "crop")), None)
-        return found or (self.opponent if [name for name, _ in self.base] in (["cropflip"], ["crop"]) else None)
+        found = next((arm for arm in self.arms if arm.method in PLAIN), None)
+        return found or (self.opponent if len(self.base) == 1 and self.base[0][0] in PLAIN else None)
 
     def validation(self, arm: Arm) -> tuple[int, float]:
         """By what the arm was chosen: the mean over tuning seeds, after how many there were (earlier rows have one)."""

@@ -15,6 +15,10 @@ FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # what the flows of "oth
 IMAGENETTE_APART = (0, 2, 3, 4, 5, 7, 8, 9)
 
 
+# What is under all other methods but "none", and the training operations that it consists of.
+PLAIN: dict[str, tuple[str, ...]] = {"cropflip": ("flip", "crop"), "crop": ("crop",)}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A task for a classifier.
@@ -47,7 +51,7 @@ class Setting:
 
     @property
     def plain(self) -> str:
-        """The method that is under all others but "none"."""
+        """Which one of ``PLAIN``."""
         return "cropflip" if self.flip else "crop"
 
 

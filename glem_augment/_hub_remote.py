@@ -214,7 +214,8 @@ class _Client:
         try:
             # Without symbolic links, as on Windows, the client keeps what stands there.
             if not path.is_symlink():
-                path.unlink()
+                with suppress(OSError):  # a cache that can only be read
+                    path.unlink()
             path = self._download(filename, path.parent.name, force=True)
         except HubError as error:
             raise HubError(f"{what} is damaged ({path}), and could not be fetched again: {error}") from error

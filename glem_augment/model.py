@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glem_augment import hub
-from glem_augment._arguments import check_number, check_whole
+from glem_augment._arguments import check_whole
 from glem_augment._weights import check_round_trip, load_model
 from glem_augment.classmatch import match_classes
 from glem_augment.config import GLEMConfig
@@ -285,7 +285,6 @@ class GLEM(FlowModel):
             that the model has no class for.
         """
         y = self._check_labels(y)
-        check_number("temperature", temperature, 0.0, math.inf)
         if source == "gaussian":
             return self.gaussians.sample(y, temperature, generator)
         if source == "rfcm":
@@ -353,7 +352,6 @@ class GLEM(FlowModel):
         from glem_augment.adapt import class_latents
         from glem_augment.data import ImageData
 
-        check_whole("rank", rank, 1)
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
         if isinstance(data, tuple):

@@ -11,11 +11,13 @@ Source: Enescu & Sahbi, ACCV 2024, "re-estimated full covariance matrix" (RFCM) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from glem_augment._arguments import check_number
 from glem_augment.errors import DataError
 
 # Variance of a dimension that the modes explain completely; it keeps densities finite and is far below one
@@ -263,7 +265,11 @@ class ClassModes(nn.Module):
 
         Returns:
             z [B, d] float32 on the device of the modes.
+
+        Raises:
+            ValueError: for a negative temperature.
         """
+        check_number("temperature", temperature, 0.0, math.inf)
         device = self.mean.device
         # Noise is drawn where the generator lives, so that one seed gives one sample on every device.
         source = device if generator is None else generator.device

@@ -11,8 +11,9 @@ import torch
 def mkl_is_fast() -> bool:
     """Whether torch's exp and tanh are at their best here: they are MKL's, which is made for Intel's processors.
 
-    There they take two thirds of exp2 and sigmoid, which torch has from elsewhere; on an AMD EPYC it is the other way
-    round (benchmarks/elementwise.py). Versions of torch that cannot name the processor count as the latter.
+    There they take two thirds to four fifths of the time of exp2 and sigmoid, which torch has from elsewhere. On an AMD
+    EPYC tanh takes ten times a sigmoid's (benchmarks/elementwise.py), and exp has not been compared; so on all others,
+    and where torch cannot name the processor.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.backends.mkl.is_available() and str(capabilities.get("cpu_name")).startswith("Intel")
