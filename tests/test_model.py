@@ -327,6 +327,13 @@ def test_fit_modes_from_tensors() -> None:
     assert torch.equal(model.fit_modes((x, y), rank=4).mean, modes.mean)
     with pytest.raises(DataError, match=r"\(1, 4, 8\)"):
         model.fit_modes((images(6, (1, 4, 8)), torch.arange(6) % 3))
+    for settings in ({"rank": 0}, {"max_per_class": 0}, {"max_per_class": -1}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            model.fit_modes((x, y), **settings)
+    for source in ("gaussian", "rfcm"):
+        for temperature in (-1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match="temperature must be"):
+                model.sample(y, temperature, source=source)
 
 
 def test_check_invertibility_reports_errors_in_uint8_steps() -> None:
