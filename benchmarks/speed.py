@@ -9,7 +9,8 @@ once each per round, in orders that change from round to round, with the same fl
 
 Training is forward, ``|z|^2 / 2 - log|det|`` and backward in train mode, without class Gaussians and without optimizer.
 Encoding and decoding run in eval mode without gradients on a frozen copy, as in use: what a library keeps between
-calls then (the inverse of a matrix) it may keep. TF32 is off for all. Memory is what a step keeps for its backward: on
+calls then (the inverse of a matrix, weights packed for the processor) it may keep, and so may the floor: its networks
+are frozen there too. TF32 is off for all. Memory is what a step keeps for its backward: on
 the CPU the bytes of the storages held by autograd at their highest, parameters apart; on CUDA the peak of allocated
 memory above what was there before the step.
 

@@ -62,14 +62,18 @@ class Floor:
     ) -> None:
         self.name, self.operations = f"floor: {form}", tuple(operations)
         layout = torch.channels_last if "channels_last" in form else torch.contiguous_format
-        self.nets: list[Callable[[Tensor], Tensor]] = []
         self.modules: list[nn.Module] = []
+        self.nets: list[Callable[[Tensor], Tensor]] = []
+        self.frozen: list[Callable[[Tensor], Tensor]] = []
         for net, x in zip(nets, inputs, strict=True):
             made = copy.deepcopy(net).train()
             if form != "as built":
                 made = bare(made, x).to(memory_format=layout)
+            # In use the networks that only run forward are frozen, and may keep what follows from their weights.
+            frozen = copy.deepcopy(made).eval().requires_grad_(False)
             self.modules.append(made)
             self.nets.append(torch.compile(made, dynamic=False) if "compiled" in form else made)
+            self.frozen.append(torch.compile(frozen, dynamic=False) if "compiled" in form else frozen)
         self.inputs = [x.contiguous(memory_format=layout).detach().clone().requires_grad_() for x in inputs]
         self.gradients = [g.contiguous(memory_format=layout) for g in gradients]
 
@@ -84,7 +88,7 @@ class Floor:
 
     @torch.no_grad()
     def forward(self) -> None:
-        for net, x in zip(self.nets, self.inputs, strict=True):
+        for net, x in zip(self.frozen, self.inputs, strict=True):
             net(x)
 
     def tasks(self) -> dict[tuple[str, str], Callable[[], None]]:

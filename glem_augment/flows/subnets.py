@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.flows.activations import Activation
+from glem_augment.flows.frozen import FrozenRun, Parts
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
@@ -89,6 +90,10 @@ class ResidualBlock(nn.Module):
         h = self.conv2(self.act(h))
         return self.conv3(self.act(h)).add_(x)
 
+    def layers(self) -> list[tuple[bool, nn.Module]]:
+        """What is added to x, each with whether the activation comes before it."""
+        return [(True, self.conv1), (True, self.conv2), (True, self.conv3)]
+
 
 class DepthwiseBlock(nn.Module):
     """``x + conv1x1(act(conv1x1(depthwise3x3(x))))``, twice the width in between."""
@@ -102,6 +107,10 @@ class DepthwiseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.act(self.expand(self.depthwise(x)))).add_(x)
+
+    def layers(self) -> list[tuple[bool, nn.Module]]:
+        """As ``ResidualBlock.layers``."""
+        return [(False, self.depthwise), (False, self.expand), (True, self.project)]
 
 
 class ConvSubnet(Subnet):
@@ -130,7 +139,7 @@ class ConvSubnet(Subnet):
         self.act = Activation(activation)
         self.head = nn.Conv2d(in_channels, width, 3, padding=1)
 
-        def block() -> nn.Module:
+        def block() -> ResidualBlock | DepthwiseBlock:
             if kind == "residual":
                 return ResidualBlock(width, width, (3, 1, 3), activation)
             if kind == "bottleneck":
@@ -140,6 +149,18 @@ class ConvSubnet(Subnet):
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
         self.to(memory_format=torch.channels_last)
+        self._frozen = FrozenRun()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.autocast is None:
+            x = x.contiguous(memory_format=torch.channels_last)
+            result = self._frozen(x, self._parts)
+            if result is not None:
+                return result
+        return super().forward(x)
+
+    def _parts(self) -> Parts:
+        return Parts(self.act, self.head, [block.layers() for block in self.blocks], self.tail)
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)

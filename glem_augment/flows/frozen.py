@@ -1,0 +1,180 @@
+"""Frozen convolutional networks on a CPU: the same numbers in fewer passes over memory.
+
+Encoding and decoding run networks whose weights no longer change. ``FrozenRun`` keeps a second copy of these, in the
+blocks in which oneDNN reads them (``nn.Conv2d`` puts them in order in every call), adds a block's input in the same
+pass as the convolution before it, and has ELU in three passes. It is for float32 results on a CPU alone: gradients,
+compilation, autocast, other devices and dtypes are the modules' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from glem_augment.flows.activations import LOG2_E, Activation, fast_elu_in_bits
+from glem_augment.flows.layers import frozen_state
+from glem_augment.flows.processor import mkl_is_fast
+
+
+class _Packed(NamedTuple):
+    """A convolution, its weight in oneDNN's blocks."""
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out``, to which the convolution of ``x`` has been added."""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            out, x, self.weight, self.bias, *self.geometry, "add", 1, None, [], None
+        )
+
+
+def _pack(layer: nn.Module, shape: list[int], weight: float, bias: float) -> _Packed:
+    """``layer`` for images [B, C, H, W] of about ``shape``, its weight and bias times these."""
+    geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+    packed = torch.ops.mkldnn._reorder_convolution_weight(
+        layer.weight * weight, *geometry, [shape[0], layer.in_channels, *shape[2:]]
+    )
+    return _Packed(packed, None if layer.bias is None else layer.bias * bias, geometry)
+
+
+class Parts(NamedTuple):
+    """A network ``tail(act(...))`` of head, blocks ``x + layers(x)``, activation and tail.
+
+    Every layer of a block comes with whether the activation stands before it.
+    """
+
+    act: Activation
+    head: nn.Module
+    blocks: list[list[tuple[bool, nn.Module]]]
+    tail: nn.Module
+
+    def layers(self) -> list[nn.Module]:
+        return [self.head, *(layer for block in self.blocks for _, layer in block), self.tail]
+
+
+class _Steps(NamedTuple):
+    """``Parts``, packed."""
+
+    state: tuple  # of what they were made from
+    act: Callable[[Tensor], Tensor]
+    head: _Packed
+    blocks: list[list[tuple[bool, _Packed]]]
+    tail: _Packed
+
+
+class FrozenRun:
+    """Runs a network whose weights are frozen, where that is the faster way.
+
+    With ELU all features are kept in bits, i.e. multiplied by log2(e), where exp2 is the faster function: the head
+    brings them there, the tail takes them back, and in between nothing changes but the biases.
+    """
+
+    def __init__(self) -> None:
+        self._steps: _Steps | None = None
+
+    def __getstate__(self) -> dict:
+        return {"_steps": None}  # weights in blocks can be neither copied nor stored
+
+    def __call__(self, x: Tensor, parts: Callable[[], Parts]) -> Tensor | None:
+        """The network's result, or None where it is to be had from the modules.
+
+        Args:
+            x: [B, C, H, W] in channels_last format.
+            parts: makes those of the network, which may have been exchanged since.
+        """
+        plain = not torch.compiler.is_compiling() and _is_plain(x) and _is_supported()
+        if not plain and self._steps is None:
+            return None
+        network = parts()
+        layers = network.layers()
+        if not all(_is_bare(layer) for layer in layers):
+            return None
+        weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
+        if any(p.requires_grad for p in weights):
+            self._steps = None  # an optimizer may write to them and leave no trace
+            return None
+        state = frozen_state(*weights) if plain else None
+        if state is None:
+            return None
+        state = (network.act, *layers, *state)
+        steps = self._steps  # another thread may put new ones in their place at any time
+        if steps is None or steps.state != state:
+            # Tensors made under inference_mode could be of no use outside.
+            with torch.inference_mode(False), torch.no_grad():
+                self._steps = steps = _take_apart(network, state, list(x.shape))
+        h = steps.head(x)
+        for block in steps.blocks:
+            u = h
+            for before, layer in block[:-1]:
+                u = layer(steps.act(u) if before else u)
+            before, layer = block[-1]
+            h = layer.add_to(h, steps.act(u) if before else u)
+        return steps.tail(steps.act(h))
+
+
+def _take_apart(network: Parts, state: tuple, shape: list[int]) -> _Steps:
+    in_bits = network.act.name == "elu" and not mkl_is_fast()
+    unit = LOG2_E if in_bits else 1.0
+    return _Steps(
+        state,
+        # Left alone, since the features of a block are used again.
+        fast_elu_in_bits if in_bits else partial(network.act, owned=False),
+        _pack(network.head, shape, unit, unit),
+        [[(before, _pack(layer, shape, 1.0, unit)) for before, layer in block] for block in network.blocks],
+        _pack(network.tail, shape, 1 / unit, 1.0),
+    )
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a convolution and nothing more: no hooks, no weights computed from others."""
+    return (
+        type(layer) is nn.Conv2d
+        and "weight" in layer._parameters
+        and layer.padding_mode == "zeros"
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing is asked of ``x`` but a result in float32 on a CPU."""
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()
+        # What oneDNN's operations would be lost on: tangents, tracing, and modes that count or fake operations.
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+@cache
+def _is_supported() -> bool:
+    """Whether this torch has oneDNN's operations, which are no public ones, in the form used here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        # Not nn.Conv2d's own weights, which are drawn: a resumed training would draw others than an undisturbed one.
+        layer = nn.utils.skip_init(nn.Conv2d, 2, 2, 3, padding=1)
+        for p in layer.parameters():
+            p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        x = torch.linspace(-1, 1, 32).view(1, 2, 4, 4)
+        try:
+            packed = _pack(layer, list(x.shape), 1.0, 1.0)
+            plain, added = packed(x), packed.add_to(x.clone(), x)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        expected = layer(x)
+        return torch.allclose(plain, expected, atol=1e-5) and torch.allclose(added, x + expected, atol=1e-5)
