@@ -61,6 +61,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 # A variant: these have seen the other training images, without labels.
 UNLABELLED, CIFAR_UNLABELLED, MNIST_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled", "mnist-unlabelled"
+NOTMNIST_UNLABELLED = "notmnist-unlabelled"
 GREY = "cifar10-grey28"
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
@@ -85,9 +86,11 @@ _SETTINGS = (
     Setting("fashion-20", "fashion-mnist", 20, 28, 1, (UNLABELLED,)),
     Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), ("fashion-mnist",), steps=LONG),
     Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), (), None, 100.0),
+    Setting("fashion-long-tail-10", "fashion-mnist", 50, 28, 1, (UNLABELLED,), (), None, 10.0),
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("mnist-10", "mnist", 10, 28, 1, (MNIST_UNLABELLED, "fashion-mnist"), flip=False),
+    Setting("notmnist-10", "notmnist", 10, 28, 1, (NOTMNIST_UNLABELLED, "fashion-mnist"), flip=False),
     Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
     Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
@@ -135,6 +138,7 @@ FLOWS: dict[str, FlowRecipe] = {
     "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
     "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
     MNIST_UNLABELLED: FlowRecipe("mnist", 28, 1, 6, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
+    NOTMNIST_UNLABELLED: FlowRecipe("notmnist", 28, 1, 40, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
@@ -196,6 +200,9 @@ METHODS: dict[str, Method] = {
     "noise-shared": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", basis="shared", p=0.5), flow=True),
     "adversarial-near": Method(
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="near", p=0.5), flow=True
+    ),
+    "adversarial-shared": Method(
+        "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
     ),
     "adversarial-often": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.9), flow=True),
     "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),
