@@ -96,6 +96,7 @@ class Stack:
         count, num_classes: of the training images.
         seed: of everything drawn.
         teacher: of "distill".
+        steps: how many batches there will be, for methods that end before the last.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class Stack:
         num_classes: int,
         seed: int,
         teacher: nn.Module | None = None,
+        steps: int = 1,
     ) -> None:
         self.network, self.num_classes, self.teacher = network, num_classes, teacher
+        self.steps, self.done = steps, 0
         self.generator = torch.Generator().manual_seed(seed)
         random.seed(seed)  # timm's RandomErasing
         self.first: list[Callable[..., tuple[Tensor, Tensor]]] = []
@@ -126,6 +129,7 @@ class Stack:
         or soft [B,K]."""
         for change in self.first:
             x, y = change(rows, x, y, self.generator)
+        self.done += 1
         for name in _ORDER:
             if name in self.then:
                 if name not in (*PLAIN, "jitter", "trivial"):
@@ -139,7 +143,12 @@ class Stack:
         self, name: str, params: dict[str, Any], model: GLEM, count: int, seed: int, pixels: GLEM | None
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         del params["flow"]
-        p = params.pop("p")
+        p, until, agree = params.pop("p"), params.pop("until", None), params.pop("agree", None)
+        if until is not None:
+            change = Reused(self._along_modes(model, seed, params), p, count)
+            return lambda rows, x, y, g: change(rows, x, y, g) if self.done < until * self.steps else (x, y)
+        if agree is not None:
+            return Reused(self._agreeing(self._along_modes(model, seed, params), agree), p, count)
         if name == "synthetic":
             return _Synthetic(model, p, count // model.num_classes, seed, **params)
         if name in WHOLE_LATENT:
@@ -162,6 +171,21 @@ class Stack:
             aug.attach(self.network)
         # All rows may be partners; only those of the mask are decoded.
         return lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask))
+
+    def _agreeing(self, moved: Change, weight: float) -> Change:
+        """The labels of moved images in part the classifier's for these images as they were."""
+
+        def change(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            training = self.network.training
+            self.network.eval()
+            with torch.no_grad():
+                said = self.network(as_float(x)).softmax(1)
+            self.network.train(training)
+            x, y = moved(x, y, mask)
+            hard = y if y.ndim == 2 else F.one_hot(y, self.num_classes).float()
+            return x, torch.where(mask[:, None], hard + weight * (said - hard), hard)
+
+        return change
 
     def _whole_latent(self, model: GLEM, strength: float, adversarial: bool) -> Change:
         """Moves in all dimensions, in standard deviations of the image's class: Gaussian, or up the classifier's loss.

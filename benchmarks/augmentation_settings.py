@@ -84,6 +84,7 @@ _SETTINGS = (
     Setting("fashion-5", "fashion-mnist", 5, 28, 1, (UNLABELLED,)),
     Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED), ("fashion-mnist",)),
     Setting("fashion-20", "fashion-mnist", 20, 28, 1, (UNLABELLED,)),
+    Setting("fashion-50", "fashion-mnist", 50, 28, 1, (UNLABELLED,)),
     Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), ("fashion-mnist",), steps=LONG),
     Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), (), None, 100.0),
     Setting("fashion-long-tail-10", "fashion-mnist", 50, 28, 1, (UNLABELLED,), (), None, 10.0),
@@ -203,6 +204,14 @@ METHODS: dict[str, Method] = {
     ),
     "adversarial-shared": Method(
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
+    ),
+    # Off for the last steps: ``until`` is the share of them before that.
+    "adversarial-until": Method(
+        "ours", _each("until", 0.5, 0.75, 0.9, policy="adversarial", strength=0.25, p=0.5), flow=True
+    ),
+    # The label of a moved image is, by this weight, what the classifier says of the image as it was.
+    "adversarial-agreeing": Method(
+        "ours", _each("agree", 0.2, 0.4, 0.6, policy="adversarial", strength=0.25, p=0.5), flow=True
     ),
     "adversarial-often": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.9), flow=True),
     "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),

@@ -110,7 +110,7 @@ def train(
     rows = order_of(y, batch, steps, seed, oversampled="natural" not in dict(components))
     torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
     began = time.process_time()
-    stack = Stack(components, flows, network, len(y), num_classes, seed, teacher)
+    stack = Stack(components, flows, network, len(y), num_classes, seed, teacher, steps)
     augmenting = time.process_time() - began  # draws the synthetic pool
     late, losses = steps - max(1, steps // 10), []
     for step in range(steps):

@@ -134,9 +134,31 @@ def test_every_method_changes_images_and_keeps_labels_honest(name: str, size: in
         assert changed == 0 if as_they_were else changed > 0.25  # mixing with l near 1 rounds away
         if labels.ndim == 2:
             torch.testing.assert_close(labels.sum(1), torch.ones(COUNT))
-            assert name in ("mixup", "cutmix", "mode-mixup-any", "mode-mixup-near", "distill")
+            assert name in ("mixup", "cutmix", "mode-mixup-any", "mode-mixup-near", "distill", "adversarial-agreeing")
         else:
             assert torch.equal(labels, y)
+
+
+def test_a_method_may_end_before_the_last_steps(flow: GLEM) -> None:
+    x, y = images(8)
+    params = {"until": 0.5, "policy": "noise", "strength": 1.0, "p": 1.0, "flow": "it"}
+    stack = ops.Stack([("adversarial-until", params)], lambda _: flow, network(8), COUNT, CLASSES, seed=0, steps=6)
+    moved = [bool((stack(torch.arange(COUNT), x, y)[0] != ops.as_float(x)).any()) for _ in range(6)]
+    assert moved == [True] * 3 + [False] * 3
+
+
+def test_labels_that_agree_with_the_classifier(flow: GLEM) -> None:
+    x, y = images(8)
+    net = network(8).train()
+    params = {"agree": 0.4, "policy": "noise", "strength": 1.0, "p": 1.0, "flow": "it"}
+    stack = ops.Stack([("adversarial-agreeing", params)], lambda _: flow, net, COUNT, CLASSES, seed=0)
+    labels = stack(torch.arange(COUNT), x, y)[1]
+    with torch.no_grad():
+        said = net.eval()(ops.as_float(x)).softmax(1)
+    hard = nn.functional.one_hot(y, CLASSES).float()
+    changed = (labels != hard).any(1)
+    assert changed.any()
+    torch.testing.assert_close(labels[changed], (0.6 * hard + 0.4 * said)[changed])
 
 
 def test_stacks_go_from_hard_to_soft_labels_and_from_bytes_to_floats(flow: GLEM) -> None:
