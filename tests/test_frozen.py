@@ -198,6 +198,11 @@ def test_layers_with_more_to_them_are_the_modules() -> None:
     hooked.blocks[1].conv3.register_forward_hook(lambda *args: seen.append(1))
     close(hooked(x), plain(hooked, x))
     assert len(seen) == 2
+    for part in ("act", "blocks.0"):
+        watched = network()
+        watched.get_submodule(part).register_forward_pre_hook(lambda *args: seen.append(1))
+        watched(x)
+        assert len(seen) == (3 if part == "act" else 4)
     normed = network()
     nn.utils.parametrizations.weight_norm(normed.head)
     normed.requires_grad_(False)
@@ -205,7 +210,9 @@ def test_layers_with_more_to_them_are_the_modules() -> None:
     replaced.tail = nn.Sequential(replaced.tail, nn.Tanh())
     reflecting = network()
     reflecting.tail.padding_mode, reflecting.tail._reversed_padding_repeated_twice = "reflect", [1, 1, 1, 1]
-    for net in (normed, replaced, reflecting):
+    other_block = network()
+    other_block.blocks[0] = nn.Sequential(other_block.blocks[0], nn.Tanh())
+    for net in (normed, replaced, reflecting, other_block):
         close(net(x), plain(net, x))
         assert not ran(net)
 

@@ -85,19 +85,19 @@ class FrozenRun:
     def __getstate__(self) -> dict:
         return {"_steps": None}  # weights in blocks can be neither copied nor stored
 
-    def __call__(self, x: Tensor, parts: Callable[[], Parts]) -> Tensor | None:
+    def __call__(self, x: Tensor, parts: Callable[[], Parts | None]) -> Tensor | None:
         """The network's result, or None where it is to be had from the modules.
 
         Args:
             x: [B, C, H, W] in channels_last format.
-            parts: makes those of the network, which may have been exchanged since.
+            parts: makes those of the network, which may have been exchanged since; None if by something else.
         """
         plain = not torch.compiler.is_compiling() and _is_plain(x) and _is_supported()
         if not plain and self._steps is None:
             return None
         network = parts()
-        layers = network.layers()
-        if not all(_is_bare(layer) for layer in layers):
+        layers = [] if network is None else network.layers()
+        if network is None or not all(_is_bare(layer) for layer in layers):
             return None
         weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
         if any(p.requires_grad for p in weights):

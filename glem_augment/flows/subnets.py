@@ -159,8 +159,14 @@ class ConvSubnet(Subnet):
                 return result
         return super().forward(x)
 
-    def _parts(self) -> Parts:
-        return Parts(self.act, self.head, [block.layers() for block in self.blocks], self.tail)
+    def _parts(self) -> Parts | None:
+        """As long as blocks and activation are as they were made."""
+        blocks = list(self.blocks)
+        if not all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks) or any(
+            module._forward_hooks or module._forward_pre_hooks for module in (self.act, *blocks)
+        ):
+            return None
+        return Parts(self.act, self.head, [block.layers() for block in blocks], self.tail)
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)
