@@ -26,7 +26,6 @@ PLACES = {
     "cifar10": ("cifar10", None, "test"),
     "imagenette": ("imagenette128", None, "val"),
     "mnist": ("mnist", None, "test"),
-    "notmnist": ("notmnist", None, "test"),
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }
 SHIPPED = tuple(PLACES)
