@@ -7,7 +7,8 @@ training operations (crop, flip) and Mixup, CutMix and RandomErasing of torchvis
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -176,14 +177,10 @@ class Stack:
         """The labels of moved images in part the classifier's for these images as they were."""
 
         def change(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            training = self.network.training
-            self.network.eval()
-            with torch.no_grad():
+            with evaluating(self.network), torch.no_grad():
                 said = self.network(as_float(x)).softmax(1)
-            self.network.train(training)
             x, y = moved(x, y, mask)
-            hard = y if y.ndim == 2 else F.one_hot(y, self.num_classes).float()
-            return x, torch.where(mask[:, None], hard + weight * (said - hard), hard)
+            return x, self._softened(y, said, weight * mask[:, None])
 
         return change
 
@@ -215,12 +212,9 @@ class Stack:
 
     def _gradient(self, loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         """Of ``loss`` at ``at``, with the classifier in eval mode, as the adversarial policy has it."""
-        training = self.network.training
-        self.network.eval()
-        with torch.enable_grad():
+        with evaluating(self.network), torch.enable_grad():
             variable = at.detach().requires_grad_(True)
             (grad,) = torch.autograd.grad(loss(variable), variable)
-        self.network.train(training)
         return grad
 
     # ---- on pixels -------------------------------------------------------------------------------------------------
@@ -261,8 +255,12 @@ class Stack:
     @torch.no_grad()
     def _taught(self, x: Tensor, y: Tensor, weight: float) -> Tensor:
         assert self.teacher is not None
+        return self._softened(y, self.teacher(x).softmax(1), weight)
+
+    def _softened(self, y: Tensor, said: Tensor, weight: float | Tensor) -> Tensor:
+        """Labels, hard or soft, moved by ``weight`` towards the distributions ``said`` [B,K]."""
         hard = y if y.ndim == 2 else F.one_hot(y, self.num_classes).float()
-        return hard + weight * (self.teacher(x).softmax(1) - hard)
+        return hard + weight * (said - hard)
 
     def _chance(self, p: float, count: int) -> Tensor:
         return torch.rand(count, generator=self.generator) < p
@@ -297,6 +295,17 @@ class _Synthetic:
         if images.shape[1:] != x.shape[1:]:
             images = v2.functional.resize(images, list(x.shape[2:]), antialias=True)
         return x.index_copy(0, chosen, images), y
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """``network`` in eval mode, and then as it was."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def as_float(x: Tensor) -> Tensor:

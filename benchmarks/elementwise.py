@@ -7,6 +7,7 @@ flow, whose networks have ELUs, either way. "in bits": c elu(x / c), c = log2(e)
 from __future__ import annotations
 
 import statistics
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -62,16 +63,22 @@ def repeated(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], An
     return run
 
 
+def arguments(doc: str | None) -> Namespace:
+    """The command line of a benchmark of pairs; threads and seed are set by it."""
+    args = parser(doc)
+    args.add_argument("--rounds", type=int, default=21, help="of every pair (%(default)s)")
+    args.add_argument("--batch", type=int, default=64, help="images decoded by the bundled flow (%(default)s)")
+    result = args.parse_args()
+    if result.threads:
+        torch.set_num_threads(result.threads)
+    torch.manual_seed(0)
+    return result
+
+
 @torch.inference_mode()
 def main() -> None:
-    args = parser(__doc__)
+    args = arguments(__doc__)
     shapes = [(32, 64, 7, 7), (32, 48, 14, 14), (16, 128, 32, 32)]
-    args.add_argument("--rounds", type=int, default=21, help="of every pair (%(default)s)")
-    args.add_argument("--batch", type=int, default=64, help="images decoded at once (%(default)s)")
-    args = args.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     rows = []
     for shape in tqdm(shapes, desc="shapes"):
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)

@@ -11,8 +11,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import parser, write_results
-from elementwise import compare
+from common import write_results
+from elementwise import arguments, compare
 from speed import CASES, make_flow
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,13 +35,7 @@ def flows(batch: int) -> dict[str, tuple[nn.Module, Tensor]]:
 
 @torch.no_grad()
 def main() -> None:
-    args = parser(__doc__)
-    args.add_argument("--rounds", type=int, default=21, help="of every pair (%(default)s)")
-    args.add_argument("--batch", type=int, default=64, help="images decoded by the bundled flow at once (%(default)s)")
-    args = args.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    args = arguments(__doc__)
     if not frozen._is_supported():
         raise SystemExit("frozen: this torch has no oneDNN convolutions that take weights in blocks")
     rows: list[dict[str, Any]] = []
