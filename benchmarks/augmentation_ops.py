@@ -25,6 +25,7 @@ Component = tuple[str, dict[str, Any]]
 # (uint8 images, labels, bool mask) to images and labels with those of the mask changed.
 Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SYNTHETIC_POOL, POOL_RATIO = 200, 4  # images of a class, at most; to a training image
+LR, WEIGHT_DECAY, WARM_UP = 3e-3, 0.05, 0.15  # of classifiers and proxies
 # Pixel operations first, then what makes batches float, then what mixes labels.
 _ORDER = (*PLAIN, "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix", "distill")
 
@@ -98,6 +99,8 @@ class Stack:
         seed: of everything drawn.
         teacher: of "distill".
         steps: how many batches there will be, for methods that end before the last.
+        proxy: of "adversarial-proxy": a smaller network, which looks on in the classifier's place and learns from
+            the same batches.
     """
 
     def __init__(
@@ -110,8 +113,10 @@ class Stack:
         seed: int,
         teacher: nn.Module | None = None,
         steps: int = 1,
+        proxy: nn.Module | None = None,
     ) -> None:
         self.network, self.num_classes, self.teacher = network, num_classes, teacher
+        self.proxy = None if proxy is None else Learner(proxy, steps)
         self.steps, self.done = steps, 0
         self.generator = torch.Generator().manual_seed(seed)
         random.seed(seed)  # timm's RandomErasing
@@ -136,7 +141,10 @@ class Stack:
                 if name not in (*PLAIN, "jitter", "trivial"):
                     x = as_float(x)
                 x, y = self.then[name](x, y)
-        return as_float(x), y
+        x = as_float(x)
+        if self.proxy is not None:
+            self.proxy.learn(x, y)
+        return x, y
 
     # ---- through a flow --------------------------------------------------------------------------------------------
 
@@ -169,7 +177,7 @@ class Stack:
         assert model.modes is not None
         aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
         if params["policy"] == "adversarial":
-            aug.attach(self.network)
+            aug.attach(self.network if self.proxy is None else self.proxy.network)
         # All rows may be partners; only those of the mask are decoded.
         return lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask))
 
@@ -277,6 +285,24 @@ class Stack:
         grad = self._gradient(lambda images: F.cross_entropy(self.network(images), y[rows]), moved)
         changed = clean + (moved + epsilon * grad.sign() - clean).clamp(-epsilon, epsilon)
         return x.index_copy(0, rows, changed.clamp(0, 1))
+
+
+class Learner:
+    """A network and its training, one step for every batch that it is given: AdamW, one cycle."""
+
+    def __init__(self, network: nn.Module, steps: int) -> None:
+        self.network = network.train()
+        self.optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LR, total_steps=steps, pct_start=WARM_UP)
+
+    def learn(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of floats in [0,1] with labels, hard or soft, before the step."""
+        loss = F.cross_entropy(self.network(x), y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
 
 
 class _Synthetic:

@@ -210,6 +210,8 @@ METHODS: dict[str, Method] = {
     "adversarial-agreeing": Method(
         "ours", _each("agree", 0.2, 0.4, 0.6, policy="adversarial", strength=0.25, p=0.5), flow=True
     ),
+    # Up the loss of a small network that learns beside the classifier, in the classifier's place.
+    "adversarial-proxy": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.5), flow=True),
     "adversarial-often": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.9), flow=True),
     "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),
     # Up the loss in all dimensions of the latent, as on-manifold adversarial training has it (Stutz et al. 2019).

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from augmentation_ops import Component, Stack, as_float
+from augmentation_ops import Component, Learner, Stack, as_float
 from torch import Tensor, nn
 
 from glem_augment import GLEM
 
 CLASSIFIERS = ("cnn", "resnet")
-LR, WEIGHT_DECAY, WARM_UP = 3e-3, 0.05, 0.15
 _EVAL_BATCH = 500
 
 
@@ -41,13 +39,9 @@ def make_body(name: str, channels: int, num_classes: int, size: int) -> nn.Modul
     "resnet": timm's resnet18 at a quarter of the width, with the stem that is usual for small images, 0.7 M."""
     if name == "cnn":
         w = 24
-
-        def block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
-
-        layers = [*block(channels, w, 1 if size < 48 else 2), *block(w, 2 * w, 2)]
-        layers += block(2 * w, 2 * w, 1 if size < 96 else 2)
-        layers += [*block(2 * w, 4 * w, 2), *block(4 * w, 4 * w, 1)]
+        layers = [*_block(channels, w, 1 if size < 48 else 2), *_block(w, 2 * w, 2)]
+        layers += _block(2 * w, 2 * w, 1 if size < 96 else 2)
+        layers += [*_block(2 * w, 4 * w, 2), *_block(4 * w, 4 * w, 1)]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, num_classes))
     if name == "resnet":
         body = timm.create_model("resnet18", num_classes=num_classes, channels=(16, 32, 64, 128))
@@ -55,6 +49,16 @@ def make_body(name: str, channels: int, num_classes: int, size: int) -> nn.Modul
         body.maxpool = nn.Identity()
         return body
     raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
+
+
+def make_proxy(channels: int, num_classes: int) -> nn.Module:
+    """Three 3x3 convolutions of stride 2, 24,000 parameters: what looks at images in a classifier's place."""
+    layers = [*_block(channels, 16, 2), *_block(16, 32, 2), *_block(32, 64, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def _block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
 
 
 def order_of(labels: Tensor, batch: int, steps: int, seed: int, oversampled: bool = True) -> Tensor:
@@ -105,25 +109,22 @@ def train(
     everything = as_float(x).transpose(0, 1).flatten(1)
     body = make_body(name, x.shape[1], num_classes, x.shape[2]).to(memory_format=torch.channels_last)
     network = Classifier(body, everything.mean(1), everything.std(1).clamp_min(1e-3), bf16).train()
-    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARM_UP)
+    learner, proxy = Learner(network, steps), None
+    if "adversarial-proxy" in dict(components):
+        proxy = Classifier(make_proxy(x.shape[1], num_classes), network.mean.flatten(), network.std.flatten(), bf16)
     rows = order_of(y, batch, steps, seed, oversampled="natural" not in dict(components))
     torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
     began = time.process_time()
-    stack = Stack(components, flows, network, len(y), num_classes, seed, teacher, steps)
+    stack = Stack(components, flows, network, len(y), num_classes, seed, teacher, steps, proxy)
     augmenting = time.process_time() - began  # draws the synthetic pool
     late, losses = steps - max(1, steps // 10), []
     for step in range(steps):
         start = time.process_time()
         chosen, labels = stack(rows[step], x[rows[step]], y[rows[step]])
         augmenting += time.process_time() - start
-        loss = F.cross_entropy(network(chosen), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        loss = learner.learn(chosen, labels)
         if step >= late:
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
     return network.eval(), {
         "seconds_per_step": (time.process_time() - began) / steps,
         "augment_seconds_per_step": augmenting / steps,

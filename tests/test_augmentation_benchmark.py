@@ -161,6 +161,30 @@ def test_labels_that_agree_with_the_classifier(flow: GLEM) -> None:
     torch.testing.assert_close(labels[changed], (0.6 * hard + 0.4 * said)[changed])
 
 
+def test_a_proxy_looks_on_in_the_classifiers_place_and_learns_beside_it(flow: GLEM) -> None:
+    x, y = images(8)
+    net, proxy = network(8).train(), network(8)
+    of_both = [[p.detach().clone() for p in n.parameters()] for n in (net, proxy)]
+    params = {"policy": "adversarial", "strength": 1.0, "p": 1.0, "flow": "it"}
+    stack = ops.Stack(
+        [("adversarial-proxy", params)], lambda _: flow, net, COUNT, CLASSES, seed=0, steps=9, proxy=proxy
+    )
+    for parameter in net.parameters():
+        parameter.data.fill_(float("nan"))  # would show in the moves
+    out, labels = stack(torch.arange(COUNT), x, y)
+    assert (out != ops.as_float(x)).flatten(1).any(1).all() and bool(torch.isfinite(out).all())
+
+    def loss(images_: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(fresh.eval()(images_), y))
+
+    fresh = network(8)
+    for parameter, value in zip(fresh.parameters(), of_both[1], strict=True):
+        parameter.data.copy_(value)
+    assert loss(out) > loss(ops.as_float(x))
+    assert any(not torch.equal(p, was) for p, was in zip(proxy.parameters(), of_both[1], strict=True))
+
+
 def test_stacks_go_from_hard_to_soft_labels_and_from_bytes_to_floats(flow: GLEM) -> None:
     x, y = images(8)
     params = {**settings.METHODS["mode-mixup-any"].trials[0], "flow": "it"}
