@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.flows import matexp
+from glem_augment.flows import expm_native, matexp
 from glem_augment.flows.expm_kernels import make_kernel
 from glem_augment.flows.precision import full_precision
 
@@ -205,6 +205,9 @@ def expm_coupling_backward(
     Returns:
         x2, and the gradients of x2 and ``params``.
     """
+    if expm_native.serves(y2, params, float(bound)):
+        x2, _ = expm_native.couple(y2, params, float(bound), inverse=True)
+        return x2, *expm_native.couple_backward(g, g_logdet, x2, params, float(bound), inverse=False)
     n, _, height, width = y2.shape
     layout = _layout(n)
     s, factor, shift = layout.bounded(params, n, bound)
@@ -232,6 +235,8 @@ def expm_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = Fals
         [n, B, H, W], and log|det| [B] in nats: the trace of S, summed over pixels, negated for the inverse. Can be
         differentiated once.
     """
+    if expm_native.serves(x2, params, float(bound)):
+        return expm_native.expm_coupling(x2, params, float(bound), bool(inverse))
     if torch.is_grad_enabled() and (x2.requires_grad or params.requires_grad):
         return _ExpmCoupling.apply(x2, params, float(bound), bool(inverse))
     return couple(x2, params, float(bound), bool(inverse), measure=True)[:2]

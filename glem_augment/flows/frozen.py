@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from glem_augment.flows.activations import LOG2_E, Activation, fast_elu_in_bits
 from glem_augment.flows.layers import frozen_state
+from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.processor import mkl_is_fast
 
 
@@ -92,7 +92,7 @@ class FrozenRun:
             x: [B, C, H, W] in channels_last format.
             parts: makes those of the network, which may have been exchanged since; None if by something else.
         """
-        plain = not torch.compiler.is_compiling() and _is_plain(x) and _is_supported()
+        plain = _is_plain(x) and _is_supported()
         if not plain and self._steps is None:
             return None
         network = parts()
@@ -148,15 +148,10 @@ def _is_bare(layer: nn.Module) -> bool:
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing is asked of ``x`` but a result in float32 on a CPU."""
     return (
-        x.is_cpu
-        and x.dtype is torch.float32
+        is_ordinary(x)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()
-        # What oneDNN's operations would be lost on: tangents, tracing, and modes that count or fake operations.
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
     )
 
 

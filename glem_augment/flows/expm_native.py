@@ -1,0 +1,118 @@
+"""The matrix-exponential coupling by a C++ kernel, for float32 on a CPU.
+
+The same formulas as in ``expm_coupling`` for a few pixels at a time: S is bounded, exponentiated and applied while it is
+in the first cache, and neither it nor a term of its series is ever written to memory. The backward recomputes all from
+the networks' output, so that is all that is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glem_augment.flows.matexp import taylor_plan
+from glem_augment.flows.native import library
+from glem_augment.flows.ordinary import is_ordinary
+
+# As in expm_native.cpp.
+_MAX_TERMS, _MAX_SEGMENTS, _PLANS = 16, 8, 11
+_LARGEST = 24
+# Multiply-adds worth a thread of their own.
+_WORK = 200_000
+
+
+class _Kernel(NamedTuple):
+    forward: Any
+    backward: Any
+    plans: Any
+    work: int  # multiply-adds per pixel
+
+
+@cache
+def _kernel(n: int, bound: float) -> _Kernel | None:
+    plans = [taylor_plan(bound * 0.5**k, torch.float32) for k in range(_PLANS)]
+    segments, terms = plans[0]
+    if n > _LARGEST or segments > _MAX_SEGMENTS or max(t for _, t in plans) > _MAX_TERMS:
+        return None
+    made = library("expm_native.cpp", N=n)
+    if made is None:
+        return None
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    rest = [size, size, ctypes.c_float, integer, pointer, integer]
+    for function, tensors in ((made.glem_expm, 5), (made.glem_expm_backward, 6)):
+        function.argtypes, function.restype = [pointer] * tensors + rest, None
+    numbers = [number for plan in plans for number in plan]
+    return _Kernel(
+        made.glem_expm, made.glem_expm_backward, (integer * len(numbers))(*numbers), n * n * segments * terms
+    )
+
+
+def has_kernel(n: int, bound: float) -> bool:
+    """Whether there is a kernel for n x n matrices with ``||S||_inf <= bound``."""
+    return _kernel(n, bound) is not None
+
+
+def serves(x2: Tensor, params: Tensor, bound: float) -> bool:
+    """Whether the kernel may stand for torch's operations here."""
+    return is_ordinary(x2) and is_ordinary(params) and _kernel(x2.shape[0], bound) is not None
+
+
+def _like_images(params: Tensor) -> Tensor:
+    return params.contiguous(memory_format=torch.channels_last)
+
+
+def _threads(pixels: int, work: int) -> int:
+    return max(1, min(torch.get_num_threads(), pixels * work // _WORK))
+
+
+def couple(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """``expm_coupling`` without a graph."""
+    x2, params = x2.contiguous(), _like_images(params)
+    n, batch, height, width = x2.shape
+    kernel, pixels = _kernel(n, bound), batch * height * width
+    assert kernel is not None
+    y2, room = torch.empty_like(x2), torch.empty(pixels + batch)
+    pointers = (x2.data_ptr(), params.data_ptr(), y2.data_ptr(), room.data_ptr(), room.data_ptr() + 4 * pixels)
+    threads = _threads(pixels, kernel.work)
+    kernel.forward(*pointers, batch, height * width, bound, inverse, kernel.plans, threads)
+    return y2, room[pixels:].clone()
+
+
+def couple_backward(
+    g: Tensor, g_logdet: Tensor, x2: Tensor, params: Tensor, bound: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``couple``'s arguments from those of its results."""
+    g, g_logdet, x2, params = g.contiguous(), g_logdet.contiguous(), x2.contiguous(), _like_images(params)
+    n, batch, height, width = x2.shape
+    kernel = _kernel(n, bound)
+    assert kernel is not None
+    g_x2, g_params = torch.empty_like(x2), torch.empty_like(params)
+    pointers = [t.data_ptr() for t in (g, g_logdet, x2, params, g_x2, g_params)]
+    threads = _threads(batch * height * width, 3 * kernel.work)
+    kernel.backward(*pointers, batch, height * width, bound, inverse, kernel.plans, threads)
+    return g_x2, g_params
+
+
+class _NativeCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x2, params)
+        ctx.plan = (bound, inverse)
+        return couple(x2, params, bound, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, g_logdet: Tensor):
+        return (*couple_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
+
+
+def expm_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """As ``expm_coupling.expm_coupling``, where ``serves`` says yes."""
+    if torch.is_grad_enabled() and (x2.requires_grad or params.requires_grad):
+        return _NativeCoupling.apply(x2, params, bound, inverse)
+    return couple(x2, params, bound, inverse)
