@@ -90,7 +90,7 @@ def main() -> None:
     z = model.sample_latents(torch.arange(args.batch) % len(model.classes))
 
     def with_plain_elu() -> Tensor:
-        with mock.patch.object(activations, "_may_be_fast", lambda x: False):
+        with mock.patch.object(activations, "is_ordinary", lambda x: False):
             return model.decode(z)
 
     with mock.patch.object(frozen, "_is_plain", lambda x: False):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.processor import mkl_is_fast
 
 ACTIVATIONS = ("elu", "silu", "relu", "gelu")
@@ -16,6 +17,8 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu"
 # Those whose derivative follows from their result: done in place, autograd keeps one tensor instead of two. The others
 # would make autograd copy the input first.
 _FROM_RESULT = ("elu", "relu")
+# With gradients, a function written in Python costs what torch's own elu takes for so many numbers.
+_WORTH_A_FUNCTION = 2**16
 LOG2_E = 1 / math.log(2)
 _ZERO, _MINUS_LOG2_E = torch.zeros(()), torch.tensor(-LOG2_E)
 
@@ -38,6 +41,21 @@ def fast_elu_in_bits(x: Tensor) -> Tensor:
     return torch.clamp(_ZERO, x, bent, out=bent)
 
 
+class _FastElu(torch.autograd.Function):
+    """``fast_elu`` with the derivative that ``F.elu`` has in place: from the result, which alone is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = fast_elu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.elu_backward(g, 1.0, 1.0, 1.0, True, y)
+
+
 class Activation(nn.Module):
     """An elementwise nonlinearity that keeps as little for the backward pass as its derivative allows.
 
@@ -58,8 +76,11 @@ class Activation(nn.Module):
             owned: nobody else reads ``x`` any more (the result of a convolution, which does not need it for its
                 gradient), so it may be overwritten.
         """
-        if self.name == "elu" and _may_be_fast(x):
-            return fast_elu(x)
+        if self.name == "elu" and is_ordinary(x):
+            if not torch.is_grad_enabled():
+                return fast_elu(x)
+            if x.numel() >= _WORTH_A_FUNCTION:
+                return _FastElu.apply(x)
         function = _PLAIN[self.name]
         if self.name not in _FROM_RESULT:
             return function(x)
@@ -70,9 +91,3 @@ class Activation(nn.Module):
         if self.name == "elu" and torch.is_grad_enabled():
             return function(x.clone(), inplace=True)
         return function(x)
-
-
-def _may_be_fast(x: Tensor) -> bool:
-    """Whether ``fast_elu`` may stand for ``F.elu``; a compiler makes one pass of either."""
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not plain and x.device.type == "cpu" and x.dtype == torch.float32

@@ -1,8 +1,8 @@
 """The matrix-exponential coupling by a C++ kernel, for float32 on a CPU.
 
-The same formulas as in ``expm_coupling`` for a few pixels at a time: S is bounded, exponentiated and applied while it is
-in the first cache, and neither it nor a term of its series is ever written to memory. The backward recomputes all from
-the networks' output, so that is all that is kept.
+The same formulas as in ``expm_coupling`` for a few pixels at a time: S is bounded, exponentiated and applied while it
+is in the first cache, and neither it nor a term of its series is ever written to memory. The backward recomputes all
+from the networks' output, so that is all that is kept.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.matexp import taylor_plan
-from glem_augment.flows.native import library
+from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
-# As in expm_native.cpp.
+# As in kernels/expm.cpp.
 _MAX_TERMS, _MAX_SEGMENTS, _PLANS = 16, 8, 11
 _LARGEST = 24
-# Multiply-adds worth a thread of their own.
-_WORK = 200_000
 
 
 class _Kernel(NamedTuple):
@@ -36,19 +34,22 @@ class _Kernel(NamedTuple):
 @cache
 def _kernel(n: int, bound: float) -> _Kernel | None:
     plans = [taylor_plan(bound * 0.5**k, torch.float32) for k in range(_PLANS)]
+    # Of one term alone the derivative would be a constant.
+    plans = [(segments, max(2, terms)) for segments, terms in plans]
     segments, terms = plans[0]
     if n > _LARGEST or segments > _MAX_SEGMENTS or max(t for _, t in plans) > _MAX_TERMS:
         return None
-    made = library("expm_native.cpp", N=n)
+    made = library("expm.cpp", N=n)
     if made is None:
         return None
-    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    rest = [size, size, ctypes.c_float, integer, pointer, integer]
-    for function, tensors in ((made.glem_expm, 5), (made.glem_expm_backward, 6)):
-        function.argtypes, function.restype = [pointer] * tensors + rest, None
+    size, integer = ctypes.c_int64, ctypes.c_int32
+    rest = [size, size, ctypes.c_float, integer, ctypes.c_void_p, integer]
     numbers = [number for plan in plans for number in plan]
     return _Kernel(
-        made.glem_expm, made.glem_expm_backward, (integer * len(numbers))(*numbers), n * n * segments * terms
+        declare(made.glem_expm, 5, rest),
+        declare(made.glem_expm_backward, 6, rest),
+        (integer * len(numbers))(*numbers),
+        n * n * segments * terms,
     )
 
 
@@ -66,10 +67,6 @@ def _like_images(params: Tensor) -> Tensor:
     return params.contiguous(memory_format=torch.channels_last)
 
 
-def _threads(pixels: int, work: int) -> int:
-    return max(1, min(torch.get_num_threads(), pixels * work // _WORK))
-
-
 def couple(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
     """``expm_coupling`` without a graph."""
     x2, params = x2.contiguous(), _like_images(params)
@@ -78,7 +75,7 @@ def couple(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Ten
     assert kernel is not None
     y2, room = torch.empty_like(x2), torch.empty(pixels + batch)
     pointers = (x2.data_ptr(), params.data_ptr(), y2.data_ptr(), room.data_ptr(), room.data_ptr() + 4 * pixels)
-    threads = _threads(pixels, kernel.work)
+    threads = threads_for(pixels * kernel.work)
     kernel.forward(*pointers, batch, height * width, bound, inverse, kernel.plans, threads)
     return y2, room[pixels:].clone()
 
@@ -93,7 +90,7 @@ def couple_backward(
     assert kernel is not None
     g_x2, g_params = torch.empty_like(x2), torch.empty_like(params)
     pointers = [t.data_ptr() for t in (g, g_logdet, x2, params, g_x2, g_params)]
-    threads = _threads(batch * height * width, 3 * kernel.work)
+    threads = threads_for(3 * batch * height * width * kernel.work)
     kernel.backward(*pointers, batch, height * width, bound, inverse, kernel.plans, threads)
     return g_x2, g_params
 

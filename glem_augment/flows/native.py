@@ -1,4 +1,4 @@
-"""C++ kernels of this package, built by the machine's own compiler when they are first needed.
+"""The C++ kernels in ``kernels``, built by the machine's own compiler when they are first needed.
 
 torch's operations pass over memory once each. Where a formula has many of them for a few numbers per pixel, a kernel
 that takes a few pixels through all of it, in the processor's first cache, is several times faster. Building one takes a
@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,9 @@ _ARCHITECTURE = {
 }
 _FLAGS = "-std=c++17 -O3 -fPIC -fno-math-errno -fno-trapping-math".split()
 _SECONDS = 120
+# Operations that are worth a thread of their own.
+_WORK = 200_000
+_SOURCES = Path(__file__).with_name("kernels")
 
 
 @cache
@@ -35,7 +39,7 @@ def library(source: str, **constants: int) -> ctypes.CDLL | None:
     """A kernel's library.
 
     Args:
-        source: file beside this module.
+        source: file in ``kernels``.
         constants: for the preprocessor.
 
     Returns:
@@ -44,29 +48,38 @@ def library(source: str, **constants: int) -> ctypes.CDLL | None:
     compiler = _compiler()
     if os.environ.get("GLEM_NATIVE") == "0" or compiler is None:
         return None
-    code = Path(__file__).with_name(source).read_bytes()
+    code = [path.read_bytes() for path in (_SOURCES / source, *sorted(_SOURCES.glob("*.h")))]
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*_FLAGS, *_ARCHITECTURE.get(capability, []), *(f"-D{k}={v}" for k, v in sorted(constants.items()))]
-    problem = ""
-    with tempfile.TemporaryDirectory(prefix="glem-native-") as elsewhere:
-        folder = _folder() or Path(elsewhere)
-        for parallel in (["-fopenmp"], []):
-            command = [*compiler, *flags, *parallel]
-            key = hashlib.sha256(repr((command, code)).encode()).hexdigest()[:16]
-            target = folder / f"{Path(source).stem}-{key}.so"
-            try:
-                if not target.exists():
-                    _build(command, compiler, code, target)
-                return ctypes.CDLL(str(target))
-            except (OSError, subprocess.SubprocessError) as error:
-                # Without OpenMP on the second try: not every compiler's is the one that torch has brought.
-                problem = (getattr(error, "stderr", None) or str(error)).strip().split("\n")[0]
+    key = hashlib.sha256(repr((compiler, flags, code)).encode()).hexdigest()[:16]
+    try:
+        with tempfile.TemporaryDirectory(prefix="glem-native-") as elsewhere:
+            target = (_folder() or Path(elsewhere)) / f"{Path(source).stem}-{key}.so"
+            if target.exists():
+                try:
+                    return ctypes.CDLL(str(target))
+                except OSError:
+                    pass  # damaged: made anew
+            return _build(compiler, [*flags, "-c", str(_SOURCES / source)], target)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().split("\n")[0]
     warnings.warn(
-        f"{source} could not be built with {shlex.join(compiler)} ({problem}); torch's own operations do the same work, "
+        f"{source} could not be built with {shlex.join(compiler)} ({reason}); torch's own operations do the same work, "
         "slower. Another compiler can be named in the environment variable CXX; GLEM_NATIVE=0 does without",
         stacklevel=2,
     )
     return None
+
+
+def declare(function: Any, pointers: int, rest: list[Any]) -> Any:
+    """A function of a library that takes so many pointers to tensors, then ``rest``, and returns nothing."""
+    function.argtypes, function.restype = [ctypes.c_void_p] * pointers + rest, None
+    return function
+
+
+def threads_for(operations: int) -> int:
+    """How many threads that much work is worth, at most torch's own number."""
+    return max(1, min(torch.get_num_threads(), operations // _WORK))
 
 
 def _compiler() -> list[str] | None:
@@ -91,14 +104,20 @@ def _folder() -> Path | None:
         return None
 
 
-def _build(command: list[str], compiler: list[str], code: bytes, target: Path) -> None:
-    """Compile to ``target``, which other processes may do at the same time."""
+def _build(compiler: list[str], compiling: list[str], target: Path) -> ctypes.CDLL:
+    """Compile, link and load; then ``target`` is there, though other processes may do the same at the same time."""
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as name:
-        source, compiled, linked = (Path(name) / f"kernel.{suffix}" for suffix in ("cpp", "o", "so"))
-        source.write_bytes(code)
-        # Linked without -fopenmp: that would bring a second OpenMP runtime, with threads of its own, beside torch's.
-        compile_it = [*command, "-c", str(source), "-o", str(compiled)]
-        link_it = [*compiler, "-shared", str(compiled), "-o", str(linked)]
-        for part in (compile_it, link_it):
-            subprocess.run(part, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        os.replace(linked, target)
+        compiled, linked = (str(Path(name) / f"kernel.{suffix}") for suffix in ("o", "so"))
+        for openmp in (["-fopenmp"], []):
+            try:
+                # Linked without it: that would bring a second OpenMP runtime, with threads of its own, beside torch's.
+                for command in ([*compiling, *openmp, "-o", compiled], ["-shared", compiled, "-o", linked]):
+                    subprocess.run([*compiler, *command], check=True, capture_output=True, text=True, timeout=_SECONDS)
+                made = ctypes.CDLL(linked)
+            except (OSError, subprocess.SubprocessError):
+                if not openmp:
+                    raise
+                continue  # not every compiler's OpenMP is the one that torch has brought
+            os.replace(linked, target)
+            return made
+    raise AssertionError

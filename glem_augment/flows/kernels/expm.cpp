@@ -1,9 +1,13 @@
 // The matrix-exponential coupling for N x N matrices, forwards and backwards, each in one pass over memory.
 //
-// expm_native.py is what calls it; expm_coupling.py does the same with torch's operations, and says what that is.
+// ../expm_native.py is what calls it; ../expm_coupling.py does the same with torch's operations, and says what that is.
 // Vectors and their gradients are planes [N, pixels]; parameters and theirs are channels last, [pixels, N * N + N].
 
 #include <cstdint>
+
+// So many pixels at a time that the matrices of a block stay in the first cache.
+#define LANES (N <= 12 ? 16 : 8)
+#include "vector_math.h"
 
 #ifndef N
 #error "compile with -DN=<rows of the matrices>"
@@ -11,17 +15,9 @@
 
 namespace {
 
-// So many pixels at a time, one per lane, that the matrices of a block stay in the first cache.
-constexpr int kLanes = N <= 12 ? 16 : 8;
 constexpr int kChannels = N * N + N;
-// As in expm_native.py.
+// As in ../expm_native.py.
 constexpr int kMaxTerms = 16, kMaxSegments = 8, kPlans = 11;
-
-typedef float V __attribute__((vector_size(4 * kLanes), may_alias));
-typedef int32_t I __attribute__((vector_size(4 * kLanes), may_alias));
-
-inline V absolute(V x) { return (V)((I)x & 0x7fffffff); }
-inline V sign(V x) { return __builtin_convertvector((I)(x < 0) - (I)(x > 0), V); }
 
 struct Matrices {
     V s[N][N], factor[N], shift[N], trace;
@@ -59,28 +55,12 @@ inline void read(const float* params, int64_t count, float bound, const int32_t*
     m.terms = plans[2 * plan + 1];
 }
 
-inline void load(const float* planes, int64_t pixels, int64_t count, V* v) {
-    for (int i = 0; i < N; ++i) {
-        const float* row = planes + i * pixels;
-        if (count == kLanes) {
-            __builtin_memcpy(&v[i], row, sizeof(V));
-        } else {
-            V x = V{};
-            for (int64_t lane = 0; lane < count; ++lane) x[lane] = row[lane];
-            v[i] = x;
-        }
-    }
+inline void load_planes(const float* planes, int64_t pixels, int64_t count, V* v) {
+    for (int i = 0; i < N; ++i) v[i] = load(planes + i * pixels, count);
 }
 
-inline void store(float* planes, int64_t pixels, int64_t count, const V* v) {
-    for (int i = 0; i < N; ++i) {
-        float* row = planes + i * pixels;
-        if (count == kLanes) {
-            __builtin_memcpy(row, &v[i], sizeof(V));
-        } else {
-            for (int64_t lane = 0; lane < count; ++lane) row[lane] = v[i][lane];
-        }
-    }
+inline void store_planes(float* planes, int64_t pixels, int64_t count, const V* v) {
+    for (int i = 0; i < N; ++i) store(planes + i * pixels, count, v[i]);
 }
 
 inline void multiply(const V s[N][N], const V* v, V* out) {
@@ -124,21 +104,17 @@ extern "C" void glem_expm(const float* x2, const float* params, float* y2, float
         Matrices m;
         V v[N];
         read(params + first * kChannels, count, bound, plans, m);
-        load(x2 + first, pixels, count, v);
+        load_planes(x2 + first, pixels, count, v);
         const float h = (inverse ? -1.0f : 1.0f) / m.segments;
         if (inverse)
             for (int i = 0; i < N; ++i) v[i] -= m.shift[i];
         for (int segment = 0; segment < m.segments; ++segment) apply(m.s, v, h, m.terms);
         if (!inverse)
             for (int i = 0; i < N; ++i) v[i] += m.shift[i];
-        store(y2 + first, pixels, count, v);
-        for (int64_t lane = 0; lane < count; ++lane) trace[first + lane] = inverse ? -m.trace[lane] : m.trace[lane];
+        store_planes(y2 + first, pixels, count, v);
+        store(trace + first, count, inverse ? -m.trace : m.trace);
     }
-    for (int64_t image = 0; image < batch; ++image) {
-        double sum = 0;
-        for (int64_t p = 0; p < pixels_per_image; ++p) sum += trace[image * pixels_per_image + p];
-        logdet[image] = (float)sum;
-    }
+    sum_images(trace, logdet, batch, pixels_per_image);
 }
 
 // From gradients of the result and of log|det| to those of x2 and of the parameters.
@@ -152,8 +128,8 @@ extern "C" void glem_expm_backward(const float* g, const float* g_logdet, const 
         Matrices m;
         V starts[kMaxSegments][N], terms[kMaxTerms][N], adjoints[kMaxTerms][N], a[N], grad_shift[N], grad_trace = V{};
         read(params + first * kChannels, count, bound, plans, m);
-        load(x2 + first, pixels, count, starts[0]);
-        load(g + first, pixels, count, a);
+        load_planes(x2 + first, pixels, count, starts[0]);
+        load_planes(g + first, pixels, count, a);
         const float h = (inverse ? -1.0f : 1.0f) / m.segments;
         if (inverse)
             for (int i = 0; i < N; ++i) starts[0][i] -= m.shift[i];
@@ -190,7 +166,7 @@ extern "C" void glem_expm_backward(const float* g, const float* g_logdet, const 
                     grad[i][j] = sum;
                 }
         }
-        store(g_x2 + first, pixels, count, a);
+        store_planes(g_x2 + first, pixels, count, a);
         if (inverse)
             for (int i = 0; i < N; ++i) grad_shift[i] = -a[i];
         // Back through S = bound raw / (1 + sum |raw|), row by row.

@@ -1,0 +1,90 @@
+"""The matrix-exponential coupling by its C++ kernel, against torch's operations.
+
+Float32, both ways in one process in an order that changes: the coupling's transform alone, forward and with gradients,
+at the sizes that flows of 28x28 and 32x32 pixels have, and whole flows with their networks: the bundled one, and the
+levels of ``mef_cifar``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from common import write_results
+from elementwise import arguments, compare
+from speed import CASES, make_flow
+from speed_measure import Side
+from torch import Tensor
+from tqdm import tqdm
+
+from glem_augment import GLEM
+from glem_augment.flows import expm_native
+from glem_augment.flows.expm_coupling import expm_coupling
+
+# n: images and their side
+SIZES = {2: (32, 14), 4: (32, 7), 6: (16, 16), 12: (16, 8), 24: (16, 4)}
+BOUND = 1.0
+
+
+def plain(task: Callable[[], Any]) -> Callable[[], Any]:
+    """``task`` with torch's operations."""
+
+    def run() -> Any:
+        with mock.patch.object(expm_native, "serves", lambda *args: False):
+            return task()
+
+    return run
+
+
+def transform(n: int, gradients: bool) -> Callable[[], Any]:
+    """The transform of random vectors by random matrices."""
+    batch, side = SIZES[n]
+    x2 = torch.randn(n, batch, side, side, requires_grad=gradients)
+    params = torch.randn(batch, n * n + n, side, side).contiguous(memory_format=torch.channels_last)
+    params.requires_grad_(gradients)
+    g, g_logdet = torch.randn_like(x2), torch.randn(batch)
+
+    def run() -> None:
+        for _ in range(10):
+            result = expm_coupling(x2, params, BOUND)
+            if gradients:
+                torch.autograd.grad(result, (x2, params), (g, g_logdet))
+
+    return run
+
+
+def whole(batch: int) -> dict[str, Side]:
+    """name -> flow to be trained, and to encode and decode."""
+    bundled = GLEM.from_pretrained("bundled:fashion-mnist")
+    x: Tensor = bundled.flow.inverse(bundled.sample_latents(torch.arange(batch) % len(bundled.classes)))[0]
+    sides = {"bundled flow": Side("ours", bundled.flow, x.detach())}
+    for case in ("mef_cifar_0", "mef_cifar_1", "mef_cifar_2"):
+        sides[case] = Side("ours", *make_flow(CASES[case], torch.device("cpu")))
+    for side in sides.values():
+        side.trained.requires_grad_()
+    return sides
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    if not expm_native.has_kernel(2, BOUND):
+        raise SystemExit("native: there is no kernel, because no C++ compiler was found or GLEM_NATIVE is 0")
+    tasks: list[tuple[str, str, Callable[[], Any]]] = []
+    for n, (batch, side) in SIZES.items():
+        size = f"{batch} images of {side}x{side}"
+        tasks.append((f"forward, n = {n}", size, transform(n, gradients=False)))
+        tasks.append((f"forward + backward, n = {n}", size, transform(n, gradients=True)))
+    for name, flow in whole(args.batch).items():
+        size = f"{len(flow.x)} images"
+        tasks += [(f"{what}, {name}", size, getattr(flow, what)) for what in ("train", "encode", "decode")]
+    rows = [
+        compare(what, size, plain(task), task, args.rounds)
+        for what, size, task in tqdm(tasks, desc="native", unit="pair")
+    ]
+    write_results(args.out, "native", "The matrix-exponential coupling by its kernel", rows)
+
+
+if __name__ == "__main__":
+    main()

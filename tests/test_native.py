@@ -1,0 +1,269 @@
+"""The C++ kernels: torch's numbers, only where nothing else is asked, and no trouble where they can't be built."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from glem_augment import create_flow
+from glem_augment.flows import expm_native, expm_op
+from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward
+from glem_augment.flows.native import threads_for
+
+needs_a_compiler = pytest.mark.skipif(not expm_native.has_kernel(2, 1.0), reason="no C++ compiler here")
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Torch's operations alone."""
+    monkeypatch.setattr(expm_native, "serves", lambda *args: False)
+    return monkeypatch
+
+
+def arguments(n: int, batch: int = 3, size: float = 1.0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(n)
+    x2 = torch.randn(n, batch, 5, 7, generator=g)
+    params = size * torch.randn(batch, n * n + n, 5, 7, generator=g)
+    return x2.requires_grad_(), params.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def results(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> list[Tensor]:
+    """Of the coupling, of its gradients, and of undoing it."""
+    y2, logdet = expm_coupling(x2, params, bound, inverse)
+    weights = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in (y2, logdet)]
+    grads = torch.autograd.grad((y2, logdet), (x2, params), weights)
+    undone = expm_coupling_backward(y2.detach(), params.detach(), *weights, bound)
+    return [y2.detach(), logdet.detach(), *grads, *undone]
+
+
+def close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for result, want in zip(got, wanted, strict=True):
+        assert result.shape == want.shape
+        error = float((result.double() - want.double()).abs().max())
+        assert error <= tolerance * float(want.abs().max().clamp_min(1)), error
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("bound", [0.7, 1.0, 2.5, 8.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 12, 13, 24])
+def test_it_computes_what_torch_does(n: int, bound: float, inverse: bool) -> None:
+    for size in (0.0, 1e-4, 0.1, 3.0):
+        x2, params = arguments(n, size=size)
+        assert expm_native.serves(x2, params, bound)
+        got = results(x2, params, bound, inverse)
+        wanted = results(*(t.detach().double().requires_grad_() for t in (x2, params)), bound, inverse)
+        close(got[:2], wanted[:2], 1e-6 * max(1.0, bound))
+        # A derivative lacks one term more than the series. Undoing multiplies rounding by up to e^bound.
+        close(got[2:4], wanted[2:4], 2e-5)
+        close(got[4:], wanted[4:], 2e-5 + 4e-7 * math.exp(bound))
+
+
+@needs_a_compiler
+def test_any_layout_and_no_images_at_all() -> None:
+    x2, params = arguments(4)
+    wanted = results(x2, params, 1.0, False)
+    other = [x2.detach().transpose(2, 3).contiguous().transpose(2, 3), params.detach().contiguous()]
+    for got, want in zip(results(*(t.requires_grad_() for t in other), 1.0, False), wanted, strict=True):
+        assert torch.equal(got, want)
+    y2, logdet = expm_coupling(torch.empty(4, 0, 5, 7), torch.empty(0, 20, 5, 7), 1.0)
+    assert y2.shape == (4, 0, 5, 7) and logdet.shape == (0,)
+
+
+@needs_a_compiler
+def test_a_lost_pixel_is_lost_alone() -> None:
+    x2, params = (t.detach() for t in arguments(3))
+    wanted = expm_coupling(x2, params, 1.0)
+    lost, params = params.clone(), params.clone()
+    lost[1, 0, 2, 3] = float("nan")
+    y2, logdet = expm_coupling(x2, lost, 1.0)
+    there = torch.isnan(y2).any(0)
+    assert there[1, 2, 3] and int(there.sum()) == 1
+    assert torch.isnan(logdet).tolist() == [False, True, False]
+    torch.testing.assert_close(y2[:, ~there], wanted[0][:, ~there], rtol=1e-6, atol=1e-6)
+    far = x2.clone()
+    far[0, 0, 0, 0] = float("inf")
+    assert not torch.isfinite(expm_coupling(far, params, 1.0)[0][:, 0, 0, 0]).any()
+
+
+@needs_a_compiler
+def test_the_number_of_threads_changes_nothing() -> None:
+    x2, params = arguments(6, batch=64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert threads_for(10**9) == count and threads_for(1000) == 1
+            found.append(results(x2, params, 1.0, False))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@needs_a_compiler
+def test_threads_of_the_caller_may_share_it() -> None:
+    x2, params = arguments(4, batch=16)
+    wanted = results(x2, params, 1.0, False)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: results(x2, params, 1.0, False), range(16)):
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@needs_a_compiler
+def test_only_where_nothing_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x2, params = (t.detach() for t in arguments(3))
+    wanted = expm_coupling(x2, params, 1.0)
+
+    def fail(*args: object) -> None:
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(expm_native, "couple", fail)
+    with pytest.raises(AssertionError, match="was called"):
+        expm_coupling(x2, params, 1.0)
+    assert expm_coupling(x2.double(), params.double(), 1.0)[0].dtype == torch.float64
+    assert expm_coupling(x2.to("meta"), params.to("meta"), 1.0)[0].device.type == "meta"
+    assert not expm_native.serves(x2, params, 8.5)  # nine segments
+    with forward_ad.dual_level():
+        assert not expm_native.serves(x2, params, 1.0)
+
+    def traced(p: Tensor) -> Tensor:
+        assert not expm_native.serves(x2, p, 1.0)
+        return p
+
+    torch.func.vmap(traced)(params[None])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(params)
+        assert not expm_native.serves(mode.from_tensor(x2), fake, 1.0)
+    assert not expm_native.serves(x2, fake, 1.0)
+    assert torch.isfinite(wanted[0]).all()
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("n", [3, 12])
+def test_the_operator_for_compiled_flows(n: int, inverse: bool) -> None:
+    x2, params = arguments(n)
+    torch.library.opcheck(torch.ops.glem_augment.expm_native.default, (x2, params, 1.0, inverse))
+    got = torch.ops.glem_augment.expm_native(x2, params, 1.0, inverse)
+    assert all(torch.equal(a, b) for a, b in zip(got, expm_coupling(x2, params, 1.0, inverse), strict=True))
+    assert expm_op._has_kernels(1.0)
+
+
+@needs_a_compiler
+def test_a_flow_is_the_same_with_and_without(without: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    flow = create_flow("mef_tiny", (3, 16, 16), depth=[2, 2], width=[8, 8], blocks=[1, 1])
+    x = torch.rand(4, 3, 16, 16) - 0.5
+    flow.initialise(x)
+    for p in flow.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+
+    def passes() -> list[Tensor]:
+        z, logdet = flow(x)
+        flow.zero_grad()
+        (z.square().sum() - logdet.sum()).backward()
+        grads = [p.grad.clone() for p in flow.parameters()]
+        with torch.no_grad():
+            return [z.detach(), logdet.detach(), *grads, *flow.inverse(z.detach())]
+
+    plain = passes()
+    without.undo()
+    close(passes(), plain, 1e-4)
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import warnings, torch
+from glem_augment.flows import expm_native
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    there = expm_native.has_kernel(3, 1.0), expm_native.has_kernel(3, 1.0)
+    from glem_augment.flows.expm_coupling import expm_coupling
+    y2, logdet = expm_coupling(torch.ones(3, 2, 4, 4), torch.ones(2, 12, 4, 4), 1.0)
+print(there[0], len(seen), *(str(w.message) for w in seen), float(y2.sum()), sep="|")
+"""
+
+
+def run(tmp_path: Path, **environment: str) -> list[str]:
+    """What a fresh process with an empty cache in ``tmp_path`` prints: whether there is a kernel, warnings, a sum."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("|")
+
+
+def compiler(tmp_path: Path, before: str) -> str:
+    """A compiler that runs the shell commands ``before`` first."""
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\n{before}\nexec c++ "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return str(script)
+
+
+def libraries(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_a_compiler
+def test_a_kernel_is_built_once_and_a_damaged_one_anew(tmp_path: Path) -> None:
+    counting = compiler(tmp_path, f"echo called >> {tmp_path}/calls")
+    first = run(tmp_path, CXX=counting)
+    assert first[:2] == ["True", "0"]
+    calls = (tmp_path / "calls").read_text()
+    assert len(libraries(tmp_path)) == 1 and not list((tmp_path / "cache").rglob("build-*"))
+    assert run(tmp_path, CXX=counting) == first and (tmp_path / "calls").read_text() == calls
+    libraries(tmp_path)[0].write_bytes(b"no library")
+    assert run(tmp_path, CXX=counting) == first and (tmp_path / "calls").read_text() == calls * 2
+
+
+@needs_a_compiler
+def test_a_compiler_without_openmp_will_do(tmp_path: Path) -> None:
+    picky = compiler(tmp_path, 'case "$*" in *-fopenmp*) echo "unsupported option" >&2; exit 1;; esac')
+    assert run(tmp_path, CXX=picky)[:2] == ["True", "0"]
+
+
+@needs_a_compiler
+def test_many_processes_may_build_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: run(tmp_path), range(4)))
+    assert all(result == found[0] for result in found) and found[0][:2] == ["True", "0"]
+    assert len(libraries(tmp_path)) == 1
+
+
+@needs_a_compiler
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "glem_augment" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert run(tmp_path)[:2] == ["True", "0"] and not libraries(tmp_path)
+
+
+def test_without_a_compiler_torch_does_the_work(tmp_path: Path) -> None:
+    off = run(tmp_path, GLEM_NATIVE="0")
+    assert off[:2] == ["False", "0"] and not libraries(tmp_path)
+    assert run(tmp_path, CXX="", PATH="/nowhere") == off
+    missing = run(tmp_path, CXX="/no/such/compiler -O2")
+    assert missing[:2] == ["False", "1"] and missing[-1] == off[-1]
+    assert "/no/such/compiler" in missing[2] and "GLEM_NATIVE=0" in missing[2] and "CXX" in missing[2]
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\necho 'error: no space left on device' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    assert "no space left" in run(tmp_path, CXX=str(failing))[2]
