@@ -5,19 +5,54 @@
 
 #include <cstdint>
 
-// So many pixels at a time that the matrices of a block stay in the first cache.
-#define LANES (N <= 12 ? 16 : 8)
-#include "vector_math.h"
-
 #ifndef N
 #error "compile with -DN=<rows of the matrices>"
 #endif
 
 namespace {
 
+// Pixels at a time, one per lane: so many that the matrices of a block stay in the first cache.
+constexpr int kLanes = N <= 12 ? 16 : 8;
 constexpr int kChannels = N * N + N;
 // As in ../expm_native.py.
 constexpr int kMaxTerms = 16, kMaxSegments = 8, kPlans = 11;
+
+typedef float V __attribute__((vector_size(4 * kLanes), may_alias));
+typedef int32_t I __attribute__((vector_size(4 * kLanes), may_alias));
+
+inline V absolute(V x) { return (V)((I)x & 0x7fffffff); }
+inline V sign(V x) { return __builtin_convertvector((I)(x < 0) - (I)(x > 0), V); }
+
+// `count` <= kLanes neighbours in memory; the other lanes are 0, or left out.
+inline V load(const float* from, int64_t count) {
+    V x = V{};
+    if (count == kLanes)
+        __builtin_memcpy(&x, from, sizeof(V));
+    else
+        for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
+    return x;
+}
+
+inline void store(float* to, int64_t count, V x) {
+    if (count == kLanes)
+        __builtin_memcpy(to, &x, sizeof(V));
+    else
+        for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
+}
+
+// Of numbers per pixel.
+inline void sum_images(const float* values, float* sums, int64_t batch, int64_t pixels_per_image) {
+    for (int64_t image = 0; image < batch; ++image, values += pixels_per_image) {
+        V parts = V{};
+        for (int64_t p = 0; p < pixels_per_image; p += kLanes) {
+            const int64_t left = pixels_per_image - p;
+            parts += load(values + p, left < kLanes ? left : kLanes);
+        }
+        double sum = 0;
+        for (int lane = 0; lane < kLanes; ++lane) sum += parts[lane];
+        sums[image] = (float)sum;
+    }
+}
 
 struct Matrices {
     V s[N][N], factor[N], shift[N], trace;
