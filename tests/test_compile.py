@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from glem_augment.flows import compiled, create_flow
+from glem_augment.flows import compiled, create_flow, frozen
 from glem_augment.flows.bijection import Bijection
+from glem_augment.flows.compiled import Step
 from glem_augment.flows.expm_coupling import expm_coupling
 from glem_augment.flows.expm_op import expm_coupling_op
+from glem_augment.flows.level import step_forward, step_inverse
 
 
 def _flow(coupling: str, **overrides: object) -> tuple[Bijection, Tensor]:
@@ -119,6 +121,35 @@ def test_copies_start_uncompiled_and_reversible_training_uses_compiled_steps() -
     flow.set_memory("reversible")
     for got, want in zip(_passes(flow, x), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.skipif(not frozen._is_supported(), reason="this torch has no oneDNN convolutions")
+@pytest.mark.parametrize("subnet", ["residual", "transformer"])
+def test_a_frozen_flow_leaves_compiled_steps_where_it_is_faster_without(subnet: str) -> None:
+    flow, x = _flow("matexp", subnet=subnet)
+    called: list[str] = []
+
+    def spy(plain: Step) -> Step:
+        def run(*args: object) -> tuple[Tensor, Tensor]:
+            called.append(plain.__name__)
+            return plain(*args)
+
+        return run
+
+    for level in flow.levels:
+        level.use_compiled(spy(step_forward), spy(step_inverse))
+    steps = ["step_forward"] * 5 + ["step_inverse"] * 5
+
+    def both_ways() -> list[str]:
+        called.clear()
+        flow.inverse(flow(x)[0])
+        return list(called)
+
+    with torch.no_grad():
+        assert both_ways() == steps  # an optimizer may write to the weights
+        flow.requires_grad_(False)
+        assert both_ways() == ([] if subnet == "residual" else steps)
+    assert both_ways() == steps  # a gradient may be asked for
 
 
 @pytest.mark.parametrize("inverse", [False, True])

@@ -92,7 +92,7 @@ class FrozenRun:
             x: [B, C, H, W] in channels_last format.
             parts: makes those of the network, which may have been exchanged since; None if by something else.
         """
-        plain = _is_plain(x) and _is_supported()
+        plain = may_run_frozen(x)
         if not plain and self._steps is None:
             return None
         network = parts()
@@ -143,6 +143,11 @@ def _is_bare(layer: nn.Module) -> bool:
         and layer.padding_mode == "zeros"
         and not (layer._forward_hooks or layer._forward_pre_hooks)
     )
+
+
+def may_run_frozen(x: Tensor) -> bool:
+    """Whether a network whose weights are frozen may run on ``x`` in this way."""
+    return _is_plain(x) and _is_supported()
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
 from glem_augment.flows.reversible import reversible_steps
+from glem_augment.flows.subnets import Subnet
 
 
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
@@ -109,7 +110,7 @@ class Level(nn.Module):
         return {**self.__dict__, "_cache": {}, "_compiled_forward": None, "_compiled_inverse": None}
 
     def use_compiled(self, forward: Step | None, inverse: Step | None) -> None:
-        """Run these in place of ``step_forward`` and ``step_inverse``; None: themselves."""
+        """Run these in place of ``step_forward`` and ``step_inverse`` where they are faster; None: themselves."""
         self._compiled_forward, self._compiled_inverse = forward, inverse
 
     def prepare(self, inverse: bool) -> Prepared:
@@ -144,6 +145,14 @@ class Level(nn.Module):
             return Prepared(None, tuple(shift), tuple(scale * matrix), -constant)
         return Prepared(None, tuple(matrix @ shift), tuple(matrix * scale.transpose(1, 2)), constant)
 
+    @staticmethod
+    def _fastest(compiled: Step | None, plain: Step, coupling: Coupling, x: Tensor) -> Step:
+        """A compiled step, where there is one that is not slower than the plain one."""
+        net = coupling.net
+        if compiled is None or (isinstance(net, Subnet) and net.is_faster_uncompiled(x)):
+            return plain
+        return compiled
+
     def step_parameters(self) -> list[nn.Parameter]:
         """Every weight of the level, in a fixed order."""
         return list(self.parameters())
@@ -151,8 +160,8 @@ class Level(nn.Module):
     def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The steps alone, on the squeezed x [C, B, H, W]; returns as ``forward``."""
         prepared, logdets = self.prepare(inverse=False), []
-        run = self._compiled_forward or step_forward
         for index, coupling in enumerate(self.couplings):
+            run = self._fastest(self._compiled_forward, step_forward, coupling, x)
             scale = None if prepared.scale is None else prepared.scale[index]
             x, logdet = run(x, scale, prepared.shift[index], prepared.matrix[index], coupling)
             logdets.append(logdet)
@@ -171,10 +180,11 @@ class Level(nn.Module):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Undoes ``forward``: [4C, B, H, W] -> [C, B, 2H, 2W], with the log-determinants of this direction."""
-        prepared = self.prepare(inverse=True)
-        logdets, run = [], self._compiled_inverse or step_inverse
+        prepared, logdets = self.prepare(inverse=True), []
         for index in reversed(range(len(self.couplings))):
+            coupling = self.couplings[index]
+            run = self._fastest(self._compiled_inverse, step_inverse, coupling, y)
             scale = None if prepared.scale is None else prepared.scale[index]
-            y, logdet = run(y, scale, prepared.shift[index], prepared.matrix[index], self.couplings[index])
+            y, logdet = run(y, scale, prepared.shift[index], prepared.matrix[index], coupling)
             logdets.append(logdet)
         return unsqueeze(y, self.side), prepared.logdet, logdets

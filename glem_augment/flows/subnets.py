@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.flows.activations import Activation
-from glem_augment.flows.frozen import FrozenRun, Parts
+from glem_augment.flows.frozen import FrozenRun, Parts, may_run_frozen
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
@@ -52,6 +52,10 @@ class Subnet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.autocast: torch.dtype | None = None
+
+    def is_faster_uncompiled(self, x: Tensor) -> bool:
+        """Whether ``forward(x)`` is at its fastest as it is, whatever a compiler could make of it."""
+        return False
 
     def body(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
@@ -158,6 +162,10 @@ class ConvSubnet(Subnet):
             if result is not None:
                 return result
         return super().forward(x)
+
+    def is_faster_uncompiled(self, x: Tensor) -> bool:
+        weight = next(self.head.parameters(), None)
+        return self.autocast is None and weight is not None and not weight.requires_grad and may_run_frozen(x)
 
     def _parts(self) -> Parts | None:
         """As long as blocks and activation are as they were made."""
