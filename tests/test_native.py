@@ -81,6 +81,18 @@ def test_any_layout_and_no_images_at_all() -> None:
 
 
 @needs_a_compiler
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    x2, params = (t.detach() for t in arguments(3))
+    g, g_logdet = torch.ones_like(x2), torch.ones(3)
+    for wrong in (params[:, :-1], params[:2], params[..., :-1], params[None]):
+        with pytest.raises(ValueError, match="are not those of x2"):
+            expm_coupling(x2, wrong, 1.0)
+    for wrong in ((g[:2], g_logdet), (g, g_logdet[:2]), (g[..., :-1], g_logdet)):
+        with pytest.raises(ValueError, match="are not those of x2"):
+            expm_coupling_backward(x2, params, *wrong, 1.0)
+
+
+@needs_a_compiler
 def test_a_lost_pixel_is_lost_alone() -> None:
     x2, params = (t.detach() for t in arguments(3))
     wanted = expm_coupling(x2, params, 1.0)
