@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from glem_augment import create_flow
-from glem_augment.flows import expm_native, expm_op
+from glem_augment.flows import expm_native, expm_op, generators
 from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward
+from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.native import threads_for
 
 needs_a_compiler = pytest.mark.skipif(not expm_native.has_kernel(2, 1.0), reason="no C++ compiler here")
@@ -193,6 +194,41 @@ def test_a_flow_is_the_same_with_and_without(without: pytest.MonkeyPatch) -> Non
     plain = passes()
     without.undo()
     close(passes(), plain, 1e-4)
+
+
+# ---- exponentials of generators --------------------------------------------------------------------------------------
+
+
+def exponentials(a: Tensor, sign: float) -> list[Tensor]:
+    """``exp(sign A)`` and a gradient."""
+    a = a.clone().requires_grad_()
+    value = exp_of_generators(a, sign)
+    return [value.detach(), *torch.autograd.grad((value * torch.linspace(-1, 2, a.numel()).to(a).view_as(a)).sum(), a)]
+
+
+@pytest.mark.skipif(generators._kernel() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 5.0])
+@pytest.mark.parametrize("c", [1, 2, 4, 7, 8, 9, 16, 17, 48, 96])
+def test_exponentials_of_generators_are_torchs(c: int, norm: float, sign: float) -> None:
+    a = torch.randn(3, c, c, generator=torch.Generator().manual_seed(c))
+    a = norm * a / a.abs().sum(2).amax(1)[:, None, None]
+    assert generators._serves(a)
+    wanted = exponentials(a.double(), sign)
+    got = exponentials(a, sign)
+    # One rounding; the gradient is taken in float32.
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=6e-8, atol=1e-12 + 6e-8 * float(wanted[0].abs().max()))
+    close(got[1:], wanted[1:], 2e-5)
+    assert torch.equal(exponentials(a.transpose(1, 2).contiguous().transpose(1, 2), sign)[0], got[0])
+
+
+@pytest.mark.skipif(generators._kernel() is None, reason="no C++ compiler here")
+def test_what_is_not_finite_stays_so_and_large_ones_end() -> None:
+    a = torch.zeros(4, 5, 5)
+    a[0, 1, 1], a[1, 2, 2], a[2] = float("nan"), float("inf"), 1e38
+    for result in exponentials(a, 1.0):
+        assert not any(torch.isfinite(part).all() for part in result[:3]) and torch.isfinite(result[3]).all()
+    assert not generators._serves(torch.zeros(1, 97, 97)) and not generators._serves(a.double())
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

@@ -7,16 +7,52 @@ training step where images are small and channels many.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.precision import full_precision
 
 # The series is summed where the norm is at most 1/2: x^k/k! is then below rounding after so many terms.
 _TERMS = {torch.float32: 8, torch.float64: 14}
+
+
+# Beyond this side a library's matrix products are faster than a kernel's plain loops.
+_SMALL = 96
+
+
+@cache
+def _kernel() -> tuple[Any, Any] | None:
+    """The exponential in float64 and its adjoint, as C++."""
+    made = library("generators.cpp")
+    if made is None:
+        return None
+    size, integer = ctypes.c_int64, ctypes.c_int32
+    rest = [size, size, ctypes.c_float, integer, integer]
+    return declare(made.glem_exp, 2, rest), declare(made.glem_exp_backward, 3, rest)
+
+
+def _serves(generators: Tensor) -> bool:
+    """Whether the kernel may stand for torch's operations here."""
+    return generators.shape[-1] <= _SMALL and is_ordinary(generators) and _kernel() is not None
+
+
+def _call(which: int, sign: float, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """One of the two kernels on contiguous [S, c, c]."""
+    kernel, tensors = _kernel(), tuple(t.contiguous() for t in tensors)
+    assert kernel is not None and all(t.shape == tensors[0].shape for t in tensors)
+    count, c, _ = tensors[0].shape
+    out, terms = torch.empty_like(tensors[0]), _TERMS[dtype]
+    threads = threads_for(count * 3 * terms * c**3)
+    kernel[which](*(t.data_ptr() for t in (*tensors, out)), count, c, sign, terms, threads)
+    return out
 
 
 def _frechet(x: Tensor, direction: Tensor) -> Tensor:
@@ -45,6 +81,8 @@ class _ExpOfGenerators(torch.autograd.Function):
     def forward(ctx, generators: Tensor, sign: float) -> Tensor:
         ctx.save_for_backward(generators)
         ctx.sign = sign
+        if _serves(generators):
+            return _call(0, sign, torch.float64, generators)
         return torch.matrix_exp(generators.double() * sign).to(generators.dtype)
 
     @staticmethod
@@ -53,6 +91,8 @@ class _ExpOfGenerators(torch.autograd.Function):
         (generators,) = ctx.saved_tensors
         if generators.dtype not in _TERMS:
             raise TypeError(f"the weights of a flow are float32 or float64, got {generators.dtype}")
+        if _serves(generators):
+            return _call(1, ctx.sign, torch.float32, generators, g), None
         # The adjoint of the derivative at X is the derivative at its transpose.
         with full_precision(g.device.type):
             return _frechet(generators.transpose(1, 2) * ctx.sign, g) * ctx.sign, None

@@ -21,6 +21,8 @@ from glem_augment.flows.frozen import FrozenRun, Parts, may_run_frozen
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
+# From this width on, weights that are kept in order count for more than fewer passes over features.
+_WIDE = 96
 # Channels per attention head, where the width allows.
 _HEAD = 32
 
@@ -164,8 +166,11 @@ class ConvSubnet(Subnet):
         return super().forward(x)
 
     def is_faster_uncompiled(self, x: Tensor) -> bool:
+        # Frozen. Of narrow networks, which have little to put in order, a compiler makes more.
         weight = next(self.head.parameters(), None)
-        return self.autocast is None and weight is not None and not weight.requires_grad and may_run_frozen(x)
+        if weight is None or weight.requires_grad or len(weight) < _WIDE:
+            return False
+        return self.autocast is None and may_run_frozen(x)
 
     def _parts(self) -> Parts | None:
         """As long as blocks and activation are as they were made."""
