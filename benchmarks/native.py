@@ -1,8 +1,8 @@
-"""The matrix-exponential coupling by its C++ kernel, against torch's operations.
+"""The C++ kernels against torch's operations.
 
-Float32, both ways in one process in an order that changes: the coupling's transform alone, forward and with gradients,
-at the sizes that flows of 28x28 and 32x32 pixels have, and whole flows with their networks: the bundled one, and the
-levels of ``mef_cifar``.
+Float32, both ways in one process in an order that changes: the transform of the matrix-exponential coupling alone,
+forward and with gradients, at the sizes that flows of 28x28 and 32x32 pixels have; the exponentials of a level's
+mixings; and whole flows with their networks: the bundled one, and the levels of ``mef_cifar``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment import GLEM
-from glem_augment.flows import expm_native
+from glem_augment.flows import expm_native, generators
 from glem_augment.flows.expm_coupling import expm_coupling
+from glem_augment.flows.generators import exp_of_generators
 
 # n: images and their side
 SIZES = {2: (32, 14), 4: (32, 7), 6: (16, 16), 12: (16, 8), 24: (16, 4)}
 BOUND = 1.0
+MIXINGS = ((8, 4), (8, 12), (4, 24), (2, 48))  # steps and channels of a level
 
 
 def plain(task: Callable[[], Any]) -> Callable[[], Any]:
     """``task`` with torch's operations."""
 
     def run() -> Any:
-        with mock.patch.object(expm_native, "serves", lambda *args: False):
+        with (
+            mock.patch.object(expm_native, "serves", lambda *args: False),
+            mock.patch.object(generators, "_serves", lambda *args: False),
+        ):
             return task()
 
     return run
@@ -55,6 +60,19 @@ def transform(n: int, gradients: bool) -> Callable[[], Any]:
     return run
 
 
+def exponentials(steps: int, channels: int) -> Callable[[], Any]:
+    """Those of so many mixings, and their gradients."""
+    noise = torch.randn(steps, channels, channels)
+    a = ((noise - noise.mT) * (1.5 / channels**0.5)).requires_grad_()
+    g = torch.randn_like(noise)
+
+    def run() -> None:
+        for _ in range(10):
+            torch.autograd.grad(exp_of_generators(a, 1.0), a, g)
+
+    return run
+
+
 def whole(batch: int) -> dict[str, Side]:
     """name -> flow to be trained, and to encode and decode."""
     bundled = GLEM.from_pretrained("bundled:fashion-mnist")
@@ -73,9 +91,13 @@ def main() -> None:
         raise SystemExit("native: there is no kernel, because no C++ compiler was found or GLEM_NATIVE is 0")
     tasks: list[tuple[str, str, Callable[[], Any]]] = []
     for n, (batch, side) in SIZES.items():
-        size = f"{batch} images of {side}x{side}"
+        size = f"{batch} images of {side}x{side}, ten times"
         tasks.append((f"forward, n = {n}", size, transform(n, gradients=False)))
         tasks.append((f"forward + backward, n = {n}", size, transform(n, gradients=True)))
+    for steps, channels in MIXINGS:
+        tasks.append(
+            (f"exponentials, {channels} channels", f"{steps} matrices, ten times", exponentials(steps, channels))
+        )
     for name, flow in whole(args.batch).items():
         size = f"{len(flow.x)} images"
         tasks += [(f"{what}, {name}", size, getattr(flow, what)) for what in ("train", "encode", "decode")]
@@ -83,7 +105,7 @@ def main() -> None:
         compare(what, size, plain(task), task, args.rounds)
         for what, size, task in tqdm(tasks, desc="native", unit="pair")
     ]
-    write_results(args.out, "native", "The matrix-exponential coupling by its kernel", rows)
+    write_results(args.out, "native", "The C++ kernels", rows)
 
 
 if __name__ == "__main__":
