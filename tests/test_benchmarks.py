@@ -321,3 +321,24 @@ def test_the_drift_of_reversible_training_is_measured(monkeypatch: pytest.Monkey
         limit = 1e-4 if row["subnets"] == "fp32" else 0.2
         assert 0 <= row["gradients, relative"] <= row["worst tensor's"] < limit
         assert row["input, largest error"] < 1e-4
+
+
+def test_the_kernels_are_measured_against_torch_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from glem_augment.flows import expm_native, generators
+
+    native = load("native")
+    if not expm_native.has_kernel(2, native.BOUND):
+        pytest.skip("no C++ compiler here")
+    tasks = [native.transform(2, gradients=False), native.transform(4, gradients=True), native.exponentials(2, 4)]
+    called: list[str] = []
+    for module, name in ((expm_native, "couple"), (expm_native, "couple_backward"), (generators, "_call")):
+        own = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, own=own, name=name, **named: called.append(name) or own(*args, **named)
+        )
+    for task in tasks:
+        native.plain(task)()
+    assert not called
+    for task in tasks:
+        task()
+    assert set(called) == {"couple", "couple_backward", "_call"}
