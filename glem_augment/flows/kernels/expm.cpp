@@ -11,8 +11,8 @@
 
 namespace {
 
-// Pixels at a time, one per lane: so many that the matrices of a block stay in the first cache.
-constexpr int kLanes = N <= 12 ? 16 : 8;
+// Pixels at a time, one per lane: their matrices stay in the first cache, those of the largest N in the second.
+constexpr int kLanes = 16;
 constexpr int kChannels = N * N + N;
 // As in ../expm_native.py.
 constexpr int kMaxTerms = 16, kMaxSegments = 8, kPlans = 11;
