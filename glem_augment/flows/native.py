@@ -1,7 +1,7 @@
 """The C++ kernels in ``kernels``, built by the machine's own compiler when they are first needed.
 
 torch's operations pass over memory once each. Where a formula has many of them for a few numbers per pixel, a kernel
-that takes a few pixels through all of it, in the processor's first cache, is several times faster. Building one takes a
+that takes a few pixels through all of it, in the processor's caches, is several times faster. Building one takes a
 third of a second, once per machine. Where there is no compiler, and with ``GLEM_NATIVE=0`` in the environment, torch's
 operations do the same work.
 """
