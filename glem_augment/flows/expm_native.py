@@ -1,8 +1,8 @@
 """The matrix-exponential coupling by a C++ kernel, for float32 on a CPU.
 
 The same formulas as in ``expm_coupling`` for a few pixels at a time: S is bounded, exponentiated and applied while it
-is in the processor's caches, and neither it nor a term of its series is ever written to memory. The backward recomputes all
-from the networks' output, so that is all that is kept.
+is in the processor's caches, and neither it nor a term of its series is ever written to memory. The backward recomputes
+all from the networks' output, so that is all that is kept.
 """
 
 from __future__ import annotations
