@@ -1,5 +1,8 @@
 """exp(A) of the mixings' generators, for a whole level at once, with a backward pass in the weights' own precision.
 
+Small ones on a CPU have a C++ kernel (``kernels/generators.cpp``); torch's many small operations took several times as
+long.
+
 The exponential itself is taken in float64 and rounded once, since it enters the round trip. Its gradient does not, and
 torch's backward of ``matrix_exp``, which exponentiates matrices of twice the side in float64, was several percent of a
 training step where images are small and channels many.
@@ -22,9 +25,7 @@ from glem_augment.flows.precision import full_precision
 
 # The series is summed where the norm is at most 1/2: x^k/k! is then below rounding after so many terms.
 _TERMS = {torch.float32: 8, torch.float64: 14}
-
-
-# Beyond this side a library's matrix products are faster than a kernel's plain loops.
+# Beyond this side a library's matrix products are faster than the kernel's loops.
 _SMALL = 96
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -64,7 +63,7 @@ def library(source: str, **constants: int) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().split("\n")[0]
     warnings.warn(
-        f"{source} could not be built with {shlex.join(compiler)} ({reason}); torch's own operations do the same work, "
+        f"{source} could not be built with {' '.join(compiler)} ({reason}); torch's own operations do the same work, "
         "slower. Another compiler can be named in the environment variable CXX; GLEM_NATIVE=0 does without",
         stacklevel=2,
     )
@@ -85,7 +84,7 @@ def threads_for(operations: int) -> int:
 def _compiler() -> list[str] | None:
     if os.name == "nt":
         return None  # its compiler has other flags and lacks the vectors
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = os.environ.get("CXX", "").split()
     if named:
         return named
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
