@@ -40,6 +40,10 @@ def _kernel() -> tuple[Any, Any] | None:
     return declare(made.glem_exp, 2, rest), declare(made.glem_exp_backward, 3, rest)
 
 
+# Which of the two.
+_EXP, _ADJOINT = 0, 1
+
+
 def _serves(generators: Tensor) -> bool:
     """Whether the kernel may stand for torch's operations here."""
     return generators.shape[-1] <= _SMALL and is_ordinary(generators) and _kernel() is not None
@@ -83,7 +87,7 @@ class _ExpOfGenerators(torch.autograd.Function):
         ctx.save_for_backward(generators)
         ctx.sign = sign
         if _serves(generators):
-            return _call(0, sign, torch.float64, generators)
+            return _call(_EXP, sign, torch.float64, generators)
         return torch.matrix_exp(generators.double() * sign).to(generators.dtype)
 
     @staticmethod
@@ -93,7 +97,7 @@ class _ExpOfGenerators(torch.autograd.Function):
         if generators.dtype not in _TERMS:
             raise TypeError(f"the weights of a flow are float32 or float64, got {generators.dtype}")
         if _serves(generators):
-            return _call(1, ctx.sign, torch.float32, generators, g), None
+            return _call(_ADJOINT, ctx.sign, torch.float32, generators, g), None
         # The adjoint of the derivative at X is the derivative at its transpose.
         with full_precision(g.device.type):
             return _frechet(generators.transpose(1, 2) * ctx.sign, g) * ctx.sign, None
