@@ -26,6 +26,7 @@ PLACES = {
     "cifar10": ("cifar10", None, "test"),
     "imagenette": ("imagenette128", None, "val"),
     "mnist": ("mnist", None, "test"),
+    "notmnist": ("notmnist", None, "test"),  # made by make_notmnist.py
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }
 SHIPPED = tuple(PLACES)

@@ -90,6 +90,7 @@ _SETTINGS = (
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("mnist-10", "mnist", 10, 28, 1, (MNIST_UNLABELLED, "fashion-mnist"), flip=False),
+    Setting("notmnist-10", "notmnist", 10, 28, 1, ("fashion-mnist",), flip=False),
     Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
     Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),

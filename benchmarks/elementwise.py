@@ -21,7 +21,7 @@ from tqdm import tqdm
 from glem_augment import GLEM
 from glem_augment.flows import activations, frozen
 from glem_augment.flows.activations import LOG2_E, fast_elu, fast_elu_in_bits
-from glem_augment.flows.coupling import bounded
+from glem_augment.flows.affine_coupling import bounded
 
 BOUND = 2.0
 # what -> as torch has it, as the library computes it

@@ -1,8 +1,9 @@
 """The C++ kernels against torch's operations.
 
-Float32, both ways in one process in an order that changes: the transform of the matrix-exponential coupling alone,
-forward and with gradients, at the sizes that flows of 28x28 and 32x32 pixels have; the exponentials of a level's
-mixings; and whole flows with their networks: the bundled one, and the levels of ``mef_cifar``.
+Float32, both ways in one process in an order that changes: the transforms of the matrix-exponential and of the affine
+coupling alone, forward and with gradients, at the sizes that flows of 28x28 and 32x32 pixels have; the exponentials of
+a level's mixings; and whole flows with their networks: the bundled one, the levels of ``mef_cifar``, and the first of
+``glow_tiny``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment import GLEM
-from glem_augment.flows import expm_native, generators
+from glem_augment.flows import affine_native, expm_native, generators
+from glem_augment.flows.affine_coupling import affine_coupling
 from glem_augment.flows.expm_coupling import expm_coupling
 from glem_augment.flows.generators import exp_of_generators
 
@@ -36,6 +38,7 @@ def plain(task: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
         with (
             mock.patch.object(expm_native, "serves", lambda *args: False),
+            mock.patch.object(affine_native, "serves", lambda *args: False),
             mock.patch.object(generators, "_serves", lambda *args: False),
         ):
             return task()
@@ -43,17 +46,18 @@ def plain(task: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def transform(n: int, gradients: bool) -> Callable[[], Any]:
-    """The transform of random vectors by random matrices."""
+def transform(n: int, gradients: bool, kind: str = "expm") -> Callable[[], Any]:
+    """The transform of random vectors by random matrices ("expm") or scales ("affine")."""
     batch, side = SIZES[n]
+    function, outputs = (expm_coupling, n * n + n) if kind == "expm" else (affine_coupling, 2 * n)
     x2 = torch.randn(n, batch, side, side, requires_grad=gradients)
-    params = torch.randn(batch, n * n + n, side, side).contiguous(memory_format=torch.channels_last)
+    params = torch.randn(batch, outputs, side, side).contiguous(memory_format=torch.channels_last)
     params.requires_grad_(gradients)
     g, g_logdet = torch.randn_like(x2), torch.randn(batch)
 
     def run() -> None:
         for _ in range(10):
-            result = expm_coupling(x2, params, BOUND)
+            result = function(x2, params, BOUND)
             if gradients:
                 torch.autograd.grad(result, (x2, params), (g, g_logdet))
 
@@ -78,7 +82,7 @@ def whole(batch: int) -> dict[str, Side]:
     bundled = GLEM.from_pretrained("bundled:fashion-mnist")
     x: Tensor = bundled.flow.inverse(bundled.sample_latents(torch.arange(batch) % len(bundled.classes)))[0]
     sides = {"bundled flow": Side("ours", bundled.flow, x.detach())}
-    for case in ("mef_cifar_0", "mef_cifar_1", "mef_cifar_2"):
+    for case in ("mef_cifar_0", "mef_cifar_1", "mef_cifar_2", "glow_tiny_0"):
         sides[case] = Side("ours", *make_flow(CASES[case], torch.device("cpu")))
     for side in sides.values():
         side.trained.requires_grad_()
@@ -94,6 +98,10 @@ def main() -> None:
         size = f"{batch} images of {side}x{side}, ten times"
         tasks.append((f"forward, n = {n}", size, transform(n, gradients=False)))
         tasks.append((f"forward + backward, n = {n}", size, transform(n, gradients=True)))
+    for n, (batch, side) in SIZES.items():
+        size = f"{batch} images of {side}x{side}, ten times"
+        tasks.append((f"affine, forward, n = {n}", size, transform(n, gradients=False, kind="affine")))
+        tasks.append((f"affine, forward + backward, n = {n}", size, transform(n, gradients=True, kind="affine")))
     for steps, channels in MIXINGS:
         tasks.append(
             (f"exponentials, {channels} channels", f"{steps} matrices, ten times", exponentials(steps, channels))

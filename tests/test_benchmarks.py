@@ -324,21 +324,26 @@ def test_the_drift_of_reversible_training_is_measured(monkeypatch: pytest.Monkey
 
 
 def test_the_kernels_are_measured_against_torch_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glem_augment.flows import expm_native, generators
+    from glem_augment.flows import affine_native, expm_native, generators
 
     native = load("native")
     if not expm_native.has_kernel(2, native.BOUND):
         pytest.skip("no C++ compiler here")
-    tasks = [native.transform(2, gradients=False), native.transform(4, gradients=True), native.exponentials(2, 4)]
-    called: list[str] = []
-    for module, name in ((expm_native, "couple"), (expm_native, "couple_backward"), (generators, "_call")):
-        own = getattr(module, name)
+    tasks = [native.exponentials(2, 4)]
+    tasks += [native.transform(n, n == 4, kind) for n in (2, 4) for kind in ("expm", "affine")]
+    called: set[tuple[str, str]] = set()
+    names = [(module, name) for module in (expm_native, affine_native) for name in ("couple", "couple_backward")]
+    for module, name in (*names, (generators, "_call")):
+        own, key = getattr(module, name), (module.__name__.rpartition(".")[2], name)
         monkeypatch.setattr(
-            module, name, lambda *args, own=own, name=name, **named: called.append(name) or own(*args, **named)
+            module, name, lambda *args, own=own, key=key, **named: called.add(key) or own(*args, **named)
         )
     for task in tasks:
         native.plain(task)()
     assert not called
     for task in tasks:
         task()
-    assert set(called) == {"couple", "couple_backward", "_call"}
+    couplings = {
+        (module, name) for module in ("expm_native", "affine_native") for name in ("couple", "couple_backward")
+    }
+    assert called == couplings | {("generators", "_call")}

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from glem_augment import create_flow
-from glem_augment.flows import expm_native, expm_op, generators
+from glem_augment.flows import affine_native, expm_native, expm_op, generators
+from glem_augment.flows.affine_coupling import affine_coupling, affine_coupling_backward
 from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward
 from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.native import threads_for
@@ -27,7 +28,8 @@ needs_a_compiler = pytest.mark.skipif(not expm_native.has_kernel(2, 1.0), reason
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Torch's operations alone."""
-    monkeypatch.setattr(expm_native, "serves", lambda *args: False)
+    for kernels in (expm_native, affine_native):
+        monkeypatch.setattr(kernels, "serves", lambda *args: False)
     return monkeypatch
 
 
@@ -173,10 +175,111 @@ def test_the_operator_for_compiled_flows(n: int, inverse: bool) -> None:
     assert expm_op._has_kernels(1.0)
 
 
+# ---- the affine coupling ---------------------------------------------------------------------------------------------
+
+
+def affine_arguments(n: int, batch: int = 3, size: float = 1.0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(n)
+    x2, params = torch.randn(n, batch, 5, 7, generator=g), size * torch.randn(batch, 2 * n, 5, 7, generator=g)
+    return x2.requires_grad_(), params.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def affine_results(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> list[Tensor]:
+    """Of the coupling, of its gradients, and of undoing it."""
+    y2, logdet = affine_coupling(x2, params, bound, inverse)
+    weights = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in (y2, logdet)]
+    grads = torch.autograd.grad((y2, logdet), (x2, params), weights)
+    return [y2.detach(), logdet.detach(), *grads, *affine_coupling_backward(y2, params, *weights, bound)]
+
+
 @needs_a_compiler
-def test_a_flow_is_the_same_with_and_without(without: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("bound", [0.7, 2.0, 5.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 12, 24, 96])
+def test_the_affine_kernel_computes_what_torch_does(n: int, bound: float, inverse: bool) -> None:
+    for size in (0.0, 1e-4, 1.0, 5.0):
+        x2, params = affine_arguments(n, size=size)
+        assert affine_native.serves(x2, params)
+        got = affine_results(x2, params, bound, inverse)
+        wanted = affine_results(*(t.detach().double().requires_grad_() for t in (x2, params)), bound, inverse)
+        close(got[:2], wanted[:2], 1e-6)
+        # Undoing multiplies what is lost by up to e^bound, and gradients meet that once more.
+        close(got[2:], wanted[2:], 1e-6 * math.exp(bound))
+
+
+@needs_a_compiler
+def test_the_affine_kernel_takes_any_number() -> None:
+    x2, params = (t.detach() for t in affine_arguments(2))
+    wanted = affine_coupling(x2, params, 2.0)
+    lost = params.clone()
+    lost[1, 0, 2, 3] = float("nan")
+    y2, logdet = affine_coupling(x2, lost, 2.0)
+    assert torch.isnan(y2).nonzero().tolist() == [[0, 1, 2, 3]]
+    assert torch.isnan(logdet).tolist() == [False, True, False]
+    assert torch.equal(y2[1], wanted[0][1])
+    for value, scale in ((1e30, 2.0), (float("inf"), 2.0), (-1e30, -2.0), (-float("inf"), -2.0)):
+        far = torch.zeros(1, 2, 1, 1)
+        far[0, 0] = value
+        y2, logdet = affine_coupling(torch.ones(1, 1, 1, 1), far, 2.0)
+        assert float(logdet) == scale and math.isclose(float(y2), math.exp(scale), rel_tol=3e-7)
+        grads = affine_coupling_backward(y2, far, torch.ones(1, 1, 1, 1), torch.ones(1), 2.0)[1:]
+        assert float(grads[1][0, 0]) == pytest.approx(0, abs=1e-15) and torch.isfinite(grads[0]).all()
+
+
+@needs_a_compiler
+def test_the_affine_kernel_and_layouts_threads_shapes_and_no_images() -> None:
+    x2, params = affine_arguments(6, batch=64)
+    wanted = affine_results(x2, params, 2.0, False)
+    other = [x2.detach().transpose(2, 3).contiguous().transpose(2, 3), params.detach().contiguous()]
+    before = torch.get_num_threads()
+    try:
+        for count, pair in ((1, (x2, params)), (2, (x2, params)), (1, [t.requires_grad_() for t in other])):
+            torch.set_num_threads(count)
+            for got, want in zip(affine_results(*pair, 2.0, False), wanted, strict=True):
+                assert torch.equal(got, want)
+    finally:
+        torch.set_num_threads(before)
+    x2, params, g, g_logdet = x2.detach(), params.detach(), torch.ones_like(x2), torch.ones(64)
+    for wrong in (params[:, :-1], params[:2], params[..., :-1], params[None]):
+        with pytest.raises(ValueError, match="are not those of x2"):
+            affine_coupling(x2, wrong, 2.0)
+    for wrong in ((g[:2], g_logdet), (g, g_logdet[:2]), (g[..., :-1], g_logdet)):
+        with pytest.raises(ValueError, match="are not those of x2"):
+            affine_coupling_backward(x2, params, *wrong, 2.0)
+    y2, logdet = affine_coupling(torch.empty(4, 0, 5, 7), torch.empty(0, 8, 5, 7), 2.0)
+    assert y2.shape == (4, 0, 5, 7) and logdet.shape == (0,)
+    assert not affine_native.has_kernel(97) and not affine_native.serves(x2.double(), params.double())
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_affine_coupling_can_be_differentiated_again(frozen: bool, inverse: bool) -> None:
+    def second(x2: Tensor, params: Tensor) -> list[Tensor]:
+        leaves = [x2.detach().requires_grad_()]
+        leaves += [] if frozen else [params.detach().requires_grad_()]
+        y2, logdet = affine_coupling(leaves[0], params.detach() if frozen else leaves[1], 2.0, inverse)
+        first = torch.autograd.grad(y2.pow(3).sum() + logdet.square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(t.square().sum() for t in first), leaves))
+
+    x2, params = affine_arguments(3)
+    close(second(x2, params), second(x2.double(), params.double()), 1e-5)
+    y2, _ = affine_coupling(x2, params, 2.0, inverse)
+    rows = torch.eye(4, y2.numel()).view(4, *y2.shape)
+    batched = torch.autograd.grad(y2, (x2, params), rows, is_grads_batched=True, retain_graph=True)
+    for index, row in enumerate(rows):
+        alone = torch.autograd.grad(y2, (x2, params), row, retain_graph=True)
+        close([t[index] for t in batched], list(alone), 1e-6)
+
+
+# ---- whole flows -----------------------------------------------------------------------------------------------------
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
+def test_a_flow_is_the_same_with_and_without(without: pytest.MonkeyPatch, preset: str) -> None:
     torch.manual_seed(0)
-    flow = create_flow("mef_tiny", (3, 16, 16), depth=[2, 2], width=[8, 8], blocks=[1, 1])
+    flow = create_flow(preset, (3, 16, 16), depth=[2, 2], width=[8, 8], blocks=[1, 1])
     x = torch.rand(4, 3, 16, 16) - 0.5
     flow.initialise(x)
     for p in flow.parameters():

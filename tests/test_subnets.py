@@ -18,12 +18,12 @@ from glem_augment.flows import (
     Bijection,
     MatExpCoupling,
     activations,
+    affine_coupling,
     build_flow,
-    coupling,
     create_flow,
 )
 from glem_augment.flows.activations import ACTIVATIONS, Activation
-from glem_augment.flows.coupling import bounded
+from glem_augment.flows.affine_coupling import bounded
 from glem_augment.flows.presets import check_spec, resolve_preset
 from glem_augment.flows.subnets import CONV_SUBNETS, SUBNETS, ResidualSubnet, make_subnet
 
@@ -137,7 +137,7 @@ def test_elu_without_gradients_equals_elu_to_float32_rounding(
 def test_the_log_scale_of_an_affine_coupling_is_a_bounded_tanh(
     bound: float, mkl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coupling, "mkl_is_fast", lambda: mkl)
+    monkeypatch.setattr(affine_coupling, "mkl_is_fast", lambda: mkl)
     raw = torch.linspace(-30, 30, 10_001, dtype=torch.float64, requires_grad=True)
     value, expected = bounded(raw, bound), bound * torch.tanh(raw / bound)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)

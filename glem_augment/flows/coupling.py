@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from glem_augment.flows import affine_native, expm_native
+from glem_augment.flows.affine_coupling import affine_coupling
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.expm_coupling import expm_coupling
 from glem_augment.flows.expm_op import expm_coupling_op
 from glem_augment.flows.matexp import expm_apply_low_rank
-from glem_augment.flows.processor import mkl_is_fast
+from glem_augment.flows.ordinary import is_ordinary
+from glem_augment.flows.subnets import Subnet
 
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
@@ -26,16 +29,6 @@ def row_bounded(raw: Tensor, bound: float, dim: int) -> Tensor:
     scale by e^(+-r) whatever n.
     """
     return raw * (bound / (1 + raw.abs().sum(dim, keepdim=True)))
-
-
-def bounded(raw: Tensor, bound: float) -> Tensor:
-    """``bound * tanh(raw / bound)``, entry by entry.
-
-    By way of a sigmoid, but for processors whose tanh is the faster one (benchmarks/elementwise.py).
-    """
-    if not torch.compiler.is_compiling() and raw.device.type == "cpu" and mkl_is_fast():
-        return torch.tanh(raw * (1 / bound)) * bound
-    return torch.sigmoid(raw * (2 / bound)).sub(0.5) * (2 * bound)
 
 
 class Coupling(Bijection):
@@ -61,6 +54,14 @@ class Coupling(Bijection):
             [c/2, B, H, W] and log|det| [B] in nats.
         """
         raise NotImplementedError
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether ``transform`` is done by a kernel where it works on tensors like x."""
+        return False
+
+    def is_faster_uncompiled(self, x: Tensor) -> bool:
+        """Whether ``couple(x)`` is at its fastest as it is, whatever a compiler could make of it."""
+        return isinstance(self.net, Subnet) and self.net.is_faster_uncompiled(x, self.has_kernel(x))
 
     def couple(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """The whole layer on channel-major x [c, B, H, W]: ([c, B, H, W], log|det| [B])."""
@@ -91,13 +92,11 @@ class AffineCoupling(Coupling):
         self.bound = float(bound)
         self.net = subnet(self.half, 2 * self.half)
 
+    def has_kernel(self, x: Tensor) -> bool:
+        return is_ordinary(x) and affine_native.has_kernel(self.half)
+
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        raw, shift = params.transpose(0, 1).contiguous().split(self.half)
-        log_scale = bounded(raw, self.bound)
-        logdet = log_scale.sum((0, 2, 3))
-        if inverse:
-            return (x2 - shift) * (-log_scale).exp(), -logdet
-        return torch.addcmul(shift, x2, log_scale.exp()), logdet
+        return affine_coupling(x2, params, self.bound, inverse)
 
 
 class MatExpCoupling(Coupling):
@@ -123,6 +122,9 @@ class MatExpCoupling(Coupling):
             # U starts at zero, so S = 0; W must not, or the gradients of both factors would vanish for ever.
             offset = torch.randn(self.rank, n, 1, 1) / n
             self.factor_offset = nn.Parameter(offset)
+
+    def has_kernel(self, x: Tensor) -> bool:
+        return not self.low_rank and is_ordinary(x) and expm_native.has_kernel(self.half, self.bound)
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         if not self.low_rank:

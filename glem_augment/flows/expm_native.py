@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glem_augment.flows.kernel_shapes import check_gradients, images_like
 from glem_augment.flows.matexp import taylor_plan
 from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
@@ -63,18 +64,11 @@ def serves(x2: Tensor, params: Tensor, bound: float) -> bool:
     return is_ordinary(x2) and is_ordinary(params) and _kernel(x2.shape[0], bound) is not None
 
 
-def _like_images(params: Tensor, x2: Tensor) -> Tensor:
-    """Channels last. The kernel believes in these shapes, so whatever comes here is held to them."""
-    n, batch, height, width = x2.shape
-    if params.shape != (batch, n * n + n, height, width):
-        raise ValueError(f"parameters {tuple(params.shape)} are not those of x2 {tuple(x2.shape)}")
-    return params.contiguous(memory_format=torch.channels_last)
-
-
 def couple(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
     """``expm_coupling`` without a graph."""
-    x2, params = x2.contiguous(), _like_images(params, x2)
+    x2 = x2.contiguous()
     n, batch, height, width = x2.shape
+    params = images_like(x2, params, n * n + n)
     kernel, pixels = _kernel(n, bound), batch * height * width
     assert kernel is not None
     y2, trace, logdet = torch.empty_like(x2), x2.new_empty(pixels), x2.new_empty(batch)
@@ -88,10 +82,9 @@ def couple_backward(
     g: Tensor, g_logdet: Tensor, x2: Tensor, params: Tensor, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``couple``'s arguments from those of its results."""
+    check_gradients(x2, g, g_logdet)
     n, batch, height, width = x2.shape
-    if g.shape != x2.shape or g_logdet.shape != (batch,):
-        raise ValueError(f"gradients {tuple(g.shape)}, {tuple(g_logdet.shape)} are not those of x2 {tuple(x2.shape)}")
-    g, g_logdet, x2, params = g.contiguous(), g_logdet.contiguous(), x2.contiguous(), _like_images(params, x2)
+    g, g_logdet, x2, params = g.contiguous(), g_logdet.contiguous(), x2.contiguous(), images_like(x2, params, n * n + n)
     kernel = _kernel(n, bound)
     assert kernel is not None
     g_x2, g_params = torch.empty_like(x2), torch.empty_like(params)

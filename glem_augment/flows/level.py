@@ -18,7 +18,6 @@ from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
 from glem_augment.flows.reversible import reversible_steps
-from glem_augment.flows.subnets import Subnet
 
 
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
@@ -115,7 +114,8 @@ class Level(nn.Module):
 
     def prepare(self, inverse: bool) -> Prepared:
         """What does not depend on the image, differentiable; cached while the weights are frozen."""
-        weights = [p for pair in zip(self.norms, self.mixings, strict=True) for m in pair for p in m.parameters()]
+        norms = zip(self.norms, self.mixings, strict=True)
+        weights = [weight for a, m in norms for weight in (a.bias, a.log_scale, m.weight)]
         state = None if torch.compiler.is_compiling() else frozen_state(*weights)
         if state is None:
             self._cache = {}
@@ -148,8 +148,7 @@ class Level(nn.Module):
     @staticmethod
     def _fastest(compiled: Step | None, plain: Step, coupling: Coupling, x: Tensor) -> Step:
         """A compiled step, where there is one that is not slower than the plain one."""
-        net = coupling.net
-        if compiled is None or (isinstance(net, Subnet) and net.is_faster_uncompiled(x)):
+        if compiled is None or coupling.is_faster_uncompiled(x):
             return plain
         return compiled
 

@@ -47,7 +47,7 @@ def library(source: str, **constants: int) -> ctypes.CDLL | None:
     compiler = _compiler()
     if os.environ.get("GLEM_NATIVE") == "0" or compiler is None:
         return None
-    code = (_SOURCES / source).read_bytes()
+    code = [path.read_bytes() for path in (_SOURCES / source, *sorted(_SOURCES.glob("*.h")))]
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*_FLAGS, *_ARCHITECTURE.get(capability, []), *(f"-D{k}={v}" for k, v in sorted(constants.items()))]
     key = hashlib.sha256(repr((compiler, flags, code)).encode()).hexdigest()[:16]

@@ -22,4 +22,5 @@ def is_ordinary(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad's is_grads_batched
     )

@@ -21,7 +21,7 @@ from glem_augment.flows.frozen import FrozenRun, Parts, may_run_frozen
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
-# From this width on, weights that are kept in order count for more than fewer passes over features.
+# From this width on, weights that are kept in order count for more than a coupling in fewer passes over memory.
 _WIDE = 96
 # Channels per attention head, where the width allows.
 _HEAD = 32
@@ -55,8 +55,12 @@ class Subnet(nn.Module):
         super().__init__()
         self.autocast: torch.dtype | None = None
 
-    def is_faster_uncompiled(self, x: Tensor) -> bool:
-        """Whether ``forward(x)`` is at its fastest as it is, whatever a compiler could make of it."""
+    def is_faster_uncompiled(self, x: Tensor, kernel: bool) -> bool:
+        """Whether a coupling is at its fastest as it is on x, whatever a compiler could make of it.
+
+        Args:
+            kernel: there is one for what the coupling does with the result.
+        """
         return False
 
     def body(self, x: Tensor) -> Tensor:
@@ -69,8 +73,11 @@ class Subnet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
             h = self.body(x)
+        else:
+            with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                h = self.body(x)
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
 
 
@@ -165,10 +172,10 @@ class ConvSubnet(Subnet):
                 return result
         return super().forward(x)
 
-    def is_faster_uncompiled(self, x: Tensor) -> bool:
-        # Frozen. Of narrow networks, which have little to put in order, a compiler makes more.
+    def is_faster_uncompiled(self, x: Tensor, kernel: bool) -> bool:
+        # Frozen. Without a kernel a compiler makes more of what surrounds narrow networks.
         weight = next(self.head.parameters(), None)
-        if weight is None or weight.requires_grad or len(weight) < _WIDE:
+        if weight is None or weight.requires_grad or not (kernel or len(weight) >= _WIDE):
             return False
         return self.autocast is None and may_run_frozen(x)
 

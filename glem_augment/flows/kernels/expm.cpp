@@ -3,7 +3,7 @@
 // ../expm_native.py is what calls it; ../expm_coupling.py does the same with torch's operations, and says what that is.
 // Vectors and their gradients are planes [N, pixels]; parameters and theirs are channels last, [pixels, N * N + N].
 
-#include <cstdint>
+#include "lanes.h"
 
 #ifndef N
 #error "compile with -DN=<rows of the matrices>"
@@ -11,34 +11,12 @@
 
 namespace {
 
-// Pixels at a time, one per lane: their matrices stay in the first cache, those of the largest N in the second.
-constexpr int kLanes = 16;
 constexpr int kChannels = N * N + N;
 // As in ../expm_native.py.
 constexpr int kMaxTerms = 16, kMaxSegments = 8, kPlans = 11;
 
-typedef float V __attribute__((vector_size(4 * kLanes), may_alias));
-typedef int32_t I __attribute__((vector_size(4 * kLanes), may_alias));
-
 inline V absolute(V x) { return (V)((I)x & 0x7fffffff); }
 inline V sign(V x) { return __builtin_convertvector((I)(x < 0) - (I)(x > 0), V); }
-
-// `count` <= kLanes neighbours in memory; the other lanes are 0, or left out.
-inline V load(const float* from, int64_t count) {
-    V x = V{};
-    if (count == kLanes)
-        __builtin_memcpy(&x, from, sizeof(V));
-    else
-        for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
-    return x;
-}
-
-inline void store(float* to, int64_t count, V x) {
-    if (count == kLanes)
-        __builtin_memcpy(to, &x, sizeof(V));
-    else
-        for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
-}
 
 // Of numbers per pixel.
 inline void sum_images(const float* values, float* sums, int64_t batch, int64_t pixels_per_image) {
@@ -48,9 +26,7 @@ inline void sum_images(const float* values, float* sums, int64_t batch, int64_t 
             const int64_t left = pixels_per_image - p;
             parts += load(values + p, left < kLanes ? left : kLanes);
         }
-        double sum = 0;
-        for (int lane = 0; lane < kLanes; ++lane) sum += parts[lane];
-        sums[image] = (float)sum;
+        sums[image] = sum(parts);
     }
 }
 
