@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from glem_augment import GLEM
+from glem_augment import GLEM, open_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -494,3 +494,26 @@ def test_images_of_ones_own_that_changed_are_other_images(tmp_path: Path, monkey
     assert library.task(second, seed=0).classes == ["cat", "dog", "ship"]  # and not the images kept under the old name
     with pytest.raises(SystemExit, match="on other images"):
         benchmark.check_same_images(store, second, store.folder)
+
+
+def test_notmnist_is_made_of_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gzip
+
+    import make_notmnist
+
+    labels = np.repeat(np.arange(10, dtype=np.uint8), 5)
+    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8)
+    images[3] = images[1]  # of five images of the first letter four differ
+    for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+        header = bytes(16 if name == "images-idx3" else 8)
+        (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    monkeypatch.setattr(make_notmnist, "PER_CLASS", 3)
+    monkeypatch.setattr(sys, "argv", ["make_notmnist", str(tmp_path), str(tmp_path / "made")])
+    make_notmnist.main()
+    train, test = (open_data(tmp_path / "made", split) for split in ("train", "test"))
+    assert np.bincount(train.targets).tolist() == [3] * 10 and np.bincount(test.targets).tolist() == [1] + [2] * 9
+    assert torch.equal(train.tensor()[:3, 0], torch.from_numpy(images[:3]))
+    assert torch.equal(test.tensor()[0, 0], torch.from_numpy(images[4]))
+    monkeypatch.setattr(sys, "argv", ["make_notmnist", str(tmp_path / "nowhere"), str(tmp_path / "made")])
+    with pytest.raises(SystemExit, match="is missing"):
+        make_notmnist.main()
