@@ -61,6 +61,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 # A variant: these have seen the other training images, without labels.
 UNLABELLED, CIFAR_UNLABELLED, MNIST_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled", "mnist-unlabelled"
+NOTMNIST_UNLABELLED = "notmnist-unlabelled"
 GREY = "cifar10-grey28"
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
@@ -90,7 +91,7 @@ _SETTINGS = (
     Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("mnist-10", "mnist", 10, 28, 1, (MNIST_UNLABELLED, "fashion-mnist"), flip=False),
-    Setting("notmnist-10", "notmnist", 10, 28, 1, ("fashion-mnist",), flip=False),
+    Setting("notmnist-10", "notmnist", 10, 28, 1, ("fashion-mnist", NOTMNIST_UNLABELLED), flip=False),
     Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
     Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
@@ -138,6 +139,7 @@ FLOWS: dict[str, FlowRecipe] = {
     "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
     "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
     MNIST_UNLABELLED: FlowRecipe("mnist", 28, 1, 6, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
+    NOTMNIST_UNLABELLED: FlowRecipe("notmnist", 28, 1, 40, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
