@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from glem_augment import create_flow
-from glem_augment.flows import affine_native, expm_native, expm_op, generators
+from glem_augment.flows import affine_native, elu_native, expm_native, expm_op, generators
+from glem_augment.flows.activations import fast_elu
 from glem_augment.flows.affine_coupling import affine_coupling, affine_coupling_backward
+from glem_augment.flows.elu_native import LOG2_E
 from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward
 from glem_augment.flows.generators import exp_of_generators
 from glem_augment.flows.native import threads_for
@@ -28,7 +31,7 @@ needs_a_compiler = pytest.mark.skipif(not expm_native.has_kernel(2, 1.0), reason
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Torch's operations alone."""
-    for kernels in (expm_native, affine_native):
+    for kernels in (expm_native, affine_native, elu_native):
         monkeypatch.setattr(kernels, "serves", lambda *args: False)
     return monkeypatch
 
@@ -270,6 +273,46 @@ def test_the_affine_coupling_can_be_differentiated_again(frozen: bool, inverse: 
     for index, row in enumerate(rows):
         alone = torch.autograd.grad(y2, (x2, params), row, retain_graph=True)
         close([t[index] for t in batched], list(alone), 1e-6)
+
+
+# ---- ELU -------------------------------------------------------------------------------------------------------------
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("unit", [1.0, LOG2_E])
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 4099])
+def test_elus_of_any_number(size: int, unit: float) -> None:
+    x = torch.linspace(-30, 3, size) if size > 1 else torch.full((size,), -0.5)
+    before, wanted = x.clone(), unit * F.elu(x.double() / unit)
+    assert elu_native.serves(x)
+    y = elu_native.elu(x, unit)
+    # Near zero, too, where e^x - 1 as a difference has lost its digits.
+    torch.testing.assert_close(y.double(), wanted, rtol=4e-7, atol=1e-38)
+    assert torch.equal(x, before) and torch.equal(elu_native.elu(x, unit, owned=True), y) and torch.equal(x, y)
+
+
+@needs_a_compiler
+def test_elus_keep_layouts_and_leave_the_rest_to_torch() -> None:
+    x = torch.randn(3, 5, 4, 7)
+    for same in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = elu_native.elu(same)
+        assert y.stride() == same.stride()
+        torch.testing.assert_close(y, F.elu(x), rtol=1e-6, atol=1e-7)
+    for other in (x.transpose(2, 3), x[:, ::2], x.double(), x.to(torch.bfloat16), x.to("meta")):
+        assert not elu_native.serves(other)
+    with torch.no_grad():
+        torch.testing.assert_close(fast_elu(x[:, ::2]), F.elu(x[:, ::2]), rtol=1e-6, atol=1e-6)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, -1e30, 1e38, torch.nan])
+    torch.testing.assert_close(elu_native.elu(special), F.elu(special), rtol=0, atol=0, equal_nan=True)
+    many, before = torch.randn(200_003), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(elu_native.elu(many))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 # ---- whole flows -----------------------------------------------------------------------------------------------------

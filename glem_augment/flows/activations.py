@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glem_augment.flows import elu_native
+from glem_augment.flows.elu_native import LOG2_E
 from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.processor import mkl_is_fast
 
@@ -19,23 +20,30 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu"
 _FROM_RESULT = ("elu", "relu")
 # With gradients, a function written in Python costs what torch's own elu takes for so many numbers.
 _WORTH_A_FUNCTION = 2**16
-LOG2_E = 1 / math.log(2)
 _ZERO, _MINUS_LOG2_E = torch.zeros(()), torch.tensor(-LOG2_E)
 
 
-def fast_elu(x: Tensor) -> Tensor:
-    """ELU as ``min(max(x, 0), e^x - 1)``: within 1e-7 of ``F.elu`` in float32, and without a derivative.
+def fast_elu(x: Tensor, owned: bool = False) -> Tensor:
+    """ELU within 1e-7 of ``F.elu`` in float32, and without a derivative.
 
-    Three or four passes over memory, and yet less than half the time of ``F.elu`` on a CPU: torch's expm1 is slow
-    (benchmarks/elementwise.py).
+    By a kernel, or else as ``min(max(x, 0), e^x - 1)``: three or four passes over memory, and yet less than half the
+    time of ``F.elu`` on a CPU, since torch's expm1 is slow (benchmarks/elementwise.py).
+
+    Args:
+        x: any shape.
+        owned: it may be overwritten.
     """
+    if elu_native.serves(x):
+        return elu_native.elu(x, owned=owned)
     bent = torch.exp(x) if mkl_is_fast() else torch.mul(x, LOG2_E).exp2_()
     bent.sub_(1)
     return torch.clamp(_ZERO, x, bent, out=bent)
 
 
-def fast_elu_in_bits(x: Tensor) -> Tensor:
-    """``c * elu(x / c)`` with c = log2(e), likewise: one pass less where exp2 is faster than exp."""
+def fast_elu_in_bits(x: Tensor, owned: bool = False) -> Tensor:
+    """``c * elu(x / c)`` with c = log2(e), likewise: without a kernel one pass less, where exp2 is faster than exp."""
+    if elu_native.serves(x):
+        return elu_native.elu(x, LOG2_E, owned)
     bent = torch.exp2(x)
     torch.add(_MINUS_LOG2_E, bent, alpha=LOG2_E, out=bent)
     return torch.clamp(_ZERO, x, bent, out=bent)
@@ -78,7 +86,7 @@ class Activation(nn.Module):
         """
         if self.name == "elu" and is_ordinary(x):
             if not torch.is_grad_enabled():
-                return fast_elu(x)
+                return fast_elu(x, owned)
             if x.numel() >= _WORTH_A_FUNCTION:
                 return _FastElu.apply(x)
         function = _PLAIN[self.name]

@@ -2,14 +2,14 @@
 
 Encoding and decoding run networks whose weights no longer change. ``FrozenRun`` keeps a second copy of these, in the
 blocks in which oneDNN reads them (``nn.Conv2d`` puts them in order in every call), adds a block's input in the same
-pass as the convolution before it, and has ELU in three passes. It is for float32 results on a CPU alone: gradients,
+pass as the convolution before it, and has ELU in one pass or three. It is for float32 results on a CPU: gradients,
 compilation, autocast, other devices and dtypes are the modules' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class _Steps(NamedTuple):
     """``Parts``, packed."""
 
     state: tuple  # of what they were made from
-    act: Callable[[Tensor], Tensor]
+    act: Callable[..., Tensor]  # of features, and whether these may be overwritten
     head: _Packed
     blocks: list[list[tuple[bool, _Packed]]]
     tail: _Packed
@@ -116,10 +116,11 @@ class FrozenRun:
         for block in steps.blocks:
             u = h
             for before, layer in block[:-1]:
-                u = layer(steps.act(u) if before else u)
+                # The features of the stream are used again, and nothing else is.
+                u = layer(steps.act(u, owned=u is not h) if before else u)
             before, layer = block[-1]
-            h = layer.add_to(h, steps.act(u) if before else u)
-        return steps.tail(steps.act(h))
+            h = layer.add_to(h, steps.act(u, owned=u is not h) if before else u)
+        return steps.tail(steps.act(h, owned=True))
 
 
 def _take_apart(network: Parts, state: tuple, shape: list[int]) -> _Steps:
@@ -127,8 +128,7 @@ def _take_apart(network: Parts, state: tuple, shape: list[int]) -> _Steps:
     unit = LOG2_E if in_bits else 1.0
     return _Steps(
         state,
-        # Left alone, since the features of a block are used again.
-        fast_elu_in_bits if in_bits else partial(network.act, owned=False),
+        fast_elu_in_bits if in_bits else network.act,
         _pack(network.head, shape, unit, unit),
         [[(before, _pack(layer, shape, 1.0, unit)) for before, layer in block] for block in network.blocks],
         _pack(network.tail, shape, 1 / unit, 1.0),

@@ -11,41 +11,18 @@
 
 namespace {
 
-// e^x = power * (1 + rest), within 2 units in the last place for -87 <= x <= 88; beyond, as at the end.
-// Polynomial: Cephes (S. Moshier), expf.
-struct Exponential {
-    V power, rest;
+constexpr float kLog2E = 1.44269504088896341f;
 
-    explicit Exponential(V x) {
-        x = x < -87.0f ? V{} - 87.0f : x;
-        x = x > 88.0f ? V{} + 88.0f : x;
-        // Added to so large a number, only the whole part of what is added is left, in the lowest bits.
-        const float large = 12582912.0f;
-        const V shifted = x * 1.44269504088896341f + large, whole = shifted - large;
-        const V r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-        V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        rest = p * r * r + r;
-        power = (V)(((I)shifted - (0x4B400000 - 127)) << 23);
-    }
-
-    V value() const { return power * rest + power; }
-    V minus_1() const { return power * rest + (power - 1); }
-};
-
-inline V exponential(V x) { return Exponential(x).value(); }
+inline V exponential(V x) { return Power(x * kLog2E).value(); }
 
 // t = tanh(raw / bound) and 1 - t^2, neither as a difference of two numbers that are almost the same.
 struct Bounded {
     V t, slope;
 
     Bounded(V raw, float bound) {
-        const V twice = raw * (2 / bound);
-        // Far beyond where t rounds to 1, and far from where the exponential does not fit any more.
-        const V e = Exponential(twice > 40.0f ? V{} + 40.0f : twice).minus_1(), inverse = 1 / (e + 2);
+        const V twice = raw * (2 * kLog2E / bound);
+        // Far beyond where t rounds to 1, and far from where the power does not fit any more.
+        const V e = Power(twice > 60.0f ? V{} + 60.0f : twice).minus_1(), inverse = 1 / (e + 2);
         t = e * inverse;
         slope = (1 + t) * (2 * inverse);
     }

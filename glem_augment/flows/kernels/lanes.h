@@ -34,4 +34,27 @@ inline float sum(V x) {
     return (float)total;
 }
 
+// 2^t = power (1 + rest), within 2 units in the last place for -125 <= t <= 126; beyond, as at the end.
+struct Power {
+    V power, rest;
+
+    explicit Power(V t) {
+        t = t < -125.0f ? V{} - 125.0f : t;
+        t = t > 126.0f ? V{} + 126.0f : t;
+        // Added to so large a number, only the whole part of what is added is left, in the lowest bits.
+        const float large = 12582912.0f;
+        const V shifted = t + large, r = t - (shifted - large);
+        // 2^r - 1 on [-1/2, 1/2]. Polynomial: Cephes (S. Moshier), exp2f.
+        V p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+        p = p * r + 9.618437357674640e-3f;
+        p = p * r + 5.550332471162809e-2f;
+        p = p * r + 2.402264791363012e-1f;
+        rest = (p * r + 6.931472028550421e-1f) * r;
+        power = (V)(((I)shifted - (0x4B400000 - 127)) << 23);
+    }
+
+    V value() const { return power * rest + power; }
+    V minus_1() const { return power * rest + (power - 1); }
+};
+
 }  // namespace
