@@ -1,6 +1,6 @@
 // The affine coupling, forwards and backwards, each in one pass over memory.
 //
-// ../affine_native.py is what calls it; AffineCoupling in ../coupling.py does the same with torch's operations. The mapped
+// ../affine_native.py is what calls it; ../affine_coupling.py does the same with torch's operations. The mapped
 // half and its gradients are planes [N, pixels]; parameters and theirs are channels last, [pixels, 2N]: raw, then shift.
 
 #include "lanes.h"
@@ -33,24 +33,27 @@ struct Parameters {
     V raw[N], shift[N];
 
     void read(const float* from, int64_t count) {
-        if (count < kLanes) __builtin_memset(this, 0, sizeof *this);
-        float* to = (float*)this;
-        if (count == kLanes)
-            for (int lane = 0; lane < kLanes; ++lane)
-                for (int c = 0; c < 2 * N; ++c) to[c * kLanes + lane] = from[lane * 2 * N + c];
-        else
-            for (int lane = 0; lane < count; ++lane)
-                for (int c = 0; c < 2 * N; ++c) to[c * kLanes + lane] = from[lane * 2 * N + c];
+        if (count == kLanes) return gather(from, kLanes);  // a constant, so that the loop is unrolled
+        __builtin_memset(this, 0, sizeof *this);
+        gather(from, count);
     }
 
     void write(float* to, int64_t count) const {
+        if (count == kLanes) return scatter(to, kLanes);
+        scatter(to, count);
+    }
+
+  private:
+    void gather(const float* from, int64_t count) {
+        float* to = (float*)this;
+        for (int64_t lane = 0; lane < count; ++lane)
+            for (int c = 0; c < 2 * N; ++c) to[c * kLanes + lane] = from[lane * 2 * N + c];
+    }
+
+    void scatter(float* to, int64_t count) const {
         const float* from = (const float*)this;
-        if (count == kLanes)
-            for (int lane = 0; lane < kLanes; ++lane)
-                for (int c = 0; c < 2 * N; ++c) to[lane * 2 * N + c] = from[c * kLanes + lane];
-        else
-            for (int lane = 0; lane < count; ++lane)
-                for (int c = 0; c < 2 * N; ++c) to[lane * 2 * N + c] = from[c * kLanes + lane];
+        for (int64_t lane = 0; lane < count; ++lane)
+            for (int c = 0; c < 2 * N; ++c) to[lane * 2 * N + c] = from[c * kLanes + lane];
     }
 };
 
