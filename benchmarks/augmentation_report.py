@@ -324,7 +324,7 @@ def draw(results: list[Result], path: Path) -> None:
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("points of test accuracy, mean and 95 % interval over paired seeds")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above: rows are below
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

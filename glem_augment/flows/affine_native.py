@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glem_augment.flows.kernel_shapes import check_gradients, images_like
+from glem_augment.flows.kernel_shapes import for_backward, images_like
 from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
@@ -65,12 +65,9 @@ def couple_backward(
     g: Tensor, g_logdet: Tensor, x2: Tensor, params: Tensor, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``couple``'s arguments from those of its results."""
-    check_gradients(x2, g, g_logdet)
     n, batch, height, width = x2.shape
-    g, g_logdet, x2, params = g.contiguous(), g_logdet.contiguous(), x2.contiguous(), images_like(x2, params, 2 * n)
-    kernel = _kernel(n)
+    kernel, tensors = _kernel(n), for_backward(g, g_logdet, x2, params, 2 * n)
     assert kernel is not None
-    g_x2, g_params = torch.empty_like(x2), torch.empty_like(params)
-    pointers = [t.data_ptr() for t in (g, g_logdet, x2, params, g_x2, g_params)]
+    pointers = [t.data_ptr() for t in tensors]
     kernel.backward(*pointers, batch, height * width, bound, inverse, threads_for(2 * x2.numel() * _WORK))
-    return g_x2, g_params
+    return tensors[4:]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.flows.kernel_shapes import check_gradients, images_like
+from glem_augment.flows.kernel_shapes import for_backward, images_like
 from glem_augment.flows.matexp import taylor_plan
 from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
@@ -82,16 +82,13 @@ def couple_backward(
     g: Tensor, g_logdet: Tensor, x2: Tensor, params: Tensor, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``couple``'s arguments from those of its results."""
-    check_gradients(x2, g, g_logdet)
     n, batch, height, width = x2.shape
-    g, g_logdet, x2, params = g.contiguous(), g_logdet.contiguous(), x2.contiguous(), images_like(x2, params, n * n + n)
-    kernel = _kernel(n, bound)
+    kernel, tensors = _kernel(n, bound), for_backward(g, g_logdet, x2, params, n * n + n)
     assert kernel is not None
-    g_x2, g_params = torch.empty_like(x2), torch.empty_like(params)
-    pointers = [t.data_ptr() for t in (g, g_logdet, x2, params, g_x2, g_params)]
+    pointers = [t.data_ptr() for t in tensors]
     threads = threads_for(3 * batch * height * width * kernel.work)
     kernel.backward(*pointers, batch, height * width, bound, inverse, kernel.plans, threads)
-    return g_x2, g_params
+    return tensors[4:]
 
 
 class _NativeCoupling(torch.autograd.Function):
