@@ -42,7 +42,9 @@ def plain(net: ConvSubnet, x: Tensor) -> Tensor:
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    # A small sum of large numbers is as exact as these are.
+    most = float(wanted.abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=max(1e-5, 2e-6 * most))
 
 
 def ran(net: ConvSubnet) -> bool:
