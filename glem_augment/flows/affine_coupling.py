@@ -73,26 +73,3 @@ def affine_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = Fa
     if torch.is_grad_enabled() and (x2.requires_grad or params.requires_grad):
         return _NativeCoupling.apply(x2, params, bound, inverse)
     return affine_native.couple(x2, params, bound, inverse)
-
-
-def affine_coupling_backward(
-    y2: Tensor, params: Tensor, g: Tensor, g_logdet: Tensor, bound: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Undo ``y2, logdet = affine_coupling(x2, params, bound)`` and differentiate it, in one go.
-
-    Args:
-        y2: [n, B, H, W]; ``params`` and ``bound`` as there.
-        g, g_logdet: gradients of y2 and of log|det| [B].
-
-    Returns:
-        x2, and the gradients of x2 and ``params``.
-    """
-    y2, params = y2.detach(), params.detach()
-    with torch.no_grad():
-        x2, _ = affine_coupling(y2, params, bound, inverse=True)
-    if affine_native.serves(x2, params):
-        return x2, *affine_native.couple_backward(g, g_logdet, x2, params, bound, False)
-    leaves = x2.detach().requires_grad_(), params.requires_grad_()
-    with torch.enable_grad():
-        results = _plain(*leaves, bound, False)
-    return x2, *torch.autograd.grad(results, leaves, (g, g_logdet))

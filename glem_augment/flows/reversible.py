@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.flows.affine_coupling import affine_coupling_backward
-from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
+from glem_augment.flows.coupling import Coupling, MatExpCoupling
 from glem_augment.flows.expm_coupling import expm_coupling_backward
 from glem_augment.flows.precision import full_precision
 
@@ -73,9 +72,8 @@ def _coupling_backward(
     params = coupling.net(x1.transpose(0, 1))
     weights = [w for w in coupling.parameters() if w.requires_grad]
     g1, g2 = g.split(coupling.half)
-    if isinstance(coupling, AffineCoupling) or (isinstance(coupling, MatExpCoupling) and not coupling.low_rank):
-        undo = affine_coupling_backward if isinstance(coupling, AffineCoupling) else expm_coupling_backward
-        x2, g_x2, g_params = undo(y2, params, g2, g_logdet, coupling.bound)
+    if isinstance(coupling, MatExpCoupling) and not coupling.low_rank:
+        x2, g_x2, g_params = expm_coupling_backward(y2, params, g2, g_logdet, coupling.bound)
         g_x1, *found = torch.autograd.grad(params, [x1, *weights], g_params, allow_unused=True)
     else:
         with torch.no_grad():
