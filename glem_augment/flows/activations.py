@@ -64,6 +64,11 @@ class _FastElu(torch.autograd.Function):
         return torch.ops.aten.elu_backward(g, 1.0, 1.0, 1.0, True, y)
 
 
+def may_be_overwritten(x: Tensor) -> bool:
+    """Whether autograd lets the result of a module be overwritten: not if a hook for its gradients made it a view."""
+    return torch.compiler.is_compiling() or not x._is_view()
+
+
 class Activation(nn.Module):
     """An elementwise nonlinearity that keeps as little for the backward pass as its derivative allows.
 
@@ -92,7 +97,7 @@ class Activation(nn.Module):
         function = _PLAIN[self.name]
         if self.name not in _FROM_RESULT:
             return function(x)
-        if owned:
+        if owned and may_be_overwritten(x):
             return function(x, inplace=True)
         # relu keeps its result in either form. For elu a copy is cheaper than what it saves: the derivative from the
         # result needs no exponential, and the input is not kept beside the result.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows import affine_native
-from glem_augment.flows.ordinary import is_ordinary
+from glem_augment.flows.ordinary import are_ordinary, gradients_of
 from glem_augment.flows.processor import mkl_is_fast
 
 
@@ -23,7 +23,7 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
     return torch.sigmoid(raw * (2 / bound)).sub(0.5) * (2 * bound)
 
 
-def _plain(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+def plain_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
     """By torch's operations."""
     raw, shift = params.transpose(0, 1).contiguous().split(len(x2))
     log_scale = bounded(raw, bound)
@@ -42,18 +42,11 @@ class _NativeCoupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor, g_logdet: Tensor):
-        followed = torch.is_grad_enabled()
-        if not followed and is_ordinary(g) and is_ordinary(g_logdet):
-            return (*affine_native.couple_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
-        # These gradients are to be differentiated in turn, or come in batches.
-        needed = ctx.needs_input_grad[:2]
-        wanted = [t for t, needs in zip(ctx.saved_tensors, needed, strict=True) if needs]
-        with torch.enable_grad():
-            results = zip(_plain(*ctx.saved_tensors, *ctx.plan), (g, g_logdet), strict=True)
-        # The log|det| of a frozen network has none.
-        results, upstream = zip(*(pair for pair in results if pair[0].requires_grad), strict=True)
-        found = iter(torch.autograd.grad(results, wanted, upstream, create_graph=followed))
-        return (*(next(found) if needs else None for needs in needed), None, None)
+        if torch.is_grad_enabled() or not are_ordinary((g, g_logdet)):
+            # These gradients are to be differentiated in turn, or come in batches.
+            found = gradients_of(plain_coupling, ctx.saved_tensors, ctx.plan, ctx.needs_input_grad, (g, g_logdet))
+            return (*found, None, None)
+        return (*affine_native.couple_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
 
 
 def affine_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -69,7 +62,7 @@ def affine_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = Fa
         [n, B, H, W], and log|det| [B] in nats: the sum of s, negated for the inverse.
     """
     if not affine_native.serves(x2, params):
-        return _plain(x2, params, bound, inverse)
+        return plain_coupling(x2, params, bound, inverse)
     if torch.is_grad_enabled() and (x2.requires_grad or params.requires_grad):
         return _NativeCoupling.apply(x2, params, bound, inverse)
     return affine_native.couple(x2, params, bound, inverse)

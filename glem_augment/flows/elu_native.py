@@ -1,11 +1,11 @@
-"""ELU by a C++ kernel, for float32 on a CPU: in one pass over memory, where torch's operations make three."""
+"""ELU and its gradient by C++ kernels, for float32 on a CPU: in one pass over memory each."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +18,34 @@ LOG2_E = 1 / math.log(2)
 _WORK = 15
 
 
+class _Kernel(NamedTuple):
+    forward: Any
+    backward: Any
+
+
 @cache
-def _kernel() -> Any | None:
+def _kernel() -> _Kernel | None:
     made = library("elu.cpp")
     if made is None:
         return None
-    number, integer = ctypes.c_float, ctypes.c_int32
-    return declare(made.glem_elu, 2, [ctypes.c_int64, number, number, integer])
+    size, number, integer = ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+    return _Kernel(
+        declare(made.glem_elu, 2, [size, number, number, integer]), declare(made.glem_elu_backward, 4, [size, integer])
+    )
+
+
+def has_kernel() -> bool:
+    """Whether there is one."""
+    return _kernel() is not None
 
 
 def serves(x: Tensor) -> bool:
     """Whether the kernel may stand for torch's operations here."""
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return dense and is_ordinary(x) and _kernel() is not None
+    return (x.is_contiguous() or _is_channels_last(x)) and is_ordinary(x) and has_kernel()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def elu(x: Tensor, unit: float = 1.0, owned: bool = False) -> Tensor:
@@ -43,5 +58,20 @@ def elu(x: Tensor, unit: float = 1.0, owned: bool = False) -> Tensor:
     """
     kernel, y = _kernel(), x if owned else torch.empty_like(x)
     assert kernel is not None
-    kernel(x.data_ptr(), y.data_ptr(), x.numel(), LOG2_E / unit, unit, threads_for(x.numel() * _WORK))
+    kernel.forward(x.data_ptr(), y.data_ptr(), x.numel(), LOG2_E / unit, unit, threads_for(x.numel() * _WORK))
     return y
+
+
+def elu_backward(g: Tensor, y: Tensor, added: Tensor | None = None) -> Tensor:
+    """From the gradient of y = elu(x) to that of x, in the place of ``g``.
+
+    Args:
+        g, y: of one shape, channels last.
+        added: likewise, to be added to the result.
+    """
+    kernel = _kernel()
+    assert kernel is not None
+    assert all(t is None or (t.shape == g.shape and _is_channels_last(t)) for t in (g, y, added))
+    other = None if added is None else added.data_ptr()
+    kernel.backward(g.data_ptr(), y.data_ptr(), other, g.data_ptr(), g.numel(), threads_for(g.numel() * _WORK))
+    return g

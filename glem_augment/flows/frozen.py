@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from glem_augment.flows.activations import LOG2_E, Activation, fast_elu_in_bits
 from glem_augment.flows.layers import frozen_state
@@ -97,7 +98,7 @@ class FrozenRun:
             return None
         network = parts()
         layers = [] if network is None else network.layers()
-        if network is None or not all(_is_bare(layer) for layer in layers):
+        if network is None or not all(is_bare(layer) for layer in layers):
             return None
         weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
         if any(p.requires_grad for p in weights):
@@ -135,13 +136,24 @@ def _take_apart(network: Parts, state: tuple, shape: list[int]) -> _Steps:
     )
 
 
-def _is_bare(layer: nn.Module) -> bool:
+def is_bare(layer: nn.Module) -> bool:
     """Whether ``layer`` is a convolution and nothing more: no hooks, no weights computed from others."""
     return (
         type(layer) is nn.Conv2d
         and "weight" in layer._parameters
         and layer.padding_mode == "zeros"
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not has_hooks(layer)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to know of ``module``'s calls, or of those of all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -13,14 +16,56 @@ def is_ordinary(x: Tensor) -> bool:
     Code of another kind would be lost on tangents, tracing, ``torch.func``, subclasses, and modes that count or fake
     operations.
     """
+    return not _is_followed() and _is_known(x)
+
+
+def are_ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are."""
+    return not _is_followed() and all(map(_is_known, tensors))
+
+
+def _is_known(x: Tensor) -> bool:
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
         and x.is_cpu
         and x.dtype is torch.float32
-        and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad's is_grads_batched
     )
+
+
+def _is_followed() -> bool:
+    return (
+        forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def gradients_of(
+    function: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    rest: Sequence[Any],
+    needed: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients by way of torch's operations, for a backward that a kernel can't do; differentiable where asked for.
+
+    Args:
+        function: ``function(*inputs, *rest)``: what the kernel computes; a result may be None.
+        inputs, rest: tensors, and what else it takes.
+        needed: which inputs' gradients are; may be longer.
+        upstream: the gradients of its results.
+
+    Returns:
+        One per input; None where it is not needed.
+    """
+    followed = torch.is_grad_enabled()
+    wanted = [t for t, needs in zip(inputs, needed, strict=False) if needs]
+    with torch.enable_grad():
+        results = zip(function(*inputs, *rest), upstream, strict=True)
+    # A result may be none, and the log|det| of a frozen network has no gradient.
+    pairs = [(result, g) for result, g in results if result is not None and result.requires_grad]
+    found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=followed))
+    return [next(found) if needs else None for _, needs in zip(inputs, needed, strict=False)]

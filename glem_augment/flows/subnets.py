@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows.activations import Activation
-from glem_augment.flows.frozen import FrozenRun, Parts, may_run_frozen
+from glem_augment.flows.activations import Activation, may_be_overwritten
+from glem_augment.flows.frozen import FrozenRun, Parts, has_hooks, may_run_frozen
+from glem_augment.flows.network_node import run_as_node
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
@@ -81,6 +82,11 @@ class Subnet(nn.Module):
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
 
 
+def _add(h: Tensor, x: Tensor) -> Tensor:
+    """h + x, in the place of h, which nobody else may hold."""
+    return h.add_(x) if may_be_overwritten(h) else h + x
+
+
 class ResidualBlock(nn.Module):
     """``x + conv3(act(conv2(act(conv1(act(x))))))``.
 
@@ -101,7 +107,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.act(x, owned=False))
         h = self.conv2(self.act(h))
-        return self.conv3(self.act(h)).add_(x)
+        return _add(self.conv3(self.act(h)), x)
 
     def layers(self) -> list[tuple[bool, nn.Module]]:
         """What is added to x, each with whether the activation comes before it."""
@@ -119,7 +125,7 @@ class DepthwiseBlock(nn.Module):
         self.project = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.act(self.expand(self.depthwise(x)))).add_(x)
+        return _add(self.project(self.act(self.expand(self.depthwise(x)))), x)
 
     def layers(self) -> list[tuple[bool, nn.Module]]:
         """As ``ResidualBlock.layers``."""
@@ -168,6 +174,8 @@ class ConvSubnet(Subnet):
         if self.autocast is None:
             x = x.contiguous(memory_format=torch.channels_last)
             result = self._frozen(x, self._parts)
+            if result is None:
+                result = run_as_node(x, self._parts)
             if result is not None:
                 return result
         return super().forward(x)
@@ -182,9 +190,8 @@ class ConvSubnet(Subnet):
     def _parts(self) -> Parts | None:
         """As long as blocks and activation are as they were made."""
         blocks = list(self.blocks)
-        if not all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks) or any(
-            module._forward_hooks or module._forward_pre_hooks for module in (self.act, *blocks)
-        ):
+        known = all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks)
+        if not known or any(map(has_hooks, (self.act, *blocks))):
             return None
         return Parts(self.act, self.head, [block.layers() for block in blocks], self.tail)
 
