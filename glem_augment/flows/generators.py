@@ -24,9 +24,9 @@ from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.precision import full_precision
 
 # The series is summed where the norm is at most 1/2: x^k/k! is then below rounding after so many terms.
-_TERMS = {torch.float32: 8, torch.float64: 14}
+TERMS = {torch.float32: 8, torch.float64: 14}
 # Beyond this side a library's matrix products are faster than the kernel's loops.
-_SMALL = 96
+SMALL = 96
 
 
 @cache
@@ -46,7 +46,7 @@ _EXP, _ADJOINT = 0, 1
 
 def _serves(generators: Tensor) -> bool:
     """Whether the kernel may stand for torch's operations here."""
-    return generators.shape[-1] <= _SMALL and is_ordinary(generators) and _kernel() is not None
+    return generators.shape[-1] <= SMALL and is_ordinary(generators) and _kernel() is not None
 
 
 def _call(which: int, sign: float, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _call(which: int, sign: float, dtype: torch.dtype, *tensors: Tensor) -> Tens
     kernel, tensors = _kernel(), tuple(t.contiguous() for t in tensors)
     assert kernel is not None and all(t.shape == tensors[0].shape for t in tensors)
     count, c, _ = tensors[0].shape
-    out, terms = torch.empty_like(tensors[0]), _TERMS[dtype]
+    out, terms = torch.empty_like(tensors[0]), TERMS[dtype]
     threads = threads_for(count * 3 * terms * c**3)
     kernel[which](*(t.data_ptr() for t in (*tensors, out)), count, c, sign, terms, threads)
     return out
@@ -70,7 +70,7 @@ def _frechet(x: Tensor, direction: Tensor) -> Tensor:
     halvings = max(0, math.ceil(math.log2(norm)) + 1) if norm > 0 and math.isfinite(norm) else 0
     x, d = x * 0.5**halvings, direction * 0.5**halvings
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
-    terms = _TERMS[x.dtype]
+    terms = TERMS[x.dtype]
     value, change = torch.add(eye, x, alpha=1 / terms), d / terms
     for k in range(terms - 1, 0, -1):
         change = torch.baddbmm(torch.bmm(d, value), x, change).div_(k)
@@ -94,7 +94,7 @@ class _ExpOfGenerators(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         (generators,) = ctx.saved_tensors
-        if generators.dtype not in _TERMS:
+        if generators.dtype not in TERMS:
             raise TypeError(f"the weights of a flow are float32 or float64, got {generators.dtype}")
         if _serves(generators):
             return _call(_ADJOINT, ctx.sign, torch.float32, generators, g), None

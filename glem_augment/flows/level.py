@@ -7,16 +7,17 @@ change of order. Only the networks inside couplings see images, channels last.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from glem_augment.flows import affine_joint_native
+from glem_augment.flows.affine_joint import joint
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.compiled import Step
-from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.generators import exp_of_generators
+from glem_augment.flows.coupling import AffineCoupling, Coupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
+from glem_augment.flows.ordinary import is_ordinary
+from glem_augment.flows.prepared import Prepared, Weights, prepare
 from glem_augment.flows.reversible import reversible_steps
 
 
@@ -32,19 +33,6 @@ def unsqueeze(x: Tensor, side: int = 2) -> Tensor:
     c, b, h, w = x.shape
     c //= side * side
     return x.view(c, side, side, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c, b, side * h, side * w)
-
-
-class Prepared(NamedTuple):
-    """What ActNorms and mixings of a level amount to: ``u = x * scale + shift`` per element, then ``y = matrix u``.
-
-    For the inverse the other way round: ``u = matrix y``, ``x = u * scale + shift``. With ActNorm per channel, scale
-    and shift are folded into the matrix and a bias and ``scale`` is None. The lists hold one entry per step.
-    """
-
-    scale: tuple[Tensor, ...] | None  # [C,1,H,W]
-    shift: tuple[Tensor, ...]  # [C,1,H,W], or [C,1] where folded
-    matrix: tuple[Tensor, ...]  # [C,C]
-    logdet: Tensor  # of the direction, nats, the same for every image
 
 
 def mix(x: Tensor, scale: Tensor | None, shift: Tensor, matrix: Tensor) -> Tensor:
@@ -114,36 +102,25 @@ class Level(nn.Module):
 
     def prepare(self, inverse: bool) -> Prepared:
         """What does not depend on the image, differentiable; cached while the weights are frozen."""
-        norms = zip(self.norms, self.mixings, strict=True)
-        weights = [weight for a, m in norms for weight in (a.bias, a.log_scale, m.weight)]
-        state = None if torch.compiler.is_compiling() else frozen_state(*weights)
+        weights = Weights(
+            [a.bias for a in self.norms], [a.log_scale for a in self.norms], [m.weight for m in self.mixings]
+        )
+        state = None if torch.compiler.is_compiling() else frozen_state(*weights.all())
         if state is None:
             self._cache = {}
-            return self._prepare(inverse)
+            return self._prepare(weights, inverse)
         cache = self._cache  # another thread may put a new one in its place at any time
         if cache.get("state") != state:
             cache = self._cache = {"state": state}
         if inverse not in cache:
             # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
             with torch.inference_mode(False), torch.no_grad():
-                cache[inverse] = self._prepare(inverse)
+                cache[inverse] = self._prepare(weights, inverse)
         return cache[inverse]
 
-    def _prepare(self, inverse: bool) -> Prepared:
-        log_scale = torch.stack([a.log_scale for a in self.norms]).unsqueeze(2)
-        bias = torch.stack([a.bias for a in self.norms]).unsqueeze(2)
-        generators = torch.stack([m.weight for m in self.mixings])
-        constant = log_scale.sum() * self.norms[0].pixels + generators.diagonal(dim1=1, dim2=2).sum() * self.pixels
-        sign = -1.0 if inverse else 1.0
-        matrix = exp_of_generators(generators, sign)
-        scale = (sign * log_scale).exp()
-        shift = -bias if inverse else bias * scale
-        if self.norms[0].per == "element":
-            return Prepared(tuple(scale), tuple(shift), tuple(matrix), sign * constant)
-        scale, shift = scale.flatten(2), shift.flatten(2)
-        if inverse:
-            return Prepared(None, tuple(shift), tuple(scale * matrix), -constant)
-        return Prepared(None, tuple(matrix @ shift), tuple(matrix * scale.transpose(1, 2)), constant)
+    def _prepare(self, weights: Weights, inverse: bool) -> Prepared:
+        norm = self.norms[0]
+        return prepare(weights, (norm.pixels, self.pixels), norm.per == "channel", inverse)
 
     @staticmethod
     def _fastest(compiled: Step | None, plain: Step, coupling: Coupling, x: Tensor) -> Step:
@@ -159,12 +136,43 @@ class Level(nn.Module):
     def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The steps alone, on the squeezed x [C, B, H, W]; returns as ``forward``."""
         prepared, logdets = self.prepare(inverse=False), []
+        if self._has_joints(x, prepared, self._compiled_forward):
+            return self._run_joined(x, prepared)
         for index, coupling in enumerate(self.couplings):
             run = self._fastest(self._compiled_forward, step_forward, coupling, x)
             scale = None if prepared.scale is None else prepared.scale[index]
             x, logdet = run(x, scale, prepared.shift[index], prepared.matrix[index], coupling)
             logdets.append(logdet)
         return x, prepared.logdet, logdets
+
+    def _has_joints(self, x: Tensor, prepared: Prepared, compiled: Step | None) -> bool:
+        """Whether all that lies between two networks is one operation, and compiled steps are not faster."""
+        return (
+            prepared.scale is None
+            and all(type(coupling) is AffineCoupling for coupling in self.couplings)
+            and is_ordinary(x)
+            and affine_joint_native.has_kernel(len(x) // 2)
+            and (compiled is None or all(coupling.is_faster_uncompiled(x) for coupling in self.couplings))
+        )
+
+    def _run_joined(self, x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As ``run_steps``, where ``_has_joints`` says yes."""
+        (u, images, _), logdets = joint(x, None, prepared.matrix[0], prepared.shift[0], self.couplings[0].bound), []
+        # After the last coupling there is no mixing.
+        following = [*zip(prepared.matrix[1:], prepared.shift[1:], strict=True), (None, None)]
+        for coupling, (matrix, shift) in zip(self.couplings, following, strict=True):
+            u, images, logdet = joint(u, coupling.net(images), matrix, shift, coupling.bound)
+            logdets.append(logdet)
+        return u, prepared.logdet, logdets
+
+    def _undo_joined(self, y: Tensor, prepared: Prepared) -> tuple[Tensor, list[Tensor]]:
+        """The steps of ``inverse``, likewise."""
+        images, logdets = y.chunk(2)[0].transpose(0, 1), []
+        steps = zip(self.couplings, prepared.matrix, prepared.shift, strict=True)
+        for coupling, matrix, shift in reversed(list(steps)):
+            y, images, logdet = joint(y, coupling.net(images), matrix, shift, coupling.bound, inverse=True)
+            logdets.append(logdet)
+        return y, logdets
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | float, list[Tensor]]:
         """The squeeze and the steps, channel-major (``side`` = 2: [C, B, 2H, 2W] -> [4C, B, H, W]).
@@ -180,6 +188,9 @@ class Level(nn.Module):
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Undoes ``forward``: [4C, B, H, W] -> [C, B, 2H, 2W], with the log-determinants of this direction."""
         prepared, logdets = self.prepare(inverse=True), []
+        if self._has_joints(y, prepared, self._compiled_inverse):
+            y, logdets = self._undo_joined(y, prepared)
+            return unsqueeze(y, self.side), prepared.logdet, logdets
         for index in reversed(range(len(self.couplings))):
             coupling = self.couplings[index]
             run = self._fastest(self._compiled_inverse, step_inverse, coupling, y)

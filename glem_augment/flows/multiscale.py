@@ -58,7 +58,7 @@ class MultiscaleFlow(Bijection):
                     h, out = h.chunk(2)
                     parts.append(out.transpose(0, 1).flatten(1))
             parts.append(h.transpose(0, 1).flatten(1))
-            return torch.cat(parts, 1), torch.stack(logdets).sum(0) + shared
+            return torch.cat(parts, 1) if len(parts) > 1 else parts[0], torch.stack(logdets).sum(0) + shared
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):

@@ -19,7 +19,8 @@ from glem_augment.flows.expm_coupling import expm_coupling_backward
 from glem_augment.flows.precision import full_precision
 
 if TYPE_CHECKING:
-    from glem_augment.flows.level import Level, Prepared
+    from glem_augment.flows.level import Level
+    from glem_augment.flows.prepared import Prepared
 
 
 class _ReversibleSteps(torch.autograd.Function):

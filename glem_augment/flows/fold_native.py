@@ -1,0 +1,100 @@
+"""ActNorms per channel and mixings folded by a C++ kernel, for float32 on a CPU: see ``prepared``.
+
+Two dozen small tensors go in and come out; torch's operations on them, and autograd's, took several times as long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.flows.generators import SMALL, TERMS
+from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.ordinary import is_ordinary
+
+Tensors = Sequence[Tensor]
+
+
+class _Kernel(NamedTuple):
+    forward: Any
+    backward: Any
+
+
+@cache
+def _kernel() -> _Kernel | None:
+    made = library("fold.cpp")
+    if made is None:
+        return None
+    size, real, integer = ctypes.c_int64, ctypes.c_double, ctypes.c_int32
+    rest = [size, size, real, real, integer, integer]
+    return _Kernel(declare(made.glem_fold, 6, rest), declare(made.glem_fold_backward, 10, rest))
+
+
+def serves(biases: Tensors, log_scales: Tensors, generators: Tensors) -> bool:
+    """Whether the kernel may stand for torch's operations here."""
+    c = len(generators[0])
+    weights = [*((w, c) for w in (*biases, *log_scales)), *((w, c * c) for w in generators)]
+    return (
+        c <= SMALL
+        and is_ordinary(biases[0])
+        and all(
+            type(w) is nn.Parameter
+            and w.is_cpu
+            and w.dtype is torch.float32
+            and w.is_contiguous()
+            and w.numel() == size
+            for w, size in weights
+        )
+        and _kernel() is not None
+    )
+
+
+def _pointers(tensors: Tensors) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _rest(generators: Tensors, pixels: tuple[int, int], terms: int, works: int) -> list[Any]:
+    steps, c = len(generators), len(generators[0])
+    return [steps, c, *pixels, terms, threads_for(steps * works * terms * c**3)]
+
+
+def fold(biases: Tensors, log_scales: Tensors, generators: Tensors, pixels: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Of S steps, of c channels each: matrices [S, c, c], shifts [S, c, 1] and the log|det| that all images share.
+
+    Args:
+        biases, log_scales: of the ActNorms, with c entries.
+        generators: of the mixings, [c, c].
+        pixels: that an entry of a log_scale stands for, and those of an image.
+    """
+    kernel, steps, c = _kernel(), len(generators), len(generators[0])
+    assert kernel is not None
+    made = [generators[0].new_empty(shape) for shape in ((steps, c, c), (steps, c, 1), ())]
+    pointers = [_pointers(tensors) for tensors in (biases, log_scales, generators)]
+    kernel.forward(*pointers, *(t.data_ptr() for t in made), *_rest(generators, pixels, TERMS[torch.float64], 1))
+    return tuple(made)
+
+
+def fold_backward(
+    g: Tensors, biases: Tensors, log_scales: Tensors, generators: Tensors, matrices: Tensor, pixels: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of biases and log_scales [S, c], and of generators [S, c, c].
+
+    Args:
+        g: those of every matrix, of every shift, and of log|det|, one after the other.
+        biases, log_scales, generators, pixels: as for ``fold``.
+        matrices: that it made.
+    """
+    kernel, steps, c = _kernel(), len(generators), len(generators[0])
+    assert kernel is not None and len(g) == 2 * steps + 1
+    g = [t.contiguous() for t in g]
+    made = [matrices.new_empty(shape) for shape in ((steps, c), (steps, c), (steps, c, c))]
+    pointers = [_pointers(g[:steps]), _pointers(g[steps:-1]), g[-1].data_ptr()]
+    pointers += [_pointers(tensors) for tensors in (biases, log_scales, generators)]
+    pointers += [t.data_ptr() for t in (matrices, *made)]
+    kernel.backward(*pointers, *_rest(generators, pixels, TERMS[torch.float32], 3))
+    return tuple(made)

@@ -1,0 +1,108 @@
+// Exponentials of square matrices, and their derivatives.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// Rows that are worked on together, in vectors of 64 bytes.
+constexpr int64_t kRows = 8;
+
+// A square matrix in an array whose rows and columns are filled up with zeros.
+template <typename T>
+struct Matrix {
+    typedef T V __attribute__((vector_size(64), may_alias));
+    static constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+
+    int64_t side, rows, stride;
+    std::vector<T> entries;
+
+    explicit Matrix(int64_t c)
+        : side(c),
+          rows((c + kRows - 1) / kRows * kRows),
+          stride((c + kLanes - 1) / kLanes * kLanes),
+          entries(rows * stride) {}
+
+    T& at(int64_t i, int64_t j) { return entries[i * stride + j]; }
+    T at(int64_t i, int64_t j) const { return entries[i * stride + j]; }
+    void scale(T factor) {
+        for (T& entry : entries) entry *= factor;
+    }
+    void clear() { std::fill(entries.begin(), entries.end(), T(0)); }
+};
+
+// out += a b
+template <typename T>
+void add_product(const Matrix<T>& a, const Matrix<T>& b, Matrix<T>& out) {
+    typedef typename Matrix<T>::V V;
+    const int64_t stride = a.stride, side = a.side;
+    for (int64_t i = 0; i < side; i += kRows)
+        for (int64_t j = 0; j < stride; j += Matrix<T>::kLanes) {
+            V sums[kRows];
+            for (int64_t r = 0; r < kRows; ++r) __builtin_memcpy(&sums[r], &out.entries[(i + r) * stride + j], sizeof(V));
+            for (int64_t k = 0; k < side; ++k) {
+                V other;
+                __builtin_memcpy(&other, &b.entries[k * stride + j], sizeof(V));
+                for (int64_t r = 0; r < kRows; ++r) sums[r] += a.entries[(i + r) * stride + k] * other;
+            }
+            for (int64_t r = 0; r < kRows; ++r) __builtin_memcpy(&out.entries[(i + r) * stride + j], &sums[r], sizeof(V));
+        }
+}
+
+// So many halvings that no row sums to more than 1/2; none of what is not finite.
+template <typename T>
+int halvings_of(const Matrix<T>& x) {
+    double norm = 0;
+    for (int64_t i = 0; i < x.side; ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < x.side; ++j) sum += std::fabs((double)x.at(i, j));
+        if (!(sum <= norm)) norm = sum;
+    }
+    if (!(norm > 0) || !std::isfinite(norm)) return 0;
+    const int result = (int)std::ceil(std::log2(norm)) + 1;
+    return result > 0 ? result : 0;
+}
+
+// exp(x) by its series and squaring, and its derivative along `d` if there is one: every product is differentiated along.
+template <typename T>
+void exponential(Matrix<T>& x, Matrix<T>* d, int terms, Matrix<T>& value, Matrix<T>& change) {
+    const int halvings = halvings_of(x);
+    const T shrink = (T)std::ldexp(1.0, -halvings);
+    Matrix<T> next(x.side), next_change(x.side);
+    x.scale(shrink);
+    if (d) d->scale(shrink);
+    for (int64_t i = 0; i < x.side; ++i) value.at(i, i) = 1;
+    for (int k = terms; k > 0; --k) {
+        const T share = (T)1 / k;
+        if (d) {
+            next_change.clear();
+            add_product(*d, value, next_change);
+            add_product(x, change, next_change);
+            next_change.scale(share);
+            std::swap(change.entries, next_change.entries);
+        }
+        next.clear();
+        add_product(x, value, next);
+        next.scale(share);
+        std::swap(value.entries, next.entries);
+        for (int64_t i = 0; i < x.side; ++i) value.at(i, i) += 1;
+    }
+    for (int h = 0; h < halvings; ++h) {
+        if (d) {
+            next_change.clear();
+            add_product(value, change, next_change);
+            add_product(change, value, next_change);
+            std::swap(change.entries, next_change.entries);
+        }
+        next.clear();
+        add_product(value, value, next);
+        std::swap(value.entries, next.entries);
+    }
+}
+
+}  // namespace
