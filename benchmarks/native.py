@@ -1,9 +1,9 @@
 """The C++ kernels against torch's operations.
 
 Float32, both ways in one process in an order that changes: the transforms of the matrix-exponential and of the affine
-coupling alone, forward and with gradients, at the sizes that flows of 28x28 and 32x32 pixels have; the exponentials of
-a level's mixings; and whole flows with their networks: the bundled one, the levels of ``mef_cifar``, and the first of
-``glow_tiny``.
+coupling alone, and of the affine one with the mixing after it, forward and with gradients, at the sizes that flows of
+28x28 and 32x32 pixels have; the exponentials of a level's mixings, alone and with its ActNorms; a network in training;
+and whole flows with their networks: the bundled one, the levels of ``mef_cifar``, and the first of ``glow_tiny``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from unittest import mock
 import torch
 from common import write_results
 from elementwise import arguments, compare
-from speed import CASES, make_flow
+from speed import CASES, couplings, make_flow
 from speed_measure import Side
 from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment import GLEM
-from glem_augment.flows import affine_native, expm_native, generators
+from glem_augment.flows import affine_joint_native, affine_native, expm_native, fold_native, generators, subnets
 from glem_augment.flows.affine_coupling import affine_coupling
+from glem_augment.flows.affine_joint import joint
 from glem_augment.flows.expm_coupling import expm_coupling
 from glem_augment.flows.generators import exp_of_generators
+from glem_augment.flows.layers import ActNorm, Mixing1x1
+from glem_augment.flows.prepared import Weights, prepare
 
 # n: images and their side
 SIZES = {2: (32, 14), 4: (32, 7), 6: (16, 16), 12: (16, 8), 24: (16, 4)}
@@ -39,7 +42,10 @@ def plain(task: Callable[[], Any]) -> Callable[[], Any]:
         with (
             mock.patch.object(expm_native, "serves", lambda *args: False),
             mock.patch.object(affine_native, "serves", lambda *args: False),
+            mock.patch.object(affine_joint_native, "has_kernel", lambda n: False),
+            mock.patch.object(fold_native, "serves", lambda *args: False),
             mock.patch.object(generators, "_serves", lambda *args: False),
+            mock.patch.object(subnets, "run_as_node", lambda *args: None),
         ):
             return task()
 
@@ -62,6 +68,49 @@ def transform(n: int, gradients: bool, kind: str = "expm") -> Callable[[], Any]:
                 torch.autograd.grad(result, (x2, params), (g, g_logdet))
 
     return run
+
+
+def between(n: int, gradients: bool) -> Callable[[], Any]:
+    """The affine transform, and the mixing that follows it, of random images."""
+    batch, side = SIZES[n]
+    x = torch.randn(2 * n, batch, side, side, requires_grad=gradients)
+    params = torch.randn(batch, 2 * n, side, side).contiguous(memory_format=torch.channels_last)
+    matrix, shift = torch.randn(2 * n, 2 * n), torch.randn(2 * n, 1)
+    tensors = [t.requires_grad_(gradients) for t in (x, params, matrix, shift)]
+    g, g_images, g_logdet = torch.randn_like(x), torch.randn(batch, n, side, side), torch.randn(batch)
+    g_images = g_images.contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        for _ in range(10):
+            result = joint(*tensors, BOUND)
+            if gradients:
+                torch.autograd.grad(result, tensors, (g, g_images, g_logdet))
+
+    return run
+
+
+def folded(steps: int, channels: int) -> Callable[[], Any]:
+    """What the ActNorms per channel and mixings of so many steps amount to, and gradients."""
+    norms = [ActNorm(channels, 8, 8, "channel") for _ in range(steps)]
+    mixings = [Mixing1x1(channels) for _ in range(steps)]
+    weights = Weights([a.bias for a in norms], [a.log_scale for a in norms], [m.weight for m in mixings])
+
+    def run() -> None:
+        for _ in range(10):
+            made = prepare(weights, (64, 64), True, inverse=False)
+            results = [*made.matrix, *made.shift, made.logdet]
+            torch.autograd.grad(results, weights.all(), [torch.ones_like(t) for t in results])
+
+    return run
+
+
+def network(case: str) -> tuple[str, Callable[[], Any]]:
+    """The size of the batch that one network of a flow sees, and a step of it."""
+    flow, x = make_flow(CASES[case], torch.device("cpu"))
+    net = couplings(flow)[0].net
+    x = torch.randn(len(x), net.head.in_channels, flow.part_shapes[0][1], flow.part_shapes[0][2], requires_grad=True)
+    leaves, g = [x, *net.parameters()], torch.randn_like(net(x).detach())
+    return f"{len(x)} images of {x.shape[2]}x{x.shape[3]}", lambda: torch.autograd.grad(net(x), leaves, g)
 
 
 def exponentials(steps: int, channels: int) -> Callable[[], Any]:
@@ -102,10 +151,17 @@ def main() -> None:
         size = f"{batch} images of {side}x{side}, ten times"
         tasks.append((f"affine, forward, n = {n}", size, transform(n, gradients=False, kind="affine")))
         tasks.append((f"affine, forward + backward, n = {n}", size, transform(n, gradients=True, kind="affine")))
+    for n, (batch, side) in SIZES.items():
+        size = f"{batch} images of {side}x{side}, ten times"
+        if affine_joint_native.has_kernel(n):
+            tasks.append((f"affine and mixing, forward, n = {n}", size, between(n, gradients=False)))
+            tasks.append((f"affine and mixing, forward + backward, n = {n}", size, between(n, gradients=True)))
     for steps, channels in MIXINGS:
-        tasks.append(
-            (f"exponentials, {channels} channels", f"{steps} matrices, ten times", exponentials(steps, channels))
-        )
+        size = f"{steps} matrices, ten times"
+        tasks.append((f"exponentials, {channels} channels", size, exponentials(steps, channels)))
+        tasks.append((f"exponentials and ActNorms, {channels} channels", size, folded(steps, channels)))
+    for case in ("glow_tiny_0", "mef_cifar_1"):
+        tasks.append((f"network of {case}, forward + backward", *network(case)))
     for name, flow in whole(args.batch).items():
         size = f"{len(flow.x)} images"
         tasks += [(f"{what}, {name}", size, getattr(flow, what)) for what in ("train", "encode", "decode")]

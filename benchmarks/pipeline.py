@@ -7,8 +7,9 @@ Each row is compared with the flow's own work, timed next to it in every round o
 that a PNG can be.
 
 - loader: a new SyntheticDataset through a DataLoader (batches of 64, ToTensor, default collate), start of the workers
-  included; against raw decode, that is ``model.decode`` of the same latents, drawn before, in the same blocks, to uint8
-  on the CPU. Ratio of images/s. "again" is a second epoch, from the cache, and is not judged.
+  included (50 to 80 ms: with ``--per-class 64`` little else is seen of them); against raw decode, that is
+  ``model.decode`` of the same latents, drawn before, in the same blocks, to uint8 on the CPU. Ratio of images/s.
+  "again" is a second epoch, from the cache, and is not judged.
 - export: the same images as PNG files into a new folder, likewise.
 - augment: a call of GLEMAugment(p=0.5) on 64 images, against encode + decode of as many rows as that call selected
   (half of the batch on average). Ratio of times.
@@ -16,7 +17,6 @@ that a PNG can be.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -125,8 +125,8 @@ def measure_synthetic(model: GLEM, per_class: int, rounds: int, folder: Path) ->
             data = data if settings["again"] else new()
             taken[name].append(seconds(lambda s=settings, d=data: epoch(d, s["workers"], s["shuffle"])))
         target, fresh = folder / f"export-{number}", new()
+        # Left there until the end: for a minute after many files are deleted, ext4 is slow to make new ones.
         taken["PNG"].append(seconds(lambda t=target, d=fresh: d.export(t, progress=False)))
-        shutil.rmtree(target)
         # At both ends of the round: what the machine does besides may change meanwhile.
         taken["raw"].append((before + seconds(lambda: raw_decode(model, latents))) / 2)
     rows = []
@@ -194,7 +194,7 @@ def main() -> None:
         default=["bundled:fashion-mnist", "random:mef_small"],
         help="saved models with modes, whose name open_data knows too, or random:PRESET (%(default)s)",
     )
-    args.add_argument("--per-class", type=int, default=64, help="synthetic images of each class (%(default)s)")
+    args.add_argument("--per-class", type=int, default=256, help="synthetic images of each class (%(default)s)")
     args.add_argument("--rounds", type=int, default=4, help="of the data set; three times as many calls of augment")
     args.add_argument("--quick", action="store_true", help="2 rounds of 40 images per class: to see that it runs")
     args = args.parse_args()
