@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
 import secrets
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torchvision.io import encode_png
 from tqdm import tqdm
 
 from glem_augment._export_folder import clean, prepare, remove_left_over
@@ -183,16 +183,17 @@ def check_space(folder: Path, dataset: SyntheticDataset, paths: Sequence[Path] |
         )
 
 
+def as_png(image: Tensor) -> bytes:
+    """A PNG of uint8 [1 or 3, H, W]. PIL would need the interpreter for it, as does the thread that decodes."""
+    return encode_png(image).numpy().tobytes()
+
+
 def _write_pngs(images: Tensor, paths: Sequence[Path]) -> list[bytes]:
     return [_write_png(image, path) for image, path in zip(images, paths, strict=True)]
 
 
 def _write_png(image: Tensor, path: Path) -> bytes:
-    from glem_augment.synthetic import to_pil
-
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="PNG")
-    data = buffer.getvalue()
+    data = as_png(image)
     # Not `io.atomic_write`: its fsync for each of many small files would take longer than all the rest.
     # The manifest has the hashes, and what a power cut took is found by running the export again.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

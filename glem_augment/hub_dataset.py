@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from glem_augment import hub
 from glem_augment._arguments import check_choice
 from glem_augment._dataset_card import dataset_card
-from glem_augment._export import check_space, naming
+from glem_augment._export import as_png, check_space, naming
 from glem_augment._locks import abandoned, marked
 from glem_augment._manifest import read_manifest
 from glem_augment._provenance import PROVENANCE, class_folders, licence_note, settings_of
@@ -303,16 +302,13 @@ def _append(folder: Path, names: list[str], waiting: dict[int, list[bytes]]) -> 
 
 def _pngs(dataset: SyntheticDataset, progress: bool) -> Iterator[tuple[int, int, int, bytes]]:
     """Index, label, place within the class, and PNG of every image, in order."""
-    from glem_augment.synthetic import to_pil
-
     within = [0] * len(dataset.classes)
     with tqdm(total=len(dataset), unit="image", desc="export", disable=not progress) as bar:
         for start in range(0, len(dataset), _BLOCK):
             indices = range(start, min(len(dataset), start + _BLOCK))
             for index, image in zip(indices, dataset.images(indices), strict=True):
-                label, buffer = dataset.targets[index], io.BytesIO()
-                to_pil(image).save(buffer, format="PNG")
-                yield index, label, within[label], buffer.getvalue()
+                label = dataset.targets[index]
+                yield index, label, within[label], as_png(image)
                 within[label] += 1
                 bar.update()
 
