@@ -44,7 +44,9 @@ def compile_step(function: Step, levels: int, backend: str = "inductor") -> Step
     )
     # The subnets ask for channels_last themselves; the compiler's own choice can't cope with a batch of unknown size.
     options = {"layout_optimization": False} if backend == "inductor" else None
-    fast = torch.compile(function, fullgraph=True, backend=backend, options=options)
+    # The batch is dynamic by its mark below. Other sizes are those of a level: code for any number of channels was more
+    # than Inductor could make of an affine coupling's gradient.
+    fast = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
     given_up = False
 
     def run(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
