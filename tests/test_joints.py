@@ -105,6 +105,12 @@ def test_layouts_threads_shapes_and_no_images() -> None:
     for wrong in ((matrix[:-1], shift), (matrix, shift[:-1]), (matrix, shift[:, 0])):
         with pytest.raises(ValueError, match="are not those of"):
             joint(x, params, *wrong, 2.0)
+    g, g_images, g_logdet = torch.ones_like(x), torch.ones(64, 4, 5, 7), torch.ones(64)
+    for wrong in ((g[:, 1:], g_images, g_logdet), (g, g_images, g_logdet[1:]), (g, g_images[1:], g_logdet)):
+        with pytest.raises(ValueError, match="are not those of x"):
+            affine_joint_native.joint_backward(wrong, (True,) * 4, x, params, matrix, shift, 2.0, False)
+    with pytest.raises(ValueError, match="are not those of x"):
+        affine_joint_native.joint_backward((g[1:], g_images, None), (True,) * 4, x, None, matrix, shift, 2.0, False)
     y, images, logdet = joint(torch.empty(4, 0, 5, 7), torch.empty(0, 4, 5, 7), torch.eye(4), torch.zeros(4, 1), 2.0)
     assert y.shape == (4, 0, 5, 7) and images.shape == (0, 2, 5, 7) and logdet.shape == (0,)
 

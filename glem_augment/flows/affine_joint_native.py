@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glem_augment.flows.kernel_shapes import images_like
-from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.native import Kernel, declare, library, threads_for
 
 # Beyond so many channels a library's matrix products are faster than the kernel's loops.
 _LARGEST = 48
@@ -23,19 +22,14 @@ _LARGEST = 48
 _CHUNK = 1024
 
 
-class _Kernel(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 @cache
-def _kernel(n: int) -> _Kernel | None:
+def _kernel(n: int) -> Kernel | None:
     made = library("affine_joint.cpp", N=n) if 2 * n <= _LARGEST and n % 2 == 0 else None
     if made is None:
         return None
     size, integer = ctypes.c_int64, ctypes.c_int32
     last = [ctypes.c_float, integer, integer]
-    return _Kernel(
+    return Kernel(
         declare(made.glem_affine_joint, 7, [size, size, *last]),
         declare(made.glem_affine_joint_backward, 11, [size, size, size, *last]),
     )
@@ -99,8 +93,9 @@ def joint_backward(
     channels, batch, height, width = x.shape
     g, g_images, g_logdet = upstream
     assert g is not None and (g_images is None) == (matrix is None) and (g_logdet is None) == (params is None)
-    if g.shape != x.shape or (g_logdet is not None and g_logdet.shape != (batch,)):
-        raise ValueError(f"the gradients of {tuple(x.shape)} are not {tuple(g.shape)} and {tuple(g_logdet.shape)}")
+    found = [tuple(t.shape) for t in (g, g_logdet) if t is not None]
+    if found != [tuple(x.shape), (batch,)][: len(found)]:
+        raise ValueError(f"gradients {', '.join(map(str, found))} are not those of x {tuple(x.shape)}")
     # Each keeps its name until the kernel is done: it is handed nothing but addresses.
     g = g.contiguous()
     if g_images is not None:
@@ -110,11 +105,11 @@ def joint_backward(
     weights = needed[2] or needed[3]
     # The network that made the parameters needs their gradient wherever anything before it needs one.
     wanted = (needed[0], params is not None, weights, weights)
-    found = [torch.empty_like(t) if w else None for t, w in zip((x, params, matrix, shift), wanted, strict=True)]
+    made = [torch.empty_like(t) if w else None for t, w in zip((x, params, matrix, shift), wanted, strict=True)]
     each = max(1, _CHUNK // max(1, height * width))
     parts = x.new_empty(-(-batch // each), channels * (channels + 1)) if weights else None
     kernel = _kernel(channels // 2)
     assert kernel is not None
-    pointers = _pointers((g, g_images, g_logdet, x, params, matrix, *found, parts))
+    pointers = _pointers((g, g_images, g_logdet, x, params, matrix, *made, parts))
     kernel.backward(*pointers, batch, height * width, each, bound, inverse, threads_for(3 * _work(x)))
-    return found
+    return made

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glem_augment.flows.kernel_shapes import for_backward, images_like
-from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.native import Kernel, declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
 # Channels for which the parameters of sixteen pixels stay in the first cache.
@@ -23,19 +22,14 @@ _LARGEST = 96
 _WORK = 40
 
 
-class _Kernel(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 @cache
-def _kernel(n: int) -> _Kernel | None:
+def _kernel(n: int) -> Kernel | None:
     made = library("affine.cpp", N=n) if n <= _LARGEST else None
     if made is None:
         return None
     size, integer = ctypes.c_int64, ctypes.c_int32
     rest = [size, size, ctypes.c_float, integer, integer]
-    return _Kernel(declare(made.glem_affine, 4, rest), declare(made.glem_affine_backward, 6, rest))
+    return Kernel(declare(made.glem_affine, 4, rest), declare(made.glem_affine_backward, 6, rest))
 
 
 def has_kernel(n: int) -> bool:

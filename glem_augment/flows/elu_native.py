@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.native import Kernel, declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
 LOG2_E = 1 / math.log(2)
@@ -18,18 +17,13 @@ LOG2_E = 1 / math.log(2)
 _WORK = 15
 
 
-class _Kernel(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 @cache
-def _kernel() -> _Kernel | None:
+def _kernel() -> Kernel | None:
     made = library("elu.cpp")
     if made is None:
         return None
     size, number, integer = ctypes.c_int64, ctypes.c_float, ctypes.c_int32
-    return _Kernel(
+    return Kernel(
         declare(made.glem_elu, 2, [size, number, number, integer]), declare(made.glem_elu_backward, 4, [size, integer])
     )
 

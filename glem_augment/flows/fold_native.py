@@ -8,31 +8,26 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.generators import SMALL, TERMS
-from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.native import Kernel, declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
 Tensors = Sequence[Tensor]
 
 
-class _Kernel(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 @cache
-def _kernel() -> _Kernel | None:
+def _kernel() -> Kernel | None:
     made = library("fold.cpp")
     if made is None:
         return None
     size, real, integer = ctypes.c_int64, ctypes.c_double, ctypes.c_int32
     rest = [size, size, real, real, integer, integer]
-    return _Kernel(declare(made.glem_fold, 6, rest), declare(made.glem_fold_backward, 10, rest))
+    return Kernel(declare(made.glem_fold, 6, rest), declare(made.glem_fold_backward, 10, rest))
 
 
 def serves(biases: Tensors, log_scales: Tensors, generators: Tensors) -> bool:

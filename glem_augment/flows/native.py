@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,13 @@ _SECONDS = 120
 # Operations that are worth a thread of their own.
 _WORK = 200_000
 _SOURCES = Path(__file__).with_name("kernels")
+
+
+class Kernel(NamedTuple):
+    """The two functions of most libraries."""
+
+    forward: Any
+    backward: Any
 
 
 @cache
