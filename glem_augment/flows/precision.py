@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 # Torch's switches are the process's: all that is inside at the same time, in whatever thread and on whatever device,
-# shares one change of them.
+# shares one change of them. What runs on a CPU alone, whose switches mostly stand as they should, needs none.
 _lock = threading.Lock()
 _inside = 0
 _undo: list[Callable[[], None]] = []
 _own = threading.local()  # depth: how often this thread is inside
 _EXACT = ("ieee", "none")
+_HAS_NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 def _in_child() -> None:
@@ -38,7 +39,7 @@ if hasattr(os, "register_at_fork"):
 
 def _switches() -> list[Any]:
     """Of matrix products and convolutions, as they came with torch 2.9: these are what kernels go by."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if not _HAS_NEW:
         return []
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
@@ -97,17 +98,27 @@ def _switch_back() -> None:
         _undo.pop(0)()
 
 
-@torch.compiler.disable
-def _enter(times: int) -> None:
+def _stands_exact() -> bool:
+    """Whether a CPU's float32 is as it is; the switches of other devices may stand as they like."""
+    if not _HAS_NEW:
+        return torch.get_float32_matmul_precision() == "highest"
+    own = torch.backends.mkldnn
+    return own.matmul.fp32_precision in _EXACT and own.conv.fp32_precision in _EXACT
+
+
+def _enter(times: int, on_cpu: bool = False) -> bool:
+    """Whether this is to be left again: not where there was nothing to do, for code that runs ``on_cpu`` alone."""
     global _inside
     with _lock:
         if not _inside:
+            if on_cpu and _stands_exact():
+                return False
             _switch()
         _inside += times
     _own.depth = getattr(_own, "depth", 0) + times
+    return True
 
 
-@torch.compiler.disable
 def _leave(times: int) -> None:
     global _inside
     with _lock:
@@ -117,19 +128,35 @@ def _leave(times: int) -> None:
     _own.depth -= times
 
 
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+class full_precision:  # noqa: N801 - used like a function
     """Run what is inside in true float32: neither TF32 nor autocast, whatever the caller's settings.
 
+    A class and not a generator, and nothing is done that need not be: small flows pass here often.
+
     Args:
-        device_type: "cpu", "cuda", ...: where autocast is off. The switches of all devices are set.
+        device_type: "cpu", "cuda", ...: where autocast is off, and what the switches are set for.
     """
-    _enter(1)
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        _leave(1)
+
+    __slots__ = ("_autocast", "_device_type", "_entered")
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+
+    def __enter__(self) -> None:
+        kind = self._device_type
+        self._autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
+        enter = _ENTER_UNCOMPILED if torch.compiler.is_compiling() else _enter
+        self._entered = enter(1, kind == "cpu")
+        if self._autocast is not None:
+            self._autocast.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if self._autocast is not None:
+                self._autocast.__exit__(*error)
+        finally:
+            if self._entered:
+                (_LEAVE_UNCOMPILED if torch.compiler.is_compiling() else _leave)(1)
 
 
 @contextmanager
@@ -145,3 +172,7 @@ def callers_precision() -> Iterator[None]:
         yield
     finally:
         _enter(depth)
+
+
+# A compiler must not follow what happens to the process.
+_ENTER_UNCOMPILED, _LEAVE_UNCOMPILED = torch.compiler.disable(_enter), torch.compiler.disable(_leave)
