@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.native import declare, library, threads_for
-from glem_augment.flows.ordinary import is_ordinary
+from glem_augment.flows.ordinary import gradients_of, is_ordinary
 from glem_augment.flows.precision import full_precision
 
 # The series is summed where the norm is at most 1/2: x^k/k! is then below rounding after so many terms.
@@ -81,6 +80,11 @@ def _frechet(x: Tensor, direction: Tensor) -> Tensor:
     return change
 
 
+def _plain(generators: Tensor, sign: float) -> tuple[Tensor]:
+    """By torch's operations."""
+    return (torch.matrix_exp(generators.double() * sign).to(generators.dtype),)
+
+
 class _ExpOfGenerators(torch.autograd.Function):
     @staticmethod
     def forward(ctx, generators: Tensor, sign: float) -> Tensor:
@@ -88,15 +92,17 @@ class _ExpOfGenerators(torch.autograd.Function):
         ctx.sign = sign
         if _serves(generators):
             return _call(_EXP, sign, torch.float64, generators)
-        return torch.matrix_exp(generators.double() * sign).to(generators.dtype)
+        return _plain(generators, sign)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         (generators,) = ctx.saved_tensors
         if generators.dtype not in TERMS:
             raise TypeError(f"the weights of a flow are float32 or float64, got {generators.dtype}")
-        if _serves(generators):
+        if torch.is_grad_enabled():
+            # This gradient is to be differentiated in turn.
+            return *gradients_of(_plain, (generators,), (ctx.sign,), ctx.needs_input_grad, (g,)), None
+        if _serves(generators) and is_ordinary(g):
             return _call(_ADJOINT, ctx.sign, torch.float32, generators, g), None
         # The adjoint of the derivative at X is the derivative at its transpose.
         with full_precision(g.device.type):
@@ -111,6 +117,6 @@ def exp_of_generators(generators: Tensor, sign: float) -> Tensor:
         sign: 1 or, for the inverse, -1.
 
     Returns:
-        [S, c, c], exact but for one rounding to the dtype of A. Can be differentiated once.
+        [S, c, c], exact but for one rounding to the dtype of A.
     """
     return _ExpOfGenerators.apply(generators, float(sign))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glem_augment.flows import fold_native
 from glem_augment.flows.generators import exp_of_generators
+from glem_augment.flows.ordinary import are_ordinary, gradients_of
 
 
 class Prepared(NamedTuple):
@@ -48,12 +48,20 @@ class _Folded(torch.autograd.Function):
         return (*matrices, *shifts, logdet)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *g: Tensor):
         weights, (pixels, matrices) = ctx.saved_tensors, ctx.made
+        if torch.is_grad_enabled() or not are_ordinary(g):
+            # These gradients are to be differentiated in turn, or come in batches.
+            return (None, *gradients_of(_plain_folded, weights, (pixels,), ctx.needs_input_grad[1:], g))
         found = fold_native.fold_backward(g, *_thirds(weights), matrices, pixels)
         each = [gradient for kind in found for gradient in kind]
         return (None, *[gradient.view(w.shape) for gradient, w in zip(each, weights, strict=True)])
+
+
+def _plain_folded(*weights_and_pixels: Any) -> tuple[Tensor, ...]:
+    *weights, pixels = weights_and_pixels
+    made = plain_prepared(Weights(*_thirds(weights)), pixels, per_channel=True, inverse=False)
+    return (*made.matrix, *made.shift, made.logdet)
 
 
 def _thirds(values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -62,7 +70,7 @@ def _thirds(values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def prepare(weights: Weights, pixels: tuple[int, int], per_channel: bool, inverse: bool) -> Prepared:
-    """Differentiable, once.
+    """Differentiable.
 
     Args:
         weights: of the level.
@@ -74,6 +82,11 @@ def prepare(weights: Weights, pixels: tuple[int, int], per_channel: bool, invers
         steps = len(weights.biases)
         *made, constant = _Folded.apply(pixels, *weights.all())
         return Prepared(None, tuple(made[steps:]), tuple(made[:steps]), constant)
+    return plain_prepared(weights, pixels, per_channel, inverse)
+
+
+def plain_prepared(weights: Weights, pixels: tuple[int, int], per_channel: bool, inverse: bool) -> Prepared:
+    """``prepare`` by torch's operations."""
     return _prepare(*map(torch.stack, weights), *pixels, per_channel, inverse)
 
 

@@ -68,41 +68,60 @@ int halvings_of(const Matrix<T>& x) {
     return result > 0 ? result : 0;
 }
 
+// out += factor x
+template <typename T>
+void add_scaled(const Matrix<T>& x, T factor, Matrix<T>& out) {
+    for (size_t k = 0; k < x.entries.size(); ++k) out.entries[k] += factor * x.entries[k];
+}
+
+// A polynomial's terms that are taken together.
+constexpr int kTogether = 3;
+
 // exp(x) by its series and squaring, and its derivative along `d` if there is one: every product is differentiated along.
+// The series up to x^terms by Paterson & Stockmeyer (SIAM J. Comput. 1973): a polynomial in x^3 whose coefficients are
+// polynomials in x, which takes less than half of the products.
 template <typename T>
 void exponential(Matrix<T>& x, Matrix<T>* d, int terms, Matrix<T>& value, Matrix<T>& change) {
     const int halvings = halvings_of(x);
     const T shrink = (T)std::ldexp(1.0, -halvings);
     Matrix<T> next(x.side), next_change(x.side);
+    // value = value with, and what becomes of change
+    const auto multiply_by = [&](const Matrix<T>& with, const Matrix<T>& with_change) {
+        if (d) {
+            next_change.clear();
+            add_product(value, with_change, next_change);
+            add_product(change, with, next_change);
+        }
+        next.clear();
+        add_product(value, with, next);
+        if (d) std::swap(change.entries, next_change.entries);
+        std::swap(value.entries, next.entries);
+    };
     x.scale(shrink);
     if (d) d->scale(shrink);
-    for (int64_t i = 0; i < x.side; ++i) value.at(i, i) = 1;
-    for (int k = terms; k > 0; --k) {
-        const T share = (T)1 / k;
-        if (d) {
-            next_change.clear();
-            add_product(*d, value, next_change);
-            add_product(x, change, next_change);
-            next_change.scale(share);
-            std::swap(change.entries, next_change.entries);
-        }
-        next.clear();
-        add_product(x, value, next);
-        next.scale(share);
-        std::swap(value.entries, next.entries);
-        for (int64_t i = 0; i < x.side; ++i) value.at(i, i) += 1;
+    // From x to x^3, each with its derivative.
+    std::vector<Matrix<T>> powers(kTogether, x), changes(kTogether, d ? *d : x);
+    value = x;
+    if (d) change = *d;
+    for (int k = 1; k < kTogether; ++k) {
+        multiply_by(x, changes[0]);
+        powers[k] = value;
+        if (d) changes[k] = change;
     }
-    for (int h = 0; h < halvings; ++h) {
-        if (d) {
-            next_change.clear();
-            add_product(value, change, next_change);
-            add_product(change, value, next_change);
-            std::swap(change.entries, next_change.entries);
+    value.clear();
+    change.clear();
+    for (int first = terms / kTogether * kTogether; first >= 0; first -= kTogether) {
+        if (first + kTogether <= terms) multiply_by(powers.back(), changes.back());
+        double factor = 1;
+        for (int k = 2; k <= first; ++k) factor /= k;
+        for (int64_t i = 0; i < x.side; ++i) value.at(i, i) += (T)factor;
+        for (int k = 1; k < kTogether && first + k <= terms; ++k) {
+            factor /= first + k;
+            add_scaled(powers[k - 1], (T)factor, value);
+            if (d) add_scaled(changes[k - 1], (T)factor, change);
         }
-        next.clear();
-        add_product(value, value, next);
-        std::swap(value.entries, next.entries);
     }
+    for (int h = 0; h < halvings; ++h) multiply_by(value, change);
 }
 
 }  // namespace
