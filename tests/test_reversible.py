@@ -31,7 +31,7 @@ def flow_and_images(kind: str, dtype: torch.dtype, batch: int = 5, **more: Any):
     for parameter in flow.parameters():
         if parameter.ndim == 4:  # the last convolutions start at zero, and a coupling that does nothing proves nothing
             torch.nn.init.normal_(parameter, std=0.04)
-    return flow.to(dtype), x[:batch].to(dtype)
+    return flow.to(dtype), x[:batch].to(dtype, copy=True)
 
 
 def gradients(flow: torch.nn.Module, x: Tensor, memory: str) -> list[Tensor]:

@@ -12,7 +12,7 @@ from glem_augment.flows.ordinary import are_ordinary, gradients_of
 Joined = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def _plain(
+def plain_joint(
     x: Tensor, params: Tensor | None, matrix: Tensor | None, shift: Tensor | None, bound: float, inverse: bool
 ) -> Joined:
     """By torch's operations."""
@@ -47,7 +47,7 @@ class _Joint(torch.autograd.Function):
         needed, tensors = ctx.needs_input_grad[:4], ctx.saved_tensors
         if torch.is_grad_enabled() or not are_ordinary([g for g in upstream if g is not None]):
             # These gradients are to be differentiated in turn, or come in batches.
-            found = gradients_of(_plain, tensors, ctx.plan, needed, upstream)
+            found = gradients_of(plain_joint, tensors, ctx.plan, needed, upstream)
         else:
             found = affine_joint_native.joint_backward(upstream, needed, *tensors, *ctx.plan)
         return (*found, None, None)
@@ -78,7 +78,7 @@ def joint(
     """
     tensors = [t for t in (x, params, matrix, shift) if t is not None]
     if not (are_ordinary(tensors) and affine_joint_native.has_kernel(len(x) // 2)):
-        return _plain(x, params, matrix, shift, bound, inverse)
+        return plain_joint(x, params, matrix, shift, bound, inverse)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Joint.apply(x, params, matrix, shift, bound, inverse)
     return affine_joint_native.joint(x, params, matrix, shift, bound, inverse)

@@ -20,6 +20,8 @@ from glem_augment.flows.native import Kernel, declare, library, threads_for
 _LARGEST = 48
 # Pixels whose sums are made by the same thread.
 _CHUNK = 1024
+# Of gradients of x, params, matrix and shift.
+_LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.contiguous_format, torch.contiguous_format)
 
 
 @cache
@@ -40,9 +42,113 @@ def has_kernel(n: int) -> bool:
     return _kernel(n) is not None
 
 
-def _work(x: Tensor) -> int:
-    """Multiply-adds, about."""
-    return x.numel() * (len(x) + 20)
+class _Planes(ctypes.Structure):
+    """As the kernel takes them."""
+
+    _fields_ = (
+        ("first", ctypes.c_void_p),
+        ("channel", ctypes.c_int64),
+        ("image", ctypes.c_int64),
+        ("side", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+    )
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """[C, B, H, W] as ``planes`` takes it: x itself if the pixels of every plane lie row by row, else a copy."""
+    (height, width), (row, pixel) = x.shape[2:], x.stride()[2:]
+    return x if (pixel == 1 or width == 1) and (row == width or height == 1) else x.contiguous()
+
+
+def planes(x: Tensor, side: int = 1) -> _Planes:
+    """Where x [C, B, H, W] lies, or its squeeze [side^2 C, B, H / side, W / side].
+
+    It holds an address: x must be kept, and be what ``in_rows`` returned.
+    """
+    return _Planes(x.data_ptr(), x.stride(0), x.stride(1), side, x.shape[3] // side)
+
+
+class Joints:
+    """The kernel for one batch.
+
+    Args:
+        channels, batch, height, width: of the planes.
+    """
+
+    def __init__(self, channels: int, batch: int, height: int, width: int) -> None:
+        self.shape = (channels, batch, height, width)
+        self._size = (batch, height * width)
+        self._each = max(1, _CHUNK // max(1, height * width))
+        work = channels * batch * height * width * (channels + 20)  # multiply-adds, about
+        self._threads, self._threads_backward = threads_for(work), threads_for(3 * work)
+        kernel = _kernel(channels // 2)
+        assert kernel is not None
+        self._kernel = kernel
+
+    def parts(self) -> tuple[int, int]:
+        """The shape of what ``backward`` needs for sums."""
+        channels, batch, _, _ = self.shape
+        return -(-batch // self._each), channels * (channels + 1)
+
+    def forward(
+        self,
+        x: _Planes,
+        y: _Planes | None,
+        params: Tensor | None,
+        matrix: Tensor | None,
+        shift: Tensor | None,
+        images: Tensor | None,
+        logdet: Tensor | None,
+        bound: float,
+        inverse: bool,
+    ) -> None:
+        """From x to y, which may be the same, images and logdet, to which that of the coupling is added.
+
+        Args:
+            x, y: of the shape that all are made for; y is None where only images are wanted.
+            params: [B, 2n, H, W], channels last; None: no coupling.
+            matrix, shift: contiguous [2n, 2n] and [2n, 1]; None: no mixing.
+            images: [B, n, H, W], channels last, or None.
+            logdet: [B]; None without a coupling.
+        """
+        rest = _addresses((params, matrix, shift, images, logdet))
+        self._kernel.forward(_address(x), _address(y), *rest, *self._size, bound, inverse, self._threads)
+
+    def backward(
+        self,
+        x: _Planes,
+        g: _Planes,
+        g_x: _Planes | None,
+        params: Tensor | None,
+        matrix: Tensor | None,
+        g_images: Tensor | None,
+        g_logdet: Tensor | None,
+        g_params: Tensor | None,
+        g_matrix: Tensor | None,
+        g_shift: Tensor | None,
+        parts: Tensor | None,
+        bound: float,
+        inverse: bool,
+    ) -> None:
+        """From the gradients g (of y), g_images and g_logdet to the others, as far as they are not None.
+
+        Args:
+            g, g_x: may be the same.
+            g_images, g_logdet: None without images and without a coupling.
+            parts: of the shape ``parts()``, for the gradients of matrix and shift.
+        """
+        rest = _addresses((params, matrix, g_images, g_logdet, g_params, g_matrix, g_shift, parts))
+        self._kernel.backward(
+            *(_address(p) for p in (x, g, g_x)), *rest, *self._size, self._each, bound, inverse, self._threads_backward
+        )
+
+
+def _address(p: _Planes | None) -> int | None:
+    return None if p is None else ctypes.addressof(p)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def _checked(x: Tensor, params: Tensor | None, matrix: Tensor | None, shift: Tensor | None) -> list[Tensor | None]:
@@ -51,16 +157,12 @@ def _checked(x: Tensor, params: Tensor | None, matrix: Tensor | None, shift: Ten
     if params is not None:
         params = images_like(x, params, channels)
     if matrix is None or shift is None:
-        return [x.contiguous(), params, None, None]
+        return [in_rows(x), params, None, None]
     if matrix.shape != (channels, channels) or shift.shape != (channels, 1):
         raise ValueError(
             f"matrix {tuple(matrix.shape)} and shift {tuple(shift.shape)} are not those of {tuple(x.shape)}"
         )
-    return [x.contiguous(), params, matrix.contiguous(), shift.contiguous()]
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
+    return [in_rows(x), params, matrix.contiguous(), shift.contiguous()]
 
 
 def joint(
@@ -69,13 +171,11 @@ def joint(
     """``affine_joint.joint`` without a graph."""
     x, *rest = _checked(x, params, matrix, shift)
     channels, batch, height, width = x.shape
-    kernel, y = _kernel(channels // 2), torch.empty_like(x)
-    assert kernel is not None
-    images = None if matrix is None else x.new_empty(batch, height, width, channels // 2)
-    logdet = None if params is None else x.new_empty(batch)
-    pointers = _pointers((x, *rest, y, images, logdet))
-    kernel.forward(*pointers, batch, height * width, bound, inverse, threads_for(_work(x)))
-    return y, None if images is None else images.permute(0, 3, 1, 2), logdet
+    y = x.new_empty(x.shape)
+    images = None if matrix is None else x.new_empty(batch, height, width, channels // 2).permute(0, 3, 1, 2)
+    logdet = None if params is None else x.new_zeros(batch)
+    Joints(*x.shape).forward(planes(x), planes(y), *rest, images, logdet, bound, inverse)
+    return y, images, logdet
 
 
 def joint_backward(
@@ -90,14 +190,14 @@ def joint_backward(
 ) -> list[Tensor | None]:
     """Gradients of ``joint``'s first four arguments, as far as they are ``needed``, from those of its results."""
     x, params, matrix, shift = _checked(x, params, matrix, shift)
-    channels, batch, height, width = x.shape
+    channels, batch, _, _ = x.shape
     g, g_images, g_logdet = upstream
     assert g is not None and (g_images is None) == (matrix is None) and (g_logdet is None) == (params is None)
     found = [tuple(t.shape) for t in (g, g_logdet) if t is not None]
     if found != [tuple(x.shape), (batch,)][: len(found)]:
         raise ValueError(f"gradients {', '.join(map(str, found))} are not those of x {tuple(x.shape)}")
     # Each keeps its name until the kernel is done: it is handed nothing but addresses.
-    g = g.contiguous()
+    g = in_rows(g)
     if g_images is not None:
         g_images = images_like(x, g_images, channels // 2)
     if g_logdet is not None:
@@ -105,11 +205,13 @@ def joint_backward(
     weights = needed[2] or needed[3]
     # The network that made the parameters needs their gradient wherever anything before it needs one.
     wanted = (needed[0], params is not None, weights, weights)
-    made = [torch.empty_like(t) if w else None for t, w in zip((x, params, matrix, shift), wanted, strict=True)]
-    each = max(1, _CHUNK // max(1, height * width))
-    parts = x.new_empty(-(-batch // each), channels * (channels + 1)) if weights else None
-    kernel = _kernel(channels // 2)
-    assert kernel is not None
-    pointers = _pointers((g, g_images, g_logdet, x, params, matrix, *made, parts))
-    kernel.backward(*pointers, batch, height * width, each, bound, inverse, threads_for(3 * _work(x)))
+    made = [
+        torch.empty_like(t, memory_format=layout) if w else None
+        for t, w, layout in zip((x, params, matrix, shift), wanted, _LAYOUTS, strict=True)
+    ]
+    joints = Joints(*x.shape)
+    parts = x.new_empty(joints.parts()) if weights else None
+    g_x, *rest = made
+    where = None if g_x is None else planes(g_x)
+    joints.backward(planes(x), planes(g), where, params, matrix, g_images, g_logdet, *rest, parts, bound, inverse)
     return made

@@ -26,7 +26,7 @@ def _kernel() -> Kernel | None:
     if made is None:
         return None
     size, real, integer = ctypes.c_int64, ctypes.c_double, ctypes.c_int32
-    rest = [size, size, real, real, integer, integer]
+    rest = [size, size, size, real, real, integer, integer]
     return Kernel(declare(made.glem_fold, 6, rest), declare(made.glem_fold_backward, 10, rest))
 
 
@@ -53,24 +53,28 @@ def _pointers(tensors: Tensors) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-def _rest(generators: Tensors, pixels: tuple[int, int], terms: int, works: int) -> list[Any]:
+def _rest(generators: Tensors, logdet: Tensor, pixels: tuple[int, int], terms: int, works: int) -> list[Any]:
     steps, c = len(generators), len(generators[0])
-    return [steps, c, *pixels, terms, threads_for(steps * works * terms * c**3)]
+    return [steps, c, logdet.numel(), *pixels, terms, threads_for(steps * works * terms * c**3)]
 
 
-def fold(biases: Tensors, log_scales: Tensors, generators: Tensors, pixels: tuple[int, int]) -> tuple[Tensor, ...]:
+def fold(
+    biases: Tensors, log_scales: Tensors, generators: Tensors, pixels: tuple[int, int], batch: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
     """Of S steps, of c channels each: matrices [S, c, c], shifts [S, c, 1] and the log|det| that all images share.
 
     Args:
         biases, log_scales: of the ActNorms, with c entries.
         generators: of the mixings, [c, c].
         pixels: that an entry of a log_scale stands for, and those of an image.
+        batch: the shape of log|det|, all of whose entries are the same.
     """
     kernel, steps, c = _kernel(), len(generators), len(generators[0])
     assert kernel is not None
-    made = [generators[0].new_empty(shape) for shape in ((steps, c, c), (steps, c, 1), ())]
+    made = [generators[0].new_empty(shape) for shape in ((steps, c, c), (steps, c, 1), batch)]
     pointers = [_pointers(tensors) for tensors in (biases, log_scales, generators)]
-    kernel.forward(*pointers, *(t.data_ptr() for t in made), *_rest(generators, pixels, TERMS[torch.float64], 1))
+    pointers += [t.data_ptr() for t in made]
+    kernel.forward(*pointers, *_rest(generators, made[-1], pixels, TERMS[torch.float64], 1))
     return tuple(made)
 
 
@@ -91,5 +95,5 @@ def fold_backward(
     pointers = [_pointers(g[:steps]), _pointers(g[steps:-1]), g[-1].data_ptr()]
     pointers += [_pointers(tensors) for tensors in (biases, log_scales, generators)]
     pointers += [t.data_ptr() for t in (matrices, *made)]
-    kernel.backward(*pointers, *_rest(generators, pixels, TERMS[torch.float32], 3))
+    kernel.backward(*pointers, *_rest(generators, g[-1], pixels, TERMS[torch.float32], 3))
     return tuple(made)

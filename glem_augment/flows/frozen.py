@@ -86,6 +86,10 @@ class FrozenRun:
     def __getstate__(self) -> dict:
         return {"_steps": None}  # weights in blocks can be neither copied nor stored
 
+    def is_used(self) -> bool:
+        """Whether it has run."""
+        return self._steps is not None
+
     def __call__(self, x: Tensor, parts: Callable[[], Parts | None]) -> Tensor | None:
         """The network's result, or None where it is to be had from the modules.
 

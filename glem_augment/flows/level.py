@@ -10,29 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows import affine_joint_native
+from glem_augment.flows import affine_joint_native, affine_level, network_node
 from glem_augment.flows.affine_joint import joint
 from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.compiled import Step
 from glem_augment.flows.coupling import AffineCoupling, Coupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
+from glem_augment.flows.layout import squeeze, unsqueeze
+from glem_augment.flows.level_node import run_as_node
 from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.prepared import Prepared, Weights, prepare
 from glem_augment.flows.reversible import reversible_steps
-
-
-def squeeze(x: Tensor, side: int = 2) -> Tensor:
-    """[C, B, H, W] -> [side^2 C, B, H/side, W/side], channels in the order of ``layers.Squeeze``."""
-    c, b, h, w = x.shape
-    tall, wide = h // side, w // side
-    return x.view(c, b, tall, side, wide, side).permute(0, 3, 5, 1, 2, 4).reshape(side * side * c, b, tall, wide)
-
-
-def unsqueeze(x: Tensor, side: int = 2) -> Tensor:
-    """Inverse of ``squeeze``."""
-    c, b, h, w = x.shape
-    c //= side * side
-    return x.view(c, side, side, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c, b, side * h, side * w)
+from glem_augment.flows.subnets import Subnet
 
 
 def mix(x: Tensor, scale: Tensor | None, shift: Tensor, matrix: Tensor) -> Tensor:
@@ -102,9 +91,7 @@ class Level(nn.Module):
 
     def prepare(self, inverse: bool) -> Prepared:
         """What does not depend on the image, differentiable; cached while the weights are frozen."""
-        weights = Weights(
-            [a.bias for a in self.norms], [a.log_scale for a in self.norms], [m.weight for m in self.mixings]
-        )
+        weights = self._weights()
         state = None if torch.compiler.is_compiling() else frozen_state(*weights.all())
         if state is None:
             self._cache = {}
@@ -117,6 +104,11 @@ class Level(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 cache[inverse] = self._prepare(weights, inverse)
         return cache[inverse]
+
+    def _weights(self) -> Weights:
+        return Weights(
+            [a.bias for a in self.norms], [a.log_scale for a in self.norms], [m.weight for m in self.mixings]
+        )
 
     def _prepare(self, weights: Weights, inverse: bool) -> Prepared:
         norm = self.norms[0]
@@ -133,11 +125,17 @@ class Level(nn.Module):
         """Every weight of the level, in a fixed order."""
         return list(self.parameters())
 
-    def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The steps alone, on the squeezed x [C, B, H, W]; returns as ``forward``."""
+    def run_steps(self, x: Tensor, side: int = 1) -> tuple[Tensor, Tensor | float, list[Tensor]]:
+        """The steps alone, on the squeeze by ``side`` of x (1: on x itself, [C, B, H, W]); returns as ``forward``."""
+        made = self._run_as_node(x, side)
+        if made is not None:
+            return made[0], 0.0, [made[1]]
         prepared, logdets = self.prepare(inverse=False), []
-        if self._has_joints(x, prepared, self._compiled_forward):
-            return self._run_joined(x, prepared)
+        if self._has_joints(x, side, prepared, self._compiled_forward):
+            if not torch.is_grad_enabled():
+                return self._run_at_once(x, side, prepared)
+            return self._run_joined(squeeze(x, side), prepared)
+        x = squeeze(x, side)
         for index, coupling in enumerate(self.couplings):
             run = self._fastest(self._compiled_forward, step_forward, coupling, x)
             scale = None if prepared.scale is None else prepared.scale[index]
@@ -145,13 +143,43 @@ class Level(nn.Module):
             logdets.append(logdet)
         return x, prepared.logdet, logdets
 
-    def _has_joints(self, x: Tensor, prepared: Prepared, compiled: Step | None) -> bool:
+    def _run_as_node(self, x: Tensor, side: int) -> tuple[Tensor, Tensor] | None:
+        """All as one operation, to be differentiated, where that can be had."""
+        norm = self.norms[0]
+        if not (
+            norm.per == "channel"
+            and network_node.may_run(x)
+            and self._compiled_forward is None
+            and all(
+                type(coupling) is AffineCoupling and isinstance(coupling.net, Subnet) for coupling in self.couplings
+            )
+        ):
+            return None
+        networks = [coupling.net.as_node() for coupling in self.couplings]
+        if None in networks:
+            return None
+        return run_as_node(x, side, self._weights(), (norm.pixels, self.pixels), self._bounds(), networks)
+
+    def _bounds(self) -> list[float]:
+        return [coupling.bound for coupling in self.couplings]
+
+    def _run_at_once(
+        self, x: Tensor, side: int, prepared: Prepared, inverse: bool = False
+    ) -> tuple[Tensor, float, list[Tensor]]:
+        """Without a graph, where ``_has_joints`` says yes; for the inverse with the squeeze undone, too."""
+        mixings = list(zip(prepared.matrix, prepared.shift, strict=True))
+        logdet = x.new_full(x.shape[1:2], float(prepared.logdet))
+        networks = [coupling.net for coupling in self.couplings]
+        y, _ = affine_level.run_steps(x, side, mixings, self._bounds(), networks, logdet, inverse)
+        return y, 0.0, [logdet]
+
+    def _has_joints(self, x: Tensor, side: int, prepared: Prepared, compiled: Step | None) -> bool:
         """Whether all that lies between two networks is one operation, and compiled steps are not faster."""
         return (
             prepared.scale is None
             and all(type(coupling) is AffineCoupling for coupling in self.couplings)
             and is_ordinary(x)
-            and affine_joint_native.has_kernel(len(x) // 2)
+            and affine_joint_native.has_kernel(len(x) * side**2 // 2)
             and (compiled is None or all(coupling.is_faster_uncompiled(x) for coupling in self.couplings))
         )
 
@@ -179,16 +207,19 @@ class Level(nn.Module):
 
         Returns the output, log|det| that all images share (scalar), and the rest of it in parts [B].
         """
-        x = squeeze(x, self.side)
         if self.memory == "reversible" and torch.is_grad_enabled():
-            y, logdet = reversible_steps(self, x)
+            y, logdet = reversible_steps(self, squeeze(x, self.side))
             return y, 0.0, [logdet]
-        return self.run_steps(x)
+        return self.run_steps(x, self.side)
 
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor | float, list[Tensor]]:
         """Undoes ``forward``: [4C, B, H, W] -> [C, B, 2H, 2W], with the log-determinants of this direction."""
         prepared, logdets = self.prepare(inverse=True), []
-        if self._has_joints(y, prepared, self._compiled_inverse):
+        joined = self._has_joints(y, 1, prepared, self._compiled_inverse)
+        if joined and not torch.is_grad_enabled():
+            return self._run_at_once(y, self.side, prepared, inverse=True)
+        y = y.contiguous()
+        if joined:
             y, logdets = self._undo_joined(y, prepared)
             return unsqueeze(y, self.side), prepared.logdet, logdets
         for index in reversed(range(len(self.couplings))):

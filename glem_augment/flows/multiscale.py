@@ -19,6 +19,12 @@ MEMORY = ("stored", "reversible")
 keep_freed_memory()
 
 
+def _total(logdets: list[Tensor], shared: Tensor | float) -> Tensor:
+    """Of parts [B] and what all images share."""
+    total = logdets[0] if len(logdets) == 1 else torch.stack(logdets).sum(0)
+    return total + shared if isinstance(shared, Tensor) else total
+
+
 class MultiscaleFlow(Bijection):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
@@ -58,7 +64,7 @@ class MultiscaleFlow(Bijection):
                     h, out = h.chunk(2)
                     parts.append(out.transpose(0, 1).flatten(1))
             parts.append(h.transpose(0, 1).flatten(1))
-            return torch.cat(parts, 1) if len(parts) > 1 else parts[0], torch.stack(logdets).sum(0) + shared
+            return torch.cat(parts, 1) if len(parts) > 1 else parts[0], _total(logdets, shared)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
@@ -67,14 +73,14 @@ class MultiscaleFlow(Bijection):
                 part.unflatten(1, shape).transpose(0, 1)
                 for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)
             ]
-            h, shared, logdets = parts[-1].contiguous(), 0.0, []
+            h, shared, logdets = parts[-1], 0.0, []
             for index in reversed(range(len(self.levels))):
                 if index < len(self.levels) - 1:
                     h = torch.cat([h, parts[index]])
                 h, constant, own = self.levels[index].inverse(h)
                 shared = shared + constant
                 logdets += own
-            return h.transpose(0, 1).contiguous(), torch.stack(logdets).sum(0) + shared
+            return h.transpose(0, 1).contiguous(), _total(logdets, shared)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

@@ -19,7 +19,7 @@ from glem_augment.flows.frozen import Parts, is_bare
 from glem_augment.flows.ordinary import are_ordinary, gradients_of, is_ordinary
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What of a network is not a tensor."""
 
     convolutions: tuple[tuple, ...]  # of every layer: stride, padding, dilation, groups
@@ -29,7 +29,7 @@ class _Plan(NamedTuple):
 class _Layers:
     """The convolutions, by index, with their weights."""
 
-    def __init__(self, plan: _Plan, weights: Sequence[Tensor | None]) -> None:
+    def __init__(self, plan: Plan, weights: Sequence[Tensor | None]) -> None:
         self.plan, self.weights = plan, weights
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _ordered(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _plain(x: Tensor, *weights_and_plan: Any) -> tuple[Tensor]:
+def plain(x: Tensor, *weights_and_plan: Any) -> tuple[Tensor]:
     """The network by torch's operations."""
     *weights, plan = weights_and_plan
     layer, index = _Layers(plan, weights), 1
@@ -64,51 +64,116 @@ def _plain(x: Tensor, *weights_and_plan: Any) -> tuple[Tensor]:
     return (layer(index, F.elu(h)),)
 
 
+def forward(plan: Plan, x: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+    """The network's result, and what ``backward`` wants of the way there: the input of every convolution."""
+    layer, saved = _Layers(plan, weights), [x]
+    h = layer(0, x)
+    for block in plan.blocks:
+        u = h
+        for before in block:
+            if before:
+                u = elu_native.elu(u, owned=u is not h)
+            saved.append(u)
+            u = layer(len(saved) - 1, u)
+        h = u.add_(h)
+    saved.append(elu_native.elu(h, owned=True))
+    return layer(len(saved) - 1, saved[-1]), saved
+
+
+def backward(
+    plan: Plan, saved: list[Tensor], weights: Sequence[Tensor | None], needed: Sequence[bool], g: Tensor
+) -> list[Tensor | None]:
+    """Gradients of x and the weights, as far as they are ``needed``, from that of the result.
+
+    Args:
+        saved: see ``forward``; emptied from its end, so that the memory serves again.
+    """
+    layer, found = _Layers(plan, weights), [None] * len(weights)
+
+    def through(g: Tensor) -> tuple[Tensor, Tensor]:
+        """The last convolution of which the input is left; that comes back, too."""
+        x, index = saved.pop(), len(saved)
+        own = slice(2 * index, 2 * index + 2)
+        mask = (index > 0 or needed[0], *needed[1:][own])
+        g, *found[own] = layer.backward(index, g, x, mask)
+        return g, x
+
+    g = elu_native.elu_backward(*through(g))
+    for block in reversed(plan.blocks):
+        stream = g
+        for position in reversed(range(len(block))):
+            g, x = through(g)
+            if block[position]:
+                g = elu_native.elu_backward(g, x, None if position else stream)
+            elif not position:
+                g.add_(stream)
+    return [through(g)[0], *found]
+
+
 class _Network(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: _Plan, x: Tensor, *weights: Tensor | None) -> Tensor:
-        layer, saved = _Layers(plan, weights), [x]
-        h = layer(0, x)
-        for block in plan.blocks:
-            u = h
-            for before in block:
-                if before:
-                    u = elu_native.elu(u, owned=u is not h)
-                saved.append(u)
-                u = layer(len(saved) - 1, u)
-            h = u.add_(h)
-        saved.append(elu_native.elu(h, owned=True))
+    def forward(ctx, plan: Plan, x: Tensor, *weights: Tensor | None) -> Tensor:
+        y, saved = forward(plan, x, weights)
         ctx.plan = plan
         ctx.save_for_backward(*saved, *weights)
-        return layer(len(saved) - 1, saved[-1])
+        return y
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        plan, count = ctx.plan, len(ctx.plan.convolutions)
-        saved, weights, needed = ctx.saved_tensors[:count], ctx.saved_tensors[count:], ctx.needs_input_grad[1:]
+        plan, needed, saved = ctx.plan, ctx.needs_input_grad[1:], list(ctx.saved_tensors)
+        weights = saved[len(plan.convolutions) :]
+        del saved[len(plan.convolutions) :]
         if torch.is_grad_enabled() or not is_ordinary(g):
             # These gradients are to be differentiated in turn, or come in batches.
-            return (None, *gradients_of(_plain, (saved[0], *weights), (plan,), needed, (g,)))
-        layer, found = _Layers(plan, weights), [None] * (2 * count)
+            return (None, *gradients_of(plain, (saved[0], *weights), (plan,), needed, (g,)))
+        let_go(ctx)
+        return (None, *backward(plan, saved, weights, needed, g))
 
-        def through(index: int, g: Tensor) -> Tensor | None:
-            own = slice(2 * index, 2 * index + 2)
-            mask = (index > 0 or needed[0], *needed[1:][own])
-            g, *found[own] = layer.backward(index, g, saved[index], mask)
-            return g
 
-        index = count - 1
-        g = elu_native.elu_backward(through(index, g), saved[index])
-        for block in reversed(plan.blocks):
-            stream = g
-            for position in reversed(range(len(block))):
-                index -= 1
-                g = through(index, g)
-                if block[position]:
-                    g = elu_native.elu_backward(g, saved[index], None if position else stream)
-                elif not position:
-                    g.add_(stream)
-        return (None, through(0, g), *found)
+def let_go(ctx: Any) -> None:
+    """Of what a node has saved, unless the graph is retained: memory then serves again before the node is done."""
+    if hasattr(ctx, "maybe_clear_saved_tensors"):  # not in older versions
+        ctx.maybe_clear_saved_tensors()
+
+
+class Node(NamedTuple):
+    """A network that can be run here."""
+
+    plan: Plan
+    weights: list[Tensor | None]
+
+
+def described(network: Parts | None) -> Node | None:
+    """The network as this module takes it; None where it is the modules' own.
+
+    Args:
+        network: its parts; None if it is another than they could tell.
+    """
+    if network is None or network.act.name != "elu":
+        return None
+    layers = network.layers()
+    if not all(map(is_bare, layers)):
+        return None
+    weights = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
+    return Node(
+        Plan(
+            tuple((layer.stride, layer.padding, layer.dilation, layer.groups) for layer in layers),
+            tuple(tuple(before for before, _ in block) for block in network.blocks),
+        ),
+        weights,
+    )
+
+
+def may_run(x: Tensor) -> bool:
+    """Whether networks may run here where they are to be differentiated: on an ``x`` like this, as things stand."""
+    return (
+        torch.is_grad_enabled()
+        and is_ordinary(x)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()
+        and elu_native.has_kernel()
+    )
 
 
 def run_as_node(x: Tensor, parts: Callable[[], Parts | None]) -> Tensor | None:
@@ -116,29 +181,12 @@ def run_as_node(x: Tensor, parts: Callable[[], Parts | None]) -> Tensor | None:
 
     Args:
         x: [B, C, H, W] in channels_last format.
-        parts: makes those of the network; None if it is another than they could tell.
+        parts: makes those of the network.
     """
-    if not (
-        torch.is_grad_enabled()
-        and is_ordinary(x)
-        and x.numel()
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_mkldnn_enabled()
-        and elu_native.has_kernel()
-    ):
+    node = described(parts()) if may_run(x) else None
+    if node is None:
         return None
-    network = parts()
-    if network is None or network.act.name != "elu":
-        return None
-    layers = network.layers()
-    if not all(map(is_bare, layers)):
-        return None
-    weights = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
-    tensors = [x, *(p for p in weights if p is not None)]
+    tensors = [x, *(p for p in node.weights if p is not None)]
     if not (are_ordinary(tensors) and any(t.requires_grad for t in tensors)):
         return None
-    plan = _Plan(
-        tuple((layer.stride, layer.padding, layer.dilation, layer.groups) for layer in layers),
-        tuple(tuple(before for before, _ in block) for block in network.blocks),
-    )
-    return _Network.apply(plan, x, *weights)
+    return _Network.apply(node.plan, x, *node.weights)

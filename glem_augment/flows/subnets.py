@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glem_augment.flows.activations import Activation, may_be_overwritten
 from glem_augment.flows.frozen import FrozenRun, Parts, has_hooks, may_run_frozen
-from glem_augment.flows.network_node import run_as_node
+from glem_augment.flows.network_node import Node, described, run_as_node
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
@@ -63,6 +63,10 @@ class Subnet(nn.Module):
             kernel: there is one for what the coupling does with the result.
         """
         return False
+
+    def as_node(self) -> Node | None:
+        """What ``level_node`` runs in the place of ``forward``; None where it must not."""
+        return None
 
     def body(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
@@ -186,6 +190,12 @@ class ConvSubnet(Subnet):
         if weight is None or weight.requires_grad or not (kernel or len(weight) >= _WIDE):
             return False
         return self.autocast is None and may_run_frozen(x)
+
+    def as_node(self) -> Node | None:
+        known = type(self).forward is ConvSubnet.forward and not has_hooks(self)
+        if not known or self.autocast is not None or self._frozen.is_used():
+            return None
+        return described(self._parts())
 
     def _parts(self) -> Parts | None:
         """As long as blocks and activation are as they were made."""

@@ -2,8 +2,9 @@
 // the first, and the ActNorm and mixing of the second, which are one matrix and one shift. Before the first network there is
 // no coupling, and after the last no mixing.
 //
-// ../affine_joint_native.py is what calls it; ../affine_joint.py does the same with torch's operations. Tensors are planes
-// [2N, batch, pixels], of which the network sees the first N, channels last: [batch, pixels, N].
+// ../affine_joint_native.py is what calls it; ../affine_joint.py does the same with torch's operations. What the couplings
+// are of are planes [2N, batch, pixels], wherever they lie (``Planes``); of these the network sees the first N, channels
+// last: [batch, pixels, N].
 
 #include "affine.h"
 
@@ -18,20 +19,91 @@ constexpr int C = 2 * N;
 constexpr int kBlocks = 16;
 constexpr int kTile = 4;
 
-// out = m v + shift
-inline void multiply(const float* m, const float* shift, const V* v, V* out) {
-    for (int i = 0; i < C; ++i) {
-        V sum = V{} + shift[i];
-        for (int j = 0; j < C; ++j) sum += m[i * C + j] * v[j];
-        out[i] = sum;
-    }
-}
+// Where planes lie. With `side` > 1 they are a squeeze of larger images, whose pixels lie row by row: of every block of
+// side x side pixels each is a channel of its own.
+struct Planes {
+    float* first;
+    int64_t channel, image;  // from one of the (larger) images' to the next
+    int64_t side, width;     // of the planes' rows
+};
 
-// out = m^T v
-inline void multiply_transposed(const float* m, const V* v, V* out) {
-    for (int j = 0; j < C; ++j) out[j] = m[j] * v[0];
-    for (int i = 1; i < C; ++i)
-        for (int j = 0; j < C; ++j) out[j] += m[i * C + j] * v[i];
+// The planes of up to kLanes pixels of an image.
+class Block {
+  public:
+    Block(const Planes& planes, int64_t image, int64_t p, int64_t count)
+        : planes_(planes), count_(count), first_(planes.first + image * planes.image) {
+        if (planes.side == 1) {
+            first_ += p;
+            return;
+        }
+        const int32_t step = (int32_t)planes.side, width = (int32_t)planes.width, row = step * step * width;
+        int32_t column = (int32_t)p % width, begin = (int32_t)p / width * row;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            at_[lane] = begin + column * step;
+            if (++column == width) column = 0, begin += row;
+        }
+    }
+
+    void read(V* to) const {
+        if (planes_.side > 1) return gather(to);
+        const float* from = first_;
+        const int64_t step = planes_.channel;
+        if (count_ == kLanes)
+            for (int c = 0; c < C; ++c, from += step) to[c] = load(from, kLanes);
+        else
+            for (int c = 0; c < C; ++c, from += step) to[c] = load(from, count_);
+    }
+
+    void write(const V* from) const {
+        if (planes_.side > 1) return scatter(from);
+        float* to = first_;
+        const int64_t step = planes_.channel;
+        if (count_ == kLanes)
+            for (int c = 0; c < C; ++c, to += step) store(to, kLanes, from[c]);
+        else
+            for (int c = 0; c < C; ++c, to += step) store(to, count_, from[c]);
+    }
+
+  private:
+    void gather(V* to) const {
+        for (int c = 0; c < C; ++c) {
+            const float* from = first_ + offset(c);
+            to[c] = V{};
+            if (count_ == kLanes)
+                for (int lane = 0; lane < kLanes; ++lane) to[c][lane] = from[at_[lane]];
+            else
+                for (int64_t lane = 0; lane < count_; ++lane) to[c][lane] = from[at_[lane]];
+        }
+    }
+
+    void scatter(const V* from) const {
+        for (int c = 0; c < C; ++c) {
+            float* to = first_ + offset(c);
+            for (int64_t lane = 0; lane < count_; ++lane) to[at_[lane]] = from[c][lane];
+        }
+    }
+
+    int64_t offset(int64_t c) const {
+        const int64_t side = planes_.side, within = c % (side * side);
+        return c / (side * side) * planes_.channel + within / side * side * planes_.width + within % side;
+    }
+
+    const Planes& planes_;
+    int64_t count_;
+    float* first_;
+    int32_t at_[kLanes];
+};
+
+// out = m v + shift, or out = m^T v; several sums at a time, so that none waits for the other and v is read less often.
+template <bool transposed>
+inline void multiply(const float* m, const float* shift, const V* v, V* out) {
+    for (int i = 0; i < C; i += kTile) {
+        V sums[kTile];
+        for (int a = 0; a < kTile; ++a) sums[a] = transposed ? V{} : V{} + shift[i + a];
+        for (int j = 0; j < C; ++j)
+            for (int a = 0; a < kTile; ++a) sums[a] += m[transposed ? j * C + i + a : (i + a) * C + j] * v[j];
+        for (int a = 0; a < kTile; ++a) out[i + a] = sums[a];
+    }
 }
 
 // m += above below^T, summed over `count` blocks
@@ -51,19 +123,19 @@ inline void add_products(const V (*above)[C], const V (*below)[C], int count, V 
 
 }  // namespace
 
-// x, y: planes; params: [batch, pixels, 2N], or null for no coupling; matrix: [2N, 2N], or null for no mixing; shift: [2N];
-// images: [batch, pixels, N], the first half of y, unless null; logdet: [batch], of the coupling.
-extern "C" void glem_affine_joint(const float* x, const float* params, const float* matrix, const float* shift, float* y,
+// y = x after a coupling by `params` [batch, pixels, 2N], unless these are null, and `matrix` [2N, 2N] with `shift` [2N], unless
+// these are. images: [batch, pixels, N], the first half of y, unless null; then y may be null. logdet: [batch], to which that of
+// the coupling is added.
+extern "C" void glem_affine_joint(const Planes* x, const Planes* y, const float* params, const float* matrix, const float* shift,
                                 float* images, float* logdet, int64_t batch, int64_t pixels, float bound, int32_t inverse,
                                 int32_t threads) {
-    const int64_t all = batch * pixels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t image = 0; image < batch; ++image) {
         V total = V{};
         for (int64_t p = 0; p < pixels; p += kLanes) {
             const int64_t left = pixels - p, count = left < kLanes ? left : kLanes, at = image * pixels + p;
             V v[C], out[C];
-            for (int c = 0; c < C; ++c) v[c] = load(x + c * all + at, count);
+            Block(*x, image, p, count).read(v);
             if (params) {
                 Parameters own;
                 own.read(params + at * 2 * N, count);
@@ -74,27 +146,27 @@ extern "C" void glem_affine_joint(const float* x, const float* params, const flo
                 }
             }
             if (matrix)
-                multiply(matrix, shift, v, out);
+                multiply<false>(matrix, shift, v, out);
             else
                 __builtin_memcpy(out, v, sizeof v);
-            for (int c = 0; c < C; ++c) store(y + c * all + at, count, out[c]);
+            if (y) Block(*y, image, p, count).write(out);
             if (!images) continue;
             PerPixel<N> seen;
             __builtin_memcpy(seen.v, out, sizeof seen.v);
             seen.write(images + at * N, count);
         }
-        if (params) logdet[image] = inverse ? -sum(total) : sum(total);
+        if (params) logdet[image] += inverse ? -sum(total) : sum(total);
     }
 }
 
-// From the gradients of y, images and logdet to those of x, params, matrix and shift, but for those that are null. Without
-// a coupling, without mixing and without images, theirs are null, too. `parts`: [ceil(batch / each), C * C + C], for sums
-// that do not depend on the number of threads.
-extern "C" void glem_affine_joint_backward(const float* g, const float* g_images, const float* g_logdet, const float* x,
-                                         const float* params, const float* matrix, float* g_x, float* g_params,
-                                         float* g_matrix, float* g_shift, float* parts, int64_t batch, int64_t pixels,
-                                         int64_t each, float bound, int32_t inverse, int32_t threads) {
-    const int64_t all = batch * pixels, chunks = (batch + each - 1) / each, size = C * C + C;
+// From the gradients g of y, g_images and g_logdet to those of x, params, matrix and shift, but for those that are null.
+// Without a coupling, without mixing and without images, theirs are null, too. `parts`: [ceil(batch / each), C * C + C],
+// for sums that do not depend on the number of threads.
+extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, const Planes* g_x, const float* params,
+                                         const float* matrix, const float* g_images, const float* g_logdet,
+                                         float* g_params, float* g_matrix, float* g_shift, float* parts, int64_t batch,
+                                         int64_t pixels, int64_t each, float bound, int32_t inverse, int32_t threads) {
+    const int64_t chunks = (batch + each - 1) / each, size = C * C + C;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         V above[kBlocks][C], below[kBlocks][C], products[C][C], sums[C];
@@ -109,17 +181,15 @@ extern "C" void glem_affine_joint_backward(const float* g, const float* g_images
             for (int64_t p = 0; p < pixels; p += kLanes) {
                 const int64_t left = pixels - p, count = left < kLanes ? left : kLanes, at = image * pixels + p;
                 V *up = above[filled], *v = below[filled], g_v[C];
-                for (int c = 0; c < C; ++c) {
-                    up[c] = load(g + c * all + at, count);
-                    v[c] = load(x + c * all + at, count);
-                }
+                Block(*g, image, p, count).read(up);
+                Block(*x, image, p, count).read(v);
                 if (g_images) {
                     PerPixel<N> seen;
                     seen.read(g_images + at * N, count);
                     for (int c = 0; c < N; ++c) up[c] += seen.v[c];
                 }
                 if (matrix)
-                    multiply_transposed(matrix, up, g_v);
+                    multiply<true>(matrix, nullptr, up, g_v);
                 else
                     __builtin_memcpy(g_v, up, sizeof g_v);
                 if (params) {
@@ -132,8 +202,7 @@ extern "C" void glem_affine_joint_backward(const float* g, const float* g_images
                     }
                     grad.write(g_params + at * 2 * N, count);
                 }
-                if (g_x)
-                    for (int c = 0; c < C; ++c) store(g_x + c * all + at, count, g_v[c]);
+                if (g_x) Block(*g_x, image, p, count).write(g_v);
                 if (!g_matrix) continue;
                 for (int c = 0; c < C; ++c) sums[c] += up[c];
                 if (++filled == kBlocks) {

@@ -5,11 +5,12 @@
 
 #include "generators.h"
 
-// matrix = exp(generator) diag(exp(log_scale)); shift = matrix bias; logdet: of all steps together, for an image.
+// matrix = exp(generator) diag(exp(log_scale)); shift = matrix bias; logdet: [batch], of all steps
+// together, the same for every image.
 // norm_pixels, pixels: how often an entry of log_scale counts in it, and one of the generators' diagonals.
 extern "C" void glem_fold(const float* const* biases, const float* const* log_scales, const float* const* generators,
-                          float* matrices, float* shifts, float* logdet, int64_t steps, int64_t c, double norm_pixels,
-                          double pixels, int32_t terms, int32_t threads) {
+                          float* matrices, float* shifts, float* logdet, int64_t steps, int64_t c, int64_t batch,
+                          double norm_pixels, double pixels, int32_t terms, int32_t threads) {
     double total = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
@@ -32,7 +33,7 @@ extern "C" void glem_fold(const float* const* biases, const float* const* log_sc
     for (int64_t step = 0; step < steps; ++step)
         for (int64_t i = 0; i < c; ++i)
             total += norm_pixels * log_scales[step][i] + pixels * generators[step][i * c + i];
-    *logdet = (float)total;
+    for (int64_t image = 0; image < batch; ++image) logdet[image] = (float)total;
 }
 
 // From the gradients of what glem_fold makes (matrices: what it made) to those of its weights: [steps, c], [steps, c] and
@@ -40,8 +41,10 @@ extern "C" void glem_fold(const float* const* biases, const float* const* log_sc
 extern "C" void glem_fold_backward(const float* const* g_matrices, const float* const* g_shifts, const float* g_logdet,
                                    const float* const* biases, const float* const* log_scales,
                                    const float* const* generators, const float* matrices, float* g_biases,
-                                   float* g_log_scales, float* g_generators, int64_t steps, int64_t c, double norm_pixels,
-                                   double pixels, int32_t terms, int32_t threads) {
+                                   float* g_log_scales, float* g_generators, int64_t steps, int64_t c, int64_t batch,
+                                   double norm_pixels, double pixels, int32_t terms, int32_t threads) {
+    double g_total = 0;
+    for (int64_t image = 0; image < batch; ++image) g_total += g_logdet[image];
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
         Matrix<float> x(c), d(c), value(c), change(c);
@@ -49,7 +52,7 @@ extern "C" void glem_fold_backward(const float* const* g_matrices, const float* 
         const float* matrix = matrices + step * c * c;
         for (int64_t j = 0; j < c; ++j) {
             const float scale = std::exp(log_scales[step][j]), bias = biases[step][j];
-            double g_bias = 0, g_log_scale = norm_pixels * *g_logdet;
+            double g_bias = 0, g_log_scale = norm_pixels * g_total;
             for (int64_t i = 0; i < c; ++i) {
                 const float upstream = g[i * c + j] + g_shift[i] * bias;
                 g_bias += matrix[i * c + j] * g_shift[i];
@@ -64,6 +67,6 @@ extern "C" void glem_fold_backward(const float* const* g_matrices, const float* 
         exponential<float>(x, &d, terms, value, change);
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j)
-                g_generators[(step * c + i) * c + j] = change.at(i, j) + (i == j ? (float)(pixels * *g_logdet) : 0);
+                g_generators[(step * c + i) * c + j] = change.at(i, j) + (i == j ? (float)(pixels * g_total) : 0);
     }
 }

@@ -1,0 +1,143 @@
+"""The steps of an affine level in training on a CPU as one node of autograd's graph.
+
+Where networks are small, what lies between them is mostly the way there: autograd's nodes, and the modules' calls. The
+numbers are those of ``prepared``, ``affine_joint`` and ``network_node``, whose kernels are what runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from glem_augment.flows import affine_joint_native, fold_native, network_node
+from glem_augment.flows.affine_joint import plain_joint
+from glem_augment.flows.affine_level import Trail, gradients_of_steps, run_steps
+from glem_augment.flows.layout import squeeze
+from glem_augment.flows.network_node import Node
+from glem_augment.flows.ordinary import are_ordinary, gradients_of
+from glem_augment.flows.prepared import Weights, plain_prepared
+
+
+class _Plan(NamedTuple):
+    """What of a level is not a tensor."""
+
+    side: int  # of the squeeze
+    pixels: tuple[int, int]  # see ``prepare``
+    bounds: Sequence[float]  # of the couplings
+    networks: Sequence[network_node.Plan]
+
+    def sorted(self, weights: Sequence[Any]) -> tuple[Weights, list[Sequence[Any]]]:
+        """Those of ActNorms and mixings, then those of every network."""
+        steps = len(self.bounds)
+        networks, end = [], 3 * steps
+        for plan in self.networks:
+            begin, end = end, end + 2 * len(plan.convolutions)
+            networks.append(weights[begin:end])
+        return Weights(*(weights[k * steps : (k + 1) * steps] for k in range(3))), networks
+
+
+def _plain(x: Tensor, *weights_and_plan: Any) -> tuple[Tensor, Tensor]:
+    """The steps by torch's operations."""
+    *weights, plan = weights_and_plan
+    shared, networks = plan.sorted(weights)
+    prepared = plain_prepared(shared, plan.pixels, per_channel=True, inverse=False)
+    mixings = [*zip(prepared.matrix, prepared.shift, strict=True), (None, None)]
+    u, images, _ = plain_joint(squeeze(x, plan.side), None, *mixings[0], 1.0, False)
+    total = prepared.logdet.expand(x.shape[1])
+    for bound, network, own, mixing in zip(plan.bounds, plan.networks, networks, mixings[1:], strict=True):
+        (params,) = network_node.plain(images, *own, network)
+        u, images, logdet = plain_joint(u, params, *mixing, bound, False)
+        total = total + logdet
+    return u, total
+
+
+class _Steps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: _Plan, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        shared, networks = plan.sorted(weights)
+        matrices, shifts, logdet = fold_native.fold(*shared, plan.pixels, x.shape[1:2])
+        saved: list[Tensor] = []
+
+        def run(network: network_node.Plan, own: Sequence[Tensor | None], images: Tensor) -> Tensor:
+            params, inputs = network_node.forward(network, images, own)
+            saved.extend(inputs)
+            return params
+
+        runs = [partial(run, *each) for each in zip(plan.networks, networks, strict=True)]
+        mixings = list(zip(matrices.unbind(), shifts.unbind(), strict=True))
+        y, trail = run_steps(x, plan.side, mixings, plan.bounds, runs, logdet, kept=True)
+        ctx.plan = plan
+        ctx.save_for_backward(x, *weights, matrices, trail.states, *trail.params, *saved)
+        return y, logdet
+
+    @staticmethod
+    def backward(ctx, g: Tensor, g_logdet: Tensor):
+        plan, needed, saved = ctx.plan, ctx.needs_input_grad[1:], list(ctx.saved_tensors)
+        count, steps = len(needed), len(plan.bounds)
+        x, *weights = saved[:count]
+        if torch.is_grad_enabled() or not are_ordinary((g, g_logdet)):
+            # These gradients are to be differentiated in turn, or come in batches.
+            return (None, *gradients_of(_plain, (x, *weights), (plan,), needed, (g, g_logdet)))
+        matrices, states = saved[count : count + 2]
+        trail = Trail(states, saved[count + 2 : count + 2 + steps])
+        # The networks' part is used up from its end.
+        del saved[: count + 2 + steps]
+        network_node.let_go(ctx)
+        shared, networks = plan.sorted(weights)
+        found: list[list[Tensor | None]] = []
+
+        def run(
+            network: network_node.Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor
+        ) -> Tensor:
+            inputs = [saved.pop() for _ in network.convolutions][::-1]
+            g_images, *g_own = network_node.backward(network, inputs, own, (True, *wants), g_params)
+            found.append(g_own)
+            assert g_images is not None
+            return g_images
+
+        wanted = plan.sorted(needed[1:])[1]
+        runs = [partial(run, *each) for each in zip(plan.networks, networks, wanted, strict=True)]
+        made = gradients_of_steps(
+            x, plan.side, matrices.unbind(), plan.bounds, runs, trail, g, g_logdet, needs_x=needed[0]
+        )
+        upstream = [*made.matrices, *made.shifts, g_logdet]
+        folded = fold_native.fold_backward(upstream, *shared, matrices, plan.pixels)
+        each = [
+            own.view(w.shape) for kind, ws in zip(folded, shared, strict=True) for own, w in zip(kind, ws, strict=True)
+        ]
+        return (None, made.x, *each, *(own for g_own in reversed(found) for own in g_own))
+
+
+def run_as_node(
+    x: Tensor,
+    side: int,
+    weights: Weights,
+    pixels: tuple[int, int],
+    bounds: Sequence[float],
+    networks: Sequence[Node],
+) -> tuple[Tensor, Tensor] | None:
+    """The squeeze and the steps of a level, to be differentiated; or None where they are to be had otherwise.
+
+    Args:
+        x: [C / side^2, B, side H, side W], for which ``network_node.may_run`` holds.
+        side: of the squeeze.
+        weights, pixels: of the ActNorms, which are per channel, and mixings: see ``prepare``.
+        bounds, networks: of the couplings.
+
+    Returns:
+        [C, B, H, W] and log|det| [B] in nats.
+    """
+    shared, own = weights.all(), [w for network in networks for w in network.weights]
+    tensors = [x, *(w for w in own if w is not None)]
+    if not (
+        affine_joint_native.has_kernel(len(x) * side**2 // 2)
+        and any(w.requires_grad for w in shared)
+        and fold_native.serves(*weights)
+        and are_ordinary(tensors)
+    ):
+        return None
+    return _Steps.apply(_Plan(side, pixels, bounds, [network.plan for network in networks]), x, *shared, *own)
