@@ -490,3 +490,16 @@ def test_exponentials_of_generators_and_their_gradient(steps: int, channels: int
         assert gradient.dtype == dtype
         for got, want in ((result, expected), (gradient, reference)):
             assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_exponentials_of_generators_can_be_differentiated_twice(sign: float) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda a: exp_of_generators(a, sign), weights)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        own = weights.detach().to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad(exp_of_generators(own, sign).pow(3).sum(), own, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), own)[0].double())
+    assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
