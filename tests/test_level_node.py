@@ -354,7 +354,7 @@ def test_a_level_without_networks_results_kept_is_told_so() -> None:
     level = flow.levels[0]
     with torch.no_grad():
         prepared = level.prepare(False)
-        mixings = list(zip(prepared.matrix, prepared.shift, strict=True))
+        mixings = [(m.data_ptr(), s.data_ptr()) for m, s in zip(prepared.matrix, prepared.shift, strict=True)]
         nets = [coupling.net for coupling in level.couplings]
         runs = [
             affine_level.run_steps(x.transpose(0, 1), 2, mixings, [2.0, 2.0], nets, torch.zeros(5), kept=kept)

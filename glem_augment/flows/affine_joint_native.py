@@ -68,6 +68,11 @@ def planes(x: Tensor, side: int = 1) -> _Planes:
     return _Planes(x.data_ptr(), x.stride(0), x.stride(1), side, x.shape[3] // side)
 
 
+def planes_at(address: int, batch: int, height: int, width: int) -> _Planes:
+    """Where a contiguous [C, B, H, W] lies."""
+    return _Planes(address, batch * height * width, height * width, 1, width)
+
+
 class Joints:
     """The kernel for one batch.
 
@@ -85,20 +90,20 @@ class Joints:
         assert kernel is not None
         self._kernel = kernel
 
-    def parts(self) -> tuple[int, int]:
-        """The shape of what ``backward`` needs for sums."""
+    def parts(self) -> int:
+        """How many numbers ``backward`` needs for sums."""
         channels, batch, _, _ = self.shape
-        return -(-batch // self._each), channels * (channels + 1)
+        return -(-batch // self._each) * channels * (channels + 1)
 
     def forward(
         self,
         x: _Planes,
         y: _Planes | None,
-        params: Tensor | None,
-        matrix: Tensor | None,
-        shift: Tensor | None,
-        images: Tensor | None,
-        logdet: Tensor | None,
+        params: int | None,
+        matrix: int | None,
+        shift: int | None,
+        images: int | None,
+        logdet: int | None,
         bound: float,
         inverse: bool,
     ) -> None:
@@ -106,27 +111,27 @@ class Joints:
 
         Args:
             x, y: of the shape that all are made for; y is None where only images are wanted.
-            params: [B, 2n, H, W], channels last; None: no coupling.
-            matrix, shift: contiguous [2n, 2n] and [2n, 1]; None: no mixing.
-            images: [B, n, H, W], channels last, or None.
-            logdet: [B]; None without a coupling.
+            params: address of [B, 2n, H, W], channels last; None: no coupling.
+            matrix, shift: those of contiguous [2n, 2n] and [2n, 1]; None: no mixing.
+            images: that of [B, n, H, W], channels last, or None.
+            logdet: that of [B]; None without a coupling.
         """
-        rest = _addresses((params, matrix, shift, images, logdet))
-        self._kernel.forward(_address(x), _address(y), *rest, *self._size, bound, inverse, self._threads)
+        rest = (params, matrix, shift, images, logdet)
+        self._kernel.forward(_place(x), _place(y), *rest, *self._size, bound, inverse, self._threads)
 
     def backward(
         self,
         x: _Planes,
         g: _Planes,
         g_x: _Planes | None,
-        params: Tensor | None,
-        matrix: Tensor | None,
-        g_images: Tensor | None,
-        g_logdet: Tensor | None,
-        g_params: Tensor | None,
-        g_matrix: Tensor | None,
-        g_shift: Tensor | None,
-        parts: Tensor | None,
+        params: int | None,
+        matrix: int | None,
+        g_images: int | None,
+        g_logdet: int | None,
+        g_params: int | None,
+        g_matrix: int | None,
+        g_shift: int | None,
+        parts: int | None,
         bound: float,
         inverse: bool,
     ) -> None:
@@ -134,20 +139,20 @@ class Joints:
 
         Args:
             g, g_x: may be the same.
+            params, matrix, and gradients: addresses, as above.
             g_images, g_logdet: None without images and without a coupling.
-            parts: of the shape ``parts()``, for the gradients of matrix and shift.
+            parts: address of ``parts()`` numbers, for the gradients of matrix and shift.
         """
-        rest = _addresses((params, matrix, g_images, g_logdet, g_params, g_matrix, g_shift, parts))
-        self._kernel.backward(
-            *(_address(p) for p in (x, g, g_x)), *rest, *self._size, self._each, bound, inverse, self._threads_backward
-        )
+        rest = (params, matrix, g_images, g_logdet, g_params, g_matrix, g_shift, parts)
+        size = (*self._size, self._each, bound, inverse, self._threads_backward)
+        self._kernel.backward(_place(x), _place(g), _place(g_x), *rest, *size)
 
 
-def _address(p: _Planes | None) -> int | None:
+def _place(p: _Planes | None) -> int | None:
     return None if p is None else ctypes.addressof(p)
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
@@ -174,7 +179,8 @@ def joint(
     y = x.new_empty(x.shape)
     images = None if matrix is None else x.new_empty(batch, height, width, channels // 2).permute(0, 3, 1, 2)
     logdet = None if params is None else x.new_zeros(batch)
-    Joints(*x.shape).forward(planes(x), planes(y), *rest, images, logdet, bound, inverse)
+    addresses = _addresses(*rest, images, logdet)
+    Joints(*x.shape).forward(planes(x), planes(y), *addresses, bound, inverse)
     return y, images, logdet
 
 
@@ -213,5 +219,6 @@ def joint_backward(
     parts = x.new_empty(joints.parts()) if weights else None
     g_x, *rest = made
     where = None if g_x is None else planes(g_x)
-    joints.backward(planes(x), planes(g), where, params, matrix, g_images, g_logdet, *rest, parts, bound, inverse)
+    addresses = _addresses(params, matrix, g_images, g_logdet, *rest, parts)
+    joints.backward(planes(x), planes(g), where, *addresses, bound, inverse)
     return made

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glem_augment.flows.affine_joint_native import Joints, in_rows, planes
+from glem_augment.flows.affine_joint_native import Joints, in_rows, planes, planes_at
 from glem_augment.flows.ordinary import is_ordinary
 
 # Of a coupling: from images [B, n, H, W] to its parameters [B, 2n, H, W].
@@ -25,10 +25,16 @@ class Trail(NamedTuple):
     params: list[Tensor]  # of every coupling
 
 
+def addresses(entries: Tensor) -> list[int]:
+    """Of the entries of a contiguous tensor, which must be kept."""
+    first, step = entries.data_ptr(), entries.stride(0) * entries.element_size()
+    return [first + step * index for index in range(len(entries))]
+
+
 def run_steps(
     x: Tensor,
     side: int,
-    mixings: Sequence[tuple[Tensor, Tensor]],
+    mixings: Sequence[tuple[int, int]],
     bounds: Sequence[float],
     networks: Sequence[Network],
     logdet: Tensor,
@@ -40,7 +46,7 @@ def run_steps(
     Args:
         x: [C / side^2, B, side H, side W]; for the inverse [C, B, H, W].
         side: of the squeeze; 1 for none.
-        mixings: of every step, contiguous matrix [C, C] and shift [C, 1]: see ``Prepared``.
+        mixings: of every step, the addresses of contiguous matrix [C, C] and shift [C, 1]: see ``Prepared``.
         bounds, networks: of every coupling.
         logdet: [B], contiguous, to which those of the couplings are added.
         inverse: from the last step back to the first.
@@ -65,7 +71,8 @@ def run_steps(
     joints = Joints(channels, batch, height, width)
     images = x.new_empty(steps, batch, height, width, channels // 2).permute(0, 1, 4, 2, 3).unbind()
     y = x.new_empty(batch, channels // back**2, back * height, back * width).transpose(0, 1)
-    source, last, params, found = planes(x, there), planes(y, back), None, []
+    source, last, found = planes(x, there), planes(y, back), []
+    own = sums = None
     if kept or inverse:
         # Without a trail one place serves for all that lies between.
         states = x.new_empty(steps if kept else 1, channels, batch, height, width)
@@ -76,8 +83,8 @@ def run_steps(
         matrix, shift = mixing or (None, None)
         # Where nothing is mixed, nothing is changed.
         target = None if mixing is None else places[index if kept else 0]
-        seen, own = images[index], None if params is None else logdet
-        joints.forward(source, target, params, matrix, shift, seen, own, bounds[index - 1], inverse)
+        seen = images[index]
+        joints.forward(source, target, own, matrix, shift, seen.data_ptr(), sums, bounds[index - 1], inverse)
         source = target or source
         params = networks[index](seen)
         if params.shape != (batch, channels, height, width) or not is_ordinary(params):
@@ -86,23 +93,27 @@ def run_steps(
                 f"not {params.dtype} {list(params.shape)}"
             )
         params = params.contiguous(memory_format=torch.channels_last)
+        own, sums = params.data_ptr(), logdet.data_ptr()
         if kept:
             found.append(params)
     matrix, shift = between[-1] or (None, None)
-    joints.forward(source, last, params, matrix, shift, None, logdet, bounds[-1], inverse)
+    joints.forward(source, last, own, matrix, shift, None, sums, bounds[-1], inverse)
     return y, Trail(states, found)
 
 
 class Gradients(NamedTuple):
+    """Of x, and, as addresses in a memory of their own, of every step's matrix and shift."""
+
     x: Tensor | None
-    matrices: Sequence[Tensor]  # C^2 numbers each
-    shifts: Sequence[Tensor]  # C numbers each
+    matrices: list[int]
+    shifts: list[int]
+    memory: Tensor
 
 
 def gradients_of_steps(
     x: Tensor,
     side: int,
-    matrices: Sequence[Tensor],
+    matrices: Sequence[int],
     bounds: Sequence[float],
     networks: Sequence[Network],
     trail: Trail,
@@ -113,7 +124,7 @@ def gradients_of_steps(
     """From the gradients of what ``run_steps`` made to those of what it was made from.
 
     Args:
-        x, side, bounds: as they were there, ``matrices`` without the shifts.
+        x, side, bounds: as they were there; ``matrices`` without the shifts.
         networks: of every coupling, from the gradient of its parameters to that of the images. What they are handed
             is overwritten later.
         trail: that it left.
@@ -123,20 +134,27 @@ def gradients_of_steps(
     steps, (channels, batch, height, width) = len(networks), g.shape
     x, g, g_logdet = in_rows(x), in_rows(g), g_logdet.contiguous()
     joints = Joints(channels, batch, height, width)
-    between = x.new_empty(channels, batch, height, width)
+    # One memory for what needs no name of its own: a gradient between two networks, sums, and what is found.
+    state, mixing = channels * batch * height * width, channels * (channels + 1)
+    memory = x.new_empty(state + joints.parts() + steps * mixing)
+    first, number = memory.data_ptr(), memory.element_size()
+    parts = first + number * state
+    g_matrices = [parts + number * (joints.parts() + mixing * index) for index in range(steps)]
+    g_shifts = [address + number * channels**2 for address in g_matrices]
     g_params = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
-    sums, parts = x.new_empty(steps, channels * (channels + 1)), x.new_empty(joints.parts())
-    g_matrices, g_shifts = (part.unbind() for part in sums.split([channels**2, channels], 1))
-    source, target, g_images = planes(g), planes(between), None
+    # After the last coupling there is no mixing.
+    following = [*zip(matrices, g_matrices, g_shifts, [parts] * steps, strict=True), (None,) * 4][1:]
+    source, target, seen = planes(g), planes_at(first, batch, height, width), None
+    states, logdets = addresses(trail.states), g_logdet.data_ptr()
     for index in reversed(range(steps)):
-        mixed = index + 1 < steps
-        matrix, *own = (t[index + 1] if mixed else None for t in (matrices, g_matrices, g_shifts))
-        state, params, bound = planes(trail.states[index]), trail.params[index], bounds[index]
-        rest = (parts if mixed else None, bound, False)
-        joints.backward(state, source, target, params, matrix, g_images, g_logdet, g_params, *own, *rest)
+        (matrix, *found), params = following[index], trail.params[index].data_ptr()
+        there = planes_at(states[index], batch, height, width)
+        given = (params, matrix, seen, logdets, g_params.data_ptr())
+        joints.backward(there, source, target, *given, *found, bounds[index], False)
         source, g_images = target, networks[index](g_params)
+        seen = g_images.data_ptr()
     g_x = x.new_empty(batch, *(x.shape[k] for k in (0, 2, 3))).transpose(0, 1) if needs_x else None
     place = None if g_x is None else planes(g_x, side)
-    first = (g_matrices[0], g_shifts[0], parts, 1.0, False)
-    joints.backward(planes(x, side), source, place, None, matrices[0], g_images, None, None, *first)
-    return Gradients(g_x, g_matrices, g_shifts)
+    found = (g_matrices[0], g_shifts[0], parts)
+    joints.backward(planes(x, side), source, place, None, matrices[0], seen, None, None, *found, 1.0, False)
+    return Gradients(g_x, g_matrices, g_shifts, memory)

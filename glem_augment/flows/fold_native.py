@@ -49,8 +49,12 @@ def serves(biases: Tensors, log_scales: Tensors, generators: Tensors) -> bool:
     )
 
 
-def _pointers(tensors: Tensors) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+def _pointers(addresses: Sequence[int]) -> Any:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _of(tensors: Tensors) -> Any:
+    return _pointers([t.data_ptr() for t in tensors])
 
 
 def _rest(generators: Tensors, logdet: Tensor, pixels: tuple[int, int], terms: int, works: int) -> list[Any]:
@@ -72,28 +76,35 @@ def fold(
     kernel, steps, c = _kernel(), len(generators), len(generators[0])
     assert kernel is not None
     made = [generators[0].new_empty(shape) for shape in ((steps, c, c), (steps, c, 1), batch)]
-    pointers = [_pointers(tensors) for tensors in (biases, log_scales, generators)]
+    pointers = [_of(tensors) for tensors in (biases, log_scales, generators)]
     pointers += [t.data_ptr() for t in made]
     kernel.forward(*pointers, *_rest(generators, made[-1], pixels, TERMS[torch.float64], 1))
     return tuple(made)
 
 
 def fold_backward(
-    g: Tensors, biases: Tensors, log_scales: Tensors, generators: Tensors, matrices: Tensor, pixels: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of biases and log_scales [S, c], and of generators [S, c, c].
+    g_matrices: Sequence[int],
+    g_shifts: Sequence[int],
+    g_logdet: Tensor,
+    biases: Tensors,
+    log_scales: Tensors,
+    generators: Tensors,
+    matrices: Tensor,
+    pixels: tuple[int, int],
+) -> list[Tensor]:
+    """Gradients of biases, log_scales and generators, one after the other, in their shapes.
 
     Args:
-        g: those of every matrix, of every shift, and of log|det|, one after the other.
+        g_matrices, g_shifts: addresses of every step's, contiguous.
+        g_logdet: contiguous.
         biases, log_scales, generators, pixels: as for ``fold``.
         matrices: that it made.
     """
-    kernel, steps, c = _kernel(), len(generators), len(generators[0])
-    assert kernel is not None and len(g) == 2 * steps + 1
-    g = [t.contiguous() for t in g]
-    made = [matrices.new_empty(shape) for shape in ((steps, c), (steps, c), (steps, c, c))]
-    pointers = [_pointers(g[:steps]), _pointers(g[steps:-1]), g[-1].data_ptr()]
-    pointers += [_pointers(tensors) for tensors in (biases, log_scales, generators)]
+    kernel, steps = _kernel(), len(generators)
+    assert kernel is not None and len(g_matrices) == len(g_shifts) == steps
+    made = [matrices.new_empty(steps, *ws[0].shape) for ws in (biases, log_scales, generators)]
+    pointers = [_pointers(g_matrices), _pointers(g_shifts), g_logdet.data_ptr()]
+    pointers += [_of(tensors) for tensors in (biases, log_scales, generators)]
     pointers += [t.data_ptr() for t in (matrices, *made)]
-    kernel.backward(*pointers, *_rest(generators, g[-1], pixels, TERMS[torch.float32], 3))
-    return tuple(made)
+    kernel.backward(*pointers, *_rest(generators, g_logdet, pixels, TERMS[torch.float32], 3))
+    return [gradient for kind in made for gradient in kind.unbind()]

@@ -167,7 +167,8 @@ class Level(nn.Module):
         self, x: Tensor, side: int, prepared: Prepared, inverse: bool = False
     ) -> tuple[Tensor, float, list[Tensor]]:
         """Without a graph, where ``_has_joints`` says yes; for the inverse with the squeeze undone, too."""
-        mixings = list(zip(prepared.matrix, prepared.shift, strict=True))
+        matrices, shifts = ([t.contiguous() for t in each] for each in (prepared.matrix, prepared.shift))
+        mixings = [(m.data_ptr(), s.data_ptr()) for m, s in zip(matrices, shifts, strict=True)]
         logdet = x.new_full(x.shape[1:2], float(prepared.logdet))
         networks = [coupling.net for coupling in self.couplings]
         y, _ = affine_level.run_steps(x, side, mixings, self._bounds(), networks, logdet, inverse)

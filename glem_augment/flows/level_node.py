@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glem_augment.flows import affine_joint_native, fold_native, network_node
 from glem_augment.flows.affine_joint import plain_joint
-from glem_augment.flows.affine_level import Trail, gradients_of_steps, run_steps
+from glem_augment.flows.affine_level import Trail, addresses, gradients_of_steps, run_steps
 from glem_augment.flows.layout import squeeze
 from glem_augment.flows.network_node import Node
 from glem_augment.flows.ordinary import are_ordinary, gradients_of
@@ -68,7 +68,7 @@ class _Steps(torch.autograd.Function):
             return params
 
         runs = [partial(run, *each) for each in zip(plan.networks, networks, strict=True)]
-        mixings = list(zip(matrices.unbind(), shifts.unbind(), strict=True))
+        mixings = list(zip(addresses(matrices), addresses(shifts), strict=True))
         y, trail = run_steps(x, plan.side, mixings, plan.bounds, runs, logdet, kept=True)
         ctx.plan = plan
         ctx.save_for_backward(x, *weights, matrices, trail.states, *trail.params, *saved)
@@ -102,13 +102,10 @@ class _Steps(torch.autograd.Function):
         wanted = plan.sorted(needed[1:])[1]
         runs = [partial(run, *each) for each in zip(plan.networks, networks, wanted, strict=True)]
         made = gradients_of_steps(
-            x, plan.side, matrices.unbind(), plan.bounds, runs, trail, g, g_logdet, needs_x=needed[0]
+            x, plan.side, addresses(matrices), plan.bounds, runs, trail, g, g_logdet, needs_x=needed[0]
         )
-        upstream = [*made.matrices, *made.shifts, g_logdet]
-        folded = fold_native.fold_backward(upstream, *shared, matrices, plan.pixels)
-        each = [
-            own.view(w.shape) for kind, ws in zip(folded, shared, strict=True) for own, w in zip(kind, ws, strict=True)
-        ]
+        upstream = made.matrices, made.shifts, g_logdet.contiguous()
+        each = fold_native.fold_backward(*upstream, *shared, matrices, plan.pixels)
         return (None, made.x, *each, *(own for g_own in reversed(found) for own in g_own))
 
 

@@ -22,6 +22,7 @@ _undo: list[Callable[[], None]] = []
 _own = threading.local()  # depth: how often this thread is inside
 _EXACT = ("ieee", "none")
 _HAS_NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+_CPU = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if _HAS_NEW else ()
 
 
 def _in_child() -> None:
@@ -102,8 +103,7 @@ def _stands_exact() -> bool:
     """Whether a CPU's float32 is as it is; the switches of other devices may stand as they like."""
     if not _HAS_NEW:
         return torch.get_float32_matmul_precision() == "highest"
-    own = torch.backends.mkldnn
-    return own.matmul.fp32_precision in _EXACT and own.conv.fp32_precision in _EXACT
+    return all(switch.fp32_precision in _EXACT for switch in _CPU)
 
 
 def _enter(times: int, on_cpu: bool = False) -> bool:

@@ -53,9 +53,10 @@ class _Folded(torch.autograd.Function):
         if torch.is_grad_enabled() or not are_ordinary(g):
             # These gradients are to be differentiated in turn, or come in batches.
             return (None, *gradients_of(_plain_folded, weights, (pixels,), ctx.needs_input_grad[1:], g))
-        found = fold_native.fold_backward(g, *_thirds(weights), matrices, pixels)
-        each = [gradient for kind in found for gradient in kind]
-        return (None, *[gradient.view(w.shape) for gradient, w in zip(each, weights, strict=True)])
+        steps, g = len(weights) // 3, [t.contiguous() for t in g]  # kept: the kernel is handed addresses
+        each = [t.data_ptr() for t in g]
+        upstream = each[:steps], each[steps:-1], g[-1]
+        return (None, *fold_native.fold_backward(*upstream, *_thirds(weights), matrices, pixels))
 
 
 def _plain_folded(*weights_and_pixels: Any) -> tuple[Tensor, ...]:

@@ -215,8 +215,8 @@ extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, con
         add_products(above, below, filled, products);
         float* own = parts + chunk * size;
         for (int i = 0; i < C; ++i) {
-            for (int j = 0; j < C; ++j) own[i * C + j] = sum(products[i][j]);
-            own[C * C + i] = sum(sums[i]);
+            for (int j = 0; j < C; ++j) own[i * C + j] = sum_of_pairs(products[i][j]);
+            own[C * C + i] = sum_of_pairs(sums[i]);
         }
     }
     if (!g_matrix) return;

@@ -14,7 +14,7 @@ extern "C" void glem_fold(const float* const* biases, const float* const* log_sc
     double total = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
-        Matrix<double> x(c), value(c), none(c);
+        Matrix<double> x(c), value(c), none(0);
         const float *a = generators[step], *bias = biases[step], *log_scale = log_scales[step];
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j) x.at(i, j) = a[i * c + j];

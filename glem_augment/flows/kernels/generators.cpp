@@ -9,7 +9,7 @@ extern "C" void glem_exp(const float* a, float* out, int64_t count, int64_t c, f
                          int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t m = 0; m < count; ++m) {
-        Matrix<double> x(c), value(c), none(c);
+        Matrix<double> x(c), value(c), none(0);
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j) x.at(i, j) = (double)sign * a[(m * c + i) * c + j];
         exponential<double>(x, nullptr, terms, value, none);

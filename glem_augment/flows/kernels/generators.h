@@ -74,54 +74,48 @@ void add_scaled(const Matrix<T>& x, T factor, Matrix<T>& out) {
     for (size_t k = 0; k < x.entries.size(); ++k) out.entries[k] += factor * x.entries[k];
 }
 
-// A polynomial's terms that are taken together.
-constexpr int kTogether = 3;
-
 // exp(x) by its series and squaring, and its derivative along `d` if there is one: every product is differentiated along.
 // The series up to x^terms by Paterson & Stockmeyer (SIAM J. Comput. 1973): a polynomial in x^3 whose coefficients are
-// polynomials in x, which takes less than half of the products.
+// polynomials in x, which takes less than half of the products. `change` is of no use without d.
 template <typename T>
 void exponential(Matrix<T>& x, Matrix<T>* d, int terms, Matrix<T>& value, Matrix<T>& change) {
     const int halvings = halvings_of(x);
     const T shrink = (T)std::ldexp(1.0, -halvings);
-    Matrix<T> next(x.side), next_change(x.side);
-    // value = value with, and what becomes of change
-    const auto multiply_by = [&](const Matrix<T>& with, const Matrix<T>& with_change) {
-        if (d) {
-            next_change.clear();
-            add_product(value, with_change, next_change);
-            add_product(change, with, next_change);
-        }
-        next.clear();
-        add_product(value, with, next);
-        if (d) std::swap(change.entries, next_change.entries);
+    const int64_t side = x.side, changed = d ? side : 0;
+    Matrix<T> next(side), square(side), cube(side), next_change(changed), square_change(changed), cube_change(changed);
+    // out = a b, and what becomes of its derivative
+    const auto multiply = [d](const Matrix<T>& a, const Matrix<T>& a_change, const Matrix<T>& b,
+                              const Matrix<T>& b_change, Matrix<T>& out, Matrix<T>& out_change) {
+        out.clear();
+        add_product(a, b, out);
+        if (!d) return;
+        out_change.clear();
+        add_product(a, b_change, out_change);
+        add_product(a_change, b, out_change);
+    };
+    const auto multiply_value_by = [&](const Matrix<T>& with, const Matrix<T>& with_change) {
+        multiply(value, change, with, with_change, next, next_change);
         std::swap(value.entries, next.entries);
+        if (d) std::swap(change.entries, next_change.entries);
     };
     x.scale(shrink);
     if (d) d->scale(shrink);
-    // From x to x^3, each with its derivative.
-    std::vector<Matrix<T>> powers(kTogether, x), changes(kTogether, d ? *d : x);
-    value = x;
-    if (d) change = *d;
-    for (int k = 1; k < kTogether; ++k) {
-        multiply_by(x, changes[0]);
-        powers[k] = value;
-        if (d) changes[k] = change;
-    }
-    value.clear();
-    change.clear();
-    for (int first = terms / kTogether * kTogether; first >= 0; first -= kTogether) {
-        if (first + kTogether <= terms) multiply_by(powers.back(), changes.back());
+    const Matrix<T>& x_change = d ? *d : next_change;
+    multiply(x, x_change, x, x_change, square, square_change);
+    multiply(square, square_change, x, x_change, cube, cube_change);
+    const Matrix<T>*powers[] = {&x, &square}, *changes[] = {&x_change, &square_change};
+    for (int first = terms / 3 * 3; first >= 0; first -= 3) {
+        if (first + 3 <= terms) multiply_value_by(cube, cube_change);
         double factor = 1;
         for (int k = 2; k <= first; ++k) factor /= k;
-        for (int64_t i = 0; i < x.side; ++i) value.at(i, i) += (T)factor;
-        for (int k = 1; k < kTogether && first + k <= terms; ++k) {
+        for (int64_t i = 0; i < side; ++i) value.at(i, i) += (T)factor;
+        for (int k = 1; k < 3 && first + k <= terms; ++k) {
             factor /= first + k;
-            add_scaled(powers[k - 1], (T)factor, value);
-            if (d) add_scaled(changes[k - 1], (T)factor, change);
+            add_scaled(*powers[k - 1], (T)factor, value);
+            if (d) add_scaled(*changes[k - 1], (T)factor, change);
         }
     }
-    for (int h = 0; h < halvings; ++h) multiply_by(value, change);
+    for (int h = 0; h < halvings; ++h) multiply_value_by(value, change);
 }
 
 }  // namespace

@@ -34,6 +34,19 @@ inline float sum(V x) {
     return (float)total;
 }
 
+// The same in halves: a rounding or two more, in a quarter of the time.
+inline float sum_of_pairs(V x) {
+    typedef float Half __attribute__((vector_size(2 * kLanes)));
+    typedef float Quarter __attribute__((vector_size(kLanes)));
+    Half halves[2];
+    __builtin_memcpy(halves, &x, sizeof x);
+    const Half half = halves[0] + halves[1];
+    Quarter quarters[2];
+    __builtin_memcpy(quarters, &half, sizeof half);
+    const Quarter last = quarters[0] + quarters[1];
+    return (last[0] + last[2]) + (last[1] + last[3]);
+}
+
 // 2^t = power (1 + rest), within 2 units in the last place for -125 <= t <= 126; beyond, as at the end.
 struct Power {
     V power, rest;
