@@ -274,6 +274,14 @@ def test_flows_of_another_kind_and_surroundings_are_left_alone() -> None:
     assert not is_node(flow.levels[0], x[:0])
 
 
+def test_compiled_steps_are_left_where_a_node_is_faster() -> None:
+    flow, x = flow_and_images()
+    flow.compile_steps(backend="eager")
+    assert is_node(flow.levels[0], x)
+    flow.levels[0].couplings[0].net.act.register_forward_hook(lambda *args: None)
+    assert not is_node(flow.levels[0], x)
+
+
 # ---- without a graph -------------------------------------------------------------------------------------------------
 
 

@@ -144,12 +144,11 @@ class Level(nn.Module):
         return x, prepared.logdet, logdets
 
     def _run_as_node(self, x: Tensor, side: int) -> tuple[Tensor, Tensor] | None:
-        """All as one operation, to be differentiated, where that can be had."""
+        """All as one operation, to be differentiated, where that can be had: faster than compiled steps, too."""
         norm = self.norms[0]
         if not (
             norm.per == "channel"
             and network_node.may_run(x)
-            and self._compiled_forward is None
             and all(
                 type(coupling) is AffineCoupling and isinstance(coupling.net, Subnet) for coupling in self.couplings
             )
