@@ -108,10 +108,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             for position, row in enumerate(present):
                 # Below a percent it is noise, and a logarithm needs something above zero.
                 percent = 100 * row[f"{operation} overhead"]
-                height = max(1.0, percent)
+                height, told = max(1.0, percent), f"{percent:.0f}" if percent >= 1 else "<1"
                 place = index + (position - (len(present) - 1) / 2) * width
                 axis.bar(place, height, 0.92 * width, color=f"C{sides.index(row['side'])}")
-                axis.text(place, height, f"{percent:.0f}", ha="center", va="bottom", fontsize=6)
+                axis.text(place, height, told, ha="center", va="bottom", fontsize=6)
         axis.set_yscale("log")
         axis.set_ylim(0.8, 1.3 * axis.get_ylim()[1])  # the least bar and the highest number in sight
         axis.yaxis.set_major_formatter("{x:g}")
