@@ -4,6 +4,7 @@
 
 The products have their operands ready and are not even added up: making the terms from mu and s, the squares, the
 constants and (for ``GLEM.log_prob_per_class`` of an identity flow) the dequantisation all count against the library.
+What is made from mu and s is kept until they change; in training they change in every pass.
 Backward adds two products for z and two for the parameters. Both sides of a row run in turn, first one, then the other
 first, in one process; the ratio is the median over the rounds.
 """
@@ -40,10 +41,13 @@ def products(z: Tensor, scaled: Tensor, inverse: Tensor, grad: Tensor | None = N
     return task
 
 
-def densities(gaussians: ClassGaussians, z: Tensor, grad: Tensor | None = None) -> Task:
-    """``log_prob``, and with ``grad`` its backward."""
+def densities(gaussians: ClassGaussians, z: Tensor, grad: Tensor | None = None, changing: bool = False) -> Task:
+    """``log_prob``, and with ``grad`` its backward; ``changing``: of parameters that an optimizer has written to."""
 
     def task() -> None:
+        if changing:
+            with torch.no_grad():
+                gaussians.mu[:1].add_(0.0)
         result = gaussians.log_prob(z)
         if grad is not None:
             result.backward(grad)
@@ -85,7 +89,8 @@ def pairs(classes: int, dim: int, batch: int) -> dict[str, tuple[Task, Task]]:
     z = torch.randn(batch, dim)
     grad = torch.randn(batch, classes)
     free = z.clone().requires_grad_()
-    frozen, trained, evaluated = (make_gaussians(classes, dim, trainable) for trainable in (False, True, True))
+    # What one row leaves behind must not serve, or burden, another.
+    frozen, trained, evaluated, changed = (make_gaussians(classes, dim, k > 0) for k in range(4))
     model = GLEM.create("identity", image_shape(dim), [f"class {i}" for i in range(classes)])
     model.gaussians.load_state_dict(frozen.state_dict())
     model.eval().requires_grad_(False)
@@ -102,7 +107,8 @@ def pairs(classes: int, dim: int, batch: int) -> dict[str, tuple[Task, Task]]:
             torch.no_grad()(densities(evaluated, z)),
             torch.no_grad()(products(z, *leaves)),
         ),
-        "trainable, forward": (densities(trained, z), products(z, *leaves)),
+        "trainable, forward": (densities(evaluated, z), products(z, *leaves)),
+        "trainable, a new forward in every pass": (densities(changed, z, changing=True), products(z, *leaves)),
         "trainable, forward + backward to mu, s": (densities(trained, z, grad), products(z, *leaves, grad)),
         "trainable, forward + backward to z, mu, s": (densities(trained, free, grad), products(free, *leaves, grad)),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,16 @@ class _Psi(torch.autograd.Function):
         return result, None, None, None
 
 
+def _two_products(z: Tensor, inverse: Tensor, scaled: Tensor, constant: Tensor) -> Tensor:
+    """Log-densities [B, K] from ``ClassGaussians._density_terms``."""
+    return torch.addmm(torch.addmm(constant, z, scaled.T), z * z, inverse.T, alpha=-0.5)
+
+
 class _LogProb(torch.autograd.Function):
     """All-class log-densities straight from mu and s, for parameters that may change at any time.
 
-    Neither direction holds a K x d tensor beyond its results: the terms of a block of classes are made, used in the
+    ``terms`` are what is kept of parameters that have not changed, and ``forget`` drops it. Without terms neither
+    direction holds a K x d tensor beyond its results: the terms of a block of classes are made, used in the
     products and dropped, and the backward makes them again. With G the gradient of the result [B, K] and
     g = sum_b G, A = G^T z^2 and C = G^T z are the products behind all gradients:
     ``dmu = (C - g mu) / var``, ``dvar = ((A - 2 mu C + g mu^2) / var - g) / (2 var)``,
@@ -105,9 +111,20 @@ class _LogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, mu: Tensor, s: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
+    def forward(
+        ctx,
+        z: Tensor,
+        mu: Tensor,
+        s: Tensor,
+        psi: tuple[float, float, float] | None,
+        low: float,
+        terms: tuple[Tensor, Tensor, Tensor] | None,
+        forget: Callable[[], None],
+    ) -> Tensor:
         ctx.save_for_backward(z, mu, s)
-        ctx.spec = (psi, low)
+        ctx.spec, ctx.forget = (psi, low), forget
+        if terms is not None:
+            return _two_products(z, *terms)
         square = z * z
         parts = []
         for mean, free in _rows(mu, s):
@@ -121,6 +138,7 @@ class _LogProb(torch.autograd.Function):
         z, mu, s = ctx.saved_tensors
         psi, low = ctx.spec
         needs_z, needs_mu, needs_s, *_ = ctx.needs_input_grad
+        ctx.forget()  # an optimizer is about to move the parameters, and may leave no trace
         with full_precision(z.device.type):
             square = z * z
             grad_mu, grad_s = torch.empty_like(mu), torch.empty_like(s)
@@ -143,7 +161,7 @@ class _LogProb(torch.autograd.Function):
                     spread.mul_(inverse).sub_(total).mul_(inverse).mul_(0.5)
                     torch.mul(spread, _slope(free, var, psi, low), out=d_free)
         grad_z = linear.addcmul_(z, curved, value=-1) if needs_z else None
-        return grad_z, grad_mu if needs_mu else None, grad_s if needs_s else None, None, None
+        return grad_z, grad_mu if needs_mu else None, grad_s if needs_s else None, None, None, None, None
 
 
 class ClassGaussians(nn.Module):
@@ -186,6 +204,7 @@ class ClassGaussians(nn.Module):
         start = 0.0 if psi is not None else float(initial_variance)
         self.s = nn.Parameter(torch.full((num_classes, dim), start))
         self._cache: dict = {}
+        self._seen: dict = {}
 
     @property
     def num_classes(self) -> int:
@@ -238,11 +257,35 @@ class ClassGaussians(nn.Module):
         self.mu.copy_(torch.randn(self.mu.shape, generator=generator).to(self.mu) * std)
 
     def _learns(self) -> bool:
-        """Whether a gradient is to reach the parameters; what was kept is then dropped, since they will change."""
-        result = torch.is_grad_enabled() and (self.mu.requires_grad or self.s.requires_grad)
-        if result:
-            self._cache = {}
-        return result
+        """Whether a gradient is to reach the parameters."""
+        return torch.is_grad_enabled() and (self.mu.requires_grad or self.s.requires_grad)
+
+    def _state(self) -> dict | None:
+        """What tells whether the parameters have changed since; None where nothing does."""
+        parameters = (self.mu, self.s)
+        on_cpu = self.mu.device.type == "cpu"
+        if any(p.is_inference() or (p.requires_grad and not on_cpu) for p in parameters):
+            return None
+        # The storages are held too: an address that may be given to a new tensor says nothing.
+        return {
+            "state": [(p, p.data_ptr(), p._version) for p in parameters],
+            "probes": [_probe(p) for p in parameters if on_cpu],
+            "storages": [p.untyped_storage() for p in parameters],
+        }
+
+    def _terms_while_learning(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Those of ``_density_terms``, if the parameters are as they were the last time and no gradient has gone to
+        them since: when they change from call to call, keeping anything would be a waste."""
+        state, seen = self._state(), self._seen
+        if state is not None and seen and _same(state["state"], state["probes"], seen):
+            return self._density_terms()
+        self._forget()
+        if state is not None:
+            self._seen = {**state, "probes": [p.clone() for p in state["probes"]]}
+        return None
+
+    def _forget(self) -> None:
+        self._cache, self._seen = {}, {}
 
     def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]; no gradient reaches the parameters through them.
@@ -250,21 +293,16 @@ class ClassGaussians(nn.Module):
         They are kept until a parameter is replaced, moved or written to; on an accelerator only those of frozen
         parameters.
         """
-        parameters = (self.mu, self.s)
-        on_cpu = self.mu.device.type == "cpu"
-        if any(p.is_inference() or (p.requires_grad and not on_cpu) for p in parameters):
+        state = self._state()
+        if state is None:
             self._cache = {}
             return self._compute_terms()
-        now = [(p, p.data_ptr(), p._version) for p in parameters]
-        probes = [_probe(p) for p in parameters if on_cpu]
         cache = self._cache  # another thread may put a new one in its place at any time
-        if not _same(now, probes, cache):
+        if not _same(state["state"], state["probes"], cache):
             # A tensor made under inference_mode could never again take part in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                terms, probes = self._compute_terms(), [p.clone() for p in probes]
-            # The storages are held too: an address that may be given to a new tensor says nothing.
-            storages = [p.untyped_storage() for p in parameters]
-            cache = self._cache = {"state": now, "probes": probes, "terms": terms, "storages": storages}
+                kept = {"probes": [p.clone() for p in state["probes"]], "terms": self._compute_terms()}
+            cache = self._cache = {**state, **kept}
         return cache["terms"]
 
     @torch.no_grad()
@@ -278,16 +316,16 @@ class ClassGaussians(nn.Module):
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        state["_cache"] = {}
+        state["_cache"], state["_seen"] = {}, {}
         return state
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of every latent under every class, by two matrix products.
 
-        The constants of the products are kept between calls where no gradient is to reach the parameters (they are
-        frozen, or gradients are off); writes through ``.data`` or NumPy may go unseen, all others are noticed. Else
-        they are made anew, and the result can be differentiated once. On an accelerator only those of frozen parameters
-        are kept, and none of parameters made under inference_mode, whose writes torch does not count.
+        The constants of the products are kept between calls until a parameter changes; writes through ``.data`` or
+        NumPy may go unseen, all others are noticed. Where a gradient may reach the parameters they are kept from the
+        second call on, until one does; the result can be differentiated once. On an accelerator only those of frozen
+        parameters are kept, and none of parameters made under inference_mode, whose writes torch does not count.
 
         Args:
             z: [B, d].
@@ -298,9 +336,9 @@ class ClassGaussians(nn.Module):
         # Sums of thousands of terms that nearly cancel: neither bf16 (autocast) nor TF32 will do.
         with full_precision(z.device.type):
             if self._learns():
-                return _LogProb.apply(z, self.mu, self.s, self.psi, self._lowest)
-            inverse, scaled, constant = self._density_terms()
-            return torch.addmm(torch.addmm(constant, z, scaled.T), z * z, inverse.T, alpha=-0.5)
+                spec = self.psi, self._lowest, self._terms_while_learning(), self._forget
+                return _LogProb.apply(z, self.mu, self.s, *spec)
+            return _two_products(z, *self._density_terms())
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""

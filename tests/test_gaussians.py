@@ -356,6 +356,37 @@ def test_terms_of_trainable_parameters_are_kept_where_no_gradient_is_wanted() ->
             assert gaussians._density_terms()[0] is not kept
 
 
+def test_terms_of_trainable_parameters_are_kept_between_passes_that_change_nothing() -> None:
+    gaussians, z = random_gaussians(40, 30).requires_grad_(True), torch.randn(4, 30, dtype=torch.float64)
+    optimizer = torch.optim.Adam(gaussians.parameters(), lr=0.1, fused=True)  # leaves the versions as they were
+
+    def check(kept: bool) -> Tensor:
+        found = gaussians.log_prob(z)
+        want = torch.stack([n.log_prob(z) for n in reference(gaussians)], 1)
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-9)
+        assert bool(gaussians._cache) == kept
+        return found
+
+    for _ in range(2):
+        check(False)
+        check(True)
+        found = check(True)
+        gradients = torch.autograd.grad(found.sum(), [*gaussians.parameters()], retain_graph=True)
+        check(False)  # a gradient has gone to the parameters
+        check(True)
+        with torch.no_grad():
+            gaussians.mu += 1
+        check(False)
+        found = check(True)
+        found.sum().backward()
+        want = torch.autograd.grad(sum(n.log_prob(z).sum() for n in reference(gaussians)), [*gaussians.parameters()])
+        for p, w, before in zip(gaussians.parameters(), want, gradients, strict=True):
+            torch.testing.assert_close(p.grad, w, rtol=1e-9, atol=1e-9)
+            assert not torch.equal(before, w)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_terms_cached_under_inference_mode_do_not_break_later_gradients() -> None:
     gaussians = random_gaussians(3, 5).requires_grad_(False)
     with torch.inference_mode():
