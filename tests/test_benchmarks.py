@@ -260,7 +260,7 @@ def test_the_products_are_all_that_the_densities_need() -> None:
 
 def test_densities_measure_every_pair() -> None:
     rows = load("densities").measure(classes=4, dim=48, batch=3, rounds=2)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for row in rows:
         assert row["ratio"] > 0 and row["met"] is (row["ratio"] <= row["limit"])
 
