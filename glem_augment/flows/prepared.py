@@ -88,15 +88,10 @@ def prepare(weights: Weights, pixels: tuple[int, int], per_channel: bool, invers
 
 def plain_prepared(weights: Weights, pixels: tuple[int, int], per_channel: bool, inverse: bool) -> Prepared:
     """``prepare`` by torch's operations."""
-    return _prepare(*map(torch.stack, weights), *pixels, per_channel, inverse)
-
-
-def _prepare(
-    bias: Tensor, log_scale: Tensor, generators: Tensor, norm_pixels: int, pixels: int, per_channel: bool, inverse: bool
-) -> Prepared:
-    """By torch's operations; weights: those of all steps."""
+    norm_pixels, level_pixels = pixels
+    bias, log_scale, generators = map(torch.stack, weights)
     bias, log_scale = bias.unsqueeze(2), log_scale.unsqueeze(2)
-    constant = log_scale.sum() * norm_pixels + generators.diagonal(dim1=1, dim2=2).sum() * pixels
+    constant = log_scale.sum() * norm_pixels + generators.diagonal(dim1=1, dim2=2).sum() * level_pixels
     sign = -1.0 if inverse else 1.0
     matrix = exp_of_generators(generators, sign)
     scale = (sign * log_scale).exp()
