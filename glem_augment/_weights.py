@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from glem_augment.densities import Parametrisation
 from glem_augment.errors import ModelFileError
-from glem_augment.gaussians import _variance
 
 if TYPE_CHECKING:
     from glem_augment.config import GLEMConfig
@@ -171,7 +171,7 @@ def _check_values(path: Path, model: GLEM) -> None:
     gaussians, modes = model.gaussians, model.modes
     with torch.no_grad():
         for s in _parts(gaussians.s):
-            variance = _variance(s, gaussians.psi, 0.0)
+            variance = Parametrisation(gaussians.psi).variance(s)
             # In float32 a tiny variance has an infinite inverse, which is what densities use.
             if not bool(((variance > 0) & torch.isfinite(variance) & torch.isfinite(1 / variance)).all()):
                 raise ModelFileError(f"{path}: gaussians.s gives variances that are not positive and finite")

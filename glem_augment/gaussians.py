@@ -3,55 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from glem_augment.densities import LogProb, Parametrisation, Psi, density_terms, two_products
 from glem_augment.flows.precision import full_precision
 from glem_augment.kld import kld_class_sums, kld_matrix, kld_pair_sum
 
-# Classes whose terms are made and used at a time on the CPU: few enough to stay in its cache, enough that threads
-# seldom wait for each other.
-_ROWS = 64
 # About how many elements of a parameter are looked at to see whether an optimizer has made a step.
 _PROBED = 1024
 
 # Without psi: of the variances at the start, and their lower bound relative to it.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
-
-
-def _variance(s: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
-    """sigma^2 from the free parameters, a new tensor; ``low`` bounds it where there is no psi. No gradient."""
-    if psi is None:
-        return s.clamp_min(low)
-    a, b, c = psi
-    return (b * s).sigmoid_().mul_(a).add_(c)
-
-
-def _slope(s: Tensor, variance: Tensor, psi: tuple[float, float, float] | None, low: float) -> Tensor:
-    """d sigma^2 / ds, a new tensor: ``psi' = b (psi - c) (1 - (psi - c) / a)``."""
-    if psi is None:
-        return (s >= low).to(s.dtype)
-    a, b, c = psi
-    above = variance - c
-    return torch.addcmul(above, above, above, value=-1 / a).mul_(b)
-
-
-def _terms(mu: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1/sigma^2 [k,d], mu/sigma^2 [k,d] and constants [k], of k classes. Overwrites ``variance``. No gradient."""
-    log = variance.log()
-    inverse = variance.reciprocal_()
-    scaled = mu * inverse
-    total = log.addcmul_(mu, scaled).sum(1, dtype=torch.float64) + mu.shape[1] * math.log(2 * math.pi)
-    return inverse, scaled, (-0.5 * total).to(mu.dtype)
-
-
-def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of classes: small ones on the CPU, everything at once where a launch costs more than a pass."""
-    size = _ROWS if tensors[0].device.type == "cpu" else max(1, tensors[0].shape[0])
-    return zip(*(t.split(size) for t in tensors), strict=True)
 
 
 def _probe(parameter: Tensor) -> Tensor:
@@ -70,98 +34,6 @@ def _same(now: list[tuple[Tensor, int, int]], probes: list[Tensor], cache: dict)
         return False
     kept = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, before, strict=True))
     return kept and all(torch.equal(a, b) for a, b in zip(probes, cache["probes"], strict=True))
-
-
-class _Psi(torch.autograd.Function):
-    """``a * sigmoid(b * s) + c``, keeping nothing but its result: K x d is the large tensor here."""
-
-    @staticmethod
-    def forward(ctx, s: Tensor, a: float, b: float, c: float) -> Tensor:
-        variance = _variance(s, (a, b, c), 0.0)
-        ctx.save_for_backward(variance)
-        ctx.psi = (a, b, c)
-        return variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (variance,) = ctx.saved_tensors
-        a, b, c = ctx.psi
-        result = torch.empty_like(variance)
-        # In blocks of rows, so that no second K x d temporary is made.
-        for out, value, upstream in _rows(result, variance, grad):
-            torch.mul(_slope(value, value, (a, b, c), 0.0), upstream, out=out)
-        return result, None, None, None
-
-
-def _two_products(z: Tensor, inverse: Tensor, scaled: Tensor, constant: Tensor) -> Tensor:
-    """Log-densities [B, K] from ``ClassGaussians._density_terms``."""
-    return torch.addmm(torch.addmm(constant, z, scaled.T), z * z, inverse.T, alpha=-0.5)
-
-
-class _LogProb(torch.autograd.Function):
-    """All-class log-densities straight from mu and s, for parameters that may change at any time.
-
-    ``terms`` are what is kept of parameters that have not changed, and ``forget`` drops it. Without terms neither
-    direction holds a K x d tensor beyond its results: the terms of a block of classes are made, used in the
-    products and dropped, and the backward makes them again. With G the gradient of the result [B, K] and
-    g = sum_b G, A = G^T z^2 and C = G^T z are the products behind all gradients:
-    ``dmu = (C - g mu) / var``, ``dvar = ((A - 2 mu C + g mu^2) / var - g) / (2 var)``,
-    ``dz = G (mu / var) - z * G (1 / var)``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        z: Tensor,
-        mu: Tensor,
-        s: Tensor,
-        psi: tuple[float, float, float] | None,
-        low: float,
-        terms: tuple[Tensor, Tensor, Tensor] | None,
-        forget: Callable[[], None],
-    ) -> Tensor:
-        ctx.save_for_backward(z, mu, s)
-        ctx.spec, ctx.forget = (psi, low), forget
-        if terms is not None:
-            return _two_products(z, *terms)
-        square = z * z
-        parts = []
-        for mean, free in _rows(mu, s):
-            inverse, scaled, constant = _terms(mean, _variance(free, psi, low))
-            parts.append(torch.addmm(torch.addmm(constant, z, scaled.T), square, inverse.T, alpha=-0.5))
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        z, mu, s = ctx.saved_tensors
-        psi, low = ctx.spec
-        needs_z, needs_mu, needs_s, *_ = ctx.needs_input_grad
-        ctx.forget()  # an optimizer is about to move the parameters, and may leave no trace
-        with full_precision(z.device.type):
-            square = z * z
-            grad_mu, grad_s = torch.empty_like(mu), torch.empty_like(s)
-            linear, curved = (torch.zeros_like(z) if needs_z else None for _ in range(2))
-            for g, mean, free, d_mean, d_free in _rows(grad.T, mu, s, grad_mu, grad_s):
-                var = _variance(free, psi, low)
-                inverse = 1 / var
-                if needs_z:
-                    linear.addmm_(g.T, mean * inverse)
-                    curved.addmm_(g.T, inverse)
-                if not (needs_mu or needs_s):
-                    continue
-                total = g.sum(1, keepdim=True)
-                product = g @ z
-                pull = torch.addcmul(product, total, mean, value=-1)
-                torch.mul(pull, inverse, out=d_mean)
-                if needs_s:
-                    # A - mu (C + pull), pull = C - g mu
-                    spread = (g @ square).addcmul_(mean, product.add_(pull), value=-1)
-                    spread.mul_(inverse).sub_(total).mul_(inverse).mul_(0.5)
-                    torch.mul(spread, _slope(free, var, psi, low), out=d_free)
-        grad_z = linear.addcmul_(z, curved, value=-1) if needs_z else None
-        return grad_z, grad_mu if needs_mu else None, grad_s if needs_s else None, None, None, None, None
 
 
 class ClassGaussians(nn.Module):
@@ -219,11 +91,13 @@ class ClassGaussians(nn.Module):
         """Lower bound of the variances without psi."""
         return LOWEST_SHARE * self.initial_variance
 
+    @property
+    def _how(self) -> Parametrisation:
+        return Parametrisation(self.psi, self._lowest)
+
     def variance(self) -> Tensor:
         """sigma^2 [K, d]; differentiable with respect to ``s``."""
-        if self.psi is None:
-            return self.s.clamp_min(self._lowest)
-        return _Psi.apply(self.s, *self.psi)
+        return self._variance(self.s)
 
     def variance_of(self, y: Tensor) -> Tensor:
         """``variance()[y]`` [B, d] for classes y, int64 [B], without those of all classes where these are more.
@@ -232,8 +106,10 @@ class ClassGaussians(nn.Module):
         """
         if len(y) >= self.num_classes:
             return self.variance()[y]
-        rows = self.s[y]
-        return rows.clamp_min(self._lowest) if self.psi is None else _Psi.apply(rows, *self.psi)
+        return self._variance(self.s[y])
+
+    def _variance(self, s: Tensor) -> Tensor:
+        return s.clamp_min(self._lowest) if self.psi is None else Psi.apply(s, *self.psi)
 
     @torch.no_grad()
     def set_variance(self, variance: Tensor, rows: Tensor | slice = slice(None)) -> None:
@@ -296,23 +172,18 @@ class ClassGaussians(nn.Module):
         state = self._state()
         if state is None:
             self._cache = {}
-            return self._compute_terms()
+            return self._computed_terms()
         cache = self._cache  # another thread may put a new one in its place at any time
         if not _same(state["state"], state["probes"], cache):
             # A tensor made under inference_mode could never again take part in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                kept = {"probes": [p.clone() for p in state["probes"]], "terms": self._compute_terms()}
+                kept = {"probes": [p.clone() for p in state["probes"]], "terms": self._computed_terms()}
             cache = self._cache = {**state, **kept}
         return cache["terms"]
 
     @torch.no_grad()
-    def _compute_terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        inverse, scaled = torch.empty_like(self.mu), torch.empty_like(self.mu)
-        constant = self.mu.new_empty(self.num_classes)
-        for mu, s, *outs in _rows(self.mu, self.s, inverse, scaled, constant):
-            for out, term in zip(outs, _terms(mu, _variance(s, self.psi, self._lowest)), strict=True):
-                out.copy_(term)
-        return inverse, scaled, constant
+    def _computed_terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        return density_terms(self.mu, self.s, self._how)
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
@@ -336,9 +207,8 @@ class ClassGaussians(nn.Module):
         # Sums of thousands of terms that nearly cancel: neither bf16 (autocast) nor TF32 will do.
         with full_precision(z.device.type):
             if self._learns():
-                spec = self.psi, self._lowest, self._terms_while_learning(), self._forget
-                return _LogProb.apply(z, self.mu, self.s, *spec)
-            return _two_products(z, *self._density_terms())
+                return LogProb.apply(z, self.mu, self.s, self._how, self._terms_while_learning(), self._forget)
+            return two_products(z, self._density_terms())
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""

@@ -1,0 +1,209 @@
+"""Log-densities of every latent under every class, and their gradients, by two matrix products each.
+
+With diagonal Gaussians ``log N(z; mu, var) = z (mu / var)^T - 1/2 z^2 (1 / var)^T + constant``. What goes into the
+products, K x d numbers twice, is made from the parameters for a few classes at a time and used while it is in the
+processor's caches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glem_augment import densities_native
+from glem_augment.flows.precision import full_precision
+
+# Numbers of a K x d tensor that are worked on at a time on the CPU: few enough to stay in its cache, enough for matrix
+# products at full speed.
+_BLOCK = 512 * 1024
+_LINES = 64
+
+
+Terms = tuple[Tensor, Tensor, Tensor]
+
+
+class Parametrisation(NamedTuple):
+    """How the variances follow from free parameters s.
+
+    Attributes:
+        psi: (a, b, c) of ``a * sigmoid(b * s) + c`` (GLEM, Eq. 6); None: the variances are s.
+        low: their lower bound where there is no psi.
+    """
+
+    psi: tuple[float, float, float] | None
+    low: float = 0.0
+
+    def variance(self, s: Tensor) -> Tensor:
+        """sigma^2, a new tensor. No gradient."""
+        if self.psi is None:
+            return s.clamp_min(self.low)
+        a, b, c = self.psi
+        return (b * s).sigmoid_().mul_(a).add_(c)
+
+    def slope(self, s: Tensor, variance: Tensor) -> Tensor:
+        """d sigma^2 / ds, a new tensor: ``psi' = b (psi - c) (1 - (psi - c) / a)``. ``s`` counts without psi only."""
+        if self.psi is None:
+            return (s >= self.low).to(s.dtype)
+        a, b, c = self.psi
+        above = variance - c
+        return torch.addcmul(above, above, above, value=-1 / a).mul_(b)
+
+
+class Psi(torch.autograd.Function):
+    """``a * sigmoid(b * s) + c``, keeping nothing but its result: K x d is the large tensor here."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, a: float, b: float, c: float) -> Tensor:
+        ctx.how = Parametrisation((a, b, c))
+        variance = ctx.how.variance(s)
+        ctx.save_for_backward(variance)
+        return variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (variance,) = ctx.saved_tensors
+        result = torch.empty_like(variance)
+        # In blocks, so that no second K x d temporary is made.
+        for out, value, upstream in _columns(result, variance, grad):
+            torch.mul(ctx.how.slope(value, value), upstream, out=out)
+        return result, None, None, None
+
+
+def density_terms(mu: Tensor, s: Tensor, how: Parametrisation) -> Terms:
+    """1/sigma^2 [K, d], mu/sigma^2 [K, d] and constants [K] of the Gaussians with means and free parameters [K, d].
+
+    No gradient.
+    """
+    inverse, scaled, totals = mu.new_empty(mu.shape), mu.new_empty(mu.shape), _no_totals(mu)
+    if densities_native.serves(mu, s):
+        densities_native.terms(mu, s, how, inverse, scaled, totals)
+    else:
+        for mean, free, *out in _columns(mu, s, inverse, scaled):
+            _terms(mean, free, how, *out, totals)
+    return inverse, scaled, _constants(totals, mu)
+
+
+def two_products(z: Tensor, terms: Terms) -> Tensor:
+    """Log-densities [B, K] of z [B, d] from ``density_terms``."""
+    inverse, scaled, constant = terms
+    return torch.addmm(torch.addmm(constant, z, scaled.T), z * z, inverse.T, alpha=-0.5)
+
+
+class LogProb(torch.autograd.Function):
+    """All-class log-densities straight from mu and s, for parameters that may change at any time.
+
+    ``terms`` are what is kept of parameters that have not changed, and ``forget`` drops it. Without terms neither
+    direction holds a K x d tensor beyond its results: the terms of some dimensions are made, used in the products and
+    dropped, and the backward makes them again. With G the gradient of the result [B, K] and g = sum_b G, A = G^T z^2
+    and C = G^T z are the products behind all gradients: ``dmu = (C - g mu) / var``,
+    ``dvar = ((A - 2 mu C + g mu^2) / var - g) / (2 var)``, ``dz = G (mu / var) - z * G (1 / var)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        z: Tensor,
+        mu: Tensor,
+        s: Tensor,
+        how: Parametrisation,
+        terms: Terms | None,
+        forget: Callable[[], None],
+    ) -> Tensor:
+        ctx.save_for_backward(z, mu, s)
+        ctx.how, ctx.forget = how, forget
+        if terms is not None:
+            return two_products(z, terms)
+        make = densities_native.terms if densities_native.serves(mu, s) else _terms
+        result, totals, room = z.new_zeros(len(z), len(mu)), _no_totals(mu), _room(mu)
+        for some, mean, free in _columns(z, mu, s):
+            inverse, scaled = (r[: mean.numel()].view(mean.shape) for r in room)
+            make(mean, free, how, inverse, scaled, totals)
+            result.addmm_(some, scaled.T).addmm_(some * some, inverse.T, alpha=-0.5)
+        return result.add_(_constants(totals, mu))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        z, mu, s = ctx.saved_tensors
+        needs_z, needs_mu, needs_s, *_ = ctx.needs_input_grad
+        ctx.forget()  # an optimizer is about to move the parameters, and may leave no trace
+        native = densities_native.serves(mu, s)
+        make, gradients = (densities_native.terms, densities_native.gradients) if native else (_terms, _gradients)
+        # What is not asked for has no room of its own.
+        needs = (needs_z, needs_mu or needs_s, needs_s)
+        d_z, d_mu, d_s = (t.new_empty(t.shape) if n else t for t, n in zip((z, mu, s), needs, strict=True))
+        with full_precision(z.device.type):
+            sums, unwanted, room = grad.sum(0), _no_totals(mu), _room(mu)
+            for some, mean, free, to_z, *to_parameters in _columns(z, mu, s, d_z, d_mu, d_s):
+                one, two = (r[: mean.numel()].view(mean.shape) for r in room)
+                if needs_z:
+                    make(mean, free, ctx.how, one, two, unwanted)
+                    torch.mul(grad @ one, some, out=to_z)
+                    torch.sub(grad @ two, to_z, out=to_z)
+                if needs_mu or needs_s:
+                    torch.mm(grad.T, some, out=one)
+                    if needs_s:
+                        torch.mm(grad.T, some * some, out=two)
+                    gradients(sums, one, two if needs_s else None, mean, free, ctx.how, *to_parameters)
+        return d_z if needs_z else None, d_mu if needs_mu else None, d_s if needs_s else None, None, None, None
+
+
+def _terms(mu: Tensor, s: Tensor, how: Parametrisation, inverse: Tensor, scaled: Tensor, totals: Tensor) -> None:
+    """1/sigma^2 and mu/sigma^2 into the tensors for them; ``sum(log sigma^2 + mu^2/sigma^2)`` is added to
+    ``totals``."""
+    variance = how.variance(s)
+    torch.reciprocal(variance, out=inverse)
+    torch.mul(mu, inverse, out=scaled)
+    totals += variance.log_().addcmul_(mu, scaled).sum(1, dtype=torch.float64)
+
+
+def _gradients(
+    sums: Tensor,
+    linear: Tensor,
+    curved: Tensor | None,
+    mu: Tensor,
+    s: Tensor,
+    how: Parametrisation,
+    d_mu: Tensor,
+    d_s: Tensor,
+) -> None:
+    """Gradients of mu and s from ``LogProb``'s g, C and A, of which the latter two are overwritten."""
+    variance, total = how.variance(s), sums[:, None]
+    inverse = 1 / variance
+    pull = torch.addcmul(linear, total, mu, value=-1)
+    torch.mul(pull, inverse, out=d_mu)
+    if curved is not None:
+        # A - mu (C + pull), pull = C - g mu
+        spread = curved.addcmul_(mu, linear.add_(pull), value=-1).mul_(inverse).sub_(total).mul_(inverse).mul_(0.5)
+        torch.mul(spread, how.slope(s, variance), out=d_s)
+
+
+def _no_totals(mu: Tensor) -> Tensor:
+    return mu.new_zeros(len(mu), dtype=torch.float64)
+
+
+def _constants(totals: Tensor, mu: Tensor) -> Tensor:
+    return (-0.5 * (totals + mu.shape[1] * math.log(2 * math.pi))).to(mu.dtype)
+
+
+def _width(mu: Tensor) -> int:
+    """Dimensions at a time, whole cache lines; on an accelerator all, since there a launch costs more than a pass."""
+    return max(_LINES, _BLOCK // len(mu) // _LINES * _LINES if mu.device.type == "cpu" else mu.shape[1])
+
+
+def _columns(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of dimensions of tensors [.., d], the last of them K x d."""
+    width = _width(tensors[-1])
+    return zip(*(t.split(width, 1) for t in tensors), strict=True)
+
+
+def _room(mu: Tensor) -> tuple[Tensor, Tensor]:
+    """For two numbers for each of a block's parameters."""
+    size = len(mu) * min(_width(mu), mu.shape[1])
+    return mu.new_empty(size), mu.new_empty(size)
