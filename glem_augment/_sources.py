@@ -163,9 +163,13 @@ class LatentSource:
     ) -> list[tuple[np.random.Generator, np.ndarray, np.ndarray]]:
         """One generator per class and block of NOISE_BLOCK places, with its rows and their places in the block."""
         number = within // NOISE_BLOCK
+        key = cls * (number.max(initial=0) + 1) + number
+        order = np.argsort(key, kind="stable")
+        starts = np.flatnonzero(np.diff(key[order], prepend=-1))
         found = []
-        for c, b in np.unique(np.stack([cls, number], axis=1), axis=0).tolist():
-            rows = np.flatnonzero((cls == c) & (number == b))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+            rows = order[start:end]
+            c, b = int(cls[rows[0]]), int(number[rows[0]])
             # SeedSequence mixes the numbers so that neighbouring seeds, classes and blocks are unrelated. (A zero at
             # the end changes nothing: attempt 0 is what a set without rejection holds.)
             sequence = np.random.SeedSequence([self.seed, c, b, attempt])
