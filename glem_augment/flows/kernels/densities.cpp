@@ -50,8 +50,10 @@ struct LogOfProduct {
     }
 };
 
-// Of one class in `size` dimensions: 1 / var, mu / var, and returned sum (log var + mu^2 / var).
-double terms(const float* mu, const float* s, float* inverse, float* scaled, int64_t size, Variances variances) {
+// Of one class in `size` dimensions: 1 / var, mu / var, and returned sum (log var + mu^2 / var). ahead: where the next
+// class begins, too far away for the processor to foresee it.
+double terms(const float* mu, const float* s, float* inverse, float* scaled, int64_t size, int64_t ahead,
+             Variances variances) {
     LogOfProduct precision;
     double total = 0;
     for (int64_t from = 0; from < size; from += kVectors * kLanes) {
@@ -59,6 +61,8 @@ double terms(const float* mu, const float* s, float* inverse, float* scaled, int
         V squares = V{};
         // A constant where it is called for whole vectors, so that no lane is looked at.
         const auto some = [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+            __builtin_prefetch(mu + at + ahead);
+            __builtin_prefetch(s + at + ahead);
             const V mean = load(mu + at, count);
             V own = variances.inverse(load(s + at, count));
             for (int64_t lane = count; lane < kLanes; ++lane) own[lane] = 1;
@@ -85,7 +89,7 @@ extern "C" void glem_densities(const float* mu, const float* s, float* inverse, 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row)
         totals[row] += terms(mu + row * stride, s + row * stride, inverse + row * size, scaled + row * size, size,
-                             {a, b, c});
+                             row + 1 < rows ? stride : 0, {a, b, c});
 }
 
 // From g = sum_b G [rows], C = G^T z and A = G^T z^2 [rows, size], of G the gradient of the log-densities:
@@ -96,10 +100,13 @@ extern "C" void glem_densities_backward(const float* sums, const float* linear, 
                                         int64_t stride, float a, float b, float c, int32_t threads) {
     const Variances variances{a, b, c};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t ahead = row + 1 < rows ? stride : 0;
         for (int64_t at = 0; at < size; at += kLanes) {
             const int64_t left = size - at, count = left < kLanes ? left : kLanes;
             const int64_t here = row * size + at, there = row * stride + at;
+            __builtin_prefetch(mu + there + ahead);
+            __builtin_prefetch(s + there + ahead);
             V slope;
             const V mean = load(mu + there, count), product = load(linear + here, count);
             const V pull = product - mean * sums[row], inverse = variances.inverse(load(s + there, count), &slope);
@@ -108,4 +115,5 @@ extern "C" void glem_densities_backward(const float* sums, const float* linear, 
             const V spread = load(curved + here, count) - mean * (product + pull);
             store(g_s + there, count, (spread * inverse - sums[row]) * inverse * slope * 0.5f);
         }
+    }
 }
