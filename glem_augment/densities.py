@@ -21,8 +21,7 @@ from glem_augment.flows.precision import full_precision
 # Numbers of a K x d tensor that are worked on at a time on the CPU: few enough to stay in its cache, enough for matrix
 # products at full speed.
 _BLOCK = 512 * 1024
-_LINES = 64
-
+_LINE = 64
 
 Terms = tuple[Tensor, Tensor, Tensor]
 
@@ -193,8 +192,10 @@ def _constants(totals: Tensor, mu: Tensor) -> Tensor:
 
 
 def _width(mu: Tensor) -> int:
-    """Dimensions at a time, whole cache lines; on an accelerator all, since there a launch costs more than a pass."""
-    return max(_LINES, _BLOCK // len(mu) // _LINES * _LINES if mu.device.type == "cpu" else mu.shape[1])
+    """Dimensions at a time, in whole cache lines; on an accelerator all, since there a launch costs more than a pass."""
+    if mu.device.type != "cpu":
+        return max(1, mu.shape[1])
+    return max(_LINE, _BLOCK // max(1, len(mu)) // _LINE * _LINE)
 
 
 def _columns(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -183,7 +183,7 @@ class SyntheticDataset(Dataset):
         out = np.empty((len(cls), *self.image_shape), dtype=np.uint8)
         missing = ~self._store.read(block, place, out)
         while missing.any():
-            number = self._store.claim(np.unique(block[missing]))
+            number = self._store.claim(np.array(sorted(set(block[missing].tolist()))))
             if number is None:
                 # Others decode all that is missing here.
                 rows = np.flatnonzero(missing)

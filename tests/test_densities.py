@@ -109,6 +109,15 @@ def test_far_out_parameters_and_what_is_no_number(native: bool) -> None:
     assert gaussians.s.grad[:2].abs().max() < 1e-9 and gaussians.s.grad[2, :39].isfinite().all()
 
 
+def test_no_latents_at_all(native: bool) -> None:
+    gaussians, none = some_gaussians(3, 5, PSIS[0]), torch.empty(0, 5, requires_grad=True)
+    labels = torch.empty(0, dtype=torch.int64)
+    for found in (gaussians.log_prob(none), gaussians.log_prob_of(none, labels)):
+        assert len(found) == 0
+        gradients = torch.autograd.grad(found.sum(), (none, gaussians.mu, gaussians.s))
+        assert not any(g.any() for g in gradients)
+
+
 def test_other_layouts_and_types_take_the_way_of_torch() -> None:
     straight = torch.randn(5, 6)
     for mu, s in ((straight.T, straight.T), (straight.double(), straight.double()), (straight, straight[:, :1])):
