@@ -192,7 +192,7 @@ def _constants(totals: Tensor, mu: Tensor) -> Tensor:
 
 
 def _width(mu: Tensor) -> int:
-    """Dimensions at a time, in whole cache lines; on an accelerator all, since there a launch costs more than a pass."""
+    """Dimensions at a time, in whole cache lines; on an accelerator all: a launch costs more than a pass."""
     if mu.device.type != "cpu":
         return max(1, mu.shape[1])
     return max(_LINE, _BLOCK // max(1, len(mu)) // _LINE * _LINE)

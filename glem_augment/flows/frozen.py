@@ -8,7 +8,7 @@ compilation, autocast, other devices and dtypes are the modules' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ class FrozenRun:
             return None
         network = parts()
         layers = [] if network is None else network.layers()
-        if network is None or not all(is_bare(layer) for layer in layers):
+        if network is None or not are_bare(layers):
             return None
         weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
         if any(p.requires_grad for p in weights):
@@ -140,24 +140,18 @@ def _take_apart(network: Parts, state: tuple, shape: list[int]) -> _Steps:
     )
 
 
-def is_bare(layer: nn.Module) -> bool:
-    """Whether ``layer`` is a convolution and nothing more: no hooks, no weights computed from others."""
-    return (
-        type(layer) is nn.Conv2d
-        and "weight" in layer._parameters
-        and layer.padding_mode == "zeros"
-        and not has_hooks(layer)
-    )
+def are_bare(layers: Sequence[nn.Module]) -> bool:
+    """Whether all are convolutions and nothing more: no hooks, no weights computed from others."""
+    return all(
+        type(layer) is nn.Conv2d and "weight" in layer._parameters and layer.padding_mode == "zeros" for layer in layers
+    ) and not have_hooks(layers)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to know of ``module``'s calls, or of those of all modules."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
+def have_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody wants to know of the calls of one of them, or of those of all modules."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.flows import elu_native
-from glem_augment.flows.frozen import Parts, is_bare
+from glem_augment.flows.frozen import Parts, are_bare
 from glem_augment.flows.ordinary import are_ordinary, gradients_of, is_ordinary
 
 
@@ -152,7 +152,7 @@ def described(network: Parts | None) -> Node | None:
     if network is None or network.act.name != "elu":
         return None
     layers = network.layers()
-    if not all(map(is_bare, layers)):
+    if not are_bare(layers):
         return None
     weights = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
     return Node(

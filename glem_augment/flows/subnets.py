@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.flows.activations import Activation, may_be_overwritten
-from glem_augment.flows.frozen import FrozenRun, Parts, has_hooks, may_run_frozen
+from glem_augment.flows.frozen import FrozenRun, Parts, have_hooks, may_run_frozen
 from glem_augment.flows.network_node import Node, described, run_as_node
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
@@ -115,7 +115,8 @@ class ResidualBlock(nn.Module):
 
     def layers(self) -> list[tuple[bool, nn.Module]]:
         """What is added to x, each with whether the activation comes before it."""
-        return [(True, self.conv1), (True, self.conv2), (True, self.conv3)]
+        parts = self._modules  # which a training step asks of every block; as attributes they are slow to find
+        return [(True, parts["conv1"]), (True, parts["conv2"]), (True, parts["conv3"])]
 
 
 class DepthwiseBlock(nn.Module):
@@ -133,7 +134,8 @@ class DepthwiseBlock(nn.Module):
 
     def layers(self) -> list[tuple[bool, nn.Module]]:
         """As ``ResidualBlock.layers``."""
-        return [(False, self.depthwise), (False, self.expand), (True, self.project)]
+        parts = self._modules
+        return [(False, parts["depthwise"]), (False, parts["expand"]), (True, parts["project"])]
 
 
 class ConvSubnet(Subnet):
@@ -192,7 +194,7 @@ class ConvSubnet(Subnet):
         return self.autocast is None and may_run_frozen(x)
 
     def as_node(self) -> Node | None:
-        known = type(self).forward is ConvSubnet.forward and not has_hooks(self)
+        known = type(self).forward is ConvSubnet.forward and not have_hooks([self])
         if not known or self.autocast is not None or self._frozen.is_used():
             return None
         return described(self._parts())
@@ -201,7 +203,7 @@ class ConvSubnet(Subnet):
         """As long as blocks and activation are as they were made."""
         blocks = list(self.blocks)
         known = all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks)
-        if not known or any(map(has_hooks, (self.act, *blocks))):
+        if not known or have_hooks((self.act, *blocks)):
             return None
         return Parts(self.act, self.head, [block.layers() for block in blocks], self.tail)
 
