@@ -50,9 +50,14 @@ def elu(x: Tensor, unit: float = 1.0, owned: bool = False) -> Tensor:
         unit: a positive number.
         owned: x may be overwritten.
     """
-    kernel, y = _kernel(), x if owned else torch.empty_like(x)
+    kernel, size, here = _kernel(), x.numel(), x.data_ptr()
     assert kernel is not None
-    kernel.forward(x.data_ptr(), y.data_ptr(), x.numel(), LOG2_E / unit, unit, threads_for(x.numel() * _WORK))
+    if owned:
+        y, there = x, here
+    else:
+        y = torch.empty_like(x)
+        there = y.data_ptr()
+    kernel.forward(here, there, size, LOG2_E / unit, unit, threads_for(size * _WORK))
     return y
 
 
@@ -63,9 +68,16 @@ def elu_backward(g: Tensor, y: Tensor, added: Tensor | None = None) -> Tensor:
         g, y: of one shape, channels last.
         added: likewise, to be added to the result.
     """
-    kernel = _kernel()
+    kernel, here, size = _kernel(), g.data_ptr(), g.numel()
     assert kernel is not None
-    assert all(t is None or (t.shape == g.shape and _is_channels_last(t)) for t in (g, y, added))
-    other = None if added is None else added.data_ptr()
-    kernel.backward(g.data_ptr(), y.data_ptr(), other, g.data_ptr(), g.numel(), threads_for(g.numel() * _WORK))
+    assert _is_dense(g, size) and _is_dense(y, size)
+    other = None
+    if added is not None:
+        assert _is_dense(added, size)
+        other = added.data_ptr()
+    kernel.backward(here, y.data_ptr(), other, here, size, threads_for(size * _WORK))
     return g
+
+
+def _is_dense(x: Tensor, size: int) -> bool:
+    return x.numel() == size and x.is_contiguous(memory_format=torch.channels_last)

@@ -18,6 +18,8 @@ from glem_augment.flows import elu_native
 from glem_augment.flows.frozen import Parts, are_bare
 from glem_augment.flows.ordinary import are_ordinary, gradients_of, is_ordinary
 
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
 
 class Plan(NamedTuple):
     """What of a network is not a tensor."""
@@ -26,24 +28,15 @@ class Plan(NamedTuple):
     blocks: tuple[tuple[bool, ...], ...]  # of every layer of a block: whether the activation stands before it
 
 
-class _Layers:
-    """The convolutions, by index, with their weights."""
+def _in_turn(plan: Plan, weights: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """The convolutions: each call is the next one's."""
+    layers = zip(weights[::2], weights[1::2], plan.convolutions, strict=True)
 
-    def __init__(self, plan: Plan, weights: Sequence[Tensor | None]) -> None:
-        self.plan, self.weights = plan, weights
+    def layer(x: Tensor) -> Tensor:
+        weight, bias, geometry = next(layers)
+        return _ordered(F.conv2d(x, weight, bias, *geometry))
 
-    def __call__(self, index: int, x: Tensor) -> Tensor:
-        return _ordered(F.conv2d(x, *self.weights[2 * index : 2 * index + 2], *self.plan.convolutions[index]))
-
-    def backward(self, index: int, g: Tensor, x: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and bias, as far as they are needed."""
-        weight, bias = self.weights[2 * index : 2 * index + 2]
-        stride, padding, dilation, groups = self.plan.convolutions[index]
-        sizes = None if bias is None else [len(bias)]
-        g_x, *rest = torch.ops.aten.convolution_backward(
-            g, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
-        )
-        return (None if g_x is None else _ordered(g_x), *rest)
+    return layer
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -53,31 +46,30 @@ def _ordered(x: Tensor) -> Tensor:
 def plain(x: Tensor, *weights_and_plan: Any) -> tuple[Tensor]:
     """The network by torch's operations."""
     *weights, plan = weights_and_plan
-    layer, index = _Layers(plan, weights), 1
-    h = layer(0, x)
+    layer = _in_turn(plan, weights)
+    h = layer(x)
     for block in plan.blocks:
         u = h
         for before in block:
-            u = layer(index, F.elu(u) if before else u)
-            index += 1
+            u = layer(F.elu(u) if before else u)
         h = h + u
-    return (layer(index, F.elu(h)),)
+    return (layer(F.elu(h)),)
 
 
 def forward(plan: Plan, x: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
     """The network's result, and what ``backward`` wants of the way there: the input of every convolution."""
-    layer, saved = _Layers(plan, weights), [x]
-    h = layer(0, x)
+    layer, saved = _in_turn(plan, weights), [x]
+    h = layer(x)
     for block in plan.blocks:
         u = h
         for before in block:
             if before:
                 u = elu_native.elu(u, owned=u is not h)
             saved.append(u)
-            u = layer(len(saved) - 1, u)
+            u = layer(u)
         h = u.add_(h)
     saved.append(elu_native.elu(h, owned=True))
-    return layer(len(saved) - 1, saved[-1]), saved
+    return layer(saved[-1]), saved
 
 
 def backward(
@@ -88,15 +80,19 @@ def backward(
     Args:
         saved: see ``forward``; emptied from its end, so that the memory serves again.
     """
-    layer, found = _Layers(plan, weights), [None] * len(weights)
+    found: list[Tensor | None] = [None] * len(weights)
 
     def through(g: Tensor) -> tuple[Tensor, Tensor]:
         """The last convolution of which the input is left; that comes back, too."""
         x, index = saved.pop(), len(saved)
-        own = slice(2 * index, 2 * index + 2)
-        mask = (index > 0 or needed[0], *needed[1:][own])
-        g, *found[own] = layer.backward(index, g, x, mask)
-        return g, x
+        at = 2 * index
+        weight, bias = weights[at], weights[at + 1]
+        stride, padding, dilation, groups = plan.convolutions[index]
+        g, found[at], found[at + 1] = _convolution_backward(
+            g, x, weight, None if bias is None else bias.shape, stride, padding, dilation, False, (0, 0), groups,
+            (index > 0 or needed[0], needed[at + 1], needed[at + 2]),
+        )  # fmt: skip
+        return (None if g is None else _ordered(g)), x
 
     g = elu_native.elu_backward(*through(g))
     for block in reversed(plan.blocks):
