@@ -226,6 +226,7 @@ class Study:
                 model: GLEM | None = trainer.fit()
             except TrainingError as error:
                 model, row["failed"] = None, str(error)[:200]
+                trainer.measure()  # the seconds until then
             finally:
                 trainer.bar.close()
         found = {"val_bits_per_dim": None, "val_accuracy": None}

@@ -91,6 +91,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         print("backbones: no picture without matplotlib (pip install 'glem-augment[plots]')", file=sys.stderr)
         return
@@ -120,6 +121,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
             axis.set(xlabel=label[x], ylabel=label[y], title=name)
             if x == "flops":
                 axis.set_xscale("log")
+                # By themselves they are powers of ten, of which there may be one, or as many as overlap.
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter(NullFormatter())
             if y == "bits_per_dim":
                 # The first point can lie far above all that matters.
                 ends = [cell["bits_per_dim"] for cell in cells if cell["bits_per_dim"] is not None]
