@@ -1,7 +1,7 @@
 """Log-densities of every latent under every class, and their gradients, by two matrix products each.
 
 With diagonal Gaussians ``log N(z; mu, var) = z (mu / var)^T - 1/2 z^2 (1 / var)^T + constant``. What goes into the
-products, K x d numbers twice, is made from the parameters for a few classes at a time and used while it is in the
+products, K x d numbers twice, is made from the parameters for some dimensions at a time and used while it is in the
 processor's caches.
 """
 
@@ -51,6 +51,14 @@ class Parametrisation(NamedTuple):
         a, b, c = self.psi
         above = variance - c
         return torch.addcmul(above, above, above, value=-1 / a).mul_(b)
+
+
+class Products(NamedTuple):
+    """What gradients of mu and s are made of: g [K], C [K, n] and A of ``LogProb``; without A there is none of s."""
+
+    sums: Tensor
+    linear: Tensor
+    curved: Tensor | None
 
 
 class Psi(torch.autograd.Function):
@@ -149,7 +157,8 @@ class LogProb(torch.autograd.Function):
                     torch.mm(grad.T, some, out=one)
                     if needs_s:
                         torch.mm(grad.T, some * some, out=two)
-                    gradients(sums, one, two if needs_s else None, mean, free, ctx.how, *to_parameters)
+                    products = Products(sums, one, two if needs_s else None)
+                    gradients(products, mean, free, ctx.how, *to_parameters)
         return d_z if needs_z else None, d_mu if needs_mu else None, d_s if needs_s else None, None, None, None
 
 
@@ -162,17 +171,9 @@ def _terms(mu: Tensor, s: Tensor, how: Parametrisation, inverse: Tensor, scaled:
     totals += variance.log_().addcmul_(mu, scaled).sum(1, dtype=torch.float64)
 
 
-def _gradients(
-    sums: Tensor,
-    linear: Tensor,
-    curved: Tensor | None,
-    mu: Tensor,
-    s: Tensor,
-    how: Parametrisation,
-    d_mu: Tensor,
-    d_s: Tensor,
-) -> None:
-    """Gradients of mu and s from ``LogProb``'s g, C and A, of which the latter two are overwritten."""
+def _gradients(products: Products, mu: Tensor, s: Tensor, how: Parametrisation, d_mu: Tensor, d_s: Tensor) -> None:
+    """Gradients of mu and s; ``products`` are overwritten."""
+    sums, linear, curved = products
     variance, total = how.variance(s), sums[:, None]
     inverse = 1 / variance
     pull = torch.addcmul(linear, total, mu, value=-1)

@@ -12,7 +12,7 @@ from glem_augment.flows.native import Kernel, declare, library, threads_for
 from glem_augment.flows.ordinary import are_ordinary
 
 if TYPE_CHECKING:
-    from glem_augment.densities import Parametrisation
+    from glem_augment.densities import Parametrisation, Products
 
 # Multiply-adds for a number, about: an exponential and two divisions.
 _WORK = 30
@@ -50,24 +50,14 @@ def terms(mu: Tensor, s: Tensor, how: Parametrisation, inverse: Tensor, scaled: 
     kernel.forward(*(t.data_ptr() for t in (mu, s, inverse, scaled, totals)), *_rest(mu, how))
 
 
-def gradients(
-    sums: Tensor,
-    linear: Tensor,
-    curved: Tensor | None,
-    mu: Tensor,
-    s: Tensor,
-    how: Parametrisation,
-    d_mu: Tensor,
-    d_s: Tensor,
-) -> None:
+def gradients(products: Products, mu: Tensor, s: Tensor, how: Parametrisation, d_mu: Tensor, d_s: Tensor) -> None:
     """Gradients of mu and s into ``d_mu`` and ``d_s``.
 
     Args:
-        sums: g [K] of ``densities.LogProb``.
-        linear, curved: its C and A, [K, n], contiguous; without A there is no gradient of s.
+        products: contiguous.
         mu, s, d_mu, d_s: [K, n], the same columns of tensors of one layout for which it ``serves``.
     """
     kernel = _kernel()
     assert kernel is not None
-    tensors = (sums, linear, curved, mu, s, d_mu, d_s)
+    tensors = (*products, mu, s, d_mu, d_s)
     kernel.backward(*(None if t is None else t.data_ptr() for t in tensors), *_rest(mu, how))
