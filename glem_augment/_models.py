@@ -65,9 +65,8 @@ class WeightsVersion:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsVersion):
             return NotImplemented
-        if self._types != other._types or self._versions != other._versions:
-            return False
-        if len(self._objects) != len(other._objects):
+        states = (self._types, self._versions, len(self._objects))
+        if states != (other._types, other._versions, len(other._objects)):
             return False
         objects = [reference() for reference in self._objects]
         if any(a is None or a is not b() for a, b in zip(objects, other._objects, strict=True)):

@@ -129,7 +129,7 @@ class LogProb(torch.autograd.Function):
         make = densities_native.terms if densities_native.serves(mu, s) else _terms
         result, totals, room = z.new_zeros(len(z), len(mu)), _no_totals(mu), _room(mu)
         for some, mean, free in _columns(z, mu, s):
-            inverse, scaled = (r[: mean.numel()].view(mean.shape) for r in room)
+            inverse, scaled = _as(mean, room)
             make(mean, free, how, inverse, scaled, totals)
             result.addmm_(some, scaled.T).addmm_(some * some, inverse.T, alpha=-0.5)
         return result.add_(_constants(totals, mu))
@@ -148,7 +148,7 @@ class LogProb(torch.autograd.Function):
         with full_precision(z.device.type):
             sums, unwanted, room = grad.sum(0), _no_totals(mu), _room(mu)
             for some, mean, free, to_z, *to_parameters in _columns(z, mu, s, d_z, d_mu, d_s):
-                one, two = (r[: mean.numel()].view(mean.shape) for r in room)
+                one, two = _as(mean, room)
                 if needs_z:
                     make(mean, free, ctx.how, one, two, unwanted)
                     torch.mul(grad @ one, some, out=to_z)
@@ -209,3 +209,9 @@ def _room(mu: Tensor) -> tuple[Tensor, Tensor]:
     """For two numbers for each of a block's parameters."""
     size = len(mu) * min(_width(mu), mu.shape[1])
     return mu.new_empty(size), mu.new_empty(size)
+
+
+def _as(block: Tensor, room: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As much of ``room`` as this block takes, in its shape."""
+    one, two = (r[: block.numel()].view(block.shape) for r in room)
+    return one, two

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment._devices import move
+from glem_augment.densities import two_products
 from glem_augment.flows.precision import full_precision
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.model import GLEM
@@ -47,10 +48,10 @@ def e_step_loss(
         scores = gaussians.log_prob(z)
     elif config.beta or config.likelihood == "marginal":
         with torch.no_grad():
-            inverse, scaled, constant = gaussians._density_terms()  # no gradient reaches the Gaussians
+            terms = gaussians._density_terms()  # no gradient reaches the Gaussians
         # Sums of thousands of terms that nearly cancel, as in `ClassGaussians.log_prob`.
         with full_precision(z.device.type):
-            scores = torch.addmm(constant + z @ scaled.T, z * z, inverse.T, alpha=-0.5)
+            scores = two_products(z, terms)
     if config.likelihood == "marginal":
         own = torch.logsumexp(scores, 1) - math.log(gaussians.num_classes)
     elif scores is not None:
