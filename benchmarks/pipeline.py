@@ -6,10 +6,10 @@ Each row is compared with the flow's own work, timed next to it in every round o
 ``random:PRESET`` is a GLEM of that size for 3x32x32 images with random weights, whose images are noise: the largest
 that a PNG can be.
 
-- loader: a new SyntheticDataset through a DataLoader (batches of 64, ToTensor, default collate), start of the workers
-  included (50 to 80 ms: with ``--per-class 64`` little else is seen of them); against raw decode, that is
-  ``model.decode`` of the same latents, drawn before, in the same blocks, to uint8 on the CPU. Ratio of images/s.
-  "again" is a second epoch, from the cache, and is not judged.
+- loader: a new SyntheticDataset through a DataLoader (batches of 64, or of 32, to which half a block of images
+  belongs; ToTensor, default collate), start of the workers included (50 to 80 ms: with ``--per-class 64`` little else
+  is seen of them); against raw decode, that is ``model.decode`` of the same latents, drawn before, in the same blocks
+  of 64, to uint8 on the CPU. Ratio of images/s. "again" is a second epoch, from the cache, and is not judged.
 - export: the same images as PNG files into a new folder, likewise.
 - augment: a call of GLEMAugment(p=0.5) on 64 images, against encode + decode of as many rows as that call selected
   (half of the batch on average). Ratio of times.
@@ -35,10 +35,15 @@ from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 BATCH = 64
 # At least (loader, export) or at most (augment) this ratio is wanted.
 WANTED = {"loader": 0.9, "export": 0.7, "augment": 1.15}
-LOADERS = [
-    {"workers": workers, "shuffle": shuffle, "again": again}
+LOADERS: list[dict[str, Any]] = [
+    {"workers": workers, "batch": batch, "shuffle": shuffle, "again": again}
     for workers in (0, 2)
-    for shuffle, again in ((False, False), (True, False), (False, True))
+    for batch, shuffle, again in (
+        (BATCH, False, False),
+        (BATCH, True, False),
+        (BATCH // 2, False, False),
+        (BATCH, False, True),
+    )
 ]
 AUGMENTS: list[dict[str, Any]] = [
     {"policy": "mixup", "partner": "same"},
@@ -97,9 +102,14 @@ def raw_decode(model: GLEM, latents: list[Tensor]) -> None:
             model.decode(z).mul_(255).round_().to(torch.uint8).cpu()
 
 
-def epoch(data: SyntheticDataset, workers: int, shuffle: bool) -> None:
-    count = sum(len(y) for _, y in DataLoader(data, BATCH, shuffle=shuffle, num_workers=workers))
+def epoch(data: SyntheticDataset, workers: int, batch: int, shuffle: bool) -> None:
+    count = sum(len(y) for _, y in DataLoader(data, batch, shuffle=shuffle, num_workers=workers))
     assert count == len(data)
+
+
+def name_of(loader: dict[str, Any]) -> str:
+    small = f", batches of {loader['batch']}" if loader["batch"] != BATCH else ""
+    return f"{loader['workers']} workers{small}" + ", shuffled" * loader["shuffle"] + ", again" * loader["again"]
 
 
 def measure_synthetic(model: GLEM, per_class: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
@@ -116,14 +126,15 @@ def measure_synthetic(model: GLEM, per_class: int, rounds: int, folder: Path) ->
         for first in range(0, per_class, BATCH)
     ]
     raw_decode(model, latents[:2])
-    names = [f"{s['workers']} workers" + ", shuffled" * s["shuffle"] + ", again" * s["again"] for s in LOADERS]
+    names = [name_of(loader) for loader in LOADERS]
     taken: dict[str, list[float]] = {name: [] for name in ["raw", *names, "PNG"]}
     for number in tqdm(range(rounds), desc="data set", unit="round", leave=False):
         before = seconds(lambda: raw_decode(model, latents))
-        for name, settings in zip(names, LOADERS, strict=True):
+        for name, loader in zip(names, LOADERS, strict=True):
             # A new data set has an empty cache; "again" reads the one that its row above has filled.
-            data = data if settings["again"] else new()
-            taken[name].append(seconds(lambda s=settings, d=data: epoch(d, s["workers"], s["shuffle"])))
+            data = data if loader["again"] else new()
+            settings = loader["workers"], loader["batch"], loader["shuffle"]
+            taken[name].append(seconds(lambda s=settings, d=data: epoch(d, *s)))
         target, fresh = folder / f"export-{number}", new()
         # Left there until the end: for a minute after many files are deleted, ext4 is slow to make new ones.
         taken["PNG"].append(seconds(lambda t=target, d=fresh: d.export(t, progress=False)))

@@ -139,6 +139,13 @@ class BlockStore:
             self._started[free[0]] = now
             return int(free[0])
 
+    def claim_ahead(self, last: int, most: int) -> int | None:
+        """The first of the `most` blocks after `last` that is neither there nor being decoded, for the caller to
+        decode; None too where there is too little room to keep blocks that nobody wants yet."""
+        if not self.holds_all and len(self._held) < 4 * most:
+            return None
+        return self.claim(np.arange(last + 1, min(last + 1 + most, self.blocks)))
+
     def give_up(self, block: int) -> None:
         """Take back a claim: the block was not decoded after all."""
         self._started[block] = -np.inf

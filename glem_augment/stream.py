@@ -177,8 +177,7 @@ class SyntheticStream(IterableDataset):
                 self._count(y, drawn, accepted.confidence.numpy(), self.rejection.min_confidence)
                 x = accepted.images if accepted.images is not None else self.model.decode(accepted.z, clamp=False)
         x = to_uint8_(x).cpu()
-        for image, label in zip(x, y.tolist(), strict=True):
-            picture: Any = to_pil(image)
+        for picture, label in zip(to_pil(x), y.tolist(), strict=True):
             yield (
                 picture if self.transform is None else self.transform(picture),
                 label if self.target_transform is None else self.target_transform(label),

@@ -269,10 +269,12 @@ def test_densities_measure_every_pair() -> None:
 def test_pipeline_measures_data_set_and_augmentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pipeline = load("pipeline")
     model, images, labels = pipeline.random_model("glow_tiny", 4, depth=[1, 1], blocks=[1, 1], width=[8, 8])
-    monkeypatch.setattr(pipeline, "LOADERS", [{"workers": 0, "shuffle": True, "again": a} for a in (False, True)])
+    loaders = [{"workers": 0, "batch": 32, "shuffle": True, "again": again} for again in (False, True)]
+    monkeypatch.setattr(pipeline, "LOADERS", loaders)
     rows = pipeline.measure_synthetic(model, per_class=2, rounds=1, folder=tmp_path)
     assert [row["part"] for row in rows] == ["raw decode", "loader", "loader", "export"]
     assert [row["met"] is None for row in rows] == [True, False, True, False]
+    assert rows[2]["setting"] == "0 workers, batches of 32, shuffled, again"
     assert len(list(tmp_path.glob("export-0/*/*.png"))) == 2 * model.num_classes
     rows = pipeline.measure_augment(model, images[:16].float() / 255, labels[:16], rounds=1)
     assert len(rows) == len(pipeline.AUGMENTS) and all(row["ratio"] > 0 for row in rows)

@@ -23,7 +23,7 @@ from glem_augment._provenance import class_folders
 from glem_augment._transfer import check_worker_device
 from glem_augment.classmatch import match_classes
 from glem_augment.model import GLEM
-from glem_augment.synthetic import SyntheticDataset
+from glem_augment.synthetic import SyntheticDataset, to_pil
 
 NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
 
@@ -174,6 +174,49 @@ def test_forked_workers_decode_each_block_once(model: GLEM, shuffle: bool, monke
         assert torch.equal(torch.cat(seen), expected[torch.cat(indices)])
         assert count.value == 60
     assert torch.equal(data.images(range(60))[:, 0], expected) and count.value == 60
+
+
+@needs_fork
+@pytest.mark.parametrize("slots", [0, 16])
+def test_workers_with_small_batches_do_not_stand_still(
+    model: GLEM, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, decode, pause = multiprocessing.get_context("fork"), GLEM.decode, 0.1
+    times, count = fork.Array("d", 200), fork.Value("q", 0)
+
+    def slow(self: GLEM, z: torch.Tensor, **settings: Any) -> torch.Tensor:
+        with count.get_lock():
+            times[count.value], count.value = time.monotonic(), count.value + 1
+        time.sleep(pause)
+        return decode(self, z, **settings)
+
+    monkeypatch.setattr(GLEM, "decode", slow)
+    memory = {"cache_bytes": slots * 16 * 64} if slots else {}
+    data = SyntheticDataset(model, per_class=96, block=16, transform=np.asarray, **memory)
+    assert data._store.holds_all == (not slots)
+    # Two batches to a block: each worker wants half of every block.
+    images, _ = zip(*torch.utils.data.DataLoader(data, 8, num_workers=2, multiprocessing_context="fork"), strict=True)
+    started = sorted(times[: count.value])
+    # 18 blocks, each decoded once; next to most of them another one begins while they are being decoded.
+    assert count.value == 18
+    assert sum(b - a < pause for a, b in zip(started, started[1:], strict=False)) >= 7
+    monkeypatch.undo()
+    assert torch.equal(torch.cat(images), SyntheticDataset(model, per_class=96, block=16).images(range(288))[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7)])
+def test_pictures_are_what_pil_makes_of_the_images(shape: tuple[int, int, int]) -> None:
+    images = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        pictures = to_pil(given)
+        for picture, image in zip(pictures, images, strict=True):
+            expected = Image.fromarray(image.permute(1, 2, 0).numpy().squeeze())
+            assert picture.mode == expected.mode and picture.size == (7, 5)
+            assert np.array_equal(np.asarray(picture), np.asarray(expected))
+        before = images.clone()
+        pictures[0].paste(0, (0, 0, 7, 5))  # a user may draw on one
+        assert torch.equal(images, before) and np.asarray(pictures[1]).any()
+    assert to_pil(images[:0]) == []
 
 
 class _Numbered(torch.utils.data.Dataset):
