@@ -1,10 +1,9 @@
-"""Decoded blocks of images in memory that forked DataLoader workers share: what one decodes, all can read."""
+"""Decoded blocks of images in memory that DataLoader workers share: what one decodes, all can read."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from glem_augment._locks import locked, shared_lock
+from glem_augment._shared_memory import SharedArrays
 
 # A process waits for a block of another one for twice the longest time that a block has taken, and these seconds.
 # Until one has been decoded, nobody knows how long it takes: for the second number of seconds. Waiting too long only
@@ -26,10 +25,8 @@ PATIENCE, FIRST_PATIENCE = 1.0, 30.0
 class BlockStore:
     """Blocks of uint8 images: all of them where they fit into `cache_bytes`, else those used last (at least one).
 
-    The memory is an anonymous shared mapping, so that it needs no room in /dev/shm (64 MB in a container, where the
-    DataLoader needs it too), costs nothing until it is written to, and lives on in forked processes: the workers of
-    the next epoch find what those of the last one decoded. A process that is started in another way ("spawn",
-    "forkserver") gets the owner by pickling, and makes a store of its own.
+    The memory is shared (see `SharedArrays`) and lives on when a worker ends: the workers of the next epoch find what
+    those of the last one decoded.
 
     Args:
         sizes: images in each block.
@@ -50,7 +47,6 @@ class BlockStore:
         self._slot = int(self._sizes.max())
         slots = 0 if self.holds_all else max(1, cache_bytes // (self._slot * image_bytes))
         room = total if self.holds_all else slots * self._slot
-        self._lock, shared = shared_lock("fork")
         layout = {
             "offset": ((blocks,), np.int64),  # of a block's first image in `images`; -1: not there
             "started": ((blocks,), np.float64),  # when somebody began to decode it; -inf: nobody does
@@ -59,22 +55,46 @@ class BlockStore:
             "held": ((slots,), np.int64),  # the block in each slot; -1: none
             "used": ((slots,), np.int64),  # when, on the clock of `counts`
             "counts": ((3,), np.int64),  # clock; blocks decoded again; longest decode in microseconds
+            "weights": ((1,), np.int64),  # see `agrees`; -1: nobody has decoded yet
             "images": ((room, *image_shape), np.uint8),
         }
         try:
-            arrays = _arrays(layout, shared)
+            self._shared = SharedArrays(layout)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             raise ValueError(
                 f"the system refuses {room * image_bytes / 2**20:.0f} MiB for decoded images ({error}): give a smaller "
                 "cache_bytes"
             ) from error
+        self._open()
+        for array in (self._offset, self._broken, self._held, self._weights):
+            array.fill(-1)
+        self._started.fill(-np.inf)
+
+    def _open(self) -> None:
+        arrays = self._shared.arrays
         self._offset, self._started, self._broken = arrays["offset"], arrays["started"], arrays["broken"]
         self._held, self._used, self._counts = arrays["held"], arrays["used"], arrays["counts"]
-        self._images, self._judged = arrays["images"], arrays["judged"]
-        self._offset.fill(-1)
-        self._broken.fill(-1)
-        self._held.fill(-1)
-        self._started.fill(-np.inf)
+        self._images, self._judged, self._weights = arrays["images"], arrays["judged"], arrays["weights"]
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether a process that is being started now, and not forked, can share it by pickling."""
+        return self._shared.can_be_sent
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: self.__dict__[k] for k in ("_sizes", "_starts", "_slot", "holds_all", "_shared")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def agrees(self, fingerprint: int) -> bool:
+        """Whether all that has been decoded so far was decoded by weights of this `fingerprint`, 0 or more; from now on
+        it is to be."""
+        with self._locked():
+            if self._weights[0] < 0:
+                self._weights[0] = fingerprint
+            return int(self._weights[0]) == fingerprint
 
     @property
     def decoded_again(self) -> int:
@@ -185,7 +205,7 @@ class BlockStore:
             self._used[offsets // self._slot] = self._counts[0]
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return locked(self._lock, "the cache of a SyntheticDataset is", "make the data set again")
+        return self._shared.locked("the cache of a SyntheticDataset is", "make the data set again")
 
 
 # Threads of a process decode one after the other. Each uses all its cores anyway, and while one decodes a flow keeps
@@ -221,15 +241,3 @@ def move_if_sent(*things: Any) -> None:
             for tensor in parts:
                 if isinstance(tensor, Tensor):
                     tensor.share_memory_()
-
-
-def _arrays(layout: dict[str, tuple[tuple[int, ...], type]], shared: bool) -> dict[str, np.ndarray]:
-    """Zeros of the given shapes and types, in one shared mapping or in ordinary memory."""
-    sizes = {name: math.prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in layout.items()}
-    padded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
-    memory = mmap.mmap(-1, max(1, sum(padded.values()))) if shared else bytearray(max(1, sum(padded.values())))
-    arrays, start = {}, 0
-    for name, (shape, kind) in layout.items():
-        arrays[name] = np.ndarray(shape, kind, buffer=memory, offset=start)
-        start += padded[name]
-    return arrays

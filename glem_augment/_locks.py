@@ -4,10 +4,12 @@ own, and whether the process that made a folder is gone."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +35,54 @@ def shared_lock(how: str) -> tuple[Any, bool]:
         with contextlib.suppress(ImportError, OSError):  # no semaphores here
             return multiprocessing.get_context(how).Lock(), True
     return threading.Lock(), False
+
+
+class FileLock:
+    """A lock between processes, and between the threads of each, that the system takes back from a killed one.
+
+    Args:
+        file: descriptor of an open file that all of them have. None of them may close another descriptor of it as long
+            as it is used: that would give the lock back.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        # Of every process its own: a thread that holds it while another one forks is not there in the child.
+        self._threads: dict[int, threading.Lock] = {}
+
+    @staticmethod
+    def exists() -> bool:
+        """Whether the system has locks of files."""
+        return fcntl is not None
+
+    def acquire(self, timeout: float = -1) -> bool:
+        """Whether it is held now. Threads wait for each other for so many seconds, and processes until it is free."""
+        threads = self._threads.setdefault(os.getpid(), threading.Lock())
+        if not threads.acquire(timeout=timeout):
+            return False
+        try:
+            self._lock_file()
+        except BaseException:
+            threads.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+        finally:
+            self._threads[os.getpid()].release()
+
+    def _lock_file(self) -> None:
+        while True:
+            try:
+                return fcntl.lockf(self._file, fcntl.LOCK_EX)
+            except OSError as error:
+                # The system takes two processes for deadlocked whose threads wait for two locks of ours crosswise.
+                if error.errno != errno.EDEADLK:
+                    raise
+                time.sleep(1e-3)
 
 
 @contextlib.contextmanager

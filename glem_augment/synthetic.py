@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, get_worker_info
 from glem_augment._arguments import check_choice, check_whole
 from glem_augment._block_decoder import BlockDecoder
 from glem_augment._blocks import BlockStore, move_if_sent, one_at_a_time
-from glem_augment._models import WeightsVersion, as_model, on_device
+from glem_augment._models import WeightsVersion, as_model, fingerprint, on_device
 from glem_augment._rejection import Oracle, Rejection, acceptance_report
 from glem_augment._sources import LatentSource, RealLatents, warn_of_single_images
 from glem_augment.balance import PerClass, as_image_data, as_list, class_counts, find_class
@@ -46,11 +46,11 @@ class SyntheticDataset(Dataset):
 
     A block is decoded when the first of its images is wanted, and kept. While all images fit into `cache_bytes`
     (`len(ds) * C * H * W`) each is decoded once, in whatever order and for however many epochs they are read, and
-    DataLoader workers share what they have decoded, with each other and with those of the next epoch, where
-    workers are forked (the rule on Linux before Python 3.14, and `multiprocessing_context="fork"`; others keep a
-    cache each). With more images than fit, reading in order still decodes each once per epoch, but a shuffled
-    epoch decodes a whole block for nearly every image: raise `cache_bytes`, or `export` the images and read them
-    from the disk. A warning says so when it happens. Threads may read at the same time; they decode in turns.
+    DataLoader workers share what they have decoded, with each other and with those of the next epoch: on Linux all
+    workers, elsewhere those that are forked (`multiprocessing_context="fork"`; others keep a cache each). With more
+    images than fit, reading in order still decodes each once per epoch, but a shuffled epoch decodes a whole block for
+    nearly every image: raise `cache_bytes`, or `export` the images and read them from the disk. A warning says so when
+    it happens. Threads may read at the same time; they decode in turns.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`).
@@ -243,8 +243,8 @@ class SyntheticDataset(Dataset):
         Returns:
             JSON-able: min_confidence, `total` and one entry per class with `items` (decoded), `candidates` (drawn for
             them), `rate` (accepted / candidates), `failed` (kept though no candidate was good enough) and
-            `confidence` (mean). As with `non_finite`, workers that are not forked ("spawn", "forkserver") count for
-            themselves, and `rate` is None where this process has seen no block.
+            `confidence` (mean). As with `non_finite`, workers that do not share the cache count for themselves, and
+            `rate` is None where this process has seen no block.
 
         Raises:
             ValueError: for a data set without min_confidence.
@@ -282,9 +282,12 @@ class SyntheticDataset(Dataset):
         """
         modes = self.model.modes
         version = WeightsVersion(self.model, others=() if modes is None else (modes,))
+        same = version == self._model_version
         if self._model_version is None:
-            self._model_version = version
-        elif self._model_version != version:
+            # Other processes may have decoded before, and the model been changed since.
+            same = self._store.agrees(fingerprint(self.model))
+            self._model_version = version if same else None
+        if not same:
             raise RuntimeError(
                 "the model's weights or modes have changed since this SyntheticDataset decoded its first images: "
                 "make a new SyntheticDataset"
@@ -366,14 +369,16 @@ class SyntheticDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that is not forked decodes for itself; sending the cache would cost more than it saves.
         oracle = None if self.rejection is None else self.rejection.oracle
         move_if_sent(self.model, oracle, getattr(self.latent_source.real, "z", None))
-        return {**{k: v for k, v in self.__dict__.items() if k != "_store"}, "_model_version": None}
+        # Where the cache is not shared, a copy decodes for itself: sending it would cost more than it saves.
+        left = () if self._store.can_be_sent else ("_store",)
+        return {**{k: v for k, v in self.__dict__.items() if k not in left}, "_model_version": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._make_store()
+        if "_store" not in state:
+            self._make_store()
 
     def _make_store(self) -> None:
         sizes: list[int] = []

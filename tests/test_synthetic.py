@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import multiprocessing
+import os
 import pickle
 import threading
 import time
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from glem_augment import _blocks, _export, _locks
+from glem_augment import _blocks, _export, _locks, _shared_memory
 from glem_augment._blocks import BlockStore
 from glem_augment._provenance import class_folders
 from glem_augment._transfer import check_worker_device
@@ -258,6 +260,70 @@ def test_images_that_are_not_finite_in_a_worker_are_counted(model: GLEM, monkeyp
     assert data.non_finite == 18
 
 
+def started_anew() -> list[str]:
+    return [how for how in ("spawn", "forkserver") if how in multiprocessing.get_all_start_methods()]
+
+
+needs_memfd = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory without a name")
+
+
+class _Counting(_Numbered):
+    """Counts what the worker has decoded, as the third of each item."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int, int]]:
+        if not hasattr(self, "decoded"):
+            decoder = self.data._decoder
+            self.decoded, decode = 0, decoder.decode
+
+            def counted(cls: int, number: int) -> Any:
+                self.decoded += 1
+                return decode(cls, number)
+
+            decoder.decode = counted
+        return [(*item, self.decoded) for item in super().__getitems__(indices)]
+
+
+@needs_memfd
+@pytest.mark.parametrize("how", started_anew())
+def test_workers_that_are_not_forked_share_the_cache(model: GLEM, how: str) -> None:
+    expected = SyntheticDataset(model, per_class=20, block=8).images(range(60))[:, 0]
+    data = SyntheticDataset(model, per_class=20, block=8, transform=np.asarray, min_confidence=0.01)
+    plain = SyntheticDataset(model, per_class=20, block=8, transform=np.asarray)
+    for judged, given in ((False, plain), (True, data)):
+        loader = torch.utils.data.DataLoader(
+            _Counting(given), batch_size=7, shuffle=True, num_workers=2, multiprocessing_context=how
+        )
+        decoded: dict[int, int] = {}
+        for number, (image, index, count) in enumerate(loader):
+            decoded[number % 2] = int(count.max())
+            assert judged or torch.equal(image, expected[index])
+        assert sum(decoded.values()) == 9  # blocks of 8, 8 and 4 images of three classes, each of them once
+        # Here too they are there.
+        given._decoder.decode = None  # type: ignore[assignment]
+        assert judged or torch.equal(given.images(range(60))[:, 0], expected)
+        assert given._store.decoded_again == 0 and given.non_finite == 0
+    assert data.acceptance()["total"]["items"] == 60
+
+
+@needs_fork
+def test_images_of_two_models_are_never_in_one_cache(model: GLEM) -> None:
+    changed = copy.deepcopy(model)
+    data = SyntheticDataset(changed, per_class=20, block=8, transform=np.asarray)
+
+    first = torch.utils.data.Subset(data, range(8))
+    list(torch.utils.data.DataLoader(first, num_workers=1, multiprocessing_context="fork"))
+    with torch.no_grad():
+        changed.gaussians.mu.add_(1e-3)
+    # This process has decoded nothing yet.
+    with pytest.raises(RuntimeError, match="have changed since this SyntheticDataset decoded its first images"):
+        data[8]
+    with pytest.raises(RuntimeError, match="make a new SyntheticDataset"):
+        data[8]
+    with torch.no_grad():
+        changed.gaussians.mu.copy_(model.gaussians.mu)
+    assert torch.equal(data.images([8]), SyntheticDataset(model, per_class=20, block=8).images([8]))
+
+
 def test_pickling_leaves_the_cache_behind(model: GLEM) -> None:
     data = SyntheticDataset(model, per_class=6)
     before = data.images(range(18))
@@ -408,18 +474,70 @@ def test_at_most_one_block_is_decoded_ahead_and_given_once(model: GLEM) -> None:
 
 
 def test_a_lock_held_by_a_dead_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_shared_memory, "_file_without_name", lambda: None)  # a lock of a file would be given back
     monkeypatch.setattr(_locks, "LOCK_SECONDS", 0.01)
     store = make_store()
-    store._lock.acquire()
+    store._shared._lock.acquire()
     with pytest.raises(RuntimeError, match="make the data set again"):
         store.whole(0)
 
 
-def test_an_error_inside_gives_the_lock_back() -> None:
-    lock, _ = _locks.shared_lock("fork")
+@pytest.mark.parametrize("kind", ["file", "semaphore"])
+def test_an_error_inside_gives_the_lock_back(kind: str, tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        lock = _locks.FileLock(file.fileno()) if kind == "file" else _locks.shared_lock("fork")[0]
+        _check_an_error_inside(lock)
+
+
+def _check_an_error_inside(lock: Any) -> None:
     with pytest.raises(ZeroDivisionError), _locks.locked(lock, "it is", "wait"):
         1 / 0  # noqa: B018
     assert lock.acquire(timeout=0)
+
+
+@needs_fork
+@pytest.mark.skipif(_locks.fcntl is None, reason="no locks of files")
+def test_a_lock_of_a_file_keeps_threads_and_processes_apart_and_survives_kills(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    with open(tmp_path / "file", "wb") as file:
+        lock, inside, most = _locks.FileLock(file.fileno()), fork.Value("q", 0, lock=False), fork.Value("q", 0)
+
+        def work() -> None:
+            for _ in range(200):
+                with _locks.locked(lock, "it is", "wait"):
+                    inside.value += 1
+                    most.value = max(most.value, inside.value)
+                    time.sleep(0)
+                    inside.value -= 1
+
+        def threads() -> None:
+            both = [threading.Thread(target=work) for _ in range(2)]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+
+        processes = [fork.Process(target=threads) for _ in range(2)]
+        for process in processes:
+            process.start()
+        threads()
+        for process in processes:
+            process.join()
+        assert most.value == 1 and inside.value == 0
+
+        # Forked while a thread of the parent holds it, the child waits for the parent; and then it is killed.
+        holds = fork.Event()
+        lock.acquire()
+        child = fork.Process(target=lambda: lock.acquire() and (holds.set() or time.sleep(600)))
+        child.start()
+        assert not holds.wait(0.2)
+        lock.release()
+        assert holds.wait(60)
+        threading.Timer(0.2, child.kill).start()
+        began = time.monotonic()
+        with _locks.locked(lock, "it is", "wait"):
+            assert time.monotonic() - began > 0.1
+        child.join()
 
 
 @pytest.mark.skipif(_locks.fcntl is None, reason="no locks of files")
@@ -442,6 +560,8 @@ def test_a_lock_file_that_its_last_owner_has_just_removed_is_locked_anew(
 
 def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = SyntheticDataset(model, per_class=6).images(range(18))
+    monkeypatch.setattr(_shared_memory, "_file_without_name", lambda: None)
+    assert torch.equal(SyntheticDataset(model, per_class=6).images(range(18)), expected)
     monkeypatch.setattr(_locks.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert torch.equal(SyntheticDataset(model, per_class=6).images(range(18)), expected)
     monkeypatch.undo()
@@ -449,7 +569,7 @@ def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: p
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(_blocks.mmap, "mmap", refuse)
+    monkeypatch.setattr(_shared_memory.mmap, "mmap", refuse)
     with pytest.raises(ValueError, match="give a smaller cache_bytes"):
         SyntheticDataset(model, per_class=6)
 
