@@ -91,7 +91,14 @@ def _file_without_name() -> int | None:
     """The descriptor of a file in memory that can be locked; None where the system has none."""
     if not hasattr(os, "memfd_create") or not FileLock.exists():
         return None
+    file = None
     try:
-        return os.memfd_create("glem-augment")
+        file = os.memfd_create("glem-augment")
+        lock = FileLock(file)
+        lock.acquire()
+        lock.release()
+        return file
     except OSError:  # an old kernel, or one that is told not to
+        if file is not None:
+            os.close(file)
         return None

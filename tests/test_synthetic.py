@@ -566,6 +566,17 @@ def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: p
     assert torch.equal(SyntheticDataset(model, per_class=6).images(range(18)), expected)
     monkeypatch.undo()
 
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if _locks.fcntl is not None:
+        open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+        with monkeypatch.context() as patch:
+            patch.setattr(_locks.fcntl, "lockf", no_locks)
+            assert _shared_memory._file_without_name() is None
+            assert torch.equal(SyntheticDataset(model, per_class=6).images(range(18)), expected)
+        assert open_before is None or len(os.listdir("/proc/self/fd")) == open_before
+
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
