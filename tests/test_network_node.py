@@ -3,6 +3,7 @@ asked."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from glem_augment.flows import elu_native
-from glem_augment.flows.subnets import CONV_SUBNETS, ConvSubnet, Subnet
+from glem_augment.flows.activations import Activation
+from glem_augment.flows.subnets import CONV_SUBNETS, ConvSubnet, ResidualBlock, Subnet
 
 pytestmark = pytest.mark.skipif(not elu_native.has_kernel(), reason="no C++ compiler here")
 
@@ -141,6 +143,7 @@ def _weight_norm(net: ConvSubnet) -> None:
     parametrizations.weight_norm(net.head)
 
 
+@pytest.mark.parametrize("passed", [False, True], ids=["new", "after a pass"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -150,18 +153,43 @@ def _weight_norm(net: ConvSubnet) -> None:
         lambda net: net.blocks[0].register_forward_pre_hook(lambda *args: None),
         lambda net: net.blocks[0].conv1.register_full_backward_hook(lambda *args: None),
         lambda net: net.act.register_full_backward_hook(lambda *args: None),
+        lambda net: net.blocks[1].act.register_forward_hook(lambda *args: None),
+        lambda net: setattr(net.blocks[1], "act", Activation("relu")),
         lambda net: net.blocks.insert(0, nn.Identity()),
         lambda net: setattr(net.tail, "padding_mode", "circular"),
         _weight_norm,
     ],
-    ids=["float64", "autocast", "hook", "pre-hook", "backward hook", "act hook", "block", "padding", "weight norm"],
+    ids="float64 autocast hook pre-hook backward-hook act-hook inner-act-hook inner-act block padding norm".split(),
 )
-def test_what_the_modules_are_asked_for_is_done_by_them(change: Callable[[ConvSubnet], object]) -> None:
+def test_what_the_modules_are_asked_for_is_done_by_them(change: Callable[[ConvSubnet], object], passed: bool) -> None:
     net = network()
+    if passed:
+        assert is_node(net(image()))
     change(net)
     x = image().detach().to(next(net.parameters()).dtype).requires_grad_()
     assert not is_node(net(x))
     same(net, x)
+
+
+def test_what_is_exchanged_after_a_pass_is_what_runs() -> None:
+    net, x = network(), image()
+    assert is_node(net(x))
+    for change in (
+        lambda: setattr(net, "head", nn.Conv2d(4, 8, 3, padding=1)),
+        lambda: setattr(net.blocks[0].conv2, "weight", nn.Parameter(torch.randn(8, 8, 1, 1))),
+        lambda: setattr(net.tail, "bias", None),
+        lambda: net.blocks.append(ResidualBlock(8, 8, (3, 1, 3))),
+        lambda: (setattr(net.head, "dilation", (2, 2)), setattr(net.head, "padding", (2, 2))),
+        lambda: net.load_state_dict({k: 0.5 * v for k, v in net.state_dict().items()}),
+    ):
+        change()
+        assert is_node(net(x))
+        same(net, x)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin.head.weight.zero_()
+    assert is_node(twin(x)) and not torch.equal(twin(x), net(x))
+    same(twin, x)
 
 
 def test_other_activations_and_surroundings_are_left_to_the_modules() -> None:

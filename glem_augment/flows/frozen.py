@@ -8,16 +8,16 @@ compilation, autocast, other devices and dtypes are the modules' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from glem_augment.flows.activations import LOG2_E, Activation, fast_elu_in_bits
+from glem_augment.flows.activations import LOG2_E, fast_elu_in_bits
 from glem_augment.flows.layers import frozen_state
+from glem_augment.flows.network_parts import Parts
 from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.processor import mkl_is_fast
 
@@ -48,25 +48,11 @@ def _pack(layer: nn.Module, shape: list[int], weight: float, bias: float) -> _Pa
     return _Packed(packed, None if layer.bias is None else layer.bias * bias, geometry)
 
 
-class Parts(NamedTuple):
-    """A network ``tail(act(...))`` of head, blocks ``x + layers(x)``, activation and tail.
-
-    Every layer of a block comes with whether the activation stands before it.
-    """
-
-    act: Activation
-    head: nn.Module
-    blocks: list[list[tuple[bool, nn.Module]]]
-    tail: nn.Module
-
-    def layers(self) -> list[nn.Module]:
-        return [self.head, *(layer for block in self.blocks for _, layer in block), self.tail]
-
-
 class _Steps(NamedTuple):
     """``Parts``, packed."""
 
-    state: tuple  # of what they were made from
+    network: Parts  # that they were made from,
+    state: tuple  # and what its weights were
     act: Callable[..., Tensor]  # of features, and whether these may be overwritten
     head: _Packed
     blocks: list[list[tuple[bool, _Packed]]]
@@ -95,25 +81,23 @@ class FrozenRun:
 
         Args:
             x: [B, C, H, W] in channels_last format.
-            parts: makes those of the network, which may have been exchanged since; None if by something else.
+            parts: gives those of the network: others where one has been exchanged, None where they can't be told.
         """
-        plain = may_run_frozen(x)
-        if not plain and self._steps is None:
+        if not may_run_frozen(x):
+            if self._steps is not None and _is_trained(self._steps.network):
+                self._steps = None  # an optimizer may write to the weights and leave no trace
             return None
         network = parts()
-        layers = [] if network is None else network.layers()
-        if network is None or not are_bare(layers):
+        if network is None:
             return None
-        weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
-        if any(p.requires_grad for p in weights):
-            self._steps = None  # an optimizer may write to them and leave no trace
+        if _is_trained(network):
+            self._steps = None
             return None
-        state = frozen_state(*weights) if plain else None
+        state = frozen_state(*(p for p in network.weights if p is not None))
         if state is None:
             return None
-        state = (network.act, *layers, *state)
         steps = self._steps  # another thread may put new ones in their place at any time
-        if steps is None or steps.state != state:
+        if steps is None or steps.network is not network or steps.state != state:
             # Tensors made under inference_mode could be of no use outside.
             with torch.inference_mode(False), torch.no_grad():
                 self._steps = steps = _take_apart(network, state, list(x.shape))
@@ -128,30 +112,20 @@ class FrozenRun:
         return steps.tail(steps.act(h, owned=True))
 
 
+def _is_trained(network: Parts) -> bool:
+    return any(p is not None and p.requires_grad for p in network.weights)
+
+
 def _take_apart(network: Parts, state: tuple, shape: list[int]) -> _Steps:
     in_bits = network.act.name == "elu" and not mkl_is_fast()
     unit = LOG2_E if in_bits else 1.0
     return _Steps(
+        network,
         state,
         fast_elu_in_bits if in_bits else network.act,
         _pack(network.head, shape, unit, unit),
         [[(before, _pack(layer, shape, 1.0, unit)) for before, layer in block] for block in network.blocks],
         _pack(network.tail, shape, 1 / unit, 1.0),
-    )
-
-
-def are_bare(layers: Sequence[nn.Module]) -> bool:
-    """Whether all are convolutions and nothing more: no hooks, no weights computed from others."""
-    return all(
-        type(layer) is nn.Conv2d and "weight" in layer._parameters and layer.padding_mode == "zeros" for layer in layers
-    ) and not have_hooks(layers)
-
-
-def have_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody wants to know of the calls of one of them, or of those of all modules."""
-    return _has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
     )
 
 

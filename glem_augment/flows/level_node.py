@@ -17,7 +17,7 @@ from glem_augment.flows import affine_joint_native, fold_native, network_node
 from glem_augment.flows.affine_joint import plain_joint
 from glem_augment.flows.affine_level import Trail, addresses, gradients_of_steps, run_steps
 from glem_augment.flows.layout import squeeze
-from glem_augment.flows.network_node import Node
+from glem_augment.flows.network_parts import Parts, Plan
 from glem_augment.flows.ordinary import are_ordinary, gradients_of
 from glem_augment.flows.prepared import Weights, plain_prepared
 
@@ -28,7 +28,7 @@ class _Plan(NamedTuple):
     side: int  # of the squeeze
     pixels: tuple[int, int]  # see ``prepare``
     bounds: Sequence[float]  # of the couplings
-    networks: Sequence[network_node.Plan]
+    networks: Sequence[Plan]
 
     def sorted(self, weights: Sequence[Any]) -> tuple[Weights, list[Sequence[Any]]]:
         """Those of ActNorms and mixings, then those of every network."""
@@ -62,7 +62,7 @@ class _Steps(torch.autograd.Function):
         matrices, shifts, logdet = fold_native.fold(*shared, plan.pixels, x.shape[1:2])
         saved: list[Tensor] = []
 
-        def run(network: network_node.Plan, own: Sequence[Tensor | None], images: Tensor) -> Tensor:
+        def run(network: Plan, own: Sequence[Tensor | None], images: Tensor) -> Tensor:
             params, inputs = network_node.forward(network, images, own)
             saved.extend(inputs)
             return params
@@ -90,9 +90,7 @@ class _Steps(torch.autograd.Function):
         shared, networks = plan.sorted(weights)
         found: list[list[Tensor | None]] = []
 
-        def run(
-            network: network_node.Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor
-        ) -> Tensor:
+        def run(network: Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor) -> Tensor:
             inputs = [saved.pop() for _ in network.convolutions][::-1]
             g_images, *g_own = network_node.backward(network, inputs, own, (True, *wants), g_params)
             found.append(g_own)
@@ -115,7 +113,7 @@ def run_as_node(
     weights: Weights,
     pixels: tuple[int, int],
     bounds: Sequence[float],
-    networks: Sequence[Node],
+    networks: Sequence[Parts],
 ) -> tuple[Tensor, Tensor] | None:
     """The squeeze and the steps of a level, to be differentiated; or None where they are to be had otherwise.
 
@@ -129,12 +127,11 @@ def run_as_node(
         [C, B, H, W] and log|det| [B] in nats.
     """
     shared, own = weights.all(), [w for network in networks for w in network.weights]
-    tensors = [x, *(w for w in own if w is not None)]
     if not (
         affine_joint_native.has_kernel(len(x) * side**2 // 2)
         and any(w.requires_grad for w in shared)
         and fold_native.serves(*weights)
-        and are_ordinary(tensors)
+        and are_ordinary([x, *(w for network in networks for w in network.in_question)])
     ):
         return None
     return _Steps.apply(_Plan(side, pixels, bounds, [network.plan for network in networks]), x, *shared, *own)

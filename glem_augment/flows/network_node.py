@@ -8,24 +8,17 @@ float32; all else is the modules' own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.flows import elu_native
-from glem_augment.flows.frozen import Parts, are_bare
+from glem_augment.flows.network_parts import Parts, Plan
 from glem_augment.flows.ordinary import are_ordinary, gradients_of, is_ordinary
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
-
-
-class Plan(NamedTuple):
-    """What of a network is not a tensor."""
-
-    convolutions: tuple[tuple, ...]  # of every layer: stride, padding, dilation, groups
-    blocks: tuple[tuple[bool, ...], ...]  # of every layer of a block: whether the activation stands before it
 
 
 def _in_turn(plan: Plan, weights: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
@@ -132,32 +125,9 @@ def let_go(ctx: Any) -> None:
         ctx.maybe_clear_saved_tensors()
 
 
-class Node(NamedTuple):
-    """A network that can be run here."""
-
-    plan: Plan
-    weights: list[Tensor | None]
-
-
-def described(network: Parts | None) -> Node | None:
-    """The network as this module takes it; None where it is the modules' own.
-
-    Args:
-        network: its parts; None if it is another than they could tell.
-    """
-    if network is None or network.act.name != "elu":
-        return None
-    layers = network.layers()
-    if not are_bare(layers):
-        return None
-    weights = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
-    return Node(
-        Plan(
-            tuple((layer.stride, layer.padding, layer.dilation, layer.groups) for layer in layers),
-            tuple(tuple(before for before, _ in block) for block in network.blocks),
-        ),
-        weights,
-    )
+def serves(network: Parts | None) -> bool:
+    """Whether a network, if there is one, is of those that this module runs."""
+    return network is not None and network.act.name == "elu"
 
 
 def may_run(x: Tensor) -> bool:
@@ -177,12 +147,13 @@ def run_as_node(x: Tensor, parts: Callable[[], Parts | None]) -> Tensor | None:
 
     Args:
         x: [B, C, H, W] in channels_last format.
-        parts: makes those of the network.
+        parts: gives those of the network; None where it is to be had from the modules.
     """
-    node = described(parts()) if may_run(x) else None
-    if node is None:
+    network = parts() if may_run(x) else None
+    if network is None or not serves(network):
         return None
-    tensors = [x, *(p for p in node.weights if p is not None)]
-    if not (are_ordinary(tensors) and any(t.requires_grad for t in tensors)):
+    if not are_ordinary((x, *network.in_question)):
         return None
-    return _Network.apply(node.plan, x, *node.weights)
+    if not (x.requires_grad or any(p is not None and p.requires_grad for p in network.weights)):
+        return None
+    return _Network.apply(network.plan, x, *network.weights)

@@ -25,12 +25,10 @@ def are_ordinary(tensors: Iterable[Tensor]) -> bool:
 
 
 def _is_known(x: Tensor) -> bool:
-    return (
-        (type(x) is Tensor or type(x) is nn.Parameter)
-        and x.is_cpu
-        and x.dtype is torch.float32
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad's is_grads_batched
-    )
+    kind = type(x)
+    # What autograd.grad's is_grads_batched makes is no parameter.
+    known = kind is nn.Parameter or (kind is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x))
+    return known and x.is_cpu and x.dtype is torch.float32
 
 
 def _is_followed() -> bool:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.flows.activations import Activation, may_be_overwritten
-from glem_augment.flows.frozen import FrozenRun, Parts, have_hooks, may_run_frozen
-from glem_augment.flows.network_node import Node, described, run_as_node
+from glem_augment.flows.frozen import FrozenRun, may_run_frozen
+from glem_augment.flows.network_node import run_as_node, serves
+from glem_augment.flows.network_parts import KnownParts, Parts, have_hooks, take_apart
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
@@ -64,7 +65,7 @@ class Subnet(nn.Module):
         """
         return False
 
-    def as_node(self) -> Node | None:
+    def as_node(self) -> Parts | None:
         """What ``level_node`` runs in the place of ``forward``; None where it must not."""
         return None
 
@@ -115,8 +116,7 @@ class ResidualBlock(nn.Module):
 
     def layers(self) -> list[tuple[bool, nn.Module]]:
         """What is added to x, each with whether the activation comes before it."""
-        parts = self._modules  # which a training step asks of every block; as attributes they are slow to find
-        return [(True, parts["conv1"]), (True, parts["conv2"]), (True, parts["conv3"])]
+        return [(True, self.conv1), (True, self.conv2), (True, self.conv3)]
 
 
 class DepthwiseBlock(nn.Module):
@@ -134,8 +134,7 @@ class DepthwiseBlock(nn.Module):
 
     def layers(self) -> list[tuple[bool, nn.Module]]:
         """As ``ResidualBlock.layers``."""
-        parts = self._modules
-        return [(False, parts["depthwise"]), (False, parts["expand"]), (True, parts["project"])]
+        return [(False, self.depthwise), (False, self.expand), (True, self.project)]
 
 
 class ConvSubnet(Subnet):
@@ -174,7 +173,7 @@ class ConvSubnet(Subnet):
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
         self.to(memory_format=torch.channels_last)
-        self._frozen = FrozenRun()
+        self._frozen, self._known = FrozenRun(), KnownParts()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.autocast is None:
@@ -193,19 +192,23 @@ class ConvSubnet(Subnet):
             return False
         return self.autocast is None and may_run_frozen(x)
 
-    def as_node(self) -> Node | None:
+    def as_node(self) -> Parts | None:
         known = type(self).forward is ConvSubnet.forward and not have_hooks([self])
         if not known or self.autocast is not None or self._frozen.is_used():
             return None
-        return described(self._parts())
+        parts = self._parts()
+        return parts if serves(parts) else None
 
     def _parts(self) -> Parts | None:
+        return self._known.of(self, self._taken_apart)
+
+    def _taken_apart(self) -> Parts | None:
         """As long as blocks and activation are as they were made."""
         blocks = list(self.blocks)
-        known = all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks)
-        if not known or have_hooks((self.act, *blocks)):
-            return None
-        return Parts(self.act, self.head, [block.layers() for block in blocks], self.tail)
+        known = all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks) and all(
+            type(act) is Activation and act.name == self.act.name for act in (self.act, *(b.act for b in blocks))
+        )
+        return take_apart(self.act, self.head, [block.layers() for block in blocks], self.tail) if known else None
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)
