@@ -370,6 +370,30 @@ def test_exponentials_of_generators_are_torchs(c: int, norm: float, sign: float)
     assert torch.equal(exponentials(a.transpose(1, 2).contiguous().transpose(1, 2), sign)[0], got[0])
 
 
+def special_generator(kind: str, c: int) -> Tensor:
+    a = torch.randn(c, c, generator=torch.Generator().manual_seed(c), dtype=torch.float64)
+    if kind == "skew":  # its powers are far below those of its norm
+        return 8 * (a - a.T) / (a - a.T).abs().sum(1).max()
+    if kind == "nilpotent":  # the square is zero
+        a[c // 2 :] = 0
+        a[:, : c // 2] = 0
+        return 3 * a
+    if kind == "triangular":  # far from normal
+        return torch.triu(4 * a / c**0.5, 1) + torch.diag(torch.linspace(-1, 1, c, dtype=torch.float64))
+    return torch.diag(torch.linspace(-6, 6, c, dtype=torch.float64))
+
+
+@pytest.mark.skipif(generators._kernel() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("kind", ["skew", "nilpotent", "triangular", "diagonal"])
+@pytest.mark.parametrize("c", [2, 6, 48])
+def test_exponentials_of_special_generators(kind: str, c: int) -> None:
+    a = special_generator(kind, c).float()[None]
+    wanted, got = exponentials(a.double(), 1.0), exponentials(a, 1.0)
+    scale = float(wanted[0].abs().max())
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=6e-8, atol=1e-12 + 6e-8 * scale)
+    close(got[1:], wanted[1:], 2e-5)
+
+
 @pytest.mark.skipif(generators._kernel() is None, reason="no C++ compiler here")
 def test_what_is_not_finite_stays_so_and_large_ones_end() -> None:
     a = torch.zeros(4, 5, 5)

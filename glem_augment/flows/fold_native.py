@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.generators import SMALL, TERMS
+from glem_augment.flows.generators import PRODUCTS, SMALL
 from glem_augment.flows.native import Kernel, declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
@@ -26,7 +26,7 @@ def _kernel() -> Kernel | None:
     if made is None:
         return None
     size, real, integer = ctypes.c_int64, ctypes.c_double, ctypes.c_int32
-    rest = [size, size, size, real, real, integer, integer]
+    rest = [size, size, size, real, real, integer]
     return Kernel(declare(made.glem_fold, 6, rest), declare(made.glem_fold_backward, 10, rest))
 
 
@@ -57,9 +57,9 @@ def _of(tensors: Tensors) -> Any:
     return _pointers([t.data_ptr() for t in tensors])
 
 
-def _rest(generators: Tensors, logdet: Tensor, pixels: tuple[int, int], terms: int, works: int) -> list[Any]:
+def _rest(generators: Tensors, logdet: Tensor, pixels: tuple[int, int], works: int) -> list[Any]:
     steps, c = len(generators), len(generators[0])
-    return [steps, c, logdet.numel(), *pixels, terms, threads_for(steps * works * terms * c**3)]
+    return [steps, c, logdet.numel(), *pixels, threads_for(steps * works * PRODUCTS * c**3)]
 
 
 def fold(
@@ -78,7 +78,7 @@ def fold(
     made = [generators[0].new_empty(shape) for shape in ((steps, c, c), (steps, c, 1), batch)]
     pointers = [_of(tensors) for tensors in (biases, log_scales, generators)]
     pointers += [t.data_ptr() for t in made]
-    kernel.forward(*pointers, *_rest(generators, made[-1], pixels, TERMS[torch.float64], 1))
+    kernel.forward(*pointers, *_rest(generators, made[-1], pixels, 1))
     return tuple(made)
 
 
@@ -106,5 +106,5 @@ def fold_backward(
     pointers = [_pointers(g_matrices), _pointers(g_shifts), g_logdet.data_ptr()]
     pointers += [_of(tensors) for tensors in (biases, log_scales, generators)]
     pointers += [t.data_ptr() for t in (matrices, *made)]
-    kernel.backward(*pointers, *_rest(generators, g_logdet, pixels, TERMS[torch.float32], 3))
+    kernel.backward(*pointers, *_rest(generators, g_logdet, pixels, 3))
     return [gradient for kind in made for gradient in kind.unbind()]

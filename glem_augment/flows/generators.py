@@ -23,7 +23,9 @@ from glem_augment.flows.ordinary import gradients_of, is_ordinary
 from glem_augment.flows.precision import full_precision
 
 # The series is summed where the norm is at most 1/2: x^k/k! is then below rounding after so many terms.
-TERMS = {torch.float32: 8, torch.float64: 14}
+_TERMS = {torch.float32: 8, torch.float64: 14}
+# That the kernel needs for an exponential, about; with a derivative three times as many.
+PRODUCTS = 10
 # Beyond this side a library's matrix products are faster than the kernel's loops.
 SMALL = 96
 
@@ -35,7 +37,7 @@ def _kernel() -> tuple[Any, Any] | None:
     if made is None:
         return None
     size, integer = ctypes.c_int64, ctypes.c_int32
-    rest = [size, size, ctypes.c_float, integer, integer]
+    rest = [size, size, ctypes.c_float, integer]
     return declare(made.glem_exp, 2, rest), declare(made.glem_exp_backward, 3, rest)
 
 
@@ -48,14 +50,14 @@ def _serves(generators: Tensor) -> bool:
     return generators.shape[-1] <= SMALL and is_ordinary(generators) and _kernel() is not None
 
 
-def _call(which: int, sign: float, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+def _call(which: int, sign: float, *tensors: Tensor) -> Tensor:
     """One of the two kernels on contiguous [S, c, c]."""
     kernel, tensors = _kernel(), tuple(t.contiguous() for t in tensors)
     assert kernel is not None and all(t.shape == tensors[0].shape for t in tensors)
     count, c, _ = tensors[0].shape
-    out, terms = torch.empty_like(tensors[0]), TERMS[dtype]
-    threads = threads_for(count * 3 * terms * c**3)
-    kernel[which](*(t.data_ptr() for t in (*tensors, out)), count, c, sign, terms, threads)
+    out = torch.empty_like(tensors[0])
+    threads = threads_for(count * (1 if which == _EXP else 3) * PRODUCTS * c**3)
+    kernel[which](*(t.data_ptr() for t in (*tensors, out)), count, c, sign, threads)
     return out
 
 
@@ -69,7 +71,7 @@ def _frechet(x: Tensor, direction: Tensor) -> Tensor:
     halvings = max(0, math.ceil(math.log2(norm)) + 1) if norm > 0 and math.isfinite(norm) else 0
     x, d = x * 0.5**halvings, direction * 0.5**halvings
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
-    terms = TERMS[x.dtype]
+    terms = _TERMS[x.dtype]
     value, change = torch.add(eye, x, alpha=1 / terms), d / terms
     for k in range(terms - 1, 0, -1):
         change = torch.baddbmm(torch.bmm(d, value), x, change).div_(k)
@@ -91,19 +93,19 @@ class _ExpOfGenerators(torch.autograd.Function):
         ctx.save_for_backward(generators)
         ctx.sign = sign
         if _serves(generators):
-            return _call(_EXP, sign, torch.float64, generators)
+            return _call(_EXP, sign, generators)
         return _plain(generators, sign)[0]
 
     @staticmethod
     def backward(ctx, g: Tensor):
         (generators,) = ctx.saved_tensors
-        if generators.dtype not in TERMS:
+        if generators.dtype not in _TERMS:
             raise TypeError(f"the weights of a flow are float32 or float64, got {generators.dtype}")
         if torch.is_grad_enabled():
             # This gradient is to be differentiated in turn.
             return *gradients_of(_plain, (generators,), (ctx.sign,), ctx.needs_input_grad, (g,)), None
         if _serves(generators) and is_ordinary(g):
-            return _call(_ADJOINT, ctx.sign, torch.float32, generators, g), None
+            return _call(_ADJOINT, ctx.sign, generators, g), None
         # The adjoint of the derivative at X is the derivative at its transpose.
         with full_precision(g.device.type):
             return _frechet(generators.transpose(1, 2) * ctx.sign, g) * ctx.sign, None

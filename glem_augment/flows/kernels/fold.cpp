@@ -10,20 +10,22 @@
 // norm_pixels, pixels: how often an entry of log_scale counts in it, and one of the generators' diagonals.
 extern "C" void glem_fold(const float* const* biases, const float* const* log_scales, const float* const* generators,
                           float* matrices, float* shifts, float* logdet, int64_t steps, int64_t c, int64_t batch,
-                          double norm_pixels, double pixels, int32_t terms, int32_t threads) {
+                          double norm_pixels, double pixels, int32_t threads) {
     double total = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
-        Matrix<double> x(c), value(c), none(0);
+        Dual<double> x(c, false);
         const float *a = generators[step], *bias = biases[step], *log_scale = log_scales[step];
         for (int64_t i = 0; i < c; ++i)
-            for (int64_t j = 0; j < c; ++j) x.at(i, j) = a[i * c + j];
-        exponential<double>(x, nullptr, terms, value, none);
+            for (int64_t j = 0; j < c; ++j) x.value.at(i, j) = a[i * c + j];
+        const Dual<double> made = exponential(x);
+        std::vector<double> scales(c);
+        for (int64_t j = 0; j < c; ++j) scales[j] = std::exp((double)log_scale[j]);
         float *matrix = matrices + step * c * c, *shift = shifts + step * c;
         for (int64_t i = 0; i < c; ++i) {
             double sum = 0;
             for (int64_t j = 0; j < c; ++j) {
-                const double entry = value.at(i, j) * std::exp((double)log_scale[j]);
+                const double entry = made.value.at(i, j) * scales[j];
                 matrix[i * c + j] = (float)entry;
                 sum += entry * bias[j];
             }
@@ -42,12 +44,12 @@ extern "C" void glem_fold_backward(const float* const* g_matrices, const float* 
                                    const float* const* biases, const float* const* log_scales,
                                    const float* const* generators, const float* matrices, float* g_biases,
                                    float* g_log_scales, float* g_generators, int64_t steps, int64_t c, int64_t batch,
-                                   double norm_pixels, double pixels, int32_t terms, int32_t threads) {
+                                   double norm_pixels, double pixels, int32_t threads) {
     double g_total = 0;
     for (int64_t image = 0; image < batch; ++image) g_total += g_logdet[image];
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
-        Matrix<float> x(c), d(c), value(c), change(c);
+        Dual<float> x(c, true);
         const float *a = generators[step], *g = g_matrices[step], *g_shift = g_shifts[step];
         const float* matrix = matrices + step * c * c;
         for (int64_t j = 0; j < c; ++j) {
@@ -58,15 +60,15 @@ extern "C" void glem_fold_backward(const float* const* g_matrices, const float* 
                 g_bias += matrix[i * c + j] * g_shift[i];
                 g_log_scale += upstream * matrix[i * c + j];
                 // The adjoint of the derivative at a is the derivative at its transpose.
-                x.at(j, i) = a[i * c + j];
-                d.at(i, j) = upstream * scale;
+                x.value.at(j, i) = a[i * c + j];
+                x.change.at(i, j) = upstream * scale;
             }
             g_biases[step * c + j] = (float)g_bias;
             g_log_scales[step * c + j] = (float)g_log_scale;
         }
-        exponential<float>(x, &d, terms, value, change);
+        const Dual<float> made = exponential(x);
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j)
-                g_generators[(step * c + i) * c + j] = change.at(i, j) + (i == j ? (float)(pixels * g_total) : 0);
+                g_generators[(step * c + i) * c + j] = made.change.at(i, j) + (i == j ? (float)(pixels * g_total) : 0);
     }
 }

@@ -54,68 +54,124 @@ void add_product(const Matrix<T>& a, const Matrix<T>& b, Matrix<T>& out) {
         }
 }
 
-// So many halvings that no row sums to more than 1/2; none of what is not finite.
+// The largest sum of a row's magnitudes.
 template <typename T>
-int halvings_of(const Matrix<T>& x) {
+double norm_of(const Matrix<T>& x) {
     double norm = 0;
     for (int64_t i = 0; i < x.side; ++i) {
         double sum = 0;
         for (int64_t j = 0; j < x.side; ++j) sum += std::fabs((double)x.at(i, j));
         if (!(sum <= norm)) norm = sum;
     }
+    return norm;
+}
+
+// So many halvings that the powers of x, from the second on, are at most about those of 1/2; none of what is not finite.
+// The norm of the square is often far below the squared norm (Al-Mohy & Higham, SIAM J. Matrix Anal. Appl. 2009).
+template <typename T>
+int halvings_of(const Matrix<T>& x, const Matrix<T>& square) {
+    const double norm = std::max(std::sqrt(norm_of(square)), norm_of(x) / 4);
     if (!(norm > 0) || !std::isfinite(norm)) return 0;
     const int result = (int)std::ceil(std::log2(norm)) + 1;
     return result > 0 ? result : 0;
 }
 
-// out += factor x
+// A matrix and, if it is wanted, its derivative along a direction.
 template <typename T>
-void add_scaled(const Matrix<T>& x, T factor, Matrix<T>& out) {
-    for (size_t k = 0; k < x.entries.size(); ++k) out.entries[k] += factor * x.entries[k];
+struct Dual {
+    Matrix<T> value, change;
+
+    explicit Dual(int64_t c, bool changes) : value(c), change(changes ? c : 0) {}
+
+    bool changes() const { return change.side > 0; }
+    void scale(T factor) {
+        value.scale(factor);
+        change.scale(factor);
+    }
+    void add(T factor, const Dual& other) {
+        for (size_t k = 0; k < value.entries.size(); ++k) value.entries[k] += factor * other.value.entries[k];
+        for (size_t k = 0; k < change.entries.size(); ++k) change.entries[k] += factor * other.change.entries[k];
+    }
+    void add_identity(T factor) {
+        for (int64_t i = 0; i < value.side; ++i) value.at(i, i) += factor;
+    }
+    // this += a b
+    void add_product_of(const Dual& a, const Dual& b) {
+        add_product(a.value, b.value, value);
+        if (!changes()) return;
+        add_product(a.value, b.change, change);
+        add_product(a.change, b.value, change);
+    }
+    void clear() {
+        value.clear();
+        change.clear();
+    }
+};
+
+// out += the series of exp(x) up to x^8, in two products (Bader, Blanes & Casas, Mathematics 2019): the coefficients are
+// such that the powers from x^5 on come out right.
+template <typename T>
+void add_short_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
+    const double root = std::sqrt(177.0);
+    const int64_t side = x.value.side;
+    const bool changes = x.changes();
+    Dual<T> left(side, changes), right(side, changes), fourth(side, changes);
+    left.add((T)((1 + root) / 132), x);
+    left.add((T)((1 + root) / 528), square);
+    fourth.add_product_of(square, left);
+    left.clear();
+    left.add((T)(2.0 / 3), square);
+    left.add(1, fourth);
+    right.add_identity((T)((29 * root - 271) / 210));
+    right.add((T)((11 * root - 11) / 840), x);
+    right.add((T)((11 * root - 99) / 3360), square);
+    right.add((T)((89 - root) / 2240), fourth);
+    out.add_product_of(left, right);
+    out.add_identity(1);
+    out.add(1, x);
+    out.add((T)((857 - 58 * root) / 630), square);
 }
 
-// exp(x) by its series and squaring, and its derivative along `d` if there is one: every product is differentiated along.
-// The series up to x^terms by Paterson & Stockmeyer (SIAM J. Comput. 1973): a polynomial in x^3 whose coefficients are
-// polynomials in x, which takes less than half of the products. `change` is of no use without d.
+// out += the series up to x^14, by Paterson & Stockmeyer (SIAM J. Comput. 1973): a polynomial in x^3 whose coefficients
+// are polynomials in x, in five products.
 template <typename T>
-void exponential(Matrix<T>& x, Matrix<T>* d, int terms, Matrix<T>& value, Matrix<T>& change) {
-    const int halvings = halvings_of(x);
-    const T shrink = (T)std::ldexp(1.0, -halvings);
-    const int64_t side = x.side, changed = d ? side : 0;
-    Matrix<T> next(side), square(side), cube(side), next_change(changed), square_change(changed), cube_change(changed);
-    // out = a b, and what becomes of its derivative
-    const auto multiply = [d](const Matrix<T>& a, const Matrix<T>& a_change, const Matrix<T>& b,
-                              const Matrix<T>& b_change, Matrix<T>& out, Matrix<T>& out_change) {
-        out.clear();
-        add_product(a, b, out);
-        if (!d) return;
-        out_change.clear();
-        add_product(a, b_change, out_change);
-        add_product(a_change, b, out_change);
-    };
-    const auto multiply_value_by = [&](const Matrix<T>& with, const Matrix<T>& with_change) {
-        multiply(value, change, with, with_change, next, next_change);
-        std::swap(value.entries, next.entries);
-        if (d) std::swap(change.entries, next_change.entries);
-    };
-    x.scale(shrink);
-    if (d) d->scale(shrink);
-    const Matrix<T>& x_change = d ? *d : next_change;
-    multiply(x, x_change, x, x_change, square, square_change);
-    multiply(square, square_change, x, x_change, cube, cube_change);
-    const Matrix<T>*powers[] = {&x, &square}, *changes[] = {&x_change, &square_change};
-    for (int first = terms / 3 * 3; first >= 0; first -= 3) {
-        if (first + 3 <= terms) multiply_value_by(cube, cube_change);
+void add_long_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
+    Dual<T> cube(x.value.side, x.changes()), next(x.value.side, x.changes());
+    cube.add_product_of(square, x);
+    for (int first = 12; first >= 0; first -= 3) {
+        if (first < 12) {
+            next.clear();
+            next.add_product_of(out, cube);
+            std::swap(out, next);
+        }
         double factor = 1;
         for (int k = 2; k <= first; ++k) factor /= k;
-        for (int64_t i = 0; i < side; ++i) value.at(i, i) += (T)factor;
-        for (int k = 1; k < 3 && first + k <= terms; ++k) {
-            factor /= first + k;
-            add_scaled(*powers[k - 1], (T)factor, value);
-            if (d) add_scaled(*changes[k - 1], (T)factor, change);
-        }
+        out.add_identity((T)factor);
+        out.add((T)(factor / (first + 1)), x);
+        out.add((T)(factor / ((first + 1) * (first + 2))), square);
     }
-    for (int h = 0; h < halvings; ++h) multiply_value_by(value, change);
+}
+
+// exp(x), and its derivative along the change of x if there is one: every product is differentiated along (Al-Mohy &
+// Higham, SIAM J. Matrix Anal. Appl. 2009). By the series, as far as T goes, and squaring. x is overwritten.
+template <typename T>
+Dual<T> exponential(Dual<T>& x) {
+    Dual<T> square(x.value.side, x.changes()), value(x.value.side, x.changes());
+    square.add_product_of(x, x);
+    const int halvings = halvings_of(x.value, square.value);
+    const T shrink = (T)std::ldexp(1.0, -halvings);
+    x.scale(shrink);
+    square.scale(shrink * shrink);
+    if (sizeof(T) == sizeof(float))
+        add_short_series(x, square, value);
+    else
+        add_long_series(x, square, value);
+    for (int h = 0; h < halvings; ++h) {
+        square.clear();
+        square.add_product_of(value, value);
+        std::swap(square, value);
+    }
+    return value;
 }
 
 }  // namespace
