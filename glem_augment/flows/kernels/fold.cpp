@@ -15,6 +15,7 @@ extern "C" void glem_fold(const float* const* biases, const float* const* log_sc
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
         Dual<double> x(c, false);
+        x.clear();
         const float *a = generators[step], *bias = biases[step], *log_scale = log_scales[step];
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j) x.value.at(i, j) = a[i * c + j];
@@ -50,6 +51,7 @@ extern "C" void glem_fold_backward(const float* const* g_matrices, const float* 
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t step = 0; step < steps; ++step) {
         Dual<float> x(c, true);
+        x.clear();
         const float *a = generators[step], *g = g_matrices[step], *g_shift = g_shifts[step];
         const float* matrix = matrices + step * c * c;
         for (int64_t j = 0; j < c; ++j) {

@@ -9,6 +9,7 @@ extern "C" void glem_exp(const float* a, float* out, int64_t count, int64_t c, f
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t m = 0; m < count; ++m) {
         Dual<double> x(c, false);
+        x.clear();
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j) x.value.at(i, j) = (double)sign * a[(m * c + i) * c + j];
         const Dual<double> made = exponential(x);
@@ -23,6 +24,7 @@ extern "C" void glem_exp_backward(const float* a, const float* g, float* out, in
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t m = 0; m < count; ++m) {
         Dual<float> x(c, true);
+        x.clear();
         for (int64_t i = 0; i < c; ++i)
             for (int64_t j = 0; j < c; ++j) {
                 x.value.at(i, j) = sign * a[(m * c + j) * c + i];

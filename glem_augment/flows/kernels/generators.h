@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -13,38 +15,52 @@ namespace {
 // Rows that are worked on together, in vectors of 64 bytes.
 constexpr int64_t kRows = 8;
 
-// A square matrix in an array whose rows and columns are filled up with zeros.
+// A square matrix in an array whose rows and columns are filled up; what is not set is not defined.
 template <typename T>
 struct Matrix {
     typedef T V __attribute__((vector_size(64), may_alias));
     static constexpr int64_t kLanes = sizeof(V) / sizeof(T);
 
-    int64_t side, rows, stride;
-    std::vector<T> entries;
+    int64_t side, stride, size;
+    std::unique_ptr<T[]> entries;
 
     explicit Matrix(int64_t c)
         : side(c),
-          rows((c + kRows - 1) / kRows * kRows),
           stride((c + kLanes - 1) / kLanes * kLanes),
-          entries(rows * stride) {}
+          size((c + kRows - 1) / kRows * kRows * stride),
+          entries(new T[size]) {}
 
     T& at(int64_t i, int64_t j) { return entries[i * stride + j]; }
     T at(int64_t i, int64_t j) const { return entries[i * stride + j]; }
+    void clear() { std::fill_n(entries.get(), size, T(0)); }
     void scale(T factor) {
-        for (T& entry : entries) entry *= factor;
+        for (int64_t k = 0; k < size; ++k) entries[k] *= factor;
     }
-    void clear() { std::fill(entries.begin(), entries.end(), T(0)); }
+    // The sum of factors times matrices.
+    void set(std::initializer_list<std::pair<T, const Matrix*>> terms) {
+        bool first = true;
+        for (const auto& [factor, matrix] : terms) {
+            const T* others = matrix->entries.get();
+            if (first)
+                for (int64_t k = 0; k < size; ++k) entries[k] = factor * others[k];
+            else
+                for (int64_t k = 0; k < size; ++k) entries[k] += factor * others[k];
+            first = false;
+        }
+    }
 };
 
-// out += a b
-template <typename T>
-void add_product(const Matrix<T>& a, const Matrix<T>& b, Matrix<T>& out) {
+// out = a b, or out += a b
+template <bool kAdd, typename T>
+void product(const Matrix<T>& a, const Matrix<T>& b, Matrix<T>& out) {
     typedef typename Matrix<T>::V V;
     const int64_t stride = a.stride, side = a.side;
     for (int64_t i = 0; i < side; i += kRows)
         for (int64_t j = 0; j < stride; j += Matrix<T>::kLanes) {
-            V sums[kRows];
-            for (int64_t r = 0; r < kRows; ++r) __builtin_memcpy(&sums[r], &out.entries[(i + r) * stride + j], sizeof(V));
+            V sums[kRows] = {};
+            if (kAdd)
+                for (int64_t r = 0; r < kRows; ++r)
+                    __builtin_memcpy(&sums[r], &out.entries[(i + r) * stride + j], sizeof(V));
             for (int64_t k = 0; k < side; ++k) {
                 V other;
                 __builtin_memcpy(&other, &b.entries[k * stride + j], sizeof(V));
@@ -84,71 +100,71 @@ struct Dual {
     explicit Dual(int64_t c, bool changes) : value(c), change(changes ? c : 0) {}
 
     bool changes() const { return change.side > 0; }
-    void scale(T factor) {
-        value.scale(factor);
-        change.scale(factor);
-    }
-    void add(T factor, const Dual& other) {
-        for (size_t k = 0; k < value.entries.size(); ++k) value.entries[k] += factor * other.value.entries[k];
-        for (size_t k = 0; k < change.entries.size(); ++k) change.entries[k] += factor * other.change.entries[k];
-    }
-    void add_identity(T factor) {
-        for (int64_t i = 0; i < value.side; ++i) value.at(i, i) += factor;
-    }
-    // this += a b
-    void add_product_of(const Dual& a, const Dual& b) {
-        add_product(a.value, b.value, value);
-        if (!changes()) return;
-        add_product(a.value, b.change, change);
-        add_product(a.change, b.value, change);
-    }
     void clear() {
         value.clear();
         change.clear();
     }
+    void scale(T factor) {
+        value.scale(factor);
+        change.scale(factor);
+    }
+    // a x + b y + c z
+    void set(double a, const Dual& x, double b, const Dual& y, double c, const Dual& z) {
+        value.set({{(T)a, &x.value}, {(T)b, &y.value}, {(T)c, &z.value}});
+        change.set({{(T)a, &x.change}, {(T)b, &y.change}, {(T)c, &z.change}});
+    }
+    void set(double a, const Dual& x, double b, const Dual& y) {
+        value.set({{(T)a, &x.value}, {(T)b, &y.value}});
+        change.set({{(T)a, &x.change}, {(T)b, &y.change}});
+    }
+    void add_identity(double factor) {
+        for (int64_t i = 0; i < value.side; ++i) value.at(i, i) += (T)factor;
+    }
+    // a b
+    void set_product(const Dual& a, const Dual& b) {
+        product<false>(a.value, b.value, value);
+        if (!changes()) return;
+        product<false>(a.value, b.change, change);
+        product<true>(a.change, b.value, change);
+    }
+    void add_product(const Dual& a, const Dual& b) {
+        product<true>(a.value, b.value, value);
+        if (!changes()) return;
+        product<true>(a.value, b.change, change);
+        product<true>(a.change, b.value, change);
+    }
 };
 
-// out += the series of exp(x) up to x^8, in two products (Bader, Blanes & Casas, Mathematics 2019): the coefficients are
+// out = the series of exp(x) up to x^8, in two products (Bader, Blanes & Casas, Mathematics 2019): the coefficients are
 // such that the powers from x^5 on come out right.
 template <typename T>
-void add_short_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
+void short_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
     const double root = std::sqrt(177.0);
     const int64_t side = x.value.side;
-    const bool changes = x.changes();
-    Dual<T> left(side, changes), right(side, changes), fourth(side, changes);
-    left.add((T)((1 + root) / 132), x);
-    left.add((T)((1 + root) / 528), square);
-    fourth.add_product_of(square, left);
-    left.clear();
-    left.add((T)(2.0 / 3), square);
-    left.add(1, fourth);
-    right.add_identity((T)((29 * root - 271) / 210));
-    right.add((T)((11 * root - 11) / 840), x);
-    right.add((T)((11 * root - 99) / 3360), square);
-    right.add((T)((89 - root) / 2240), fourth);
-    out.add_product_of(left, right);
+    Dual<T> left(side, x.changes()), right(side, x.changes()), fourth(side, x.changes());
+    left.set((1 + root) / 132, x, (1 + root) / 528, square);
+    fourth.set_product(square, left);
+    left.set(2.0 / 3, square, 1, fourth);
+    right.set((11 * root - 11) / 840, x, (11 * root - 99) / 3360, square, (89 - root) / 2240, fourth);
+    right.add_identity((29 * root - 271) / 210);
+    out.set(1, x, (857 - 58 * root) / 630, square);
     out.add_identity(1);
-    out.add(1, x);
-    out.add((T)((857 - 58 * root) / 630), square);
+    out.add_product(left, right);
 }
 
-// out += the series up to x^14, by Paterson & Stockmeyer (SIAM J. Comput. 1973): a polynomial in x^3 whose coefficients
+// out = the series up to x^14, by Paterson & Stockmeyer (SIAM J. Comput. 1973): a polynomial in x^3 whose coefficients
 // are polynomials in x, in five products.
 template <typename T>
-void add_long_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
+void long_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
     Dual<T> cube(x.value.side, x.changes()), next(x.value.side, x.changes());
-    cube.add_product_of(square, x);
+    cube.set_product(square, x);
     for (int first = 12; first >= 0; first -= 3) {
-        if (first < 12) {
-            next.clear();
-            next.add_product_of(out, cube);
-            std::swap(out, next);
-        }
         double factor = 1;
         for (int k = 2; k <= first; ++k) factor /= k;
-        out.add_identity((T)factor);
-        out.add((T)(factor / (first + 1)), x);
-        out.add((T)(factor / ((first + 1) * (first + 2))), square);
+        next.set(factor / (first + 1), x, factor / ((first + 1) * (first + 2)), square);
+        next.add_identity(factor);
+        if (first < 12) next.add_product(out, cube);
+        std::swap(out, next);
     }
 }
 
@@ -157,18 +173,17 @@ void add_long_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
 template <typename T>
 Dual<T> exponential(Dual<T>& x) {
     Dual<T> square(x.value.side, x.changes()), value(x.value.side, x.changes());
-    square.add_product_of(x, x);
+    square.set_product(x, x);
     const int halvings = halvings_of(x.value, square.value);
     const T shrink = (T)std::ldexp(1.0, -halvings);
     x.scale(shrink);
     square.scale(shrink * shrink);
     if (sizeof(T) == sizeof(float))
-        add_short_series(x, square, value);
+        short_series(x, square, value);
     else
-        add_long_series(x, square, value);
+        long_series(x, square, value);
     for (int h = 0; h < halvings; ++h) {
-        square.clear();
-        square.add_product_of(value, value);
+        square.set_product(value, value);
         std::swap(square, value);
     }
     return value;
