@@ -36,17 +36,15 @@ class SharedArrays:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = dict(layout)
-        size = self._size()
-        # A file is given any size; this is where the system says that it has not as much.
-        refused_here = mmap.mmap(-1, size)
+        # A file is given any size; here the system says whether it has as much.
+        anonymous = mmap.mmap(-1, self._size())
         self._file = _file_without_name()
         if self._file is not None:
-            refused_here.close()
-            os.ftruncate(self._file, size)
+            anonymous.close()
             self._open()
             return
         self._lock, shared = shared_lock("fork")
-        self._map(refused_here if shared else bytearray(size))
+        self._map(anonymous if shared else bytearray(self._size()))
 
     @property
     def can_be_sent(self) -> bool:
@@ -69,6 +67,7 @@ class SharedArrays:
     def _open(self) -> None:
         assert self._file is not None
         weakref.finalize(self, os.close, self._file).atexit = False
+        os.ftruncate(self._file, self._size())
         self._lock = FileLock(self._file)
         self._map(mmap.mmap(self._file, self._size()))
 
