@@ -77,11 +77,12 @@ class WeightsVersion:
         return all(a == b or (t.device.type == "cpu" and t.is_shared()) for t, a, b in addresses)
 
 
-def fingerprint(*modules: nn.Module) -> int:
-    """A number, 0 or more, by which another process tells whether its modules have the same weights and buffers: a
-    checksum of up to 4,096 entries of each, spread evenly. Not proof against somebody who means to deceive."""
+def fingerprint(module: nn.Module) -> int:
+    """A number, 0 or more, by which another process tells whether its module has the same weights and buffers: a
+    checksum of up to 4,096 entries of each, spread evenly. Not proof against somebody who means to deceive, as
+    `hub.weights_sha256` is, which reads all of them."""
     found = 0
-    for t in _tensors_of(modules):
+    for t in _tensors_of([module]):
         flat = t.detach().flatten()
         part = flat[:: max(1, len(flat) // 4096)].cpu().contiguous()
         found = zlib.crc32(part.view(torch.uint8).numpy(), found)

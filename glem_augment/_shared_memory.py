@@ -56,7 +56,7 @@ class SharedArrays:
         return locked(self._lock, what, fix)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._file is None or not self.can_be_sent:
+        if not self.can_be_sent:
             raise TypeError("memory can be shared only with a process that is being started")
         return {"layout": self._layout, "file": reduction.DupFd(self._file)}
 

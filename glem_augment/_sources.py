@@ -132,12 +132,11 @@ class LatentSource:
             for generator, rows, places in self._generators(cls, within, attempt):
                 noise[rows] = generator.standard_normal((NOISE_BLOCK, width), dtype=np.float32)[places]
             eps = move(torch.from_numpy(noise), self.model.device).to(self.model.dtype)
+            if self.source == "gaussian" and len(cls) and (cls == cls[0]).all():
+                cls = cls[:1]  # a block of images is of one class: then one row for all of them
+            y = move(torch.from_numpy(cls), self.model.device)
             if self.source == "rfcm":
-                y = move(torch.from_numpy(cls), self.model.device)
                 return self._fitted().sample_from_noise(y, eps, self.temperature)
-            # A block of images is of one class: then one row for all of them.
-            of_one = len(cls) > 0 and not (cls != cls[0]).any()
-            y = move(torch.from_numpy(cls[:1] if of_one else cls), self.model.device)
             gaussians = self.model.gaussians
             return (self.temperature * gaussians.variance()[y].sqrt() * eps).add_(gaussians.mu[y])
 

@@ -486,13 +486,9 @@ def test_a_lock_held_by_a_dead_process_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_an_error_inside_gives_the_lock_back(kind: str, tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file:
         lock = _locks.FileLock(file.fileno()) if kind == "file" else _locks.shared_lock("fork")[0]
-        _check_an_error_inside(lock)
-
-
-def _check_an_error_inside(lock: Any) -> None:
-    with pytest.raises(ZeroDivisionError), _locks.locked(lock, "it is", "wait"):
-        1 / 0  # noqa: B018
-    assert lock.acquire(timeout=0)
+        with pytest.raises(ZeroDivisionError), _locks.locked(lock, "it is", "wait"):
+            1 / 0  # noqa: B018
+        assert lock.acquire(timeout=0)
 
 
 @needs_fork

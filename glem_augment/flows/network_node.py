@@ -128,9 +128,9 @@ def let_go(ctx: Any) -> None:
         ctx.maybe_clear_saved_tensors()
 
 
-def serves(network: Parts | None) -> bool:
-    """Whether a network, if there is one, is of those that this module runs."""
-    return network is not None and network.act.name == "elu"
+def serves(network: Parts) -> bool:
+    """Whether a network is of those that this module runs."""
+    return network.act.name == "elu"
 
 
 def may_run(x: Tensor) -> bool:

@@ -42,7 +42,7 @@ class Parts:
         self.in_question = there[:1] if all(type(p) is nn.Parameter for p in there) else there
         self._settings = list(map(_settings, layers))
         self.plan = Plan(
-            tuple(geometry for *geometry, _ in self._settings),
+            tuple(settings[:4] for settings in self._settings),
             tuple(tuple(before for before, _ in block) for block in blocks),
         )
 

@@ -197,7 +197,7 @@ class ConvSubnet(Subnet):
         if not known or self.autocast is not None or self._frozen.is_used():
             return None
         parts = self._parts()
-        return parts if serves(parts) else None
+        return parts if parts is not None and serves(parts) else None
 
     def _parts(self) -> Parts | None:
         return self._known.of(self, self._taken_apart)
