@@ -33,7 +33,7 @@ def _kernel(n: int) -> Kernel | None:
     last = [ctypes.c_float, integer, integer]
     return Kernel(
         declare(made.glem_affine_joint, 7, [size, size, *last]),
-        declare(made.glem_affine_joint_backward, 11, [size, size, size, *last]),
+        declare(made.glem_affine_joint_backward, 12, [size, size, size, *last]),
     )
 
 
@@ -93,7 +93,7 @@ class Joints:
     def parts(self) -> int:
         """How many numbers ``backward`` needs for sums."""
         channels, batch, _, _ = self.shape
-        return -(-batch // self._each) * channels * (channels + 1)
+        return -(-batch // self._each) * channels * (channels + 2)
 
     def forward(
         self,
@@ -129,6 +129,7 @@ class Joints:
         g_images: int | None,
         g_logdet: int | None,
         g_params: int | None,
+        g_bias: int | None,
         g_matrix: int | None,
         g_shift: int | None,
         parts: int | None,
@@ -141,9 +142,10 @@ class Joints:
             g, g_x: may be the same.
             params, matrix, and gradients: addresses, as above.
             g_images, g_logdet: None without images and without a coupling.
-            parts: address of ``parts()`` numbers, for the gradients of matrix and shift.
+            g_bias: address of [2n], the sums of g_params by channel; None without a coupling.
+            parts: address of ``parts()`` numbers, for the gradients of matrix and shift, and for g_bias.
         """
-        rest = (params, matrix, g_images, g_logdet, g_params, g_matrix, g_shift, parts)
+        rest = (params, matrix, g_images, g_logdet, g_params, g_bias, g_matrix, g_shift, parts)
         size = (*self._size, self._each, bound, inverse, self._threads_backward)
         self._kernel.backward(_place(x), _place(g), _place(g_x), *rest, *size)
 
@@ -217,8 +219,8 @@ def joint_backward(
     ]
     joints = Joints(*x.shape)
     parts = x.new_empty(joints.parts()) if weights else None
-    g_x, *rest = made
+    g_x, g_params, *rest = made
     where = None if g_x is None else planes(g_x)
-    addresses = _addresses(params, matrix, g_images, g_logdet, *rest, parts)
+    addresses = _addresses(params, matrix, g_images, g_logdet, g_params, None, *rest, parts)
     joints.backward(planes(x), planes(g), where, *addresses, bound, inverse)
     return made

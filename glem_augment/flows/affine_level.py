@@ -16,6 +16,8 @@ from glem_augment.flows.ordinary import is_ordinary
 
 # Of a coupling: from images [B, n, H, W] to its parameters [B, 2n, H, W].
 Network = Callable[[Tensor], Tensor]
+# From the gradient of its parameters, and the sums of that by channel, [2n], to the gradient of its images.
+NetworkBackward = Callable[[Tensor, Tensor], Tensor]
 
 
 class Trail(NamedTuple):
@@ -115,7 +117,7 @@ def gradients_of_steps(
     side: int,
     matrices: Sequence[int],
     bounds: Sequence[float],
-    networks: Sequence[Network],
+    networks: Sequence[NetworkBackward],
     trail: Trail,
     g: Tensor,
     g_logdet: Tensor,
@@ -125,8 +127,7 @@ def gradients_of_steps(
 
     Args:
         x, side, bounds: as they were there; ``matrices`` without the shifts.
-        networks: of every coupling, from the gradient of its parameters to that of the images. What they are handed
-            is overwritten later.
+        networks: of every coupling. The gradient that they are handed is overwritten later; the sums are theirs.
         trail: that it left.
         g, g_logdet: of y and of the log-determinants.
         needs_x: whether x needs one.
@@ -143,18 +144,19 @@ def gradients_of_steps(
     g_shifts = [address + number * channels**2 for address in g_matrices]
     g_params = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
     # After the last coupling there is no mixing.
-    following = [*zip(matrices, g_matrices, g_shifts, [parts] * steps, strict=True), (None,) * 4][1:]
+    following = [*zip(matrices, g_matrices, g_shifts, strict=True), (None,) * 3][1:]
     source, target, seen = planes(g), planes_at(first, batch, height, width), None
     states, logdets = addresses(trail.states), g_logdet.data_ptr()
     for index in reversed(range(steps)):
         (matrix, *found), params = following[index], trail.params[index].data_ptr()
         there = planes_at(states[index], batch, height, width)
-        given = (params, matrix, seen, logdets, g_params.data_ptr())
-        joints.backward(there, source, target, *given, *found, bounds[index], False)
-        source, g_images = target, networks[index](g_params)
+        g_bias = x.new_empty(channels)
+        given = (params, matrix, seen, logdets, g_params.data_ptr(), g_bias.data_ptr())
+        joints.backward(there, source, target, *given, *found, parts, bounds[index], False)
+        source, g_images = target, networks[index](g_params, g_bias)
         seen = g_images.data_ptr()
     g_x = x.new_empty(batch, *(x.shape[k] for k in (0, 2, 3))).transpose(0, 1) if needs_x else None
     place = None if g_x is None else planes(g_x, side)
     found = (g_matrices[0], g_shifts[0], parts)
-    joints.backward(planes(x, side), source, place, None, matrices[0], seen, None, None, *found, 1.0, False)
+    joints.backward(planes(x, side), source, place, None, matrices[0], seen, None, None, None, *found, 1.0, False)
     return Gradients(g_x, g_matrices, g_shifts, memory)

@@ -17,3 +17,8 @@ def unsqueeze(x: Tensor, side: int = 2) -> Tensor:
     c, b, h, w = x.shape
     c //= side * side
     return x.view(c, side, side, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c, b, side * h, side * w)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[C, B, H, W] -> [B, C * H * W]: every image's numbers in a row, as they lie in a latent."""
+    return x.transpose(0, 1).flatten(1)

@@ -16,7 +16,7 @@ from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.compiled import Step
 from glem_augment.flows.coupling import AffineCoupling, Coupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
-from glem_augment.flows.layout import squeeze, unsqueeze
+from glem_augment.flows.layout import rows, squeeze, unsqueeze
 from glem_augment.flows.level_node import run_as_node
 from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.prepared import Prepared, Weights, prepare
@@ -125,11 +125,16 @@ class Level(nn.Module):
         """Every weight of the level, in a fixed order."""
         return list(self.parameters())
 
-    def run_steps(self, x: Tensor, side: int = 1) -> tuple[Tensor, Tensor | float, list[Tensor]]:
+    def run_steps(self, x: Tensor, side: int = 1, in_rows: bool = False) -> tuple[Tensor, Tensor | float, list[Tensor]]:
         """The steps alone, on the squeeze by ``side`` of x (1: on x itself, [C, B, H, W]); returns as ``forward``."""
-        made = self._run_as_node(x, side)
+        made = self._run_as_node(x, side, in_rows)
         if made is not None:
             return made[0], 0.0, [made[1]]
+        y, shared, logdets = self._run_in_turn(x, side)
+        return rows(y) if in_rows else y, shared, logdets
+
+    def _run_in_turn(self, x: Tensor, side: int) -> tuple[Tensor, Tensor | float, list[Tensor]]:
+        """As ``run_steps``, where they are no node."""
         prepared, logdets = self.prepare(inverse=False), []
         if self._has_joints(x, side, prepared, self._compiled_forward):
             if not torch.is_grad_enabled():
@@ -143,7 +148,7 @@ class Level(nn.Module):
             logdets.append(logdet)
         return x, prepared.logdet, logdets
 
-    def _run_as_node(self, x: Tensor, side: int) -> tuple[Tensor, Tensor] | None:
+    def _run_as_node(self, x: Tensor, side: int, in_rows: bool) -> tuple[Tensor, Tensor] | None:
         """All as one operation, to be differentiated, where that can be had: faster than compiled steps, too."""
         norm = self.norms[0]
         if not (
@@ -157,7 +162,8 @@ class Level(nn.Module):
         networks = [coupling.net.as_node() for coupling in self.couplings]
         if None in networks:
             return None
-        return run_as_node(x, side, self._weights(), (norm.pixels, self.pixels), self._bounds(), networks)
+        pixels = norm.pixels, self.pixels
+        return run_as_node(x, side, self._weights(), pixels, self._bounds(), networks, in_rows)
 
     def _bounds(self) -> list[float]:
         return [coupling.bound for coupling in self.couplings]
@@ -202,15 +208,18 @@ class Level(nn.Module):
             logdets.append(logdet)
         return y, logdets
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | float, list[Tensor]]:
+    def forward(self, x: Tensor, in_rows: bool = False) -> tuple[Tensor, Tensor | float, list[Tensor]]:
         """The squeeze and the steps, channel-major (``side`` = 2: [C, B, 2H, 2W] -> [4C, B, H, W]).
+
+        Args:
+            in_rows: the output as it lies in a latent, [B, 4C * H * W].
 
         Returns the output, log|det| that all images share (scalar), and the rest of it in parts [B].
         """
         if self.memory == "reversible" and torch.is_grad_enabled():
             y, logdet = reversible_steps(self, squeeze(x, self.side))
-            return y, 0.0, [logdet]
-        return self.run_steps(x, self.side)
+            return rows(y) if in_rows else y, 0.0, [logdet]
+        return self.run_steps(x, self.side, in_rows)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor | float, list[Tensor]]:
         """Undoes ``forward``: [4C, B, H, W] -> [C, B, 2H, 2W], with the log-determinants of this direction."""

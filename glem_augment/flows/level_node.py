@@ -16,7 +16,7 @@ from torch import Tensor
 from glem_augment.flows import affine_joint_native, fold_native, network_node
 from glem_augment.flows.affine_joint import plain_joint
 from glem_augment.flows.affine_level import Trail, addresses, gradients_of_steps, run_steps
-from glem_augment.flows.layout import squeeze
+from glem_augment.flows.layout import rows, squeeze
 from glem_augment.flows.network_parts import Parts, Plan
 from glem_augment.flows.ordinary import are_ordinary, gradients_of
 from glem_augment.flows.prepared import Weights, plain_prepared
@@ -29,6 +29,7 @@ class _Plan(NamedTuple):
     pixels: tuple[int, int]  # see ``prepare``
     bounds: Sequence[float]  # of the couplings
     networks: Sequence[Plan]
+    in_rows: bool  # see ``Level.forward``
 
     def sorted(self, weights: Sequence[Any]) -> tuple[Weights, list[Sequence[Any]]]:
         """Those of ActNorms and mixings, then those of every network."""
@@ -52,7 +53,7 @@ def _plain(x: Tensor, *weights_and_plan: Any) -> tuple[Tensor, Tensor]:
         (params,) = network_node.plain(images, *own, network)
         u, images, logdet = plain_joint(u, params, *mixing, bound, False)
         total = total + logdet
-    return u, total
+    return rows(u) if plan.in_rows else u, total
 
 
 class _Steps(torch.autograd.Function):
@@ -72,7 +73,7 @@ class _Steps(torch.autograd.Function):
         y, trail = run_steps(x, plan.side, mixings, plan.bounds, runs, logdet, kept=True)
         ctx.plan = plan
         ctx.save_for_backward(x, *weights, matrices, trail.states, *trail.params, *saved)
-        return y, logdet
+        return rows(y) if plan.in_rows else y, logdet
 
     @staticmethod
     def backward(ctx, g: Tensor, g_logdet: Tensor):
@@ -83,6 +84,9 @@ class _Steps(torch.autograd.Function):
             # These gradients are to be differentiated in turn, or come in batches.
             return (None, *gradients_of(_plain, (x, *weights), (plan,), needed, (g, g_logdet)))
         matrices, states = saved[count : count + 2]
+        if plan.in_rows:
+            _, channels, batch, height, width = states.shape
+            g = g.reshape(batch, channels, height, width).transpose(0, 1)
         trail = Trail(states, saved[count + 2 : count + 2 + steps])
         # The networks' part is used up from its end.
         del saved[: count + 2 + steps]
@@ -90,9 +94,11 @@ class _Steps(torch.autograd.Function):
         shared, networks = plan.sorted(weights)
         found: list[list[Tensor | None]] = []
 
-        def run(network: Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor) -> Tensor:
+        def run(
+            network: Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor, sums: Tensor
+        ) -> Tensor:
             inputs = [saved.pop() for _ in network.convolutions][::-1]
-            g_images, *g_own = network_node.backward(network, inputs, own, (True, *wants), g_params)
+            g_images, *g_own = network_node.backward(network, inputs, own, (True, *wants), g_params, sums)
             found.append(g_own)
             assert g_images is not None
             return g_images
@@ -114,6 +120,7 @@ def run_as_node(
     pixels: tuple[int, int],
     bounds: Sequence[float],
     networks: Sequence[Parts],
+    in_rows: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """The squeeze and the steps of a level, to be differentiated; or None where they are to be had otherwise.
 
@@ -122,9 +129,10 @@ def run_as_node(
         side: of the squeeze.
         weights, pixels: of the ActNorms, which are per channel, and mixings: see ``prepare``.
         bounds, networks: of the couplings.
+        in_rows: see ``Level.forward``.
 
     Returns:
-        [C, B, H, W] and log|det| [B] in nats.
+        [C, B, H, W], or in rows, and log|det| [B] in nats.
     """
     shared, own = weights.all(), [w for network in networks for w in network.weights]
     if not (
@@ -134,4 +142,5 @@ def run_as_node(
         and are_ordinary([x, *(w for network in networks for w in network.in_question)])
     ):
         return None
-    return _Steps.apply(_Plan(side, pixels, bounds, [network.plan for network in networks]), x, *shared, *own)
+    plan = _Plan(side, pixels, bounds, [network.plan for network in networks], in_rows)
+    return _Steps.apply(plan, x, *shared, *own)

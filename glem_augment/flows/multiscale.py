@@ -10,6 +10,7 @@ from glem_augment.flows.compiled import compile_step
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.host_memory import keep_freed_memory
 from glem_augment.flows.layers import ActNorm
+from glem_augment.flows.layout import rows
 from glem_augment.flows.level import Level, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
 
@@ -57,13 +58,15 @@ class MultiscaleFlow(Bijection):
             parts, shared, logdets = [], 0.0, []
             h = x.transpose(0, 1)
             for index, level in enumerate(self.levels):
-                h, constant, own = level(h)
+                last = index == len(self.levels) - 1
+                h, constant, own = level(h, last)
                 shared = shared + constant
                 logdets += own
-                if index < len(self.levels) - 1:
+                if last:
+                    parts.append(h)
+                else:
                     h, out = h.chunk(2)
-                    parts.append(out.transpose(0, 1).flatten(1))
-            parts.append(h.transpose(0, 1).flatten(1))
+                    parts.append(rows(out))
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0], _total(logdets, shared)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:

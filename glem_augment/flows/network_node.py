@@ -66,16 +66,22 @@ def forward(plan: Plan, x: Tensor, weights: Sequence[Tensor | None]) -> tuple[Te
 
 
 def backward(
-    plan: Plan, saved: list[Tensor], weights: Sequence[Tensor | None], needed: Sequence[bool], g: Tensor
+    plan: Plan,
+    saved: list[Tensor],
+    weights: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    g: Tensor,
+    sums: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of x and the weights, as far as they are ``needed``, from that of the result.
 
     Args:
         saved: see ``forward``; emptied from its end, so that the memory serves again.
+        sums: of g by channel, the gradient of the last bias, if they are known already.
     """
     found: list[Tensor | None] = [None] * len(weights)
 
-    def through(g: Tensor) -> tuple[Tensor, Tensor]:
+    def through(g: Tensor, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last convolution of which the input is left; that comes back, too."""
         x, index = saved.pop(), len(saved)
         at = 2 * index
@@ -83,14 +89,14 @@ def backward(
         stride, padding, dilation, groups = plan.convolutions[index]
         if bias is not None and needed[at + 2]:
             # oneDNN's own, which would come with the convolution's, takes four times as long.
-            found[at + 1] = g.sum((0, 2, 3))
+            found[at + 1] = g.sum((0, 2, 3)) if sums is None else sums
         g, found[at], _ = _convolution_backward(
             g, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
             (index > 0 or needed[0], needed[at + 1], False),
         )  # fmt: skip
         return (None if g is None else _ordered(g)), x
 
-    g = elu_native.elu_backward(*through(g))
+    g = elu_native.elu_backward(*through(g, sums))
     for block in reversed(plan.blocks):
         stream = g
         for position in reversed(range(len(block))):

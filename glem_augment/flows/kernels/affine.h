@@ -43,6 +43,17 @@ struct PerPixel {
         scatter(to, count);
     }
 
+    // to += v, but for lanes without a pixel
+    void add_to(V* to, int64_t count) const {
+        if (count == kLanes) {
+            for (int c = 0; c < M; ++c) to[c] += v[c];
+            return;
+        }
+        I own;
+        for (int lane = 0; lane < kLanes; ++lane) own[lane] = lane < count ? -1 : 0;
+        for (int c = 0; c < M; ++c) to[c] += (V)((I)v[c] & own);
+    }
+
   private:
     void gather(const float* from, int64_t count) {
         float* to = (float*)v;

@@ -160,18 +160,19 @@ extern "C" void glem_affine_joint(const Planes* x, const Planes* y, const float*
 }
 
 // From the gradients g of y, g_images and g_logdet to those of x, params, matrix and shift, but for those that are null.
-// Without a coupling, without mixing and without images, theirs are null, too. `parts`: [ceil(batch / each), C * C + C],
-// for sums that do not depend on the number of threads.
+// Without a coupling, without mixing and without images, theirs are null, too. g_bias: the sums of g_params by channel, [2N],
+// unless null. `parts`: [ceil(batch / each), C * C + 2 C], for sums that do not depend on the number of threads.
 extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, const Planes* g_x, const float* params,
                                          const float* matrix, const float* g_images, const float* g_logdet,
-                                         float* g_params, float* g_matrix, float* g_shift, float* parts, int64_t batch,
-                                         int64_t pixels, int64_t each, float bound, int32_t inverse, int32_t threads) {
-    const int64_t chunks = (batch + each - 1) / each, size = C * C + C;
+                                         float* g_params, float* g_bias, float* g_matrix, float* g_shift, float* parts,
+                                         int64_t batch, int64_t pixels, int64_t each, float bound, int32_t inverse,
+                                         int32_t threads) {
+    const int64_t chunks = (batch + each - 1) / each, size = C * C + 2 * C;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        V above[kBlocks][C], below[kBlocks][C], products[C][C], sums[C];
+        V above[kBlocks][C], below[kBlocks][C], products[C][C], sums[C], biases[C];
         for (int i = 0; i < C; ++i) {
-            sums[i] = V{};
+            sums[i] = biases[i] = V{};
             for (int j = 0; j < C; ++j) products[i][j] = V{};
         }
         int filled = 0;
@@ -201,6 +202,7 @@ extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, con
                         v[N + c] = result;
                     }
                     grad.write(g_params + at * 2 * N, count);
+                    if (g_bias) grad.add_to(biases, count);
                 }
                 if (g_x) Block(*g_x, image, p, count).write(g_v);
                 if (!g_matrix) continue;
@@ -211,18 +213,24 @@ extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, con
                 }
             }
         }
+        float* own = parts + chunk * size;
+        if (g_bias)
+            for (int i = 0; i < C; ++i) own[C * C + C + i] = sum_of_pairs(biases[i]);
         if (!g_matrix) continue;
         add_products(above, below, filled, products);
-        float* own = parts + chunk * size;
         for (int i = 0; i < C; ++i) {
             for (int j = 0; j < C; ++j) own[i * C + j] = sum_of_pairs(products[i][j]);
             own[C * C + i] = sum_of_pairs(sums[i]);
         }
     }
-    if (!g_matrix) return;
-    for (int64_t entry = 0; entry < size; ++entry) {
-        double total = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += parts[chunk * size + entry];
-        (entry < C * C ? g_matrix[entry] : g_shift[entry - C * C]) = (float)total;
-    }
+    const auto add_up = [&](int64_t first, int64_t count, float* to) {
+        for (int64_t entry = 0; to && entry < count; ++entry) {
+            double total = 0;
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) total += parts[chunk * size + first + entry];
+            to[entry] = (float)total;
+        }
+    };
+    add_up(0, C * C, g_matrix);
+    add_up(C * C, C, g_shift);
+    add_up(C * C + C, C, g_bias);
 }
