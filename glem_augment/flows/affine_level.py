@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows.affine_joint_native import Joints, in_rows, planes, planes_at
-from glem_augment.flows.ordinary import is_ordinary
+from glem_augment.flows.ordinary import is_known
 
 # Of a coupling: from images [B, n, H, W] to its parameters [B, 2n, H, W].
 Network = Callable[[Tensor], Tensor]
@@ -89,7 +89,7 @@ def run_steps(
         joints.forward(source, target, own, matrix, shift, seen.data_ptr(), sums, bounds[index - 1], inverse)
         source = target or source
         params = networks[index](seen)
-        if params.shape != (batch, channels, height, width) or not is_ordinary(params):
+        if params.shape != (batch, channels, height, width) or not is_known(params):
             raise ValueError(
                 f"a network makes float32 [{batch}, {channels}, {height}, {width}] of such images, "
                 f"not {params.dtype} {list(params.shape)}"

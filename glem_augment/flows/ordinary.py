@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+# Asked several times in a pass, each time after a network has emptied the caches: the fewer steps to it, the better.
+_is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_interpreter, _is_batched = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_ordinary(x: Tensor) -> bool:
@@ -16,28 +21,29 @@ def is_ordinary(x: Tensor) -> bool:
     Code of another kind would be lost on tangents, tracing, ``torch.func``, subclasses, and modes that count or fake
     operations.
     """
-    return not _is_followed() and _is_known(x)
+    return not _is_followed() and is_known(x)
 
 
 def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     """Whether all are."""
-    return not _is_followed() and all(map(_is_known, tensors))
+    return not _is_followed() and all(map(is_known, tensors))
 
 
-def _is_known(x: Tensor) -> bool:
+def is_known(x: Tensor) -> bool:
+    """What of ``is_ordinary`` depends on ``x``."""
     kind = type(x)
     # What autograd.grad's is_grads_batched makes is no parameter.
-    known = kind is nn.Parameter or (kind is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x))
+    known = kind is nn.Parameter or (kind is Tensor and not _is_batched(x))
     return known and x.is_cpu and x.dtype is torch.float32
 
 
 def _is_followed() -> bool:
     return (
         forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or bool(torch._C._len_torch_dispatch_stack())
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_compiling()
+        or _is_tracing()
+        or bool(_modes())
+        or _interpreter() is not None
     )
 
 
