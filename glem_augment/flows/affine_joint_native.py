@@ -42,7 +42,7 @@ def has_kernel(n: int) -> bool:
     return _kernel(n) is not None
 
 
-class _Planes(ctypes.Structure):
+class Planes(ctypes.Structure):
     """As the kernel takes them."""
 
     _fields_ = (
@@ -60,17 +60,17 @@ def in_rows(x: Tensor) -> Tensor:
     return x if (pixel == 1 or width == 1) and (row == width or height == 1) else x.contiguous()
 
 
-def planes(x: Tensor, side: int = 1) -> _Planes:
+def planes(x: Tensor, side: int = 1) -> Planes:
     """Where x [C, B, H, W] lies, or its squeeze [side^2 C, B, H / side, W / side].
 
     It holds an address: x must be kept, and be what ``in_rows`` returned.
     """
-    return _Planes(x.data_ptr(), x.stride(0), x.stride(1), side, x.shape[3] // side)
+    return Planes(x.data_ptr(), x.stride(0), x.stride(1), side, x.shape[3] // side)
 
 
-def planes_at(address: int, batch: int, height: int, width: int) -> _Planes:
+def planes_at(address: int, batch: int, height: int, width: int) -> Planes:
     """Where a contiguous [C, B, H, W] lies."""
-    return _Planes(address, batch * height * width, height * width, 1, width)
+    return Planes(address, batch * height * width, height * width, 1, width)
 
 
 class Joints:
@@ -97,8 +97,8 @@ class Joints:
 
     def forward(
         self,
-        x: _Planes,
-        y: _Planes | None,
+        x: Planes,
+        y: Planes | None,
         params: int | None,
         matrix: int | None,
         shift: int | None,
@@ -121,9 +121,9 @@ class Joints:
 
     def backward(
         self,
-        x: _Planes,
-        g: _Planes,
-        g_x: _Planes | None,
+        x: Planes,
+        g: Planes,
+        g_x: Planes | None,
         params: int | None,
         matrix: int | None,
         g_images: int | None,
@@ -150,7 +150,7 @@ class Joints:
         self._kernel.backward(_place(x), _place(g), _place(g_x), *rest, *size)
 
 
-def _place(p: _Planes | None) -> int | None:
+def _place(p: Planes | None) -> int | None:
     return None if p is None else ctypes.addressof(p)
 
 

@@ -11,13 +11,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glem_augment.flows.affine_joint_native import Joints, in_rows, planes, planes_at
+from glem_augment.flows.affine_joint_native import Joints, Planes, in_rows, planes, planes_at
 from glem_augment.flows.ordinary import is_known
 
 # Of a coupling: from images [B, n, H, W] to its parameters [B, 2n, H, W].
 Network = Callable[[Tensor], Tensor]
 # From the gradient of its parameters, and the sums of that by channel, [2n], to the gradient of its images.
 NetworkBackward = Callable[[Tensor, Tensor], Tensor]
+
+
+def _parameters(params: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a network has made for planes [C, B, H, W] of such a shape, as the kernel takes it."""
+    channels, batch, height, width = shape
+    if params.shape != (batch, channels, height, width) or not is_known(params):
+        raise ValueError(
+            f"a network makes float32 [{batch}, {channels}, {height}, {width}] of such images, "
+            f"not {params.dtype} {list(params.shape)}"
+        )
+    return params.contiguous(memory_format=torch.channels_last)
 
 
 class Trail(NamedTuple):
@@ -88,19 +99,61 @@ def run_steps(
         seen = images[index]
         joints.forward(source, target, own, matrix, shift, seen.data_ptr(), sums, bounds[index - 1], inverse)
         source = target or source
-        params = networks[index](seen)
-        if params.shape != (batch, channels, height, width) or not is_known(params):
-            raise ValueError(
-                f"a network makes float32 [{batch}, {channels}, {height}, {width}] of such images, "
-                f"not {params.dtype} {list(params.shape)}"
-            )
-        params = params.contiguous(memory_format=torch.channels_last)
+        params = _parameters(networks[index](seen), joints.shape)
         own, sums = params.data_ptr(), logdet.data_ptr()
         if kept:
             found.append(params)
     matrix, shift = between[-1] or (None, None)
     joints.forward(source, last, own, matrix, shift, None, sums, bounds[-1], inverse)
     return y, Trail(states, found)
+
+
+class Visited(NamedTuple):
+    """What the steps were led through, for their gradients: of every step, from the last back to the first."""
+
+    at: Callable[[int], tuple[Planes, int]]  # what went into its coupling, and the address of that one's parameters
+    start: Callable[[], Planes]  # what the first step was given, after all others
+
+
+def kept_on_the_way(x: Tensor, side: int, trail: Trail) -> Visited:
+    """As ``run_steps`` left it in ``trail``; x, side: as they were there."""
+    _, _, batch, height, width = trail.states.shape
+    states = addresses(trail.states)
+    return Visited(
+        lambda index: (planes_at(states[index], batch, height, width), trail.params[index].data_ptr()),
+        lambda: planes(x, side),
+    )
+
+
+def rebuilt(
+    y: Tensor, mixings: Sequence[tuple[int, int]], bounds: Sequence[float], networks: Sequence[Network]
+) -> Visited:
+    """From the result of the steps, each by its exact inverse, in memory for one of them.
+
+    Args:
+        y: [C, B, H, W], as ``in_rows`` returned it.
+        mixings: of every step, the addresses of contiguous matrix [C, C] and shift [C, 1] that undo its own.
+        bounds, networks: of every coupling.
+    """
+    channels, batch, height, width = y.shape
+    joints, state, logdets = Joints(*y.shape), y.new_empty(y.shape), y.new_zeros(batch)
+    images = y.new_empty(batch, height, width, channels // 2).permute(0, 3, 1, 2)
+    here, last = planes(state), len(networks) - 1
+    kept = [state, state]  # what is known to the kernel by its address
+
+    def at(index: int) -> tuple[Planes, int]:
+        source, mixing = (planes(y), (None, None)) if index == last else (here, mixings[index + 1])
+        joints.forward(source, here, None, *mixing, images.data_ptr(), None, 1.0, False)
+        kept[1] = _parameters(networks[index](images), y.shape)
+        params = kept[1].data_ptr()
+        joints.forward(here, here, params, None, None, None, logdets.data_ptr(), bounds[index], True)
+        return here, params
+
+    def start() -> Planes:
+        joints.forward(here, here, None, *mixings[0], None, None, 1.0, False)
+        return here
+
+    return Visited(at, start)
 
 
 class Gradients(NamedTuple):
@@ -113,50 +166,49 @@ class Gradients(NamedTuple):
 
 
 def gradients_of_steps(
-    x: Tensor,
-    side: int,
+    visited: Visited,
     matrices: Sequence[int],
     bounds: Sequence[float],
     networks: Sequence[NetworkBackward],
-    trail: Trail,
     g: Tensor,
     g_logdet: Tensor,
+    side: int,
     needs_x: bool,
 ) -> Gradients:
     """From the gradients of what ``run_steps`` made to those of what it was made from.
 
     Args:
-        x, side, bounds: as they were there; ``matrices`` without the shifts.
+        visited: see there.
+        matrices, bounds: as they were for ``run_steps``, the former without the shifts.
         networks: of every coupling. The gradient that they are handed is overwritten later; the sums are theirs.
-        trail: that it left.
         g, g_logdet: of y and of the log-determinants.
+        side: of the squeeze.
         needs_x: whether x needs one.
     """
     steps, (channels, batch, height, width) = len(networks), g.shape
-    x, g, g_logdet = in_rows(x), in_rows(g), g_logdet.contiguous()
+    g, g_logdet = in_rows(g), g_logdet.contiguous()
     joints = Joints(channels, batch, height, width)
     # One memory for what needs no name of its own: a gradient between two networks, sums, and what is found.
     state, mixing = channels * batch * height * width, channels * (channels + 1)
-    memory = x.new_empty(state + joints.parts() + steps * mixing)
+    memory = g.new_empty(state + joints.parts() + steps * mixing)
     first, number = memory.data_ptr(), memory.element_size()
     parts = first + number * state
     g_matrices = [parts + number * (joints.parts() + mixing * index) for index in range(steps)]
     g_shifts = [address + number * channels**2 for address in g_matrices]
-    g_params = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    g_params = g.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
     # After the last coupling there is no mixing.
     following = [*zip(matrices, g_matrices, g_shifts, strict=True), (None,) * 3][1:]
     source, target, seen = planes(g), planes_at(first, batch, height, width), None
-    states, logdets = addresses(trail.states), g_logdet.data_ptr()
+    logdets = g_logdet.data_ptr()
     for index in reversed(range(steps)):
-        (matrix, *found), params = following[index], trail.params[index].data_ptr()
-        there = planes_at(states[index], batch, height, width)
-        g_bias = x.new_empty(channels)
+        (matrix, *found), (there, params) = following[index], visited.at(index)
+        g_bias = g.new_empty(channels)
         given = (params, matrix, seen, logdets, g_params.data_ptr(), g_bias.data_ptr())
         joints.backward(there, source, target, *given, *found, parts, bounds[index], False)
         source, g_images = target, networks[index](g_params, g_bias)
         seen = g_images.data_ptr()
-    g_x = x.new_empty(batch, *(x.shape[k] for k in (0, 2, 3))).transpose(0, 1) if needs_x else None
+    g_x = g.new_empty(batch, channels // side**2, side * height, side * width).transpose(0, 1) if needs_x else None
     place = None if g_x is None else planes(g_x, side)
     found = (g_matrices[0], g_shifts[0], parts)
-    joints.backward(planes(x, side), source, place, None, matrices[0], seen, None, None, None, *found, 1.0, False)
+    joints.backward(visited.start(), source, place, None, matrices[0], seen, None, None, None, *found, 1.0, False)
     return Gradients(g_x, g_matrices, g_shifts, memory)

@@ -17,7 +17,8 @@ from glem_augment.flows.compiled import Step
 from glem_augment.flows.coupling import AffineCoupling, Coupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze, frozen_state
 from glem_augment.flows.layout import rows, squeeze, unsqueeze
-from glem_augment.flows.level_node import run_as_node
+from glem_augment.flows.level_node import gradients_from_result, run_as_node
+from glem_augment.flows.network_parts import Parts
 from glem_augment.flows.ordinary import is_ordinary
 from glem_augment.flows.prepared import Prepared, Weights, prepare
 from glem_augment.flows.reversible import reversible_steps
@@ -150,9 +151,28 @@ class Level(nn.Module):
 
     def _run_as_node(self, x: Tensor, side: int, in_rows: bool) -> tuple[Tensor, Tensor] | None:
         """All as one operation, to be differentiated, where that can be had: faster than compiled steps, too."""
-        norm = self.norms[0]
+        networks = self._networks(x)
+        if networks is None:
+            return None
+        pixels = self.norms[0].pixels, self.pixels
+        return run_as_node(x, side, self._weights(), pixels, self._bounds(), networks, in_rows)
+
+    def gradients_from_result(
+        self, y: Tensor, g: Tensor, g_logdet: Tensor, needs_x: bool
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor | None]]] | None:
+        """See ``level_node``."""
+        networks = self._networks(y)
+        if networks is None:
+            return None
+        with torch.no_grad():
+            back = self.prepare(inverse=True)
+        pixels = self.norms[0].pixels, self.pixels
+        return gradients_from_result(y, back, self._weights(), pixels, self._bounds(), networks, needs_x, g, g_logdet)
+
+    def _networks(self, x: Tensor) -> list[Parts] | None:
+        """Those of the couplings, where the steps may be one operation on an ``x`` like this."""
         if not (
-            norm.per == "channel"
+            self.norms[0].per == "channel"
             and network_node.may_run(x)
             and all(
                 type(coupling) is AffineCoupling and isinstance(coupling.net, Subnet) for coupling in self.couplings
@@ -160,10 +180,7 @@ class Level(nn.Module):
         ):
             return None
         networks = [coupling.net.as_node() for coupling in self.couplings]
-        if None in networks:
-            return None
-        pixels = norm.pixels, self.pixels
-        return run_as_node(x, side, self._weights(), pixels, self._bounds(), networks, in_rows)
+        return None if None in networks else networks
 
     def _bounds(self) -> list[float]:
         return [coupling.bound for coupling in self.couplings]

@@ -6,7 +6,7 @@ numbers are those of ``prepared``, ``affine_joint`` and ``network_node``, whose 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,19 @@ from torch import Tensor
 
 from glem_augment.flows import affine_joint_native, fold_native, network_node
 from glem_augment.flows.affine_joint import plain_joint
-from glem_augment.flows.affine_level import Trail, addresses, gradients_of_steps, run_steps
+from glem_augment.flows.affine_level import (
+    Trail,
+    Visited,
+    addresses,
+    gradients_of_steps,
+    kept_on_the_way,
+    rebuilt,
+    run_steps,
+)
 from glem_augment.flows.layout import rows, squeeze
 from glem_augment.flows.network_parts import Parts, Plan
 from glem_augment.flows.ordinary import are_ordinary, gradients_of
-from glem_augment.flows.prepared import Weights, plain_prepared
+from glem_augment.flows.prepared import Prepared, Weights, plain_prepared
 
 
 class _Plan(NamedTuple):
@@ -91,26 +99,101 @@ class _Steps(torch.autograd.Function):
         # The networks' part is used up from its end.
         del saved[: count + 2 + steps]
         network_node.let_go(ctx)
-        shared, networks = plan.sorted(weights)
-        found: list[list[Tensor | None]] = []
 
-        def run(
-            network: Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor, sums: Tensor
-        ) -> Tensor:
-            inputs = [saved.pop() for _ in network.convolutions][::-1]
-            g_images, *g_own = network_node.backward(network, inputs, own, (True, *wants), g_params, sums)
-            found.append(g_own)
-            assert g_images is not None
-            return g_images
+        def inputs(network: Plan) -> list[Tensor]:
+            return [saved.pop() for _ in network.convolutions][::-1]
 
-        wanted = plan.sorted(needed[1:])[1]
-        runs = [partial(run, *each) for each in zip(plan.networks, networks, wanted, strict=True)]
-        made = gradients_of_steps(
-            x, plan.side, addresses(matrices), plan.bounds, runs, trail, g, g_logdet, needs_x=needed[0]
-        )
-        upstream = made.matrices, made.shifts, g_logdet.contiguous()
-        each = fold_native.fold_backward(*upstream, *shared, matrices, plan.pixels)
-        return (None, made.x, *each, *(own for g_own in reversed(found) for own in g_own))
+        visited = kept_on_the_way(affine_joint_native.in_rows(x), plan.side, trail)
+        return (None, *_gradients(plan, weights, needed, matrices, visited, inputs, g, g_logdet))
+
+
+def _gradients(
+    plan: _Plan,
+    weights: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    matrices: Tensor,
+    visited: Visited,
+    inputs: Callable[[Plan], list[Tensor]],
+    g: Tensor,
+    g_logdet: Tensor,
+) -> list[Tensor | None]:
+    """Of x and the weights, as far as they are ``needed``.
+
+    Args:
+        matrices: that the ActNorms and mixings were folded into.
+        visited: see there.
+        inputs: those of a network's convolutions; asked for once for each, after ``visited`` for its step.
+        g, g_logdet: gradients of the results.
+    """
+    shared, networks = plan.sorted(weights)
+    found: list[list[Tensor | None]] = []
+
+    def run(
+        network: Plan, own: Sequence[Tensor | None], wants: Sequence[bool], g_params: Tensor, sums: Tensor
+    ) -> Tensor:
+        g_images, *g_own = network_node.backward(network, inputs(network), own, (True, *wants), g_params, sums)
+        found.append(g_own)
+        assert g_images is not None
+        return g_images
+
+    wanted = plan.sorted(needed[1:])[1]
+    runs = [partial(run, *each) for each in zip(plan.networks, networks, wanted, strict=True)]
+    made = gradients_of_steps(visited, addresses(matrices), plan.bounds, runs, g, g_logdet, plan.side, needed[0])
+    upstream = made.matrices, made.shifts, g_logdet.contiguous()
+    each = fold_native.fold_backward(*upstream, *shared, matrices, plan.pixels)
+    return [made.x, *each, *(own for g_own in reversed(found) for own in g_own)]
+
+
+def gradients_from_result(
+    y: Tensor,
+    back: Prepared,
+    weights: Weights,
+    pixels: tuple[int, int],
+    bounds: Sequence[float],
+    networks: Sequence[Parts],
+    needs_x: bool,
+    g: Tensor,
+    g_logdet: Tensor,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor | None]]] | None:
+    """Gradients of the steps without a squeeze, of which nothing was kept but the result; or None where they are to be
+    had otherwise.
+
+    Args:
+        y, g, g_logdet: the result [C, B, H, W], and gradients of it and of log|det| [B].
+        back: of the other direction.
+        weights, pixels, bounds, networks: see ``run_as_node``.
+        needs_x: whether what the steps were given needs a gradient.
+
+    Returns:
+        That gradient, and every weight with its own.
+    """
+    if not (_serves(y, len(y), weights, networks) and are_ordinary((g, g_logdet))):
+        return None
+    plan = _Plan(1, pixels, bounds, [network.plan for network in networks], False)
+    everything = [*weights.all(), *(w for network in networks for w in network.weights)]
+    y, inputs = affine_joint_native.in_rows(y), []
+
+    def run(network: Parts, images: Tensor) -> Tensor:
+        params, inputs[:] = network_node.forward(network.plan, images, network.weights)
+        return params
+
+    with torch.no_grad():
+        matrices, _, _ = fold_native.fold(*weights, pixels)
+        mixings = [[t.contiguous() for t in each] for each in zip(back.matrix, back.shift, strict=True)]
+        places = [(matrix.data_ptr(), shift.data_ptr()) for matrix, shift in mixings]
+        visited = rebuilt(y, places, bounds, [partial(run, network) for network in networks])
+        needed = [needs_x, *(w is not None and w.requires_grad for w in everything)]
+        g_x, *each = _gradients(plan, everything, needed, matrices, visited, lambda _: inputs, g, g_logdet)
+    return g_x, [(w, g_w) for w, g_w in zip(everything, each, strict=True) if w is not None]
+
+
+def _serves(x: Tensor, channels: int, weights: Weights, networks: Sequence[Parts]) -> bool:
+    """Whether the kernels may stand for torch's operations here."""
+    return (
+        affine_joint_native.has_kernel(channels // 2)
+        and fold_native.serves(*weights)
+        and are_ordinary([x, *(w for network in networks for w in network.in_question)])
+    )
 
 
 def run_as_node(
@@ -135,12 +218,7 @@ def run_as_node(
         [C, B, H, W], or in rows, and log|det| [B] in nats.
     """
     shared, own = weights.all(), [w for network in networks for w in network.weights]
-    if not (
-        affine_joint_native.has_kernel(len(x) * side**2 // 2)
-        and any(w.requires_grad for w in shared)
-        and fold_native.serves(*weights)
-        and are_ordinary([x, *(w for network in networks for w in network.in_question)])
-    ):
+    if not (any(w.requires_grad for w in shared) and _serves(x, len(x) * side**2, weights, networks)):
         return None
     plan = _Plan(side, pixels, bounds, [network.plan for network in networks], in_rows)
     return _Steps.apply(plan, x, *shared, *own)

@@ -45,6 +45,11 @@ class _ReversibleSteps(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         grads: dict[Tensor, Tensor] = {}
         with full_precision(y.device.type), torch.enable_grad():
+            made = level.gradients_from_result(y, g, g_logdet, ctx.needs_input_grad[1])
+            if made is not None:
+                g_x, found = made
+                _add(grads, *zip(*found, strict=True))
+                return None, g_x, *(grads.get(w) for w in weights)
             ahead, back = level.prepare(inverse=False), level.prepare(inverse=True)
             leaves = _leaves(ahead)
             for index in reversed(range(len(level.couplings))):
