@@ -7,6 +7,8 @@ change of order. Only the networks inside couplings see images, channels last.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -164,9 +166,7 @@ class Level(nn.Module):
         networks = self._networks(y)
         if networks is None:
             return None
-        with torch.no_grad():
-            back = self.prepare(inverse=True)
-        pixels = self.norms[0].pixels, self.pixels
+        back, pixels = partial(self.prepare, inverse=True), (self.norms[0].pixels, self.pixels)
         return gradients_from_result(y, back, self._weights(), pixels, self._bounds(), networks, needs_x, g, g_logdet)
 
     def _networks(self, x: Tensor) -> list[Parts] | None:

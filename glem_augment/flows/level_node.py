@@ -1,7 +1,8 @@
 """The steps of an affine level in training on a CPU as one node of autograd's graph.
 
 Where networks are small, what lies between them is mostly the way there: autograd's nodes, and the modules' calls. The
-numbers are those of ``prepared``, ``affine_joint`` and ``network_node``, whose kernels are what runs here.
+numbers are those of ``prepared``, ``affine_joint`` and ``network_node``, whose kernels are what runs here. Reversible
+training takes the gradients from here, too, with states that are rebuilt rather than kept.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _gradients(
 
 def gradients_from_result(
     y: Tensor,
-    back: Prepared,
+    back: Callable[[], Prepared],
     weights: Weights,
     pixels: tuple[int, int],
     bounds: Sequence[float],
@@ -160,7 +161,7 @@ def gradients_from_result(
 
     Args:
         y, g, g_logdet: the result [C, B, H, W], and gradients of it and of log|det| [B].
-        back: of the other direction.
+        back: gives what ``prepare`` makes for the other direction.
         weights, pixels, bounds, networks: see ``run_as_node``.
         needs_x: whether what the steps were given needs a gradient.
 
@@ -179,7 +180,8 @@ def gradients_from_result(
 
     with torch.no_grad():
         matrices, _, _ = fold_native.fold(*weights, pixels)
-        mixings = [[t.contiguous() for t in each] for each in zip(back.matrix, back.shift, strict=True)]
+        undoing = back()
+        mixings = [[t.contiguous() for t in each] for each in zip(undoing.matrix, undoing.shift, strict=True)]
         places = [(matrix.data_ptr(), shift.data_ptr()) for matrix, shift in mixings]
         visited = rebuilt(y, places, bounds, [partial(run, network) for network in networks])
         needed = [needs_x, *(w is not None and w.requires_grad for w in everything)]

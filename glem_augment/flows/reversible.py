@@ -2,7 +2,8 @@
 
 Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for the idea; a flow needs no special blocks for
 it. The coupling's network is evaluated once in the backward pass, on the half that passes unchanged, and serves both to
-undo the coupling and to differentiate it, so a step costs one forward pass of its network more than ordinarily.
+undo the coupling and to differentiate it, so a step costs one forward pass of its network more than ordinarily. Affine
+levels that ordinarily are one node do all this by the same kernels, see ``level_node``.
 """
 
 from __future__ import annotations
