@@ -23,8 +23,9 @@ KINDS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
 }
 
 
-def flow_and_images(kind: str, dtype: torch.dtype, batch: int = 5, **more: Any):
-    name, shape, options = KINDS[kind]
+def flow_and_images(kind: str | tuple[int, int, int], dtype: torch.dtype, batch: int = 5, **more: Any):
+    """Of one of ``KINDS``, or an affine one on images of such a shape."""
+    name, shape, options = ("glow_tiny", kind, KINDS["affine"][2]) if isinstance(kind, tuple) else KINDS[kind]
     torch.manual_seed(0)
     flow = create_flow(name, shape, **{**options, **more})
     x = torch.rand(128, *shape) - 0.5
@@ -177,14 +178,6 @@ def test_the_choice_is_checked_and_copied() -> None:
 needs_a_compiler = pytest.mark.skipif(not affine_joint_native.has_kernel(2), reason="no C++ compiler here")
 
 
-def affine(shape: tuple[int, int, int], batch: int, **options: Any):
-    KINDS["other affine"] = ("glow_tiny", shape, dict(width=[8, 8], depth=[3, 2]))
-    try:
-        return flow_and_images("other affine", torch.float32, batch, **options)
-    finally:
-        del KINDS["other affine"]
-
-
 @pytest.fixture
 def by_kernel(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Anything else is an error."""
@@ -204,7 +197,7 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_affine_levels_are_rebuilt_by_their_kernel(
     kind: str, shape: tuple[int, int, int], batch: int, by_kernel: pytest.MonkeyPatch
 ) -> None:
-    flow, x = affine(shape, batch, subnet=kind)
+    flow, x = flow_and_images(shape, torch.float32, batch, subnet=kind)
     got = gradients(flow, x, "reversible")
     exact = gradients(copy.deepcopy(flow).double(), x.double(), "stored")
     for a, b in zip(got, exact, strict=True):
@@ -213,7 +206,7 @@ def test_affine_levels_are_rebuilt_by_their_kernel(
 
 @needs_a_compiler
 def test_what_was_kept_of_an_affine_level_serves_again(by_kernel: pytest.MonkeyPatch) -> None:
-    flow, x = affine((3, 8, 8), 6)
+    flow, x = flow_and_images((3, 8, 8), torch.float32, 6)
     flow.set_memory("reversible")
     z, logdet = flow(x)
     before, loss = z.detach().clone(), z.square().sum() - logdet.sum()
@@ -225,7 +218,7 @@ def test_what_was_kept_of_an_affine_level_serves_again(by_kernel: pytest.MonkeyP
 @needs_a_compiler
 @pytest.mark.parametrize("part", ["images", "norms", "networks", "one bias", "weights"])
 def test_affine_gradients_where_some_are_not_wanted(part: str, by_kernel: pytest.MonkeyPatch) -> None:
-    flow, x = affine((3, 8, 8), 6)
+    flow, x = flow_and_images((3, 8, 8), torch.float32, 6)
     everything = dict(zip([x, *flow.parameters()], gradients(flow, x, "reversible"), strict=True))
     for level in flow.levels:
         chosen = {"norms": level.norms, "networks": [c.net for c in level.couplings], "weights": [level]}
@@ -248,7 +241,7 @@ def test_affine_gradients_where_some_are_not_wanted(part: str, by_kernel: pytest
 
 @needs_a_compiler
 def test_affine_levels_that_are_looked_into_are_left_to_torch() -> None:
-    flow, x = affine((3, 8, 8), 6)
+    flow, x = flow_and_images((3, 8, 8), torch.float32, 6)
     want = gradients(flow, x, "reversible")
     seen: list[int] = []
     hooks = [c.net.register_forward_hook(lambda *args: seen.append(1)) for c in flow.levels[0].couplings]
@@ -270,7 +263,7 @@ def test_affine_levels_that_are_looked_into_are_left_to_torch() -> None:
 
 @needs_a_compiler
 def test_a_network_that_makes_something_else_by_then_is_an_error() -> None:
-    flow, x = affine((3, 8, 8), 6)
+    flow, x = flow_and_images((3, 8, 8), torch.float32, 6)
     flow.set_memory("reversible")
     z, _ = flow(x)
     net = flow.levels[0].couplings[1].net

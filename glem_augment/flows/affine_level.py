@@ -138,18 +138,19 @@ def rebuilt(
     channels, batch, height, width = y.shape
     joints, state, logdets = Joints(*y.shape), y.new_empty(y.shape), y.new_zeros(batch)
     images = y.new_empty(batch, height, width, channels // 2).permute(0, 3, 1, 2)
-    here, last = planes(state), len(networks) - 1
-    kept = [state, state]  # what is known to the kernel by its address
+    params = state  # named out here, since all that its user has of it is an address
 
     def at(index: int) -> tuple[Planes, int]:
-        source, mixing = (planes(y), (None, None)) if index == last else (here, mixings[index + 1])
+        nonlocal params
+        here, after_all = planes(state), index == len(networks) - 1
+        source, mixing = (planes(y), (None, None)) if after_all else (here, mixings[index + 1])
         joints.forward(source, here, None, *mixing, images.data_ptr(), None, 1.0, False)
-        kept[1] = _parameters(networks[index](images), y.shape)
-        params = kept[1].data_ptr()
-        joints.forward(here, here, params, None, None, None, logdets.data_ptr(), bounds[index], True)
-        return here, params
+        params = _parameters(networks[index](images), y.shape)
+        joints.forward(here, here, params.data_ptr(), None, None, None, logdets.data_ptr(), bounds[index], True)
+        return here, params.data_ptr()
 
     def start() -> Planes:
+        here = planes(state)
         joints.forward(here, here, None, *mixings[0], None, None, 1.0, False)
         return here
 

@@ -117,10 +117,6 @@ struct Dual {
         value.set({{(T)a, &x.value}, {(T)b, &y.value}});
         change.set({{(T)a, &x.change}, {(T)b, &y.change}});
     }
-    void add(const Dual& x) {
-        for (int64_t k = 0; k < value.size; ++k) value.entries[k] += x.value.entries[k];
-        for (int64_t k = 0; k < change.size; ++k) change.entries[k] += x.change.entries[k];
-    }
     void add_identity(double factor) {
         for (int64_t i = 0; i < value.side; ++i) value.at(i, i) += (T)factor;
     }
@@ -178,7 +174,7 @@ void long_series(const Dual<T>& x, const Dual<T>& square, Dual<T>& out) {
     set(sixth, 2);
     sixth.add_product(other, other);
     set(other, 1);
-    other.add(sixth);
+    other.set(1, other, 1, sixth);
     set(out, 0);
     out.add_product(other, sixth);
 }
