@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -350,3 +351,19 @@ def test_the_kernels_are_measured_against_torch_without_them(monkeypatch: pytest
     for task in tasks:
         task()
     assert called == {(module.__name__.rpartition(".")[2], name) for module, name in names}
+
+
+# ---- the Triton kernel -------------------------------------------------------------------------------------------
+
+
+def test_the_triton_kernels_opponents_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("triton_kernel")
+    monkeypatch.setattr(bench, "SIZES", {2: (2, 4), 3: (2, 4)})
+    for n, gradients in itertools.product(bench.SIZES, (False, True)):
+        row = bench.measure(bench.expm_coupling_op, n, gradients, 3, CPU)
+        assert (
+            row["n"] == n and row["side"] == 4 and all(row[f"{way} ms"] > 0 for way in ("torch", "compiled", "Triton"))
+        )
+        with pytest.raises(SystemExit, match="compiled is off by"):
+            bench.measure(lambda x2, *rest: bench.expm_coupling(1.01 * x2, *rest), n, gradients, 3, CPU)
+    assert "GLEM_TRITON" not in os.environ

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from glem_augment import create_flow
-from glem_augment.flows import affine_native, elu_native, expm_native, expm_op, generators
+from glem_augment.flows import affine_native, elu_native, expm_native, expm_op, expm_triton, generators
 from glem_augment.flows.activations import fast_elu
 from glem_augment.flows.affine_coupling import affine_coupling
 from glem_augment.flows.elu_native import LOG2_E
@@ -172,10 +172,21 @@ def test_only_where_nothing_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("n", [3, 12])
 def test_the_operator_for_compiled_flows(n: int, inverse: bool) -> None:
     x2, params = arguments(n)
-    torch.library.opcheck(torch.ops.glem_augment.expm_native.default, (x2, params, 1.0, inverse))
-    got = torch.ops.glem_augment.expm_native(x2, params, 1.0, inverse)
+    torch.library.opcheck(torch.ops.glem_augment.expm_kernel.default, (x2, params, 1.0, inverse))
+    got = torch.ops.glem_augment.expm_kernel(x2, params, 1.0, inverse)
     assert all(torch.equal(a, b) for a, b in zip(got, expm_coupling(x2, params, 1.0, inverse), strict=True))
-    assert expm_op._has_kernels(1.0)
+    assert expm_op._has_kernels("cpu", 1.0) and not expm_op._has_kernels("meta", 1.0)
+
+
+def test_without_triton_torch_does_the_work_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLEM_TRITON", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "glem_augment.flows.expm_triton_programs", raising=False)
+    expm_triton._programs.cache_clear()
+    with pytest.warns(UserWarning, match="GLEM_TRITON is set, but there is no Triton.*pip install"):
+        assert not expm_triton.has_kernel(3, 1.0)
+    assert not expm_triton.has_kernel(3, 1.0)
+    expm_triton._programs.cache_clear()
 
 
 # ---- the affine coupling ---------------------------------------------------------------------------------------------

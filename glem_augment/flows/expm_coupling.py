@@ -1,8 +1,8 @@
 """The matrix-exponential coupling's transform as one differentiable operation with a hand-written backward.
 
 Raw network outputs are bounded row by row, exponentiated into an application to the other half, and shifted. The
-backward keeps the bounded matrices and one vector per Taylor segment, and recomputes the rest. In float32 on a CPU the
-kernel of ``expm_native`` does all this.
+backward keeps the bounded matrices and one vector per Taylor segment, and recomputes the rest. In float32 a kernel does
+all this: ``expm_native`` on a CPU, ``expm_triton`` on a GPU where it is asked for.
 
 Source: Xiao & Liu 2020, Sec. 4.2, for what is computed; how is this library's.
 """
@@ -10,12 +10,13 @@ Source: Xiao & Liu 2020, Sec. 4.2, for what is computed; how is this library's.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.flows import expm_native, matexp
+from glem_augment.flows import expm_native, expm_triton, matexp
 from glem_augment.flows.expm_kernels import make_kernel
 from glem_augment.flows.precision import full_precision
 
@@ -178,6 +179,29 @@ def couple_backward(
     return layout.image(a, g.shape), g_params
 
 
+def _kernels_for(x2: Tensor, params: Tensor, bound: float) -> ModuleType | None:
+    """Whose kernels may stand for torch's operations here: ``couple`` and ``couple_backward`` of this module."""
+    for kernels in (expm_native, expm_triton):
+        if kernels.serves(x2, params, bound):
+            return kernels
+    return None
+
+
+class _ByKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, kernels: ModuleType, x2: Tensor, params: Tensor, bound: float, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x2, params)
+        ctx.kernels, ctx.plan = kernels, (bound, inverse)
+        return kernels.couple(x2, params, bound, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, g_logdet: Tensor):
+        return (None, *ctx.kernels.couple_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
+
+
 class _ExpmCoupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -206,9 +230,10 @@ def expm_coupling_backward(
     Returns:
         x2, and the gradients of x2 and ``params``.
     """
-    if expm_native.serves(y2, params, float(bound)):
-        x2, _ = expm_native.couple(y2, params, float(bound), inverse=True)
-        return x2, *expm_native.couple_backward(g, g_logdet, x2, params, float(bound), inverse=False)
+    kernels = _kernels_for(y2, params, float(bound))
+    if kernels is not None:
+        x2, _ = kernels.couple(y2, params, float(bound), inverse=True)
+        return x2, *kernels.couple_backward(g, g_logdet, x2, params, float(bound), inverse=False)
     n, _, height, width = y2.shape
     layout = _layout(n)
     s, factor, shift = layout.bounded(params, n, bound)
@@ -236,8 +261,12 @@ def expm_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool = Fals
         [n, B, H, W], and log|det| [B] in nats: the trace of S, summed over pixels, negated for the inverse. Can be
         differentiated once.
     """
-    if expm_native.serves(x2, params, float(bound)):
-        return expm_native.expm_coupling(x2, params, float(bound), bool(inverse))
+    bound, inverse = float(bound), bool(inverse)
+    kernels = _kernels_for(x2, params, bound)
     if torch.is_grad_enabled() and (x2.requires_grad or params.requires_grad):
-        return _ExpmCoupling.apply(x2, params, float(bound), bool(inverse))
-    return couple(x2, params, float(bound), bool(inverse), measure=True)[:2]
+        if kernels is not None:
+            return _ByKernel.apply(kernels, x2, params, bound, inverse)
+        return _ExpmCoupling.apply(x2, params, bound, inverse)
+    if kernels is not None:
+        return kernels.couple(x2, params, bound, inverse)
+    return couple(x2, params, bound, inverse, measure=True)[:2]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.kernel_shapes import for_backward, images_like
 from glem_augment.flows.matexp import taylor_plan
@@ -89,23 +88,3 @@ def couple_backward(
     threads = threads_for(3 * batch * height * width * kernel.work)
     kernel.backward(*pointers, batch, height * width, bound, inverse, kernel.plans, threads)
     return tensors[4:]
-
-
-class _NativeCoupling(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x2, params)
-        ctx.plan = (bound, inverse)
-        return couple(x2, params, bound, inverse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor, g_logdet: Tensor):
-        return (*couple_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
-
-
-def expm_coupling(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """As ``expm_coupling.expm_coupling``, where ``serves`` says yes."""
-    if torch.is_grad_enabled() and (x2.requires_grad or params.requires_grad):
-        return _NativeCoupling.apply(x2, params, bound, inverse)
-    return couple(x2, params, bound, inverse)

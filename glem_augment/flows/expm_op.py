@@ -8,11 +8,13 @@ operator written in Python costs several times what ``autograd.Function`` does.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from glem_augment.flows import expm_coupling as eager
-from glem_augment.flows import expm_native as native
+from glem_augment.flows import expm_native, expm_triton
 from glem_augment.flows.expm_kernels import cosh_and_sinhc
 from glem_augment.flows.matexp import segments_of
 
@@ -99,45 +101,49 @@ def _differentiate(ctx, g, g_logdet, *_unused):
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-@torch.library.custom_op("glem_augment::expm_native", mutates_args=())
-def _native(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    return native.couple(x2, params, bound, inverse)
+def _kernels(device: str) -> ModuleType:
+    return expm_native if device == "cpu" else expm_triton
 
 
-@_native.register_fake
+@torch.library.custom_op("glem_augment::expm_kernel", mutates_args=())
+def _kernel(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _kernels(x2.device.type).couple(x2, params, bound, inverse)
+
+
+@_kernel.register_fake
 def _(x2, params, bound, inverse):
     return x2.new_empty(x2.shape), x2.new_empty(x2.shape[1])
 
 
-@torch.library.custom_op("glem_augment::expm_native_backward", mutates_args=())
-def _native_backward(
+@torch.library.custom_op("glem_augment::expm_kernel_backward", mutates_args=())
+def _kernel_backward(
     g: Tensor, g_logdet: Tensor, x2: Tensor, params: Tensor, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return native.couple_backward(g, g_logdet, x2, params, bound, inverse)
+    return _kernels(x2.device.type).couple_backward(g, g_logdet, x2, params, bound, inverse)
 
 
-@_native_backward.register_fake
+@_kernel_backward.register_fake
 def _(g, g_logdet, x2, params, bound, inverse):
     return x2.new_empty(x2.shape), torch.empty_like(params, memory_format=torch.channels_last)
 
 
-def _setup_native(ctx, inputs, output) -> None:
+def _setup_kernel(ctx, inputs, output) -> None:
     x2, params, bound, inverse = inputs
     ctx.save_for_backward(x2, params)
     ctx.plan = (bound, inverse)
 
 
-def _differentiate_native(ctx, g, g_logdet):
-    return (*_native_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
+def _differentiate_kernel(ctx, g, g_logdet):
+    return (*_kernel_backward(g, g_logdet, *ctx.saved_tensors, *ctx.plan), None, None)
 
 
-_native.register_autograd(_differentiate_native, setup_context=_setup_native)
+_kernel.register_autograd(_differentiate_kernel, setup_context=_setup_kernel)
 
 
 @torch.compiler.assume_constant_result
-def _has_kernels(bound: float) -> bool:
+def _has_kernels(device: str, bound: float) -> bool:
     # Of one size for all: while tracing, n may be a symbol.
-    return native.has_kernel(2, bound)
+    return device in ("cpu", "cuda") and _kernels(device).has_kernel(2, bound)
 
 
 def _two_by_two(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -163,7 +169,7 @@ def expm_coupling_op(x2: Tensor, params: Tensor, bound: float, inverse: bool) ->
     """As ``expm_coupling``, traceable without a graph break; reverse mode once, like there."""
     if x2.shape[0] == 2:
         return _two_by_two(x2, params, bound, inverse)
-    if x2.device.type == "cpu" and x2.dtype == torch.float32 and _has_kernels(bound):
-        return _native(x2, params, bound, inverse)
+    if x2.dtype == torch.float32 and _has_kernels(x2.device.type, bound):
+        return _kernel(x2, params, bound, inverse)
     y2, logdet, *_ = _forward(x2.contiguous(), params, bound, inverse)
     return y2, logdet

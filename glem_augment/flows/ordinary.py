@@ -29,6 +29,14 @@ def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     return not _is_followed() and all(map(is_known, tensors))
 
 
+def are_ordinary_on_cuda(tensors: Iterable[Tensor]) -> bool:
+    """As ``are_ordinary``, on a GPU."""
+    return not _is_followed() and all(
+        type(x) in (Tensor, nn.Parameter) and x.is_cuda and x.dtype is torch.float32 and not _is_batched(x)
+        for x in tensors
+    )
+
+
 def is_known(x: Tensor) -> bool:
     """What of ``is_ordinary`` depends on ``x``."""
     kind = type(x)
