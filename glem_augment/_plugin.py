@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 SETTINGS = (
-    "p policy alpha strength modes basis partner labels mean std num_classes class_map detail seed margin rescale bank"
+    "p policy alpha strength modes basis partner labels mean std num_classes class_map detail seed margin rescale bank "
+    "cuda_graphs"
 ).split()
 
 

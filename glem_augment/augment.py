@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from glem_augment._arguments import (
 from glem_augment._counts import MoveCounts
 from glem_augment._devices import move
 from glem_augment._drawing import FROM_BATCH, AugmentParams, chosen_rows
+from glem_augment._graphs import FlowGraphs, decode, encode
 from glem_augment._held import Holdings
 from glem_augment._labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment._lookup import ClassTables, FlowOnDevice
@@ -57,7 +58,7 @@ BASES = ("class", "near", "shared")
 PARTNERS = ("same", "near", "any", "gaussian")
 LABELS = ("auto", "hard", "mix", "posterior")
 DETAILS = ("keep", "mix", "none")
-_FIXED = ("policy", "modes", "basis", "partner", "detail", "rescale", "bank", "class_map", "num_classes")
+_FIXED = ("policy", "modes", "basis", "partner", "detail", "rescale", "bank", "class_map", "num_classes", "cuda_graphs")
 _RANGES = {"p": (1.0, False), "alpha": (math.inf, True), "strength": (math.inf, False), "margin": (math.inf, False)}
 
 
@@ -104,6 +105,9 @@ class GLEMAugment(PlugIn, nn.Module):
             modes, by moving it away from the mixed class means.
         bank: of "mixup": keep this many latents of earlier images per class (K' * bank * d floats) and take partners
             from them, rather than from the RFCM, where the batch has none of the class; see also `fill_bank`.
+        cuda_graphs: on CUDA, record the flow's passes as graphs, one for every shape that comes for the third time:
+            less work for the host, for the memory of up to 8 passes and of a copy of the flow. Not where gradients are
+            wanted (of "adversarial", one pass is), and without effect on a CPU.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -129,6 +133,7 @@ class GLEMAugment(PlugIn, nn.Module):
         margin: float = 1.0,
         rescale: bool = False,
         bank: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         check_choice("policy", policy, (*POLICIES, "adversarial"))
@@ -148,14 +153,15 @@ class GLEMAugment(PlugIn, nn.Module):
             labels,
             detail,
         )
-        if not isinstance(rescale, bool):
-            raise TypeError(f"rescale must be True or False, got {rescale!r}")
+        for name, value in {"rescale": rescale, "cuda_graphs": cuda_graphs}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         bank = check_whole("bank", bank, 0)
         if policy != "mixup" and (rescale or bank):
             raise ValueError(f"rescale and bank are for policy='mixup', which has partners; got policy={policy!r}")
         if bank and partner == "gaussian":
             raise ValueError("bank is for partners from the batch, partner='gaussian' draws them all: leave it out")
-        self.rescale, self.bank = rescale, bank
+        self.rescale, self.bank, self.cuda_graphs = rescale, bank, cuda_graphs
         modes = default_modes(model) if modes is None else modes
         check_modes(model, modes)
         self.modes = int(modes)
@@ -170,6 +176,7 @@ class GLEMAugment(PlugIn, nn.Module):
         # No nn.Module, so the flow is not registered: its weights are not the transform's.
         self._held = Holdings(model, basis, self.modes, self.class_map, near, self.num_classes, bank)
         self._counts = MoveCounts()
+        self._graphs = FlowGraphs()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -366,7 +373,7 @@ class GLEMAugment(PlugIn, nn.Module):
                 moved = moved + project(flow, cls, rescaling(flow, params, z, partner))[0]
             z = z + moved
             detail = (other, torch.where(params.source == FROM_BATCH, away, 0.0))
-        decoded = flow.model.decode(z, clamp=False)
+        decoded = self._pass(decode, flow.model, z)
         # NaN compares false, so these two reductions also find what is not finite.
         low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
         plausible = (low >= -self.margin) & (high <= 1.0 + self.margin)
@@ -375,11 +382,14 @@ class GLEMAugment(PlugIn, nn.Module):
         changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
 
-    @staticmethod
-    def _encode(model: GLEM, images: Tensor, index: Tensor) -> Tensor:
+    def _pass(self, function: Callable[[GLEM, Tensor], Tensor], model: GLEM, x: Tensor) -> Tensor:
+        """`encode` or `decode`, as a graph where that is wanted."""
+        return self._graphs(function, model, x) if self.cuda_graphs else function(model, x)
+
+    def _encode(self, model: GLEM, images: Tensor, index: Tensor) -> Tensor:
         """Latents of some rows of a batch. ValueError, with its place in the batch, for one that is not a number."""
         try:
-            return model.encode(images)[0]
+            return self._pass(encode, model, images)
         except ValueError:
             bad = index[images.flatten(1).isnan().any(dim=1)].tolist()
             if not bad:

@@ -1,0 +1,148 @@
+"""A flow's passes on CUDA as graphs: hundreds of small launches become one.
+
+Asked for by ``GLEMAugment(cuda_graphs=True)``. A graph is for one shape of its input and for the weights of its moment,
+and must find all memory where it was: so it records a frozen copy of the flow, of whose constants nobody else disposes.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from glem_augment._models import WeightsVersion
+from glem_augment.model import GLEM
+
+# A pass of the model on one tensor.
+Pass = Callable[[Tensor], Tensor]
+
+# A shape is recorded when it comes for the third time since the weights changed: neither would a short last batch pay
+# for it, nor a flow in training. Each graph keeps the memory of its pass.
+_RECORDED_AT, _MOST = 3, 8
+# Before the recording: constants are computed, kernels chosen and compiled.
+_WARM = 3
+
+
+def encode(model: GLEM, x: Tensor) -> Tensor:
+    """Images as `GLEM.encode` takes them to latents [B, d]."""
+    return model.encode(x)[0]
+
+
+def decode(model: GLEM, z: Tensor) -> Tensor:
+    """Latents to images, not clamped."""
+    return model.decode(z, clamp=False)
+
+
+class FlowGraphs:
+    """The graphs of one GLEMAugment. Sending or copying it leaves them behind."""
+
+    def __init__(self) -> None:
+        self._empty()
+
+    def _empty(self) -> None:
+        self._lock = threading.Lock()
+        self._graphs: dict[Hashable, Pass] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._model: GLEM | None = None  # whose flow is the frozen copy
+        self._version: WeightsVersion | None = None
+        self._given_up = False
+
+    def __call__(self, function: Callable[[GLEM, Tensor], Tensor], model: GLEM, x: Tensor) -> Tensor:
+        """``function(model, x)``, a new tensor.
+
+        Args:
+            function: `encode` or `decode`.
+            model: in eval mode; x: on its device.
+        """
+        if self._given_up or not _can_be_recorded(x):
+            return function(model, x)
+        with self._lock:
+            graph = self._graph(function, model, x)
+            return function(model, x) if graph is None else graph(x)
+
+    def _graph(self, function: Callable[[GLEM, Tensor], Tensor], model: GLEM, x: Tensor) -> Pass | None:
+        version = WeightsVersion(model.flow)
+        if self._version != version:
+            self._graphs, self._seen, self._model, self._version = {}, Counter(), None, version
+        key = function, x.shape, x.dtype, x.device, _stream(x)
+        if key in self._graphs:
+            return self._graphs[key]
+        self._seen[key] += 1
+        if self._seen[key] < _RECORDED_AT or len(self._graphs) >= _MOST:
+            return None
+        # What is made under inference_mode could not be overwritten outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            own = self._model = self._model or _with_own_flow(model)
+            try:
+                self._graphs[key] = _record(lambda given: function(own, given), x)
+            except RuntimeError as error:
+                self._graphs, self._model, self._given_up = {}, None, True
+                warnings.warn(
+                    f"the flow could not be recorded as a CUDA graph and goes on without ({error}); leave cuda_graphs "
+                    "out to be rid of this warning",
+                    stacklevel=2,
+                )
+        return self._graphs.get(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._empty()
+
+
+def _can_be_recorded(x: Tensor) -> bool:
+    """Not where the user records or compiles a step that this is a part of, nor where gradients are wanted."""
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and not is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _stream(x: Tensor) -> Hashable:
+    """Graphs of two streams may run at the same time, so they share no memory."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+
+def _with_own_flow(model: GLEM) -> GLEM:
+    """The same model with a frozen copy of its flow."""
+    own = copy.copy(model)
+    own._modules = dict(model._modules)
+    own.flow = copy.deepcopy(model.flow).eval().requires_grad_(False)
+    return own
+
+
+def _record(function: Pass, x: Tensor) -> Pass:
+    """``function`` as a graph, for tensors like ``x``.
+
+    Raises:
+        RuntimeError: it does what can't be recorded, such as waiting for the device.
+    """
+    given = x.clone()
+    with torch.cuda.device(x.device):
+        stream, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(stream)
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM):
+                function(given)
+        stream.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as that which pins batches, may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = function(given)
+
+    def run(x: Tensor) -> Tensor:
+        given.copy_(x)
+        graph.replay()
+        return found.clone()  # which the next call overwrites
+
+    return run
