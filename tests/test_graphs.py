@@ -184,6 +184,21 @@ def test_copies_and_the_config_keep_the_wish_and_leave_the_graphs(recorder: Reco
         GLEMAugment(model, cuda_graphs=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("preset", ["mef_tiny", "mef_small", "glow_tiny", "glow_fast"])
+def test_no_pass_of_a_frozen_flow_looks_at_a_number(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would be a wait, which a graph can't record. A meta tensor has no numbers to look at."""
+    known = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and known(*kind))
+    model = GLEM.create(preset, (3, 32, 32), CLASSES)
+    model.initialise(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8))
+    model = model.eval().requires_grad_(False).to("meta")
+    with torch.no_grad():
+        z = _graphs.encode(model, torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="meta"))
+        assert z.shape == (4, 3072) and _graphs.decode(model, z).shape == (4, 3, 32, 32)
+        with pytest.raises(RuntimeError, match="meta"):
+            z.sum().item()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("policy", ["mixup", "noise"])
 def test_on_a_gpu(policy: str) -> None:
