@@ -105,9 +105,9 @@ class GLEMAugment(PlugIn, nn.Module):
             modes, by moving it away from the mixed class means.
         bank: of "mixup": keep this many latents of earlier images per class (K' * bank * d floats) and take partners
             from them, rather than from the RFCM, where the batch has none of the class; see also `fill_bank`.
-        cuda_graphs: on CUDA, record the flow's passes as graphs, one for every shape that comes for the third time:
-            less work for the host, for the memory of up to 8 passes and of a copy of the flow. Not where gradients are
-            wanted (of "adversarial", one pass is), and without effect on a CPU.
+        cuda_graphs: on CUDA, record the passes of a frozen flow as graphs, one for every shape that comes for the third
+            time: less work for the host, for the memory of up to 8 passes and of a copy of the flow, which is not
+            compiled. Not where gradients are wanted (of "adversarial", one pass is), and without effect on a CPU.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def make_model(device: str = "cpu") -> GLEM:
         if p.ndim == 4 and not p.any():
             torch.nn.init.normal_(p, std=0.05)
     model.fit_modes((images, torch.arange(90) % 3), rank=8)
-    return model.eval().to(device)
+    return model.eval().requires_grad_(False).to(device)
 
 
 def batch(n: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -85,14 +86,37 @@ def test_only_where_it_is_asked_for(recorder: Recorder) -> None:
     assert not recorder.shapes and not aug.cuda_graphs
 
 
-def test_not_on_a_cpu_and_not_where_gradients_are_wanted() -> None:
-    x = torch.zeros(1)
-    with torch.no_grad():
-        assert not _graphs._can_be_recorded(x)
+def test_not_on_a_cpu() -> None:
     aug = GLEMAugment(make_model(), seed=0, modes=8, cuda_graphs=True)
     for number in range(4):
         aug(*batch(seed=number))
-    assert not aug._graphs._graphs and not aug._graphs._seen
+    assert not aug._graphs._on
+
+
+def test_where_a_pass_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, capturing = SimpleNamespace(is_cuda=True), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    assert torch.is_grad_enabled() and not _graphs._can_be_recorded(x)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert _graphs._can_be_recorded(x)  # type: ignore[arg-type]
+        assert not _graphs._can_be_recorded(torch.zeros(1))
+        capturing.append(True)
+        assert not _graphs._can_be_recorded(x)  # type: ignore[arg-type]
+        capturing.clear()
+        monkeypatch.setattr(_graphs, "is_compiling", lambda: True)
+        assert not _graphs._can_be_recorded(x)  # type: ignore[arg-type]
+
+
+def test_a_flow_in_training_is_not_recorded(recorder: Recorder) -> None:
+    """A fused optimizer changes weights, and their versions do not tell."""
+    model = make_model()
+    plain, aug = (GLEMAugment(model, policy="noise", seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    for wanted in (False, True):
+        model.flow.requires_grad_(not wanted)
+        for number in range(4):
+            x, y = batch(seed=number)
+            assert torch.equal(aug(x, y)[0], plain(x, y)[0])
+        assert bool(recorder.shapes) is wanted
 
 
 def test_changed_weights_are_recorded_anew_once_they_stay(recorder: Recorder) -> None:
@@ -112,22 +136,23 @@ def test_changed_weights_are_recorded_anew_once_they_stay(recorder: Recorder) ->
     assert len(recorder.shapes) == 2
     same(1)
     assert len(recorder.shapes) == 4
-    for _ in range(4):  # a flow in training
+    for _ in range(4):  # always others
         with torch.no_grad():
             next(p for p in model.flow.parameters() if p.ndim == 4).mul_(1.01)
         same(1)
     assert len(recorder.shapes) == 4
+    model.flow.set_autocast(torch.bfloat16)
+    same(3)
+    assert len(recorder.shapes) == 6
 
 
-def test_a_graph_has_a_frozen_flow_of_its_own(recorder: Recorder) -> None:
+def test_a_graph_has_a_flow_of_its_own(recorder: Recorder) -> None:
     model = make_model()
     aug = GLEMAugment(model, policy="noise", seed=0, modes=8, cuda_graphs=True)
     for number in range(3):
         aug(*batch(seed=number))
-    own = aug._graphs._model
+    own = aug._graphs._on[torch.device("cpu")].model
     assert own is not None and own.flow is not model.flow and own.gaussians is model.gaussians
-    assert not own.flow.training and not any(p.requires_grad for p in own.flow.parameters())
-    assert all(p.requires_grad for p in model.flow.parameters())
     mine = {p.data_ptr() for p in model.flow.parameters()}
     assert not mine & {p.data_ptr() for p in own.flow.parameters()}
 
@@ -154,7 +179,10 @@ def test_under_inference_mode_and_after_it(recorder: Recorder) -> None:
 
 def test_what_cannot_be_recorded_goes_on_without(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:  # what the end of a recording makes of it
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(_graphs, "_record", fail)
     model = make_model()
@@ -173,9 +201,9 @@ def test_copies_and_the_config_keep_the_wish_and_leave_the_graphs(recorder: Reco
     aug = GLEMAugment(model, policy="noise", seed=0, modes=8, cuda_graphs=True)
     for number in range(3):
         aug(*batch(seed=number))
-    assert aug._graphs._graphs
+    assert aug._graphs._on
     for other in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug), GLEMAugment.from_config(aug.to_config(), model)):
-        assert other.cuda_graphs and not other._graphs._graphs
+        assert other.cuda_graphs and not other._graphs._on
     x, y = batch(seed=9)
     assert torch.equal(copy.deepcopy(aug)(x, y)[0], aug(x, y)[0])
     with pytest.raises(AttributeError, match="cuda_graphs can't be changed"):
@@ -211,7 +239,7 @@ def test_on_a_gpu(policy: str) -> None:
             warnings.simplefilter("error")
             got = aug(x, y)[0]
         torch.testing.assert_close(got, plain(x, y)[0], rtol=0, atol=1e-5)
-    assert len(aug._graphs._graphs) >= 2
+    assert len(aug._graphs._on[x.device].graphs) >= 2
     torch.cuda.set_sync_debug_mode("error")
     try:
         aug(x, y)

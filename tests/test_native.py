@@ -46,7 +46,7 @@ def arguments(n: int, batch: int = 3, size: float = 1.0) -> tuple[Tensor, Tensor
 def results(x2: Tensor, params: Tensor, bound: float, inverse: bool) -> list[Tensor]:
     """Of the coupling, of its gradients, and of undoing it."""
     y2, logdet = expm_coupling(x2, params, bound, inverse)
-    weights = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in (y2, logdet)]
+    weights = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in (y2, logdet)]
     grads = torch.autograd.grad((y2, logdet), (x2, params), weights)
     undone = expm_coupling_backward(y2.detach(), params.detach(), *weights, bound)
     return [y2.detach(), logdet.detach(), *grads, *undone]

@@ -17,7 +17,7 @@ from test_native import arguments, close, results
 
 from glem_augment.flows import expm_triton
 
-pytest.importorskip("triton", reason="wants Triton: pip install triton")
+pytest.importorskip("triton", minversion="3.3", reason="wants Triton: pip install triton")
 
 
 @pytest.fixture
@@ -65,12 +65,12 @@ def test_triton_compiles_it(asked_for: pytest.MonkeyPatch, n: int, pixels: int, 
     }
     for name, pointers in names.items():
         _, numbers = expm_triton._plan(n, pixels, 1.0, inverse=name == "backward")
-        warps = numbers.pop("num_warps")
+        options = {name: numbers.pop(name) for name in expm_triton._OPTIONS}
         sizes = dict.fromkeys(("pixels",) if name == "forward" else ("pixels", "area"), pixels)
         # As it is when it is launched: a size of 1 is a constant.
         constants = {**numbers, **{k: v for k, v in sizes.items() if v == 1}}
         kinds = {**dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(sizes, "i32"), "bound": "fp32"}
         signature = {**kinds, **dict.fromkeys(constants, "constexpr")}
         source = ASTSource(fn=getattr(programs, name), signature=signature, constexprs=constants)
-        made = triton_compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        made = triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.asm["cubin"]

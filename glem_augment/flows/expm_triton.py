@@ -1,7 +1,7 @@
 """The matrix-exponential coupling by a Triton kernel, for float32 on a GPU, where it is asked for: ``GLEM_TRITON=1``.
 
 As in ``expm_native``, S is made, exponentiated and applied without ever being written to memory, in one launch where
-torch's operations take several for every term. Not the default: nobody has timed it on a GPU yet, where
+torch's operations take several for every term of its series. Not the default: nobody has timed it on a GPU yet, where
 ``benchmarks/triton_kernel.py`` compares the two; Triton's interpreter runs it in the tests.
 """
 
@@ -23,6 +23,8 @@ from glem_augment.flows.ordinary import are_ordinary_on_cuda
 # then spills at most 48 bytes of a thread's registers, for n up to 24.)
 _NUMBERS = 2560
 _LARGEST = 32
+# Of Triton's compiler: one warp; multiply and add as one instruction, which from 3.10 on is not its own choice.
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 @cache
@@ -56,7 +58,7 @@ def _plan(n: int, pixels: int, bound: float, inverse: bool) -> tuple[tuple[int],
     block = max(1, _NUMBERS // (2 * padded**2 + room * padded))
     block = _power_of_two(block + 1) // 2  # downwards
     numbers = {"N": n, "PADDED": padded, "BLOCK": block, "SEGMENTS": segments, "TERMS": terms, "ROOM": room}
-    return (-(-pixels // block),), {**numbers, "INVERSE": inverse, "num_warps": 1}
+    return (-(-pixels // block),), {**numbers, "INVERSE": inverse, **_OPTIONS}
 
 
 def _power_of_two(number: int) -> int:
