@@ -33,6 +33,18 @@ def batch(n: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randint(60, 196, (n, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(n) % 3
 
 
+def pair(model: GLEM, policy: str = "noise", p: float = 0.5) -> list[GLEMAugment]:
+    """The same transform without graphs and with them."""
+    return [GLEMAugment(model, policy=policy, p=p, seed=0, modes=8, cuda_graphs=on) for on in (False, True)]
+
+
+def agree(plain: GLEMAugment, aug: GLEMAugment, numbers: range, n: int = 16) -> None:
+    """On so many batches, which are different ones."""
+    for number in numbers:
+        x, y = batch(n, seed=number)
+        assert torch.equal(aug(x, y)[0], plain(x, y)[0])
+
+
 class Recorder:
     """What a graph does: replays into the memory it was recorded in."""
 
@@ -66,7 +78,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 @pytest.mark.parametrize("policy", ["mixup", "noise"])
 def test_the_same_images_from_the_third_time_on_by_graphs(recorder: Recorder, policy: str) -> None:
     model = make_model()
-    plain, aug = (GLEMAugment(model, policy=policy, seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    plain, aug = pair(model, policy)
     results = []
     for number in range(6):
         x, y = batch(seed=number)
@@ -110,39 +122,31 @@ def test_where_a_pass_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flow_in_training_is_not_recorded(recorder: Recorder) -> None:
     """A fused optimizer changes weights, and their versions do not tell."""
     model = make_model()
-    plain, aug = (GLEMAugment(model, policy="noise", seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    plain, aug = pair(model)
     for wanted in (False, True):
         model.flow.requires_grad_(not wanted)
-        for number in range(4):
-            x, y = batch(seed=number)
-            assert torch.equal(aug(x, y)[0], plain(x, y)[0])
+        agree(plain, aug, range(4))
         assert bool(recorder.shapes) is wanted
 
 
 def test_changed_weights_are_recorded_anew_once_they_stay(recorder: Recorder) -> None:
     model = make_model()
-    plain, aug = (GLEMAugment(model, policy="noise", seed=0, modes=8, cuda_graphs=on) for on in (False, True))
-
-    def same(times: int) -> None:
-        for number in range(times):
-            x, y = batch(seed=number)
-            assert torch.equal(aug(x, y)[0], plain(x, y)[0])
-
-    same(3)
+    plain, aug = pair(model)
+    agree(plain, aug, range(3))
     assert len(recorder.shapes) == 2
     with torch.no_grad():
         next(p for p in model.flow.parameters() if p.ndim == 4).mul_(1.5)
-    same(2)
+    agree(plain, aug, range(2))
     assert len(recorder.shapes) == 2
-    same(1)
+    agree(plain, aug, range(1))
     assert len(recorder.shapes) == 4
     for _ in range(4):  # always others
         with torch.no_grad():
             next(p for p in model.flow.parameters() if p.ndim == 4).mul_(1.01)
-        same(1)
+        agree(plain, aug, range(1))
     assert len(recorder.shapes) == 4
     model.flow.set_autocast(torch.bfloat16)
-    same(3)
+    agree(plain, aug, range(3))
     assert len(recorder.shapes) == 6
 
 
@@ -159,21 +163,18 @@ def test_a_graph_has_a_flow_of_its_own(recorder: Recorder) -> None:
 
 def test_no_more_graphs_than_there_is_room_for(recorder: Recorder) -> None:
     model = make_model()
-    plain, aug = (GLEMAugment(model, policy="noise", p=1.0, seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    plain, aug = pair(model, p=1.0)
     for n in range(4, 14):
-        for number in range(3):
-            x, y = batch(n, seed=number)
-            assert torch.equal(aug(x, y)[0], plain(x, y)[0])
+        agree(plain, aug, range(3), n)
     assert len(recorder.shapes) == _graphs._MOST
 
 
 def test_under_inference_mode_and_after_it(recorder: Recorder) -> None:
     model = make_model()
-    plain, aug = (GLEMAugment(model, policy="noise", seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    plain, aug = pair(model)
     for number in range(8):
-        x, y = batch(seed=number)
         with torch.inference_mode(number < 4):
-            assert torch.equal(aug(x, y)[0], plain(x, y)[0])
+            agree(plain, aug, range(number, number + 1))
     assert recorder.replays > 6
 
 
@@ -186,12 +187,11 @@ def test_what_cannot_be_recorded_goes_on_without(recorder: Recorder, monkeypatch
 
     monkeypatch.setattr(_graphs, "_record", fail)
     model = make_model()
-    plain, aug = (GLEMAugment(model, seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    plain, aug = pair(model, "mixup")
     for number in range(5):
-        x, y = batch(seed=number)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            assert torch.equal(aug(x, y)[0], plain(x, y)[0])
+            agree(plain, aug, range(number, number + 1))
         assert len(told) == (number == 2)
         assert all("not permitted when stream is capturing" in str(w.message) for w in told)
 
@@ -231,7 +231,7 @@ def test_no_pass_of_a_frozen_flow_looks_at_a_number(preset: str, monkeypatch: py
 @pytest.mark.parametrize("policy", ["mixup", "noise"])
 def test_on_a_gpu(policy: str) -> None:
     model = make_model("cuda")
-    plain, aug = (GLEMAugment(model, policy=policy, seed=0, modes=8, cuda_graphs=on) for on in (False, True))
+    plain, aug = pair(model, policy)
     for number in range(6):
         x, y = (t.cuda() for t in batch(seed=number))
         x = x / 255

@@ -55,8 +55,8 @@ def _plan(n: int, pixels: int, bound: float, inverse: bool) -> tuple[tuple[int],
     segments, terms = taylor_plan(bound, torch.float32)
     terms = max(2, terms)  # of one term alone the derivative would be a constant
     padded, room = _power_of_two(n), _power_of_two(terms)
-    block = max(1, _NUMBERS // (2 * padded**2 + room * padded))
-    block = _power_of_two(block + 1) // 2  # downwards
+    fitting = max(1, _NUMBERS // (2 * padded**2 + room * padded))
+    block = 1 << (fitting.bit_length() - 1)  # a power of two as well
     numbers = {"N": n, "PADDED": padded, "BLOCK": block, "SEGMENTS": segments, "TERMS": terms, "ROOM": room}
     return (-(-pixels // block),), {**numbers, "INVERSE": inverse, **_OPTIONS}
 
