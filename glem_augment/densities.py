@@ -193,10 +193,14 @@ def _constants(totals: Tensor, mu: Tensor) -> Tensor:
 
 
 def _width(mu: Tensor) -> int:
-    """Dimensions at a time, in whole cache lines; on an accelerator all: a launch costs more than a pass."""
+    """Dimensions at a time; on an accelerator all: a launch costs more than a pass.
+
+    Whole cache lines, an odd number of times ``_LINE``: of rows that are a power of two apart, only few fit in a cache.
+    """
     if mu.device.type != "cpu":
         return max(1, mu.shape[1])
-    return max(_LINE, _BLOCK // max(1, len(mu)) // _LINE * _LINE)
+    lines = _BLOCK // max(1, len(mu)) // _LINE
+    return max(1, lines - 1 | 1) * _LINE
 
 
 def _columns(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

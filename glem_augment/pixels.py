@@ -43,15 +43,24 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
         generator: on any device; the noise is drawn there and moved.
     """
     if x.dtype == torch.uint8:
-        level = x if bits == 8 else x >> (8 - bits)
-        if generator is None:
-            h = level.to(dtype).add_(0.5)
-        else:
-            noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=dtype)
-            h = move(noise, x.device).add_(level)
+        # As floats first: adding integers to them takes ten times as long on a CPU.
+        h = (x if bits == 8 else x >> (8 - bits)).to(dtype)
+        h = h.add_(0.5) if generator is None else h.add_(_noise(x, dtype, generator))
     else:
         h = (x.to(dtype) * (2**bits - 1)).add_(0.5)
     return h.mul_(2.0**-bits).sub_(0.5)
+
+
+def _noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), in the shape of ``x``: multiples of 2^-16, the same for every dtype.
+
+    Between the upper levels float32 has no others, and it does not round these up to the next level. Four are drawn at
+    once: on a CPU in a sixth of the time of ``torch.rand``.
+    """
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    noise = move(words, x.device).view(torch.int16)[: x.numel()].to(dtype)
+    return noise.mul_(2.0**-16).add_(0.5).view(x.shape)
 
 
 def from_levels(h: Tensor, bits: int) -> Tensor:

@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_float64(native: bool, k: int, d: int,
         assert_close(gaussians.log_prob(z), want, 2e-6)
 
 
-@pytest.mark.parametrize("psi", PSIS)
+@pytest.mark.parametrize("psi", [*PSIS, (1e-4, 1.0, 1e-9), (1e25, 0.5, 1e-12)])
 def test_terms_are_as_exact_as_float32_goes(native: bool, psi) -> None:
     gaussians = some_gaussians(3, 5000, psi)
     with torch.no_grad():

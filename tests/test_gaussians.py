@@ -67,12 +67,15 @@ def test_log_prob_gradients() -> None:
 def test_ambient_autocast_and_tf32_change_nothing() -> None:
     gaussians = random_gaussians(4, 300, dtype=torch.float32)
     z = torch.randn(6, 300)
-    want, drawn = gaussians.log_prob(z), gaussians.sample(torch.arange(4), 1.0, torch.Generator().manual_seed(0))
+    # Once with constants that are made on the way, and once with those that are kept.
+    other = copy.deepcopy(gaussians)
+    want = [gaussians.log_prob(z) for _ in range(2)]
+    drawn = gaussians.sample(torch.arange(4), 1.0, torch.Generator().manual_seed(0))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(gaussians.log_prob(z), want)
+            assert all(torch.equal(other.log_prob(z), w) for w in want)
             assert torch.equal(gaussians.sample(torch.arange(4), 1.0, torch.Generator().manual_seed(0)), drawn)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

@@ -21,7 +21,7 @@ struct Bounded {
     Bounded(V raw, float bound) {
         const V twice = raw * (2 * kLog2E / bound);
         // Far beyond where t rounds to 1, and far from where the power does not fit any more.
-        const V e = Power(twice > 60.0f ? V{} + 60.0f : twice).minus_1(), inverse = 1 / (e + 2);
+        const V e = Power(twice, 60.0f).minus_1(), inverse = reciprocal(e + 2);
         t = e * inverse;
         slope = (1 + t) * (2 * inverse);
     }

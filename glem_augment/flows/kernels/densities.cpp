@@ -24,38 +24,48 @@ struct Variances {
             return 1 / (s < low ? low : s);
         }
         // With p = 1 + e^-bs, the variance is (a + c p) / p. Beyond 2^50 nothing is left of a, and p^2 is still a number.
-        const V power = s * (-b * kLog2E), p = 1 + Power(power > 50.0f ? V{} + 50.0f : power).value(), q = a + c * p;
-        if (!slope) return p / q;
-        const V one_over = 1 / (p * q), share = q * one_over;
+        const V p = 1 + Power(s * (-b * kLog2E), 50.0f).value(), q = a + c * p;
+        if (!slope) return p * reciprocal(q);
+        const V one_over = reciprocal(p * q), share = q * one_over;
         *slope = share * (1 - share) * (a * b);
         return p * p * one_over;
     }
+
+    // So many of 1 / var can be multiplied with a number in [1, 2) before the product is too large or small.
+    int64_t factors() const {
+        if (a < 0) return 1;
+        const float bits = 1 + std::fmax(std::fabs(std::log2(c)), std::fabs(std::log2(a + c)));
+        return bits < 62 ? (int64_t)(124 / bits) : 1;
+    }
 };
 
-// The logarithm of a product of positive numbers: their exponents add up, and the mantissas' product stays in [1, 2).
+// The logarithm of a product of positive numbers: the exponents are added up now and then, and leave a mantissa.
 struct LogOfProduct {
-    V mantissa = V{} + 1.0f;
+    V product = V{} + 1.0f;
     I exponent = I{};
 
-    void times(V x) {
-        const I bits = (I)(mantissa * x);
+    void times(V x) { product *= x; }
+
+    void normalise() {
+        const I bits = (I)product;
         exponent += (bits >> 23) - 127;
-        mantissa = (V)((bits & 0x007FFFFF) | 0x3F800000);
+        product = (V)((bits & 0x007FFFFF) | 0x3F800000);
     }
 
-    double value() const {
-        double product = 1, whole = 0;
-        for (int lane = 0; lane < kLanes; ++lane) product *= mantissa[lane], whole += exponent[lane];
-        return std::log(product) + whole * 0.693147180559945309417;
+    double value() {
+        normalise();
+        const double whole = sum_of_pairs(__builtin_convertvector(exponent, V));
+        return std::log(product_of_pairs(product)) + whole * 0.693147180559945309417;
     }
 };
 
 // Of one class in `size` dimensions: 1 / var, mu / var, and returned sum (log var + mu^2 / var). ahead: where the next
-// class begins, too far away for the processor to foresee it.
+// class begins, too far away for the processor to foresee it. factors: as variances says.
 double terms(const float* mu, const float* s, float* inverse, float* scaled, int64_t size, int64_t ahead,
-             Variances variances) {
+             Variances variances, int64_t factors) {
     LogOfProduct precision;
     double total = 0;
+    int64_t since = 0;
     for (int64_t from = 0; from < size; from += kVectors * kLanes) {
         const int64_t end = from + kVectors * kLanes < size ? from + kVectors * kLanes : size;
         V squares = V{};
@@ -68,6 +78,7 @@ double terms(const float* mu, const float* s, float* inverse, float* scaled, int
             for (int64_t lane = count; lane < kLanes; ++lane) own[lane] = 1;
             const V product = mean * own;
             precision.times(own);
+            if (++since == factors) precision.normalise(), since = 0;
             squares += mean * product;
             store(inverse + at, count, own);
             store(scaled + at, count, product);
@@ -75,7 +86,7 @@ double terms(const float* mu, const float* s, float* inverse, float* scaled, int
         int64_t at = from;
         for (; at + kLanes <= end; at += kLanes) some(at, kLanes);
         if (at < end) some(at, end - at);
-        total += sum(squares);
+        total += sum_of_pairs(squares);
     }
     return total - precision.value();
 }
@@ -86,10 +97,12 @@ double terms(const float* mu, const float* s, float* inverse, float* scaled, int
 // `size` numbers; totals [rows] are added to.
 extern "C" void glem_densities(const float* mu, const float* s, float* inverse, float* scaled, double* totals,
                                int64_t rows, int64_t size, int64_t stride, float a, float b, float c, int32_t threads) {
+    const Variances variances{a, b, c};
+    const int64_t factors = variances.factors();
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row)
         totals[row] += terms(mu + row * stride, s + row * stride, inverse + row * size, scaled + row * size, size,
-                             row + 1 < rows ? stride : 0, {a, b, c});
+                             row + 1 < rows ? stride : 0, variances, factors);
 }
 
 // From g = sum_b G [rows], C = G^T z and A = G^T z^2 [rows, size], of G the gradient of the log-densities:
@@ -107,6 +120,8 @@ extern "C" void glem_densities_backward(const float* sums, const float* linear, 
             const int64_t here = row * size + at, there = row * stride + at;
             __builtin_prefetch(mu + there + ahead);
             __builtin_prefetch(s + there + ahead);
+            __builtin_prefetch(g_mu + there + ahead, 1);
+            if (curved) __builtin_prefetch(g_s + there + ahead, 1);
             V slope;
             const V mean = load(mu + there, count), product = load(linear + here, count);
             const V pull = product - mean * sums[row], inverse = variances.inverse(load(s + there, count), &slope);

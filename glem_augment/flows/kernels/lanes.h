@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -34,28 +37,60 @@ inline float sum(V x) {
     return (float)total;
 }
 
-// The same in halves: a rounding or two more, in a quarter of the time.
-inline float sum_of_pairs(V x) {
+// All lanes joined in halves, by something like addition.
+template <typename Join>
+inline float joined(V x, Join join) {
     typedef float Half __attribute__((vector_size(2 * kLanes)));
     typedef float Quarter __attribute__((vector_size(kLanes)));
     Half halves[2];
     __builtin_memcpy(halves, &x, sizeof x);
-    const Half half = halves[0] + halves[1];
+    const Half half = join(halves[0], halves[1]);
     Quarter quarters[2];
     __builtin_memcpy(quarters, &half, sizeof half);
-    const Quarter last = quarters[0] + quarters[1];
-    return (last[0] + last[2]) + (last[1] + last[3]);
+    const Quarter last = join(quarters[0], quarters[1]);
+    return join(join(last[0], last[2]), join(last[1], last[3]));
+}
+
+// The sum in halves: a rounding or two more, in a quarter of the time.
+inline float sum_of_pairs(V x) {
+    return joined(x, [](auto one, auto two) { return one + two; });
+}
+
+inline float product_of_pairs(V x) {
+    return joined(x, [](auto one, auto two) { return one * two; });
+}
+
+// No less than low, no more than high; what is no number stays so. One instruction, of which compilers make two.
+inline V within(V x, float low, float high) {
+#ifdef __AVX512F__
+    return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x));
+#else
+    x = x < low ? V{} + low : x;
+    return x > high ? V{} + high : x;
+#endif
+}
+
+// 1 / x within a unit in the last place or two, for 2^-125 < x < 2^125.
+inline V reciprocal(V x) {
+#ifdef __AVX512F__
+    // Divisions take as long as ten multiplications here: 14 bits from a table, and one step of Newton's.
+    const V about = _mm512_rcp14_ps(x);
+    return about + about * (1 - about * x);
+#else
+    return 1 / x;
+#endif
 }
 
 // 2^t = power (1 + rest), within 2 units in the last place for -125 <= t <= 126; beyond, as at the end.
 struct Power {
     V power, rest;
 
-    explicit Power(V t) {
-        t = t < -125.0f ? V{} - 125.0f : t;
-        t = t > 126.0f ? V{} + 126.0f : t;
-        // Added to so large a number, only the whole part of what is added is left, in the lowest bits.
-        const float large = 12582912.0f;
+    // high: at most 126, for callers that want less.
+    explicit Power(V t, float high = 126.0f) {
+        t = within(t, -125.0f, high);
+        // Added to so large a number, only the whole part of what is added is left, in the lowest bits, with what an
+        // exponent is stored with: 127.
+        const float large = 12582912.0f + 127.0f;
         const V shifted = t + large, r = t - (shifted - large);
         // 2^r - 1 on [-1/2, 1/2]. Polynomial: Cephes (S. Moshier), exp2f.
         V p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
@@ -63,7 +98,7 @@ struct Power {
         p = p * r + 5.550332471162809e-2f;
         p = p * r + 2.402264791363012e-1f;
         rest = (p * r + 6.931472028550421e-1f) * r;
-        power = (V)(((I)shifted - (0x4B400000 - 127)) << 23);
+        power = (V)((I)shifted << 23);
     }
 
     V value() const { return power * rest + power; }
