@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glem_augment import densities_native
+from glem_augment.flows.host_memory import empty_of_huge_pages
 from glem_augment.flows.precision import full_precision
 
 # Numbers of a K x d tensor that are worked on at a time on the CPU: few enough to stay in its cache, enough for matrix
@@ -75,7 +76,7 @@ class Psi(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (variance,) = ctx.saved_tensors
-        result = torch.empty_like(variance)
+        result = empty_of_huge_pages(variance)
         # In blocks, so that no second K x d temporary is made.
         for out, value, upstream in _columns(result, variance, grad):
             torch.mul(ctx.how.slope(value, value), upstream, out=out)
@@ -87,7 +88,7 @@ def density_terms(mu: Tensor, s: Tensor, how: Parametrisation) -> Terms:
 
     No gradient.
     """
-    inverse, scaled, totals = mu.new_empty(mu.shape), mu.new_empty(mu.shape), _no_totals(mu)
+    inverse, scaled, totals = empty_of_huge_pages(mu), empty_of_huge_pages(mu), _no_totals(mu)
     if densities_native.serves(mu, s):
         densities_native.terms(mu, s, how, inverse, scaled, totals)
     else:
@@ -144,7 +145,7 @@ class LogProb(torch.autograd.Function):
         make, gradients = (densities_native.terms, densities_native.gradients) if native else (_terms, _gradients)
         # What is not asked for has no room of its own.
         needs = (needs_z, needs_mu or needs_s, needs_s)
-        d_z, d_mu, d_s = (t.new_empty(t.shape) if n else t for t, n in zip((z, mu, s), needs, strict=True))
+        d_z, d_mu, d_s = (empty_of_huge_pages(t) if n else t for t, n in zip((z, mu, s), needs, strict=True))
         with full_precision(z.device.type):
             sums, unwanted, room = grad.sum(0), _no_totals(mu), _room(mu)
             for some, mean, free, to_z, *to_parameters in _columns(z, mu, s, d_z, d_mu, d_s):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glem_augment.flows.host_memory import empty_of_huge_pages
+
 # float64 working memory of one slice stays near K * 256 * 8 bytes per temporary.
 _SLICE = 256
 
@@ -78,7 +80,7 @@ class _PairSum(torch.autograd.Function):
         mu, var = ctx.saved_tensors
         k, d = mu.shape
         g = g.double()
-        grad_mu, grad_var = torch.empty_like(mu), torch.empty_like(var)
+        grad_mu, grad_var = empty_of_huge_pages(mu), empty_of_huge_pages(var)
         for start in _slices(d):
             part = slice(start, start + _SLICE)
             m, s = _centred(mu, start), _copied(var, start)
