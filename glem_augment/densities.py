@@ -201,7 +201,7 @@ def _width(mu: Tensor) -> int:
     if mu.device.type != "cpu":
         return max(1, mu.shape[1])
     lines = _BLOCK // max(1, len(mu)) // _LINE
-    return max(1, lines - 1 | 1) * _LINE
+    return max(1, (lines - 1) | 1) * _LINE  # the largest odd number up to lines
 
 
 def _columns(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

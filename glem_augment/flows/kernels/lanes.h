@@ -60,7 +60,8 @@ inline float product_of_pairs(V x) {
     return joined(x, [](auto one, auto two) { return one * two; });
 }
 
-// No less than low, no more than high; what is no number stays so. One instruction, of which compilers make two.
+// No less than low, no more than high; what is no number stays so. Of each comparison GCC makes two instructions where
+// there is one.
 inline V within(V x, float low, float high) {
 #ifdef __AVX512F__
     return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x));
