@@ -14,7 +14,7 @@ from glem_augment.flows.ordinary import are_ordinary
 if TYPE_CHECKING:
     from glem_augment.densities import Parametrisation, Products
 
-# Multiply-adds for a number, about: an exponential and two divisions.
+# Multiply-adds for a number, about: an exponential and two reciprocals.
 _WORK = 30
 
 

@@ -40,7 +40,7 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
 
     Args:
         x: uint8, of which the top ``bits`` bits are kept, or float in [0,1], which is scaled to levels unrounded.
-        generator: on any device; the noise is drawn there and moved.
+        generator: on a CPU or CUDA; the noise is drawn there and moved.
     """
     if x.dtype == torch.uint8:
         # As floats first: adding integers to them takes ten times as long on a CPU.
@@ -54,8 +54,8 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
 def _noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1), in the shape of ``x``: multiples of 2^-16, the same for every dtype.
 
-    Between the upper levels float32 has no others, and it does not round these up to the next level. Four are drawn at
-    once: on a CPU in a sixth of the time of ``torch.rand``.
+    Between the upper levels of 8 bits float32 has no others, and it does not round these up to the next level. Four are
+    drawn at once: on a CPU in a sixth of the time of ``torch.rand``.
     """
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)

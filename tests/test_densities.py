@@ -12,6 +12,7 @@ from torch import Tensor
 from glem_augment import densities_native
 from glem_augment.densities import Parametrisation, density_terms
 from glem_augment.gaussians import ClassGaussians
+from glem_augment.kld import kld_pair_sum
 
 PSIS = [(0.5, 0.2, 0.05), (5.0, 0.2, 0.05), (0.1, 3.0, 2.0), None]
 
@@ -107,6 +108,28 @@ def test_far_out_parameters_and_what_is_no_number(native: bool) -> None:
     assert found[:, 2:].isnan().all()
     found.sum().backward()
     assert gaussians.s.grad[:2].abs().max() < 1e-9 and gaussians.s.grad[2, :39].isfinite().all()
+
+
+@pytest.mark.parametrize("s", [-math.inf, -1000.0, 1000.0, math.inf])
+def test_gradients_at_the_ends_of_a_wide_psi(native: bool, s: float) -> None:
+    gaussians = ClassGaussians(2, 17, (9e5, 0.5, 1e-9))
+    with torch.no_grad():
+        gaussians.s.fill_(s)
+    gaussians.log_prob(torch.ones(3, 17)).sum().backward()
+    variance = 1e-9 if s < 0 else 9e5
+    torch.testing.assert_close(gaussians.mu.grad, torch.full((2, 17), 3 / variance))
+    assert gaussians.s.grad.abs().max() < 1e-4  # of numbers up to 1e18
+
+
+def test_whatever_fills_large_tensors_can_be_compiled_whole() -> None:
+    gaussians = ClassGaussians(3, 5)
+
+    def spread(gaussians: ClassGaussians) -> Tensor:
+        return gaussians.variance().sum() + kld_pair_sum(gaussians.mu, gaussians.variance())
+
+    want = torch.autograd.grad(spread(gaussians), gaussians.s)
+    found = torch.autograd.grad(torch.compile(spread, backend="aot_eager", fullgraph=True)(gaussians), gaussians.s)
+    torch.testing.assert_close(found, want)
 
 
 def test_no_latents_at_all(native: bool) -> None:

@@ -38,8 +38,8 @@ def empty_of_huge_pages(like: Tensor) -> Tensor:
     "madvise" (or "always") of /sys/kernel/mm/transparent_hugepage/enabled allows it, the default of most systems.
     """
     fresh = like.new_empty(like.shape)
-    advise = _madvise()
-    if advise is not None and fresh.nbytes > _LARGEST and is_ordinary(fresh):
+    # In this order: torch.compile can't follow what finds madvise.
+    if is_ordinary(fresh) and fresh.nbytes > _LARGEST and (advise := _madvise()) is not None:
         lead = -fresh.data_ptr() % mmap.PAGESIZE
         advise(fresh.data_ptr() + lead, fresh.nbytes - lead, _HUGE_PAGES)  # a refusal changes nothing
     return fresh

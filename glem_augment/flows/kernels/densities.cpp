@@ -23,12 +23,13 @@ struct Variances {
             if (slope) *slope = s >= low ? V{} + 1.0f : V{};
             return 1 / (s < low ? low : s);
         }
-        // With p = 1 + e^-bs, the variance is (a + c p) / p. Beyond 2^50 nothing is left of a, and p^2 is still a number.
-        const V p = 1 + Power(s * (-b * kLog2E), 50.0f).value(), q = a + c * p;
-        if (!slope) return p * reciprocal(q);
-        const V one_over = reciprocal(p * q), share = q * one_over;
-        *slope = share * (1 - share) * (a * b);
-        return p * p * one_over;
+        // With p = 1 + e^-bs, the variance is (a + c p) / p. Beyond 2^100 nothing is left of a.
+        const V p = 1 + Power(s * (-b * kLog2E), 100.0f).value(), q = a + c * p;
+        if (slope) {
+            const V share = reciprocal(p);
+            *slope = share * (1 - share) * (a * b);
+        }
+        return p * reciprocal(q);
     }
 
     // So many of 1 / var can be multiplied with a number in [1, 2) before the product is too large or small.
