@@ -282,8 +282,9 @@ class SyntheticDataset(Dataset):
         """
         modes = self.model.modes
         version = WeightsVersion(self.model, others=() if modes is None else (modes,))
-        same = version == self._model_version
-        if self._model_version is None:
+        seen = self._model_version  # another thread may put the first one in its place at any time
+        same = version == seen
+        if seen is None:
             # Other processes may have decoded before, and the model been changed since.
             same = self._store.agrees(fingerprint(self.model))
             self._model_version = version if same else None

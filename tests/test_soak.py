@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
+from glem_augment._models import WeightsVersion
 from glem_augment.data import ImageData
 from glem_augment.errors import DataError
 from glem_augment.stream import SyntheticStream
@@ -283,6 +284,25 @@ class Doubtful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+
+def test_two_threads_may_meet_a_model_for_the_first_time(model: GLEM) -> None:
+    class Interrupted(SyntheticDataset):
+        """Another thread is always first, and between two steps of this one."""
+
+        @property
+        def _model_version(self) -> Any:
+            seen = self.__dict__.get("version")
+            self.__dict__["version"] = WeightsVersion(self.model, others=(self.model.modes,))
+            return seen
+
+        @_model_version.setter
+        def _model_version(self, version: Any) -> None:
+            self.__dict__["version"] = version
+
+    data = Interrupted(model, per_class=2)
+    for _ in range(2):
+        data.check_model()
 
 
 @pytest.mark.timeout(200)
