@@ -159,6 +159,7 @@ def main() -> None:
         "All-class log-densities against their two matrix products",
         rows,
         shape=f"K = {args.classes}, d = {args.dim}, batch {args.batch}, float32, {args.rounds} interleaved rounds",
+        ratio="median over the rounds",
     )
 
 

@@ -45,7 +45,7 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generat
     if x.dtype == torch.uint8:
         # As floats first: adding integers to them takes ten times as long on a CPU.
         h = (x if bits == 8 else x >> (8 - bits)).to(dtype)
-        h = h.add_(0.5) if generator is None else h.add_(_noise(x, dtype, generator))
+        h.add_(0.5 if generator is None else _noise(x, dtype, generator))
     else:
         h = (x.to(dtype) * (2**bits - 1)).add_(0.5)
     return h.mul_(2.0**-bits).sub_(0.5)
