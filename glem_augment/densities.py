@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glem_augment import densities_native
@@ -128,12 +128,14 @@ class LogProb(torch.autograd.Function):
         if terms is not None:
             return two_products(z, terms)
         make = densities_native.terms if densities_native.serves(mu, s) else _terms
-        result, totals, room = z.new_zeros(len(z), len(mu)), _no_totals(mu), _room(mu)
+        totals, shares = _no_totals(mu), _Shares(mu)
+        result = z.new_zeros(shares.number, len(z), shares.classes)
         for some, mean, free in _columns(z, mu, s):
-            inverse, scaled = _as(mean, room)
+            (inverse, scaled), (inverse_of, scaled_of) = shares.room(mean)
             make(mean, free, how, inverse, scaled, totals)
-            result.addmm_(some, scaled.T).addmm_(some * some, inverse.T, alpha=-0.5)
-        return result.add_(_constants(totals, mu))
+            result.baddbmm_(shares.to_all(some), scaled_of.mT)
+            result.baddbmm_(shares.to_all(some * some), inverse_of.mT, alpha=-0.5)
+        return shares.joined(result) + _constants(totals, mu)
 
     @staticmethod
     @once_differentiable
@@ -147,17 +149,18 @@ class LogProb(torch.autograd.Function):
         needs = (needs_z, needs_mu or needs_s, needs_s)
         d_z, d_mu, d_s = (empty_of_huge_pages(t) if n else t for t, n in zip((z, mu, s), needs, strict=True))
         with full_precision(z.device.type):
-            sums, unwanted, room = grad.sum(0), _no_totals(mu), _room(mu)
+            sums, unwanted, shares = grad.sum(0), _no_totals(mu), _Shares(mu)
+            grads = shares.split(grad)
             for some, mean, free, to_z, *to_parameters in _columns(z, mu, s, d_z, d_mu, d_s):
-                one, two = _as(mean, room)
+                (one, two), (one_of, two_of) = shares.room(mean)
                 if needs_z:
                     make(mean, free, ctx.how, one, two, unwanted)
-                    torch.mul(grad @ one, some, out=to_z)
-                    torch.sub(grad @ two, to_z, out=to_z)
+                    torch.mul((grads @ one_of).sum(0), some, out=to_z)
+                    torch.sub((grads @ two_of).sum(0), to_z, out=to_z)
                 if needs_mu or needs_s:
-                    torch.mm(grad.T, some, out=one)
+                    torch.bmm(grads.mT, shares.to_all(some), out=one_of)
                     if needs_s:
-                        torch.mm(grad.T, some * some, out=two)
+                        torch.bmm(grads.mT, shares.to_all(some * some), out=two_of)
                     products = Products(sums, one, two if needs_s else None)
                     gradients(products, mean, free, ctx.how, *to_parameters)
         return d_z if needs_z else None, d_mu if needs_mu else None, d_s if needs_s else None, None, None, None
@@ -210,13 +213,43 @@ def _columns(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(width, 1) for t in tensors), strict=True)
 
 
-def _room(mu: Tensor) -> tuple[Tensor, Tensor]:
-    """For two numbers for each of a block's parameters."""
-    size = len(mu) * min(_width(mu), mu.shape[1])
-    return mu.new_empty(size), mu.new_empty(size)
+class _Shares:
+    """One share of the classes for every thread, and room for two numbers for each of a block's parameters.
 
+    A batch of products, one for each share, has every thread read what it has written itself. In one product for all
+    classes each reads what the other threads have written, which takes longer than writing it where processor cores
+    have no cache in common.
 
-def _as(block: Tensor, room: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As much of ``room`` as this block takes, in its shape."""
-    one, two = (r[: block.numel()].view(block.shape) for r in room)
-    return one, two
+    Attributes:
+        number: how many; on an accelerator one.
+        classes: in a share; the last ones of the last share may be no classes.
+    """
+
+    def __init__(self, mu: Tensor) -> None:
+        self._rows = len(mu)
+        self.number = max(1, min(torch.get_num_threads(), self._rows)) if mu.device.type == "cpu" else 1
+        self.classes = -(-self._rows // self.number)
+        size = self.number * self.classes * min(_width(mu), mu.shape[1])
+        # What no class has a number for is multiplied with zero, and must be a number.
+        make = mu.new_empty if self.number * self.classes == self._rows else mu.new_zeros
+        self._room = make(size), make(size)
+
+    def room(self, block: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """As much of it as a block [K, n] takes, in its shape, and the same by shares [number, classes, n]."""
+        shape = (self.number, self.classes, block.shape[1])
+        by_share = [room[: math.prod(shape)].view(shape) for room in self._room]
+        return [t.flatten(0, 1)[: self._rows] for t in by_share], by_share
+
+    def to_all(self, some: Tensor) -> Tensor:
+        """The same rows for every share: [number, B, n] of [B, n]."""
+        return some.expand(self.number, *some.shape)
+
+    def split(self, grad: Tensor) -> Tensor:
+        """[number, B, classes] of [B, K]; zero where there is no class."""
+        missing = self.number * self.classes - self._rows
+        grad = nn.functional.pad(grad, (0, missing)) if missing else grad
+        return grad.unflatten(1, (self.number, self.classes)).transpose(0, 1)
+
+    def joined(self, result: Tensor) -> Tensor:
+        """[B, K] of [number, B, classes]."""
+        return result.transpose(0, 1).flatten(1)[:, : self._rows]

@@ -82,6 +82,26 @@ def test_terms_are_as_exact_as_float32_goes(native: bool, psi) -> None:
         torch.testing.assert_close(found.double(), want, rtol=3e-6, atol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_shares_of_unequal_size_change_nothing(native: bool, threads: int, request: pytest.FixtureRequest) -> None:
+    """Seven classes among so many threads, where memory that is nobody's yet is full of what is no number."""
+    gaussians, z = some_gaussians(7, 700, PSIS[0]), torch.randn(3, 700).requires_grad_()
+    exact, exact_z = copy.deepcopy(gaussians).double(), z.detach().double().requires_grad_()
+    want = reference(exact, exact_z)
+    wanted = torch.autograd.grad(want.square().sum(), (exact_z, exact.mu, exact.s))
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    request.addfinalizer(lambda: (torch.set_num_threads(before[0]), torch.use_deterministic_algorithms(before[1])))
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    found = gaussians.log_prob(z)
+    assert found.is_contiguous()
+    assert_close(found, want, 2e-6)
+    gradients = torch.autograd.grad(found.square().sum(), (z, gaussians.mu, gaussians.s))
+    for gradient, exactly in zip(gradients, wanted, strict=True):
+        assert_close(gradient, exactly, 2e-5)
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 def test_any_part_of_the_gradients(native: bool, needed: tuple[int, ...]) -> None:
     gaussians, z = some_gaussians(70, 40, PSIS[0]), torch.randn(5, 40).requires_grad_()
