@@ -17,8 +17,10 @@ memory above what was there before the step.
 ``mef_*`` cases stand beside a flow in the manner of the published code (``speed_published.py``), ``glow_*`` cases
 beside FrEIA, normflows and nflows (``speed_peers.py``), all with copies of the same subnets. Opponents run each
 operation in the fastest memory format; they are not compiled, so it is this library's ordinary form that is judged
-against them, and its compiled form stands in rows of its own. S is small here, as at the start of training, and the
-published code adds fewer terms the smaller S is; so does this library on a CPU.
+against them, and its compiled form stands in rows of its own. A verdict's noise is half the width of its 95 % interval,
+where there are five rounds at least: of networks that take nearly all of the time, a run of a minute can't tell half a
+percent from one. S is small here, as at the start of training, and the published code adds fewer terms the smaller S
+is; so does this library on a CPU.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from common import parser, write_results
 from speed_floor import bare, floors
 from speed_measure import Choice, Side, held_for_backward, measure
 from speed_published import PublishedFlow
-from speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, plot, rows_of, verdicts
+from speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, Noise, noise_of, plot, rows_of, verdicts
 from torch import nn
 from tqdm import tqdm
 
@@ -171,7 +173,7 @@ def opponents(case: dict[str, Any], flow: nn.Module, x: torch.Tensor) -> list[Ch
 
 def run_case(
     name: str, case: dict[str, Any], rounds: int, device: torch.device, compiled: bool, peers: bool, budget: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Noise]:
     """Measure one case.
 
     Args:
@@ -182,7 +184,8 @@ def run_case(
         peers: measure opponents too.
 
     Returns:
-        Its rows, see ``speed_report.rows_of``, and what each form of the floor took when it was tried beforehand.
+        Its rows, see ``speed_report.rows_of``, what each form of the floor took when it was tried beforehand, and
+        the overheads' noise.
     """
     say(f"{name}: {case['preset']} {case['overrides'] or ''} on {case['image_shape']}, batch {case['batch']}")
     flow, x = make_flow(case, device)
@@ -206,7 +209,7 @@ def run_case(
         for operation, by_form in costs.items()
         for form, took in by_form.items()
     ]
-    return rows, tried
+    return rows, tried, noise_of(name, times)
 
 
 def memory_growth(case: dict[str, Any], device: torch.device, factor: int = 4) -> list[dict[str, Any]]:
@@ -253,13 +256,14 @@ def main() -> None:
     growth = memory_growth(CASES["mef_tiny"], device)
     rows: list[dict[str, Any]] = []
     tried: list[dict[str, Any]] = []
+    noise: Noise = {}
     for name in args.cases:
         if compiled:
             # One code object is compiled for every shape, format and mode that it meets.
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 64
-        found, forms = run_case(name, CASES[name], args.rounds, device, compiled, args.peers, args.seconds)
-        rows, tried = rows + found, tried + forms
+        found, forms, widths = run_case(name, CASES[name], args.rounds, device, compiled, args.peers, args.seconds)
+        rows, tried, noise = rows + found, tried + forms, noise | widths
         gc.collect()
         # After every case, so that a run that is cut off leaves what it has; its JSON lacks the cases that did not run.
         write_results(
@@ -268,7 +272,7 @@ def main() -> None:
             "Time above the subnets alone",
             rows,
             {
-                "verdicts": verdicts(rows, growth),
+                "verdicts": verdicts(rows, growth, noise),
                 "memory at depth": growth,
                 "floors tried, one network of every shape times its number": tried,
             },

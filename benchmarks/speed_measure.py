@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+_FEW = 4
 
 # What is timed: (side, operation) -> seconds of every round.
 Times = dict[tuple[str, str], list[float]]
@@ -177,13 +180,30 @@ def fastest(times: Times, operation: str) -> list[float]:
     return min(candidates, key=statistics.median)
 
 
-def overhead(times: Times, name: str, operation: str) -> float | None:
-    """Median over rounds of time / fastest floor - 1; None where it was not timed."""
+def _ratios(times: Times, name: str, operation: str) -> list[float] | None:
+    """Of every round, time / fastest floor; None where it was not timed."""
     mine = times.get((name, operation))
     if mine is None:
         return None
     floor = fastest(times, operation if operation == "train" else "forward")
-    return statistics.median(a / b for a, b in zip(mine, floor, strict=True)) - 1
+    return [a / b for a, b in zip(mine, floor, strict=True)]
+
+
+def overhead(times: Times, name: str, operation: str) -> float | None:
+    """Median over rounds of time / fastest floor - 1; None where it was not timed."""
+    ratios = _ratios(times, name, operation)
+    return None if ratios is None else statistics.median(ratios) - 1
+
+
+def noise(times: Times, name: str, operation: str, draws: int = 1000) -> float | None:
+    """Half the width of the 95 % interval of ``overhead``, by bootstrap over the rounds (Efron 1979); None where
+    ``_FEW`` rounds or fewer say too little of it."""
+    ratios = _ratios(times, name, operation)
+    if ratios is None or len(ratios) <= _FEW:
+        return None
+    chosen = np.random.default_rng(0).integers(len(ratios), size=(draws, len(ratios)))
+    low, high = np.percentile(np.median(np.array(ratios)[chosen], axis=1), (2.5, 97.5))
+    return float(high - low) / 2
 
 
 class _Held:

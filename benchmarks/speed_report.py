@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from speed_measure import Times, overhead
+from speed_measure import Times, noise, overhead
 
 from glem_augment.io import atomic_write
 
 OURS, PUBLISHED = "glem-augment", "published (MEF)"
 REVERSIBLE, COMPILED = f"{OURS} reversible", f"{OURS} compiled"
 OPERATIONS = ("train", "encode", "decode")
+
+# By case, side and operation.
+Noise = dict[tuple[str, str, str], float]
 
 
 def rows_of(case: str, batch: int, times: Times, held: dict[str, int]) -> list[dict[str, Any]]:
@@ -43,8 +49,19 @@ def rows_of(case: str, batch: int, times: Times, held: dict[str, int]) -> list[d
     return rows
 
 
-def verdicts(rows: list[dict[str, Any]], growth: list[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """What was aimed at, and whether it was reached: dicts with case, what, value, limit and met.
+def noise_of(case: str, times: Times) -> Noise:
+    """Of every overhead in ``rows_of``."""
+    found = {(case, name, what): noise(times, name, what) for name, what in times if not name.startswith("floor")}
+    return {key: width for key, width in found.items() if width is not None}
+
+
+def verdicts(
+    rows: list[dict[str, Any]], growth: Sequence[dict[str, Any]] = (), noise: Noise | None = None
+) -> list[dict[str, Any]]:
+    """What was aimed at, and whether it was reached: dicts with case, what, value, limit, noise and met.
+
+    Value and limit are both measured, where the limit is a share of others' overhead; noise is half the width of the
+    95 % interval of their difference. Where they are closer than that, another run may find otherwise.
 
     Overhead above the floor: training at most 15 % (a level of ``mef_cifar``) and 40 % (``mef_tiny``), decoding 20 %;
     at most a third of the published flow's, with no step slower; at most half of the best library's. Reversible
@@ -54,12 +71,24 @@ def verdicts(rows: list[dict[str, Any]], growth: list[dict[str, Any]] = ()) -> l
     Args:
         rows: from ``rows_of``.
         growth: from ``memory_growth``.
+        noise: from ``noise_of`` of every case.
     """
     result: list[dict[str, Any]] = []
 
-    def check(case: str, what: str, value: float | None, limit: float) -> None:
+    def check(case: str, what: str, value: float | None, limit: float, *sources: tuple[str, str, float]) -> None:
+        """Sources: sides, operations, and how much of their overhead's noise there is in value - limit."""
         if value is not None:
-            result.append({"case": case, "what": what, "value": value, "limit": limit, "met": value <= limit})
+            widths = [
+                share * (noise or {}).get((case, side, operation), math.nan) for side, operation, share in sources
+            ]
+            width = math.hypot(*widths) if widths else None
+            unknown = width is None or math.isnan(width)
+            result.append(
+                {
+                    "case": case, "what": what, "value": value, "limit": limit,
+                    "noise": None if unknown else width, "met": value <= limit,
+                }
+            )  # fmt: skip
 
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = {row["side"]: row for row in rows if row["case"] == case}
@@ -68,18 +97,24 @@ def verdicts(rows: list[dict[str, Any]], growth: list[dict[str, Any]] = ()) -> l
             for name, suffix in ((OURS, ""), (COMPILED, ", compiled")):
                 if name in mine:
                     limit = 0.4 if case == "mef_tiny" else 0.15
-                    check(case, f"train overhead{suffix}", mine[name]["train overhead"], limit)
-                    check(case, f"decode overhead{suffix}", mine[name]["decode overhead"], 0.2)
+                    check(case, f"train overhead{suffix}", mine[name]["train overhead"], limit, (name, "train", 1))
+                    check(case, f"decode overhead{suffix}", mine[name]["decode overhead"], 0.2, (name, "decode", 1))
         if REVERSIBLE in mine:
-            check(case, "reversible step / ordinary step", mine[REVERSIBLE]["train ms"] / ours["train ms"], 1.5)
+            ratio, floor = mine[REVERSIBLE]["train ms"] / ours["train ms"], 1 + ours["train overhead"]
+            both = (REVERSIBLE, "train", 1 / floor), (OURS, "train", ratio / floor)
+            check(case, "reversible step / ordinary step", ratio, 1.5, *both)
         share, rival = (
             (1 / 3, f"1/3 of {PUBLISHED}") if case.startswith("mef") else (1 / 2, "1/2 of the best library's")
         )
         for operation in OPERATIONS if others else ():
-            theirs = min(row[f"{operation} overhead"] for row in others)
-            check(case, f"{operation} overhead against {rival}", ours[f"{operation} overhead"], share * theirs)
-            took = min(row[f"{operation} ms"] for row in others)
-            check(case, f"{operation} time / the fastest other's", ours[f"{operation} ms"] / took, 1.0)
+            mine_is, best = ours[f"{operation} overhead"], min(others, key=itemgetter(f"{operation} overhead"))
+            both = (OURS, operation, 1.0), (best["side"], operation, share)
+            limit = share * best[f"{operation} overhead"]
+            check(case, f"{operation} overhead against {rival}", mine_is, limit, *both)
+            fastest = min(others, key=itemgetter(f"{operation} ms"))
+            ratio, theirs = ours[f"{operation} ms"] / fastest[f"{operation} ms"], 1 + fastest[f"{operation} overhead"]
+            both = (OURS, operation, 1 / theirs), (fastest["side"], operation, ratio / theirs)
+            check(case, f"{operation} time / the fastest other's", ratio, 1.0, *both)
     for row in growth:
         if row["side"] == REVERSIBLE:
             check("mef_tiny", "reversible memory at 4x depth / 1x", row["ratio"], 1.3)

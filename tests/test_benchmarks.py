@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -227,6 +229,32 @@ def test_overhead_is_taken_over_the_fastest_floor_round_by_round() -> None:
     times = {("floor: a", "train"): [1.0, 2.0, 4.0], ("floor: b", "train"): [3.0, 3.0, 3.0]}
     times["ours", "train"] = [1.5, 3.0, 8.0]
     assert load("speed_measure").overhead(times, "ours", "train") == pytest.approx(0.5)
+
+
+def test_noise_is_what_another_run_would_find() -> None:
+    noise = load("speed_measure").noise
+    draw = np.random.default_rng(1)
+    medians, widths = [], []
+    for _ in range(200):
+        times = {("floor", "train"): [2.0] * 41, ("ours", "train"): list(2.2 + 0.1 * draw.standard_normal(41))}
+        medians.append(np.median(times["ours", "train"]) / 2 - 1)
+        widths.append(noise(times, "ours", "train"))
+    within = np.mean(np.abs(np.array(medians) - 0.1) <= np.array(widths))
+    assert 0.9 <= within <= 0.99
+    assert noise({("floor", "train"): [1.0] * 4, ("ours", "train"): [1.0] * 4}, "ours", "train") is None
+    assert noise({}, "ours", "decode") is None
+
+
+def test_a_verdict_tells_the_noise_of_both_its_sides() -> None:
+    report = load("speed_report")
+    rows = [_row("glow_tiny_0", report.OURS, 0.1, 1.1), _row("glow_tiny_0", "FrEIA", 0.3, 1.3)]
+    rows.append(_row("glow_tiny_0", report.REVERSIBLE, 0.43, 1.43))
+    noise = {("glow_tiny_0", side, "train"): width for side, width in ((report.OURS, 0.03), ("FrEIA", 0.08))}
+    found = {row["what"]: row["noise"] for row in report.verdicts(rows, noise=noise)}
+    assert found["train overhead against 1/2 of the best library's"] == pytest.approx(0.05)
+    assert found["train time / the fastest other's"] == pytest.approx(math.hypot(0.03, 0.08 * 1.1 / 1.3) / 1.3)
+    # Not every part of these is known.
+    assert found["decode time / the fastest other's"] is None and found["reversible step / ordinary step"] is None
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
