@@ -240,7 +240,7 @@ def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=min(2, os.cpu_count() or 1))
     args.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT), metavar="CASE", help=", ".join(CASES))
-    args.add_argument("--rounds", type=int, default=9, help="timed rounds of a case, at most (%(default)s)")
+    args.add_argument("--rounds", type=int, default=30, help="timed rounds of a case, at most (%(default)s)")
     args.add_argument("--seconds", type=float, default=75, help="of timed rounds in a case; 3 rounds at least")
     args.add_argument("--no-compile", action="store_true", help="leave everything compiled out")
     args.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure opponents too")

@@ -156,17 +156,22 @@ def measure(
         budget: seconds that the rounds may take, as far as ``least`` rounds allow.
     """
     times: Times = {key: [] for key in tasks}
-    keys, one_round = list(tasks), 0.0
+    keys = list(tasks)
     bar = tqdm(total=len(keys) * (rounds + 1), desc=label, unit="run", leave=False)
     for task in tasks.values():
-        taken = seconds(task, device)
-        if taken < 1:
-            taken = seconds(task, device)
-        one_round += taken
+        # What is compiled when it is first called says nothing of the calls to come.
+        if seconds(task, device) < 1:
+            seconds(task, device)
         bar.update()
-    rounds = min(rounds, max(least, int(budget / one_round))) if math.isfinite(budget) else rounds
-    bar.total = len(keys) * (rounds + 1)
-    for _, order in zip(range(rounds), balanced_orders(len(keys)), strict=False):
+    began = time.perf_counter()
+    for done, order in zip(range(rounds), balanced_orders(len(keys)), strict=False):
+        if done:
+            each = (time.perf_counter() - began) / done
+            # As many as there is time for, as things stand.
+            rest = max(least, int(budget / each)) if math.isfinite(budget) else rounds
+            bar.total = len(keys) * (min(rounds, rest) + 1)
+            if done >= rest:
+                break
         for index in order:
             times[keys[index]].append(seconds(tasks[keys[index]], device))
             bar.update()

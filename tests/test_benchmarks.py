@@ -126,6 +126,13 @@ def test_reversible_training_holds_less() -> None:
     assert growth["glem-augment reversible"] < 1.3
 
 
+def test_a_slow_first_call_takes_no_rounds_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of what is compiled in it."""
+    measure, taken = load("speed_measure"), iter([30.0])
+    monkeypatch.setattr(measure, "seconds", lambda task, device: next(taken, 0.001))
+    assert len(measure.measure({("a", "train"): lambda: None}, 5, CPU, "", budget=20.0)["a", "train"]) == 5
+
+
 def test_rounds_keep_to_the_budget_but_are_three() -> None:
     measure = load("speed_measure")
     calls: list[str] = []

@@ -106,18 +106,23 @@ inline void multiply(const float* m, const float* shift, const V* v, V* out) {
     }
 }
 
-// m += above below^T, summed over `count` blocks
-inline void add_products(const V (*above)[C], const V (*below)[C], int count, V (*m)[C]) {
+// m += above below^T, summed over `count` blocks; with `fresh` m was nothing yet. With `out`, that is what is left of it:
+// the sums of the lanes. Both spare passes over m, which is larger than all else here.
+inline void add_products(const V (*above)[C], const V (*below)[C], int count, V (*m)[C], bool fresh, float* out) {
     for (int i = 0; i < C; i += kTile)
         for (int j = 0; j < C; j += kTile) {
             V sums[kTile][kTile];
             for (int a = 0; a < kTile; ++a)
-                for (int b = 0; b < kTile; ++b) sums[a][b] = m[i + a][j + b];
+                for (int b = 0; b < kTile; ++b) sums[a][b] = fresh ? V{} : m[i + a][j + b];
             for (int block = 0; block < count; ++block)
                 for (int a = 0; a < kTile; ++a)
                     for (int b = 0; b < kTile; ++b) sums[a][b] += above[block][i + a] * below[block][j + b];
             for (int a = 0; a < kTile; ++a)
-                for (int b = 0; b < kTile; ++b) m[i + a][j + b] = sums[a][b];
+                for (int b = 0; b < kTile; ++b)
+                    if (out)
+                        out[(i + a) * C + j + b] = sum_of_pairs(sums[a][b]);
+                    else
+                        m[i + a][j + b] = sums[a][b];
         }
 }
 
@@ -171,16 +176,18 @@ extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, con
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         V above[kBlocks][C], below[kBlocks][C], products[C][C], sums[C], biases[C];
-        for (int i = 0; i < C; ++i) {
-            sums[i] = biases[i] = V{};
-            for (int j = 0; j < C; ++j) products[i][j] = V{};
-        }
+        for (int i = 0; i < C; ++i) sums[i] = biases[i] = V{};
         int filled = 0;
+        bool fresh = true;
         const int64_t end = (chunk + 1) * each < batch ? (chunk + 1) * each : batch;
         for (int64_t image = chunk * each; image < end; ++image) {
             const float g_total = !params ? 0 : inverse ? -g_logdet[image] : g_logdet[image];
             for (int64_t p = 0; p < pixels; p += kLanes) {
                 const int64_t left = pixels - p, count = left < kLanes ? left : kLanes, at = image * pixels + p;
+                if (filled == kBlocks) {
+                    add_products(above, below, filled, products, fresh, nullptr);
+                    filled = 0, fresh = false;
+                }
                 V *up = above[filled], *v = below[filled], g_v[C];
                 Block(*g, image, p, count).read(up);
                 Block(*x, image, p, count).read(v);
@@ -207,21 +214,15 @@ extern "C" void glem_affine_joint_backward(const Planes* x, const Planes* g, con
                 if (g_x) Block(*g_x, image, p, count).write(g_v);
                 if (!g_matrix) continue;
                 for (int c = 0; c < C; ++c) sums[c] += up[c];
-                if (++filled == kBlocks) {
-                    add_products(above, below, filled, products);
-                    filled = 0;
-                }
+                ++filled;
             }
         }
         float* own = parts + chunk * size;
         if (g_bias)
             for (int i = 0; i < C; ++i) own[C * C + C + i] = sum_of_pairs(biases[i]);
         if (!g_matrix) continue;
-        add_products(above, below, filled, products);
-        for (int i = 0; i < C; ++i) {
-            for (int j = 0; j < C; ++j) own[i * C + j] = sum_of_pairs(products[i][j]);
-            own[C * C + i] = sum_of_pairs(sums[i]);
-        }
+        add_products(above, below, filled, products, fresh, own);
+        for (int i = 0; i < C; ++i) own[C * C + i] = sum_of_pairs(sums[i]);
     }
     const auto add_up = [&](int64_t first, int64_t count, float* to) {
         for (int64_t entry = 0; to && entry < count; ++entry) {
