@@ -23,6 +23,8 @@ from glem_augment.flows.precision import full_precision
 # products at full speed.
 _BLOCK = 512 * 1024
 _LINE = 64
+# Products of so many classes are made in shares, of so many at least.
+_MANY, _SHARE = 200, 32
 
 Terms = tuple[Tensor, Tensor, Tensor]
 
@@ -129,13 +131,13 @@ class LogProb(torch.autograd.Function):
             return two_products(z, terms)
         make = densities_native.terms if densities_native.serves(mu, s) else _terms
         totals, shares = _no_totals(mu), _Shares(mu)
-        result = z.new_zeros(shares.number, len(z), shares.classes)
+        result = shares.no_result(z)
         for some, mean, free in _columns(z, mu, s):
-            (inverse, scaled), (inverse_of, scaled_of) = shares.room(mean)
-            make(mean, free, how, inverse, scaled, totals)
-            result.baddbmm_(shares.to_all(some), scaled_of.mT)
-            result.baddbmm_(shares.to_all(some * some), inverse_of.mT, alpha=-0.5)
-        return shares.joined(result) + _constants(totals, mu)
+            inverse, scaled = rooms = shares.rooms(mean)
+            make(mean, free, how, *shares.classes_of(rooms), totals)
+            shares.add_product(result, some, scaled)
+            shares.add_product(result, some * some, inverse, -0.5)
+        return shares.joined(result).add_(_constants(totals, mu))
 
     @staticmethod
     @once_differentiable
@@ -152,16 +154,17 @@ class LogProb(torch.autograd.Function):
             sums, unwanted, shares = grad.sum(0), _no_totals(mu), _Shares(mu)
             grads = shares.split(grad)
             for some, mean, free, to_z, *to_parameters in _columns(z, mu, s, d_z, d_mu, d_s):
-                (one, two), (one_of, two_of) = shares.room(mean)
+                one, two = rooms = shares.rooms(mean)
                 if needs_z:
-                    make(mean, free, ctx.how, one, two, unwanted)
-                    torch.mul((grads @ one_of).sum(0), some, out=to_z)
-                    torch.sub((grads @ two_of).sum(0), to_z, out=to_z)
+                    make(mean, free, ctx.how, *shares.classes_of(rooms), unwanted)
+                    torch.mul(shares.product(grads, one), some, out=to_z)
+                    torch.sub(shares.product(grads, two), to_z, out=to_z)
                 if needs_mu or needs_s:
-                    torch.bmm(grads.mT, shares.to_all(some), out=one_of)
+                    shares.transposed_product(grads, some, one)
                     if needs_s:
-                        torch.bmm(grads.mT, shares.to_all(some * some), out=two_of)
-                    products = Products(sums, one, two if needs_s else None)
+                        shares.transposed_product(grads, some * some, two)
+                    linear, curved = shares.classes_of(rooms)
+                    products = Products(sums, linear, curved if needs_s else None)
                     gradients(products, mean, free, ctx.how, *to_parameters)
         return d_z if needs_z else None, d_mu if needs_mu else None, d_s if needs_s else None, None, None, None
 
@@ -220,36 +223,68 @@ class _Shares:
     classes each reads what the other threads have written, which takes longer than writing it where processor cores
     have no cache in common.
 
-    Attributes:
-        number: how many; on an accelerator one.
-        classes: in a share; the last ones of the last share may be no classes.
+    Numbers of the classes are [K', n] for K' >= K classes, all shares of the same size. Of few classes, and on an
+    accelerator, there is one share, and the products are ordinary ones.
     """
 
     def __init__(self, mu: Tensor) -> None:
-        self._rows = len(mu)
-        self.number = max(1, min(torch.get_num_threads(), self._rows)) if mu.device.type == "cpu" else 1
-        self.classes = -(-self._rows // self.number)
-        size = self.number * self.classes * min(_width(mu), mu.shape[1])
+        threads = torch.get_num_threads() if mu.device.type == "cpu" else 1
+        self._classes = len(mu)
+        self._number = threads if self._classes >= max(_MANY, _SHARE * threads) else 1
+        self._each = -(-self._classes // self._number)
+        self._missing = self._number * self._each - self._classes
+        size = self._number * self._each * min(_width(mu), mu.shape[1])
         # What no class has a number for is multiplied with zero, and must be a number.
-        make = mu.new_empty if self.number * self.classes == self._rows else mu.new_zeros
-        self._room = make(size), make(size)
+        make = mu.new_zeros if self._missing else mu.new_empty
+        self._rooms = make(size), make(size)
 
-    def room(self, block: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """As much of it as a block [K, n] takes, in its shape, and the same by shares [number, classes, n]."""
-        shape = (self.number, self.classes, block.shape[1])
-        by_share = [room[: math.prod(shape)].view(shape) for room in self._room]
-        return [t.flatten(0, 1)[: self._rows] for t in by_share], by_share
+    def rooms(self, block: Tensor) -> list[Tensor]:
+        """Two tensors [K', n] for numbers of a block [K, n]."""
+        rows, n = self._number * self._each, block.shape[1]
+        return [room[: rows * n].view(rows, n) for room in self._rooms]
 
-    def to_all(self, some: Tensor) -> Tensor:
-        """The same rows for every share: [number, B, n] of [B, n]."""
-        return some.expand(self.number, *some.shape)
+    def classes_of(self, rooms: list[Tensor]) -> list[Tensor]:
+        """The parts of them [K, n] that there are classes for."""
+        return [room[: self._classes] for room in rooms] if self._missing else rooms
 
-    def split(self, grad: Tensor) -> Tensor:
-        """[number, B, classes] of [B, K]; zero where there is no class."""
-        missing = self.number * self.classes - self._rows
-        grad = nn.functional.pad(grad, (0, missing)) if missing else grad
-        return grad.unflatten(1, (self.number, self.classes)).transpose(0, 1)
+    def no_result(self, z: Tensor) -> Tensor:
+        """What ``add_product`` adds to."""
+        shape = (len(z), self._each)
+        return z.new_zeros(shape if self._number == 1 else (self._number, *shape))
+
+    def add_product(self, result: Tensor, some: Tensor, numbers: Tensor, factor: float = 1) -> None:
+        """To ``result`` that of some [B, n] and numbers [K', n], transposed."""
+        if self._number == 1:
+            result.addmm_(some, numbers.T, alpha=factor)
+        else:
+            result.baddbmm_(self._to_all(some), self._by_share(numbers).mT, alpha=factor)
 
     def joined(self, result: Tensor) -> Tensor:
-        """[B, K] of [number, B, classes]."""
-        return result.transpose(0, 1).flatten(1)[:, : self._rows]
+        """[B, K]."""
+        if self._number == 1:
+            return result
+        return result.transpose(0, 1).flatten(1)[:, : self._classes].contiguous()
+
+    def split(self, grad: Tensor) -> Tensor:
+        """[B, K] as the products take it; zero where there is no class."""
+        if self._number == 1:
+            return grad
+        grad = nn.functional.pad(grad, (0, self._missing)) if self._missing else grad
+        return grad.unflatten(1, (self._number, self._each)).transpose(0, 1)
+
+    def product(self, grads: Tensor, numbers: Tensor) -> Tensor:
+        """[B, n], of ``split`` gradients and numbers [K', n]."""
+        return grads @ numbers if self._number == 1 else (grads @ self._by_share(numbers)).sum(0)
+
+    def transposed_product(self, grads: Tensor, some: Tensor, out: Tensor) -> None:
+        """Into out [K', n], of ``split`` gradients, transposed, and some [B, n]."""
+        if self._number == 1:
+            torch.mm(grads.T, some, out=out)
+        else:
+            torch.bmm(grads.mT, self._to_all(some), out=self._by_share(out))
+
+    def _by_share(self, numbers: Tensor) -> Tensor:
+        return numbers.view(self._number, self._each, -1)
+
+    def _to_all(self, some: Tensor) -> Tensor:
+        return some.expand(self._number, *some.shape)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glem_augment import densities_native
+from glem_augment import densities, densities_native
 from glem_augment.densities import Parametrisation, density_terms
 from glem_augment.gaussians import ClassGaussians
 from glem_augment.kld import kld_pair_sum
@@ -55,7 +55,9 @@ def assert_close(found: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("psi", PSIS)
-@pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 15), (2, 16), (5, 17), (64, 30), (65, 511), (130, 33), (2, 3072)])
+@pytest.mark.parametrize(
+    ("k", "d"), [(1, 1), (3, 15), (2, 16), (5, 17), (64, 30), (65, 511), (130, 33), (2, 3072), (201, 70)]
+)
 def test_values_and_gradients_are_those_of_float64(native: bool, k: int, d: int, psi) -> None:
     gaussians = some_gaussians(k, d, psi)
     z = torch.randn(7, d, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -83,8 +85,12 @@ def test_terms_are_as_exact_as_float32_goes(native: bool, psi) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_shares_of_unequal_size_change_nothing(native: bool, threads: int, request: pytest.FixtureRequest) -> None:
+def test_shares_of_unequal_size_change_nothing(
+    native: bool, threads: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Seven classes among so many threads, where memory that is nobody's yet is full of what is no number."""
+    monkeypatch.setattr(densities, "_MANY", 1)
+    monkeypatch.setattr(densities, "_SHARE", 1)
     gaussians, z = some_gaussians(7, 700, PSIS[0]), torch.randn(3, 700).requires_grad_()
     exact, exact_z = copy.deepcopy(gaussians).double(), z.detach().double().requires_grad_()
     want = reference(exact, exact_z)
