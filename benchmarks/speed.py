@@ -42,7 +42,7 @@ from common import parser, write_results
 from speed_floor import bare, floors
 from speed_measure import Choice, Side, held_for_backward, measure
 from speed_published import PublishedFlow
-from speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, Noise, noise_of, plot, rows_of, verdicts
+from speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, Drawn, drawn_from, plot, rows_of, verdicts
 from torch import nn
 from tqdm import tqdm
 
@@ -173,7 +173,7 @@ def opponents(case: dict[str, Any], flow: nn.Module, x: torch.Tensor) -> list[Ch
 
 def run_case(
     name: str, case: dict[str, Any], rounds: int, device: torch.device, compiled: bool, peers: bool, budget: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Noise]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Drawn]:
     """Measure one case.
 
     Args:
@@ -185,7 +185,7 @@ def run_case(
 
     Returns:
         Its rows, see ``speed_report.rows_of``, what each form of the floor took when it was tried beforehand, and
-        the overheads' noise.
+        what the noise of verdicts is taken from.
     """
     say(f"{name}: {case['preset']} {case['overrides'] or ''} on {case['image_shape']}, batch {case['batch']}")
     flow, x = make_flow(case, device)
@@ -209,7 +209,7 @@ def run_case(
         for operation, by_form in costs.items()
         for form, took in by_form.items()
     ]
-    return rows, tried, noise_of(name, times)
+    return rows, tried, drawn_from(name, times)
 
 
 def memory_growth(case: dict[str, Any], device: torch.device, factor: int = 4) -> list[dict[str, Any]]:
@@ -256,14 +256,14 @@ def main() -> None:
     growth = memory_growth(CASES["mef_tiny"], device)
     rows: list[dict[str, Any]] = []
     tried: list[dict[str, Any]] = []
-    noise: Noise = {}
+    drawn: Drawn = {}
     for name in args.cases:
         if compiled:
             # One code object is compiled for every shape, format and mode that it meets.
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 64
-        found, forms, widths = run_case(name, CASES[name], args.rounds, device, compiled, args.peers, args.seconds)
-        rows, tried, noise = rows + found, tried + forms, noise | widths
+        found, forms, others = run_case(name, CASES[name], args.rounds, device, compiled, args.peers, args.seconds)
+        rows, tried, drawn = rows + found, tried + forms, drawn | others
         gc.collect()
         # After every case, so that a run that is cut off leaves what it has; its JSON lacks the cases that did not run.
         write_results(
@@ -272,7 +272,7 @@ def main() -> None:
             "Time above the subnets alone",
             rows,
             {
-                "verdicts": verdicts(rows, growth, noise),
+                "verdicts": verdicts(rows, growth, drawn),
                 "memory at depth": growth,
                 "floors tried, one network of every shape times its number": tried,
             },

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,10 +159,10 @@ def measure(
     keys = list(tasks)
     bar = tqdm(total=len(keys) * (rounds + 1), desc=label, unit="run", leave=False)
     for task in tasks.values():
-        # What is compiled when it is first called says nothing of the calls to come.
         if seconds(task, device) < 1:
             seconds(task, device)
         bar.update()
+    # Not from these: what is compiled when it is first called says nothing of the calls to come.
     began = time.perf_counter()
     for done, order in zip(range(rounds), balanced_orders(len(keys)), strict=False):
         if done:
@@ -200,14 +200,26 @@ def overhead(times: Times, name: str, operation: str) -> float | None:
     return None if ratios is None else statistics.median(ratios) - 1
 
 
-def noise(times: Times, name: str, operation: str, draws: int = 1000) -> float | None:
-    """Half the width of the 95 % interval of ``overhead``, by bootstrap over the rounds (Efron 1979); None where
-    ``_FEW`` rounds or fewer say too little of it."""
+class Draws(NamedTuple):
+    """Medians over rounds drawn with replacement, the same ones for all that was timed together (Efron 1979)."""
+
+    seconds: np.ndarray
+    overhead: np.ndarray
+
+
+def draws(times: Times, name: str, operation: str, count: int = 1000) -> Draws | None:
+    """What other runs might have found of it; None where ``_FEW`` rounds or fewer say too little of that, or none."""
     ratios = _ratios(times, name, operation)
     if ratios is None or len(ratios) <= _FEW:
         return None
-    chosen = np.random.default_rng(0).integers(len(ratios), size=(draws, len(ratios)))
-    low, high = np.percentile(np.median(np.array(ratios)[chosen], axis=1), (2.5, 97.5))
+    chosen = np.random.default_rng(0).integers(len(ratios), size=(count, len(ratios)))
+    taken, shares = (np.median(np.array(values)[chosen], axis=1) for values in (times[name, operation], ratios))
+    return Draws(taken, shares - 1)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of their 95 % interval."""
+    low, high = np.percentile(values, (2.5, 97.5))
     return float(high - low) / 2
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from speed_measure import Times, noise, overhead
+import numpy as np
+from speed_measure import Draws, Times, draws, half_width, overhead
 
 from glem_augment.io import atomic_write
 
@@ -18,7 +19,7 @@ REVERSIBLE, COMPILED = f"{OURS} reversible", f"{OURS} compiled"
 OPERATIONS = ("train", "encode", "decode")
 
 # By case, side and operation.
-Noise = dict[tuple[str, str, str], float]
+Drawn = dict[tuple[str, str, str], Draws]
 
 
 def rows_of(case: str, batch: int, times: Times, held: dict[str, int]) -> list[dict[str, Any]]:
@@ -49,19 +50,20 @@ def rows_of(case: str, batch: int, times: Times, held: dict[str, int]) -> list[d
     return rows
 
 
-def noise_of(case: str, times: Times) -> Noise:
-    """Of every overhead in ``rows_of``."""
-    found = {(case, name, what): noise(times, name, what) for name, what in times if not name.startswith("floor")}
-    return {key: width for key, width in found.items() if width is not None}
+def drawn_from(case: str, times: Times) -> Drawn:
+    """What ``verdicts`` takes the noise from."""
+    found = {(case, name, what): draws(times, name, what) for name, what in times if not name.startswith("floor")}
+    return {key: each for key, each in found.items() if each is not None}
 
 
 def verdicts(
-    rows: list[dict[str, Any]], growth: Sequence[dict[str, Any]] = (), noise: Noise | None = None
+    rows: list[dict[str, Any]], growth: Sequence[dict[str, Any]] = (), drawn: Drawn | None = None
 ) -> list[dict[str, Any]]:
     """What was aimed at, and whether it was reached: dicts with case, what, value, limit, noise and met.
 
-    Value and limit are both measured, where the limit is a share of others' overhead; noise is half the width of the
-    95 % interval of their difference. Where they are closer than that, another run may find otherwise.
+    Value and limit are both measured, where the limit is a share of another's overhead; noise is half the width of the
+    95 % interval of their difference, for the side that was the best in this run. Where they are closer than that,
+    another run may find otherwise.
 
     Overhead above the floor: training at most 15 % (a level of ``mef_cifar``) and 40 % (``mef_tiny``), decoding 20 %;
     at most a third of the published flow's, with no step slower; at most half of the best library's. Reversible
@@ -71,24 +73,28 @@ def verdicts(
     Args:
         rows: from ``rows_of``.
         growth: from ``memory_growth``.
-        noise: from ``noise_of`` of every case.
+        drawn: from ``drawn_from`` of every case.
     """
     result: list[dict[str, Any]] = []
 
-    def check(case: str, what: str, value: float | None, limit: float, *sources: tuple[str, str, float]) -> None:
-        """Sources: sides, operations, and how much of their overhead's noise there is in value - limit."""
+    def check(
+        case: str,
+        what: str,
+        value: float | None,
+        limit: float,
+        sides: Sequence[tuple[str, str]] = (),
+        apart: Callable[..., np.ndarray] = lambda ours: ours.overhead,
+    ) -> None:
+        """sides: and operations, whose noise it is; apart: value - limit, but for a constant, from their draws."""
         if value is not None:
-            widths = [
-                share * (noise or {}).get((case, side, operation), math.nan) for side, operation, share in sources
-            ]
-            width = math.hypot(*widths) if widths else None
-            unknown = width is None or math.isnan(width)
+            found = [(drawn or {}).get((case, *side)) for side in sides]
+            noise = half_width(apart(*found)) if found and None not in found else None
             result.append(
-                {
-                    "case": case, "what": what, "value": value, "limit": limit,
-                    "noise": None if unknown else width, "met": value <= limit,
-                }
-            )  # fmt: skip
+                {"case": case, "what": what, "value": value, "limit": limit, "noise": noise, "met": value <= limit}
+            )
+
+    def quotient(ours: Draws, theirs: Draws) -> np.ndarray:
+        return ours.seconds / theirs.seconds
 
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = {row["side"]: row for row in rows if row["case"] == case}
@@ -97,28 +103,32 @@ def verdicts(
             for name, suffix in ((OURS, ""), (COMPILED, ", compiled")):
                 if name in mine:
                     limit = 0.4 if case == "mef_tiny" else 0.15
-                    check(case, f"train overhead{suffix}", mine[name]["train overhead"], limit, (name, "train", 1))
-                    check(case, f"decode overhead{suffix}", mine[name]["decode overhead"], 0.2, (name, "decode", 1))
+                    check(case, f"train overhead{suffix}", mine[name]["train overhead"], limit, [(name, "train")])
+                    check(case, f"decode overhead{suffix}", mine[name]["decode overhead"], 0.2, [(name, "decode")])
         if REVERSIBLE in mine:
-            ratio, floor = mine[REVERSIBLE]["train ms"] / ours["train ms"], 1 + ours["train overhead"]
-            both = (REVERSIBLE, "train", 1 / floor), (OURS, "train", ratio / floor)
-            check(case, "reversible step / ordinary step", ratio, 1.5, *both)
+            ratio, both = mine[REVERSIBLE]["train ms"] / ours["train ms"], [(REVERSIBLE, "train"), (OURS, "train")]
+            check(case, "reversible step / ordinary step", ratio, 1.5, both, quotient)
         share, rival = (
             (1 / 3, f"1/3 of {PUBLISHED}") if case.startswith("mef") else (1 / 2, "1/2 of the best library's")
         )
         for operation in OPERATIONS if others else ():
-            mine_is, best = ours[f"{operation} overhead"], min(others, key=itemgetter(f"{operation} overhead"))
-            both = (OURS, operation, 1.0), (best["side"], operation, share)
-            limit = share * best[f"{operation} overhead"]
-            check(case, f"{operation} overhead against {rival}", mine_is, limit, *both)
+            best = min(others, key=itemgetter(f"{operation} overhead"))
+            both = [(OURS, operation), (best["side"], operation)]
+            value, limit = ours[f"{operation} overhead"], share * best[f"{operation} overhead"]
+            apart = partial(_above_share, share)
+            check(case, f"{operation} overhead against {rival}", value, limit, both, apart)
             fastest = min(others, key=itemgetter(f"{operation} ms"))
-            ratio, theirs = ours[f"{operation} ms"] / fastest[f"{operation} ms"], 1 + fastest[f"{operation} overhead"]
-            both = (OURS, operation, 1 / theirs), (fastest["side"], operation, ratio / theirs)
-            check(case, f"{operation} time / the fastest other's", ratio, 1.0, *both)
+            both = [(OURS, operation), (fastest["side"], operation)]
+            ratio = ours[f"{operation} ms"] / fastest[f"{operation} ms"]
+            check(case, f"{operation} time / the fastest other's", ratio, 1.0, both, quotient)
     for row in growth:
         if row["side"] == REVERSIBLE:
             check("mef_tiny", "reversible memory at 4x depth / 1x", row["ratio"], 1.3)
     return result
+
+
+def _above_share(share: float, ours: Draws, theirs: Draws) -> np.ndarray:
+    return ours.overhead - share * theirs.overhead
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

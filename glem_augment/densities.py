@@ -23,7 +23,8 @@ from glem_augment.flows.precision import full_precision
 # products at full speed.
 _BLOCK = 512 * 1024
 _LINE = 64
-# Products of so many classes are made in shares, of so many at least.
+# Products of so many classes are made in shares, of so many at least: below, a batch of products takes longer to begin
+# than it saves (measured on two cores).
 _MANY, _SHARE = 200, 32
 
 Terms = tuple[Tensor, Tensor, Tensor]
@@ -137,7 +138,8 @@ class LogProb(torch.autograd.Function):
             make(mean, free, how, *shares.classes_of(rooms), totals)
             shares.add_product(result, some, scaled)
             shares.add_product(result, some * some, inverse, -0.5)
-        return shares.joined(result).add_(_constants(totals, mu))
+        # A new tensor: of a view of what was made here, autograd would let nobody change anything.
+        return shares.joined(result) + _constants(totals, mu)
 
     @staticmethod
     @once_differentiable
@@ -219,29 +221,34 @@ def _columns(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class _Shares:
     """One share of the classes for every thread, and room for two numbers for each of a block's parameters.
 
-    A batch of products, one for each share, has every thread read what it has written itself. In one product for all
-    classes each reads what the other threads have written, which takes longer than writing it where processor cores
-    have no cache in common.
+    A batch of products, one for each share, has a thread read, but for a few classes, what it has written itself. In
+    one product for all classes each reads what the other threads have written, which takes longer than writing it where
+    processor cores have no cache in common.
 
-    Numbers of the classes are [K', n] for K' >= K classes, all shares of the same size. Of few classes, and on an
-    accelerator, there is one share, and the products are ordinary ones.
+    Numbers of the classes are [K', n] for K' >= K classes, all shares of the same size. Of few classes, without MKL,
+    whose batches are what the threads divide among themselves, and on an accelerator, there is one share, and the
+    products are ordinary ones.
     """
 
     def __init__(self, mu: Tensor) -> None:
-        threads = torch.get_num_threads() if mu.device.type == "cpu" else 1
+        batches = mu.device.type == "cpu" and torch.backends.mkl.is_available()
+        threads = torch.get_num_threads() if batches else 1
         self._classes = len(mu)
         self._number = threads if self._classes >= max(_MANY, _SHARE * threads) else 1
         self._each = -(-self._classes // self._number)
         self._missing = self._number * self._each - self._classes
         size = self._number * self._each * min(_width(mu), mu.shape[1])
-        # What no class has a number for is multiplied with zero, and must be a number.
-        make = mu.new_zeros if self._missing else mu.new_empty
-        self._rooms = make(size), make(size)
+        self._rooms = mu.new_empty(size), mu.new_empty(size)
 
     def rooms(self, block: Tensor) -> list[Tensor]:
         """Two tensors [K', n] for numbers of a block [K, n]."""
         rows, n = self._number * self._each, block.shape[1]
-        return [room[: rows * n].view(rows, n) for room in self._rooms]
+        rooms = [room[: rows * n].view(rows, n) for room in self._rooms]
+        if self._missing:
+            for room in rooms:
+                # What is no class's is multiplied with zero, and must be a number.
+                room[self._classes :].zero_()
+        return rooms
 
     def classes_of(self, rooms: list[Tensor]) -> list[Tensor]:
         """The parts of them [K, n] that there are classes for."""
@@ -263,7 +270,7 @@ class _Shares:
         """[B, K]."""
         if self._number == 1:
             return result
-        return result.transpose(0, 1).flatten(1)[:, : self._classes].contiguous()
+        return result.transpose(0, 1).flatten(1)[:, : self._classes]
 
     def split(self, grad: Tensor) -> Tensor:
         """[B, K] as the products take it; zero where there is no class."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -239,27 +238,37 @@ def test_overhead_is_taken_over_the_fastest_floor_round_by_round() -> None:
 
 
 def test_noise_is_what_another_run_would_find() -> None:
-    noise = load("speed_measure").noise
-    draw = np.random.default_rng(1)
+    measure, generator = load("speed_measure"), np.random.default_rng(1)
     medians, widths = [], []
     for _ in range(200):
-        times = {("floor", "train"): [2.0] * 41, ("ours", "train"): list(2.2 + 0.1 * draw.standard_normal(41))}
-        medians.append(np.median(times["ours", "train"]) / 2 - 1)
-        widths.append(noise(times, "ours", "train"))
+        rounds = list(2.2 + 0.1 * generator.standard_normal(41))
+        times = {("floor", "train"): [2.0] * 41, ("ours", "train"): rounds}
+        medians.append(np.median(rounds) / 2 - 1)
+        widths.append(measure.half_width(measure.draws(times, "ours", "train").overhead))
     within = np.mean(np.abs(np.array(medians) - 0.1) <= np.array(widths))
     assert 0.9 <= within <= 0.99
-    assert noise({("floor", "train"): [1.0] * 4, ("ours", "train"): [1.0] * 4}, "ours", "train") is None
-    assert noise({}, "ours", "decode") is None
+    assert measure.draws({("floor", "train"): [1.0] * 4, ("ours", "train"): [1.0] * 4}, "ours", "train") is None
+    assert measure.draws({}, "ours", "decode") is None
 
 
 def test_a_verdict_tells_the_noise_of_both_its_sides() -> None:
-    report = load("speed_report")
+    report, measure, generator = load("speed_report"), load("speed_measure"), np.random.default_rng(0)
+    # What is slow for all is no noise of a quotient; FrEIA has the least overhead, nflows the least time.
+    shared, own = 1 + generator.random(50), 0.1 * generator.random(50)
+    times: dict[tuple[str, str], list[float]] = {("floor", "train"): list(shared)}
+    for side, taken in ((report.OURS, 1.1 * shared + own), ("FrEIA", 1.3 * shared), ("nflows", 1.4 * shared + own)):
+        times[side, "train"] = list(taken)
     rows = [_row("glow_tiny_0", report.OURS, 0.1, 1.1), _row("glow_tiny_0", "FrEIA", 0.3, 1.3)]
-    rows.append(_row("glow_tiny_0", report.REVERSIBLE, 0.43, 1.43))
-    noise = {("glow_tiny_0", side, "train"): width for side, width in ((report.OURS, 0.03), ("FrEIA", 0.08))}
-    found = {row["what"]: row["noise"] for row in report.verdicts(rows, noise=noise)}
-    assert found["train overhead against 1/2 of the best library's"] == pytest.approx(0.05)
-    assert found["train time / the fastest other's"] == pytest.approx(math.hypot(0.03, 0.08 * 1.1 / 1.3) / 1.3)
+    rows += [_row("glow_tiny_0", "nflows", 0.4, 1.2), _row("glow_tiny_0", report.REVERSIBLE, 0.43, 1.43)]
+    drawn = report.drawn_from("glow_tiny_0", times)
+    found = {row["what"]: row["noise"] for row in report.verdicts(rows, drawn=drawn)}
+    of = {side: measure.draws(times, side, "train") for side in (report.OURS, "FrEIA", "nflows")}
+    # All of FrEIA's rounds take 1.3 times the floor's.
+    alone = measure.half_width(of[report.OURS].overhead)
+    assert found["train overhead against 1/2 of the best library's"] == pytest.approx(alone) and alone > 0
+    quotient = measure.half_width(of[report.OURS].seconds / of["nflows"].seconds)
+    assert found["train time / the fastest other's"] == pytest.approx(quotient)
+    assert quotient < 0.5 * measure.half_width(of[report.OURS].seconds)
     # Not every part of these is known.
     assert found["decode time / the fastest other's"] is None and found["reversible step / ordinary step"] is None
 

@@ -84,14 +84,15 @@ def test_terms_are_as_exact_as_float32_goes(native: bool, psi) -> None:
         torch.testing.assert_close(found.double(), want, rtol=3e-6, atol=0)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_shares_of_unequal_size_change_nothing(
-    native: bool, threads: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize(("k", "threads"), [(7, 1), (7, 2), (7, 5), (6, 2), (6, 3)])
+def test_shares_change_nothing(
+    native: bool, k: int, threads: int, batch: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven classes among so many threads, where memory that is nobody's yet is full of what is no number."""
-    monkeypatch.setattr(densities, "_MANY", 1)
-    monkeypatch.setattr(densities, "_SHARE", 1)
-    gaussians, z = some_gaussians(7, 700, PSIS[0]), torch.randn(3, 700).requires_grad_()
+    """Of any size, in many blocks, where memory that is nobody's yet is full of what is no number."""
+    for name in ("_MANY", "_SHARE", "_BLOCK"):
+        monkeypatch.setattr(densities, name, 1)
+    gaussians, z = some_gaussians(k, 700, PSIS[0]), torch.randn(batch, 700).requires_grad_()
     exact, exact_z = copy.deepcopy(gaussians).double(), z.detach().double().requires_grad_()
     want = reference(exact, exact_z)
     wanted = torch.autograd.grad(want.square().sum(), (exact_z, exact.mu, exact.s))
@@ -100,12 +101,41 @@ def test_shares_of_unequal_size_change_nothing(
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
+    shares = densities._Shares(gaussians.mu)
+    assert shares._number == (threads if torch.backends.mkl.is_available() else 1)
     found = gaussians.log_prob(z)
-    assert found.is_contiguous()
-    assert_close(found, want, 2e-6)
+    assert found.is_contiguous() and not found._is_view()
     gradients = torch.autograd.grad(found.square().sum(), (z, gaussians.mu, gaussians.s))
+    if not batch:
+        assert found.shape == (0, k) and not any(gradient.any() for gradient in gradients)
+        return
+    assert_close(found, want, 2e-6)
     for gradient, exactly in zip(gradients, wanted, strict=True):
         assert_close(gradient, exactly, 2e-5)
+    # Laid out in another way, and all the same.
+    upstream = torch.randn(k, batch).T
+    for g in (upstream, torch.ones(1, 1).expand(batch, k)):
+        one, other = (torch.autograd.grad(gaussians.log_prob(z), (z, gaussians.mu), h) for h in (g, g.contiguous()))
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_no_number_stays_in_its_dimension_and_latent_with_shares(
+    native: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left in the room of classes that there are none of is multiplied with zero."""
+    for name in ("_MANY", "_SHARE", "_BLOCK"):
+        monkeypatch.setattr(densities, name, 1)
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(2)
+    gaussians, z = some_gaussians(7, 300, PSIS[0]), torch.randn(3, 300)
+    z[0, 10] = math.nan
+    z.requires_grad_()
+    (found,) = torch.autograd.grad(gaussians.log_prob(z)[1:].sum(), z)
+    assert found[1:].isfinite().all()
+    _, d_mu, _ = torch.autograd.grad(gaussians.log_prob(z)[1:].sum(), (z, gaussians.mu, gaussians.s))
+    assert d_mu.isnan().any(0).nonzero().flatten().tolist() == [10]
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])

@@ -106,8 +106,8 @@ inline void multiply(const float* m, const float* shift, const V* v, V* out) {
     }
 }
 
-// m += above below^T, summed over `count` blocks; with `fresh` m was nothing yet. With `out`, that is what is left of it:
-// the sums of the lanes. Both spare passes over m, which is larger than all else here.
+// m += above below^T, summed over `count` blocks; with `fresh` m was nothing yet. With `out`, that takes what is left of
+// it, the sums of the lanes. Both spare passes over m, which is large where there are many channels.
 inline void add_products(const V (*above)[C], const V (*below)[C], int count, V (*m)[C], bool fresh, float* out) {
     for (int i = 0; i < C; i += kTile)
         for (int j = 0; j < C; j += kTile) {
