@@ -93,9 +93,6 @@ def verdicts(
                 {"case": case, "what": what, "value": value, "limit": limit, "noise": noise, "met": value <= limit}
             )
 
-    def quotient(ours: Draws, theirs: Draws) -> np.ndarray:
-        return ours.seconds / theirs.seconds
-
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = {row["side"]: row for row in rows if row["case"] == case}
         ours, others = mine[OURS], [row for name, row in mine.items() if not name.startswith((OURS, "floor"))]
@@ -107,7 +104,7 @@ def verdicts(
                     check(case, f"decode overhead{suffix}", mine[name]["decode overhead"], 0.2, [(name, "decode")])
         if REVERSIBLE in mine:
             ratio, both = mine[REVERSIBLE]["train ms"] / ours["train ms"], [(REVERSIBLE, "train"), (OURS, "train")]
-            check(case, "reversible step / ordinary step", ratio, 1.5, both, quotient)
+            check(case, "reversible step / ordinary step", ratio, 1.5, both, _quotient)
         share, rival = (
             (1 / 3, f"1/3 of {PUBLISHED}") if case.startswith("mef") else (1 / 2, "1/2 of the best library's")
         )
@@ -120,11 +117,15 @@ def verdicts(
             fastest = min(others, key=itemgetter(f"{operation} ms"))
             both = [(OURS, operation), (fastest["side"], operation)]
             ratio = ours[f"{operation} ms"] / fastest[f"{operation} ms"]
-            check(case, f"{operation} time / the fastest other's", ratio, 1.0, both, quotient)
+            check(case, f"{operation} time / the fastest other's", ratio, 1.0, both, _quotient)
     for row in growth:
         if row["side"] == REVERSIBLE:
             check("mef_tiny", "reversible memory at 4x depth / 1x", row["ratio"], 1.3)
     return result
+
+
+def _quotient(ours: Draws, theirs: Draws) -> np.ndarray:
+    return ours.seconds / theirs.seconds
 
 
 def _above_share(share: float, ours: Draws, theirs: Draws) -> np.ndarray:

@@ -236,14 +236,15 @@ class _Shares:
         self._classes = len(mu)
         self._number = threads if self._classes >= max(_MANY, _SHARE * threads) else 1
         self._each = -(-self._classes // self._number)
-        self._missing = self._number * self._each - self._classes
-        size = self._number * self._each * min(_width(mu), mu.shape[1])
+        self._rows = self._number * self._each
+        self._missing = self._rows - self._classes
+        size = self._rows * min(_width(mu), mu.shape[1])
         self._rooms = mu.new_empty(size), mu.new_empty(size)
 
     def rooms(self, block: Tensor) -> list[Tensor]:
         """Two tensors [K', n] for numbers of a block [K, n]."""
-        rows, n = self._number * self._each, block.shape[1]
-        rooms = [room[: rows * n].view(rows, n) for room in self._rooms]
+        n = block.shape[1]
+        rooms = [room[: self._rows * n].view(self._rows, n) for room in self._rooms]
         if self._missing:
             for room in rooms:
                 # What is no class's is multiplied with zero, and must be a number.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -84,21 +85,29 @@ def test_terms_are_as_exact_as_float32_goes(native: bool, psi) -> None:
         torch.testing.assert_close(found.double(), want, rtol=3e-6, atol=0)
 
 
+@pytest.fixture
+def in_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads; of any number of classes each has a share then, in blocks of a line."""
+    for name in ("_MANY", "_SHARE", "_BLOCK"):
+        monkeypatch.setattr(densities, name, 1)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize(("k", "threads"), [(7, 1), (7, 2), (7, 5), (6, 2), (6, 3)])
 def test_shares_change_nothing(
-    native: bool, k: int, threads: int, batch: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    native: bool, k: int, threads: int, batch: int, in_shares: Callable[[int], None], request: pytest.FixtureRequest
 ) -> None:
     """Of any size, in many blocks, where memory that is nobody's yet is full of what is no number."""
-    for name in ("_MANY", "_SHARE", "_BLOCK"):
-        monkeypatch.setattr(densities, name, 1)
     gaussians, z = some_gaussians(k, 700, PSIS[0]), torch.randn(batch, 700).requires_grad_()
     exact, exact_z = copy.deepcopy(gaussians).double(), z.detach().double().requires_grad_()
     want = reference(exact, exact_z)
     wanted = torch.autograd.grad(want.square().sum(), (exact_z, exact.mu, exact.s))
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    request.addfinalizer(lambda: (torch.set_num_threads(before[0]), torch.use_deterministic_algorithms(before[1])))
-    torch.set_num_threads(threads)
+    in_shares(threads)
+    before = torch.are_deterministic_algorithms_enabled()
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(before))
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     shares = densities._Shares(gaussians.mu)
@@ -121,14 +130,10 @@ def test_shares_change_nothing(
 
 
 def test_what_is_no_number_stays_in_its_dimension_and_latent_with_shares(
-    native: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    native: bool, in_shares: Callable[[int], None]
 ) -> None:
     """What is left in the room of classes that there are none of is multiplied with zero."""
-    for name in ("_MANY", "_SHARE", "_BLOCK"):
-        monkeypatch.setattr(densities, name, 1)
-    before = torch.get_num_threads()
-    request.addfinalizer(lambda: torch.set_num_threads(before))
-    torch.set_num_threads(2)
+    in_shares(2)
     gaussians, z = some_gaussians(7, 300, PSIS[0]), torch.randn(3, 300)
     z[0, 10] = math.nan
     z.requires_grad_()
