@@ -160,7 +160,7 @@ def main() -> None:
         size = f"{steps} matrices, ten times"
         tasks.append((f"exponentials, {channels} channels", size, exponentials(steps, channels)))
         tasks.append((f"exponentials and ActNorms, {channels} channels", size, folded(steps, channels)))
-    for case in ("glow_tiny_0", "mef_cifar_1"):
+    for case in ("glow_tiny_0", "mef_cifar_1", "mef_cifar_2"):
         tasks.append((f"network of {case}, forward + backward", *network(case)))
     for name, flow in whole(args.batch).items():
         size = f"{len(flow.x)} images"

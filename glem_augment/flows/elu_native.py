@@ -5,32 +5,43 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glem_augment.flows.native import Kernel, declare, library, threads_for
+from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
 LOG2_E = 1 / math.log(2)
 # Multiply-adds for a number, about.
 _WORK = 15
+# Pixels whose sums are made by the same thread.
+_CHUNK = 64
+
+
+class _Kernels(NamedTuple):
+    forward: Any
+    backward: Any
+    backward_sums: Any
 
 
 @cache
-def _kernel() -> Kernel | None:
+def _kernels() -> _Kernels | None:
     made = library("elu.cpp")
     if made is None:
         return None
     size, number, integer = ctypes.c_int64, ctypes.c_float, ctypes.c_int32
-    return Kernel(
-        declare(made.glem_elu, 2, [size, number, number, integer]), declare(made.glem_elu_backward, 4, [size, integer])
+    return _Kernels(
+        declare(made.glem_elu, 2, [size, number, number, integer]),
+        declare(made.glem_elu_backward, 4, [size, integer]),
+        declare(made.glem_elu_backward_sums, 6, [size, size, size, integer]),
     )
 
 
 def has_kernel() -> bool:
     """Whether there is one."""
-    return _kernel() is not None
+    return _kernels() is not None
 
 
 def serves(x: Tensor) -> bool:
@@ -50,33 +61,40 @@ def elu(x: Tensor, unit: float = 1.0, owned: bool = False) -> Tensor:
         unit: a positive number.
         owned: x may be overwritten.
     """
-    kernel, size, here = _kernel(), x.numel(), x.data_ptr()
-    assert kernel is not None
+    kernels, size, here = _kernels(), x.numel(), x.data_ptr()
+    assert kernels is not None
     if owned:
         y, there = x, here
     else:
         y = torch.empty_like(x)
         there = y.data_ptr()
-    kernel.forward(here, there, size, LOG2_E / unit, unit, threads_for(size * _WORK))
+    kernels.forward(here, there, size, LOG2_E / unit, unit, threads_for(size * _WORK))
     return y
 
 
-def elu_backward(g: Tensor, y: Tensor, added: Tensor | None = None) -> Tensor:
-    """From the gradient of y = elu(x) to that of x, in the place of ``g``.
+def elu_backward(
+    g: Tensor, y: Tensor, added: Tensor | None = None, with_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """From the gradient of y = elu(x) to that of x, in the place of ``g``; and its sums by channel, [C], if wanted.
 
     Args:
-        g, y: of one shape, channels last.
+        g, y: [B, C, H, W], channels last.
         added: likewise, to be added to the result.
     """
-    kernel, here, size = _kernel(), g.data_ptr(), g.numel()
-    assert kernel is not None
-    assert _is_dense(g, size) and _is_dense(y, size)
-    other = None
-    if added is not None:
-        assert _is_dense(added, size)
-        other = added.data_ptr()
-    kernel.backward(here, y.data_ptr(), other, here, size, threads_for(size * _WORK))
-    return g
+    kernels, size = _kernels(), g.numel()
+    assert kernels is not None
+    assert all(_is_dense(t, size) for t in (g, y, *(() if added is None else (added,))))
+    here = g.data_ptr()
+    pointers = here, y.data_ptr(), None if added is None else added.data_ptr(), here
+    threads = threads_for(size * _WORK)
+    if not with_sums:
+        kernels.backward(*pointers, size, threads)
+        return g, None
+    channels = g.shape[1]
+    pixels = size // channels
+    sums, parts = g.new_empty(channels), g.new_empty(-(-pixels // _CHUNK) * channels)
+    kernels.backward_sums(*pointers, sums.data_ptr(), parts.data_ptr(), pixels, channels, _CHUNK, threads)
+    return g, sums
 
 
 def _is_dense(x: Tensor, size: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.flows import elu_native
+from glem_augment.flows import conv_weight_native, elu_native
 from glem_augment.flows.network_parts import Parts, Plan
 from glem_augment.flows.ordinary import are_ordinary, gradients_of, is_ordinary
 
@@ -90,22 +90,27 @@ def backward(
         if bias is not None and needed[at + 2]:
             # oneDNN's own, which would come with the convolution's, takes four times as long.
             found[at + 1] = g.sum((0, 2, 3)) if sums is None else sums
-        g, found[at], _ = _convolution_backward(
+        ours = needed[at + 1] and conv_weight_native.serves(x, weight, plan.convolutions[index])
+        g_x, g_weight, _ = _convolution_backward(
             g, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
-            (index > 0 or needed[0], needed[at + 1], False),
+            (index > 0 or needed[0], needed[at + 1] and not ours, False),
         )  # fmt: skip
-        return (None if g is None else _ordered(g)), x
+        found[at] = conv_weight_native.conv_weight_gradient(g, x, weight) if ours else g_weight
+        return (None if g_x is None else _ordered(g_x)), x
 
-    g = elu_native.elu_backward(*through(g, sums))
+    with_sums = any(needed[2::2])
+    g, x = through(_ordered(g), sums)
+    g, sums = elu_native.elu_backward(g, x, None, with_sums)
     for block in reversed(plan.blocks):
         stream = g
         for position in reversed(range(len(block))):
-            g, x = through(g)
+            g, x = through(g, sums)
+            sums = None
             if block[position]:
-                g = elu_native.elu_backward(g, x, None if position else stream)
+                g, sums = elu_native.elu_backward(g, x, None if position else stream, with_sums)
             elif not position:
                 g.add_(stream)
-    return [through(g)[0], *found]
+    return [through(g, sums)[0], *found]
 
 
 class _Network(torch.autograd.Function):
