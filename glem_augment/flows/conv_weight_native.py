@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows.native import declare, library, threads_for
+from glem_augment.flows.ordinary import is_known
 
 # Of a batch: with more of them, what the passes take no longer counts.
 _MOST_PIXELS = 2048
 # With fewer channels that go in, most of a vector would be empty.
 _LEAST_CHANNELS = 16
-# What the kernel fills channels up to.
+# What the kernel fills channels up to: those that come out, as many as it has registers for, and a vector of others.
 _OUT, _IN = 8, 16
 
 
@@ -27,7 +28,7 @@ _OUT, _IN = 8, 16
 def _kernel() -> Any:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    made = library("conv_weight.cpp")
+    made = library("conv_weight.cpp", OUT=_OUT)
     if made is None:
         return None
     return declare(made.glem_conv_weight, 4, [*[ctypes.c_int64] * 6, ctypes.c_int32])
@@ -67,7 +68,7 @@ def conv_weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """
     (batch, channels, height, width), out, side = x.shape, len(weight), weight.shape[2]
     assert g.shape == (batch, out, height, width) and weight.shape[1] == channels
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (g, x))
+    assert all(is_known(t) and t.is_contiguous(memory_format=torch.channels_last) for t in (g, x, weight))
     made, pixels = torch.empty_like(weight), batch * height * width
     room = x.new_empty(pixels * (_filled(out, _OUT) + _filled(channels, _IN)))
     threads = threads_for(pixels * out * channels * side * side)

@@ -16,7 +16,8 @@ from glem_augment.flows.ordinary import is_ordinary
 LOG2_E = 1 / math.log(2)
 # Multiply-adds for a number, about.
 _WORK = 15
-# Pixels whose sums are made by the same thread.
+# Channels of which the kernel sums so many at a time, over so many pixels by the same thread.
+_VECTOR = 16
 _CHUNK = 64
 
 
@@ -75,22 +76,22 @@ def elu(x: Tensor, unit: float = 1.0, owned: bool = False) -> Tensor:
 def elu_backward(
     g: Tensor, y: Tensor, added: Tensor | None = None, with_sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """From the gradient of y = elu(x) to that of x, in the place of ``g``; and its sums by channel, [C], if wanted.
+    """From the gradient of y = elu(x) to that of x, in the place of ``g``.
 
     Args:
         g, y: [B, C, H, W], channels last.
         added: likewise, to be added to the result.
+        with_sums: come with those of the result by channel, [C], where they can be had in the same pass.
     """
-    kernels, size = _kernels(), g.numel()
+    kernels, size, channels = _kernels(), g.numel(), g.shape[1]
     assert kernels is not None
     assert all(_is_dense(t, size) for t in (g, y, *(() if added is None else (added,))))
     here = g.data_ptr()
     pointers = here, y.data_ptr(), None if added is None else added.data_ptr(), here
     threads = threads_for(size * _WORK)
-    if not with_sums:
+    if not with_sums or channels % _VECTOR:
         kernels.backward(*pointers, size, threads)
         return g, None
-    channels = g.shape[1]
     pixels = size // channels
     sums, parts = g.new_empty(channels), g.new_empty(-(-pixels // _CHUNK) * channels)
     kernels.backward_sums(*pointers, sums.data_ptr(), parts.data_ptr(), pixels, channels, _CHUNK, threads)
@@ -98,4 +99,4 @@ def elu_backward(
 
 
 def _is_dense(x: Tensor, size: int) -> bool:
-    return x.numel() == size and x.is_contiguous(memory_format=torch.channels_last)
+    return x.dtype is torch.float32 and x.numel() == size and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
 """A convolutional network in training on a CPU as one node of autograd's graph: fewer passes over memory.
 
 The gradients are those of the modules. ELU overwrites what the convolution before it has made, its derivative the
-gradient from the convolution after it, to which in the same pass is added what came past the block. It is for ELU and
+gradient from the convolution after it, to which in the same pass is added what came past the block, and which is summed
+there for the bias. Where a kernel is the faster way to the gradient of a weight, it is taken. All this is for ELU and
 float32; all else is the modules' own.
 """
 
@@ -81,8 +82,8 @@ def backward(
     """
     found: list[Tensor | None] = [None] * len(weights)
 
-    def through(g: Tensor, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The last convolution of which the input is left; that comes back, too."""
+    def through(g: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The last convolution of which the input is left; that comes back, too. sums: of g, if they are known."""
         x, index = saved.pop(), len(saved)
         at = 2 * index
         weight, bias = weights[at], weights[at + 1]

@@ -14,7 +14,7 @@
 namespace {
 
 // A tile of sums, all in registers: so many channels that come out, times so many vectors of those that go in.
-constexpr int kOut = 8;
+constexpr int kOut = OUT;
 constexpr int kVectors = 3;
 
 struct Size {
@@ -28,12 +28,12 @@ struct Size {
     int64_t first_vector(int64_t tile) const { return tile * vectors() / tiles_in(); }
 };
 
-// to: [pixels, width], channels [first, first + width) of from [pixels, channels]; those beyond are 0.
-void pack(const float* from, int64_t pixels, int64_t channels, int64_t first, int64_t width, float* to) {
-    const int64_t there = std::min(width, channels - first);
-    for (int64_t p = 0; p < pixels; ++p, to += width) {
+// to: [pixels, count], channels [first, first + count) of from [pixels, channels]; those beyond are 0.
+void pack(const float* from, int64_t pixels, int64_t channels, int64_t first, int64_t count, float* to) {
+    const int64_t there = std::min(count, channels - first);
+    for (int64_t p = 0; p < pixels; ++p, to += count) {
         __builtin_memcpy(to, from + p * channels + first, sizeof(float) * there);
-        for (int64_t c = there; c < width; ++c) to[c] = 0;
+        for (int64_t c = there; c < count; ++c) to[c] = 0;
     }
 }
 
@@ -45,7 +45,7 @@ void products(const float* g, const float* x, const Size& size, int64_t dy, int6
     V own[kOut][kVecs];
     for (int o = 0; o < kOut; ++o)
         for (int v = 0; v < kVecs; ++v) own[o][v] = V{};
-    for (int64_t image = 0; image < size.batch; ++image)
+    for (int64_t image = 0; image < size.batch && left < right; ++image)
         for (int64_t y = top; y < bottom; ++y) {
             const int64_t at = (image * size.height + y) * size.width + left;
             const float *g_at = g + at * kOut, *x_at = x + (at + dy * size.width + dx) * (kVecs * kLanes);
@@ -80,21 +80,19 @@ extern "C" void glem_conv_weight(const float* g, const float* x, float* g_weight
             pack(x, pixels, in, first, end - first, packed_x + first * pixels);
         }
     }
+    // Tiles that go in are not all of one size; each thread has some of each.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t tile = 0; tile < tiles_in * tiles_out; ++tile) {
-        const int64_t o = tile % tiles_out * kOut, begin = size.first_vector(tile / tiles_out);
-        const int64_t vectors = size.first_vector(tile / tiles_out + 1) - begin, first = begin * kLanes;
-        const float *own_g = packed_g + o * pixels, *own_x = packed_x + first * pixels;
+    for (int64_t index = 0; index < tiles_out * tiles_in * side * side; ++index) {
+        const int64_t tap = index % (side * side), tile = index / (side * side);
+        const int64_t o = tile / tiles_in * kOut, begin = size.first_vector(tile % tiles_in);
+        const int64_t vectors = size.first_vector(tile % tiles_in + 1) - begin, first = begin * kLanes;
         const auto multiply = vectors == 3 ? products<3> : vectors == 2 ? products<2> : products<1>;
-        for (int64_t tap = 0; tap < side * side; ++tap) {
-            V sums[kOut][kVectors];
-            multiply(own_g, own_x, size, tap / side - side / 2, tap % side - side / 2, sums);
-            for (int64_t row = 0; row < std::min<int64_t>(kOut, out - o); ++row)
-                for (int64_t v = 0; v < vectors; ++v) {
-                    const int64_t c = first + v * kLanes;
-                    store(g_weight + ((o + row) * side * side + tap) * in + c, std::min<int64_t>(kLanes, in - c),
-                          sums[row][v]);
-                }
-        }
+        V sums[kOut][kVectors];
+        multiply(packed_g + o * pixels, packed_x + first * pixels, size, tap / side - side / 2, tap % side - side / 2, sums);
+        for (int64_t row = 0; row < std::min<int64_t>(kOut, out - o); ++row)
+            for (int64_t v = 0; v < vectors; ++v) {
+                const int64_t c = first + v * kLanes;
+                store(g_weight + ((o + row) * side * side + tap) * in + c, std::min<int64_t>(kLanes, in - c), sums[row][v]);
+            }
     }
 }

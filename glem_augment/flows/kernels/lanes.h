@@ -14,13 +14,21 @@ constexpr int kLanes = 16;
 typedef float V __attribute__((vector_size(4 * kLanes), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * kLanes), may_alias));
 
+#ifdef __AVX512F__
+inline __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
+#endif
+
 // `count` <= kLanes neighbours in memory; the other lanes are 0, or left out.
 inline V load(const float* from, int64_t count) {
     V x = V{};
     if (count == kLanes)
         __builtin_memcpy(&x, from, sizeof(V));
     else
+#ifdef __AVX512F__
+        x = (V)_mm512_maskz_loadu_ps(first_lanes(count), from);
+#else
         for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
+#endif
     return x;
 }
 
@@ -28,7 +36,11 @@ inline void store(float* to, int64_t count, V x) {
     if (count == kLanes)
         __builtin_memcpy(to, &x, sizeof(V));
     else
+#ifdef __AVX512F__
+        _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)x);
+#else
         for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
+#endif
 }
 
 inline float sum(V x) {
