@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glem_augment.flows.activations import Activation, may_be_overwritten
 from glem_augment.flows.frozen import FrozenRun, may_run_frozen
-from glem_augment.flows.network_node import run_as_node, serves
+from glem_augment.flows.network_node import may_run, run_as_node, serves
 from glem_augment.flows.network_parts import KnownParts, Parts, have_hooks, take_apart
 
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
@@ -186,11 +186,13 @@ class ConvSubnet(Subnet):
         return super().forward(x)
 
     def is_faster_uncompiled(self, x: Tensor, kernel: bool) -> bool:
-        # Frozen. Without a kernel a compiler makes more of what surrounds narrow networks.
         weight = next(self.head.parameters(), None)
-        if weight is None or weight.requires_grad or not (kernel or len(weight) >= _WIDE):
+        if weight is None or self.autocast is not None:
             return False
-        return self.autocast is None and may_run_frozen(x)
+        if weight.requires_grad:  # in training, as one node
+            return kernel and may_run(x) and self.as_node() is not None
+        # Frozen. Without a kernel a compiler makes more of what surrounds narrow networks.
+        return (kernel or len(weight) >= _WIDE) and may_run_frozen(x)
 
     def as_node(self) -> Parts | None:
         known = type(self).forward is ConvSubnet.forward and not have_hooks([self])
