@@ -19,8 +19,8 @@ from glem_augment.flows.level import step_forward, step_inverse
 
 def _flow(coupling: str, **overrides: object) -> tuple[Bijection, Tensor]:
     torch.manual_seed(0)
-    # On 2x8x8, S is 4x4 in the first level (planes of pixels) and 8x8 in the second (batched products). Networks with ELU
-    # would train as one node, uncompiled.
+    # On 2x8x8, S is 4x4 in the first level (planes of pixels) and 8x8 in the second (batched products). Networks with
+    # ELU would train as one node, uncompiled.
     settings = dict(coupling=coupling, depth=[3, 2], blocks=[1, 1], width=[8, 8], actnorm="channel", bound=1.0)
     if overrides.get("subnet") is None:
         settings["activation"] = "silu"
