@@ -190,5 +190,5 @@ def test_the_operator_is_the_function(n: int, bound: float, size: float, inverse
 @pytest.mark.skipif(not expm_native.has_kernel(2, 1.0), reason="no C++ compiler here")
 @pytest.mark.parametrize("coupling", [pytest.param("matexp", marks=pytest.mark.slow), "affine"])
 def test_the_real_compiler(coupling: str) -> None:
-    flow, x = _flow(coupling)
+    flow, x = _flow(coupling, depth=[2], blocks=[1], width=[8])  # a level takes it a quarter of a minute
     _agrees(flow, x, "inductor")
