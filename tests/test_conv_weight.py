@@ -181,29 +181,3 @@ def test_flows_use_it(monkeypatch: pytest.MonkeyPatch, preset: str, memory: str)
     assert len(used) == 4 * 3  # of every network two in its block and the last; the first takes few channels
     for a, b in zip(got, gradients(copy.deepcopy(flow).double(), x.double(), "stored"), strict=True):
         assert float((a - b).abs().max()) <= 2e-5 * max(1.0, float(b.abs().max()))
-
-
-@pytest.mark.skipif(not elu_native.has_kernel(), reason="no C++ compiler here")
-@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 5, 3, 7), (3, 48, 14, 14), (16, 32, 4, 4), (2, 144, 5, 13)])
-@pytest.mark.parametrize("with_added", [False, True])
-def test_sums_that_come_with_elus_gradients(shape: tuple[int, ...], with_added: bool) -> None:
-    torch.manual_seed(0)
-    g, y = images(*shape), nn.functional.elu(images(*shape))
-    added = images(*shape) if with_added else None
-    exact = g.double() * (y.double() + 1).clamp(max=1) + (0 if added is None else added.double())
-    alone, none = elu_native.elu_backward(g.clone(memory_format=torch.preserve_format), y, added)
-    made, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            made.append(elu_native.elu_backward(g.clone(memory_format=torch.preserve_format), y, added, with_sums=True))
-    finally:
-        torch.set_num_threads(before)
-    assert none is None
-    torch.testing.assert_close(alone.double(), exact, rtol=1e-6, atol=1e-6)
-    for found, sums in made:
-        assert torch.equal(found, alone) and (sums is None) == (shape[1] % 16 > 0)
-        if sums is not None:
-            assert torch.equal(sums, made[0][1]) and sums.shape == shape[1:2]
-            room = 2e-6 * y[:, 0].numel() ** 0.5
-            torch.testing.assert_close(sums.double(), exact.sum((0, 2, 3)), rtol=1e-6, atol=room)

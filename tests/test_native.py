@@ -328,6 +328,32 @@ def test_elus_keep_layouts_and_leave_the_rest_to_torch() -> None:
     assert torch.equal(*found)
 
 
+@needs_a_compiler
+@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 5, 3, 7), (3, 48, 14, 14), (16, 32, 4, 4), (2, 144, 5, 13)])
+@pytest.mark.parametrize("with_added", [False, True])
+def test_sums_that_come_with_elus_gradients(shape: tuple[int, ...], with_added: bool) -> None:
+    torch.manual_seed(0)
+    g, x, added = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    y, added = F.elu(x), added if with_added else None
+    exact = g.double() * (y.double() + 1).clamp(max=1) + (0 if added is None else added.double())
+    alone, none = elu_native.elu_backward(g.clone(memory_format=torch.preserve_format), y, added)
+    made, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(elu_native.elu_backward(g.clone(memory_format=torch.preserve_format), y, added, with_sums=True))
+    finally:
+        torch.set_num_threads(before)
+    assert none is None
+    torch.testing.assert_close(alone.double(), exact, rtol=1e-6, atol=1e-6)
+    for found, sums in made:
+        assert torch.equal(found, alone) and (sums is None) == (shape[1] % 16 > 0)
+        if sums is not None:
+            assert torch.equal(sums, made[0][1]) and sums.shape == shape[1:2]
+            room = 2e-6 * y[:, 0].numel() ** 0.5
+            torch.testing.assert_close(sums.double(), exact.sum((0, 2, 3)), rtol=1e-6, atol=room)
+
+
 # ---- whole flows -----------------------------------------------------------------------------------------------------
 
 

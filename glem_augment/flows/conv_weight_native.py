@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glem_augment.flows.kernel_shapes import LANES
 from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_known
 
 # Of a batch: with more of them, what the passes take no longer counts.
 _MOST_PIXELS = 2048
-# With fewer channels that go in, most of a vector would be empty.
-_LEAST_CHANNELS = 16
-# What the kernel fills channels up to: those that come out, as many as it has registers for, and a vector of others.
-_OUT, _IN = 8, 16
+# Channels that come out, at a time: as many as there are registers for.
+_OUT = 8
 
 
 @cache
@@ -49,7 +48,7 @@ def serves(x: Tensor, weight: Tensor, geometry: tuple) -> bool:
     side = weight.shape[2]
     return (
         batch * height * width <= _MOST_PIXELS
-        and channels >= _LEAST_CHANNELS
+        and channels >= LANES  # else most of a vector would be empty
         and side > 1  # else the blocks are small
         and side % 2 == 1
         and weight.shape[3] == side
@@ -70,7 +69,7 @@ def conv_weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     assert g.shape == (batch, out, height, width) and weight.shape[1] == channels
     assert all(is_known(t) and t.is_contiguous(memory_format=torch.channels_last) for t in (g, x, weight))
     made, pixels = torch.empty_like(weight), batch * height * width
-    room = x.new_empty(pixels * (_filled(out, _OUT) + _filled(channels, _IN)))
+    room = x.new_empty(pixels * (_filled(out, _OUT) + _filled(channels, LANES)))
     threads = threads_for(pixels * out * channels * side * side)
     addresses = [t.data_ptr() for t in (g, x, made, room)]
     _kernel()(*addresses, batch, height, width, channels, out, side, threads)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from glem_augment.flows.kernel_shapes import LANES
 from glem_augment.flows.native import declare, library, threads_for
 from glem_augment.flows.ordinary import is_ordinary
 
 LOG2_E = 1 / math.log(2)
 # Multiply-adds for a number, about.
 _WORK = 15
-# Channels of which the kernel sums so many at a time, over so many pixels by the same thread.
-_VECTOR = 16
+# Pixels whose sums are made by the same thread.
 _CHUNK = 64
 
 
@@ -89,7 +89,7 @@ def elu_backward(
     here = g.data_ptr()
     pointers = here, y.data_ptr(), None if added is None else added.data_ptr(), here
     threads = threads_for(size * _WORK)
-    if not with_sums or channels % _VECTOR:
+    if not with_sums or channels % LANES:
         kernels.backward(*pointers, size, threads)
         return g, None
     pixels = size // channels

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Numbers that the kernels work on at a time, as in kernels/lanes.h.
+LANES = 16
+
 
 def images_like(x2: Tensor, params: Tensor, channels: int) -> Tensor:
     """``params`` in channels_last format.

@@ -37,9 +37,11 @@ void pack(const float* from, int64_t pixels, int64_t channels, int64_t first, in
     }
 }
 
-// The sums of g [pixels, kOut] times x [pixels, kVecs * kLanes] `dx` pixels to the right and `dy` below.
+// The sums of g [pixels, kOut] times x [pixels, kVecs * kLanes] `dx` pixels to the right and `dy` below. to: their place,
+// with `rows` rows, `step` numbers apart, of `count` numbers each.
 template <int kVecs>
-void products(const float* g, const float* x, const Size& size, int64_t dy, int64_t dx, V (*sums)[kVectors]) {
+void products(const float* g, const float* x, const Size& size, int64_t dy, int64_t dx, float* to, int64_t step,
+              int64_t rows, int64_t count) {
     const int64_t top = std::max<int64_t>(0, -dy), bottom = std::min(size.height, size.height - dy);
     const int64_t left = std::max<int64_t>(0, -dx), right = std::min(size.width, size.width - dx);
     V own[kOut][kVecs];
@@ -56,8 +58,9 @@ void products(const float* g, const float* x, const Size& size, int64_t dy, int6
                     for (int v = 0; v < kVecs; ++v) own[o][v] += g_at[o] * seen[v];
             }
         }
-    for (int o = 0; o < kOut; ++o)
-        for (int v = 0; v < kVecs; ++v) sums[o][v] = own[o][v];
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t v = 0; v < kVecs; ++v)
+            store(to + row * step + v * kLanes, std::min<int64_t>(kLanes, count - v * kLanes), own[row][v]);
 }
 
 }  // namespace
@@ -87,12 +90,8 @@ extern "C" void glem_conv_weight(const float* g, const float* x, float* g_weight
         const int64_t o = tile / tiles_in * kOut, begin = size.first_vector(tile % tiles_in);
         const int64_t vectors = size.first_vector(tile % tiles_in + 1) - begin, first = begin * kLanes;
         const auto multiply = vectors == 3 ? products<3> : vectors == 2 ? products<2> : products<1>;
-        V sums[kOut][kVectors];
-        multiply(packed_g + o * pixels, packed_x + first * pixels, size, tap / side - side / 2, tap % side - side / 2, sums);
-        for (int64_t row = 0; row < std::min<int64_t>(kOut, out - o); ++row)
-            for (int64_t v = 0; v < vectors; ++v) {
-                const int64_t c = first + v * kLanes;
-                store(g_weight + ((o + row) * side * side + tap) * in + c, std::min<int64_t>(kLanes, in - c), sums[row][v]);
-            }
+        multiply(packed_g + o * pixels, packed_x + first * pixels, size, tap / side - side / 2, tap % side - side / 2,
+                 g_weight + (o * side * side + tap) * in + first, side * side * in, std::min<int64_t>(kOut, out - o),
+                 std::min(vectors * kLanes, in - first));
     }
 }
