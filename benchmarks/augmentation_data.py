@@ -14,7 +14,7 @@ from common import find_images
 from torch import Tensor
 
 from glem_augment import GLEM, open_data
-from glem_augment.data import ImageData
+from glem_augment.data.dataset import ImageData
 from glem_augment.io import atomic_write
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import Checkpoints

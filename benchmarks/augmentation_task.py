@@ -10,7 +10,7 @@ from augmentation_data import PLACES, check_enough
 from augmentation_settings import FLOWS, LONG, SETTINGS, Setting
 
 from glem_augment import GLEM, open_data
-from glem_augment.datafiles import has_splits
+from glem_augment.data.sources import has_splits
 
 
 def own_task(text: str, per_class: int, size: int | None, flows: list[str], flip: bool = True) -> Setting:

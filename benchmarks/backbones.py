@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment import GLEM, open_data
-from glem_augment.data import ImageData
+from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.flows import resolve_preset
 from glem_augment.io import write_json

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glem_augment import GLEM, open_data
-from glem_augment.data import ImageData
+from glem_augment.data.dataset import ImageData
 
 
 def prepare(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from common import parser, seconds, write_results
 from torch import Tensor
 
 from glem_augment import GLEM
-from glem_augment.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians
 
 LIMIT = 1.3
 Task = Callable[[], Any]

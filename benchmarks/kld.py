@@ -15,7 +15,7 @@ import time
 import torch
 from common import parser, write_results
 
-from glem_augment.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians
 
 
 def measure(k: int, d: int, backward: bool, rounds: int) -> tuple[float, float]:

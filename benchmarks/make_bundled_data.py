@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from glem_augment.data import open_data
+from glem_augment.data.dataset import open_data
 from glem_augment.io import atomic_write
 
 PER_CLASS = 100

@@ -12,11 +12,11 @@ from paper_tables import Cell
 from torch import Tensor
 
 from glem_augment import GLEM, GLEMAugment
-from glem_augment.codes import ClassCodes
+from glem_augment.data.pixels import in_range
 from glem_augment.evaluation import Classifier
-from glem_augment.gaussians import ClassGaussians
+from glem_augment.evaluation.codes import ClassCodes
 from glem_augment.io import write_json
-from glem_augment.pixels import in_range
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
 from glem_augment.training.mstep import LatentStatistics, m_step_loss
 from glem_augment.training.optim import gaussian_optimizer

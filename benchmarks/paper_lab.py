@@ -23,7 +23,7 @@ from paper_tables import Cell
 from torch import Tensor
 
 from glem_augment import GLEM, ImageData, open_data
-from glem_augment.codes import ClassCodes, balance_by_rejection, code_agreement
+from glem_augment.data.pixels import in_range
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
     Classifier,
@@ -33,11 +33,11 @@ from glem_augment.evaluation import (
     feature_fid,
     train_classifier,
 )
+from glem_augment.evaluation.codes import ClassCodes, balance_by_rejection, code_agreement
+from glem_augment.evaluation.metrics import evaluate
 from glem_augment.io import write_json
-from glem_augment.metrics import evaluate
-from glem_augment.pixels import in_range
-from glem_augment.rfcm import ThinCovariances
-from glem_augment.rfcm_fit import fit_rfcm
+from glem_augment.latent.rfcm import ThinCovariances
+from glem_augment.latent.rfcm_fit import fit_rfcm
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import AFTER_THE_STEPS, FREE, RULES, Checkpoints
 from glem_augment.training.interrupt import TimeUpError

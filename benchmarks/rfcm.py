@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from common import parser, write_results
 
-from glem_augment.rfcm_fit import fit_covariances
+from glem_augment.latent.rfcm_fit import fit_covariances
 
 CASES = (
     ("exact, float32", dict(rank=None, store="float32")),

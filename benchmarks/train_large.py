@@ -34,9 +34,9 @@ import torch
 from common import machine, parser
 
 from glem_augment import GLEM, open_data
-from glem_augment.cli import main as glem
+from glem_augment.cli.main import main as glem
+from glem_augment.evaluation.metrics import evaluate
 from glem_augment.io import write_json
-from glem_augment.metrics import evaluate
 from glem_augment.training.checkpoint import load_checkpoint
 from glem_augment.training.interrupt import EXIT_TIME_UP
 from glem_augment.training.logs import METRICS

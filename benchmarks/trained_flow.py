@@ -19,7 +19,7 @@ import torch
 from common import find_images, parser, write_results
 
 from glem_augment import GLEM, open_data
-from glem_augment.metrics import evaluate
+from glem_augment.evaluation.metrics import evaluate
 from glem_augment.training.logs import METRICS
 
 

@@ -2,7 +2,7 @@
 
 What is named here is imported when it is first used, and torch and torchvision with it: ``glem --help`` and a settings
 script need not wait for them. So are the modules: ``glem_augment.training``, ``glem_augment.evaluation``,
-``glem_augment.tuning``, ``glem_augment.rfcm_fit``, ...
+``glem_augment.evaluation.tuning``, ``glem_augment.latent.rfcm_fit``, ...
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glem_augment.augment import GLEMAugment
-    from glem_augment.classmatch import match_classes
-    from glem_augment.data import ImageData, open_data
+    from glem_augment.augment.transform import GLEMAugment
+    from glem_augment.data.classes import match_classes
+    from glem_augment.data.dataset import ImageData, open_data
     from glem_augment.errors import (
         BadImageError,
         ClassMismatchError,
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from glem_augment.flows import create_flow
-    from glem_augment.gaussians import ClassGaussians
-    from glem_augment.hub import HubError
-    from glem_augment.mixing import RealAndSynthetic
-    from glem_augment.model import GLEM
-    from glem_augment.stream import SyntheticStream
-    from glem_augment.synthetic import SyntheticDataset
+    from glem_augment.hub.files import HubError
+    from glem_augment.latent.gaussians import ClassGaussians
+    from glem_augment.model.glem import GLEM
+    from glem_augment.synthetic.combined import RealAndSynthetic
+    from glem_augment.synthetic.dataset import SyntheticDataset
+    from glem_augment.synthetic.stream import SyntheticStream
 
 __version__ = "0.1.0"
 
@@ -54,22 +54,22 @@ __all__ = [
 ]
 _HOMES = {
     "BadImageError": "glem_augment.errors",
-    "ClassGaussians": "glem_augment.gaussians",
+    "ClassGaussians": "glem_augment.latent.gaussians",
     "ClassMismatchError": "glem_augment.errors",
     "DataError": "glem_augment.errors",
-    "GLEM": "glem_augment.model",
-    "GLEMAugment": "glem_augment.augment",
+    "GLEM": "glem_augment.model.glem",
+    "GLEMAugment": "glem_augment.augment.transform",
     "GLEMError": "glem_augment.errors",
-    "HubError": "glem_augment.hub",
-    "ImageData": "glem_augment.data",
+    "HubError": "glem_augment.hub.files",
+    "ImageData": "glem_augment.data.dataset",
     "ModelFileError": "glem_augment.errors",
-    "RealAndSynthetic": "glem_augment.mixing",
-    "SyntheticDataset": "glem_augment.synthetic",
-    "SyntheticStream": "glem_augment.stream",
+    "RealAndSynthetic": "glem_augment.synthetic.combined",
+    "SyntheticDataset": "glem_augment.synthetic.dataset",
+    "SyntheticStream": "glem_augment.synthetic.stream",
     "TrainingError": "glem_augment.errors",
     "create_flow": "glem_augment.flows",
-    "match_classes": "glem_augment.classmatch",
-    "open_data": "glem_augment.data",
+    "match_classes": "glem_augment.data.classes",
+    "open_data": "glem_augment.data.dataset",
 }
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from glem_augment.data import ImageData, open_data
-from glem_augment.training import run as run_module
+from glem_augment.data.dataset import ImageData, open_data
+from glem_augment.training import loop as run_module
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment import GLEM, cli
-from glem_augment.commands.parsers import COMMANDS
+from glem_augment import GLEM
+from glem_augment.cli import main as cli
+from glem_augment.cli.parsers import COMMANDS
 from glem_augment.io import _RawFile
 from glem_augment.training import Trainer
-from glem_augment.training import run as run_module
+from glem_augment.training import loop as run_module
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
-_CONTEXT.set_forkserver_preload(["pytest", *(f"glem_augment.commands.{c.module}" for c in COMMANDS.values())])
+_CONTEXT.set_forkserver_preload(["pytest", *(f"glem_augment.cli.{c.module}" for c in COMMANDS.values())])
 DIED = 9
 
 

@@ -1,7 +1,7 @@
 """Measuring what a flow generates and knows: FID, Coverage, label reliability, out-of-distribution, memorisation.
 
 Every function takes tensors and says what it counts; ``classifier`` trains the oracle whose features and verdicts most
-of them need. ``glem_augment.metrics.evaluate`` measures the flow itself (accuracy, bits/dim, calibration).
+of them need. ``glem_augment.evaluation.metrics.evaluate`` measures the flow itself (accuracy, bits/dim, calibration).
 """
 
 from glem_augment.evaluation.averaging import averaged_posterior

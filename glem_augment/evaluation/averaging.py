@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glem_augment.model import GLEM
+from glem_augment.model.glem import GLEM
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glem_augment.errors import DataError
 from glem_augment.evaluation.coverage import nearest_distances
-from glem_augment.model import GLEM
+from glem_augment.model.glem import GLEM
 
 
 def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glem_augment.errors import DataError
 from glem_augment.evaluation.continuum import average_ranks
-from glem_augment.model import GLEM
+from glem_augment.model.glem import GLEM
 
 OOD_SETS = ("noise", "rotated", "inverted")
 

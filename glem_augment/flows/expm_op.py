@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from glem_augment.flows import expm_coupling as eager
 from glem_augment.flows import expm_native, expm_triton
+from glem_augment.flows.expm_coupling import expm_coupling as eager
 from glem_augment.flows.expm_kernels import cosh_and_sinhc
 from glem_augment.flows.matexp import segments_of
 

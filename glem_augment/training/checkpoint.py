@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from glem_augment.data import ImageData
+from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.io import atomic_write
 from glem_augment.training.config import TrainConfig

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment._devices import move
+from glem_augment.devices import move
 
 PAD_SHARE = 1 / 8
 ROTATION_DEGREES = 12.0

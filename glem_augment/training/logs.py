@@ -12,7 +12,7 @@ import torch
 from torchvision.utils import make_grid
 
 from glem_augment.io import atomic_write, save_png
-from glem_augment.model import GLEM
+from glem_augment.model.glem import GLEM
 from glem_augment.training.checkpoint import require_folder
 
 METRICS = "metrics.jsonl"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows import MultiscaleFlow
-from glem_augment.gaussians import ClassGaussians
-from glem_augment.model import GLEM
+from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.model.glem import GLEM
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from glem_augment.codes import ClassCodes
-from glem_augment.data import ImageData
+from glem_augment.data.dataset import ImageData
+from glem_augment.evaluation.codes import ClassCodes
 from glem_augment.flows import resolve_preset
 from glem_augment.training.config import TrainConfig
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training.config import TrainConfig
 
 

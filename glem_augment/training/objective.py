@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment._devices import move
-from glem_augment.densities import two_products
+from glem_augment.data.pixels import to_levels
+from glem_augment.devices import move
 from glem_augment.flows.precision import full_precision
-from glem_augment.gaussians import ClassGaussians
-from glem_augment.model import GLEM
-from glem_augment.pixels import to_levels
+from glem_augment.latent.densities import two_products
+from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.image_ops import augment_batch
 

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glem_augment.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training.config import TrainConfig
 
 

@@ -19,23 +19,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from glem_augment._devices import move
-from glem_augment.config import GLEMConfig
-from glem_augment.data import ImageData
+from glem_augment.data.dataset import ImageData
+from glem_augment.devices import move
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
-from glem_augment.hub import weights_sha256
+from glem_augment.hub.files import weights_sha256
 from glem_augment.io import expand
-from glem_augment.model import GLEM
+from glem_augment.model.config import GLEMConfig
+from glem_augment.model.glem import GLEM
 from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint, init_of_run
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.logs import MetricsLog
+from glem_augment.training.loop import Run
 from glem_augment.training.measure import gaussian_state, held_out
 from glem_augment.training.mstep import LatentStatistics, m_learning_rates, m_step_loss
 from glem_augment.training.objective import augmented, e_step_loss, encode
 from glem_augment.training.optim import WeightAverage, flow_optimizer, gaussian_optimizer
-from glem_augment.training.run import Run
 from glem_augment.training.split import Split, stratified_split
 from glem_augment.training.state import restore, state_of
 

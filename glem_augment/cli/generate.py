@@ -1,0 +1,309 @@
+"""``glem generate``: synthetic images as an ImageFolder or as WebDataset shards."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from glem_augment.checks import DEFAULT_MODES
+from glem_augment.cli.common import (
+    CLASS_MAP_HELP,
+    DATA_HELP,
+    MODEL_HELP,
+    add_device,
+    add_threads,
+    load_model,
+    note,
+    number,
+    open_for,
+    print_json,
+    read_class_map,
+    read_counts,
+    refuse_codes,
+    whole,
+)
+from glem_augment.cli.parsers import new_parser
+from glem_augment.errors import ClassMismatchError
+from glem_augment.io import expand
+from glem_augment.model.glem import GLEM
+from glem_augment.synthetic.balance import PerClass, class_counts
+from glem_augment.synthetic.dataset import SyntheticDataset
+from glem_augment.synthetic.export import export_imagefolder
+from glem_augment.synthetic.export_folder import check_folder, check_imagefolder
+from glem_augment.synthetic.latents import SOURCES
+from glem_augment.synthetic.publish import FORMATS, check_shards_folder, export_shards
+
+DESCRIPTION = """\
+Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
+how. The same seed draws the same images, whichever classes and however many are asked for (but for rounding: pixels
+can differ by one step with another --block or number). Prints a JSON summary.
+
+  --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
+                         checks the files and writes what is missing, so that an export that was cut off goes on.
+  --format webdataset    data/train-*.tar with the classes mixed, and a card; appears whole or not at all.
+
+  --per-class 100                    of each class
+  --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
+  --per-class balance --real DATA    fill up every class of DATA to its largest; a class of the flow that DATA does
+                                     not have gets images only where --classes names it
+"""
+EXAMPLES = """\
+  glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
+  glem generate runs/photos --per-class 1000 --temperature 0.9 --source rfcm --format webdataset --out synthetic/
+  glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
+  glem generate runs/photos --per-class 50 --classes cat,dog --min-confidence 0.9 --seed 1 --out pets/
+"""
+TEMPERATURE, ALPHA, MAX_ATTEMPTS = 0.8, 1.0, 20
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = new_parser(subparsers, "generate", DESCRIPTION, EXAMPLES, run)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
+    parser.add_argument(
+        "--classes", metavar="A,B", help="names or ids of the classes wanted, with commas (default: all)"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0; it goes "
+        "into the provenance",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
+    parser.add_argument(
+        "--block", type=whole(1), default=64, metavar="N", help="images decoded at a time (default: %(default)s)"
+    )
+    add_threads(parser)
+    add_device(parser)
+    source = parser.add_argument_group("what is drawn")
+    source.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="gaussian",
+        help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
+        "mixup: two images of --real mixed along the class's modes (default: %(default)s)",
+    )
+    # Where None is the default, a value that would have no effect is noticed.
+    source.add_argument(
+        "--temperature",
+        type=number(0),
+        metavar="T",
+        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied "
+        f"(default: {TEMPERATURE})",
+    )
+    source.add_argument(
+        "--modes", type=whole(1), metavar="N", help=f"of mixup: modes (default: {DEFAULT_MODES}, or all there are)"
+    )
+    source.add_argument(
+        "--alpha", type=number(0), metavar="A", help=f"of mixup: of its Beta(A, A) (default: {ALPHA:g})"
+    )
+    judge = parser.add_argument_group("what is kept")
+    judge.add_argument(
+        "--min-confidence",
+        type=number(0),
+        metavar="P",
+        help="draw a latent again until the flow's posterior gives its class at least P; the best is kept where none "
+        'does. Nearly all of the class Gaussians\' own pass: it is for the other sources. "acceptance" in the summary '
+        "counts, over the images that this run drew (default: keep all)",
+    )
+    judge.add_argument(
+        "--max-attempts", type=whole(1), metavar="N", help=f"candidates per image then (default: {MAX_ATTEMPTS})"
+    )
+    real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
+    real.add_argument("--real", metavar="DATA", help=DATA_HELP)
+    real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
+    real.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_together(args)
+    folder = expand(args.out)
+    # First, so that a folder that can't be used costs no work.
+    if args.format == "webdataset":
+        check_shards_folder(folder, args.overwrite)
+    else:
+        check_folder(folder, args.overwrite)
+    wanted: PerClass = args.per_class
+    if isinstance(wanted, Path):
+        wanted = read_counts(str(wanted), "--per-class")
+    class_map = read_class_map(args.class_map)
+    model = load_model(args)
+    refuse_codes(model)
+    kept = None if args.classes is None else find_classes(model, args.classes.split(","))
+    real, match = None, None
+    if args.real is not None:
+        real, match = open_for(model, args.real, args.split or "train", class_map)
+        if kept is None and args.per_class == "balance":
+            kept = sorted(match.tolist())
+    if kept is not None:
+        counts = class_counts(model, wanted, real)
+        if wanted == "balance" and not any(counts[i] for i in kept):
+            raise ValueError("--per-class balance: these classes have equally many images already")
+        wanted = {model.classes[i]: counts[i] for i in kept}
+    options: dict[str, Any] = dict(
+        per_class=wanted,
+        temperature=TEMPERATURE if args.temperature is None else args.temperature,
+        seed=args.seed,
+        block=args.block,
+        real=real,
+        modes=args.modes,
+        alpha=ALPHA if args.alpha is None else args.alpha,
+        min_confidence=args.min_confidence,
+        max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
+    )
+    if args.source == "mixup" and args.format == "imagefolder":
+        # The real images are encoded when the data set is made, which may take long. What a folder is compared with is
+        # known from one without them.
+        draft = SyntheticDataset(model, source="gaussian", **options)
+        draft.source = args.source
+        check_imagefolder(_Part(draft), folder, args.overwrite)
+        del draft
+    dataset = SyntheticDataset(model, source=args.source, **options)
+    dataset._check_pil()
+    # Shards have no names for their classes, only numbers: those of the real images, where there are any, and then of
+    # what these lack; or else the flow's, as `SyntheticDataset.export` has them.
+    part: Any = dataset
+    if args.format == "imagefolder":
+        part = _Part(dataset)
+    elif match is not None:
+        others = [i for i, count in enumerate(dataset.counts) if count and i not in match]
+        part = _Part(dataset, [*match.tolist(), *others])
+    began = time.monotonic()
+    if args.format == "webdataset":
+        export_shards(part, folder, args.overwrite, args.license)
+    else:
+        export_imagefolder(part, folder, overwrite=args.overwrite, license=args.license)
+    summary = {
+        "out": str(folder),
+        "format": args.format,
+        "images": len(part),
+        "per_class": dict(zip(part.classes, part.counts, strict=True)),
+        "classes": part.classes,
+        "model": args.model,
+        "source": args.source,
+        "temperature": None if args.source == "mixup" else dataset.temperature,
+        "seed": args.seed,
+        "real": args.real,
+        "not_finite": dataset.non_finite,
+    }
+    if args.min_confidence is not None:
+        summary["acceptance"] = _acceptance(part)
+    print_json({**summary, "seconds": round(time.monotonic() - began, 3)})
+    return 0
+
+
+def per_class(text: str) -> PerClass | Path:
+    """argparse type: a number, ``balance``, ``A=N,B=M``, or the path of a table."""
+    if text == "balance":
+        return text
+    if Path(text).suffix in (".yaml", ".yml", ".json"):
+        return Path(text)
+    if "=" not in text:
+        return whole(1)(text)
+    counts: dict[str, int] = {}
+    for entry in text.split(","):
+        name, _, count = entry.rpartition("=")
+        if not name.strip():
+            raise argparse.ArgumentTypeError(
+                f"{entry!r} is not CLASS=N (names with commas or = go into a YAML or JSON file)"
+            )
+        if name.strip() in counts:
+            raise argparse.ArgumentTypeError(f"class {name.strip()!r} is named twice")
+        counts[name.strip()] = whole(0)(count)
+    return counts
+
+
+def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:
+    """Indices of classes given by name or id, each once, in index order.
+
+    Raises:
+        ClassMismatchError: a name that the flow does not know.
+    """
+    known = {**{i: n for n, i in enumerate(model.class_ids)}, **model.class_to_idx}
+    wanted = [name.strip() for name in names if name.strip()]
+    for name in wanted:
+        if name not in known:
+            listed = ", ".join(model.classes[:20]) + (", ..." if model.num_classes > 20 else "")
+            raise ClassMismatchError(f"the flow has no class {name!r}; it has {listed}")
+    if not wanted:
+        raise ClassMismatchError("--classes names no class; give names or ids with commas between them")
+    return sorted({known[name] for name in wanted})
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Options that would have no effect, or lack what they need; ValueError names them."""
+    balance, mixup = args.per_class == "balance", args.source == "mixup"
+    if (balance or mixup) and args.real is None:
+        raise ValueError(
+            f"{'--per-class balance' if balance else '--source mixup'} needs real images: give --real DATA"
+        )
+    if args.real is not None and not (balance or mixup):
+        raise ValueError("--real has no effect without --per-class balance or --source mixup")
+    for name, needed, there in (
+        ("temperature", "--source gaussian or rfcm", not mixup),
+        ("modes", "--source mixup", mixup),
+        ("alpha", "--source mixup", mixup),
+        ("max_attempts", "--min-confidence", args.min_confidence is not None),
+        ("split", "--real", args.real is not None),
+        ("class_map", "--real", args.real is not None),
+    ):
+        if getattr(args, name) is not None and not there:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
+
+
+class _Part:
+    """What the writers need of a SyntheticDataset, with classes of another number: labels, cards and manifests number
+    and list these alone.
+
+    Args:
+        full: the data set; kept: its classes in the new order, all that get an image among them. By default those.
+    """
+
+    def __init__(self, full: SyntheticDataset, kept: list[int] | None = None) -> None:
+        kept = [i for i, count in enumerate(full.counts) if count] if kept is None else kept
+        self._full, self._kept = full, kept
+        self.classes = [full.classes[i] for i in kept]
+        self.class_ids = [full.class_ids[i] for i in kept]
+        self.counts = [full.counts[i] for i in kept]
+        number = np.full(len(full.counts), -1)
+        number[kept] = np.arange(len(kept))
+        # Classes without images take no place among them: image i is image i of `full`.
+        self.targets = number[np.asarray(full.targets, dtype=np.int64)].tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._full, name)
+
+    def decoded_block(self, cls: int, number: int) -> Tensor:
+        return self._full.decoded_block(self._kept[cls], number)
+
+    def decode_ahead(self, cls: int, number: int) -> None:
+        self._full.decode_ahead(self._kept[cls], number)
+
+    def not_finite_in(self, cls: int, number: int) -> int:
+        return self._full.not_finite_in(self._kept[cls], number)
+
+
+def _acceptance(part: Any) -> dict[str, Any]:
+    report = part.acceptance()
+    report["classes"] = {name: report["classes"][name] for name in part.classes}
+    total = report["total"]
+    if total["failed"]:
+        note(
+            f"{total['failed']} of {total['items']} images never reached --min-confidence "
+            f"{report['min_confidence']:g}; the best candidate of each was kept"
+        )
+    return report

@@ -1,0 +1,317 @@
+"""``glem train``: fit a flow to labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from glem_augment.cli.common import DATA_HELP, add_device, note, pick_device, read_table, whole
+from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.settings import add_settings, checked, given
+from glem_augment.data.dataset import ImageData, open_data
+from glem_augment.errors import ModelFileError, TrainingError
+from glem_augment.hub import files as hub
+from glem_augment.io import expand, write_json
+from glem_augment.locks import alone_in
+from glem_augment.model.glem import GLEM
+from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training.checkpoint import Checkpoints
+from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+from glem_augment.training.methods import METHODS, prepare
+
+DESCRIPTION = """\
+Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
+metrics.jsonl, samples/ and, with matplotlib, curves.png. A run that was stopped, even killed, goes on with
+
+  glem train DATA --out DIR --resume
+
+and ends with the same weights as one that never stopped (on a CPU, with the same --threads). --max-minutes cuts a run
+into pieces: each ends with a checkpoint, and with exit status 75 until the run is finished. A loop for it:
+
+  until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
+
+A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to --max-rollbacks
+times.
+"""
+EXAMPLES = """\
+  glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
+  glem train bundled:fashion-mnist --objective hybrid --epochs 5 --out runs/quick
+  glem train torch/cifar10@data --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
+  glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
+  glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
+"""
+EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
+RUN_FILE = "run.json"
+# How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
+_VIEW = {"split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None}
+SKIPPED_FILE = "skipped.json"
+FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = new_parser(subparsers, "train", DESCRIPTION, EXAMPLES, run, EXIT_CODES)
+    # All the flags would fill half a screen before the first word of help.
+    parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from DIR's checkpoint, with its settings where none are given; start if there is none",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings of the flow and its training from a YAML or JSON file: the names from --preset on, with _ for - "
+        "(--flow is flow_options); flags win",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="start from this model's flow (fine-tuning) in place of a new one; images are resized and converted to "
+        "its own, and bits and psi are its own where none are given",
+    )
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        default=argparse.SUPPRESS,
+        help="settings of a published method, under all others that are given. "
+        + "; ".join(f"{name}: {value.about}" for name, value in METHODS.items()),
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_device(parser)
+    view = parser.add_argument_group("images")
+    view.add_argument("--split", default=argparse.SUPPRESS, help=f"of the data (default: {_VIEW['split']})")
+    view.add_argument(
+        "--image-size",
+        nargs="+",
+        type=whole(1),
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="height and width in pixels, or one number for both; images are resized, then cropped at the centre "
+        "(default: the size that they share)",
+    )
+    view.add_argument(
+        "--channels", type=int, choices=(1, 3), default=argparse.SUPPRESS, help="grey or RGB (default: what they are)"
+    )
+    view.add_argument(
+        "--skip-bad",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help=f"leave out images that can't be read, and list them in DIR/{SKIPPED_FILE} (default: stop at the first)",
+    )
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    device, out = pick_device(args.device), expand(args.out)
+    checkpoints, whole = Checkpoints(out), False
+    settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
+    if args.config is not None:
+        settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
+    if args.resume and not checkpoints.exist():
+        # A run can be killed before its first checkpoint, and whoever restarts it can't know.
+        print(f"glem: no checkpoint in {out}; starting from the beginning", file=sys.stderr)
+        args.resume = False
+    if args.resume:
+        # Before the data is opened: "nothing to resume" should not take minutes to say.
+        # The limit was one of the piece before, not of the run.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the Trainer loads it again, and then says what is damaged
+            earlier = checkpoints.load()
+        settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
+        # Such a checkpoint has all that is needed: the model that the run started from may be gone.
+        whole = not hasattr(args, "init") and "flow" in earlier.facts
+        before = _earlier_view(out)
+        if view.get("method") is not None and view["method"] != before.get("method"):
+            raise ValueError(
+                f"the run in {out} has --method {before.get('method') or '(none)'}, not {view['method']}: leave it out "
+                "to go on, or give another --out"
+            )
+        view = {**before, **view}
+    else:
+        _refuse_earlier_run(out)
+    view = {**_VIEW, **view}
+    name = view["method"]
+    # First of all: its images' size and bits are those of the run, unless others are asked for.
+    init_model = None if view["init"] is None or whole else GLEM.from_pretrained(view["init"])
+    if init_model is not None:
+        settings.setdefault("bits", init_model.bits)
+        if view["method"] is None:  # which may have a psi of its own
+            settings.setdefault("psi", init_model.config.psi)
+        channels, *side = init_model.image_shape
+        name = view["method"]
+        if name is None or not METHODS[name].codes:  # with codes its images have more rows than the data's
+            view["image_size"] = view["image_size"] or side
+        view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
+    # Settings that make no sense are found out before the data is opened.
+    config = TrainConfig.from_dict(settings) if name is None else METHODS[name].config(**settings)
+    size = _size(view["image_size"])
+    data = open_data(args.data, view["split"], size, view["channels"], skip_bad=view["skip_bad"])
+    skipped, codes = data.skipped, None
+    if name is not None:
+        ready = prepare(name, data, **settings)
+        data, config, codes = ready.data, ready.config, ready.codes
+    with alone_in(out):
+        trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
+        return _train(args, trainer, data, view, skipped, codes)
+
+
+def _train(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    data: ImageData,
+    view: dict[str, Any],
+    skipped: list[tuple[str, str]],
+    codes: Any,
+) -> int:
+    """Train, or go on, and say what came of it."""
+    out = trainer.out
+    if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
+        print(f"{out} is already finished: {_held_out(finished)}")
+        return 0
+    if not args.resume or not (out / RUN_FILE).exists():
+        write_json(out / RUN_FILE, _record(args, view))
+        if codes is not None:
+            codes.save(out)
+    if view["skip_bad"]:
+        listed = [{"image": where, "reason": reason} for where, reason in skipped]
+        write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
+    print(summary(trainer, data), flush=True)
+    if trainer.total_steps < FEW_STEPS and not args.quiet:
+        note(
+            f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
+            "flow your classes in seconds with glem adapt"
+        )
+    try:
+        model = trainer.fit()
+    except TimeUpError as stop:
+        print(f"glem: {stop}", file=sys.stderr)
+        return EXIT_TIME_UP
+    print(f"saved {out} after {_duration(trainer.seconds())}: {_held_out(model)}")
+    bits = (model.config.training.get("held_out") or {}).get("val_bits_per_dim")
+    if bits is not None and bits >= model.bits:
+        note(
+            f"glem: {bits:.2f} bits/dim are worse than the {model.bits} of uniform noise: this flow has learned "
+            "nothing that could move or make images. Train for more --epochs"
+        )
+    return 0
+
+
+def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` over ``base``; the numbers of the flow one by one."""
+    merged = {**base, **settings}
+    if "flow_options" in merged:
+        merged["flow_options"] = {**base.get("flow_options", {}), **settings.get("flow_options", {})}
+    return merged
+
+
+def _size(value: list[int] | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if len(value) > 2:
+        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(value)} numbers")
+    return value[0], value[-1]
+
+
+def _refuse_earlier_run(out: Path) -> None:
+    """Before any image is read; the Trainer looks again."""
+    if Checkpoints(out).exist():
+        raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
+    for name in (hub.WEIGHTS, hub.CONFIG):
+        if (out / name).exists():
+            raise TrainingError(f"{out} already holds a model ({name}); choose another folder with --out")
+
+
+def _earlier_view(out: Path) -> dict[str, Any]:
+    """How the run's first half opened its data; empty where its record is missing or damaged."""
+    try:
+        earlier = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        return {name: earlier[name] for name in _VIEW if name in earlier and _is_view(name, earlier[name])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _is_view(name: str, value: Any) -> bool:
+    """Whether a record, perhaps a stranger's, holds what its option could have been given."""
+    if name == "split":
+        return isinstance(value, str)
+    if name == "skip_bad":
+        return isinstance(value, bool)
+    if name == "method":
+        return value is None or value in METHODS
+    if name == "image_size":
+        sides = value if isinstance(value, list) else []
+        return value is None or (
+            len(sides) in (1, 2) and all(type(side) is int and 1 <= side <= 4096 for side in sides)
+        )
+    return value is None or (value in (1, 3) if name == "channels" else isinstance(value, str))
+
+
+def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
+    from glem_augment import __version__
+
+    return {"command": shlex.join(["glem", *args.argv]), "version": __version__, "data": args.data, **view}
+
+
+def _finished(out: Path) -> GLEM | None:
+    """The model, if it was written after the last checkpoint: a kill may have come between the two."""
+    try:
+        if (out / hub.CONFIG).stat().st_mtime_ns < Checkpoints(out).written_at():
+            return None
+        return GLEM.from_pretrained(out)
+    except (OSError, ModelFileError):
+        return None
+
+
+def summary(trainer: Trainer, data: ImageData) -> str:
+    """What is about to be trained, for people."""
+    model, split, config = trainer.model, trainer.split, trainer.config
+    channels, height, width = model.image_shape
+    parameters = sum(p.numel() for p in model.flow.parameters())
+    names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+    rows = [
+        (
+            "data",
+            f"{data.name}: {len(data)} images, {channels}x{height}x{width}, {len(data.classes)} classes ({names})",
+        ),
+        *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
+        ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
+        ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
+        ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),
+        (
+            "steps",
+            f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}) on {trainer.device}"
+            + (f", from step {trainer.step}" if trainer.step else ""),
+        ),
+        ("out", str(trainer.out)),
+    ]
+    return "\n".join(f"{key:<11}{value}" for key, value in rows)
+
+
+def _first(data: ImageData) -> str:
+    where, reason = data.skipped[0]
+    more = f"; all are in {SKIPPED_FILE}" if len(data.skipped) > 1 else ""
+    return f"{where} {' '.join(reason.split())[:120]}{more}"
+
+
+def _held_out(model: GLEM) -> str:
+    held_out = model.config.training.get("held_out") or {}
+    bits, accuracy = held_out.get("val_bits_per_dim"), held_out.get("val_accuracy")
+    if bits is None:
+        return repr(model)
+    right = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
+    return f"bits/dim {bits:.3f}{right} on {held_out['val_images']} held-out images"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

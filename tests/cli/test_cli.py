@@ -1,0 +1,815 @@
+"""The command line from end to end, on tiny data."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from glem_augment import GLEM, SyntheticDataset, open_data
+from glem_augment.cli.main import build_parser, main
+from glem_augment.cli.parsers import COMMANDS
+from glem_augment.cli.settings import KINDS
+from glem_augment.hub import files as hub
+from glem_augment.training import TrainConfig
+from glem_augment.training.checkpoint import NEWEST, load_checkpoint
+
+TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
+Output = Callable[[], tuple[str, str]]
+
+# Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flow of one epoch on three classes of 8x8 RGB images; the images lie beside it."""
+    root = tmp_path_factory.mktemp("cli")
+    write_images(root / "images", ("bird", "cat", "dog"), (8, 8), 6)
+    assert main(["train", str(root / "images"), "--out", str(root / "run"), "--epochs", "2", "--quiet", *TINY]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def output(capsys: pytest.CaptureFixture[str]) -> Output:
+    def read() -> tuple[str, str]:
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return read
+
+
+def write_images(folder: Path, names: tuple[str, ...], size: tuple[int, int], count: int, mode: str = "RGB") -> None:
+    """``count`` random images (height, width) per class."""
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 80, (*size, 3), dtype=np.uint8)
+            pixels[..., index % 3] += 150
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{i}.png")
+
+
+def images_of(run: Path) -> str:
+    return str(run.parent / "images")
+
+
+def fails(argv: list[str], output: Output, *words: str) -> str:
+    """The command ends with code 2 and one line on stderr that holds the words."""
+    output()
+    assert main(argv) == 2
+    out, err = output()
+    lines = [line for line in err.splitlines() if line.strip() and not re.search("(it|image)/s", line)]
+    assert len(lines) == 1 and lines[0].startswith("glem: error: "), err
+    assert out == ""
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+# ---- the commands on good input ------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_model_and_says_what_it_trains(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    run = tmp_path / "run"
+    argv = ["train", str(image_folder), "--out", str(run), "--epochs", "1", "--seed", "3", "--augment", "paper"]
+    assert main([*argv, *TINY, "--quiet", "--psi", "none", "--no-learn-sigma", "--modes-rank", "2"]) == 0
+    out, _ = output()
+    assert "12 images, 3x8x8, 3 classes (bird, cat, dog)" in out and "saved" in out
+    model = GLEM.from_pretrained(run)
+    config = model.config.training["config"]
+    assert config["seed"] == 3 and config["psi"] is None and config["learn_sigma"] is False
+    assert config["augment"] == ["flip", "crop", "rotate", "jitter"]
+    assert config["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
+    assert model.modes is not None and model.modes.rank == 2
+    record = json.loads((run / "run.json").read_text())
+    assert record["command"].startswith(f"glem train {image_folder}") and record["split"] == "train"
+
+
+def test_a_finished_run_is_not_trained_again(trained: Path, output: Output) -> None:
+    before = (trained / hub.WEIGHTS).stat().st_mtime_ns
+    # Settings that are not given come from the checkpoint.
+    assert main(["train", images_of(trained), "--out", str(trained), "--resume"]) == 0
+    assert "already finished" in output()[0]
+    assert (trained / hub.WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_a_run_without_its_model_is_finished_by_resume(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (NEWEST, "run.json", "metrics.jsonl"):
+        (run / name).write_bytes((trained / name).read_bytes())
+    assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
+    assert (run / hub.WEIGHTS).read_bytes() == (trained / hub.WEIGHTS).read_bytes()
+
+
+def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    # YAML takes 1e-2 for text.
+    config.write_text(
+        "lr: 1e-2\nepochs: 7\nobjective: hybrid\npsi: [0.5, 0.2, 0.05]\naugment: flip\nmilestones: [0.5]\n"
+        "flow_options: {depth: [2, 2], width: [8, 8]}\nsample_every: 0\n"
+    )
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--config", str(config), "--quiet"]
+    assert main([*argv, "--epochs", "1", "--flow", "depth=[1,1]", "--threads", "1"]) == 0
+    used = GLEM.from_pretrained(tmp_path / "run").config.training["config"]
+    assert (used["lr"], used["epochs"], used["objective"], used["augment"]) == (0.01, 1, "hybrid", ["flip"])
+    assert used["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3\n", ["unknown settings epoch", "epochs"]),
+        ("epochs: many\n", ["epochs must be a whole number"]),
+        ("lr: [1]\n", ["lr must be a number"]),
+        ("epochs: true\n", ["epochs must be a whole number"]),
+        ("learn_mu: 1\n", ["learn_mu must be true or false"]),
+        ("- a\n", ["must hold a table"]),
+        ("a: [\n", ["can't be read as YAML"]),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, image_folder: Path, output: Output, text: str, words: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "c.yaml")]
+    fails(argv, output, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_has_a_flag_with_its_default_in_the_help(output: Output) -> None:
+    assert set(KINDS) == {f.name for f in fields(TrainConfig)}
+    with pytest.raises(SystemExit) as info:
+        main(["train", "--help"])
+    assert info.value.code == 0
+    text = " ".join(output()[0].split())
+    for name in KINDS:
+        flag = f"--{'flow' if name == 'flow_options' else name.replace('_', '-')}"
+        assert f"{flag} " in text or f"{flag}, --no{flag[1:]}" in text, name
+    assert f"(default: {TrainConfig().kld_weight})" in text
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "adapt", "eval", "generate", "preview", "info", "push"])
+def test_help_teaches(command: str, output: Output) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = output()[0]
+    examples = text.split("examples:\n")[1].split("\n\n")[0].splitlines()
+    assert sum(line.startswith(f"  glem {command} ") for line in examples) >= 2 or command == "demo"
+    for line in examples:
+        assert callable(build_parser().parse_args(shlex.split(line)[1:]).run)
+    assert "Exit codes: 0 " in text.split("examples:\n")[1]
+
+
+def test_version(output: Output) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    assert info.value.code == 0 and output()[0].startswith("glem-augment ")
+
+
+def test_adapt_leaves_out_what_cannot_be_read(trained: Path, tmp_path: Path, output: Output) -> None:
+    write_images(tmp_path / "photos", ("cat", "dog"), (8, 8), 4)
+    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"no image")
+    argv = ["adapt", str(trained), str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--rank", "2"]
+    fails(argv, output, "broken.png", "--skip-bad")
+    assert main([*argv, "--skip-bad"]) == 0
+    out, err = output()
+    assert json.loads(out)["skipped"] == 1 and json.loads(out)["images"] == 8
+    assert "left out: " in err and "broken.png" in err
+
+
+def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["eval", str(trained), images_of(trained), "--round-trip", "0"]
+    fails([*argv, "--split", "val"], output, "has no splits", "--split")
+    assert main([*argv, "--out", str(tmp_path / "e.json")]) == 0
+    assert "may be the images that the model was made with" in output()[1]
+    for name in ("train", "val"):
+        write_images(tmp_path / "photos" / name, ("bird", "cat", "dog"), (8, 8), 2)
+    assert main(["eval", str(trained), str(tmp_path / "photos"), "--split", "val", "--round-trip", "0"]) == 0
+    out, err = output()
+    assert json.loads(out)["split"] == "val" and "may be" not in err
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:  # has no splits either
+        archive.add(images_of(trained), "images")
+    argv[2] = str(tmp_path / "images.tar")
+    fails([*argv, "--split", "val"], output, "has no splits", "--split")
+    assert main(argv) == 0
+    assert json.loads(output()[0])["split"] is None
+
+
+def test_eval_writes_its_file_though_nobody_reads_what_it_prints(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(obj: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("glem_augment.cli.evaluate.print_json", gone)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", "~/e.json"]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["n"] == 18
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_a_folder_whose_name_is_not_utf8(trained: Path, tmp_path: Path, output: Output) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/f\xfc")
+    shutil.copytree(images_of(trained), odd)
+    assert main(["train", odd, "--out", str(tmp_path / "run"), "--epochs", "1", "--quiet", *TINY]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data"] == odd
+    output()
+    assert main(["eval", str(tmp_path / "run"), odd, "--round-trip", "0", "--out", str(tmp_path / "e.json")]) == 0
+    assert json.loads(output()[0])["data"] == odd == json.loads((tmp_path / "e.json").read_text())["data"]
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_tables_take_names_as_they_are_written(trained: Path, tmp_path: Path, output: Output, ending: str) -> None:
+    write_images(tmp_path / "photos", ("010", "8", "no"), (8, 8), 2)
+    names = {"010": "cat", "8": "dog", "no": "bird"}
+    table = tmp_path / f"map.{ending}"
+    table.write_text(json.dumps(names) if ending == "json" else "".join(f"{a}: {b}\n" for a, b in names.items()))
+    argv = ["eval", str(trained), str(tmp_path / "photos"), "--round-trip", "0", "--class-map", str(table)]
+    assert main(argv) == 0
+    assert json.loads(output()[0])["n"] == 6
+    table.write_text('{"8": "cat", "8": "dog"}' if ending == "json" else "8: cat\n8: dog\n")
+    fails(argv, output, "'8' is named twice", str(table))
+
+
+def test_counts_of_a_table_are_numbers(trained: Path, tmp_path: Path, output: Output) -> None:
+    table = tmp_path / "counts.yaml"
+    argv = ["generate", str(trained), "--out", str(tmp_path / "made"), "--per-class", str(table)]
+    table.write_text("cat: many\n")
+    fails(argv, output, "per_class['cat']", "'many'")
+    table.write_text("cat: 2\ndog: 0\n")
+    assert main(argv) == 0
+    assert json.loads(output()[0])["images"] == 2
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(
+    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_yet(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        for command in ("evaluate", "preview"):
+            patch.setattr(f"glem_augment.cli.{command}.load_model", not_yet)
+        (tmp_path / "folder.png").mkdir()
+        for command in ("eval", "preview"):
+            argv = [command, str(trained), images_of(trained), "--out"]
+            fails([*argv, str(tmp_path / "folder.png")], output, "folder.png: it is a folder")
+            fails([*argv, str(tmp_path / "file" / "x.png")], output, "is a file, not a folder")
+            fails([*argv, "~nobody-here/x.png"], output, "no home folder of that user")
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("{}")
+    link.symlink_to(real)
+    assert main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", str(link)]) == 0
+    assert link.is_symlink() and json.loads(real.read_text())["model"] == str(trained)
+    with monkeypatch.context() as patch:  # what goes wrong after the work does not lose it
+        patch.setattr("glem_augment.cli.evaluate.write_json", not_yet)
+        output()
+        with pytest.raises(AssertionError):
+            main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", str(real)])
+    assert json.loads(output()[0])["model"] == str(trained)
+    for argv in (["info"], ["eval", str(trained)]):
+        fails([*argv, "~nobody-here/x"], output, "no home folder of that user")
+    with pytest.raises(SystemExit):
+        main(["eval", "m", "d", "--threads", "100000"])
+    assert "must be at most" in output()[1]
+
+
+def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["eval", str(trained), images_of(trained), "--batch-size", "7", "--out", str(tmp_path / "e.json")]
+    output()
+    assert main(argv) == 0
+    out, _ = output()
+    result = json.loads(out)
+    assert result["n"] == 18 and result["split"] is None and result["bits"] == 8
+    assert 0 <= result["accuracy"] <= result["top5"] == 1.0
+    assert result["images_per_second"] > 0 and result["model"] == str(trained)
+    assert result["bits_per_dim_marginal"] > 0 and np.isfinite(result["bits_per_dim"])
+    assert result["round_trip"]["images"] == 18 and result["round_trip"]["within_half_step"] == 1.0
+    assert json.loads((tmp_path / "e.json").read_text()) == result
+
+    model = GLEM.from_pretrained(trained)
+    data = open_data(images_of(trained), progress=False)
+    right = (model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean()
+    assert result["accuracy"] == pytest.approx(float(right))
+
+
+def test_eval_options(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A part of the classes, other names, and no torchmetrics.
+    write_images(tmp_path / "other", ("felix", "hond"), (20, 12), 3, mode="L")
+    (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    argv = ["eval", str(trained), str(tmp_path / "other"), "--class-map", str(tmp_path / "map.json")]
+    output()
+    assert main([*argv, "--limit", "4", "--round-trip", "0"]) == 0
+    out, err = output()
+    result = json.loads(out)
+    assert result["n"] == 4 and result["ece"] is None and result["round_trip"] is None
+    assert "torchmetrics" in err
+    fails(argv[:3], output, "felix", "bird", "class_map")
+
+
+def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, tmp_path: Path, output: Output) -> None:
+    base = ["generate", str(trained), "--per-class", "3", "--seed", "5"]
+    output()
+    assert main([*base, "--out", str(tmp_path / "all")]) == 0
+    summary = json.loads(output()[0])
+    assert summary["images"] == 9 and summary["classes"] == ["bird", "cat", "dog"] and summary["seed"] == 5
+    assert main([*base, "--out", str(tmp_path / "some"), "--classes", "dog, bird"]) == 0
+    assert json.loads(output()[0])["classes"] == ["bird", "dog"]
+    files = {p.relative_to(tmp_path / "some") for p in (tmp_path / "some").rglob("*.png")}
+    assert len(files) == 6 and not (tmp_path / "some" / "cat").exists()
+    for file in files:
+        assert (tmp_path / "some" / file).read_bytes() == (tmp_path / "all" / file).read_bytes()
+    # Once more: the files are checked, and what is missing is written.
+    (tmp_path / "all" / "cat" / "000001.png").unlink()
+    assert main([*base, "--out", str(tmp_path / "all")]) == 0
+    assert (tmp_path / "all" / "cat" / "000001.png").is_file()
+    other = [*base, "--out", str(tmp_path / "all"), "--source", "rfcm"]
+    fails(other, output, "not empty", "source gaussian (not rfcm)", "--overwrite")
+    assert main([*other, "--overwrite"]) == 0
+    fails([*base, "--out", str(tmp_path / "x"), "--classes", "cow"], output, "'cow'", "bird, cat, dog")
+
+
+def generated(argv: list[str], output: Output) -> dict[str, Any]:
+    """What ``glem generate`` prints."""
+    output()
+    assert main(["generate", *argv]) == 0
+    return json.loads(output()[0])
+
+
+def pixels_of(folder: Path) -> list[tuple[str, bytes]]:
+    """Class and pixels of every image of an ImageFolder, in its order."""
+    data = ImageFolder(str(folder))
+    return [(data.classes[label], image.tobytes()) for image, label in data]
+
+
+def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output) -> None:
+    base = [str(trained), "--seed", "5", "--per-class"]
+    summary = generated([*base, "dog=2, bird=1", "--out", str(tmp_path / "a")], output)
+    assert summary["per_class"] == {"bird": 1, "dog": 2} and summary["images"] == 3
+    # torchvision refuses a class without images: there must be no folder for it.
+    assert [name for name, _ in pixels_of(tmp_path / "a")] == ["bird", "dog", "dog"]
+    (tmp_path / "counts.yaml").write_text("dog: 2\nbird: 1\ncat: 0\n")
+    generated([*base, str(tmp_path / "counts.yaml"), "--out", str(tmp_path / "b")], output)
+    assert pixels_of(tmp_path / "a") == pixels_of(tmp_path / "b")
+
+    # Real images of another size and other names; one class of the flow is not among them.
+    write_images(tmp_path / "real", ("felix", "hond"), (20, 12), 4)
+    for i in range(3):
+        (tmp_path / "real" / "felix" / f"{i}.png").unlink()
+    (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
+    argv = [*base, "balance", "--real", str(tmp_path / "real"), "--class-map", str(tmp_path / "map.json")]
+    summary = generated([*argv, "--out", str(tmp_path / "c")], output)
+    assert summary["per_class"] == {"cat": 3}
+    summary = generated([*argv, "--out", str(tmp_path / "d"), "--classes", "bird,cat,dog"], output)
+    assert summary["per_class"] == {"bird": 4, "cat": 3}
+    assert pixels_of(tmp_path / "c") == pixels_of(tmp_path / "d")[4:]
+    # Shards have numbers alone: those of the real images, of which felix is the first.
+    generated([*argv, "--out", str(tmp_path / "e"), "--format", "webdataset", "--classes", "cat,dog"], output)
+    with tarfile.open(tmp_path / "e" / "data" / "train-00000-of-00001.tar") as archive:
+        found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]
+    assert found == [b"0"] * 3
+    classes = json.loads((tmp_path / "e" / "glem-provenance.json").read_text())["classes"]
+    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 3), (1, "dog", 0)]
+    # A class of the flow that the real images lack comes after theirs.
+    generated([*argv, "--out", str(tmp_path / "f"), "--format", "webdataset", "--classes", "bird,cat"], output)
+    with tarfile.open(tmp_path / "f" / "data" / "train-00000-of-00001.tar") as archive:
+        found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]
+    assert sorted(found) == [b"0"] * 3 + [b"2"] * 4
+    classes = json.loads((tmp_path / "f" / "glem-provenance.json").read_text())["classes"]
+    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 3), (1, "dog", 0), (2, "bird", 4)]
+
+
+def test_tables_name_classes_that_are_called_by_numbers(tmp_path: Path, output: Output) -> None:
+    GLEM.create("identity", (1, 8, 8), ["1", "2", "3"]).save(tmp_path / "flow")
+    (tmp_path / "t.yaml").write_text("1: 2\n")
+    (tmp_path / "t.json").write_text('{"1": 2}')
+    for name, table in (("a", str(tmp_path / "t.yaml")), ("b", str(tmp_path / "t.json")), ("c", "1=2")):
+        summary = generated([str(tmp_path / "flow"), "--per-class", table, "--out", str(tmp_path / name)], output)
+        assert summary["per_class"] == {"1": 2}
+
+
+def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["--source", "mixup", "--real", images_of(trained), "--modes", "2", "--alpha", "0.5"]
+    summary = generated([str(trained), "--per-class", "2", *argv, "--out", str(tmp_path / "a")], output)
+    assert summary["source"] == "mixup" and summary["temperature"] is None and summary["real"] == images_of(trained)
+    model, real = GLEM.from_pretrained(trained), open_data(images_of(trained), "train", progress=False)
+    data = SyntheticDataset(model, per_class=2, source="mixup", real=real, modes=2, alpha=0.5)
+    assert [(model.classes[label], image.tobytes()) for image, label in data] == pixels_of(tmp_path / "a")
+
+
+def test_generate_looks_at_the_output_folder_before_the_real_images(
+    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ["--source", "mixup", "--real", images_of(trained), "--modes", "2", "--out"]
+    base = ["generate", str(trained), "--per-class", "2", *real]
+    files, shards, own = (str(tmp_path / name) for name in ("files", "shards", "own"))
+    generated([*base[1:], files], output)
+    generated([*base[1:], shards, "--format", "webdataset"], output)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    wds, over = ["--format", "webdataset"], ["--overwrite"]
+
+    def not_yet(*_: object) -> None:
+        raise AssertionError("the real images are encoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("glem_augment.synthetic.dataset.RealLatents", not_yet)
+        fails([*base, own, *over], output, "holds 'notes.txt'")
+        fails([*base, files, "--seed", "1"], output, "not empty", "seed 0 (not 1)", "--overwrite")
+        fails([*base, files, "--alpha", "2", "--min-confidence", "0.1"], output, "alpha 1.0 (not 2.0)", "min_conf")
+        gaussian = ["generate", str(trained), "--per-class", "2", "--out", own + "/out"]
+        assert main(gaussian) == 0
+        fails([*base, own + "/out"], output, "source gaussian (not mixup)")
+        # For these, not even the model.
+        patch.setattr("glem_augment.cli.generate.load_model", not_yet)
+        fails([*base, own], output, "not empty", "--overwrite")
+        fails([*base, own + "/notes.txt"], output, "is a file")
+        fails([*base, own, *wds], output, "not empty", "--overwrite")
+        fails([*base, own, *wds, *over], output, "no earlier export")
+        (tmp_path / "shards" / "notes.txt").write_text("mine")
+        fails([*base, shards, *wds, *over], output, "holds 'notes.txt'")
+    # The same images again, and others in real: what is told from the encoded ones still is.
+    generated([*base[1:], files], output)
+    write_images(tmp_path / "other", ("bird", "cat", "dog"), (8, 8), 5)
+    base[base.index("--real") + 1] = str(tmp_path / "other")
+    fails([*base, files], output, "not empty", "real_images_sha256")
+
+
+def test_generate_rejects_and_reports(trained: Path, tmp_path: Path, output: Output) -> None:
+    argv = [str(trained), "--per-class", "4", "--temperature", "300", "--min-confidence", "1", "--max-attempts", "3"]
+    output()
+    assert main(["generate", *argv, "--classes", "cat,dog", "--out", str(tmp_path / "a")]) == 0
+    out, err = output()
+    report = json.loads(out)["acceptance"]
+    data = SyntheticDataset(
+        GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=300.0, min_confidence=1.0, max_attempts=3
+    )
+    data.images(range(len(data)))
+    expected = data.acceptance()
+    assert report["total"] == expected["total"] and report["total"]["items"] == 8
+    assert report["classes"] == {name: expected["classes"][name] for name in ("cat", "dog")}
+    failed = report["total"]["failed"]
+    assert failed > 0 and f"{failed} of 8 images never reached --min-confidence 1" in err
+
+
+def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+    import webdataset
+
+    base = [str(trained), "--per-class", "cat=2,dog=3", "--seed", "5", "--out"]
+    generated([*base, str(tmp_path / "files")], output)
+    shards = [*base, str(tmp_path / "shards"), "--format", "webdataset"]
+    assert generated(shards, output)["format"] == "webdataset"
+    read = webdataset.WebDataset(str(tmp_path / "shards/data/train-00000-of-00001.tar"), shardshuffle=False)
+    names = ["bird", "cat", "dog"]  # numbered as by the flow, and as SyntheticDataset.export does
+    found = [(names[label], image.tobytes()) for image, label in read.decode("pil").to_tuple("png", "cls")]
+    assert found == pixels_of(tmp_path / "files")
+    for split in ("train", "train-{00000..00000}-of-00001.tar|5"):  # timm's reader
+        images = timm.data.create_dataset("wds/", str(tmp_path / "shards/data"), split=split, batch_size=5)
+        assert sorted((label, image.tobytes()) for image, label in images) == sorted(
+            (names.index(name), pixels) for name, pixels in found
+        )
+    card = (tmp_path / "shards" / "README.md").read_text()
+    assert "synthetic" in card and (tmp_path / "shards" / "glem-provenance.json").is_file()
+
+    fails(["generate", *shards], output, "not empty", "--overwrite")
+    fails(
+        ["generate", *base, str(tmp_path / "files"), "--format", "webdataset", "--overwrite"],
+        output,
+        "no earlier export",
+    )
+    before = pixels_of(tmp_path / "files"), sorted(tmp_path.iterdir()), card
+    with monkeypatch.context() as patch:
+        patch.setattr("glem_augment.synthetic.publish.open", full_disk, raising=False)
+        fails(["generate", *shards, "--overwrite", "--seed", "6"], output, "cannot write ", ".tar: No space left")
+    assert (tmp_path / "shards" / "README.md").read_text() == card
+    generated([*shards, "--overwrite", "--seed", "6"], output)
+    assert (tmp_path / "shards" / "README.md").read_text() != card
+    assert (pixels_of(tmp_path / "files"), sorted(tmp_path.iterdir())) == before[:2]
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_too_little_memory_is_told(
+    error: Exception, trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("glem_augment.cli.generate.SyntheticDataset", none_left)
+    fails(["generate", str(trained), "--per-class", "1", "--out", str(tmp_path / "x")], output, "lower --batch-size")
+
+
+def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Path, output: Output) -> None:
+    base = ["generate", str(trained), "--out", str(tmp_path / "x"), "--per-class"]
+    real = ["--real", images_of(trained)]
+    fails([*base, "balance"], output, "--per-class balance", "--real")
+    fails([*base, "2", "--source", "mixup"], output, "--source mixup", "--real")
+    fails([*base, "2", *real], output, "--real", "no effect")
+    fails([*base, "2", "--modes", "2"], output, "--modes", "--source mixup")
+    fails([*base, "2", "--max-attempts", "2"], output, "--max-attempts", "--min-confidence")
+    fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
+    fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "--temperature")
+    fails([*base, "2", "--min-confidence", "1.5"], output, "min_confidence", "1.5")
+    fails([*base, "cow=2"], output, "'cow'", "bird, cat, dog")
+    fails([*base, "cat=0"], output, "no image at all")
+    fails([*base, "balance", *real], output, "all classes have 6 images")
+    fails([*base, str(tmp_path / "none.json")], output, "--per-class", "none.json")
+    for text, word in (("cat=1,cat=2", "twice"), ("=2", "CLASS=N"), ("cat=x", "whole number"), ("0", "at least 1")):
+        with pytest.raises(SystemExit) as info:
+            main([*base, text])
+        assert info.value.code == 2 and word in output()[1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_info(trained: Path, output: Output) -> None:
+    output()
+    assert main(["info", str(trained)]) == 0
+    text = output()[0]
+    assert "3x8x8" in text and "bird, cat, dog" in text and "mef_tiny" in text and "held out" in text
+    assert main(["info", str(trained), "--json"]) == 0
+    facts = json.loads(output()[0])
+    assert facts["image_shape"] == [3, 8, 8] and facts["num_classes"] == 3 and facts["parameters"]["flow"] > 0
+    assert facts["files"]["model.safetensors"] == (trained / "model.safetensors").stat().st_size
+
+
+def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: Output) -> None:
+    write_images(tmp_path / "images", ("a", "b"), (10, 18), 5, mode="L")
+    data, run = str(tmp_path / "images"), str(tmp_path / "run")
+    # An affine flow of one level, on images resized to 8x16, of which the top 5 bits are modelled.
+    options = ["--preset", "glow_tiny", "--flow", "depth=[1]", "--flow", "width=[8]", "--flow", "blocks=[1]"]
+    options += ["--image-size", "8", "16", "--bits", "5", "--epochs", "1", "--threads", "1", "--quiet"]
+    assert main(["train", data, "--out", run, *options]) == 0
+    assert GLEM.from_pretrained(run).image_shape == (1, 8, 16)
+    output()
+    assert main(["eval", run, data]) == 0
+    assert json.loads(output()[0])["bits"] == 5
+    assert main(["generate", run, "--per-class", "2", "--out", str(tmp_path / "synthetic")]) == 0
+    assert Image.open(tmp_path / "synthetic" / "a" / "000000.png").size == (16, 8)
+    assert main(["preview", run, data, "--out", str(tmp_path / "p.png"), "--rows", "2"]) == 0
+    assert Image.open(tmp_path / "p.png").width > 300
+    # The size is remembered by the run.
+    output()
+    assert main(["train", data, "--out", run, "--resume"]) == 0
+    assert "already finished" in output()[0]
+
+
+# ---- bad input: exit code 2, one line ------------------------------------------------------------------------------
+
+
+def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    out = ["--out", str(tmp_path / "run"), "--quiet"]
+    data = str(image_folder)
+    fails(["train", data, *out, "--image-size", "10"], output, "divisible by 4", "10x10", "8x8")
+    fails(["train", data, *out, "--image-size", "8", "8", "8"], output, "--image-size", "3 numbers")
+    fails(["train", str(tmp_path / "missing"), *out], output, "no such data")
+    fails(["train", data, *out, "--flow", "depht=[1,1]"], output, "depht")
+    fails(["train", data, *out, "--augment", "flip,spin"], output, "'spin'")
+    fails(["train", data, *out, "--psi", "1", "2"], output, "--psi")
+    fails(["train", data, *out, "--objective", "mle", "--beta", "1"], output, "mle")
+    fails(["train", data, *out, "--device", "abacus"], output, "'abacus'")
+    fails(["train", data, *out, "--epochs", "0"], output, "epochs must be a whole number >= 1")
+    fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
+    (image_folder / "dog" / "0.png").write_bytes(b"no image")
+    fails(["train", data, *out], output, "0.png")
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_an_unknown_preset_is_refused_by_the_parser(output: Output) -> None:
+    for argv in (["train", "x", "--out", "y", "--preset", "huge"], ["train", "x"], ["fly"], []):
+        with pytest.raises(SystemExit) as info:
+            main(argv)
+        assert info.value.code == 2
+    assert "mef_tiny" in output()[1]
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(
+    image_folder: Path, tmp_path: Path, output: Output
+) -> None:
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--epochs", "1", *TINY, "--quiet"]
+    assert main([*argv, "--resume"]) == 0
+    assert "no checkpoint" in output()[1] and (tmp_path / "run" / hub.WEIGHTS).is_file()
+
+
+def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: Path, output: Output) -> None:
+    run, start = tmp_path / "tuned", tmp_path / "start"
+    shutil.copytree(trained, start)
+    argv = ["train", images_of(trained), "--init", str(start), "--out", str(run), "--epochs", "1", "--quiet"]
+    assert main([*argv, "--objective", "hybrid", "--refit-steps", "5", *TINY]) == 0
+    before, after = GLEM.from_pretrained(trained), GLEM.from_pretrained(run)
+    assert after.config.flow == before.config.flow and after.class_ids == before.class_ids
+    assert '"kind": "final"' in (run / "metrics.jsonl").read_text().splitlines()[-1]
+    (run / hub.WEIGHTS).unlink()
+    shutil.rmtree(start)  # whoever goes on needs it no more
+    assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
+    again = GLEM.from_pretrained(run)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in after.state_dict().items())
+
+
+def test_an_existing_run_is_not_overwritten(trained: Path, tmp_path: Path, output: Output) -> None:
+    data, before = images_of(trained), (trained / NEWEST).read_bytes()
+    fails(["train", data, "--out", str(trained)], output, "already holds a run", "--resume")
+    fails(["train", data, "--out", str(trained), "--resume", "--lr", "0.5"], output, "other settings", "lr")
+    assert (trained / NEWEST).read_bytes() == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / hub.CONFIG).write_text("{}")
+    fails(["train", data, "--out", str(tmp_path / "run")], output, "already holds a model")
+
+
+def test_a_run_on_other_data_is_not_resumed(trained: Path, image_folder: Path, output: Output) -> None:
+    fails(["train", str(image_folder), "--out", str(trained), "--resume"], output, "other data")
+
+
+def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / hub.CONFIG).write_bytes((trained / hub.CONFIG).read_bytes())
+    weights = (trained / hub.WEIGHTS).read_bytes()
+    (broken / hub.WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    for argv in (
+        ["eval", str(broken), images_of(trained)],
+        ["generate", str(broken), "--per-class", "1", "--out", str(tmp_path / "g")],
+        ["preview", str(broken), images_of(trained), "--out", str(tmp_path / "p.png")],
+        ["info", str(broken)],
+        ["demo", "--model", str(broken), "--out", str(tmp_path / "d")],
+    ):
+        fails(argv, output, "model.safetensors", "truncated")
+    assert not (tmp_path / "g").exists() and not (tmp_path / "d").exists()
+    fails(["info", str(tmp_path / "nothing")], output, "no model at")
+    fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
+    monkeypatch.setenv("GLEM_DEBUG", "1")
+    assert main(["info", str(broken)]) == 2
+    assert "Traceback" in output()[1]
+
+
+def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: Output) -> None:
+    data = images_of(trained)
+    fails(["eval", str(trained), "bundled:fashion-mnist"], output, "no counterpart", "bird")
+    fails(["eval", str(trained), data, "--class-map", str(tmp_path / "none.json")], output, "none.json")
+    fails(["preview", str(trained), data, "--out", str(tmp_path / "p.jpg")], output, ".png")
+    fails(["preview", str(trained), data, "--out", str(tmp_path / "p.png"), "--modes", "999"], output, "modes", "999")
+    fails(["demo", "--model", str(trained), "--out", str(tmp_path / "d")], output, "(1, 28, 28)", "(3, 8, 8)")
+    (tmp_path / "file").write_text("")
+    fails(["generate", str(trained), "--per-class", "1", "--out", str(tmp_path / "file")], output, "is a file")
+
+
+def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glem_augment.cli.info.model_facts", interrupt)
+    assert main(["info", str(trained)]) == 130
+    assert "Traceback" not in output()[1]
+    # A reader that has left before anything is written.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glem_augment", "info", str(trained)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 0 and errors == ""
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom glem_augment.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    for argv, status in ((["--help"], 0), (["--version"], 0), (["no-such-command"], 2)):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == f"{status} False", done.stderr
+        if argv == ["--help"]:
+            assert all(f"    {name} " in done.stdout for name in COMMANDS)
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glem_augment.cli.main.add_command", stopped)
+    assert main(["info", "bundled:fashion-mnist"]) == 130
+    assert output() == ("", "glem: interrupted\n")
+
+
+def test_the_parser_is_complete() -> None:
+    for argv in (["demo"], ["info", "m"], ["eval", "m", "d"], ["preview", "m", "d", "--out", "p.png"]):
+        assert callable(build_parser().parse_args(argv).run)
+
+
+# ---- a run killed at any instant -----------------------------------------------------------------------------------
+
+
+def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: Path) -> None:
+    def command(out: str, *options: str) -> list[str]:
+        argv = ["train", str(image_folder), "--out", str(tmp_path / out), "--epochs", "30", "--batch-size", "2"]
+        argv += ["--warmup-steps", "5", "--augment", "flip,crop", "--objective", "hybrid", "--m-rounds", "2"]
+        return [*argv, *TINY, "--quiet", *options]
+
+    assert main(command("whole")) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glem_augment.cli.main", *command("killed", "--checkpoint-minutes", "0.0001")],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    checkpoint, deadline = tmp_path / "killed" / NEWEST, time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+    step = load_checkpoint(checkpoint.parent).step
+    assert 0 <= step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
+    resume = ["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]
+    assert main([*resume, "--checkpoint-minutes", "5"]) == 0
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    assert (killed / hub.WEIGHTS).read_bytes() == (whole / hub.WEIGHTS).read_bytes()
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "epoch"]
+    assert steps == sorted(set(steps))
+
+
+def test_one_process_trains_in_a_folder_at_a_time(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    run = tmp_path / "run"
+    argv = ["train", str(image_folder), "--out", str(run), "--epochs", "2000", *TINY, "--quiet", "--batch-size", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "glem_augment", *argv], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline().startswith("data ")
+        assert main([*argv, "--resume"]) == 2
+        assert "glem: error: another process is at work in" in output()[1]
+        process.kill()  # its lock goes with it
+        process.wait()
+        assert main([*argv, "--resume", "--max-minutes", "0.01"]) == 75
+    finally:
+        process.kill()
+    assert not (run / ".lock").exists()
+    # Where nothing came of a run, no folder stays behind.
+    new = ["train", str(image_folder), "--out", str(tmp_path / "new"), *TINY, "--batch-size", "2", "--quiet"]
+    fails([*new, "--flow", "sides=3"], output, "sides")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    argv = ["train", str(image_folder), "--epochs", "1", *TINY, "--val-fraction", "0.4"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    out, err = output()
+    assert "steps are few" in err and "glem adapt" in err
+    bits = float(re.search(r"bits/dim ([0-9.]+)", out)[1])  # type: ignore[index]
+    assert bits > 8 and "worse than the 8 of uniform noise" in err
+
+
+def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:
+    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--epochs", "2000", *TINY, "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glem_augment", *argv, "--batch-size", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("data ")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("glem: stopped at step") and "--resume" in errors and len(errors.splitlines()) == 1
+    assert load_checkpoint(tmp_path / "run").step > 0
+
+
+# ---- the bundled flow ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("fashion-mnist" not in hub.bundled_models(), reason="the flow is not in this copy")
+def test_the_bundled_flow(tmp_path: Path, output: Output) -> None:
+    output()
+    argv = ["eval", "bundled:fashion-mnist", "bundled:fashion-mnist", "--limit", "100", "--round-trip", "10"]
+    assert main(argv) == 0
+    result = json.loads(output()[0])
+    assert result["accuracy"] > 0.8 and result["round_trip"]["within_half_step"] > 0.999
+    assert main(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert set(report["classifier"]["arms"]) == {"no augmentation", "GLEMAugment", "identity control"}

@@ -1,0 +1,588 @@
+"""Training and exporting that are killed, starved of disk and fed with NaN: the end is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import faulty
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import TINY, write_images
+from test_training import comparable, tiny_trainer
+
+from glem_augment import GLEM, SyntheticDataset, open_data
+from glem_augment.cli.main import main
+from glem_augment.errors import BadImageError
+from glem_augment.hub import files as hub
+from glem_augment.synthetic.manifest import JOURNAL, Shard
+from glem_augment.synthetic.provenance import PROVENANCE
+from glem_augment.training import loop as run_module
+from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, Checkpoints, load_checkpoint
+from glem_augment.training.statefile import from_bytes
+
+# In the fast suite, and in the slow one.
+SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
+KILLS = [4, pytest.param(50, marks=SLOW)]
+
+# Equal bits need an equal number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "images"
+    write_images(folder, ("bird", "cat", "dog"), (8, 8), 12)
+    return folder
+
+
+def train_argv(images: Path, out: Path, *options: str) -> list[str]:
+    """42 steps with a checkpoint after each; --resume starts where there is nothing to resume."""
+    argv = ["train", str(images), "--out", str(out), "--resume", "--quiet", "--epochs", "6", "--batch-size", "4", *TINY]
+    argv += ["--warmup-steps", "5", "--objective", "hybrid", "--refit-steps", "5", "--modes-rank", "2"]
+    # The flow's settings in no order of the alphabet, which is that of the checkpoint.
+    argv += ["--flow", "blocks=[1,1]", "--sample-every", "2"]
+    return [*argv, "--max-bad-steps", "3", "--checkpoint-minutes", "1e-9", *options]
+
+
+class Undisturbed:
+    """Runs that nobody disturbed, and the seconds that they took."""
+
+    def __init__(self, root: Path, images: Path) -> None:
+        self.root, self.images, self.seconds = root, images, dict[Path, float]()
+
+    def run(self, *options: str, poison: bool = False) -> Path:
+        out = self.root / f"run{poison}{'-'.join(options)}"
+        if out not in self.seconds:
+            notes = self.root / f"{out.name}.notes"
+            process = faulty.start(train_argv(self.images, out, *options), notes, poison=poison)
+            began = time.monotonic()
+            assert faulty.finish(process) == 0, Path(f"{notes}.log").read_text()
+            self.seconds[out] = time.monotonic() - began
+        return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"), images)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def all_whole(out: Path) -> None:
+    """Nothing stands half-written under its final name."""
+    for name in (NEWEST, PREVIOUS, GOOD):
+        if (out / name).exists():
+            from_bytes((out / name).read_bytes())
+    if (out / hub.CONFIG).exists():
+        GLEM.from_pretrained(out)
+
+
+def same_end(out: Path, whole: Path) -> None:
+    for name in (hub.WEIGHTS, hub.CONFIG):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert comparable(out) == comparable(whole)
+    assert names(out) == names(whole)
+    for path in (whole / "samples").iterdir():
+        assert (out / "samples" / path.name).read_bytes() == path.read_bytes()
+    ours, theirs = (load_checkpoint(folder) for folder in (out, whole))
+    assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items())
+    assert {**ours.facts, "seconds": 0} == {**theirs.facts, "seconds": 0}
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("poison", [False, True], ids=["plain", "diverging"])
+def test_training_killed_at_random_moments(
+    tmp_path: Path, images: Path, undisturbed: Undisturbed, kills: int, poison: bool
+) -> None:
+    whole, rng, notes = undisturbed.run(poison=poison), random.Random(kills), tmp_path / "notes"
+    if poison:
+        returns = [row for row in comparable(whole) if row["kind"] == "rollback"]
+        assert [(row["step"], row["lr_scale"], row["number"]) for row in returns] == [(7, 0.5, 1)]
+    killed, runs, out = 0, 0, tmp_path / "0"
+    while killed < kills or out.exists():
+        process = faulty.start(train_argv(images, out), notes, poison=poison)
+        # The last piece is left alone.
+        span = undisturbed.seconds[whole]
+        code = faulty.kill_at_random(process, span, rng, killed) if killed < kills else faulty.finish(process)
+        # SIGTERM ends the step at hand, and only before or after all steps the process.
+        assert code in (0, *((-15, 130) if killed % 2 else (-9,))), Path(f"{notes}.log").read_text()
+        all_whole(out)
+        if code == 0:
+            same_end(out, whole)
+            runs, out = runs + 1, tmp_path / str(runs + 1)
+            continue
+        killed += 1
+        if (last := faulty.steps_noted(notes)) >= 0:
+            # Nothing is lost but the step at hand; unless the run had just returned to an earlier one.
+            checkpoint = load_checkpoint(out)
+            assert checkpoint.step >= last or checkpoint.facts["rollbacks"] > 0
+    assert runs >= 1
+
+
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=SLOW)])
+def test_training_killed_before_operations_on_files(
+    tmp_path: Path, images: Path, undisturbed: Undisturbed, stride: int
+) -> None:
+    """Kills between two renames, or in the middle of a write, are rare at random moments; here they are certain."""
+    options = ("--epochs", "2", "--checkpoint-minutes", "1e9")  # the start, an epoch, a return, an epoch, the end
+    whole, notes, deaths = undisturbed.run(*options, poison=True), tmp_path / "notes", 0
+    for at in range(0, 10_000, stride):
+        out = tmp_path / str(at)
+        code = faulty.finish(faulty.start(train_argv(images, out, *options), notes, die_at=at, poison=True))
+        assert code in (0, faulty.DIED), Path(f"{notes}.log").read_text()
+        all_whole(out)
+        if code == faulty.DIED:
+            deaths += 1
+            again = faulty.start(train_argv(images, out, *options), notes, poison=True)
+            assert faulty.finish(again) == 0, Path(f"{notes}.log").read_text()
+        same_end(out, whole)
+        shutil.rmtree(out)
+        if code == 0:
+            break
+    assert deaths >= 40 // stride
+
+
+def test_a_kill_between_a_checkpoint_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"sample_every": 1, "checkpoint_minutes": 1e9}
+    tiny_trainer(tmp_path / "whole", **options).fit()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "samples").iterdir()}
+    for name in sorted(whole):
+        out, draw = tmp_path / name, run_module.sample_grid
+
+        def killed(model: GLEM, path: Path, name: str = name, draw: Callable[..., None] = draw) -> None:
+            if path.name == name:
+                raise KeyboardInterrupt
+            draw(model, path)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run_module, "sample_grid", killed)
+            tiny_trainer(out, **options).fit()
+        assert not (out / "samples" / name).exists()
+        tiny_trainer(out, resume=True, **options).fit()
+        assert {path.name: path.read_bytes() for path in (out / "samples").iterdir()} == whole
+
+
+def test_a_kill_before_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with a model counts as finished, so that the model comes last."""
+
+    def killed(rows: list[dict[str, object]], path: Path) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "plot_curves", killed)
+        tiny_trainer(tmp_path).fit()
+    assert not (tmp_path / hub.CONFIG).exists() and not (tmp_path / hub.WEIGHTS).exists()
+    tiny_trainer(tmp_path, resume=True).fit()
+    assert (tmp_path / hub.CONFIG).exists()
+
+
+def export_argv(model: Path, out: Path, per_class: int) -> list[str]:
+    return ["generate", str(model), "--per-class", str(per_class), "--seed", "3", "--out", str(out)]
+
+
+def exported(folder: Path) -> dict[str, bytes]:
+    """Every file under its final name."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def whole_or_absent(out: Path, whole: dict[str, bytes]) -> None:
+    there = exported(out)
+    manifest = json.loads(there.pop(PROVENANCE, b'{"complete": false}'))
+    assert all(data == whole[name] for name, data in there.items())
+    assert not manifest["complete"] or len(there) == len(whole) - 1
+
+
+def finished(out: Path) -> dict[Path, int]:
+    """The files of the shards that an export under way knows to be written, and which files on the disk they are."""
+    try:
+        lines = (out / JOURNAL).read_text().split("\n")[1:-1]
+    except FileNotFoundError:
+        return {}
+    paths = [path for line in lines for path in Shard(**json.loads(line)).paths(out)]
+    return {path: path.stat().st_ino for path in paths}
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_an_export_killed_at_random_moments(tmp_path: Path, undisturbed: Undisturbed, kills: int) -> None:
+    model, rng, notes, count = undisturbed.run(), random.Random(kills), tmp_path / "notes", 400
+    began = time.monotonic()
+    assert faulty.finish(faulty.start(export_argv(model, tmp_path / "whole", count), notes)) == 0
+    seconds, whole = time.monotonic() - began, exported(tmp_path / "whole")
+    assert len(whole) == 3 * count + 1 and json.loads(whole[PROVENANCE])["complete"]
+    killed, runs, out, kept = 0, 0, tmp_path / "0", dict[Path, int]()
+    while killed < kills or out.exists():
+        process = faulty.start(export_argv(model, out, count), notes)
+        code = faulty.kill_at_random(process, seconds, rng, killed) if killed < kills else faulty.finish(process)
+        assert code in (0, -15 if killed % 2 else -9), Path(f"{notes}.log").read_text()
+        assert all(path.stat().st_ino == number for path, number in kept.items()), "a finished shard was written again"
+        whole_or_absent(out, whole)
+        if code == 0:
+            assert exported(out) == whole and names(out) == names(tmp_path / "whole")
+            runs, out, kept = runs + 1, tmp_path / str(runs + 1), {}
+            continue
+        killed += 1
+        kept = finished(out)
+        # Not known are the shards that were at hand: one being decoded, and three whose files are being written.
+        if (out / JOURNAL).exists():
+            assert len(list(out.glob("*/0*.png"))) - len(kept) <= 4 * 64
+    assert runs >= 1
+
+
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=SLOW)])
+def test_an_export_killed_in_the_middle_of_operations_on_files(
+    tmp_path: Path, undisturbed: Undisturbed, stride: int
+) -> None:
+    model, notes, deaths = undisturbed.run(), tmp_path / "notes", 0
+    assert faulty.finish(faulty.start(export_argv(model, tmp_path / "whole", 10), notes)) == 0
+    whole = exported(tmp_path / "whole")
+    for at in range(0, 10_000, stride):
+        out = tmp_path / str(at)
+        code = faulty.finish(faulty.start(export_argv(model, out, 10), notes, die_at=at))
+        assert code in (0, faulty.DIED), Path(f"{notes}.log").read_text()
+        whole_or_absent(out, whole)
+        if code == faulty.DIED:
+            deaths += 1
+            kept = finished(out)
+            assert faulty.finish(faulty.start(export_argv(model, out, 10), notes)) == 0, Path(
+                f"{notes}.log"
+            ).read_text()
+            assert all(path.stat().st_ino == number for path, number in kept.items())
+        assert exported(out) == whole and names(out) == names(tmp_path / "whole")
+        if code == 0:
+            break
+    assert deaths >= 70 // stride
+
+
+# ---- damaged checkpoints ---------------------------------------------------------------------------------------------
+
+
+def cut_off(out: Path, at: int = 6, **options: object) -> None:
+    """A run of test_training's, stopped at a step, with a checkpoint after each."""
+    trainer = tiny_trainer(out, checkpoint_minutes=1e-9, **options)
+    e_step = trainer.e_step
+
+    def stopping(x: torch.Tensor, y: torch.Tensor) -> float:
+        if trainer.step == at:
+            raise KeyboardInterrupt
+        return e_step(x, y)
+
+    trainer.e_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.unlink()  # the other names of the file keep its content
+    if how != "missing":
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        path.write_bytes({"cut": data[:middle], "flipped": flipped, "empty": b"", "zeros": bytes(len(data))}[how])
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "run"
+    tiny_trainer(out, checkpoint_minutes=1e-9).fit()
+    return out
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "zeros", "missing"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, toy_run: Path, how: str) -> None:
+    out = tmp_path / "run"
+    cut_off(out)
+    assert load_checkpoint(out).step == 6
+    damage(out / NEWEST, how)
+    if how == "missing":  # as after a kill on a file system without hard links
+        trainer = tiny_trainer(out, resume=True)
+    else:
+        said = rf"{out / NEWEST} can't be used: .*Going on from the one before, {out / PREVIOUS} \(step 5\)"
+        with pytest.warns(UserWarning, match=said):
+            trainer = tiny_trainer(out, resume=True)
+    assert trainer.step == 5
+    trainer.save_checkpoint()
+    # The damaged one has not taken the place of the good one.
+    assert from_bytes((out / PREVIOUS).read_bytes())[0]["step"] == 5
+    tiny_trainer(out, resume=True).fit()
+    assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+    assert comparable(out) == comparable(toy_run)
+
+
+def test_without_the_newest_two_a_run_goes_on_from_the_end_of_an_epoch(tmp_path: Path, toy_run: Path) -> None:
+    out = tmp_path / "run"
+    cut_off(out)
+    damage(out / NEWEST, "cut")
+    damage(out / PREVIOUS, "flipped")
+    with pytest.warns(UserWarning, match=rf"{NEWEST} can't.*{PREVIOUS} can't.*{GOOD} \(step 4\)"):
+        tiny_trainer(out, resume=True).fit()
+    assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+    for name in (NEWEST, PREVIOUS, GOOD):
+        damage(out / name, "empty")
+    with pytest.raises(Exception, match=rf"{NEWEST} can't.*{PREVIOUS} can't.*{GOOD} can't.*start over") as caught:
+        tiny_trainer(out, resume=True)
+    assert type(caught.value).__name__ == "TrainingError"
+
+
+def test_only_files_that_a_kill_left_are_cleared_away(tmp_path: Path) -> None:
+    left = [".checkpoint.safetensors.1-0abc.tmp", ".checkpoint.good.safetensors.12-0abc.tmp", ".metrics.jsonl.9-ab.tmp"]
+    left += ["samples/.epoch_0001.png.12-0abc.tmp"]
+    others = [".notes.txt.12-0abc.tmp", "checkpoint.safetensors.12-0abc.tmp", ".model.tmp", "samples/.mine.12-0abc.tmp"]
+    (tmp_path / "samples").mkdir()
+    for name in [*left, *others]:
+        (tmp_path / name).write_bytes(b"half")
+    Checkpoints(tmp_path).clean()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == set(others)
+
+
+def test_the_command_says_once_that_a_checkpoint_is_damaged(images: Path, tmp_path: Path) -> None:
+    out, notes = tmp_path / "run", tmp_path / "notes"
+    short = ("--epochs", "1", "--refit-steps", "0")
+    assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
+    (out / hub.CONFIG).unlink()
+    damage(out / NEWEST, "cut")
+    for name in ("skipped.json", "codes.safetensors", NEWEST):
+        (out / f".{name}.123-0123abcd.tmp").write_bytes(b"{")  # of a kill
+    assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
+    assert Path(f"{notes}.log").read_text().count("Going on from the one before") == 1
+    assert not list(out.glob(".*"))
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Fill a file system but for some bytes."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - leave)))
+    return filler
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 16384])
+def test_training_on_a_disk_that_fills_up(tmp_path: Path, small_disk: Path, toy_run: Path, leave: int) -> None:
+    out = small_disk / "run"
+    trainer = tiny_trainer(out, checkpoint_minutes=1e-9)
+    e_step, filler = trainer.e_step, []
+
+    def filling(x: torch.Tensor, y: torch.Tensor) -> float:
+        if trainer.step == 6 and not filler:
+            filler.append(fill(small_disk, leave))
+        return e_step(x, y)
+
+    trainer.e_step = filling
+    with pytest.raises(OSError, match="no space left|No space left") as caught:
+        trainer.fit()
+    assert caught.value.errno == errno.ENOSPC and str(out) in str(caught.value)
+    all_whole(out)
+    assert load_checkpoint(out).step >= 6 and not list(out.glob(".*"))
+    filler[0].unlink()
+    tiny_trainer(out, resume=True).fit()
+    assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+    assert comparable(out) == comparable(toy_run)
+
+
+@contextmanager
+def disk_full_at(at: int) -> Iterator[Callable[[], int]]:
+    """In the block, operation number `at` finds no space; what is given says how many there have been."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in faulty.writing_operations():
+            patch.setattr(owner, name, getattr(owner, name))  # to be undone
+        yield faulty.die_before(at, full, faulty.writing_operations())
+
+
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=SLOW)])
+def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
+    tmp_path: Path, toy_run: Path, stride: int
+) -> None:
+    failures = 0
+    for at in range(0, 10_000, stride):
+        out = tmp_path / str(at)
+        with disk_full_at(at) as done:
+            try:
+                tiny_trainer(out, resume=Checkpoints(out).exist()).fit()
+            except OSError as error:
+                failures += 1
+                assert error.errno == errno.ENOSPC and str(out) in str(error), error
+            enough = done() <= at
+        assert not list(out.glob(".*tmp"))
+        all_whole(out)
+        # A failure need not end a run: a folder that can't be synced, or a link in place of which a file is written.
+        tiny_trainer(out, resume=Checkpoints(out).exist()).fit()
+        assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+        assert comparable(out) == comparable(toy_run)
+        if enough:
+            break
+    assert failures >= 20 // stride
+
+
+def test_an_export_to_a_disk_that_fills_up(
+    tmp_path: Path, small_disk: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = SyntheticDataset(GLEM.from_pretrained(toy_run), per_class=100, seed=1)
+    whole = exported(data.export(tmp_path / "whole", progress=False))
+    out, filler = small_disk / "out", fill(small_disk, 300_000)
+    with pytest.raises(OSError, match=rf"{out} has 0 MiB free.*may need"):
+        data.export(out, progress=False)
+    with monkeypatch.context() as patch:  # somebody else fills the disk after the check
+        patch.setattr("glem_augment.synthetic.export.check_space", lambda *args: None)
+        patch.setattr("glem_augment.synthetic.publish.check_space", lambda *args: None)
+        with pytest.raises(OSError, match=r"cannot write .*\.tar: No space left"):
+            data.export(small_disk / "shards", "webdataset", progress=False)
+        assert not (small_disk / "shards").exists() and sorted(small_disk.iterdir()) == sorted([filler, out])
+        with pytest.raises(OSError, match=rf"cannot write {out}.*No space left") as caught:
+            data.export(out, progress=False, overwrite=True)
+    assert caught.value.errno == errno.ENOSPC
+    there = exported(out)
+    assert not json.loads(there.pop(PROVENANCE))["complete"]
+    assert 0 < len(there) < 200 and all(data == whole[name] for name, data in there.items())
+    filler.unlink()
+    assert exported(data.export(out, progress=False, overwrite=True)) == whole
+
+
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=SLOW)])
+def test_an_export_where_any_operation_on_a_file_may_find_the_disk_full(
+    tmp_path: Path, toy_run: Path, stride: int
+) -> None:
+    data = SyntheticDataset(GLEM.from_pretrained(toy_run), per_class=10, block=4, seed=1)
+    whole = exported(data.export(tmp_path / "whole", progress=False))
+    failures = 0
+    for at in range(0, 10_000, stride):
+        out = tmp_path / str(at)
+        with disk_full_at(at) as done:
+            try:
+                data.export(out, progress=False)
+            except OSError as error:
+                failures += 1
+                assert error.errno == errno.ENOSPC and str(out) in str(error), error
+            enough = done() <= at
+        whole_or_absent(out, whole)
+        data.export(out, progress=False)
+        assert exported(out) == whole and names(out) == names(tmp_path / "whole")
+        if enough:
+            break
+    assert failures >= 50 // stride
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "read-only"])
+def test_an_export_whose_folder_vanishes_or_turns_read_only(small_disk: Path, toy_run: Path, how: str) -> None:
+    data = SyntheticDataset(GLEM.from_pretrained(toy_run), per_class=20, block=4, seed=1)
+    whole = exported(data.export(small_disk / "whole", progress=False))
+    out, decode, blocks = small_disk / "out", data.decoded_block, []
+
+    def vanishing(cls: int, number: int) -> torch.Tensor:
+        blocks.append((cls, number))
+        if len(blocks) == 5:
+            if how == "read-only":
+                # Not the disk as a whole, where the export has a file open.
+                for how_to in (["--bind", str(out)], ["-o", "remount,bind,ro"]):
+                    subprocess.run(["mount", *how_to, str(out)], check=True)
+            else:
+                out.rename(small_disk / "elsewhere")  # at once: other threads are writing
+                if how == "removed":
+                    shutil.rmtree(small_disk / "elsewhere", ignore_errors=True)
+        return decode(cls, number)
+
+    data.decoded_block = vanishing  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=rf"cannot write {out}"):
+        data.export(out, progress=False)
+    if how == "read-only":
+        subprocess.run(["umount", str(out)], check=True)
+    else:
+        assert not out.exists()  # no half of an export in a new folder
+    again = small_disk / "elsewhere" if how == "renamed" else out
+    assert len(blocks) < 10 and exported(data.export(again, progress=False)) == whole
+
+
+def test_a_folder_that_turns_read_only(small_disk: Path) -> None:
+    out = small_disk / "run"
+    cut_off(out)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match=rf"cannot write {out}.*read-only"):
+        tiny_trainer(out, resume=True)
+    with pytest.raises(OSError, match=rf"cannot write {small_disk}.*read-only|Read-only.*{small_disk}"):
+        tiny_trainer(small_disk / "other")
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert tiny_trainer(out, resume=True).step == 6
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+@pytest.mark.parametrize("every_step", [True, False])
+def test_a_folder_that_vanishes(tmp_path: Path, how: str, every_step: bool) -> None:
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out, checkpoint_minutes=1e-9 if every_step else 1e9)
+    e_step = trainer.e_step
+
+    def vanishing(x: torch.Tensor, y: torch.Tensor) -> float:
+        if trainer.step == 6:
+            shutil.rmtree(out) if how == "removed" else out.rename(tmp_path / "elsewhere")
+        return e_step(x, y)
+
+    trainer.e_step = vanishing
+    with pytest.raises(FileNotFoundError, match=rf"output folder {out} has vanished"):
+        trainer.fit()
+    assert not out.exists()  # no half of a run in a new folder
+    if how == "renamed":
+        assert tiny_trainer(tmp_path / "elsewhere", resume=True).step == (6 if every_step else 4)
+
+
+def test_an_output_folder_that_is_a_file(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert main(train_argv(images, out)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("glem: error: ") and str(tmp_path / "file") in error
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# ---- broken images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache_bytes", [2**20, 0])
+@pytest.mark.parametrize("name", ["a.jpg", "z.jpg"])
+def test_the_size_of_an_image_that_is_cut_off_is_nobodys(
+    images: Path, tmp_path: Path, name: str, cache_bytes: int
+) -> None:
+    """Its header can be read, and says another size than the others have."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(folder / "bird" / name)
+    path = folder / "bird" / name
+    path.write_bytes(path.read_bytes()[:-800])
+    data = open_data(folder, cache_bytes=cache_bytes, skip_bad=True)
+    assert len(data) == 36 and data.image_shape == (3, 8, 8) and [where for where, _ in data.skipped] == [str(path)]
+    assert data.with_targets(data.targets, data.classes).skipped == data.skipped
+    path.write_bytes(b"GIF")
+    with pytest.raises(BadImageError, match=rf"{path} cannot be read.*leave such images out.*--skip-bad"):
+        open_data(folder, cache_bytes=cache_bytes)

@@ -1,0 +1,555 @@
+"""What runs for long: memory, files and threads that must not grow, and one data set read from many sides at once."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.context import set_spawning_popen
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import broken_folder, png
+from test_export import files
+from test_training import tiny_trainer
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
+from glem_augment.data.dataset import ImageData
+from glem_augment.errors import DataError
+from glem_augment.models import WeightsVersion
+from glem_augment.synthetic.stream import SyntheticStream
+from glem_augment.training import loop as run_module
+
+CLASSES = ["ant", "bee", "cat"]
+PROC = Path("/proc/self")
+MIB = 2**20
+
+needs_proc = pytest.mark.skipif(not (PROC / "statm").exists(), reason="needs Linux's /proc")
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through again and again
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+def pixels(n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(60, 196, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def labels(n: int) -> Tensor:
+    return torch.arange(n) % len(CLASSES)
+
+
+@pytest.fixture(scope="module")
+def model() -> GLEM:
+    """A flow with random weights, small enough that a batch takes milliseconds."""
+    torch.manual_seed(0)
+    model = GLEM.create("mef_tiny", (1, 8, 8), CLASSES, depth=[1], blocks=[1], width=[4])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.fit_modes((pixels(90), labels(90)), rank=8)
+    return model.eval().requires_grad_(False)
+
+
+# ---- what a process holds --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Footprint:
+    """What a process holds after a collection of garbage.
+
+    Attributes:
+        resident: bytes of memory; blocks: small Python objects (numbers in lists too); tensors: made since the module
+        began; descriptors: targets of the open ones; threads; mappings: anonymous memory that forked workers would
+        share.
+    """
+
+    resident: int
+    blocks: int
+    tensors: int
+    descriptors: str
+    threads: int
+    mappings: int
+
+    @classmethod
+    def now(cls) -> Footprint:
+        gc.collect()
+        gc.collect()  # what finalizers let go of
+        # Not isinstance, which asks every object for its __class__: some answer by importing something.
+        tensors = sum(issubclass(type(item), Tensor) for item in gc.get_objects())
+        blocks = sys.getallocatedblocks()
+        targets = []
+        for link in (PROC / "fd").iterdir():
+            with suppress(OSError):  # the folder's own
+                targets.append(os.readlink(link))
+        return cls(
+            int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            blocks,
+            tensors,
+            "\n".join(sorted(targets)),  # one object, however many files earlier tests left open
+            len(list((PROC / "task").iterdir())),
+            (PROC / "maps").read_text().count("/dev/zero"),
+        )
+
+
+def assert_no_growth(before: Footprint, after: Footprint, resident: int, blocks: int) -> None:
+    """Nothing has grown but memory by up to `resident` bytes and `blocks` objects, which caches may still take."""
+    assert after.tensors <= before.tensors and after.mappings <= before.mappings, (before, after)
+    assert after.descriptors.count("\n") <= before.descriptors.count("\n"), (before, after)
+    assert after.threads <= before.threads, (before, after)
+    assert after.blocks - before.blocks <= blocks, (before, after)
+    assert after.resident - before.resident <= resident, (before, after)
+
+
+KEPT: list[Any] = []
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "leak",
+    [
+        lambda: KEPT.append(torch.zeros(1)),
+        lambda: KEPT.append(open(os.devnull)),  # noqa: SIM115
+        lambda: KEPT.append(float(len(KEPT)) + 0.5),
+        lambda: KEPT.append(bytearray(2 * MIB)),
+        lambda: KEPT.append(torch.zeros(1).share_memory_()),
+        lambda: KEPT.append(threading.Timer(60, print)) or KEPT[-1].start(),
+    ],
+    ids=["tensor", "descriptor", "numbers", "memory", "shared", "thread"],
+)
+def test_a_leak_is_noticed(leak: Callable[[], Any]) -> None:
+    """The instrument itself."""
+    before = Footprint.now()
+    assert_no_growth(before, Footprint.now(), MIB, 50)
+    for _ in range(100 if leak.__code__.co_names[-1] != "start" else 3):
+        leak()
+    try:
+        with pytest.raises(AssertionError):
+            assert_no_growth(before, Footprint.now(), MIB, 50)
+    finally:
+        for item in KEPT:
+            getattr(item, "close", lambda: None)()
+            getattr(item, "cancel", lambda: None)()
+        KEPT.clear()
+
+
+# ---- a long run ------------------------------------------------------------------------------------------------------
+
+
+def augmented_batches(aug: GLEMAugment, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Without end: one epoch through the wrapped loader, one in the place of timm's mixup_fn, and so on."""
+    wrapped = aug.wrap(loader)
+    mixup = aug.as_mixup_fn(smoothing=0.1, mixup=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=len(CLASSES)))
+    for epoch in itertools.count():
+        if epoch % 2 == 0:
+            yield from wrapped
+        else:
+            for x, y in loader:
+                yield mixup(x, y)
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "mixup", "partner": "near", "bank": 4, "rescale": True},
+        {"policy": "mixup", "partner": "same", "detail": "mix"},
+        {"policy": "noise"},
+        {"policy": "adversarial"},
+    ],
+    ids=["bank", "mixup", "noise", "adversarial"],
+)
+@pytest.mark.parametrize(
+    "count", [640, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])], ids=["short", "long"]
+)
+def test_memory_stays_constant(model: GLEM, settings: dict[str, Any], count: int) -> None:
+    adversarial = settings["policy"] == "adversarial"
+    if adversarial:
+        count //= 10
+    torch.manual_seed(0)
+    # Batches of 8 and of 4.
+    loader = DataLoader(TensorDataset(pixels(60) / 255, labels(60)), batch_size=8, shuffle=True)
+    aug = GLEMAugment(model, p=0.9, modes=4, seed=0, **settings)
+    if adversarial:
+        classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, len(CLASSES)))
+        aug.attach(classifier)
+    batches, before, moved = augmented_batches(aug, loader), None, 0
+    for done in range(1, count + 1):
+        x, _ = next(batches)
+        moved += len(x)
+        del x
+        # At the end of two epochs, as the last batch is: in the middle there is more to hold.
+        if before is None and done >= count // 2 and done % 16 == 0:
+            before = Footprint.now()
+    assert before is not None and count % 16 == 0
+    # One number kept per batch would be more.
+    assert_no_growth(before, Footprint.now(), 4 * MIB, 1000 if count > 1000 else 300)
+    stats = aug.stats
+    assert moved * 0.7 < stats["selected"] < moved and stats["replaced"] < 0.1 * moved
+    if adversarial:
+        assert all(p.grad is None for p in classifier.parameters())
+
+
+# ---- one data set, many readers --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_threads(*tasks: Callable[[], None]) -> Iterator[None]:
+    """Run tasks at the same time as the block; their errors are raised, and one that hangs is an error."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(tasks) + 1)
+
+    def run(task: Callable[[], None]) -> None:
+        try:
+            barrier.wait(60)
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns far more often than they would by themselves
+    try:
+        for thread in threads:
+            thread.start()
+        barrier.wait(60)
+        yield
+        for thread in threads:
+            thread.join(100)
+        assert not any(thread.is_alive() for thread in threads), "a reader hangs"
+    finally:
+        sys.setswitchinterval(interval)
+    if errors:
+        raise errors[0]
+
+
+def synthetic(model: GLEM, cache_bytes: int = 2**20, **options: Any) -> SyntheticDataset:
+    given = {"per_class": 20, "block": 4, "seed": 1, "cache_bytes": cache_bytes, "transform": np.array}
+    return SyntheticDataset(copy.deepcopy(model), **{**given, **options})
+
+
+def reader(data: SyntheticDataset, expected: np.ndarray, seed: int, rounds: int = 25) -> Callable[[], None]:
+    """Reads at random, in every way there is, and compares with what a serial reader got."""
+
+    def task() -> None:
+        rng = np.random.default_rng(seed)
+        for turn in range(rounds):
+            rows = rng.integers(0, len(data), rng.integers(1, 12))
+            if turn % 3 == 0:
+                got = data.images(rows)[:, 0].numpy()
+            elif turn % 3 == 1:
+                got = np.stack([image for image, _ in data.__getitems__(rows.tolist())])
+            else:
+                got = np.stack([data[int(i)][0] for i in rows])
+            assert np.array_equal(got, expected[rows]), (seed, turn)
+
+    return task
+
+
+class Doubtful(nn.Module):
+    """A judge with dropout, as a classifier in training has; only in eval mode it judges reproducibly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, len(CLASSES)))
+        with torch.no_grad():
+            self.net[2].weight.copy_(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_two_threads_may_meet_a_model_for_the_first_time(model: GLEM) -> None:
+    class Interrupted(SyntheticDataset):
+        """Another thread is always first, and between two steps of this one."""
+
+        @property
+        def _model_version(self) -> Any:
+            seen = self.__dict__.get("version")
+            self.__dict__["version"] = WeightsVersion(self.model, others=(self.model.modes,))
+            return seen
+
+        @_model_version.setter
+        def _model_version(self, version: Any) -> None:
+            self.__dict__["version"] = version
+
+    data = Interrupted(model, per_class=2)
+    for _ in range(2):
+        data.check_model()
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.filterwarnings("ignore:SyntheticDataset decodes")
+@pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * 64, 2**20])
+@pytest.mark.parametrize("judged", [False, True])
+def test_threads_read_what_a_serial_reader_reads(model: GLEM, cache_bytes: int, judged: bool) -> None:
+    options: dict[str, Any] = {}
+    if judged:
+        options = {"min_confidence": 0.5, "oracle": Doubtful().train(), "max_attempts": 3}
+    expected = synthetic(model, **options).images(range(60))[:, 0].numpy()
+    for attempt in range(2):
+        data = synthetic(model, cache_bytes, **options)
+        with in_threads(*(reader(data, expected, 10 * attempt + i, rounds=9) for i in range(6))):
+            pass
+        if judged:
+            assert data.rejection is not None and data.rejection.oracle.training  # as it was
+
+
+class Numbered(Dataset):
+    """(image, index), so that a shuffled order is known."""
+
+    def __init__(self, data: SyntheticDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.data[index][0], index
+
+
+@pytest.mark.timeout(290)
+@pytest.mark.filterwarnings("ignore:SyntheticDataset decodes")
+@pytest.mark.parametrize(("context", "cache_bytes"), [("fork", 3 * 4 * 64), ("fork", 2**20), ("spawn", 2**20)])
+def test_workers_and_threads_read_at_the_same_time(model: GLEM, context: str, cache_bytes: int) -> None:
+    """Workers are started, by a fork too, while threads of this process are in the middle of a block."""
+    if context not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {context} here")
+    expected = synthetic(model).images(range(60))[:, 0].numpy()
+    # Starting by spawn takes seconds: once is enough, and the workers live through all epochs.
+    for attempt in range(3 if context == "fork" else 1):
+        data = synthetic(model, cache_bytes)
+        loader = DataLoader(
+            Numbered(data), batch_size=7, shuffle=True, num_workers=2, multiprocessing_context=context, timeout=200,
+            persistent_workers=context == "spawn",
+        )  # fmt: skip
+        with in_threads(*(reader(data, expected, 10 * attempt + i) for i in range(3))):
+            for _ in range(2):
+                seen = 0
+                for images, rows in loader:
+                    assert np.array_equal(images.numpy(), expected[rows.numpy()])
+                    seen += len(rows)
+                assert seen == 60
+
+
+def test_weights_are_not_moved_while_a_block_is_decoded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sending them to a process that is spawned moves them to shared memory."""
+    data, decode, inside, go_on = synthetic(model), GLEM.decode, threading.Event(), threading.Event()
+
+    def slow_decode(self: GLEM, z: Tensor, **options: Any) -> Tensor:
+        inside.set()
+        assert go_on.wait(60)
+        return decode(self, z, **options)
+
+    monkeypatch.setattr(GLEM, "decode", slow_decode)
+    sent = threading.Event()
+
+    def send() -> None:
+        assert inside.wait(60)
+        set_spawning_popen(object())  # of this thread
+        data.__getstate__()
+        sent.set()
+
+    with in_threads(lambda: str(data.images([0])) and None, send):
+        assert inside.wait(60) and not sent.wait(0.2)
+        assert not any(p.is_shared() for p in data.model.parameters())
+        go_on.set()
+    assert sent.is_set() and all(p.is_shared() for p in data.model.parameters())
+    set_spawning_popen(None)
+    copied = copy.deepcopy(synthetic(model))  # no such process: nothing is moved
+    assert not any(p.is_shared() for p in copied.model.parameters())
+
+
+@pytest.mark.timeout(100)
+def test_exports_of_one_data_set_at_the_same_time(model: GLEM, tmp_path: Path) -> None:
+    data = synthetic(model, cache_bytes=2 * 4 * 64)
+    whole = files(synthetic(model).export(tmp_path / "alone", progress=False))
+    with in_threads(*(lambda i=i: data.export(tmp_path / str(i), progress=False) and None for i in range(3))):
+        data.images(range(60))
+    assert all(files(tmp_path / str(i)) == whole for i in range(3))
+
+
+# ---- nothing is left open --------------------------------------------------------------------------------------------
+
+
+def _data_sets(model: GLEM, images: Path, out: Path) -> None:
+    real = (pixels(12), labels(12))
+    for options in (
+        {},
+        {"cache_bytes": 0},
+        {"source": "rfcm", "min_confidence": 0.9, "max_attempts": 2},
+        {"source": "mixup", "modes": 4, "real": real},
+    ):
+        data = SyntheticDataset(model, per_class=4, block=2, **options)
+        data.images([0, 11, 5])
+        copy.deepcopy(data)[3]
+
+
+def _streams(model: GLEM, images: Path, out: Path) -> None:
+    stream = SyntheticStream(model, length=10, block=4)
+    assert len(list(stream)) == 10
+    for _ in itertools.islice(SyntheticStream(model, block=4), 5):  # without an end
+        pass
+
+
+def _exports(model: GLEM, images: Path, out: Path) -> None:
+    data = SyntheticDataset(model, per_class=4, block=2)
+    data.export(out / "export", progress=False)
+    data.export(out / "export", progress=False)
+    with pytest.raises(FileExistsError):
+        SyntheticDataset(model, per_class=3).export(out / "export", progress=False)
+
+
+def _opened(model: GLEM, images: Path, out: Path) -> None:
+    open_data(images / "good")[0]
+    data = open_data(images / "good", cache_bytes=0)
+    next(data.batches(range(6), 2))
+    data = open_data(images / "mixed", image_size=8, skip_bad=True)
+    assert len(data.skipped) >= 14
+    assert len(open_data(images / "mixed", image_size=8, skip_bad=True, cache_bytes=0).skipped) >= 14
+    with pytest.raises(DataError):
+        open_data(images / "mixed", image_size=8)
+    open_data(str(images / "good.tar"))[0]
+    with pytest.raises(FileNotFoundError):
+        open_data(images / "nowhere")
+
+
+def _models(model: GLEM, images: Path, out: Path) -> None:
+    model.save(out / "model")
+    loaded = GLEM.from_pretrained(out / "model", check=True)
+    GLEMAugment(loaded, p=1.0, modes=4)(pixels(6), labels(6))
+    (out / "model" / "config.json").write_text("{}")
+    with pytest.raises(Exception, match="config"):
+        GLEM.from_pretrained(out / "model")
+
+
+def _trainings(model: GLEM, images: Path, out: Path) -> None:
+    tiny_trainer(out / "run", epochs=1).fit()
+    tiny_trainer(out / "run", epochs=1, resume=True)
+
+
+def _workers(model: GLEM, images: Path, out: Path) -> None:
+    context = {"num_workers": 1, "multiprocessing_context": "fork"}
+    data = SyntheticDataset(model, per_class=4, block=2, transform=np.asarray)
+    stream = SyntheticStream(model, length=12, block=4, transform=np.asarray)
+    plain = TensorDataset(pixels(12), labels(12))
+    aug = GLEMAugment(model, p=1.0, modes=4, seed=0)
+    living = DataLoader(plain, batch_size=4, collate_fn=aug.collate_fn(), persistent_workers=True, **context)
+    for loader in (
+        DataLoader(data, batch_size=4, **context),
+        DataLoader(stream, batch_size=4, **context),
+        living,
+        aug.wrap(DataLoader(plain, batch_size=4, **context)),
+    ):
+        for _ in range(2):
+            assert len(list(loader)) == 3
+        next(iter(loader))  # and an epoch that is left in its middle
+    decoded = open_data(images / "good", cache_bytes=0)
+    batches = decoded.batches(range(12), 2, workers=1)
+    next(batches)
+    batches.close()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for name in CLASSES:
+        for i in range(4):
+            png(root / "good" / name / f"{i}.png", value=20 * i)
+    with tarfile.open(root / "good.tar", "w") as archive:
+        archive.add(root / "good", arcname="good")
+    broken_folder(root / "mixed")
+    return root
+
+
+@needs_proc
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize(
+    ("task", "rounds"),
+    [
+        (_data_sets, 30),
+        (_streams, 30),
+        (_exports, 20),
+        (_opened, 8),
+        (_models, 15),
+        (_trainings, 4),
+        pytest.param(_workers, 4, marks=needs_fork),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else None,
+)
+def test_nothing_is_left_open(
+    model: GLEM,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: Callable[[GLEM, Path, Path], None],
+    rounds: int,
+) -> None:
+    monkeypatch.setattr(run_module, "plot_curves", lambda *args: True)
+    before = None
+    for index in range(rounds + 2):
+        out = tmp_path / "out"
+        task(model, images, out)
+        shutil.rmtree(out, ignore_errors=True)
+        if index == 1:  # the first rounds import and cache
+            before = Footprint.now()
+    assert before is not None
+    after, deadline = Footprint.now(), time.monotonic() + 20
+
+    # A queue to a worker that has ended is closed by a thread of its own, which may still be at it.
+    def more() -> bool:
+        held = [found.descriptors.count("\n") for found in (before, after)]
+        return after.threads > before.threads or held[1] > held[0]
+
+    while more() and time.monotonic() < deadline:
+        time.sleep(0.05)
+        after = Footprint.now()
+    # safetensors' `get_tensor` keeps two numbers of every tensor for ever; a flow has some twenty tensors.
+    assert_no_growth(before, after, 8 * MIB, 200 * rounds)
+    assert multiprocessing.active_children() == []
+
+
+@needs_proc
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pictures_are_closed_at_once(images: Path) -> None:
+    """Not when the garbage is collected: a folder may hold more files than a process may open."""
+    held = Footprint.now().descriptors.count("\n") + 1
+    gc.disable()
+    try:
+        data: ImageData = open_data(images / "mixed", image_size=8, skip_bad=True, cache_bytes=0)
+        with ExitStack() as stack:
+            kept = [stack.enter_context(Image.open(images / "good" / "ant" / "0.png")) for _ in range(2)]
+            assert len(list((PROC / "fd").iterdir())) >= held + len(kept)  # what is open is seen
+        for i in range(len(data)):
+            data[i]
+        assert len(list((PROC / "fd").iterdir())) <= held + 1  # the folder itself
+    finally:
+        gc.enable()

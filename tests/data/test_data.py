@@ -1,0 +1,743 @@
+from __future__ import annotations
+
+import errno
+import gzip
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import struct
+import tarfile
+import unicodedata
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from glem_augment import GLEM
+from glem_augment.cli.main import main
+from glem_augment.data.dataset import ImageData, match_classes, open_data
+from glem_augment.errors import BadImageError, ClassMismatchError, DataError
+
+
+def png(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", value: int = 100) -> None:
+    """A flat image; ``size`` is (width, height), as PIL has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, (value,) * len(mode) if mode in ("RGB", "RGBA") else value).save(path)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    data = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+# ---------------------------------------------------------------------------------------------- bundled,
+# tensors
+
+
+def test_bundled(bundled_train: ImageData, bundled_test: ImageData) -> None:
+    for data in (bundled_train, bundled_test):
+        assert len(data) == 1000 and data.image_shape == (1, 28, 28)
+        assert np.bincount(data.targets).tolist() == [100] * 10
+        assert data.class_ids == list("0123456789") and data.classes[9] == "Ankle boot"
+        x = data.tensor()
+        assert x is not None and x.dtype == torch.uint8 and x.shape == (1000, 1, 28, 28)
+        # Real photographs: the corners are black, the middle is not, and no two are the same.
+        assert x[:, :, 0, 0].float().mean() < 5 < 30 < x[:, :, 14, 14].float().mean()
+        assert len(torch.unique(x.flatten(1), dim=0)) == 1000
+    assert not torch.equal(bundled_train.tensor(), bundled_test.tensor())
+    with pytest.raises(DataError, match="no split 'extra'"):
+        open_data("bundled:fashion-mnist", "extra")
+    with pytest.raises(DataError, match="no bundled data set 'cars'"):
+        open_data("bundled:cars")
+
+
+def test_bundled_equals_the_original() -> None:
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    full = open_data(folder, "test")
+    bundled = open_data("bundled:fashion-mnist", "test")
+    assert full.classes == bundled.classes and full.class_ids == bundled.class_ids and len(full) == 10_000
+    first = np.concatenate([np.flatnonzero(full.targets == k)[:100] for k in range(10)])
+    assert torch.equal(full.tensor()[first], bundled.tensor())
+
+
+def test_bundled_converted() -> None:
+    data = open_data("bundled:fashion-mnist", "test", image_size=16, channels=3)
+    assert data.image_shape == (3, 16, 16) and data[0][0].shape == (3, 16, 16)
+    assert torch.equal(data.tensor()[:, 0], data.tensor()[:, 2])
+
+
+def test_items_batches_and_subsets(bundled_train: ImageData) -> None:
+    order = np.random.default_rng(0).permutation(1000)[:250]
+    batches = list(bundled_train.batches(order, 100))
+    assert [len(y) for _, y in batches] == [100, 100, 50]
+    x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    assert x.dtype == torch.uint8 and y.dtype == torch.int64
+    assert torch.equal(x, bundled_train.tensor()[order]) and np.array_equal(y, bundled_train.targets[order])
+
+    subset = bundled_train.subset(order)
+    assert torch.equal(subset.tensor(), x) and np.array_equal(subset.targets, y)
+    image, label = subset[7]
+    assert torch.equal(image, x[7]) and label == int(y[7]) and isinstance(label, int)
+    nested = subset.subset([3, 3, 1])
+    assert torch.equal(nested.tensor(), x[[3, 3, 1]])
+    assert torch.equal(next(iter(nested.batches([2, 0], 2)))[0], x[[1, 3]])
+    image.zero_()  # a copy: the cache must not change
+    assert torch.equal(subset.tensor()[7], x[7])
+
+    for bad in ([1000], [-1]):
+        with pytest.raises(IndexError, match="0..999"):
+            bundled_train.subset(bad)
+    with pytest.raises(TypeError, match="integers"):
+        bundled_train.batches([0.5], 2)
+    with pytest.raises(ValueError, match="batch_size"):
+        bundled_train.batches([0], 0)
+
+
+def test_from_tensors() -> None:
+    x = torch.randint(0, 256, (6, 2, 4, 5), dtype=torch.uint8)
+    data = ImageData.from_tensors(x, [0, 1, 2, 0, 1, 2], ["a", "b", "c"])
+    assert data.image_shape == (2, 4, 5) and data.class_ids == ["a", "b", "c"] and len(data) == 6
+    assert torch.equal(data.tensor(), x) and data[4][1] == 1
+    twice = data.subset([0, 1, 2, 3, 4, 5] * 2)
+    assert twice.tensor().shape[0] == 12
+    relabelled = data.with_targets([1, 1, 1, 0, 0, 0], ["p", "q"])
+    assert relabelled.classes == ["p", "q"] and relabelled[0][1] == 1 and torch.equal(relabelled[0][0], x[0])
+    with pytest.raises(TypeError, match="uint8"):
+        ImageData.from_tensors(x.float(), [0] * 6, ["a"])
+    with pytest.raises(DataError, match="0..1"):
+        ImageData.from_tensors(x, [0, 1, 2, 0, 1, 2], ["a", "b"])
+    with pytest.raises(DataError, match="one label for each"):
+        ImageData.from_tensors(x, [0], ["a"])
+    with pytest.raises(DataError, match="unique"):
+        ImageData.from_tensors(x, [0] * 6, ["a", "a"])
+    with pytest.raises(TypeError, match="integers"):
+        ImageData.from_tensors(x, [0.0] * 6, ["a"])
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def test_image_folder_as_torchvision(image_folder: Path) -> None:
+    data, reference = open_data(image_folder), ImageFolder(str(image_folder))
+    assert data.classes == data.class_ids == reference.classes
+    assert data.targets.tolist() == reference.targets and data.image_shape == (3, 8, 8)
+    for i in (0, 5, 11):
+        assert np.array_equal(data[i][0].permute(1, 2, 0), np.asarray(reference[i][0]))
+
+
+def test_too_large_for_the_cache(image_folder: Path) -> None:
+    cached, data = open_data(image_folder), open_data(image_folder, cache_bytes=500)
+    assert data.tensor() is None
+    order = [11, 0, 4, 4]
+    for workers in (0, 2):
+        x, y = zip(*data.batches(order, 3, workers=workers), strict=True)
+        assert torch.equal(torch.cat(x), cached.tensor()[order])
+        assert torch.cat(y).tolist() == cached.targets[order].tolist()
+    assert torch.equal(data.subset([3, 2]).tensor(), cached.tensor()[[3, 2]])  # 384 bytes: fits
+    assert torch.equal(pickle.loads(pickle.dumps(data))[5][0], cached[5][0])
+
+
+def test_headers_are_checked_when_too_large_for_the_cache(image_folder: Path) -> None:
+    bad = image_folder / "cat" / "2.png"
+    bad.write_text("text")
+    with pytest.raises(DataError, match="2.png"):
+        open_data(image_folder, cache_bytes=500)
+
+
+def test_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("a", "b"):
+            for i in range(count):
+                png(tmp_path / split / name / f"{i}.png")
+    assert len(open_data(tmp_path)) == 6
+    assert len(open_data(tmp_path, "val")) == len(open_data(tmp_path, "validation")) == 4
+    assert len(open_data(tmp_path, "test")) == 4  # the only held-out part
+    with pytest.raises(DataError, match="no split 'extra'; it holds train, val"):
+        open_data(tmp_path, "extra")
+    (tmp_path / "val").rename(tmp_path / "other")
+    with pytest.raises(DataError, match="no split 'test'; it holds train"):
+        open_data(tmp_path, "test")
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    png(tmp_path / "test" / "0.png")
+    png(tmp_path / "rest" / "0.png")
+    assert open_data(tmp_path).classes == ["rest", "test"]
+    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
+    assert open_data(tmp_path).classes == ["rest", "test"]
+    png(tmp_path / "test" / "inner" / "0.png")
+    with pytest.raises(DataError, match="two ways: 'test' holds folders.*'rest' images"):
+        open_data(tmp_path)
+    (tmp_path / "test" / ".ipynb_checkpoints").rmdir()
+    assert open_data(tmp_path / "test").classes == ["inner"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "clothes"),
+    [("fashion-mnist", True), ("FashionMNIST/raw", True), ("fashion/mnist", False), ("fashion-vs-digits/raw", False)],
+)
+def test_digits_are_not_clothes_because_of_where_they_lie(tmp_path: Path, folder: str, clothes: bool) -> None:
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    write_idx(place / "train-images-idx3-ubyte", np.zeros((3, 4, 4)))
+    write_idx(place / "train-labels-idx1-ubyte", np.arange(3))
+    data = open_data(place)
+    assert data.class_ids == ["0", "1", "2"] and (data.classes[0] == "T-shirt/top") == clothes
+
+
+def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9\r")
+    for i in range(2):
+        png(tmp_path / odd / "a" / f"{i}.png")
+    (tmp_path / odd / "a" / "3.png").write_bytes(b"text")
+    data = open_data(tmp_path / odd, skip_bad=True)
+    assert data.name.endswith(r"caf\udce9\r") and r"caf\udce9\r" in data.skipped[0][0]
+    json.dumps([data.name, data.skipped], ensure_ascii=False).encode()
+    adapted = GLEM.create("identity", data.image_shape, ["x"]).eval().adapt(data, rank=1, progress=False)
+    adapted.save(tmp_path / "model")
+    assert GLEM.from_pretrained(tmp_path / "model").config.training["data"] == data.name
+    assert open_data(tmp_path / odd, skip_bad=True).name == data.name
+
+
+def test_geometry(tmp_path: Path) -> None:
+    png(tmp_path / "a" / "0.png", (6, 10), "L", 50)
+    png(tmp_path / "a" / "1.png", (6, 10), "1", 1)
+    assert open_data(tmp_path).image_shape == (1, 10, 6)
+    assert open_data(tmp_path, channels=3).image_shape == (3, 10, 6)
+    assert open_data(tmp_path)[1][0].unique().tolist() == [255]
+    png(tmp_path / "b" / "0.png", (6, 10), "RGBA", 50)
+    data = open_data(tmp_path)
+    assert data.image_shape == (3, 10, 6) and data[0][0].unique().tolist() == [50]
+    assert data[2][0].unique().tolist() == [50]
+    assert open_data(tmp_path, channels=1)[2][0].unique().tolist() == [50]
+    for size in (0, -3, (4,), (4, 4, 4), 2.5, "8", True):
+        with pytest.raises(ValueError, match="image_size"):
+            open_data(tmp_path, image_size=size)
+    with pytest.raises(ValueError, match="channels"):
+        open_data(tmp_path, channels=4)
+
+
+def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 200
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "wide.png")
+    png(tmp_path / "a" / "small.png", (3, 2), value=7)
+    data = open_data(tmp_path, image_size=8)
+    assert data[1][0].unique().tolist() == [200]  # the middle third, not a squeezed picture
+    assert data[0][0].unique().tolist() == [7]
+    assert open_data(tmp_path, image_size=(3, 5)).image_shape == (3, 3, 5)
+
+
+def test_mixed_sizes(tmp_path: Path) -> None:
+    for i in range(200):
+        png(tmp_path / "a" / f"{i:03d}.png")
+    png(tmp_path / "a" / "100.png", (9, 8))  # not among the headers that are read first
+    with pytest.raises(DataError, match="100.png is 8x9 .*image_size"):
+        open_data(tmp_path)
+    with pytest.raises(DataError, match="100.png is 8x9 .*image_size"):
+        open_data(tmp_path, cache_bytes=10)
+    png(tmp_path / "b" / "0.png", (5, 5))
+    with pytest.raises(DataError, match="different sizes: .*000.png is 8x8, .*b.0.png is 5x5; give image_size"):
+        open_data(tmp_path)
+    assert open_data(tmp_path, image_size=4).image_shape == (3, 4, 4)
+
+
+def test_truncated_image(image_folder: Path) -> None:
+    path = image_folder / "cat" / "2.png"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"cat.2\.png cannot be read as an image"):
+        open_data(image_folder)
+
+
+def test_empty_and_fake_images(image_folder: Path) -> None:
+    path = image_folder / "dog" / "1.png"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"dog.1\.png is an empty file"):
+        open_data(image_folder)
+    path.write_text("not an image")
+    with pytest.raises(DataError, match=r"dog.1\.png cannot be read as an image"):
+        open_data(image_folder)
+
+
+def test_deep_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 4), 60_000, np.uint16)).save(tmp_path / "a" / "0.png")
+    with pytest.raises(DataError, match="0.png has more than 8 bits"):
+        open_data(tmp_path)
+    for kind, channels, mode in ((2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")):  # PIL says RGB or RGBA
+        rows = b"".join(b"\0" + np.full(4 * channels, 4000, ">u2").tobytes() for _ in range(4))
+        (tmp_path / "a" / "0.png").write_bytes(raw_png(struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0), rows))
+        with pytest.raises(DataError, match=f"0.png has more than 8 bits per channel .PIL mode {mode}"):
+            open_data(tmp_path)
+
+
+def raw_png(header: bytes, rows: bytes) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Two classes of good images in every mode, and among them what must not be used: file -> words of the reason."""
+    for name in ("cat", "dog"):
+        for i in range(12):
+            png(folder / name / f"good{i:02d}.png", value=10 * i)
+    cat, dog = folder / "cat", folder / "dog"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    noise.convert("CMYK").save(cat / "cmyk.jpg")
+    noise.convert("P").save(cat / "palette.png")
+    noise.convert("P").save(cat / "transparent.png", transparency=3)
+    noise.convert("RGBA").save(cat / "alpha.png")
+    noise.convert("LA").save(cat / "grey-alpha.png")
+    noise.convert("1").save(cat / "bits.png")
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (200, 20)]
+    frames[0].save(cat / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(cat / "animated.png", save_all=True, append_images=frames[1:])
+    frames[0].save(cat / "pages.tif", save_all=True, append_images=frames[1:])
+    noise.save(cat / "a-gif.png", format="GIF")
+    modes = sorted(p.name for p in cat.iterdir() if not p.name.startswith("good"))
+    large = noise.resize((64, 64))
+    bad = {}
+
+    def add(name: str, content: bytes, words: str) -> None:
+        (dog / name).write_bytes(content)
+        bad[str(dog / name)] = words
+
+    def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format=form, **options)
+        return buffer.getvalue()
+
+    for form, name in (("PNG", "cut.png"), ("JPEG", "cut.jpg"), ("WEBP", "cut.webp"), ("TIFF", "cut.tif")):
+        whole = encoded(large, form)
+        add(name, whole[: len(whole) // 2], "cannot be read")
+    add("empty.jpg", b"", "empty file")
+    add("page.jpg", b"<html>404</html>", "cannot be read")
+    add("text.png", b"hello\n" * 100, "cannot be read")
+    add("deep.png", encoded(Image.fromarray(np.full((8, 8), 4000, np.uint16)), "PNG"), "more than 8 bits")
+    add("float.tif", encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "more than 8 bits")
+    # A few hundred bytes that unfold into gigabytes: the header alone says so.
+    bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
+    for name, side in (("bomb.png", 30_000), ("limit.png", 10_000)):
+        bomb[16:24] = struct.pack(">II", side, side)
+        bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+        add(name, bytes(bomb), "pixels")
+    # PIL would start Ghostscript for this one.
+    add("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "holds EPS")
+    (dog / "link.png").symlink_to(dog / "nowhere.png")
+    bad[str(dog / "link.png")] = "cannot be read"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(dog / "pipe.png")
+        bad[str(dog / "pipe.png")] = "no regular file"
+    (dog / "notes.txt").write_text("not looked at")
+    return bad, modes
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("cache_bytes", [2**20, 0])
+def test_broken_images_among_good_ones(tmp_path: Path, cache_bytes: int) -> None:
+    bad, modes = broken_folder(tmp_path)
+    with pytest.raises(BadImageError, match="dog"):
+        data = open_data(tmp_path, image_size=8, cache_bytes=cache_bytes)
+        for i in range(len(data)):  # without a cache only the headers were read
+            data[i]
+    data = open_data(tmp_path, image_size=8, cache_bytes=cache_bytes, skip_bad=True)
+    assert sorted(where for where, _ in data.skipped) == sorted(bad)
+    for where, reason in data.skipped:
+        assert bad[where] in reason, (where, reason)
+    assert len(data) == 24 + len(modes) and np.bincount(data.targets).tolist() == [12 + len(modes), 12]
+    batches = torch.cat([x for x, _ in data.batches(range(len(data)), 5)])
+    assert batches.shape == (len(data), 3, 8, 8) and all(torch.equal(data[i][0], x) for i, x in enumerate(batches))
+    assert (data.tensor() is None) == (cache_bytes == 0)
+    # Good images in odd modes are what torchvision and timm read; of animations, the first frame.
+    for i, name in enumerate(sorted([*modes, *(f"good{i:02d}.png" for i in range(12))])):
+        with Image.open(tmp_path / "cat" / name) as image:
+            expected = np.asarray(image.convert("RGBA" if name == "transparent.png" else "RGB").convert("RGB"))
+        assert np.array_equal(batches[i].permute(1, 2, 0).numpy(), expected), name
+    for path, words in bad.items():
+        for other in bad:
+            if other != path:
+                Path(other).rename(other + ".aside")
+        with pytest.raises(BadImageError, match=f"{re.escape(path)}.*{words}"):
+            open_data(tmp_path, image_size=8)
+        for other in bad:
+            if other != path:
+                Path(other + ".aside").rename(other)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_glem_train_over_broken_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of broken images among good ones is trained over, with a report; without --skip-bad it is an error."""
+    bad, modes = broken_folder(tmp_path / "images")
+    out = tmp_path / "run"
+    flow = ["--flow", "depth=[1,1]", "--flow", "blocks=[1,1]", "--flow", "width=[6,6]"]
+    rest = ["--epochs", "2", "--batch-size", "8", "--sample-every", "0", "--threads", "1", "--device", "cpu", "--quiet"]
+    command = ["train", str(tmp_path / "images"), "--out", str(out), "--image-size", "8", *flow, *rest]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and any(path in error for path in bad) and not out.exists()
+
+    assert main([*command, "--skip-bad"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(bad)} images that can't be used: " in shown and "skipped.json" in shown
+    report = json.loads((out / "skipped.json").read_text())
+    assert report["skipped"] == len(bad) and report["used"] == 24 + len(modes)
+    assert {entry["image"] for entry in report["images"]} == set(bad)
+    assert all(bad[entry["image"]] in entry["reason"] for entry in report["images"])
+    model = GLEM.from_pretrained(out, check=True)
+    assert model.classes == ["cat", "dog"] and model.config.training["images"] == report["used"]
+    # What was trained can be measured and looked at over such a folder too.
+    data = [str(out), str(tmp_path / "images")]
+    assert main(["eval", *data, "--threads", "1"]) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert main(["eval", *data, "--threads", "1", "--skip-bad"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["skipped"] == len(bad) and found["n"] == report["used"] and "left out: " in shown.err
+    assert main(["preview", *data, "--threads", "1", "--skip-bad", "--out", str(tmp_path / "p.png")]) == 0
+    # Going on needs no flag: the run remembers how it opened its images.
+    assert main([*command, "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_class_of_broken_images_alone(image_folder: Path) -> None:
+    for path in (image_folder / "cat").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no image of 1 of the 3 classes.*\(cat\).*cat/0.png: cannot be read"):
+        open_data(image_folder, skip_bad=True)
+    for path in image_folder.rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(BadImageError, match="none of the 12 images"):
+        open_data(image_folder, skip_bad=True)
+
+
+def test_a_set_without_broken_images_skips_none(image_folder: Path, tmp_path: Path) -> None:
+    data = open_data(image_folder, skip_bad=True)
+    assert data.skipped == () and len(data) == 12
+    # An image of another size is no bad image: what is to be done about it is for the user to say.
+    png(image_folder / "cat" / "5.png", (9, 9))
+    with pytest.raises(DataError, match="image_size"):
+        open_data(image_folder, skip_bad=True)
+
+
+def test_very_long_images_are_cut_before_they_are_resized(tmp_path: Path) -> None:
+    png(tmp_path / "a" / "thin.png", (60_000, 1))
+    png(tmp_path / "a" / "tall.png", (2, 40_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = open_data(tmp_path, image_size=64)
+    assert all(torch.equal(data[i][0], torch.full((3, 64, 64), 100, dtype=torch.uint8)) for i in range(2))
+    # 64 x 3,840,000 x 3 bytes would be 700 MiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10
+
+
+def test_links_to_a_parent_give_no_image_twice(image_folder: Path) -> None:
+    (image_folder / "cat" / "loop").symlink_to(image_folder)
+    (image_folder / "cat" / "more").mkdir()
+    png(image_folder / "cat" / "more" / "x.png")
+    (image_folder / "dog" / "others").symlink_to(image_folder / "cat" / "more")
+    data = open_data(image_folder)
+    assert np.bincount(data.targets).tolist() == [4, 5, 5]
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_empty(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"can't read the folder .*dog: Permission denied"):
+        open_data(image_folder)
+
+
+def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
+    (image_folder / "eel").mkdir()
+    (image_folder / "eel" / "readme.txt").write_text("none yet")
+    with pytest.raises(DataError, match=r"1 of the 4 class folders .*: eel; add images"):
+        open_data(image_folder)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="not an ImageFolder"):
+        open_data(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no such data: .*nowhere"):
+        open_data(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is a file"):
+        open_data(image_folder / "cat" / "0.png")
+
+
+def test_wordnet_ids_get_names(tmp_path: Path) -> None:
+    for name in ("n02012849", "n01440764", "n03126707"):
+        png(tmp_path / name / "0.png")
+    data = open_data(tmp_path)
+    assert data.class_ids == ["n01440764", "n02012849", "n03126707"]
+    assert data.classes == ["tench", "crane (n02012849)", "crane (n03126707)"]
+
+
+# ---------------------------------------------------------------------------------------------- idx files
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx(tmp_path: Path, suffix: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
+    labels = np.array([1, 3, 3, 1, 2, 2, 1], np.uint8)
+    write_idx(tmp_path / f"train-images.idx3-ubyte{suffix}", images)
+    write_idx(tmp_path / f"train-labels.idx1-ubyte{suffix}", labels)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):  # as in Kaggle's archive
+        (tmp_path / name).mkdir()
+    data = open_data(tmp_path)
+    assert data.image_shape == (1, 5, 4) and np.array_equal(data.tensor()[:, 0], images)
+    assert data.class_ids == data.classes == ["1", "2", "3"] and data.targets.tolist() == [
+        0,
+        2,
+        2,
+        0,
+        1,
+        1,
+        0,
+    ]
+    with pytest.raises(DataError, match="no idx file of the images of split 'test'"):
+        open_data(tmp_path, "test")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_damaged(tmp_path: Path, suffix: str) -> None:
+    images, labels = np.zeros((7, 5, 4), np.uint8), np.zeros(7, np.uint8)
+    image_path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    label_path = tmp_path / f"train-labels-idx1-ubyte{suffix}"
+    write_idx(image_path, images)
+    write_idx(label_path, labels)
+    whole = image_path.read_bytes()
+    for data in (whole[:-3], whole[:6], b""):
+        image_path.write_bytes(data)
+        with pytest.raises(DataError, match="train-images-idx3-ubyte"):
+            open_data(tmp_path, image_size=8)
+    write_idx(image_path, labels)
+    with pytest.raises(DataError, match="not an idx file .* 3 dimension"):
+        open_data(tmp_path)
+    write_idx(image_path, images[:6])
+    with pytest.raises(DataError, match="6 images but 7 labels"):
+        open_data(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- timm
+
+
+def test_torch_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's own file layout, with a few images; its checksums are those of the whole set."""
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10)) * 2}))
+    names = ["airplane", "automobile", *(f"c{i}" for i in range(2, 10))]
+    (base / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({CIFAR10.meta["key"]: names}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    data = open_data(f"torch/cifar10@{tmp_path}", "test")
+    assert len(data) == 20 and data.image_shape == (3, 32, 32) and data.classes == names
+    assert np.array_equal(data.tensor().numpy(), pixels.reshape(20, 3, 32, 32))
+    assert len(open_data(f"torch/cifar10@{tmp_path}", "train")) == 100
+    assert open_data(f"torch/cifar10@{tmp_path}", "test", image_size=16, channels=1)[0][0].shape == (
+        1,
+        16,
+        16,
+    )
+
+
+def test_torch_image_folder(image_folder: Path) -> None:
+    data = open_data(f"torch/image_folder@{image_folder}")
+    assert torch.equal(data.tensor(), open_data(image_folder).tensor()) and data.classes == [
+        "bird",
+        "cat",
+        "dog",
+    ]
+
+
+def test_tar(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(image_folder, "images")
+    data = open_data(tmp_path / "images.tar")
+    assert data.classes == ["bird", "cat", "dog"]
+    assert torch.equal(data.tensor(), open_data(image_folder).tensor())
+    odd = tmp_path / "me@home" / "what?.tar"
+    odd.parent.mkdir()
+    shutil.copy(tmp_path / "images.tar", odd)
+    monkeypatch.setenv("HOME", str(odd.parent))
+    for spec in (odd, str(odd), "~/what?.tar"):
+        assert torch.equal(open_data(spec).tensor(), data.tensor())
+    (image_folder / "cat" / "1.png").write_bytes(b"damaged")
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        archive.add(image_folder, "images")
+    with pytest.raises(DataError, match="cat/1.png cannot be read"):
+        open_data(tmp_path / "bad.tar")
+
+
+def test_webdataset(image_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    import io
+    import json
+
+    reference = open_data(image_folder)
+    with tarfile.open(tmp_path / "part-0.tar", "w") as archive:
+        for i, path in enumerate(sorted(image_folder.rglob("*.png"))):
+            for end, content in ((".png", path.read_bytes()), (".cls", str(reference.targets[i]).encode())):
+                member = tarfile.TarInfo(f"{i:04d}{end}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    split = {"name": "train", "num_samples": 12, "filenames": ["part-0.tar"], "shard_lengths": [12]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    data = open_data(f"wds/@{tmp_path}")
+    assert torch.equal(data.tensor(), reference.tensor()) and data.targets.tolist() == reference.targets.tolist()
+    assert open_data(f"wds/@{tmp_path}", image_size=4).image_shape == (3, 4, 4)
+    with pytest.raises(DataError, match="does not fit"):
+        open_data(f"wds/@{tmp_path}", cache_bytes=500)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(deep, "PNG")
+    with tarfile.open(tmp_path / "part-0.tar", "w") as archive:
+        for name, content in (("0.png", deep.getvalue()), ("0.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    split |= {"num_samples": 1, "shard_lengths": [1]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    for size in (None, 4):
+        with pytest.raises(BadImageError, match="more than 8 bits per channel"):
+            open_data(f"wds/@{tmp_path}", image_size=size)
+
+
+def test_timm_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="write torch/cifar10@FOLDER"):
+        open_data("torch/cifar10")
+    with pytest.raises(DataError, match="timm cannot open .*not found or corrupted"):
+        open_data(f"torch/cifar10@{tmp_path}")
+    with pytest.raises(DataError, match="only input_key and target_key"):
+        open_data(f"hfds/ylecun/mnist@{tmp_path}?column=image")
+    with pytest.raises(DataError, match="timm cannot open .*nonsense"):
+        open_data(f"torch/nonsense@{tmp_path}")
+
+
+# ---------------------------------------------------------------------------------------------- real images
+
+
+def test_real_images(glem_data: Path) -> None:
+    cifar = open_data(glem_data / "cifar10", "test")
+    assert cifar.image_shape == (3, 32, 32) and len(cifar.classes) == 10 and "airplane" in cifar.classes
+    assert 100 < cifar.tensor().float().mean() < 140  # the whole set: 121
+    nette = open_data(glem_data / "imagenette128", "val", image_size=64)
+    assert nette.image_shape == (3, 64, 64) and "tench" in nette.classes and "n01440764" in nette.class_ids
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def test_match_by_id_name_and_form() -> None:
+    ids, names = ["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"]
+    for data in (
+        ["n03", "n01"],
+        ["T-shirt/top", "tench"],
+        ["t_shirt_top", "Tench"],
+        ["0_T-shirt/top", "2-tench"],
+    ):
+        assert match_classes(ids, names, data, data).tolist() == [2, 0]
+    assert match_classes(ids, names, ["0", "1"], ["golden_retriever", "TENCH"]).tolist() == [1, 0]
+    result = match_classes(ids, names, ids, names)
+    assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
+
+
+def test_numbers_identify_only_without_names() -> None:
+    digits = ["0", "1", "2"]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, digits).tolist() == [0, 1, 2]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["coat", "shirt", "bag"]).tolist() == [
+        2,
+        0,
+        1,
+    ]
+    with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
+        match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["cat", "dog", "eel"])
+
+
+def test_numbered_ids_are_left_out_where_ids_and_names_are_compared_across() -> None:
+    numbers = ["0", "1"]
+    assert match_classes(numbers, ["cat", "dog"], ["dog", "cat"], ["Hund", "Katze"]).tolist() == [1, 0]
+    assert match_classes(["cat", "dog"], ["Katze", "Hund"], numbers, ["dog", "cat"]).tolist() == [1, 0]
+    with pytest.raises(ClassMismatchError, match="no counterpart"):  # a name may be a number too: "0" is no index here
+        match_classes(numbers, ["cat", "dog"], ["a", "b"], numbers)
+
+
+def test_class_map() -> None:
+    flow, data = ["a", "b", "c"], ["x", "b"]
+    assert match_classes(flow, flow, data, data, {"x": "c"}).tolist() == [2, 1]
+    assert match_classes(flow, flow, ["x", "y", "z"], ["x", "y", "z"], "order").tolist() == [0, 1, 2]
+    for class_map, message in (
+        ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
+        ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
+        ({"x": "b"}, "to the same class of the flow, 'b'"),
+        ({"x": "a", "X": "c"}, "class_map maps the data's class 'x' twice"),
+        ("order", "equally many classes: the data has 2, the flow 3"),
+        ("alphabet", "None, 'order' or a mapping"),
+    ):
+        with pytest.raises(ClassMismatchError, match=message):
+            match_classes(flow, flow, data, data, class_map)
+    with pytest.raises(TypeError, match="class_map"):
+        match_classes(flow, flow, data, data, ["a"])
+
+
+def test_numbers_are_taken_off_names_alone() -> None:
+    ours, theirs = ["737-200", "737-400D", "01_dog"], ["747-200", "747-400D", "7 - dog"]
+    assert match_classes(ours, ours, theirs, theirs, partial=True).tolist() == [-1, -1, 2]
+
+
+def test_names_in_any_script_and_spelling() -> None:
+    for ours, theirs in ((["की", "ख"], ["का"]), (["C++", "x"], ["C"]), (["が"], ["か"])):
+        with pytest.raises(ClassMismatchError, match="no counterpart"):
+            match_classes(ours, ours, theirs, theirs)
+    apart = [unicodedata.normalize("NFD", name) for name in ("café", "が")]
+    assert apart[0] != "café"
+    assert match_classes(["が", "café"], ["が", "café"], apart, apart).tolist() == [1, 0]
+    assert match_classes(["Café au lait"], ["Café au lait"], [apart[0] + "_au_lait"], ["x"]).tolist() == [0]
+
+
+def test_mismatch_lists_both_sides_and_the_fix() -> None:
+    flow = [f"c{i}" for i in range(30)]
+    with pytest.raises(ClassMismatchError) as caught:
+        match_classes(flow, flow, ["c3", "zebra"], ["c3", "zebra"])
+    text = str(caught.value)
+    assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
+    assert "class_map" in text and isinstance(caught.value, ValueError)
+
+
+def test_partial_match_leaves_out_what_the_flow_lacks() -> None:
+    flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
+    with pytest.raises(ClassMismatchError, match="wolf"):
+        match_classes(flow, flow, data, data)
+    assert match_classes(flow, flow, data, data, partial=True).tolist() == [1, -1, 2]
+    with pytest.raises(ClassMismatchError, match="no counterpart"):
+        match_classes(flow, flow, ["wolf"], ["wolf"], partial=True)
+
+
+def test_ambiguous_forms_do_not_match() -> None:
+    with pytest.raises(ClassMismatchError, match="'c'"):
+        match_classes(["C++", "C#"], ["C++", "C#"], ["c"], ["c"])
+    assert match_classes(["C++", "C#"], ["C++", "C#"], ["C#"], ["C#"]).tolist() == [1]
+    with pytest.raises(ClassMismatchError, match="same class"):
+        match_classes(["cat", "dog"], ["cat", "dog"], ["cat", "Cat"], ["cat", "Cat"])
+    twice = ["T-shirt", "T shirt", "Dog"]  # either may be the flow's
+    assert match_classes(["tshirt", "dog"], ["tshirt", "dog"], twice, twice, partial=True).tolist() == [-1, -1, 1]

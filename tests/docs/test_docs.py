@@ -1,0 +1,193 @@
+"""The documentation against the code: its code runs, its commands parse, its map and its lists are complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_hub
+import torch
+from test_cli import TINY, write_images
+
+import glem_augment
+from glem_augment.cli.main import build_parser, main
+from glem_augment.flows.presets import PRESETS
+from glem_augment.training.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PACKAGE = ROOT / "glem_augment"
+server = test_hub.server  # the fixture: a Hub on the loopback interface
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of every block of code, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines in its shell code, without comments and without settings of the environment."""
+    lines = [line for language, text in blocks(page) if language == "bash" for line in text.splitlines()]
+    split = [[word for word in shlex.split(line, comments=True)] for line in lines]
+    return [argv for words in split if (argv := words[next((i for i, w in enumerate(words) if "=" not in w), 0) :])]
+
+
+# ---- code and commands ---------------------------------------------------------------------------------------------
+
+# What makes a page's code small enough for a test, and options added to its commands.
+SMALLER: dict[str, dict[str, str]] = {
+    "docs/reproduction.md": {
+        '"train")': '"train").subset(range(0, 1000, 40))',
+        "epochs=30": 'arch="resnet18_quarter", epochs=1',
+    },
+    "README.md": {"--per-class 500": "--per-class 5"},
+}
+OPTIONS = {"train": [*TINY, "--epochs", "1", "--quiet"]}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/adapt.md", "docs/hub.md", "docs/reproduction.md"])
+def test_the_code_of_a_page_runs(
+    name: str, server: test_hub.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python and glem commands, in order, on small images and flows under the names that the pages use. (The code of
+    docs/plugin.md is run in test_plugin.py.)"""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "photos-test"):
+        write_images(tmp_path / folder, ("ant", "cat", "dog"), (20, 24), 6)
+    (tmp_path / "photos" / "dog" / "0.png").unlink()  # so that there is something to balance
+    model = test_hub.tiny_model(data="photos", images=17)
+    model.fit_modes((torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3), rank=4)
+    for repo in ("org/flow", "org/name"):
+        server.repo(repo).tags["v1.0"] = server.put(repo, test_hub.files_of(model, tmp_path / repo))
+    if name == "docs/hub.md":  # the other pages make this one
+        model.save(tmp_path / "runs" / "photos")
+    shutil.rmtree(tmp_path / "org")  # a folder would win over the Hub
+    space: dict[str, Any] = {}
+    ran = 0
+    for language, text in blocks(ROOT / name):
+        for old, new in SMALLER.get(name, {}).items():
+            text = text.replace(old, new)
+        if language == "python" and "from datasets import" not in text:  # test_hub.py loads with that library
+            exec(compile(text, name, "exec"), space)
+            ran += 1
+        for line in text.splitlines() if language == "bash" else ():
+            words = shlex.split(line.removeprefix("HF_HUB_OFFLINE=1 "), comments=True)
+            if words[:1] == ["glem"] and "NAME" not in words:
+                assert main([*words[1:], *OPTIONS.get(words[1], [])]) == 0, line
+                ran += 1
+    assert ran >= {"README.md": 7, "docs/adapt.md": 2, "docs/hub.md": 9, "docs/reproduction.md": 1}[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_exist(page: Path) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for argv in commands(page):
+        if argv[0] == "make":
+            assert argv[1] in targets, argv
+        elif argv[0] == "glem":
+            assert callable(build_parser().parse_args(argv[1:]).run)
+        elif argv[0] == "python":
+            source = (ROOT / argv[1]).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+            for option in argv[2:]:
+                assert not option.startswith("--") or f'"{option}"' in source, (argv, option)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+# ---- the map of rooms ----------------------------------------------------------------------------------------------
+
+
+def rooms() -> list[set[str]]:
+    """Module names ("flows.level") of every row of CONTRIBUTING.md's map, in order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## The map of rooms")[1].split("\n## ")[0]
+    found = []
+    for room, modules in re.findall(r"^\| (.+?) \| (.+) \|$", text, flags=re.M)[1:]:
+        folder = f"{room[1:-2]}." if room.startswith("`") else ""
+        names = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", modules))
+        assert len(names) == len(set(names)), room
+        found.append({folder + name for name in names})
+    return found
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports_at_the_top(file: Path) -> Iterator[str]:
+    """Modules of the package that are imported with ``file``, not inside a function or for types alone."""
+    package = name_of(file).split(".")[:-1]
+    for node in ast.parse(file.read_text()).body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+        elif (node.module or "").split(".")[0] == "glem_augment":
+            base = (node.module or "").split(".")[1:]
+        else:
+            continue
+        for alias in node.names:
+            inner = PACKAGE.joinpath(*base, alias.name)
+            yield ".".join([*base, alias.name] if inner.is_dir() or inner.with_suffix(".py").exists() else base)
+
+
+def test_every_module_has_one_room() -> None:
+    modules = {name_of(file) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
+    listed = [name for room in rooms() for name in room]
+    assert sorted(listed) == sorted(modules)
+
+
+def test_imports_run_downwards() -> None:
+    order = {name: row for row, room in enumerate(rooms()) for name in room}
+    order |= {name.split(".")[0]: row for name, row in order.items() if "." in name}  # a package stands for its rooms
+    seen = 0
+    for file in PACKAGE.rglob("*.py"):
+        if file == PACKAGE / "__init__.py":
+            continue
+        own = order[name_of(file).removesuffix(".__init__")]
+        for other in imports_at_the_top(file):
+            # The package itself is asked for its version only.
+            assert other == "" or order[other] >= own, f"{name_of(file)} imports {other}, which stands above it"
+            seen += 1
+    assert seen > 200
+
+
+def test_every_benchmark_and_page_is_listed() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        runs = '__name__ == "__main__"' in file.read_text()
+        assert (f"\n| `{file.name}` | " in text) == runs, file.name
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES:
+        assert page.name == "README.md" or f"]({page.relative_to(ROOT)})" in readme, page.name
+
+
+def test_every_method_and_preset_is_described() -> None:
+    table = (ROOT / "docs" / "reproduction.md").read_text().split("| name | what it is |")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert sorted(name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)) == sorted(METHODS)
+    assert all(f"`{name}`" in (ROOT / "CHANGELOG.md").read_text() for name in PRESETS)
+
+
+# ---- the public names ----------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_come_with_a_light_import() -> None:
+    assert all(hasattr(glem_augment, name) for name in glem_augment.__all__)
+    code = "import sys; from glem_augment import *; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torchmetrics", "webdataset", "matplotlib", "huggingface_hub", "timm", "yaml", "scipy", "datasets"}
+    assert not heavy & set(done.stdout.split())

@@ -1,0 +1,286 @@
+"""The examples: their settings, and (slow) that each runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from glem_augment import GLEM, GLEMAugment
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_for_eva02(monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune = load("finetune_timm", monkeypatch)
+    recipe: dict[str, Any] = yaml.safe_load((EXAMPLES / "eva02_imagenet.yaml").read_text())
+    assert set(recipe) <= set(finetune.DEFAULTS)
+    published = {
+        "model": "eva02_base_patch14_448.mim_in22k_ft_in22k",
+        "opt": "adamw",
+        "lr": 5e-5,
+        "layer_decay": 0.8,
+        "weight_decay": 0.05,
+        "epochs": 15,
+        "warmup_epochs": 2,
+        "drop_path": 0.15,
+        "smoothing": 0.2,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "ema_decay": 0.9999,
+        "img_size": 448,
+        "crop_mode": "squash",
+    }
+    assert {name: recipe[name] for name in published} == published
+    assert recipe["batch_size"] * recipe["accumulate"] * 8 == 512
+    from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    assert tuple(recipe["mean"]) == OPENAI_CLIP_MEAN and tuple(recipe["std"]) == OPENAI_CLIP_STD
+    GLEMAugment.from_config(recipe["augment"], GLEM.from_pretrained("bundled:fashion-mnist"))
+
+
+def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    finetune = load("finetune_timm", monkeypatch)
+    file = tmp_path / "a.yaml"
+    file.write_text("lr: 0.5\nepochs: 3\naugment: {policy: mixup}\n")
+    argv = ["finetune_timm.py", "--config", str(file), "--data", "x", "--lr", "0.25", "--mean", "[0.1, 0.2, 0.3]"]
+    monkeypatch.setattr(sys, "argv", argv)
+    args = finetune.options()
+    assert (args.lr, args.epochs, args.mean, args.smoothing) == (0.25, 3, [0.1, 0.2, 0.3], 0.1)
+    assert args.augment == {"policy": "mixup"}
+    # YAML reads 5e-4, without a point, as text.
+    file.write_text("lr: 5e-5\nout: runs/a\n")
+    monkeypatch.setattr(sys, "argv", [*argv[:5], "--min-lr", "1e-6", "--aa", "rand-m9", "--amp", "null"])
+    args = finetune.options()
+    assert (args.lr, args.min_lr, args.aa, args.amp) == (5e-5, 1e-6, "rand-m9", None)
+    assert args.out == Path("runs/a") and args.flow == finetune.BUNDLED
+    more = [
+        "--betas",
+        "[0.9, 1e-1]",
+        "--augment",
+        "{policy: noise, strength: 5e-1, detail: none}",
+        "--ema-decay",
+        "None",
+    ]
+    monkeypatch.setattr(sys, "argv", [*argv[:5], *more])
+    args = finetune.options()
+    assert args.betas == [0.9, 0.1] and args.ema_decay is None
+    # "none" is a word of GLEMAugment's own.
+    assert args.augment == {"policy": "noise", "strength": 0.5, "detail": "none"}
+    file.write_text("# nothing\n")
+    assert finetune.options().lr == finetune.DEFAULTS["lr"]
+    file.write_text("learning_rate: 0.5\n")
+    with pytest.raises(SystemExit):
+        finetune.options()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--epochs", "0"], "--epochs must be a whole number of at least 1, got 0"),
+        (["--batch-size", "1.5"], "--batch-size must be"),
+        (["--amp", "float8"], "--amp must be bfloat16, float16 or null, got float8"),
+    ],
+)
+def test_options_that_make_no_sense(
+    wrong: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune = load("finetune_timm", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["finetune_timm.py", "--smoke", *wrong])
+    with pytest.raises(SystemExit):
+        finetune.options()
+    assert message in capsys.readouterr().err
+
+
+def test_every_option_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune = load("finetune_timm", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["finetune_timm.py", "--help"])
+    with pytest.raises(SystemExit):
+        finetune.options()
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("(default: ") == len(finetune.DEFAULTS) + 4
+    assert "--amp {bfloat16,float16,null}" in text and "too; null: off (default: null)" in text
+
+
+def folders(root: Path, per_class: int = 2, **splits: str) -> Path:
+    """Grey images as root/split/class/*.png; the classes of a split are given as one text."""
+    for split, classes in splits.items():
+        for name in classes.split():
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = torch.randint(256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_validation_folders_are_labelled_as_the_training_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    finetune, loop = load("finetune_timm", monkeypatch), load("torchvision_loop", monkeypatch)
+    # "train" and "val" are names of classes like others.
+    root = folders(tmp_path, train="bag train val", val="train val")
+    for train, val in (finetune.datasets(root), loop.datasets(root, 8)):
+        assert [train[i][1] for i in range(len(train))] == [0, 0, 1, 1, 2, 2]
+        assert [val[i][1] for i in range(len(val))] == [1, 1, 2, 2]
+    folders(root, val="coat")
+    for load_data in (lambda: finetune.datasets(root), lambda: loop.datasets(root, 8)):
+        with pytest.raises(SystemExit, match="test images of classes without training images: coat; remove these"):
+            load_data()
+
+
+def test_finetune_scores_weights_and_average_in_float16(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from timm.utils import NativeScaler
+
+    if "device" not in inspect.signature(NativeScaler).parameters:
+        pytest.skip("this version of timm scales losses on CUDA alone")
+    finetune = load("finetune_timm", monkeypatch)
+    root = folders(tmp_path / "data", train="Bag Coat Dress", val="Bag Dress")
+    fixed = ["--smoke", "--data", str(root), "--device", "cpu", "--model", "test_resnet", "--batch-size", "2"]
+
+    def run(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["finetune_timm.py", *fixed, *options])
+        finetune.main()
+        return capsys.readouterr().out.splitlines()
+
+    kept = ["--out", str(tmp_path / "out"), "--amp", "float16", "--clip-grad", "1"]
+    decay = ["--ema-decay", "0.9999"]
+    lines = run(*kept, *decay, "--epochs", "1", "--accumulate", "2")
+    (row,) = [json.loads(line) for line in lines if line[0] == "{"]
+    assert list(row) == ["epoch", "loss", "top1", "top5", "top1_ema", "top5_ema", "seconds"]
+    assert f"EMA of the weights after epoch 0: top1 {row['top1_ema']} %, top5 100.0 %" in lines
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert saved["scaler"]["scale"] > 1
+    # The scaler goes on from where it was.
+    torch.save({**saved, "scaler": {**saved["scaler"], "scale": 8.0}}, tmp_path / "out" / "last.pt")
+    lines = run(*kept, *decay, "--epochs", "2")
+    assert [json.loads(line)["epoch"] for line in lines if line[0] == "{"] == [1]
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["scaler"]["scale"] <= 8
+    with pytest.raises(SystemExit, match="set --ema-decay and --amp as they were"):
+        run(*kept, "--ema-decay", "null", "--epochs", "3")
+    lines = run("--ema-decay", "null", "--epochs", "1")
+    (row,) = [json.loads(line) for line in lines if line[0] == "{"]
+    assert list(row) == ["epoch", "loss", "top1", "top5", "seconds"]
+    assert f"weights after epoch 0: top1 {row['top1']} %, top5 100.0 %" in lines
+
+
+@pytest.mark.parametrize("name", ["long_tail", "synthetic_only"])
+def test_a_folder_without_test_images_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    example = load(name, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [name, "--data", str(folders(tmp_path, **{".": "Bag Coat"}))])
+    with pytest.raises(SystemExit, match=r"--data .* needs folders train/ and test/ \(or val/\)"):
+        example.main()
+
+
+def test_long_tail_with_a_class_that_is_not_tested(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    example = load("long_tail", monkeypatch)
+    root = folders(tmp_path, 4, train="Bag Coat Dress", test="Bag Dress")
+    # A classifier that knows the training labels.
+    monkeypatch.setattr(example, "train", lambda *_: None)
+    monkeypatch.setattr(example, "predictions", lambda *_: torch.tensor([0] * 4 + [2] * 4))
+    options = ["--adapt", "--source", "gaussian", "--min-confidence", "0", "--imbalance", "2"]
+    monkeypatch.setattr(sys, "argv", ["long_tail.py", "--data", str(root), *options])
+    example.main()
+    out = capsys.readouterr().out
+    assert out.count("accuracy 100.0 %, of the rarest third of the classes 100.0 %") == 2
+    folders(root, test="Shirt")
+    with pytest.raises(SystemExit, match="without training images: Shirt"):
+        example.main()
+
+
+def test_the_rarest_third_is_at_least_one_tested_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    rarest_third = load("long_tail", monkeypatch).rarest_third
+    labels = np.repeat(np.arange(6), [6, 5, 4, 3, 2, 1])
+    assert rarest_third(labels, np.arange(6)).tolist() == [5, 4]
+    assert rarest_third(labels, np.array([0, 1, 1])).tolist() == [1]
+
+
+def test_posterize_at_the_highest_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.data.auto_augment import NAME_TO_OP, rand_augment_transform
+
+    before = NAME_TO_OP["PosterizeIncreasing"]
+    try:
+        load("finetune_timm", monkeypatch)
+        image = Image.new("RGB", (8, 8), (200, 100, 50))
+        assert NAME_TO_OP["PosterizeIncreasing"](image, 0).getpixel((0, 0)) == (128, 0, 0)
+        transform = rand_augment_transform("rand-m10-inc1", {})
+        for _ in range(100):
+            transform(image)
+    finally:
+        NAME_TO_OP["PosterizeIncreasing"] = before
+
+
+def smoke(name: str, *options: str) -> str:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), "--smoke", *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_finetune_timm_and_its_resumption(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in smoke("finetune_timm", "--out", str(tmp_path)).splitlines() if line[0] == "{"]
+    assert [row["epoch"] for row in rows] == [0, 1] and all(0 <= row["top1"] <= row["top5"] <= 100 for row in rows)
+    assert all(0 <= row["top1_ema"] <= row["top5_ema"] <= 100 for row in rows)
+    rest = [
+        json.loads(line)
+        for line in smoke("finetune_timm", "--out", str(tmp_path), "--epochs", "3").splitlines()
+        if line[0] == "{"
+    ]
+    assert [row["epoch"] for row in rest] == [2]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("where", ["chain", "wrap", "collate"])
+def test_torchvision_loop(where: str) -> None:
+    lines = smoke("torchvision_loop", "--where", where).splitlines()
+    assert "accuracy" in lines[1] and float(lines[1].split()[-2]) > 25
+    # What is done in workers is counted there (with --smoke there are none).
+    assert "'selected': 0" not in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_long_tail() -> None:
+    out = smoke("long_tail")
+    assert "341 real images, [100, 72, 51, 37, 26, 19, 14, 10, 7, 5] per class; 659 synthetic ones" in out
+    accuracy = [float(line.split("accuracy ")[1].split(" ")[0]) for line in out.splitlines() if "accuracy" in line]
+    assert len(accuracy) == 2 and accuracy[1] > 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_synthetic_only(tmp_path: Path) -> None:
+    out = smoke("synthetic_only", "--export", str(tmp_path / "images"))
+    accuracy = float(out.strip().splitlines()[-1].split(": ")[1].split(" ")[0])
+    assert accuracy > 50 and len(list((tmp_path / "images").rglob("*.png"))) == 600

@@ -1,0 +1,462 @@
+"""Files from strangers: whatever the bytes, the outcome is a model or one GLEMError, in bounded memory and time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import pickle
+import random
+import resource
+import signal
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from glem_augment import GLEM, ModelFileError
+from glem_augment.cli.info import _text, model_facts
+from glem_augment.errors import GLEMError
+from glem_augment.hub import files as hub
+from glem_augment.hub.cards import model_card
+
+CONFIG, WEIGHTS = hub.CONFIG, hub.WEIGHTS
+FAST, SLOW, PARTS = 300, 10_000, 10
+# Beside twice the file: what Python's own objects may take, the parsed config above all.
+SLACK = 128 * 2**20
+SECONDS = 10
+
+Pair = tuple[bytes, bytes]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _tiny(preset: str, with_modes: bool = False, **options: Any) -> GLEM:
+    shape = (1, 4, 4)
+    model = GLEM.create(preset, shape, ["cat", "dog", "ant"], **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand(parameter.shape, generator=generator) * 0.1)
+    if with_modes:
+        x = torch.randint(0, 256, (12, *shape), dtype=torch.uint8, generator=generator)
+        model.fit_modes((x, torch.arange(12) % 3), rank=2)
+    model.config.training = {"data": "/data/pets", "images": 12, "config": {"beta": 0.3, "milestones": [1, 2]}}
+    return model
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
+    """Real files: config and weights of small models of every kind."""
+    small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
+    models = [
+        _tiny("mef_tiny", with_modes=True, **small),
+        _tiny("glow_tiny", psi=None, **small),
+        _tiny("identity", with_modes=True),
+        _tiny("mef_tiny", subnet="transformer", depth=[1], blocks=[1], width=[16]),
+    ]
+    pairs = []
+    for model in models:
+        folder = tmp_path_factory.mktemp("seed")
+        model.save(folder)
+        pairs.append(((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()))
+    return pairs
+
+
+# ---- bounds ------------------------------------------------------------------------------------------------------
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+@contextlib.contextmanager
+def bounded(extra: int) -> Iterator[None]:
+    """Any allocation beyond ``extra`` bytes fails, and so does whatever takes longer than ten seconds."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"still at it after {SECONDS} s")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(folder: Path, pair: Pair, check: bool = False, extra: int = SLACK, show: bool = True) -> str:
+    """Load a pair of files: "loaded" or "refused". Raises for anything but a ModelFileError that names the folder, and
+    for a model that is not like any other; with ``show`` that takes a little longer."""
+    (folder / CONFIG).write_bytes(pair[0])
+    (folder / WEIGHTS).write_bytes(pair[1])
+    with bounded(2 * sum(map(len, pair)) + extra):
+        try:
+            model = GLEM.from_pretrained(folder, check=check)
+        except ModelFileError as error:
+            assert str(folder) in str(error) and len(str(error)) < 2000
+            return "refused"
+    for tensor in model.state_dict().values():
+        assert tensor.device.type == "cpu" and (not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()))
+    assert bool((model.gaussians.variance() > 0).all())
+    assert model.gaussians.psi is not None or bool((model.gaussians.s > 0).all())
+    assert model.modes is None or all(bool((t >= 0).all()) for t in (model.modes.rest, model.modes.scales))
+    text = json.dumps(model.config.to_dict(), ensure_ascii=False)
+    assert "\\u001b" not in text and text.encode()
+    if not show:
+        return "loaded"
+    # It is a model like any other: it can be saved and loaded once more, and what it says of itself can be shown.
+    model.save(folder / "again")
+    for text in (repr(model), _text(model_facts(str(folder))), str(model_card(model, "org/flow"))):
+        assert "\x1b" not in text and text.encode()
+    assert GLEM.from_pretrained(folder / "again").config == model.config
+    return "loaded"
+
+
+# ---- mutations of real files -------------------------------------------------------------------------------------
+
+HOSTILE: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 8, 255, 4096, 4097, 2**31, 2**63, 10**30, -(2**63)),
+    *(0.0, -0.0, 1e-300, 1e-45, 1e308, 1.5, "", "a", "0", "\x1b[31m", "\ud800", "é" * 2000, "../../x", "🐈" * 50),
+    *([], {}, [0], [[]], [1] * 9, [4096] * 8, [256] * 8, ["cat"] * 3, {"a": {"b": []}}, "__import__('os')"),
+]
+FLOATS = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30, 1e-45, 0.0, -1.0, 88.0, 1000.0]
+
+
+def _wild(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(HOSTILE))
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value."""
+    found: list[tuple[Any, Any]] = []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in list(items):
+        found.append((value, key))
+        found += _places(part)
+    return found
+
+
+def _change_json(rng: random.Random, data: bytes) -> bytes:
+    value = json.loads(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        places = _places(value)
+        if not places:
+            break
+        container, key = rng.choice(places)
+        kind = rng.random()
+        if kind < 0.5:
+            container[key] = _wild(rng)
+        elif kind < 0.65 and isinstance(container[key], int | float):
+            container[key] = container[key] * rng.choice([-1, 0, 2, 10, 1000]) + rng.choice([-1, 0, 1])
+        elif kind < 0.75:
+            del container[key]
+        elif kind < 0.85 and isinstance(container, dict):
+            container[rng.choice(["__class__", "exec", key.upper(), key + " "])] = container.pop(key)
+        elif kind < 0.95 and isinstance(container, list):
+            container.insert(rng.randrange(len(container) + 1), rng.choice([_wild(rng), container[key]]))
+        else:
+            container[key] = copy.deepcopy(rng.choice(places)[0])
+    return json.dumps(value, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass")
+
+
+def _change_bytes(rng: random.Random, data: bytes, first: int | None = None) -> bytes:
+    """Bits, bytes and pieces; with ``first`` in the first bytes alone, where a header is."""
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        end = max(1, min(len(out), first or len(out)))
+        at, size = rng.randrange(end), rng.choice([1, 1, 2, 4, 16, 200])
+        kind = rng.randrange(7)
+        if kind == 0 and out:
+            out[at % len(out)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            out[at : at + size] = rng.randbytes(size)
+        elif kind == 2:
+            del out[at : at + size]
+        elif kind == 3:
+            out[at:at] = rng.randbytes(size)
+        elif kind == 4:
+            out[at:at] = out[at : at + size]
+        elif kind == 5:
+            out[at : at + 1] = rng.choice([b"0", b"9", b"-", b'"', b"{", b"]", b",", b"\\", b"\0", b"\xff", b"e9"])
+        else:
+            del out[at if rng.random() < 0.5 else len(out) - size :]
+    return bytes(out)
+
+
+def _change_header(rng: random.Random, data: bytes) -> bytes:
+    """The header of a safetensors file as JSON, its length put right (or not)."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + length], data[8 + length :]
+    if rng.random() < 0.15:
+        length = rng.choice([0, 1, length - 1, length + 1, len(data), len(data) - 8, 2**31, 2**63, 2**64 - 1, 10**8])
+        return length.to_bytes(8, "little") + header + body
+    table = json.loads(header)
+    name = rng.choice([key for key in table if key != "__metadata__"])
+    entry, kind = table[name], rng.randrange(8)
+    if kind == 0:
+        entry["dtype"] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "C64", "X", None])
+    elif kind == 1:
+        entry["shape"] = rng.choice([[], [0], [2**40], [2**62, 4], [1] * 60, entry["shape"][::-1], [-1], "x", None])
+    elif kind == 2:
+        entry["data_offsets"] = rng.choice([[0, 0], [0, 2**63], [8, 4], [2**64, 2**65], [0], [0, len(body)], None])
+    elif kind == 3:
+        del table[name]
+    elif kind == 4:
+        table[rng.choice(["x", "flow." + name, name + "\0", "a" * 70_000])] = table.pop(name)
+    elif kind == 5:
+        other = rng.choice([key for key in table if key != "__metadata__"])
+        table[name], table[other] = table[other], table[name]
+    elif kind == 6:
+        table["__metadata__"] = rng.choice([{}, {"a": "b" * 70_000}, {"a": 1}, [], None, {"format": "pickle"}])
+    else:
+        entry[rng.choice(["exec", "shape2"])] = 1
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def _change_values(rng: random.Random, data: bytes) -> bytes:
+    """Numbers in the tensors, in place."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 30])):
+        at = start + 4 * rng.randrange((len(data) - start) // 4)
+        out[at : at + 4] = struct.pack("<f", rng.choice(FLOATS))
+    return bytes(out)
+
+
+def _change_types(rng: random.Random, data: bytes) -> bytes:
+    """A valid file of other types: everything in half, double, ..., or one tensor."""
+    dtype = rng.choice([torch.float16, torch.bfloat16, torch.float64, torch.int32])
+    tensors = load(data)
+    one = rng.choice([None, *tensors])
+    scale = rng.choice([1, 1, 1e6, -1])
+    return save(
+        {
+            name: (t * scale).to(dtype) if t.is_floating_point() and one in (None, name) else t
+            for name, t in tensors.items()
+        }
+    )
+
+
+def mutant(rng: random.Random, seeds: list[Pair]) -> Pair:
+    config, weights = rng.choice(seeds)
+    change: Callable[[], Pair] = rng.choice(
+        [
+            lambda: (_change_json(rng, config), weights),
+            lambda: (_change_json(rng, config), weights),
+            lambda: (_change_bytes(rng, config), weights),
+            lambda: (config, _change_bytes(rng, weights)),
+            lambda: (config, _change_bytes(rng, weights, first=1000)),
+            lambda: (config, _change_header(rng, weights)),
+            lambda: (config, _change_values(rng, weights)),
+            lambda: (config, _change_types(rng, weights)),
+            lambda: (rng.choice(seeds)[0], rng.choice(seeds)[1]),
+            lambda: (_change_json(rng, config), _change_header(rng, weights)),
+        ]
+    )
+    return change()
+
+
+def hunt(folder: Path, seeds: list[Pair], numbers: range) -> Counter[str]:
+    """What became of the mutants of these numbers; each number is one mutant, always the same."""
+    counts: Counter[str] = Counter()
+    for number in numbers:
+        rng = random.Random(number)
+        pair = mutant(rng, seeds)
+        try:
+            counts[outcome(folder, pair, check=number % 10 == 0, show=number % 5 == 0)] += 1
+        except BaseException as error:
+            error.add_note(f"mutant {number}") if hasattr(error, "add_note") else None
+            raise
+    return counts
+
+
+def test_mutants(tmp_path: Path, seeds: list[Pair]) -> None:
+    counts = hunt(tmp_path, seeds, range(FAST))
+    assert counts.total() == FAST
+    # Both outcomes occur, or the mutations are too wild or too tame to find anything.
+    assert counts["loaded"] > FAST / 50 and counts["refused"] > FAST / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_many_mutants(tmp_path: Path, seeds: list[Pair], part: int) -> None:
+    size = SLOW // PARTS
+    first = FAST + part * size
+    counts = hunt(tmp_path, seeds, range(first, first + size))
+    assert counts.total() == size and counts["loaded"] > size / 50 and counts["refused"] > size / 2
+
+
+# ---- anything at all ---------------------------------------------------------------------------------------------
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_SIZES = st.lists(st.integers(-1, 5) | _JSON, max_size=4) | _JSON
+_FLOW = st.fixed_dictionaries(
+    {"image_shape": st.just([1, 4, 4]) | _SIZES, "coupling": st.sampled_from(["matexp", "affine", "identity"]) | _JSON},
+    optional={
+        "preset": st.text(max_size=5) | _JSON,
+        "depth": st.just([1, 1]) | _SIZES,
+        "blocks": st.just([1, 1]) | _SIZES,
+        "width": st.just([4, 4]) | _SIZES,
+        "actnorm": st.sampled_from(["element", "channel"]) | _JSON,
+        "bound": st.floats(0, 8) | _JSON,
+        "rank": st.integers(0, 65) | _JSON,
+        "subnet": st.sampled_from(["residual", "bottleneck", "depthwise", "transformer"]) | _JSON,
+        "activation": st.sampled_from(["elu", "silu", "relu"]) | _JSON,
+        "patch": st.sampled_from([2, 4]) | _JSON,
+    },
+)
+_NAMES = st.just(["cat", "dog", "ant"]) | st.lists(st.text(max_size=3), max_size=4) | _JSON
+_CONFIG = st.fixed_dictionaries(
+    {"flow": _FLOW | _JSON, "class_ids": _NAMES, "class_names": _NAMES},
+    optional={
+        "bits": st.integers(0, 9) | _JSON,
+        "psi": st.none() | st.lists(st.floats(-1, 1e7), min_size=3, max_size=3) | _JSON,
+        "modes_rank": st.none() | st.integers(-1, 5) | _JSON,
+        "training": _JSON,
+        "format_version": st.just(1) | _JSON,
+    },
+)
+_QUICK = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@_QUICK
+@given(config=_CONFIG, which=st.integers(0, 3))
+def test_configs_of_the_right_form(tmp_path: Path, seeds: list[Pair], config: dict[str, Any], which: int) -> None:
+    text = json.dumps({"format_version": 1, "bits": 8, "psi": None, **config})
+    outcome(tmp_path, (text.encode(), seeds[which][1]))
+
+
+@_QUICK
+@given(data=st.binary(max_size=300), which=st.integers(0, 3), as_config=st.booleans())
+def test_bytes_of_no_form(tmp_path: Path, seeds: list[Pair], data: bytes, which: int, as_config: bool) -> None:
+    config, weights = seeds[which]
+    pair = (data, weights) if as_config else (config, data)
+    assert outcome(tmp_path, pair) == "refused"
+
+
+# ---- bombs -------------------------------------------------------------------------------------------------------
+
+
+def _with_training(config: bytes, text: str) -> bytes:
+    """A config with JSON ``text`` as its record of training."""
+    return json.dumps({**json.loads(config), "training": "@"}).replace('"@"', text).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a":[' + "[]," * 2_000_000 + "0]}",
+        '{"a":[' + "{}," * 290_000 + "0]}",
+        '{"a":[' + '{"":0},' * 190_000 + "0]}",
+        '{"a":"' + "🐈" * 2_000_000 + '"}',
+        '{"a":"' + "\\u00e9" * 1_300_000 + '"}',
+        '{"a":' * 5000 + "0" + "}" * 5000,
+        "[" * 1_000_000,
+        '{"a":' + "9" * 4_000_000 + "}",
+        '{"a":' + "1e" + "9" * 1000 + "}",
+        '{"a":-Infinity}',
+        '{"a":1,"a":2}',
+    ],
+    ids=["lists", "tables", "small tables", "emoji", "escapes", "deep", "open", "digits", "huge", "inf", "twice"],
+)
+def test_bombs_in_the_config(tmp_path: Path, seeds: list[Pair], text: str) -> None:
+    outcome(tmp_path, (_with_training(seeds[0][0], text), seeds[0][1]))
+
+
+def test_bombs_in_the_header(tmp_path: Path, seeds: list[Pair]) -> None:
+    config, weights = seeds[0]
+    entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    many = "{" + "".join(entry % i for i in range(200_000))[:-1] + "}"
+    for header in (many.encode(), b"{" + b" " * 20_000_000 + b"}", b'{"__metadata__":' + b'{"a":' * 100_000):
+        assert outcome(tmp_path, (config, len(header).to_bytes(8, "little") + header), extra=16 * 2**20) == "refused"
+
+
+def test_a_config_that_asks_for_more_than_the_weights_hold(
+    tmp_path: Path, seeds: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by the size of the file, before a module is made: the largest that the schema allows."""
+    monkeypatch.setattr(GLEM, "_build", lambda config: pytest.fail("a model is built"))
+    config, weights = seeds[0]
+    table = json.loads(config)
+    largest = dict(depth=[256, 256], blocks=[4, 4], width=[4096, 4096], image_shape=[4096, 4096, 4096])
+    names = [str(i) for i in range(100_000)]
+    for change in (
+        {"flow": {**table["flow"], "depth": [256] * 2, "blocks": [4] * 2}},
+        {"flow": {**table["flow"], **largest}},
+        {"flow": {"coupling": "identity", "image_shape": [4096, 4096, 4096]}},
+        {"class_ids": names, "class_names": names},
+        {"modes_rank": 4096},
+    ):
+        pair = json.dumps({**table, **change}).encode(), weights
+        assert outcome(tmp_path, pair, extra=64 * 2**20) == "refused"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_large_file_takes_twice_its_size_at_most(tmp_path: Path, dtype: torch.dtype) -> None:
+    """24 MiB of weights; the file itself is mapped, which is no allocation but counts in the address space."""
+    model = GLEM.create("identity", (3, 32, 32), [str(i) for i in range(1024)], psi=None)
+    model.save(tmp_path)
+    tensors = load((tmp_path / WEIGHTS).read_bytes())
+    (tmp_path / WEIGHTS).write_bytes(save({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    del model, tensors
+    size = (tmp_path / WEIGHTS).stat().st_size
+    with bounded(3 * size + 2**23):
+        loaded = GLEM.from_pretrained(tmp_path)
+    assert loaded.num_classes == 1024
+
+
+# ---- code --------------------------------------------------------------------------------------------------------
+
+
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_no_code_is_run(tmp_path: Path, seeds: list[Pair]) -> None:
+    """Pickles under every name that a loader could look for."""
+    mark, (config, weights) = tmp_path / "executed", seeds[0]
+    payload = pickle.dumps(_Payload(mark))
+    pickle.loads(payload)
+    assert mark.exists()  # it would
+    mark.unlink()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("pytorch_model.bin", "model.pt", "model.pkl", "checkpoint.pt", "__init__.py", "modeling.py"):
+        (folder / name).write_bytes(payload)
+    torch.save(_Payload(mark), folder / "model.pth")
+    assert outcome(folder, (config, weights)) == "loaded"
+    for pair in ((config, payload), (payload, weights), (config, (folder / "model.pth").read_bytes())):
+        assert outcome(folder, pair) == "refused"
+    assert not mark.exists()
+    with pytest.raises(GLEMError):
+        (folder / WEIGHTS).unlink()
+        GLEM.from_pretrained(folder)

@@ -1,0 +1,356 @@
+"""Losses and gradients that are not finite or explode, runs in pieces, and how the flow is set for training."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import TINY, write_images
+from test_training import comparable, rows, tiny_trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from glem_augment import GLEM
+from glem_augment.cli.main import main
+from glem_augment.errors import TrainingError
+from glem_augment.flows import MultiscaleFlow
+from glem_augment.hub import files as hub
+from glem_augment.training import Trainer, guard
+from glem_augment.training import loop as run_module
+from glem_augment.training import trainer as trainer_module
+from glem_augment.training.checkpoint import GOOD, load_checkpoint
+from glem_augment.training.guard import DivergenceError, LossGuard
+from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+from glem_augment.training.state import state_of
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
+
+
+def rollbacks(out: Path) -> list[tuple[int, float, int]]:
+    return [(row["step"], row["lr_scale"], row["number"]) for row in rows(out) if row["kind"] == "rollback"]
+
+
+# ---- the guard -------------------------------------------------------------------------------------------------------
+
+
+def feed(losses: list[float], bits: int = 8) -> int | None:
+    """After how many losses the guard has had enough; None if it never has."""
+    watch = LossGuard(bits)
+    for index, loss in enumerate(losses):
+        try:
+            watch.see(loss)
+        except DivergenceError:
+            return index + 1
+    return None
+
+
+def noise(n: int, level: float, spread: float, seed: int = 0) -> list[float]:
+    return (level + spread * torch.randn(n, generator=torch.Generator().manual_seed(seed))).tolist()
+
+
+def test_the_guard_lets_ordinary_runs_pass() -> None:
+    falling = [6 * math.exp(-i / 300) + 2 for i in range(3000)]
+    assert feed(falling) is None
+    for spread in (0.01, 0.3, 3.0):
+        assert feed(noise(5000, 2.0, spread)) is None
+    spikes = noise(3000, 2.0, 0.1)
+    spikes[500::20] = [1e6] * len(spikes[500::20])
+    spikes[1000:1060] = [math.nan] * 60
+    assert feed(spikes) is None
+    assert feed([2 + i / 2000 for i in range(5000)]) is None  # by design: a weight that is annealed
+    assert feed(noise(3000, -3.0, 0.1)) is None
+
+
+@pytest.mark.parametrize("bad", [5.0, 1e8, math.inf, math.nan])
+def test_the_guard_notices_losses_that_leave_for_good(bad: float) -> None:
+    calm = noise(500, 2.0, 0.1)
+    at = feed(calm + [bad] * 300)
+    assert at is not None and 500 + guard.SHARE <= at <= 500 + guard.PATIENCE
+    assert feed(calm + [bad] * (guard.SHARE - 1) + calm) is None
+
+
+def test_the_guard_notices_a_run_that_never_learned() -> None:
+    assert feed([6.0] * 5 + [8 * 1.05**i for i in range(200)]) is not None
+    # Steps that were skipped are no start to compare with.
+    assert feed([math.nan] * 5 + [100 - i / 10 for i in range(300)]) is None
+
+
+def test_the_guard_goes_on_where_its_state_was_saved() -> None:
+    losses = [*noise(300, 2.0, 0.1), *[math.nan] * 30, *noise(40, 50.0, 1.0), *[math.inf] * 50]
+    for cut in (0, 3, 120, 320, 350, 375):
+        first = LossGuard(8)
+        for loss in losses[:cut]:
+            first.see(loss)
+        facts, values = first.state()
+        second = LossGuard(8)
+        second.load(json.loads(json.dumps(facts)), values)
+        for loss in losses[cut:]:
+            ends = []
+            assert second.calm == first.calm and second.threshold() == first.threshold()
+            for watch in (first, second):
+                try:
+                    watch.see(loss)
+                    ends.append(False)
+                except DivergenceError:
+                    ends.append(True)
+            assert ends[0] == ends[1]
+            if ends[0]:
+                break
+        else:
+            pytest.fail("these losses diverge")
+
+
+# ---- returns to the last good checkpoint -----------------------------------------------------------------------------
+
+
+def until_returned(trainer: Trainer, encode: Callable[..., Any], steps: set[int], returns: int = 1) -> None:
+    """Let ``encode`` take the place of the model's in these E-steps, until the run has returned so many times."""
+    real = trainer.model.encode
+
+    def faulty(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        z, logdet = real(x, generator)
+        bad = trainer.step in steps and trainer.rollbacks < returns and torch.is_grad_enabled()
+        return encode(z, logdet) if bad else (z, logdet)
+
+    trainer.model.encode = faulty
+
+
+class _BadGradient(torch.autograd.Function):
+    """The identity, with a gradient of infinity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * math.inf
+
+
+BAD = {
+    "nan in the loss": lambda z, logdet: (z * math.nan, logdet),
+    "infinity in the loss": lambda z, logdet: (z, logdet - math.inf),
+    "nan in the gradient": lambda z, logdet: (_BadGradient.apply(z) + 0 * z.detach(), logdet),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_path: Path, what: str) -> None:
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out, max_bad_steps=3, epochs=4)
+    until_returned(trainer, BAD[what], set(range(9, 100)))
+    rates: dict[tuple[int, int], float] = {}
+    real = trainer.e_step
+
+    def e_step(x: Tensor, y: Tensor) -> float:
+        rates[trainer.rollbacks, trainer.step] = trainer.flow_optimizer.param_groups[0]["lr"]
+        return real(x, y)
+
+    trainer.e_step = e_step
+    with pytest.warns(UserWarning, match=r"step 11: 3 steps in a row were not.*Returned to step 8.*\(1 of at most"):
+        model = trainer.fit()
+    assert rollbacks(out) == [(8, 0.5, 1)]
+    assert [key for key in rates if key[0] == 1] == [(1, step) for step in range(8, 16)]
+    for step in (8, 9, 10):
+        assert rates[1, step] == pytest.approx(0.5 * rates[0, step]) and rates[0, step] > 0
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+    assert model.config.training["rollbacks"] == 1 and model.config.training["bad_steps"] == 3
+    epochs = [row["epoch"] for row in rows(out) if row["kind"] == "epoch"]
+    assert epochs == [1, 2, 3, 4]
+
+
+def test_the_progress_bar_goes_back_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+
+    class Bar(tqdm):
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            shown.append(self.n)
+
+    monkeypatch.setattr(run_module, "tqdm", partial(Bar, mininterval=0, miniters=1))
+    trainer = tiny_trainer(tmp_path / "run", max_bad_steps=3, epochs=4)
+    trainer.progress = True
+    until_returned(trainer, BAD["nan in the loss"], set(range(9, 100)))
+    with pytest.warns(UserWarning, match="Returned to step 8"):
+        trainer.fit()
+    back = next(i for i in range(1, len(shown)) if shown[i] < shown[i - 1])
+    assert shown[back] == 8 and set(range(9, 17)) <= set(shown[back:])
+
+
+def test_what_was_learned_after_the_good_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    """The weights after the return are those of the good checkpoint, optimizers and averages too."""
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out, max_bad_steps=2, epochs=4, checkpoint_minutes=1e-9)
+    until_returned(trainer, BAD["nan in the loss"], {6, 7})
+    states = []
+    real = trainer.e_step
+
+    def e_step(x: Tensor, y: Tensor) -> float:
+        if trainer.step == 4:
+            states.append(copy.deepcopy(state_of(trainer)[1]))
+        return real(x, y)
+
+    trainer.e_step = e_step
+    with pytest.warns(UserWarning, match="Returned to step 4"):
+        trainer.fit()
+    assert len(states) == 2 and states[0].keys() == states[1].keys()
+    # The M-step of the epoch comes first, at half the rate; all else is as it was.
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert changed <= {"model/gaussians.mu", "model/gaussians.s"} and changed
+
+
+def test_exploded_losses_return_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WINDOW": 8, "MIN": 3, "START": 2, "PATIENCE": 4, "SHARE": 3, "CALM": 2}.items():
+        monkeypatch.setattr(guard, name, value)
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out, epochs=4)
+    until_returned(trainer, lambda z, logdet: (z + 1e4, logdet), set(range(7, 100)))
+    with pytest.warns(UserWarning, match=r"step 9: 3 of the last 4 losses were above.*Returned to step 4"):
+        model = trainer.fit()
+    # Step 8 ends an epoch, but not calmly: nothing to return to.
+    assert rollbacks(out) == [(4, 0.5, 1)] and model.config.training["bad_steps"] == 0
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out, epochs=3, checkpoint_minutes=1e-9)
+    real = trainer.e_step
+
+    def e_step(x: Tensor, y: Tensor) -> float:
+        loss = real(x, y)
+        if trainer.step == 5 and trainer.rollbacks == 0:
+            with torch.no_grad():
+                next(trainer.model.flow.parameters()).fill_(math.nan)
+        return loss
+
+    trainer.e_step = e_step
+    with pytest.warns(UserWarning, match="weights are no longer finite.*Returned to step 4"):
+        trainer.fit()
+    assert GLEM.from_pretrained(out).num_classes == 2
+
+
+def test_an_m_step_that_never_succeeds_is_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer_module.m_step_loss
+    monkeypatch.setattr(trainer_module, "m_step_loss", lambda *args: real(*args) * math.nan)
+    trainer = tiny_trainer(tmp_path / "run", m_steps=3, max_bad_steps=3, max_rollbacks=1)
+    with (
+        pytest.warns(UserWarning, match="Returned to step 0"),
+        pytest.raises(TrainingError, match=r"diverged again after 1 return.*M-step"),
+    ):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_returns_are_limited_and_more_of_them_may_be_allowed_later(tmp_path: Path, most: int) -> None:
+    out = tmp_path / "run"
+    options = dict(max_bad_steps=2, epochs=3, max_rollbacks=most)
+
+    def broken(resume: bool, **changes: Any) -> Trainer:
+        trainer = tiny_trainer(out, resume=resume, **{**options, **changes})
+        until_returned(trainer, BAD["nan in the loss"], {5, 6}, returns=most + 1)
+        return trainer
+
+    with pytest.raises(TrainingError, match=rf"the run diverged.*resume with a higher max_rollbacks \({most}\)"):
+        if most:
+            with pytest.warns(UserWarning, match="Returned"):
+                broken(False).fit()
+        else:
+            broken(False).fit()
+    assert len(rollbacks(out)) == most and load_checkpoint(out).facts["rollbacks"] == most
+    with pytest.warns(UserWarning, match=f"at {0.5 ** (most + 1):g} times"):
+        broken(True, max_rollbacks=most + 1).fit()
+    assert [row[1] for row in rollbacks(out)] == [0.5 ** (n + 1) for n in range(most + 1)]
+
+
+def test_without_its_good_checkpoint_a_run_returns_to_the_newest(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer = tiny_trainer(out, max_bad_steps=2, checkpoint_minutes=1e-9)
+    until_returned(trainer, BAD["nan in the loss"], {7, 8})
+    real = trainer.e_step
+
+    def e_step(x: Tensor, y: Tensor) -> float:
+        if trainer.step == 7:
+            (out / GOOD).unlink()
+        return real(x, y)
+
+    trainer.e_step = e_step
+    with pytest.warns(UserWarning) as said:
+        trainer.fit()
+    words = " ".join(str(warning.message) for warning in said)
+    assert f"{out / GOOD} can't be used (there is none)" in words and "Returned to step 8" in words
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, dict(memory="reversible"), dict(averaging="none", precision="bf16")])
+def test_a_run_in_pieces_of_one_step_ends_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    tiny_trainer(tmp_path / "whole", epochs=2, **options).fit()
+    out, pieces = tmp_path / "cut", 0
+    while True:
+        trainer = tiny_trainer(out, resume=pieces > 0, epochs=2, max_minutes=1e-9, **options)
+        pieces += 1
+        try:
+            trainer.fit()
+            break
+        except TimeUpError as stop:
+            assert f"step {pieces} of 8" in str(stop) and "--resume" in str(stop)
+            assert load_checkpoint(out).step == pieces
+    assert pieces == 9  # the last one fits the modes and saves the model
+    for name in (hub.WEIGHTS, hub.CONFIG):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert comparable(out) == comparable(tmp_path / "whole")
+
+
+def test_the_command_in_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "images", ("a", "b"), (8, 8), 6)
+    argv = ["train", str(tmp_path / "images"), "--out", str(tmp_path / "run"), "--resume", "--epochs", "1", "--quiet"]
+    argv += ["--batch-size", "2", *TINY]
+    assert main([*argv, "--max-minutes", "1e-9"]) == EXIT_TIME_UP == 75
+    assert "glem: stopped at step 1 of 4: the 1e-09 minutes are over" in capsys.readouterr().err
+    assert main(argv) == 0  # the limit was that piece's
+    model = GLEM.from_pretrained(tmp_path / "run")
+    assert not {"max_minutes", "checkpoint_minutes"} & set(model.config.training["config"])
+
+
+# ---- memory and compile ----------------------------------------------------------------------------------------------
+
+
+def test_memory_and_compile_reach_the_flow_that_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[MultiscaleFlow] = []
+    monkeypatch.setattr(MultiscaleFlow, "compile_steps", lambda flow: compiled.append(flow), raising=False)
+    seen: list[str] = []
+
+    def run(name: str, **options: Any) -> GLEM:
+        trainer = tiny_trainer(tmp_path / name, epochs=1, **options)
+        real = trainer.e_step
+
+        def e_step(x: Tensor, y: Tensor) -> float:
+            seen.append(trainer.model.flow.levels[0].memory)
+            return real(x, y)
+
+        trainer.e_step = e_step
+        flow = trainer.model.flow
+        model = trainer.fit()
+        assert model.flow.levels[0].memory == "stored"
+        assert compiled == ([flow] if options.get("compile") else [])
+        compiled.clear()
+        return model
+
+    plain = run("plain")
+    both = run("both", memory="reversible", compile=True)
+    assert seen == ["stored"] * 4 + ["reversible"] * 4
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(both.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_resuming_with_other_memory_is_allowed_and_said(tmp_path: Path) -> None:
+    tiny_trainer(tmp_path / "run").save_checkpoint()
+    with pytest.warns(UserWarning, match="memory=stored, now reversible.*last bit"):
+        tiny_trainer(tmp_path / "run", resume=True, memory="reversible")
