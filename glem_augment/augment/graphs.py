@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from glem_augment.devices import WeightsVersion
 from glem_augment.model.glem import GLEM
-from glem_augment.models import WeightsVersion
 
 # A pass of the model on one tensor.
 Pass = Callable[[Tensor], Tensor]

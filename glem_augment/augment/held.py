@@ -8,10 +8,9 @@ import torch
 
 from glem_augment.augment.bank import LatentBank
 from glem_augment.augment.lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
-from glem_augment.checks import check_modes
+from glem_augment.devices import WeightsVersion
 from glem_augment.latent.modes import ClassModes
-from glem_augment.model.glem import GLEM
-from glem_augment.models import WeightsVersion
+from glem_augment.model.glem import GLEM, check_modes
 
 NEIGHBOURS = 3  # classes that count as "near"
 

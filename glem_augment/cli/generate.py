@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from glem_augment.checks import DEFAULT_MODES
 from glem_augment.cli.common import (
     CLASS_MAP_HELP,
     DATA_HELP,
@@ -31,7 +30,7 @@ from glem_augment.cli.common import (
 from glem_augment.cli.parsers import new_parser
 from glem_augment.errors import ClassMismatchError
 from glem_augment.io import expand
-from glem_augment.model.glem import GLEM
+from glem_augment.model.glem import DEFAULT_MODES, GLEM
 from glem_augment.synthetic.balance import PerClass, class_counts
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import export_imagefolder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from glem_augment.data.dataset import ImageData
+
+
+DEFAULT_MODES = 64
 
 
 class GLEM(FlowModel):
@@ -385,7 +390,8 @@ class GLEM(FlowModel):
         """A model with this flow for other images and classes, in closed form: one pass over ``data``, no training.
 
         Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones (see
-        ``glem_augment.latent.adapt``), and its principal modes. The flow's weights stay as they are, and so does this model.
+        ``glem_augment.latent.adapt``), and its principal modes. The flow's weights stay as they are, and so does this
+        model.
 
         Args:
             data: an ``ImageData`` in the flow's shape; a pair (images [N,C,H,W] uint8, labels int64 [N]); or what
@@ -419,3 +425,49 @@ class GLEM(FlowModel):
             seed=seed,
             progress=progress,
         )
+
+
+def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
+    """``model`` itself, or the one that ``GLEM.from_pretrained`` finds under that name: a folder, ``bundled:NAME``, or
+    ``org/name[@revision]`` on the Hub.
+
+    Raises:
+        TypeError: neither. ModelFileError: see ``GLEM.from_pretrained``.
+    """
+    if isinstance(model, GLEM):
+        return model
+    if isinstance(model, str):
+        return GLEM.from_pretrained(model)
+    if isinstance(model, os.PathLike):
+        return GLEM.from_pretrained(Path(model))
+    raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")
+
+
+def on_device(model: GLEM, device: torch.device | str | None) -> GLEM:
+    """``model`` where it is there already, or ``device`` is None; else a copy there."""
+    if device is None:
+        return model
+    device = torch.device(device)
+    if device == model.device or (device.type == "cpu" == model.device.type):
+        return model
+    if device == torch.device("cuda") and model.device == torch.device("cuda", torch.cuda.current_device()):
+        return model
+    return copy.deepcopy(model).to(device)
+
+
+def check_modes(model: GLEM, modes: int) -> ClassModes:
+    """The model's modes; ValueError if it has none, or fewer than `modes`."""
+    fitted = model.modes
+    if fitted is None:
+        raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
+    if isinstance(modes, bool) or not isinstance(modes, numbers.Integral) or not 1 <= modes <= fitted.rank:
+        raise ValueError(
+            f"modes must be an int from 1 to {fitted.rank}, the modes stored with the model; got {modes!r} "
+            "(for more: model.fit_modes(data, rank=...))"
+        )
+    return fitted
+
+
+def default_modes(model: GLEM) -> int:
+    """How many modes to use where the user does not say: 64, or as many as there are."""
+    return DEFAULT_MODES if model.modes is None else min(DEFAULT_MODES, model.modes.rank)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from glem_augment.checks import check_choice, check_whole
+from glem_augment.devices import WeightsVersion, fingerprint
 from glem_augment.io import expand
-from glem_augment.model.glem import GLEM
-from glem_augment.models import WeightsVersion, as_model, fingerprint, on_device
+from glem_augment.model.glem import GLEM, as_model, on_device
 from glem_augment.synthetic.balance import PerClass, as_image_data, as_list, class_counts, find_class
 from glem_augment.synthetic.block_decoder import BlockDecoder
 from glem_augment.synthetic.blocks import BlockStore, move_if_sent, one_at_a_time

@@ -92,7 +92,7 @@ class TrainConfig:
             the latents.
         sigma_init, sigma_init_std: variances at the start (None: the middle of psi's range, or 0.3 without psi), and
             the standard deviation of normal noise on their free parameters s.
-        code_rows: the lowest rows of each image are a class code (``glem_augment.evaluation.codes``), which is not augmented.
+        code_rows: the lowest rows of each image are a class code (``evaluation.codes``), which is not augmented.
         psi, bits: see ``GLEM.create``.
         g_fraction, val_fraction: shares of the data for the M-step and (at most ``val_max`` images, but one of each
             class of three or more) for held-out metrics; stratified, seeded.

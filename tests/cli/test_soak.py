@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.data.dataset import ImageData
+from glem_augment.devices import WeightsVersion
 from glem_augment.errors import DataError
-from glem_augment.models import WeightsVersion
 from glem_augment.synthetic.stream import SyntheticStream
 from glem_augment.training import loop as run_module
 

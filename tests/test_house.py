@@ -1,0 +1,122 @@
+"""The layout of the package: rooms as folders, imports that run downwards, files of a readable length."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "glem_augment"
+# Imports run downwards in this order. The single files at the top of the package lie below all rooms.
+ROOMS = (
+    "cli",
+    "training",
+    "evaluation",
+    "synthetic",
+    "augment",
+    "hub",
+    "model",
+    "latent",
+    "data",
+    "flows",
+)
+MAX_MODULES, MAX_LINES, MAX_FILE = 80, 13_000, 450
+MAX_UPWARD = 3  # look-ups of a higher room inside a method: from_pretrained, push_to_hub, aug.wrap
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name without "glem_augment."; a room by its folder's name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> tuple[set[str], set[str]]:
+    """The package's modules that a file imports at its top (type-only imports too), and inside functions."""
+    top: set[str] = set()
+    inner: set[str] = set()
+
+    def visit(node: ast.AST, depth: int) -> None:
+        for child in ast.iter_child_nodes(node):
+            names = []
+            if isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{path}: imports are absolute"
+                if (child.module or "").split(".")[0] == "glem_augment":
+                    base = (child.module or "").removeprefix("glem_augment").strip(".")
+                    for alias in child.names:
+                        full = f"{base}.{alias.name}".strip(".")
+                        names.append(full if full in known else base)
+            elif isinstance(child, ast.Import):
+                names = [
+                    a.name.removeprefix("glem_augment.") for a in child.names if a.name.startswith("glem_augment.")
+                ]
+            (inner if depth else top).update(names)
+            visit(child, depth + isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), 0)
+    return top - {""}, inner - {""}
+
+
+def floor(name: str) -> int:
+    """The floor that a module stands on; 0 is the roof."""
+    room = name.split(".")[0]
+    if name in ("", "__main__"):
+        return -1
+    return ROOMS.index(room) if room in ROOMS else len(ROOMS)
+
+
+def test_every_module_is_in_a_room_or_a_single_file() -> None:
+    rooms = {name.split(".")[0] for name in modules() if "." in name}
+    assert rooms == set(ROOMS)
+
+
+def test_imports_run_downwards() -> None:
+    known = modules()
+    upward = [
+        (name, other)
+        for name, path in known.items()
+        if name
+        for other in imports(path, known)[0]
+        if floor(other) < floor(name)
+    ]
+    assert not upward, upward
+
+
+def test_few_methods_look_upwards() -> None:
+    known = modules()
+    upward = [
+        (name, other)
+        for name, path in known.items()
+        if name
+        for other in imports(path, known)[1]
+        if floor(other) < floor(name)
+    ]
+    assert len(upward) <= MAX_UPWARD, upward
+
+
+def test_imports_make_no_circle() -> None:
+    known = modules()
+    graph = {name: imports(path, known)[0] - {name} for name, path in known.items() if name}
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, f"a circle of imports: {' -> '.join([*trail, name])}"
+        if name in graph and name not in state:
+            state[name] = 1
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            state[name] = 2
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_package_is_small() -> None:
+    known = modules()
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}
+    assert len(known) <= MAX_MODULES, len(known)
+    assert sum(lines.values()) <= MAX_LINES, sum(lines.values())
+    assert not [name for name, count in lines.items() if count >= MAX_FILE]
+    assert not [path for path in PACKAGE.rglob("_*.py") if path.name not in ("__init__.py", "__main__.py")]
+    assert not [path for path in PACKAGE.rglob("*") if path.suffix in (".cpp", ".h", ".cu")]
