@@ -18,7 +18,8 @@ import torch
 from glem_augment import __version__
 from glem_augment.io import atomic_write, write_json
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -92,7 +93,9 @@ def write_results(
         show: print the table too.
         facts: what else is worth recording, as JSON can carry it.
     """
-    command = "python " + " ".join(shlex.quote(a) for a in [f"benchmarks/{name}.py", *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    command = "python " + " ".join(shlex.quote(a) for a in [str(shown), *sys.argv[1:]])
     tables = tables or {}
     record = {"title": title, "command": command, "machine": machine(), **facts, "rows": rows, **tables}
     write_json(folder / f"{name}.json", record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +24,11 @@ from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from sharpness import upper_energy  # noqa: E402
-
-from glem_augment import GLEM, ClassMismatchError, GLEMAugment, SyntheticDataset, open_data  # noqa: E402
-from glem_augment.augment.loops import AugmentedLoader  # noqa: E402
-from glem_augment.augment.mixup import mix_soft  # noqa: E402
-from glem_augment.evaluation.tuning import choose_strength  # noqa: E402
+from benchmarks.proof.sharpness import upper_energy
+from glem_augment import GLEM, ClassMismatchError, GLEMAugment, SyntheticDataset, open_data
+from glem_augment.augment.loops import AugmentedLoader
+from glem_augment.augment.mixup import mix_soft
+from glem_augment.evaluation.tuning import choose_strength
 
 CLASSES = ["bird", "cat", "dog"]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

@@ -16,20 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.proof import augmentation as benchmark
+from benchmarks.proof import augmentation_data as data
+from benchmarks.proof import augmentation_ops as ops
+from benchmarks.proof import augmentation_plan as planning
+from benchmarks.proof import augmentation_report as reporting
+from benchmarks.proof import augmentation_settings as settings
+from benchmarks.proof import augmentation_store as store_module
+from benchmarks.proof import augmentation_task as tasks
+from benchmarks.proof.augmentation_store import Store
+from benchmarks.proof.augmentation_train import make_body, order_of
 from glem_augment import GLEM, open_data
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import augmentation as benchmark  # noqa: E402
-import augmentation_data as data  # noqa: E402
-import augmentation_ops as ops  # noqa: E402
-import augmentation_plan as planning  # noqa: E402
-import augmentation_report as reporting  # noqa: E402
-import augmentation_settings as settings  # noqa: E402
-import augmentation_store as store_module  # noqa: E402
-import augmentation_task as tasks  # noqa: E402
-from augmentation_store import Store  # noqa: E402
-from augmentation_train import make_body, order_of  # noqa: E402
 
 CLASSES, COUNT = 3, 24
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,9 +34,8 @@ GLOW = {
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The benchmarks import each other by their bare names, as scripts do. One thread: the sizes are tiny."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def _one_thread() -> Iterator[None]:
+    """One thread: the sizes are tiny."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,14 +43,14 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def load(name: str) -> ModuleType:
-    return importlib.import_module(name)
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 # ---- floor -------------------------------------------------------------------------------------------------------
 
 
 def test_every_form_of_the_floor_does_the_work_of_the_subnets() -> None:
-    speed, floor = load("speed"), load("speed_floor")
+    speed, floor = load("speed.speed"), load("speed.speed_floor")
     flow, x = speed.make_flow(MEF, CPU)
     nets = [coupling.net for coupling in speed.couplings(flow)]
     inputs, gradients = floor._met(flow, nets, x)
@@ -69,7 +67,7 @@ def test_every_form_of_the_floor_does_the_work_of_the_subnets() -> None:
 
 
 def test_the_fastest_form_of_every_operation_is_kept() -> None:
-    speed, floor = load("speed"), load("speed_floor")
+    speed, floor = load("speed.speed"), load("speed.speed_floor")
     flow, x = speed.make_flow(MEF, CPU)
     kept, costs = floor.floors(flow, [coupling.net for coupling in speed.couplings(flow)], x, compiled=False)
     for operation in floor.OPERATIONS:
@@ -79,7 +77,7 @@ def test_the_fastest_form_of_every_operation_is_kept() -> None:
 
 
 def test_subnets_that_the_flow_does_not_run_are_no_floor() -> None:
-    speed, floor = load("speed"), load("speed_floor")
+    speed, floor = load("speed.speed"), load("speed.speed_floor")
     flow, x = speed.make_flow(MEF, CPU)
     with pytest.raises(RuntimeError, match="ran 0 of its 1 subnets"):
         floor.floors(flow, [nn.Conv2d(1, 1, 1)], x, compiled=False)
@@ -90,7 +88,7 @@ def test_subnets_that_the_flow_does_not_run_are_no_floor() -> None:
 
 @pytest.mark.parametrize("n", [4, 5])
 def test_everybody_follows_everybody_else_equally_often(n: int) -> None:
-    orders = list(itertools.islice(load("speed_measure").balanced_orders(n), 2 * n if n % 2 else n))
+    orders = list(itertools.islice(load("speed.speed_measure").balanced_orders(n), 2 * n if n % 2 else n))
     assert all(sorted(order) == list(range(n)) for order in orders)
     pairs = [pair for order in orders for pair in itertools.pairwise(order)]
     assert {pairs.count(pair) for pair in itertools.permutations(range(n), 2)} == {len(orders) // n}
@@ -111,13 +109,13 @@ class _Scale(nn.Module):
 
 
 def test_bytes_for_the_backward_count_storages_once_and_no_weights() -> None:
-    measure = load("speed_measure")
+    measure = load("speed.speed_measure")
     side = measure.Side("scale", _Scale(), torch.rand(32, 64))
     assert measure.held_for_backward(side) == 2 * 32 * 64 * 4
 
 
 def test_reversible_training_holds_less() -> None:
-    speed = load("speed")
+    speed = load("speed.speed")
     # A batch that outweighs what a step keeps whatever the batch, its scales, shifts and matrix.
     case = {**MEF, "batch": 64, "overrides": {"depth": [2, 2], "blocks": [1, 1], "width": [8, 8]}}
     growth = {row["side"]: row["ratio"] for row in speed.memory_growth(case, CPU)}
@@ -127,13 +125,13 @@ def test_reversible_training_holds_less() -> None:
 
 def test_a_slow_first_call_takes_no_rounds_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of what is compiled in it."""
-    measure, taken = load("speed_measure"), iter([30.0])
+    measure, taken = load("speed.speed_measure"), iter([30.0])
     monkeypatch.setattr(measure, "seconds", lambda task, device: next(taken, 0.001))
     assert len(measure.measure({("a", "train"): lambda: None}, 5, CPU, "", budget=20.0)["a", "train"]) == 5
 
 
 def test_rounds_keep_to_the_budget_but_are_three() -> None:
-    measure = load("speed_measure")
+    measure = load("speed.speed_measure")
     calls: list[str] = []
     times = measure.measure({("a", "train"): lambda: calls.append("a")}, 5, CPU, "")
     assert len(times["a", "train"]) == 5
@@ -145,7 +143,7 @@ def test_rounds_keep_to_the_budget_but_are_three() -> None:
 
 
 def test_published_exponentials_are_exponentials() -> None:
-    published = load("speed_published")
+    published = load("speed.speed_published")
     m = torch.randn(5, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(published.expm(m), torch.matrix_exp(m))
     u, v = torch.randn(5, 6, 3, dtype=torch.float64), torch.randn(5, 3, 6, dtype=torch.float64)
@@ -167,7 +165,7 @@ def _check_bijection(flow: nn.Module, x: Tensor) -> None:
 
 
 def test_the_published_flow_is_a_flow_with_our_subnets() -> None:
-    speed, published = load("speed"), load("speed_published")
+    speed, published = load("speed.speed"), load("speed.speed_published")
     flow, x = speed.make_flow(MEF, CPU)
     nets = [coupling.net for coupling in speed.couplings(flow)]
     theirs = published.PublishedFlow(MEF["image_shape"], flow.spec["depth"], nets)
@@ -178,14 +176,14 @@ def test_the_published_flow_is_a_flow_with_our_subnets() -> None:
 
 def test_the_published_low_rank_coupling_is_a_bijection() -> None:
     net = nn.Conv2d(26, 26 + 2 * 3 * 26, 1)
-    coupling = load("speed_published").PublishedCoupling(52, net)
+    coupling = load("speed.speed_published").PublishedCoupling(52, net)
     _check_bijection(coupling, torch.randn(2, 52, 1, 2))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["Freia", "Normflows", "Nflows"])
 def test_a_peer_is_a_flow_with_our_subnets(name: str) -> None:
-    speed, peer = load("speed"), getattr(load("speed_peers"), name)
+    speed, peer = load("speed.speed"), getattr(load("speed.speed_peers"), name)
     pytest.importorskip(peer.module)
     flow, x = speed.make_flow(GLOW, CPU)
     squeezed = torch.nn.functional.pixel_unshuffle(x, 2)
@@ -202,7 +200,7 @@ def test_a_peer_is_a_flow_with_our_subnets(name: str) -> None:
 
 
 def test_peers_that_are_missing_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    peers = load("speed_peers")
+    peers = load("speed.speed_peers")
     for peer in peers.PEERS:
         monkeypatch.setitem(sys.modules, peer.module, None)
     found, advice = peers.available()
@@ -221,7 +219,7 @@ def _row(case: str, side: str, overhead: float, ms: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("ours", "met"), [(0.14, True), (0.16, False)])
 def test_verdicts_compare_our_ordinary_form_with_the_best_other(ours: float, met: bool) -> None:
-    report = load("speed_report")
+    report = load("speed.speed_report")
     rows = [_row("glow_tiny_0", report.OURS, ours, 1.1), _row("glow_tiny_0", report.COMPILED, 0.0, 0.9)]
     rows += [_row("glow_tiny_0", "FrEIA", 0.3, 1.0), _row("glow_tiny_0", "nflows", 0.9, 1.5)]
     found = {row["what"]: row for row in report.verdicts(rows)}
@@ -234,11 +232,11 @@ def test_verdicts_compare_our_ordinary_form_with_the_best_other(ours: float, met
 def test_overhead_is_taken_over_the_fastest_floor_round_by_round() -> None:
     times = {("floor: a", "train"): [1.0, 2.0, 4.0], ("floor: b", "train"): [3.0, 3.0, 3.0]}
     times["ours", "train"] = [1.5, 3.0, 8.0]
-    assert load("speed_measure").overhead(times, "ours", "train") == pytest.approx(0.5)
+    assert load("speed.speed_measure").overhead(times, "ours", "train") == pytest.approx(0.5)
 
 
 def test_noise_is_what_another_run_would_find() -> None:
-    measure, generator = load("speed_measure"), np.random.default_rng(1)
+    measure, generator = load("speed.speed_measure"), np.random.default_rng(1)
     medians, widths = [], []
     for _ in range(200):
         rounds = list(2.2 + 0.1 * generator.standard_normal(41))
@@ -252,7 +250,7 @@ def test_noise_is_what_another_run_would_find() -> None:
 
 
 def test_a_verdict_tells_the_noise_of_both_its_sides() -> None:
-    report, measure, generator = load("speed_report"), load("speed_measure"), np.random.default_rng(0)
+    report, measure, generator = load("speed.speed_report"), load("speed.speed_measure"), np.random.default_rng(0)
     # What is slow for all is no noise of a quotient; FrEIA has the least overhead, nflows the least time.
     shared, own = 1 + generator.random(50), 0.1 * generator.random(50)
     times: dict[tuple[str, str], list[float]] = {("floor", "train"): list(shared)}
@@ -276,7 +274,7 @@ def test_a_verdict_tells_the_noise_of_both_its_sides() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_speed_writes_json_table_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    speed = load("speed")
+    speed = load("speed.speed")
     monkeypatch.setattr(speed, "CASES", {"mef_tiny": MEF, "glow_tiny_0": GLOW})
     options = ["--cases", "mef_tiny", "glow_tiny_0", "--rounds", "1", "--no-compile", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["speed.py", *options, "--threads", "1", "--out", str(tmp_path)])
@@ -295,7 +293,7 @@ def test_speed_writes_json_table_and_picture(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_the_products_are_all_that_the_densities_need() -> None:
-    densities = load("densities")
+    densities = load("speed.densities")
     gaussians = densities.make_gaussians(3, 12, False)
     scaled, inverse = densities.operands(gaussians)
     z = torch.randn(5, 12)
@@ -304,7 +302,7 @@ def test_the_products_are_all_that_the_densities_need() -> None:
 
 
 def test_densities_measure_every_pair() -> None:
-    rows = load("densities").measure(classes=4, dim=48, batch=3, rounds=2)
+    rows = load("speed.densities").measure(classes=4, dim=48, batch=3, rounds=2)
     assert len(rows) == 8
     for row in rows:
         assert row["ratio"] > 0 and row["met"] is (row["ratio"] <= row["limit"])
@@ -312,7 +310,7 @@ def test_densities_measure_every_pair() -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_pipeline_measures_data_set_and_augmentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pipeline = load("pipeline")
+    pipeline = load("speed.pipeline")
     model, images, labels = pipeline.random_model("glow_tiny", 4, depth=[1, 1], blocks=[1, 1], width=[8, 8])
     loaders = [{"workers": 0, "batch": 32, "shuffle": True, "again": again} for again in (False, True)]
     monkeypatch.setattr(pipeline, "LOADERS", loaders)
@@ -329,7 +327,7 @@ def test_pipeline_measures_data_set_and_augmentation(monkeypatch: pytest.MonkeyP
 
 
 def test_train_large_trains_in_pieces_and_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    large = load("train_large")
+    large = load("proof.train_large")
     options = ["--smoke", "--run", str(tmp_path / "run"), "--out", str(tmp_path), "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["train_large.py", *options, "--minutes", "5", "--", "--refit-steps", "2"])
     codes = []
@@ -347,7 +345,7 @@ def test_train_large_trains_in_pieces_and_measures(monkeypatch: pytest.MonkeyPat
 
 def test_backbones_stores_cells_and_draws_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    backbones = load("backbones")
+    backbones = load("speed.backbones")
     options = ["--data", "bundled", "--only", "^base$", "--images", "200", "--val", "60", "--rounds", "1"]
     monkeypatch.setattr(
         sys, "argv", ["backbones.py", *options, "--seconds", "0.01", "--threads", "1", "--out", str(tmp_path)]
@@ -361,53 +359,10 @@ def test_backbones_stores_cells_and_draws_them(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_drift_of_reversible_training_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    drift = load("reversible")
+    drift = load("speed.reversible")
     rows = drift.measure([1, 3], batch=2, image_shape=(1, 8, 8), width=4, seed=0)
     assert [(row["steps"], row["subnets"]) for row in rows] == [(1, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
     for row in rows:
         limit = 1e-4 if row["subnets"] == "fp32" else 0.2
         assert 0 <= row["gradients, relative"] <= row["worst tensor's"] < limit
         assert row["input, largest error"] < 1e-4
-
-
-def test_the_kernels_are_measured_against_torch_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glem_augment.flows import affine_joint_native, affine_native, expm_native, fold_native, generators
-    from glem_augment.flows.network_node import _Network
-
-    native = load("native")
-    if not expm_native.has_kernel(2, native.BOUND):
-        pytest.skip("no C++ compiler here")
-    tasks = [native.exponentials(2, 4)]
-    tasks += [native.transform(n, n == 4, kind) for n in (2, 4) for kind in ("expm", "affine")]
-    tasks += [native.between(n, n == 4) for n in (2, 4)] + [native.folded(2, 4), native.network("glow_tiny_0")[1]]
-    called: set[tuple[str, str]] = set()
-    names = [(module, name) for module in (expm_native, affine_native) for name in ("couple", "couple_backward")]
-    names += [(affine_joint_native, "joint"), (affine_joint_native, "joint_backward"), (_Network, "apply")]
-    names += [(fold_native, "fold"), (fold_native, "fold_backward"), (generators, "_call")]
-    for module, name in names:
-        own, key = getattr(module, name), (module.__name__.rpartition(".")[2], name)
-        monkeypatch.setattr(
-            module, name, lambda *args, own=own, key=key, **named: called.add(key) or own(*args, **named)
-        )
-    for task in tasks:
-        native.plain(task)()
-    assert not called
-    for task in tasks:
-        task()
-    assert called == {(module.__name__.rpartition(".")[2], name) for module, name in names}
-
-
-# ---- the Triton kernel -------------------------------------------------------------------------------------------
-
-
-def test_the_triton_kernels_opponents_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, before = load("triton_kernel"), os.environ.get("GLEM_TRITON")
-    monkeypatch.setattr(bench, "SIZES", {2: (2, 4), 3: (2, 4)})
-    for n, gradients in itertools.product(bench.SIZES, (False, True)):
-        row = bench.measure(bench.expm_coupling_op, n, gradients, 3, CPU)
-        assert (
-            row["n"] == n and row["side"] == 4 and all(row[f"{way} ms"] > 0 for way in ("torch", "compiled", "Triton"))
-        )
-        with pytest.raises(SystemExit, match="compiled is off by"):
-            bench.measure(lambda x2, *rest: bench.expm_coupling(1.01 * x2, *rest), n, gradients, 3, CPU)
-    assert os.environ.get("GLEM_TRITON") == before

@@ -13,19 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts
+from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
+from benchmarks.paper.lab import Lab, Number
+from benchmarks.paper.paper import check_tables
+from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, values_of, write_table
+from benchmarks.paper.scales import SCALES
+from benchmarks.paper.tables import TITLES, Cell, cells_of
+from benchmarks.students_t import beyond, quantile
+from glem_augment.training.methods import METHODS, method
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from paper import check_tables  # noqa: E402
-from paper_claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts  # noqa: E402
-from paper_figures import SETTINGS, two_dimensional_fit  # noqa: E402
-from paper_lab import Lab, Number  # noqa: E402
-from paper_report import markdown, numbers_of, oracle_row, row, values_of, write_table  # noqa: E402
-from paper_scales import SCALES  # noqa: E402
-from paper_tables import TITLES, Cell, cells_of  # noqa: E402
-from students_t import beyond, quantile  # noqa: E402
-
-from glem_augment.training.methods import METHODS, method  # noqa: E402
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -310,7 +308,16 @@ def test_a_table_stops_resumes_and_comes_out_the_same(tmp_path: Path) -> None:
     """Table 6 at the smallest scale: whole, and in pieces of two seconds."""
     results = []
     for name, limit in (("whole", []), ("pieces", ["--max-minutes", "0.03"])):
-        command = [sys.executable, str(BENCHMARKS / "paper.py"), "6", "--scale", "smoke", "--threads", "1", *limit]
+        command = [
+            sys.executable,
+            str(BENCHMARKS / "paper" / "paper.py"),
+            "6",
+            "--scale",
+            "smoke",
+            "--threads",
+            "1",
+            *limit,
+        ]
         command += ["--out", str(tmp_path / name), "--work", str(tmp_path / name / "work"), "--device", "cpu"]
         environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
         codes = []

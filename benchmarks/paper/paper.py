@@ -1,0 +1,187 @@
+"""The tables of Enescu & Sahbi, ACCV 2024, measured anew.
+
+    python benchmarks/paper/paper.py TABLE [TABLE ...] --scale cpu|gpu|paper [--seeds N] [--max-minutes M]
+
+TABLE is 1 to 8, or "all" of them; "claims": verdicts on the paper's claims from the tables that are there; "figures":
+the paper's Figures 2 to 6; "trust": out-of-distribution detection and memorisation; "pareto": NF accuracy against
+bits/dim for a fixed budget, with what this library adds.
+
+Results: <out>/table<N>.<scale>.json, a list of rows (table, method, data, setting, metric, seed, value, SHA-256 of the
+flow's weights, key, processor), the same as Markdown beside the paper's numbers, and <out>/claims.json. --data
+main=SPEC and second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
+
+What <out> has, or --work (flows, oracles and measurements), is not measured again, so the same command goes on where it
+was stopped, and writes the tables of the results in the repository at once. To check these, rows are measured anew
+(the results stay as they are):
+
+    python benchmarks/paper/paper.py 3 --check --only "lambda_0 = 10"
+
+--max-minutes ends a run at the next step with exit status 75 while there is more to do:
+
+    until python benchmarks/paper/paper.py all --scale gpu --max-minutes 9; do [ $? = 75 ] || break; done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+
+from benchmarks.common import RESULTS, parser
+from benchmarks.paper.claims import write_claims
+from benchmarks.paper.figures import run_figures
+from benchmarks.paper.lab import Lab, describe
+from benchmarks.paper.pareto import run_pareto
+from benchmarks.paper.report import numbers_of, oracle_row, row, write_table
+from benchmarks.paper.scales import SCALES, Scale
+from benchmarks.paper.tables import TITLES, cells_of
+from benchmarks.paper.trust import run_trust
+from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+
+_TABLES = [str(n) for n in TITLES]
+# Metrics that rest on the oracle.
+_ORACLES = {"FID", "Cov", "L-R", "rho-distance"}
+_OTHERS = ("claims", "figures", "trust", "pareto")
+
+
+def run_table(
+    table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path, command: Callable[[str, int], str]
+) -> None:
+    """Measure what is missing, and write the table once it is whole: an earlier one stays until then.
+
+    Args:
+        seeds: at least; more where they are known.
+    """
+    cells = cells_of(table, scale.sizes)
+    lab.learn(numbers_of(out, name, f"table{table}"))
+    while all(lab.knows(cell, seeds) for cell in cells):
+        seeds += 1
+    rows = []
+    for seed in range(seeds):
+        for cell in cells:
+            data, new = lab.spec(cell.data).name, not lab.knows(cell, seed)
+            numbers = lab.measure(cell, seed)
+            rows += [row(table, cell, data, seed, number) for number in numbers]
+            if new:
+                label = f"{data}, {cell.label} ({cell.setting})"
+                print(f"table {table}, seed {seed}, {label}: {describe(numbers)}", flush=True)
+    for role in dict.fromkeys(cell.data for cell in cells if _ORACLES & set(cell.metrics)):
+        rows.append(oracle_row(table, role, lab.spec(role).name, lab.oracle_accuracy(role)))
+    path = write_table(out, table, name, scale, cells, rows, command(str(table), seeds))
+    print(f"table {table}: {path.with_suffix('.md')}")
+
+
+def check_tables(tables: list[int], scale: Scale, lab: Lab, results: Lab, seeds: int, only: list[str]) -> None:
+    """Measure rows of the tables with a laboratory that knows nothing, and print them below what the results have.
+
+    Args:
+        only: labels of the rows; all, where it is empty.
+
+    Raises:
+        SystemExit: no such row.
+    """
+    cells = [(table, cell) for table in tables for cell in cells_of(table, scale.sizes)]
+    chosen = [(table, cell) for table, cell in cells if not only or cell.label in only]
+    if not chosen:
+        labels = ", ".join(repr(label) for label in dict.fromkeys(cell.label for _, cell in cells))
+        raise SystemExit(f"paper: there is no row {' or '.join(map(repr, only))} in these tables; there are {labels}")
+    for seed in range(seeds):
+        for table, cell in chosen:
+            print(f"table {table}, seed {seed}, {lab.spec(cell.data).name}, {cell.label} ({cell.setting})")
+            stored = describe(results.measure(cell, seed)) if results.knows(cell, seed) else "nothing"
+            print(f"  results: {stored}", flush=True)
+            print(f"  now:     {describe(lab.measure(cell, seed))}", flush=True)
+
+
+def _short(spec: str) -> str:
+    """A data set's name for titles and files: the end of its path, or what it is called."""
+    return re.sub(r"[^\w.]+", "_", spec.rstrip("/").rsplit("/", 1)[-1]) or "data"
+
+
+def _place(text: str) -> str:
+    """Part of a file's name for ROLE=SPEC: which data, in whose place."""
+    role, _, spec = text.partition("=")
+    return f"{role}-{_short(spec)}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"
+
+
+def main() -> int:
+    args = parser(__doc__)
+    args.set_defaults(out=RESULTS / "paper")
+    args.add_argument("tables", nargs="+", choices=[*_TABLES, "all", *_OTHERS], metavar="TABLE")
+    args.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how much is trained (%(default)s)")
+    args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's; 1 for trust and --check)")
+    args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
+    args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")
+    args.add_argument(
+        "--other",
+        metavar="FOLDER",
+        help="images of another kind, for trust: an ImageFolder with "
+        "val/ (default: imagenette128 in $GLEM_DATA, where it is)",
+    )
+    args.add_argument(
+        "--check", action="store_true", help="measure rows of the tables anew, and print them below the results'"
+    )
+    args.add_argument("--only", action="append", default=[], metavar="ROW", help="of --check: rows with this label")
+    args.add_argument("--max-minutes", type=float, help="stop after that long, with exit status 75")
+    args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = args.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    scale = SCALES[args.scale]
+    for text in args.data:
+        role, equals, spec = text.partition("=")
+        if role not in ("main", "second") or not equals:
+            raise SystemExit(f"--data takes main=SPEC or second=SPEC, got {text!r}")
+        scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec, name=_short(spec))})
+    if scale.main.name == scale.second.name:
+        scale = replace(scale, second=replace(scale.second, name=f"{scale.second.name} (second)"))
+    # Other images get files of their own.
+    name = "-".join([args.scale, *(_place(text) for text in args.data)])
+    until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+    lab = Lab(scale, args.scale, args.work, args.device, until, numbers_of(args.out, name))
+    other = Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"
+    if args.other is None and other.is_dir():
+        args.other = str(other)
+    tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
+    seeds = args.seeds or scale.seeds
+    if args.only and not args.check:
+        raise SystemExit("paper: --only goes with --check")
+
+    def command(what: str, seeds: int) -> str:
+        """Folders of this machine, and how often the run was stopped, are no part of the result."""
+        data = "".join(f" --data {text}" for text in args.data)
+        return f"python benchmarks/paper/paper.py {what} --scale {args.scale} --seeds {seeds}{data}"
+
+    try:
+        if args.check:
+            # Nothing that is there is used, but by the next call of the same check.
+            anew = Lab(scale, args.scale, args.work / "check", args.device, until)
+            check_tables([int(t) for t in tables], scale, anew, lab, args.seeds or 1, args.only)
+            return 0
+        for table in tables:
+            run_table(int(table), scale, name, lab, seeds, args.out, command)
+        if "trust" in args.tables:
+            run_trust(lab, name, args.out, args.seeds or 1, args.other, command)
+        if "pareto" in args.tables:
+            run_pareto(lab, name, args.out, seeds, command)
+        if "figures" in args.tables:
+            run_figures(lab, name, args.out)
+    except TimeUpError as stop:
+        print(f"paper: {stop}", file=sys.stderr)
+        return EXIT_TIME_UP
+    if "claims" in args.tables or "all" in args.tables:
+        write_claims(args.out, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

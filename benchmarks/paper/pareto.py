@@ -1,0 +1,116 @@
+"""The best class-conditional flow classifier for a fixed budget: NF accuracy against bits/dim and FID.
+
+Beyond the paper. All take the same number of steps of the same flow. A setting is chosen on held-out *training* images
+(``val_accuracy`` in the model's record), the numbers shown are on test images.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paper.lab import Fitted, Lab, describe, version_of
+from benchmarks.paper.report import numbers_of, row, write_rows
+from benchmarks.paper.tables import Cell
+from glem_augment.evaluation import averaged_posterior
+from glem_augment.training import TrainConfig
+
+# curve: points of (label, method, changes)
+CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "GLEM": [(f"GLEM {w:g}", "glem", dict(kld_weight=w)) for w in (1.0, 3.0, 10.0)],
+    "IB-INN": [(f"IB-INN {b:g}", "ib-inn", dict(beta=b)) for b in (0.3, 1.0, 3.0)],
+    "FlowGMM": [("FlowGMM", "flowgmm", {})],
+    "ULCGM": [("ULCGM", "ulcgm", {})],
+    "hybrid": [("hybrid 0.3", "hybrid", {})],
+    "hybrid-joint": [(f"hybrid-joint {b:g}", "hybrid-joint", dict(beta=b)) for b in (0.1, 0.3, 1.0)],
+    # What its parts are worth: the default without one of them.
+    "hybrid-joint, less": [
+        ("hybrid-joint 0.3 without label smoothing", "hybrid-joint", dict(label_smoothing=0.0)),
+        ("hybrid-joint 0.3 without EMA", "hybrid-joint", dict(averaging="none")),
+    ],
+    "saturating": [("saturating 0.3", "saturating", dict(kld_weight=0.3))],
+}
+# Away from the front, or between two points of their curve: one seed tells enough.
+ONCE = ("GLEM 1", "IB-INN 0.3", "saturating 0.3", *(label for label, *_ in CURVES["hybrid-joint, less"]))
+
+
+def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[str, int], str]) -> None:
+    """Measure all points for so many seeds (more, where they are known; one for those of ``ONCE``), and write
+    ``pareto.<scale>.json``, ``.md`` and ``.png`` once they are whole."""
+    rows: list[dict[str, Any]] = []
+    lab.learn(numbers_of(out, scale, "pareto"))
+    while all(lab.knows(cell, seeds) for role in ("main", "second") for _, cell in _points(role, seeds)):
+        seeds += 1
+    for role in ("main", "second"):
+        data = lab.spec(role).name
+        for seed in range(seeds):
+            for curve, cell in _points(role, seed):
+                new = not lab.knows(cell, seed)
+                numbers = lab.measure(cell, seed)
+                numbers += lab.numbers(cell, seed, f"averaged {version_of()}", partial(_averaged, lab, cell))
+                rows += [{**row("pareto", cell, data, seed, number), "curve": curve} for number in numbers]
+                if new:
+                    print(f"pareto, seed {seed}, {data}, {cell.label}: {describe(numbers)}", flush=True)
+    path = out / f"pareto.{scale}.json"
+    title = "NF accuracy against bits/dim and FID, equal training steps"
+    write_rows(path, title, rows, command("pareto", seeds))
+    plot(rows, path.with_suffix(".png"))
+
+
+def _points(role: str, seed: int) -> list[tuple[str, Cell]]:
+    """Curve and cell of what is measured with that seed."""
+    return [
+        (curve, Cell(label, role, method, ("NF-A", "BPD", "ECE", "FID"), changes, tau=1.0))
+        for curve, points in CURVES.items()
+        for label, method, changes in points
+        if seed == 0 or label not in ONCE
+    ]
+
+
+def _averaged(lab: Lab, cell: Cell, fitted: Fitted) -> dict[str, float]:
+    """Accuracy by test-time averaging, and the held-out accuracy by which settings may be chosen."""
+    test = lab.data(cell.data)[1]
+    flip = "flip" in lab.scale.flow.get("augment", ())  # else the flow never saw a mirror image
+    posterior = averaged_posterior(fitted.model, test.tensor(), draws=4, flip=flip)
+    right = (posterior.argmax(1) == torch.from_numpy(test.targets)).double().mean()
+    # Without images of their own that number is of images that the flow has trained on.
+    own = lab.scale.flow.get("val_fraction", TrainConfig.val_fraction) > 0
+    held_out = fitted.model.config.training.get("held_out", {}).get("val_accuracy") if own else None
+    result = {"NF-A averaged": 100 * float(right)}
+    return result if held_out is None else {**result, "held-out accuracy": 100 * held_out}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against bits/dim (left) and FID (right), a line per curve, a row of panels per data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = list(dict.fromkeys(r["data_set"] for r in rows))
+    figure, axes = plt.subplots(len(sets), 2, figsize=(10, 4.2 * len(sets)), squeeze=False)
+    for line, data in zip(axes, sets, strict=True):
+        for axis, metric in zip(line, ("BPD", "FID"), strict=True):
+            for curve in CURVES:
+                labels = list(dict.fromkeys(r["method"] for r in rows if r["curve"] == curve))
+                points = [(_mean(rows, data, n, metric), _mean(rows, data, n, "NF-A")) for n in labels]
+                known = [(x, y) for x, y in points if x is not None and y is not None]
+                if known:
+                    line_style = "" if curve == "hybrid-joint, less" else "-"  # points, not a curve
+                    axis.plot(*zip(*known, strict=True), marker="o", linestyle=line_style, label=curve)
+            axis.set(xlabel="bits/dim" if metric == "BPD" else metric, ylabel="NF accuracy, %", title=data)
+        line[0].legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _mean(rows: list[dict[str, Any]], data: str, method: str, metric: str) -> float | None:
+    found = [r["value"] for r in rows if (r["data_set"], r["method"], r["metric"]) == (data, method, metric)]
+    return statistics.mean(found) if found else None

@@ -1,0 +1,119 @@
+"""How large ``benchmarks/paper/paper.py`` makes things: one entry per machine that it is for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glem_augment.evaluation import Recipe
+
+_GLEM_DATA = os.environ.get("GLEM_DATA", "data")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where images come from: ``spec`` and ``image_size`` as for ``open_data``; ``per_class``: used of each class."""
+
+    name: str
+    spec: str
+    image_size: int | None = None
+    per_class: int | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that costs time.
+
+    Attributes:
+        main, second: the data sets in the places of the paper's CIFAR-100 and CIFAR-10.
+        flow: settings of ``TrainConfig`` for every flow; all are trained for the same number of steps.
+        oracle, cnn, vit: recipes of the classifiers. measured: generated and real images, at most, for FID, Coverage
+            and label reliability. sizes: of Table 4, in multiples of the training set. seeds: by default.
+        neighbours: k of Coverage.
+    """
+
+    main: DataSpec
+    second: DataSpec
+    flow: dict[str, Any]
+    oracle: Recipe
+    cnn: Recipe
+    vit: Recipe
+    measured: int
+    sizes: tuple[int, ...]
+    seeds: int
+    neighbours: int = 5
+
+
+def _fashion() -> str:
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    return str(folder) if folder.is_dir() else f"{_GLEM_DATA}/fashion-mnist"
+
+
+_CROP = ("crop",)  # not "flip" for the flow of clothes: shoes all point one way
+SCALES = {
+    # Seconds: checks that everything runs, and measures nothing.
+    "smoke": Scale(
+        main=DataSpec("fashion-mnist (bundled, 14x14)", "bundled:fashion-mnist", 14, 60),
+        second=DataSpec("fashion-mnist (bundled, 12x12)", "bundled:fashion-mnist", 12, 40),
+        flow=dict(
+            preset="mef_tiny", flow_options=dict(depth=[1], blocks=[1], width=[8]), epochs=2, batch_size=60, bits=5,
+            warmup_steps=4, modes_rank=0, sample_every=0,
+        ),
+        oracle=Recipe(arch="resnet18_quarter", epochs=2, batch_size=50, augment=_CROP),
+        cnn=Recipe(arch="resnet18_quarter", epochs=1, batch_size=50, augment=_CROP),
+        vit=Recipe.transformer(arch="vit_micro", epochs=1, batch_size=50, augment=_CROP),
+        measured=100,
+        sizes=(1, 2),
+        seeds=1,
+    ),
+    # A night of one core.
+    "cpu": Scale(
+        main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _fashion(), 16, 2000),
+        second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),
+        flow=dict(
+            preset="mef_tiny", flow_options=dict(depth=[4, 4], blocks=[1, 1], width=[32, 32]), epochs=8,
+            batch_size=64, bits=5, warmup_steps=300, m_rounds=4, modes_rank=0, sample_every=0, val_fraction=0.05,
+            precision="bf16",
+        ),
+        oracle=Recipe(arch="resnet18_quarter", epochs=15),
+        cnn=Recipe(arch="resnet18_quarter", epochs=8, bf16=True),
+        vit=Recipe.transformer(arch="vit_micro", epochs=15),
+        measured=5000,
+        sizes=(1, 2, 4, 8),
+        seeds=3,
+    ),
+    # An hour or two per table on one data-centre GPU, in pieces of any length.
+    "gpu": Scale(
+        main=DataSpec("cifar100", "torch/cifar100@data"),
+        second=DataSpec("cifar10", "torch/cifar10@data"),
+        flow=dict(
+            preset="mef_small", epochs=40, batch_size=256, bits=5, augment=["flip", "crop", "rotate", "jitter"],
+            warmup_steps=1000, m_rounds=2, modes_rank=0, sample_every=0,
+        ),
+        oracle=Recipe(epochs=60, bf16=True),
+        cnn=Recipe(epochs=30, bf16=True),
+        vit=Recipe.transformer(epochs=60, bf16=True),
+        measured=10_000,
+        sizes=(1, 2, 5, 10, 20),
+        seeds=1,
+    ),
+    # The published setting.
+    "paper": Scale(
+        main=DataSpec("cifar100", "torch/cifar100@data"),
+        second=DataSpec("cifar10", "torch/cifar10@data"),
+        flow=dict(
+            preset="mef_glem", epochs=500, batch_size=512, bits=5, augment=["flip", "crop", "rotate", "jitter"],
+            warmup_steps=1000, averaging="swa", modes_rank=0, sample_every=0, val_fraction=0.0,
+            # The Gaussians move for 100 epochs, by 1.45 in all: what of this budget falls to the others is not spent.
+            freeze_gaussians_at=0.2, m_budget=1.89,
+        ),
+        oracle=Recipe(epochs=200),
+        cnn=Recipe(epochs=200),
+        vit=Recipe.transformer(epochs=200),
+        measured=10_000,
+        sizes=(1, 2, 5, 10, 20, 50, 100),
+        seeds=1,
+    ),
+}  # fmt: skip

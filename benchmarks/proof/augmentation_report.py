@@ -1,0 +1,331 @@
+"""Tables and plot of ``augmentation.py``, made from its stored rows alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.proof.augmentation_plan import params_text
+from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
+from benchmarks.proof.augmentation_store import FINAL, TUNING, Store
+from benchmarks.students_t import quantile
+from glem_augment.io import atomic_write
+
+AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Paired difference in points of accuracy: mean and half the 95 % interval (Student's t; NaN for one seed)."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}" if self.seeds > 1 else f"{self.mean:+.2f} (one seed)"
+
+
+def paired_gain(ours: dict[int, float], other: dict[int, float]) -> Gain | None:
+    """Of accuracies by seed, over the seeds that both have; None without any."""
+    seeds = sorted(set(ours) & set(other))
+    if not seeds:
+        return None
+    differences = [100 * (ours[seed] - other[seed]) for seed in seeds]
+    count = len(differences)
+    if count == 1:
+        return Gain(differences[0], math.nan, 1)
+    t = quantile(count - 1)
+    return Gain(statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(count), count)
+
+
+@dataclass
+class Arm:
+    """The final rows of one method in one setting."""
+
+    side: str
+    flow: str
+    method: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.rows[0]["params"]
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        return {row["seed"]: row["accuracy"] for row in self.rows}
+
+    @property
+    def step(self) -> float:
+        return statistics.median(row["seconds_per_step"] for row in self.rows)
+
+    def text(self) -> str:
+        values = [100 * value for value in self.accuracies.values()]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}"
+
+
+class Result:
+    """One setting and classifier: its arms and the comparisons.
+
+    Rows on another base than the newest opponent's are left out: the opponent has been tuned again since.
+    """
+
+    def __init__(
+        self, setting: str, classifier: str, final: list[dict[str, Any]], tuning: list[dict[str, Any]]
+    ) -> None:
+        self.setting, self.classifier = setting, classifier
+        own = [row for row in final if (row["setting"], row["classifier"]) == (setting, classifier)]
+        newest = [row for row in own if row["method"] == "opponent"]
+        self.base = newest[-1]["base"] if newest else []
+        self.arms: list[Arm] = []
+        for row in own:
+            if row["method"] not in PLAIN and row["base"] != self.base:
+                continue
+            key = (row["side"], row["flow"], row["method"], row["params"])
+            arm = next((a for a in self.arms if (a.side, a.flow, a.method, a.params) == key), None)
+            if arm is None:
+                self.arms.append(arm := Arm(*key[:3], []))
+            arm.rows.append(row)
+        self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
+
+    @property
+    def opponent(self) -> Arm | None:
+        return next((arm for arm in self.arms if arm.method == "opponent"), None)
+
+    @property
+    def plain(self) -> Arm | None:
+        """Crop + flip (or crop) alone, also where that is the best opponent."""
+        found = next((arm for arm in self.arms if arm.method in PLAIN), None)
+        return found or (self.opponent if len(self.base) == 1 and self.base[0][0] in PLAIN else None)
+
+    def validation(self, arm: Arm) -> tuple[int, float]:
+        """By what the arm was chosen: the mean over tuning seeds, after how many there were (earlier rows have one)."""
+        values = [
+            row["val_accuracy"]
+            for row in self.tuning
+            if (row["flow"], row["method"], row["params"], row["base"]) == (arm.flow, arm.method, arm.params, self.base)
+        ]
+        return len(values), statistics.mean(values or [0.0])
+
+    def best(self, flows: tuple[str, ...]) -> Arm | None:
+        """Ours through one of these flows: the one that validation put first, whatever the test images say."""
+        arms = [arm for arm in self.arms if arm.side == "ours" and arm.flow in flows]
+        return max(arms, key=self.validation) if arms else None
+
+    def control(self, arm: Arm) -> Arm | None:
+        return next((a for a in self.arms if a.side == "control" and a.method == arm.method), None)
+
+    def best_control(self) -> Arm | None:
+        """The control that validation put first, of all methods."""
+        arms = [arm for arm in self.arms if arm.side == "control"]
+        return max(arms, key=self.validation) if arms else None
+
+    def trials(self) -> dict[str, int]:
+        """Tuning cells per side; those of ours per flow."""
+        counted: dict[str, int] = {}
+        for row in self.tuning:
+            if row["stage"] == "ours" and row["base"] != self.base:
+                continue
+            side = row["side"] if row["side"] != "ours" else f"ours ({row['flow']})"
+            counted[side] = counted.get(side, 0) + 1
+        return counted
+
+
+def results_of(store: Store) -> list[Result]:
+    final, tuning = store.rows(final=True), store.rows(final=False)
+    pairs = dict.fromkeys((row["setting"], row["classifier"]) for row in final)
+    return [Result(*pair, final, tuning) for pair in pairs]
+
+
+def report(store: Store, folder: Path) -> None:
+    """Write augmentation.md and augmentation.png."""
+    results = results_of(store)
+    text = "\n".join(markdown(results)) + "\n"
+    with atomic_write(folder / "augmentation.md", "w") as file:
+        file.write(text)
+    print(text)
+    draw(results, folder / "augmentation.png")
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _setting(name: str) -> Any:
+    return SETTINGS.get(name, SMOKE)
+
+
+def base_text(base: list[Any]) -> str:
+    names = ["crop + flip" if name == "cropflip" else name for name, _ in base]
+    return " + ".join(names) or "nothing"
+
+
+def markdown(results: list[Result]) -> list[str]:
+    lines = [
+        "# Augmentation through a flow: what it adds to the best tuned opponent",
+        "",
+        "`python benchmarks/proof/augmentation.py --report`, from "
+        f"`{FINAL}` (test images, read once, after all settings were fixed) and `{TUNING}` (validation images). "
+        "The protocol is in docs/augmentation.md. Gains are paired over seeds, in points, with 95 % intervals "
+        f"(Student's t); a row counts with at least {LEAST_SEEDS} seeds. The control is the same method with the modes "
+        "of the pixels; the control's best, the method that validation put first with these.",
+        "",
+    ]
+    lines += ["## Proof: the flow has seen these labelled images alone, or other images", ""]
+    lines += _gains(results, leaking=False)
+    counted = [row for result in results if (row := _verdict(result)) is not None]
+    over = [g for g, *_ in counted if g.seeds >= LEAST_SEEDS and g.low > 0]
+    clear = [g for g in over if g.mean >= AIM]
+    above = [_above_controls(against) for _, *against in counted]
+    lines += [
+        "",
+        f"Settings and classifiers: {len(counted)}. Interval over the opponent above zero: {len(over)} (with at least "
+        f"{AIM:g} point: {len(clear)}). Interval over the control above zero: {sum(own for own, _ in above)}; over the "
+        f"control's best method: {sum(best for _, best in above)}.",
+        "",
+        "## Never counted as proof: flows that have seen the labels of the full training set",
+        "",
+        *_gains(results, leaking=True),
+        "",
+        "## All arms",
+        "",
+    ]
+    for result in results:
+        lines += [f"### {result.setting}, {result.classifier}", "", *_arms(result), ""]
+    facts = {(row["processor"], row["threads"], row["torch"]) for r in results for arm in r.arms for row in arm.rows}
+    for processor, threads, version in sorted(facts):
+        lines.append(f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {version}; CPU seconds.")
+    return lines
+
+
+def _verdict(result: Result) -> tuple[Gain, Gain | None, Gain | None] | None:
+    """Gains of ours over the opponent, over its control, and over the best control."""
+    arm = result.best(_setting(result.setting).proof)
+    if arm is None or result.opponent is None:
+        return None
+    over = paired_gain(arm.accuracies, result.opponent.accuracies)
+    return None if over is None else (over, *_against(result, arm))
+
+
+def _against(result: Result, arm: Arm) -> tuple[Gain | None, Gain | None]:
+    """Gains over the same method along the pixels' modes, and over whichever method was best along these."""
+    own, best = result.control(arm), result.best_control()
+    return own and paired_gain(arm.accuracies, own.accuracies), best and paired_gain(arm.accuracies, best.accuracies)
+
+
+def _above_controls(against: list[Gain | None]) -> list[bool]:
+    return [gain is not None and gain.seeds >= LEAST_SEEDS and gain.low > 0 for gain in against]
+
+
+def _gains(results: list[Result], leaking: bool) -> list[str]:
+    lines = []
+    for result in results:
+        setting = _setting(result.setting)
+        for flow in setting.leaking if leaking else setting.proof:
+            arm, opponent = result.best((flow,)), result.opponent
+            if arm is None or opponent is None:
+                continue
+            control, plain = result.control(arm), result.plain
+            over = paired_gain(arm.accuracies, opponent.accuracies)
+            own, best = _against(result, arm)
+            lines.append(
+                f"| {result.setting} | {result.classifier} | {plain.text() if plain else ''} | {opponent.text()} "
+                f"({base_text(result.base)}) | {arm.text()} ({arm.method}, {flow}) | "
+                f"{control.text() if control else ''} | {over or ''} | {own or ''} | {best or ''} | "
+                f"{over.seeds if over else 0} |"
+            )
+            if leaking:
+                taught = next((a for a in result.arms if a.side == "teacher"), None)
+                lines[-1] += f" {taught.text() if taught else ''} |"
+    if not lines:
+        return ["Nothing measured yet."]
+    head = "| setting | classifier | crop + flip | best opponent | + ours, best by validation | + its control "
+    head += "| ours - opponent | ours - control | ours - control's best | seeds |" + " distilled |" * leaking
+    return [head, "|" + "---|" * (10 + leaking), *lines]
+
+
+def _arms(result: Result) -> list[str]:
+    plain, opponent = result.plain, result.opponent
+    lines = [
+        "| side | flow | method | tuned | test accuracy % | - opponent | ms per step | added to crop + flip | seeds |",
+        "|" + "---|" * 9,
+    ]
+    for arm in result.arms:
+        gain = None if opponent is None or arm is opponent else paired_gain(arm.accuracies, opponent.accuracies)
+        added = "" if plain is None or arm is plain else f"{1000 * (arm.step - plain.step):+.0f} ms"
+        method = f"opponent: {base_text(result.base)}" if arm.method == "opponent" else arm.method
+        tuned = params_text(arm.params) or ("; ".join(params_text(p) for _, p in arm.rows[0]["base"] if p))
+        lines.append(
+            f"| {arm.side} | {arm.flow} | {method} | {tuned} | {arm.text()} | {gain or ''} | {1000 * arm.step:.0f} | "
+            f"{added} | {len(arm.accuracies)} |"
+        )
+    trials = ", ".join(f"{side} {count}" for side, count in result.trials().items())
+    some = result.arms[0].rows[0]
+    lines += [
+        "",
+        f"{some['images']} training and {some['measured_on']} test images, {some['steps']} steps; every augmented "
+        f"image is used {REUSE} times on average. Tuning cells: {trials}.",
+    ]
+    tuned = [row for row in result.tuning if row["stage"] != "ours" or row["base"] == result.base]
+    best: dict[tuple[str, str], float] = {}
+    for row in tuned:
+        if row["seed"] == TUNING_SEED:
+            key = (row["flow"], row["method"] if row["stage"] != "pairs" else f"best single + {row['method']}")
+            best[key] = max(best.get(key, 0.0), 100 * row["val_accuracy"])
+    listed = ", ".join(f"{m}{'' if f == 'none' else f' ({f})'} {v:.1f}" for (f, m), v in best.items())
+    lines.append(f"Validation accuracy % of each at its best, first tuning seed: {listed}.")
+    return lines
+
+
+# ---- plot ------------------------------------------------------------------------------------------------------------
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Gains over the opponent and the controls, with intervals, one line per setting and classifier: of the flow
+    and method that validation put first."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("augmentation: no picture without matplotlib (pip install 'glem-augment[plots]')", file=sys.stderr)
+        return
+    found = [(result, verdict) for result in results if (verdict := _verdict(result)) is not None]
+    if not found:
+        return
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(found)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    kinds = (
+        (-0.2, "tab:blue", "over the best opponent"),
+        (0.0, "tab:orange", "over the control: the same method, modes of the pixels"),
+        (0.2, "tab:green", "over the control's best method"),
+    )
+    for index, (_, verdict) in enumerate(found):
+        for gain, (shift, colour, label) in zip(verdict, kinds, strict=True):
+            if gain is not None:
+                half = None if math.isnan(gain.half) else [gain.half]
+                label = None if index else label
+                axis.errorbar([gain.mean], [index + shift], xerr=half, fmt="o", color=colour, capsize=3, label=label)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.axvline(AIM, color="grey", linewidth=0.8, linestyle=":")
+    arms = [result.best(_setting(result.setting).proof) for result, _ in found]
+    names = [f"{r.setting}, {r.classifier}\n{a.method}, {a.flow}" for (r, _), a in zip(found, arms, strict=True) if a]
+    axis.set_yticks(range(len(found)), names, fontsize=8)
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.set_xlabel("points of test accuracy, mean and 95 % interval over paired seeds")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above: rows are below
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+__all__ = ["Gain", "Result", "paired_gain", "report"]
