@@ -496,7 +496,7 @@ def test_images_of_ones_own_that_changed_are_other_images(tmp_path: Path, monkey
 def test_notmnist_is_made_of_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gzip
 
-    import make_notmnist
+    from benchmarks.proof import make_notmnist
 
     labels = np.repeat(np.arange(10, dtype=np.uint8), 5)
     images = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8)
