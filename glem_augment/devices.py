@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,31 @@ def move(value: Tensor, device: torch.device | str) -> Tensor:
     if value.device.type == "cpu" and device.type == "cuda" and value.numel():
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device)
+
+
+def check_worker_device(device: torch.device) -> None:
+    """Raise a RuntimeError in a forked process that was given a model on CUDA, which it cannot use."""
+    if device.type == "cuda" and not torch.cuda.is_initialized():
+        raise RuntimeError(
+            f"the flow is on {device}, which a forked DataLoader worker cannot use: move it first with "
+            "model.to('cpu'), or use num_workers=0, or multiprocessing_context='spawn'"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while; afterwards each sub-module is in the mode that it was in.
+
+    The flags are set one by one: `train()` would wake sub-modules that the user keeps in eval mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class WeightsVersion:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glem_augment.augment.resize import check_worker_device
-from glem_augment.devices import WeightsVersion
+from glem_augment.devices import WeightsVersion, check_worker_device
 from glem_augment.latent.modes import ClassModes, nearest_classes
 from glem_augment.model.glem import GLEM
 

@@ -14,9 +14,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment.augment.resize import for_channels
 from glem_augment.augment.v2 import like
-from glem_augment.data.classes import match_classes
+from glem_augment.data.classes import class_names, match_classes
 from glem_augment.errors import ClassMismatchError
-from glem_augment.synthetic.balance import class_names
 
 if TYPE_CHECKING:
     from glem_augment.augment.transform import GLEMAugment

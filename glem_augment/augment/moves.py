@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment.augment.lookup import FlowOnDevice
 from glem_augment.augment.params import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, AugmentParams
@@ -121,19 +118,3 @@ def _placed(index: Tensor, partner: Tensor, batch: int) -> tuple[Tensor, Tensor]
     place = torch.zeros(batch, dtype=index.dtype, device=index.device)
     place[index] = torch.arange(len(index), device=index.device)
     return index, place[partner]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards each sub-module in the mode that it was in.
-
-    Flag by flag: `train()` would wake sub-modules that the user keeps in eval mode.
-    """
-    training = [module for module in model.modules() if module.training] if model.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from glem_augment.augment.adversarial import Adversary
 from glem_augment.augment.labels import soft_labels
-from glem_augment.augment.moves import evaluating
 from glem_augment.augment.v2 import augment_sample, is_structure
+from glem_augment.devices import evaluating
 from glem_augment.flows.precision import full_precision
 
 if TYPE_CHECKING:

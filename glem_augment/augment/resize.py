@@ -21,15 +21,6 @@ LUMA = (0.299, 0.587, 0.114)
 RANGE_SLACK = 0.1
 
 
-def check_worker_device(device: torch.device) -> None:
-    """Raise a clear RuntimeError where CUDA can't be used: in a process forked after CUDA was initialised."""
-    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
-        raise RuntimeError(
-            f"the flow is on {device}, which a forked DataLoader worker cannot use: move it first with "
-            "model.to('cpu'), or use num_workers=0, or multiprocessing_context='spawn'"
-        )
-
-
 class SmallImages(NamedTuple):
     """Images at the flow's size: `flow` with its channels, in [0, 1]; `own` with the images' channels."""
 

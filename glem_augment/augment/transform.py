@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.augment.adversarial import Adversary, CallerSettings, check_attached
-from glem_augment.augment.checks import check_batch, check_class_map, check_labels
+from glem_augment.augment.checks import check_batch, check_labels
 from glem_augment.augment.graphs import FlowGraphs, decode, encode
 from glem_augment.augment.held import Holdings
 from glem_augment.augment.labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment.augment.lookup import ClassTables, FlowOnDevice
-from glem_augment.augment.moves import along_modes, evaluating, project, rescaling, rows_to_encode, with_draws
+from glem_augment.augment.moves import along_modes, project, rescaling, rows_to_encode, with_draws
 from glem_augment.augment.params import FROM_BATCH, AugmentParams, chosen_rows
 from glem_augment.augment.partners import draw_mixup
 from glem_augment.augment.plugin import PlugIn
@@ -36,8 +36,9 @@ from glem_augment.augment.resize import PixelAdapter, SmallImages
 from glem_augment.augment.v2 import augment_sample, is_structure
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.counts import MoveCounts
+from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range, in_range_
-from glem_augment.devices import move
+from glem_augment.devices import evaluating, move
 from glem_augment.flows.precision import full_precision
 from glem_augment.model.glem import GLEM, as_model, check_modes, default_modes
 from glem_augment.random_state import RandomState

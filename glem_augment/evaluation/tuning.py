@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from glem_augment.augment.adversarial import unwrapped
 from glem_augment.augment.labels import data_class
-from glem_augment.augment.moves import evaluating
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number
+from glem_augment.devices import evaluating
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment.checks import check_whole
-from glem_augment.data.classes import match_classes
+from glem_augment.data.classes import class_names, match_classes
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
@@ -171,17 +171,6 @@ def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[st
     ids = getattr(real, "wnids", None)  # of torchvision's ImageNet
     ids = [str(i) for i in ids] if isinstance(ids, (list, tuple)) and names and len(ids) == len(names) else names
     return found, None if names is None else (ids, names)
-
-
-def class_names(real: Any) -> list[str] | None:
-    """Names of a torchvision or timm data set's classes in index order, or None where it has none."""
-    names = getattr(real, "classes", None)
-    lookup = getattr(getattr(real, "reader", None), "class_to_idx", None)
-    if names is None and isinstance(lookup, Mapping):
-        names = sorted(lookup, key=lookup.__getitem__)
-    if not isinstance(names, (list, tuple)) or not names:
-        return None
-    return [str(name[0] if isinstance(name, tuple) and name else name) for name in names]  # tuples: synonyms
 
 
 def as_image_data(model: GLEM, real: Any) -> ImageData:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.augment.moves import evaluating
-from glem_augment.augment.resize import check_worker_device
 from glem_augment.data.pixels import to_uint8_
+from glem_augment.devices import check_worker_device, evaluating
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.blocks import one_at_a_time
 from glem_augment.synthetic.latents import LatentSource

@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.augment.moves import evaluating
-from glem_augment.augment.resize import check_worker_device
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData
-from glem_augment.devices import move
+from glem_augment.devices import check_worker_device, evaluating, move
 from glem_augment.errors import DataError
 from glem_augment.latent.modes import per_class
 from glem_augment.model.glem import GLEM, check_modes, default_modes

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glem_augment.augment.moves import evaluating
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.pixels import in_range
+from glem_augment.devices import evaluating
 from glem_augment.model.glem import GLEM
 
 Oracle = Callable[[Tensor], Tensor]

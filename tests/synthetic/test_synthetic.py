@@ -20,8 +20,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from glem_augment import locks as _locks
-from glem_augment.augment.resize import check_worker_device
 from glem_augment.data.classes import match_classes
+from glem_augment.devices import check_worker_device
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic import blocks as _blocks
 from glem_augment.synthetic import export as _export
@@ -348,8 +348,7 @@ def test_thrashing_is_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -
 
 
 def test_a_forked_worker_cannot_use_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_worker_device(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     check_worker_device(torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"forked DataLoader worker.*model\.to\('cpu'\)"):
         check_worker_device(torch.device("cuda", 0))
