@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from glem_augment import GLEM
 from glem_augment.cli import main as cli
-from glem_augment.cli.parsers import COMMANDS
+from glem_augment.cli.main import COMMANDS
 from glem_augment.io import _RawFile
 from glem_augment.training import Trainer
 from glem_augment.training import loop as run_module

@@ -1,1 +1,1 @@
-"""One module per command of ``glem``, each with ``add_parser(subparsers)``; ``parsers`` has their names."""
+"""The command line: `main` and one module per command of `glem`, each with `add_parser(subparsers)`."""

@@ -1,10 +1,9 @@
-"""What the commands share: help, checked arguments, and opening of models and data."""
+"""What the commands share: arguments, and the opening of models and data."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import json
 import math
 import os
 import sys
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 
-from glem_augment.data.dataset import ImageData, match_classes, open_data
+from glem_augment.data.classes import match_classes
+from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.sources import has_splits
 from glem_augment.data.timm_sources import tar_file
 from glem_augment.io import expand, json_text
@@ -23,44 +23,175 @@ from glem_augment.model.glem import GLEM
 
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
-CLASS_MAP_HELP = (
-    "YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
-    "(default: by id or name)"
-)
 
 
-def add_device(parser: argparse._ActionsContainer) -> None:
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def add_data(parser: argparse.ArgumentParser, split: str | None = "test") -> None:
+    """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
     parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)"
+        "--skip-bad", action="store_true", help="leave out images that cannot be read, and name them (default: stop)"
     )
 
 
+def add_class_map(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--class-map",
+        metavar="FILE|order",
+        help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
+        "(default: by id or name)",
+    )
+
+
+def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+
+
 def add_threads(parser: argparse._ActionsContainer) -> None:
-    # So many more than there are cores that the system refuses them end the process with a segmentation fault.
+    # Far more threads than there are cores crash the process.
     most = max(1024, os.cpu_count() or 1)
     parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
-def add_skip_bad(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out images that can't be read, and say which (default: stop)"
-    )
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
 
 
-def report_skipped(data: ImageData, most: int = 5) -> None:
-    """Which images were left out, and why, on stderr: the first ``most``, and how many there are."""
-    for where, reason in data.skipped[:most]:
+def add_machine(parser: argparse._ActionsContainer) -> None:
+    add_threads(parser)
+    add_device(parser)
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            bound = f"at least {low}" if value < low else f"at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {value}")
+        return value
+
+    return parse
+
+
+def number(low: float = -math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number, at least `low`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or value < low:
+            bound = f" >= {low:g}" if math.isfinite(low) else ""
+            raise argparse.ArgumentTypeError(f"must be a finite number{bound}, got {text}")
+        return value
+
+    return parse
+
+
+# ---- models and data -----------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, by default CUDA where it is present. Raises ValueError if it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"device {name!r} can't be used here: {reason}") from None
+    return device
+
+
+def load_model(args: argparse.Namespace) -> GLEM:
+    """The model of `args.model` on `args.device`, after the number of threads is set."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return GLEM.from_pretrained(args.model, device=pick_device(args.device))
+
+
+def open_resized(model: GLEM, spec: str, split: str, skip_bad: bool = False) -> ImageData:
+    """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr.
+
+    Raises:
+        FileNotFoundError, DataError: see `open_data`.
+    """
+    channels, *size = model.image_shape
+    data = open_data(spec, split, (size[0], size[1]), channels if channels in (1, 3) else None, skip_bad=skip_bad)
+    for where, reason in data.skipped[:5]:
         note(f"left out: {where} {' '.join(reason.split())[:200]}")
-    if len(data.skipped) > most:
+    if len(data.skipped) > 5:
         note(f"left out: {len(data.skipped)} images in all")
+    return data
+
+
+def open_for(
+    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None, skip_bad: bool = False
+) -> tuple[ImageData, torch.Tensor]:
+    """Data in the flow's shape with the flow's class indices as labels, and the flow class of each class of the data,
+    int64 [K_data].
+
+    Raises:
+        FileNotFoundError, DataError, ClassMismatchError: see `open_data` and `match_classes`.
+    """
+    data = open_resized(model, spec, split, skip_bad)
+    match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
+    return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
+
+
+def without_splits(spec: str) -> bool:
+    """Whether DATA is one ImageFolder or archive, whose images stand for every split."""
+    folder = expand(spec)
+    return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
+
+
+def read_class_map(text: str | None) -> str | dict[str, str] | None:
+    """The value of --class-map: None, "order", or the table in a file."""
+    return text if text is None or text == "order" else read_table(text, "--class-map", yaml.BaseLoader)
+
+
+def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
+    """The table in a YAML or JSON file; JSON is YAML.
+
+    Args:
+        path: the file. option: its option, for the error message.
+        loader: `yaml.BaseLoader` reads everything as text, since a class may be called 010, no or null.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it holds no table.
+    """
+    file = expand(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{option}: no such file: {path}")
+    try:
+        table = yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506  (both loaders are safe)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: {path} can't be read as YAML or JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{option}: {path} must hold a table (key: value), got {type(table).__name__}")
+    return table
+
+
+# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def out_file(path: str) -> Path:
-    """Where a result is to be written: refused before the work is done where that can't be. A link stands for what it
-    names. Raises OSError."""
+    """The file that a result goes to. A path that cannot be written is refused before the work. Raises OSError."""
     file = expand(path)
-    if file.is_symlink() and file.is_file():  # not /dev/stdout, which is a pipe or a terminal as a rule
-        file = Path(os.path.realpath(file))
     if file.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder; give a file name")
     if not file.exists():
@@ -72,158 +203,13 @@ def out_file(path: str) -> Path:
     return file
 
 
-def whole(low: int, most: float = math.inf) -> Callable[[str], int]:
-    """argparse type: a whole number, at least ``low`` and at most ``most``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
-        return value
-
-    return parse
-
-
-def number(low: float = -math.inf) -> Callable[[str], float]:
-    """argparse type: a finite number, at least ``low``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or value < low:
-            raise argparse.ArgumentTypeError(
-                f"must be a finite number{f' >= {low:g}' * math.isfinite(low)}, got {text}"
-            )
-        return value
-
-    return parse
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name; CUDA where there is one by default. Raises ValueError if there is no such device."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"device {name!r} can't be used here: {reason}") from None
-    if device.type == "meta":
-        raise ValueError("device 'meta' holds no numbers; use cpu or cuda")
-    return device
-
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def load_model(args: argparse.Namespace) -> GLEM:
-    """The model of ``args.model`` on ``args.device``, after ``args.threads`` is set."""
-    set_threads(getattr(args, "threads", None))
-    return GLEM.from_pretrained(args.model, device=pick_device(args.device))
-
-
-def open_for(
-    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None, skip_bad: bool = False
-) -> tuple[ImageData, torch.Tensor]:
-    """Data in the shape that the flow takes, labelled by the flow's classes, and the flow's class of each of the
-    data's own classes, int64 [K_data].
-
-    Raises:
-        FileNotFoundError, DataError, ClassMismatchError: see ``open_data`` and ``match_classes``.
-    """
-    refuse_codes(model)
-    channels, height, width = model.image_shape
-    channels = channels if channels in (1, 3) else None
-    data = open_data(spec, split, image_size=(height, width), channels=channels, skip_bad=skip_bad)
-    report_skipped(data)
-    match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
-    return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
-
-
-def refuse_codes(model: GLEM) -> None:
-    """ValueError for a flow whose images carry class codes, which no data set has: in its samples the codes would stand
-    for pixels, and data of the user's would be stretched over them."""
-    settings = model.config.training.get("config")
-    rows = settings.get("code_rows") if isinstance(settings, dict) else None
-    if rows:
-        raise ValueError(
-            f"this flow was trained with --method ce or ceglem, on images with {rows} more rows for a class code: "
-            "such flows are for comparisons (glem_augment.evaluation.codes, benchmarks/paper.py)"
-        )
-
-
-def without_splits(spec: str) -> bool:
-    """Whether DATA is one ImageFolder or archive, whose images stand for every split."""
-    folder = expand(spec)
-    return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
-
-
-def read_class_map(text: str | None) -> str | dict[str, str] | None:
-    """``order``, or a YAML or JSON file with a table from data names to flow names."""
-    if text is None or text == "order":
-        return text
-    return {key: str(value) for key, value in read_table(text, "--class-map", _Names).items()}
-
-
-def read_counts(path: str, option: str) -> dict[str, Any]:
-    """A YAML or JSON file with a table from class names to whole numbers."""
-    table = read_table(path, option, _Names)
-    return {key: int(v) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in table.items()}
-
-
-class _Names(yaml.BaseLoader):
-    """Reads all as text: a class may be called 010, no or null. A name that comes twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = [tuple(self.construct_object(part, deep=True) for part in pair) for pair in node.value]
-        return _each_once(pairs)
-
-
-def _each_once(pairs: list[Any]) -> dict[Any, Any]:
-    names = [str(name) for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is named twice")
-    return dict(pairs)
-
-
-def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
-    """The table in a YAML or JSON file (JSON is YAML); ``loader``: of the YAML.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a table, or a name that comes twice.
-    """
-    file = expand(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{option}: no such file: {path}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        is_json = file.suffix == ".json"
-        table = json.loads(text, object_pairs_hook=_each_once) if is_json else yaml.load(text, loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError) as error:  # also of bytes that are no text
-        raise ValueError(f"{option}: {path} can't be read as YAML or JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{option}: {path} must hold a table (key: value), got {type(table).__name__}")
-    return table
-
-
 def print_json(obj: dict[str, Any]) -> None:
-    """One JSON object on stdout. Non-finite numbers become null: other readers could not parse them."""
+    """Print one JSON object on stdout, with null for non-finite numbers, which JSON does not have."""
     print(json_text(finite(obj)), flush=True)
 
 
 def finite(obj: Any) -> Any:
-    """``obj`` with every NaN and infinity replaced by None."""
+    """`obj` with None in the place of every NaN and infinity."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, dict):
@@ -234,5 +220,5 @@ def finite(obj: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """A line for people, on stderr."""
+    """Print a line for people on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,14 @@
-"""``glem demo``: a flow measured, looked at and put to use on the bundled Fashion-MNIST images."""
+"""`glem demo`: the library's main job on the bundled Fashion-MNIST images, in a few minutes.
+
+The flow is measured and pictured, draws a small synthetic data set, and then augments the images that a small timm
+network is trained on. The identity control does the same along the modes of the pixels.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,21 +25,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.cli.demo_report import arms_text, markdown, measured_text
-from glem_augment.data.dataset import ImageData, match_classes, open_data
+from glem_augment.cli.common import whole
+from glem_augment.cli.main import new_parser
+from glem_augment.data.classes import match_classes
+from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.evaluation.preview import contact_sheet, preview
-from glem_augment.io import atomic_write, save_png, write_json
+from glem_augment.io import atomic_write, expand, save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-__all__ = ["DemoSettings", "run_demo"]
-
+DESCRIPTION = """\
+Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
+then train a small timm network on 1000 images with and without GLEMAugment, with several seeds, and print both
+accuracies, whichever is higher. Needs no network and no GPU; a few minutes on 2 cores.
+"""
+EXAMPLES = """\
+  glem demo
+  glem demo --out demo-out --seeds 5
+  glem demo --model runs/my-flow --quick
+"""
 DATA = "bundled:fashion-mnist"
-# A timm network of 0.2 million weights that learns from 1000 images in seconds on a CPU. Network and learning rate were
-# chosen for the arm without augmentation, on a held-out quarter of the training images.
-NETWORK = "test_byobnet"
+# A timm network of 0.2 million weights, which learns from 1000 images in seconds on a CPU. Network and learning rate
+# were chosen for the arm without augmentation, on a held-out quarter of the training images.
+NETWORK, LEARNING_RATE, BATCH = "test_byobnet", 1e-2, 50
 NOT_LIKE_FOR_LIKE = (
     "Not like for like: the classifier sees {images} real images in every arm, but the flow and its modes were fitted "
     "on other images too ({flow_images} in all), so what they add is knowledge that the {images} do not hold. The "
@@ -41,170 +58,195 @@ NOT_LIKE_FOR_LIKE = (
 
 
 @dataclass
-class DemoSettings:
-    """Sizes of the demo; the defaults take a few minutes on 2 cores.
+class DemoSize:
+    """How much the demo does.
 
     Attributes:
-        seeds: training runs per arm; epochs, batch_size, lr: of each.
-        views: augmented copies of every training image; p: how often one takes the place of the original.
+        seeds: training runs per arm. epochs: of each run.
+        views: augmented copies of every training image. p: how often one replaces the original.
         per_class: synthetic images to write.
-        images: real images to use of the bundled 1000 per split, evenly over the classes.
+        images: real images used of the bundled 1000 per split, evenly over the classes.
     """
 
     seeds: int = 3
     epochs: int = 40
-    batch_size: int = 50
-    lr: float = 1e-2
     views: int = 6
     p: float = 0.5
     per_class: int = 20
     images: int = 1000
 
-    @classmethod
-    def quick(cls) -> DemoSettings:
-        """A smoke test."""
-        return cls(seeds=1, epochs=2, views=1, per_class=2, images=100)
+
+QUICK = DemoSize(seeds=1, epochs=2, views=1, per_class=2, images=100)
 
 
-def run_demo(
-    out: str | Path,
-    model: str = DATA,
-    seeds: int | None = None,
-    epochs: int | None = None,
-    quick: bool = False,
-) -> dict[str, Any]:
-    """Run the demo; prints the report, and writes report.json, report.md, preview.png, synthetic/ and synthetic.png.
+def add_parser(subparsers: Any) -> None:
+    parser = new_parser(subparsers, "demo", DESCRIPTION, EXAMPLES, run)
+    parser.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model",
+        default=DATA,
+        metavar="MODEL",
+        help="a flow for 1x28x28 images of Fashion-MNIST's classes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=whole(1), metavar="N", help="training runs per arm (default: 3; 1 with --quick)"
+    )
+    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
 
-    Args:
-        out: folder for the results; those of an earlier demo are replaced.
-        model: a flow for 1x28x28 images of Fashion-MNIST's classes, with modes.
-        seeds, epochs: in place of the defaults of ``DemoSettings``.
-        quick: ``DemoSettings.quick()``.
 
-    Returns:
-        The report.
+def run(args: argparse.Namespace) -> int:
+    base = QUICK if args.quick else DemoSize()
+    size = DemoSize(**{**vars(base), "seeds": args.seeds or base.seeds, "epochs": args.epochs or base.epochs})
+    run_demo(expand(args.out), args.model, size, args.quick)
+    return 0
+
+
+def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
+    """Run the demo: print the report, and write report.json, report.md, preview.png, synthetic/ and synthetic.png.
 
     Raises:
-        GLEMError, OSError: the model can't be read or does not fit the data; ``out`` can't be written.
+        GLEMError, OSError: the model can't be read or does not fit the data, or `out` can't be written.
     """
-    began, out = time.monotonic(), Path(out)
-    settings = DemoSettings.quick() if quick else DemoSettings()
-    settings.seeds, settings.epochs = seeds or settings.seeds, epochs or settings.epochs
-    flow = GLEM.from_pretrained(model)
-    train, test = (_images(flow, split, settings.images) for split in ("train", "test"))
-    if flow.modes is None:
-        raise DataError(f"{model} has no class modes; train it with --modes-rank above 0")
+    began = time.monotonic()
+    model = GLEM.from_pretrained(name)
+    train, test = (bundled_images(model, split, size.images) for split in ("train", "test"))
+    if model.modes is None:
+        raise DataError(f"{name} has no class modes; train it with --modes-rank above 0")
     out.mkdir(parents=True, exist_ok=True)
 
-    print(f"1. The flow on {len(test)} bundled test images\n   {flow!r}", flush=True)
-    measured = evaluate(flow, test)
-    print(measured_text(measured), flush=True)
+    print(f"1. The flow on {len(test)} bundled test images\n   {model!r}", flush=True)
+    measured = evaluate(model, test)
+    trip = measured["round_trip"]
+    rows = {
+        "accuracy": f"{100 * measured['accuracy']:.2f} % (top 5: {100 * measured['top5']:.2f} %)",
+        "bits/dim, given the class": f"{measured['bits_per_dim']:.3f} at {measured['bits']} bits",
+        "calibration error": "not measured (torchmetrics)" if measured["ece"] is None else f"{measured['ece']:.4f}",
+        "round trip": f"{100 * trip['within_half_step']:.4f} % of pixels within half a uint8 step, largest error "
+        f"{trip['max_error']:.2g} steps",
+        "speed": f"{measured['images_per_second']:.0f} images/s classified on {measured['threads']} thread(s)",
+    }
+    print("\n".join(f"   {key:<27}{value}" for key, value in rows.items()), flush=True)
 
     print("2. Pictures and a synthetic data set", flush=True)
-    save_png(preview(flow, test), out / "preview.png")
-    synthetic = SyntheticDataset(flow, per_class=settings.per_class, temperature=0.8, seed=0)
+    save_png(preview(model, test), out / "preview.png")
+    synthetic = SyntheticDataset(model, per_class=size.per_class, temperature=0.8, seed=0)
     synthetic.export(out / "synthetic", overwrite=True)
     sheet = contact_sheet(
         synthetic.images(range(len(synthetic))),
         synthetic.targets,
         synthetic.classes,
         "Synthetic images",
-        f"{settings.per_class} of each class from {model}, temperature 0.8, seed 0",
+        f"{size.per_class} of each class from {name}, temperature 0.8, seed 0",
     )
     save_png(sheet, out / "synthetic.png")
     print(f"   {out / 'preview.png'}, {out / 'synthetic.png'}, {len(synthetic)} images in {out / 'synthetic'}")
 
-    print(f"3. A {NETWORK} trained on {len(train)} images, {settings.seeds} seed(s) per arm", flush=True)
-    arms = _arms(flow, train, test, settings)
-    trained_on = flow.config.training.get("images", "an unknown number")
+    print(f"3. A {NETWORK} trained on {len(train)} images, {size.seeds} seed(s) per arm", flush=True)
+    arms = compare(model, train, test, size)
+    lines = []
+    for arm, result in arms.items():
+        each = ", ".join(f"{100 * value:.1f}" for value in result["accuracies"])
+        spread = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
+        lines.append(f"{arm:<17} {100 * result['mean']:.2f}{spread} %   ({each})")
+    conclusion = verdict(arms)
+    caution = NOT_LIKE_FOR_LIKE.format(
+        images=len(train), flow_images=model.config.training.get("images", "an unknown number")
+    )
+    print("\n".join(f"   {line}" for line in [*lines, conclusion]))
+    print(textwrap.indent(textwrap.fill(caution, 107), "   "))
+
+    seconds = round(time.monotonic() - began, 1)
     report = {
-        "model": model,
+        "model": name,
         "data": DATA,
-        "flow": {key: value for key, value in measured.items() if key not in ("device", "threads")},
+        "flow": measured,
         "classifier": {
             "network": NETWORK,
             "train_images": len(train),
             "test_images": len(test),
-            "steps": settings.epochs * (len(train) // min(settings.batch_size, len(train))),
-            "settings": vars(settings),
+            "steps": size.epochs * (len(train) // min(BATCH, len(train))),
+            "size": vars(size),
             "arms": arms,
-            "caution": NOT_LIKE_FOR_LIKE.format(images=len(train), flow_images=trained_on),
+            "caution": caution,
         },
         "quick": quick,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": seconds,
     }
     write_json(out / "report.json", report)
-    text = markdown(report)
     with atomic_write(out / "report.md", "w") as file:
-        file.write(text)
-    print(arms_text(report))
-    print(f"Done in {report['seconds']:.0f} s; the report is in {out / 'report.md'}", flush=True)
-    return report
+        file.write(markdown(report, rows, lines, conclusion))
+    print(f"Done in {seconds:.0f} s; the report is in {out / 'report.md'}", flush=True)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def _images(flow: GLEM, split: str, count: int) -> ImageData:
-    """Bundled images, labelled by the flow's class indices."""
+def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
+    """Bundled images, with the flow's class indices as labels."""
     data = open_data(DATA, split, progress=False)
-    if tuple(data.image_shape) != flow.image_shape:
-        raise DataError(f"the demo's images are {data.image_shape}, the flow takes {flow.image_shape}")
-    match = match_classes(flow.class_ids, flow.classes, data.class_ids, data.classes)
-    data = data.with_targets(match[data.targets], flow.classes, flow.class_ids)
-    per_class = max(2, count // len(flow.classes))
+    if tuple(data.image_shape) != model.image_shape:
+        raise DataError(f"the demo's images are {data.image_shape}, the flow takes {model.image_shape}")
+    match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes)
+    data = data.with_targets(match[data.targets], model.classes, model.class_ids)
+    per_class = max(2, count // len(model.classes))
     rows = [np.flatnonzero(data.targets == index)[:per_class] for index in np.unique(data.targets)]
     return data.subset(np.sort(np.concatenate(rows)))
-
-
-def augmented_views(aug: GLEMAugment, data: ImageData, views: int, seed: int, desc: str) -> Tensor:
-    """Augmented copies of all images: uint8 [views, N, C, H, W]. Batches are shuffled, so partners vary.
-
-    Made once and used for all seeds: on a CPU the flow costs more than the small network.
-    """
-    out = torch.empty(views, len(data), *data.image_shape, dtype=torch.uint8)
-    bar = tqdm(total=views * len(data), unit="image", desc=f"   {desc}", dynamic_ncols=True)
-    for view in range(views):
-        order = np.random.default_rng([seed, view]).permutation(len(data))
-        start = 0
-        for x, y in data.batches(order, 250):
-            out[view, torch.from_numpy(order[start : start + len(y)])] = aug(x, y)[0]
-            start += len(y)
-            bar.update(len(y))
-    bar.close()
-    return out
 
 
 # ---- the classifier ------------------------------------------------------------------------------------------------
 
 
-def _arms(flow: GLEM, train: ImageData, test: ImageData, settings: DemoSettings) -> dict[str, Any]:
-    """Accuracies of every arm. All arms share network, steps, batches and the seeds of both."""
-    identity = GLEM.create("identity", flow.image_shape, flow.classes, flow.class_ids, bits=flow.bits)
+def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize) -> dict[str, Any]:
+    """The accuracies of every arm. All arms share network, steps, batches and the seeds of both."""
+    identity = GLEM.create("identity", model.image_shape, model.classes, model.class_ids, bits=model.bits)
     smallest = int(np.bincount(train.targets)[np.unique(train.targets)].min())
-    rank = min(flow.modes.rank if flow.modes is not None else 1, smallest - 1)
+    rank = min(model.modes.rank if model.modes is not None else 1, smallest - 1)
     identity.fit_modes(train, rank=rank)
     pools: dict[str, Tensor | None] = {"no augmentation": None}
-    for name, source in (("GLEMAugment", flow), ("identity control", identity)):
+    for name, source in (("GLEMAugment", model), ("identity control", identity)):
         aug = GLEMAugment(source.eval(), p=1.0, modes=rank, seed=0)
-        pools[name] = augmented_views(aug, train, settings.views, 0, f"{name}: augmenting")
-    total = len(pools) * settings.seeds
-    arms: dict[str, Any] = {name: {"accuracies": []} for name in pools}
-    with tqdm(total=total * settings.epochs, unit="epoch", desc="   training", dynamic_ncols=True) as bar:
-        # Seeds outside: a run that is stopped early has the same number of runs in every arm.
-        for seed in range(settings.seeds):
-            for name, pool in pools.items():
-                arms[name]["accuracies"].append(train_classifier(train, test, pool, seed, settings, bar))
-    for arm in arms.values():
-        arm["mean"] = float(np.mean(arm["accuracies"]))
-        arm["std"] = float(np.std(arm["accuracies"], ddof=1)) if settings.seeds > 1 else None
-    return arms
+        pools[name] = augmented_copies(aug, train, size.views, f"{name}: augmenting")
+    found: dict[str, list[float]] = {name: [] for name in pools}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the network is small: a second thread would only wait for the first
+    try:
+        with tqdm(total=len(pools) * size.seeds * size.epochs, unit="epoch", desc="   training") as bar:
+            for seed in range(size.seeds):
+                for name, pool in pools.items():
+                    found[name].append(train_classifier(train, test, pool, seed, size, bar))
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        name: {
+            "accuracies": values,
+            "mean": float(np.mean(values)),
+            "std": float(np.std(values, ddof=1)) if size.seeds > 1 else None,
+        }
+        for name, values in found.items()
+    }
+
+
+def augmented_copies(aug: GLEMAugment, data: ImageData, views: int, desc: str) -> Tensor:
+    """Augmented copies of all images, uint8 [views, N, C, H, W]. Batches are shuffled, so that partners vary.
+
+    The copies are made once and serve all seeds, since on a CPU the flow costs more than the small network.
+    """
+    out = torch.empty(views, len(data), *data.image_shape, dtype=torch.uint8)
+    with tqdm(total=views * len(data), unit="image", desc=f"   {desc}") as bar:
+        for view in range(views):
+            order = np.random.default_rng([0, view]).permutation(len(data))
+            start = 0
+            for x, y in data.batches(order, 250):
+                out[view, torch.from_numpy(order[start : start + len(y)])] = aug(x, y)[0]
+                start += len(y)
+                bar.update(len(y))
+    return out
 
 
 def train_classifier(
-    train: ImageData, test: ImageData, pool: Tensor | None, seed: int, settings: DemoSettings, bar: Any = None
+    train: ImageData, test: ImageData, pool: Tensor | None, seed: int, size: DemoSize, bar: tqdm
 ) -> float:
-    """Train one network from scratch, and return its accuracy on ``test`` after the last step.
+    """Train one network from scratch, and return its accuracy on `test` after the last step.
 
     Args:
         pool: uint8 [views, N, C, H, W], augmented copies of the training images; None trains on the originals alone.
@@ -212,46 +254,93 @@ def train_classifier(
     """
     torch.manual_seed(seed)
     network = create_model(NETWORK, num_classes=len(train.classes), in_chans=train.image_shape[0])
-    x, y = _normalised(train.tensor()), torch.from_numpy(train.targets)
-    views = None if pool is None else _normalised(pool)
-    batch = min(settings.batch_size, len(train))
-    steps = settings.epochs * (len(train) // batch)
-    optimizer = create_optimizer_v2(network, opt="adamw", lr=settings.lr, weight_decay=0.05)
+    x, y = normalised(train.tensor()), torch.from_numpy(train.targets)
+    copies = x[None] if pool is None else normalised(pool)
+    batch = min(BATCH, len(train))
+    steps = size.epochs * (len(train) // batch)
+    optimizer = create_optimizer_v2(network, opt="adamw", lr=LEARNING_RATE, weight_decay=0.05)
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=settings.lr / 100, t_in_epochs=False
+        optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=LEARNING_RATE / 100, t_in_epochs=False
     )
     network.train()
-    step = 0
-    for rows, chosen in _batches(len(train), batch, seed, settings, 0 if views is None else len(views)):
-        images = x[rows]
-        if views is not None:
-            use = chosen >= 0
-            images = torch.where(use[:, None, None, None], views[chosen.clamp_min(0), rows], images)
+    views = 0 if pool is None else len(pool)
+    for step, (rows, view) in enumerate(epoch_batches(len(train), batch, seed, size, views), 1):
+        images = torch.where((view >= 0)[:, None, None, None], copies[view.clamp_min(0), rows], x[rows])
         loss = F.cross_entropy(network(images), y[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        step += 1
         scheduler.step_update(step)
-        if bar is not None and step % (len(train) // batch) == 0:
-            bar.update(1)
+        bar.update(step % (len(train) // batch) == 0)
     network.eval()
     with torch.no_grad():
-        predicted = torch.cat([network(part).argmax(1) for part in _normalised(test.tensor()).split(250)])
+        predicted = torch.cat([network(part).argmax(1) for part in normalised(test.tensor()).split(250)])
     return float((predicted == torch.from_numpy(test.targets)).float().mean())
 
 
-def _batches(count: int, batch: int, seed: int, settings: DemoSettings, views: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows, view of each row or -1 for the original): the rows depend on the seed alone, not on the arm."""
-    for epoch in range(settings.epochs):
+def epoch_batches(count: int, batch: int, seed: int, size: DemoSize, views: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows, and the copy that stands for each (-1: the original). The rows depend on the seed, not on the arm."""
+    for epoch in range(size.epochs):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(count)
-        use = rng.random(count) < settings.p
-        view = np.where(use, rng.integers(0, max(1, views), count), -1)
+        replaced = rng.random(count) < (size.p if views else 0)
+        view = np.where(replaced, rng.integers(0, max(1, views), count), -1)
         for start in range(0, count - batch + 1, batch):
             yield torch.from_numpy(order[start : start + batch]), torch.from_numpy(view[start : start + batch])
 
 
-def _normalised(x: Tensor | None) -> Tensor:
-    assert x is not None
+def normalised(x: Tensor) -> Tensor:
+    """uint8 images as floats with the mean and standard deviation of Fashion-MNIST taken out."""
     return (x.float() / 255 - 0.286) / 0.353
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def verdict(arms: dict[str, Any]) -> str:
+    """What the accuracies say. A difference within twice its standard error says nothing."""
+    plain, ours = arms["no augmentation"], arms["GLEMAugment"]
+    gain = 100 * (ours["mean"] - plain["mean"])
+    if plain["std"] is None or ours["std"] is None:
+        return f"With GLEMAugment {gain:+.2f} points; one seed can't tell this from chance."
+    error = 100 * math.sqrt((plain["std"] ** 2 + ours["std"] ** 2) / len(plain["accuracies"]))
+    clear = "more" if abs(gain) > 2 * error else "not more"
+    return (
+        f"With GLEMAugment {gain:+.2f} points, {clear} than twice the standard error of the difference ({error:.2f})."
+    )
+
+
+def markdown(report: dict[str, Any], rows: dict[str, str], lines: list[str], conclusion: str) -> str:
+    """The report as Markdown, with the same rows and lines as on the terminal."""
+    classifier = report["classifier"]
+    size = classifier["size"]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    smoke = "\n**A quick run: these numbers mean little.**\n" if report["quick"] else ""
+    return f"""# glem demo
+{smoke}
+Flow `{report["model"]}` on {report["flow"]["n"]} bundled Fashion-MNIST test images:
+
+| | |
+|---|---|
+{table}
+
+`preview.png` shows augmentations, samples and interpolations; `synthetic/` holds {size["per_class"]} images of each
+class, drawn together in `synthetic.png`.
+
+## A classifier on {classifier["train_images"]} images, with and without
+
+timm `{classifier["network"]}` from scratch, {classifier["steps"]} steps of {BATCH} images, AdamW, cosine schedule; the
+same batches and no other augmentation in every arm; accuracy on {classifier["test_images"]} test images after the last
+step: mean, standard deviation, and every run. Augmented arms replace an image with probability {size["p"]} by one of
+{size["views"]} copies made beforehand by `GLEMAugment` (mixup along the modes of the class; otherwise its defaults).
+
+```
+{chr(10).join(lines)}
+```
+
+{conclusion}
+
+{classifier["caution"]}
+
+The whole demo took {report["seconds"]:.0f} s.
+"""

@@ -1,4 +1,4 @@
-"""``glem eval``: the flow as a classifier and as a density, on labelled images."""
+"""`glem eval`: the flow as a classifier and as a density, on labelled images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import argparse
 from typing import Any
 
 from glem_augment.cli.common import (
-    CLASS_MAP_HELP,
-    DATA_HELP,
-    MODEL_HELP,
-    add_device,
-    add_skip_bad,
-    add_threads,
+    add_class_map,
+    add_data,
+    add_machine,
+    add_model,
     finite,
     load_model,
     note,
@@ -22,7 +20,7 @@ from glem_augment.cli.common import (
     whole,
     without_splits,
 )
-from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.main import new_parser
 from glem_augment.evaluation.metrics import evaluate, spread
 from glem_augment.io import write_json
 
@@ -48,16 +46,15 @@ EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "eval", DESCRIPTION, EXAMPLES, run)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", help="of the data, where it has any (default: test)")
+    add_model(parser)
+    add_data(parser, split=None)
+    add_class_map(parser)
     parser.add_argument(
         "--batch-size", type=whole(1), default=256, metavar="N", help="images at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--limit", type=whole(1), metavar="N", help="use N images, evenly spread over the data (default: all)"
     )
-    parser.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
     parser.add_argument(
         "--round-trip",
         type=whole(0),
@@ -65,38 +62,29 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="images for the round trip, evenly spread; 0 for none (default: %(default)s)",
     )
-    add_skip_bad(parser)
     parser.add_argument("--out", metavar="FILE", help="write the JSON to FILE too")
-    add_threads(parser)
-    add_device(parser)
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     out = None if args.out is None else out_file(args.out)
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    one = without_splits(args.data)
-    if one and args.split is not None:
+    whole_folder = without_splits(args.data)
+    if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
-    split = args.split or "test"
-    data, _ = open_for(model, args.data, split, class_map, args.skip_bad)
-    if one and data.name == model.config.training.get("data"):
-        note(f"these may be the images that the model was made with ({data.name}): their accuracy says little")
+    data, _ = open_for(model, args.data, args.split or "test", class_map, args.skip_bad)
+    if whole_folder and data.name == model.config.training.get("data"):
+        note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(spread(len(data), args.limit))
-    result = {
-        "model": args.model,
-        "data": args.data,
-        "split": None if one else split,
-        **({"skipped": len(data.skipped)} if args.skip_bad else {}),
-        **evaluate(model, data, args.batch_size, round_trip=args.round_trip),
-    }
+    result = {"model": args.model, "data": args.data, "split": None if whole_folder else args.split or "test"}
+    if args.skip_bad:
+        result["skipped"] = len(data.skipped)
+    result |= evaluate(model, data, args.batch_size, round_trip=args.round_trip)
     if result["ece"] is None and model.num_classes > 1:
         note("ece is null: install torchmetrics for it (pip install 'glem-augment[metrics]')")
-    try:
-        # First, since whoever reads what is printed may have gone.
-        if out is not None:
-            write_json(out, finite(result))
-    finally:
-        print_json(result)
+    if out is not None:  # before the result is printed to a pipe whose reader may have left
+        write_json(out, finite(result))
+    print_json(result)
     return 0

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from torch import Tensor
 
 from glem_augment.cli.common import (
-    CLASS_MAP_HELP,
     DATA_HELP,
     MODEL_HELP,
+    add_class_map,
     add_device,
     add_threads,
     load_model,
@@ -23,11 +24,10 @@ from glem_augment.cli.common import (
     open_for,
     print_json,
     read_class_map,
-    read_counts,
-    refuse_codes,
+    read_table,
     whole,
 )
-from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.main import new_parser
 from glem_augment.errors import ClassMismatchError
 from glem_augment.io import expand
 from glem_augment.model.glem import DEFAULT_MODES, GLEM
@@ -122,7 +122,7 @@ def add_parser(subparsers: Any) -> None:
     real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
-    real.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
+    add_class_map(real)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,10 +135,9 @@ def run(args: argparse.Namespace) -> int:
         check_folder(folder, args.overwrite)
     wanted: PerClass = args.per_class
     if isinstance(wanted, Path):
-        wanted = read_counts(str(wanted), "--per-class")
+        wanted = read_counts(str(wanted))
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    refuse_codes(model)
     kept = None if args.classes is None else find_classes(model, args.classes.split(","))
     real, match = None, None
     if args.real is not None:
@@ -221,6 +220,12 @@ def per_class(text: str) -> PerClass | Path:
             raise argparse.ArgumentTypeError(f"class {name.strip()!r} is named twice")
         counts[name.strip()] = whole(0)(count)
     return counts
+
+
+def read_counts(path: str) -> dict[str, Any]:
+    """The table from class names to whole numbers in a file. Names are text, since a class may be called 010 or no."""
+    table = read_table(path, "--per-class", yaml.BaseLoader)
+    return {key: int(value) if str(value).strip().isdecimal() else value for key, value in table.items()}
 
 
 def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:

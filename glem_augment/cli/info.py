@@ -1,12 +1,12 @@
-"""``glem info``: what is in a model folder."""
+"""`glem info`: what a model is and how it was trained."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from glem_augment.cli.common import MODEL_HELP, finite, print_json
-from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.common import add_model, finite, print_json
+from glem_augment.cli.main import new_parser
 from glem_augment.hub import files as hub
 from glem_augment.model.glem import GLEM
 
@@ -23,7 +23,7 @@ EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "info", DESCRIPTION, EXAMPLES, run)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
@@ -37,10 +37,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def model_facts(name: str) -> dict[str, Any]:
-    """Everything that ``glem info`` shows, JSON-friendly. Raises ModelFileError for a damaged model."""
+    """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
     found = hub.find(name)
     folder = found.folder
-    # By commit, so that both speak of the same files though somebody may be pushing right now.
+    # By commit, so that both look at the same files even while somebody is pushing.
     model = GLEM.from_pretrained(name if found.origin is None else f"hf-hub:{found.origin}")
     config = model.config
     return finite(

@@ -1,4 +1,4 @@
-"""``glem preview``: one picture of what a flow does with real images."""
+"""`glem preview`: one picture of what a flow does with real images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 from glem_augment.augment.transform import POLICIES
 from glem_augment.cli.common import (
-    CLASS_MAP_HELP,
-    DATA_HELP,
-    MODEL_HELP,
-    add_device,
-    add_skip_bad,
-    add_threads,
+    add_class_map,
+    add_data,
+    add_machine,
+    add_model,
+    add_seed,
     load_model,
     note,
     open_for,
@@ -20,7 +19,8 @@ from glem_augment.cli.common import (
     read_class_map,
     whole,
 )
-from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.main import new_parser
+from glem_augment.evaluation.preview import preview
 from glem_augment.io import save_png
 
 DESCRIPTION = """\
@@ -36,10 +36,10 @@ EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "preview", DESCRIPTION, EXAMPLES, run)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    add_model(parser)
+    add_data(parser)
+    add_class_map(parser)
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
-    parser.add_argument("--split", default="test", help="of the data (default: %(default)s)")
     parser.add_argument(
         "--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: %(default)s)"
     )
@@ -52,16 +52,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--modes", type=whole(1), metavar="N", help="principal modes to move along (default: all that are stored)"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
-    add_skip_bad(parser)
-    parser.add_argument("--class-map", metavar="FILE|order", help=CLASS_MAP_HELP)
-    add_threads(parser)
-    add_device(parser)
+    add_seed(parser)
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from glem_augment.evaluation.preview import preview
-
     out = out_file(args.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")

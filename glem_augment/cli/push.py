@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from glem_augment.cli.common import MODEL_HELP, add_threads, note, print_json, set_threads
-from glem_augment.cli.parsers import new_parser
+import torch
+
+from glem_augment.cli.common import add_model, add_threads, note, print_json
+from glem_augment.cli.main import new_parser
 from glem_augment.hub.cards import CardFacts
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM
@@ -27,7 +29,7 @@ EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "push", DESCRIPTION, EXAMPLES, run)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument(
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from glem_augment.hub.push import check_repository_folder, push_model, write_repository
     from glem_augment.hub.upload import check_name
 
-    set_threads(args.threads)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     # Before the model is loaded, which may take a download: these can be wrong.
     check_name(args.repo)
     facts = CardFacts(args.license, args.license_name, args.license_link, args.dataset, args.metrics)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glem_augment.cli.common import DATA_HELP, add_device, note, pick_device, read_table, whole
-from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.main import new_parser
 from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError

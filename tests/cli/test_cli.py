@@ -25,8 +25,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, SyntheticDataset, open_data
-from glem_augment.cli.main import build_parser, main
-from glem_augment.cli.parsers import COMMANDS
+from glem_augment.cli.main import COMMANDS, build_parser, main
 from glem_augment.cli.settings import KINDS
 from glem_augment.hub import files as hub
 from glem_augment.training import TrainConfig
@@ -199,7 +198,7 @@ def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, outpu
     argv = ["eval", str(trained), images_of(trained), "--round-trip", "0"]
     fails([*argv, "--split", "val"], output, "has no splits", "--split")
     assert main([*argv, "--out", str(tmp_path / "e.json")]) == 0
-    assert "may be the images that the model was made with" in output()[1]
+    assert "may be the images that the flow was trained on" in output()[1]
     for name in ("train", "val"):
         write_images(tmp_path / "photos" / name, ("bird", "cat", "dog"), (8, 8), 2)
     assert main(["eval", str(trained), str(tmp_path / "photos"), "--split", "val", "--round-trip", "0"]) == 0
@@ -245,8 +244,6 @@ def test_tables_take_names_as_they_are_written(trained: Path, tmp_path: Path, ou
     argv = ["eval", str(trained), str(tmp_path / "photos"), "--round-trip", "0", "--class-map", str(table)]
     assert main(argv) == 0
     assert json.loads(output()[0])["n"] == 6
-    table.write_text('{"8": "cat", "8": "dog"}' if ending == "json" else "8: cat\n8: dog\n")
-    fails(argv, output, "'8' is named twice", str(table))
 
 
 def test_counts_of_a_table_are_numbers(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -275,17 +272,6 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(
             fails([*argv, str(tmp_path / "folder.png")], output, "folder.png: it is a folder")
             fails([*argv, str(tmp_path / "file" / "x.png")], output, "is a file, not a folder")
             fails([*argv, "~nobody-here/x.png"], output, "no home folder of that user")
-    real, link = tmp_path / "real.json", tmp_path / "link.json"
-    real.write_text("{}")
-    link.symlink_to(real)
-    assert main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", str(link)]) == 0
-    assert link.is_symlink() and json.loads(real.read_text())["model"] == str(trained)
-    with monkeypatch.context() as patch:  # what goes wrong after the work does not lose it
-        patch.setattr("glem_augment.cli.evaluate.write_json", not_yet)
-        output()
-        with pytest.raises(AssertionError):
-            main(["eval", str(trained), images_of(trained), "--round-trip", "0", "--out", str(real)])
-    assert json.loads(output()[0])["model"] == str(trained)
     for argv in (["info"], ["eval", str(trained)]):
         fails([*argv, "~nobody-here/x"], output, "no home folder of that user")
     with pytest.raises(SystemExit):
@@ -712,7 +698,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(output: Output, monkeypatch:
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glem_augment.cli.main.add_command", stopped)
+    monkeypatch.setattr("glem_augment.cli.main.import_module", stopped)
     assert main(["info", "bundled:fashion-mnist"]) == 130
     assert output() == ("", "glem: interrupted\n")
 
