@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from glem_augment import GLEM, DataError, ImageData
-from glem_augment.cli.demo import DemoSettings, _batches, run_demo
 from glem_augment.evaluation.preview import LARGEST, SMALLEST, Section, compose, contact_sheet, preview
 
 # Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests.
@@ -102,31 +98,3 @@ def test_a_contact_sheet_has_a_row_for_each_class() -> None:
 
 
 # ---- the demo ------------------------------------------------------------------------------------------------------
-
-
-def test_the_demo_from_end_to_end(bundled_train: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = GLEM.create("identity", (1, 28, 28), bundled_train.classes, bundled_train.class_ids)
-    model.fit_modes(bundled_train, rank=4)
-    model.save(tmp_path / "model")
-    report = run_demo(tmp_path / "out", str(tmp_path / "model"), seeds=2, epochs=1, quick=True)
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    assert report["flow"]["round_trip"]["within_half_step"] == 1.0
-    assert report["quick"] is True
-    for arm in report["classifier"]["arms"].values():
-        assert len(arm["accuracies"]) == 2 and arm["mean"] == pytest.approx(np.mean(arm["accuracies"]))
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "identity control" in text and "Not like for like" in text
-    assert "Not like for like" in capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "synthetic").rglob("*.png"))) == 20
-    for name in ("preview.png", "synthetic.png"):
-        assert Image.open(tmp_path / "out" / name).width > 300
-    # A second demo replaces the first one's results.
-    run_demo(tmp_path / "out", str(tmp_path / "model"), seeds=1, epochs=1, quick=True)
-
-
-def test_all_arms_see_the_same_rows() -> None:
-    settings = DemoSettings(epochs=2)
-    plain, augmented = (list(_batches(10, 3, 0, settings, views)) for views in (0, 4))
-    assert len(plain) == 2 * 3
-    for (rows, _), (others, view) in zip(plain, augmented, strict=True):
-        assert torch.equal(rows, others) and view.max() < 4
