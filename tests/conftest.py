@@ -13,19 +13,22 @@ from PIL import Image
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.training import loop as run_module
 
+# Small tensors gain nothing from a second thread, and beside other busy processes two threads wait for each other. The
+# processes that tests start inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Undoes what a test of --threads has set."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tests of small tensors, which gain nothing from a second one, and of equal bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> None:
+    """All tests run on one thread."""
 
 
 @pytest.fixture
