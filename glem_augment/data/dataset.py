@@ -240,6 +240,22 @@ class ImageData(Dataset):
         _check_names(classes, ids)
         return self._copy(self._indices, _check_targets(targets, len(self), len(classes)), classes, ids)
 
+    def rows_of_classes(self, max_per_class: int | None = None) -> list[np.ndarray]:
+        """Indices of each class's images, or of the first `max_per_class` of them.
+
+        Raises:
+            DataError: a class without images.
+        """
+        rows = [np.flatnonzero(self.targets == index)[:max_per_class] for index in range(len(self.classes))]
+        empty = [self.classes[index] for index, found in enumerate(rows) if not len(found)]
+        if empty:
+            names = ", ".join(map(repr, empty[:10])) + (", ..." if len(empty) > 10 else "")
+            raise DataError(
+                f"{self.name} has no images of {len(empty)} of its {len(rows)} classes ({names}): add some, or name "
+                "only the classes that it has (data.with_targets)"
+            )
+        return rows
+
     def _copy(
         self, indices: np.ndarray, targets: np.ndarray, classes: Sequence[str], class_ids: Sequence[str]
     ) -> ImageData:
@@ -360,6 +376,48 @@ def open_data(
             f"{error}, or leave such images out with skip_bad=True (glem train, adapt, eval and preview: --skip-bad)"
         ) from error
     return data._without(bad) if bad else data
+
+
+def as_image_data(
+    data: ImageData | tuple[torch.Tensor, torch.Tensor] | str | os.PathLike[str],
+    image_shape: tuple[int, int, int],
+    classes: Sequence[str] | None = None,
+    split: str = "train",
+    progress: bool = True,
+) -> ImageData:
+    """`data` as an ImageData of a flow's images.
+
+    Args:
+        data: an ImageData; a pair (images uint8 [N,C,H,W], labels int64 [N]); or a name for `open_data`, whose images
+            are resized and converted.
+        image_shape: (C, H, W).
+        classes: names to use instead of the data's (of a pair: "0", "1", ...).
+        split: split to open, for data given by name.
+
+    Raises:
+        DataError: images of another shape. TypeError: another kind of `data`.
+    """
+    channels, height, width = image_shape
+    names = None if classes is None else [str(name) for name in classes]
+    if isinstance(data, str | os.PathLike):
+        wanted = channels if channels in (1, 3) else None
+        data = open_data(data, split, image_size=(height, width), channels=wanted, progress=progress)
+    elif isinstance(data, tuple):
+        x, y = data
+        count = int(torch.as_tensor(y).max()) + 1 if len(y) else 0
+        data = ImageData.from_tensors(x, y, names or [str(index) for index in range(count)])
+    elif not isinstance(data, ImageData):
+        raise TypeError(f"data must be an ImageData, a name, or (images, labels); got {type(data).__name__}")
+    if names is not None and names != data.classes:
+        data = data.with_targets(data.targets, names, data.class_ids if len(names) == len(data.class_ids) else None)
+    if tuple(data.image_shape) != tuple(image_shape):
+        have = data.image_shape
+        raise DataError(
+            f"{data.name} has images of {have[0]} x {have[1]} x {have[2]} (channels x height x width), the flow takes "
+            f"{channels} x {height} x {width}: open the data with open_data(..., image_size=({height}, {width}), "
+            f"channels={channels})"
+        )
+    return data
 
 
 def _reason(where: str, error: BadImageError) -> tuple[str, str]:

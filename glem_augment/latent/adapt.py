@@ -11,171 +11,49 @@ whose spread is v: it is the posterior mode of the variance under a conjugate pr
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from glem_augment.checks import check_number, check_whole
-from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import DataError
-from glem_augment.hub import files as hub
-from glem_augment.io import expand
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import REST_FLOOR, ClassModes, fit_class_modes
 
-if TYPE_CHECKING:
-    from glem_augment.model.glem import GLEM
+__all__ = ["adapt_classes", "gaussians_of", "psi_that_holds"]
 
-__all__ = ["adapt", "class_latents"]
-
-_CHUNK = 256  # images per pass through the flow
 # psi's three numbers must stay below 1e6 in config.json; latents near that have left what a flow can invert anyway.
 _LARGEST_VARIANCE = 1e5
 # The variances that psi represents well lie between these shares of its range; nearer to its ends s runs off.
 _LOW_SHARE, _HIGH_SHARE = 0.01, 0.99
 
 
-def class_latents(
-    model: GLEM,
-    data: ImageData,
-    rows_of_class: Sequence[np.ndarray],
-    seed: int,
-    count: Callable[[int], object] = lambda images: None,
-) -> Callable[[int], Tensor]:
-    """A function from the class index y to the latents of the images ``rows_of_class[y]``, float32 [n, d] on the CPU.
-
-    Every class has its own dequantisation noise, a function of ``seed`` and y alone. ``count`` is told how many images
-    have been encoded.
-    """
-
-    def latents(index: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-        parts = []
-        for x, _ in data.batches(rows_of_class[index], _CHUNK):
-            parts.append(model.encode(x, generator)[0].cpu())
-            count(len(x))
-        return torch.cat(parts) if parts else torch.empty(0, model.dim)
-
-    return latents
-
-
 @torch.no_grad()
-def adapt(
-    model: GLEM,
-    data: ImageData | tuple[Tensor, Tensor] | str | os.PathLike[str],
-    *,
-    classes: Sequence[str] | None = None,
-    split: str = "train",
-    rank: int = 64,
-    shrinkage: float = 10.0,
-    max_per_class: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> GLEM:
-    """See ``GLEM.adapt``."""
-    shrinkage = check_number("shrinkage", shrinkage, 0.0, float("inf"))
-    max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 1)
-    rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
-    classes = None if classes is None else [str(name) for name in classes]
-    images = _opened(model, data, classes, split, progress)
-    rows = _rows_of_class(images, max_per_class)
-    total = sum(len(r) for r in rows)
-    with tqdm(total=total, unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
-        statistics = _Statistics(class_latents(model, images, rows, seed, bar.update), len(rows), model.dim)
-        modes = _modes(statistics, [len(r) for r in rows], rank)
-    variance = statistics.variance(shrinkage)
-    psi = psi_that_holds(variance, model.config.psi)
-    config = replace(
-        copy.deepcopy(model.config),
-        psi=psi,
-        class_ids=list(images.class_ids),
-        class_names=list(images.classes),
-        modes_rank=modes.rank,
-        training={
-            "data": images.name,
-            "images": total,
-            "images_per_class": [min(len(r) for r in rows), max(len(r) for r in rows)],
-            "adapt": {"shrinkage": shrinkage, "rank": modes.rank, "max_per_class": max_per_class, "seed": seed},
-            "adapted_from": {
-                "weights_sha256": hashlib.sha256(hub.weights_bytes(model.state_dict())).hexdigest(),
-                "origin": model.origin,
-                "classes": model.num_classes,
-                "psi": None if model.config.psi is None else list(model.config.psi),
-                "training": copy.deepcopy(model.config.training),
-            },
-        },
-    )
-    like = model.gaussians.mu
-    gaussians = gaussians_of(statistics.mean, variance, psi).to(like.device, like.dtype)
-    result = type(model)(config, copy.deepcopy(model.flow), gaussians, modes.to(like.device))
-    return result.eval().requires_grad_(False)
+def adapt_classes(
+    latents_of_class: Callable[[int], Tensor],
+    counts: Sequence[int],
+    dim: int,
+    rank: int,
+    shrinkage: float,
+    psi: tuple[float, float, float] | None,
+) -> tuple[ClassGaussians, ClassModes]:
+    """Gaussians and modes of new classes from their latents, each class read once.
 
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def _opened(model: GLEM, data: Any, classes: Sequence[str] | None, split: str, progress: bool) -> ImageData:
-    channels, height, width = model.image_shape
-    if isinstance(data, str | os.PathLike):
-        data = open_data(
-            data,
-            split,
-            image_size=(height, width),
-            channels=channels if channels in (1, 3) else None,
-            progress=progress,
-        )
-    elif isinstance(data, tuple):
-        x, y = data
-        if classes is None:
-            classes = [str(index) for index in range(int(torch.as_tensor(y).max()) + 1)] if len(y) else []
-        data = ImageData.from_tensors(x, y, classes)
-    elif not isinstance(data, ImageData):
-        raise TypeError(f"data must be an ImageData, a folder, or (images, labels); got {type(data).__name__}")
-    if classes is not None and list(classes) != data.classes:
-        same = len(classes) == len(data.class_ids)
-        data = data.with_targets(data.targets, classes, data.class_ids if same else None)
-    if tuple(data.image_shape) != model.image_shape:
-        have, want = data.image_shape, model.image_shape
-        what = "grey images" if have[0] == 1 else f"images of {have[0]} channels"
-        raise DataError(
-            f"{data.name} holds {what} of {have[1]}x{have[2]}, the flow takes {want[0]} channel{'s' * (want[0] > 1)} "
-            f"of {want[1]}x{want[2]}: open the data with open_data(..., image_size=({want[1]}, {want[2]}), "
-            f"channels={want[0]}), or give its folder in place of the opened images"
-        )
-    return data
-
-
-def _rows_of_class(data: ImageData, max_per_class: int | None) -> list[np.ndarray]:
-    """Indices of each class's images, the first ``max_per_class`` of them.
+    Args:
+        latents_of_class: gives the latents [n_y, d] of class y.
+        counts: n_y of each class, at least one of them 2 or more.
+        dim: d.
+        rank: k modes per class.
+        shrinkage: k of the variances, in images.
+        psi: kept if its range holds all variances, otherwise widened.
 
     Raises:
-        DataError: a class without images, or no class with two.
+        DataError: latents that are not finite, or off any scale.
     """
-    rows = [np.flatnonzero(data.targets == index)[:max_per_class] for index in range(len(data.classes))]
-    empty = [data.classes[index] for index, found in enumerate(rows) if not len(found)]
-    if empty:
-        names = ", ".join(map(repr, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        raise DataError(
-            f"{data.name} has no images of {len(empty)} of its {len(rows)} classes ({names}): add some, or name only "
-            "the classes that it has (data.with_targets)"
-        )
-    if max_per_class == 1:
-        raise ValueError("max_per_class=1 says nothing about how images of one class differ: give 2 or more")
-    if max(len(found) for found in rows) < 2:
-        raise DataError(
-            f"{data.name} has one image per class, which says nothing about how images of one class differ: at least "
-            "one class needs two"
-        )
-    return rows
+    statistics = _Statistics(latents_of_class, len(counts), dim)
+    modes = _modes(statistics, counts, rank)
+    variance = statistics.variance(shrinkage)
+    return gaussians_of(statistics.mean, variance, psi_that_holds(variance, psi)), modes
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -290,12 +168,3 @@ def gaussians_of(mean: Tensor, variance: Tensor, psi: tuple[float, float, float]
         a, b, c = psi
         gaussians.s.copy_(torch.logit((variance.double() - c) / a) / b)
     return gaussians
-
-
-def check_out(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """``folder`` for a new model. Raises FileExistsError if one is there, unless ``overwrite``."""
-    path = expand(folder)
-    there = [name for name in (hub.WEIGHTS, hub.CONFIG) if (path / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{path} holds a model already ({', '.join(there)}): give another folder, or --overwrite")
-    return path

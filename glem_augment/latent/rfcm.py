@@ -44,7 +44,7 @@ class ThinCovariances:
         counts: int64 [K], images seen.
         shrinkage: float32 [K], g of each class.
 
-    Made by ``rfcm_fit``: ``fit_covariances``, ``fit_rfcm`` or ``CovarianceStream``.
+    Made by ``rfcm_fit``: ``fit_covariances`` or ``CovarianceStream``, and by ``GLEM.fit_rfcm``.
 
     >>> from glem_augment.latent.rfcm_fit import fit_covariances
     >>> z = torch.randn(2, 10, 6)

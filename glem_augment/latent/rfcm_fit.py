@@ -1,28 +1,21 @@
-"""Estimating class covariances (RFCM): class by class, from a stream in any order, or from a model and images."""
+"""Estimating class covariances (RFCM): class by class, or from a stream in any order."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from glem_augment.data.classes import match_classes
 from glem_augment.errors import DataError
 from glem_augment.latent.covstream import ClassMoments, ClassStream, not_finite
 from glem_augment.latent.rfcm import ThinCovariances, check_labels
 
-if TYPE_CHECKING:
-    from glem_augment.data.dataset import ImageData
-    from glem_augment.model.glem import GLEM
-
-__all__ = ["CovarianceStream", "fit_covariances", "fit_rfcm", "oas_shrinkage"]
+__all__ = ["CovarianceStream", "fit_covariances", "oas_shrinkage"]
 
 TARGETS = ("diagonal", "pooled", "identity")
 STORES = {"float32": torch.float32, "float16": torch.float16}
-_CHUNK = 256  # images through the flow at a time
 
 
 def oas_shrinkage(moments: ClassMoments) -> float:
@@ -146,39 +139,6 @@ class CovarianceStream:
         for stream in self.streams:
             stream.check_enough()
         return _assemble([settings.packed(self.take(y)) for y in range(len(self.streams))], settings)
-
-
-def fit_rfcm(
-    model: GLEM,
-    data: ImageData,
-    max_per_class: int | None = None,
-    class_map: dict[str, str] | str | None = None,
-    seed: int = 0,
-    **settings: float | int | str | None,
-) -> ThinCovariances:
-    """The RFCM of a model: every class's mean and full covariance from the latents of ``data``.
-
-    Args:
-        max_per_class: use at most this many images of a class (the first ones).
-        class_map: how the data's classes map to the flow's, see ``match_classes``.
-        seed: of the dequantisation noise.
-        settings: ``rank``, ``shrinkage``, ``target``, ``ridge``, ``store`` of ``fit_covariances``.
-
-    Raises:
-        DataError: a class of the flow without at least two images, or images of another shape.
-    """
-    if tuple(data.image_shape) != model.image_shape:
-        raise DataError(f"{data.name} has images of {data.image_shape}, the flow takes {model.image_shape}")
-    flow_index = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
-    targets = torch.as_tensor(flow_index)[torch.as_tensor(data.targets)]
-
-    @torch.no_grad()
-    def latents_of_class(index: int) -> Iterable[Tensor]:
-        rows = torch.nonzero(targets == index).flatten()[:max_per_class].numpy()
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-        return [model.encode(x, generator)[0].cpu() for x, _ in data.batches(rows, _CHUNK)]
-
-    return fit_covariances(latents_of_class, model.num_classes, model.dim, **settings)
 
 
 # ---- how a class's moments become factor and diagonal ------------------------------------------------------------

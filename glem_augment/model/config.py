@@ -1,7 +1,8 @@
-"""What a GLEM is, apart from its weights: the contents of ``config.json``."""
+"""The contents of `config.json`: what a GLEM is, apart from its weights."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -13,26 +14,30 @@ from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec
 
 FORMAT_VERSION = 1
-# Far above any real use; they keep a hostile config from asking for absurd amounts of memory.
-MAX_CLASSES = 200_000
-MAX_MODES = 4096
+# These limits are far above any real use. They keep a hostile config from asking for absurd amounts of memory.
+MAX_CLASSES, MAX_MODES = 200_000, 4096
 MAX_NAME, MAX_DEPTH = 1000, 20
-_IDENTITY_KEYS = {"preset", "image_shape", "coupling"}
+# The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so that the number of values is bounded.
+MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
+LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
 
 
 @dataclass
 class GLEMConfig:
-    """Everything needed to rebuild the model around its weights.
+    """Everything needed to rebuild a model around its weights.
 
     Attributes:
-        flow: the resolved numbers of the flow (``flows.presets``), with ``image_shape`` [C, H, W].
+        flow: the resolved numbers of the flow (see `flows.presets`), with `image_shape` [C, H, W].
         bits: bits per channel that the flow models, 1 to 8.
-        psi: (a, b, c) of the variances, or None.
+        psi: (a, b, c) of the variances, or None for plain variances.
         class_ids: folder names, WordNet ids or digits, in index order.
         class_names: names for people, in index order.
-        modes_rank: k of the stored class modes, or None where none are stored.
-        training: free-form record: data, objective, settings, results.
-        format_version: of the file layout.
+        modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
+        training: a free-form record of the data, the objective, the settings and the results.
+        format_version: version of the file layout.
+
+    Raises:
+        ModelFileError: values that describe no model; the message names the field.
     """
 
     flow: dict[str, Any]
@@ -45,22 +50,22 @@ class GLEMConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        # `type(...) is int`, because True is an int too.
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ModelFileError(
-                f"model format {str(self.format_version)[:80]!r} is not supported; this version reads format "
-                f"{FORMAT_VERSION}"
+                f"model format {_short(self.format_version)} is not supported; this version reads {FORMAT_VERSION}"
             )
         self._check_flow()
         if type(self.bits) is not int or not 1 <= self.bits <= 8:
-            raise ModelFileError(f"bits must be a whole number from 1 to 8, got {str(self.bits)[:80]!r}")
+            raise ModelFileError(f"bits must be a whole number from 1 to 8, got {_short(self.bits)}")
         self._check_classes()
         if self.psi is not None:
             good = isinstance(self.psi, list | tuple) and len(self.psi) == 3
-            if not (good and all(type(v) in (int, float) and 0 < v < 1e6 for v in self.psi)):
-                raise ModelFileError(f"psi must be three positive numbers or null, got {str(self.psi)[:80]}")
+            if not (good and all(type(v) in (int, float) and LOWEST_VARIANCE < v < HIGHEST_VARIANCE for v in self.psi)):
+                raise ModelFileError(f"psi must be null or three positive numbers below 1e6, got {_short(self.psi)}")
             self.psi = tuple(float(v) for v in self.psi)
         if self.modes_rank is not None and not (type(self.modes_rank) is int and 1 <= self.modes_rank <= MAX_MODES):
-            raise ModelFileError(f"modes_rank must be from 1 to {MAX_MODES} or null, got {str(self.modes_rank)[:80]!r}")
+            raise ModelFileError(f"modes_rank must be from 1 to {MAX_MODES} or null, got {_short(self.modes_rank)}")
         if not isinstance(self.training, dict):
             raise ModelFileError(f"training must be a table, got {type(self.training).__name__}")
 
@@ -69,78 +74,128 @@ class GLEMConfig:
             raise ModelFileError(f"flow must be a table of numbers, got {type(self.flow).__name__}")
         preset = self.flow.get("preset", "flow")
         if not isinstance(preset, str) or not re.fullmatch(r"[\w.-]{1,60}", preset, re.ASCII):
-            raise ModelFileError(f"the flow's preset must be a short name, got {ascii(preset)[:80]}")
+            raise ModelFileError(f"the flow's preset must be a short name, got {_short(preset)}")
         try:
             check_spec(self.flow)
-        except (ValueError, TypeError) as error:  # TypeError: a list where a name belongs, looked up in a table
+        except (ValueError, TypeError) as error:  # TypeError: a list where a name belongs
             raise ModelFileError(f"the flow's description is not valid: {error}") from None
-        if self.flow["coupling"] == "identity" and (more := sorted(set(self.flow) - _IDENTITY_KEYS)):
+        more = sorted(set(self.flow) - {"preset", "image_shape", "coupling"})
+        if self.flow["coupling"] == "identity" and more:
             raise ModelFileError(f"the flow's description is not valid: the identity has no {more}")
 
     def _check_classes(self) -> None:
         for name in ("class_ids", "class_names"):
             value = getattr(self, name)
             if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
-                raise ModelFileError(f"{name} must be a non-empty list of names, got {str(value)[:80]}")
-            if bad := next((v for v in value if not _plain(v)), None):
+                raise ModelFileError(f"{name} must be a non-empty list of names, got {_short(value)}")
+            if bad := next((v for v in value if len(v) > MAX_NAME or not _printable(v)), None):
                 raise ModelFileError(
-                    f"{name} must be printable and at most {MAX_NAME} characters long, got {ascii(bad)[:80]}"
+                    f"{name} must be printable and at most {MAX_NAME} characters long, got {_short(bad)}"
                 )
             if len(set(value)) != len(value):
                 twice = sorted(v for v, times in Counter(value).items() if times > 1)
                 raise ModelFileError(f"{name} must be unique, but these appear twice: {twice[:5]}")
-        if len(self.class_ids) != len(self.class_names) or len(self.class_ids) > MAX_CLASSES:
+        ids, names = len(self.class_ids), len(self.class_names)
+        if ids != names or ids > MAX_CLASSES:
             raise ModelFileError(
-                f"class_ids and class_names must have equal length up to {MAX_CLASSES}, "
-                f"got {len(self.class_ids)} and {len(self.class_names)}"
+                f"class_ids and class_names must have equal length up to {MAX_CLASSES}, got {ids} and {names}"
             )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.flow["image_shape"])
+        """(C, H, W)."""
+        channels, height, width = self.flow["image_shape"]
+        return channels, height, width
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON carries them."""
         return asdict(self)
 
+    def to_json(self) -> bytes:
+        """The bytes of `config.json`.
+
+        Raises:
+            TypeError, ValueError: a training record that JSON can't carry, or that could not be read again.
+        """
+        try:
+            data = (json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            self.from_json(data)
+        except (UnicodeEncodeError, ModelFileError) as error:
+            raise ModelFileError(f"the model's config can't be saved: {error}") from None
+        return data
+
     @classmethod
-    def from_dict(cls, values: Any) -> GLEMConfig:
-        """Raises ModelFileError, naming the field, for anything that does not describe a model."""
+    def from_json(cls, data: bytes) -> GLEMConfig:
+        """Read the bytes of a `config.json` that may come from a stranger.
+
+        Raises:
+            ModelFileError: anything that does not describe a model.
+        """
+        if len(data) > MAX_CONFIG_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
+            raise ModelFileError("it is larger than a model's config can be")
+        try:
+            values = json.loads(data.decode(), object_pairs_hook=_table, parse_constant=_refuse_constant)
+        except ModelFileError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ModelFileError(f"it can't be read as JSON: {error}; download or save the model again") from None
         if not isinstance(values, dict):
-            raise ModelFileError(f"config.json must hold a table, got {type(values).__name__}")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(str(key)[:40] for key in set(values) - known)
-        missing = sorted({"flow", "bits", "psi", "class_ids", "class_names", "format_version"} - set(values))
+            raise ModelFileError(f"it must hold a table, got {type(values).__name__}")
+        version = values.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:
+            raise ModelFileError(
+                f"it has format_version {version}, this glem-augment reads {FORMAT_VERSION}: install a newer version "
+                "(pip install -U glem-augment), or load an older revision of the model"
+            )
+        if not {"flow", "class_ids", "format_version"} & set(values):
+            hints = ("model_type", "architectures", "architecture", "_class_name", "library_name")
+            what = ", ".join(f"{key} {str(values[key])[:60]}" for key in hints if key in values)
+            raise ModelFileError(f"it is no config of glem-augment{f' ({what})' if what else ''}: check the name")
+        required = {"flow", "bits", "psi", "class_ids", "class_names", "format_version"}
+        unknown, missing = sorted(set(values) - {f.name for f in fields(cls)}), sorted(required - set(values))
         if unknown or missing:
-            raise ModelFileError(f"config.json has unknown fields {unknown[:5]} and lacks {missing}")
+            raise ModelFileError(f"it has unknown fields {_short(unknown[:5])} and lacks {missing}")
         _check_record(values.get("training"), "training")
         return cls(**values)
 
 
-def _plain(text: str) -> bool:
-    """Whether ``text`` can be printed and written anywhere: no control characters, which a terminal would obey, and no
-    halves of surrogate pairs, which JSON can hold and UTF-8 can't."""
-    return len(text) <= MAX_NAME and not _control(text)
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a table that gives a name twice: readers differ in which of the two they believe."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ModelFileError(f"it gives {_short(twice)} twice")
+    return table
 
 
-def _control(text: str, allowed: str = "") -> bool:
-    # The first question is a fast one, and enough for nearly all names.
-    return not text.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in text if c not in allowed)
+def _refuse_constant(text: str) -> float:
+    raise ModelFileError(f"it holds {text}, which is no number in JSON")
+
+
+def _short(value: Any) -> str:
+    """`value` for an error message: at most 80 characters, all of them printable."""
+    return ascii(value)[:80]
+
+
+def _printable(text: str, allowed: str = "") -> bool:
+    """Whether `text` has neither control characters, which a terminal would obey, nor lone surrogates, which JSON can
+    hold and UTF-8 can't."""
+    return text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs") for c in text if c not in allowed)
 
 
 def _check_record(value: Any, where: str, depth: int = 0) -> None:
-    """The free part of a config: anything that JSON carries, as long as it can be printed and saved again."""
+    """Check the free part of a config: it must be printable, finite and not too deep, so that it can be shown and
+    saved again."""
     if depth > MAX_DEPTH:
         raise ModelFileError(f"{where[:80]} is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        # Line breaks and tabs may be part of a note.
-        if _control(value, allowed="\n\t"):
-            raise ModelFileError(f"{where[:80]} holds characters that can't be printed: {ascii(value)[:80]}")
-    elif isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, str) and not _printable(value, allowed="\n\t"):
+        raise ModelFileError(f"{where[:80]} holds characters that can't be printed: {_short(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
         raise ModelFileError(f"{where[:80]} is not finite")
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         for key, part in value.items():
-            _check_record(str(key), f"a name in {where}", depth + 1)
-            _check_record(part, f"{where}.{str(key)[:40]}", depth + 1)
-    elif isinstance(value, list | tuple):
+            _check_record(key, f"a name in {where}", depth + 1)
+            _check_record(part, f"{where}.{key[:40]}", depth + 1)
+    elif isinstance(value, list):
         for part in value:
             _check_record(part, where, depth + 1)

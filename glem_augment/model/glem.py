@@ -1,4 +1,4 @@
-"""GLEM: a flow, a Gaussian per class, and what follows from the two."""
+"""GLEM: a flow, a Gaussian per class, and what follows from the two (Enescu & Sahbi, ACCV 2024)."""
 
 from __future__ import annotations
 
@@ -6,56 +6,70 @@ import copy
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from glem_augment.checks import check_whole
+from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes
-from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.data.dataset import ImageData, as_image_data
+from glem_augment.errors import ClassMismatchError, DataError, ModelFileError
 from glem_augment.flows import Bijection, build_flow, resolve_preset
-from glem_augment.hub import files as hub
+from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
+from glem_augment.latent.rfcm import ThinCovariances
+from glem_augment.latent.rfcm_fit import fit_covariances
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.flow_model import FlowModel
-from glem_augment.model.weights import check_round_trip, load_model
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
-    from glem_augment.data.dataset import ImageData
-
+from glem_augment.model.image_flow import ImageFlow
+from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
 
 DEFAULT_MODES = 64
 
 
-class GLEM(FlowModel):
-    """Class-conditional normalizing flow (Enescu & Sahbi, ACCV 2024).
+class GLEM(ImageFlow):
+    """Class-conditional normalizing flow, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
-    ``p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|`` (Eq. 2). Densities are over pixel *levels*, bins of width 1 of
-    which there are 2^bits, so that bits/dim = -log_prob / (d ln 2).
+    Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
+    bits/dim = -log_prob / (d ln 2), d = C H W. Likelihoods add uniform dequantisation noise to uint8 images, with seed
+    0 unless a generator is given; prediction and augmentation use the middle of the bin.
 
-    Build one with ``GLEM.create`` (untrained) or ``GLEM.from_pretrained``; fit it with ``glem_augment.training``.
-    Images are [B,C,H,W], uint8 or float in [0,1]; float input is taken as it is, not rounded.
+    Make one with `GLEM.create` (untrained) or `GLEM.from_pretrained`, and train it with `glem_augment.training`.
+
+    Args:
+        config: what the model is.
+        flow, gaussians, modes: the parts; those that are left out are made untrained, as the config describes them.
+
+    Attributes:
+        origin: `org/name@commit` if the model came from the Hub, else None.
+        origin_file: the weights file that it was loaded from, or None.
     """
 
     def __init__(
-        self, config: GLEMConfig, flow: Bijection, gaussians: ClassGaussians, modes: ClassModes | None = None
+        self,
+        config: GLEMConfig,
+        flow: Bijection | None = None,
+        gaussians: ClassGaussians | None = None,
+        modes: ClassModes | None = None,
     ) -> None:
         super().__init__()
+        classes, dim = len(config.class_ids), math.prod(config.image_shape)
         self.config = config
-        self.flow = flow
-        self.gaussians = gaussians
-        self.modes = None if modes is None else modes.to(gaussians.mu.dtype)
+        self.flow = build_flow(config.flow) if flow is None else flow
+        self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
+        if modes is None and flow is None and config.modes_rank is not None:
+            modes = ClassModes.empty(classes, config.modes_rank, dim)
+        self.modes = None if modes is None else modes.to(self.dtype)
         self.origin: str | None = None
         self.origin_file: Path | None = None
 
-    # ---- construction ------------------------------------------------------------------------------------------
+    # ---- making, loading and saving ------------------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -71,9 +85,10 @@ class GLEM(FlowModel):
         """An untrained model.
 
         Args:
-            preset: name of a flow size, see ``flows.PRESETS``.
+            preset: name of a flow size, see `flows.PRESETS`.
             image_shape: (C, H, W).
-            classes: names in index order; ``class_ids`` the folder names or WordNet ids, by default the names.
+            classes: names in index order.
+            class_ids: folder names or WordNet ids in index order, by default the names.
             bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
             psi: (a, b, c) of the variances, None for plain variances.
             overrides: numbers of the preset to change.
@@ -85,22 +100,15 @@ class GLEM(FlowModel):
             flow=resolve_preset(preset, image_shape, **overrides),
             bits=bits,
             psi=psi,
-            class_ids=[str(c) for c in (class_ids if class_ids is not None else classes)],
+            class_ids=[str(c) for c in (classes if class_ids is None else class_ids)],
             class_names=[str(c) for c in classes],
         )
-        return cls._build(config)
-
-    @classmethod
-    def _build(cls, config: GLEMConfig) -> GLEM:
-        dim = math.prod(config.image_shape)
-        classes = len(config.class_ids)
-        modes = None if config.modes_rank is None else ClassModes.empty(classes, config.modes_rank, dim)
-        return cls(config, build_flow(config.flow), ClassGaussians(classes, dim, config.psi), modes)
+        return cls(config)
 
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,
+        name: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         *,
         cache_dir: str | Path | None = None,
@@ -108,103 +116,60 @@ class GLEM(FlowModel):
         revision: str | None = None,
         check: bool = False,
     ) -> GLEM:
-        """Load a saved model for inference.
+        """Load a saved model for inference: in eval mode, without gradients.
 
         Args:
-            name: a folder with ``model.safetensors`` and ``config.json``; ``bundled:<name>``; or ``org/name`` or
-                ``org/name@revision`` on the Hugging Face Hub, where ``hf-hub:`` before the name passes over a folder
-                that is called the same.
-            device: where to put it.
-            cache_dir: where downloads are kept; by default the Hub client's cache (``HF_HOME``).
+            name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name` or
+                `org/name@revision` on the Hugging Face Hub. Write `hf-hub:org/name` if a folder has the same name.
+            device: where to put the model.
+            cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
-            revision: branch, tag or commit hash, in place of ``@revision``.
-            check: send a few images through the flow and back, and refuse a flow that does not return them; takes
-                a moment. Names, shapes, types and finite values are always checked.
-
-        Returns:
-            The model in eval mode, without gradients; ``origin`` is ``org/name@commit`` if it came from the Hub.
+            revision: branch, tag or commit hash on the Hub.
+            check: send a few images through the flow and back, and refuse a flow that does not return them. Names,
+                shapes, types and finite values are always checked.
 
         Raises:
-            ModelFileError: missing, truncated, inconsistent or hostile files; nothing is half-loaded. Its subclass
-                ``hub.HubError``: no network, no such repository or revision, no access, a damaged download.
+            ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
+                such repository or revision, no access, a damaged download.
         """
-        found = hub.find(name, cache_dir=cache_dir, token=token, revision=revision)
-        weights = found.folder / hub.WEIGHTS
-        model = load_model(weights, hub.read_config(found.folder), cls._build)
-        model.origin, model.origin_file = found.origin, weights
-        model = model.to(device).eval().requires_grad_(False)
+        folder, origin = local_folder(name), None
+        if folder is None:
+            from glem_augment.hub.files import find
+
+            found = find(name, cache_dir=cache_dir, token=token, revision=revision)
+            folder, origin = found.folder, found.origin
+        elif revision is not None:
+            raise ModelFileError(
+                f"{os.fspath(name)!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
+                "hf-hub:org/name"
+            )
+        model = load_model(folder, cls).to(device).eval().requires_grad_(False)
+        model.origin, model.origin_file = origin, folder / WEIGHTS
         if check:
-            check_round_trip(model, weights)
+            model.check_round_trip(str(folder / WEIGHTS))
         return model
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` to ``folder``, atomically; OSError names the path."""
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` to `folder`, atomically; an OSError names the path."""
         self.config.modes_rank = None if self.modes is None else self.modes.rank
-        hub.write_model(folder, self.config, self.state_dict())
+        write_model(folder, self.config, self.state_dict())
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        license: str | None = None,  # noqa: A002  (the Hub's word)
-        license_name: str | None = None,
-        license_link: str | None = None,
-        datasets: Sequence[str] = (),
-        metrics: Sequence[Any] = (),
-        samples: bool = True,
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
 
         Args:
-            repo_id: ``org/name``; made where there is none.
-            commit_message: by default one that names the library.
-            private: of a new repository; an existing one of the other kind is refused.
-            token: with write access; by default the stored one.
-            revision: branch to commit to, made where there is none; by default ``main``.
-            create_pr: open a pull request in place of committing.
-            license, license_name, license_link: of the training images, which passes on to what the model draws; an
-                identifier of the Hub. Left out of the card, with a warning, where it is not given.
-            datasets: identifiers of the training data on the Hub.
-            metrics: results of ``glem eval``, as tables or JSON files.
-            samples: draw the picture of samples.
+            repo_id: `org/name`; made if missing.
+            options: `private`, `token`, `revision`, `create_pr`, `license` and others, see `hub.push.push_to_hub`.
 
         Returns:
-            huggingface_hub's ``CommitInfo``; ``from_pretrained(repo_id, revision=info.oid)`` loads these very weights.
+            `huggingface_hub.CommitInfo`; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
 
         Raises:
-            hub.HubError: no network, no permission, ...; nothing has been committed then.
-            ValueError, FileNotFoundError: a licence or metrics that can't be used.
+            HubError: no network, no permission, ...; nothing has been committed then.
         """
-        from glem_augment.hub.cards import CardFacts
-        from glem_augment.hub.push import push_model
+        from glem_augment.hub.push import push_to_hub
 
-        _, commit = push_model(
-            self,
-            repo_id,
-            facts=CardFacts(license, license_name, license_link, datasets, metrics),
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            samples=samples,
-        )
-        return commit
-
-    # ---- facts -------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return self.gaussians.mu.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.gaussians.mu.dtype
+        return push_to_hub(self, repo_id, **options)
 
     def __repr__(self) -> str:
         c, h, w = self.image_shape
@@ -215,20 +180,16 @@ class GLEM(FlowModel):
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
 
-    # ---- densities and classification --------------------------------------------------------------------------
-
-    def _noise(self, generator: torch.Generator | None) -> torch.Generator:
-        """Likelihoods dequantise; with a fixed seed by default, so that the same image gives the same number."""
-        return generator if generator is not None else torch.Generator().manual_seed(0)
+    # ---- densities and classification ----------------------------------------------------------------------------
 
     def log_prob_per_class(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
-        z, logdet = self.encode(x, self._noise(generator))
+        z, logdet = self.encode(x, _noise(generator))
         return self.gaussians.log_prob(z) + logdet[:, None]
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """log p(x | y), or log p(x) under a uniform prior over classes when ``y`` is None: [B] nats per image."""
-        z, logdet = self.encode(x, self._noise(generator))
+        """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
+        z, logdet = self.encode(x, _noise(generator))
         if y is None:
             return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
         return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
@@ -238,7 +199,7 @@ class GLEM(FlowModel):
         return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
 
     def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | z): [B, K]. ``prior`` [K] >= 0, uniform by default; it need not sum to one."""
+        """p(y | z) [B, K] of latents z [B, d]. `prior` [K] >= 0 is uniform by default; it need not sum to one."""
         scores = self.gaussians.log_prob(z)
         if prior is not None:
             prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
@@ -248,14 +209,12 @@ class GLEM(FlowModel):
         return torch.softmax(scores, 1)
 
     def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | x) of the generative classifier: [B, K]. Deterministic (middle of the bin)."""
+        """p(y | x) of the generative classifier: [B, K]. Deterministic."""
         return self.posterior_from_latents(self.encode(x)[0], prior)
 
     def predict(self, x: Tensor) -> Tensor:
         """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
         return self.gaussians.log_prob(self.encode(x)[0]).argmax(1)
-
-    # ---- generation --------------------------------------------------------------------------------------------
 
     def _check_labels(self, y: Tensor, batch: int | None = None) -> Tensor:
         y = torch.as_tensor(y)
@@ -269,6 +228,8 @@ class GLEM(FlowModel):
             )
         return y.to(self.device, torch.int64)
 
+    # ---- generation ----------------------------------------------------------------------------------------------
+
     def sample_latents(
         self,
         y: Tensor,
@@ -276,18 +237,18 @@ class GLEM(FlowModel):
         generator: torch.Generator | None = None,
         source: str = "gaussian",
     ) -> Tensor:
-        """Latents of the wanted classes: [B, d].
+        """Latents of the classes `y`: [B, d].
 
         Args:
             y: int64 [B].
             temperature: >= 0, multiplies the standard deviation.
-            generator: CPU generator.
-            source: "gaussian" (the learned class Gaussian) or "rfcm" (mean and covariance re-estimated from the
-                training latents; needs ``fit_modes``).
+            generator: on the CPU.
+            source: "gaussian" (the learned class Gaussian) or "rfcm" (the mean and covariance that `fit_modes`
+                estimated from real latents).
 
         Raises:
             ValueError: a negative temperature, another source, or "rfcm" without modes. ClassMismatchError: a label
-            that the model has no class for.
+                that the model has no class for.
         """
         y = self._check_labels(y)
         if source == "gaussian":
@@ -306,19 +267,15 @@ class GLEM(FlowModel):
         generator: torch.Generator | None = None,
         source: str = "gaussian",
     ) -> Tensor:
-        """Images of the wanted classes: [B,C,H,W] float in [0,1]; arguments as in ``sample_latents``."""
+        """Images of the classes `y`: [B,C,H,W] float in [0,1]. For the arguments see `sample_latents`."""
         return self.decode(self.sample_latents(y, temperature, generator, source))
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
-        """Straight lines in latent space from x1 to x2, both ends included.
-
-        Args:
-            x1, x2: [B,C,H,W] images.
-            steps: >= 2 images per line.
+        """Straight lines in latent space from the images x1 to x2 [B,C,H,W], both ends included.
 
         Returns:
-            [B, steps, C, H, W] float in [0,1].
+            [B, steps, C, H, W] float in [0,1]; `steps` is at least 2.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2 to hold both ends, got {steps}")
@@ -329,7 +286,7 @@ class GLEM(FlowModel):
         lines = z1[:, None] * (1 - weight) + z2[:, None] * weight
         return self.decode(lines.flatten(0, 1)).unflatten(0, (x1.shape[0], steps))
 
-    # ---- modes and checks --------------------------------------------------------------------------------------
+    # ---- what labelled images tell -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fit_modes(
@@ -340,41 +297,43 @@ class GLEM(FlowModel):
         class_map: dict[str, str] | str | None = None,
         seed: int = 0,
     ) -> ClassModes:
-        """Re-estimate each class's mean and principal modes from the latents of ``data`` (RFCM); stored and saved
-        with the model.
+        """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
         Args:
-            data: an ``ImageData`` (see ``open_data``), or a pair (images [N,C,H,W] uint8, labels int64 [N]).
+            data: an `ImageData` (see `open_data`), or a pair (images [N,C,H,W] uint8, labels int64 [N]).
             rank: k modes per class; what they leave over is kept as a variance per dimension.
-            max_per_class: use at most this many images of a class (the first ones), at least 1.
-            class_map: how the data's classes map to the flow's, see ``match_classes``.
+            max_per_class: use at most this many images of a class (the first ones).
+            class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
 
         Raises:
-            DataError: a class of the flow without at least two images, or images of another shape. TypeError: ``data``
-            is neither. ValueError: rank or max_per_class below 1.
+            DataError: a class of the flow without at least two images, or images of another shape. TypeError: `data`
+                is neither. ValueError: `rank` or `max_per_class` below 1.
         """
-        from glem_augment.data.dataset import ImageData
-        from glem_augment.latent.adapt import class_latents
-
-        if max_per_class is not None:
-            check_whole("max_per_class", max_per_class, 1)
-        if isinstance(data, tuple):
-            data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
-        if not isinstance(data, ImageData):
-            raise TypeError(
-                f"fit_modes takes an ImageData (glem_augment.open_data) or (images, labels), got {type(data).__name__}"
-            )
-        if tuple(data.image_shape) != self.image_shape:
-            raise DataError(f"{data.name} has images of {data.image_shape}, the flow takes {self.image_shape}")
-        flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
-        targets = flow_index[data.targets]
-        rows = [np.flatnonzero(targets == index)[:max_per_class] for index in range(self.num_classes)]
-        latents = class_latents(self, data, rows, seed)
+        latents = self._latents_of_matched_classes(data, max_per_class, class_map, seed)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank = self.modes.rank
         return self.modes
 
+    @torch.no_grad()
+    def fit_rfcm(
+        self,
+        data: ImageData | tuple[Tensor, Tensor],
+        max_per_class: int | None = None,
+        class_map: dict[str, str] | str | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> ThinCovariances:
+        """Every class's mean and full covariance, from the latents of `data` (RFCM).
+
+        Args:
+            data, max_per_class, class_map, seed: see `fit_modes`; so are the errors.
+            settings: `rank`, `shrinkage`, `target`, `ridge` and `store` of `fit_covariances`.
+        """
+        latents = self._latents_of_matched_classes(data, max_per_class, class_map, seed)
+        return fit_covariances(latents, self.num_classes, self.dim, **settings)
+
+    @torch.no_grad()
     def adapt(
         self,
         data: ImageData | tuple[Tensor, Tensor] | str | os.PathLike[str],
@@ -387,87 +346,120 @@ class GLEM(FlowModel):
         seed: int = 0,
         progress: bool = True,
     ) -> GLEM:
-        """A model with this flow for other images and classes, in closed form: one pass over ``data``, no training.
+        """A model with this flow for other images and classes, in closed form: one pass over `data`, no training.
 
         Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones (see
-        ``glem_augment.latent.adapt``), and its principal modes. The flow's weights stay as they are, and so does this
-        model.
+        `latent.adapt`), and its principal modes. This model stays as it is.
 
         Args:
-            data: an ``ImageData`` in the flow's shape; a pair (images [N,C,H,W] uint8, labels int64 [N]); or what
-                ``open_data`` opens by name, which is then resized and converted to the flow's size and channels.
-            classes: names, in place of the data's (of a pair: "0", "1", ...).
-            split: of data given by name.
+            data: an `ImageData` in the flow's shape; a pair (images [N,C,H,W] uint8, labels int64 [N]); or a name for
+                `open_data`, whose images are then resized and converted to the flow's size and channels.
+            classes: names to use instead of the data's (of a pair: "0", "1", ...).
+            split: split to open, for data given by name.
             rank: k modes per class.
-            shrinkage: of the variances, in images: a class of that many is half its own, half pooled.
-            max_per_class: use at most this many images of a class (the first ones); it holds their latents in memory.
+            shrinkage: number of images at which a class's variances are half its own, half pooled.
+            max_per_class: use at most this many images of a class (the first ones).
             seed: of the dequantisation noise.
             progress: show a bar on stderr.
 
         Returns:
-            A new GLEM in eval mode. ``config.training["adapted_from"]`` has the SHA-256 of this model's weights and its
-            record. ``psi`` is this model's where its range holds all variances, otherwise a wider one.
+            A new GLEM in eval mode. `config.training["adapted_from"]` has the SHA-256 of this model's weights and its
+            record. `psi` is this model's if its range holds all variances, otherwise a wider one.
 
         Raises:
             DataError: images of another shape, a class without images, no class with two, latents off any scale.
             TypeError, ValueError: arguments that make no sense.
         """
-        from glem_augment.latent.adapt import adapt
-
-        return adapt(
-            self,
-            data,
-            classes=classes,
-            split=split,
-            rank=rank,
-            shrinkage=shrinkage,
-            max_per_class=max_per_class,
-            seed=seed,
-            progress=progress,
+        shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
+        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
+        if max_per_class is not None and check_whole("max_per_class", max_per_class, 1) == 1:
+            raise ValueError("max_per_class=1 says nothing about how images of one class differ: give 2 or more")
+        images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
+        rows = images.rows_of_classes(max_per_class)
+        counts = [len(found) for found in rows]
+        if max(counts) < 2:
+            raise DataError(f"{images.name} has one image per class, but at least one class needs two")
+        with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
+            latents = self.latents_of_classes(images, rows, seed, bar.update)
+            gaussians, modes = adapt_classes(latents, counts, self.dim, rank, shrinkage, self.config.psi)
+        record = {
+            "data": images.name,
+            "images": sum(counts),
+            "images_per_class": [min(counts), max(counts)],
+            "adapt": {
+                "shrinkage": shrinkage,
+                "rank": modes.rank,
+                "max_per_class": None if max_per_class is None else int(max_per_class),
+                "seed": seed,
+            },
+            "adapted_from": {
+                "weights_sha256": weights_sha256(self),
+                "origin": self.origin,
+                "classes": self.num_classes,
+                "psi": None if self.config.psi is None else list(self.config.psi),
+                "training": copy.deepcopy(self.config.training),
+            },
+        }
+        config = replace(
+            copy.deepcopy(self.config),
+            psi=gaussians.psi,
+            class_ids=list(images.class_ids),
+            class_names=list(images.classes),
+            modes_rank=modes.rank,
+            training=record,
         )
+        adapted = GLEM(config, copy.deepcopy(self.flow), gaussians.to(self.dtype), modes)
+        return adapted.to(self.device).eval().requires_grad_(False)
+
+    def _latents_of_matched_classes(
+        self,
+        data: ImageData | tuple[Tensor, Tensor],
+        max_per_class: int | None,
+        class_map: dict[str, str] | str | None,
+        seed: int,
+    ) -> Callable[[int], Tensor]:
+        """The same as `latents_of_classes`, for data of this model's classes."""
+        if max_per_class is not None:
+            check_whole("max_per_class", max_per_class, 1)
+        if isinstance(data, tuple):
+            data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
+        data = as_image_data(data, self.image_shape)
+        flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
+        targets = flow_index[data.targets]
+        rows = [np.flatnonzero(targets == index)[:max_per_class] for index in range(self.num_classes)]
+        return self.latents_of_classes(data, rows, seed)
+
+    def checked_modes(self, modes: int | None) -> int:
+        """How many modes to use: `modes` itself, or by default 64 or as many as are stored.
+
+        Raises:
+            ValueError: no modes are stored with the model, or fewer than `modes`.
+        """
+        if self.modes is None:
+            raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
+        if modes is None:
+            return min(DEFAULT_MODES, self.modes.rank)
+        if isinstance(modes, bool) or not isinstance(modes, numbers.Integral) or not 1 <= modes <= self.modes.rank:
+            raise ValueError(
+                f"modes must be an int from 1 to {self.modes.rank}, the modes stored with the model; got {modes!r} "
+                "(for more: model.fit_modes(data, rank=...))"
+            )
+        return int(modes)
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
-    """``model`` itself, or the one that ``GLEM.from_pretrained`` finds under that name: a folder, ``bundled:NAME``, or
-    ``org/name[@revision]`` on the Hub.
+    """`model` itself, or the one that `GLEM.from_pretrained` finds under that name.
 
     Raises:
-        TypeError: neither. ModelFileError: see ``GLEM.from_pretrained``.
+        TypeError: neither a model nor a name. ModelFileError: see `GLEM.from_pretrained`.
     """
     if isinstance(model, GLEM):
         return model
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         return GLEM.from_pretrained(model)
-    if isinstance(model, os.PathLike):
-        return GLEM.from_pretrained(Path(model))
     raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")
 
 
-def on_device(model: GLEM, device: torch.device | str | None) -> GLEM:
-    """``model`` where it is there already, or ``device`` is None; else a copy there."""
-    if device is None:
-        return model
-    device = torch.device(device)
-    if device == model.device or (device.type == "cpu" == model.device.type):
-        return model
-    if device == torch.device("cuda") and model.device == torch.device("cuda", torch.cuda.current_device()):
-        return model
-    return copy.deepcopy(model).to(device)
-
-
-def check_modes(model: GLEM, modes: int) -> ClassModes:
-    """The model's modes; ValueError if it has none, or fewer than `modes`."""
-    fitted = model.modes
-    if fitted is None:
-        raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
-    if isinstance(modes, bool) or not isinstance(modes, numbers.Integral) or not 1 <= modes <= fitted.rank:
-        raise ValueError(
-            f"modes must be an int from 1 to {fitted.rank}, the modes stored with the model; got {modes!r} "
-            "(for more: model.fit_modes(data, rank=...))"
-        )
-    return fitted
-
-
-def default_modes(model: GLEM) -> int:
-    """How many modes to use where the user does not say: 64, or as many as there are."""
-    return DEFAULT_MODES if model.modes is None else min(DEFAULT_MODES, model.modes.rank)
+def _noise(generator: torch.Generator | None) -> torch.Generator:
+    """The generator of a likelihood's noise; the same image gets the same number unless one is given."""
+    return torch.Generator().manual_seed(0) if generator is None else generator

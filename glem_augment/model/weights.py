@@ -1,102 +1,185 @@
-"""Reading ``model.safetensors`` with suspicion: the header is judged before anything is built, and a file never makes
-the reader take more memory than twice its own size (and a few MiB of Python objects).
+"""Model folders, `model.safetensors` beside `config.json`: written whole, and read with suspicion.
 
-The order matters. A config is a few hundred bytes and can describe a model of any size; the weights are honest about
-theirs, since the bytes have to be there. So the sizes that the config implies are compared with the size of the file,
-then with its header, and only then is memory taken.
+The files may come from a stranger. A config is a few hundred bytes and can describe a model of any size; the weights
+are honest about theirs, because the bytes have to be there. So the sizes that the config implies are compared with the
+size of the weights file, then with its header, and only then is memory taken: at most twice the size of the files and
+a few MiB of Python objects.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from glem_augment.errors import ModelFileError
-from glem_augment.latent.densities import Parametrisation
+from glem_augment.io import atomic_write, expand
+from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
 
-if TYPE_CHECKING:
-    from glem_augment.model.config import GLEMConfig
-    from glem_augment.model.glem import GLEM
-
-__all__ = ["check_round_trip", "check_weights", "load_model"]
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: "BOOL", torch.int64: "I64"}
-# The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`.
-_LEAST_ENTRY = 50
-# Beside its name an entry has a type, up to eight sizes and two offsets; the rest is for the metadata.
+# The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
+# point number has two bytes.
+_LEAST_ENTRY, _LEAST_WIDTH = 50, 2
+# Beside its name an entry has a type, up to eight sizes and two offsets; the rest of a header is metadata.
 _MOST_ENTRY, _MOST_METADATA = 320, 2**16
-_LEAST_WIDTH = 2  # bytes of a floating-point number
-_PART = 2**18  # numbers looked at together: what that takes beside the model is a few MiB
-# Of the images that `check_round_trip` sends through the flow.
-_CHECKED, _SEED, _LEAST_SHARE = 8, 0, 0.99
+_NOT_NEGATIVE = {"modes.scales", "modes.rest", "modes.counts", "modes.shared_scales"}
+_CHUNK = 2**18  # numbers that are checked together, which bounds the memory of a check
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], GLEM]) -> GLEM:
-    """The model that ``config`` describes, with the weights in ``path``.
+# ---- folders -----------------------------------------------------------------------------------------------------
 
-    Args:
-        path: a safetensors file. Any floating-point type is taken for a floating-point tensor.
-        config: checked already.
-        build: makes the model, on the device of the surrounding ``torch.device``.
 
-    Returns:
-        A model on the CPU.
+def bundled_models() -> list[str]:
+    """Names of the flows shipped inside the package, as used after `bundled:`."""
+    root = resources.files("glem_augment") / "bundled" / "models"
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a model on this machine: `bundled:NAME` or a folder. None where there is no such folder, so that
+    `name` may be one of the Hub.
 
     Raises:
-        ModelFileError: a truncated or foreign file; missing, extra or misshapen tensors; values that are not finite;
-            variances that are not positive.
+        ModelFileError: no such bundled model, a path that is a file, or a folder that lacks one of the two files.
     """
-    _check_size(path, config)
-    with torch.device("meta"):
-        try:
-            model = build(config)
-        except (RuntimeError, OverflowError) as error:  # sizes beyond what a tensor can have
-            raise ModelFileError(f"the config beside {path} describes no model that can be built: {error}") from None
-    expected = model.state_dict()
+    text = os.fspath(name)
+    if text.startswith("bundled:"):
+        wanted = text.removeprefix("bundled:")
+        if wanted not in bundled_models():
+            raise ModelFileError(f"no bundled model {wanted!r}; bundled are: {', '.join(bundled_models()) or 'none'}")
+        folder = Path(str(resources.files("glem_augment") / "bundled" / "models" / wanted))
+    else:
+        folder = expand(text)
+    if folder.is_file():
+        raise ModelFileError(f"{text!r} is a file; give its folder, {str(folder.parent)!r}")
+    if not folder.is_dir():
+        return None
+    for file in (WEIGHTS, CONFIG):
+        if not (folder / file).is_file():
+            raise ModelFileError(f"{folder} is not a model folder: it has no {file}")
+    return folder
+
+
+def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """`folder` as a path, for a model to be written to. FileExistsError if one is there, unless `overwrite`."""
+    path = expand(folder)
+    there = [name for name in (WEIGHTS, CONFIG) if (path / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{path} holds a model already ({', '.join(there)}): give another folder, or --overwrite")
+    return path
+
+
+def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[str, Tensor]) -> None:
+    """Write both files so that a failed save leaves the old pair whole.
+
+    Both are on the disk in full before either takes its name; the weights take theirs first.
+
+    Raises:
+        TypeError, ValueError: a config that could not be read again. OSError: naming the path.
+    """
+    folder = expand(folder)
+    text, weights = config.to_json(), weights_bytes(state)
+    failure: OSError | None = None
     try:
-        with _opened(path, expected) as file:
-            # Nothing but these tensors has memory: a second model, made to be overwritten, would double it.
-            model.to_empty(device="cpu")
-            with torch.no_grad():
-                for name, target in model.state_dict().items():
-                    _copy(path, name, file.get_tensor(name), target)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    _check_values(path, model)
-    return model
-
-
-def check_weights(path: Path, expected: dict[str, Tensor]) -> None:
-    """Refuse a file that `load_model` would refuse for its names, shapes, types or values that are not finite."""
-    try:
-        with _opened(path, expected) as file:
-            for name in expected:
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise _not_finite(path, name)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-# ---- before anything is built ------------------------------------------------------------------------------------
-
-
-def _check_size(path: Path, config: GLEMConfig) -> None:
-    """Lower bounds that need no model: what the config announces has to be in the file."""
-    try:
-        size = os.stat(path).st_size
-        header = _header_length(path, size)
+        with atomic_write(folder / CONFIG) as config_file:
+            config_file.write(text)
+            config_file.flush()
+            os.fsync(config_file.fileno())
+            try:
+                with atomic_write(folder / WEIGHTS) as file:
+                    file.write(weights)
+            except OSError as error:
+                failure = error
+                raise
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise failure or error from None  # the outer error would name the config
+
+
+def weights_bytes(state: dict[str, Tensor]) -> bytes:
+    """The content of `model.safetensors` for a state dict. Equal weights give equal bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # A single entry of metadata, because safetensors writes several in random order.
+    return safetensors_bytes(tensors, metadata={"format": "pt"})
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of the `model.safetensors` that saving `model` would write, as `sha256sum` prints it."""
+    return hashlib.sha256(weights_bytes(model.state_dict())).hexdigest()
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> GLEMConfig:
+    """Read and check `config.json`. Raises ModelFileError naming the file and the field."""
+    path = folder / CONFIG
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ModelFileError(f"it has {path.stat().st_size} bytes, more than a model's config can need")
+        return GLEMConfig.from_json(data)
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error}; download or save the model again") from None
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
+    """The model in `folder`, on the CPU. Floating-point tensors may be stored in any floating-point type.
+
+    Args:
+        folder: with both files.
+        build: makes the model that a config describes, on the device of the surrounding `torch.device`.
+
+    Raises:
+        ModelFileError: a truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
+    """
+    config, path = read_config(folder), folder / WEIGHTS
+    try:
+        header = _check_size(path, config)
+        with torch.device("meta"):  # shapes without memory
+            model = build(config)
+        expected = model.state_dict()
+        most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
+        if header > most:
+            raise ModelFileError(f"{path} has a header of {header} bytes; {most} are more than its config can need")
+        with safe_open(path, framework="pt") as file:
+            _check_header(path, file, expected)
+            model.to_empty(device="cpu")
+            for name, target in model.state_dict().items():
+                plain_variance = name == "gaussians.s" and config.psi is None
+                lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
+                _copy(path, name, file.get_tensor(name), target, lowest)
+        return model
+    except ModelFileError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
+
+
+def _check_size(path: Path, config: GLEMConfig) -> int:
+    """Compare the file with lower bounds that need no model, and return the length of its header in bytes."""
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 10 or header > size - 8:
+        raise ModelFileError(f"{path} can't be read: its {size} bytes are truncated, or no safetensors file")
     classes, dim, rank = len(config.class_ids), math.prod(config.image_shape), config.modes_rank
     numbers = 2 * classes * dim + (0 if rank is None else (classes + 1) * rank * dim)
     tensors = 2 + sum(d * b for d, b in zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True))
@@ -105,34 +188,11 @@ def _check_size(path: Path, config: GLEMConfig) -> None:
             f"{path} has {size} bytes, of which {header} describe tensors; its config asks for more than {numbers} "
             f"numbers in {tensors} tensors: the two files do not belong together, or one of them is damaged"
         )
+    return header
 
 
-def _header_length(path: Path, size: int) -> int:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if size < 10 or length > size - 8:
-        raise ModelFileError(f"{path} can't be read: its {size} bytes are truncated, or no safetensors file")
-    return length
-
-
-def _opened(path: Path, expected: dict[str, Tensor]) -> safe_open:
-    """The file, after its header has been found to be that of ``expected`` (name -> a tensor of that shape and kind,
-    on any device).
-
-    Raises:
-        ModelFileError, SafetensorError, OSError.
-    """
-    size = os.stat(path).st_size
-    most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
-    header = _header_length(path, size)
-    if header > most:
-        raise ModelFileError(f"{path} has a header of {header} bytes; {most} are more than its config can need")
-    file = safe_open(path, framework="pt")
-    _check_header(path, file, expected)
-    return file
-
-
-def _check_header(path: Path, file: safe_open, expected: dict[str, Tensor]) -> None:
+def _check_header(path: Path, file: Any, expected: dict[str, Tensor]) -> None:
+    """Compare names, shapes and types in an open safetensors file with those of `expected`."""
     names = set(file.keys())
     missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
     if missing or extra:
@@ -153,72 +213,15 @@ def _check_header(path: Path, file: safe_open, expected: dict[str, Tensor]) -> N
             )
 
 
-# ---- values ------------------------------------------------------------------------------------------------------
-
-
-def _copy(path: Path, name: str, source: Tensor, target: Tensor) -> None:
-    """``source`` is a view of the mapped file: the only memory is the target's."""
+@torch.no_grad()
+def _copy(path: Path, name: str, source: Tensor, target: Tensor, lowest: float) -> None:
+    """Copy `source`, a view of the mapped file that takes no memory of its own, and check the values."""
     if source.dtype is torch.bool and bool((source.view(torch.uint8) > 1).any()):
         raise ModelFileError(f"{path}: {name} holds bytes that are neither true nor false")
     target.copy_(source)
-    # Not of the source: what was a finite float64 may have become an infinite float32.
-    if target.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(target)):
-        raise _not_finite(path, name)
-
-
-def _check_values(path: Path, model: GLEM) -> None:
-    """What has to be positive is: a Gaussian with another variance has no density."""
-    gaussians, modes = model.gaussians, model.modes
-    with torch.no_grad():
-        for s in _parts(gaussians.s):
-            variance = Parametrisation(gaussians.psi).variance(s)
-            # In float32 a tiny variance has an infinite inverse, which is what densities use.
-            if not bool(((variance > 0) & torch.isfinite(variance) & torch.isfinite(1 / variance)).all()):
-                raise ModelFileError(f"{path}: gaussians.s gives variances that are not positive and finite")
-        if modes is None:
-            return
-        for name in ("scales", "rest", "counts", "shared_scales"):
-            values = getattr(modes, name, None)
-            if isinstance(values, Tensor) and any(bool((part < 0).any()) for part in _parts(values)):
-                raise ModelFileError(f"{path}: modes.{name} holds values below zero")
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    return iter(tensor.detach().reshape(-1).split(_PART))
-
-
-def check_round_trip(model: GLEM, path: Path) -> None:
-    """Send a few images through the flow and back: weights can be finite, and still too large to be inverted.
-
-    The images are smooth (noise of 4x4 pixels, enlarged), plain, and of the flow's own Gaussians, from a fixed seed.
-
-    Raises:
-        ModelFileError: where more than a hundredth of the pixels come back wrong by half a step of 1/255 or more.
-    """
-    c, h, w = model.image_shape
-    generator = torch.Generator().manual_seed(_SEED)
-    coarse = torch.rand(_CHECKED, c, min(4, h), min(4, w), generator=generator)
-    smooth = nn.functional.interpolate(coarse, (h, w), mode="bilinear", align_corners=False)
-    levels = torch.linspace(0, 1, 3)[:, None, None, None].expand(3, c, h, w)
-    images = torch.cat([smooth, levels]).mul(255).round().to(torch.uint8)
-    with torch.no_grad():
-        y = torch.arange(min(_CHECKED, model.num_classes))
-        drawn = model.decode(model.gaussians.sample(y, 0.5, generator))
-        images = torch.cat([images, torch.nan_to_num(drawn).mul(255).round().to(torch.uint8).cpu()])
-        report = model.check_invertibility(images)
-    if report["within_half_step"] < _LEAST_SHARE:
-        raise ModelFileError(
-            f"{path}: the flow can't be inverted: {1 - report['within_half_step']:.1%} of the pixels of {len(images)} "
-            f"test images come back wrong ({report['non_finite']:.1%} not finite); its weights are damaged, or it "
-            "diverged in training"
-        )
-
-
-def _not_finite(path: Path, name: str) -> ModelFileError:
-    return ModelFileError(f"{path}: {name} holds values that are not finite")
-
-
-def _unreadable(path: Path, error: Exception) -> ModelFileError:
-    if isinstance(error, ModelFileError):
-        return error
-    return ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file")
+    # The target is checked, because a finite float64 may have become an infinite float32.
+    for part in target.reshape(-1).split(_CHUNK):
+        if not bool(torch.isfinite(part).all()):
+            raise ModelFileError(f"{path}: {name} holds values that are not finite")
+        if lowest > -math.inf and bool((part < lowest).any()):
+            raise ModelFileError(f"{path}: {name} holds values below {lowest:g}, but variances can't be negative")

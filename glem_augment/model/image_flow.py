@@ -1,0 +1,201 @@
+"""The part of a GLEM that knows nothing of classes' densities: the flow, and images to latents and back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glem_augment.data.dataset import ImageData
+from glem_augment.data.pixels import check_images, from_levels, to_levels
+from glem_augment.errors import ModelFileError
+from glem_augment.flows import Bijection, MultiscaleFlow
+from glem_augment.model.config import GLEMConfig
+
+# Images per pass through the flow in the calls that take any number of them, which bounds the memory of activations.
+_CHUNK = 256
+
+
+_Flow = TypeVar("_Flow", bound="ImageFlow")
+
+
+class ImageFlow(nn.Module):
+    """A flow for images of one shape, with the facts about it.
+
+    Images are [B,C,H,W], uint8 or float in [0,1]; float input is taken as it is, not rounded.
+    """
+
+    config: GLEMConfig
+    flow: Bijection
+
+    # ---- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.config.image_shape
+
+    @property
+    def dim(self) -> int:
+        """d = C H W."""
+        return math.prod(self.image_shape)
+
+    @property
+    def bits(self) -> int:
+        """Bits per channel that the flow models."""
+        return self.config.bits
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.config.class_ids)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in index order."""
+        return list(self.config.class_names)
+
+    @property
+    def class_ids(self) -> list[str]:
+        """Folder names or WordNet ids in index order."""
+        return list(self.config.class_ids)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.config.class_names)}
+
+    # ---- image <-> latent ----------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Image to latent.
+
+        Args:
+            x: [B,C,H,W], uint8 or float in [0,1].
+            generator: adds uniform dequantisation noise to uint8 images; without one the middle of the bin is taken.
+
+        Returns:
+            z [B, d] and log|det dz/dlevels| [B] in nats.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
+        """
+        check_images(x, self.image_shape)
+        parts = [
+            self.flow(to_levels(part, self.bits, self.dtype, generator)) for part in x.to(self.device).split(_CHUNK)
+        ]
+        z, logdet = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
+        return z, logdet - self.dim * self.bits * math.log(2)
+
+    def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
+        """Latent to image.
+
+        Args:
+            z: [B, d].
+            clamp: cut the result to [0,1]; without it the exact inverse comes back, whatever its range.
+
+        Returns:
+            [B,C,H,W] float; bin middles of uint8 images come back as value / 255.
+        """
+        if z.ndim != 2 or z.shape[1] != self.dim:
+            raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
+        z = z.to(self.device, self.dtype)
+        parts = [from_levels(self.flow.inverse(part)[0], self.bits) for part in z.split(_CHUNK)]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return x.clamp(0, 1) if clamp else x
+
+    @torch.no_grad()
+    def check_invertibility(self, x: Tensor) -> dict[str, float]:
+        """Encode the images `x` [B,C,H,W] and decode them without clamping.
+
+        Returns:
+            `max_error` and `mean_error` in uint8 steps over the finite pixels; `within_half_step`, the share of all
+            pixels whose error is below half a step, so that rounding gives the image back bit for bit; and
+            `non_finite`, the share of all pixels that are not finite.
+        """
+        check_images(x, self.image_shape)
+        worst, total, good, lost = 0.0, 0.0, 0, 0
+        for part in x.split(_CHUNK):
+            wanted = from_levels(to_levels(part.to(self.device), self.bits, torch.float64), self.bits)
+            error = (self.decode(self.encode(part)[0], clamp=False).double() - wanted).abs() * 255
+            finite = error[torch.isfinite(error)]
+            lost += error.numel() - finite.numel()
+            good += int((finite < 0.5).sum())
+            total += float(finite.sum())
+            worst = max(worst, float(finite.max()) if finite.numel() else math.inf)
+        count = max(1, x.numel())
+        return {
+            "max_error": worst,
+            "mean_error": total / max(1, count - lost),
+            "within_half_step": good / count,
+            "non_finite": lost / count,
+        }
+
+    @torch.no_grad()
+    def check_round_trip(self, name: str) -> None:
+        """Send a few smooth and plain images through the flow and back, always the same ones.
+
+        Raises:
+            ModelFileError: more than a hundredth of the pixels come back wrong. Weights can be finite and still too
+                large to be inverted. The error begins with `name`.
+        """
+        c, h, w = self.image_shape
+        coarse = torch.rand(8, c, min(4, h), min(4, w), generator=torch.Generator().manual_seed(0))
+        smooth = nn.functional.interpolate(coarse, (h, w), mode="bilinear", align_corners=False)
+        plain = torch.linspace(0, 1, 3)[:, None, None, None].expand(3, c, h, w)
+        report = self.check_invertibility(torch.cat([smooth, plain]).mul(255).round().to(torch.uint8))
+        if report["within_half_step"] < 0.99:
+            raise ModelFileError(
+                f"{name}: the flow can't be inverted: {1 - report['within_half_step']:.1%} of the pixels of test "
+                f"images come back wrong ({report['non_finite']:.1%} not finite); its weights are damaged, or it "
+                "diverged in training"
+            )
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        """Initialise the flow's ActNorms from the images `x` [B,C,H,W]; those that are initialised stay as they are."""
+        check_images(x, self.image_shape)
+        if isinstance(self.flow, MultiscaleFlow):
+            self.flow.initialise(to_levels(x.to(self.device), self.bits, self.dtype, generator))
+
+    def latents_of_classes(
+        self,
+        data: ImageData,
+        rows: Sequence[np.ndarray],
+        seed: int,
+        count: Callable[[int], object] = lambda images: None,
+    ) -> Callable[[int], Tensor]:
+        """A function from the class index y to the latents of the images `rows[y]`, float32 [n, d] on the CPU.
+
+        Every class has its own dequantisation noise, a function of `seed` and y alone. `count` is told how many images
+        have been encoded.
+        """
+
+        def latents(index: int) -> Tensor:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+            parts = [torch.empty(0, self.dim)]
+            for x, _ in data.batches(rows[index], _CHUNK):
+                parts.append(self.encode(x, generator)[0].cpu())
+                count(len(x))
+            return torch.cat(parts)
+
+        return latents
+
+    def on(self: _Flow, device: torch.device | str | None) -> _Flow:
+        """This model if it is on `device` already, or `device` is None; otherwise a copy of it there."""
+        # An empty tensor tells which device "cuda" stands for.
+        if device is None or torch.empty(0, device=device).device == self.device:
+            return self
+        return copy.deepcopy(self).to(device)
