@@ -37,7 +37,6 @@ from glem_augment.evaluation.codes import ClassCodes, balance_by_rejection, code
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.io import write_json
 from glem_augment.latent.rfcm import ThinCovariances
-from glem_augment.latent.rfcm_fit import fit_rfcm
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import AFTER_THE_STEPS, FREE, RULES, Checkpoints
 from glem_augment.training.interrupt import TimeUpError
@@ -246,7 +245,7 @@ class Lab:
         if fitted.codes is not None:
             raise DataError("RFCM is measured for flows without codes")
         if not (fitted.folder / "rfcm.safetensors").exists():
-            fit_rfcm(fitted.model, self.data(cell.data)[0]).save(fitted.folder, fitted.weights)
+            fitted.model.fit_rfcm(self.data(cell.data)[0]).save(fitted.folder, fitted.weights)
         return ThinCovariances.load(fitted.folder, fitted.weights).to(self.device)
 
     def trained_on_samples(self, fitted: Fitted, cell: Cell, recipe: Recipe, seed: int) -> Classifier:

@@ -10,7 +10,7 @@ from glem_augment.augment.bank import LatentBank
 from glem_augment.augment.lookup import ClassTables, FlowOnDevice, class_tables, flow_on_device
 from glem_augment.devices import WeightsVersion
 from glem_augment.latent.modes import ClassModes
-from glem_augment.model.glem import GLEM, check_modes
+from glem_augment.model.glem import GLEM
 
 NEIGHBOURS = 3  # classes that count as "near"
 
@@ -44,7 +44,8 @@ class Holdings:
 
     def fitted_modes(self) -> ClassModes:
         """The model's modes, which must still be as many."""
-        return check_modes(self.model, self.modes)
+        self.model.checked_modes(self.modes)
+        return self.model.modes
 
     def flow(self, device: torch.device) -> FlowOnDevice:
         """The model and its basis on a device, made again after a new fit."""

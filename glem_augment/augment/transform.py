@@ -40,7 +40,7 @@ from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range, in_range_
 from glem_augment.devices import evaluating, move
 from glem_augment.flows.precision import full_precision
-from glem_augment.model.glem import GLEM, as_model, check_modes, default_modes
+from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import RandomState
 
 __all__ = ["AugmentParams", "GLEMAugment"]
@@ -154,9 +154,7 @@ class GLEMAugment(PlugIn, nn.Module):
         if bank and partner == "gaussian":
             raise ValueError("bank is for partners from the batch, partner='gaussian' draws them all: leave it out")
         self.rescale, self.bank, self.cuda_graphs = rescale, bank, cuda_graphs
-        modes = default_modes(model) if modes is None else modes
-        check_modes(model, modes)
-        self.modes = int(modes)
+        self.modes = model.checked_modes(modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
             raise ValueError("partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'")
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)

@@ -9,6 +9,7 @@ from glem_augment.cli.common import add_model, finite, print_json
 from glem_augment.cli.main import new_parser
 from glem_augment.hub import files as hub
 from glem_augment.model.glem import GLEM
+from glem_augment.model.weights import CONFIG, WEIGHTS
 
 DESCRIPTION = """\
 Say what a model is: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the
@@ -56,7 +57,7 @@ def model_facts(name: str) -> dict[str, Any]:
                 "gaussians": sum(p.numel() for p in model.gaussians.parameters()),
                 "modes": 0 if model.modes is None else sum(b.numel() for b in model.modes.buffers()),
             },
-            "files": {file: (folder / file).stat().st_size for file in (hub.WEIGHTS, hub.CONFIG)},
+            "files": {file: (folder / file).stat().st_size for file in (WEIGHTS, CONFIG)},
             "psi": None if config.psi is None else list(config.psi),
             "num_classes": model.num_classes,
             "classes": model.classes,

@@ -16,10 +16,10 @@ from glem_augment.cli.main import new_parser
 from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError
-from glem_augment.hub import files as hub
 from glem_augment.io import expand, write_json
 from glem_augment.locks import alone_in
 from glem_augment.model.glem import GLEM
+from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import Checkpoints
 from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
@@ -226,7 +226,7 @@ def _refuse_earlier_run(out: Path) -> None:
     """Before any image is read; the Trainer looks again."""
     if Checkpoints(out).exist():
         raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
-    for name in (hub.WEIGHTS, hub.CONFIG):
+    for name in (WEIGHTS, CONFIG):
         if (out / name).exists():
             raise TrainingError(f"{out} already holds a model ({name}); choose another folder with --out")
 
@@ -265,7 +265,7 @@ def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
 def _finished(out: Path) -> GLEM | None:
     """The model, if it was written after the last checkpoint: a kill may have come between the two."""
     try:
-        if (out / hub.CONFIG).stat().st_mtime_ns < Checkpoints(out).written_at():
+        if (out / CONFIG).stat().st_mtime_ns < Checkpoints(out).written_at():
             return None
         return GLEM.from_pretrained(out)
     except (OSError, ModelFileError):

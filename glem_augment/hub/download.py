@@ -267,7 +267,7 @@ def _listing(info: Any) -> _Listing | None:
 
 
 def _check_listing(name: HubName, listing: _Listing, files: tuple[str, str]) -> None:
-    from glem_augment.hub.files import MAX_CONFIG_BYTES
+    from glem_augment.model.config import MAX_CONFIG_BYTES
 
     assert listing.files is not None
     for filename in files:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from glem_augment.hub import files as hub
 from glem_augment.hub.cards import SAMPLES, CardFacts, model_card, records
 from glem_augment.io import atomic_write, save_png
-from glem_augment.model.weights import check_weights
+from glem_augment.model.weights import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -56,10 +56,56 @@ def check_repository_folder(folder: Path) -> None:
     """FileExistsError where ``write_repository`` would write over files that it has not written."""
     from glem_augment.hub.upload import CARD, GENERATED
 
-    there = [name for name in (CARD, hub.CONFIG, hub.WEIGHTS, SAMPLES) if (folder / name).exists()]
+    there = [name for name in (CARD, CONFIG, WEIGHTS, SAMPLES) if (folder / name).exists()]
     card = folder / CARD
     if there and not (card.is_file() and GENERATED in card.read_text(encoding="utf-8", errors="replace")):
         raise FileExistsError(f"{folder / there[0]} is there already: give a new folder, for nothing to be lost")
+
+
+def push_to_hub(
+    model: GLEM,
+    repo_id: str,
+    *,
+    license: str | None = None,  # noqa: A002  (the Hub's word)
+    license_name: str | None = None,
+    license_link: str | None = None,
+    datasets: Sequence[str] = (),
+    metrics: Sequence[Any] = (),
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    samples: bool = True,
+) -> CommitInfo:
+    """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
+
+    Args:
+        model: the flow.
+        repo_id: `org/name`; made if missing.
+        license, license_name, license_link: licence of the training images, which passes on to what the model draws, as
+            an identifier of the Hub. Without it the card names none, and a warning says so.
+        datasets: identifiers of the training data on the Hub.
+        metrics: results of `glem eval`, as tables or JSON files.
+        commit_message: by default one that names the library.
+        private: whether a new repository is private; an existing one of the other kind is refused.
+        token: one with write access, by default the stored one.
+        revision: branch to commit to, made if missing; by default `main`.
+        create_pr: open a pull request instead of committing.
+        samples: draw the picture of samples.
+
+    Returns:
+        `huggingface_hub.CommitInfo`; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
+
+    Raises:
+        HubError: no network, no permission, ...; nothing has been committed then.
+        ValueError, FileNotFoundError: a licence or metrics that can't be used.
+    """
+    facts = CardFacts(license, license_name, license_link, datasets, metrics)
+    return push_model(
+        model, repo_id, facts=facts, commit_message=commit_message, private=private, token=token, revision=revision,
+        create_pr=create_pr, samples=samples,
+    )[1]  # fmt: skip
 
 
 def push_model(
@@ -108,9 +154,8 @@ def push_model(
 
 def _write_model(model: GLEM, folder: Path) -> dict[str, Path]:
     model.save(folder)
-    hub.read_config(folder)
-    check_weights(folder / hub.WEIGHTS, model.state_dict())
-    return {name: folder / name for name in (hub.CONFIG, hub.WEIGHTS)}
+    type(model).from_pretrained(folder)  # what could not be loaded again is not pushed
+    return {name: folder / name for name in (CONFIG, WEIGHTS)}
 
 
 def _write_samples(model: GLEM, folder: Path, repo_id: str) -> dict[str, Path]:

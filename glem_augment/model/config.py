@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 # These limits are far above any real use. They keep a hostile config from asking for absurd amounts of memory.
 MAX_CLASSES, MAX_MODES = 200_000, 4096
 MAX_NAME, MAX_DEPTH = 1000, 20
-# The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so that the number of values is bounded.
+# The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, get_worker_info
 from glem_augment.checks import check_choice, check_whole
 from glem_augment.devices import WeightsVersion, fingerprint
 from glem_augment.io import expand
-from glem_augment.model.glem import GLEM, as_model, on_device
+from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, as_image_data, as_list, class_counts, find_class
 from glem_augment.synthetic.block_decoder import BlockDecoder
 from glem_augment.synthetic.blocks import BlockStore, move_if_sent, one_at_a_time
@@ -113,7 +113,7 @@ class SyntheticDataset(Dataset):
         self.source = source
         self.transform = transform
         self.target_transform = target_transform
-        self.model = on_device(model, device)
+        self.model = model.on(device)
         # The arguments are checked before the real images are encoded, which may take long.
         latents = None
         if source == "mixup" and real is not None:

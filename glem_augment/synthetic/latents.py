@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.checks import check_choice, check_number, check_whole
+from glem_augment.checks import check_choice, check_number
 from glem_augment.data.dataset import ImageData
 from glem_augment.devices import check_worker_device, evaluating, move
 from glem_augment.errors import DataError
 from glem_augment.latent.modes import per_class
-from glem_augment.model.glem import GLEM, check_modes, default_modes
+from glem_augment.model.glem import GLEM
 
 SOURCES = ("gaussian", "rfcm", "mixup")
 # Items whose noise comes from one generator. Not the block of decoding: that one may be chosen to fit the
@@ -86,8 +86,8 @@ class LatentSource:
         seed: int >= 0.
         temperature: factor on the standard deviation; "mixup" has none.
         real: the latents of "mixup".
-        modes: top modes that P of "mixup" keeps, None for `default_modes`; alpha: of its l ~ Beta(alpha, alpha), folded
-            to [1/2, 1].
+        modes: top modes that P of "mixup" keeps, None for 64 or as many as are stored; alpha: of its
+            l ~ Beta(alpha, alpha), folded to [1/2, 1].
 
     Raises:
         ValueError, TypeError: for what is missing or out of range.
@@ -106,13 +106,12 @@ class LatentSource:
         check_choice("source", source, SOURCES)
         self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
         self.alpha = check_number("alpha", alpha, 0.0, float("inf"), open_low=True)
-        modes = default_modes(model) if modes is None else check_whole("modes", modes, 1)
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
-            check_modes(model, modes)
+            modes = model.checked_modes(modes)
         self.model, self.source, self.seed, self.real, self.modes = model, source, seed, real, modes
 
     def draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:

@@ -73,7 +73,7 @@ def licence_note(licence: str | None, source: str) -> str:
 def provenance(dataset: SyntheticDataset, names: Sequence[str]) -> dict[str, Any]:
     """The manifest without results: what was asked for."""
     from glem_augment import __version__
-    from glem_augment.hub import files as hub
+    from glem_augment.model.weights import weights_sha256
 
     return {
         "synthetic": True,
@@ -85,7 +85,7 @@ def provenance(dataset: SyntheticDataset, names: Sequence[str]) -> dict[str, Any
             {"index": i, "id": class_id, "name": name, "folder": names[i], "count": dataset.counts[i]}
             for i, (class_id, name) in enumerate(zip(dataset.class_ids, dataset.classes, strict=True))
         ],
-        "weights_sha256": hub.weights_sha256(dataset.model),
+        "weights_sha256": weights_sha256(dataset.model),
         "model": plain(dataset.model.config),
     }
 

@@ -28,6 +28,7 @@ from glem_augment.hub import files as hub
 from glem_augment.hub.cards import CardFacts
 from glem_augment.io import atomic_write, write_json
 from glem_augment.locks import abandoned, marked
+from glem_augment.model.weights import WEIGHTS, weights_sha256
 from glem_augment.synthetic.dataset_card import dataset_card
 from glem_augment.synthetic.export import as_png, check_space, naming
 from glem_augment.synthetic.manifest import read_manifest
@@ -325,7 +326,7 @@ def _provenance(dataset: SyntheticDataset, format: str) -> dict[str, Any]:  # no
         "synthetic": True,
         "complete": True,
         "generator": f"glem-augment {__version__}",
-        "flow": {"weights_sha256": hub.weights_sha256(model), "loaded_from": _origin(model)},
+        "flow": {"weights_sha256": weights_sha256(model), "loaded_from": _origin(model)},
         "format": format,
         "count": len(dataset),
         "images_not_finite": dataset.non_finite,
@@ -344,8 +345,8 @@ def _origin(model: GLEM) -> str | None:
     try:
         weights = model.origin_file
         if weights is None or not weights.is_file():
-            weights = hub.locate(f"hf-hub:{model.origin}") / hub.WEIGHTS
-        same = hashlib.sha256(weights.read_bytes()).hexdigest() == hub.weights_sha256(model)
+            weights = hub.locate(f"hf-hub:{model.origin}") / WEIGHTS
+        same = hashlib.sha256(weights.read_bytes()).hexdigest() == weights_sha256(model)
     except (hub.HubError, OSError):
         same = False
     return model.origin if same else None

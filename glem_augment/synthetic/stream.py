@@ -15,7 +15,7 @@ from glem_augment.checks import check_number, check_whole
 from glem_augment.counts import WorkerCounts
 from glem_augment.data.pixels import to_uint8_
 from glem_augment.devices import evaluating
-from glem_augment.model.glem import GLEM, as_model, on_device
+from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import rank
 from glem_augment.synthetic.balance import as_image_data, for_every_class
 from glem_augment.synthetic.blocks import one_at_a_time
@@ -79,7 +79,7 @@ class SyntheticStream(IterableDataset):
         self.probabilities = _probabilities(weights, model)
         self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
         self.transform, self.target_transform = transform, target_transform
-        self.model = on_device(model, device)
+        self.model = model.on(device)
         latents = None
         if source == "mixup" and real is not None:
             images = as_image_data(model, real)

@@ -23,10 +23,10 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.devices import move
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow
-from glem_augment.hub.files import weights_sha256
 from glem_augment.io import expand
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
+from glem_augment.model.weights import weights_sha256
 from glem_augment.training.checkpoint import Checkpoint, Checkpoints, check_same_run, data_fingerprint, init_of_run
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError, LossGuard
@@ -141,7 +141,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         if init_model is None and begun is not None and begun.facts.get("init_from") and "flow" in begun.facts:
             # The model that the run started from need not be there any more: all weights are in the checkpoint.
-            return GLEM._build(
+            return GLEM(
                 GLEMConfig(
                     flow=begun.facts["flow"],
                     bits=config.bits,
@@ -167,7 +167,7 @@ class Trainer:
             init_model.config, psi=config.psi, class_ids=list(data.class_ids), class_names=list(data.classes),
             modes_rank=None, training={},
         )  # fmt: skip
-        model = GLEM._build(fresh)
+        model = GLEM(fresh)
         model.flow.load_state_dict(init_model.flow.state_dict())
         return model
 

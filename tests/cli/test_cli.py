@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.cli.main import COMMANDS, build_parser, main
 from glem_augment.cli.settings import KINDS
-from glem_augment.hub import files as hub
+from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models
 from glem_augment.training import TrainConfig
 from glem_augment.training.checkpoint import NEWEST, load_checkpoint
 
@@ -104,11 +104,11 @@ def test_train_writes_a_model_and_says_what_it_trains(image_folder: Path, tmp_pa
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, output: Output) -> None:
-    before = (trained / hub.WEIGHTS).stat().st_mtime_ns
+    before = (trained / WEIGHTS).stat().st_mtime_ns
     # Settings that are not given come from the checkpoint.
     assert main(["train", images_of(trained), "--out", str(trained), "--resume"]) == 0
     assert "already finished" in output()[0]
-    assert (trained / hub.WEIGHTS).stat().st_mtime_ns == before
+    assert (trained / WEIGHTS).stat().st_mtime_ns == before
 
 
 def test_a_run_without_its_model_is_finished_by_resume(trained: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_run_without_its_model_is_finished_by_resume(trained: Path, tmp_path: 
     for name in (NEWEST, "run.json", "metrics.jsonl"):
         (run / name).write_bytes((trained / name).read_bytes())
     assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
-    assert (run / hub.WEIGHTS).read_bytes() == (trained / hub.WEIGHTS).read_bytes()
+    assert (run / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 
 def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: Path) -> None:
@@ -599,7 +599,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
 ) -> None:
     argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--epochs", "1", *TINY, "--quiet"]
     assert main([*argv, "--resume"]) == 0
-    assert "no checkpoint" in output()[1] and (tmp_path / "run" / hub.WEIGHTS).is_file()
+    assert "no checkpoint" in output()[1] and (tmp_path / "run" / WEIGHTS).is_file()
 
 
 def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -610,7 +610,7 @@ def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: P
     before, after = GLEM.from_pretrained(trained), GLEM.from_pretrained(run)
     assert after.config.flow == before.config.flow and after.class_ids == before.class_ids
     assert '"kind": "final"' in (run / "metrics.jsonl").read_text().splitlines()[-1]
-    (run / hub.WEIGHTS).unlink()
+    (run / WEIGHTS).unlink()
     shutil.rmtree(start)  # whoever goes on needs it no more
     assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
     again = GLEM.from_pretrained(run)
@@ -623,7 +623,7 @@ def test_an_existing_run_is_not_overwritten(trained: Path, tmp_path: Path, outpu
     fails(["train", data, "--out", str(trained), "--resume", "--lr", "0.5"], output, "other settings", "lr")
     assert (trained / NEWEST).read_bytes() == before
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / hub.CONFIG).write_text("{}")
+    (tmp_path / "run" / CONFIG).write_text("{}")
     fails(["train", data, "--out", str(tmp_path / "run")], output, "already holds a model")
 
 
@@ -634,9 +634,9 @@ def test_a_run_on_other_data_is_not_resumed(trained: Path, image_folder: Path, o
 def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / hub.CONFIG).write_bytes((trained / hub.CONFIG).read_bytes())
-    weights = (trained / hub.WEIGHTS).read_bytes()
-    (broken / hub.WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    (broken / CONFIG).write_bytes((trained / CONFIG).read_bytes())
+    weights = (trained / WEIGHTS).read_bytes()
+    (broken / WEIGHTS).write_bytes(weights[: len(weights) // 2])
     for argv in (
         ["eval", str(broken), images_of(trained)],
         ["generate", str(broken), "--per-class", "1", "--out", str(tmp_path / "g")],
@@ -730,11 +730,11 @@ def test_a_killed_run_ends_with_the_same_weights(image_folder: Path, tmp_path: P
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
     step = load_checkpoint(checkpoint.parent).step
-    assert 0 <= step and not (tmp_path / "killed" / hub.WEIGHTS).exists()
+    assert 0 <= step and not (tmp_path / "killed" / WEIGHTS).exists()
     resume = ["train", str(image_folder), "--out", str(tmp_path / "killed"), "--resume", "--quiet"]
     assert main([*resume, "--checkpoint-minutes", "5"]) == 0
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
-    assert (killed / hub.WEIGHTS).read_bytes() == (whole / hub.WEIGHTS).read_bytes()
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "epoch"]
     assert steps == sorted(set(steps))
@@ -789,7 +789,7 @@ def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> 
 # ---- the bundled flow ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("fashion-mnist" not in hub.bundled_models(), reason="the flow is not in this copy")
+@pytest.mark.skipif("fashion-mnist" not in bundled_models(), reason="the flow is not in this copy")
 def test_the_bundled_flow(tmp_path: Path, output: Output) -> None:
     output()
     argv = ["eval", "bundled:fashion-mnist", "bundled:fashion-mnist", "--limit", "100", "--round-trip", "10"]

@@ -23,7 +23,7 @@ from test_training import comparable, tiny_trainer
 from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.cli.main import main
 from glem_augment.errors import BadImageError
-from glem_augment.hub import files as hub
+from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.synthetic.manifest import JOURNAL, Shard
 from glem_augment.synthetic.provenance import PROVENANCE
 from glem_augment.training import loop as run_module
@@ -85,12 +85,12 @@ def all_whole(out: Path) -> None:
     for name in (NEWEST, PREVIOUS, GOOD):
         if (out / name).exists():
             from_bytes((out / name).read_bytes())
-    if (out / hub.CONFIG).exists():
+    if (out / CONFIG).exists():
         GLEM.from_pretrained(out)
 
 
 def same_end(out: Path, whole: Path) -> None:
-    for name in (hub.WEIGHTS, hub.CONFIG):
+    for name in (WEIGHTS, CONFIG):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert comparable(out) == comparable(whole)
     assert names(out) == names(whole)
@@ -186,9 +186,9 @@ def test_a_kill_before_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_module, "plot_curves", killed)
         tiny_trainer(tmp_path).fit()
-    assert not (tmp_path / hub.CONFIG).exists() and not (tmp_path / hub.WEIGHTS).exists()
+    assert not (tmp_path / CONFIG).exists() and not (tmp_path / WEIGHTS).exists()
     tiny_trainer(tmp_path, resume=True).fit()
-    assert (tmp_path / hub.CONFIG).exists()
+    assert (tmp_path / CONFIG).exists()
 
 
 def export_argv(model: Path, out: Path, per_class: int) -> list[str]:
@@ -320,7 +320,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path
     # The damaged one has not taken the place of the good one.
     assert from_bytes((out / PREVIOUS).read_bytes())[0]["step"] == 5
     tiny_trainer(out, resume=True).fit()
-    assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+    assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
     assert comparable(out) == comparable(toy_run)
 
 
@@ -331,7 +331,7 @@ def test_without_the_newest_two_a_run_goes_on_from_the_end_of_an_epoch(tmp_path:
     damage(out / PREVIOUS, "flipped")
     with pytest.warns(UserWarning, match=rf"{NEWEST} can't.*{PREVIOUS} can't.*{GOOD} \(step 4\)"):
         tiny_trainer(out, resume=True).fit()
-    assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+    assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
     for name in (NEWEST, PREVIOUS, GOOD):
         damage(out / name, "empty")
     with pytest.raises(Exception, match=rf"{NEWEST} can't.*{PREVIOUS} can't.*{GOOD} can't.*start over") as caught:
@@ -355,7 +355,7 @@ def test_the_command_says_once_that_a_checkpoint_is_damaged(images: Path, tmp_pa
     out, notes = tmp_path / "run", tmp_path / "notes"
     short = ("--epochs", "1", "--refit-steps", "0")
     assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
-    (out / hub.CONFIG).unlink()
+    (out / CONFIG).unlink()
     damage(out / NEWEST, "cut")
     for name in ("skipped.json", "codes.safetensors", NEWEST):
         (out / f".{name}.123-0123abcd.tmp").write_bytes(b"{")  # of a kill
@@ -405,7 +405,7 @@ def test_training_on_a_disk_that_fills_up(tmp_path: Path, small_disk: Path, toy_
     assert load_checkpoint(out).step >= 6 and not list(out.glob(".*"))
     filler[0].unlink()
     tiny_trainer(out, resume=True).fit()
-    assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+    assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
     assert comparable(out) == comparable(toy_run)
 
 
@@ -440,7 +440,7 @@ def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
         all_whole(out)
         # A failure need not end a run: a folder that can't be synced, or a link in place of which a file is written.
         tiny_trainer(out, resume=Checkpoints(out).exist()).fit()
-        assert (out / hub.WEIGHTS).read_bytes() == (toy_run / hub.WEIGHTS).read_bytes()
+        assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
         assert comparable(out) == comparable(toy_run)
         if enough:
             break

@@ -28,9 +28,10 @@ from glem_augment.hub import files as hub
 from glem_augment.hub.cards import CardFacts, model_card
 from glem_augment.hub.errors import explain
 from glem_augment.hub.files import HubError
+from glem_augment.model.weights import CONFIG, WEIGHTS
 
 TOKEN, READER = "hf_writer", "hf_reader"
-CONFIG, WEIGHTS = hub.CONFIG, hub.WEIGHTS
+CONFIG, WEIGHTS = CONFIG, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -176,7 +176,7 @@ def test_bad_input_is_one_clear_error_before_any_work(tmp_path: Path, image_fold
         model.adapt((x, y), classes=["a", "b", "c"])
     with pytest.raises(DataError, match="at least one class needs two"):
         model.adapt((x[:2], torch.tensor([0, 1])))
-    with pytest.raises(DataError, match=r"3 channels of 8x8, the flow takes 1 channel of 8x8.*channels=1"):
+    with pytest.raises(DataError, match="3 x 8 x 8 .*the flow takes 1 x 8 x 8.*channels=1"):
         model.adapt(open_data(image_folder, progress=False))
     with pytest.raises(DataError, match=r"grey images of 9x9.*image_size=\(8, 8\)"):
         model.adapt((torch.zeros(4, 1, 9, 9, dtype=torch.uint8), y[:4]))

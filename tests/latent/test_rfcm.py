@@ -12,7 +12,7 @@ from glem_augment import GLEM, ImageData
 from glem_augment.errors import DataError, ModelFileError
 from glem_augment.latent.modes import fit_class_modes
 from glem_augment.latent.rfcm import ThinCovariances
-from glem_augment.latent.rfcm_fit import CovarianceStream, fit_covariances, fit_rfcm, oas_shrinkage
+from glem_augment.latent.rfcm_fit import CovarianceStream, fit_covariances, oas_shrinkage
 
 
 def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[torch.Tensor]:
@@ -273,7 +273,7 @@ def test_of_a_model_classifies_and_samples_its_own_classes() -> None:
     x = (base[y] + torch.randint(0, 30, (60, 1, 4, 4), generator=g)).to(torch.uint8)
     data = ImageData.from_tensors(x, y, ["a", "b", "c"])
     model = GLEM.create("identity", (1, 4, 4), ["a", "b", "c"])
-    thin = fit_rfcm(model, data, shrinkage="oas")
+    thin = model.fit_rfcm(data, shrinkage="oas")
     assert thin.counts.tolist() == [20, 20, 20]
     z, _ = model.encode(x)
     assert torch.equal(thin.log_prob(z).argmax(1), y)
@@ -281,7 +281,7 @@ def test_of_a_model_classifies_and_samples_its_own_classes() -> None:
     assert drawn.shape == (3, 1, 4, 4)
     other = ImageData.from_tensors(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), [0, 1, 2] * 2, ["a", "b", "c"])
     with pytest.raises(DataError, match="the flow takes"):
-        fit_rfcm(model, other)
+        model.fit_rfcm(other)
 
 
 def test_errors_name_the_value() -> None:

@@ -24,10 +24,10 @@ from safetensors.torch import load, save
 from glem_augment import GLEM, ModelFileError
 from glem_augment.cli.info import _text, model_facts
 from glem_augment.errors import GLEMError
-from glem_augment.hub import files as hub
 from glem_augment.hub.cards import model_card
+from glem_augment.model.weights import CONFIG, WEIGHTS
 
-CONFIG, WEIGHTS = hub.CONFIG, hub.WEIGHTS
+CONFIG, WEIGHTS = CONFIG, WEIGHTS
 FAST, SLOW, PARTS = 300, 10_000, 10
 # Beside twice the file: what Python's own objects may take, the parsed config above all.
 SLACK = 128 * 2**20
@@ -400,7 +400,7 @@ def test_a_config_that_asks_for_more_than_the_weights_hold(
     tmp_path: Path, seeds: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused by the size of the file, before a module is made: the largest that the schema allows."""
-    monkeypatch.setattr(GLEM, "_build", lambda config: pytest.fail("a model is built"))
+    monkeypatch.setattr(GLEM, "__init__", lambda self, config: pytest.fail("a model is built"))
     config, weights = seeds[0]
     table = json.loads(config)
     largest = dict(depth=[256, 256], blocks=[4, 4], width=[4096, 4096], image_shape=[4096, 4096, 4096])

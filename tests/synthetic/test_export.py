@@ -22,7 +22,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ImageData, SyntheticDataset
-from glem_augment.hub import files as hub
+from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import export as _export
 from glem_augment.synthetic.manifest import JOURNAL
 from glem_augment.synthetic.provenance import PROVENANCE, REAL_IMAGES, class_folders, settings_of
@@ -70,7 +70,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     folder = make(model).export(tmp_path / "out", progress=False)
     manifest = json.loads((folder / PROVENANCE).read_text())
     assert manifest["complete"] is True and manifest["count"] == 30 and manifest["settings"]["seed"] == 1
-    weights = (tmp_path / "model" / hub.WEIGHTS).read_bytes()
+    weights = (tmp_path / "model" / WEIGHTS).read_bytes()
     assert manifest["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     shards = manifest["shards"]
     expected = [

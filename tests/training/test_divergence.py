@@ -21,7 +21,7 @@ from glem_augment import GLEM
 from glem_augment.cli.main import main
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
-from glem_augment.hub import files as hub
+from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import Trainer, guard
 from glem_augment.training import loop as run_module
 from glem_augment.training import trainer as trainer_module
@@ -303,7 +303,7 @@ def test_a_run_in_pieces_of_one_step_ends_the_same(tmp_path: Path, options: dict
             assert f"step {pieces} of 8" in str(stop) and "--resume" in str(stop)
             assert load_checkpoint(out).step == pieces
     assert pieces == 9  # the last one fits the modes and saves the model
-    for name in (hub.WEIGHTS, hub.CONFIG):
+    for name in (WEIGHTS, CONFIG):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert comparable(out) == comparable(tmp_path / "whole")
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from glem_augment import GLEM
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError, TrainingError
-from glem_augment.hub.files import weights_sha256
 from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.model.weights import weights_sha256
 from glem_augment.training import TrainConfig, Trainer, statefile
 from glem_augment.training import loop as run_module
 from glem_augment.training import trainer as trainer_module
