@@ -2,7 +2,7 @@
 
 What is named here is imported when it is first used, and torch and torchvision with it: ``glem --help`` and a settings
 script need not wait for them. So are the modules: ``glem_augment.training``, ``glem_augment.evaluation``,
-``glem_augment.evaluation.tuning``, ``glem_augment.latent.rfcm_fit``, ...
+``glem_augment.evaluation.tuning``, ``glem_augment.latent.rfcm``, ...
 """
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""One diagonal Gaussian per class in the latent space."""
+"""One diagonal Gaussian per class in the latent space, and the class-conditional densities of Eq. 2.
+
+For a diagonal covariance the log-density is linear in z and z^2,
+
+    log N(z; mu_y, sigma_y^2)  =  z . (mu_y / sigma_y^2)  -  1/2 z^2 . (1 / sigma_y^2)  +  c_y,
+
+so the densities of a batch under all classes are two matrix products. Equation numbers are those of GLEM (Enescu &
+Sahbi, ACCV 2024).
+"""
 
 from __future__ import annotations
 
@@ -8,50 +16,54 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.precision import full_precision
-from glem_augment.latent.densities import LogProb, Parametrisation, Psi, density_terms, two_products
 from glem_augment.latent.kld import kld_class_sums, kld_matrix, kld_pair_sum
 
-# About how many elements of a parameter are looked at to see whether an optimizer has made a step.
-_PROBED = 1024
-
-# Without psi: of the variances at the start, and their lower bound relative to it.
+# Without psi the variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
+# `set_variance` keeps to this part of psi's range; nearer to the ends s runs away.
+_INNER = (0.01, 0.99)
+_LOG_2PI = math.log(2 * math.pi)
 
 
-def _probe(parameter: Tensor) -> Tensor:
-    """Some of its elements, at least one of every class.
+def log_densities(z: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
+    """log N(z; mu_y, sigma_y^2) of every latent under every class, the first factor of Eq. 2.
 
-    Fused optimizers write to parameters without bumping their version; but an optimizer's step changes these too.
+    Args:
+        z: [B, d] latents.
+        mu, variance: [K, d].
+
+    Returns:
+        [B, K] nats, differentiable in all arguments.
     """
-    step = max(1, min(parameter.shape[1], parameter.numel() // _PROBED))
-    return parameter.detach().flatten()[::step]
+    # The sums have thousands of terms that nearly cancel, so neither TF32 nor bf16 (autocast) is enough.
+    with full_precision(z.device.type):
+        inverse = 1 / variance
+        scaled = mu * inverse
+        constants = -0.5 * ((variance.log() + mu * scaled).sum(1) + mu.shape[1] * _LOG_2PI)
+        return torch.addmm(torch.addmm(constants, z, scaled.T), z * z, inverse.T, alpha=-0.5)
 
 
-def _same(now: list[tuple[Tensor, int, int]], probes: list[Tensor], cache: dict) -> bool:
-    """Whether what is kept was made from parameters in this state."""
-    before = cache.get("state", ())
-    if len(before) != len(now) or len(cache["probes"]) != len(probes):
-        return False
-    kept = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, before, strict=True))
-    return kept and all(torch.equal(a, b) for a, b in zip(probes, cache["probes"], strict=True))
+def bounded_variance(s: Tensor, psi: tuple[float, float, float]) -> Tensor:
+    """psi(s) = a sigmoid(b s) + c, entry by entry: every real s gives a variance in (c, a + c) (Eq. 6)."""
+    a, b, c = psi
+    return a * torch.sigmoid(b * s) + c
 
 
 class ClassGaussians(nn.Module):
-    """``N(mu_y, diag(sigma_y^2))`` for K classes in d dimensions.
+    """N(mu_y, diag(sigma_y^2)) for K classes in d dimensions.
 
-    With ``psi = (a, b, c)`` the variances are ``psi(s) = a * sigmoid(b * s) + c`` for free parameters s, so they stay
-    in (c, a + c) whatever the gradient does (GLEM, Eq. 6). With ``psi = None`` the parameters are the variances
-    themselves, kept above a tenth of their initial value by ``project`` after every step, which is the paper's
-    ablation without reparametrisation.
+    With `psi = (a, b, c)` the variances are psi(s) for free parameters s (Eq. 6). With `psi = None` the parameters are
+    the variances themselves, and `project` keeps them above a tenth of their initial value after every step; this is
+    the paper's ablation without reparametrisation.
 
     Args:
         num_classes: K.
         dim: d.
-        psi: (a, b, c), all positive; the paper's (0.5, 0.2, 0.05) is the default, (5, 0.2, 0.05) its ablation's.
-        initial_variance: used with ``psi=None`` only; with psi the start is s = 0, variance a/2 + c.
+        psi: (a, b, c), all positive. The paper uses (0.5, 0.2, 0.05), and (5, 0.2, 0.05) in its ablation.
+        initial_variance: used with `psi=None` only; with psi the start is s = 0, a variance of a/2 + c.
 
     Raises:
-        ValueError: K or d below 1, or a psi that is not three positive numbers.
+        ValueError: K or d is below 1, or psi is not three positive numbers.
     """
 
     def __init__(
@@ -64,193 +76,107 @@ class ClassGaussians(nn.Module):
         super().__init__()
         if num_classes < 1 or dim < 1:
             raise ValueError(f"need at least one class and one dimension, got K={num_classes}, d={dim}")
-        if psi is not None:
-            psi = tuple(float(v) for v in psi)
-            if len(psi) != 3 or not all(math.isfinite(v) and v > 0 for v in psi):
-                raise ValueError(f"psi must be three positive numbers (a, b, c), got {psi}")
+        if psi is not None and (len(psi) != 3 or not all(math.isfinite(v) and v > 0 for v in psi)):
+            raise ValueError(f"psi must be three positive numbers (a, b, c), got {psi}")
         if not initial_variance > 0:
             raise ValueError(f"initial_variance must be positive, got {initial_variance}")
-        self.psi = psi
+        self.psi = None if psi is None else (float(psi[0]), float(psi[1]), float(psi[2]))
         self.initial_variance = float(initial_variance)
         self.mu = nn.Parameter(torch.zeros(num_classes, dim))
-        start = 0.0 if psi is not None else float(initial_variance)
-        self.s = nn.Parameter(torch.full((num_classes, dim), start))
-        self._cache: dict = {}
-        self._seen: dict = {}
+        self.s = nn.Parameter(torch.full((num_classes, dim), 0.0 if psi is not None else self.initial_variance))
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.mu.shape[0]
 
     @property
     def dim(self) -> int:
+        """d."""
         return self.mu.shape[1]
 
-    @property
-    def _lowest(self) -> float:
-        """Lower bound of the variances without psi."""
-        return LOWEST_SHARE * self.initial_variance
+    # ---- parameters ----------------------------------------------------------------------------------------------
 
     @property
-    def _how(self) -> Parametrisation:
-        return Parametrisation(self.psi, self._lowest)
+    def lowest_variance(self) -> float:
+        """The lower bound of the variances."""
+        return LOWEST_SHARE * self.initial_variance if self.psi is None else self.psi[2]
 
     def variance(self) -> Tensor:
-        """sigma^2 [K, d]; differentiable with respect to ``s``."""
-        return self._variance(self.s)
-
-    def variance_of(self, y: Tensor) -> Tensor:
-        """``variance()[y]`` [B, d] for classes y, int64 [B], without those of all classes where these are more.
-
-        Up to the last bit: which of its ways a vectorised sigmoid goes depends on where a number stands.
-        """
-        if len(y) >= self.num_classes:
-            return self.variance()[y]
-        return self._variance(self.s[y])
-
-    def _variance(self, s: Tensor) -> Tensor:
-        return s.clamp_min(self._lowest) if self.psi is None else Psi.apply(s, *self.psi)
+        """sigma^2 [K, d], differentiable in `s`."""
+        return self.s.clamp_min(self.lowest_variance) if self.psi is None else bounded_variance(self.s, self.psi)
 
     @torch.no_grad()
     def set_variance(self, variance: Tensor, rows: Tensor | slice = slice(None)) -> None:
-        """Set ``rows`` so that ``variance()`` comes as close to ``variance`` [.., d] as psi allows."""
+        """Bring the variances of the classes `rows` as close to `variance` [.., d] as the parametrisation allows."""
         if self.psi is None:
-            self.s[rows] = variance.to(self.s).clamp_min(self._lowest)
-            return
-        a, b, c = self.psi
-        share = ((variance.to(self.s) - c) / a).clamp(0.01, 0.99)
-        self.s[rows] = torch.logit(share) / b
+            self.s[rows] = variance.to(self.s).clamp_min(self.lowest_variance)
+        else:
+            a, b, c = self.psi
+            self.s[rows] = torch.logit(((variance.to(self.s) - c) / a).clamp(*_INNER)) / b
 
     @torch.no_grad()
     def project(self) -> None:
-        """Without psi, round variances up to their lower bound, as the paper does after each step."""
+        """Without psi, round the variances up to their lower bound, as the paper does after each step."""
         if self.psi is None:
-            self.s.clamp_(min=self._lowest)
+            self.s.clamp_(min=self.lowest_variance)
 
     @torch.no_grad()
     def randomise(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw the means from N(0, std^2): random initialisation of the paper's ablation."""
+        """Draw the means from N(0, std^2), the random initialisation of the paper's ablation."""
         self.mu.copy_(torch.randn(self.mu.shape, generator=generator).to(self.mu) * std)
 
-    def _learns(self) -> bool:
-        """Whether a gradient is to reach the parameters."""
-        return torch.is_grad_enabled() and (self.mu.requires_grad or self.s.requires_grad)
-
-    def _state(self) -> dict | None:
-        """What tells whether the parameters have changed since; None where nothing does."""
-        parameters = (self.mu, self.s)
-        on_cpu = self.mu.device.type == "cpu"
-        if any(p.is_inference() or (p.requires_grad and not on_cpu) for p in parameters):
-            return None
-        # The storages are held too: an address that may be given to a new tensor says nothing.
-        return {
-            "state": [(p, p.data_ptr(), p._version) for p in parameters],
-            "probes": [_probe(p) for p in parameters if on_cpu],
-            "storages": [p.untyped_storage() for p in parameters],
-        }
-
-    def _terms_while_learning(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Those of ``_density_terms``, if the parameters are as they were the last time and no gradient has gone to
-        them since: when they change from call to call, keeping anything would be a waste."""
-        state, seen = self._state(), self._seen
-        if state is not None and seen and _same(state["state"], state["probes"], seen):
-            return self._density_terms()
-        self._forget()
-        if state is not None:
-            self._seen = {**state, "probes": [p.clone() for p in state["probes"]]}
-        return None
-
-    def _forget(self) -> None:
-        self._cache, self._seen = {}, {}
-
-    def _density_terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """1/sigma^2 [K,d], mu/sigma^2 [K,d], constants [K]; no gradient reaches the parameters through them.
-
-        They are kept until a parameter is replaced, moved or written to; on an accelerator only those of frozen
-        parameters.
-        """
-        state = self._state()
-        if state is None:
-            self._cache = {}
-            return self._computed_terms()
-        cache = self._cache  # another thread may put a new one in its place at any time
-        if not _same(state["state"], state["probes"], cache):
-            # A tensor made under inference_mode could never again take part in a graph.
-            with torch.inference_mode(False), torch.no_grad():
-                kept = {"probes": [p.clone() for p in state["probes"]], "terms": self._computed_terms()}
-            cache = self._cache = {**state, **kept}
-        return cache["terms"]
-
     @torch.no_grad()
-    def _computed_terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        return density_terms(self.mu, self.s, self._how)
+    def saturated_share(self) -> Tensor:
+        """The share of variances within 1 % of psi's range of either end; without psi, at the lower bound."""
+        if self.psi is None:
+            return (self.s <= self.lowest_variance).float().mean()
+        low, high = _INNER
+        share = torch.sigmoid(self.psi[1] * self.s)
+        return ((share < low) | (share > high)).float().mean()
 
-    def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        state["_cache"], state["_seen"] = {}, {}
-        return state
+    # ---- densities and samples -----------------------------------------------------------------------------------
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of every latent under every class, by two matrix products.
-
-        The constants of the products are kept between calls until a parameter changes; writes through ``.data`` or
-        NumPy may go unseen, all others are noticed. Where a gradient may reach the parameters they are kept from the
-        second call on, until one does; the result can be differentiated once. On an accelerator only those of frozen
-        parameters are kept, and none of parameters made under inference_mode, whose writes torch does not count.
-
-        Args:
-            z: [B, d].
-
-        Returns:
-            [B, K] nats.
-        """
-        # Sums of thousands of terms that nearly cancel: neither bf16 (autocast) nor TF32 will do.
-        with full_precision(z.device.type):
-            if self._learns():
-                return LogProb.apply(z, self.mu, self.s, self._how, self._terms_while_learning(), self._forget)
-            return two_products(z, self._density_terms())
+        """The log-density of every latent z [B, d] under every class: [B, K] nats."""
+        return log_densities(z, self.mu, self.variance())
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
-        """Log-density of latent i under its own class ``y[i]``: [B] nats, O(B d)."""
-        var = self.variance_of(y)
-        return -0.5 * ((z - self.mu[y]).square() / var + var.log()).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
+        """The log-density of each latent z [B, d] under its own class y, int64 [B]: [B] nats."""
+        variance = self.variance()[y]
+        return -0.5 * ((z - self.mu[y]).square() / variance + variance.log() + _LOG_2PI).sum(1)
 
+    @torch.no_grad()
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """``z = mu_y + temperature * sigma_y * eps``.
+        """z = mu_y + temperature * sigma_y * eps, with eps standard normal.
 
         The temperature multiplies the standard deviation, as in Glow (Kingma & Dhariwal 2018, Sec. 6).
 
         Args:
-            y: int64 [B] class indices.
+            y: int64 [B], classes.
             temperature: >= 0; 0 gives the means.
-            generator: on the CPU, so that the same seed gives the same latents on every device.
+            generator: on the CPU, so that one seed gives the same latents on every device.
 
         Returns:
             [B, d].
         """
-        if not temperature >= 0 or not math.isfinite(temperature):
+        if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be a number >= 0, got {temperature}")
-        noise = torch.randn(y.shape[0], self.dim, generator=generator, dtype=self.mu.dtype).to(self.mu.device)
+        noise = torch.randn(len(y), self.dim, generator=generator, dtype=self.mu.dtype).to(self.mu.device)
         y = y.to(self.mu.device)
-        with torch.no_grad():
-            return self.mu[y] + temperature * self.variance_of(y).sqrt() * noise
+        return self.mu[y] + temperature * self.variance()[y].sqrt() * noise
+
+    # ---- divergences between the classes (Eq. 4) -----------------------------------------------------------------
 
     def kld_matrix(self) -> Tensor:
-        """[K, K] float64, nats: entry (y, y') is KL(y || y') (Eq. 4)."""
+        """[K, K] float64, nats: entry (y, y') is KL(y || y')."""
         return kld_matrix(self.mu, self.variance())
 
     def kld_sum(self) -> Tensor:
-        """Sum of KL(y || y') over all ordered pairs, in O(K d)."""
+        """The sum of KL(y || y') over all ordered pairs, in nats and in O(K d)."""
         return kld_pair_sum(self.mu, self.variance())
 
-    def kld_class_means(self) -> Tensor:
-        """[K] float64: mean divergence of each class to the others, no gradient."""
-        return kld_class_sums(self.mu, self.variance()) / max(1, self.num_classes - 1)
-
     @torch.no_grad()
-    def saturated_share(self) -> Tensor:
-        """Share of variances within 1 % of psi's range of either end (or at the lower bound without psi)."""
-        if self.psi is None:
-            return (self.s <= self._lowest).float().mean()
-        share = torch.sigmoid(self.psi[1] * self.s)
-        return ((share < 0.01) | (share > 0.99)).float().mean()
+    def kld_class_means(self) -> Tensor:
+        """[K] float64, nats: the mean divergence of each class from the others. No gradient."""
+        return kld_class_sums(self.mu, self.variance()) / max(1, self.num_classes - 1)

@@ -1,76 +1,88 @@
-"""Full class covariances of the latents as thin factors (RFCM), and the principal modes they give.
+"""Principal modes of every class's latents, and moves along them (principal-mode mixup, RFCM).
 
-A class with n images in d dimensions has a covariance of rank at most n - 1, and n < d as a rule. So no d x d
-matrix is kept: a class is its mean, its k strongest modes with their standard deviations, and a diagonal for
-what they leave,
+A class of n images in d dimensions has a covariance of rank n - 1 at most, and n < d as a rule. No d x d matrix is
+needed: a class is its mean, its k strongest modes with their standard deviations, and a variance per dimension for
+what the modes leave over,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 
-Source: Enescu & Sahbi, ACCV 2024, "re-estimated full covariance matrix" (RFCM) and principal-mode mixup.
+Source: Enescu & Sahbi, ACCV 2024, "Reestimated Full Covariance Matrix" (RFCM, Table 5).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import check_number
+from glem_augment.checks import check_number, check_whole
 from glem_augment.errors import DataError
 
-# Variance of a dimension that the modes explain completely; it keeps densities finite and is far below one
-# uint8 step (4e-3 squared is 1.5e-5), so it can't be seen in a decoded image.
+# The least variance of a dimension outside the modes. It keeps densities finite, and its root is far below one uint8
+# step (4e-3), so nobody can see it in a decoded image.
 REST_FLOOR = 1e-8
 # Eigenvalues below this share of the largest are rounding, not variation: their directions would be noise.
 RELATIVE_TOLERANCE = 1e-10
-# Up to this size an eigendecomposition takes seconds; above it, subspace iteration finds the leading modes.
+# Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
 MAX_EIGH = 4096
-# Floats gathered at a time when every image of a batch brings its own [k, d] modes (256 MiB in float32).
-GATHER_FLOATS = 64 * 1024 * 1024
+# When every row of a batch brings its own [k, d] modes, this many floats are gathered at a time (16 MiB).
+GATHER_FLOATS = 2**22
 
 
-def row_chunks(rows: int, floats_per_row: int) -> Iterator[slice]:
-    """Slices over `rows` such that each holds at most `GATHER_FLOATS` floats (at least one row)."""
-    step = max(1, GATHER_FLOATS // max(1, floats_per_row))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
+# ---- moves along the modes -------------------------------------------------------------------------------------------
 
 
 def per_class(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """``function(rows, modes)`` with each row's own class's modes: [n, d].
+    """Apply `function` to each row together with the modes of its class.
 
-    On the CPU one product for each class that is present, on views of the modes. An accelerator would have to
-    wait to learn which these are: there every row gathers its modes, a bounded number of rows at a time.
+    Row i of the result does not depend on the other rows, to the last bit.
 
     Args:
-        function: takes rows [m, *] and modes [k, d], or rows [m, 1, *] and modes [m, k, d], by broadcasting.
-        rows: [n, *]; y: int64 [n], the class of each; directions: [K, k, d].
+        function: takes rows [m, 1, *] and modes [m, k, d], and returns [m, 1, d].
+        rows: [n, *].
+        y: int64 [n], the class of each row.
+        directions: [K, k, d].
+
+    Returns:
+        [n, d].
     """
-    out = rows.new_empty(len(y), directions.shape[-1])
-    if y.device.type == "cpu":
-        order = y.argsort(stable=True)
-        classes, counts = torch.unique_consecutive(y[order], return_counts=True)
-        for c, members in zip(classes.tolist(), order.split(counts.tolist()), strict=True):
-            out[members] = function(rows[members], directions[c])
-        return out
-    return _gathered(function, rows, y, directions, out)
+    step = max(1, GATHER_FLOATS // directions[0].numel())
+    parts = [function(r[:, None], directions[c])[:, 0] for r, c in zip(rows.split(step), y.split(step), strict=True)]
+    return torch.cat(parts)
 
 
-def _gathered(
-    function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor, out: Tensor
-) -> Tensor:
-    for part in row_chunks(len(y), directions[0].numel()):
-        out[part] = function(rows[part, None], directions[y[part]])[:, 0]
-    return out
+def along_modes(coefficients: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """sum_m c_m v_m, with the modes v_m of each row's class.
+
+    Args:
+        coefficients: [n, k], in units of the latents.
+        y: int64 [n].
+        directions: [K, k, d], or [k, d] shared by all classes.
+
+    Returns:
+        [n, d].
+    """
+    if directions.ndim == 2:
+        return coefficients @ directions
+    return per_class(torch.matmul, coefficients, y, directions)
 
 
-def _row_by_row(rows: Tensor, modes: Tensor) -> Tensor:
-    """``rows @ modes`` by one product per row: a matrix product's last bits would depend on the other rows."""
-    single = rows if rows.ndim == 3 else rows[:, None]
-    out = torch.bmm(single, modes.expand(len(rows), -1, -1))
-    return out if rows.ndim == 3 else out[:, 0]
+def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """P delta = V^T V delta, the part of delta [n, d] that lies along the modes V of each row's class.
+
+    Args:
+        delta: [n, d].
+        y: int64 [n].
+        directions: [K, k, d], or [k, d] shared by all classes; orthonormal rows.
+
+    Returns:
+        [n, d].
+    """
+    if directions.ndim == 2:
+        return (delta @ directions.T) @ directions
+    return per_class(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions)
 
 
 def nearest_classes(kld_matrix: Tensor, neighbours: int = 3, allowed: Tensor | None = None) -> Tensor:
@@ -96,17 +108,19 @@ def nearest_classes(kld_matrix: Tensor, neighbours: int = 3, allowed: Tensor | N
     return distance.argsort(dim=1, stable=True)[:, : max(0, min(neighbours, count))]
 
 
+# ---- modes and samples of all classes --------------------------------------------------------------------------------
+
+
 class ClassModes(nn.Module):
-    """Mean, principal modes and diagonal rest of every class's latents; all buffers, float32, nothing
-    trained.
+    """Mean, principal modes and remaining variance of every class's latents. All are float32 buffers; none is trained.
 
     Buffers:
-        mean [K, d]; directions [K, k, d], orthonormal rows, zero rows where a class has fewer than k modes;
-        scales [K, k], standard deviation along each mode, descending; rest [K, d], variance per dimension
-        outside the modes; counts [K] int64, images seen; shared_directions [k, d] and shared_scales [k], the
-        modes of the pooled within-class covariance.
-
-    Reference: Enescu & Sahbi, ACCV 2024 (RFCM).
+        mean: [K, d].
+        directions: [K, k, d], orthonormal rows; zero rows where a class has fewer than k modes.
+        scales: [K, k], the standard deviation along each mode, descending.
+        rest: [K, d], the variance per dimension outside the modes.
+        counts: int64 [K], images seen.
+        shared_directions, shared_scales: [k, d] and [k], the modes of the pooled within-class covariance.
 
     >>> latents = torch.randn(2, 10, 6)
     >>> modes = fit_class_modes(lambda y: latents[y], num_classes=2, rank=3, dim=6)
@@ -122,47 +136,15 @@ class ClassModes(nn.Module):
     shared_directions: Tensor
     shared_scales: Tensor
 
-    def __init__(
-        self,
-        mean: Tensor,
-        directions: Tensor,
-        scales: Tensor,
-        rest: Tensor,
-        counts: Tensor,
-        shared_directions: Tensor,
-        shared_scales: Tensor,
-    ) -> None:
+    def __init__(self, num_classes: int, rank: int, dim: int) -> None:
         super().__init__()
-        if directions.ndim != 3:
-            raise ValueError(f"directions must be [K, k, d], got {tuple(directions.shape)}")
-        num_classes, rank, dim = directions.shape
-        parts = {
-            "mean": (mean, (num_classes, dim)),
-            "directions": (directions, (num_classes, rank, dim)),
-            "scales": (scales, (num_classes, rank)),
-            "rest": (rest, (num_classes, dim)),
-            "counts": (counts, (num_classes,)),
-            "shared_directions": (shared_directions, (rank, dim)),
-            "shared_scales": (shared_scales, (rank,)),
-        }
-        for name, (value, shape) in parts.items():
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-            dtype = torch.int64 if name == "counts" else torch.float32
-            self.register_buffer(name, value.detach().to(dtype))
-
-    @classmethod
-    def empty(cls, num_classes: int, rank: int, dim: int) -> ClassModes:
-        """Zeros of the right shapes, to load a state_dict into."""
-        return cls(
-            mean=torch.zeros(num_classes, dim),
-            directions=torch.zeros(num_classes, rank, dim),
-            scales=torch.zeros(num_classes, rank),
-            rest=torch.zeros(num_classes, dim),
-            counts=torch.zeros(num_classes, dtype=torch.int64),
-            shared_directions=torch.zeros(rank, dim),
-            shared_scales=torch.zeros(rank),
-        )
+        self.register_buffer("mean", torch.zeros(num_classes, dim))
+        self.register_buffer("directions", torch.zeros(num_classes, rank, dim))
+        self.register_buffer("scales", torch.zeros(num_classes, rank))
+        self.register_buffer("rest", torch.zeros(num_classes, dim))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("shared_directions", torch.zeros(rank, dim))
+        self.register_buffer("shared_scales", torch.zeros(rank))
 
     @property
     def num_classes(self) -> int:
@@ -171,242 +153,182 @@ class ClassModes(nn.Module):
 
     @property
     def rank(self) -> int:
-        """k, the modes stored per class; where a class has fewer, the others are zero."""
+        """k, the modes stored per class."""
         return self.directions.shape[1]
 
     @property
-    def fewest_and_most(self) -> tuple[int, int]:
-        """How many modes the classes have: those of any length."""
-        present = (self.scales > 0).sum(1)
-        return int(present.min()), int(present.max())
+    def dim(self) -> int:
+        """d."""
+        return self.directions.shape[2]
 
     @property
-    def dim(self) -> int:
-        """d, the dimension of the latent space."""
-        return self.directions.shape[2]
+    def fewest_and_most(self) -> tuple[int, int]:
+        """The smallest and the largest number of modes (of any length) that a class has."""
+        present = (self.scales > 0).sum(1)
+        return int(present.min()), int(present.max())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, rank={self.rank}, dim={self.dim}"
 
-    def near(self, kld_matrix: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
-        """Modes pooled over each class and its closest classes, so that a rare class borrows variation.
-
-        The covariances (about each class's own mean) are weighted by their degrees of freedom, n - 1, as in
-        the usual pooled estimate; what lies outside the stored modes is left out. Only k x k-sized Grams are
-        decomposed.
-
-        Args:
-            kld_matrix: [K, K] nats, KL(row || column); closeness is the symmetrised value.
-            neighbours: closest classes to pool with (fewer where there are fewer classes).
-
-        Returns:
-            directions [K, k, d] float32 (orthonormal rows, or zero), scales [K, k] float32 descending.
-
-        Raises:
-            ValueError: for a matrix of another size or a negative `neighbours`.
-        """
-        if tuple(kld_matrix.shape) != (self.num_classes, self.num_classes):
-            raise ValueError(
-                f"kld_matrix must be [{self.num_classes}, {self.num_classes}], got {tuple(kld_matrix.shape)}"
-            )
-        if neighbours < 0:
-            raise ValueError(f"neighbours must be 0 or more, got {neighbours}")
-        closest = nearest_classes(kld_matrix.to(self.scales.device), neighbours)
-        members = torch.cat([torch.arange(self.num_classes, device=closest.device)[:, None], closest], dim=1)
-        freedom = (self.counts - 1).clamp(min=0).to(torch.float64)
-        directions = torch.zeros_like(self.directions)
-        scales = torch.zeros_like(self.scales)
-        # Twice the floats, because the stacked factors are float64.
-        for part in row_chunks(self.num_classes, 2 * members.shape[1] * self.rank * self.dim):
-            group = members[part]
-            weight = freedom[group] / freedom[group].sum(dim=1, keepdim=True).clamp(min=1.0)
-            factor = self.scales[group].to(torch.float64) * weight.sqrt()[..., None]
-            rows = self.directions[group].to(torch.float64) * factor[..., None]
-            pooled, deviation = modes_of_rows(rows.flatten(1, 2), self.rank)
-            directions[part, : pooled.shape[1]] = pooled.to(directions.dtype)
-            scales[part, : deviation.shape[1]] = deviation.to(scales.dtype)
-        return directions, scales
-
-    def along(self, y: Tensor, coefficients: Tensor) -> Tensor:
-        """sum_m c_m v_m with the modes of class y.
-
-        Args:
-            y: int64 [B]; coefficients: [B, m], m <= k, in units of the latents.
-
-        Returns:
-            [B, d] float32. Row i does not depend on the other rows, to the last bit.
-        """
-        return per_class(_row_by_row, coefficients, y, self.directions[:, : coefficients.shape[1]])
+    def variance(self) -> Tensor:
+        """The variance of every dimension, along the modes and outside them: [K, d]."""
+        return (self.scales[..., None] * self.directions).square().sum(1) + self.rest
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """RFCM samples from given standard normal noise: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
+        """RFCM samples from given noise: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
         Args:
-            y: int64 [B]; noise: float32 [B, k + d], first the k coefficients, then the d of the rest;
+            y: int64 [B].
+            noise: [B, k + d] standard normal: first the k coefficients e, then the d numbers e'.
             temperature: factor on the standard deviation.
 
         Returns:
-            z [B, d] float32.
-
-        Raises:
-            ValueError: if the noise has another width.
+            z [B, d].
         """
-        if noise.shape[1] != self.rank + self.dim:
-            raise ValueError(f"noise must be [B, {self.rank + self.dim}], got {tuple(noise.shape)}")
-        spread = self.along(y, noise[:, : self.rank] * self.scales[y])
-        spread = spread + noise[:, self.rank :] * self.rest[y].sqrt()
+        along, outside = noise.split([self.rank, self.dim], 1)
+        spread = along_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()
         return self.mean[y] + temperature * spread
 
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Samples of the classes y from mean and full covariance (RFCM).
+        """Samples of the classes y from their mean and full covariance (RFCM).
 
         Args:
-            y: int64 [B]; temperature: factor on the standard deviation, >= 0; generator: on any device.
+            y: int64 [B].
+            temperature: factor on the standard deviation, >= 0.
+            generator: on the CPU, so that one seed gives the same latents on every device.
 
         Returns:
-            z [B, d] float32 on the device of the modes.
-
-        Raises:
-            ValueError: for a negative temperature.
+            z [B, d] on the device of the modes.
         """
         check_number("temperature", temperature, 0.0, math.inf)
-        device = self.mean.device
-        # Noise is drawn where the generator lives, so that one seed gives one sample on every device.
-        source = device if generator is None else generator.device
-        shape = (len(y), self.rank + self.dim)
-        noise = torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
-        return self.sample_from_noise(y.to(device), noise, temperature)
+        noise = torch.randn(len(y), self.rank + self.dim, generator=generator).to(self.mean)
+        return self.sample_from_noise(y.to(noise.device), noise, temperature)
 
 
-def fit_class_modes(latents_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int) -> ClassModes:
-    """Means, principal modes and diagonal rest of every class, one class in memory at a time.
+# ---- estimation ------------------------------------------------------------------------------------------------------
 
-    Covariances are unbiased (n - 1) and computed in float64. A class keeps min(rank, n - 1, d) modes, fewer
-    where its latents span fewer directions.
+
+@torch.no_grad()
+def fit_class_modes(
+    latents_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int, borrow: bool = False
+) -> ClassModes:
+    """Estimate means, principal modes and remaining variances, one class in memory at a time.
+
+    Covariances are unbiased (n - 1) and computed in float64. A class keeps min(rank, n - 1, d) modes, fewer where its
+    latents span fewer directions.
 
     Args:
-        latents_of_class: gives the latents [n, d] of class y = 0 .. num_classes - 1; called once for each.
+        latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         num_classes: K.
         rank: modes to keep per class; more than d become d.
         dim: d.
+        borrow: give a class of one image the modes and the remaining variance that all classes have together.
 
     Returns:
         ClassModes on the CPU.
 
     Raises:
-        DataError: for a class with fewer than 2 images, or latents that are not finite.
-        ValueError: for latents of another shape, or a rank or class count below 1.
+        DataError: a class has fewer than two images (no image, with `borrow`), no class has two, or latents are not
+            finite.
+        ValueError: the rank is below 1.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    rank = min(rank, dim)
-    # Classes hand more modes than they keep to the pooled covariance, whose own top modes then lose little.
+    rank = min(check_whole("rank", rank, 1), dim)
+    # Classes hand on more modes than they keep, so that the top modes of the pooled covariance lose little.
     handed = min(dim, max(4 * rank, 128))
-    modes = ClassModes.empty(num_classes, rank, dim)
-    pooled = _PooledFactor(handed, dim)
-    freedom = 0
+    modes = ClassModes(num_classes, rank, dim)
+    pooled = torch.zeros(0, dim, dtype=torch.float64)  # rows F with F^T F = the summed scatter, nearly
+    scatter = torch.zeros(dim, dtype=torch.float64)  # the exact diagonal of that sum
     for y in range(num_classes):
-        latents = latents_of_class(y).detach()
-        if latents.ndim != 2 or latents.shape[1] != dim:
-            raise ValueError(f"latents of class {y} must be [n, {dim}], got {tuple(latents.shape)}")
-        count = latents.shape[0]
-        if count < 2:
-            raise DataError(
-                f"class {y} has {count} images; its covariance needs at least 2: add images or leave it out"
-            )
-        if latents.device.type == "mps":  # has no float64
-            latents = latents.cpu()
-        x = latents.to(torch.float64)
-        mean = x.mean(dim=0)
-        x = x - mean
-        if not bool(torch.isfinite(x).all()):
-            raise DataError(f"class {y} has latents that are not finite: check the flow with model.check_invertibility")
-        directions, scales = modes_of_rows(x[None] / (count - 1) ** 0.5, handed)
-        directions, scales = directions[0], scales[0]
-        kept_v, kept_s = directions[:rank], scales[:rank]
-        explained = (kept_s[:, None] * kept_v).square().sum(dim=0)
-        rest = (x.square().sum(dim=0) / (count - 1) - explained).clamp(min=REST_FLOOR)
-        modes.mean[y] = mean
-        modes.directions[y, : len(kept_s)] = kept_v.to(modes.directions)
-        modes.scales[y, : len(kept_s)] = kept_s.to(modes.scales)
-        modes.rest[y] = rest
-        modes.counts[y] = count
-        pooled.add((scales * (count - 1) ** 0.5)[:, None] * directions)
-        freedom += count - 1
-    shared_v, shared_s = pooled.modes(rank)
-    modes.shared_directions[: len(shared_s)] = shared_v.to(modes.shared_directions)
-    modes.shared_scales[: len(shared_s)] = (shared_s / freedom**0.5).to(modes.shared_scales)
+        mean, rows = centred(latents_of_class(y), f"class {y}", least=1 if borrow else 2)
+        freedom = len(rows) - 1
+        modes.mean[y], modes.counts[y] = mean, len(rows)
+        if not freedom:
+            continue
+        directions, values = leading_modes(rows, handed)
+        variance = rows.square().sum(0)
+        _store(modes, y, directions, values / math.sqrt(freedom), variance / freedom)
+        pooled = torch.cat([pooled, values[:, None] * directions])
+        scatter += variance
+        if len(pooled) > 5 * handed:  # one decomposition for several classes
+            directions, values = leading_modes(pooled, handed)
+            pooled = values[:, None] * directions
+    freedom = int((modes.counts - 1).sum())
+    if not freedom:
+        raise DataError("no class has two images, so nothing is known of how images of one class differ: add some")
+    directions, values = leading_modes(pooled, rank)
+    values = values / math.sqrt(freedom)
+    modes.shared_directions[: len(values)] = directions.float()
+    modes.shared_scales[: len(values)] = values.float()
+    for y in (modes.counts == 1).nonzero()[:, 0].tolist():
+        _store(modes, y, directions, values, scatter / freedom)
     return modes
 
 
-class _PooledFactor:
-    """Rows F with F^T F = the sum of all classes' scatter, cut back to `keep` rows whenever they pile up."""
-
-    def __init__(self, keep: int, dim: int) -> None:
-        self.keep = keep
-        self.dim = dim
-        self.parts: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        self.parts.append(rows.cpu())
-        # Cutting only at five times the size spreads the cost of a Gram over several classes.
-        if sum(len(part) for part in self.parts) > 5 * self.keep:
-            directions, scales = self.modes(self.keep)
-            self.parts = [scales[:, None] * directions]
-
-    def modes(self, rank: int) -> tuple[Tensor, Tensor]:
-        directions, scales = modes_of_rows(torch.cat(self.parts)[None], rank)
-        return directions[0], scales[0]
+def _store(modes: ClassModes, y: int, directions: Tensor, scales: Tensor, variance: Tensor) -> None:
+    """Write the strongest modes of class y, and what they leave of its variance [d]."""
+    directions, scales = directions[: modes.rank], scales[: modes.rank]
+    modes.directions[y, : len(scales)] = directions.float()
+    modes.scales[y, : len(scales)] = scales.float()
+    explained = (scales[:, None] * directions).square().sum(0)
+    modes.rest[y] = (variance - explained).clamp_min(REST_FLOOR).float()
 
 
-def modes_of_rows(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Leading right singular vectors and values of rows [G, n, d] float64, from the smaller of the two Grams.
+def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]:
+    """The mean [d] of a class's latents [n, d] and their deviations from it [n, d], float64 on the CPU.
 
-    Returns directions [G, r, d] and scales [G, r], r = min(rank, n, d), descending; what is numerically zero
-    gives zero rows. The sign of a direction is fixed (its largest entry is positive), so that fits can be
-    compared.
+    Raises:
+        DataError: fewer than `least` latents, or latents that are not finite; the error has the class's `name`.
     """
-    n, dim = rows.shape[1:]
-    rank = min(rank, n, dim)
+    if len(latents) < least:
+        raise DataError(
+            f"{name} has {len(latents)} images; its covariance needs at least {least}: add images or leave it out"
+        )
+    rows = latents.detach().cpu().double()
+    mean = rows.mean(0)
+    rows = rows - mean
+    if not bool(rows.isfinite().all()):
+        raise DataError(f"{name} has latents that are not finite: check the flow with model.check_invertibility")
+    return mean, rows
+
+
+def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors and values of rows [n, d] float64.
+
+    Values that are numerically zero are left out. The sign of a vector is fixed (its largest entry is positive), so
+    that fits can be compared.
+
+    Returns:
+        Directions [r, d], orthonormal rows, and singular values [r], descending; r <= min(rank, n, d).
+    """
+    rows = rows[rows.abs().amax(1) > 0]
+    values, directions = _decomposed(rows, min(rank, *rows.shape))
+    real = values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]
+    values, directions = values[real], directions[real]
+    # Vectors from a Gram matrix are orthogonal only up to rounding relative to the largest singular value, so weak ones
+    # lean on strong ones. A QR decomposition (Gram-Schmidt in the order of strength) removes that.
+    directions = torch.linalg.qr(directions.T).Q.T
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return directions * largest.sign(), values
+
+
+def _decomposed(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Singular values [rank] and right singular vectors [rank, d], not quite orthonormal, by the cheapest way."""
+    n, dim = rows.shape
+    if not n:
+        return rows.new_zeros(0), rows
     if min(n, dim) > MAX_EIGH:
-        values, directions = _leading_subspace(rows, rank)
-    elif n <= dim:
-        values, left = torch.linalg.eigh(rows @ rows.mT)
-        values, left = values[:, -rank:].flip(-1), left[:, :, -rank:].flip(-1)
-        directions = left.mT @ rows
-    else:
-        values, right = torch.linalg.eigh(rows.mT @ rows)
-        values, directions = values[:, -rank:].flip(-1), right[:, :, -rank:].flip(-1).mT
-    real = values > RELATIVE_TOLERANCE * values[:, :1].clamp(min=1e-300)
-    scales = values.clamp(min=0.0).sqrt() * real
-    directions = _orthonormal_rows(directions, real)
-    largest = directions.gather(2, directions.abs().argmax(dim=2, keepdim=True))
-    return directions * torch.where(largest < 0, -1.0, 1.0), scales
-
-
-def _orthonormal_rows(directions: Tensor, real: Tensor) -> Tensor:
-    """Unit rows for the real modes, zero for the others.
-
-    U^T X has orthogonal rows only up to rounding relative to the largest singular value, so weak modes would
-    lean on strong ones; a QR (Gram-Schmidt in the order of strength) removes that.
-    """
-    unit = directions / directions.norm(dim=2, keepdim=True).clamp(min=1e-300)
-    unit = unit * real[..., None]
-    q, r = torch.linalg.qr(unit.mT)
-    q = q * torch.where(torch.diagonal(r, dim1=1, dim2=2) < 0, -1.0, 1.0)[:, None]
-    return q.mT * real[..., None]
-
-
-def _leading_subspace(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Subspace iteration for the leading modes where n and d are both large; seeded: a fit is repeatable."""
-    generator = torch.Generator().manual_seed(0)
-    width = min(rows.shape[2], 2 * rank + 16)
-    basis = torch.randn(rows.shape[2], width, generator=generator, dtype=torch.float64).to(rows.device)
-    basis = basis.expand(rows.shape[0], -1, -1)
-    for _ in range(12):
-        basis = torch.linalg.qr(rows.mT @ (rows @ basis)).Q
-    values, small = torch.linalg.eigh((rows @ basis).mT @ (rows @ basis))
-    values, small = values[:, -rank:].flip(-1), small[:, :, -rank:].flip(-1)
-    return values, (basis @ small).mT
+        with torch.random.fork_rng(devices=[]):  # a fit is repeatable
+            torch.manual_seed(0)
+            _, values, right = torch.svd_lowrank(rows, q=min(n, dim, 2 * rank + 16), niter=12)
+        return values[:rank], right[:, :rank].T
+    try:
+        # The eigenvectors of the smaller of the two Gram matrices take a fraction of the time of an SVD.
+        values, vectors = torch.linalg.eigh(rows @ rows.T if n <= dim else rows.T @ rows)
+    except torch.linalg.LinAlgError:  # repeated eigenvalues can keep it from converging
+        _, values, right = torch.linalg.svd(rows, full_matrices=False)
+        return values[:rank], right[:rank]
+    values = values.flip(0)[:rank].clamp_min(0).sqrt()
+    vectors = vectors.flip(1)[:, :rank].T
+    if n <= dim:
+        vectors = vectors @ rows
+    return values, vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)

@@ -24,8 +24,7 @@ from glem_augment.flows import Bijection, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
-from glem_augment.latent.rfcm import ThinCovariances
-from glem_augment.latent.rfcm_fit import fit_covariances
+from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
@@ -64,7 +63,7 @@ class GLEM(ImageFlow):
         self.flow = build_flow(config.flow) if flow is None else flow
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
         if modes is None and flow is None and config.modes_rank is not None:
-            modes = ClassModes.empty(classes, config.modes_rank, dim)
+            modes = ClassModes(classes, config.modes_rank, dim)
         self.modes = None if modes is None else modes.to(self.dtype)
         self.origin: str | None = None
         self.origin_file: Path | None = None
@@ -322,16 +321,18 @@ class GLEM(ImageFlow):
         max_per_class: int | None = None,
         class_map: dict[str, str] | str | None = None,
         seed: int = 0,
-        **settings: Any,
+        rank: int | None = None,
+        ridge: float = 1e-4,
     ) -> ThinCovariances:
         """Every class's mean and full covariance, from the latents of `data` (RFCM).
 
         Args:
             data, max_per_class, class_map, seed: see `fit_modes`; so are the errors.
-            settings: `rank`, `shrinkage`, `target`, `ridge` and `store` of `fit_covariances`.
+            rank: modes to keep per class, with what they leave over as a variance per dimension; None keeps everything.
+            ridge: variance to add in every dimension, as a share of the class's mean variance.
         """
         latents = self._latents_of_matched_classes(data, max_per_class, class_map, seed)
-        return fit_covariances(latents, self.num_classes, self.dim, **settings)
+        return fit_covariances(latents, self.num_classes, rank, ridge)
 
     @torch.no_grad()
     def adapt(
@@ -381,7 +382,7 @@ class GLEM(ImageFlow):
             raise DataError(f"{images.name} has one image per class, but at least one class needs two")
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            gaussians, modes = adapt_classes(latents, counts, self.dim, rank, shrinkage, self.config.psi)
+            gaussians, modes = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi)
         record = {
             "data": images.name,
             "images": sum(counts),

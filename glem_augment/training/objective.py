@@ -10,9 +10,7 @@ from torch import Tensor
 
 from glem_augment.data.pixels import to_levels
 from glem_augment.devices import move
-from glem_augment.flows.precision import full_precision
-from glem_augment.latent.densities import two_products
-from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians, log_densities
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.image_ops import augment_batch
@@ -47,17 +45,13 @@ def e_step_loss(
     if config.joint:
         scores = gaussians.log_prob(z)
     elif config.beta or config.likelihood == "marginal":
-        with torch.no_grad():
-            terms = gaussians._density_terms()  # no gradient reaches the Gaussians
-        # Sums of thousands of terms that nearly cancel, as in `ClassGaussians.log_prob`.
-        with full_precision(z.device.type):
-            scores = two_products(z, terms)
+        scores = log_densities(z, gaussians.mu.detach(), gaussians.variance().detach())
     if config.likelihood == "marginal":
         own = torch.logsumexp(scores, 1) - math.log(gaussians.num_classes)
     elif scores is not None:
         own = scores.gather(1, y[:, None])[:, 0]
     else:
-        mu, var = gaussians.mu.detach()[y], gaussians.variance_of(y).detach()
+        mu, var = gaussians.mu.detach()[y], gaussians.variance().detach()[y]
         own = -0.5 * ((z - mu).square() / var + var.log() + math.log(2 * math.pi)).sum(1)
     loss = -(own + logdet).mean() / gaussians.dim
     if config.beta:

@@ -1,177 +1,214 @@
-"""ClassModes against explicit covariances."""
+"""Principal modes and moves along them, against explicit covariances."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from glem_augment.errors import DataError
-from glem_augment.latent.modes import REST_FLOOR, ClassModes, fit_class_modes, nearest_classes
+from glem_augment.latent import modes as modes_module
+from glem_augment.latent.modes import (
+    REST_FLOOR,
+    ClassModes,
+    along_modes,
+    fit_class_modes,
+    leading_modes,
+    project_on_modes,
+)
 
 
-def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[torch.Tensor]:
-    """Correlated latents with a decaying spectrum, another one for every class."""
+def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[Tensor]:
+    """Correlated latents with a decaying spectrum and a mean of their own, another one for every class."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for n in counts:
         mix = torch.linalg.qr(torch.randn(dim, dim, generator=g, dtype=torch.float64)).Q
         scale = 0.8 ** torch.arange(dim, dtype=torch.float64)
-        out.append(
-            torch.randn(n, dim, generator=g, dtype=torch.float64) * scale @ mix + torch.randn(1, dim, generator=g)
-        )
+        z = torch.randn(n, dim, generator=g, dtype=torch.float64) * scale @ mix
+        out.append(z + torch.randn(1, dim, generator=g, dtype=torch.float64))
     return out
 
 
-def covariance(modes: ClassModes, y: int) -> torch.Tensor:
-    v, s = modes.directions[y].double(), modes.scales[y].double()
-    return v.T @ torch.diag(s**2) @ v
+def fit(latents: list[Tensor], rank: int, borrow: bool = False) -> ClassModes:
+    return fit_class_modes(latents.__getitem__, len(latents), rank, latents[0].shape[1], borrow)
 
 
-@pytest.mark.parametrize("count", [9, 60])  # fewer and more images than dimensions: both Grams
-def test_modes_equal_the_eigenvectors_of_the_covariance(count: int) -> None:
+def covariance(directions: Tensor, scales: Tensor) -> Tensor:
+    rows = directions.double() * scales.double()[:, None]
+    return rows.T @ rows
+
+
+# ---- estimation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [9, 60])  # fewer and more images than dimensions, so both Gram matrices
+def test_modes_are_the_eigenvectors_of_the_covariance(count: int) -> None:
     latents = make_latents([count, count], dim=24)
-    modes = fit_class_modes(lambda y: latents[y], num_classes=2, rank=6, dim=24)
+    modes = fit(latents, rank=6)
     for y, z in enumerate(latents):
         cov = torch.cov(z.T)
         values, vectors = torch.linalg.eigh(cov)
-        top, v = values.flip(0)[:6], vectors.flip(1).T[:6]
-        assert torch.allclose(modes.mean[y].double(), z.mean(0), atol=1e-6)
-        assert torch.allclose(modes.scales[y].double() ** 2, top, rtol=1e-5, atol=1e-7)
-        assert torch.allclose((modes.directions[y].double() * v).sum(1).abs(), torch.ones(6).double(), atol=1e-5)
-        # mean + V diag(s^2) V^T + diag(rest) has the exact variance of every dimension
-        total = covariance(modes, y).diagonal() + modes.rest[y].double()
-        assert torch.allclose(total, cov.diagonal(), rtol=1e-4, atol=2 * REST_FLOOR)
+        torch.testing.assert_close(modes.mean[y].double(), z.mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(modes.scales[y].double() ** 2, values.flip(0)[:6], rtol=1e-5, atol=1e-7)
+        cosines = (modes.directions[y].double() * vectors.flip(1).T[:6]).sum(1).abs()
+        torch.testing.assert_close(cosines, torch.ones(6).double(), atol=1e-5, rtol=0)
+        largest = modes.directions[y].gather(1, modes.directions[y].abs().argmax(1, keepdim=True))
+        assert (largest > 0).all()  # the sign is fixed
+        torch.testing.assert_close(modes.variance()[y].double(), cov.diagonal(), rtol=1e-4, atol=2 * REST_FLOOR)
+    assert modes.counts.tolist() == [count, count]
 
 
 def test_all_modes_give_the_whole_covariance() -> None:
-    latents = make_latents([7], dim=12)
-    modes = fit_class_modes(lambda y: latents[y], num_classes=1, rank=12, dim=12)
-    assert torch.allclose(covariance(modes, 0), torch.cov(latents[0].T), atol=1e-5)
-    assert torch.all(modes.rest == REST_FLOOR)
-    assert modes.scales[0, 6:].eq(0).all() and modes.directions[0, 6:].eq(0).all()  # n - 1 = 6 modes exist
-    assert torch.allclose(modes.directions[0, :6] @ modes.directions[0, :6].T, torch.eye(6), atol=1e-6)
+    latents = make_latents([7, 12], dim=12)
+    modes = fit(latents, rank=99)
+    assert (modes.rank, modes.dim, modes.num_classes) == (12, 12, 2)  # never more modes than dimensions
+    assert modes.fewest_and_most == (6, 11)  # of n images there are n - 1 modes
+    for y, z in enumerate(latents):
+        found = covariance(modes.directions[y], modes.scales[y])
+        torch.testing.assert_close(found, torch.cov(z.T), atol=1e-5, rtol=0)
+    assert torch.all(modes.rest[0] == REST_FLOOR)
+    assert not modes.scales[0, 6:].any() and not modes.directions[0, 6:].any()
+    torch.testing.assert_close(modes.directions[0, :6] @ modes.directions[0, :6].T, torch.eye(6), atol=1e-6, rtol=0)
 
 
 def test_weak_modes_stay_orthonormal() -> None:
-    g = torch.Generator().manual_seed(0)
     scale = 10.0 ** -torch.arange(5, dtype=torch.float64)  # eigenvalues over eight decades
-    z = torch.randn(40, 5, generator=g, dtype=torch.float64) * scale
-    z = torch.nn.functional.pad(z, (0, 45)) @ torch.linalg.qr(torch.randn(50, 50, generator=g).double()).Q
-    modes = fit_class_modes(lambda y: z, 1, rank=5, dim=50)
-    assert torch.allclose(modes.directions[0] @ modes.directions[0].T, torch.eye(5), atol=1e-6)
+    z = torch.randn(40, 5, dtype=torch.float64) * scale
+    z = torch.nn.functional.pad(z, (0, 45)) @ torch.linalg.qr(torch.randn(50, 50).double()).Q
+    directions = fit([z], rank=5).directions[0]
+    torch.testing.assert_close(directions @ directions.T, torch.eye(5), atol=1e-6, rtol=0)
 
 
-def test_constant_dimensions_and_identical_images() -> None:
-    z = torch.full((5, 8), 0.25)
-    modes = fit_class_modes(lambda y: z, 1, rank=4, dim=8)
-    assert modes.scales.eq(0).all() and modes.directions.eq(0).all() and modes.rest.eq(REST_FLOOR).all()
-    assert torch.isfinite(modes.sample(torch.zeros(3, dtype=torch.int64))).all()
+def test_rank_deficient_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images, duplicates, constant dimensions, or nothing but one image over and over."""
+    one, other = torch.randn(2, 1, 30).double().unbind()
+    pairs = [torch.cat([one, other]), torch.cat([one, other] * 20), torch.cat([one] * 5), torch.full((5, 30), 0.25)]
+    modes = fit(pairs, rank=4)
+    assert (modes.scales > 0).sum(1).tolist() == [1, 1, 0, 0]
+    along = (other - one)[0] / (other - one).norm()
+    for y in (0, 1):
+        torch.testing.assert_close((modes.directions[y, 0] @ along.float()).abs().item(), 1.0)
+    torch.testing.assert_close(modes.scales[0, 0].item(), float((other - one).norm()) / math.sqrt(2))
+    assert (modes.rest[2:] == REST_FLOOR).all()
+    assert torch.isfinite(modes.sample(torch.arange(4))).all()
+
+    def fails(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    latents = make_latents([9, 60], dim=24)
+    want = fit(latents, rank=6)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    found = fit(latents, rank=6)
+    torch.testing.assert_close(found.directions, want.directions, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.scales, want.scales)
 
 
-@pytest.mark.parametrize("dim", [20, 300])
-def test_shared_modes_are_those_of_the_pooled_covariance(dim: int) -> None:
-    counts = [30, 12, 50, 25]
+@pytest.mark.parametrize(("counts", "dim"), [([30, 12, 50, 25], 20), ([30, 12, 50, 25], 300), ([40] * 30, 200)])
+def test_shared_modes_are_those_of_the_pooled_covariance(counts: list[int], dim: int) -> None:
+    """In the last case there are enough rows for the pooled factor to be cut several times."""
     latents = make_latents(counts, dim)
-    modes = fit_class_modes(lambda y: latents[y], 4, rank=5, dim=dim)
-    pooled = sum((n - 1) * torch.cov(z.T) for n, z in zip(counts, latents, strict=True)) / (sum(counts) - 4)
-    top = torch.linalg.eigvalsh(pooled).flip(0)[:5]
-    assert torch.allclose(modes.shared_scales.double() ** 2, top, rtol=1e-4)
+    modes = fit(latents, rank=4)
+    pooled = sum((n - 1) * torch.cov(z.T) for n, z in zip(counts, latents, strict=True)) / (sum(counts) - len(counts))
+    top = torch.linalg.eigvalsh(pooled).flip(0)[:4]
+    torch.testing.assert_close(modes.shared_scales.double() ** 2, top, rtol=1e-3, atol=0)
     v = modes.shared_directions.double()
-    assert torch.allclose(v @ pooled @ v.T, torch.diag(top), atol=1e-4 * float(top[0]))
+    torch.testing.assert_close(v @ pooled @ v.T, torch.diag(top), atol=1e-3 * float(top[0]), rtol=0)
 
 
-def test_merging_many_classes_keeps_the_shared_modes() -> None:
-    latents = make_latents([40] * 30, dim=200)  # enough rows for the pooled factor to be cut several times
-    modes = fit_class_modes(lambda y: latents[y], 30, rank=4, dim=200)
-    pooled = sum(torch.cov(z.T) for z in latents) / 30
-    assert torch.allclose(modes.shared_scales.double() ** 2, torch.linalg.eigvalsh(pooled).flip(0)[:4], rtol=1e-3)
+def test_a_class_of_one_image_borrows_what_all_have() -> None:
+    latents = make_latents([1, 9, 2], dim=12)
+    modes = fit(latents, rank=3, borrow=True)
+    assert torch.equal(modes.directions[0], modes.shared_directions)
+    assert torch.equal(modes.scales[0], modes.shared_scales)
+    assert torch.equal(modes.mean[0], latents[0][0].float())
+    assert modes.counts.tolist() == [1, 9, 2]
+    pooled = (8 * torch.cov(latents[1].T) + torch.cov(latents[2].T)) / 9
+    torch.testing.assert_close(modes.variance()[0].double(), pooled.diagonal(), rtol=1e-5, atol=2 * REST_FLOOR)
+    assert torch.equal(fit(latents[1:], rank=3).directions, modes.directions[1:])
+    with pytest.raises(DataError, match="no class has two images"):
+        fit([z[:1] for z in latents], rank=3, borrow=True)
+    with pytest.raises(DataError, match="class 1 has 0 images"):
+        fit([latents[1], latents[1][:0]], rank=3, borrow=True)
 
 
-def test_large_problems_use_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_problems_are_decomposed_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = make_latents([80], dim=70)
-    exact = fit_class_modes(lambda y: latents[y], 1, rank=5, dim=70)
-    monkeypatch.setattr("glem_augment.latent.modes.MAX_EIGH", 40)
-    near = fit_class_modes(lambda y: latents[y], 1, rank=5, dim=70)
-    assert torch.allclose(near.scales, exact.scales, rtol=1e-4)
-    assert torch.allclose(near.directions, exact.directions, atol=1e-3)
-
-
-def test_sampling_has_the_moments_of_the_class() -> None:
-    latents = make_latents([6, 200], dim=8)
-    modes = fit_class_modes(lambda y: latents[y], 2, rank=3, dim=8)
-    g = torch.Generator().manual_seed(1)
-    n = 40_000
-    z = modes.sample(torch.ones(n, dtype=torch.int64), temperature=0.5, generator=g).double()
-    expected = (covariance(modes, 1) + torch.diag(modes.rest[1].double())) * 0.25
-    error = expected.diagonal().sqrt()
-    assert torch.all((z.mean(0) - modes.mean[1]).abs() < 5 * error / n**0.5)
-    assert torch.allclose(torch.cov(z.T), expected, atol=0.04 * float(expected.max()))
-    mixed = torch.tensor([0, 1, 0])
-    again = [modes.sample(mixed, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert torch.equal(*again)
-    assert torch.equal(modes.sample(mixed, temperature=0.0), modes.mean[mixed])
-
-
-def test_chunked_gathering_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    latents = make_latents([10, 12, 14], dim=16)
-    modes = fit_class_modes(lambda y: latents[y], 3, rank=4, dim=16)
-    y, c = torch.tensor([2, 0, 1, 1, 2]), torch.randn(5, 4)
-    kld = torch.rand(3, 3)
-    whole, (pooled, _) = modes.along(y, c), modes.near(kld, 1)
-    monkeypatch.setattr("glem_augment.latent.modes.GATHER_FLOATS", 100)
-    assert torch.allclose(modes.along(y, c), whole, atol=1e-6)
-    assert torch.allclose(modes.near(kld, 1)[0], pooled, atol=1e-6)
-
-
-def test_near_pools_a_class_with_its_closest() -> None:
-    counts = [5, 40, 40, 40]
-    latents = make_latents(counts, dim=16)
-    modes = fit_class_modes(lambda y: latents[y], 4, rank=16, dim=16)
-    line = torch.tensor([0.0, 1.0, 3.0, 10.0])
-    kld = (line[:, None] - line).square()
-    kld[0, 1] += 9.0  # one-sided: the symmetrised value still has class 1 closest to class 0, but not 0 to 1
-    assert nearest_classes(kld, 2).tolist() == [[1, 2], [2, 0], [1, 0], [2, 1]]
-    directions, scales = modes.near(kld, neighbours=1)
-    pooled = ((5 - 1) * torch.cov(latents[0].T) + 39 * torch.cov(latents[1].T)) / 43
-    got = directions[0].double().T @ torch.diag(scales[0].double() ** 2) @ directions[0].double()
-    assert torch.allclose(got, pooled, atol=1e-5)
-    # the rare class alone has 4 modes, with its neighbour all 16
-    assert int((modes.scales[0] > 0).sum()) == 4 and int((scales[0] > 0).sum()) == 16
-    alone, own_scales = modes.near(kld, neighbours=0)
-    assert torch.allclose(own_scales, modes.scales, atol=1e-6)
-    assert modes.near(kld, neighbours=99)[0].shape == directions.shape
-
-
-def test_neighbours_can_be_restricted() -> None:
-    kld = (torch.arange(4.0)[:, None] - torch.arange(4.0)).square()
-    near = nearest_classes(kld, 3, allowed=torch.tensor([True, False, False, True]))
-    assert near.shape == (4, 1) and near[0].tolist() == [3] and near[3].tolist() == [0]
-    assert nearest_classes(kld[:1, :1]).shape == (1, 0)
-
-
-def test_state_dict_round_trip() -> None:
-    latents = make_latents([4, 9], dim=6)
-    modes = fit_class_modes(lambda y: latents[y], 2, rank=3, dim=6)
-    other = ClassModes.empty(2, 3, 6)
-    other.load_state_dict(modes.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(modes.buffers(), other.buffers(), strict=True))
-    assert (other.num_classes, other.rank, other.dim) == (2, 3, 6) and other.counts.tolist() == [4, 9]
-    assert not list(other.parameters())
+    exact = fit(latents, rank=5)
+    monkeypatch.setattr(modes_module, "MAX_EIGH", 40)
+    state = torch.get_rng_state()
+    near, again = fit(latents, rank=5), fit(latents, rank=5)
+    assert torch.equal(near.directions, again.directions) and torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(near.scales, exact.scales, rtol=1e-4, atol=0)
+    torch.testing.assert_close(near.directions, exact.directions, atol=1e-3, rtol=0)
 
 
 def test_errors_name_the_class() -> None:
     good = torch.randn(4, 5)
     with pytest.raises(DataError, match="class 1 has 1 images"):
-        fit_class_modes(lambda y: good[: 4 - 3 * y], 2, rank=2, dim=5)
+        fit([good, good[:1]], rank=2)
     with pytest.raises(DataError, match="class 0 .*not finite"):
-        fit_class_modes(lambda y: good * float("nan"), 1, rank=2, dim=5)
-    with pytest.raises(ValueError, match=r"\[n, 6\]"):
-        fit_class_modes(lambda y: good, 1, rank=2, dim=6)
+        fit([good * float("nan")], rank=2)
     with pytest.raises(ValueError, match="rank"):
-        fit_class_modes(lambda y: good, 1, rank=0, dim=5)
-    modes = fit_class_modes(lambda y: good, 1, rank=99, dim=5)
-    assert modes.rank == 5  # never more than d
-    with pytest.raises(ValueError, match="kld_matrix"):
-        modes.near(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="noise"):
-        modes.sample_from_noise(torch.tensor([0]), torch.zeros(1, 3))
+        fit([good], rank=0)
+
+
+def test_leading_modes_keep_what_is_real_and_no_more() -> None:
+    """The least singular value that counts is 1e-5 of the largest."""
+    rows = torch.diag(torch.tensor([1.0, 1.1e-5, 0.9e-5, 0.0], dtype=torch.float64))
+    directions, values = leading_modes(rows, 4)
+    assert values.tolist() == pytest.approx([1.0, 1.1e-5])
+    assert torch.equal(directions, torch.eye(4, dtype=torch.float64)[:2])
+    directions, values = leading_modes(torch.zeros(3, 4, dtype=torch.float64), 2)
+    assert directions.shape == (0, 4) and values.shape == (0,)
+
+
+# ---- moves and samples -----------------------------------------------------------------------------------------------
+
+
+def test_moves_use_the_modes_of_each_rows_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = fit(make_latents([10, 12, 14], dim=16), rank=4)
+    y, c, delta = torch.tensor([2, 0, 1, 1, 2]), torch.randn(5, 4), torch.randn(5, 16)
+    v = modes.directions
+    moved = torch.stack([sum(c[i, m] * v[k, m] for m in range(4)) for i, k in enumerate(y.tolist())])
+    kept = torch.stack([v[k].T @ v[k] @ delta[i] for i, k in enumerate(y.tolist())])
+    for floats in (modes_module.GATHER_FLOATS, 130):  # all at once, and two rows at a time
+        monkeypatch.setattr(modes_module, "GATHER_FLOATS", floats)
+        torch.testing.assert_close(along_modes(c, y, v), moved)
+        torch.testing.assert_close(project_on_modes(delta, y, v), kept)
+        assert along_modes(c[:0], y[:0], v).shape == project_on_modes(delta[:0], y[:0], v).shape == (0, 16)
+    alone = project_on_modes(delta[3:4], y[3:4], v), along_modes(c[3:4], y[3:4], v)
+    assert torch.equal(alone[0][0], project_on_modes(delta, y, v)[3])
+    assert torch.equal(alone[1][0], along_modes(c, y, v)[3])
+    shared = modes.shared_directions
+    torch.testing.assert_close(along_modes(c, y, shared), c @ shared)
+    torch.testing.assert_close(project_on_modes(delta, y, shared), delta @ shared.T @ shared)
+
+
+def test_samples_have_the_moments_of_the_class() -> None:
+    modes = fit(make_latents([6, 200], dim=8), rank=3)
+    n = 40_000
+    z = modes.sample(torch.ones(n, dtype=torch.int64), 0.5, torch.Generator().manual_seed(1)).double()
+    expected = (covariance(modes.directions[1], modes.scales[1]) + torch.diag(modes.rest[1].double())) * 0.25
+    assert torch.all((z.mean(0) - modes.mean[1]).abs() < 5 * expected.diagonal().sqrt() / n**0.5)
+    error = ((expected.diagonal()[:, None] * expected.diagonal() + expected**2) / n).sqrt()
+    assert torch.all((torch.cov(z.T) - expected).abs() < 5 * error)
+    mixed = torch.tensor([0, 1, 0])
+    again = [modes.sample(mixed, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*again)
+    assert torch.equal(modes.sample(mixed, temperature=0.0), modes.mean[mixed])
+    for bad in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            modes.sample(mixed, bad)
+
+
+def test_state_dict_round_trip() -> None:
+    modes = fit(make_latents([4, 9], dim=6), rank=3)
+    other = ClassModes(2, 3, 6)
+    other.load_state_dict(modes.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(modes.buffers(), other.buffers(), strict=True))
+    assert not list(other.parameters())
+    names = ["mean", "directions", "scales", "rest", "counts", "shared_directions", "shared_scales"]
+    assert list(modes.state_dict()) == names  # of saved models
