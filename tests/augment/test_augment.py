@@ -16,7 +16,6 @@ from glem_augment.augment.labels import is_pure, smoothing_floor
 from glem_augment.augment.moves import _fixed_set, _on_modes, drawn_partners, rows_to_encode
 from glem_augment.augment.params import AugmentParams
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.latent.modes import _gathered, per_class
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
@@ -366,21 +365,6 @@ def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM, bas
     assert c[:, 6:].abs().max() < 1e-5 and torch.allclose(c[:, :6].mean(0), torch.zeros(6), atol=0.01)
     correlation = torch.corrcoef(c[:, :6].T) - torch.eye(6)
     assert correlation.abs().max() < 0.07
-
-
-def test_accelerators_gather_what_the_cpu_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    g = torch.Generator().manual_seed(0)
-    directions = torch.randn(5, 3, 20, generator=g)
-    y = torch.tensor([4, 0, 4, 2, 4, 0, 1])
-    for function, width in ((torch.matmul, 3), (_on_modes, 20)):
-        rows = torch.randn(7, width, generator=g)
-        expected = torch.stack([function(row[None], directions[c])[0] for row, c in zip(rows, y, strict=True)])
-        assert torch.allclose(per_class(function, rows, y, directions), expected, atol=1e-5)
-        for floats in (2**20, 2 * 60, 1):
-            monkeypatch.setattr("glem_augment.latent.modes.GATHER_FLOATS", floats)
-            gathered = _gathered(function, rows, y, directions, torch.empty(7, 20))
-            assert torch.allclose(gathered, expected, atol=1e-5)
-    assert per_class(torch.matmul, rows[:0, :3], y[:0], directions).shape == (0, 20)
 
 
 def test_the_rows_to_encode_hold_every_row_and_partner() -> None:
