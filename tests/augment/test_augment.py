@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.augment.labels import is_pure, smoothing_floor
-from glem_augment.augment.moves import _fixed_set, _on_modes, drawn_partners, rows_to_encode
+from glem_augment.augment.moves import _fixed_set, drawn_partners, rows_to_encode
 from glem_augment.augment.params import AugmentParams
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.model.glem import GLEM
