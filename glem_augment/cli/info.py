@@ -7,7 +7,6 @@ from typing import Any
 
 from glem_augment.cli.common import add_model, finite, print_json
 from glem_augment.cli.main import new_parser
-from glem_augment.hub import files as hub
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
@@ -39,16 +38,15 @@ def run(args: argparse.Namespace) -> int:
 
 def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
-    found = hub.find(name)
-    folder = found.folder
-    # By commit, so that both look at the same files even while somebody is pushing.
-    model = GLEM.from_pretrained(name if found.origin is None else f"hf-hub:{found.origin}")
-    config = model.config
+    model = GLEM.from_pretrained(name)
+    assert model.origin_file is not None
+    folder, config = model.origin_file.parent, model.config
+    repo, _, commit = (model.origin or "").partition("@")
     return finite(
         {
             "model": name,
             "folder": str(folder),
-            "hub": None if found.origin is None else {"repo": found.repo_id, "commit": found.commit},
+            "hub": {"repo": repo, "commit": commit} if model.origin else None,
             "image_shape": list(model.image_shape),
             "bits": model.bits,
             "flow": config.flow,

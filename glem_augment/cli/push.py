@@ -59,34 +59,39 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from glem_augment.hub.push import check_repository_folder, push_model, write_repository
-    from glem_augment.hub.upload import check_name
+    from glem_augment.hub.upload import check_name, check_new_folder, write_repository
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     # Before the model is loaded, which may take a download: these can be wrong.
     check_name(args.repo)
-    facts = CardFacts(args.license, args.license_name, args.license_link, args.dataset, args.metrics)
+    facts: dict[str, Any] = {
+        "license": args.license,
+        "license_name": args.license_name,
+        "license_link": args.license_link,
+        "datasets": args.dataset,
+        "metrics": args.metrics,
+    }
     samples = not args.no_samples
     folder = None if args.dry_run is None else expand(args.dry_run)
     if folder is not None:
-        check_repository_folder(folder)
+        check_new_folder(folder)
     model = GLEM.from_pretrained(args.model)
     if folder is not None:
-        files = write_repository(model, folder, args.repo, facts, samples)
+        files = write_repository(model, folder, args.repo, CardFacts(**facts), samples)
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return 0
-    repo, commit = push_model(
-        model,
+    commit = model.push_to_hub(
         args.repo,
-        facts=facts,
+        **facts,
         commit_message=args.message,
         private=args.private,
         revision=args.revision,
         create_pr=args.create_pr,
         samples=samples,
     )
+    repo = commit.repo_url.repo_id
     print_json(
         {
             "repo": repo,

@@ -1,370 +1,143 @@
-"""Reading a model from the Hub: its files at one commit, and proof that they arrived whole.
+"""Downloading a model: `config.json` and `model.safetensors` as of one commit, checked on arrival.
 
-The client (``huggingface_hub``) brings the cache, the tokens, the retries and the environment variables. Added here:
-both files come from one commit, the config is judged before the weights are fetched, and every file is compared with
-its checksum on every load, since the client compares sizes alone.
+The client `huggingface_hub` provides the cache, tokens, retries and offline mode. Two checks are added. The config is
+judged before the weights are fetched, so that nobody waits for the weights of another library. The weights are
+compared with the SHA-256 that the Hub states, since the client compares sizes only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from glem_augment.errors import ModelFileError
-from glem_augment.hub.errors import Kind, classify, endpoint, explain
-from glem_augment.hub.names import HubError, HubName
-from glem_augment.io import atomic_write, expand, write_json
+from glem_augment.hub.files import LIBRARY, PREFIX, HubError, HubName, hub_errors, parse_name
+from glem_augment.io import expand
+from glem_augment.model.config import MAX_CONFIG_BYTES
+from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 
-LIBRARY = "glem-augment"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+__all__ = ["download_model"]
+
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A folder with a repository's files as of one commit."""
-
-    folder: Path
-    repo_id: str
-    commit: str
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """What the Hub says about a revision: size and checksum of each file, None where it says nothing."""
-
-    commit: str
-    library: str | None
-    files: dict[str, tuple[int | None, str | None]] | None = field(default=None)
-
-
-def library_version() -> str:
-    from glem_augment import __version__
-
-    return __version__
-
-
-def usable_token(token: str | bool | None, repo_id: str) -> str | bool | None:
-    """``token`` as it can be sent: what is read from a file ends in a line break.
-
-    Raises:
-        HubError: it can't be one; the message does not show it.
-    """
-    if not isinstance(token, str):
-        return token
-    token = token.strip()
-    if re.fullmatch(r"[!-~]+", token) is None:
-        what = "holds characters that no token has (blanks, line breaks or others than ASCII)" if token else "is empty"
-        raise HubError(f"the token for {repo_id!r} {what}: pass it as the Hub shows it, or leave it out")
-    return token
-
-
-def fetch(
-    name: HubName,
-    files: tuple[str, str],
-    check: Callable[[Path], Any],
+def download_model(
+    text: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
-) -> Snapshot:
-    """Bring ``files`` of a repository into the cache, or find them there.
+) -> tuple[Path, str]:
+    """Download a model, or find it in the cache.
 
     Args:
-        name: what to fetch; without a revision, the head of ``main``.
-        files: names of the config and of the weights.
-        check: called with the folder once the config is there; raises ModelFileError where this is not our model, so
-            that nobody waits for the weights of another library.
-        cache_dir: in place of the client's own cache (HF_HOME).
-        token: of the user, True for the stored one, False for none; None: the stored one if there is one.
+        text: `org/name` or `org/name@revision`, with or without `hf-hub:` before it.
+        revision: a branch, tag or commit hash, if it is not part of the name; by default the head of `main`.
+        cache_dir: the cache folder, by default the client's own (`HF_HOME`).
+        token: a token, True for the stored one, False for none; None means the stored one if there is one.
 
     Returns:
-        The folder, with both files from one commit, each with the checksum that the Hub states. Where an update can't
-        be fetched, that of the commit that the cache had before, with a warning.
+        The folder with both files, and `org/name@commit`, under which exactly these files can be loaded again.
 
     Raises:
-        HubError: see `_hub_errors.Kind`; a ModelFileError naming repository, revision and fix.
-        ModelFileError: from ``check``, with the repository's name before it.
+        ModelFileError: the text is no name on the Hub. Its subclass `HubError`: the files can't be had, arrived
+            damaged, or are not those of a model that this library can read.
     """
-    client = _Client(name, cache_dir, usable_token(token, name.repo_id))
-    listing = None if client.pinned_in_cache(files) else client.ask(files)
-    if listing is not None and listing.files is not None:
-        _check_listing(name, listing, files)
-    if listing is None:
-        return client.snapshot(files, name.revision, check)
-    # By the commit: asked for by the name of a branch, the first file would move that name in the cache at once, and an
-    # update that fails half-way would leave no model under it.
-    try:
-        got = client.snapshot(files, listing.commit, check, listing)
-    except HubError as error:
-        # What has a cause is the transfer's; what came whole and is no good model is refused.
-        if error.__cause__ is None or not client.has_earlier(files, listing.commit):
-            raise
-        _log.warning("%s; using the copy in the cache", error)
-        client.local_only = True
-        return client.snapshot(files, name.revision, check)
-    client.point_to(got)
-    return got
+    name = _name(text, revision)
+    # A mistyped folder looks like a name on the Hub.
+    hint = "" if os.fspath(text).startswith(PREFIX) else f" (and there is no folder {os.fspath(text)!r} here)"
+    cache = None if cache_dir is None else str(expand(cache_dir))
 
-
-class _Client:
-    """One repository through the client, with one cache and one token."""
-
-    def __init__(self, name: HubName, cache_dir: str | os.PathLike[str] | None, token: str | bool | None) -> None:
-        self.name = name
-        self.cache_dir = None if cache_dir is None else str(expand(cache_dir))
-        self.token = token
-        # Set where the Hub could not be reached but the cache has everything: asking again would only take time.
-        self.local_only = False
-
-    def cached(self, filename: str, revision: str | None) -> Path | None:
-        found = try_to_load_from_cache(self.name.repo_id, filename, self.cache_dir, revision)
-        return Path(found) if isinstance(found, str) else None
-
-    def has_earlier(self, files: tuple[str, str], commit: str) -> bool:
-        """Whether the cache has a model under the name, of another commit than this one."""
-        paths = [self.cached(filename, self.name.revision) for filename in files]
-        return all(path is not None and path.parent.name != commit for path in paths)
-
-    def pinned_in_cache(self, files: tuple[str, str]) -> bool:
-        """A commit never changes: with both files and their checksums at hand, nothing needs to be asked."""
-        if self.name.revision is None or _COMMIT.fullmatch(self.name.revision) is None:
-            return False
-        paths = [self.cached(filename, self.name.revision) for filename in files]
-        return all(path is not None and _checksum_in_cache(path) is not None for path in paths)
-
-    def ask(self, files: tuple[str, str]) -> _Listing | None:
-        """Commit, files and checksums in one request. None where the Hub does not say, but the cache or the client's
-        own retries may still help."""
-        try:
-            info = HfApi(library_name=LIBRARY, library_version=library_version()).model_info(
-                self.name.repo_id,
-                revision=self.name.revision,
-                files_metadata=True,
-                token=self.token,
-                timeout=constants.HF_HUB_ETAG_TIMEOUT,
-            )
-            return _listing(info)
-        except Exception as error:  # the client's errors depend on its version and on the HTTP library below it
-            kind, link = classify(error)
-            if kind is Kind.OFFLINE:
-                self.local_only = True
-                return None
-            if kind in (Kind.BAD_NAME, Kind.NO_REVISION, Kind.NO_TOKEN):
-                raise explain(error, *self._what()) from error
-            if all(self.cached(filename, self.name.revision) for filename in files):
-                _log.warning("%s; using the copy in the cache", explain(error, *self._what(), cached=True))
-                self.local_only = True
-                return None
-            if kind in (Kind.GATED, Kind.NO_REPOSITORY, Kind.NETWORK):
-                raise explain(error, *self._what()) from error
-            return None
-
-    def snapshot(
-        self,
-        files: tuple[str, str],
-        revision: str | None,
-        check: Callable[[Path], Any],
-        listing: _Listing | None = None,
-    ) -> Snapshot:
-        """Both files, of one commit, with ``check`` between them; see `fetch`."""
-        config_name, weights_name = files
-        config = self.file(config_name, revision, listing)
-        commit = config.parent.name
-        try:
-            check(config.parent)
-        except ModelFileError as error:
-            made_by = f" (its card says: library {listing.library})" if listing and _foreign(listing) else ""
-            raise HubError(f"{self.name.repo_id}@{commit} can't be used{made_by}: {error}") from None
-        self.file(weights_name, commit, listing)
-        return Snapshot(config.parent, self.name.repo_id, commit)
-
-    def point_to(self, got: Snapshot) -> None:
-        """Let the branch or tag in the cache stand for what was fetched, as the client does with what it is asked for
-        by such a name. Not through the client: it would ask again, and the branch may have moved on."""
-        revision = self.name.revision or constants.DEFAULT_REVISION
-        ref = got.folder.parent.parent / "refs" / revision
-        with suppress(OSError):  # a cache that can only be read
-            if revision != got.commit and not (ref.is_file() and ref.read_text() == got.commit):
-                with atomic_write(ref, "w") as file:
-                    file.write(got.commit)
-
-    def file(self, filename: str, revision: str | None, listing: _Listing | None) -> Path:
-        """One file in the cache, with the right checksum.
-
-        A transfer that was damaged on the way is made once more; what is still wrong then is removed from the cache.
-        """
-        path = self._download(filename, revision)
-        wanted = _checksum(path, listing)
-        if wanted is None or _has_checksum(path, wanted):
-            return path
-        what = f"{filename} of {self.name.repo_id!r} at revision {path.parent.name}"
-        if self.local_only or constants.HF_HUB_OFFLINE:
-            raise HubError(f"{what} is damaged ({path}): load it again while online")
-        _log.warning("%s does not have the checksum that the Hub states; downloading it again", what)
-        before = _sha256(path)
-        try:
-            # Without symbolic links, as on Windows, the client keeps what stands there.
-            if not path.is_symlink():
-                with suppress(OSError):  # a cache that can only be read
-                    path.unlink()
-            path = self._download(filename, path.parent.name, force=True)
-        except HubError as error:
-            raise HubError(f"{what} is damaged ({path}), and could not be fetched again: {error}") from error
-        if _has_checksum(path, wanted):
-            return path
-        if listing is not None and listing.files is None and _sha256(path) == before:
-            # A server that states no checksums, and whose ETags look like some but are none: twice the same bytes.
-            _log.warning("%s can't be compared with a checksum: %s states none", what, endpoint())
-            _Etags(path).add(before)
-            return path
-        _discard(path)
-        raise HubError(
-            f"{what} does not have the checksum {wanted[:12]}... that the Hub states, in two downloads: "
-            "nothing was loaded, and it was removed from the cache; try again later, or over another connection"
+    def fetch(file: str, revision: str | None) -> Path:
+        return Path(
+            hf_hub_download(name.repo_id, file, revision=revision, cache_dir=cache, token=token, library_name=LIBRARY)
         )
 
-    def _download(self, filename: str, revision: str | None, force: bool = False) -> Path:
+    with hub_errors(name, hint=hint):
+        files = None if _is_pinned_and_cached(name, cache) else _ask(name, token)
+        if files is None:
+            commit = fetch(CONFIG, name.revision).parent.name
+        else:
+            commit = files.sha
+            _check_listing(name, files)
+        found = HubName(name.repo_id, commit)
+        folder = fetch(CONFIG, commit).parent
         try:
-            path = hf_hub_download(
-                self.name.repo_id,
-                filename,
-                revision=revision,
-                cache_dir=self.cache_dir,
-                token=self.token,
-                force_download=force,
-                local_files_only=self.local_only and not constants.HF_HUB_OFFLINE,
-                library_name=LIBRARY,
-                library_version=library_version(),
-            )
-        except Exception as error:  # see `ask`
-            raise explain(error, *self._what(), cache_dir=self.cache_dir) from error
-        return Path(path)
-
-    def _what(self) -> tuple[str, str | None]:
-        return self.name.repo_id, self.name.revision
+            read_config(folder)
+        except ModelFileError as error:
+            raise HubError(f"{found} can't be used: {error}") from None
+        weights = fetch(WEIGHTS, commit)
+        if files is not None:
+            _check_weights(found, weights, _entry(files, WEIGHTS))
+            # Only now does the name stand for this commit in the cache. An update that fails half-way leaves the
+            # earlier model there for offline use.
+            fetch(CONFIG, name.revision)
+    return folder, str(found)
 
 
-def _listing(info: Any) -> _Listing | None:
-    if not isinstance(info.sha, str) or _COMMIT.fullmatch(info.sha) is None:
-        return None
-    if not info.siblings:
-        return _Listing(info.sha, info.library_name)
-    files: dict[str, tuple[int | None, str | None]] = {}
-    for entry in info.siblings:
-        lfs = entry.lfs
-        sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
-        files[entry.rfilename] = entry.size, sha256 or entry.blob_id
-    return _Listing(info.sha, info.library_name, files)
+def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
+    name = parse_name(text) if isinstance(text, str) else None  # a path always means a folder
+    if name is None:
+        raise ModelFileError(
+            f"no model at {os.fspath(text)!r}: give a folder with {WEIGHTS} and {CONFIG}, org/name on the Hub, or "
+            f"bundled:{'|'.join(bundled_models())}"
+        )
+    if revision is not None and name.revision not in (None, revision):
+        raise ModelFileError(f"{text!r} and revision={revision!r} name different revisions: give one of them")
+    return HubName(name.repo_id, revision or name.revision)
 
 
-def _check_listing(name: HubName, listing: _Listing, files: tuple[str, str]) -> None:
-    from glem_augment.model.config import MAX_CONFIG_BYTES
-
-    assert listing.files is not None
-    for filename in files:
-        if filename not in listing.files:
-            has = ", ".join(sorted(listing.files)[:8]) or "no files"
-            made_by = f"; its card says: library {listing.library}" if _foreign(listing) else ""
-            raise HubError(
-                f"{name.repo_id!r} at revision {name.revision or 'main'!r} has no {filename}, so it holds no model of "
-                f"{LIBRARY} ({has}{made_by}): check the name"
-            )
-    size = listing.files[files[0]][0]
-    if size is not None and size > MAX_CONFIG_BYTES:
-        raise HubError(f"{name.repo_id!r}: {files[0]} has {size} bytes, more than a model's config can need")
+def _is_pinned_and_cached(name: HubName, cache: str | None) -> bool:
+    """A commit never changes: if both of its files are in the cache, there is nothing to ask."""
+    return re.fullmatch(r"[0-9a-f]{40}", name.revision or "") is not None and all(
+        isinstance(try_to_load_from_cache(name.repo_id, file, cache, name.revision), str) for file in (CONFIG, WEIGHTS)
+    )
 
 
-def _foreign(listing: _Listing | None) -> bool:
-    return listing is not None and listing.library not in (None, LIBRARY)
-
-
-# ---- checksums ---------------------------------------------------------------------------------------------------
-
-
-def _checksum(path: Path, listing: _Listing | None) -> str | None:
-    """What the Hub states for a file in the cache, as hexadecimal; None where it is not known here."""
-    stated = None
-    if listing is not None and listing.files is not None and listing.commit == path.parent.name:
-        stated = listing.files.get(path.name, (None, None))[1]
-    return stated if stated is not None and _is_checksum(stated) else _checksum_in_cache(path)
-
-
-def _checksum_in_cache(path: Path) -> str | None:
-    """The client names a blob by its ETag: the SHA-256 of a large file, git's SHA-1 of any other. A snapshot links to
-    it, except where the system has no symbolic links."""
+def _ask(name: HubName, token: str | bool | None) -> ModelInfo | None:
+    """The commit of the revision with sizes and checksums of its files; None where the Hub gives no answer."""
     try:
-        name = os.path.basename(os.readlink(path))
-    except OSError:
+        return HfApi(library_name=LIBRARY).model_info(
+            name.repo_id,
+            revision=name.revision,
+            files_metadata=True,
+            token=token,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception as error:  # offline, unreachable or failing: the cache may have the model
+        if not constants.HF_HUB_OFFLINE:
+            _log.warning("the Hub gave no answer for %s (%s); looking in the cache", name, type(error).__name__)
         return None
-    return _Etags(path).get(name) if _is_checksum(name) else None
 
 
-class _Etags:
-    """What has been learned about a server whose ETags are no checksums: a file in the repository's cache folder with
-    the SHA-256 that belongs to each, so that damage is still found.
-
-    Args:
-        path: of a file in a snapshot.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, path.parent.parent.parent / "glem-etags.json"
-
-    def _read(self) -> dict[str, str]:
-        try:
-            table = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return table if isinstance(table, dict) else {}
-
-    def get(self, etag: str) -> str:
-        known = self._read().get(etag)
-        return known if isinstance(known, str) and _is_checksum(known) else etag
-
-    def add(self, sha256: str) -> None:
-        with suppress(OSError):  # no links here, or a cache that can only be read
-            write_json(self.file, {**self._read(), os.path.basename(os.readlink(self.path)): sha256})
+def _entry(files: ModelInfo, filename: str) -> RepoSibling | None:
+    return next((entry for entry in files.siblings or () if entry.rfilename == filename), None)
 
 
-def _is_checksum(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+def _check_listing(name: HubName, files: ModelInfo) -> None:
+    """Refuse what is no model of this library before anything is downloaded."""
+    config, weights = _entry(files, CONFIG), _entry(files, WEIGHTS)
+    if config is None or weights is None:
+        has = ", ".join(sorted(entry.rfilename for entry in files.siblings or ())[:8]) or "no files"
+        raise HubError(f"{name} has no {CONFIG} with {WEIGHTS}, so it holds no model of {LIBRARY} ({has})")
+    if config.size is not None and config.size > MAX_CONFIG_BYTES:
+        raise HubError(f"{name}: {CONFIG} has {config.size} bytes, more than a model's config can need")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _has_checksum(path: Path, wanted: str) -> bool:
-    size = path.stat().st_size
-    if len(wanted) == 64:
-        digests = [hashlib.sha256()]
-    else:
-        # git hashes a header with the content; servers other than the Hub may leave it out.
-        digests = [hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), hashlib.sha1(usedforsecurity=False)]
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            for digest in digests:
-                digest.update(part)
-    return wanted in [digest.hexdigest() for digest in digests]
-
-
-def _discard(path: Path) -> None:
-    """Take a file out of the cache: the snapshot's link, and the blob of this repository that it points to."""
-    with suppress(OSError):
-        blob = path.parent / os.readlink(path) if path.is_symlink() else None
-        path.unlink()
-        if blob is not None:
-            blob.unlink()
+def _check_weights(found: HubName, weights: Path, entry: RepoSibling | None) -> None:
+    """Compare the weights with the SHA-256 that the Hub states for large files."""
+    stated = None if entry is None or entry.lfs is None else entry.lfs.sha256
+    if stated is None or hashlib.sha256(weights.read_bytes()).hexdigest() == stated:
+        return
+    weights.resolve().unlink()  # the snapshot holds a link to it
+    weights.unlink(missing_ok=True)
+    raise HubError(f"{WEIGHTS} of {found} arrived damaged and was removed from the cache: load it again")

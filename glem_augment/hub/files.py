@@ -1,106 +1,118 @@
-"""Models by name: folders on this machine, and repositories on the Hub."""
+"""Names of models on the Hub, and the one place where errors of the Hub's client become errors of this library."""
 
 from __future__ import annotations
 
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from glem_augment.errors import ModelFileError
-from glem_augment.hub.names import PREFIX, HubError, HubName, parse_name
-from glem_augment.io import expand
-from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, local_folder, read_config
+from huggingface_hub import constants
+from huggingface_hub import errors as client
+
+from glem_augment.errors import GLEMError, ModelFileError
+
+__all__ = ["LIBRARY", "PREFIX", "HubError", "HubName", "hub_errors", "parse_name"]
+
+LIBRARY, PREFIX = "glem-augment", "hf-hub:"
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
+
+
+class HubError(ModelFileError):
+    """The Hub could not be read from or written to: no network, no such repository, no access, a damaged download."""
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where a model's files are.
+class HubName:
+    """A repository `org/name` and, if one was given, a branch, tag or commit hash."""
 
-    Attributes:
-        folder: with ``model.safetensors`` and ``config.json``.
-        repo_id, commit: of the Hub repository that they were downloaded from; None for files of this machine.
-    """
+    repo_id: str
+    revision: str | None = None
 
-    folder: Path
-    repo_id: str | None = None
-    commit: str | None = None
-
-    @property
-    def origin(self) -> str | None:
-        """``org/name@commit``, a name under which exactly these files can be loaded again; None if not from the Hub."""
-        return None if self.repo_id is None else f"{self.repo_id}@{self.commit}"
+    def __str__(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
 
 
-def locate(
-    name: str | Path,
-    *,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-) -> Path:
-    """The folder of a model, downloaded first where it is on the Hub; see :func:`find`."""
-    return find(name, cache_dir=cache_dir, token=token, revision=revision).folder
-
-
-def find(
-    name: str | Path,
-    *,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-) -> Located:
-    """A model by name, wherever it is. The one place where names of models are understood.
-
-    Args:
-        name: tried in this order: ``bundled:<name>``; ``hf-hub:org/name`` (always the Hub); a folder on disk, also one
-            that is called like a repository on the Hub; ``org/name`` on the Hub. The Hub's names may end in
-            ``@revision``: a branch, a tag, or a commit hash. A ``Path`` always means a folder.
-        cache_dir: for downloads, in place of the Hub client's own cache (``HF_HOME``).
-        token: for private and gated repositories; True: the stored one, False: none, None: the stored one if any.
-        revision: the same as ``@revision`` in the name.
+def parse_name(text: str) -> HubName | None:
+    """Read `org/name` or `org/name@revision`, with or without `hf-hub:` before it; None for any other text.
 
     Raises:
-        HubError: a ModelFileError: no network, no such repository or revision, no access, a damaged download, ...
-        ModelFileError: no such bundled model or folder, or a file missing in it; the message says what is there.
+        HubError: `hf-hub:` is followed by something else.
     """
-    text = str(name)
-    folder = None if text.startswith(PREFIX) else local_folder(name)
-    if folder is None:
-        remote = _remote_name(name, revision)
-        if remote is None:
-            raise ModelFileError(
-                f"no model at {text!r}: give a folder with {WEIGHTS} and {CONFIG}, org/name on the Hub, or bundled:"
-                f"{'|'.join(bundled_models()) or 'NAME'}"
-            )
-        # A mistyped folder looks like a name on the Hub.
-        mistyped = "" if text.startswith(PREFIX) else f" (and there is no folder {str(expand(text))!r} here)"
-        return _download(remote, mistyped, cache_dir, token)
-    if revision is not None:
-        raise ModelFileError(
-            f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write hf-hub:org/name"
-        )
-    return Located(folder)
+    repo_id, at, revision = text.removeprefix(PREFIX).partition("@")
+    # A few old repositories have no owner. They can only be named with the prefix.
+    pattern = f"({_WORD}/)?{_WORD}" if text.startswith(PREFIX) else f"{_WORD}/{_WORD}"
+    if re.fullmatch(pattern, repo_id) and (not at or re.fullmatch(r"[^\s@]+", revision)):
+        return HubName(repo_id, revision or None)
+    if text.startswith(PREFIX):
+        raise HubError(f"{text!r} is no name on the Hub: write {PREFIX}org/name or {PREFIX}org/name@revision")
+    return None
 
 
-def _remote_name(name: str | Path, revision: str | None) -> HubName | None:
-    """The name on the Hub that is meant, or None for a folder."""
-    if isinstance(name, Path):
-        return None
-    remote = parse_name(name)
-    if remote is None or revision is None:
-        return remote
-    if remote.revision not in (None, revision):
-        raise ModelFileError(f"{name!r} and revision={revision!r} name different revisions: give one of them")
-    return HubName(remote.repo_id, revision)
+@contextmanager
+def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Iterator[None]:
+    """Turn any error of the Hub's client inside the `with` block into a HubError of one sentence.
 
-
-def _download(name: HubName, mistyped: str, cache_dir: str | Path | None, token: str | bool | None) -> Located:
-    from glem_augment.hub.download import fetch
-    from glem_augment.hub.errors import Kind, classify
-
+    Args:
+        name, repo_type: the repository and revision in question; the message names them.
+        hint: text to add where the name may have been meant for something else than a repository.
+    """
     try:
-        got = fetch(name, (CONFIG, WEIGHTS), read_config, cache_dir, token)
-    except HubError as error:
-        if not mistyped or classify(error)[0] not in (Kind.NO_REPOSITORY, Kind.NETWORK, Kind.OFFLINE):
-            raise
-        raise HubError(f"{error}{mistyped}") from error
-    return Located(got.folder, got.repo_id, got.commit)
+        yield
+    except GLEMError:
+        raise
+    except Exception as error:  # the client's errors depend on its version and on the HTTP library below it
+        raise HubError(_without_secrets(_explain(error, name, repo_type, hint))) from error
+
+
+def _explain(error: Exception, name: HubName, repo_type: str, hint: str) -> str:
+    host, revision = constants.ENDPOINT, name.revision or "main"
+    at = f"{name.repo_id!r} at revision {revision!r}"
+    causes = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    # The order matters: a gated repository is also "not found", and offline mode is also a connection error.
+    if caused_by(client.GatedRepoError):
+        return f"{at} is gated: ask for access at {host}/{name.repo_id}, then {_LOG_IN}"
+    if caused_by(client.RepositoryNotFoundError):
+        return (
+            f"there is no {repo_type} repository {name.repo_id!r} on {host}, or it is private and the token, if any, "
+            f"does not open it: check the name, or {_LOG_IN}{hint}"
+        )
+    if caused_by(client.RevisionNotFoundError):
+        return f"{name.repo_id!r} has no revision {revision!r}: give a branch, a tag or a full commit hash"
+    if caused_by(client.OfflineModeIsEnabled):
+        return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE{hint}"
+    if caused_by(client.HFValidationError):
+        return f"{name.repo_id!r} is no name of a repository: {error}"
+    if any("consistency check failed" in str(cause).lower() for cause in causes):
+        return f"the transfer of {at} was cut off: try again"
+    answer = next((cause for cause in causes if _status(cause)), None)
+    if answer is None and caused_by(ConnectionError, TimeoutError, socket.gaierror):
+        return f"{host} can't be reached for {at} ({error}): check the connection, the proxy and HF_ENDPOINT{hint}"
+    access = f" (use a token with access, or {_LOG_IN})" if answer and _status(answer) in (401, 403) else ""
+    return f"{host} failed for {at}: {answer or error}{access}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that the Hub answered with, if the error holds an answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _without_secrets(text: str) -> str:
+    """The text on one line, without tokens, passwords in addresses, and queries (the signatures of download links)."""
+    text = re.sub(r"(?<=://)[^\s/?#'\"]*@", "", text)
+    text = re.sub(r"\?[^\s'\"()]*=[^\s'\"()]*", "", text)
+    text = re.sub(r"\bhf_\w+", "hf_...", re.sub(r"Bearer \S+", "Bearer ...", text))
+    return " ".join(text.split())

@@ -133,10 +133,9 @@ class GLEM(ImageFlow):
         """
         folder, origin = local_folder(name), None
         if folder is None:
-            from glem_augment.hub.files import find
+            from glem_augment.hub.download import download_model
 
-            found = find(name, cache_dir=cache_dir, token=token, revision=revision)
-            folder, origin = found.folder, found.origin
+            folder, origin = download_model(name, revision=revision, cache_dir=cache_dir, token=token)
         elif revision is not None:
             raise ModelFileError(
                 f"{os.fspath(name)!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
@@ -158,7 +157,7 @@ class GLEM(ImageFlow):
 
         Args:
             repo_id: `org/name`; made if missing.
-            options: `private`, `token`, `revision`, `create_pr`, `license` and others, see `hub.push.push_to_hub`.
+            options: `private`, `token`, `revision`, `create_pr`, `license` and others, see `hub.upload.push_to_hub`.
 
         Returns:
             `huggingface_hub.CommitInfo`; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
@@ -166,7 +165,7 @@ class GLEM(ImageFlow):
         Raises:
             HubError: no network, no permission, ...; nothing has been committed then.
         """
-        from glem_augment.hub.push import push_to_hub
+        from glem_augment.hub.upload import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 

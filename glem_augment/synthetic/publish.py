@@ -1,57 +1,53 @@
-"""Publishing synthetic images: a data set on the Hub that ``datasets.load_dataset`` reads, with a card that says how
-it was made.
+"""Publishing synthetic images: a data set on the Hub that `datasets.load_dataset` reads, with a card that says how it
+was made; and the same layout in WebDataset shards as an export to a folder.
 
-Small sets are an image folder (``data/train/<class>/NNNNNN.png`` and ``metadata.jsonl``). The Hub takes no more than
-10,000 files in a folder and 25,000 in a commit, so that larger ones are WebDataset shards (``data/train-*.tar``).
+Small sets are an image folder (`data/train/<class>/NNNNNN.png` with `metadata.jsonl`). The Hub takes at most 10,000
+files in a folder and 25,000 in a commit, so larger ones are WebDataset shards (`data/train-*.tar`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import hashlib
+import io
 import json
-import logging
 import os
 import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from glem_augment.checks import check_choice
 from glem_augment.errors import DataError
-from glem_augment.hub import files as hub
-from glem_augment.hub.cards import CardFacts
+from glem_augment.hub.cards import GENERATED, CardFacts, data_name, escape, trained_on
+from glem_augment.hub.files import LIBRARY
+from glem_augment.hub.upload import CARD, commit_folder, open_repository, warn_without_licence, write_card
 from glem_augment.io import atomic_write, write_json
-from glem_augment.locks import abandoned, marked
-from glem_augment.model.weights import WEIGHTS, weights_sha256
-from glem_augment.synthetic.dataset_card import dataset_card
+from glem_augment.locks import alone_in
+from glem_augment.model.glem import GLEM
+from glem_augment.model.weights import weights_sha256
+from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import as_png, check_space, naming
-from glem_augment.synthetic.manifest import read_manifest
-from glem_augment.synthetic.provenance import PROVENANCE, class_folders, licence_note, settings_of
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
-    from glem_augment.model.glem import GLEM
-    from glem_augment.synthetic.dataset import SyntheticDataset
+from glem_augment.synthetic.manifest import image_name, read_manifest
+from glem_augment.synthetic.provenance import PROVENANCE, REAL_IMAGES, class_folders, licence_note, provenance
 
 __all__ = ["FORMATS", "check_shards_folder", "export_shards", "push_dataset", "write_dataset"]
 
 FORMATS = ("imagefolder", "webdataset")
-# Of the Hub, and of one folder in one of its repositories.
+# Limits of the Hub for one commit, and for one folder of a repository.
 MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
-# Images of a shard, at most. A loader gives each worker whole shards, and workers beyond their number nothing, so there
-# are this many, where each then has some images.
-SHARD, SHARDS, SMALL_SHARD = 2_000, 16, 32
-_BLOCK = 1_000
-# What timm's reader wants to know of shards beside it. Loaders of the Hub read *.tar alone.
+# A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.
+MAX_SHARDS, MIN_SHARD = 64, 32
+_BLOCK = 1_000  # images decoded at a time
+# A description of the shards for timm's reader. The Hub's loaders read *.tar alone.
 _SHARDS_INFO = "data/_info.json"
-_log = logging.getLogger(__name__)
+_MAX_CLASSES = 200  # listed on the card
 
 
 def push_dataset(
@@ -68,168 +64,64 @@ def push_dataset(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Upload all images of ``dataset`` with a data card, in one commit.
+    """Upload all images of `dataset` with a data card, in one commit.
 
-    What an earlier push left under ``data/`` is removed in the same commit. Transforms are not applied.
+    Files that an earlier push left under `data/` are removed in the same commit. Transforms are not applied.
 
     Args:
-        dataset: its classes become the names of the column ``label`` (``cls`` in shards), in index order.
-        repo_id: ``org/name`` of a data set; made where there is none.
-        format: "imagefolder" or "webdataset"; by default by the number of images.
-        license, license_name, license_link: of the images that the flow was trained on, which passes on to its samples;
-            an identifier of the Hub. Left out of the card, with a warning, where it is not given.
-        commit_message, private, token, revision, create_pr: as in ``GLEM.push_to_hub``.
+        dataset: its classes become the names of the column `label` (`cls` in shards), in index order.
+        repo_id: `org/name` of a data set, which is made if it does not exist.
+        format: "imagefolder" or "webdataset"; None chooses by the number of images.
+        license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
+            inherit; an identifier of the Hub. Without it there is a warning, and the card says that it is unknown.
+        commit_message, private, token, revision, create_pr: as in `GLEM.push_to_hub`.
 
     Returns:
-        huggingface_hub's ``CommitInfo``; ``load_dataset(repo_id, revision=info.oid)`` reads these very images.
+        huggingface_hub's `CommitInfo`; `load_dataset(repo_id, revision=info.oid)` reads these very images.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        DataError: too many images for the format. ValueError: a format or licence that can't be used, or a flow of
-            neither 1 nor 3 channels. OSError: no space for the files on the way.
+        DataError: too many images for the format. ValueError: another format, or a flow of neither 1 nor 3 channels.
+        OSError: no space for the temporary files.
     """
-    from glem_augment.hub.upload import commit, prepare
-
+    format = _format(dataset, format)
     facts = CardFacts(license, license_name, license_link)
-    if facts.license is None:
-        _log.warning(
-            "no licence is given, so the card of %s says that it is unknown. Samples inherit the licence of the images "
-            "that the flow was trained on: state it with license=",
-            repo_id,
-        )
-    with tempfile.TemporaryDirectory(prefix="glem-push-") as folder:
-        format = _format(dataset, format)
-        # Before the images, which may take hours: a missing permission should not.
-        target: dict[str, Any] = dict(repo_type="dataset", token=token, revision=revision, create_pr=create_pr)
-        repo_id = prepare(repo_id, private=private, **target)
-        files = write_dataset(dataset, Path(folder), repo_id, facts, format)
+    warn_without_licence(facts, repo_id)
+    target: dict[str, Any] = dict(token=token, revision=revision, create_pr=create_pr)
+    # First, because drawing the images may take hours, and a missing permission should show before.
+    repo_id = open_repository(repo_id, "dataset", private=private, **target)
+    with tempfile.TemporaryDirectory(prefix="glem-push-") as name:
+        write_dataset(dataset, Path(name), repo_id, facts, format)
         message = commit_message or f"Upload {len(dataset)} synthetic images with glem-augment"
-        return commit(repo_id, files, message, **target, delete_others_in="data")
+        return commit_folder(repo_id, "dataset", Path(name), message, **target, replace="data/*")
 
 
 def write_dataset(
     dataset: SyntheticDataset,
     folder: Path,
     repo_id: str,
-    facts: CardFacts | None = None,
-    format: str | None = None,  # noqa: A002
+    facts: CardFacts,
+    format: str,  # noqa: A002
     progress: bool = True,
-) -> dict[str, Path]:
-    """Write what a push would upload: images with their labels, provenance, card.
-
-    Args:
-        folder: an empty one, made if missing; the others as in `push_dataset`.
-
-    Returns:
-        Names in the repository -> files.
-    """
-    from glem_augment.hub.upload import CARD, GENERATED
-
-    format = _format(dataset, format)
+) -> None:
+    """Write what a push would upload to an empty folder: images with their labels, provenance, card."""
     write = _write_imagefolder if format == "imagefolder" else _write_shards
-    files = write(dataset, folder, progress)
-    facts = facts or CardFacts()
-    origin = {
-        **_provenance(dataset, format),
+    written = write(dataset, folder, progress)
+    # The model's config is left out: it may name private folders.
+    manifest = {key: value for key, value in written.items() if key != "model"} | {
+        "format": format,
+        "loaded_from": _origin(dataset.model),
         "license": licence_note(facts.license_name or facts.license, dataset.source),
     }
-    write_json(folder / PROVENANCE, origin)
-    card = dataset_card(dataset, repo_id, facts, origin)
-    with atomic_write(folder / CARD, "w") as file:
-        file.write(f"{card}\n{GENERATED}\n")
-    return {**files, PROVENANCE: folder / PROVENANCE, CARD: folder / CARD}
-
-
-def export_shards(
-    dataset: SyntheticDataset,
-    folder: Path,
-    overwrite: bool = False,
-    license: str | None = None,  # noqa: A002
-    progress: bool = True,
-) -> Path:
-    """Write WebDataset shards, card and provenance to ``folder``, in one step at the end.
-
-    What an export to the same folder left beside it when it was killed is removed.
-
-    Raises:
-        FileExistsError: see `check_shards_folder`.
-    """
-    _remove_left_over(Path(os.path.realpath(folder)))
-    folder = check_shards_folder(folder, overwrite)
-    with naming(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    check_space(folder.parent, dataset)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place, marked(Path(place)):
-        write_dataset(dataset, Path(place) / "new", folder.name, CardFacts(license), "webdataset", progress)
-        if folder.exists():
-            # The whole folder goes: files may have been put there in the meantime.
-            check_shards_folder(folder, overwrite)
-            os.replace(folder, Path(place) / "old")
-        os.replace(Path(place) / "new", folder)
-    return folder
-
-
-def _remove_left_over(folder: Path) -> None:
-    """Clear away the hidden folders in which exports to ``folder`` were made whose processes were killed."""
-    with contextlib.suppress(OSError):  # no parent, or one that can't be read
-        for place in list(folder.parent.iterdir()):
-            if re.fullmatch(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}", place.name) and abandoned(place):
-                # Killed between the two moves: after the second there is no new one, and perhaps half of the old.
-                if not folder.exists() and (place / "new").exists() and (place / "old").exists():
-                    os.replace(place / "old", folder)
-                shutil.rmtree(place, ignore_errors=True)
-
-
-def check_shards_folder(folder: Path, overwrite: bool) -> Path:
-    """``folder``, absolute, for `export_shards`.
-
-    Raises:
-        FileExistsError: it is not empty, unless it holds such an export and nothing else, and ``overwrite`` is given.
-        OSError: it is there and can't be replaced by the finished export.
-    """
-    folder = Path(os.path.realpath(folder))  # "." has no name to make another one from; a link stays one
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    if folder.exists() and (os.path.ismount(folder) or not os.access(folder, os.W_OK)):
-        why = "a mount point" if os.path.ismount(folder) else "read-only"
-        raise OSError(f"{folder} is {why}, and shards take a folder's place in one step: give a new folder, say in it")
-    if not folder.exists() or not any(folder.iterdir()):
-        return folder
-    if not overwrite:
-        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
-    if (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
-        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
-    ours = _written_by_export(folder)
-    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    foreign = next((name for name in there if name not in ours), None)
-    if foreign is not None:
-        raise FileExistsError(
-            f"{folder} holds {foreign!r}, which is not of an earlier export: move it away, or give another folder"
-        )
-    return folder
-
-
-def _written_by_export(folder: Path) -> set[str]:
-    """Names of all that the export of shards in ``folder`` has written there, as its own records tell."""
-    from glem_augment.hub.upload import CARD, GENERATED
-
-    names = {PROVENANCE, "data", _SHARDS_INFO}
-    # Where this file is damaged, the shards are not known to be ours.
-    with contextlib.suppress(KeyError, TypeError):
-        info = read_manifest(folder / _SHARDS_INFO) or {}
-        names |= {f"data/{name}" for name in info["splits"]["train"]["filenames"]}
-    # A card without this line is somebody's own.
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if GENERATED in (folder / CARD).read_text(encoding="utf-8"):
-            names.add(CARD)
-    return names
+    write_json(folder / PROVENANCE, manifest)
+    write_card(_card(dataset, repo_id, facts, manifest), folder)
 
 
 def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002
     if dataset.image_shape[0] not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, this flow {dataset.image_shape[0]}")
     most = max(dataset.counts)
-    # Beside the images there are a few other files.
+    # There are a few other files beside the images.
     fits = most <= MAX_FILES_IN_FOLDER and len(dataset) <= MAX_FILES - 100
     if format is None:
         return "imagefolder" if fits else "webdataset"
@@ -242,111 +134,261 @@ def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002
     return format
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+def _origin(model: GLEM) -> str | None:
+    """`org/name@commit`, if the model is still as it was loaded from there."""
+    if model.origin is None or model.origin_file is None or not model.origin_file.is_file():
+        return None
+    unchanged = hashlib.sha256(model.origin_file.read_bytes()).hexdigest() == weights_sha256(model)
+    return model.origin if unchanged else None
 
 
-def _write_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Path]:
-    names = class_folders(dataset.class_ids, dataset.classes)
-    files, rows = {}, []
-    for index, label, within, png in _pngs(dataset, progress):
-        name = f"{names[label]}/{within:06d}.png"
-        path = folder / "data" / "train" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png)
-        files[f"data/train/{name}"] = path
-        rows.append({"file_name": name, "label": label, "index": index})
-    table = folder / "data" / "train" / "metadata.jsonl"
-    with atomic_write(table, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    files["data/train/metadata.jsonl"] = table
-    return files
+# ---- images ------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Path]:
-    """Image i goes to shard i mod S, so that every shard holds every class; ``_info.json`` is for timm's reader."""
-    count = max(-(-len(dataset) // SHARD), min(SHARDS, -(-len(dataset) // SMALL_SHARD)))
-    names = [f"data/train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    # Appended to a block of images at a time: so many shards can't all be kept open.
-    waiting: dict[int, list[bytes]] = {shard: [] for shard in range(count)}
-    for index, label, _, png in _pngs(dataset, progress):
-        waiting[index % count] += [_tar_entry(f"{index:08d}.png", png), _tar_entry(f"{index:08d}.cls", b"%d" % label)]
-        if (index + 1) % _BLOCK == 0:
-            _append(folder, names, waiting)
-    for parts in waiting.values():
-        parts.append(bytes(2 * tarfile.BLOCKSIZE))  # the end of an archive
-    _append(folder, names, waiting)
-    lengths = [len(range(i, len(dataset), count)) for i in range(count)]
-    split = {
-        "name": "train",
-        "num_samples": len(dataset),
-        "filenames": [Path(name).name for name in names],
-        "shard_lengths": lengths,
-    }
-    write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
-    return {name: folder / name for name in (*names, _SHARDS_INFO)}
+def _write_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Any]:
+    """Export the images, and add the table of labels that `datasets` reads. Returns the manifest of the export."""
+    images = folder / "data" / "train"
+    dataset.export(images, "imagefolder", progress=progress)
+    manifest = json.loads((images / PROVENANCE).read_text(encoding="utf-8"))
+    (images / PROVENANCE).unlink()
+    names = [
+        (label, f"{entry['folder']}/{image_name(i)}")
+        for label, entry in enumerate(manifest["classes"])
+        for i in range(entry["count"])
+    ]
+    with atomic_write(images / "metadata.jsonl", "w") as file:
+        for index, (label, name) in enumerate(names):
+            row = {"file_name": name, "label": label, "index": index}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return manifest
 
 
-def _tar_entry(name: str, data: bytes) -> bytes:
-    """A file as an archive holds it. Only name and size, no time: the same images give the same shards."""
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    return entry.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-
-
-def _append(folder: Path, names: list[str], waiting: dict[int, list[bytes]]) -> None:
-    for shard, parts in waiting.items():
-        with naming(folder / names[shard]), open(folder / names[shard], "ab") as file:
-            file.write(b"".join(parts))
-        parts.clear()
-
-
-def _pngs(dataset: SyntheticDataset, progress: bool) -> Iterator[tuple[int, int, int, bytes]]:
-    """Index, label, place within the class, and PNG of every image, in order."""
-    within = [0] * len(dataset.classes)
-    with tqdm(total=len(dataset), unit="image", desc="export", disable=not progress) as bar:
+def _write_shards(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Any]:
+    """Write image i to shard i mod S, so that every shard holds every class. Returns the manifest."""
+    count = min(MAX_SHARDS, -(-len(dataset) // MIN_SHARD))
+    data = folder / "data"
+    paths = [data / f"train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
+    data.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(dataset), unit="image", desc="export", disable=not progress)
+    with bar, naming(data), ExitStack() as stack:
+        shards = [stack.enter_context(tarfile.open(path, "w")) for path in paths]
         for start in range(0, len(dataset), _BLOCK):
             indices = range(start, min(len(dataset), start + _BLOCK))
             for index, image in zip(indices, dataset.images(indices), strict=True):
-                label = dataset.targets[index]
-                yield index, label, within[label], as_png(image)
-                within[label] += 1
+                shard = shards[index % count]
+                _add_file(shard, f"{index:08d}.png", as_png(image))
+                _add_file(shard, f"{index:08d}.cls", str(dataset.targets[index]).encode())
                 bar.update()
-
-
-# ---- where it came from ------------------------------------------------------------------------------------------
-
-
-def _provenance(dataset: SyntheticDataset, format: str) -> dict[str, Any]:  # noqa: A002
-    from glem_augment import __version__
-
-    names = class_folders(dataset.class_ids, dataset.classes)
-    model = dataset.model
-    return {
-        "synthetic": True,
-        "complete": True,
-        "generator": f"glem-augment {__version__}",
-        "flow": {"weights_sha256": weights_sha256(model), "loaded_from": _origin(model)},
-        "format": format,
-        "count": len(dataset),
-        "images_not_finite": dataset.non_finite,
-        "settings": settings_of(dataset),
-        "classes": [
-            {"index": i, "id": class_id, "name": name, "folder": names[i], "count": dataset.counts[i]}
-            for i, (class_id, name) in enumerate(zip(dataset.class_ids, dataset.classes, strict=True))
-        ],
+    split = {
+        "name": "train",
+        "num_samples": len(dataset),
+        "filenames": [path.name for path in paths],
+        "shard_lengths": [len(range(i, len(dataset), count)) for i in range(count)],
     }
+    write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
+    asked = provenance(dataset, class_folders(dataset.class_ids, dataset.classes))
+    return {**asked, "complete": True, "images_not_finite": dataset.non_finite}
 
 
-def _origin(model: GLEM) -> str | None:
-    """``org/name@commit``, if the model is still what was loaded from there."""
-    if model.origin is None:
-        return None
-    try:
-        weights = model.origin_file
-        if weights is None or not weights.is_file():
-            weights = hub.locate(f"hf-hub:{model.origin}") / WEIGHTS
-        same = hashlib.sha256(weights.read_bytes()).hexdigest() == weights_sha256(model)
-    except (hub.HubError, OSError):
-        same = False
-    return model.origin if same else None
+def _add_file(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # without a time, so that the same images give the same shards
+    entry.size = len(content)
+    shard.addfile(entry, io.BytesIO(content))
+
+
+# ---- shards in a folder ------------------------------------------------------------------------------------------
+
+
+def export_shards(
+    dataset: SyntheticDataset,
+    folder: Path,
+    overwrite: bool = False,
+    license: str | None = None,  # noqa: A002
+    progress: bool = True,
+) -> Path:
+    """Write WebDataset shards, card and provenance to `folder`, which appears in one step at the end.
+
+    Raises:
+        FileExistsError: see `check_shards_folder`.
+    """
+    folder = check_shards_folder(folder, overwrite)
+    partial = folder.with_name(f".{folder.name}.partial")
+    with naming(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    check_space(folder.parent, dataset)
+    with alone_in(partial):
+        new, old = partial / "new", partial / "old"
+        for leftover in (new, old):  # of an export that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            write_dataset(dataset, new, folder.name, CardFacts(license), "webdataset", progress)
+            if folder.exists():
+                check_shards_folder(folder, overwrite)  # somebody may have put files there in the meantime
+                os.replace(folder, old)
+            os.replace(new, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def check_shards_folder(folder: Path, overwrite: bool) -> Path:
+    """Return `folder` as an absolute path if `export_shards` can write to it.
+
+    Raises:
+        FileExistsError: it is not empty, unless `overwrite` is given and it holds an export of shards and nothing else.
+        OSError: it is a mount point, which no other folder can replace.
+    """
+    folder = Path(os.path.realpath(folder))  # a link keeps pointing to the folder
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder to export to")
+    if os.path.ismount(folder):
+        raise OSError(f"{folder} is a mount point, and shards replace a folder in one step: give a new folder in it")
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder
+    if not overwrite:
+        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
+    if (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
+        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
+    for path in sorted(folder.rglob("*")):
+        if not _is_of_export(path, path.relative_to(folder).as_posix()):
+            raise FileExistsError(
+                f"{folder} holds {path.relative_to(folder).as_posix()!r}, which is not of an earlier export: move it "
+                "away, or give another folder"
+            )
+    return folder
+
+
+def _is_of_export(path: Path, name: str) -> bool:
+    if name == CARD:  # without the last line it is somebody's own
+        return GENERATED in path.read_text(encoding="utf-8", errors="replace")
+    return (
+        name in (PROVENANCE, "data", _SHARDS_INFO) or re.fullmatch(r"data/train-\d{5}-of-\d{5}\.tar", name) is not None
+    )
+
+
+# ---- the card ----------------------------------------------------------------------------------------------------
+
+
+def _card(dataset: SyntheticDataset, repo_id: str, facts: CardFacts, manifest: dict[str, Any]) -> DatasetCard:
+    """The card; its metadata tell `datasets` where the images are and what the classes are called."""
+    as_folder = manifest["format"] == "imagefolder"
+    image, label = ("image", "label") if as_folder else ("png", "cls")
+    names = {str(i): name for i, name in enumerate(dataset.classes)}
+    features: list[dict[str, Any]] = [
+        {"name": image, "dtype": "image"},
+        {"name": label, "dtype": {"class_label": {"names": names}}},
+    ]
+    config: dict[str, Any] = {"config_name": "default"}
+    if as_folder:
+        features.append({"name": "index", "dtype": "int64"})
+        config["data_files"] = [{"split": "train", "path": "data/train/**"}]
+        # If there is a metadata file, `datasets` takes the names of the classes from here alone.
+        config["features"] = copy.deepcopy(features)  # the same list twice would become a YAML alias
+    else:
+        features += [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
+        config["data_files"] = [{"split": "train", "path": "data/train-*.tar"}]
+    edges = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+    data = DatasetCardData(
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        pretty_name=repo_id.split("/")[-1],
+        annotations_creators=["machine-generated"],
+        task_categories=["image-classification"],
+        size_categories=[next((name for edge, name in edges if len(dataset) < edge), "n>10M")],
+        tags=["synthetic", LIBRARY],
+        dataset_info={"features": features},
+        configs=[config],
+    )
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, (image, label), manifest)}")
+
+
+def _body(
+    dataset: SyntheticDataset, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]
+) -> str:
+    c, h, w = dataset.image_shape
+    settings = manifest["settings"]
+    loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
+    licence = facts.license_name or facts.license
+    stated = f"as the publisher states: {licence}" if licence else "**not stated: ask its author before you use it**"
+    if settings["source"] == "mixup":
+        real = dataset.latent_source.real
+        made = (
+            "made by a class-conditional normalizing flow: each is a real image, moved part of the way towards another "
+            "one of its class. Many are close to the real image that they began with."
+        )
+        specific = f"| real images | {escape(data_name(real.name)) if real else 'not recorded'} |"
+        inherit = "Mixtures derive from the real images that were mixed, and"
+    else:
+        made = (
+            "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
+        )
+        specific = f"| temperature (factor on the standard deviation) | {settings['temperature']:g} |"
+        inherit = "Samples derive"
+    classes = "\n".join(
+        f"| {entry['index']} | {escape(entry['name'])} | {escape(entry['id'])} | {entry['count']:,} |"
+        for entry in manifest["classes"][:_MAX_CLASSES]
+    )
+    if len(dataset.classes) > _MAX_CLASSES:
+        classes += f"\n\nand {len(dataset.classes) - _MAX_CLASSES} more (see {PROVENANCE})"
+    return f"""# {escape(repo_id)}
+
+**These images are synthetic.** {len(dataset):,} images, {c}x{h}x{w} (channels x height x width), of
+{len(dataset.classes)} classes, {made}
+They are for training image classifiers together with real images; measure on real ones only.
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("{repo_id}", split="train")
+image, label = data[0]["{columns[0]}"], data[0]["{columns[1]}"]
+```
+
+## How they were made
+
+| | |
+|---|---|
+| generator | {manifest["generator"]} |
+| flow | {loaded}, weights with SHA-256 `{manifest["weights_sha256"]}` |
+| the flow was trained on | {trained_on(dataset.model.config.training)} |
+| source | {settings["source"]} |
+{specific}
+| seed | {settings["seed"]} |
+| images whose values were not finite and were replaced | {manifest["images_not_finite"]} |
+
+With the same flow, version and kind of machine, they can be drawn again:
+
+```python
+SyntheticDataset(model, {_arguments(settings)})
+```
+
+`{PROVENANCE}` holds all of this for programs.
+
+## Licence
+
+{inherit} from the images that the flow was trained on and inherit their licence, {stated}.
+
+## Classes
+
+| label | name | id | images |
+|---|---|---|---|
+{classes}
+
+## Limits
+
+The labels are the classes that the flow was asked for; it draws some images that a classifier, or a person, would call
+something else. The images repeat what is in the training images, with its biases and gaps, and may resemble single
+ones.
+"""
+
+
+def _arguments(settings: dict[str, Any]) -> str:
+    """The arguments that make the images again. Real images and a user's own oracle can't be written down."""
+    mixed = settings["source"] == "mixup"
+    left_out = {"oracle", REAL_IMAGES, *(["temperature"] if mixed else [])}
+    shown = [f"{key}={value!r}" for key, value in settings.items() if key not in left_out]
+    if mixed or settings["per_class"] == "balance":
+        shown.append("real=real")
+    if settings.get("oracle", "posterior") != "posterior":
+        shown.append("oracle=oracle")
+    return ", ".join(shown)

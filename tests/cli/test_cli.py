@@ -486,8 +486,8 @@ def test_generate_shards(trained: Path, tmp_path: Path, output: Output, monkeypa
     )
     before = pixels_of(tmp_path / "files"), sorted(tmp_path.iterdir()), card
     with monkeypatch.context() as patch:
-        patch.setattr("glem_augment.synthetic.publish.open", full_disk, raising=False)
-        fails(["generate", *shards, "--overwrite", "--seed", "6"], output, "cannot write ", ".tar: No space left")
+        patch.setattr("tarfile.TarFile.addfile", full_disk)
+        fails(["generate", *shards, "--overwrite", "--seed", "6"], output, "cannot write ", "data: No space left")
     assert (tmp_path / "shards" / "README.md").read_text() == card
     generated([*shards, "--overwrite", "--seed", "6"], output)
     assert (tmp_path / "shards" / "README.md").read_text() != card

@@ -111,7 +111,8 @@ def test_cards_of_adapted_flows_name_all_data(tmp_path: Path) -> None:
     card = str(model_card(twice, "org/flow", CardFacts(), samples=False))
     assert "trained on large, then adapted to photos, then adapted to cifar10" in card and "epochs 7" in card
     assert "someone" not in card
-    write_dataset(SyntheticDataset(once, per_class=2), tmp_path / "made", "org/made", progress=False)
+    data = SyntheticDataset(once, per_class=2)
+    write_dataset(data, tmp_path / "made", "org/made", CardFacts(), "imagefolder", progress=False)
     assert "| large, then adapted to photos |" in (tmp_path / "made" / "README.md").read_text()
     for spec, name in (
         ("private/me@there.example/flowers", "flowers"),
