@@ -12,7 +12,6 @@ The flow has its final size but is not trained (its last convolutions are drawn 
 ActNorms and modes are fitted to the kind of images that the step gets, so few moved ones are given up as implausible.
 Its multiply-adds are counted by torch.utils.flop_counter in one pass from image to latent.
 
-On a GPU mixup and noise are measured with the flow's passes as CUDA graphs, too: "mixup-graphs", "noise-graphs".
 
 Peak memory is that of a fresh process which loads the flow and trains for some steps, the median of a few such
 processes; the one of "none" does not import the library.
@@ -49,12 +48,10 @@ CLASSES, FLOW_SIDE, SEED = 10, 32, 0
 # glow_fast with narrower networks.
 FLOW = {"preset": "glow_fast", "depth": [8, 8], "width": [48, 64]}
 POLICIES = ("mixup", "noise", "adversarial")
-AS_GRAPHS = "-graphs"
-WITH_GRAPHS = tuple(policy + AS_GRAPHS for policy in ("mixup", "noise"))
 # Per cent, on a CPU and on a GPU.
-TIME_LIMITS = {"cpu": {"mixup": 35, "noise": 35, "adversarial": 120}, "cuda": dict.fromkeys(POLICIES + WITH_GRAPHS, 10)}
+TIME_LIMITS = {"cpu": {"mixup": 35, "noise": 35, "adversarial": 120}, "cuda": dict.fromkeys(POLICIES, 10)}
 MEMORY_LIMIT, MACS_LIMIT = 20, 40e6
-WARM, MEMORY_STEPS, MEMORY_RUNS = 4, 20, 3  # graphs are recorded in the third step
+WARM, MEMORY_STEPS, MEMORY_RUNS = 4, 20, 3
 
 
 def images(n: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -116,9 +113,8 @@ def make_augment(model: Any, policy: str, step: Step, p: float) -> Any:
     """GLEMAugment for normalised images."""
     from glem_augment import GLEMAugment
 
-    graphs, policy = policy in WITH_GRAPHS, policy.removesuffix(AS_GRAPHS)
     normalised = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    aug = GLEMAugment(model, p=p, policy=policy, seed=SEED, cuda_graphs=graphs, **normalised)
+    aug = GLEMAugment(model, p=p, policy=policy, seed=SEED, **normalised)
     if policy == "adversarial":
         aug.attach(step.net, autocast=torch.bfloat16 if step.amp else None)
     return aug
@@ -212,7 +208,7 @@ def options() -> argparse.Namespace:
     args.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args.add_argument("--amp", action="store_true", help="bfloat16 autocast of the network")
     args.add_argument("--rounds", type=int, default=24, help="(%(default)s)")
-    args.add_argument("--policies", nargs="+", choices=POLICIES + WITH_GRAPHS, help="(all that the device has)")
+    args.add_argument("--policies", nargs="+", choices=POLICIES, help="(all that the device has)")
     found = args.parse_args()
     known = list(TIME_LIMITS[found.device])
     found.policies = found.policies or known

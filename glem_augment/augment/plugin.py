@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 
 SETTINGS = (
-    "p policy alpha strength modes basis partner labels mean std num_classes class_map detail seed margin rescale bank "
-    "cuda_graphs"
+    "p policy alpha strength modes basis partner labels mean std num_classes class_map detail seed margin rescale bank"
 ).split()
 
 

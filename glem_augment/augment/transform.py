@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from glem_augment.augment.adversarial import Adversary, CallerSettings, check_attached
 from glem_augment.augment.checks import check_batch, check_labels
-from glem_augment.augment.graphs import FlowGraphs, decode, encode
 from glem_augment.augment.held import Holdings
 from glem_augment.augment.labels import data_class, is_pure, label_kind, moved_labels, soft_labels
 from glem_augment.augment.lookup import ClassTables, FlowOnDevice
@@ -50,7 +49,7 @@ BASES = ("class", "near", "shared")
 PARTNERS = ("same", "near", "any", "gaussian")
 LABELS = ("auto", "hard", "mix", "posterior")
 DETAILS = ("keep", "mix", "none")
-_FIXED = ("policy", "modes", "basis", "partner", "detail", "rescale", "bank", "class_map", "num_classes", "cuda_graphs")
+_FIXED = ("policy", "modes", "basis", "partner", "detail", "rescale", "bank", "class_map", "num_classes")
 _RANGES = {"p": (1.0, False), "alpha": (math.inf, True), "strength": (math.inf, False), "margin": (math.inf, False)}
 
 
@@ -97,9 +96,6 @@ class GLEMAugment(PlugIn, nn.Module):
             modes, by moving it away from the mixed class means.
         bank: of "mixup": keep this many latents of earlier images per class (K' * bank * d floats) and take partners
             from them, rather than from the RFCM, where the batch has none of the class; see also `fill_bank`.
-        cuda_graphs: on CUDA, record the passes of a frozen flow as graphs, one for every shape that comes for the third
-            time: less work for the host, for the memory of up to 8 passes and of a copy of the flow, which is not
-            compiled. Not where gradients are wanted (of "adversarial", one pass is), and without effect on a CPU.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -125,7 +121,6 @@ class GLEMAugment(PlugIn, nn.Module):
         margin: float = 1.0,
         rescale: bool = False,
         bank: int = 0,
-        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         check_choice("policy", policy, (*POLICIES, "adversarial"))
@@ -145,15 +140,14 @@ class GLEMAugment(PlugIn, nn.Module):
             labels,
             detail,
         )
-        for name, value in {"rescale": rescale, "cuda_graphs": cuda_graphs}.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if not isinstance(rescale, bool):
+            raise TypeError(f"rescale must be True or False, got {rescale!r}")
         bank = check_whole("bank", bank, 0)
         if policy != "mixup" and (rescale or bank):
             raise ValueError(f"rescale and bank are for policy='mixup', which has partners; got policy={policy!r}")
         if bank and partner == "gaussian":
             raise ValueError("bank is for partners from the batch, partner='gaussian' draws them all: leave it out")
-        self.rescale, self.bank, self.cuda_graphs = rescale, bank, cuda_graphs
+        self.rescale, self.bank = rescale, bank
         self.modes = model.checked_modes(modes)
         if policy == "mixup" and partner == "near" and model.num_classes == 1:
             raise ValueError("partner='near' needs a flow with at least 2 classes, this one has 1: use partner='same'")
@@ -166,7 +160,6 @@ class GLEMAugment(PlugIn, nn.Module):
         # No nn.Module, so the flow is not registered: its weights are not the transform's.
         self._held = Holdings(model, basis, self.modes, self.class_map, near, self.num_classes, bank)
         self._counts = MoveCounts()
-        self._graphs = FlowGraphs()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -363,7 +356,7 @@ class GLEMAugment(PlugIn, nn.Module):
                 moved = moved + project(flow, cls, rescaling(flow, params, z, partner))[0]
             z = z + moved
             detail = (other, torch.where(params.source == FROM_BATCH, away, 0.0))
-        decoded = self._pass(decode, flow.model, z)
+        decoded = flow.model.decode(z, clamp=False)
         # NaN compares false, so these two reductions also find what is not finite.
         low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
         plausible = (low >= -self.margin) & (high <= 1.0 + self.margin)
@@ -372,14 +365,10 @@ class GLEMAugment(PlugIn, nn.Module):
         changed = self.pixels.from_flow(images, small, decoded, detail)
         return self.pixels.from_unit(changed, x.dtype), known & plausible, z, share
 
-    def _pass(self, function: Callable[[GLEM, Tensor], Tensor], model: GLEM, x: Tensor) -> Tensor:
-        """`encode` or `decode`, as a graph where that is wanted."""
-        return self._graphs(function, model, x) if self.cuda_graphs else function(model, x)
-
     def _encode(self, model: GLEM, images: Tensor, index: Tensor) -> Tensor:
         """Latents of some rows of a batch. ValueError, with its place in the batch, for one that is not a number."""
         try:
-            return self._pass(encode, model, images)
+            return model.encode(images)[0]
         except ValueError:
             bad = index[images.flatten(1).isnan().any(dim=1)].tolist()
             if not bad:

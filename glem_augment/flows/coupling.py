@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows import affine_native, expm_native
-from glem_augment.flows.affine_coupling import affine_coupling
 from glem_augment.flows.bijection import Bijection
-from glem_augment.flows.expm_coupling import expm_coupling
-from glem_augment.flows.expm_op import expm_coupling_op
-from glem_augment.flows.matexp import expm_apply_low_rank
-from glem_augment.flows.ordinary import is_ordinary
-from glem_augment.flows.subnets import Subnet
+from glem_augment.flows.matexp import PLANES_UP_TO, expm_apply, expm_apply_low_rank
 
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
-# Beyond this size S is kept in two thin factors: a full one would need n^2 outputs per pixel.
+# Beyond this size S is the product of two thin factors, because a full S would need n^2 outputs per pixel.
 FULL_MATRIX_UP_TO = 24
-
-
-def row_bounded(raw: Tensor, bound: float, dim: int) -> Tensor:
-    """``bound * t / (1 + sum |t|)`` along ``dim``: absolute row sums stay below ``bound``, with slope ``bound`` at 0.
-
-    Unlike an entrywise bound of r/n it lets a single entry use the whole budget of its row, so a diagonal S can
-    scale by e^(+-r) whatever n.
-    """
-    return raw * (bound / (1 + raw.abs().sum(dim, keepdim=True)))
 
 
 class Coupling(Bijection):
@@ -46,7 +32,7 @@ class Coupling(Bijection):
         """The map of the second half.
 
         Args:
-            x2: [c/2, B, H, W], channel-major (see ``level``).
+            x2: [c/2, B, H, W], channel-major (see `level`).
             params: [B, m, H, W], what the network made of the first half.
             inverse: undo it.
 
@@ -54,14 +40,6 @@ class Coupling(Bijection):
             [c/2, B, H, W] and log|det| [B] in nats.
         """
         raise NotImplementedError
-
-    def has_kernel(self, x: Tensor) -> bool:
-        """Whether ``transform`` is done by a kernel where it works on tensors like x."""
-        return False
-
-    def is_faster_uncompiled(self, x: Tensor) -> bool:
-        """Whether ``couple(x)`` is at its fastest as it is, whatever a compiler could make of it."""
-        return isinstance(self.net, Subnet) and self.net.is_faster_uncompiled(x, self.has_kernel(x))
 
     def couple(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """The whole layer on channel-major x [c, B, H, W]: ([c, B, H, W], log|det| [B])."""
@@ -79,7 +57,9 @@ class Coupling(Bijection):
 
 
 class AffineCoupling(Coupling):
-    """``y2 = exp(s(x1)) * x2 + b(x1)`` with ``|s| <= bound`` (Dinh et al. 2017, bounded on both sides).
+    """`y2 = exp(s(x1)) * x2 + b(x1)` with `s = bound * tanh(raw / bound)`; log|det| = sum of s.
+
+    Source: Dinh et al. 2017, Sec. 3.4, here with log-scales bounded on both sides.
 
     Args:
         channels: c, even.
@@ -92,22 +72,50 @@ class AffineCoupling(Coupling):
         self.bound = float(bound)
         self.net = subnet(self.half, 2 * self.half)
 
-    def has_kernel(self, x: Tensor) -> bool:
-        return is_ordinary(x) and affine_native.has_kernel(self.half)
-
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        return affine_coupling(x2, params, self.bound, inverse)
+        raw, shift = params.transpose(0, 1).contiguous().split(self.half)
+        # bound * tanh(raw / bound), by way of the sigmoid: on many processors tanh takes several times as long.
+        log_scale = (torch.sigmoid(raw * (2 / self.bound)) - 0.5) * (2 * self.bound)
+        logdet = log_scale.sum((0, 2, 3))
+        if inverse:
+            return (x2 - shift) * (-log_scale).exp(), -logdet
+        return torch.addcmul(shift, x2, log_scale.exp()), logdet
+
+
+def row_bounded(raw: Tensor, bound: float, dim: int) -> tuple[Tensor, Tensor]:
+    """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`: absolute row sums stay below `bound`.
+
+    The slope at 0 is `bound`. Unlike an entrywise bound of r/n this lets a single entry use the whole budget of its
+    row, so a diagonal S can scale by e^(+-r) whatever n.
+
+    Returns:
+        S, and the denominators `1 + sum |raw|`.
+    """
+    denominators = 1 + raw.abs().sum(dim, keepdim=True)
+    return raw * (bound / denominators), denominators
+
+
+def _norm_bound(denominators: Tensor, bound: float) -> float:
+    """An upper bound of `||S||_inf` over the batch: `bound` divided by a power of two up to 2^10.
+
+    Early in training S is small, and then most terms of its series are zeros. The largest row sum of S is
+    `bound - bound / denominator`. It is read only on a CPU, where that does not wait for the device.
+    """
+    if denominators.device.type != "cpu" or not denominators.numel():
+        return bound
+    norm = bound - bound / float(denominators.detach().max()) + 1e-6 * bound
+    return bound * 0.5 ** min(10, max(0, math.floor(math.log2(bound / norm))))
 
 
 class MatExpCoupling(Coupling):
-    """``y2 = exp(S(x1)) x2 + b(x1)`` per pixel, S an n x n matrix with ``||S||_inf <= bound``; log|det| = trace S.
+    """`y2 = exp(S(x1)) x2 + b(x1)` per pixel, S an n x n matrix with `||S||_inf <= bound`; log|det| = trace S.
 
-    Source: Xiao & Liu 2020, Sec. 4.2; there tanh with a free scale and shift, which bounds nothing.
+    Source: Xiao & Liu 2020, Sec. 4.2. Their S is a tanh with a free scale and shift, which bounds nothing.
 
     Args:
         channels: c = 2n, even.
         subnet: factory of the network n -> n^2 + n (or 2 n rank + n for n > 24).
-        bound: r; see ``taylor_plan`` for what it costs.
+        bound: r; see `taylor_plan` for what it costs.
         rank: of the factors S = U W used for n > 24.
     """
 
@@ -119,24 +127,32 @@ class MatExpCoupling(Coupling):
         outputs = 2 * n * self.rank if self.low_rank else n * n
         self.net = subnet(n, outputs + n)
         if self.low_rank:
-            # U starts at zero, so S = 0; W must not, or the gradients of both factors would vanish for ever.
-            offset = torch.randn(self.rank, n, 1, 1) / n
-            self.factor_offset = nn.Parameter(offset)
-
-    def has_kernel(self, x: Tensor) -> bool:
-        return not self.low_rank and is_ordinary(x) and expm_native.has_kernel(self.half, self.bound)
+            # U starts at zero, so S = 0. W must not, or the gradients of both factors would vanish for ever.
+            self.factor_offset = nn.Parameter(torch.randn(self.rank, n, 1, 1) / n)
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        if not self.low_rank:
-            couple = expm_coupling_op if torch.compiler.is_compiling() else expm_coupling
-            return couple(x2, params, self.bound, inverse)
-        n, batch, height, width = x2.shape
-        q, side = self.rank, self.bound**0.5
-        u = params[:, : n * q].reshape(batch, n, q, height, width)
-        w = params[:, n * q : 2 * n * q].reshape(batch, q, n, height, width) + self.factor_offset
-        u, w = row_bounded(u, side, 2), row_bounded(w, side, 2)
-        shift, v = params[:, 2 * n * q :], x2.transpose(0, 1)
-        logdet = torch.einsum("bnqhw,bqnhw->b", u, w)
+        exp_s, shift, trace = self._exp_s(params, inverse)
+        v = x2.transpose(0, 1)
         if inverse:
-            return expm_apply_low_rank(u, w, v - shift, self.bound, inverse=True).transpose(0, 1), -logdet
-        return (expm_apply_low_rank(u, w, v, self.bound) + shift).transpose(0, 1), logdet
+            return exp_s(v - shift).transpose(0, 1), -trace
+        return (exp_s(v) + shift).transpose(0, 1), trace
+
+    def _exp_s(self, params: Tensor, inverse: bool) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+        """From the parameters: how exp(+-S) is applied to [B, n, H, W], the shift b, and the trace of S [B]."""
+        n, q, r = self.half, self.rank, self.bound
+        if self.low_rank:
+            raw_u, raw_w, shift = params.split([n * q, q * n, n], 1)
+            # ||U|| ||W|| <= r, each of them with the root of r.
+            u, _ = row_bounded(raw_u.unflatten(1, (n, q)), r**0.5, 2)
+            w, _ = row_bounded(raw_w.unflatten(1, (q, n)) + self.factor_offset, r**0.5, 2)
+            return (
+                lambda v: expm_apply_low_rank(u, w, v, r, inverse),
+                shift,
+                torch.einsum("bnqhw,bqnhw->b", u, w),
+            )
+        if n <= PLANES_UP_TO:  # Each parameter is a plane of pixels from here on.
+            params = params.transpose(0, 1).contiguous().transpose(0, 1)
+        raw, shift = params.split([n * n, n], 1)
+        s, denominators = row_bounded(raw.unflatten(1, (n, n)), r, 2)
+        norm = _norm_bound(denominators, r)
+        return lambda v: expm_apply(s, v, norm, inverse), shift, s.diagonal(dim1=1, dim2=2).sum((1, 2, 3))

@@ -13,17 +13,6 @@ from glem_augment.flows.bijection import Bijection
 _MIN_SHARE, _MIN_STD = 0.1, 1e-3
 
 
-def frozen_state(*weights: Tensor) -> tuple | None:
-    """A key that changes whenever one of ``weights`` does, or None where it must be assumed that they do.
-
-    Fused optimizers change a weight without bumping its version, so only frozen ones are vouched for; one made under
-    inference_mode has no version at all.
-    """
-    if any(w.requires_grad or w.is_inference() for w in weights):
-        return None
-    return tuple((w._version, w.data_ptr(), w.device, w.dtype) for w in weights)
-
-
 class ActNorm(Bijection):
     """``z = (x + bias) * exp(log_scale)``, initialised so that z has zero mean and unit variance on the first batch.
 
@@ -89,28 +78,9 @@ class Mixing1x1(Bijection):
         self.channels = channels
         noise = torch.randn(channels, channels, generator=generator)
         self.weight = nn.Parameter((noise - noise.T) * (1.5 / channels**0.5))
-        self._cache: dict[tuple, Tensor] = {}
 
     def _matrix(self, sign: float, dtype: torch.dtype) -> Tensor:
-        # exp(A) of a frozen weight is a constant until the weight is written to.
-        state = frozen_state(self.weight)
-        if state is None:
-            self._cache = {}
-            return torch.matrix_exp(self.weight.double() * sign).to(dtype)
-        cache = self._cache  # another thread may put a new one in its place at any time
-        if cache.get("state") != state:
-            cache = self._cache = {"state": state}
-        key = (sign, dtype)
-        if key not in cache:
-            # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
-            with torch.inference_mode(False), torch.no_grad():
-                cache[key] = torch.matrix_exp(self.weight.detach().double() * sign).to(dtype)
-        return cache[key]
-
-    def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        state["_cache"] = {}
-        return state
+        return torch.matrix_exp(self.weight.double() * sign).to(dtype)
 
     def _logdet(self, x: Tensor) -> Tensor:
         return (self.weight.diagonal().sum() * (x.shape[2] * x.shape[3])).to(x.dtype).expand(x.shape[0])

@@ -6,30 +6,22 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows.bijection import Bijection
-from glem_augment.flows.compiled import compile_step
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.host_memory import keep_freed_memory
 from glem_augment.flows.layers import ActNorm
-from glem_augment.flows.layout import rows
 from glem_augment.flows.level import Level, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
+from glem_augment.flows.reversible import reversible_level
 
 MEMORY = ("stored", "reversible")
-
-# On import: workers that unpickle a flow make none themselves.
-keep_freed_memory()
-
-
-def _total(logdets: list[Tensor], shared: Tensor | float) -> Tensor:
-    """Of parts [B] and what all images share."""
-    total = logdets[0] if len(logdets) == 1 else torch.stack(logdets).sum(0)
-    return total + shared if isinstance(shared, Tensor) else total
+# How often torch.compile may compile a step for each level: with and without gradients, in training and eval mode, in
+# reduced precision, for a batch of another size, and the first step, whose input needs no gradient.
+_COMPILATIONS_PER_LEVEL = 32
 
 
 class MultiscaleFlow(Bijection):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
-    All parts are concatenated, first level first, into one flat latent; there is no learned split prior, since the
+    All parts are concatenated, first level first, into one flat latent. There is no learned split prior, because the
     class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6).
 
     Args:
@@ -43,6 +35,7 @@ class MultiscaleFlow(Bijection):
         self.image_shape = tuple(image_shape)
         self.levels = torch.nn.ModuleList()
         channels, height, width = image_shape
+        self.memory = "stored"
         self.autocast: torch.dtype | None = None
         self.part_shapes: list[tuple[int, int, int]] = []
         for index, steps in enumerate(levels):
@@ -55,19 +48,16 @@ class MultiscaleFlow(Bijection):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device.type):
-            parts, shared, logdets = [], 0.0, []
-            h = x.transpose(0, 1)
+            parts, logdet = [], x.new_zeros(len(x))
+            h = x.transpose(0, 1)  # Channel-major, see `level`.
+            rebuild = self.memory == "reversible" and torch.is_grad_enabled()
             for index, level in enumerate(self.levels):
-                last = index == len(self.levels) - 1
-                h, constant, own = level(h, last)
-                shared = shared + constant
-                logdets += own
-                if last:
-                    parts.append(h)
-                else:
+                h, change = reversible_level(level, h) if rebuild else level(h)
+                logdet = logdet + change
+                if index < len(self.levels) - 1:
                     h, out = h.chunk(2)
-                    parts.append(rows(out))
-            return torch.cat(parts, 1) if len(parts) > 1 else parts[0], _total(logdets, shared)
+                    parts.append(out)
+            return torch.cat([part.transpose(0, 1).flatten(1) for part in (*parts, h)], 1), logdet
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
@@ -76,18 +66,16 @@ class MultiscaleFlow(Bijection):
                 part.unflatten(1, shape).transpose(0, 1)
                 for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)
             ]
-            h, shared, logdets = parts[-1], 0.0, []
-            for index in reversed(range(len(self.levels))):
-                if index < len(self.levels) - 1:
-                    h = torch.cat([h, parts[index]])
-                h, constant, own = self.levels[index].inverse(h)
-                shared = shared + constant
-                logdets += own
-            return h.transpose(0, 1).contiguous(), _total(logdets, shared)
+            h, logdet = parts.pop().contiguous(), z.new_zeros(len(z))
+            h, logdet = self.levels[-1].inverse(h)
+            for level, part in zip(reversed(self.levels[:-1]), reversed(parts), strict=True):
+                h, change = level.inverse(torch.cat([h, part]))
+                logdet = logdet + change
+            return h.transpose(0, 1).contiguous(), logdet
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Initialise every ActNorm from the batch ``x`` [B,C,H,W] as it reaches it. Does nothing to done ones."""
+        """Initialise every ActNorm from the batch `x` [B,C,H,W] as it reaches it. Those that were are left alone."""
         with full_precision(x.device.type):
             for index, level in enumerate(self.levels):
                 for layer in level.layers:
@@ -109,28 +97,26 @@ class MultiscaleFlow(Bijection):
         """
         if memory not in MEMORY:
             raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
-        for level in self.levels:
-            level.memory = memory
+        self.memory = memory
 
     def compile_steps(self, on: bool = True, backend: str = "inductor") -> None:
-        """Compile the steps with ``torch.compile``, for training, encoding and decoding; needs a C++ compiler.
+        """Compile the steps with `torch.compile`, for training, encoding and decoding; needs a C++ compiler.
 
-        The first passes take up to a minute per direction; any batch size is then served without another one (but for
-        a batch of one image). Results agree with the ordinary ones within rounding. Copies of the flow and models that
-        are loaded start uncompiled.
+        The first passes take up to a minute per direction. Results agree with the ordinary ones within rounding.
+        Copies of the flow and models that are loaded start uncompiled.
 
         Args:
             on: False goes back to ordinary code.
-            backend: of ``torch.compile``.
+            backend: of `torch.compile`.
         """
-        levels = len(self.levels)
-        forward = compile_step(step_forward, levels, backend) if on else None
-        inverse = compile_step(step_inverse, levels, backend) if on else None
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, _COMPILATIONS_PER_LEVEL * len(self.levels))
         for level in self.levels:
-            level.use_compiled(forward, inverse)
+            level.step_forward = torch.compile(step_forward, backend=backend) if on else step_forward
+            level.step_inverse = torch.compile(step_inverse, backend=backend) if on else step_inverse
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:
-        """Run the subnets in ``dtype`` (float16 or bfloat16) or, with None, in float32. See ``ResidualSubnet``."""
+        """Run the subnets in `dtype` (float16 or bfloat16) or, with None, in float32. See `Subnet`."""
         self.autocast = dtype
         for module in self.modules():
             if isinstance(module, Coupling):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from glem_augment.flows.activations import ACTIVATIONS
 from glem_augment.flows.bijection import Bijection, FlatIdentity
 from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.multiscale import MultiscaleFlow
-from glem_augment.flows.subnets import CONV_SUBNETS, SUBNETS, Subnet, make_subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet, make_subnet
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -12,19 +12,17 @@ All share one contract (``Subnet``), so that a coupling need not know which it h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows.activations import Activation, may_be_overwritten
-from glem_augment.flows.frozen import FrozenRun, may_run_frozen
-from glem_augment.flows.network_node import may_run, run_as_node, serves
-from glem_augment.flows.network_parts import KnownParts, Parts, have_hooks, take_apart
-
 CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
 SUBNETS = (*CONV_SUBNETS, "transformer")
-# From this width on, weights that are kept in order count for more than a coupling in fewer passes over memory.
-_WIDE = 96
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+# Their derivative follows from their result. Done in place, autograd keeps one tensor instead of two.
+_IN_PLACE = ("elu", "relu")
 # Channels per attention head, where the width allows.
 _HEAD = 32
 
@@ -57,18 +55,6 @@ class Subnet(nn.Module):
         super().__init__()
         self.autocast: torch.dtype | None = None
 
-    def is_faster_uncompiled(self, x: Tensor, kernel: bool) -> bool:
-        """Whether a coupling is at its fastest as it is on x, whatever a compiler could make of it.
-
-        Args:
-            kernel: there is one for what the coupling does with the result.
-        """
-        return False
-
-    def as_node(self) -> Parts | None:
-        """What ``level_node`` runs in the place of ``forward``; None where it must not."""
-        return None
-
     def body(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
         raise NotImplementedError
@@ -87,9 +73,28 @@ class Subnet(nn.Module):
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
 
 
-def _add(h: Tensor, x: Tensor) -> Tensor:
-    """h + x, in the place of h, which nobody else may hold."""
-    return h.add_(x) if may_be_overwritten(h) else h + x
+class Activation(nn.Module):
+    """An elementwise nonlinearity of the convolutional subnets.
+
+    Args:
+        name: one of `ACTIVATIONS`.
+    """
+
+    def __init__(self, name: str = "elu") -> None:
+        super().__init__()
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        self.name = name
+
+    def forward(self, x: Tensor, owned: bool = True) -> Tensor:
+        """Apply it to `x`, any shape.
+
+        Args:
+            owned: nobody else reads `x` (the result of a convolution), so it may be overwritten.
+        """
+        if owned and self.name in _IN_PLACE:
+            return ACTIVATIONS[self.name](x, inplace=True)
+        return ACTIVATIONS[self.name](x)
 
 
 class ResidualBlock(nn.Module):
@@ -112,11 +117,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.act(x, owned=False))
         h = self.conv2(self.act(h))
-        return _add(self.conv3(self.act(h)), x)
-
-    def layers(self) -> list[tuple[bool, nn.Module]]:
-        """What is added to x, each with whether the activation comes before it."""
-        return [(True, self.conv1), (True, self.conv2), (True, self.conv3)]
+        return self.conv3(self.act(h)) + x
 
 
 class DepthwiseBlock(nn.Module):
@@ -130,11 +131,7 @@ class DepthwiseBlock(nn.Module):
         self.project = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _add(self.project(self.act(self.expand(self.depthwise(x)))), x)
-
-    def layers(self) -> list[tuple[bool, nn.Module]]:
-        """As ``ResidualBlock.layers``."""
-        return [(False, self.depthwise), (False, self.expand), (True, self.project)]
+        return self.project(self.act(self.expand(self.depthwise(x)))) + x
 
 
 class ConvSubnet(Subnet):
@@ -173,44 +170,6 @@ class ConvSubnet(Subnet):
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
         self.to(memory_format=torch.channels_last)
-        self._frozen, self._known = FrozenRun(), KnownParts()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.autocast is None:
-            x = x.contiguous(memory_format=torch.channels_last)
-            result = self._frozen(x, self._parts)
-            if result is None:
-                result = run_as_node(x, self._parts)
-            if result is not None:
-                return result
-        return super().forward(x)
-
-    def is_faster_uncompiled(self, x: Tensor, kernel: bool) -> bool:
-        weight = next(self.head.parameters(), None)
-        if weight is None or self.autocast is not None:
-            return False
-        if weight.requires_grad:  # in training, as one node
-            return kernel and may_run(x) and self.as_node() is not None
-        # Frozen. Without a kernel a compiler makes more of what surrounds narrow networks.
-        return (kernel or len(weight) >= _WIDE) and may_run_frozen(x)
-
-    def as_node(self) -> Parts | None:
-        known = type(self).forward is ConvSubnet.forward and not have_hooks([self])
-        if not known or self.autocast is not None or self._frozen.is_used():
-            return None
-        parts = self._parts()
-        return parts if parts is not None and serves(parts) else None
-
-    def _parts(self) -> Parts | None:
-        return self._known.of(self, self._taken_apart)
-
-    def _taken_apart(self) -> Parts | None:
-        """As long as blocks and activation are as they were made."""
-        blocks = list(self.blocks)
-        known = all(type(block) in (ResidualBlock, DepthwiseBlock) for block in blocks) and all(
-            type(act) is Activation and act.name == self.act.name for act in (self.act, *(b.act for b in blocks))
-        )
-        return take_apart(self.act, self.head, [block.layers() for block in blocks], self.tail) if known else None
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)

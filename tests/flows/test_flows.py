@@ -22,7 +22,7 @@ from glem_augment.flows import (
     create_flow,
 )
 from glem_augment.flows.coupling import row_bounded
-from glem_augment.flows.generators import exp_of_generators
+from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.flows.subnets import ResidualSubnet
 
 SMALL = {
@@ -264,7 +264,7 @@ def test_initialised_flow_whitens_every_actnorm_input() -> None:
 @pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
 def test_row_sums_stay_below_the_bound(bound: float, magnitude: float) -> None:
     raw = torch.randn(4, 6, 6, 3, 3) * magnitude
-    s = row_bounded(raw, bound, 2)
+    s, _ = row_bounded(raw, bound, 2)
     assert s.isfinite().all()
     assert float(s.abs().sum(2).max()) <= bound * (1 + 1e-6)
 
@@ -272,7 +272,7 @@ def test_row_sums_stay_below_the_bound(bound: float, magnitude: float) -> None:
 def test_a_single_entry_may_use_the_whole_row() -> None:
     raw = torch.zeros(1, 5, 5, 1, 1)
     raw[0, torch.arange(5), torch.arange(5)] = -1e6
-    torch.testing.assert_close(row_bounded(raw, 2.0, 2)[0, :, :, 0, 0], -2.0 * torch.eye(5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(row_bounded(raw, 2.0, 2)[0][0, :, :, 0, 0], -2.0 * torch.eye(5), rtol=1e-5, atol=0)
 
 
 class Constant(torch.nn.Module):
@@ -490,16 +490,3 @@ def test_exponentials_of_generators_and_their_gradient(steps: int, channels: int
         assert gradient.dtype == dtype
         for got, want in ((result, expected), (gradient, reference)):
             assert (got.double() - want).norm() <= tolerance * want.norm()
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_exponentials_of_generators_can_be_differentiated_twice(sign: float) -> None:
-    torch.manual_seed(0)
-    weights = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda a: exp_of_generators(a, sign), weights)
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        own = weights.detach().to(dtype).requires_grad_()
-        (first,) = torch.autograd.grad(exp_of_generators(own, sign).pow(3).sum(), own, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), own)[0].double())
-    assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()

@@ -8,10 +8,9 @@ import time
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
-from glem_augment.flows import expm_native
-from glem_augment.flows.expm_coupling import expm_coupling, expm_coupling_backward, norm_bound
+from glem_augment.flows.coupling import MatExpCoupling, _norm_bound
 from glem_augment.flows.matexp import expm_apply, expm_apply_low_rank, taylor_plan
 
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
@@ -115,14 +114,12 @@ def test_inverse_undoes(n: int, bound: float) -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("n", "bound"), [(1, 0.5), (3, 1.0), (3, 2.0), (2, 3.0), (9, 2.0)])
-def test_first_and_second_derivatives(n: int, bound: float, inverse: bool) -> None:
+def test_derivatives(n: int, bound: float, inverse: bool) -> None:
     """Several segments (bound > 1) and both code paths (n <= 8 and beyond)."""
     pixels = (1, 2) if n < 9 else (1, 1)
     s = (with_row_sums(torch.randn(1, n, n, *pixels, dtype=torch.float64), bound) * 0.9).requires_grad_()
     v = torch.randn(1, n, *pixels, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda s, v: expm_apply(s, v, bound, inverse), (s, v))
-    if n < 9:
-        assert gradgradcheck(lambda s, v: expm_apply(s, v, bound, inverse), (s, v))
 
 
 @pytest.mark.parametrize("bound", [1.0, 2.0])
@@ -218,10 +215,8 @@ def test_at_least_eight_times_faster_than_matrix_exp() -> None:
 # Where S is small, fewer terms of the series are added.
 @pytest.mark.parametrize("size", [3, 0.3, 0.01, 1e-5, 0])
 def test_the_coupling_of_every_kernel_against_dense_exponentials(
-    n: int, bound: float, inverse: bool, size: float, monkeypatch: pytest.MonkeyPatch
+    n: int, bound: float, inverse: bool, size: float
 ) -> None:
-    monkeypatch.setattr(expm_native, "serves", lambda *args: False)  # test_native.py has that one
-
     g = torch.Generator().manual_seed(n)
     x = torch.randn(n, 3, 4, 5, generator=g, dtype=torch.float64).requires_grad_()
     raw = size * torch.randn(3, n * n + n, 4, 5, generator=g, dtype=torch.float64)
@@ -243,16 +238,11 @@ def test_the_coupling_of_every_kernel_against_dense_exponentials(
     expected = [y, logdet, *torch.autograd.grad([y, logdet], [x, raw], upstream)]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         own = [t.detach().to(dtype).requires_grad_() for t in (x, raw)]
-        got = expm_coupling(*own, bound, inverse)
+        got = MatExpCoupling(2 * n, lambda a, b: torch.nn.Identity(), bound).transform(*own, inverse)
         grads = torch.autograd.grad(got, own, [u.to(dtype) for u in upstream])
         for result, want in zip([*got, *grads], expected, strict=True):
             # Traces may cancel: an absolute bound then.
             assert (result.double() - want).norm() <= tolerance * want.norm().clamp_min(1)
-    if inverse:
-        return
-    undone = expm_coupling_backward(y.detach(), raw.detach(), *upstream, bound)
-    for result, want in zip(undone, [x, *expected[2:]], strict=True):
-        assert (result - want).norm() <= 1e-10 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -261,9 +251,9 @@ def test_the_norm_of_a_batch_is_bounded(bound: float, dtype: torch.dtype) -> Non
     """Never below the true norm, and within a factor of two of it while that is above a thousandth of the bound."""
     for size in [10.0**k for k in range(-9, 9)]:
         raw = size * torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
-        factor = bound / (1 + raw.abs().sum(2, keepdim=True))
-        norm, found = float((raw.double() * factor.double()).abs().sum(2).max()), norm_bound(factor, bound)
+        below = 1 + raw.abs().sum(2, keepdim=True)
+        norm, found = float((raw.double() * bound / below.double()).abs().sum(2).max()), _norm_bound(below, bound)
         assert norm <= found * (1 + 1e-6) and found <= bound
         assert found <= max(2 * norm + 1e-5, bound / 1024)
     for lost in (torch.full((3, 4, 1), float("nan")), torch.empty(0, 4, 1)):
-        assert norm_bound(lost, bound) == bound
+        assert _norm_bound(lost, bound) == bound

@@ -17,16 +17,11 @@ from glem_augment.flows import (
     AffineCoupling,
     Bijection,
     MatExpCoupling,
-    activations,
-    affine_coupling,
     build_flow,
     create_flow,
-    elu_native,
 )
-from glem_augment.flows.activations import ACTIVATIONS, Activation
-from glem_augment.flows.affine_coupling import bounded
 from glem_augment.flows.presets import check_spec, resolve_preset
-from glem_augment.flows.subnets import CONV_SUBNETS, SUBNETS, ResidualSubnet, make_subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Activation, ResidualSubnet, make_subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
@@ -113,41 +108,6 @@ def test_activation_equals_the_plain_function(activation: str) -> None:
         with torch.set_grad_enabled(grad):
             Activation(activation)(kept, owned=False)
         assert torch.equal(kept, before)
-
-
-@pytest.mark.parametrize("owned", [False, True])
-@pytest.mark.parametrize(("kernel", "mkl"), [(True, False), (False, False), (False, True)])
-def test_elu_without_gradients_equals_elu_to_float32_rounding(
-    owned: bool, kernel: bool, mkl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activations, "mkl_is_fast", lambda: mkl)
-    if not kernel:
-        monkeypatch.setattr(elu_native, "serves", lambda *args: False)
-    special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.8, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
-    x = torch.cat([torch.linspace(-40, 40, 100_001), special])
-    with torch.no_grad():
-        y = Activation("elu")(x.clone(), owned)
-    exact = F.elu(x.double())
-    error = torch.where(exact.isfinite(), (y - exact).abs() / exact.abs().clamp_min(1), 0)
-    assert float(error.max()) < 1.2e-7  # one unit in the last place of 1
-    assert torch.equal(y.isnan(), exact.isnan())
-    assert torch.equal(y.isinf(), x.isinf() & (x > 0))
-    assert torch.equal(y[x > 1e-3], x[x > 1e-3])  # to the bit where e^x - 1 is clearly above x
-
-
-@pytest.mark.parametrize("bound", [0.7, 2.0])
-@pytest.mark.parametrize("mkl", [False, True])
-def test_the_log_scale_of_an_affine_coupling_is_a_bounded_tanh(
-    bound: float, mkl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(affine_coupling, "mkl_is_fast", lambda: mkl)
-    raw = torch.linspace(-30, 30, 10_001, dtype=torch.float64, requires_grad=True)
-    value, expected = bounded(raw, bound), bound * torch.tanh(raw / bound)
-    torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)
-    slopes = [torch.autograd.grad(v.sum(), raw)[0] for v in (value, expected)]
-    torch.testing.assert_close(*slopes, rtol=0, atol=1e-14)
-    single = bounded(torch.tensor([0.0, -1e9, 1e9, torch.inf, -torch.inf]), bound)
-    assert torch.equal(single, torch.tensor([0.0, -bound, bound, bound, -bound]))
 
 
 def test_the_published_block_is_unchanged() -> None:
