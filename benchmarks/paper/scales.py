@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glem_augment.evaluation import Recipe
+from benchmarks.paper.classifier import Recipe
 
 _GLEM_DATA = os.environ.get("GLEM_DATA", "data")
 

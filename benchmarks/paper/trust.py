@@ -1,7 +1,8 @@
-"""Out-of-distribution detection and memorisation of the flows of ``benchmarks/paper/paper.py``, one row per number."""
+"""Out-of-distribution detection and memorisation of the flows that `paper.py` trains, one row per number."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,100 +12,117 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.paper.continuum import average_ranks
 from benchmarks.paper.lab import Fitted, Lab, version_of
 from benchmarks.paper.report import row, write_rows
 from benchmarks.paper.tables import Cell
-from glem_augment import open_data
-from glem_augment.evaluation import auroc, likelihood_gap, memorisation_ratio, ood_images, ood_scores
+from glem_augment import GLEM, open_data
+from glem_augment.evaluation import likelihood_gap, memorisation_ratio
+from glem_augment.evaluation.metrics import spread
 
-FLOWS = (
-    ("GLEM 10", "glem", {}),
-    ("lambda = 0", "lambda0", {}),
-    ("IB-INN", "ib-inn", {}),
-    ("hybrid", "hybrid", {}),
-)
+FLOWS = (("GLEM 10", "glem"), ("lambda = 0", "lambda0"), ("IB-INN", "ib-inn"), ("hybrid", "hybrid"))
 SCORES = ("likelihood", "typicality", "entropy")
-
-
-def _outside(x: Tensor, role: str, other: str | None) -> dict[str, Tensor]:
-    """Sets of images that are not the data's: noise, rotated and inverted ones for grey data, noise and the crops of
-    ``other`` for colour (a turned photograph is still one)."""
-    kinds = ("noise", "rotated", "inverted") if x.shape[1] == 1 else ("noise",)
-    sets = {kind: ood_images(x, kind) for kind in kinds if kind != "rotated" or x.shape[2] == x.shape[3]}
-    if other is not None and x.shape[1] == 3:
-        crops = open_data(other, "val", image_size=tuple(x.shape[2:]), channels=3, progress=False).tensor()
-        if crops is not None:
-            sets["other images"] = crops[: len(x)]
-    return sets
 
 
 def run_trust(
     lab: Lab, scale: str, out: Path, seeds: int, other: str | None, command: Callable[[str, int], str]
 ) -> None:
-    """Measure every flow on both data sets and write ``trust.<scale>.json`` and ``.md`` once they are whole."""
-    cells = [Cell(label, role, method, (), changes) for role in ("main", "second") for label, method, changes in FLOWS]
-    while all(lab.has(cell, seeds, _memory(lab, seeds, "gaussian")) for cell in cells):
-        seeds += 1
-    about = version_of(lab.scale.measured, _identity(other))
+    """Measure every flow on both data sets, then write `trust.<scale>.json` and `.md`."""
+    cells = [Cell(label, role, method, ()) for role in ("main", "second") for label, method in FLOWS]
+    # A folder's name and how many files it has stand for it, since paths differ between machines.
+    identity = (Path(other).name, sum(path.is_file() for path in Path(other).rglob("*"))) if other else None
     rows: list[dict[str, Any]] = []
     for cell in cells:
-        data = lab.spec(cell.data).name
         for seed in range(seeds):
             numbers = []
             for source in ("gaussian", "rfcm"):
                 drawn = replace(cell, source=source)
-                make = partial(_memorisation, lab, drawn, seed)
-                numbers += lab.numbers(drawn, seed, _memory(lab, seed, source), make)
-            numbers += lab.numbers(cell, seed, f"ood {about}", partial(_detection, lab, cell, other))
-            rows += [row("trust", cell, data, seed, number) for number in numbers]
-            print(f"trust, seed {seed}, {data}, {cell.label}", flush=True)
+                about = f"memory {source} {version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)}"
+                numbers += lab.numbers(drawn, seed, about, partial(_memorisation, lab, drawn, seed))
+            about = f"ood {version_of(lab.scale.measured, identity)}"
+            numbers += lab.numbers(cell, seed, about, partial(_detection, lab, cell, other))
+            rows += [row("trust", cell, lab.spec(cell.data).name, seed, number) for number in numbers]
     path = out / f"trust.{scale}.json"
     write_rows(path, "Out-of-distribution detection and memorisation", rows, command("trust", seeds))
 
 
-def _memory(lab: Lab, seed: int, source: str) -> str:
-    return f"memory {source} {version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)}"
+# ---- images that the flow was not trained on -----------------------------------------------------------------------
 
 
-def _identity(other: str | None) -> tuple[str, int] | None:
-    """A folder's name and how many files it has: paths are other ones on every machine."""
-    return None if other is None else (Path(other).name, sum(path.is_file() for path in Path(other).rglob("*")))
+def outside_images(x: Tensor, kind: str) -> Tensor:
+    """Images like none in `x` uint8 [N,C,H,W]: "noise" (uniform pixels), "rotated" (by 90 degrees) or "inverted"."""
+    if kind == "noise":
+        return torch.randint(0, 256, x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.rot90(x, 1, (2, 3)).contiguous() if kind == "rotated" else 255 - x
+
+
+@torch.no_grad()
+def ood_scores(model: GLEM, x: Tensor, mean_nll: float = 0.0) -> dict[str, Tensor]:
+    """Scores that are higher the less an image looks like the training data, each [N] float64.
+
+    Args:
+        x: uint8 [N,C,H,W]. mean_nll: mean of -log p(x) over training images, in nats.
+
+    Returns:
+        `likelihood`: -log p(x), nats, uniform prior over classes. `typicality`: |-log p(x) - mean_nll| (Nalisnick et
+        al. 2019, batches of one). `entropy` of the class posterior, nats.
+    """
+    g = torch.Generator().manual_seed(0)
+    scores = torch.cat([model.log_prob_per_class(part, g).double().cpu() for part in x.split(256)])
+    likelihood = math.log(scores.shape[1]) - scores.logsumexp(1)
+    log_posterior = scores.log_softmax(1)
+    entropy = -(log_posterior.exp() * log_posterior).sum(1)
+    return {"likelihood": likelihood, "typicality": (likelihood - mean_nll).abs(), "entropy": entropy}
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that a score from `outside` [M] exceeds one from `inside` [N]; ties count half (Mann & Whitney).
+
+    torchmetrics squeezes scores beyond [0, 1] through a sigmoid, which makes likelihoods of thousands of nats equal.
+    """
+    n, m = len(inside), len(outside)
+    ranks = average_ranks(torch.cat([inside, outside]).double())
+    return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
 
 
 def _detection(lab: Lab, cell: Cell, other: str | None, fitted: Fitted) -> dict[str, float]:
-    model = fitted.model
     train, test = lab.data(cell.data)
     count = min(len(test), lab.scale.measured)
-    rows = (torch.arange(count) * len(test)) // count
-    some = (torch.arange(count) * len(train)) // count
-    mean_nll = float(ood_scores(model, train.tensor()[some])["likelihood"].mean())
-    x = test.tensor()[rows]
-    inside = ood_scores(model, x, mean_nll)
+    training = train.tensor()[torch.from_numpy(spread(len(train), count))]
+    mean_nll = float(ood_scores(fitted.model, training)["likelihood"].mean())
+    x = test.tensor()[torch.from_numpy(spread(len(test), count))]
+    # A turned photograph is still one, so colour images are set against noise and other photographs.
+    grey = x.shape[1] == 1
+    sets = {kind: outside_images(x, kind) for kind in (("noise", "rotated", "inverted") if grey else ("noise",))}
+    if other is not None and not grey:
+        crops = open_data(other, "val", image_size=tuple(x.shape[2:]), channels=3, progress=False).tensor()
+        sets["other images"] = crops[: len(x)]
+    inside = ood_scores(fitted.model, x, mean_nll)
     result = {}
-    for name, images in _outside(x, cell.data, other).items():
-        outside = ood_scores(model, images, mean_nll)
+    for name, images in sets.items():
+        outside = ood_scores(fitted.model, images, mean_nll)
         for score in SCORES:
             result[f"AUROC {score}, {name}"] = auroc(inside[score], outside[score])
     return result
 
 
+# ---- memorisation --------------------------------------------------------------------------------------------------
+
+
 def _memorisation(lab: Lab, cell: Cell, seed: int, fitted: Fitted) -> dict[str, float]:
-    """In the oracle's features; and, once, the likelihood gap."""
+    """Distances in the oracle's features; for the class Gaussians, the likelihood gap too."""
     train, test = lab.data(cell.data)
     count = min(len(test), len(train), lab.scale.measured)
-    pick = (torch.arange(count) * len(train)) // count
-    held = (torch.arange(count) * len(test)) // count
-    oracle = lab.oracle(cell.data)
-    samples, _ = lab.samples(fitted, cell, max(1, count // len(train.classes)), seed + 3)
-    sets = [oracle.run(x)[0] for x in (samples, train.tensor()[pick], test.tensor()[held])]
-    found = memorisation_ratio(*sets)
+    some, held = spread(len(train), count), spread(len(test), count)
+    samples = lab.samples(fitted, cell, max(1, count // len(train.classes)), seed + 3)[0]
+    sets = (samples, train.tensor()[torch.from_numpy(some)], test.tensor()[torch.from_numpy(held)])
+    found = memorisation_ratio(*(lab.oracle(cell.data).run(x)[0] for x in sets))
     tail = "" if cell.source == "gaussian" else ", RFCM"
     result = {
         f"NN distance ratio{tail}": found["ratio"],
         f"share nearer to train{tail}": found["share_nearer_train"],
     }
     if cell.source == "gaussian":
-        parts = [data.batches(rows.numpy(), 256) for data, rows in ((train, pick), (test, held))]
-        gap = likelihood_gap(fitted.model, *parts)
-        result |= {"train-test gap, bits/dim": gap["gap"]}
+        gap = likelihood_gap(fitted.model, train.batches(some, 256), test.batches(held, 256))
+        result["train-test gap, bits/dim"] = gap["gap"]
     return result

@@ -30,7 +30,7 @@ Classify labelled images with a flow, and measure how well it models them. Print
   accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the flow
   bits_per_dim        -log2 p(image | its class) per pixel and channel, at the flow's bit depth ("bits")
   bits_per_dim_marginal  the same for p(image), all classes equally likely
-  ece                 expected calibration error of the posterior, 15 bins (needs torchmetrics)
+  ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
   images_per_second   classification alone
   skipped             images left out, with --skip-bad
@@ -82,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
     if args.skip_bad:
         result["skipped"] = len(data.skipped)
     result |= evaluate(model, data, args.batch_size, round_trip=args.round_trip)
-    if result["ece"] is None and model.num_classes > 1:
-        note("ece is null: install torchmetrics for it (pip install 'glem-augment[metrics]')")
     if out is not None:  # before the result is printed to a pipe whose reader may have left
         write_json(out, finite(result))
     print_json(result)

@@ -15,102 +15,88 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
-__all__ = ["evaluate", "spread"]
+__all__ = ["calibration_error", "evaluate", "spread"]
+
+CALIBRATION_BINS = 15
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """``count`` of ``total`` indices, evenly spread, so that every class of sorted data is among them: int64."""
+    """`count` evenly spread indices out of `total`, so that all classes of sorted data are among them: int64."""
     return (np.arange(count, dtype=np.int64) * total) // count
+
+
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Expected calibration error (Guo et al. 2017) over 15 bins of equal width, in [0, 1].
+
+    ECE = sum over bins of |number of right answers - sum of confidences| / N.
+
+    Args:
+        confidence: [N], the probability given to the predicted class.
+        right: bool [N], whether that class is the true one.
+    """
+    bins = (confidence.double() * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=confidence.device)
+    gap.index_add_(0, bins, right.double() - confidence.double())
+    return float(gap.abs().sum()) / len(confidence)
 
 
 @torch.no_grad()
 def evaluate(
     model: GLEM, data: ImageData, batch_size: int = 256, round_trip: int = 1000, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure ``model`` as a classifier and as a density on ``data``, whose targets are the flow's class indices.
+    """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
 
-    Two passes: predictions are deterministic (middle of the bin); likelihoods use dequantisation noise, seeded, so that
-    the same command gives the same numbers.
+    Predictions are deterministic (middle of the bin). Likelihoods use dequantisation noise with a fixed seed, so that
+    the same call gives the same numbers.
 
     Args:
-        round_trip: images for the round trip; these are encoded a third time, and decoded.
+        round_trip: how many images to encode and decode for the round trip; 0 for none.
 
     Returns:
-        What the help of ``glem eval`` lists; ``ece`` is None without torchmetrics.
+        The numbers that the help of `glem eval` explains.
+
+    Raises:
+        DataError: `data` holds no images.
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
-    calibration = _calibration(model.num_classes)
     generator = torch.Generator().manual_seed(0)
-    top = min(5, model.num_classes)
-    right = right_top = 0
+    confidence, right, right_top = [], [], 0
     nll = nll_marginal = seconds = 0.0
-    wanted = set(spread(len(data), min(round_trip, len(data))).tolist())
-    trips: list[tuple[int, dict[str, float]]] = []
-    position = 0
     bar = tqdm(total=len(data), unit="image", desc="eval", disable=not progress, dynamic_ncols=True)
     for x, y in data.batches(np.arange(len(data)), batch_size):
         x, y = x.to(model.device), y.to(model.device)
         began = time.perf_counter()
-        scores = model.gaussians.log_prob(model.encode(x)[0])
-        best = scores.topk(top, 1).indices
-        right += int((best[:, 0] == y).sum())
+        best = model.gaussians.log_prob(model.encode(x)[0]).log_softmax(1).topk(min(5, model.num_classes), 1)
+        right.append((best.indices[:, 0] == y).cpu())
         seconds += time.perf_counter() - began
-        right_top += int((best == y[:, None]).any(1).sum())
-        if calibration is not None:
-            # Below 1, which torchmetrics gives a bin of its own, a 16th.
-            calibration.update(torch.softmax(scores, 1).cpu().clamp(max=1 - 2**-24), y.cpu())
-        own, marginal = _nll(model.log_prob_per_class(x, generator), y)
-        nll, nll_marginal = nll + own, nll_marginal + marginal
-        rows = [i for i in range(len(y)) if position + i in wanted]
-        if rows:
-            trips.append((len(rows), model.check_invertibility(x[rows])))
-        position += len(y)
+        right_top += int((best.indices == y[:, None]).any(1).sum())
+        confidence.append(best.values[:, 0].exp().cpu())
+        scores = model.log_prob_per_class(x, generator).double()
+        nll -= float(scores.gather(1, y[:, None]).sum())
+        nll_marginal -= float((scores.logsumexp(1) - math.log(model.num_classes)).sum())
         bar.update(len(y))
     bar.close()
-    per_image = len(data) * model.dim * math.log(2)
+    is_right = torch.cat(right)
+    dims = len(data) * model.dim * math.log(2)
     return {
         "n": len(data),
-        "accuracy": right / len(data),
+        "accuracy": float(is_right.double().mean()),
         "top5": right_top / len(data),
-        "bits_per_dim": nll / per_image,
-        "bits_per_dim_marginal": nll_marginal / per_image,
+        "bits_per_dim": nll / dims,
+        "bits_per_dim_marginal": nll_marginal / dims,
         "bits": model.bits,
-        "ece": None if calibration is None else float(calibration.compute()),
-        "round_trip": _together(trips, model.dim),
+        "ece": calibration_error(torch.cat(confidence), is_right),
+        "round_trip": _round_trip(model, data, min(round_trip, len(data)), batch_size),
         "images_per_second": len(data) / max(seconds, 1e-9),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }
 
 
-def _nll(scores: Tensor, y: Tensor) -> tuple[float, float]:
-    """Sums over the batch of -log p(x|y) and -log p(x), nats; ``scores`` [B,K] holds log p(x|class)."""
-    scores = scores.double()
-    marginal = torch.logsumexp(scores, 1) - math.log(scores.shape[1])
-    return -float(scores.gather(1, y[:, None]).sum()), -float(marginal.sum())
-
-
-def _calibration(num_classes: int) -> Any:
-    try:
-        from torchmetrics.classification import MulticlassCalibrationError
-    except ImportError:
+def _round_trip(model: GLEM, data: ImageData, count: int, batch_size: int) -> dict[str, float] | None:
+    """`model.check_invertibility` of `count` evenly spread images."""
+    if not count:
         return None
-    # torchmetrics knows no posterior over a single class; there the answer is always right.
-    return MulticlassCalibrationError(num_classes, n_bins=15, norm="l1") if num_classes > 1 else None
-
-
-def _together(trips: list[tuple[int, dict[str, float]]], dim: int) -> dict[str, float] | None:
-    """The ``check_invertibility`` of all images from those of the batches."""
-    if not trips:
-        return None
-    images = sum(n for n, _ in trips)
-    finite_pixels = sum(n * dim * (1 - part["non_finite"]) for n, part in trips)
-    error = sum(n * dim * (1 - part["non_finite"]) * part["mean_error"] for n, part in trips if part["non_finite"] < 1)
-    return {
-        "images": images,
-        "max_error": max(part["max_error"] for _, part in trips),
-        "mean_error": error / max(1.0, finite_pixels),
-        "within_half_step": sum(n * part["within_half_step"] for n, part in trips) / images,
-        "non_finite": sum(n * part["non_finite"] for n, part in trips) / images,
-    }
+    x = torch.cat([x for x, _ in data.batches(spread(len(data), count), batch_size)])
+    return {"images": count, **model.check_invertibility(x)}

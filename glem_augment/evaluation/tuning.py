@@ -1,6 +1,7 @@
-"""Picking strength and p on held-out data: a quick check with one trained classifier, and a search with training runs.
+"""Choosing strength and p on images held out of the training set, never on the test set.
 
-Neither may look at the test set: the images are held out of the training set.
+`choose_strength` takes seconds: it asks a trained classifier how strong a move may be before labels become wrong.
+`search` trains a classifier with every setting.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number
 from glem_augment.devices import evaluating
 
+__all__ = ["SearchResult", "StrengthReport", "StrengthRow", "Trial", "choose_strength", "search"]
+
 
 @dataclass(frozen=True)
 class StrengthRow:
-    """What one strength does to held-out images of the flow's classes.
+    """What moves of one strength do to held-out images of the flow's classes.
 
-    strength; accuracy of the classifier on what comes out, in [0, 1]; change, the mean absolute change of a pixel in
-    uint8 steps; replaced, the share of images that came out as they were because the moved one was not plausible;
-    kept_right, the share that were replaced and are recognised, part of both.
+    Attributes:
+        accuracy: of the classifier on the moved images, in [0, 1].
+        change: mean absolute change of a pixel, in uint8 steps.
+        replaced: share of images that were kept as they were, because the moved image was not plausible.
+        kept_right: share of images that were kept and are recognised; they count in `accuracy`, too.
     """
 
     strength: float
@@ -41,7 +46,7 @@ class StrengthRow:
 
 @dataclass(frozen=True)
 class StrengthReport:
-    """accuracy on the images as they are, one row per strength (rising), and the strength that was chosen (0: none)."""
+    """Accuracy on the unmoved images, one row per strength (rising), and the chosen strength (0: none will do)."""
 
     accuracy: float
     rows: list[StrengthRow]
@@ -56,25 +61,22 @@ def choose_strength(
     strengths: Sequence[float] = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5),
     max_drop: float = 0.02,
 ) -> StrengthReport:
-    """The largest strength at which held-out images, all moved, are still recognised: labels stay right.
+    """The largest strength at which a classifier still recognises held-out images that have all been moved.
 
-    An image that is kept because its moved one is not plausible counts as lost. Images of classes that the flow does
-    not have are left out: nothing moves them.
+    An image that is kept because the moved one is not plausible counts as not recognised. Images of classes that the
+    flow does not have are left out.
 
-    A bound from above, in seconds: whether so strong a move also helps, only `search` can tell. For policy
-    "adversarial" the moves are noise with a step that fools this very classifier, so the drop says little: use "noise".
+    This is an upper bound: only `search` can tell whether moves of that strength help. The adversarial policy moves
+    images like "noise" and then fools this very classifier, so choose the strength with policy "noise".
 
     Args:
-        aug: policy "noise"; not changed.
-        classifier: trained without it; put in eval mode for the while.
-        batches: held-out (images, labels), as `aug` takes them, on the classifier's device. Gone through once.
-        strengths: to try; max_drop: of accuracy.
-
-    Returns:
-        The report.
+        aug: with policy "noise"; it is not changed.
+        classifier: trained without augmentation by the flow; it is in eval mode for the while.
+        batches: held-out images and labels as `aug` takes them, on the classifier's device. Read once.
+        strengths: to try. max_drop: how much accuracy may fall.
 
     Raises:
-        ValueError: for another policy, no images of the flow's classes, or an argument out of range.
+        ValueError: another policy, no images of the flow's classes, or an argument out of range.
     """
     if aug.policy != "noise":
         raise ValueError(f"choose_strength needs policy='noise', got {aug.policy!r}: see `search` for the others")
@@ -82,68 +84,64 @@ def choose_strength(
     tried = sorted(check_number("strengths", s, 0.0, math.inf, open_low=True) for s in strengths)
     if not tried:
         raise ValueError("strengths is empty")
-    plainly_right, total, trials = 0, 0, []
-    right, kept_right, change = [0] * len(tried), [0] * len(tried), [0.0] * len(tried)
+    trials = []
     for strength in tried:
-        # The same draws at every strength, through the same flow: it is large.
+        # All trials make the same draws, through one shared flow.
         trial = copy.deepcopy(aug, {id(aug.model): aug.model})
         trial.p, trial.strength, trial.labels = 1.0, strength, "hard"
-        trials.append((trial, trial.stats))
+        trials.append(trial)
+    replaced_before = [trial.stats["replaced"] for trial in trials]
     classifier = unwrapped(classifier)
     std = torch.tensor([1.0] if aug.pixels.std is None else list(aug.pixels.std)).view(-1, 1, 1)
+    unmoved_right = total = 0
+    right, kept_right, change = [0] * len(tried), [0] * len(tried), [0.0] * len(tried)
     with evaluating(classifier):
         for x, y in batches:
-            rows = trials[0][0].moved_rows(y)
-            x, y = x[rows.to(x.device)], y[rows]
-            cls, scale = data_class(y), 1.0 if x.dtype == torch.uint8 else 255.0 * std.to(x.device)
-            total += len(y)
-            if len(y) == 0:
+            rows = aug.moved_rows(y)
+            if not len(rows):
                 continue
-            plainly_right += int(_right(classifier, x, cls).sum())
-            for i, (trial, _) in enumerate(trials):
+            x, y = x[rows.to(x.device)], y[rows]
+            classes = data_class(y)
+            steps = 1.0 if x.dtype == torch.uint8 else 255.0 * std.to(x.device)
+            total += len(y)
+            unmoved_right += int(_is_right(classifier, x, classes).sum())
+            for i, trial in enumerate(trials):
                 before = trial.stats["replaced"]
                 moved = trial(x, y)[0]
-                recognised = _right(classifier, moved, cls)
-                right[i] += int(recognised.sum())
+                is_right = _is_right(classifier, moved, classes)
+                right[i] += int(is_right.sum())
                 if trial.stats["replaced"] > before:
-                    kept_right[i] += int((recognised & (moved == x).flatten(1).all(1)).sum())
-                change[i] += float(((moved.float() - x.float()).abs() * scale).flatten(1).mean(1).sum())
-    if total == 0:
+                    kept_right[i] += int((is_right & (moved == x).flatten(1).all(1)).sum())
+                change[i] += float(((moved.float() - x.float()).abs() * steps).flatten(1).mean(1).sum())
+    if not total:
         raise ValueError("batches gave no image of a class that the flow has")
-    rows = [
-        StrengthRow(
-            strength,
-            right[i] / total,
-            change[i] / total,
-            (trials[i][0].stats["replaced"] - trials[i][1]["replaced"]) / total,
-            kept_right[i] / total,
-        )
-        for i, strength in enumerate(tried)
-    ]
-    plain, chosen = plainly_right / total, 0.0
-    chance = 1 / aug.num_classes
-    if plain <= min(1.5 * chance, chance + 0.1) < 1:
+    accuracy, chance = unmoved_right / total, 1 / aug.num_classes
+    if accuracy <= min(1.5 * chance, chance + 0.1) < 1:
         warnings.warn(
-            f"the classifier is right on {100 * plain:.1f} % of the images, which among {aug.num_classes} classes is "
-            "little more than chance: what it still recognises says nothing. Train it first",
+            f"the classifier is right on {100 * accuracy:.1f} % of the images, which is little more than chance "
+            f"among {aug.num_classes} classes: train it first, or the chosen strength means nothing",
             stacklevel=2,
         )
-    for row in rows:  # up to the first that is too strong
-        if row.accuracy - row.kept_right < plain - max_drop:
-            break
+    report, chosen = [], 0.0
+    for i, trial in enumerate(trials):
+        replaced = trial.stats["replaced"] - replaced_before[i]
+        report.append(
+            StrengthRow(tried[i], right[i] / total, change[i] / total, replaced / total, kept_right[i] / total)
+        )
+    for row in itertools.takewhile(lambda row: row.accuracy - row.kept_right >= accuracy - max_drop, report):
         chosen = row.strength
-    return StrengthReport(plain, rows, chosen)
+    return StrengthReport(accuracy, report, chosen)
 
 
-def _right(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Which images are recognised, bool [n]."""
+def _is_right(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which images the classifier recognises: bool [B]."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return classifier(x).argmax(1) == y.to(x.device)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Scores of one setting, one per seed; p = 0 is the run without augmentation."""
+    """The scores of one setting, one per seed. The run without augmentation has p = 0."""
 
     strength: float
     p: float
@@ -151,7 +149,6 @@ class Trial:
 
     @property
     def mean(self) -> float:
-        """Mean score."""
         return fmean(self.scores)
 
     def gain(self, baseline: Trial) -> tuple[float, float]:
@@ -190,36 +187,31 @@ def search(
     seeds: int = 1,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> SearchResult:
-    """Train with every strength and p, and without, and keep the best by its mean score on held-out images.
+    """Train with every strength and p, and without augmentation, and keep the best mean score on held-out images.
 
     Args:
-        score: (strength, p, seed) -> score on held-out images, larger is better; it trains a classifier.
-        strengths, ps: to try in every combination (policy "mixup" has no strength: give one, or pass `alpha` as it).
-        seeds: runs per setting, with the same seeds 0, 1, ... for all, so that differences are paired.
-        on_trial: told each trial as it is done.
+        score: (strength, p, seed) -> score on held-out images, larger is better. It trains a classifier.
+        strengths, ps: tried in every combination. Policy "mixup" has no strength: give one, or pass `alpha` for it.
+        seeds: runs per setting. All settings share the seeds 0, 1, ..., so that differences are paired.
+        on_trial: called with each trial when it is done.
 
     Returns:
-        All trials. Where nothing is better than no augmentation, the best trial is that one (p = 0).
+        All trials. The best is the run without augmentation (p = 0) where nothing beats it.
 
     Raises:
-        ValueError: for an empty grid, a strength or p out of range, or a score that is not a finite number.
+        ValueError: nothing to try, a strength or p out of range, or a score that is not finite.
     """
-    settings = _settings(strengths, ps)  # all of them looked at before the first training
+    strengths = [check_number("strengths", value, 0.0, math.inf) for value in strengths]
+    ps = [check_number("ps", value, 0.0, 1.0) for value in ps]
+    settings = [(0.0, 0.0), *((s, p) for s, p in itertools.product(strengths, ps) if s > 0 and p > 0)]
     if seeds < 1 or len(settings) < 2:
-        raise ValueError(f"nothing to try: strengths={strengths!r}, ps={ps!r}, seeds={seeds}")
+        raise ValueError(f"there is nothing to try: strengths={strengths}, ps={ps}, seeds={seeds}")
     trials: list[Trial] = []
     for strength, p in settings:
-        scores = [float(score(strength, p, seed)) for seed in range(seeds)]
+        scores = tuple(float(score(strength, p, seed)) for seed in range(seeds))
         if not all(math.isfinite(value) for value in scores):
             raise ValueError(f"score({strength:g}, {p:g}) gave {scores}: it must be a finite number")
-        trials.append(Trial(strength, p, tuple(scores)))
+        trials.append(Trial(strength, p, scores))
         if on_trial is not None:
             on_trial(trials[-1])
     return SearchResult(trials, max(trials, key=lambda trial: trial.mean))
-
-
-def _settings(strengths: Sequence[float], ps: Sequence[float]) -> list[tuple[float, float]]:
-    """No augmentation, and then all combinations that are any."""
-    checked = [check_number("strengths", value, 0.0, math.inf) for value in strengths]
-    shares = [check_number("ps", value, 0.0, 1.0) for value in ps]
-    return [(0.0, 0.0), *((s, p) for s, p in itertools.product(checked, shares) if s > 0 and p > 0)]

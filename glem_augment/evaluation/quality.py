@@ -1,0 +1,221 @@
+"""Measuring generated images: FID, coverage and density, label reliability, memorisation.
+
+All but the likelihood gap work on features [N, m] of the images, which `features_and_logits` takes from a classifier
+of the real images (the paper's oracle, Sec. 5.1), or from any timm network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.devices import evaluating
+from glem_augment.errors import DataError
+from glem_augment.model.glem import GLEM
+
+__all__ = [
+    "coverage",
+    "feature_fid",
+    "features_and_logits",
+    "label_reliability",
+    "likelihood_gap",
+    "memorisation_ratio",
+    "nearest_distances",
+]
+
+# Rows of a distance matrix that are computed at a time.
+_CHUNK = 512
+
+
+@torch.no_grad()
+def features_and_logits(
+    network: nn.Module, x: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Penultimate features and logits of a timm network, in eval mode.
+
+    Args:
+        network: a timm classifier.
+        x: images [N,C,H,W] of the network's size, uint8 or float in [0, 1].
+        mean, std: what the network expects its input to be normalised with, broadcast to [B,C,H,W].
+
+    Returns:
+        features [N, m] and logits [N, K], on the CPU.
+    """
+    if not len(x):
+        raise DataError("there are no images to take features of")
+    device = next(network.parameters()).device
+    features, logits = [], []
+    with evaluating(network):
+        for part in x.split(batch_size):
+            part = part.to(device)
+            part = part.float() / 255 if part.dtype == torch.uint8 else part
+            pooled = network.forward_head(network.forward_features((part - mean) / std), pre_logits=True)
+            features.append(pooled.cpu())
+            logits.append(network.get_classifier()(pooled).cpu())
+    return torch.cat(features), torch.cat(logits)
+
+
+def label_reliability(logits: Tensor, y: Tensor) -> float:
+    """Share of generated images that a classifier of real images gives their intended class, in [0, 1].
+
+    Args:
+        logits: of the classifier for the generated images, [N, K]. y: intended classes, int64 [N].
+    """
+    return float((logits.argmax(1) == y.to(logits.device)).double().mean())
+
+
+def feature_fid(real: Tensor, generated: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features (Heusel et al. 2017).
+
+        |m_r - m_g|^2 + tr(S_r + S_g) - 2 tr (S_r S_g)^1/2
+
+    The last trace is the sum of the square roots of the eigenvalues of R^T S_g R, where S_r = R R^T: these are the
+    eigenvalues of S_r S_g, and the matrix is symmetric. The distance depends on the network and falls with the number
+    of images, so state both.
+
+    Args:
+        real, generated: features [N, m] and [M, m]; N, M >= 2.
+
+    Raises:
+        ValueError: other shapes. DataError: too few rows, or values that are not finite.
+    """
+    real, generated = _check_features(real, generated, least=2)
+    covariance, other = torch.cov(real.T).view(real.shape[1], -1), torch.cov(generated.T).view(real.shape[1], -1)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp_min(0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ other @ root).clamp_min(0).sqrt().sum()
+    gap = (real.mean(0) - generated.mean(0)).square().sum()
+    return float(gap + covariance.trace() + other.trace() - 2 * cross)
+
+
+def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
+    """Coverage and density (Naeem et al., ICML 2020, Eq. 3 and 4; the same numbers as the `prdc` package).
+
+        coverage = mean_i [min_j |r_i - g_j| < NND_k(r_i)]
+        density  = 1/(k M) sum_ij [|r_i - g_j| < NND_k(r_i)]
+
+    NND_k(r) is the distance of r to its k-th nearest other real image. Both depend on N, M and k, so state them.
+
+    Args:
+        real, generated: features [N, m] and [M, m]. k: neighbours, 1 <= k < N.
+
+    Returns:
+        `coverage` in [0, 1], `density` >= 0, `k`, `real` (N) and `generated` (M).
+
+    Raises:
+        ValueError: other shapes, or k < 1. DataError: too few rows, or values that are not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    real, generated = _check_features(real, generated, least=k + 1)
+    covered = inside = 0
+    for part in real.split(_CHUNK):
+        # The smallest distance in a row is that of the image to itself, 0.
+        radius = _squared_distances(part, real).kthvalue(k + 1, dim=1, keepdim=True).values
+        near = _squared_distances(part, generated) < radius
+        covered += int(near.any(1).sum())
+        inside += int(near.sum())
+    return {
+        "coverage": covered / len(real),
+        "density": inside / (k * len(generated)),
+        "k": k,
+        "real": len(real),
+        "generated": len(generated),
+    }
+
+
+def nearest_distances(x: Tensor, others: Tensor) -> Tensor:
+    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m]: [N] float64."""
+    x, others = _check_features(x, others)
+    return torch.cat([_squared_distances(part, others).amin(1) for part in x.split(_CHUNK)]).sqrt()
+
+
+def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict[str, float]:
+    """How much nearer samples lie to training images than to held-out ones.
+
+    The larger of the two real sets is thinned to the size of the smaller one, since more images are nearer by
+    themselves. A flow that has memorised nothing has a ratio of 1 and a share of 1/2.
+
+    Args:
+        samples, train, held_out: features (or flattened pixels) [S, m], [N, m] and [M, m].
+
+    Returns:
+        `ratio`: median over samples of d(train) / d(held-out), each the distance to the nearest image.
+        `share_nearer_train`: share of samples that are nearer to a training image; a tie counts half.
+        `images`: the size of both real sets.
+    """
+    count = min(len(train), len(held_out))
+    if not count:
+        raise DataError("train and held_out must hold images")
+    g = torch.Generator().manual_seed(seed)
+    to_train = nearest_distances(samples, train[torch.randperm(len(train), generator=g)[:count]])
+    to_held_out = nearest_distances(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]])
+    tiny = torch.finfo(torch.float64).tiny
+    tie = torch.isclose(to_train, to_held_out, rtol=1e-9, atol=0)
+    nearer = torch.where(tie, 0.5, (to_train < to_held_out).double())
+    return {
+        "ratio": float((to_train.clamp_min(tiny) / to_held_out.clamp_min(tiny)).quantile(0.5)),
+        "share_nearer_train": float(nearer.mean()),
+        "images": count,
+    }
+
+
+def likelihood_gap(
+    model: GLEM,
+    train: Iterable[tuple[Tensor, Tensor]],
+    held_out: Iterable[tuple[Tensor, Tensor]],
+    seed: int = 0,
+) -> dict[str, float]:
+    """bits/dim of training and of held-out images, and their difference `gap`.
+
+    A flow that has memorised its training images needs fewer bits for them: gap = held-out - train > 0.
+
+    Args:
+        train, held_out: batches of images uint8 [B,C,H,W] and labels int64 [B].
+    """
+    bits = [_mean_bits(model, batches, seed) for batches in (train, held_out)]
+    return {"train_bits_per_dim": bits[0], "held_out_bits_per_dim": bits[1], "gap": bits[1] - bits[0]}
+
+
+@torch.no_grad()
+def _mean_bits(model: GLEM, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> float:
+    """Mean -log2 p(x|y) per dimension, with dequantisation noise from `seed`."""
+    g = torch.Generator().manual_seed(seed)
+    total, images = 0.0, 0
+    for x, y in batches:
+        total -= float(model.log_prob(x, y, g).double().sum())
+        images += len(y)
+    if not images:
+        raise DataError("there are no images to measure bits/dim on")
+    return total / (images * model.dim * math.log(2))
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distances [N, M] of float64 rows, by one matrix product."""
+    size = a.square().sum(1)[:, None] + b.square().sum(1)
+    squared = torch.addmm(size, a, b.T, alpha=-2)
+    # Equal rows have distance 0: rounding leaves less than this of |a|^2 + |b|^2.
+    return squared.masked_fill_(squared < 1e-13 * size, 0.0)
+
+
+def _check_features(first: Tensor, second: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Both sets in float64 on the CPU; `least` is the number of rows that each must have.
+
+    The mean of the first set becomes the origin: no measure depends on it, and sums of squares keep more digits.
+    """
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"features must be [N, m] and [M, m], got {list(first.shape)} and {list(second.shape)}: "
+            "take both from one network"
+        )
+    pair = first.detach().to("cpu", torch.float64), second.detach().to("cpu", torch.float64)
+    for features in pair:
+        if len(features) < least:
+            raise DataError(f"{len(features)} images are too few: at least {least} are needed")
+        if not bool(features.isfinite().all()):
+            raise DataError("there are features that are not finite")
+    centre = pair[0].mean(0)
+    return pair[0] - centre, pair[1] - centre
