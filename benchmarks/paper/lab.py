@@ -34,7 +34,7 @@ from glem_augment.latent.rfcm import ThinCovariances
 from glem_augment.training import Trainer
 from glem_augment.training.checkpoint import Checkpoints
 from glem_augment.training.interrupt import TimeUpError
-from glem_augment.training.methods import method
+from glem_augment.training.methods import Method, method
 
 # Part of every name. Raise it when the same settings come to mean something else.
 _VERSION = 1
@@ -178,7 +178,10 @@ class Lab:
     # ---- flows ---------------------------------------------------------------------------------------------------
 
     def _settings(self, cell: Cell, seed: int) -> dict[str, Any]:
-        return {**self.scale.flow, **cell.changes, "seed": seed}
+        """The settings of the cell's flow beyond those of its method."""
+        settings = {**self.scale.flow, **cell.changes, "seed": seed}
+        own = _method(cell.method).settings
+        return {name: value for name, value in settings.items() if name not in own or own[name] != value}
 
     def flow(self, cell: Cell, seed: int) -> Fitted:
         """The cell's flow, trained now or before."""
@@ -186,7 +189,7 @@ class Lab:
         settings = self._settings(cell, seed)
         name = version_of(cell.method, settings, asdict(self.spec(cell.data)))
         folder = self.work / "flows" / f"{cell.data}-{cell.method}-{name}"
-        config = (CODED_METHODS.get(cell.method) or method(cell.method)).config(**settings)
+        config = _method(cell.method).config(**settings)
         codes = ClassCodes.for_flow(train, config) if cell.method in CODED_METHODS else None
         if not (folder / "finished.json").exists():
             self.check_time()
@@ -365,6 +368,11 @@ class Lab:
                 scores = [rfcm.log_prob(fitted.model.encode(x)[0]).cpu() for x in test.tensor().split(_CHUNK)]
             accuracy = label_reliability(torch.cat(scores), torch.from_numpy(test.targets))
         return {"NF-A": 100 * accuracy, "BPD": found["bits_per_dim"], "ECE": 100 * found["ece"]}
+
+
+def _method(name: str) -> Method:
+    """One of the library's methods, or a baseline with class codes."""
+    return CODED_METHODS[name] if name in CODED_METHODS else method(name)
 
 
 def _groups(cell: Cell) -> list[tuple[str, list[str]]]:

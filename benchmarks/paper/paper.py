@@ -122,11 +122,9 @@ def main() -> int:
     args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
     args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")
     args.add_argument(
-        "--other",
-        metavar="FOLDER",
-        help="images of another kind, for trust: an ImageFolder with "
-        "val/ (default: imagenette128 in $GLEM_DATA, where it is)",
-    )
+        "--other", default=str(Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"), metavar="FOLDER",
+        help="photographs that no colour data set here holds, for trust: an ImageFolder with val/ (%(default)s)",
+    )  # fmt: skip
     args.add_argument(
         "--check", action="store_true", help="measure rows of the tables anew, and print them below the results'"
     )
@@ -148,9 +146,6 @@ def main() -> int:
     name = "-".join([args.scale, *(_place(text) for text in args.data)])
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     lab = Lab(scale, args.scale, args.work, args.device, until, numbers_of(args.out, name))
-    other = Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"
-    if args.other is None and other.is_dir():
-        args.other = str(other)
     tables = _TABLES if "all" in args.tables else [t for t in args.tables if t in _TABLES]
     seeds = args.seeds or scale.seeds
     if args.only and not args.check:

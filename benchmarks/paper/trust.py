@@ -24,13 +24,13 @@ FLOWS = (("GLEM 10", "glem"), ("lambda = 0", "lambda0"), ("IB-INN", "ib-inn"), (
 SCORES = ("likelihood", "typicality", "entropy")
 
 
-def run_trust(
-    lab: Lab, scale: str, out: Path, seeds: int, other: str | None, command: Callable[[str, int], str]
-) -> None:
-    """Measure every flow on both data sets, then write `trust.<scale>.json` and `.md`."""
+def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str, command: Callable[[str, int], str]) -> None:
+    """Measure every flow on both data sets, then write `trust.<scale>.json` and `.md`.
+
+    Args:
+        other: a folder of photographs; numbers are known by its name, since paths differ between machines.
+    """
     cells = [Cell(label, role, method, ()) for role in ("main", "second") for label, method in FLOWS]
-    # A folder's name and how many files it has stand for it, since paths differ between machines.
-    identity = (Path(other).name, sum(path.is_file() for path in Path(other).rglob("*"))) if other else None
     rows: list[dict[str, Any]] = []
     for cell in cells:
         for seed in range(seeds):
@@ -39,7 +39,7 @@ def run_trust(
                 drawn = replace(cell, source=source)
                 about = f"memory {source} {version_of(lab.scale.measured, asdict(lab.scale.oracle), seed)}"
                 numbers += lab.numbers(drawn, seed, about, partial(_memorisation, lab, drawn, seed))
-            about = f"ood {version_of(lab.scale.measured, identity)}"
+            about = f"ood {version_of(lab.scale.measured, Path(other).name)}"
             numbers += lab.numbers(cell, seed, about, partial(_detection, lab, cell, other))
             rows += [row("trust", cell, lab.spec(cell.data).name, seed, number) for number in numbers]
     path = out / f"trust.{scale}.json"
@@ -85,7 +85,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
 
 
-def _detection(lab: Lab, cell: Cell, other: str | None, fitted: Fitted) -> dict[str, float]:
+def _detection(lab: Lab, cell: Cell, other: str, fitted: Fitted) -> dict[str, float]:
     train, test = lab.data(cell.data)
     count = min(len(test), lab.scale.measured)
     training = train.tensor()[torch.from_numpy(spread(len(train), count))]
@@ -94,7 +94,7 @@ def _detection(lab: Lab, cell: Cell, other: str | None, fitted: Fitted) -> dict[
     # A turned photograph is still one, so colour images are set against noise and other photographs.
     grey = x.shape[1] == 1
     sets = {kind: outside_images(x, kind) for kind in (("noise", "rotated", "inverted") if grey else ("noise",))}
-    if other is not None and not grey:
+    if not grey:
         crops = open_data(other, "val", image_size=tuple(x.shape[2:]), channels=3, progress=False).tensor()
         sets["other images"] = crops[: len(x)]
     inside = ood_scores(fitted.model, x, mean_nll)

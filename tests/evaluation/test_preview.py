@@ -59,7 +59,7 @@ def test_fewer_things_to_draw_give_smaller_pictures() -> None:
 
 def test_more_classes_than_a_picture_holds() -> None:
     model, data = small((1, 4, 4), classes=30, count=3)
-    assert preview(model, data, rows=40).height < 6000
+    assert preview(model, data, rows=40).height < 8000
 
 
 def test_what_a_preview_refuses() -> None:
