@@ -123,7 +123,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
     rows = {
         "accuracy": f"{100 * measured['accuracy']:.2f} % (top 5: {100 * measured['top5']:.2f} %)",
         "bits/dim, given the class": f"{measured['bits_per_dim']:.3f} at {measured['bits']} bits",
-        "calibration error": "not measured (torchmetrics)" if measured["ece"] is None else f"{measured['ece']:.4f}",
+        "calibration error": f"{measured['ece']:.4f}",
         "round trip": f"{100 * trip['within_half_step']:.4f} % of pixels within half a uint8 step, largest error "
         f"{trip['max_error']:.2g} steps",
         "speed": f"{measured['images_per_second']:.0f} images/s classified on {measured['threads']} thread(s)",

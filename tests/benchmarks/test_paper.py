@@ -15,13 +15,13 @@ import torch
 
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts
 from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
-from benchmarks.paper.lab import Lab, Number
+from benchmarks.paper.lab import Lab, Number, _method
 from benchmarks.paper.paper import check_tables
 from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, values_of, write_table
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, Cell, cells_of
 from benchmarks.students_t import beyond, quantile
-from glem_augment.training.methods import METHODS, method
+from glem_augment.training.methods import METHODS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -33,7 +33,7 @@ def test_every_cell_is_a_method_with_settings_that_exist(table: int, scale: str)
     assert cells
     keys = set()
     for cell in cells:
-        method(cell.method).config(**{**SCALES[scale].flow, **cell.changes})
+        _method(cell.method).config(**{**SCALES[scale].flow, **cell.changes})
         assert cell.data in ("main", "second") and set(cell.paper) <= set(cell.metrics)
         assert cell.method != "ce" or "NF-A" not in cell.metrics  # one Gaussian can't classify
         keys.add((cell.label, cell.data, cell.setting))
@@ -238,7 +238,7 @@ def test_what_the_results_have_is_not_measured_again(tmp_path: Path) -> None:
     rows = []
     for cell in cells:
         for group in (("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",)):
-            key = empty.key(cell, 0, empty._key(group, cell))
+            key = empty.key(cell, 0, empty._about(group[0], cell))
             metrics = [metric for metric in group if metric in cell.metrics]
             rows += [row(2, cell, scale.main.name, 0, number(m, float(len(m)), key)) for m in metrics]
     write_table(tmp_path, 2, "cpu", scale, cells, rows, "command")
@@ -265,7 +265,7 @@ def test_a_check_measures_anew_and_says_what_the_results_have(
     scale = SCALES["smoke"]
     cell = next(cell for cell in cells_of(3, scale.sizes) if cell.label.startswith("identity"))
     results = Lab(scale, "smoke", tmp_path / "none", "cpu")
-    key = results.key(cell, 0, results._key(("NF-A", "BPD", "ECE"), cell))
+    key = results.key(cell, 0, results._about("NF-A", cell))
     results.known[key] = {"NF-A": number("NF-A", 12.5, key)}
     lab = Lab(scale, "smoke", tmp_path / "work", "cpu")
     cell = replace(cell, metrics=("NF-A",))

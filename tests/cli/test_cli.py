@@ -298,18 +298,15 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     assert result["accuracy"] == pytest.approx(float(right))
 
 
-def test_eval_options(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A part of the classes, other names, and no torchmetrics.
+def test_eval_options(trained: Path, tmp_path: Path, output: Output) -> None:
+    # A part of the classes, and other names.
     write_images(tmp_path / "other", ("felix", "hond"), (20, 12), 3, mode="L")
     (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
-    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     argv = ["eval", str(trained), str(tmp_path / "other"), "--class-map", str(tmp_path / "map.json")]
     output()
     assert main([*argv, "--limit", "4", "--round-trip", "0"]) == 0
-    out, err = output()
-    result = json.loads(out)
-    assert result["n"] == 4 and result["ece"] is None and result["round_trip"] is None
-    assert "torchmetrics" in err
+    result = json.loads(output()[0])
+    assert result["n"] == 4 and 0 <= result["ece"] <= 1 and result["round_trip"] is None
     fails(argv[:3], output, "felix", "bird", "class_map")
 
 
