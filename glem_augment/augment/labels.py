@@ -1,98 +1,141 @@
-"""Labels that follow a move: which kind comes out, and soft labels of moved rows."""
+"""Labels: their classes, the classes of the flow, and soft labels that follow a move."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from glem_augment.augment.lookup import ClassTables
-from glem_augment.augment.params import FROM_BATCH, AugmentParams
+from glem_augment.augment.params import AugmentParams
 from glem_augment.devices import move
 
-_MOST_SMOOTHING = 0.3
+LABELS = ("auto", "hard", "mix", "posterior")
+# Nobody smooths labels by more than this; a batch whose least entry is larger holds mixtures.
+MOST_SMOOTHING = 0.3
 
 
-def label_kind(labels: str, partnered: bool, same_class: bool, soft_in: bool) -> str:
-    """What to do with labels: "hard" (nothing), "soft" (make them [B, K']), "mix" or "posterior".
+class ClassMap:
+    """The flow class of every data class, with K' data and K flow classes; -1 stands for none. All on the CPU.
+
+    Attributes:
+        to_flow: int64 [K'], the flow class of each data class.
+        to_data: int64 [K], the first data class of each flow class.
+        mapped: int64, the data classes that the flow has.
+    """
+
+    def __init__(self, to_flow: Sequence[int], flow_classes: int) -> None:
+        self.to_flow = torch.tensor(to_flow, dtype=torch.int64, device="cpu")
+        self.mapped = (self.to_flow >= 0).nonzero()[:, 0]
+        self.to_data = torch.full((flow_classes,), -1, device="cpu")
+        for data_class in reversed(self.mapped.tolist()):  # so that the first of several stays
+            self.to_data[self.to_flow[data_class]] = data_class
+
+    def flow_class(self, data_cls: Tensor) -> Tensor:
+        """The flow class of each of some data classes, int64 [B], -1 for none."""
+        return self.to_flow[data_cls.clamp(min=0)].masked_fill(data_cls < 0, -1)
+
+    def data_probability(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities of data classes [n, K'] from those of flow classes p [n, K].
+
+        Data classes with one flow class share its probability equally. The second result, bool [n], is False where all
+        the probability is on flow classes that the data does not have, and the first says nothing.
+        """
+        several = torch.bincount(self.to_flow[self.mapped], minlength=len(self.to_data))
+        index = self.to_flow.clamp(min=0)
+        weight = (self.to_flow >= 0).to(p.dtype) / several[index].clamp(min=1)
+        q = p[:, move(index, p.device)] * move(weight, p.device)
+        total = q.sum(dim=1, keepdim=True)
+        return q / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0] > 0
+
+
+def check_labels(y: object, batch: int, num_classes: int) -> None:
+    """Raise TypeError or ValueError unless y holds labels of a batch: integers [batch], or floats [batch, K']."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
+    if y.ndim not in (1, 2) or y.shape[0] != batch:
+        raise ValueError(f"y must be int64 [{batch}] or soft [{batch}, {num_classes}], got {tuple(y.shape)}")
+    if y.ndim == 2:
+        if not y.is_floating_point():
+            raise TypeError(f"soft labels must be floating point, got {y.dtype}")
+        if y.shape[1] != num_classes:
+            raise ValueError(f"soft labels have {y.shape[1]} classes, not {num_classes}: give class_map")
+    elif y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"labels must be integers (int64), got {y.dtype}")
+    elif batch:
+        low, high = (int(v) for v in torch.aminmax(y))
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"label {low if low < 0 else high} is out of range: this transform knows classes 0 to "
+                f"{num_classes - 1}; give num_classes and class_map if the data has other classes than the flow"
+            )
+
+
+def label_classes(y: Tensor) -> Tensor:
+    """The class of each row of hard or soft labels, int64 [B] on the CPU: the strongest one; -1 for a row of zeros."""
+    if y.ndim == 1:
+        return y.long().cpu()
+    strongest = y.detach().max(dim=1)
+    return strongest.indices.masked_fill(strongest.values <= 0, -1).cpu()
+
+
+def label_kind(labels: str, policy: str, partner: str, soft_in: bool) -> str:
+    """What becomes of labels in a call: "hard" (unchanged), "soft" (made soft), "mix" or "posterior".
 
     Args:
-        labels: as given to GLEMAugment; partnered: whether another image or class takes part; same_class: whether
-            that one is of the same class; soft_in: whether soft labels came in.
+        labels, policy, partner: as given to GLEMAugment; soft_in: whether soft labels came in.
     """
     if labels == "auto":
-        return "hard" if not partnered or (same_class and not soft_in) else "mix"
-    if labels == "mix" and not partnered:
+        class_may_change = policy == "mixup" and (partner == "any" or soft_in)
+        return "mix" if class_may_change else "hard"
+    if labels == "mix" and policy != "mixup":
         return "soft"
     return labels
 
 
 def soft_labels(y: Tensor, num_classes: int) -> Tensor:
-    """y itself if soft, else one-hot float32 [B, K']."""
-    if y.ndim == 2:
-        return y
-    # Compared rather than scattered: a label out of range gives zeros instead of a device assertion.
-    return (y[:, None] == torch.arange(num_classes, device=y.device)).to(torch.float32)
+    """y itself if it is soft, else one-hot float32 [B, K']."""
+    return y if y.ndim == 2 else torch.nn.functional.one_hot(y.long(), num_classes).to(torch.float32)
 
 
-def smoothing_floor(soft: Tensor) -> Tensor:
-    """What label smoothing gives to every class, a number []: the least entry of a batch [B, K'].
+def smoothed_like(cls: Tensor, soft: Tensor) -> Tensor:
+    """Labels [n, K'] of pure images of the classes cls int64 [n], smoothed as those of the batch `soft` [B, K'] are.
 
-    Of a batch, since a single row may have been mixed of all classes; so may every row where there are two, and nobody
-    smooths by more than ``_MOST_SMOOTHING``.
+    Label smoothing gives the same share to every class, which is the least entry of the batch. (A single row may be a
+    mixture of all classes.)
     """
-    if soft.numel() == 0:
-        return soft.new_zeros(())
-    low = soft.amin().clamp(min=0.0)
-    return torch.where(low * soft.shape[1] > _MOST_SMOOTHING, 0.0, low)
+    classes = soft.shape[1]
+    least = soft.amin().clamp(min=0.0)
+    floor = torch.where(least * classes > MOST_SMOOTHING, 0.0, least)
+    return floor + (1.0 - classes * floor) * soft_labels(cls, classes).to(soft.dtype)
 
 
-def pure_labels(cls: Tensor, soft: Tensor) -> Tensor:
-    """Labels [n, K'] of images of the classes cls int64 [n] alone, smoothed as those of the batch soft [B, K'] are."""
-    floor = smoothing_floor(soft)
-    one_hot = (cls[:, None] == torch.arange(soft.shape[1], device=soft.device)).to(soft.dtype)
-    return floor + (1.0 - soft.shape[1] * floor) * one_hot
-
-
-def is_pure(y: Tensor) -> Tensor:
-    """bool [B]: rows whose label is (nearly) one class, smoothed or not; others are mixtures, of no class's own."""
-    if y.ndim == 1:
-        return torch.ones_like(y, dtype=torch.bool)
-    return y.amax(dim=1) >= 0.95 * (1.0 - (y.shape[1] - 1) * smoothing_floor(y))
-
-
-def data_class(y: Tensor) -> Tensor:
-    """int64 [B], the (strongest) class of hard or soft labels."""
-    return y.argmax(dim=1) if y.ndim == 2 else y.long()
-
-
-def moved_labels(
-    kind: str,
-    soft: Tensor,
-    tables: ClassTables,
-    params: AugmentParams,
-    keep: Tensor,
-    share: Tensor,
-    posterior: Callable[[], Tensor],
-) -> Tensor:
-    """Soft labels [B, K'] after the move, all on the device of `soft` (`share` may be elsewhere).
+def mixed_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, share: Tensor, keep: Tensor) -> Tensor:
+    """Labels [B, K'] after principal-mode mixup: w y_i + (1 - w) y_j with the weight w = 1 - (1 - l) share.
 
     Args:
-        kind: "mix" or "posterior".
-        soft: [B, K'] before the move.
-        keep: bool [n], rows that were moved after all.
+        soft: [B, K'], the labels before it.
         share: [n], the part of |z_j - z_i|^2 that the projection kept.
-        posterior: gives p(flow class | z') [n, K].
+        keep: bool [n], the rows that were moved after all.
     """
-    own = soft.index_select(0, params.rows)
-    if kind == "posterior":
-        new, usable = tables.data_probability(move(posterior(), soft.device))
-        keep = keep & usable
-    else:
-        drawn_cls = tables.data_class(params.partner_cls, params.cls, data_class(own))
-        from_batch = (params.source == FROM_BATCH)[:, None]
-        other = torch.where(from_batch, soft[params.partner.clamp(min=0)], pure_labels(drawn_cls, soft))
-        weight = (1.0 - params.l) * move(share, soft.device)
-        new = own + weight[:, None].to(own.dtype) * (other - own)
-    return soft.index_copy(0, params.rows, torch.where(keep[:, None], new.to(soft.dtype), own))
+    device = soft.device
+    own = soft.index_select(0, move(params.rows, device))
+    # A drawn partner brings the label of its class: the row's own data class, or the first one of another flow class.
+    drawn_cls = torch.where(params.partner_cls == params.cls, label_classes(own), classes.to_data[params.partner_cls])
+    drawn = smoothed_like(move(drawn_cls.clamp(min=0), device), soft)
+    in_batch = soft.index_select(0, move(params.partner.clamp(min=0), device))
+    other = torch.where(move(params.partner < 0, device)[:, None], drawn, in_batch)
+    away = ((1.0 - move(params.l, device)) * move(share, device))[:, None].to(soft.dtype)
+    return _with_rows(soft, params, own + away * (other - own), keep)
+
+
+def posterior_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, p: Tensor, keep: Tensor) -> Tensor:
+    """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents put in; the rest as `mixed_labels`."""
+    q, usable = classes.data_probability(p)
+    return _with_rows(soft, params, move(q, soft.device), keep & usable)
+
+
+def _with_rows(soft: Tensor, params: AugmentParams, new: Tensor, keep: Tensor) -> Tensor:
+    rows = move(params.rows, soft.device)
+    own = soft.index_select(0, rows)
+    return soft.index_copy(0, rows, torch.where(move(keep, soft.device)[:, None], new.to(soft.dtype), own))

@@ -1,120 +1,154 @@
-"""Moves in the latent space along the modes of a basis, and which rows of a batch they need encoded."""
+"""Moves in the latent space, along the top modes of an image's class.
+
+With the modes v_m (orthonormal), their standard deviations s_m and the projection P = V^T V on them:
+
+    principal-mode mixup:  z' = z_i + (1 - l) P (z_j - z_i),       l ~ Beta(alpha, alpha), folded to [1/2, 1]
+    noise:                 z' = z + t * sum_m s_m e_m v_m,         e_m ~ N(0, 1)
+
+The partner z_j is another row of the batch, or a draw from the class's RFCM or Gaussian.
+
+Source: Enescu & Sahbi, ACCV 2024.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from glem_augment.augment.lookup import FlowOnDevice
-from glem_augment.augment.params import FROM_BANK, FROM_BATCH, FROM_GAUSSIAN, AugmentParams
+from glem_augment.augment.labels import ClassMap
+from glem_augment.augment.params import AugmentParams, draw_shares, normal
 from glem_augment.devices import move
+from glem_augment.flows.precision import full_precision
 from glem_augment.latent.modes import per_class
+from glem_augment.model.glem import GLEM
+
+PARTNERS = ("same", "any", "gaussian")
+BASES = ("class", "shared")
 
 
-def along_modes(flow: FlowOnDevice, cls: Tensor, coefficients: Tensor) -> Tensor:
-    """``sum_m s_m c_m v_m`` for the basis of each row's class.
+class Basis(NamedTuple):
+    """The modes of each of n rows: those of its class among C sets of modes.
+
+    directions [C, k, d]; scales [C, k], standard deviations, 0 where a class has fewer than k modes; cls int64 [n].
+    """
+
+    directions: Tensor
+    scales: Tensor
+    cls: Tensor
+
+
+def basis_of(model: GLEM, kind: str, k: int, cls: Tensor) -> Basis:
+    """The top k modes for rows of the classes cls, int64 [n]: "class" (each class has its own) or "shared" by all."""
+    model.checked_modes(k)  # they may have been fitted again since the transform was made
+    modes = model.modes
+    assert modes is not None
+    if kind == "shared":
+        return Basis(modes.shared_directions[None, :k], modes.shared_scales[None, :k], torch.zeros_like(cls))
+    return Basis(modes.directions[:, :k], modes.scales[:, :k], cls)
+
+
+def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:
+    """sum_m s_m c_m v_m, [n, d], for coefficients [n, k] in units of the modes' standard deviations."""
+    with full_precision(coefficients.device.type):
+        return per_class(torch.matmul, coefficients * basis.scales[basis.cls], basis.cls, basis.directions)
+
+
+def mix(basis: Basis, z: Tensor, partner: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Principal-mode mixup.
 
     Args:
-        cls: int64 [n]; coefficients: [n, k] in units of the modes' standard deviations.
+        z, partner: latents [n, d]; l: [n], the share of z along the modes.
 
     Returns:
-        [n, d].
+        z' = z + (1 - l) P (partner - z), [n, d], and the share of |partner - z|^2 that P keeps, [n] (0 for no
+        difference).
     """
-    if flow.directions.ndim == 2:  # shared
-        return (coefficients * flow.scales) @ flow.directions
-    return per_class(torch.matmul, coefficients * flow.scales[cls], cls, flow.directions)
-
-
-def project(flow: FlowOnDevice, cls: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """P delta [n, d], and |P delta|^2 / |delta|^2 [n] (0 where delta is 0: nothing moves)."""
-    if flow.directions.ndim == 2:  # shared
-        moved = _on_modes(delta, flow.directions)
-    else:
-        moved = per_class(_on_modes, delta, cls, flow.directions)
+    delta = partner - z
+    with full_precision(z.device.type):
+        projected = per_class(_project, delta, basis.cls, basis.directions)
     total = delta.square().sum(dim=1)
-    share = moved.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return moved, share.clamp(max=1.0)
+    share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
 
 
-def _on_modes(delta: Tensor, modes: Tensor) -> Tensor:
+def _project(delta: Tensor, modes: Tensor) -> Tensor:
     return (delta @ modes.mT) @ modes
 
 
-def drawn_partners(flow: FlowOnDevice, params: AugmentParams) -> Tensor:
-    """Partners made from eps, [n, d]; not used where the partner is a row of the batch."""
-    cls = params.partner_cls.clamp(min=0)
-    # A call draws all its partners from Gaussians or none: then eps has d columns, not k + d.
-    if params.eps.shape[1] == flow.model.dim:
-        gaussians = flow.model.gaussians
-        return gaussians.mu[cls] + gaussians.variance()[cls].sqrt() * params.eps
-    return flow.fitted.sample_from_noise(cls, params.eps)
+# ---- partners ------------------------------------------------------------------------------------------------
 
 
-def with_draws(flow: FlowOnDevice, partners: Tensor, host: AugmentParams, params: AugmentParams) -> Tensor:
-    """`partners` [n, d], those that are rows of the batch, with drawn ones put in where `source` asks for them.
+def draw_mixup(
+    partner: str,
+    alpha: float,
+    rows: Tensor,
+    data_cls: Tensor,
+    class_map: ClassMap,
+    model: GLEM,
+    generator: torch.Generator,
+) -> AugmentParams:
+    """Draw partners and shares for the chosen rows of a batch.
 
     Args:
-        host: the parameters where they were drawn, of which the CPU tells how many draws there are without
-            waiting; params: the same on the flow's device.
+        partner, alpha: as given to GLEMAugment.
+        rows: int64 [n], the chosen rows; data_cls: int64 [B], the data class of every row, -1 for none.
     """
-    if params.stored.numel():
-        partners = torch.where((params.source == FROM_BANK)[:, None], params.stored.to(partners.dtype), partners)
-    if host.source.device.type != "cpu":
-        there = (params.source == FROM_BATCH) | (params.source == FROM_BANK)
-        return torch.where(there[:, None], partners, drawn_partners(flow, params))
-    drawn = (host.source != FROM_BATCH) & (host.source != FROM_BANK)
-    if bool(drawn.all()):
-        return drawn_partners(flow, params)
-    if not bool(drawn.any()):
-        return partners
-    return partners.index_copy(
-        0, move(drawn.nonzero()[:, 0], partners.device), drawn_partners(flow, host.where(drawn).to(partners.device))
+    assert model.modes is not None
+    n, batch = len(rows), len(data_cls)
+    flow_cls = class_map.flow_class(data_cls)
+    cls = flow_cls[rows]
+    l = draw_shares(alpha, n, generator)  # noqa: E741
+    if partner == "gaussian":
+        return AugmentParams(rows, cls, normal(n, model.dim, generator), torch.full_like(rows, -1), cls, l)
+    if partner == "same":
+        allowed = data_cls == data_cls[rows][:, None]
+        drawn_cls = cls
+    else:
+        allowed = torch.ones(n, batch, dtype=torch.bool, device="cpu")
+        mapped = class_map.mapped
+        drawn_cls = class_map.to_flow[mapped[torch.randint(len(mapped), (n,), generator=generator, device="cpu")]]
+    allowed[torch.arange(n, device="cpu"), rows] = False  # nobody is his own partner
+    # The partner is the allowed row with the largest random key. Chosen rows come before the others, since they are
+    # encoded anyway. They are chosen at random too, so every allowed row is still equally likely.
+    keys = torch.rand(n, batch, generator=generator, dtype=torch.float32, device="cpu")
+    keys[:, rows] += 1.0
+    best, other = keys.masked_fill(~allowed, -1.0).max(dim=1)
+    found = best >= 0
+    return AugmentParams(
+        rows,
+        cls,
+        normal(n, model.modes.rank + model.dim, generator),
+        torch.where(found, other, -1),
+        torch.where(found, flow_cls[other], drawn_cls),
+        l,
     )
 
 
-def rescaling(flow: FlowOnDevice, params: AugmentParams, z: Tensor, partner: Tensor) -> Tensor:
-    """What to add to a mixture of z and its partner [n, d], along the modes, so that it keeps the class's variance.
-
-    l z_i + (1 - l) z_j of two independent latents has l^2 + (1 - l)^2 of their variance about the mixture of their
-    means; the deviation is divided by the root of that.
-    """
-    l, cls = params.l[:, None], params.cls.clamp(min=0)  # noqa: E741
-    other_cls = torch.where(params.partner_cls < 0, cls, params.partner_cls)
-    mean = flow.fitted.mean
-    gaussian = (params.source == FROM_GAUSSIAN)[:, None]
-    other = torch.where(gaussian, flow.model.gaussians.mu.detach()[other_cls], mean[other_cls])
-    deviation = l * (z - mean[cls]) + (1.0 - l) * (partner - other)
-    return (1.0 / (l.square() + (1.0 - l).square()).sqrt() - 1.0) * deviation
-
-
 def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
-    """Batch rows to encode, the n selected ones first, and where among them the partners are, int64 [n].
+    """The batch rows to encode, the n selected ones first, and the place of each partner among them, int64 [n].
 
-    Partners that are draws stand for themselves (the result is not used).
+    A partner that is drawn has the place of the row itself, which is not used.
     """
-    rows = params.rows
-    n = len(rows)
-    if params.partner.numel() == 0:
-        return rows, torch.arange(n, device=rows.device)
-    partner = torch.where(params.partner < 0, rows, params.partner)
-    if rows.device.type != "cpu":
-        return _fixed_set(rows, partner, batch)
-    selected = torch.zeros(batch, dtype=torch.bool, device="cpu").index_fill_(0, rows, True)
-    return _placed(torch.cat([rows, partner[~selected[partner]].unique()]), partner, batch)
-
-
-def _fixed_set(rows: Tensor, partner: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """`rows_to_encode` without waiting to learn how many different partners there are: as many rows as there
-    can be."""
-    n = len(rows)
-    if 2 * n < batch:  # every partner, even one that is selected too
-        return torch.cat([rows, partner]), torch.arange(n, 2 * n, device=rows.device)
-    selected = torch.zeros(batch, dtype=torch.int32, device=rows.device).index_fill_(0, rows, 1)
-    others = selected.argsort(stable=True)[: batch - n]
-    return _placed(torch.cat([rows, others]), partner, batch)
-
-
-def _placed(index: Tensor, partner: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    place = torch.zeros(batch, dtype=index.dtype, device=index.device)
-    place[index] = torch.arange(len(index), device=index.device)
+    partner = torch.where(params.partner < 0, params.rows, params.partner) if len(params.partner) else params.rows
+    others = partner[~torch.isin(partner, params.rows)].unique()
+    index = torch.cat([params.rows, others])
+    place = torch.zeros(batch, dtype=torch.int64, device="cpu")
+    place[index] = torch.arange(len(index), device="cpu")
     return index, place[partner]
+
+
+def partner_latents(model: GLEM, in_batch: Tensor, params: AugmentParams) -> Tensor:
+    """The partners' latents [n, d]: `in_batch` [n, d] where the partner is a row of the batch, and draws elsewhere."""
+    drawn = params.partner < 0
+    if not drawn.any():
+        return in_batch
+    cls, eps = move(params.partner_cls[drawn], in_batch.device), move(params.eps[drawn], in_batch.device)
+    if eps.shape[1] == model.dim:
+        draws = model.gaussians.mu[cls] + model.gaussians.variance()[cls].sqrt() * eps
+    else:
+        assert model.modes is not None
+        with full_precision(eps.device.type):
+            draws = model.modes.sample_from_noise(cls, eps)
+    return in_batch.index_copy(0, move(drawn.nonzero()[:, 0], in_batch.device), draws.to(in_batch.dtype))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # torchvision's own transforms use it too
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-
-if TYPE_CHECKING:
-    from glem_augment.augment.transform import GLEMAugment
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
@@ -22,30 +20,30 @@ LABEL_KEYS = ("labels", "label", "targets", "target")
 class GLEMTransform(v2.Transform):
     """Augments the images of a sample or batch, whatever the structure around them.
 
-    As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first
-    plain tensor, and labels the second item of a tuple, or what is under a key such as "labels" in a dict. Boxes,
-    masks and all else are passed on: the moves do not change where things are.
+    As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
+    tensor, and labels are the second item of a tuple, or what a dict has under a key such as "labels". Boxes, masks and
+    everything else are passed on, because the moves do not change where things are.
 
     Args:
-        aug: the transform.
-        labels_getter: "default", or from the sample to the labels in it (the object itself); a lambda can't be
-            pickled.
+        aug: the GLEMAugment.
+        labels_getter: "default", or a function from the sample to the very object in it that is the labels. A lambda
+            can't be pickled.
 
     Raises:
         TypeError: for a labels_getter that is neither.
     """
 
-    def __init__(self, aug: GLEMAugment, labels_getter: str | Callable[[Any], Any] = "default") -> None:
+    def __init__(self, aug: nn.Module, labels_getter: str | Callable[[Any], Any] = "default") -> None:
         super().__init__()
         if labels_getter != "default" and not callable(labels_getter):
             raise TypeError(f"labels_getter must be 'default' or a function of the sample, got {labels_getter!r}")
         self.aug, self.labels_getter = aug, labels_getter
 
     def forward(self, *inputs: Any) -> Any:
-        """Batches [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int, 0-d or [K'] label.
+        """Augment batches [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int or [K'] label.
 
         Returns:
-            The same structure; images keep their type, integer labels theirs unless they become soft.
+            The same structure. Images keep their type, and integer labels theirs unless they become soft.
 
         Raises:
             ValueError, TypeError: for PIL images, no image, or labels that are not found.
@@ -60,7 +58,7 @@ def is_structure(x: Any, y: Any) -> bool:
     """Whether the arguments of a call are one of torchvision's structures rather than a plain batch and its labels."""
     if y is None or isinstance(y, Mapping) or isinstance(x, tv_tensors.TVTensor):
         return True
-    # One image out of a data set, with a number or a soft label [K'].
+    # One image of a data set comes with a number, or with a soft label [K'].
     single = isinstance(y, Integral) or (
         isinstance(y, Tensor) and (y.ndim == 0 or (y.ndim == 1 and y.is_floating_point()))
     )
@@ -75,57 +73,52 @@ def like(batch: Any, items: list[Any]) -> Any:
 
 
 def augment_sample(aug: Callable[..., Any], sample: Any, labels_getter: str | Callable[[Any], Any] = "default") -> Any:
-    """What `GLEMTransform.forward` does, to one structure; aug: from images and labels to both."""
-    leaves, spec = tree_flatten_with_path(sample)
-    flat = [item for _, item in leaves]
-    if labels_getter == "default":
-        place, labels = default_labels(sample)
-        found = [i for i, (path, _) in enumerate(leaves) if path == place]
+    """What `GLEMTransform.forward` does with one structure; aug takes images and labels and returns both."""
+    flat, spec = tree_flatten(sample)
+    if callable(labels_getter):
+        labels = labels_getter(sample)
+        # Small ints are one object wherever they stand, so an index of the same value is found too.
+        places = [i for i, item in enumerate(flat) if item is labels]
     else:
-        labels = labels_getter(sample)  # type: ignore[operator]
-        # Small ints are one object wherever they stand: an index of the same value is found too.
-        found = [i for i, item in enumerate(flat) if item is labels]
-    if not found and isinstance(labels, Tensor) and isinstance(sample, Mapping) and not isinstance(sample, dict):
-        raise ValueError(f"torch's pytrees do not take a {type(sample).__name__} apart: give dict(sample)")
-    if not found or not isinstance(labels, (Tensor, Integral)) or isinstance(labels, bool):
+        places = [_label_position(sample)]
+        labels = flat[places[0]]
+    if not places or not isinstance(labels, (Tensor, Integral)) or isinstance(labels, bool):
         raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
-    where_x = _image_position(flat, found)
-    x, y = _batched(flat[where_x], labels)
+    image_place = _image_position(flat, places)
+    image = flat[image_place]
+    x, y = image.as_subclass(Tensor), labels
+    single = x.ndim == 3
+    if single:
+        x = x[None]
+        y = labels[None] if isinstance(labels, Tensor) else torch.tensor([labels], device=x.device)
     new_x, new_y = aug(x, y)
-    single = flat[where_x].ndim == 3
-    flat[where_x] = _as_type(new_x[0] if single else new_x, flat[where_x])
+    new_x = new_x[0] if single else new_x
+    flat[image_place] = tv_tensors.wrap(new_x, like=image) if isinstance(image, tv_tensors.TVTensor) else new_x
     if new_y is not y:
-        if len(found) > 1 and not isinstance(labels, Tensor):
+        if len(places) > 1 and not isinstance(labels, Tensor):
             raise ValueError(
                 f"label {labels} stands in the sample more than once, and soft labels take its place: make it a tensor"
             )
-        for place_y in found:  # one tensor may stand in several places
-            flat[place_y] = new_y[0] if single else new_y
+        for place in places:  # one tensor may stand in several places
+            flat[place] = new_y[0] if single else new_y
     return tree_unflatten(flat, spec)
 
 
-def default_labels(sample: Any) -> tuple[tuple[Any, ...], Any]:
-    """Where the labels of a sample are, as a path of torch's pytrees, and the labels, by torchvision's convention.
-
-    Raises:
-        ValueError: where there are none to be found.
-    """
-    place: tuple[Any, ...] = ()
-    if isinstance(sample, (tuple, list)) and len(sample) > 1:
-        place = (GetAttrKey(sample._fields[1]) if hasattr(sample, "_fields") else SequenceKey(1),)
-        sample = sample[1]
-    if isinstance(sample, (Tensor, Integral)):
-        if not place:
-            raise ValueError(
-                "the transform got an image without a label, as a data set's transform= does; it needs both: augment "
-                "batches, with aug.wrap(loader) or collate_fn=aug.collate_fn(), or give (image, label)"
-            )
-        return place, sample
-    if isinstance(sample, Mapping):
+def _label_position(sample: Any) -> int:
+    """Where the labels are among the leaves of a sample, by torchvision's convention."""
+    if isinstance(sample, dict):
         lower = {str(key).lower(): key for key in sample}
         named = [lower[name] for name in LABEL_KEYS if name in lower]
-        for key in (*named, *(key for key in sample if "label" in str(key).lower())):
-            return (*place, MappingKey(key)), sample[key]
+        keys = [*named, *(key for key in sample if "label" in str(key).lower())]
+        if keys:
+            return sum(len(tree_leaves(sample[key])) for key in takewhile(lambda key: key != keys[0], sample))
+    elif isinstance(sample, (tuple, list)) and len(sample) > 1:
+        return len(tree_leaves(sample[0])) + (_label_position(sample[1]) if isinstance(sample[1], Mapping) else 0)
+    elif isinstance(sample, Tensor):
+        raise ValueError(
+            "the transform got an image without a label, as a data set's transform= does; it needs both: augment "
+            "batches, with aug.wrap(loader) or collate_fn=aug.collate_fn(), or give (image, label)"
+        )
     raise ValueError(
         f"no labels found in {type(sample).__name__}: give (images, labels) or a dict with a key 'labels', or a "
         "labels_getter"
@@ -142,16 +135,3 @@ def _image_position(flat: list[Any], labels: list[int]) -> int:
     if len(images) > 1:
         raise ValueError(f"the sample has {len(images)} images, but one tensor of labels: augment them one by one")
     return (images or plain)[0]
-
-
-def _batched(image: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
-    x = image.as_subclass(Tensor)
-    if x.ndim != 3:
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels of a batch must be a tensor, got {labels!r}")
-        return x, labels
-    return x[None], labels[None] if isinstance(labels, Tensor) else torch.tensor([labels], device=x.device)
-
-
-def _as_type(value: Tensor, like: Tensor) -> Tensor:
-    return tv_tensors.wrap(value, like=like) if isinstance(like, tv_tensors.TVTensor) else value

@@ -125,10 +125,9 @@ def _augmentations(model: GLEM, data: ImageData, rows: int, policy: str, modes: 
     cells, columns = [_unit(x[:n])], ["real"]
     if policy == "mixup":
         # Images are mixed with their partners in the last column, where the class has two images at all.
-        other = torch.arange(2 * n, device=x.device).roll(n)
-        alone = torch.from_numpy(np.concatenate([chosen == partners] * 2)).to(x.device)
-        partner, source = torch.where(alone, -1, other), torch.where(alone, 1, 0)
-        drawn = replace(drawn, partner=partner, source=source, partner_cls=drawn.cls)
+        alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
+        partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
+        drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
         for share in MIX_SHARES:
             cells.append(_unit(aug.apply(x, y, replace(drawn, l=torch.full_like(drawn.l, share)))[0][:n]))
             columns.append(f"l = {share:g}")

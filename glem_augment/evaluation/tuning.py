@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from glem_augment.augment.adversarial import unwrapped
-from glem_augment.augment.labels import data_class
+from glem_augment.augment.labels import label_classes
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number
 from glem_augment.devices import evaluating
@@ -91,7 +91,7 @@ def choose_strength(
         trial.p, trial.strength, trial.labels = 1.0, strength, "hard"
         trials.append(trial)
     replaced_before = [trial.stats["replaced"] for trial in trials]
-    classifier = unwrapped(classifier)
+    classifier = unwrap_model(classifier)
     std = torch.tensor([1.0] if aug.pixels.std is None else list(aug.pixels.std)).view(-1, 1, 1)
     unmoved_right = total = 0
     right, kept_right, change = [0] * len(tried), [0] * len(tried), [0.0] * len(tried)
@@ -101,7 +101,7 @@ def choose_strength(
             if not len(rows):
                 continue
             x, y = x[rows.to(x.device)], y[rows]
-            classes = data_class(y)
+            classes = label_classes(y)
             steps = 1.0 if x.dtype == torch.uint8 else 255.0 * std.to(x.device)
             total += len(y)
             unmoved_right += int(_is_right(classifier, x, classes).sum())
