@@ -199,9 +199,6 @@ METHODS: dict[str, Method] = {
         flow=True,
     ),
     "noise-shared": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", basis="shared", p=0.5), flow=True),
-    "adversarial-near": Method(
-        "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="near", p=0.5), flow=True
-    ),
     "adversarial-shared": Method(
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
     ),
@@ -219,12 +216,6 @@ METHODS: dict[str, Method] = {
     "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),
     # Up the loss in all dimensions of the latent, as on-manifold adversarial training has it (Stutz et al. 2019).
     "latent-adversarial": Method("ours", _each("strength", 0.025, 0.05, 0.1, p=0.5), flow=True),
-    "mode-mixup-rescaled": Method(
-        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", rescale=True, p=0.5), flow=True
-    ),
-    "mode-mixup-near": Method(
-        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="near", labels="mix", p=0.5), flow=True
-    ),
     "mode-mixup-gaussian": Method(
         "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="gaussian", p=0.5), flow=True
     ),

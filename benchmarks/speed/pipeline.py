@@ -51,7 +51,6 @@ LOADERS: list[dict[str, Any]] = [
 AUGMENTS: list[dict[str, Any]] = [
     {"policy": "mixup", "partner": "same"},
     {"policy": "mixup", "partner": "same", "labels": "mix"},
-    {"policy": "mixup", "partner": "near"},
     {"policy": "mixup", "partner": "any"},
     {"policy": "mixup", "partner": "any", "labels": "posterior"},
     {"policy": "mixup", "partner": "gaussian"},

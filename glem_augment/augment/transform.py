@@ -239,7 +239,7 @@ class GLEMAugment(nn.Module):
     def _draw(self, y: Tensor, generator: torch.Generator) -> AugmentParams:
         data_cls = label_classes(y)
         rows = choose_rows(len(data_cls), self.p, generator)
-        if self.policy == "mixup":
+        if self.policy == "mixup" and len(rows):
             return draw_mixup(self.partner, self.alpha, rows, data_cls, self._classes, self.model, generator)
         none = rows.new_empty(0)
         cls = self._classes.flow_class(data_cls[rows])

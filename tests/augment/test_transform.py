@@ -1,0 +1,571 @@
+"""GLEMAugment: what it keeps, what it draws, what becomes of labels, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from augment_cases import CLASSES, images, labels, make_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import glem_augment
+from glem_augment import GLEM, GLEMAugment
+from glem_augment.random_state import RandomState
+
+ALL = [
+    {"policy": policy, "partner": partner, "basis": basis}
+    for policy, partner in [("mixup", "same"), ("mixup", "any"), ("mixup", "gaussian"), ("noise", "same")]
+    for basis in ("class", "shared")
+]
+
+
+# ---- what must not change ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["auto", "mix", "posterior", "hard"])
+def test_p_zero_gives_back_the_same_images_with_labels_of_the_usual_form(model: GLEM, kind: str) -> None:
+    x, y = images(6), labels(6)
+    aug = GLEMAugment(model, p=0.0, labels=kind, partner="any")
+    out, target = aug(x, y)
+    assert out is x and torch.equal(target, aug.target(y)) and torch.equal(target, aug.unmoved(x, y)[1])
+    # A loop must not meet hard labels in one epoch and soft ones in the next.
+    aug.p = 1.0
+    assert aug(x, y)[1].shape == target.shape
+    assert target is y if kind == "hard" else torch.equal(target, torch.eye(4)[y])
+
+
+@pytest.mark.parametrize("settings", ALL)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_unselected_rows_are_the_originals_and_calls_can_be_replayed(
+    model: GLEM, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    x, y = images(32), labels(32)
+    x = x if dtype == torch.uint8 else (x / 255).to(dtype)
+    before_x, before_y = x.clone(), y.clone()
+    aug = GLEMAugment(model, p=0.5, seed=1, **settings)
+    params = aug.draw(x.shape, y)
+    out, target = aug.apply(x, y, params)
+    assert torch.equal(x, before_x) and torch.equal(y, before_y), "the input was changed"
+    rest = torch.ones(32, dtype=torch.bool)
+    rest[params.rows] = False
+    assert len(params.rows) == 16 and torch.equal(out[rest], x[rest])
+    moved = (out[params.rows] != x[params.rows]).flatten(1).any(1)
+    assert moved.float().mean() > 0.8 and out.dtype == dtype and out.shape == x.shape
+    assert aug.stats == {"selected": 16, "replaced": 0, "unmapped": 0}
+    again = aug.apply(x, y, params)
+    assert torch.equal(again[0], out) and torch.equal(again[1], target)
+    assert torch.equal(GLEMAugment(model, p=0.5, seed=1, **settings)(x, y)[0], out)
+    assert not torch.equal(GLEMAugment(model, p=0.5, seed=2, **settings)(x, y)[0], out)
+    assert not torch.equal(aug(x, y)[0], aug(x, y)[0])
+
+
+def test_memory_format_autocast_gradients_and_inference_mode(rgb: GLEM) -> None:
+    x = (images(8, 3) / 255).contiguous(memory_format=torch.channels_last)
+    out, _ = GLEMAugment(rgb, p=1.0, seed=0)(x, labels(8))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, _ = GLEMAugment(rgb, p=1.0, seed=0)(x.clone().requires_grad_(True), labels(8))
+    assert torch.equal(out, again) and not again.requires_grad
+    with torch.inference_mode():
+        aug = GLEMAugment(rgb, p=1.0, seed=0)
+        assert torch.equal(aug(x, labels(8))[0], out)
+    assert aug(x, labels(8))[0].shape == x.shape and aug.stats["selected"] == 16
+    aug.load_state_dict(aug.state_dict())
+
+
+def test_the_flow_is_not_part_of_the_transform() -> None:
+    model = make_model()
+    aug = GLEMAugment(model)
+    assert not list(aug.parameters()) and not list(aug.buffers())
+    assert list(aug.state_dict()) == ["_extra_state"] and list(aug.modules()) == [aug]
+    seen: list[torch.nn.Module] = []
+    torch.nn.Sequential(aug).apply(seen.append)  # nn.Module's own apply still works
+    assert seen[0] is aug
+    with pytest.raises(TypeError, match="aug.draw"):
+        aug.apply(images(4), labels(4))
+    model.train()
+    model.flow.eval()
+    aug.eval()(images(4), labels(4))
+    assert model.training and not model.flow.training  # left as they were
+
+
+def test_new_modes_are_used_and_fewer_are_refused() -> None:
+    own = make_model()
+    aug = GLEMAugment(own, p=1.0, policy="noise", seed=0)
+    x, y = images(4) / 255, labels(4)
+    params = aug.draw(x, y)
+    before = aug.apply(x, y, params)[0]
+    own.fit_modes((images(40, seed=5) // 8 + 100, labels(40)), rank=64)
+    assert (aug.apply(x, y, params)[0] - x).abs().mean() < 0.3 * (before - x).abs().mean()
+    own.modes.scales.zero_()
+    assert torch.allclose(aug.apply(x, y, params)[0], x, atol=1e-6)
+    own.fit_modes((images(40), labels(40)), rank=8)
+    with pytest.raises(ValueError, match="from 1 to 8"):
+        aug(x, y)
+
+
+def test_a_copy_on_another_device_follows_its_original() -> None:
+    model = make_model(rank=4)
+    aug = GLEMAugment(model, p=1.0, seed=0)
+    there = torch.device("meta")  # stands for an accelerator; nobody asks for its values
+    found = aug._model_on(there)
+    assert aug._model_on(there) is found and found is not model and aug._model_on(torch.device("cpu")) is model
+    model.gaussians.s.add_(0.1)
+    assert aug._model_on(there) is not found
+
+
+# ---- randomness ----------------------------------------------------------------------------------------------
+
+
+def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
+    x, y = images(16), labels(16)
+    results = []
+    for seed in (5, 5, 6):  # seed=None follows torch's own
+        torch.manual_seed(seed)
+        results.append(GLEMAugment(model)(x, y)[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    aug, other = GLEMAugment(model, seed=0), GLEMAugment(model, seed=0)
+    a, b = (aug.draw(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
+    assert torch.equal(a.rows, b.rows) and torch.equal(a.eps, b.eps) and torch.equal(a.l, b.l)
+    assert torch.equal(aug(x, y)[0], other(x, y)[0])  # a given generator leaves the own one alone
+    for twin in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)):
+        assert twin.stats == aug.stats and twin.stats["selected"] == 8
+        assert torch.equal(twin(x, y)[0], copy.deepcopy(aug)(x, y)[0])
+    torch.save(aug.state_dict(), tmp_path / "state.pt")
+    wanted = [aug(x, y)[0] for _ in range(2)]
+    later = GLEMAugment(model, seed=99)
+    later.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert later.seed == 0 and all(torch.equal(later(x, y)[0], w) for w in wanted)
+    with pytest.raises(ValueError, match="'seed' and 'calls'"):
+        later.load_state_dict({"_extra_state": {"seed": 1}})
+
+
+def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws(rank: int, worker: int | None, state: dict[str, int] | None = None) -> Tensor:
+        monkeypatch.setattr("glem_augment.random_state.rank", lambda otherwise=0: rank)
+        info = None if worker is None else type("Info", (), {"seed": 0, "id": worker})()
+        monkeypatch.setattr("glem_augment.random_state.get_worker_info", lambda: info)
+        random = RandomState(5)
+        if state is not None:
+            random.restore(state)
+        return torch.cat([torch.rand(4, generator=random.generator()) for _ in range(4)])
+
+    streams = [draws(r, w) for r in (0, 1, 7) for w in (None, 0, 1)]
+    for i, a in enumerate(streams):
+        assert len(a.unique()) == 16 and all(not torch.isin(a, b).any() for b in streams[:i])
+    assert torch.equal(draws(1, None, {"seed": 5, "calls": 2})[:8], streams[3][8:])
+
+
+def worker_epoch(aug: GLEMAugment, context: str) -> Tensor:
+    torch.manual_seed(7)  # no part of the transform's state
+    data = list(zip(images(12), labels(12).tolist(), strict=True))
+    workers = 2 if context == "fork" else 1
+    loader = DataLoader(data, 4, num_workers=workers, collate_fn=aug.collate_fn(), multiprocessing_context=context)
+    return torch.cat([batch for batch, _ in loader])
+
+
+WORKER_SETTINGS: dict[str, Any] = {"p": 1.0, "policy": "noise", "modes": 4, "class_map": [0, 1, None, 2]}
+
+
+def test_a_resumed_run_goes_on_with_the_draws_of_its_workers(model: GLEM) -> None:
+    aug = GLEMAugment(model, seed=3, **WORKER_SETTINGS)
+    first = worker_epoch(aug, "fork")
+    assert aug.stats == {"selected": 12, "replaced": 0, "unmapped": 3}
+    state = aug.state_dict()
+    second, moved = worker_epoch(aug, "fork"), labels(12) != 2
+    assert not (second[moved] == first[moved]).flatten(1).all(1).any()
+    later = GLEMAugment(model, seed=8, **WORKER_SETTINGS)
+    later.load_state_dict(state)
+    assert torch.equal(worker_epoch(later, "fork"), second)
+
+
+def test_spawned_workers_count_for_the_main_process(model: GLEM) -> None:
+    aug = GLEMAugment(model, seed=3, **WORKER_SETTINGS)
+    worker_epoch(aug, "spawn")
+    assert aug.stats == {"selected": 12, "replaced": 0, "unmapped": 3}
+    assert aug.state_dict()["_extra_state"]["workers"][0] == 3
+
+
+@pytest.mark.parametrize(("batch", "p"), [(1, 0.3), (7, 0.5), (10, 0.3), (64, 0.5), (5, 1.0)])
+def test_every_row_is_as_likely_and_their_number_nearly_fixed(model: GLEM, batch: int, p: float) -> None:
+    y = labels(batch)
+    aug = GLEMAugment(model, p=p, policy="noise", modes=1, seed=0)
+    times, counts = torch.zeros(batch), []
+    for _ in range(600):
+        rows = aug.draw((batch, 1, 8, 8), y).rows
+        assert torch.equal(rows, rows.unique())
+        times[rows] += 1
+        counts.append(len(rows))
+    assert set(counts) == {math.floor(p * batch), math.ceil(p * batch)}
+    # Five standard deviations of a share of 600 draws.
+    assert (times / 600 - p).abs().max() <= 5 * (p * (1 - p) / 600) ** 0.5
+
+
+# ---- labels --------------------------------------------------------------------------------------------------
+
+
+def test_hard_labels_stay_hard_where_the_class_stays_and_soft_ones_soft(model: GLEM) -> None:
+    x, y = images(8), labels(8)
+    smooth = (torch.eye(4)[y] * 0.9 + 0.025).double()
+    for settings in ({"policy": "noise"}, {"partner": "same"}, {"partner": "gaussian"}):
+        assert GLEMAugment(model, p=1.0, **settings)(x, y)[1] is y
+        for kind in ("auto", "mix", "hard"):
+            # Partners of the class change no label, and neither do draws when the batch holds each class once.
+            out = GLEMAugment(model, p=1.0, labels=kind, **settings)(x[:4], smooth[:4])[1]
+            assert out.dtype == torch.float64 and torch.allclose(out, smooth[:4], atol=1e-7)
+    target = GLEMAugment(model, p=1.0, partner="any")(x, y)[1]
+    assert target.shape == (8, 4) and target.dtype == torch.float32
+    assert GLEMAugment(model, p=1.0, partner="any", labels="hard")(x, y)[1] is y
+    out = GLEMAugment(model, policy="noise", labels="mix", p=0.5)(x, y)[1]
+    assert torch.equal(out, torch.eye(4)[y])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("modes", [7, 64])
+def test_mix_weighs_by_the_share_that_the_projection_keeps(model: GLEM, modes: int, soft: bool) -> None:
+    x, y = images(10) / 255, labels(10)
+    before = torch.eye(4)[y] * (0.9 if soft else 1.0) + (0.025 if soft else 0.0)
+    aug = GLEMAugment(model, p=0.6, partner="any", modes=modes, seed=0)
+    params = aug.draw(x, y)
+    target = aug.apply(x, before if soft else y, params)[1]
+    expected, z = before.clone(), model.encode(x)[0]
+    for r, j, lam in zip(params.rows.tolist(), params.partner.tolist(), params.l.tolist(), strict=True):
+        v = model.modes.directions[y[r], :modes]
+        delta = z[j] - z[r]
+        share = float((v @ delta).square().sum() / delta.square().sum())
+        w = 1 - (1 - lam) * share
+        expected[r] = w * before[r] + (1 - w) * before[j]
+    assert torch.allclose(target, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smoothing: float) -> None:
+    """Mixed rows, as timm's Mixup makes them: a draw of class c has nothing of the row's other class."""
+    hot = torch.eye(4)
+    own = 0.6 * hot[[0, 1, 2, 3]] + 0.4 * hot[[1, 2, 3, 0]]
+    mixed = own * (1 - smoothing) + smoothing / 4
+    aug = GLEMAugment(model, p=1.0, partner="gaussian", modes=64, seed=3)
+    params = aug.draw(images(4), mixed)
+    target = aug.apply(images(4) / 255, mixed, params)[1]
+    drawn = hot[params.partner_cls] * (1 - smoothing) + smoothing / 4
+    w = ((target - mixed) * (drawn - mixed)).sum(1) / (drawn - mixed).square().sum(1)  # how much of the draw
+    assert ((w > 0.01) & (w <= 1 - params.l + 1e-5)).all()
+    assert torch.allclose(target, mixed + w[:, None] * (drawn - mixed), atol=1e-5)
+    # In a batch of two classes the mixtures themselves must not be taken for smoothing.
+    two = GLEMAugment(make_model(classes=["a", "b"]), p=1.0, partner="gaussian", modes=64, seed=0)
+    mixed = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
+    params = two.draw(images(2), mixed)
+    target = two.apply(images(2) / 255, mixed, params)[1]
+    weight = 1 - params.l
+    assert torch.allclose(target.amax(1), 0.7 + weight * 0.3, atol=1e-4)
+
+
+def test_posterior_labels_are_those_of_the_moved_latents(model: GLEM) -> None:
+    x, y = images(10) / 255, labels(10)
+    aug = GLEMAugment(model, p=0.5, policy="noise", strength=0.3, labels="posterior", seed=0)
+    params = aug.draw(x, y)
+    out, target = aug.apply(x, y, params)
+    expected = torch.eye(4)[y]
+    expected[params.rows] = model.posterior(out[params.rows])
+    assert torch.allclose(target, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("given", [[2, -1, 0, None, 3], {0: 2, 2: 0, 4: 3, 3: None}, np.array([2, -1, 0, -1, 3])])
+def test_partial_class_map(model: GLEM, given: Any) -> None:
+    x, y = images(20) / 255, labels(20, 5)
+    aug = GLEMAugment(model, p=1.0, partner="gaussian", labels="mix", class_map=given, seed=0)
+    assert aug.num_classes == 5
+    params = aug.draw(x, y)
+    assert params.cls[:5].tolist() == [2, -1, 0, -1, 3]
+    out, target = aug.apply(x, y, params)
+    absent = (y == 1) | (y == 3)
+    assert torch.equal(out[absent], x[absent]) and torch.equal(target, torch.eye(5)[y])
+    assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
+    assert aug.stats == {"selected": 20, "replaced": 0, "unmapped": 8}
+    assert torch.equal(aug.moved_rows(y), (~absent).nonzero()[:, 0])
+    posterior = GLEMAugment(model, p=1.0, policy="noise", labels="posterior", class_map=given, seed=0)(x, y)[1]
+    assert torch.allclose(posterior.sum(1), torch.ones(20), atol=1e-5)
+    assert posterior[~absent][:, [1, 3]].eq(0).all()
+    # A batch of one has no other row: its partner is then drawn, from any of the classes that the data has.
+    aug = GLEMAugment(model, p=1.0, partner="any", modes=64, class_map=given, seed=0)
+    seen = set()
+    for _ in range(40):
+        params = aug.draw(x[:1], y[:1])
+        target = aug.apply(x[:1], y[:1], params)[1]
+        other = torch.eye(5)[{2: 0, 0: 2, 3: 4}[int(params.partner_cls)]]
+        assert torch.allclose(target[0], params.l * torch.eye(5)[0] + (1 - params.l) * other, atol=1e-4)
+        seen.add(int(params.partner_cls))
+    assert seen == {0, 2, 3}
+
+
+def test_data_classes_that_share_a_flow_class() -> None:
+    own = make_model()
+    x = images(16) / 255
+    aug = GLEMAugment(own, p=1.0, policy="noise", labels="posterior", class_map=[0, 1, 2, 3, 3], seed=0)
+    target = aug(x, labels(16, 5))[1]  # they share its probability
+    assert torch.allclose(target[:, 3], target[:, 4]) and torch.allclose(target.sum(1), torch.ones(16), atol=1e-5)
+    aug = GLEMAugment(own, p=1.0, class_map=[0, 0, 2], seed=0)
+    y = labels(16, 2)
+    for given in (y, torch.eye(3)[y]):
+        params = aug.draw(x, given)  # partners are of the same data class
+        assert torch.equal(y[params.partner], y[params.rows])
+        assert torch.allclose(aug.apply(x, given, params)[1].float(), given.float())
+    alone = aug.draw(x[:2], y[:2])  # drawn ones bring the row's own data class
+    assert alone.partner.tolist() == [-1, -1]
+    assert torch.allclose(aug.apply(x[:2], torch.eye(3)[:2], alone)[1], torch.eye(3)[:2])
+    # A posterior that is all on classes which the data lacks leaves the label.
+    own.gaussians.mu.fill_(9.0)
+    own.gaussians.mu[1] = 0.0
+    aug = GLEMAugment(own, p=1.0, policy="noise", labels="posterior", class_map=[0, None, 2, 3], seed=0)
+    y = torch.tensor([0, 2, 3, 0])
+    out, target = aug(x[:4], y)
+    assert (out != x[:4]).flatten(1).any(1).all() and torch.equal(target, torch.eye(4)[y])
+
+
+# ---- implausible images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.5, -1.5])
+def test_implausible_images_are_replaced_with_their_labels(
+    model: GLEM, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = GLEM.decode
+
+    def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
+        out = decode(self, z, clamp)
+        out[0, 0, 3, 3] = bad
+        return out
+
+    x, y = images(6) / 255, labels(6)
+    aug = GLEMAugment(model, p=1.0, partner="any", seed=0)
+    params = aug.draw(x, y)
+    fine, soft = aug.apply(x, y, params)
+    monkeypatch.setattr(GLEM, "decode", broken)
+    out, target = aug.apply(x, y, params)
+    assert torch.equal(out[0], x[0]) and torch.equal(out[1:], fine[1:])
+    assert torch.equal(target[0], torch.eye(4)[y[0]]) and torch.equal(target[1:], soft[1:])
+    assert aug.stats["replaced"] == 1
+    inside = GLEMAugment(model, p=1.0, partner="any", seed=0, margin=2.5)
+    inside.apply(x, y, params)
+    assert inside.stats["replaced"] == int(not abs(bad) < 3)
+
+
+def test_one_warning_where_most_are_lost(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
+    x, y = images(64) / 255, labels(64)
+    wild = GLEMAugment(model, p=1.0, policy="noise", strength=50.0, margin=0.0)
+    unmapped = GLEMAugment(model, p=1.0, policy="noise", class_map=[0, None, None, None])
+    for aug, reason in ((wild, "128 were kept"), (unmapped, "and 96 because the flow does not have their class")):
+        aug(x, y)
+        assert not recwarn.list  # 64 rows are too few to tell
+        with pytest.warns(UserWarning, match=reason):
+            aug(x, y)
+        recwarn.clear()
+        aug(x, y)
+    tame = GLEMAugment(model, p=1.0, policy="noise", strength=0.1)
+    for _ in range(3):
+        tame(x, y)
+    assert not recwarn.list and tame.stats["replaced"] == 0
+
+
+# ---- settings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"p": 0.25, "policy": "noise", "strength": 0.3, "modes": 7, "basis": "shared", "labels": "posterior"},
+        {"partner": "any", "alpha": 0.4, "mean": [0.5], "std": [0.25], "seed": -5},
+        {"policy": "adversarial", "class_map": {0: 2, 3: 1}, "margin": 2.0},
+        {"class_map": [0, None, 3], "detail": "none"},
+    ],
+)
+def test_settings_go_through_json(model: GLEM, settings: dict[str, Any]) -> None:
+    aug = GLEMAugment(model, **settings)
+    config = json.loads(json.dumps(aug.to_config()))
+    again = GLEMAugment.from_config({**config, "rescale": False, "bank": 0, "cuda_graphs": False}, model)
+    assert repr(again) == repr(aug) and again.to_config() == aug.to_config()
+    for name, value in settings.items():
+        if name != "class_map":
+            shown = tuple(value) if isinstance(value, list) else value
+            assert config[name] == value and f"{name}={shown!r}" in repr(aug)
+
+
+def test_configs_name_the_model_and_known_settings(model: GLEM, tmp_path: Path) -> None:
+    model.save(tmp_path / "flow")
+    for name in ("bundled:fashion-mnist", tmp_path / "flow"):
+        aug = GLEMAugment(name, seed=1)
+        assert aug.to_config()["model"] == str(name)
+        assert repr(GLEMAugment.from_config(aug.to_config())) == repr(aug)
+    for name, value in {"rescale": True, "bank": 4, "cuda_graphs": True}.items():
+        with pytest.raises(ValueError, match=f"the setting {name}={value} has been removed"):
+            GLEMAugment.from_config({name: value}, model)
+    with pytest.raises(ValueError, match="basis must be one of 'class', 'shared'; got 'near'"):
+        GLEMAugment.from_config({"basis": "near"}, model)
+    with pytest.raises(ValueError, match="unknown settings .'mode'."):
+        GLEMAugment.from_config({"mode": 3}, model)
+    with pytest.raises(ValueError, match="names no model"):
+        GLEMAugment.from_config(GLEMAugment(model).to_config())
+    few = make_model(rank=9)
+    assert GLEMAugment(few).modes == 9 and GLEMAugment.from_config({"modes": None}, few).modes == 9
+    assert GLEMAugment(make_model(3, rank=80)).modes == 64
+    numpy = GLEMAugment(model, p=np.float32(0.5), strength=np.float64(0.5), modes=np.int64(8), seed=np.int32(4))
+    assert repr(numpy) == repr(GLEMAugment(model, modes=8, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "cutmix"}, "'mixup', 'noise', 'adversarial'; got 'cutmix'"),
+        ({"basis": "near"}, "'class', 'shared'"),
+        ({"partner": "near"}, "'same', 'any', 'gaussian'"),
+        ({"labels": "soft"}, "'auto', 'hard', 'mix', 'posterior'"),
+        ({"detail": "mix"}, "'keep', 'none'"),
+        ({"p": 1.5}, "p must be from 0 to 1, got 1.5"),
+        ({"p": float("nan")}, "p must be"),
+        ({"p": "half"}, "p must be a number"),
+        ({"alpha": 0.0}, "alpha must be finite and above 0"),
+        ({"strength": -1}, "strength must be finite and at least 0"),
+        ({"margin": -1}, "margin must be finite and at least 0"),
+        ({"modes": 65}, "from 1 to 64.*got 65"),
+        ({"modes": 0}, "from 1 to 64"),
+        ({"mean": 0.5}, "mean and std together"),
+        ({"mean": 0.5, "std": 0.0}, "std must be positive"),
+        ({"mean": "x", "std": "y"}, "must be a number"),
+        ({"num_classes": 7}, "num_classes=7, but the flow has 4"),
+        ({"class_map": [0, 4]}, "flow class 4"),
+        ({"seed": 0.5}, "seed must be an int"),
+    ],
+)
+def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        GLEMAugment(model, **settings)
+
+
+def test_models_are_checked(model: GLEM) -> None:
+    with pytest.raises(ValueError, match=r"model\.fit_modes\(data\)"):
+        GLEMAugment(GLEM.create("identity", (1, 8, 8), classes=CLASSES))
+    with pytest.raises(TypeError, match="must be a GLEM"):
+        GLEMAugment(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"the flow's weights are .*float16, in which it is not invertible"):
+        GLEMAugment(copy.deepcopy(model).half())
+    wide = copy.deepcopy(model).double()
+    for settings in ({"policy": "noise"}, {"partner": "gaussian"}, {"basis": "shared"}):
+        assert GLEMAugment(wide, p=1.0, **settings)(images(6), labels(6))[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (images(4)[0], labels(4), r"\[B, C, H, W\]"),
+        (images(4, 2), labels(4), "2 channels"),
+        (images(4).int(), labels(4), "uint8 or floating"),
+        (images(4).float(), labels(4), "must be in .*mean and std"),
+        (images(4) / 255 * float("nan"), labels(4), "must be in"),
+        (images(4), labels(3), r"int64 \[4\]"),
+        (images(4), labels(4).float(), "integers"),
+        (images(4), torch.zeros(4, 5), "soft labels have 5 classes, not 4"),
+        (images(4), torch.zeros(4, 4, dtype=torch.int64), "floating point"),
+        (images(4), torch.tensor([0, 1, 4, 0]), "label 4 is out of range.*0 to 3.*num_classes and class_map"),
+        (images(4), torch.tensor([0, -1, 2, 0]), "label -1 is out of range"),
+        (images(4), [0, 1, 2, 3], "must be a tensor"),
+    ],
+)
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_batches_are_checked(model: GLEM, x: Tensor, y: Tensor, message: str, p: float) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        GLEMAugment(model, p=p)(x, y)
+
+
+def test_nan_pixels_are_named_by_their_row(model: GLEM) -> None:
+    aug = GLEMAugment(model, p=0.5, policy="noise", seed=0)
+    x, y = images(8) / 255, labels(8)
+    aug(x, y)  # the range is checked in the first batch
+    x[5, 0, 0, 0] = torch.nan
+    params = aug.draw(x, y)
+    params.rows = torch.tensor([1, 3, 5, 6])
+    with pytest.raises(ValueError, match="image 5 of the batch has NaN"):
+        aug.apply(x, y, params)
+
+
+def test_empty_and_single_batches_and_rows_of_no_class(model: GLEM) -> None:
+    for settings in ALL:
+        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+        for y in (labels(0), torch.zeros(0, 4)):
+            out, target = aug(images(0), y)
+            assert out.shape == (0, 1, 8, 8) and len(target) == 0
+        assert aug(images(1), labels(1))[0].shape == (1, 1, 8, 8)
+    soft = torch.eye(4)[:2].clone()
+    soft[1] = 0
+    out, _ = GLEMAugment(model, p=1.0, policy="noise")(images(2), soft)
+    assert torch.equal(out[1], images(2)[1]) and not torch.equal(out[0], images(2)[0])
+
+
+# ---- beside other machinery ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"policy": "noise"}, {"partner": "gaussian"}, {"partner": "any"}])
+def test_torchs_defaults_change_nothing(rgb: GLEM, settings: dict[str, Any]) -> None:
+    x, y = images(6, 3) / 255, labels(6)
+    settings = {"p": 1.0, "seed": 0, "mean": 0.0, "std": 1.0, **settings}
+    expected = GLEMAugment(rgb, **settings)(x, y)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = GLEMAugment(rgb, **settings)(x, y)
+        # Any other device would do; this one can't hold a value, so nothing may be made there.
+        with torch.device("meta"):
+            elsewhere = GLEMAugment(rgb, **settings)(x, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result in (got, elsewhere):
+        assert result[0].dtype == torch.float32 and torch.equal(result[0], expected[0])
+        torch.testing.assert_close(result[1], expected[1])
+
+
+def test_a_users_compiled_step_gives_what_the_plain_one_gives(model: GLEM) -> None:
+    x, y = images(6) / 255, labels(6)
+    plain, inside = (GLEMAugment(model, policy="noise", seed=0) for _ in range(2))
+    compiled = torch.compile(lambda x, y: (inside(x * 1.0, y)[0] + 0.0, y), backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x, y)[0], plain(x, y)[0])
+
+
+def test_a_batch_passes_few_files_of_the_package(bundled_train: Any) -> None:
+    """A reader can follow one augmented batch of 16 through the bundled flow."""
+    aug = GLEMAugment("bundled:fashion-mnist", p=1.0, seed=0)
+    x, y = bundled_train.tensor()[:16], torch.from_numpy(bundled_train.targets[:16])
+    aug(x, y)  # constants are computed once
+    package, passed, moves, here = str(Path(glem_augment.__file__).parent), set(), 0, ""
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        nonlocal moves, here
+        file = frame.f_code.co_filename if event == "call" else frame.f_back and frame.f_back.f_code.co_filename
+        if event in ("call", "return") and file and file.startswith(package) and file != here:
+            passed.add(file)
+            moves, here = moves + 1, file
+
+    sys.setprofile(watch)
+    try:
+        aug(x, y)
+    finally:
+        sys.setprofile(None)
+    assert len(passed) <= 22, sorted(Path(file).name for file in passed)
+    assert moves <= 800
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", ALL)
+def test_cuda_gives_what_the_cpu_gives(model: GLEM, settings: dict[str, Any]) -> None:
+    x, y = images(32) / 255, labels(32)
+    host, soft = GLEMAugment(model, p=0.6, seed=0, **settings)(x, y)
+    out, target = GLEMAugment(model, p=0.6, seed=0, **settings)(x.cuda(), y.cuda())
+    assert torch.allclose(out.cpu(), host, atol=1e-4) and torch.allclose(target.cpu().float(), soft.float(), atol=1e-4)
