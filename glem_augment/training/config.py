@@ -1,310 +1,333 @@
-"""All settings of a training run, checked before any work is done."""
+"""All settings of a training run. Each field carries its help, its kind and its limits, which the command line reads."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from glem_augment.checks import check_choice, check_number, check_whole
+from glem_augment.flows.presets import PRESETS
 from glem_augment.latent.gaussians import INITIAL_VARIANCE, LOWEST_SHARE
 
-OBJECTIVES = ("glem", "mle", "hybrid")
-REPULSIONS = ("kld", "saturating", "none")
-AVERAGING = ("ema", "swa", "none")
-SCHEDULES = ("multistep", "cosine")
-MEAN_INITS = ("class_means", "random", "zeros")
-LIKELIHOODS = ("class", "marginal")
-PRECISIONS = ("fp32", "bf16")
-MEMORIES = ("stored", "reversible")
+OBJECTIVES = ("glem", "saturating", "mle", "hybrid")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
-# Far above any use: settings are also read from the checkpoints of strangers, and must not ask for absurd amounts of
-# memory, processes or threads. M_STEPS: in all, since each has a learning rate in memory.
-_MOST = {
-    "epochs": 10**6,
-    "refit_steps": 10**6,
-    "modes_rank": 4096,
-    "workers": 512,
-    "threads": 4096,
-    "seed": 2**63 - 1,
-}
+FLOW, OBJECTIVE, OPTIMISER, GAUSSIANS, DATA, RUN = (
+    "flow",
+    "objective",
+    "optimisation of the flow (E-step)",
+    "class Gaussians (M-step)",
+    "data",
+    "run",
+)
+# Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
+REMOVED = {
+    "milestones": "the learning rate is halved after 1/2 and 3/4 of the run; schedule='cosine' is the other choice",
+    "clip_norm": "gradients are clipped to norm 1",
+    "ema_decay": "it is 0.999",
+    "swa_start": "SWA averages the last quarter of the run",
+    "repulsion": "objective='glem' repels by the KLD, 'saturating' by a bounded KLD, 'mle' and 'hybrid' not at all",
+    "kld_weight_end": "kld_weight falls to half of itself",
+    "saturation": "it is 0.05 nats per dimension",
+    "beta_end": "use beta_anneal=(share of the run, final factor)",
+    "beta_anneal_from": "use beta_anneal=(share of the run, final factor)",
+    "joint_lr": "it is 0.01",
+    "learn_mu": "use learn='both', 'means', 'variances' or 'none'",
+    "learn_sigma": "use learn='both', 'means', 'variances' or 'none'",
+    "mean_init": "use mean_init_std: None for class means, 0 for zeros, a number for random means",
+    "code_rows": "class codes are part of benchmarks/paper",
+    "refit_steps": "use refit_beta; 0 leaves the refit out",
+    "g_fraction": "a tenth of each class fits the Gaussians",
+    "val_max": "at most 2,000 images are held out",
+    "max_bad_steps": "10 steps in a row that are not finite are a divergence",
+    "max_rollbacks": "a diverging run returns to its last good checkpoint up to three times",
+}
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _setting(default: Any, group: str, kind: Any, text: str, **more: Any) -> Any:
+    """A field of `TrainConfig`.
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    Args:
+        kind: int, float, bool, a tuple of allowed words, "numbers", "names" or "table".
+        more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `research=True`
+            for settings that only `--help-all` shows; `shown`, the default in words.
+    """
+    metadata = {"group": group, "kind": kind, "help": text, "optional": default is None and kind != "table", **more}
+    if kind == "table":
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class TrainConfig:
-    """How a GLEM is fitted. Defaults follow the paper where it says (Sec. 4.3 and 5.2) and its public code where not.
+    """How a GLEM is fitted. Defaults follow the paper where it says (Sec. 4.3 and 5.2) and its public code elsewhere.
 
-    Objective, with d the number of dimensions and NLL in nats per image (Eq. 3):
+    The loss of the E-step on the flow, with d the number of dimensions and NLL in nats per image (Eq. 3), is
 
-    - E-step on the flow: ``mean NLL / d + beta * cross-entropy`` (``beta`` is 0 unless ``objective="hybrid"``);
-    - M-step on the Gaussians: the same, plus repulsion (Eq. 5) weighted by an annealed ``kld_weight``.
+        mean NLL / d + beta * cross-entropy
 
-    ``repulsion="kld"`` combines range-normalised gradients as the authors do,
-    ``mean NLL / R_nf - lambda * sum KLD / (K d R_kld)``, the sum over ordered pairs of classes, with
-    ``R = max - min + 0.2 (|max| + |min|)`` over the per-sample NLLs and over the classes' mean KLDs in nats (both R
-    without gradient), so lambda is a ratio of pulls and not the weight of Eq. 5 taken literally, which is unbounded
-    below beyond about 1/2. ``"saturating"`` replaces each pair's KLD by ``t (1 - exp(-KLD / t))``,
-    t = ``saturation`` * d nats, and is bounded for any weight.
+    where the cross-entropy is that of the flow's own posterior, with class scores multiplied by `ce_scale`. A sum
+    over d dimensions is far too sure of itself, so with a scale below 1 wider margins are learned. `beta` is 0 unless
+    `objective="hybrid"`. The M-step on the Gaussians weighs classes equally and adds repulsion (Eq. 5):
 
-    Attributes:
-        preset, flow_options: size of the flow, and numbers of the preset to change.
-        objective: "glem" (the paper), "mle" (no repulsion: the paper's Baseline 2) or "hybrid" (beyond the paper).
-        epochs, batch_size: of the E-step.
-        lr, warmup_steps, schedule, milestones, min_lr, clip_norm: Adamax on the flow; linear warm-up, then halved at
-            ``milestones`` (shares of the run) down to ``min_lr``, or a cosine to ``min_lr``.
-        averaging, ema_decay, swa_start: of the flow's weights; SWA from that share of the run on.
-        beta_end, beta_anneal_from: from that share of the run on, beta falls geometrically to ``beta_end`` times
-            itself: classes first, then likelihood, as the paper anneals lambda.
-        ce_scale: the class scores are multiplied by this before that cross-entropy. A sum over d dimensions is far too
-            sure of itself, so at 1 only images within a few nats of a mistake count; below 1 wider margins are learned.
-            By default 0.2 for "hybrid".
-        repulsion, kld_weight, kld_weight_end, saturation: lambda_0, annealed linearly to ``kld_weight_end`` * lambda_0.
-        beta: weight of the cross-entropy of the flow's own posterior, per nat, against NLL per dimension, by default
-            0.3 for "hybrid". The M-step weighs classes equally in both terms; the E-step takes images as they come.
-        label_smoothing: of that cross-entropy, in both steps.
-        likelihood: of the E-step: "class", -log p(x|y) (Eq. 3), or "marginal", -log p(x) = -log mean_y p(x|y).
-        noise_std: dequantise with Gaussian noise of this many levels, in place of the uniform noise at 0. Likelihoods
-            are measured with uniform noise all the same.
-        joint, joint_lr: learn the Gaussians by the E-step's loss together with the flow, with Adam at ``joint_lr`` (on
-            the flow's schedule), in place of M-steps; there is no repulsion then, and the flow sees all of the data.
-        m_rounds: M-steps (passes over D_g) per epoch; m_steps: Adam steps in each.
-        m_budget: sum of the Adam learning rates over the run, which is how far a mean can move; it is what keeps
-            range-normalised repulsion finite. A tenth of the steps takes the first 1.0 / 1.45 of it; what falls to
-            M-steps after ``freeze_gaussians_at`` is not spent.
-        sigma_lr_scale: the variances' learning rate relative to the means'.
-        learn_mu, learn_sigma: which parameters of the Gaussians the M-step may change.
-        freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all data.
-        refit_steps: Adam steps on the Gaussians after the last E-step, on the latents of the training images (of large
-            sets as many as make 47 million numbers, some of each class) under the averaged flow; the averaging has
-            moved the latents a little. By default 200 for "hybrid", else 0. With the likelihood alone ("mle"), any
-            number above 0 is its maximum in closed form.
-        refit_beta: beta of that refit, by default the run's. Its images have been seen by the flow, so less is better.
-        mean_init: means at the start: "class_means" of the initial latents, "random" (``mean_init_std``) or "zeros".
-            A run that starts from a fitted model takes its Gaussians where the classes are the same, else fits them to
-            the latents.
-        sigma_init, sigma_init_std: variances at the start (None: the middle of psi's range, or 0.3 without psi), and
-            the standard deviation of normal noise on their free parameters s.
-        code_rows: the lowest rows of each image are a class code (``evaluation.codes``), which is not augmented.
-        psi, bits: see ``GLEM.create``.
-        g_fraction, val_fraction: shares of the data for the M-step and (at most ``val_max`` images, but one of each
-            class of three or more) for held-out metrics; stratified, seeded.
-        augment: any of "flip", "crop", "rotate", "jitter", for the flow's training. None by default: digits must
-            not flip, and a flow learns whatever the augmentation adds.
-        precision: of the subnets during training; the bijection is float32 always.
-        memory: "stored" keeps every activation for the backward pass; "reversible" rebuilds them from the outputs
-            through the exact inverse, so that memory does not grow with depth, at about one more forward pass.
-        compile: ``torch.compile`` of the flow's steps. Neither of the two changes what is learned, beyond the last
-            bits of the weights.
-        modes_rank: class modes fitted at the end and stored with the model; 0 for none.
-        max_bad_steps: this many non-finite steps in a row are a divergence (see ``training.guard`` for the other kind).
-        max_rollbacks: after a divergence the run returns to its last good checkpoint and goes on at half the learning
-            rates, at most so many times; then it stops.
-        max_minutes: end the run, with a checkpoint, at the first step boundary after that long; None for no limit.
+    - "glem" combines range-normalised gradients as the authors do,
+      `mean NLL / R_nf - lambda * sum KLD / (K d R_kld)`, where the sum runs over ordered pairs of classes and
+      `R = max - min + 0.2 (|max| + |min|)` over the per-sample NLLs and over the classes' mean KLDs in nats (both R
+      without gradient). lambda, `kld_weight`, is therefore a ratio of pulls and not the weight of Eq. 5 taken
+      literally, which is unbounded below beyond about 1/2. It falls linearly to half of itself.
+    - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
+    - "mle" (the paper's Baseline 2) and "hybrid" (beyond the paper) have no repulsion.
+
+    `m_budget` is the sum of Adam's learning rates over the run, which is how far a mean can move; it keeps
+    range-normalised repulsion finite. What falls to M-steps after `freeze_gaussians_at` is not spent.
+
+    After the last E-step the Gaussians are fitted once more to latents of the training images under the averaged flow:
+    in closed form for "mle", by 200 steps of Adam with the cross-entropy's weight `refit_beta` for "hybrid".
+
+    Raises:
+        ValueError, TypeError: a setting that does not exist (any more), or a value that makes no sense.
     """
 
-    preset: str = "mef_tiny"
-    flow_options: dict[str, Any] = field(default_factory=dict)
-    objective: str = "glem"
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 1e-2
-    warmup_steps: int = 1000
-    schedule: str = "multistep"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    min_lr: float = 2.5e-3
-    clip_norm: float = 1.0
-    averaging: str = "ema"
-    ema_decay: float = 0.999
-    swa_start: float = 0.75
-    repulsion: str | None = None
-    kld_weight: float = 3.0
-    kld_weight_end: float = 0.5
-    saturation: float = 0.05
-    beta: float | None = None
-    beta_end: float = 1.0
-    beta_anneal_from: float = 0.0
-    ce_scale: float | None = None
-    label_smoothing: float = 0.0
-    likelihood: str = "class"
-    noise_std: float = 0.0
-    joint: bool = False
-    joint_lr: float = 1e-3
-    m_rounds: int = 1
-    m_steps: int = 1
-    m_budget: float = 1.45
-    sigma_lr_scale: float = 1.0
-    learn_mu: bool = True
-    learn_sigma: bool = True
-    freeze_gaussians_at: float = 1.0
-    mean_init: str = "class_means"
-    mean_init_std: float = 0.1
-    sigma_init: float | None = None
-    sigma_init_std: float = 0.0
-    code_rows: int = 0
-    psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05)
-    bits: int = 8
-    refit_steps: int | None = None
-    refit_beta: float | None = None
-    g_fraction: float = 0.1
-    val_fraction: float = 0.05
-    val_max: int = 2000
-    augment: tuple[str, ...] = ()
-    precision: str = "fp32"
-    memory: str = "stored"
-    compile: bool = False
-    modes_rank: int = 64
-    max_bad_steps: int = 10
-    max_rollbacks: int = 3
-    seed: int = 0
-    threads: int | None = None
-    workers: int = 0
-    sample_every: int = 5
-    checkpoint_minutes: float = 2.0
-    max_minutes: float | None = None
+    preset: str = _setting(
+        "mef_tiny", FLOW, tuple(PRESETS),
+        "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), mef_cifar (37.6 M, as "
+        "published), mef_glem (42.8 M); with affine couplings glow_tiny (1.2 M) and glow_fast (0.6 M, the best for "
+        "its time on a CPU); identity (none: the pixels)",
+    )  # fmt: skip
+    flow_options: dict[str, Any] = _setting(
+        None, FLOW, "table",
+        "change a number of the preset, e.g. --flow depth=[4,4] (also blocks, width, coupling, actnorm, bound, "
+        "rank, subnet, activation, patch: see create_flow); repeatable",
+    )  # fmt: skip
+    bits: int = _setting(8, FLOW, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
+    objective: str = _setting(
+        "glem", OBJECTIVE, OBJECTIVES,
+        "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: likelihood alone; "
+        "hybrid: likelihood and cross-entropy, beyond the paper",
+    )  # fmt: skip
+    kld_weight: float = _setting(3.0, OBJECTIVE, float, "lambda, weight of the repulsion at the start", low=0)
+    beta: float | None = _setting(
+        None, OBJECTIVE, float, "weight of the cross-entropy, per nat, against NLL per dimension", low=0,
+        shown="0.3 for hybrid",
+    )  # fmt: skip
+    beta_anneal: tuple[float, float] | None = _setting(
+        None, OBJECTIVE, "numbers",
+        "from this share of the run on, beta falls geometrically to this multiple of itself", count=2, research=True,
+        shown="no annealing",
+    )  # fmt: skip
+    ce_scale: float | None = _setting(
+        None, OBJECTIVE, float, "class scores are multiplied by this before the cross-entropy, for wider margins",
+        above=0, research=True, shown="0.2 for hybrid",
+    )  # fmt: skip
+    label_smoothing: float = _setting(
+        0.0, OBJECTIVE, float, "label smoothing of the cross-entropy", low=0, high=0.99, research=True
+    )
+    likelihood: str = _setting(
+        "class", OBJECTIVE, ("class", "marginal"),
+        "likelihood of the E-step: -log p(x|y), or -log p(x) = -log mean_y p(x|y)", research=True,
+    )  # fmt: skip
+    noise_std: float = _setting(
+        0.0, OBJECTIVE, float,
+        "dequantise with Gaussian noise of this many levels; 0: uniform noise, which measurements always use", low=0,
+        research=True,
+    )  # fmt: skip
+    epochs: int = _setting(20, OPTIMISER, int, "passes over the images", low=1, high=10**6)
+    batch_size: int = _setting(64, OPTIMISER, int, "images per step", low=1)
+    lr: float = _setting(1e-2, OPTIMISER, float, "learning rate of Adamax", above=0)
+    warmup_steps: int = _setting(1000, OPTIMISER, int, "steps of linear warm-up, at most half the run", low=0)
+    schedule: str = _setting(
+        "multistep", OPTIMISER, ("multistep", "cosine"), "halve the learning rate twice, or let it follow a cosine",
+        research=True,
+    )  # fmt: skip
+    min_lr: float = _setting(2.5e-3, OPTIMISER, float, "lowest learning rate of the schedule", low=0, research=True)
+    averaging: str = _setting(
+        "ema", OPTIMISER, ("ema", "swa", "none"),
+        "average of the flow's weights: exponential, or uniform over the last quarter of the run", research=True,
+    )  # fmt: skip
+    mean_init_std: float | None = _setting(
+        None, GAUSSIANS, float, "draw the means at the start from N(0, X^2); 0: zeros", low=0, research=True,
+        shown="class means of the initial latents",
+    )  # fmt: skip
+    sigma_init: float | None = _setting(
+        None, GAUSSIANS, float, "variances at the start", above=0, research=True,
+        shown="the middle of psi's range, 0.3 without psi",
+    )  # fmt: skip
+    sigma_init_std: float = _setting(
+        0.0, GAUSSIANS, float, "standard deviation of noise on the variances' free parameters at the start", low=0,
+        research=True,
+    )  # fmt: skip
+    psi: tuple[float, float, float] | None = _setting(
+        (0.5, 0.2, 0.05), GAUSSIANS, "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3,
+        optional=True, research=True,
+    )  # fmt: skip
+    learn: str = _setting(
+        "both", GAUSSIANS, ("both", "means", "variances", "none"), "which parameters of the Gaussians are learned",
+        research=True,
+    )  # fmt: skip
+    joint: bool = _setting(
+        False, GAUSSIANS, bool,
+        "learn the Gaussians by the E-step's loss, together with the flow and on all images, in place of M-steps",
+        research=True,
+    )  # fmt: skip
+    m_rounds: int = _setting(1, GAUSSIANS, int, "M-steps per epoch, each a pass over a tenth of the images", low=1)
+    m_steps: int = _setting(1, GAUSSIANS, int, "Adam steps in each M-step", low=1)
+    m_budget: float = _setting(
+        1.45, GAUSSIANS, float, "sum of Adam's learning rates over the run: how far a mean can move", above=0,
+        research=True,
+    )  # fmt: skip
+    sigma_lr_scale: float = _setting(
+        1.0, GAUSSIANS, float, "learning rate of the variances relative to that of the means", low=0, research=True
+    )
+    freeze_gaussians_at: float = _setting(
+        1.0, GAUSSIANS, float, "share of the run after which the Gaussians stay and the flow trains on all images",
+        above=0, high=1, research=True,
+    )  # fmt: skip
+    refit_beta: float | None = _setting(
+        None, GAUSSIANS, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit", low=0,
+        research=True, shown="beta, or 0 with --joint",
+    )  # fmt: skip
+    modes_rank: int = _setting(
+        64, GAUSSIANS, int, "principal modes per class, fitted at the end; 0 for none", low=0, high=4096
+    )
+    augment: tuple[str, ...] = _setting(
+        (), DATA, "names",
+        f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all four; none. "
+        "Digits must not flip, and a flow learns whatever the augmentation adds",
+    )  # fmt: skip
+    val_fraction: float = _setting(
+        0.05, DATA, float, "share of each class held out for measuring, at most 2,000 images in all", low=0, high=0.99
+    )
+    seed: int = _setting(0, RUN, int, "seed of everything random", low=0, high=2**63 - 1)
+    precision: str = _setting(
+        "fp32", RUN, ("fp32", "bf16"), "precision of the subnets during training; the bijection is float32"
+    )
+    memory: str = _setting(
+        "stored", RUN, ("stored", "reversible"),
+        "reversible: rebuild activations in the backward pass, so that memory does not grow with the flow's depth; "
+        "slower",
+    )  # fmt: skip
+    compile: bool = _setting(False, RUN, bool, "torch.compile the flow's steps: a slow start, then faster steps")
+    threads: int | None = _setting(
+        None, RUN, int, "CPU threads; the same number gives the same weights bit for bit", low=1, high=4096,
+        shown="PyTorch's choice",
+    )  # fmt: skip
+    workers: int = _setting(0, RUN, int, "processes that decode images that do not fit in memory", low=0, high=512)
+    sample_every: int = _setting(5, RUN, int, "draw sample grids and curves every N epochs; 0: never", low=0)
+    checkpoint_minutes: float = _setting(
+        2.0, RUN, float, "time between checkpoints; there is one at the end of each epoch too", above=0
+    )
+    max_minutes: float | None = _setting(
+        None, RUN, float,
+        "stop after that long, with a checkpoint and exit status 75; the same command with --resume goes on", above=0,
+        shown="no limit",
+    )  # fmt: skip
+
+    def __new__(cls, *args: Any, **settings: Any) -> TrainConfig:
+        check_names(settings)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("objective", OBJECTIVES),
-            ("averaging", AVERAGING),
-            ("schedule", SCHEDULES),
-            ("mean_init", MEAN_INITS),
-            ("likelihood", LIKELIHOODS),
-            ("precision", PRECISIONS),
-            ("memory", MEMORIES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.repulsion is None:
-            self.repulsion = "kld" if self.objective == "glem" else "none"
+        for name in SETTINGS:
+            setattr(self, name, check_setting(name, getattr(self, name)))
+        hybrid = self.objective == "hybrid"
         if self.beta is None:
-            self.beta = 0.3 if self.objective == "hybrid" else 0.0
+            self.beta = 0.3 if hybrid else 0.0
         if self.ce_scale is None:
-            self.ce_scale = 0.2 if self.objective == "hybrid" else 1.0
+            self.ce_scale = 0.2 if hybrid else 1.0
         if self.refit_beta is None:
-            self.refit_beta = self.beta
-        if self.refit_steps is None:
-            self.refit_steps = 200 if self.objective == "hybrid" else 0
-        if self.repulsion not in REPULSIONS:
-            raise ValueError(f"repulsion must be one of {', '.join(REPULSIONS)}, got {self.repulsion!r}")
-        self._check("beta", _is_number(self.beta), "a number >= 0")
-        if self.joint and self.repulsion != "none":
-            raise ValueError(f"joint=True has no M-step for the repulsion {self.repulsion!r}; set repulsion='none'")
-        if self.objective == "mle" and (self.repulsion != "none" or self.beta):
-            raise ValueError("objective='mle' has neither repulsion nor beta; use 'glem' or 'hybrid' for those")
-        if self.objective == "glem" and self.beta:
-            raise ValueError(f"objective='glem' has no cross-entropy, got beta={self.beta}; use 'hybrid'")
-        for name in self._listed("augment", "names"):
-            if name not in AUGMENTATIONS:
-                raise ValueError(f"augment takes {', '.join(AUGMENTATIONS)}, got {name!r}")
-        self.augment = tuple(self.augment)
-        self.milestones = self._numbers("milestones", self._listed("milestones", "shares of the run"))
-        if self.psi is not None:
-            self.psi = self._numbers("psi", self._listed("psi", "three positive numbers"))
-            self._check("psi", len(self.psi) == 3 and min(self.psi) > 0, "three positive numbers (a, b, c), or None")
-        self._check_numbers()
-
-    def _listed(self, name: str, what: str) -> list[Any]:
-        self._check(name, isinstance(getattr(self, name), list | tuple), f"a list of {what}")
-        return list(getattr(self, name))
-
-    def _numbers(self, name: str, values: list[Any]) -> tuple[float, ...]:
-        self._check(name, all(_is_number(v) for v in values), "a list of numbers")
-        return tuple(float(v) for v in values)
-
-    def _check_numbers(self) -> None:
-        for name in ("epochs", "batch_size", "m_rounds", "m_steps", "max_bad_steps", "val_max"):
-            self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
-        for name in (
-            "warmup_steps",
-            "modes_rank",
-            "workers",
-            "sample_every",
-            "seed",
-            "refit_steps",
-            "max_rollbacks",
-            "code_rows",
-        ):
-            self._check(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 0, "a whole number >= 0")
-        for name in (
-            "lr",
-            "ce_scale",
-            "beta_end",
-            "clip_norm",
-            "saturation",
-            "m_budget",
-            "checkpoint_minutes",
-            "joint_lr",
-        ):
-            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
-        for name in (
-            "kld_weight",
-            "kld_weight_end",
-            "beta",
-            "min_lr",
-            "sigma_lr_scale",
-            "mean_init_std",
-            "refit_beta",
-            "noise_std",
-            "sigma_init_std",
-        ):
-            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
-        for name in ("g_fraction", "ema_decay", "swa_start", "freeze_gaussians_at"):
-            self._check(name, _is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, "in (0, 1]")
-        for name in ("learn_mu", "learn_sigma", "compile", "joint"):
-            self._check(name, isinstance(getattr(self, name), bool), "true or false")
-        self._check("flow_options", isinstance(self.flow_options, dict), "a table of the preset's numbers")
-        self._check("preset", isinstance(self.preset, str), "a name")
-        self._check("g_fraction", self.g_fraction < 1, "below 1")
-        smooth = self.label_smoothing
-        self._check("label_smoothing", _is_number(smooth) and 0 <= smooth < 1, "in [0, 1)")
+            self.refit_beta = 0.0 if self.joint else self.beta
+        if not hybrid and (self.beta or self.refit_beta):
+            raise ValueError(
+                f"objective={self.objective!r} has no cross-entropy, got beta={self.beta} and "
+                f"refit_beta={self.refit_beta}; use 'hybrid'"
+            )
+        if self.joint and self.repels:
+            raise ValueError(
+                f"joint=True has no M-step for the repulsion of objective={self.objective!r}; use 'mle' or 'hybrid'"
+            )
+        if self.psi is not None and min(self.psi) <= 0:
+            raise ValueError(f"psi must be three positive numbers (a, b, c), or None; got {self.psi!r}")
+        if self.beta_anneal is not None and not (0 <= self.beta_anneal[0] < 1 and self.beta_anneal[1] > 0):
+            raise ValueError(
+                f"beta_anneal must be a share of the run in [0, 1) and a positive factor, got {self.beta_anneal!r}"
+            )
         if self.sigma_init is not None:
-            self._check("sigma_init", _is_number(self.sigma_init) and self.sigma_init > 0, "a positive number")
             low, high = LOWEST_SHARE * INITIAL_VARIANCE, math.inf
             if self.psi is not None:
                 low, high = self.psi[2], self.psi[0] + self.psi[2]
-            self._check("sigma_init", low < self.sigma_init < high, f"a variance that psi can give, {low} to {high}")
-        late = self.beta_anneal_from
-        self._check("beta_anneal_from", _is_number(late) and 0 <= late < 1, "in [0, 1)")
-        self._check("val_fraction", _is_number(self.val_fraction) and 0 <= self.val_fraction < 1, "in [0, 1)")
-        self._check("bits", _is_whole(self.bits) and 1 <= self.bits <= 8, "a whole number from 1 to 8")
-        self._check("milestones", all(0 < v < 1 for v in self.milestones), "shares of the run in (0, 1)")
-        limit = self.max_minutes
-        self._check("max_minutes", limit is None or (_is_number(limit) and limit > 0), "a positive number")
-        self._check(
-            "threads", self.threads is None or (_is_whole(self.threads) and self.threads >= 1), "a whole number >= 1"
-        )
-        for name, most in _MOST.items():
-            self._check(name, (getattr(self, name) or 0) <= most, f"at most {most}")
-        in_all = self.epochs * self.m_rounds * self.m_steps
-        self._check("m_steps", in_all <= _MOST_M_STEPS, f"such that there are at most {_MOST_M_STEPS} in all")
+            if not low < self.sigma_init < high:
+                raise ValueError(
+                    f"sigma_init must be a variance that psi can give, {low} to {high}, got {self.sigma_init}"
+                )
+        if self.epochs * self.m_rounds * self.m_steps > _MOST_M_STEPS:
+            raise ValueError(f"m_steps must be such that there are at most {_MOST_M_STEPS} in all, got {self.m_steps}")
 
-    def _check(self, name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+    @property
+    def repels(self) -> bool:
+        """Whether the M-step pushes the classes apart."""
+        return self.objective in ("glem", "saturating")
+
+    @property
+    def learns_means(self) -> bool:
+        """Whether the means of the Gaussians are learned."""
+        return self.learn in ("both", "means")
+
+    @property
+    def learns_variances(self) -> bool:
+        """Whether the variances of the Gaussians are learned."""
+        return self.learn in ("both", "variances")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-friendly."""
-        values = asdict(self)
-        for name in ("milestones", "augment"):
-            values[name] = list(values[name])
-        values["psi"] = None if self.psi is None else list(self.psi)
-        return values
+        """The settings as JSON can carry them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Raises ValueError naming unknown settings."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown training settings {unknown}; known are {sorted(f.name for f in fields(cls))}")
-        values = dict(values)
-        if values.get("psi") is not None:
-            values["psi"] = tuple(values["psi"])
-        return cls(**values)
+
+SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
+
+
+def check_names(settings: Mapping[str, Any], where: str = "") -> None:
+    """ValueError, beginning with `where`, if there is no setting of one of these names (any more)."""
+    for name in settings:
+        if name in REMOVED:
+            raise ValueError(f"{where}the setting {name!r} was removed: {REMOVED[name]}")
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"{where}unknown training settings {unknown}; known are {', '.join(sorted(SETTINGS))}")
+
+
+def check_setting(name: str, value: Any) -> Any:
+    """The value in the type that `TrainConfig` keeps. Raises ValueError or TypeError, naming the setting."""
+    about = SETTINGS[name]
+    kind = about["kind"]
+    if value is None and about["optional"]:
+        return None
+    if isinstance(kind, tuple):
+        check_choice(name, value, kind)
+        return value
+    if kind is int:
+        value, high = check_whole(name, value, about.get("low", 0)), about.get("high", math.inf)
+        if value > high:
+            raise ValueError(f"{name} must be at most {high}, got {value}")
+        return value
+    if kind is float:
+        low, above = about.get("low", 0.0), about.get("above")
+        return check_number(
+            name, value, low if above is None else above, about.get("high", math.inf), open_low=above is not None
+        )
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if kind == "table" and not isinstance(value, dict):
+        raise TypeError(f"{name} must be a table of the preset's numbers, got {value!r}")
+    if kind == "numbers":
+        if not isinstance(value, list | tuple) or len(value) != about["count"]:
+            raise TypeError(f"{name} must be a list of {about['count']} numbers, got {value!r}")
+        return tuple(check_number(name, v, -math.inf, math.inf) for v in value)
+    if kind == "names":
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{name} must be a list of names, got {value!r}")
+        for each in value:
+            check_choice(name, each, AUGMENTATIONS)
+        return tuple(value)
+    return value
