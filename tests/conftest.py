@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from glem_augment.data.dataset import ImageData, open_data
-from glem_augment.training import loop as run_module
+from glem_augment.training import trainer as trainer_module
 
 # Small tensors gain nothing from a second thread, and beside other busy processes two threads wait for each other. The
 # processes that tests start inherit this.
@@ -34,7 +34,7 @@ def one_thread() -> None:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the curves of a training run takes longer than a tiny one."""
-    monkeypatch.setattr(run_module, "plot_curves", lambda *args: True)
+    monkeypatch.setattr(trainer_module, "plot_curves", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

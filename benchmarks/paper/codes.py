@@ -24,7 +24,7 @@ from glem_augment.training.methods import Method
 
 CODED_METHODS = {
     "ce": Method(
-        dict(objective="mle", psi=None, sigma_init=1.0, learn_mu=False, learn_sigma=False, mean_init="zeros"),
+        dict(objective="mle", psi=None, sigma_init=1.0, learn="none", mean_init_std=0.0),
         "Baseline 1: a monomodal flow, N(0, I), on images with class codes",
     ),
     "ceglem": Method(dict(objective="glem", kld_weight=10.0), "Baseline 3: GLEM on images with class codes"),
@@ -147,8 +147,13 @@ def coded_trainer(
     codes: ClassCodes, data: ImageData, config: TrainConfig, folder: Path, resume: bool, device: torch.device
 ) -> Trainer:
     """A trainer for `data` with codes, whose augmentation leaves the codes alone."""
-    config = TrainConfig.from_dict({**config.to_dict(), "code_rows": codes.prototypes.shape[2]})
-    return Trainer(data, config, folder, resume, device=device)
+
+    class CodedTrainer(Trainer):
+        def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+            image, code = codes.split(x)
+            return torch.cat([super().augmented(image, generator), code], 2)
+
+    return CodedTrainer(data, config, folder, resume, device=device)
 
 
 def code_agreement(model: GLEM, codes: ClassCodes, per_class: int, temperature: float, seed: int) -> float:

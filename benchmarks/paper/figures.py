@@ -17,7 +17,7 @@ from glem_augment.data.pixels import in_range
 from glem_augment.io import write_json
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
-from glem_augment.training.mstep import LatentStatistics, m_step_loss
+from glem_augment.training.m_step import LatentStatistics, m_step_loss
 from glem_augment.training.optim import gaussian_optimizer
 
 PAIRS, STEPS = 200, 11
@@ -55,8 +55,8 @@ def run_figures(lab: Lab, scale: str, out: Path) -> None:
 
 SETTINGS = {
     "likelihood only": dict(objective="mle"),
-    "KLD, only means": dict(objective="glem", kld_weight=0.1, learn_sigma=False),
-    "KLD, only variances": dict(objective="glem", kld_weight=0.1, learn_mu=False),
+    "KLD, only means": dict(objective="glem", kld_weight=0.1, learn="means"),
+    "KLD, only variances": dict(objective="glem", kld_weight=0.1, learn="variances"),
     "KLD, both": dict(objective="glem", kld_weight=0.1),
 }
 
@@ -76,10 +76,12 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
         statistics = LatentStatistics(classes, 2)
         statistics.add(z, y, -gaussians.log_prob_of(z, y))
     optimizer = gaussian_optimizer(gaussians, config)
+    gaussians.mu.requires_grad_(config.learns_means)
+    gaussians.s.requires_grad_(config.learns_variances)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * (1 - step / steps)
-        loss = m_step_loss(gaussians, statistics, config, config.kld_weight if config.repulsion == "kld" else 0.0)
+        loss = m_step_loss(gaussians, statistics, config, config.kld_weight, 0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -31,9 +31,8 @@ from glem_augment.evaluation import coverage, evaluate, feature_fid, label_relia
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import write_json
 from glem_augment.latent.rfcm import ThinCovariances
-from glem_augment.training import Trainer
-from glem_augment.training.checkpoint import Checkpoints
-from glem_augment.training.interrupt import TimeUpError
+from glem_augment.training import TimeUpError, Trainer
+from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.methods import Method, method
 
 # Part of every name. Raise it when the same settings come to mean something else.
@@ -195,7 +194,7 @@ class Lab:
             self.check_time()
             if self.until is not None:
                 config.max_minutes = max(0.01, (self.until - time.monotonic()) / 60)
-            resume = Checkpoints(folder).exist()
+            resume = has_checkpoint(folder)
             if codes is None:
                 trainer = Trainer(train, config, folder, resume, device=self.device)
             else:

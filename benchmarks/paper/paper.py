@@ -45,7 +45,7 @@ from benchmarks.paper.report import numbers_of, oracle_row, row, write_table
 from benchmarks.paper.scales import SCALES, Scale
 from benchmarks.paper.tables import TITLES, cells_of
 from benchmarks.paper.trust import run_trust
-from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+from glem_augment.training import EXIT_TIME_UP, TimeUpError
 
 _TABLES = [str(n) for n in TITLES]
 # Metrics that rest on the oracle.

@@ -25,9 +25,8 @@ from benchmarks.proof.augmentation_settings import (
 from glem_augment import GLEM, open_data
 from glem_augment.data.dataset import ImageData
 from glem_augment.io import atomic_write
-from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.checkpoint import Checkpoints
-from glem_augment.training.interrupt import TimeUpError
+from glem_augment.training import TimeUpError, TrainConfig, Trainer
+from glem_augment.training.checkpoint import has_checkpoint
 
 # name -> folder in $GLEM_DATA, another place, name of the test split
 PLACES = {
@@ -233,4 +232,4 @@ class Flows:
 
 def _fit(data: ImageData, config: TrainConfig, out: Path) -> None:
     """Train, or go on from the checkpoint that is there."""
-    Trainer(data, config, out, resume=Checkpoints(out).exist()).fit()
+    Trainer(data, config, out, resume=has_checkpoint(out)).fit()

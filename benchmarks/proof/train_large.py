@@ -39,8 +39,8 @@ from glem_augment import GLEM, open_data
 from glem_augment.cli.main import main as glem
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.io import write_json
+from glem_augment.training import EXIT_TIME_UP
 from glem_augment.training.checkpoint import load_checkpoint
-from glem_augment.training.interrupt import EXIT_TIME_UP
 from glem_augment.training.logs import METRICS
 
 BEGAN = time.monotonic()
@@ -48,7 +48,7 @@ PIECES, MEASURED, MODEL = "pieces.json", "test.json", "config.json"
 RECIPE = [
     *("--objective", "hybrid", "--beta", "0.3", "--ce-scale", "0.2", "--m-rounds", "2", "--m-steps", "2"),
     *("--schedule", "cosine", "--lr", "0.01", "--min-lr", "0.0001", "--augment", "flip,crop,rotate"),
-    *("--averaging", "ema", "--refit-steps", "200", "--refit-beta", "0.1"),
+    *("--averaging", "ema", "--refit-beta", "0.1"),
 ]
 SMOKE = ["--preset", "mef_tiny", "--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1"]
 

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,13 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.flows import resolve_preset
 from glem_augment.io import write_json
-from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.measure import held_out
-from glem_augment.training.speed import set_for_training
-from glem_augment.training.split import stratified_split
+from glem_augment.training import TrainConfig, Trainer, guard
+from glem_augment.training.batches import G_FRACTION, stratified_split
+from glem_augment.training.em import training_mode
+from glem_augment.training.logs import held_out
 
 TITLE = "Flows for the same training time on a CPU"
+guard.MAX_ROLLBACKS = 0  # a variant that diverges has failed
 # Passes over the images that fit the Gaussians, in the whole run.
 M_ROUNDS, WARMUP = 4, 200
 # Shares of the run after which the held-out images are measured on the way, and how many of them.
@@ -97,7 +99,7 @@ class Images:
         data = open_data(found, "train")
         rows = np.random.default_rng(0xDA7A).permutation(len(data))
         data = data.subset(np.sort(rows[: limit or len(rows)]))
-        split = stratified_split(data.targets, len(data.classes), 0.1, 0.05, held_out, seed=0)
+        split = stratified_split(data.targets, len(data.classes), min(0.05, held_out / len(data)), seed=0)
         self.name, self.shape = name, data.image_shape
         self.val = data.subset(split.val)
         self.pool = data.subset(np.sort(np.concatenate([split.nf, split.g])))
@@ -189,8 +191,9 @@ class Study:
                     plain = resolve_preset(PRESET, images.shape, **BASE)
                     self.bases[name] = self.trainer(few, plain, f"{folder}/base", 0)
                 trainers.append(self.bases[name])
+        modes = ExitStack()
         for trainer in trainers:
-            set_for_training(trainer.model.flow, trainer.config)
+            modes.enter_context(training_mode(trainer.model.flow, trainer.config))
         batches = [next(few.batches(np.arange(len(few)), t.config.batch_size)) for t in trainers]
         steps: list[list[float]] = [[] for _ in trainers]
         encodes: list[float] = []
@@ -203,6 +206,7 @@ class Study:
                 began = clock()
                 trainers[0].model.encode(batches[0][0], torch.Generator().manual_seed(turn))
                 encodes.append((clock() - began) / len(batches[0][0]))
+        modes.close()
         step, encode = statistics.median(steps[0][1:]), statistics.median(encodes[1:])
         if self.args.threads == 1:
             return step, encode
@@ -216,11 +220,11 @@ class Study:
         batch = changes.get("batch_size", RECIPE["batch_size"])
         step, encode = self.costs(name, spec, changes, reference)
         # So many passes over D_g belong to the run, which is a ninth of the images that the steps see in one epoch.
-        share, epochs = RECIPE["g_fraction"] / (1 - RECIPE["g_fraction"]), 1
+        share, epochs = G_FRACTION / (1 - G_FRACTION), 1
         while True:
             rounds = max(1, round(M_ROUNDS / epochs))
             steps = max(1, int(self.args.seconds / (step + rounds * share * batch * encode)))
-            needed = math.ceil(steps * batch / epochs / (1 - RECIPE["g_fraction"]))
+            needed = math.ceil(steps * batch / epochs / (1 - G_FRACTION))
             if needed <= len(images.pool):
                 break
             epochs += 1

@@ -17,8 +17,8 @@ PRESET = "mef_tiny"
 BASE: dict[str, Any] = {"depth": [8, 8], "width": [48, 64], "blocks": [1, 1]}
 RECIPE: dict[str, Any] = dict(
     preset=PRESET, objective="hybrid", beta=0.3, ce_scale=0.2, batch_size=32, lr=0.01, min_lr=1e-4, schedule="cosine",
-    m_steps=20, sigma_lr_scale=5.0, refit_steps=0, modes_rank=0, val_fraction=0.0, g_fraction=0.1, sample_every=0,
-    max_rollbacks=0, checkpoint_minutes=1e6,
+    m_steps=20, sigma_lr_scale=5.0, refit_beta=0.0, modes_rank=0, val_fraction=0.0, sample_every=0,
+    checkpoint_minutes=1e6,
 )  # fmt: skip
 AFFINE = {"coupling": "affine", "activation": "relu"}  # the cheapest coupling and activation
 # What is scaled to the base's FLOPs keeps the proportions of its widths.

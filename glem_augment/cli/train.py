@@ -20,10 +20,9 @@ from glem_augment.io import expand, write_json
 from glem_augment.locks import alone_in
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.checkpoint import Checkpoints
-from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
-from glem_augment.training.methods import METHODS, prepare
+from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
+from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint
+from glem_augment.training.methods import METHODS
 
 DESCRIPTION = """\
 Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
@@ -36,8 +35,8 @@ into pieces: each ends with a checkpoint, and with exit status 75 until the run 
 
   until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
 
-A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to --max-rollbacks
-times.
+A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to three times.
+--help-all shows the settings for research too.
 """
 EXAMPLES = """\
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
@@ -113,77 +112,61 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     device, out = pick_device(args.device), expand(args.out)
-    checkpoints, whole = Checkpoints(out), False
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
         settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
-    if args.resume and not checkpoints.exist():
+    if args.resume and not has_checkpoint(out):
         # A run can be killed before its first checkpoint, and whoever restarts it can't know.
         print(f"glem: no checkpoint in {out}; starting from the beginning", file=sys.stderr)
         args.resume = False
     if args.resume:
         # Before the data is opened: "nothing to resume" should not take minutes to say.
-        # The limit was one of the piece before, not of the run.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the Trainer loads it again, and then says what is damaged
-            earlier = checkpoints.load()
+            earlier = load_checkpoint(out)
+        # The limit was one of the piece before, not of the run.
         settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
-        # Such a checkpoint has all that is needed: the model that the run started from may be gone.
-        whole = not hasattr(args, "init") and "flow" in earlier.facts
         before = _earlier_view(out)
-        if view.get("method") is not None and view["method"] != before.get("method"):
-            raise ValueError(
-                f"the run in {out} has --method {before.get('method') or '(none)'}, not {view['method']}: leave it out "
-                "to go on, or give another --out"
-            )
+        for name in ("method", "init"):
+            if name in view and view[name] != before.get(name):
+                raise ValueError(
+                    f"the run in {out} has --{name} {before.get(name) or '(none)'}, not {view[name]}: leave it out to "
+                    "go on, or give another --out"
+                )
         view = {**before, **view}
     else:
         _refuse_earlier_run(out)
     view = {**_VIEW, **view}
-    name = view["method"]
-    # First of all: its images' size and bits are those of the run, unless others are asked for.
-    init_model = None if view["init"] is None or whole else GLEM.from_pretrained(view["init"])
+    # First of all: its images' size and bits are those of the run, unless others are asked for. A checkpoint has all
+    # that is needed, and the model that the run started from may be gone.
+    init_model = None if view["init"] is None or args.resume else GLEM.from_pretrained(view["init"])
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
         if view["method"] is None:  # which may have a psi of its own
             settings.setdefault("psi", init_model.config.psi)
         channels, *side = init_model.image_shape
-        name = view["method"]
-        if name is None or not METHODS[name].codes:  # with codes its images have more rows than the data's
-            view["image_size"] = view["image_size"] or side
+        view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
     # Settings that make no sense are found out before the data is opened.
-    config = TrainConfig.from_dict(settings) if name is None else METHODS[name].config(**settings)
+    method = view["method"]
+    config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
     size = _size(view["image_size"])
     data = open_data(args.data, view["split"], size, view["channels"], skip_bad=view["skip_bad"])
-    skipped, codes = data.skipped, None
-    if name is not None:
-        ready = prepare(name, data, **settings)
-        data, config, codes = ready.data, ready.config, ready.codes
     with alone_in(out):
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
-        return _train(args, trainer, data, view, skipped, codes)
+        return _train(args, trainer, view)
 
 
-def _train(
-    args: argparse.Namespace,
-    trainer: Trainer,
-    data: ImageData,
-    view: dict[str, Any],
-    skipped: list[tuple[str, str]],
-    codes: Any,
-) -> int:
+def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> int:
     """Train, or go on, and say what came of it."""
-    out = trainer.out
+    out, data = trainer.out, trainer.data
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
         return 0
     if not args.resume or not (out / RUN_FILE).exists():
         write_json(out / RUN_FILE, _record(args, view))
-        if codes is not None:
-            codes.save(out)
     if view["skip_bad"]:
-        listed = [{"image": where, "reason": reason} for where, reason in skipped]
+        listed = [{"image": where, "reason": reason} for where, reason in data.skipped]
         write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
     print(summary(trainer, data), flush=True)
     if trainer.total_steps < FEW_STEPS and not args.quiet:
@@ -224,7 +207,7 @@ def _size(value: list[int] | None) -> tuple[int, int] | None:
 
 def _refuse_earlier_run(out: Path) -> None:
     """Before any image is read; the Trainer looks again."""
-    if Checkpoints(out).exist():
+    if has_checkpoint(out):
         raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
     for name in (WEIGHTS, CONFIG):
         if (out / name).exists():
@@ -265,7 +248,7 @@ def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
 def _finished(out: Path) -> GLEM | None:
     """The model, if it was written after the last checkpoint: a kill may have come between the two."""
     try:
-        if (out / CONFIG).stat().st_mtime_ns < Checkpoints(out).written_at():
+        if (out / CONFIG).stat().st_mtime_ns < (out / NEWEST).stat().st_mtime_ns:
             return None
         return GLEM.from_pretrained(out)
     except (OSError, ModelFileError):
@@ -286,7 +269,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
-        ("objective", f"{config.objective}, repulsion {config.repulsion}, beta {config.beta:g}"),
+        ("objective", f"{config.objective}, beta {config.beta:g}"),
         (
             "steps",
             f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}) on {trainer.device}"

@@ -1,6 +1,6 @@
 """Fitting a GLEM to images."""
 
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.trainer import Trainer
+from glem_augment.training.trainer import EXIT_TIME_UP, TimeUpError, Trainer
 
-__all__ = ["TrainConfig", "Trainer"]
+__all__ = ["EXIT_TIME_UP", "TimeUpError", "TrainConfig", "Trainer"]

@@ -1,4 +1,4 @@
-"""All settings of a training run. Each field carries its help, its kind and its limits, which the command line reads."""
+"""All settings of a training run; each carries its help, its kind and its limits, from which the options are made."""
 
 from __future__ import annotations
 

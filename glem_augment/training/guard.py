@@ -1,23 +1,27 @@
 """When a run has diverged: steps that are not finite, and losses that left for good.
 
-**Not finite.** A step whose loss or gradient is not finite is skipped: nothing moves. ``max_bad_steps`` of them in a
+**Not finite.** A step whose loss or gradient is not finite is skipped, and nothing moves. `MAX_BAD_STEPS` of them in a
 row, in the E-step or in the M-step, are a divergence.
 
 **Exploded.** A divergence need not be NaN. An E-step loss counts as exploded when it exceeds
 
     r + max(1, |r|, 10 v)      nats per dimension
 
-for one of two references r. The recent one is the median of the last ``WINDOW`` (200) losses that had not exploded,
-asked once there are ``MIN`` (50). The other is the untrained flow: the median of the first ``START`` (5) losses, or
-what a uniform distribution over the pixel levels costs, bits * ln 2, if that is more; a run whose learning rate was too
-high from the start has no better days to compare with. v is the median absolute difference from one of those 200 losses
-to the next, a measure of noise that neither a trend nor a few spikes can raise. When ``SHARE`` (80) of the last
-``PATIENCE`` (100) losses have exploded or were not finite, the run has diverged.
+for one of two references r. The recent one is the median of the last `WINDOW` (200) losses that had not exploded; it
+is used once there are `MIN` (50). The other is the untrained flow: the median of the first `START` (5) losses, or what
+a uniform distribution over the pixel levels costs, bits * ln 2, if that is more. A run whose learning rate was too high
+from the start has no better days to compare with. v is the median absolute difference from one of those 200 losses to
+the next, a measure of noise that neither a trend nor a few spikes can raise. When `SHARE` (80) of the last `PATIENCE`
+(100) losses have exploded or were not finite, the run has diverged.
 
 The rule is meant to be wrong on the side of patience. Noise can't meet it: half of all losses lie below their median. A
 slow rise is followed by the recent reference, since objectives with repulsion or an annealed weight may rise by design.
 What does meet it is a sudden doubling, by more than a nat per dimension (1.44 bits), that does not heal within some 100
-steps (a flow at 3.5 bits/dim then does as one that has learned nothing), or twice the loss of having learned nothing.
+steps (a flow at 3.5 bits/dim then does as well as one that has learned nothing), or twice the loss of having learned
+nothing.
+
+A diverged run returns to its last good checkpoint and goes on at half the learning rates, at most `MAX_ROLLBACKS`
+times.
 """
 
 from __future__ import annotations
@@ -33,8 +37,9 @@ from torch import Tensor
 
 from glem_augment.errors import TrainingError
 
+MAX_BAD_STEPS, MAX_ROLLBACKS = 10, 3
 WINDOW, MIN, START, PATIENCE, SHARE = 200, 50, 5, 100, 80
-# A checkpoint is good when none of the last so many steps was anything but finite and within bounds.
+# A checkpoint is good if each of the last so many losses was finite and had not exploded.
 CALM = 10
 
 
@@ -43,10 +48,7 @@ class DivergenceError(TrainingError):
 
 
 class LossGuard:
-    """Watches the losses of the E-steps, one by one; see the module's text for the rule.
-
-    Args:
-        bits: of the pixels, for the cost of a uniform distribution.
+    """Watches the losses of the E-steps one by one. `bits` of the pixels give the cost of a uniform distribution.
 
     >>> guard = LossGuard(bits=8)
     >>> for _ in range(300):
@@ -94,16 +96,16 @@ class LossGuard:
 
     @property
     def calm(self) -> bool:
-        """Whether a checkpoint written now may be returned to."""
+        """Whether a diverged run may return to a checkpoint that is written now."""
         return not any(list(self.bad)[-CALM:])
 
     def state(self) -> tuple[dict[str, Any], Tensor]:
-        """What was bad, as JSON, and the losses float64 [<= START + WINDOW], for a checkpoint."""
+        """For a checkpoint: which losses were bad, as JSON, and the losses, float64 [<= START + WINDOW]."""
         facts = {"bad": "".join("x" if bad else "." for bad in self.bad), "start": len(self.start)}
         return facts, torch.tensor([*self.start, *self.losses], dtype=torch.float64)
 
     def load(self, facts: dict[str, Any], losses: Tensor) -> None:
-        """Take up what ``state`` returned."""
+        """Go on where `state` was taken."""
         count, values = int(facts["start"]), losses.tolist()
         self.start, self.losses = values[:count], deque(values[count:], maxlen=WINDOW)
         self.bad = deque((mark == "x" for mark in facts["bad"]), maxlen=PATIENCE)

@@ -1,17 +1,20 @@
-"""What a training run writes for people: a JSONL of metrics, curves, and samples per class."""
+"""What a training run measures and writes for people: a JSONL of metrics, curves, and samples of each class."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from glem_augment.io import atomic_write, save_png
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.training.checkpoint import require_folder
 
@@ -19,7 +22,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends one JSON object per line to ``metrics.jsonl``.
+    """Appends one JSON object per line to `metrics.jsonl`.
 
     A resumed run drops the lines beyond its checkpoint (and a half-written last one), so no step appears twice.
     """
@@ -42,7 +45,7 @@ class MetricsLog:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
     def rewind(self, keep_through_step: int, row: dict[str, Any]) -> None:
-        """Drop the rows beyond a step, and older ones of the same kind and ``number``, and add ``row``; atomically."""
+        """Atomically drop the rows beyond a step and older ones of the same `kind` and `number`, and add `row`."""
         same = ("kind", "number")
         self.rows = [
             old
@@ -75,16 +78,42 @@ def _step(row: dict[str, Any]) -> float:
     return step if isinstance(step, int | float) else math.inf
 
 
-def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Curves of the epoch rows as one PNG. Returns False, writing nothing, where matplotlib is not installed."""
+@torch.no_grad()
+def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor]], generator: torch.Generator) -> dict[str, float]:
+    """Number of images, NF accuracy, and bits/dim given the class, with dequantisation noise from `generator`."""
+    images, right, bits = 0, 0, 0.0
+    for x, y in batches:
+        scores = model.log_prob_per_class(x, generator)
+        right += int((scores.argmax(1) == y).sum())
+        bits += float(-scores.gather(1, y[:, None]).double().sum()) / (model.dim * math.log(2))
+        images += len(y)
+    return {"val_images": images, "val_accuracy": right / images, "val_bits_per_dim": bits / images}
+
+
+@torch.no_grad()
+def gaussian_state(gaussians: ClassGaussians) -> dict[str, float]:
+    """max |mu|, smallest and mean pairwise KLD in nats, and the share of saturated variances."""
+    k = gaussians.num_classes
+    kld = gaussians.kld_matrix()
+    pairs = kld[~torch.eye(k, dtype=torch.bool, device=kld.device)] if k > 1 else kld.flatten()
+    return {
+        "mu_max": float(gaussians.mu.abs().max()),
+        "kld_min": float(pairs.min()),
+        "kld_mean": float(pairs.mean()),
+        "saturated_variances": float(gaussians.saturated_share()),
+    }
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of the epoch rows as one PNG; nothing is written where matplotlib is not installed."""
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    epochs = [row for row in rows if row.get("kind") == "epoch"]
+        return
     if not epochs:
-        return True
+        return
     x = [row["epoch"] for row in epochs]
     panels = [
         ("bits/dim (held out)", ["val_bits_per_dim"]),
@@ -107,13 +136,11 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
             axis.set_yscale("symlog", linthresh=1.0)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
-    return True
 
 
 def sample_grid(model: GLEM, path: Path, per_class: int = 8, temperature: float = 0.8, max_classes: int = 20) -> None:
-    """A PNG with one row of samples per class (the first ``max_classes``), always from the same noise."""
-    rows = min(model.num_classes, max_classes)
-    y = torch.arange(rows).repeat_interleave(per_class)
+    """A PNG with one row of samples per class (the first `max_classes`), always from the same noise."""
+    y = torch.arange(min(model.num_classes, max_classes)).repeat_interleave(per_class)
     images = model.sample(y, temperature, torch.Generator().manual_seed(0)).float().cpu()
     if images.shape[1] not in (1, 3):
         images = images.mean(1, keepdim=True)

@@ -329,7 +329,7 @@ def test_pipeline_measures_data_set_and_augmentation(monkeypatch: pytest.MonkeyP
 def test_train_large_trains_in_pieces_and_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     large = load("proof.train_large")
     options = ["--smoke", "--run", str(tmp_path / "run"), "--out", str(tmp_path), "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["train_large.py", *options, "--minutes", "5", "--", "--refit-steps", "2"])
+    monkeypatch.setattr(sys, "argv", ["train_large.py", *options, "--minutes", "5", "--", "--refit-beta", "0"])
     codes = []
     while not codes or codes[-1] == large.EXIT_TIME_UP:
         assert len(codes) < 3

@@ -26,9 +26,16 @@ from glem_augment.errors import BadImageError
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.synthetic.manifest import JOURNAL, Shard
 from glem_augment.synthetic.provenance import PROVENANCE
-from glem_augment.training import loop as run_module
-from glem_augment.training.checkpoint import GOOD, NEWEST, PREVIOUS, Checkpoints, load_checkpoint
-from glem_augment.training.statefile import from_bytes
+from glem_augment.training import trainer as trainer_module
+from glem_augment.training.checkpoint import (
+    GOOD,
+    NEWEST,
+    PREVIOUS,
+    from_bytes,
+    has_checkpoint,
+    load_checkpoint,
+    remove_left_overs,
+)
 
 # In the fast suite, and in the slow one.
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
@@ -48,10 +55,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_argv(images: Path, out: Path, *options: str) -> list[str]:
     """42 steps with a checkpoint after each; --resume starts where there is nothing to resume."""
     argv = ["train", str(images), "--out", str(out), "--resume", "--quiet", "--epochs", "6", "--batch-size", "4", *TINY]
-    argv += ["--warmup-steps", "5", "--objective", "hybrid", "--refit-steps", "5", "--modes-rank", "2"]
+    argv += ["--warmup-steps", "5", "--objective", "hybrid", "--modes-rank", "2"]
     # The flow's settings in no order of the alphabet, which is that of the checkpoint.
     argv += ["--flow", "blocks=[1,1]", "--sample-every", "2"]
-    return [*argv, "--max-bad-steps", "3", "--checkpoint-minutes", "1e-9", *options]
+    return [*argv, "--checkpoint-minutes", "1e-9", *options]
 
 
 class Undisturbed:
@@ -162,7 +169,7 @@ def test_a_kill_between_a_checkpoint_and_its_pictures(tmp_path: Path, monkeypatc
     tiny_trainer(tmp_path / "whole", **options).fit()
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "samples").iterdir()}
     for name in sorted(whole):
-        out, draw = tmp_path / name, run_module.sample_grid
+        out, draw = tmp_path / name, trainer_module.sample_grid
 
         def killed(model: GLEM, path: Path, name: str = name, draw: Callable[..., None] = draw) -> None:
             if path.name == name:
@@ -170,7 +177,7 @@ def test_a_kill_between_a_checkpoint_and_its_pictures(tmp_path: Path, monkeypatc
             draw(model, path)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run_module, "sample_grid", killed)
+            patch.setattr(trainer_module, "sample_grid", killed)
             tiny_trainer(out, **options).fit()
         assert not (out / "samples" / name).exists()
         tiny_trainer(out, resume=True, **options).fit()
@@ -184,7 +191,7 @@ def test_a_kill_before_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module, "plot_curves", killed)
+        patch.setattr(trainer_module, "plot_curves", killed)
         tiny_trainer(tmp_path).fit()
     assert not (tmp_path / CONFIG).exists() and not (tmp_path / WEIGHTS).exists()
     tiny_trainer(tmp_path, resume=True).fit()
@@ -346,18 +353,18 @@ def test_only_files_that_a_kill_left_are_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for name in [*left, *others]:
         (tmp_path / name).write_bytes(b"half")
-    Checkpoints(tmp_path).clean()
+    remove_left_overs(tmp_path)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert found == set(others)
 
 
 def test_the_command_says_once_that_a_checkpoint_is_damaged(images: Path, tmp_path: Path) -> None:
     out, notes = tmp_path / "run", tmp_path / "notes"
-    short = ("--epochs", "1", "--refit-steps", "0")
+    short = ("--epochs", "1", "--refit-beta", "0")
     assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
     (out / CONFIG).unlink()
     damage(out / NEWEST, "cut")
-    for name in ("skipped.json", "codes.safetensors", NEWEST):
+    for name in ("skipped.json", NEWEST):
         (out / f".{name}.123-0123abcd.tmp").write_bytes(b"{")  # of a kill
     assert faulty.finish(faulty.start(train_argv(images, out, *short), notes)) == 0
     assert Path(f"{notes}.log").read_text().count("Going on from the one before") == 1
@@ -431,7 +438,7 @@ def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
         out = tmp_path / str(at)
         with disk_full_at(at) as done:
             try:
-                tiny_trainer(out, resume=Checkpoints(out).exist()).fit()
+                tiny_trainer(out, resume=has_checkpoint(out)).fit()
             except OSError as error:
                 failures += 1
                 assert error.errno == errno.ENOSPC and str(out) in str(error), error
@@ -439,7 +446,7 @@ def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
         assert not list(out.glob(".*tmp"))
         all_whole(out)
         # A failure need not end a run: a folder that can't be synced, or a link in place of which a file is written.
-        tiny_trainer(out, resume=Checkpoints(out).exist()).fit()
+        tiny_trainer(out, resume=has_checkpoint(out)).fit()
         assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
         assert comparable(out) == comparable(toy_run)
         if enough:

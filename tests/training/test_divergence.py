@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
+from glem_augment.training.state import state_of
 from test_cli import TINY, write_images
 from test_training import comparable, rows, tiny_trainer
 from torch import Tensor
@@ -27,8 +29,6 @@ from glem_augment.training import loop as run_module
 from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import GOOD, load_checkpoint
 from glem_augment.training.guard import DivergenceError, LossGuard
-from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
-from glem_augment.training.state import state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from glem_augment.training.objective import augmented, e_step_loss, encode
 from torch import Tensor
 
 from glem_augment import GLEM, ImageData
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.methods import METHODS, method, prepare
-from glem_augment.training.objective import augmented, e_step_loss, encode
 
 SMALL: dict[str, Any] = dict(
     preset="mef_tiny",

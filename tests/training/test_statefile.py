@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from glem_augment.training.state import restore, state_of
 from test_cli import write_images
 from test_training import tiny_config, tiny_trainer, toy_data
 from torch import Tensor
@@ -18,7 +19,6 @@ from glem_augment.cli.main import main
 from glem_augment.errors import TrainingError
 from glem_augment.training import TrainConfig, statefile
 from glem_augment.training.checkpoint import NEWEST, check_same_run, init_of_run, load_checkpoint
-from glem_augment.training.state import restore, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

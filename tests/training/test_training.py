@@ -17,6 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from glem_augment.training.image_ops import augment_batch
+from glem_augment.training.interrupt import TimeUpError
+from glem_augment.training.mstep import (
+    LatentStatistics,
+    m_learning_rates,
+    m_step_loss,
+    saturating_kld,
+)
+from glem_augment.training.split import epoch_order, stratified_split
+from glem_augment.training.state import state_of
 from torch import Tensor
 
 from glem_augment import GLEM
@@ -35,16 +45,6 @@ from glem_augment.training.checkpoint import (
     data_fingerprint,
     load_checkpoint,
 )
-from glem_augment.training.image_ops import augment_batch
-from glem_augment.training.interrupt import TimeUpError
-from glem_augment.training.mstep import (
-    LatentStatistics,
-    m_learning_rates,
-    m_step_loss,
-    saturating_kld,
-)
-from glem_augment.training.split import epoch_order, stratified_split
-from glem_augment.training.state import state_of
 
 # The networks here are too small for two, and equal bits need an equal number.
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,135 @@
+"""Which images train what: the split into D_nf, D_g and held-out images, the order of an epoch, and augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glem_augment.devices import move
+from glem_augment.errors import DataError
+
+G_FRACTION, MAX_HELD_OUT = 0.1, 2000
+# Magnitudes of the augmentations, those of Ardizzone et al. 2020 (IB-INN), which the paper follows.
+PAD_SHARE, ROTATION_DEGREES, JITTER = 1 / 8, 12.0, 0.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint, sorted int64 indices of the images that train the flow (D_nf), fit the Gaussians (D_g) and only
+    measure."""
+
+    nf: np.ndarray
+    g: np.ndarray
+    val: np.ndarray
+
+
+def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float, seed: int) -> Split:
+    """Split every class in the same proportions (GLEM, Sec. 4.3: |D_g| = 0.1 |D|).
+
+    Every class keeps at least one image in `nf` and `g`, and has one in `val` if it has three images.
+
+    Args:
+        targets: int64 [N] class indices.
+        num_classes: K.
+        val_fraction: share of each class for `val`, lowered so that `val` has about `MAX_HELD_OUT` images at most.
+        seed: the same seed gives the same split.
+
+    Raises:
+        DataError: a class has fewer than two images.
+    """
+    rng = np.random.default_rng([seed, 0x5EED])
+    counts = np.bincount(targets, minlength=num_classes)
+    if counts.min() < 2:
+        few = np.nonzero(counts < 2)[0][:5].tolist()
+        raise DataError(f"every class needs at least 2 images to fit a Gaussian; classes {few} have fewer")
+    scale = min(1.0, MAX_HELD_OUT / max(1.0, val_fraction * len(targets)))
+    parts: dict[str, list[np.ndarray]] = {"nf": [], "g": [], "val": []}
+    for index in range(num_classes):
+        members = rng.permutation(np.nonzero(targets == index)[0])
+        n = len(members)
+        n_val = min(max(1, round(n * val_fraction * scale)), n - 2) if val_fraction > 0 and n >= 3 else 0
+        n_g = min(max(1, round((n - n_val) * G_FRACTION)), n - n_val - 1)
+        parts["val"].append(members[:n_val])
+        parts["g"].append(members[n_val : n_val + n_g])
+        parts["nf"].append(members[n_val + n_g :])
+    return Split(**{name: np.sort(np.concatenate(value)).astype(np.int64) for name, value in parts.items()})
+
+
+def some_of_each(rows: np.ndarray, targets: np.ndarray, most: int, least: int) -> np.ndarray:
+    """The first `most` of `rows`, but at least `least` of each class that has as many; `targets` are the rows'."""
+    if len(rows) <= most:
+        return rows
+    order = np.argsort(targets, kind="stable")
+    starts = np.searchsorted(targets[order], targets[order])
+    within = np.empty(len(rows), dtype=np.int64)
+    within[order] = np.arange(len(rows)) - starts
+    first = within < least
+    return np.concatenate([rows[first], rows[~first][: max(0, most - int(first.sum()))]])
+
+
+def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Indices [steps, B] of the batches of one epoch, a function of seed and epoch alone.
+
+    A resumed run therefore sees what the killed one would have seen. The incomplete last batch is dropped; a set that
+    is smaller than a batch is one batch.
+    """
+    order = np.random.default_rng([seed, 0xE90C, epoch]).permutation(indices)
+    batch = min(batch_size, len(order))
+    steps = len(order) // batch
+    return order[: steps * batch].reshape(steps, batch)
+
+
+def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+    """The paper's training augmentations, with parameters of its own for every image.
+
+    This is own code because torchvision's transforms draw one set of parameters per call, hence one per batch here.
+
+    Args:
+        x: uint8 [B,C,H,W]; not changed.
+        names: any of "flip" (horizontal), "crop" (shift by up to an eighth of the side, edges repeated), "rotate"
+            (up to 12 degrees) and "jitter" (brightness, contrast and, for RGB, saturation by up to 10 %).
+        generator: CPU generator of all parameters.
+
+    Returns:
+        uint8 [B,C,H,W]; rounded, so that what dequantisation assumes stays true.
+    """
+    if not names:
+        return x
+    batch, _, height, width = x.shape
+
+    def draw(*shape: int) -> Tensor:
+        return move(torch.rand(shape, generator=generator), x.device) * 2 - 1
+
+    if "flip" in names:
+        x = torch.where((draw(batch) > 0)[:, None, None, None], x.flip(3), x)
+    if "crop" in names:
+        shift_y, shift_x = draw(batch) * height * PAD_SHARE, draw(batch) * width * PAD_SHARE
+        rows = (torch.arange(height, device=x.device) + shift_y.round().long()[:, None]).clamp(0, height - 1)
+        columns = (torch.arange(width, device=x.device) + shift_x.round().long()[:, None]).clamp(0, width - 1)
+        index = torch.arange(batch, device=x.device)[:, None, None]
+        x = x.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if not {"rotate", "jitter"} & set(names):
+        return x.contiguous()
+    y = x.float()
+    if "rotate" in names:
+        angle = draw(batch) * math.radians(ROTATION_DEGREES)
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        aspect = height / width
+        theta = torch.stack([torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)], 1)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        y = F.grid_sample(y, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if "jitter" in names:
+        factors = 1 + JITTER * draw(3, batch)[:, :, None, None, None]
+        y = y * factors[0]
+        mean = y.mean((1, 2, 3), keepdim=True)
+        y = mean + (y - mean) * factors[1]
+        if x.shape[1] == 3:
+            grey = (y * y.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+            y = grey + (y - grey) * factors[2]
+    return y.round_().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,425 @@
+"""The EM-like procedure of the paper (Sec. 4.3, Algorithm 1): its start, its two steps, and the refit at its end.
+
+E-step: the flow's weights by Eq. 3 on D_nf, the Gaussians fixed. M-step: the Gaussians by Eq. 5 on D_g, the flow fixed.
+Every random draw is a function of the seed and of the step's number, and `state` holds all the rest, so a run that is
+killed and resumed takes exactly the steps of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from glem_augment.data.dataset import ImageData
+from glem_augment.devices import move
+from glem_augment.errors import DataError, TrainingError
+from glem_augment.flows import MultiscaleFlow, resolve_preset
+from glem_augment.model.config import GLEMConfig
+from glem_augment.model.glem import GLEM
+from glem_augment.training import guard
+from glem_augment.training.batches import augment_batch, some_of_each, stratified_split
+from glem_augment.training.checkpoint import Checkpoint
+from glem_augment.training.config import TrainConfig
+from glem_augment.training.e_step import e_step_loss, encode
+from glem_augment.training.guard import DivergenceError, LossGuard
+from glem_augment.training.logs import gaussian_state, held_out
+from glem_augment.training.m_step import LatentStatistics, m_learning_rates, m_step_loss
+from glem_augment.training.optim import (
+    CLIP_NORM,
+    WeightAverage,
+    flow_optimizer,
+    gaussian_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+
+_EVAL_BATCH = 256
+_INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's spread
+_SHRINKAGE = 10  # images
+KLD_WEIGHT_END = 0.5
+JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
+# The refit keeps at most this many latents in memory (60,000 of 784 numbers are 190 MB), some of each class: the
+# cross-entropy pushes a class without images away.
+REFIT_STEPS, _REFIT_LR, _REFIT_NUMBERS, _REFIT_LEAST = 200, 3e-3, 60_000 * 784, 8
+_COUNTERS = ("step", "m_done", "bad_steps", "bad_in_a_row", "m_bad_in_a_row", "rollbacks")
+
+
+class EM:
+    """A GLEM in training: the model, its optimizers, and the two steps; `Trainer` runs them.
+
+    Attributes:
+        model: the GLEM that is trained. average: the average of its flow's weights.
+        step, m_done: E-steps and M-steps taken. bad_steps: steps that were skipped because they were not finite.
+        frozen_from: the epoch from which the Gaussians stay and the flow trains on all images.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        config: TrainConfig,
+        init_model: GLEM | None = None,
+        begun: Checkpoint | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.data, self.config, self.progress = data, config, progress
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
+        self.model = self._new_model(init_model, begun).to(self.device)
+        batch = min(config.batch_size, len(self.split.nf))
+        self.steps_per_epoch = max(1, len(self.split.nf) // batch)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.m_total = config.m_rounds * config.epochs
+        self.m_rates = m_learning_rates(config.m_budget, self.m_total * config.m_steps)
+        # Gaussians that are learned jointly, or not at all, need no images of their own.
+        m_steps = not config.joint and config.learn != "none"
+        self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs) if m_steps else 0
+        self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
+        self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
+        self.guard = LossGuard(config.bits)
+        self.step, self.m_done, self.bad_steps, self.bad_in_a_row, self.m_bad_in_a_row = 0, 0, 0, 0, 0
+        self.rollbacks, self.lr_scale = 0, 1.0
+        self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
+
+    def start(self, init_model: GLEM | None, begun: Checkpoint | None) -> None:
+        """Initialise the model from the data, or go on from a checkpoint."""
+        if begun is None:
+            self._initialise(init_model)
+        self.average = WeightAverage(self.model.flow, self.config.averaging, self.total_steps)
+        if begun is not None:
+            self.restore(begun)
+
+    # ---- the model at the start ----------------------------------------------------------------------------------
+
+    def _new_model(self, init_model: GLEM | None, begun: Checkpoint | None) -> GLEM:
+        config, data = self.config, self.data
+        torch.manual_seed(config.seed)
+        if begun is not None:
+            # The model that the run started from need not be there any more: all weights are in the checkpoint.
+            spec = begun.facts.get("flow")
+        elif init_model is not None:
+            if init_model.bits != config.bits:
+                raise DataError(
+                    f"the model to start from has {init_model.bits} bits, the settings {config.bits}: use the same"
+                )
+            if init_model.image_shape != tuple(data.image_shape):
+                raise DataError(
+                    f"the model to start from takes images {init_model.image_shape}, {data.name} has {data.image_shape}"
+                )
+            spec = init_model.config.flow
+        else:
+            spec = resolve_preset(config.preset, data.image_shape, **config.flow_options)
+        model = GLEM(
+            GLEMConfig(
+                flow=spec,
+                bits=config.bits,
+                psi=config.psi,
+                class_ids=list(data.class_ids),
+                class_names=list(data.classes),
+            )
+        )
+        if init_model is not None and begun is None:
+            model.flow.load_state_dict(init_model.flow.state_dict())
+        return model
+
+    @torch.no_grad()
+    def _initialise(self, init_model: GLEM | None) -> None:
+        """Data-dependent ActNorms, then the Gaussians: a function of the seed and the data."""
+        config, gaussians = self.config, self.model.gaussians
+        rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
+        x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
+        self.model.initialise(x, self._generator(1))
+        if init_model is not None and init_model.class_ids == self.model.class_ids:
+            self._take_gaussians(init_model)
+            return
+        if init_model is not None:
+            statistics = self._latent_pass(-1, self.split.g)
+            means, spread = statistics.moments()
+            gaussians.mu.copy_(means)
+            # Shrunk towards the pooled variance, since D_g may hold few images of a class.
+            n = statistics.count.clamp_min(1)[:, None]
+            pooled = (spread * n).sum(0) / n.sum()
+            gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
+            return
+        if config.sigma_init is not None:
+            gaussians.set_variance(torch.full_like(gaussians.s, config.sigma_init))
+        if config.sigma_init_std:
+            noise = torch.randn(gaussians.s.shape, generator=self._generator(6)).to(gaussians.s)
+            gaussians.s.add_(config.sigma_init_std * noise)
+            gaussians.project()
+        if config.mean_init_std is not None:
+            gaussians.randomise(config.mean_init_std, self._generator(2))
+        else:
+            means, _ = self._latent_pass(-1, self.split.g).moments()
+            # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that.
+            # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
+            gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
+
+    def _take_gaussians(self, init_model: GLEM) -> None:
+        """Start from the Gaussians of `init_model`, as far as the run's psi can give their variances."""
+        mine, theirs = self.model.gaussians, init_model.gaussians
+        if init_model.config.psi == self.model.config.psi:
+            mine.load_state_dict(theirs.state_dict())
+            return
+        mine.mu.copy_(theirs.mu)
+        wanted = theirs.variance().to(mine.s)
+        mine.set_variance(wanted)
+        worst = float((mine.variance() / wanted).log().abs().max().exp())
+        if worst > 1.1:
+            warnings.warn(
+                f"psi={self.model.config.psi} of the settings can't give the variances of the model to start from: "
+                f"they change by up to {worst:.1f} times. Its own is psi={init_model.config.psi}",
+                stacklevel=2,
+            )
+
+    def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of `indices`."""
+        for x, y in self.data.batches(indices, batch_size, self.config.workers):
+            yield move(x, self.device), move(y, self.device)
+
+    def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """`x` uint8 [B,C,H,W] under the run's augmentation; a subclass may keep parts of the images as they are."""
+        return augment_batch(x, self.config.augment, generator)
+
+    def _generator(self, *key: int) -> torch.Generator:
+        seed = np.random.SeedSequence([self.config.seed, *key]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
+
+    # ---- the E-step ----------------------------------------------------------------------------------------------
+
+    def beta(self) -> float:
+        """Weight of the cross-entropy now; with `beta_anneal` it falls geometrically over the last part of the run."""
+        if self.config.beta_anneal is None:
+            return self.config.beta or 0.0
+        start, end = self.config.beta_anneal
+        late = max(0.0, self.step / self.total_steps - start) / (1 - start)
+        return (self.config.beta or 0.0) * end**late
+
+    def e_step(self, x: Tensor, y: Tensor) -> float:
+        """One step of Adamax on the flow (Eq. 3); with `joint`, one of Adam on the Gaussians too.
+
+        Returns the loss, nats per dimension.
+        """
+        config, model = self.config, self.model
+        self._let_gaussians_learn(config.joint)
+        generator = self._generator(4, self.step)
+        z, logdet = encode(model, self.augmented(x, generator), config, generator)
+        loss = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
+        self.flow_optimizer.zero_grad(set_to_none=True)
+        self.m_optimizer.zero_grad(set_to_none=True)
+        if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.flow.parameters(), CLIP_NORM)
+        # One read per step, of two numbers at once: a bad step has to be known before the weights move.
+        value, norm_value = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+        if math.isfinite(value) and math.isfinite(norm_value):
+            self.flow_optimizer.step()
+            if config.joint:
+                # The share of the schedule includes the return after a divergence.
+                self._adam_step(JOINT_LR * self.flow_optimizer.param_groups[0]["lr"] / config.lr)
+            self.bad_in_a_row = 0
+            self.average.update(model.flow, self.step + 1)
+        else:
+            self.bad_in_a_row += 1
+            self._bad_step(f"loss {value}, gradient norm {norm_value}", self.bad_in_a_row)
+        return value
+
+    # ---- the M-step ----------------------------------------------------------------------------------------------
+
+    def kld_weight(self) -> float:
+        """lambda_t: falls linearly from `kld_weight` to half of it over the M-steps; 0 without repulsion."""
+        share = min(1.0, self.m_done / max(1, self.m_total - 1))
+        return self.config.kld_weight * (1 + (KLD_WEIGHT_END - 1) * share) if self.config.repels else 0.0
+
+    @torch.no_grad()
+    def _latent_pass(
+        self, round_index: int, rows: np.ndarray, keep: bool = False, model: GLEM | None = None
+    ) -> LatentStatistics:
+        """One pass over the images `rows`, with the noise of the M-step `round_index`."""
+        model = model or self.model
+        statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
+        generator = self._generator(3, round_index + 1)
+        for x, y in self.images(rows, _EVAL_BATCH):
+            z, logdet = encode(model, self.augmented(x, generator), self.config, generator)
+            statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
+        return statistics
+
+    def m_step(self) -> None:
+        """One pass over D_g and `m_steps` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
+        config, beta = self.config, self.beta()
+        if config.learn != "none":
+            statistics = self._latent_pass(self.m_done, self.split.g, keep=bool(beta))
+            first = self.m_done * config.m_steps
+            for rate in self.m_rates[first : first + config.m_steps]:
+                self._gaussian_step(statistics, rate * self.lr_scale, beta)
+            if self.m_done == 0:
+                # As the authors do: the moments of the first, large gradients are forgotten.
+                self.m_optimizer.state.clear()
+        self.m_done += 1
+
+    def _gaussian_step(self, statistics: LatentStatistics, rate: float, beta: float) -> None:
+        gaussians = self.model.gaussians
+        self._let_gaussians_learn(True)
+        loss = m_step_loss(gaussians, statistics, self.config, self.kld_weight(), beta)
+        self.m_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grads = [p.grad for p in gaussians.parameters() if p.grad is not None]
+        if all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
+            self.m_bad_in_a_row = 0
+            self._adam_step(rate)
+        else:
+            # Counted apart: good E-steps in between must not hide M-steps that never succeed.
+            self.m_bad_in_a_row += 1
+            self._bad_step("M-step loss or gradient", self.m_bad_in_a_row)
+
+    def _adam_step(self, rate: float) -> None:
+        for group in self.m_optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        self.m_optimizer.step()
+        self.model.gaussians.project()
+
+    def _let_gaussians_learn(self, learn: bool) -> None:
+        """Whether the next loss has gradients with respect to the Gaussians, and for which of their parameters."""
+        self.model.gaussians.mu.requires_grad_(learn and self.config.learns_means)
+        self.model.gaussians.s.requires_grad_(learn and self.config.learns_variances)
+
+    def _bad_step(self, what: str, in_a_row: int) -> None:
+        self.bad_steps += 1
+        if in_a_row >= guard.MAX_BAD_STEPS:
+            raise DivergenceError(f"{in_a_row} steps in a row were not finite ({what})")
+
+    def refit(self, model: GLEM) -> bool:
+        """Fit the Gaussians to latents of all training images under `model`'s flow: in closed form if the loss is the
+        likelihood alone, or by Adam for "hybrid". Returns whether there was anything to refit.
+
+        Averaging the weights has moved the latents a little, and Adam's steps end where their budget does.
+        """
+        config = self.config
+        exact, beta = config.objective == "mle" and not config.joint, config.refit_beta or 0.0
+        if config.learn == "none" or not (exact or beta):
+            return False
+        rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
+        if not exact:
+            most = max(1, _REFIT_NUMBERS // model.dim)
+            rows = some_of_each(rows, self.data.targets[rows], most, _REFIT_LEAST)
+        statistics = self._latent_pass(self.m_total, np.sort(rows), keep=not exact, model=model)
+        if exact:
+            statistics.most_likely(self.model.gaussians, config.learns_means, config.learns_variances)
+            return True
+        self.m_optimizer.state.clear()
+        for step in tqdm(range(REFIT_STEPS), desc="refit", disable=not self.progress, dynamic_ncols=True):
+            self._gaussian_step(statistics, _REFIT_LR * (1 - step / REFIT_STEPS), beta)
+        return True
+
+    # ---- measuring and state -------------------------------------------------------------------------------------
+
+    def evaluated(self) -> GLEM:
+        """The model as it would be saved now: averaged flow, current Gaussians."""
+        return GLEM(self.model.config, self.average.best(self.model.flow), self.model.gaussians, self.model.modes)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Held-out metrics (with none held out, of the images that fit the Gaussians), and the Gaussians' state."""
+        rows = self.split.val if len(self.split.val) else self.split.g
+        metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH), self._generator(5))
+        return {**metrics, **gaussian_state(self.model.gaussians)}
+
+    def is_finite(self) -> bool:
+        """Whether every weight, averaged ones too, is finite."""
+        tensors = [*self.model.state_dict().values(), *self.average.state_dict().values()]
+        return bool(torch.stack([torch.isfinite(t).all() for t in tensors if t.is_floating_point()]).all())
+
+    def set_lr_scale(self, scale: float) -> None:
+        """Multiply all learning rates of both steps by `scale`, in (0, 1], from now on."""
+        self.lr_scale = scale
+        for group in self.flow_optimizer.param_groups:
+            group["lr_scale"] = scale  # timm's schedulers multiply by it
+        self.scheduler.step_update(self.step)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The state as JSON facts and named tensors.
+
+        The schedules, the learning rates, the order of the images and the noise follow from the settings and the step.
+        """
+        losses, values = self.guard.state()
+        facts = {
+            "config": self.config.to_dict(),
+            "flow": self.model.config.flow,
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "lr_scale": self.lr_scale,
+            "epoch_loss": list(self.epoch_loss),
+            "guard": losses,
+        }
+        groups = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "flow_optimizer": optimizer_tensors(self.flow_optimizer),
+            "m_optimizer": optimizer_tensors(self.m_optimizer),
+            "run": {"rng": torch.get_rng_state(), "losses": values},
+        }
+        return facts, {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `state` was taken by a run with the same settings and data.
+
+        Raises:
+            TrainingError: the checkpoint is not that of such a run.
+        """
+        try:
+            self._restore(checkpoint.facts, checkpoint.tensors)
+        except (KeyError, ValueError, TypeError, RuntimeError, OverflowError, IndexError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingError(f"{checkpoint.path} does not fit this run: {type(error).__name__}: {first}") from error
+
+    def _restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if json.dumps(facts["flow"], sort_keys=True) != json.dumps(self.model.config.flow, sort_keys=True):
+            raise ValueError("its flow is another one")  # compared as JSON, which has no tuples
+        most = {"step": self.total_steps, "m_done": self.m_total}
+        for name in _COUNTERS:
+            if type(facts[name]) is not int or not 0 <= facts[name] <= most.get(name, 2**53):
+                raise ValueError(f"{name} is {facts[name]!r}")
+        scale = facts["lr_scale"]
+        if type(scale) is not float or not 0 < scale <= 1:
+            raise ValueError(f"lr_scale is {scale!r}")
+        names = ("model", "average", "flow_optimizer", "m_optimizer", "run")
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            parts[group][rest] = tensor
+        self.model.load_state_dict(parts["model"], strict=True)
+        self.average.load_state_dict(parts["average"])
+        load_optimizer_tensors(self.flow_optimizer, parts["flow_optimizer"])
+        load_optimizer_tensors(self.m_optimizer, parts["m_optimizer"])
+        torch.set_rng_state(parts["run"]["rng"])
+        self.guard.load(facts["guard"], parts["run"]["losses"])
+        for name in _COUNTERS:
+            setattr(self, name, facts[name])
+        total, count = facts["epoch_loss"]
+        self.epoch_loss = (float(total), int(count))
+        self.set_lr_scale(scale)
+
+
+@contextmanager
+def training_mode(flow: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Apply `precision` and `memory` to the flow that is trained; outside, it is float32 and keeps its activations."""
+    if not isinstance(flow, MultiscaleFlow):  # the identity flow has neither
+        yield
+        return
+    flow.set_autocast(torch.bfloat16 if config.precision == "bf16" else None)
+    flow.set_memory(config.memory)
+    try:
+        yield
+    finally:
+        flow.set_autocast(None)
+        flow.set_memory("stored")

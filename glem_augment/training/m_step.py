@@ -1,0 +1,149 @@
+"""The M-step's loss (Eq. 5): the Gaussians are moved with the flow fixed (GLEM, Algorithm 1).
+
+For diagonal Gaussians the summed NLL depends on the latents only through n_y, sum z and sum z^2 of each class, so one
+pass over D_g serves any number of gradient steps at O(K d). Two things need more: the range of the per-sample NLL and,
+with a cross-entropy term, the latents themselves; both are recorded in the same pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.training.config import TrainConfig
+
+SATURATION = 0.05  # of the bounded repulsion, nats per dimension
+
+
+class LatentStatistics:
+    """Sufficient statistics of one pass over D_g, in float64.
+
+    Attributes:
+        count [K], total [K,d], square [K,d]: number of images, sum z and sum z^2 per class.
+        nll_low, nll_high: range of the per-sample NLL in nats, log-determinant included.
+        latents, labels: the latents [B,d] and labels [B] of each batch, kept if `keep_latents`.
+    """
+
+    def __init__(
+        self, num_classes: int, dim: int, keep_latents: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        zeros = dict(dtype=torch.float64, device=device)
+        self.count = torch.zeros(num_classes, **zeros)
+        self.total = torch.zeros(num_classes, dim, **zeros)
+        self.square = torch.zeros(num_classes, dim, **zeros)
+        self.nll_low = torch.full((), math.inf, **zeros)
+        self.nll_high = torch.full((), -math.inf, **zeros)
+        self.keep_latents = keep_latents
+        self.latents: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, z: Tensor, y: Tensor, nll: Tensor) -> None:
+        """Take in a batch: z [B,d], y int64 [B], nll [B] nats."""
+        wide = z.double()
+        self.count += torch.bincount(y, minlength=len(self.count))
+        self.total.index_add_(0, y, wide)
+        self.square.index_add_(0, y, wide * wide)
+        self.nll_low = torch.minimum(self.nll_low, nll.min().double())
+        self.nll_high = torch.maximum(self.nll_high, nll.max().double())
+        if self.keep_latents:
+            self.latents.append(z)
+            self.labels.append(y)
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The kept latents [N,d] and labels [N], joined once."""
+        if len(self.latents) > 1:
+            self.latents, self.labels = [torch.cat(self.latents)], [torch.cat(self.labels)]
+        return self.latents[0], self.labels[0]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [K,d] of each class's latents; zeros for a class without images."""
+        n = self.count.clamp_min(1)[:, None]
+        mean = self.total / n
+        return mean, (self.square / n - mean * mean).clamp_min(0)
+
+    def balanced_nll(self, gaussians: ClassGaussians) -> Tensor:
+        """Mean over the classes present of their mean -log N(z; mu_y, sigma_y^2), nats; differentiable.
+
+        Classes weigh the same, or rare ones would run away.
+        """
+        present = self.count > 0
+        n = self.count.clamp_min(1)[:, None]
+        mu, var = gaussians.mu.double(), gaussians.variance().double()
+        spread = self.square / n - 2 * mu * self.total / n + mu * mu
+        per_class = 0.5 * (var.log() + spread / var).sum(1) + 0.5 * gaussians.dim * math.log(2 * math.pi)
+        return per_class[present].mean()
+
+    @torch.no_grad()
+    def most_likely(self, gaussians: ClassGaussians, means: bool = True, variances: bool = True) -> None:
+        """Set the means, the variances or both to the minimum of `balanced_nll`, as far as psi and the lower bound
+        allow. Classes without images stay as they are."""
+        rows = self.count > 0
+        mean, variance = (moment[rows] for moment in self.moments())
+        if means:
+            gaussians.mu[rows] = mean.to(gaussians.mu.dtype)
+        if variances:
+            # About the mean that the Gaussian has, whether it was just set or stays.
+            gaussians.set_variance(variance + (mean - gaussians.mu[rows].double()).square(), rows)
+
+
+def value_range(low: float, high: float) -> float:
+    """R = max - min + 0.2 (|max| + |min|), the authors' normaliser."""
+    return high - low + 0.2 * (abs(high) + abs(low))
+
+
+def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
+    """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: it grows with the KLD at first, never beyond."""
+    k = gaussians.num_classes
+    kld = gaussians.kld_matrix()
+    return (scale * -torch.expm1(-kld / scale)).sum() / max(1, k * (k - 1))
+
+
+def m_step_loss(
+    gaussians: ClassGaussians, statistics: LatentStatistics, config: TrainConfig, kld_weight: float, beta: float
+) -> Tensor:
+    """The M-step's loss with the given lambda and beta; `TrainConfig` has the formula and the units."""
+    dim, k = gaussians.dim, gaussians.num_classes
+    nll = statistics.balanced_nll(gaussians)
+    repel = kld_weight > 0 and k > 1
+    if config.objective == "glem":
+        unit = value_range(float(statistics.nll_low), float(statistics.nll_high))
+        loss = nll / unit
+        means = gaussians.kld_class_means()
+        spread = value_range(float(means.min()), float(means.max()))
+        # Identical Gaussians have neither a gradient nor a range, so this step is the likelihood's alone.
+        if repel and spread > 1e-9 * dim:
+            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
+            loss = loss - kld_weight * gaussians.kld_sum().double() / (k * dim) / spread
+        return loss
+    loss = nll / dim
+    if config.objective == "saturating" and repel:
+        loss = loss - kld_weight * saturating_kld(gaussians, SATURATION * dim) / dim
+    if beta:
+        z, y = statistics.kept()
+        # Classes weigh the same, as in the likelihood. Torch's own `weight` would weigh the smoothing by the classes
+        # that it is spread over.
+        weight = (1 / statistics.count.clamp_min(1)).to(z.dtype)[y]
+        each = F.cross_entropy(
+            config.ce_scale * gaussians.log_prob(z), y, label_smoothing=config.label_smoothing, reduction="none"
+        )
+        loss = loss + beta * ((weight * each).sum() / weight.sum()).double()
+    return loss
+
+
+def m_learning_rates(budget: float, steps: int) -> list[float]:
+    """Adam's learning rate at each of `steps` M-steps; they sum to `budget`.
+
+    The authors take 0.1 for 10 epochs, then 0.01 falling geometrically to 0.001 at epoch 100, one step each, so that a
+    mean moves by about 1.45 in all. Here the first tenth of the steps shares 1.0 / 1.45 of the budget.
+    """
+    early = max(1, round(0.1 * steps))
+    late = steps - early
+    if late == 0:
+        return [budget / early] * early
+    tail = [0.1 ** (i / max(1, late - 1)) for i in range(late)]
+    share = 1.0 / 1.45
+    return [budget * share / early] * early + [budget * (1 - share) * v / sum(tail) for v in tail]
