@@ -107,8 +107,8 @@ class EM:
         torch.manual_seed(config.seed)
         if begun is not None:
             # The model that the run started from need not be there any more: all weights are in the checkpoint.
-            spec = begun.facts.get("flow")
-        elif init_model is not None:
+            return self._model_of(begun)
+        if init_model is not None:
             if init_model.bits != config.bits:
                 raise DataError(
                     f"the model to start from has {init_model.bits} bits, the settings {config.bits}: use the same"
@@ -120,18 +120,20 @@ class EM:
             spec = init_model.config.flow
         else:
             spec = resolve_preset(config.preset, data.image_shape, **config.flow_options)
-        model = GLEM(
-            GLEMConfig(
-                flow=spec,
-                bits=config.bits,
-                psi=config.psi,
-                class_ids=list(data.class_ids),
-                class_names=list(data.classes),
-            )
-        )
-        if init_model is not None and begun is None:
+        model = self._build(spec)
+        if init_model is not None:
             model.flow.load_state_dict(init_model.flow.state_dict())
         return model
+
+    def _model_of(self, begun: Checkpoint) -> GLEM:
+        try:
+            return self._build(json.loads(begun.facts["flow"]))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
+
+    def _build(self, flow: dict[str, Any]) -> GLEM:
+        ids, names = list(self.data.class_ids), list(self.data.classes)
+        return GLEM(GLEMConfig(flow, bits=self.config.bits, psi=self.config.psi, class_ids=ids, class_names=names))
 
     @torch.no_grad()
     def _initialise(self, init_model: GLEM | None) -> None:
@@ -355,7 +357,7 @@ class EM:
         losses, values = self.guard.state()
         facts = {
             "config": self.config.to_dict(),
-            "flow": self.model.config.flow,
+            "flow": json.dumps(self.model.config.flow),  # as text, which keeps the order of the keys
             **{name: getattr(self, name) for name in _COUNTERS},
             "lr_scale": self.lr_scale,
             "epoch_loss": list(self.epoch_loss),
@@ -383,8 +385,8 @@ class EM:
             raise TrainingError(f"{checkpoint.path} does not fit this run: {type(error).__name__}: {first}") from error
 
     def _restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if json.dumps(facts["flow"], sort_keys=True) != json.dumps(self.model.config.flow, sort_keys=True):
-            raise ValueError("its flow is another one")  # compared as JSON, which has no tuples
+        if facts["flow"] != json.dumps(self.model.config.flow):
+            raise ValueError("its flow is another one")
         most = {"step": self.total_steps, "m_done": self.m_total}
         for name in _COUNTERS:
             if type(facts[name]) is not int or not 0 <= facts[name] <= most.get(name, 2**53):

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from glem_augment.training.interrupt import EXIT_TIME_UP, TimeUpError
-from glem_augment.training.state import state_of
 from test_cli import TINY, write_images
 from test_training import comparable, rows, tiny_trainer
 from torch import Tensor
@@ -24,9 +22,9 @@ from glem_augment.cli.main import main
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training import Trainer, guard
-from glem_augment.training import loop as run_module
-from glem_augment.training import trainer as trainer_module
+from glem_augment.training import EXIT_TIME_UP, TimeUpError, Trainer, guard
+from glem_augment.training import em as em_module
+from glem_augment.training import trainer as run_module
 from glem_augment.training.checkpoint import GOOD, load_checkpoint
 from glem_augment.training.guard import DivergenceError, LossGuard
 
@@ -193,7 +191,7 @@ def test_what_was_learned_after_the_good_checkpoint_is_forgotten(tmp_path: Path)
 
     def e_step(x: Tensor, y: Tensor) -> float:
         if trainer.step == 4:
-            states.append(copy.deepcopy(state_of(trainer)[1]))
+            states.append(copy.deepcopy(trainer.state()[1]))
         return real(x, y)
 
     trainer.e_step = e_step
@@ -236,8 +234,8 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
 
 
 def test_an_m_step_that_never_succeeds_is_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trainer_module.m_step_loss
-    monkeypatch.setattr(trainer_module, "m_step_loss", lambda *args: real(*args) * math.nan)
+    real = em_module.m_step_loss
+    monkeypatch.setattr(em_module, "m_step_loss", lambda *args: real(*args) * math.nan)
     trainer = tiny_trainer(tmp_path / "run", m_steps=3, max_bad_steps=3, max_rollbacks=1)
     with (
         pytest.warns(UserWarning, match="Returned to step 0"),

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from glem_augment.training.state import restore, state_of
 from test_cli import write_images
 from test_training import tiny_config, tiny_trainer, toy_data
 from torch import Tensor
 
 from glem_augment.cli.main import main
 from glem_augment.errors import TrainingError
-from glem_augment.training import TrainConfig, statefile
-from glem_augment.training.checkpoint import NEWEST, check_same_run, init_of_run, load_checkpoint
+from glem_augment.training import TrainConfig
+from glem_augment.training import checkpoint as statefile
+from glem_augment.training.checkpoint import NEWEST, check_same_run, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,8 +66,7 @@ def test_checkpoints_that_say_what_can_not_be_are_refused(tmp_path: Path) -> Non
         try:
             checkpoint = load_checkpoint(out)
             check_same_run(checkpoint, other.config, other.fingerprint, data.name)
-            init_of_run(checkpoint, None)
-            restore(other, checkpoint)
+            other.restore(checkpoint)
         except TrainingError as error:
             assert str(out) in str(error), what
         else:
@@ -114,7 +113,7 @@ def test_the_command_refuses_settings_of_strangers_that_make_no_sense(
 def test_a_setting_that_a_checkpoint_does_not_know_was_at_its_default(tmp_path: Path) -> None:
     out = tmp_path / "run"
     trainer = tiny_trainer(out)
-    facts, tensors = state_of(trainer)
+    facts, tensors = trainer.state()
     del facts["config"]["ce_scale"]
     (out / NEWEST).write_bytes(statefile.to_bytes(facts, tensors))
     assert tiny_trainer(out, resume=True).step == 0
@@ -124,7 +123,7 @@ def test_a_setting_that_a_checkpoint_does_not_know_was_at_its_default(tmp_path: 
 
 def test_a_state_file_is_a_function_of_the_state(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run")
-    facts, tensors = state_of(trainer)
+    facts, tensors = trainer.state()
     data = statefile.to_bytes(facts, tensors)
     again, values = statefile.from_bytes(data)
     assert again == json.loads(json.dumps(facts)) and values.keys() == tensors.keys()

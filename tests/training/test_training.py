@@ -17,16 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from glem_augment.training.image_ops import augment_batch
-from glem_augment.training.interrupt import TimeUpError
-from glem_augment.training.mstep import (
-    LatentStatistics,
-    m_learning_rates,
-    m_step_loss,
-    saturating_kld,
-)
-from glem_augment.training.split import epoch_order, stratified_split
-from glem_augment.training.state import state_of
 from torch import Tensor
 
 from glem_augment import GLEM
@@ -34,9 +24,11 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.weights import weights_sha256
-from glem_augment.training import TrainConfig, Trainer, statefile
-from glem_augment.training import loop as run_module
+from glem_augment.training import TimeUpError, TrainConfig, Trainer
+from glem_augment.training import checkpoint as statefile
+from glem_augment.training import em as em_module
 from glem_augment.training import trainer as trainer_module
+from glem_augment.training.batches import augment_batch, epoch_order, some_of_each, stratified_split
 from glem_augment.training.checkpoint import (
     GOOD,
     NEWEST,
@@ -45,6 +37,7 @@ from glem_augment.training.checkpoint import (
     data_fingerprint,
     load_checkpoint,
 )
+from glem_augment.training.m_step import LatentStatistics, m_learning_rates, m_step_loss, saturating_kld
 
 # The networks here are too small for two, and equal bits need an equal number.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _no_curves(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Drawing them takes longer than the runs of these tests; one test looks at them."""
     if "curves" not in request.node.name:
-        monkeypatch.setattr(run_module, "plot_curves", lambda *args: None)
+        monkeypatch.setattr(trainer_module, "plot_curves", lambda *args: None)
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -524,7 +517,7 @@ import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_training as t
 torch.set_num_threads(1)
-t.run_module.plot_curves = lambda *args: None
+t.trainer_module.plot_curves = lambda *args: None
 class Dying(t.Trainer):
     def e_step(self, x, y):
         if self.step == 7:
@@ -768,8 +761,8 @@ def test_nan_after_nan_stops_the_run_with_advice_and_good_weights(tmp_path: Path
 def test_a_nan_in_the_m_step_leaves_the_gaussians_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny_trainer(tmp_path / "run")
     before = {k: v.clone() for k, v in trainer.model.gaussians.state_dict().items()}
-    real = trainer_module.m_step_loss
-    monkeypatch.setattr(trainer_module, "m_step_loss", lambda *args: real(*args) * math.nan)
+    real = em_module.m_step_loss
+    monkeypatch.setattr(em_module, "m_step_loss", lambda *args: real(*args) * math.nan)
     trainer.m_step()
     assert trainer.bad_steps == 1
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.gaussians.state_dict().items())
@@ -842,7 +835,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
             load_checkpoint(out)
     with monkeypatch.context() as patch:
         patch.setattr(statefile, "VERSION", 99)
-        path.write_bytes(statefile.to_bytes(*state_of(trainer)))
+        path.write_bytes(statefile.to_bytes(*trainer.state()))
     with pytest.raises(TrainingError, match="format 99, this version reads"):
         load_checkpoint(out)
     path.write_bytes(statefile.to_bytes({"step": 1}, {}))
@@ -1002,11 +995,11 @@ def test_the_m_steps_entropy_weighs_classes_alike_smoothing_included() -> None:
 def test_a_refit_of_some_images_has_some_of_every_class() -> None:
     targets = np.repeat([0, 1, 2], [900, 95, 5])
     rows = np.random.default_rng(0).permutation(1000)
-    chosen = trainer_module._some_of_each(rows, targets[rows], 100)
+    chosen = some_of_each(rows, targets[rows], 100)
     assert len(chosen) == len(set(chosen)) == 100
     assert np.bincount(targets[chosen]).tolist()[2] == 5 and np.bincount(targets[chosen])[1] >= 8
-    assert np.array_equal(trainer_module._some_of_each(rows, targets[rows], 1000), rows)
-    assert len(trainer_module._some_of_each(rows, targets[rows], 10)) == 21  # 8, 8 and the 5 there are
+    assert np.array_equal(some_of_each(rows, targets[rows], 1000), rows)
+    assert len(some_of_each(rows, targets[rows], 10)) == 21  # 8, 8 and the 5 there are
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4), (5, 4, 4)])
