@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
+    """A value that changes when a parameter or buffer of the modules is replaced, moved or written to.
+
+    It tells whether a copy of the modules, for example on another device, is still up to date. Writes that torch does
+    not count go unseen: through `.data`, by a fused optimizer, or to tensors made under `inference_mode`.
+    """
+    tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class WeightsVersion:

@@ -7,12 +7,10 @@ import contextlib
 import errno
 import multiprocessing
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 try:
     import fcntl
@@ -98,80 +96,3 @@ def locked(lock: Any, what: str, fix: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same out of ``folder``, which is made if missing.
-
-    A kill leaves an empty file behind, and no lock. Where the system or the file system has no locks of files, nothing
-    is kept out.
-
-    Raises:
-        BlockingIOError: another process is in there. OSError: the folder can't be written.
-    """
-    path, file = folder / ".lock", None
-    while file is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-        if not _lock_file(file):
-            file.close()
-            raise BlockingIOError(f"another process is at work in {folder}: wait for it, or choose another folder")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        file.close()  # the one before has just removed it: whoever comes next would lock a file of that name anew
-        file = None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-            folder.rmdir()  # goes only where nothing came of it
-        file.close()
-
-
-@contextlib.contextmanager
-def marked(folder: Path) -> Iterator[None]:
-    """Mark a new ``folder`` as in use, for `abandoned`; a kill ends that, and leaves the mark behind.
-
-    Where the system or the file system has no locks of files, there is no mark.
-
-    Raises:
-        OSError: the folder can't be written.
-    """
-    path = folder / f"{_MARK}.{secrets.token_hex(4)}"
-    with open(path, "ab") as file:
-        # Locked before it has its name, under which nobody then finds it free. Flock: threads of one process keep each
-        # other out too, and children that outlive a killed process only put off that it is found.
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.replace(path, folder / _MARK)
-        yield
-
-
-def abandoned(folder: Path) -> bool:
-    """Whether ``folder`` was `marked` by a process that is gone; False where that can't be known."""
-    if fcntl is None:
-        return False
-    try:
-        with open(folder / _MARK, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _lock_file(file: IO[bytes]) -> bool:
-    """Whether it is locked now, or can't be at all."""
-    if fcntl is None:
-        return True
-    try:
-        # Not flock: workers, which may outlive a killed process by seconds, would hold that too.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass  # a network file system without locks
-    return True

@@ -1,77 +1,102 @@
-"""A random state of two whole numbers: easy to save, resumable, and different on every rank and worker.
+"""Random draws that resume, and that differ on every rank and in every DataLoader worker.
 
-Call number n on a rank and worker draws from its own generator, seeded from (seed, rank, worker, n). So nothing of
-the past has to be stored but n, a checkpoint that rank 0 wrote resumes every rank where it was, and torch's own seed
-plays no part.
-
-The calls of each DataLoader worker are counted in shared memory and are part of its n, from epoch to epoch. Their
-counts are saved too: a run that is resumed after an epoch goes on with the draws that it would have met.
+The state is two whole numbers: call number n draws from a generator of its own, seeded from (seed, rank, worker, n).
+Nothing else of the past has to be stored, so a checkpoint of rank 0 resumes every rank where it was, and torch's own
+seed plays no part. Each worker's calls are counted in shared memory and go into its n. The counts live on when the
+workers of an epoch end, and they are saved too.
 """
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from glem_augment.counts import WorkerCounts
+from glem_augment.checks import check_whole
+
+WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w mod this
 
 
 def rank(otherwise: int = 0) -> int:
-    """This process's rank, or `otherwise` where nothing is distributed."""
+    """This process's rank, or `otherwise` if nothing is distributed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return otherwise
 
 
-class RandomState:
-    """Generators, one per call.
+class WorkerCounts:
+    """Numbers in shared memory, one row per DataLoader worker: each worker adds to its own row, and the main process
+    reads all of them.
+
+    The workers of the next epoch start from a copy of the object that holds this, and go on where the last ones were. A
+    deep copy, or an object that is loaded from a file, has memory of its own.
 
     Args:
-        seed: int, or None: one from torch's global generator.
+        shape: of a row.
+        dtype: of the numbers.
+        workers: number of rows.
+    """
 
-    Raises:
-        TypeError: for another type.
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.int64, workers: int = WORKERS) -> None:
+        with torch.inference_mode(False):  # otherwise nobody could change the numbers outside it
+            self.rows = torch.zeros(workers, *shape, dtype=dtype, device="cpu").share_memory_()
+
+    def own(self) -> Tensor:
+        """This worker's row, to be changed in place. The main process has that of worker 0."""
+        info = get_worker_info()
+        return self.rows[0 if info is None else info.id % len(self.rows)]
+
+    def total(self) -> Tensor:
+        """The sum over all workers."""
+        return self.rows.sum(dim=0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows.share_memory_()
+
+
+class RandomState:
+    """Gives a generator for every call.
+
+    Args:
+        seed: an int, or None to draw one from torch's global generator.
     """
 
     def __init__(self, seed: int | None) -> None:
         if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-        elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-            raise TypeError(f"seed must be an int or None, got {seed!r}")
-        self.seed = int(seed)
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+        self.seed = check_whole("seed", seed, -(2**63))
         self.calls = 0
         self._in_workers = WorkerCounts()
-        self._sender = 0  # rank of the process that sent this copy: a worker that is started anew knows no rank
+        self._sender = 0  # the rank of the process that sent this copy: a spawned worker does not know its rank
 
-    @torch.compiler.disable  # Dynamo would trace NumPy's whole numbers as tensors, whose operations are others
+    @torch.compiler.disable  # Dynamo would trace NumPy's whole numbers as tensors
     def generator(self) -> torch.Generator:
-        """The next call's generator. On the CPU whatever the batch: the same draws on every device, and no sync."""
+        """The generator of the next call; on the CPU, so that the draws are the same on every device."""
         info = get_worker_info()
+        key = [self.seed % 2**64, rank(self._sender)]
         if info is None:
-            number, worker = self.calls, []
+            key += [self.calls]
             self.calls += 1
         else:
-            # The worker's copy of this state is that of the main process when the epoch began.
-            # Not 0, which SeedSequence can't tell from nothing: the main process's.
-            number, worker = self.calls + int(self._in_workers.own()), [info.id + 1]
-            self._in_workers.own().add_(1)
-        words = np.random.SeedSequence([self.seed % 2**64, rank(self._sender), number, *worker]).generate_state(
-            1, np.uint64
-        )
-        # On the CPU a generator takes any 64 bits; the highest one is left out for those that do not.
-        return torch.Generator("cpu").manual_seed(int(words[0]) >> 1)
+            # The worker has a copy of this state from when the epoch began. SeedSequence ignores zeros at the end, so
+            # worker 0 needs another number than the main process.
+            own = self._in_workers.own()
+            key += [self.calls + int(own), info.id + 1]
+            own += 1
+        word = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        return torch.Generator("cpu").manual_seed(word >> 1)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs: whole numbers, and `workers`, a list of them, where there have been any."""
+        """What `restore` needs: whole numbers `seed` and `calls`, and a list of them, `workers`, if there were any."""
         counts = np.trim_zeros(self._in_workers.rows.numpy(), "b").tolist()
         return {"seed": self.seed, "calls": self.calls, **({"workers": counts} if counts else {})}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken; ValueError for what is no such state."""
+        """Go on from `state`; ValueError if it is no such state."""
         try:
             seed, calls = int(state["seed"]), int(state["calls"])
             counts = torch.tensor([int(count) for count in state.get("workers", [])], dtype=torch.int64, device="cpu")

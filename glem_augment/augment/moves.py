@@ -21,7 +21,7 @@ from glem_augment.augment.labels import ClassMap
 from glem_augment.augment.params import AugmentParams, draw_shares, normal
 from glem_augment.devices import move
 from glem_augment.flows.precision import full_precision
-from glem_augment.latent.modes import per_class
+from glem_augment.latent.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
 
 PARTNERS = ("same", "any", "gaussian")
@@ -52,7 +52,7 @@ def basis_of(model: GLEM, kind: str, k: int, cls: Tensor) -> Basis:
 def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:
     """sum_m s_m c_m v_m, [n, d], for coefficients [n, k] in units of the modes' standard deviations."""
     with full_precision(coefficients.device.type):
-        return per_class(torch.matmul, coefficients * basis.scales[basis.cls], basis.cls, basis.directions)
+        return combine_modes(coefficients * basis.scales[basis.cls], basis.cls, basis.directions)
 
 
 def mix(basis: Basis, z: Tensor, partner: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
@@ -67,14 +67,10 @@ def mix(basis: Basis, z: Tensor, partner: Tensor, l: Tensor) -> tuple[Tensor, Te
     """
     delta = partner - z
     with full_precision(z.device.type):
-        projected = per_class(_project, delta, basis.cls, basis.directions)
+        projected = project_on_modes(delta, basis.cls, basis.directions)
     total = delta.square().sum(dim=1)
     share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
     return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
-
-
-def _project(delta: Tensor, modes: Tensor) -> Tensor:
-    return (delta @ modes.mT) @ modes
 
 
 # ---- partners ------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.counts import WorkerCounts
 from glem_augment.devices import move
+from glem_augment.random_state import WorkerCounts
 
 __all__ = ["AugmentParams"]
 

@@ -46,7 +46,7 @@ from glem_augment.augment.resize import PixelAdapter
 from glem_augment.checks import check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
-from glem_augment.devices import WeightsVersion, check_worker_device, evaluating, move
+from glem_augment.devices import check_worker_device, evaluating, move, weights_key
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import RandomState
 
@@ -145,7 +145,7 @@ class GLEMAugment(nn.Module):
         self._random = RandomState(seed)
         self._counts = MoveCounts()
         self._adversary: Adversary | None = None
-        self._copies: dict[torch.device, tuple[WeightsVersion, GLEM]] = {}
+        self._copies: dict[torch.device, tuple[object, GLEM]] = {}
 
     @property
     def seed(self) -> int:
@@ -314,7 +314,7 @@ class GLEMAugment(nn.Module):
         check_worker_device(self.model.device)
         if self.model.device == device:
             return self.model
-        version = WeightsVersion(self.model)
+        version = weights_key(self.model)
         if device not in self._copies or self._copies[device][0] != version:
             with torch.inference_mode(False):  # a later call may need gradients through the copy
                 self._copies[device] = version, copy.deepcopy(self.model).to(device)

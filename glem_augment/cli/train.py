@@ -16,8 +16,7 @@ from glem_augment.cli.main import new_parser
 from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError
-from glem_augment.io import expand, write_json
-from glem_augment.locks import alone_in
+from glem_augment.io import expand, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
     size = _size(view["image_size"])
     data = open_data(args.data, view["split"], size, view["channels"], skip_bad=view["skip_bad"])
-    with alone_in(out):
+    with lock_folder(out):
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
         return _train(args, trainer, view)
 

@@ -34,39 +34,18 @@ GATHER_FLOATS = 2**22
 # ---- moves along the modes -------------------------------------------------------------------------------------------
 
 
-def per_class(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Apply `function` to each row together with the modes of its class.
-
-    Row i of the result does not depend on the other rows, to the last bit.
-
-    Args:
-        function: takes rows [m, 1, *] and modes [m, k, d], and returns [m, 1, d].
-        rows: [n, *].
-        y: int64 [n], the class of each row.
-        directions: [K, k, d].
-
-    Returns:
-        [n, d].
-    """
-    step = max(1, GATHER_FLOATS // directions[0].numel())
-    parts = [function(r[:, None], directions[c])[:, 0] for r, c in zip(rows.split(step), y.split(step), strict=True)]
-    return torch.cat(parts)
-
-
-def along_modes(coefficients: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+def combine_modes(coefficients: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     """sum_m c_m v_m, with the modes v_m of each row's class.
 
     Args:
         coefficients: [n, k], in units of the latents.
-        y: int64 [n].
-        directions: [K, k, d], or [k, d] shared by all classes.
+        y: int64 [n], the class of each row.
+        directions: [K, k, d].
 
     Returns:
-        [n, d].
+        [n, d]. Row i does not depend on the other rows, to the last bit.
     """
-    if directions.ndim == 2:
-        return coefficients @ directions
-    return per_class(torch.matmul, coefficients, y, directions)
+    return _per_row(torch.matmul, coefficients, y, directions)
 
 
 def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
@@ -74,38 +53,20 @@ def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
 
     Args:
         delta: [n, d].
-        y: int64 [n].
-        directions: [K, k, d], or [k, d] shared by all classes; orthonormal rows.
+        y: int64 [n], the class of each row.
+        directions: [K, k, d] with orthonormal rows V.
 
     Returns:
-        [n, d].
+        [n, d]. Row i does not depend on the other rows, to the last bit.
     """
-    if directions.ndim == 2:
-        return (delta @ directions.T) @ directions
-    return per_class(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions)
+    return _per_row(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions)
 
 
-def nearest_classes(kld_matrix: Tensor, neighbours: int = 3, allowed: Tensor | None = None) -> Tensor:
-    """Indices of every class's closest other classes by the symmetrised KLD.
-
-    Args:
-        kld_matrix: [K, K] nats, KL(row || column).
-        neighbours: how many; at most K - 1 are given back.
-        allowed: optional bool [K], the classes that may be neighbours.
-
-    Returns:
-        int64 [K, m], nearest first. m is the number of neighbours that every class can have, 0 for a single
-        class.
-    """
-    num_classes = kld_matrix.shape[0]
-    distance = kld_matrix.to(torch.float64)
-    distance = distance + distance.T
-    distance.fill_diagonal_(float("inf"))
-    count = num_classes - 1
-    if allowed is not None:
-        distance = distance.masked_fill(~allowed.to(distance.device)[None, :], float("inf"))
-        count = int(allowed.sum()) - 1
-    return distance.argsort(dim=1, stable=True)[:, : max(0, min(neighbours, count))]
+def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """Apply `function` to rows [m, 1, *] and their classes' modes [m, k, d]: one product per row, a few rows at a time."""
+    step = max(1, GATHER_FLOATS // directions[0].numel())
+    parts = [function(r[:, None], directions[c])[:, 0] for r, c in zip(rows.split(step), y.split(step), strict=True)]
+    return torch.cat(parts)
 
 
 # ---- modes and samples of all classes --------------------------------------------------------------------------------
@@ -186,7 +147,7 @@ class ClassModes(nn.Module):
             z [B, d].
         """
         along, outside = noise.split([self.rank, self.dim], 1)
-        spread = along_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()
+        spread = combine_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()
         return self.mean[y] + temperature * spread
 
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:

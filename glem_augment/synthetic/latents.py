@@ -18,7 +18,7 @@ from glem_augment.checks import check_choice, check_number
 from glem_augment.data.dataset import ImageData
 from glem_augment.devices import check_worker_device, evaluating, move
 from glem_augment.errors import DataError
-from glem_augment.latent.modes import per_class
+from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
 
 SOURCES = ("gaussian", "rfcm", "mixup")
@@ -155,7 +155,7 @@ class LatentSource:
         z, other = (move(real.z[torch.from_numpy(rows)], device) for rows in (first, second))
         delta = move(torch.from_numpy(share), device)[:, None] * (other - z)
         directions = self._fitted().directions[:, : self.modes]
-        return z + per_class(_on_modes, delta, move(torch.from_numpy(cls), device), directions)
+        return z + project_on_modes(delta, move(torch.from_numpy(cls), device), directions)
 
     def _generators(
         self, cls: np.ndarray, within: np.ndarray, attempt: int
@@ -179,11 +179,3 @@ class LatentSource:
     def _fitted(self):  # noqa: ANN202  (ClassModes, or what model.modes is)
         assert self.model.modes is not None
         return self.model.modes
-
-
-def _on_modes(delta: Tensor, modes: Tensor) -> Tensor:
-    """P delta, by one product per row: a matrix product's last bits would depend on the other rows."""
-    single = delta if delta.ndim == 3 else delta[:, None]
-    modes = modes.expand(len(delta), -1, -1)
-    out = torch.bmm(torch.bmm(single, modes.mT), modes)
-    return out if delta.ndim == 3 else out[:, 0]

@@ -28,8 +28,7 @@ from glem_augment.errors import DataError
 from glem_augment.hub.cards import GENERATED, CardFacts, data_name, escape, trained_on
 from glem_augment.hub.files import LIBRARY
 from glem_augment.hub.upload import CARD, commit_folder, open_repository, warn_without_licence, write_card
-from glem_augment.io import atomic_write, write_json
-from glem_augment.locks import alone_in
+from glem_augment.io import atomic_write, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.dataset import SyntheticDataset
@@ -216,7 +215,7 @@ def export_shards(
     with naming(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder.parent, dataset)
-    with alone_in(partial):
+    with lock_folder(partial):
         new, old = partial / "new", partial / "old"
         for leftover in (new, old):  # of an export that was killed
             shutil.rmtree(leftover, ignore_errors=True)

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from glem_augment.checks import check_number, check_whole
-from glem_augment.counts import WorkerCounts
 from glem_augment.data.pixels import to_uint8_
 from glem_augment.devices import evaluating
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.random_state import rank
+from glem_augment.random_state import WorkerCounts, rank
 from glem_augment.synthetic.balance import as_image_data, for_every_class
 from glem_augment.synthetic.blocks import one_at_a_time
 from glem_augment.synthetic.dataset import to_pil

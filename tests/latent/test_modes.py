@@ -13,7 +13,7 @@ from glem_augment.latent import modes as modes_module
 from glem_augment.latent.modes import (
     REST_FLOOR,
     ClassModes,
-    along_modes,
+    combine_modes,
     fit_class_modes,
     leading_modes,
     project_on_modes,
@@ -176,15 +176,12 @@ def test_moves_use_the_modes_of_each_rows_class(monkeypatch: pytest.MonkeyPatch)
     kept = torch.stack([v[k].T @ v[k] @ delta[i] for i, k in enumerate(y.tolist())])
     for floats in (modes_module.GATHER_FLOATS, 130):  # all at once, and two rows at a time
         monkeypatch.setattr(modes_module, "GATHER_FLOATS", floats)
-        torch.testing.assert_close(along_modes(c, y, v), moved)
+        torch.testing.assert_close(combine_modes(c, y, v), moved)
         torch.testing.assert_close(project_on_modes(delta, y, v), kept)
-        assert along_modes(c[:0], y[:0], v).shape == project_on_modes(delta[:0], y[:0], v).shape == (0, 16)
-    alone = project_on_modes(delta[3:4], y[3:4], v), along_modes(c[3:4], y[3:4], v)
+        assert combine_modes(c[:0], y[:0], v).shape == project_on_modes(delta[:0], y[:0], v).shape == (0, 16)
+    alone = project_on_modes(delta[3:4], y[3:4], v), combine_modes(c[3:4], y[3:4], v)
     assert torch.equal(alone[0][0], project_on_modes(delta, y, v)[3])
-    assert torch.equal(alone[1][0], along_modes(c, y, v)[3])
-    shared = modes.shared_directions
-    torch.testing.assert_close(along_modes(c, y, shared), c @ shared)
-    torch.testing.assert_close(project_on_modes(delta, y, shared), delta @ shared.T @ shared)
+    assert torch.equal(alone[1][0], combine_modes(c, y, v)[3])
 
 
 def test_samples_have_the_moments_of_the_class() -> None:

@@ -538,24 +538,6 @@ def test_a_lock_of_a_file_keeps_threads_and_processes_apart_and_survives_kills(t
         child.join()
 
 
-@pytest.mark.skipif(_locks.fcntl is None, reason="no locks of files")
-def test_a_lock_file_that_its_last_owner_has_just_removed_is_locked_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, locked = _locks._lock_file, []
-
-    def late(file: Any) -> bool:
-        if not locked:
-            (tmp_path / "run" / ".lock").unlink()
-        locked.append(real(file))
-        return locked[-1]
-
-    monkeypatch.setattr(_locks, "_lock_file", late)
-    with _locks.alone_in(tmp_path / "run"):
-        assert locked == [True, True] and (tmp_path / "run" / ".lock").exists()
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_store_without_fork_and_one_without_memory(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = SyntheticDataset(model, per_class=6).images(range(18))
     monkeypatch.setattr(_shared_memory, "_file_without_name", lambda: None)

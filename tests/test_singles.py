@@ -1,0 +1,246 @@
+"""The single files at the top of the package: locks, random states, devices, checks, and the public names."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import glem_augment
+from glem_augment.checks import check_choice, check_number, check_whole
+from glem_augment.devices import evaluating, weights_key
+from glem_augment.io import lock_folder
+from glem_augment.random_state import RandomState, WorkerCounts
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from glem_augment.io import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_locked_by_one_process_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match="another process is at work in .*run"), lock_folder(run):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with lock_folder(run), pytest.raises(BlockingIOError), lock_folder(run):
+        pass
+    assert not run.exists()  # nothing came of it
+    with pytest.raises(ZeroDivisionError), lock_folder(run):
+        (run / "result").write_text("")
+        1 / 0  # noqa: B018
+    assert [path.name for path in run.iterdir()] == ["result"]
+
+
+def test_workers_that_outlive_a_killed_process_do_not_hold_its_lock(tmp_path: Path) -> None:
+    """They are forked while it holds the lock."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs fork")
+    code = HOLD.replace("    print", "    if not __import__('os').fork(): time.sleep(5); raise SystemExit\n    print")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 4
+    while time.monotonic() < deadline:
+        try:
+            with lock_folder(tmp_path):
+                return
+        except BlockingIOError:
+            time.sleep(0.05)
+    pytest.fail("the lock is still held")
+
+
+# ---- random states ---------------------------------------------------------------------------------------------------
+
+
+def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws(rank: int, worker: int | None, state: dict[str, Any] | None = None) -> Tensor:
+        monkeypatch.setattr("glem_augment.random_state.rank", lambda otherwise=0: rank)
+        info = None if worker is None else type("Info", (), {"seed": 0, "id": worker})()
+        monkeypatch.setattr("glem_augment.random_state.get_worker_info", lambda: info)
+        random = RandomState(5)
+        if state is not None:
+            random.restore(state)
+        return torch.cat([torch.rand(4, generator=random.generator()) for _ in range(4)])
+
+    streams = [draws(r, w) for r in (0, 1, 7) for w in (None, 0, 1)]
+    for i, a in enumerate(streams):
+        assert len(a.unique()) == 16 and all(not torch.isin(a, b).any() for b in streams[:i])
+    assert torch.equal(draws(1, None, {"seed": 5, "calls": 2})[:8], streams[3][8:])
+    assert torch.equal(draws(1, 1, {"seed": 5, "calls": 1, "workers": [0, 1]})[:8], streams[5][8:])
+    signs = [torch.rand(4, generator=RandomState(seed).generator()) for seed in (5, -5)]
+    assert not torch.isin(*signs).any()
+
+
+def test_draws_are_those_of_earlier_versions() -> None:
+    random = RandomState(3)
+    found = [torch.rand(1, generator=random.generator()).item() for _ in range(2)]
+    assert found == pytest.approx([0.35117119550704956, 0.6318961977958679], abs=1e-7)
+
+
+def test_states_are_saved_restored_and_checked() -> None:
+    random = RandomState(np.int64(3))
+    random.generator()
+    assert random.state() == {"seed": 3, "calls": 1}
+    later = RandomState(9)
+    later.restore(random.state())
+    assert torch.equal(torch.rand(3, generator=later.generator()), torch.rand(3, generator=random.generator()))
+    for bad in ({"seed": 1}, [], {"seed": "x", "calls": 0}, {"seed": 0, "calls": 0, "workers": [1] * 2000}):
+        with pytest.raises(ValueError, match="'seed' and 'calls'"):
+            later.restore(bad)  # type: ignore[arg-type]
+    for seed in (0.5, True, "1"):
+        with pytest.raises(TypeError, match="seed must be an int"):
+            RandomState(seed)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    first, second = RandomState(None), RandomState(None)
+    torch.manual_seed(0)
+    assert first.seed == RandomState(None).seed != second.seed
+
+
+def test_the_rank_travels_with_a_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = RandomState(0)
+    monkeypatch.setattr("glem_augment.random_state.rank", lambda otherwise=0: 3)
+    sent = pickle.dumps(here)
+    wanted = torch.rand(3, generator=here.generator())
+    monkeypatch.undo()  # a spawned process knows no rank
+    assert torch.equal(torch.rand(3, generator=pickle.loads(sent).generator()), wanted)
+
+
+class Draws:
+    """A data set whose items are draws."""
+
+    def __init__(self) -> None:
+        self.random = RandomState(1)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, item: int) -> Tensor:
+        return torch.rand((), generator=self.random.generator())
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_go_on_from_epoch_to_epoch_and_after_a_resume(persistent: bool) -> None:
+    def loader(data: Draws) -> DataLoader:
+        return DataLoader(data, 1, num_workers=2, persistent_workers=persistent)
+
+    data = Draws()
+    epochs = loader(data)
+    first = torch.cat(list(epochs))
+    state = data.random.state()
+    assert state == {"seed": 1, "calls": 0, "workers": [3, 3]}
+    second = torch.cat(list(epochs))
+    assert len(torch.cat([first, second]).unique()) == 12
+    resumed = Draws()
+    resumed.random.restore(state)
+    assert torch.equal(torch.cat(list(loader(resumed))), second)
+
+
+def test_spawned_workers_count_for_the_main_process_too() -> None:
+    data = Draws()
+    drawn = torch.cat(list(DataLoader(data, 1, num_workers=1, multiprocessing_context="spawn")))
+    assert len(drawn.unique()) == 6 and data.random.state()["workers"] == [6]
+
+
+def test_counts_of_a_copy_are_its_own() -> None:
+    counts = WorkerCounts(2)
+    for other in (copy.deepcopy(counts), pickle.loads(pickle.dumps(counts))):
+        other.own().add_(1)
+        assert other.total().tolist() == [1, 1] and other.rows.is_shared()
+    assert counts.total().tolist() == [0, 0]
+
+
+# ---- devices and checks ----------------------------------------------------------------------------------------------
+
+
+def test_a_key_of_weights_notices_writes_and_replacements() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    seen = {weights_key(model)}
+    assert weights_key(model) in seen
+
+    def changed() -> bool:
+        key = weights_key(model)
+        new = key not in seen
+        seen.add(key)
+        return new
+
+    with torch.no_grad():
+        model[0].weight += 1
+    assert changed()
+    model(torch.randn(4, 2))  # running statistics
+    assert changed()
+    model[0].bias = nn.Parameter(torch.zeros(3))
+    assert changed()
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    assert changed() and not changed()
+    with torch.inference_mode():
+        assert len(weights_key(nn.Linear(2, 3), model)) == 2 + len(weights_key(model))
+
+
+def test_eval_mode_for_a_while_leaves_every_module_as_it_was() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout()))
+    before = [module.training for module in model.modules()]
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        1 / 0  # noqa: B018
+    assert [module.training for module in model.modules()] == before == [True, True, True, False, True]
+
+
+def test_checks_name_the_value_and_what_is_allowed() -> None:
+    check_choice("source", "rfcm", ("gaussian", "rfcm"))
+    with pytest.raises(ValueError, match="source must be one of 'gaussian', 'rfcm'; got 'x'"):
+        check_choice("source", "x", ("gaussian", "rfcm"))
+    assert check_number("p", np.float32(0.5), 0, 1) == 0.5 and check_number("p", 1, 0, 1) == 1.0
+    for value, low, high, open_low, message in (
+        (1.5, 0, 1, False, "p must be from 0 to 1, got 1.5"),
+        (0, 0, 1, True, "p must be above 0 and at most 1, got 0"),
+        (-1, 0, float("inf"), False, "p must be finite and at least 0, got -1"),
+        (0, 0, float("inf"), True, "p must be finite and above 0, got 0"),
+        (float("inf"), 0, float("inf"), False, "finite"),
+        (float("nan"), 0, 1, False, "got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_number("p", value, low, high, open_low)
+    assert check_whole("rank", np.int64(3), 1) == 3
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        check_whole("rank", 0, 1)
+    for bad in (True, 2.0, "3", None):
+        with pytest.raises(TypeError, match="rank must be an int"):
+            check_whole("rank", bad, 1)
+        if not isinstance(bad, float):
+            with pytest.raises(TypeError, match="p must be a number"):
+                check_number("p", bad, 0, 1)
+
+
+def test_public_names_are_imported_when_first_used() -> None:
+    code = "import sys, glem_augment; print('torch' in sys.modules); glem_augment.GLEM; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["False", "True"]
+    assert all(getattr(glem_augment, name) is not None for name in glem_augment.__all__)
+    assert set(glem_augment.__all__) <= set(dir(glem_augment))
+    assert glem_augment.training.Trainer is not None  # so are the rooms
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        glem_augment.nothing  # noqa: B018
