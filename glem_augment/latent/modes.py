@@ -63,7 +63,7 @@ def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
 
 
 def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Apply `function` to rows [m, 1, *] and their classes' modes [m, k, d]: one product per row, a few rows at a time."""
+    """Apply `function` to rows [m, 1, *] and their own modes [m, k, d]: one product per row, a few rows at a time."""
     step = max(1, GATHER_FLOATS // directions[0].numel())
     parts = [function(r[:, None], directions[c])[:, 0] for r, c in zip(rows.split(step), y.split(step), strict=True)]
     return torch.cat(parts)
