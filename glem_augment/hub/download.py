@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from glem_augment.errors import ModelFileError
@@ -54,32 +54,37 @@ def download_model(
     # A mistyped folder looks like a name on the Hub.
     hint = "" if os.fspath(text).startswith(PREFIX) else f" (and there is no folder {os.fspath(text)!r} here)"
     cache = None if cache_dir is None else str(expand(cache_dir))
-
-    def fetch(file: str, revision: str | None) -> Path:
-        return Path(
-            hf_hub_download(name.repo_id, file, revision=revision, cache_dir=cache, token=token, library_name=LIBRARY)
-        )
-
     with hub_errors(name, hint=hint):
-        files = None if _is_pinned_and_cached(name, cache) else _ask(name, token)
-        if files is None:
-            commit = fetch(CONFIG, name.revision).parent.name
-        else:
-            commit = files.sha
+        files = _ask(name, cache, token)
+
+        def fetch(file: str, revision: str | None) -> Path:
+            return Path(
+                hf_hub_download(
+                    name.repo_id,
+                    file,
+                    revision=revision,
+                    cache_dir=cache,
+                    token=token,
+                    local_files_only=files is None,
+                    library_name=LIBRARY,
+                )
+            )
+
+        if files is not None:
             _check_listing(name, files)
-        found = HubName(name.repo_id, commit)
-        folder = fetch(CONFIG, commit).parent
+        config = fetch(CONFIG, name.revision if files is None else files.sha)
+        found = HubName(name.repo_id, config.parent.name)
         try:
-            read_config(folder)
+            read_config(config.parent)
         except ModelFileError as error:
             raise HubError(f"{found} can't be used: {error}") from None
-        weights = fetch(WEIGHTS, commit)
+        weights = fetch(WEIGHTS, found.revision)
         if files is not None:
             _check_weights(found, weights, _entry(files, WEIGHTS))
             # Only now does the name stand for this commit in the cache. An update that fails half-way leaves the
             # earlier model there for offline use.
             fetch(CONFIG, name.revision)
-    return folder, str(found)
+    return config.parent, str(found)
 
 
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
@@ -94,15 +99,17 @@ def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
     return HubName(name.repo_id, revision or name.revision)
 
 
-def _is_pinned_and_cached(name: HubName, cache: str | None) -> bool:
-    """A commit never changes: if both of its files are in the cache, there is nothing to ask."""
-    return re.fullmatch(r"[0-9a-f]{40}", name.revision or "") is not None and all(
+def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInfo | None:
+    """The commit of the revision, with sizes and checksums of its files; None if the model is to come from the cache.
+
+    A commit never changes, so one that is in the cache needs no question. Otherwise the cache stands in for a Hub that
+    can't be reached or fails.
+    """
+    cached = all(
         isinstance(try_to_load_from_cache(name.repo_id, file, cache, name.revision), str) for file in (CONFIG, WEIGHTS)
     )
-
-
-def _ask(name: HubName, token: str | bool | None) -> ModelInfo | None:
-    """The commit of the revision with sizes and checksums of its files; None where the Hub gives no answer."""
+    if cached and re.fullmatch(r"[0-9a-f]{40}", name.revision or ""):
+        return None
     try:
         return HfApi(library_name=LIBRARY).model_info(
             name.repo_id,
@@ -111,11 +118,11 @@ def _ask(name: HubName, token: str | bool | None) -> ModelInfo | None:
             token=token,
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-        raise
-    except Exception as error:  # offline, unreachable or failing: the cache may have the model
+    except Exception as error:  # see `hub_errors`
+        if not cached or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            raise
         if not constants.HF_HUB_OFFLINE:
-            _log.warning("the Hub gave no answer for %s (%s); looking in the cache", name, type(error).__name__)
+            _log.warning("the Hub gave no answer for %s (%s); using the cache", name, type(error).__name__)
         return None
 
 

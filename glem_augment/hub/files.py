@@ -91,11 +91,13 @@ def _explain(error: Exception, name: HubName, repo_type: str, hint: str) -> str:
         return f"{name.repo_id!r} is no name of a repository: {error}"
     if any("consistency check failed" in str(cause).lower() for cause in causes):
         return f"the transfer of {at} was cut off: try again"
-    answer = next((cause for cause in causes if _status(cause)), None)
-    if answer is None and caused_by(ConnectionError, TimeoutError, socket.gaierror):
+    for cause in causes:
+        if status := getattr(getattr(cause, "response", None), "status_code", None):
+            access = f"; use a token with access, or {_LOG_IN}" if status in (401, 403) else ""
+            return f"{host} answered {status} for {at}: {getattr(cause, 'server_message', None) or cause}{access}"
+    if caused_by(ConnectionError, TimeoutError, socket.gaierror):
         return f"{host} can't be reached for {at} ({error}): check the connection, the proxy and HF_ENDPOINT{hint}"
-    access = f" (use a token with access, or {_LOG_IN})" if answer and _status(answer) in (401, 403) else ""
-    return f"{host} failed for {at}: {answer or error}{access}"
+    return f"{host} failed for {at}: {error}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -103,11 +105,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that the Hub answered with, if the error holds an answer."""
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _without_secrets(text: str) -> str:

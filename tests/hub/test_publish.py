@@ -1,0 +1,238 @@
+"""Synthetic data sets on the Hub, and the same layout as an export to a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_hub
+import torch
+from hub_server import HubServer
+from huggingface_hub import DatasetCard
+from PIL import Image
+from test_hub import tiny_model
+
+from glem_augment import GLEM, SyntheticDataset
+from glem_augment.data.dataset import ImageData
+from glem_augment.errors import DataError
+from glem_augment.model.weights import WEIGHTS
+from glem_augment.synthetic import publish
+
+PROVENANCE = "glem-provenance.json"
+server, pushed = test_hub.server, test_hub.pushed  # fixtures
+
+
+def push(dataset: SyntheticDataset, server: HubServer, **options: object) -> dict[str, bytes]:
+    commit = dataset.push_to_hub("org/images", license="mit", **options)
+    return server.repo("org/images", "dataset").commits[commit.oid]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_shards(shards: list[bytes]) -> list[dict[str, bytes]]:
+    found = []
+    for shard in shards:
+        with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
+            found.append({member.name: archive.extractfile(member).read() for member in archive})  # type: ignore
+    return found
+
+
+def test_a_data_set_is_pushed_as_an_image_folder(pushed: tuple[HubServer, GLEM, str]) -> None:
+    server, model, commit = pushed
+    loaded = GLEM.from_pretrained("org/flow")
+    dataset = SyntheticDataset(loaded, per_class={"cat": 3, "ant": 2}, temperature=0.5, seed=4)
+    tree = push(dataset, server)
+    rows = [json.loads(line) for line in tree["data/train/metadata.jsonl"].splitlines()]
+    assert [row["label"] for row in rows] == dataset.targets == [0, 0, 0, 2, 2]
+    assert [row["index"] for row in rows] == list(range(5))
+    for row in rows:
+        image = Image.open(io.BytesIO(tree[f"data/train/{row['file_name']}"]))
+        assert image.tobytes() == dataset[row["index"]][0].tobytes()
+    origin = json.loads(tree[PROVENANCE])
+    assert origin["synthetic"] is True and origin["settings"]["temperature"] == 0.5 and origin["settings"]["seed"] == 4
+    assert origin["loaded_from"] == f"org/flow@{commit}" and "model" not in origin
+    weights = server.repo("org/flow").commits[commit][WEIGHTS]
+    assert origin["weights_sha256"] == publish.hashlib.sha256(weights).hexdigest()
+    card = DatasetCard(tree["README.md"].decode())
+    assert {"synthetic", "glem-augment"} <= set(card.data.tags) and card.data.license == "mit"
+    assert "These images are synthetic" in card.text and f"org/flow@{commit}" in card.text
+    # With fewer images than before, the others go. Files that are not part of the data stay.
+    mine = {"data-notes/a.txt": b"mine", "database.txt": b"mine"}
+    server.put("org/images", mine, "dataset")
+    now = push(SyntheticDataset(model, per_class=1), server)
+    assert len(now) == len(tree) - 2 + len(mine) and mine.items() <= now.items()
+    # A model that was changed is no longer the one on the Hub.
+    loaded.gaussians.mu.add_(0.1)
+    assert json.loads(push(SyntheticDataset(loaded, per_class=1), server)[PROVENANCE])["loaded_from"] is None
+
+
+def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, model, _ = pushed
+    monkeypatch.setattr(publish, "MIN_SHARD", 4)
+    monkeypatch.setattr(publish, "MAX_FILES_IN_FOLDER", 2)
+    monkeypatch.setattr(publish, "_BLOCK", 2)
+    dataset = SyntheticDataset(model, per_class=3)
+    with pytest.raises(DataError, match="webdataset"):
+        push(dataset, server, format="imagefolder")
+    tree = push(dataset, server)
+    shards = read_shards([tree[f"data/train-{i:05d}-of-00003.tar"] for i in range(3)])
+    for i in range(9):
+        image, label = dataset[i]
+        assert shards[i % 3][f"{i:08d}.cls"] == str(label).encode()
+        assert Image.open(io.BytesIO(shards[i % 3][f"{i:08d}.png"])).tobytes() == image.tobytes()
+    assert [len(shard) for shard in shards] == [6, 6, 6]
+    assert json.loads(tree["data/_info.json"])["splits"]["train"]["shard_lengths"] == [3, 3, 3]
+    assert push(dataset, server) == tree  # the same bytes again
+    monkeypatch.setattr(publish, "MAX_SHARDS", 2)
+    assert "data/train-00001-of-00002.tar" in push(dataset, server)
+
+
+LOAD = """
+import json, sys
+from datasets import load_dataset
+data = load_dataset("org/images", split="train")
+image, label = ("image", "label") if "image" in data.column_names else ("png", "cls")
+rows = sorted((x["index"] if image == "image" else int(x["__key__"]), x[label], x[image].tobytes().hex()) for x in data)
+streamed = sum(1 for _ in load_dataset("org/images", split="train", streaming=True))
+print(json.dumps([data.features[label].names, streamed, rows]))
+"""
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "webdataset"])
+def test_datasets_loads_what_was_pushed(
+    pushed: tuple[HubServer, GLEM, str],
+    format: str,  # noqa: A002
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    server, model, _ = pushed
+    dataset = SyntheticDataset(model, per_class=3)
+    push(dataset, server, format=format)
+    env = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", LOAD], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names, streamed, rows = json.loads(done.stdout)
+    assert names == dataset.classes and streamed == 9
+    assert rows == [[i, dataset[i][1], dataset[i][0].tobytes().hex()] for i in range(9)]
+
+
+def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:
+    """What `datasets` needs in the card, for machines without it."""
+    dataset = SyntheticDataset(tiny_model(), per_class=1)
+    names = {"0": "cat", "1": "dog", "2": "ant"}
+    for kind, image, label, path in (
+        ("imagefolder", "image", "label", "data/train/**"),
+        ("webdataset", "png", "cls", "data/train-*.tar"),
+    ):
+        publish.write_dataset(dataset, tmp_path / kind, "org/x", test_hub.CardFacts("mit"), kind, progress=False)
+        data = DatasetCard((tmp_path / kind / "README.md").read_text()).data.to_dict()
+        features = data["dataset_info"]["features"]
+        assert features[0] == {"name": image, "dtype": "image"}
+        assert features[1] == {"name": label, "dtype": {"class_label": {"names": names}}}
+        assert data["configs"][0]["data_files"] == [{"split": "train", "path": path}]
+        assert data["configs"][0].get("features", features) == features
+        assert data["size_categories"] == ["n<1K"]
+
+
+def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> None:
+    model = tiny_model(data="private/large")
+    x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
+    real = ImageData.from_tensors(x, y, model.classes, name="somewhere/photos")
+    model.fit_modes(real, rank=1)
+    options: dict[str, Any] = {"per_class": 2, "seed": 3}
+    cards = []
+    for name, data in (
+        ("a", SyntheticDataset(model, min_confidence=0.1, **options)),
+        ("b", SyntheticDataset(model, source="mixup", real=real, **options)),
+    ):
+        folder = data.export(tmp_path / name, "webdataset", progress=False)
+        cards.append((folder / "README.md").read_text())
+        code = next(line for line in cards[-1].splitlines() if line.startswith("SyntheticDataset(model"))
+        again = eval(code, {"SyntheticDataset": SyntheticDataset, "model": model, "real": real})
+        assert torch.equal(again.images(range(len(data))), data.images(range(len(data))))
+        assert "| the flow was trained on | large |" in cards[-1]
+    assert "None is a photograph" in cards[0] and "temperature" in cards[0]
+    assert "None is a photograph" not in cards[1] and "temperature" not in cards[1]
+    assert "each is a real image, moved" in cards[1] and "| photos |" in cards[1]
+    note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
+    assert "and of the real images that were mixed" in note
+
+
+# ---- shards in a folder ------------------------------------------------------------------------------------------
+
+
+def make(seed: int = 1) -> SyntheticDataset:
+    return SyntheticDataset(tiny_model(), per_class=2, seed=seed)
+
+
+def export(folder: Path, seed: int = 1, **options: object) -> Path:
+    return make(seed).export(folder, "webdataset", progress=False, **options)
+
+
+def test_shards_replace_an_earlier_export_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(tmp_path / "out")
+    before = files(folder)
+    with pytest.raises(FileExistsError, match="not empty"):
+        export(folder, seed=2)
+    (tmp_path / ".out.partial" / "new").mkdir(parents=True)  # of an export that was killed
+    (tmp_path / ".out.partial" / "new" / "half").write_bytes(b"x")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tarfile.TarFile.addfile", full_disk)
+        with pytest.raises(OSError, match="cannot write .*data: No space left"):
+            export(folder, seed=2, overwrite=True)
+    assert files(folder) == before
+    export(folder, seed=2, overwrite=True)
+    assert files(folder) == files(export(tmp_path / "fresh" / "out", seed=2)) != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    export(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "big" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "data/val-00000.tar", "data/more/a.txt", "README.md", PROVENANCE])
+def test_shards_are_not_written_over_files_of_others(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(tmp_path / "out")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"mine")
+    before, data = files(folder), make(2)
+    monkeypatch.setattr(data, "images", None)  # refused before any work
+    with pytest.raises(FileExistsError, match="is left alone|not of an earlier export"):
+        data.export(folder, "webdataset", progress=False, overwrite=True)
+    assert files(folder) == before
+
+
+def test_files_that_appear_during_an_export_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, data = export(tmp_path / "out"), make(2)
+    images = data.images
+
+    def meanwhile(indices: Any) -> torch.Tensor:
+        (folder / "late.txt").write_bytes(b"mine")
+        return images(indices)
+
+    monkeypatch.setattr(data, "images", meanwhile)
+    with pytest.raises(FileExistsError, match="late.txt"):
+        data.export(folder, "webdataset", progress=False, overwrite=True)
+    assert (folder / "late.txt").read_bytes() == b"mine" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_mount_point_can_not_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(OSError, match="is a mount point.*in it"):
+        export(tmp_path)
+    assert export(tmp_path / "in").is_dir()
