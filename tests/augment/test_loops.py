@@ -1,0 +1,431 @@
+"""The ways into a training loop (a wrapped loader, timm's mixup_fn, a collate function), and the code of the docs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from augment_cases import images as any_images
+from augment_cases import labels as any_labels
+from augment_cases import make_model
+from PIL import Image
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader, resolve_model_data_config
+from timm.data.loader import fast_collate
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from glem_augment import GLEM, ClassMismatchError, GLEMAugment
+from glem_augment.augment.loops import AugmentedLoader, mix_soft
+
+CLASSES = ["bird", "cat", "dog"]
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def images(n: int, size: int = 8) -> Tensor:
+    return any_images(n, 3, size)
+
+
+def labels(n: int) -> Tensor:
+    return any_labels(n, 3)
+
+
+@pytest.fixture(scope="module")
+def model() -> GLEM:
+    return make_model(3, CLASSES, rank=16)
+
+
+def make(model: GLEM, **settings: Any) -> GLEMAugment:
+    return GLEMAugment(model, **{"p": 1.0, "seed": 0, **settings})
+
+
+def loader(n: int = 10, batch: int = 4, **settings: Any) -> DataLoader:
+    return DataLoader(TensorDataset(images(n) / 255, labels(n)), batch_size=batch, **settings)
+
+
+def timm_loader(folder: Path, **settings: Any) -> Any:
+    given: dict[str, Any] = {
+        "input_size": (3, 16, 16),
+        "batch_size": 4,
+        "is_training": True,
+        "no_aug": True,
+        "num_workers": 0,
+        "persistent_workers": False,
+        "mean": MEAN,
+        "std": STD,
+        "device": torch.device("cpu"),
+    }
+    return create_loader(ImageDataset(str(folder)), **{**given, **settings})
+
+
+# ---- wrap ----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrapped_loader_behaves_as_the_loader(model: GLEM) -> None:
+    inner = loader()
+    wrapped = make(model).wrap(inner, device="cpu")
+    assert len(wrapped) == len(inner) == 3
+    for name in ("dataset", "sampler", "batch_size", "collate_fn", "num_workers"):
+        assert getattr(wrapped, name) is getattr(inner, name)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        wrapped.nothing_of_the_kind  # noqa: B018
+    assert "AugmentedLoader" in repr(wrapped)
+    for (x, y), (before, target) in zip(wrapped, inner, strict=True):
+        assert x.shape == before.shape and x.dtype == before.dtype and torch.equal(y, target)
+        assert (x != before).flatten(1).any(1).all()
+    copied = pickle.loads(pickle.dumps(wrapped))
+    assert isinstance(copied, AugmentedLoader) and len(copied) == 3
+    varied = [(images(n, size) / 255, labels(n)) for n, size in ((1, 8), (5, 16), (2, 30))]
+    assert [x.shape for x, _ in make(model).wrap(varied)] == [x.shape for x, _ in varied]
+
+
+def test_epochs_and_switches(model: GLEM) -> None:
+    inner = loader()
+    first = [x for x, _ in inner]
+
+    def changed(wrapped: AugmentedLoader) -> set[bool]:
+        return {not torch.equal(x, before) for (x, _), before in zip(wrapped, first, strict=True)}
+
+    wrapped = make(model).wrap(inner, off_epoch=2)
+    assert wrapped.mixup_enabled and wrapped.epoch == 0
+    assert [changed(wrapped) for _ in range(4)] == [{True}, {True}, {False}, {False}] and wrapped.epoch == 4
+    wrapped.epoch = 1
+    assert changed(wrapped) == {True} and changed(wrapped) == {False}
+    wrapped.epoch, wrapped.mixup_enabled = 0, False
+    assert not wrapped.mixup_enabled and changed(wrapped) == {False}
+    # Labels keep their form: soft ones stay soft.
+    wrapped = make(model, partner="any").wrap(inner, off_epoch=1)
+    on, off = (next(iter(wrapped))[1] for _ in range(2))
+    assert on.shape == off.shape == (4, 3) and torch.equal(off, F.one_hot(labels(4), 3).float())
+    assert next(iter(make(model).wrap(inner, off_epoch=0)))[1].dtype == torch.int64
+
+
+class Pair(NamedTuple):
+    image: Any
+    label: Any
+
+
+@pytest.mark.parametrize("off_epoch", [None, 0])
+def test_batches_keep_their_structure(model: GLEM, off_epoch: int | None) -> None:
+    x, y = images(4) / 255, labels(4)
+    for batch in ((x, {"labels": y}), Pair(x, y), [x, y, ["a", "b", "c", "d"]], (x, y, 5), (x[0], 1)):
+        (out,) = make(model, policy="noise").wrap([batch], off_epoch=off_epoch)
+        assert type(out) is type(batch) and len(out) == len(batch) and str(out[1:]) == str(batch[1:])
+        assert torch.equal(out[0], batch[0]) == (off_epoch == 0)
+    structure = (x, {"labels": y, "boxes": torch.zeros(4, 4), "name": "a"})  # all of it goes to the device
+    wrapped = make(model, policy="noise").wrap([structure], device="meta", off_epoch=0)
+    seen: list[Any] = []
+    wrapped.aug.unmoved = lambda x, y: seen.append((x, y)) or (x, y)
+    list(wrapped)
+    x, y = seen[0]
+    assert x.is_meta and y["labels"].is_meta and y["boxes"].is_meta and y["name"] == "a"
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_training_step_after_timms_own_loader(model: GLEM, image_folder: Path, prefetch: bool, soft: bool) -> None:
+    collate = FastCollateMixup(num_classes=3, label_smoothing=0.1) if prefetch and soft else None
+    inner = timm_loader(image_folder, use_prefetcher=prefetch, collate_fn=collate)
+    aug = make(model, mean=MEAN, std=STD, partner="any" if soft else "same")
+    wrapped = aug.wrap(inner)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    loss_fn = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(0.1)
+    for x, y in wrapped:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss_fn(net(x), y).backward()
+    assert aug.stats == {"selected": 12, "replaced": 0, "unmapped": 0}
+    if collate is not None:
+        wrapped.mixup_enabled = False
+        assert not collate.mixup_enabled and not inner.mixup_enabled
+
+
+def test_normalisation_is_taken_back_and_must_be_the_loaders(model: GLEM, image_folder: Path) -> None:
+    inner = timm_loader(image_folder, is_training=False)
+    wrapped = make(model, mean=MEAN, std=STD, policy="noise", strength=0.05).wrap(inner)
+    m, s = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    for (x, y), (before, target) in zip(wrapped, inner, strict=True):
+        assert torch.equal(y, target) and 1e-3 < ((x - before) * s).abs().mean() < 0.05
+        assert (x * s + m).min() > -1e-4 and (x * s + m).max() < 1 + 1e-4
+    with pytest.raises(ValueError, match=r"mean=\(0.48, 0.46, 0.41\), std=\(0.27, 0.26, 0.28\)"):
+        make(model).wrap(inner)
+    with pytest.raises(ValueError, match="normalises"):
+        make(model, mean=MEAN, std=(0.5, 0.5, 0.5)).wrap(inner)
+    half = timm_loader(image_folder, img_dtype=torch.bfloat16)
+    (x, _), *_ = make(model, mean=MEAN, std=STD).wrap(half)
+    assert x.dtype == torch.bfloat16
+    config = resolve_model_data_config(timm.create_model("resnet10t"))
+    assert make(model, mean=config["mean"], std=config["std"]).pixels.mean == tuple(config["mean"])
+
+
+class Named(TensorDataset):
+    """A data set that says its classes."""
+
+    def __init__(self, classes: list[str]) -> None:
+        super().__init__(images(4), labels(4))
+        self.classes = classes
+
+
+def test_classes_in_another_order_are_noticed(image_folder: Path) -> None:
+    other = make_model(3, ["dog", "bird", "cat"], rank=16)
+    inner = timm_loader(image_folder)
+    with pytest.raises(ClassMismatchError, match=r"class 0 is 'bird', the flow's 'dog'.*here \[1, 2, 0\]"):
+        make(other, mean=MEAN, std=STD).wrap(inner)
+    assert len(list(make(other, mean=MEAN, std=STD, class_map=[1, 2, 0]).wrap(inner))) == 3
+    folder = ImageFolder(str(image_folder))
+    for data in (folder, Subset(folder, [0, 1]), ConcatDataset([Subset(folder, [0]), folder])):
+        with pytest.raises(ClassMismatchError, match="class_map=match_classes"):
+            make(other).wrap(DataLoader(data))
+    with pytest.raises(ClassMismatchError, match=r"class 1 is 'cat', the flow's 'bird'.*here \[0, 2, -1\]"):
+        make(other).wrap(DataLoader(Named(["dog", "cat", "zebra"])))
+    make(other).wrap(DataLoader(Named(["dog", "bird", "zebra"])))  # the flow has another name for the third
+    make(make_model(3, ["one", "two", "three"], rank=16)).wrap(DataLoader(folder))
+
+
+def test_adversarial_in_a_loop(model: GLEM, image_folder: Path) -> None:
+    net = timm.create_model("resnet10t", num_classes=3)
+    aug = make(model, mean=MEAN, std=STD, policy="adversarial").attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for x, y in aug.wrap(timm_loader(image_folder)):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    assert aug.stats["selected"] == 12 and net.training
+
+
+def test_bad_loaders(model: GLEM, image_folder: Path) -> None:
+    aug = make(model)
+    naflex = pytest.importorskip("timm.data.naflex_loader").create_naflex_loader(
+        ImageDataset(str(image_folder)),
+        patch_size=4,
+        train_seq_lens=(16,),
+        max_seq_len=16,
+        batch_size=4,
+        is_training=True,
+        num_workers=0,
+        device=torch.device("cpu"),
+        persistent_workers=False,
+    )
+    patches = [({"patches": torch.zeros(2, 4, 768), "patch_coord": torch.zeros(2, 4, 2)}, labels(2))]
+    with pytest.raises(ValueError, match="NaFlex loaders give patches"):
+        aug.wrap(naflex)
+    with pytest.raises(ValueError, match="NaFlex loaders give patches"):
+        list(aug.wrap(patches))
+    with pytest.raises(TypeError, match="must be iterable"):
+        aug.wrap(3)
+    with pytest.raises(TypeError, match="as_transform"):
+        list(aug.wrap([{"image": images(2), "label": labels(2)}]))
+    for off_epoch in (None, 0):
+        with pytest.raises(TypeError, match="y must be a tensor of labels"):
+            list(aug.wrap([(images(3), [0, 1, 2])], off_epoch=off_epoch))
+    for bad in (-1, 1.5, True):
+        with pytest.raises((ValueError, TypeError), match="off_epoch"):
+            aug.wrap(loader(), off_epoch=bad)  # type: ignore[arg-type]
+
+
+# ---- as_mixup_fn ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"policy": "noise"}, {"partner": "any"}, {"labels": "hard"}, {"p": 0.0}])
+def test_mixup_fn_always_gives_soft_labels(model: GLEM, settings: dict[str, Any]) -> None:
+    mixup_fn = make(model, **settings).as_mixup_fn(smoothing=0.1)
+    x, y = images(5) / 255, labels(5)  # an odd number, which timm's Mixup does not take
+    smooth = F.one_hot(y, 3) * 0.9 + 0.1 / 3
+    out, target = mixup_fn(x, y)
+    assert target.shape == (5, 3) and torch.allclose(target.sum(1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(target, smooth, atol=1e-6) == (settings.get("partner") != "any")
+    assert torch.equal(out, x) == (settings.get("p") == 0.0)
+    mixup_fn.mixup_enabled = False
+    out, target = mixup_fn(x, y)
+    assert out is x and torch.allclose(target, smooth) and torch.equal(mixup_fn(x, smooth)[1], smooth)
+
+
+def test_smoothing_comes_last(model: GLEM) -> None:
+    """It is linear, so mixed labels are as if smoothed before, and a posterior is smoothed like any other label."""
+    x, y = images(6) / 255, labels(6)
+    for settings in ({"partner": "any"}, {"policy": "noise", "labels": "posterior"}):
+        soft = make(model, **settings)(x, F.one_hot(y, 3).float())[1]
+        assert torch.allclose(make(model, **settings).as_mixup_fn(0.3)(x, y)[1], soft * 0.7 + 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_timms_mixup_on_soft_labels_is_its_mixup_on_hard_ones(mode: str) -> None:
+    x, y = images(8).float(), labels(8)
+    mixup = Mixup(mixup_alpha=0.4, cutmix_alpha=1.0, mode=mode, label_smoothing=0.0, num_classes=3)
+    np.random.seed(1)
+    wanted = mixup(x.clone(), y)
+    np.random.seed(1)
+    mixup.multi_label = True  # is left out, as is its smoothing
+    got = mix_soft(mixup, x, F.one_hot(y, 3).float())
+    assert torch.equal(got[0], wanted[0]) and torch.allclose(got[1], wanted[1])
+    assert mixup.num_classes == 3 and torch.equal(x, images(8).float())
+    assert mix_soft(mixup, x[:0], torch.zeros(0, 3))[1].shape == (0, 3)
+
+
+@pytest.mark.parametrize("order", ["aug", "mixup"])
+def test_with_timms_mixup_before_or_after(model: GLEM, order: str) -> None:
+    x, y = images(8) / 255, labels(8)
+    before = x.clone()
+    mixup = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.7)
+    settings = {"policy": "noise", "strength": 0.2}
+    np.random.seed(2)
+    wanted_mix = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.1)
+    if order == "aug":
+        wanted = wanted_mix(make(model, **settings)(x, y)[0].clone(), y)
+    else:
+        wanted = make(model, **settings)(*wanted_mix(x.clone(), y))
+    np.random.seed(2)
+    out, target = make(model, **settings).as_mixup_fn(0.1, mixup=mixup, order=order)(x, y)
+    assert torch.allclose(out, wanted[0], atol=1e-5) and torch.allclose(target, wanted[1], atol=1e-5)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", [v2.MixUp, v2.CutMix])
+@pytest.mark.parametrize("first", [True, False])
+def test_with_torchvisions_mixup_and_cutmix(model: GLEM, kind: type, first: bool) -> None:
+    x, y = images(6) / 255, labels(6)
+    chain = [make(model, partner="any"), kind(num_classes=3)]
+    out, target = v2.Compose(chain if first else chain[::-1])(x, y)
+    assert out.shape == x.shape and not torch.equal(out, x)
+    assert target.shape == (6, 3) and torch.allclose(target.sum(1), torch.ones(6), atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_unknown_labels_are_refused_in_every_form(model: GLEM, label: int) -> None:
+    x, y = images(2), torch.tensor([0, label])
+    aug = make(model, partner="any")
+    off, wrapped, collate = aug.as_mixup_fn(), aug.wrap([(x, y)]), aug.collate_fn()
+    off.mixup_enabled = wrapped.mixup_enabled = collate.mixup_enabled = False
+    calls = (
+        lambda: aug(x, y),
+        lambda: aug.as_mixup_fn(0.1)(x, y),
+        lambda: off(x, y),
+        lambda: list(wrapped),
+        lambda: collate(list(zip(x, y.tolist(), strict=True))),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="out of range"):
+            call()
+
+
+def test_mixup_fn_arguments(model: GLEM) -> None:
+    aug = make(model)
+    with pytest.raises(ValueError, match="smoothing must be from 0 to 1"):
+        aug.as_mixup_fn(smoothing=1.5)
+    with pytest.raises(ValueError, match="order must be one of"):
+        aug.as_mixup_fn(order="first")
+    with pytest.raises(TypeError, match="timm.data.Mixup"):
+        aug.as_mixup_fn(mixup=v2.MixUp(num_classes=3))
+    with pytest.raises(TypeError, match="collate_fn"):
+        aug.as_mixup_fn(mixup=FastCollateMixup(num_classes=3))
+    assert "smoothing=0.1" in repr(aug.as_mixup_fn(0.1)) and aug.as_mixup_fn().num_classes == 3
+
+
+# ---- collate_fn ----------------------------------------------------------------------------------------------
+
+
+def test_workers_draw_differently(model: GLEM) -> None:
+    twice = TensorDataset(images(4).repeat(2, 1, 1, 1) / 255, labels(4).repeat(2))
+    (a, y), (b, _) = DataLoader(twice, batch_size=4, num_workers=2, collate_fn=make(model).collate_fn())
+    assert not torch.equal(a, twice.tensors[0][:4]) and torch.equal(y, labels(4)) and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda collate: pickle.loads(pickle.dumps(collate)), None])
+def test_the_switch_reaches_workers_that_are_running(model: GLEM, again: Any) -> None:
+    with torch.inference_mode():
+        collate = make(model, partner="any").collate_fn()
+    collate = collate if again is None else again(collate)
+    inner = loader(4, num_workers=1, persistent_workers=True, collate_fn=collate)
+    ((x, _),) = inner
+    assert not torch.equal(x, inner.dataset.tensors[0])
+    collate.mixup_enabled = False
+    ((x, y),) = inner
+    assert torch.equal(x, inner.dataset.tensors[0]) and torch.equal(y, F.one_hot(labels(4), 3).float())
+
+
+def test_persistent_workers_are_resumed_exactly(model: GLEM) -> None:
+    def loader_of(aug: GLEMAugment) -> DataLoader:
+        return loader(12, 4, num_workers=2, persistent_workers=True, collate_fn=aug.collate_fn())
+
+    aug = make(model, policy="noise")
+    living = loader_of(aug)
+    list(living)
+    state = copy.deepcopy(aug.state_dict())
+    expected = [x for x, _ in living]
+    torch.manual_seed(12345)  # no part of the transform's state
+    resumed = make(model, policy="noise")
+    resumed.load_state_dict(state)
+    assert all(torch.equal(a, b) for (a, _), b in zip(loader_of(resumed), expected, strict=True))
+
+
+def test_collate_with_timms_prefetching_loader(model: GLEM, image_folder: Path) -> None:
+    collate = make(model, policy="noise").collate_fn()
+    inner = timm_loader(image_folder, collate_fn=collate, is_training=False)
+    plain = list(timm_loader(image_folder, is_training=False))
+    for (x, y), (before, target) in zip(inner, plain, strict=True):
+        assert x.dtype == torch.float32 and not torch.equal(x, before) and torch.equal(y, target)
+    assert inner.mixup_enabled
+    inner.mixup_enabled = False
+    assert not collate.mixup_enabled
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(inner, plain, strict=True))
+
+
+def test_collate_bases_and_samples(model: GLEM) -> None:
+    x, y = images(4), labels(4)
+    samples = [(image.numpy(), label) for image, label in zip(x, y.tolist(), strict=True)]
+    collate = make(model).collate_fn()
+    out, target = collate(samples)
+    assert out.dtype == torch.uint8 and target.dtype == torch.int64 and not torch.equal(out, x)
+    third = collate([(*sample, i) for i, sample in enumerate(samples)])  # no item is dropped
+    assert len(third) == 3 and third[2].tolist() == [0, 1, 2, 3] and third[0].dtype == torch.uint8
+    assert len(collate([list(sample) for sample in samples])) == 2
+    assert collate([(image / np.float32(255), label) for image, label in samples])[0].dtype == torch.float32
+    for label in (2, np.int32(2), torch.tensor(2)):
+        assert collate([(image, label) for image, _ in samples])[1].tolist() == [2] * 4
+    for label in (2.7, np.float32(2.7), torch.tensor(2.7)):  # not cut to whole numbers
+        with pytest.raises(TypeError, match="labels must be integers"):
+            collate([(image, label) for image, _ in samples])
+    pairs = make(model).collate_fn(lambda given: Pair(*default_collate(given)))
+    assert type(pairs(samples)) is Pair
+    again = pickle.loads(pickle.dumps(make(model).collate_fn(fast_collate)))
+    assert torch.equal(again(samples)[0], make(model).collate_fn(fast_collate)(samples)[0])
+    mixup = FastCollateMixup(num_classes=3)
+    collate = make(model).collate_fn(mixup)
+    assert collate(samples)[1].shape == (4, 3)
+    collate.mixup_enabled = False  # stops both
+    assert torch.equal(collate(samples)[0], x) and not mixup.mixup_enabled
+    assert not make(model).collate_fn(mixup).mixup_enabled  # one that is off stays off
+
+
+def test_bad_samples(model: GLEM) -> None:
+    collate = make(model).collate_fn()
+    with pytest.raises(TypeError, match=r"v2\.ToImage"):
+        collate([(Image.new("RGB", (8, 8)), 0)])
+    with pytest.raises(TypeError, match="samples must be"):
+        collate([images(1)[0]])
+    with pytest.raises(TypeError, match="collate function"):
+        make(model).collate_fn("default")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="base must give"):
+        make(model).collate_fn(lambda batch: {"x": 1})([(images(1)[0], 0)])
+
+
+# ---- documentation -------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "plugin.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) > 6
+    space: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block.replace("[::10]", "[::50]"), "docs/plugin.md", "exec"), space)  # a fifth of the images
+    assert "| 0.5 |" in capsys.readouterr().out
+    assert space["soft"].shape == (20, 10) and space["sample"]["label"] == 3

@@ -1,0 +1,165 @@
+"""Moves along the modes, partners, and the rows that must be encoded for them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from augment_cases import images, labels
+from torch import Tensor
+
+from glem_augment import GLEM, GLEMAugment
+from glem_augment.augment.moves import partner_latents, rows_to_encode
+from glem_augment.augment.params import AugmentParams, draw_shares
+
+
+def modes_of(model: GLEM, basis: str, cls: int) -> tuple[Tensor, Tensor]:
+    m = model.modes
+    return (m.shared_directions, m.shared_scales) if basis == "shared" else (m.directions[cls], m.scales[cls])
+
+
+@pytest.mark.parametrize("basis", ["class", "shared"])
+@pytest.mark.parametrize(("partner", "modes"), [("same", 64), ("same", 5), ("any", 5)])
+def test_mixup_is_interpolation_along_the_modes(model: GLEM, basis: str, partner: str, modes: int) -> None:
+    x, y = images(12).double() / 255, labels(12)
+    exact = copy.deepcopy(model).double()
+    aug = GLEMAugment(exact, p=1.0, partner=partner, modes=modes, basis=basis, seed=0)
+    params = aug.draw(x, y)
+    out, _ = aug.apply(x, y, params)
+    z = exact.encode(x)[0]
+    for i in range(12):
+        v = modes_of(exact, basis, y[i])[0][:modes]
+        moved = z[i] + (1 - params.l[i]) * (v.T @ (v @ (z[params.partner[i]] - z[i])))
+        assert torch.allclose(out[i], exact.decode(moved[None])[0], atol=1e-6)
+        if modes == 64:  # all directions: plain interpolation of the latents
+            assert torch.allclose(moved, params.l[i] * z[i] + (1 - params.l[i]) * z[params.partner[i]], atol=1e-6)
+
+
+@pytest.mark.parametrize("basis", ["class", "shared"])
+def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM, basis: str) -> None:
+    n, strength = 6000, 0.2
+    x, y = (images(1) / 255).expand(n, -1, -1, -1), torch.full((n,), 1)
+    aug = GLEMAugment(model, p=1.0, policy="noise", strength=strength, modes=6, basis=basis, seed=0)
+    params = aug.draw(x, y)
+    moved = model.encode(aug.apply(x, y, params)[0])[0] - model.encode(x)[0]
+    v, s = modes_of(model, basis, 1)
+    c = moved @ v.T
+    assert torch.allclose(c[:, :6], strength * s[:6] * params.eps, atol=1e-5) and c[:, 6:].abs().max() < 1e-5
+    assert torch.allclose(params.eps.std(0), torch.ones(6), rtol=0.06) and params.eps.mean(0).abs().max() < 0.07
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.4, 1.0, 50.0])
+def test_shares_follow_the_folded_beta_distribution(alpha: float) -> None:
+    l = draw_shares(alpha, 20_000, torch.Generator().manual_seed(0))  # noqa: E741
+    assert l.dtype == torch.float32 and l.min() >= 0.5 and l.max() <= 1.0
+    law = np.random.default_rng(1).beta(alpha, alpha, 20_000)
+    law = np.sort(np.maximum(law, 1 - law))
+    assert np.abs(np.sort(l.numpy()) - law)[100:-100].max() < 0.02
+
+
+def test_the_partner_is_another_row_of_the_class_or_a_draw(model: GLEM) -> None:
+    y = torch.tensor([0, 0, 0, 1, 1, 2])
+    aug = GLEMAugment(model, p=1.0, partner="same", seed=0)
+    for _ in range(100):
+        params = aug.draw((6, 1, 8, 8), y)
+        found = params.partner >= 0
+        assert found.tolist() == [True] * 5 + [False] and params.partner_cls.tolist() == y.tolist()
+        assert params.eps.shape == (6, 64 + 64)
+    aug = GLEMAugment(model, p=1.0, partner="any", seed=0)
+    for _ in range(50):
+        params = aug.draw((6, 1, 8, 8), y)
+        assert (params.partner >= 0).all() and (params.partner != torch.arange(6)).all()
+        assert torch.equal(params.partner_cls, y[params.partner])
+    params = GLEMAugment(model, p=1.0, partner="gaussian", seed=0).draw((6, 1, 8, 8), y)
+    assert params.partner.eq(-1).all() and torch.equal(params.partner_cls, y) and params.eps.shape == (6, 64)
+
+
+@pytest.mark.parametrize("partner", ["same", "any"])
+def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM, partner: str) -> None:
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    aug = GLEMAugment(model, p=0.4, partner=partner, seed=0)
+    allowed = y[:, None] == y if partner == "same" else torch.ones(10, 10, dtype=torch.bool)
+    allowed = allowed & ~torch.eye(10, dtype=torch.bool)
+    seen = torch.zeros(10, 10)
+    for _ in range(2500):
+        params = aug.draw((10, 1, 8, 8), y)
+        picked = torch.zeros(10, dtype=torch.bool)
+        picked[params.rows] = True
+        found = params.partner >= 0
+        assert torch.equal(found, allowed[params.rows].any(1))
+        rows, chosen = params.rows[found], params.partner[found]
+        assert torch.equal(picked[chosen], (allowed[rows] & picked).any(1))
+        seen[rows, chosen] += 1
+    assert torch.equal(seen > 0, allowed)
+    share = seen / seen.sum(1, keepdim=True).clamp(min=1)
+    expected = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    # 1000 partners per row; five standard deviations of their share.
+    assert (share - expected).abs().max() < 5 * (0.25 / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("partner", ["same", "gaussian"])
+def test_drawn_partners_follow_the_rfcm_or_the_class_gaussian(model: GLEM, partner: str) -> None:
+    n, y = 4000, torch.tensor([2])
+    aug = GLEMAugment(model, p=1.0, partner=partner, modes=64, alpha=1e6, seed=0, margin=9.0)  # l = 1/2
+    params = aug.draw((1, 1, 8, 8), y)
+    eps = torch.randn(n, params.eps.shape[1], generator=torch.Generator().manual_seed(0))
+    two, minus = torch.full((n,), 2), torch.full((n,), -1)
+    drawn = partner_latents(model, torch.zeros(n, 64), AugmentParams(two, two, eps, minus, two, torch.ones(n)))
+    if partner == "gaussian":
+        mean, covariance = model.gaussians.mu[2], model.gaussians.variance()[2].diag()
+    else:
+        factor = model.modes.scales[2, :, None] * model.modes.directions[2]
+        mean, covariance = model.modes.mean[2], factor.T @ factor + model.modes.rest[2].diag()
+    variance = covariance.diagonal()
+    assert torch.allclose(drawn.mean(0), mean, atol=6 * float(variance.max() / n) ** 0.5)
+    off = (drawn.T.cov() - covariance) / (variance[:, None] * variance).sqrt()
+    assert off.abs().max() < 6 * (2 / n) ** 0.5
+    # The image moves half of the way to its own draw.
+    x = images(1) / 255
+    z = model.encode(x)[0]
+    wanted = (z + partner_latents(model, z, params)) / 2
+    assert torch.allclose(model.encode(aug.apply(x, y, params)[0])[0], wanted.clamp(-0.5, 0.5), atol=3e-3)
+
+
+def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, int] = {}
+    encode, decode = GLEM.encode, GLEM.decode
+    monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: sizes.update(encode=len(x)) or encode(m, x, *a))
+    monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: sizes.update(decode=len(z)) or decode(m, z, **k))
+    x, y = images(64), labels(64)
+    settings: list[dict[str, Any]] = [{}, {"partner": "any"}, {"partner": "gaussian"}, {"policy": "noise"}]
+    for setting in settings:
+        aug = GLEMAugment(model, p=0.2, seed=0, **setting)
+        for _ in range(5):
+            params = aug.draw(x, y)
+            aug.apply(x, y, params)
+            needed = torch.cat([params.rows, params.partner[params.partner >= 0]]).unique()
+            assert sizes == {"encode": len(needed), "decode": len(params.rows)}
+            # Partners are nearly always among the rows that are changed anyway.
+            assert len(needed) <= len(params.rows) + 4
+
+
+def test_the_rows_to_encode_hold_every_row_and_partner() -> None:
+    g = torch.Generator().manual_seed(0)
+    for n in (0, 1, 5, 15, 32):
+        rows = torch.randperm(32, generator=g)[:n].sort().values
+        partner = torch.randint(32, (n,), generator=g)
+        partner = torch.where(torch.rand(n, generator=g) < 0.2, -1, partner)
+        none = torch.zeros(n)
+        index, place = rows_to_encode(AugmentParams(rows, none, none, partner, none, none), 32)
+        wanted = torch.where(partner < 0, rows, partner)
+        assert torch.equal(index[:n], rows) and torch.equal(index[place], wanted)
+        assert torch.equal(index.sort().values, torch.cat([rows, wanted]).unique())
+
+
+def test_a_thousand_classes_in_a_batch_of_64() -> None:
+    many = GLEM.create("identity", (1, 4, 4), classes=[f"c{i}" for i in range(1000)])
+    many.fit_modes((images(3000, 1, 4), torch.arange(1000).repeat_interleave(3)), rank=2)
+    x, target = images(64, 1, 4), torch.arange(64) * 15
+    for partner in ("same", "any"):
+        out, new = GLEMAugment(many, p=1.0, modes=2, seed=0, labels="mix", partner=partner)(x, target)
+        assert not torch.equal(out, x)
+        assert new.shape == (64, 1000) and torch.allclose(new.sum(1), torch.ones(64), atol=1e-5)

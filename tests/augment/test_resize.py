@@ -1,0 +1,150 @@
+"""The transfer of a change to images of other sizes, channels and value ranges."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from augment_cases import CLASSES, images, labels
+from torch import Tensor
+
+from benchmarks.proof.sharpness import upper_energy
+from glem_augment import GLEM, GLEMAugment, open_data
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (24, 24), (20, 36), (5, 5)])
+@pytest.mark.parametrize(("flow", "channels"), [(1, 1), (3, 3), (1, 3), (3, 1)])
+@pytest.mark.parametrize("detail", ["keep", "none"])
+def test_other_sizes_and_channels(
+    model: GLEM, rgb: GLEM, size: tuple[int, int], flow: int, channels: int, detail: str
+) -> None:
+    x = F.interpolate(images(8, channels, 40) / 255, size=size)
+    aug = GLEMAugment(model if flow == 1 else rgb, p=1.0, detail=detail, seed=0)
+    params = aug.draw(x, labels(8))
+    out, _ = aug.apply(x, labels(8), params)
+    assert out.shape == x.shape and out.min() >= 0 and out.max() <= 1
+    assert (out - x).abs().mean() > 0.002
+    still = copy.copy(params)
+    still.l = torch.ones_like(params.l)  # a move of nothing
+    same, _ = aug.apply(x, labels(8), still)
+    assert torch.allclose(same, x, atol=1e-5) or (detail == "none" and size != (8, 8))
+    assert aug.stats["replaced"] == 0
+
+
+def test_keep_adds_the_upsampled_change_and_none_gives_the_flows_image(model: GLEM) -> None:
+    x, y = images(6, 1, 32) / 255, labels(6, 2)
+    down = F.interpolate(x, size=(8, 8), mode="bilinear", antialias=True)
+    aug = GLEMAugment(model, p=1.0, seed=0)
+    params = aug.draw(x, y)
+    changed = aug.apply(down, y, params)[0]
+    up: dict[str, Any] = {"mode": "bilinear", "size": (32, 32)}
+    assert torch.allclose(aug.apply(x, y, params)[0], (x + F.interpolate(changed - down, **up)).clamp(0, 1), atol=1e-5)
+    none = GLEMAugment(model, p=1.0, seed=0, detail="none").apply(x, y, params)[0]
+    assert torch.allclose(none, F.interpolate(changed, **up), atol=1e-5)
+
+
+def test_channels_are_weighed_as_pil_does_and_averaged_on_the_way_back(model: GLEM, rgb: GLEM) -> None:
+    x, y = images(6, 3, 8) / 255, labels(6)
+    grey = GLEMAugment(model, p=1.0, partner="any", seed=0)
+    luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    params = grey.draw(x, y)
+    change = grey.apply(luma, y, params)[0] - luma
+    assert torch.allclose(grey.apply(x, y, params)[0], (x + change).clamp(0, 1), atol=1e-5)
+    coloured = GLEMAugment(rgb, p=1.0, policy="noise", strength=0.05, seed=0)
+    x = images(6, 1, 8) / 255
+    params = coloured.draw(x, y)
+    three = x.expand(-1, 3, -1, -1)
+    change = (coloured.apply(three, y, params)[0] - three).mean(1, keepdim=True)
+    assert torch.allclose(coloured.apply(x, y, params)[0], x + change, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 20])
+def test_normalised_input(rgb: GLEM, dtype: torch.dtype, size: int) -> None:
+    x, y = images(8, 3, size) / 255, labels(8)
+    plain, _ = GLEMAugment(rgb, p=1.0, seed=0)(x, y)
+    given = normalised(x).to(dtype)
+    before = given.clone()
+    out, _ = GLEMAugment(rgb, p=1.0, seed=0, mean=MEAN, std=STD)(given, y)
+    assert out.dtype == dtype and torch.equal(given, before) and out.data_ptr() != given.data_ptr()
+    atol = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
+    assert torch.allclose(out.double(), normalised(plain).double(), atol=atol / 0.26)
+    one, _ = GLEMAugment(rgb, p=1.0, seed=0, mean=0.5, std=0.5)(x * 2 - 1, y)
+    assert torch.allclose(one / 2 + 0.5, plain, atol=1e-5)
+
+
+def test_grey_images_with_the_mean_and_std_of_timms_rgb(rgb: GLEM) -> None:
+    """timm averages the three numbers of a model's configuration where images have one channel."""
+    x, settings = images(4) / 255, {"p": 1.0, "policy": "noise", "seed": 0}
+    mean, std = sum(MEAN) / 3, sum(STD) / 3
+    grey = GLEMAugment(rgb, **settings)(x, labels(4))[0]
+    out = GLEMAugment(rgb, mean=MEAN, std=STD, **settings)((x - mean) / std, labels(4))[0]
+    torch.testing.assert_close(out * std + mean, grey, rtol=0, atol=1e-5)
+
+
+def test_uint8_is_rounded_and_a_flow_of_5_bits_does_not_posterise(model: GLEM) -> None:
+    x, y = images(16), labels(16)
+    eight, _ = GLEMAugment(model, p=1.0, seed=0)(x, y)
+    real, _ = GLEMAugment(model, p=1.0, seed=0)(x / 255, y)
+    assert torch.equal(eight, (real * 255).round().to(torch.uint8))
+    five = GLEM.create("identity", (1, 8, 8), classes=CLASSES, bits=5)
+    five.fit_modes((images(80), labels(80)), rank=10)
+    assert torch.equal(GLEMAugment(five, p=1.0, policy="noise", strength=0.0, modes=10)(x, y)[0], x)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_erased_pixels_that_the_flow_cannot_see_stay(rgb: GLEM, size: int) -> None:
+    """timm's RandomErasing fills with N(0, 1) after normalisation, far out of what a flow takes."""
+    x = normalised(images(4, 3, size) / 255)
+    x[:, :, :4, :4] = 2.0 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "mean": MEAN, "std": STD, "seed": 0}
+    assert torch.allclose(GLEMAugment(rgb, strength=0.0, **settings)(x, labels(4))[0], x, atol=1e-4)
+    x[:, :, :4, :4] = 5.0
+    out, _ = GLEMAugment(rgb, strength=0.05, **settings)(x, labels(4))
+    assert torch.isfinite(out).all() and out[:, :, :4, :4].max() > 4.5
+
+
+def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.WarningsRecorder) -> None:
+    settings: dict[str, Any] = {"p": 1.0, "policy": "noise"}
+    with pytest.raises(ValueError, match="mean has 2 values, the images 3"):
+        GLEMAugment(rgb, mean=(0.1, 0.2), std=(1, 1))(images(4, 3) / 255, labels(4))
+    with pytest.raises(TypeError, match="uint8"):
+        GLEMAugment(rgb, mean=0.5, std=0.5)(images(4, 3), labels(4))
+    aug = GLEMAugment(rgb, mean=MEAN, std=STD, **settings)
+    with pytest.raises(ValueError, match="for 0 to 255 give uint8"):
+        aug(images(8, 3).float(), labels(8))
+    with pytest.warns(UserWarning, match=r"still in \[0, 1\]"):
+        aug(images(8, 3) / 255, labels(8))
+    recwarn.clear()
+    # Some timm models have mean 0 and std 1; RandomErasing's N(0, 1) reaches 4 and more.
+    x = images(8, 3) / 255
+    GLEMAugment(rgb, mean=0.0, std=1.0, **settings)(x, labels(8))
+    x[0, :, :4, :4] = torch.linspace(-4.8, 4.8, 48).view(3, 4, 4)
+    GLEMAugment(rgb, mean=0.0, std=1.0, **settings)(x, labels(8))
+    assert not [w for w in recwarn if "mean and std" in str(w.message)]
+
+
+def test_large_images_stay_sharp(glem_data: Path) -> None:
+    """A flow of 32x32 moves images of 128x128 by 8 levels and more; their fine detail stays."""
+    small = open_data(glem_data / "imagenette128", "train", image_size=(32, 32), progress=False)
+    flow = GLEM.create("identity", (3, 32, 32), classes=small.classes, class_ids=small.class_ids)
+    flow.fit_modes(small)
+    large = open_data(glem_data / "imagenette128", "val", progress=False)
+    large = large.subset(range(0, len(large), -(-len(large) // 40)))  # of all classes
+    x, y = large.tensor() / 255, torch.from_numpy(large.targets)
+    for policy, detail in (("noise", "keep"), ("mixup", "keep"), ("noise", "none")):
+        aug = GLEMAugment(flow, p=1.0, policy=policy, alpha=8.0, strength=0.5, detail=detail, seed=0)
+        out, _ = aug(x, y)
+        ratio = upper_energy(out) / upper_energy(x)
+        assert 255 * (out - x).abs().mean() > 8 and aug.stats["replaced"] == 0
+        assert abs(ratio - 1) < 0.1 if detail == "keep" else ratio < 0.5
