@@ -118,7 +118,7 @@ def measure_synthetic(model: GLEM, per_class: int, rounds: int, folder: Path) ->
     """Rows of the loaders and of the export."""
 
     def new() -> SyntheticDataset:
-        return SyntheticDataset(model, per_class=per_class, block=BATCH, transform=ToTensor())
+        return SyntheticDataset(model, per_class=per_class, transform=ToTensor())
 
     data = new()
     starts = range(0, len(data), per_class)

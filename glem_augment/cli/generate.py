@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from torch import Tensor
 
 from glem_augment.cli.common import (
     DATA_HELP,
@@ -33,15 +32,14 @@ from glem_augment.io import expand
 from glem_augment.model.glem import DEFAULT_MODES, GLEM
 from glem_augment.synthetic.balance import PerClass, class_counts
 from glem_augment.synthetic.dataset import SyntheticDataset
-from glem_augment.synthetic.export import export_imagefolder
-from glem_augment.synthetic.export_folder import check_folder, check_imagefolder
+from glem_augment.synthetic.export import check_folder
 from glem_augment.synthetic.latents import SOURCES
 from glem_augment.synthetic.publish import FORMATS, check_shards_folder, export_shards
 
 DESCRIPTION = """\
 Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
 how. The same seed draws the same images, whichever classes and however many are asked for (but for rounding: pixels
-can differ by one step with another --block or number). Prints a JSON summary.
+can differ by one step with another number). Prints a JSON summary.
 
   --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
                          checks the files and writes what is missing, so that an export that was cut off goes on.
@@ -58,7 +56,7 @@ EXAMPLES = """\
   glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
   glem generate runs/photos --per-class 50 --classes cat,dog --min-confidence 0.9 --seed 1 --out pets/
 """
-TEMPERATURE, ALPHA, MAX_ATTEMPTS = 0.8, 1.0, 20
+TEMPERATURE, ALPHA = 0.8, 1.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -80,9 +78,6 @@ def add_parser(subparsers: Any) -> None:
         "into the provenance",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
-    parser.add_argument(
-        "--block", type=whole(1), default=64, metavar="N", help="images decoded at a time (default: %(default)s)"
-    )
     add_threads(parser)
     add_device(parser)
     source = parser.add_argument_group("what is drawn")
@@ -115,9 +110,6 @@ def add_parser(subparsers: Any) -> None:
         help="draw a latent again until the flow's posterior gives its class at least P; the best is kept where none "
         'does. Nearly all of the class Gaussians\' own pass: it is for the other sources. "acceptance" in the summary '
         "counts, over the images that this run drew (default: keep all)",
-    )
-    judge.add_argument(
-        "--max-attempts", type=whole(1), metavar="N", help=f"candidates per image then (default: {MAX_ATTEMPTS})"
     )
     real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=DATA_HELP)
@@ -153,41 +145,32 @@ def run(args: argparse.Namespace) -> int:
         per_class=wanted,
         temperature=TEMPERATURE if args.temperature is None else args.temperature,
         seed=args.seed,
-        block=args.block,
         real=real,
         modes=args.modes,
         alpha=ALPHA if args.alpha is None else args.alpha,
         min_confidence=args.min_confidence,
-        max_attempts=MAX_ATTEMPTS if args.max_attempts is None else args.max_attempts,
     )
-    if args.source == "mixup" and args.format == "imagefolder":
-        # The real images are encoded when the data set is made, which may take long. What a folder is compared with is
-        # known from one without them.
-        draft = SyntheticDataset(model, source="gaussian", **options)
-        draft.source = args.source
-        check_imagefolder(_Part(draft), folder, args.overwrite)
-        del draft
     dataset = SyntheticDataset(model, source=args.source, **options)
     dataset._check_pil()
-    # Shards have no names for their classes, only numbers: those of the real images, where there are any, and then of
-    # what these lack; or else the flow's, as `SyntheticDataset.export` has them.
-    part: Any = dataset
-    if args.format == "imagefolder":
-        part = _Part(dataset)
-    elif match is not None:
-        others = [i for i, count in enumerate(dataset.counts) if count and i not in match]
-        part = _Part(dataset, [*match.tolist(), *others])
     began = time.monotonic()
-    if args.format == "webdataset":
-        export_shards(part, folder, args.overwrite, args.license)
+    if args.format == "imagefolder":
+        dataset.export(folder, overwrite=args.overwrite, license=args.license)
+        listed = {name: count for name, count in zip(dataset.classes, dataset.counts, strict=True) if count}
     else:
-        export_imagefolder(part, folder, overwrite=args.overwrite, license=args.license)
+        # Shards have no names for their classes, only numbers: those of the real images, if there are any, followed by
+        # the classes that these lack; or else the flow's, as `SyntheticDataset.export` has them.
+        shards: Any = dataset
+        if match is not None:
+            others = [i for i, count in enumerate(dataset.counts) if count and i not in match]
+            shards = _Renumbered(dataset, [*match.tolist(), *others])
+        export_shards(shards, folder, args.overwrite, args.license)
+        listed = dict(zip(shards.classes, shards.counts, strict=True))
     summary = {
         "out": str(folder),
         "format": args.format,
-        "images": len(part),
-        "per_class": dict(zip(part.classes, part.counts, strict=True)),
-        "classes": part.classes,
+        "images": len(dataset),
+        "per_class": listed,
+        "classes": list(listed),
         "model": args.model,
         "source": args.source,
         "temperature": None if args.source == "mixup" else dataset.temperature,
@@ -196,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         "not_finite": dataset.non_finite,
     }
     if args.min_confidence is not None:
-        summary["acceptance"] = _acceptance(part)
+        summary["acceptance"] = _acceptance(dataset, list(listed))
     print_json({**summary, "seconds": round(time.monotonic() - began, 3)})
     return 0
 
@@ -258,7 +241,6 @@ def _check_together(args: argparse.Namespace) -> None:
         ("temperature", "--source gaussian or rfcm", not mixup),
         ("modes", "--source mixup", mixup),
         ("alpha", "--source mixup", mixup),
-        ("max_attempts", "--min-confidence", args.min_confidence is not None),
         ("split", "--real", args.real is not None),
         ("class_map", "--real", args.real is not None),
     ):
@@ -266,23 +248,21 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
 
 
-class _Part:
-    """What the writers need of a SyntheticDataset, with classes of another number: labels, cards and manifests number
-    and list these alone.
+class _Renumbered:
+    """What the writer of shards needs of a SyntheticDataset, with other numbers for the classes.
 
     Args:
-        full: the data set; kept: its classes in the new order, all that get an image among them. By default those.
+        full: the data set. order: its classes in the new order, all that get an image among them.
     """
 
-    def __init__(self, full: SyntheticDataset, kept: list[int] | None = None) -> None:
-        kept = [i for i, count in enumerate(full.counts) if count] if kept is None else kept
-        self._full, self._kept = full, kept
-        self.classes = [full.classes[i] for i in kept]
-        self.class_ids = [full.class_ids[i] for i in kept]
-        self.counts = [full.counts[i] for i in kept]
+    def __init__(self, full: SyntheticDataset, order: list[int]) -> None:
+        self._full = full
+        self.classes = [full.classes[i] for i in order]
+        self.class_ids = [full.class_ids[i] for i in order]
+        self.counts = [full.counts[i] for i in order]
         number = np.full(len(full.counts), -1)
-        number[kept] = np.arange(len(kept))
-        # Classes without images take no place among them: image i is image i of `full`.
+        number[order] = np.arange(len(order))
+        # Classes without images take no place among the images: image i is image i of `full`.
         self.targets = number[np.asarray(full.targets, dtype=np.int64)].tolist()
 
     def __len__(self) -> int:
@@ -291,19 +271,10 @@ class _Part:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._full, name)
 
-    def decoded_block(self, cls: int, number: int) -> Tensor:
-        return self._full.decoded_block(self._kept[cls], number)
 
-    def decode_ahead(self, cls: int, number: int) -> None:
-        self._full.decode_ahead(self._kept[cls], number)
-
-    def not_finite_in(self, cls: int, number: int) -> int:
-        return self._full.not_finite_in(self._kept[cls], number)
-
-
-def _acceptance(part: Any) -> dict[str, Any]:
-    report = part.acceptance()
-    report["classes"] = {name: report["classes"][name] for name in part.classes}
+def _acceptance(dataset: SyntheticDataset, classes: list[str]) -> dict[str, Any]:
+    report = dataset.acceptance()
+    report["classes"] = {name: report["classes"][name] for name in classes}
     total = report["total"]
     if total["failed"]:
         note(

@@ -1,1 +1,1 @@
-"""synthetic."""
+"""Synthetic data sets: images drawn from the classes of a flow, alone, beside real images, or written to disk."""

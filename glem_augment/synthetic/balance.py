@@ -18,27 +18,27 @@ from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
 PerClass = int | str | Sequence[int] | Mapping[Any, int]
+Names = tuple[list[str], list[str]]  # ids and names of a data set's classes, in index order
 
-WITHOUT_COUNTERPART = (
+_ADAPT = (
     "A flow makes images of its own classes only: adapt it to the data (model.adapt(data), or glem adapt), or open the "
     "data without those classes."
 )
 
 
 def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int]:
-    """Images to make of each of the flow's classes.
+    """The number of images to make of each of the flow's K classes.
 
     Args:
-        model: the flow.
-        per_class: a number for all; K numbers; a mapping from class names, ids or indices (others: none); or
-            "balance": as many as fill each class of `real` up to its largest, none of a class that it does not name.
-        real: the data set to balance, see `flow_targets`.
+        per_class: a number for all; K numbers; a mapping from class names, ids or indices (the others get none); or
+            "balance": as many as fill each class of `real` up to its largest, none of a class that `real` lacks.
+        real: the data set to balance, see `match_targets`.
 
     Returns:
         K numbers, at least one of them positive.
 
     Raises:
-        ValueError, TypeError: for anything else, or nothing to make.
+        ValueError, TypeError: for anything else, or if there is nothing to make.
     """
     k = model.num_classes
     if isinstance(per_class, str):
@@ -46,22 +46,15 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
             raise ValueError(f"per_class must be a number, K numbers, a mapping or 'balance', got {per_class!r}")
         if real is None:
             raise ValueError("per_class='balance' fills up a real data set: give real=")
-        targets, index = _flow_targets(model, real)
-        there = np.bincount(targets, minlength=k)
-        named = np.ones(k, dtype=bool) if index is None else np.isin(np.arange(k), index)
-        counts = np.where(named, there.max() - there, 0).tolist()
+        targets, named = match_targets(model, real)
+        present = np.bincount(targets, minlength=k)
+        counts = np.where(np.isin(np.arange(k), named), present.max() - present, 0).tolist()
         if not any(counts):
-            raise ValueError(f"per_class='balance': all classes have {there.max()} images already")
+            raise ValueError(f"per_class='balance': all classes have {present.max()} images already")
         return counts
     if isinstance(per_class, Mapping):
-        counts = [0] * k
-        asked: set[int] = set()
-        for key, value in per_class.items():
-            index = find_class(model, key, "per_class")
-            if index in asked:
-                raise ValueError(f"per_class has the class {model.classes[index]!r} twice: leave one of them out")
-            asked.add(index)
-            counts[index] = check_whole(f"per_class[{key!r}]", value, 0)
+        given = by_class(model, per_class, "per_class")
+        counts = [check_whole(f"per_class[{c!r}]", given.get(i, 0), 0) for i, c in enumerate(model.classes)]
     elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
         counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(as_list(per_class))]
         if len(counts) != k:
@@ -73,148 +66,46 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
     return counts
 
 
-def for_every_class(model: GLEM, values: Mapping[Any, Any], name: str) -> list[Any]:
-    """The K values of a mapping from all the flow's class names, ids or indices, in the order of the classes.
-
-    Raises:
-        ValueError: for a key that the flow does not have, a class twice, or one left out; `name` is the argument's.
-    """
-    found: dict[int, Any] = {}
-    for key, value in values.items():
-        index = find_class(model, key, name)
-        if index in found:
-            raise ValueError(f"{name} has the class {model.classes[index]!r} twice: leave one of them out")
-        found[index] = value
-    missing = [str(c) for i, c in enumerate(model.classes) if i not in found]
-    if missing:
-        more = ", ..." if len(missing) > 10 else ""
-        raise ValueError(
-            f"{name} leaves out {', '.join(missing[:10])}{more}: give all {model.num_classes} classes of the flow"
-        )
-    return [found[i] for i in range(model.num_classes)]
-
-
-def flow_targets(model: GLEM, real: Any) -> np.ndarray:
-    """The flow class of every image of a real data set, int64 [N].
-
-    Args:
-        real: an `ImageData`; (images, labels); or a torchvision or timm data set. Their classes are matched with the
-            flow's by name; where they name none, the numbers are the flow's.
-
-    Raises:
-        DataError: labels that can't be found or matched, or are out of range.
-    """
-    return _flow_targets(model, real)[0]
-
-
-def _flow_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """`flow_targets`, and the flow's class of every class of the data, None where it names none."""
-    targets, names = targets_and_classes(real)
-    index = class_index(model, names)
-    high = model.num_classes if index is None else len(index)
-    if len(targets) == 0 or targets.min() < 0 or targets.max() >= high:
-        found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
-        raise DataError(f"labels of the real data must be 0 to {high - 1}, found {found}")
-    return (targets if index is None else index[targets]), index
-
-
-def class_index(
-    model: GLEM, names: tuple[list[str], list[str]] | None, advice: str = WITHOUT_COUNTERPART
-) -> np.ndarray | None:
-    """The flow's class of every class (ids, names) of a data set; None where it names none.
-
-    Raises:
-        ClassMismatchError: classes that do not match; its last sentence is `advice`.
-    """
-    if names is None:
-        return None
-    return match_classes(model.class_ids, model.classes, names[0], names[1], fix=advice)
-
-
-def targets_and_classes(real: Any) -> tuple[np.ndarray, tuple[list[str], list[str]] | None]:
-    """Labels int64 [N], and class (ids, names) in index order, or None where the data set names none.
-
-    Raises:
-        DataError: where no labels are found. TypeError: for a name.
-    """
-    if isinstance(real, ImageData):
-        return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
-    if _is_pair(real):
-        return _whole_labels(real[1]), None
-    if isinstance(real, (str, os.PathLike)):
-        raise TypeError(f"real must be a data set, got {real!r}: open it first, with glem_augment.open_data")
-    if isinstance(real, Subset):
-        whole, names = targets_and_classes(real.dataset)
-        return whole[np.asarray(real.indices, dtype=np.int64)], names
-    if isinstance(real, ConcatDataset):
-        parts = [targets_and_classes(part) for part in real.datasets]
-        if any(names != parts[0][1] for _, names in parts):
-            raise DataError("the parts of this ConcatDataset have other classes than its first: join those of the same")
-        return np.concatenate([found for found, _ in parts]), parts[0][1]
-    targets = getattr(real, "targets", None)
-    if targets is None:
-        targets = getattr(real, "labels", None)
-    reader = getattr(real, "reader", None)  # of timm's ImageDataset
-    if targets is None and reader is not None:  # readers of archives keep labels apart from other facts
-        targets = getattr(reader, "targets", None)
-    if targets is None and hasattr(reader, "samples"):
-        targets = [sample[1] for sample in reader.samples]
-    if targets is None and isinstance(getattr(real, "tensors", None), tuple) and len(real.tensors) == 2:
-        targets = real.tensors[1]
-    if targets is None:
-        raise DataError(
-            f"{type(real).__name__} has no labels that can be read without its images (targets, labels, samples): "
-            "give (images, labels), or the numbers themselves as per_class"
-        )
-    found = _whole_labels(targets)
-    names = class_names(real)
-    ids = getattr(real, "wnids", None)  # of torchvision's ImageNet
-    ids = [str(i) for i in ids] if isinstance(ids, (list, tuple)) and names and len(ids) == len(names) else names
-    return found, None if names is None else (ids, names)
-
-
-def as_image_data(model: GLEM, real: Any) -> ImageData:
-    """Real images of the flow's size under the flow's classes.
-
-    Raises:
-        TypeError: for a data set whose images can't be taken as they are.
-    """
-    if _is_pair(real):
-        images = real[0] if isinstance(real[0], Tensor) else torch.from_numpy(np.asarray(real[0]))
-        return ImageData.from_tensors(images, real[1], model.classes, model.class_ids)
-    if isinstance(real, ImageData):
-        return real.with_targets(flow_targets(model, real), model.classes, model.class_ids)
-    raise TypeError(
-        f"source='mixup' needs the images themselves: give an ImageData (open_data) or (uint8 images, labels), got "
-        f"{type(real).__name__}"
-    )
+def recorded(model: GLEM, per_class: PerClass) -> Any:
+    """`per_class` as JSON can carry it, classes by name: an index as text may be another class's name."""
+    if isinstance(per_class, Mapping):
+        return {model.classes[i]: int(count) for i, count in by_class(model, per_class, "per_class").items()}
+    return per_class if isinstance(per_class, str) else as_list(per_class)
 
 
 def as_list(values: Any) -> Any:
-    """Numbers of any kind of array, wherever it lies, as Python's."""
+    """A number, sequence, array or tensor in Python's own types."""
     return values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
 
 
-def _is_pair(real: Any) -> bool:
-    """(images, labels), of tensors or arrays; labels may be a list."""
-    arrays = (Tensor, np.ndarray)
-    return (
-        isinstance(real, tuple)
-        and len(real) == 2
-        and isinstance(real[0], arrays)
-        and isinstance(real[1], (*arrays, list))
-    )
+# ---- the classes of the flow -----------------------------------------------------------------------------------------
 
 
-def _whole_labels(labels: Any) -> np.ndarray:
-    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if found.ndim != 1 or (found.size and not (np.issubdtype(found.dtype, np.integer) or found.dtype == bool)):
-        raise DataError(f"labels must be whole numbers, one per image; got {found.dtype} of shape {found.shape}")
-    return found.astype(np.int64)
+def by_class(model: GLEM, values: Mapping[Any, Any], argument: str, complete: bool = False) -> dict[int, Any]:
+    """A mapping from the flow's class names, ids or indices to values, as one from indices.
+
+    Args:
+        argument: its name, for the errors. complete: whether every class must be there.
+
+    Raises:
+        ValueError: for a key that is no class of the flow, a class named twice, or one left out.
+    """
+    found: dict[int, Any] = {}
+    for key, value in values.items():
+        index = _find_class(model, key, argument)
+        if index in found:
+            raise ValueError(f"{argument} has the class {model.classes[index]!r} twice: leave one of them out")
+        found[index] = value
+    missing = [name for i, name in enumerate(model.classes) if i not in found]
+    if complete and missing:
+        more = ", ..." if len(missing) > 10 else ""
+        raise ValueError(
+            f"{argument} leaves out {', '.join(missing[:10])}{more}: give all {model.num_classes} classes of the flow"
+        )
+    return found
 
 
-def find_class(model: GLEM, key: Any, argument: str) -> int:
-    """Index of one of the flow's classes, given by name, id or index; ValueError naming the `argument`."""
+def _find_class(model: GLEM, key: Any, argument: str) -> int:
     if isinstance(key, str):
         for names in (model.classes, model.class_ids):
             if key in names:
@@ -223,3 +114,105 @@ def find_class(model: GLEM, key: Any, argument: str) -> int:
     if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < model.num_classes:
         raise ValueError(f"{argument} names class {key!r}; the flow has 0 to {model.num_classes - 1}")
     return int(key)
+
+
+# ---- the labels of a real data set -----------------------------------------------------------------------------------
+
+
+def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The flow's class of every image of a real data set.
+
+    Args:
+        real: an `ImageData`; (images, labels); or a torchvision or timm data set. Its classes are matched with the
+            flow's by name. If it names none, its labels are the flow's indices.
+
+    Returns:
+        int64 [N], the flow's class of every image; int64, the flow's class of every class of the data.
+
+    Raises:
+        DataError: labels that cannot be found or matched, or are out of range.
+    """
+    targets, names = targets_and_names(real)
+    index = np.arange(model.num_classes) if names is None else match_names(model, names, _ADAPT)
+    if len(targets) == 0 or targets.min() < 0 or targets.max() >= len(index):
+        found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
+        raise DataError(f"labels of the real data must be 0 to {len(index) - 1}, found {found}")
+    return index[targets], index
+
+
+def match_names(model: GLEM, names: Names, fix: str) -> np.ndarray:
+    """The flow's class of every class of a data set, int64; ClassMismatchError ending with `fix`."""
+    return match_classes(model.class_ids, model.classes, *names, fix=fix)
+
+
+def targets_and_names(real: Any) -> tuple[np.ndarray, Names | None]:
+    """Labels int64 [N], and the ids and names of the classes, or None if the data set names none.
+
+    Raises:
+        DataError: no labels were found. TypeError: `real` is a name instead of a data set.
+    """
+    if isinstance(real, (str, os.PathLike)):
+        raise TypeError(f"real must be a data set, got {real!r}: open it first, with glem_augment.open_data")
+    if isinstance(real, ImageData):
+        return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
+    if _is_pair(real):
+        return _whole_labels(real[1]), None
+    if isinstance(real, Subset):
+        targets, names = targets_and_names(real.dataset)
+        return targets[np.asarray(real.indices, dtype=np.int64)], names
+    if isinstance(real, ConcatDataset):
+        parts = [targets_and_names(part) for part in real.datasets]
+        if any(names != parts[0][1] for _, names in parts):
+            raise DataError("the parts of this ConcatDataset have other classes than its first: join those of the same")
+        return np.concatenate([targets for targets, _ in parts]), parts[0][1]
+    labels = _labels_of(real)
+    if labels is None:
+        raise DataError(
+            f"{type(real).__name__} has no labels that can be read without its images (targets, labels, samples): "
+            "give (images, labels), or the numbers themselves as per_class"
+        )
+    classes = class_names(real)
+    if classes is None:
+        return _whole_labels(labels), None
+    ids = getattr(real, "wnids", None)  # torchvision's ImageNet
+    known = isinstance(ids, (list, tuple)) and len(ids) == len(classes)
+    return _whole_labels(labels), ([str(i) for i in ids] if known and ids is not None else classes, classes)
+
+
+def _labels_of(real: Any) -> Any:
+    """The labels of a torchvision data set, timm's ImageDataset (`reader`) or a TensorDataset; None if it has none."""
+    reader = getattr(real, "reader", None)
+    for owner, name in ((real, "targets"), (real, "labels"), (reader, "targets")):
+        if getattr(owner, name, None) is not None:
+            return getattr(owner, name)
+    if hasattr(reader, "samples"):
+        return [sample[1] for sample in reader.samples]
+    tensors = getattr(real, "tensors", None)
+    return tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None
+
+
+def as_image_data(model: GLEM, real: Any) -> ImageData:
+    """Real images under the flow's classes, from an `ImageData` or (uint8 images, labels); else TypeError."""
+    if _is_pair(real):
+        images = real[0] if isinstance(real[0], Tensor) else torch.from_numpy(np.asarray(real[0]))
+        return ImageData.from_tensors(images, real[1], model.classes, model.class_ids)
+    if isinstance(real, ImageData):
+        return real.with_targets(match_targets(model, real)[0], model.classes, model.class_ids)
+    raise TypeError(
+        f"source='mixup' needs the images themselves: give an ImageData (open_data) or (uint8 images, labels), got "
+        f"{type(real).__name__}"
+    )
+
+
+def _is_pair(real: Any) -> bool:
+    """Whether this is (images, labels), of tensors or arrays; labels may be a list."""
+    arrays = (Tensor, np.ndarray)
+    two = isinstance(real, tuple) and len(real) == 2
+    return two and isinstance(real[0], arrays) and isinstance(real[1], (*arrays, list))
+
+
+def _whole_labels(labels: Any) -> np.ndarray:
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if found.ndim != 1 or (found.size and not (np.issubdtype(found.dtype, np.integer) or found.dtype == bool)):
+        raise DataError(f"labels must be whole numbers, one per image; got {found.dtype} of shape {found.shape}")
+    return found.astype(np.int64)

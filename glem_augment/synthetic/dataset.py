@@ -1,39 +1,38 @@
 """SyntheticDataset: class-balanced images drawn from the classes of a GLEM, reproducible item by item.
 
-Item i's latent depends on the seed, its class and its place within the class alone: never on the batch, the
-order, the worker, or how many items there are (see `_sources`; where images are judged by an oracle, also on
-`block`). Images are decoded in fixed aligned blocks, since convolutions and matrix products change in their last
-bits with the batch size; a block is decoded once, whichever process needs it first (see `_blocks`).
+Images are decoded in fixed aligned blocks of one class, since convolutions and matrix products change in their last
+bits with the batch size. So item i is the same image whatever the batch, the order and the worker.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from glem_augment.checks import check_choice, check_whole
-from glem_augment.devices import WeightsVersion, fingerprint
+from glem_augment.devices import weights_key
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.balance import PerClass, as_image_data, as_list, class_counts, find_class
-from glem_augment.synthetic.block_decoder import BlockDecoder
-from glem_augment.synthetic.blocks import BlockStore, move_if_sent, one_at_a_time
-from glem_augment.synthetic.latents import LatentSource, RealLatents, warn_of_single_images
-from glem_augment.synthetic.rejection import Oracle, Rejection, acceptance_report
+from glem_augment.synthetic.balance import PerClass, class_counts, recorded
+from glem_augment.synthetic.export import export_imagefolder
+from glem_augment.synthetic.latents import Drawn, ImageSampler, Oracle
+from glem_augment.synthetic.publish import FORMATS, export_shards, push_dataset
 
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
+# Images that are decoded together, all of one class. Another number would change images in their last bits.
+BLOCK = 64
 # Blocks decoded a second time before the user is told that the cache is too small for the way it is read.
 TOO_OFTEN = 32
 
@@ -44,16 +43,13 @@ class SyntheticDataset(Dataset):
     Items are (PIL image, int), as torchvision's image data sets give them; `classes`, `class_to_idx`,
     `targets`, `transform` and `target_transform` are those of torchvision.
 
-    A block is decoded when the first of its images is wanted, and kept. While all images fit into `cache_bytes`
-    (`len(ds) * C * H * W`) each is decoded once, in whatever order and for however many epochs they are read, and
-    DataLoader workers share what they have decoded, with each other and with those of the next epoch: on Linux all
-    workers, elsewhere those that are forked (`multiprocessing_context="fork"`; others keep a cache each). With more
-    images than fit, reading in order still decodes each once per epoch, but a shuffled epoch decodes a whole block for
-    nearly every image: raise `cache_bytes`, or `export` the images and read them from the disk. A warning says so when
-    it happens. Threads may read at the same time; they decode in turns.
+    A block of images is decoded when the first of them is wanted, and kept for as long as `cache_bytes` allow. Each
+    DataLoader worker has a cache of its own, so for loaders with workers, or for sets that are shuffled and do not fit
+    the cache, call `preload` first (all images in memory, shared by all workers), or `export` and read the files.
 
     Args:
-        model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`).
+        model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
+            change afterwards.
         per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (the
             others get none), or "balance": as many as fill up each class of `real` to its largest one, and none of a
             class that `real` does not name.
@@ -62,23 +58,20 @@ class SyntheticDataset(Dataset):
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
             "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; their latents are kept in
-            memory, N * d * 4 bytes). A class of one real image has nothing to mix: all of its images are that one, of
-            which there is a warning.
-        block: images decoded at a time.
+            memory, N * d * 4 bytes). A class with one real image has nothing to mix, so all of its images are copies of
+            that one; a warning says so.
         device: where to decode; None: where the model is.
-        cache_bytes: of decoded images kept in memory (always at least one block); taken as it is needed.
+        cache_bytes: memory for decoded images, at least one block.
         real: real images: an `ImageData`, (uint8 images, labels), or for "balance" any torchvision or timm data set
             whose labels can be read.
-        modes, alpha: of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
-        min_confidence: draw an item again, up to `max_attempts` times, until the probability of its class is at least
-            this; the best is kept where none is. `acceptance()` reports. None: no rejection. The flow's posterior
-            judges latents (a few in a hundred of the decoded, rounded images fall short), and passes nearly all draws
-            of the class Gaussians, its own: what judges images is an oracle.
+        modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
+        min_confidence: draw an item again, up to 20 times, until the probability of its class is at least this; the
+            best candidate is kept if none is. `acceptance()` reports. None: no rejection. The flow's posterior judges
+            latents, and passes nearly all draws of the class Gaussians, its own; to judge images give an oracle.
         oracle: judges in place of the flow's posterior: from float images [n, C, H, W] in [0, 1] to probabilities or
-            logits [n, K] of the flow's classes. Which of them is told from the first batch it judges and kept for the
-            set; a row with NaN is a confidence of 0. A module is put in eval mode for the while, and known by its
-            weights to an export that is finished later; another function is known to this data set alone.
-        max_attempts: candidates per item.
+            logits [n, K] of the flow's classes. A row with NaN counts as confidence 0. A module judges in eval mode,
+            and an export that is finished later knows it by its weights; another function is known to this data set
+            alone.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -93,7 +86,6 @@ class SyntheticDataset(Dataset):
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
         source: str = "gaussian",
-        block: int = 64,
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
@@ -101,57 +93,49 @@ class SyntheticDataset(Dataset):
         alpha: float = 1.0,
         min_confidence: float | None = None,
         oracle: Oracle | None = None,
-        max_attempts: int = 20,
     ) -> None:
         model = as_model(model)
         self.counts = class_counts(model, per_class, real)
-        self.per_class = _plain(per_class, model)
-        self.seed = check_whole("seed", seed, 0)
-        self.block = check_whole("block", block, 1)
+        self.per_class = recorded(model, per_class)
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
-        self.rejection = Rejection.given(min_confidence, oracle, max_attempts)
-        self.source = source
-        self.transform = transform
-        self.target_transform = target_transform
+        self.transform, self.target_transform = transform, target_transform
         self.model = model.on(device)
-        # The arguments are checked before the real images are encoded, which may take long.
-        latents = None
-        if source == "mixup" and real is not None:
-            images = as_image_data(model, real)
-            there = np.bincount(images.targets, minlength=model.num_classes)
-            empty = [name for name, n, count in zip(model.classes, there, self.counts, strict=True) if count and not n]
-            if empty:
-                raise ValueError(
-                    f"source='mixup' has no real image of {', '.join(empty[:10])}: leave them out of per_class (give a "
-                    "mapping), or take another source"
-                )
-            warn_of_single_images(model.classes, there * (np.asarray(self.counts) > 0))
-            LatentSource(self.model, "rfcm", self.seed, temperature, None, modes, alpha)
-            latents = RealLatents(self.model, images)
-        self.latent_source = LatentSource(self.model, source, self.seed, temperature, latents, modes, alpha)
-        self.temperature = self.latent_source.temperature
+        self.sampler = ImageSampler(
+            self.model,
+            min_confidence,
+            oracle,
+            source=source,
+            seed=seed,
+            temperature=temperature,
+            real=real,
+            modes=modes,
+            alpha=alpha,
+            wanted=np.asarray(self.counts) > 0,
+        )
+        latents = self.sampler.source
+        self.source, self.seed, self.temperature = source, latents.seed, latents.temperature
+        self.real_name = None if latents.real is None else latents.real.name
+        self.block = BLOCK
         self.image_shape: tuple[int, int, int] = model.image_shape
         self.classes: list[str] = list(model.classes)
         self.class_ids: list[str] = list(model.class_ids)
         self.class_to_idx: dict[str, int] = dict(model.class_to_idx)
-        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.targets: list[int] = np.repeat(np.arange(model.num_classes), self.counts).tolist()
-        # Blocks are numbered through, class after class.
-        blocks = [-(-count // self.block) for count in self.counts]
-        self._first_block = np.concatenate([[0], np.cumsum(blocks)[:-1]])
-        self._decoder = BlockDecoder(self.model, self.latent_source, self.rejection, self.counts, self.block)
-        self._model_version: WeightsVersion | None = None
-        self._warned = False
-        self._make_store()
+        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._preloaded: Tensor | None = None
+        # For each block (class, number) decoded so far: images, images that are not finite, and `Drawn.judged`.
+        self._known: dict[tuple[int, int], tuple[int, int, tuple[int, int, float]]] = {}
+        self._decoded_again = 0
+        self._weights_key: tuple[tuple[int, int], ...] | None = None
+        self._make_cache()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def non_finite(self) -> int:
-        """Images decoded so far with values that are not finite (shown as grey, 0, 255), in this process and those
-        that share its cache."""
-        return self._store.not_finite
+        """The number of images decoded so far in this process whose values were not finite (shown grey, 0 or 255)."""
+        return sum(not_finite for _, not_finite, _ in self._known.values())
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index` (negative ones count from the end): (image, label) after the transforms.
@@ -163,7 +147,7 @@ class SyntheticDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
-        """Several items, each block among them decoded once. See `__getitem__`."""
+        """Several items; each block among them is decoded once. See `__getitem__`."""
         pictures = self.pictures(indices)
         labels: list[Any] = [self.targets[index] for index in indices]
         if self.target_transform is not None:
@@ -177,135 +161,125 @@ class SyntheticDataset(Dataset):
         return pictures if self.transform is None else [self.transform(picture) for picture in pictures]
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Decoded images, uint8 [n, C, H, W] on the CPU, any number of channels."""
+        """Images of several items, uint8 [n, C, H, W] on the CPU, any number of channels."""
         cls, within = self._locate(indices)
-        block, place = self._first_block[cls] + within // self.block, within % self.block
-        out = np.empty((len(cls), *self.image_shape), dtype=np.uint8)
-        missing = ~self._store.read(block, place, out)
-        while missing.any():
-            number = self._store.claim(np.array(sorted(set(block[missing].tolist()))))
-            if number is not None:
-                decoded = self._decode_claimed(number)
-                rows = np.flatnonzero(block == number)
-                out[rows] = decoded[place[rows]]
-                missing[rows] = False
-                continue
-            # Others decode all that is missing here.
-            rows = np.flatnonzero(missing)
-            arrived = np.empty((len(rows), *self.image_shape), dtype=np.uint8)
-            found = self._store.read(block[rows], place[rows], arrived)
-            out[rows[found]] = arrived[found]
-            missing[rows[found]] = False
-            if not found.any():
-                self._use_the_wait(int(block[rows].max()))
-        return torch.from_numpy(out)
-
-    def _decode_claimed(self, number: int) -> np.ndarray:
-        """Block `number` of all, which this process has claimed; uint8 [m, C, H, W]."""
-        c = int(np.searchsorted(self._first_block, number, side="right")) - 1
-        try:
-            return self.decoded_block(c, number - int(self._first_block[c])).numpy()
-        finally:
-            self._store.give_up(number)
-
-    def _use_the_wait(self, last: int) -> None:
-        """While others decode what is wanted here, up to block `last`: decode what will be wanted next, or sleep.
-
-        Workers whose batches are smaller than a block would otherwise stand still in turns.
-        """
-        info = get_worker_info()
-        number = None if info is None else self._store.claim_ahead(last, 2 * info.num_workers)
-        if number is None:
-            time.sleep(1e-3)
-        else:
-            self._decode_claimed(number)
+        out = torch.empty(len(cls), *self.image_shape, dtype=torch.uint8)
+        for (c, number), rows in self._by_block(cls, within).items():
+            out[rows] = self.decoded_block(c, number)[0][within[rows] - number * self.block]
+        return out
 
     def latents(self, indices: Sequence[int]) -> Tensor:
         """Latents z, float32 [n, d] on the model's device; they do not depend on the other indices.
 
-        With rejection those that were accepted, for which whole blocks are judged again.
+        With rejection these are the latents that were accepted, for which whole blocks are judged again.
         """
         cls, within = self._locate(indices)
-        if self.rejection is None:
-            with one_at_a_time():
-                return self.latent_source.draw(cls, within)
+        if self.sampler.rejection is None:
+            return self.sampler.latents(cls, within)
         out = torch.empty(len(cls), self.model.dim, device=self.model.device)
-        number = within // self.block
-        for c, b in np.unique(np.stack([cls, number], axis=1), axis=0).tolist():
-            rows = np.flatnonzero((cls == c) & (number == b))
-            places = torch.from_numpy(within[rows] - b * self.block).to(out.device)
-            out[torch.from_numpy(rows).to(out.device)] = self._decoder.accepted(c, b).z[places]
+        for (c, number), rows in self._by_block(cls, within).items():
+            places = torch.from_numpy(within[rows] - number * self.block).to(out.device)
+            out[torch.tensor(rows, device=out.device)] = self.sampler.latents(*self._items(c, number))[places]
         return out
 
+    def preload(self, progress: bool = True) -> None:
+        """Decode all images now and keep them in memory (`len(ds) * C * H * W` bytes).
+
+        DataLoader workers started afterwards share this memory, forked or spawned.
+        """
+        images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
+        with tqdm(total=len(self), unit="image", desc="preload", disable=not progress) as bar:
+            for cls, count in enumerate(self.counts):
+                for number in range(math.ceil(count / self.block)):
+                    block = self.decoded_block(cls, number)[0]
+                    start = int(self._starts[cls]) + number * self.block
+                    images[start : start + len(block)] = block
+                    bar.update(len(block))
+        self._preloaded = images
+        self._make_cache()
+
     def acceptance(self) -> dict[str, Any]:
-        """What rejection did in the blocks decoded so far (`images`, `export`, ... decode them).
+        """What rejection did in the blocks that this process has decoded so far (`images`, `preload`, `export`).
 
         Returns:
             JSON-able: min_confidence, `total` and one entry per class with `items` (decoded), `candidates` (drawn for
-            them), `rate` (accepted / candidates), `failed` (kept though no candidate was good enough) and
-            `confidence` (mean). As with `non_finite`, workers that do not share the cache count for themselves, and
-            `rate` is None where this process has seen no block.
+            them), `rate` (accepted / candidates, None before the first block), `failed` (kept though no candidate was
+            good enough) and `confidence` (mean).
 
         Raises:
             ValueError: for a data set without min_confidence.
         """
-        if self.rejection is None:
+        if self.sampler.rejection is None:
             raise ValueError("nothing is rejected without min_confidence")
-        ends = [*self._first_block[1:], self._store.blocks]
-        rows = [self._store.judged(int(a), int(b)) for a, b in zip(self._first_block, ends, strict=True)]
-        return acceptance_report(self.rejection.min_confidence, self.classes, np.stack(rows))
+        rows = np.zeros((len(self.classes), 4))
+        for (cls, _), (items, _, judged) in self._known.items():
+            rows[cls] += (items, *judged)
+        return {
+            "min_confidence": self.sampler.rejection.min_confidence,
+            "total": _rates(*rows.sum(axis=0)),
+            "classes": {name: _rates(*row) for name, row in zip(self.classes, rows, strict=True)},
+        }
 
-    def decoded_block(self, cls: int, number: int) -> Tensor:
-        """Images number * block ... of a class, uint8 [m, C, H, W], m <= block; kept in the cache."""
-        self.check_model()
-        key = int(self._first_block[cls]) + number
-        kept = self._store.whole(key)
-        if kept is not None:
-            return torch.from_numpy(kept)
-        images, not_finite, judged = self._decoder.decode(cls, number)
-        self._store.write(key, images.numpy(), not_finite, judged)
-        if not self._warned and self._store.decoded_again >= TOO_OFTEN:
-            self._warned = True
-            needed = len(self) * int(np.prod(self.image_shape))
-            warnings.warn(
-                f"SyntheticDataset decodes the same blocks again and again: its {needed} bytes of images do not fit "
-                f"cache_bytes={self.cache_bytes}. Raise it to {needed}, or export() the images once and read the files",
-                stacklevel=2,
-            )
-        return images
-
-    def check_model(self) -> None:
-        """Images of two models must not stand in one set, nor under the wrong hash in its provenance.
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the images are, beside weights and classes, as JSON can carry it.
 
         Raises:
-            RuntimeError: the model has changed since the first block was decoded.
+            RuntimeError: the model has changed since the first image.
         """
-        modes = self.model.modes
-        version = WeightsVersion(self.model, others=() if modes is None else (modes,))
-        seen = self._model_version  # another thread may put the first one in its place at any time
-        same = version == seen
-        if seen is None:
-            # Other processes may have decoded before, and the model been changed since.
-            same = self._store.agrees(fingerprint(self.model))
-            self._model_version = version if same else None
-        if not same:
+        self._check_model()
+        own = {
+            "per_class": self.per_class,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "source": self.source,
+            "block": self.block,
+        }
+        return own | self.sampler.settings()
+
+    def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]:
+        """Images number * block ... of a class, uint8 [m, C, H, W], and how many of them are not finite."""
+        if self._preloaded is not None:
+            start = int(self._starts[cls]) + number * self.block
+            stop = min(start + self.block, int(self._starts[cls + 1]))
+            return self._preloaded[start:stop], self._known[cls, number][1]
+        return self._cached_block(cls, number)
+
+    def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
+        self._check_model()
+        drawn: Drawn = self.sampler.draw(*self._items(cls, number))
+        self._decoded_again += (cls, number) in self._known
+        self._known[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
+        if self._decoded_again == TOO_OFTEN:
+            warnings.warn(
+                "SyntheticDataset decodes the same blocks again and again: its "
+                f"{len(self) * math.prod(self.image_shape)} bytes of images do not fit cache_bytes={self.cache_bytes}. "
+                "Raise it, or call preload(), or export() the images once and read the files",
+                stacklevel=2,
+            )
+        return drawn.images, drawn.not_finite
+
+    def _items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Class and place within the class of a block's items, int64 [m] each."""
+        within = np.arange(number * self.block, min(self.counts[cls], (number + 1) * self.block))
+        return np.full_like(within, cls), within
+
+    def _by_block(self, cls: np.ndarray, within: np.ndarray) -> dict[tuple[int, int], list[int]]:
+        """The rows of the items in each block (class, number)."""
+        rows: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, block in enumerate(zip(cls.tolist(), (within // self.block).tolist(), strict=True)):
+            rows[block].append(row)
+        return rows
+
+    def _check_model(self) -> None:
+        """Refuse to mix images of two models in one set, or under the wrong hash in its provenance."""
+        key = weights_key(self.model)
+        if self._weights_key is None:
+            self._weights_key = key
+        elif key != self._weights_key:
             raise RuntimeError(
                 "the model's weights or modes have changed since this SyntheticDataset decoded its first images: "
                 "make a new SyntheticDataset"
             )
-
-    def not_finite_in(self, cls: int, number: int) -> int:
-        """Images of a block that has been decoded (`decoded_block`) whose values were not finite."""
-        return self._store.not_finite_in(int(self._first_block[cls]) + number)
-
-    def decode_ahead(self, cls: int, number: int) -> None:
-        """Start to decode a block, for the next call of `decoded_block`, where that need not be waited for: on CUDA.
-
-        At most one block is under way; another call replaces it.
-        """
-        key = int(self._first_block[cls]) + number
-        if self.model.device.type == "cuda" and self._store.whole(key) is None:
-            self._decoder.decode_ahead(cls, number)
 
     def export(
         self,
@@ -323,70 +297,63 @@ class SyntheticDataset(Dataset):
 
         glem-provenance.json says what the images are (weights, settings, classes), and is the manifest: the SHA-256
         of every shard, a block of images of one class. Exporting the same images to the same folder again checks them,
-        and writes what is missing or damaged: all that an export which was killed takes to be finished.
+        and writes what is missing or damaged, so an export that was killed is finished by running it again.
 
         Args:
             folder: made if missing; format: "imagefolder", or "webdataset" (data/train-*.tar, which timm's reader and
-            the Hub take as they are, made in one step at the end); progress: show a bar; overwrite: write over an
-            export of other images (what of it is left over is removed); license: of the images that the flow was
-            trained on, which its samples inherit, for the provenance.
+            the Hub take as they are, made in one step at the end); progress: show a bar; overwrite: replace an
+            export of other images; license: of the images that the flow was trained on, which its samples inherit, for
+            the provenance.
 
         Returns:
             The folder.
 
         Raises:
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
-            OSError: where the disk is full or can't be written, naming the path.
+            OSError: if the disk is full or cannot be written, naming the path.
             ValueError: for another format, or a flow of neither 1 nor 3 channels.
         """
-        from glem_augment.synthetic.export import export_imagefolder
-
-        check_choice("format", format, ("imagefolder", "webdataset"))
+        check_choice("format", format, FORMATS)
         folder = expand(folder)
         self._check_pil()
-        if format == "webdataset":
-            from glem_augment.synthetic.publish import export_shards
+        write = export_imagefolder if format == "imagefolder" else export_shards
+        return write(self, folder, overwrite, license, progress)
 
-            return export_shards(self, folder, overwrite, license, progress)
-        return export_imagefolder(self, folder, progress=progress, overwrite=overwrite, license=license)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload all images with a data card to a data set on the Hugging Face Hub, in one commit.
 
         Args:
-            repo_id: ``org/name``; options: see `hub_dataset.push_dataset`: license, format, private, token, ...
+            repo_id: `org/name`. options: license, format, private, token, ...: see `publish.push_dataset`, also for
+                the errors.
 
-        Returns, Raises: as there.
+        Returns:
+            huggingface_hub's `CommitInfo`.
         """
-        from glem_augment.synthetic.publish import push_dataset
-
         return push_dataset(self, repo_id, **options)
 
     def __repr__(self) -> str:
         return (
             f"SyntheticDataset({len(self)} images, {len(self.classes)} classes, per_class={self.per_class}, "
-            f"temperature={self.temperature}, seed={self.seed}, source={self.source!r}, block={self.block}, "
+            f"temperature={self.temperature}, seed={self.seed}, source={self.source!r}, "
             f"image_shape={self.image_shape})"
         )
 
+    def _make_cache(self) -> None:
+        bytes_per_block = self.block * math.prod(self.image_shape)
+        blocks = max(1, self.cache_bytes // bytes_per_block)
+        self._cached_block = functools.lru_cache(blocks)(self._decode_block)
+
     def __getstate__(self) -> dict[str, Any]:
-        oracle = None if self.rejection is None else self.rejection.oracle
-        move_if_sent(self.model, oracle, getattr(self.latent_source.real, "z", None))
-        # Where the cache is not shared, a copy decodes for itself: sending it would cost more than it saves.
-        left = () if self._store.can_be_sent else ("_store",)
-        return {**{k: v for k, v in self.__dict__.items() if k not in left}, "_model_version": None}
+        # Sending the weights to a spawned worker moves them to shared memory.
+        self._weights_key = None
+        # A copy has a cache and counts of its own.
+        known = {} if self._preloaded is None else self._known
+        state = {key: value for key, value in self.__dict__.items() if key != "_cached_block"}
+        return state | {"_known": known, "_decoded_again": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if "_store" not in state:
-            self._make_store()
-
-    def _make_store(self) -> None:
-        sizes: list[int] = []
-        for count in self.counts:
-            full, rest = divmod(count, self.block)
-            sizes += [self.block] * full + [rest] * (rest > 0)
-        self._store = BlockStore(sizes, self.image_shape, self.cache_bytes)
+        self._make_cache()
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Class and place within the class of every index, int64 [n] each."""
@@ -410,21 +377,17 @@ class SyntheticDataset(Dataset):
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Uint8 tensors [n, 1 or 3, H, W] on the CPU as PIL images, mode "L" or "RGB".
-
-    What `Image.fromarray` does for each, in half of its time. Grey ones are views of `images`, which PIL copies before
-    it writes to them.
-    """
-    _, channels, height, width = images.shape
-    mode = "L" if channels == 1 else "RGB"
-    rows = images.permute(0, 2, 3, 1).contiguous().flatten(1).numpy()
-    return [Image.frombuffer(mode, (width, height), row, "raw", mode, 0, 1) for row in rows]
+    """Uint8 tensors [n, 1 or 3, H, W] on the CPU as PIL images, mode "L" or "RGB"."""
+    rows = images.permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in rows]
 
 
-def _plain(per_class: PerClass, model: GLEM) -> Any:
-    """As JSON can carry it; classes by name, since an index as text may be another class's name."""
-    if isinstance(per_class, Mapping):
-        return {model.classes[find_class(model, key, "per_class")]: int(value) for key, value in per_class.items()}
-    if isinstance(per_class, str):
-        return per_class
-    return as_list(per_class)
+def _rates(items: float, candidates: float, failed: float, confidence: float) -> dict[str, Any]:
+    """One entry of `acceptance`; confidence: the sum over the items."""
+    return {
+        "items": int(items),
+        "candidates": int(candidates),
+        "rate": float((items - failed) / candidates) if candidates else None,
+        "failed": int(failed),
+        "confidence": float(confidence / items) if items else None,
+    }

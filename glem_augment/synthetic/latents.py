@@ -1,47 +1,56 @@
-"""Where the latents of synthetic images come from: class Gaussians, RFCM, or mixtures of real latents.
+"""Latents of synthetic images: three sources, and rejection of images whose class is in doubt.
 
-A latent is a function of the seed, its class, its place within the class and the number of the attempt; it does not
-depend on what else is drawn.
+A latent is a function of the seed, its class, its place within the class and the number of the attempt. It never
+depends on what else is drawn at the same time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from glem_augment.checks import check_choice, check_number
+from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData
-from glem_augment.devices import check_worker_device, evaluating, move
+from glem_augment.data.pixels import in_range, to_uint8_
+from glem_augment.devices import check_worker_device, evaluating
 from glem_augment.errors import DataError
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
+from glem_augment.synthetic.balance import as_image_data
 
 SOURCES = ("gaussian", "rfcm", "mixup")
-# Items whose noise comes from one generator. Not the block of decoding: that one may be chosen to fit the
-# memory without changing what is drawn.
+# One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
 NOISE_BLOCK = 16
-_CHUNK = 256
+# Candidates per item under rejection.
+MAX_ATTEMPTS = 20
+# The key in an export's settings that identifies the real images behind a mixup set.
+REAL_IMAGES = "real_images_sha256"
+
+Oracle = Callable[[Tensor], Tensor]
 
 
 class RealLatents:
-    """Latents of real images, by class; in the CPU's memory (N * d * 4 bytes), where forked workers share them.
+    """Latents of real images, class after class, in the CPU's memory (N * d * 4 bytes).
 
     Args:
-        model: encodes, in the middle of each bin.
-        images: of the flow's size, labelled with the flow's classes.
+        model: the flow; it encodes each pixel as the middle of its bin.
+        images: real images of the flow's size, labelled with the flow's classes.
 
     Attributes:
-        z: float32 [N, d], class after class; starts, counts: int64 [K].
-        sha256: of the pixels and counts, hexadecimal: latents would differ in their last bits between machines.
-        name: of the images.
+        z: float32 [N, d]. starts, counts: int64 [K], where each class begins and how many images it has.
+        sha256: hash of the pixels and counts. Latents would not do: their last bits differ between machines.
+        name: name of the image data.
 
     Raises:
-        DataError: for images of another shape.
+        DataError: images of another shape than the flow's.
     """
 
     def __init__(self, model: GLEM, images: ImageData) -> None:
@@ -53,44 +62,32 @@ class RealLatents:
         check_worker_device(model.device)
         order = np.argsort(images.targets, kind="stable")
         self.counts = np.bincount(images.targets, minlength=model.num_classes)
-        self.name, read, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.name, pixels, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
         with torch.no_grad(), evaluating(model):
-            for x, _ in images.batches(order, _CHUNK):
-                read.update(x.numpy().tobytes())
+            for x, _ in images.batches(order, 256):
+                pixels.update(x.numpy().tobytes())
                 parts.append(model.encode(x)[0].cpu())
-        self.z, self.sha256 = torch.cat(parts), read.hexdigest()
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
-
-
-def warn_of_single_images(classes: Sequence[str], counts: np.ndarray) -> None:
-    """Warn of classes whose images can only be mixed with themselves.
-
-    Args:
-        counts: int64 [K], real images of each class that is to be drawn, 0 for the others.
-    """
-    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
-    if single:
-        warnings.warn(
-            f"source='mixup' has one real image of {', '.join(single[:10])}{', ...' if len(single) > 10 else ''}: all "
-            "synthetic ones will be copies of it; give more, or take another source",
-            stacklevel=3,
-        )
+        self.z, self.sha256 = torch.cat(parts), pixels.hexdigest()
 
 
 class LatentSource:
-    """Draws latents.
+    """Draws the latents of items, each given by its class and its place within the class.
+
+    - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
+    - "rfcm": the mean and full covariance of the class's real latents (Eq. 6), as stored in `model.modes`.
+    - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
 
     Args:
-        model: with fitted modes for "rfcm" and "mixup".
-        source: "gaussian", "rfcm", or "mixup": z_i + (1 - l) P (z_j - z_i) of two real latents of the class.
-        seed: int >= 0.
-        temperature: factor on the standard deviation; "mixup" has none.
-        real: the latents of "mixup".
-        modes: top modes that P of "mixup" keeps, None for 64 or as many as are stored; alpha: of its
-            l ~ Beta(alpha, alpha), folded to [1/2, 1].
+        model: the flow; "rfcm" and "mixup" need its fitted modes.
+        seed: int >= 0. temperature: factor T on the standard deviation, not used by "mixup".
+        real: real images for "mixup", see `as_image_data`.
+        modes: number of modes that P keeps; None means 64, or as many as there are.
+        alpha: l ~ Beta(alpha, alpha), folded to [1/2, 1].
+        wanted: bool [K], the classes that will be drawn.
 
     Raises:
-        ValueError, TypeError: for what is missing or out of range.
+        ValueError, TypeError: for an argument that is missing or out of range.
     """
 
     def __init__(
@@ -99,83 +96,256 @@ class LatentSource:
         source: str,
         seed: int,
         temperature: float,
-        real: RealLatents | None = None,
+        real: Any = None,
         modes: int | None = None,
         alpha: float = 1.0,
+        wanted: np.ndarray | None = None,
     ) -> None:
         check_choice("source", source, SOURCES)
+        self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
         self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
         self.alpha = check_number("alpha", alpha, 0.0, float("inf"), open_low=True)
+        self.real: RealLatents | None = None
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
-            modes = model.checked_modes(modes)
-        self.model, self.source, self.seed, self.real, self.modes = model, source, seed, real, modes
+            self.modes = model.checked_modes(modes)
+            images = as_image_data(model, real)
+            _check_counts(model, images, np.ones(model.num_classes, dtype=bool) if wanted is None else wanted)
+            self.real = RealLatents(model, images)
 
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide what is drawn, for the provenance."""
+        found: dict[str, Any] = {}
+        if self.real is not None:
+            found = {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
+        return found
+
+    @torch.no_grad()
     def draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
         """Latents float32 [n, d] on the model's device.
 
         Args:
-            cls, within: int64 [n], class and place within it; attempt: 0, or the number of the replacement.
+            cls, within: int64 [n], class and place within the class.
+            attempt: 0, or the number of the replacement under rejection.
         """
-        check_worker_device(self.model.device)
-        with torch.no_grad():
-            if self.source == "mixup":
-                return self._mixed(cls, within, attempt)
-            width = self.model.dim + (self._fitted().rank if self.source == "rfcm" else 0)
-            noise = np.empty((len(cls), width), dtype=np.float32)
-            for generator, rows, places in self._generators(cls, within, attempt):
-                noise[rows] = generator.standard_normal((NOISE_BLOCK, width), dtype=np.float32)[places]
-            eps = move(torch.from_numpy(noise), self.model.device).to(self.model.dtype)
-            if self.source == "gaussian" and len(cls) and (cls == cls[0]).all():
-                cls = cls[:1]  # a block of images is of one class: then one row for all of them
-            y = move(torch.from_numpy(cls), self.model.device)
-            if self.source == "rfcm":
-                return self._fitted().sample_from_noise(y, eps, self.temperature)
-            gaussians = self.model.gaussians
-            return (self.temperature * gaussians.variance()[y].sqrt() * eps).add_(gaussians.mu[y])
+        model = self.model
+        check_worker_device(model.device)
+        if self.source == "mixup":
+            return self._mix(cls, within, attempt)
+        rank = model.modes.rank if self.source == "rfcm" and model.modes is not None else 0
+        noise = np.empty((len(cls), model.dim + rank), dtype=np.float32)
+        for generator, _, rows, places in self._generators(cls, within, attempt):
+            noise[rows] = generator.standard_normal((NOISE_BLOCK, noise.shape[1]), dtype=np.float32)[places]
+        eps = torch.from_numpy(noise).to(model.device, model.dtype)
+        y = torch.from_numpy(cls).to(model.device)
+        if self.source == "rfcm" and model.modes is not None:
+            return model.modes.sample_from_noise(y, eps, self.temperature)
+        return (self.temperature * model.gaussians.variance()[y].sqrt() * eps).add_(model.gaussians.mu[y])
 
-    def _mixed(self, cls: np.ndarray, within: np.ndarray, attempt: int) -> Tensor:
-        real = self.real
-        assert real is not None
-        first, second = np.empty(len(cls), dtype=np.int64), np.empty(len(cls), dtype=np.int64)
-        share = np.empty(len(cls), dtype=np.float32)
-        for generator, rows, places in self._generators(cls, within, attempt):
-            c = int(cls[rows[0]])
-            there = int(real.counts[c])
-            i = generator.integers(there, size=NOISE_BLOCK)
-            # Any other image; a class of one is mixed with itself.
-            j = (i + generator.integers(1, max(2, there), size=NOISE_BLOCK)) % there
-            mixed = generator.beta(self.alpha, self.alpha, size=NOISE_BLOCK)
+    def _mix(self, cls: np.ndarray, within: np.ndarray, attempt: int) -> Tensor:
+        real, fitted = self.real, self.model.modes
+        assert real is not None and fitted is not None
+        first, second = np.empty((2, len(cls)), dtype=np.int64)
+        share = np.empty(len(cls), dtype=np.float32)  # 1 - l
+        for generator, c, rows, places in self._generators(cls, within, attempt):
+            count = int(real.counts[c])
+            i = generator.integers(count, size=NOISE_BLOCK)
+            # Any other image of the class; a class of one image is mixed with itself.
+            j = (i + generator.integers(1, max(2, count), size=NOISE_BLOCK)) % count
+            mix = generator.beta(self.alpha, self.alpha, size=NOISE_BLOCK)
             first[rows], second[rows] = real.starts[c] + i[places], real.starts[c] + j[places]
-            share[rows] = np.minimum(mixed, 1 - mixed)[places]
+            share[rows] = np.minimum(mix, 1 - mix)[places]
         device = self.model.device
-        z, other = (move(real.z[torch.from_numpy(rows)], device) for rows in (first, second))
-        delta = move(torch.from_numpy(share), device)[:, None] * (other - z)
-        directions = self._fitted().directions[:, : self.modes]
-        return z + project_on_modes(delta, move(torch.from_numpy(cls), device), directions)
+        z, other = (real.z[torch.from_numpy(rows)].to(device) for rows in (first, second))
+        delta = torch.from_numpy(share).to(device)[:, None] * (other - z)
+        return z + project_on_modes(delta, torch.from_numpy(cls).to(device), fitted.directions[:, : self.modes])
 
     def _generators(
         self, cls: np.ndarray, within: np.ndarray, attempt: int
-    ) -> list[tuple[np.random.Generator, np.ndarray, np.ndarray]]:
-        """One generator per class and block of NOISE_BLOCK places, with its rows and their places in the block."""
-        number = within // NOISE_BLOCK
-        key = cls * (number.max(initial=0) + 1) + number
-        order = np.argsort(key, kind="stable")
-        starts = np.flatnonzero(np.diff(key[order], prepend=-1))
-        found = []
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
-            rows = order[start:end]
-            c, b = int(cls[rows[0]]), int(number[rows[0]])
-            # SeedSequence mixes the numbers so that neighbouring seeds, classes and blocks are unrelated. (A zero at
-            # the end changes nothing: attempt 0 is what a set without rejection holds.)
-            sequence = np.random.SeedSequence([self.seed, c, b, attempt])
-            generator = np.random.Generator(np.random.PCG64(sequence))
-            found.append((generator, rows, within[rows] - b * NOISE_BLOCK))
-        return found
+    ) -> Iterator[tuple[np.random.Generator, int, list[int], np.ndarray]]:
+        """For each class and group of NOISE_BLOCK places: a generator, the class, the rows, their places in it."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, group in enumerate(zip(cls.tolist(), (within // NOISE_BLOCK).tolist(), strict=True)):
+            groups[group].append(row)
+        for (c, number), rows in groups.items():
+            # SeedSequence makes neighbouring seeds, classes and groups unrelated. Trailing zeros change nothing, so
+            # attempt 0 draws what a set without rejection holds.
+            sequence = np.random.SeedSequence([self.seed, c, number, attempt])
+            yield np.random.Generator(np.random.PCG64(sequence)), c, rows, within[rows] - number * NOISE_BLOCK
 
-    def _fitted(self):  # noqa: ANN202  (ClassModes, or what model.modes is)
-        assert self.model.modes is not None
-        return self.model.modes
+
+def _check_counts(model: GLEM, images: ImageData, wanted: np.ndarray) -> None:
+    """Refuse classes without a real image to mix, and warn of classes with only one."""
+    counts = np.bincount(images.targets, minlength=model.num_classes)
+    empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (counts == n))] for n in (0, 1))
+    if empty:
+        raise ValueError(
+            f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
+            "mapping, or weight 0), or take another source"
+        )
+    if single:
+        warnings.warn(
+            f"source='mixup' has one real image of {', '.join(single[:10])}{', ...' if len(single) > 10 else ''}: all "
+            "synthetic ones will be copies of it; give more, or take another source",
+            stacklevel=5,
+        )
+
+
+class Candidates(NamedTuple):
+    """Latents [n, d], their images float [n, C, H, W] if an oracle had to see them (else None), the confidence [n] in
+    their classes, and how many candidates were drawn in all."""
+
+    z: Tensor
+    images: Tensor | None
+    confidence: Tensor
+    drawn: int
+
+
+class Rejection:
+    """Draws items again until their class has enough probability, at most MAX_ATTEMPTS times; the best one stays.
+
+    Args:
+        min_confidence: in (0, 1].
+        oracle: judges images: float [n, C, H, W] in [0, 1] -> logits or probabilities [n, K]. A row from 0 up that
+            sums to 1 is taken as probabilities. None: the flow's posterior judges the latents.
+    """
+
+    def __init__(self, min_confidence: float, oracle: Oracle | None) -> None:
+        self.min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
+        if oracle is not None and not callable(oracle):
+            raise TypeError(f"oracle must take images and give probabilities, got {type(oracle).__name__}")
+        self.oracle = oracle
+        # A function can't be told from another one by its name, so an export knows it by this random number.
+        self._token = secrets.token_hex(8)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide what is kept, for the provenance."""
+        judge = "posterior" if self.oracle is None else _identity(self.oracle, self._token)
+        return {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": judge}
+
+    @torch.no_grad()
+    def select(self, source: LatentSource, cls: np.ndarray, within: np.ndarray) -> Candidates:
+        """For each item the first candidate that is good enough, or the best of all."""
+        model = source.model
+        z = source.draw(cls, within)
+        images, confidence = self._judge(model, z, cls)
+        drawn = len(cls)
+        for attempt in range(1, MAX_ATTEMPTS):
+            rows = np.flatnonzero(confidence.numpy() < self.min_confidence)
+            if len(rows) == 0:
+                break
+            new = source.draw(cls[rows], within[rows], attempt)
+            new_images, new_confidence = self._judge(model, new, cls[rows])
+            drawn += len(rows)
+            better = torch.from_numpy(np.flatnonzero(new_confidence.numpy() > confidence.numpy()[rows]))
+            rows = torch.from_numpy(rows)[better]
+            confidence[rows] = new_confidence[better]
+            z[rows.to(z.device)] = new[better.to(z.device)]
+            if images is not None and new_images is not None:
+                images[rows.to(z.device)] = new_images[better.to(z.device)]
+        return Candidates(z, images, confidence, drawn)
+
+    def _judge(self, model: GLEM, z: Tensor, cls: np.ndarray) -> tuple[Tensor | None, Tensor]:
+        """Images (None without an oracle), and the confidence float32 [n] on the CPU; 0 where it is not a number."""
+        images = None
+        if self.oracle is None:
+            probability = model.posterior_from_latents(z)
+        else:
+            with evaluating(model):
+                images = model.decode(z, clamp=False)
+            if isinstance(self.oracle, nn.Module):
+                with evaluating(self.oracle):
+                    output = self.oracle(in_range(images))
+            else:
+                output = self.oracle(in_range(images))
+            finite = torch.isfinite(images).flatten(1).all(dim=1, keepdim=True)
+            probability = as_probabilities(output, len(z), model.num_classes) * finite
+        y = torch.from_numpy(cls).to(probability.device)
+        return images, probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
+
+
+def as_probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
+    """An oracle's logits or probabilities [n, K] as probabilities float32; NaN in rows that hold NaN or +inf.
+
+    Raises:
+        ValueError: output of another shape.
+    """
+    if not isinstance(output, Tensor) or output.shape != (n, num_classes):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"the oracle must give [{n}, {num_classes}], one number per class of the flow; got {got}")
+    # A sum of rounded probabilities misses 1 by about the precision of their type: 8e-3 for bfloat16.
+    tolerance = max(1e-3, 4 * torch.finfo(output.dtype).eps) if output.is_floating_point() else 1e-3
+    output = output.float()
+    summed = ((output.sum(1) - 1).abs() < tolerance) & (output >= 0).all(dim=1)
+    return output.where(summed[:, None], output.softmax(1))
+
+
+def _identity(oracle: Oracle, token: str) -> str:
+    """The name of an oracle, with the SHA-256 of its weights if it is a module, else with the token."""
+    named = oracle if hasattr(oracle, "__qualname__") else type(oracle)
+    name = f"{named.__module__}.{named.__qualname__}"
+    if not isinstance(oracle, nn.Module):
+        return f"{name}, {token}"
+    total = hashlib.sha256()
+    for key, value in oracle.state_dict().items():
+        total.update(key.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{name}, weights {total.hexdigest()}"
+
+
+class Drawn(NamedTuple):
+    """Images uint8 [n, C, H, W] on the CPU; how many have values that are not finite (shown grey, 0 or 255); what
+    rejection did: candidates drawn, items that never passed, and the sum of confidences (zeros without rejection)."""
+
+    images: Tensor
+    not_finite: int
+    judged: tuple[int, int, float]
+
+
+class ImageSampler:
+    """From items (class, place within the class) to images: draw, judge, decode.
+
+    Args:
+        model, source, seed, temperature, real, modes, alpha, wanted: see `LatentSource`.
+        min_confidence, oracle: see `Rejection`; None: nothing is rejected.
+
+    Raises:
+        ValueError, TypeError: for an argument that is missing or out of range.
+    """
+
+    def __init__(
+        self, model: GLEM, min_confidence: float | None = None, oracle: Oracle | None = None, **source: Any
+    ) -> None:
+        if min_confidence is None and oracle is not None:
+            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
+        self.rejection = None if min_confidence is None else Rejection(min_confidence, oracle)
+        self.source = LatentSource(model, **source)
+
+    def latents(self, cls: np.ndarray, within: np.ndarray) -> Tensor:
+        """Latents float32 [n, d] on the model's device, those that rejection keeps."""
+        if self.rejection is None:
+            return self.source.draw(cls, within)
+        return self.rejection.select(self.source, cls, within).z
+
+    @torch.no_grad()
+    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
+        """The images of items; cls, within: int64 [n]."""
+        model, judged, x = self.source.model, (0, 0, 0.0), None
+        if self.rejection is None:
+            z = self.source.draw(cls, within)
+        else:
+            z, x, confidence, drawn = self.rejection.select(self.source, cls, within)
+            judged = drawn, int((confidence < self.rejection.min_confidence).sum()), float(confidence.sum())
+        if x is None:
+            with evaluating(model):
+                x = model.decode(z, clamp=False)
+        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
+        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
+        return Drawn(to_uint8_(x).cpu(), not_finite, judged)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide what the images are, for the provenance."""
+        return self.source.settings() | ({} if self.rejection is None else self.rejection.settings())

@@ -31,10 +31,19 @@ from glem_augment.hub.upload import CARD, commit_folder, open_repository, warn_w
 from glem_augment.io import atomic_write, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.synthetic.dataset import SyntheticDataset
-from glem_augment.synthetic.export import as_png, check_space, naming
-from glem_augment.synthetic.manifest import image_name, read_manifest
-from glem_augment.synthetic.provenance import PROVENANCE, REAL_IMAGES, class_folders, licence_note, provenance
+from glem_augment.synthetic.export import (
+    PROVENANCE,
+    ImageSet,
+    as_png,
+    check_space,
+    class_folders,
+    export_imagefolder,
+    licence_note,
+    naming,
+    provenance,
+    read_manifest,
+)
+from glem_augment.synthetic.latents import REAL_IMAGES
 
 __all__ = ["FORMATS", "check_shards_folder", "export_shards", "push_dataset", "write_dataset"]
 
@@ -50,7 +59,7 @@ _MAX_CLASSES = 200  # listed on the card
 
 
 def push_dataset(
-    dataset: SyntheticDataset,
+    dataset: ImageSet,
     repo_id: str,
     *,
     format: str | None = None,  # noqa: A002  (the word users expect)
@@ -96,7 +105,7 @@ def push_dataset(
 
 
 def write_dataset(
-    dataset: SyntheticDataset,
+    dataset: ImageSet,
     folder: Path,
     repo_id: str,
     facts: CardFacts,
@@ -116,7 +125,7 @@ def write_dataset(
     write_card(_card(dataset, repo_id, facts, manifest), folder)
 
 
-def _format(dataset: SyntheticDataset, format: str | None) -> str:  # noqa: A002
+def _format(dataset: ImageSet, format: str | None) -> str:  # noqa: A002
     if dataset.image_shape[0] not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, this flow {dataset.image_shape[0]}")
     most = max(dataset.counts)
@@ -144,14 +153,14 @@ def _origin(model: GLEM) -> str | None:
 # ---- images ------------------------------------------------------------------------------------------------------
 
 
-def _write_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Any]:
+def _write_imagefolder(dataset: ImageSet, folder: Path, progress: bool) -> dict[str, Any]:
     """Export the images, and add the table of labels that `datasets` reads. Returns the manifest of the export."""
     images = folder / "data" / "train"
-    dataset.export(images, "imagefolder", progress=progress)
+    export_imagefolder(dataset, images, progress=progress)
     manifest = json.loads((images / PROVENANCE).read_text(encoding="utf-8"))
     (images / PROVENANCE).unlink()
     names = [
-        (label, f"{entry['folder']}/{image_name(i)}")
+        (label, f"{entry['folder']}/{i:06d}.png")
         for label, entry in enumerate(manifest["classes"])
         for i in range(entry["count"])
     ]
@@ -162,7 +171,7 @@ def _write_imagefolder(dataset: SyntheticDataset, folder: Path, progress: bool) 
     return manifest
 
 
-def _write_shards(dataset: SyntheticDataset, folder: Path, progress: bool) -> dict[str, Any]:
+def _write_shards(dataset: ImageSet, folder: Path, progress: bool) -> dict[str, Any]:
     """Write image i to shard i mod S, so that every shard holds every class. Returns the manifest."""
     count = min(MAX_SHARDS, -(-len(dataset) // MIN_SHARD))
     data = folder / "data"
@@ -199,7 +208,7 @@ def _add_file(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def export_shards(
-    dataset: SyntheticDataset,
+    dataset: ImageSet,
     folder: Path,
     overwrite: bool = False,
     license: str | None = None,  # noqa: A002
@@ -214,7 +223,7 @@ def export_shards(
     partial = folder.with_name(f".{folder.name}.partial")
     with naming(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    check_space(folder.parent, dataset)
+    check_space(folder.parent, len(dataset), dataset.image_shape, archive=True)
     with lock_folder(partial):
         new, old = partial / "new", partial / "old"
         for leftover in (new, old):  # of an export that was killed
@@ -268,7 +277,7 @@ def _is_of_export(path: Path, name: str) -> bool:
 # ---- the card ----------------------------------------------------------------------------------------------------
 
 
-def _card(dataset: SyntheticDataset, repo_id: str, facts: CardFacts, manifest: dict[str, Any]) -> DatasetCard:
+def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str, Any]) -> DatasetCard:
     """The card; its metadata tell `datasets` where the images are and what the classes are called."""
     as_folder = manifest["format"] == "imagefolder"
     image, label = ("image", "label") if as_folder else ("png", "cls")
@@ -302,21 +311,18 @@ def _card(dataset: SyntheticDataset, repo_id: str, facts: CardFacts, manifest: d
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, (image, label), manifest)}")
 
 
-def _body(
-    dataset: SyntheticDataset, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]
-) -> str:
+def _body(dataset: ImageSet, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]) -> str:
     c, h, w = dataset.image_shape
     settings = manifest["settings"]
     loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
     licence = facts.license_name or facts.license
     stated = f"as the publisher states: {licence}" if licence else "**not stated: ask its author before you use it**"
     if settings["source"] == "mixup":
-        real = dataset.latent_source.real
         made = (
             "made by a class-conditional normalizing flow: each is a real image, moved part of the way towards another "
             "one of its class. Many are close to the real image that they began with."
         )
-        specific = f"| real images | {escape(data_name(real.name)) if real else 'not recorded'} |"
+        specific = f"| real images | {escape(data_name(dataset.real_name)) if dataset.real_name else 'not recorded'} |"
         inherit = "Mixtures derive from the real images that were mixed, and"
     else:
         made = (
@@ -384,7 +390,7 @@ ones.
 def _arguments(settings: dict[str, Any]) -> str:
     """The arguments that make the images again. Real images and a user's own oracle can't be written down."""
     mixed = settings["source"] == "mixup"
-    left_out = {"oracle", REAL_IMAGES, *(["temperature"] if mixed else [])}
+    left_out = {"oracle", "block", "max_attempts", REAL_IMAGES, *(["temperature"] if mixed else [])}
     shown = [f"{key}={value!r}" for key, value in settings.items() if key not in left_out]
     if mixed or settings["per_class"] == "balance":
         shown.append("real=real")

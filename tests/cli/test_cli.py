@@ -399,7 +399,7 @@ def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, outpu
     assert [(model.classes[label], image.tobytes()) for image, label in data] == pixels_of(tmp_path / "a")
 
 
-def test_generate_looks_at_the_output_folder_before_the_real_images(
+def test_generate_looks_at_the_output_folder_before_the_model(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = ["--source", "mixup", "--real", images_of(trained), "--modes", "2", "--out"]
@@ -412,40 +412,36 @@ def test_generate_looks_at_the_output_folder_before_the_real_images(
     wds, over = ["--format", "webdataset"], ["--overwrite"]
 
     def not_yet(*_: object) -> None:
-        raise AssertionError("the real images are encoded")
+        raise AssertionError("the model is loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("glem_augment.synthetic.dataset.RealLatents", not_yet)
-        fails([*base, own, *over], output, "holds 'notes.txt'")
-        fails([*base, files, "--seed", "1"], output, "not empty", "seed 0 (not 1)", "--overwrite")
-        fails([*base, files, "--alpha", "2", "--min-confidence", "0.1"], output, "alpha 1.0 (not 2.0)", "min_conf")
-        gaussian = ["generate", str(trained), "--per-class", "2", "--out", own + "/out"]
-        assert main(gaussian) == 0
-        fails([*base, own + "/out"], output, "source gaussian (not mixup)")
-        # For these, not even the model.
         patch.setattr("glem_augment.cli.generate.load_model", not_yet)
         fails([*base, own], output, "not empty", "--overwrite")
+        fails([*base, own, *over], output, "no earlier export")
         fails([*base, own + "/notes.txt"], output, "is a file")
         fails([*base, own, *wds], output, "not empty", "--overwrite")
         fails([*base, own, *wds, *over], output, "no earlier export")
         (tmp_path / "shards" / "notes.txt").write_text("mine")
         fails([*base, shards, *wds, *over], output, "holds 'notes.txt'")
-    # The same images again, and others in real: what is told from the encoded ones still is.
+    fails([*base, files, "--seed", "1"], output, "not empty", "seed 0 (not 1)", "--overwrite")
+    fails([*base, files, "--alpha", "2", "--min-confidence", "0.1"], output, "alpha 1.0 (not 2.0)", "min_conf")
+    # The same images again, and other ones in real.
     generated([*base[1:], files], output)
     write_images(tmp_path / "other", ("bird", "cat", "dog"), (8, 8), 5)
     base[base.index("--real") + 1] = str(tmp_path / "other")
     fails([*base, files], output, "not empty", "real_images_sha256")
 
 
-def test_generate_rejects_and_reports(trained: Path, tmp_path: Path, output: Output) -> None:
-    argv = [str(trained), "--per-class", "4", "--temperature", "300", "--min-confidence", "1", "--max-attempts", "3"]
+def test_generate_rejects_and_reports(
+    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", 3)
+    argv = [str(trained), "--per-class", "4", "--temperature", "300", "--min-confidence", "1"]
     output()
     assert main(["generate", *argv, "--classes", "cat,dog", "--out", str(tmp_path / "a")]) == 0
     out, err = output()
     report = json.loads(out)["acceptance"]
-    data = SyntheticDataset(
-        GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=300.0, min_confidence=1.0, max_attempts=3
-    )
+    data = SyntheticDataset(GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=300.0, min_confidence=1.0)
     data.images(range(len(data)))
     expected = data.acceptance()
     assert report["total"] == expected["total"] and report["total"]["items"] == 8
@@ -514,7 +510,6 @@ def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Pat
     fails([*base, "2", "--source", "mixup"], output, "--source mixup", "--real")
     fails([*base, "2", *real], output, "--real", "no effect")
     fails([*base, "2", "--modes", "2"], output, "--modes", "--source mixup")
-    fails([*base, "2", "--max-attempts", "2"], output, "--max-attempts", "--min-confidence")
     fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
     fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "--temperature")
     fails([*base, "2", "--min-confidence", "1.5"], output, "min_confidence", "1.5")

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.context import set_spawning_popen
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.data.dataset import ImageData
-from glem_augment.devices import WeightsVersion
 from glem_augment.errors import DataError
 from glem_augment.synthetic.stream import SyntheticStream
 from glem_augment.training import trainer as trainer_module
@@ -249,8 +247,13 @@ def in_threads(*tasks: Callable[[], None]) -> Iterator[None]:
         raise errors[0]
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)
+
+
 def synthetic(model: GLEM, cache_bytes: int = 2**20, **options: Any) -> SyntheticDataset:
-    given = {"per_class": 20, "block": 4, "seed": 1, "cache_bytes": cache_bytes, "transform": np.array}
+    given = {"per_class": 20, "seed": 1, "cache_bytes": cache_bytes, "transform": np.array}
     return SyntheticDataset(copy.deepcopy(model), **{**given, **options})
 
 
@@ -272,53 +275,15 @@ def reader(data: SyntheticDataset, expected: np.ndarray, seed: int, rounds: int 
     return task
 
 
-class Doubtful(nn.Module):
-    """A judge with dropout, as a classifier in training has; only in eval mode it judges reproducibly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, len(CLASSES)))
-        with torch.no_grad():
-            self.net[2].weight.copy_(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def test_two_threads_may_meet_a_model_for_the_first_time(model: GLEM) -> None:
-    class Interrupted(SyntheticDataset):
-        """Another thread is always first, and between two steps of this one."""
-
-        @property
-        def _model_version(self) -> Any:
-            seen = self.__dict__.get("version")
-            self.__dict__["version"] = WeightsVersion(self.model, others=(self.model.modes,))
-            return seen
-
-        @_model_version.setter
-        def _model_version(self, version: Any) -> None:
-            self.__dict__["version"] = version
-
-    data = Interrupted(model, per_class=2)
-    for _ in range(2):
-        data.check_model()
-
-
 @pytest.mark.timeout(200)
 @pytest.mark.filterwarnings("ignore:SyntheticDataset decodes")
 @pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * 64, 2**20])
-@pytest.mark.parametrize("judged", [False, True])
-def test_threads_read_what_a_serial_reader_reads(model: GLEM, cache_bytes: int, judged: bool) -> None:
-    options: dict[str, Any] = {}
-    if judged:
-        options = {"min_confidence": 0.5, "oracle": Doubtful().train(), "max_attempts": 3}
-    expected = synthetic(model, **options).images(range(60))[:, 0].numpy()
+def test_threads_read_what_a_serial_reader_reads(model: GLEM, cache_bytes: int) -> None:
+    expected = synthetic(model).images(range(60))[:, 0].numpy()
     for attempt in range(2):
-        data = synthetic(model, cache_bytes, **options)
+        data = synthetic(model, cache_bytes)
         with in_threads(*(reader(data, expected, 10 * attempt + i, rounds=9) for i in range(6))):
             pass
-        if judged:
-            assert data.rejection is not None and data.rejection.oracle.training  # as it was
 
 
 class Numbered(Dataset):
@@ -358,34 +323,6 @@ def test_workers_and_threads_read_at_the_same_time(model: GLEM, context: str, ca
                 assert seen == 60
 
 
-def test_weights_are_not_moved_while_a_block_is_decoded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sending them to a process that is spawned moves them to shared memory."""
-    data, decode, inside, go_on = synthetic(model), GLEM.decode, threading.Event(), threading.Event()
-
-    def slow_decode(self: GLEM, z: Tensor, **options: Any) -> Tensor:
-        inside.set()
-        assert go_on.wait(60)
-        return decode(self, z, **options)
-
-    monkeypatch.setattr(GLEM, "decode", slow_decode)
-    sent = threading.Event()
-
-    def send() -> None:
-        assert inside.wait(60)
-        set_spawning_popen(object())  # of this thread
-        data.__getstate__()
-        sent.set()
-
-    with in_threads(lambda: str(data.images([0])) and None, send):
-        assert inside.wait(60) and not sent.wait(0.2)
-        assert not any(p.is_shared() for p in data.model.parameters())
-        go_on.set()
-    assert sent.is_set() and all(p.is_shared() for p in data.model.parameters())
-    set_spawning_popen(None)
-    copied = copy.deepcopy(synthetic(model))  # no such process: nothing is moved
-    assert not any(p.is_shared() for p in copied.model.parameters())
-
-
 @pytest.mark.timeout(100)
 def test_exports_of_one_data_set_at_the_same_time(model: GLEM, tmp_path: Path) -> None:
     data = synthetic(model, cache_bytes=2 * 4 * 64)
@@ -403,23 +340,23 @@ def _data_sets(model: GLEM, images: Path, out: Path) -> None:
     for options in (
         {},
         {"cache_bytes": 0},
-        {"source": "rfcm", "min_confidence": 0.9, "max_attempts": 2},
+        {"source": "rfcm", "min_confidence": 0.9},
         {"source": "mixup", "modes": 4, "real": real},
     ):
-        data = SyntheticDataset(model, per_class=4, block=2, **options)
+        data = SyntheticDataset(model, per_class=4, **options)
         data.images([0, 11, 5])
         copy.deepcopy(data)[3]
 
 
 def _streams(model: GLEM, images: Path, out: Path) -> None:
-    stream = SyntheticStream(model, length=10, block=4)
+    stream = SyntheticStream(model, length=10)
     assert len(list(stream)) == 10
-    for _ in itertools.islice(SyntheticStream(model, block=4), 5):  # without an end
+    for _ in itertools.islice(SyntheticStream(model), 5):  # without an end
         pass
 
 
 def _exports(model: GLEM, images: Path, out: Path) -> None:
-    data = SyntheticDataset(model, per_class=4, block=2)
+    data = SyntheticDataset(model, per_class=4)
     data.export(out / "export", progress=False)
     data.export(out / "export", progress=False)
     with pytest.raises(FileExistsError):
@@ -456,8 +393,8 @@ def _trainings(model: GLEM, images: Path, out: Path) -> None:
 
 def _workers(model: GLEM, images: Path, out: Path) -> None:
     context = {"num_workers": 1, "multiprocessing_context": "fork"}
-    data = SyntheticDataset(model, per_class=4, block=2, transform=np.asarray)
-    stream = SyntheticStream(model, length=12, block=4, transform=np.asarray)
+    data = SyntheticDataset(model, per_class=4, transform=np.asarray)
+    stream = SyntheticStream(model, length=12, transform=np.asarray)
     plain = TensorDataset(pixels(12), labels(12))
     aug = GLEMAugment(model, p=1.0, modes=4, seed=0)
     living = DataLoader(plain, batch_size=4, collate_fn=aug.collate_fn(), persistent_workers=True, **context)

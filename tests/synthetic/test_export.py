@@ -1,17 +1,16 @@
-"""Exports in shards: the manifest, running one again, and runs that were killed."""
+"""Exports: the manifest, running one again, runs that were killed, and other people's files."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import tarfile
-import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment.data.classes import match_classes
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import export as _export
-from glem_augment.synthetic.manifest import JOURNAL
-from glem_augment.synthetic.provenance import PROVENANCE, REAL_IMAGES, class_folders, settings_of
-from glem_augment.synthetic.stream import SyntheticStream
+from glem_augment.synthetic.export import PROVENANCE, class_folders
+from glem_augment.synthetic.latents import REAL_IMAGES
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)
 
 
 def make_model(seed: int = 0) -> GLEM:
@@ -44,7 +47,7 @@ def make_model(seed: int = 0) -> GLEM:
 
 
 def make(model: GLEM | None = None, **options: Any) -> SyntheticDataset:
-    return SyntheticDataset(model or make_model(), **{"per_class": 10, "block": 4, "seed": 1, **options})
+    return SyntheticDataset(model or make_model(), **{"per_class": 10, "seed": 1, **options})
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -52,11 +55,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / PROVENANCE).read_text())
+
+
 def counting(data: SyntheticDataset, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The blocks that are decoded from now on."""
     decoded, real = [], data.decoded_block
 
-    def decode(cls: int, number: int) -> torch.Tensor:
+    def decode(cls: int, number: int) -> Any:
         decoded.append((cls, number))
         return real(cls, number)
 
@@ -67,37 +74,43 @@ def counting(data: SyntheticDataset, monkeypatch: pytest.MonkeyPatch) -> list[tu
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     model = make_model()
     model.save(tmp_path / "model")
-    folder = make(model).export(tmp_path / "out", progress=False)
-    manifest = json.loads((folder / PROVENANCE).read_text())
-    assert manifest["complete"] is True and manifest["count"] == 30 and manifest["settings"]["seed"] == 1
+    data = make(model, transform=np.asarray)
+    folder = data.export(tmp_path / "out", progress=False, license="mit")
+    manifest = manifest_of(folder)
+    assert manifest["synthetic"] is True and manifest["complete"] is True and manifest["count"] == 30
+    assert manifest["settings"] == data.settings() and manifest["settings"]["seed"] == 1
+    assert manifest["license"] == "mit" and manifest["model"]["class_names"] == NAMES
     weights = (tmp_path / "model" / WEIGHTS).read_bytes()
     assert manifest["weights_sha256"] == hashlib.sha256(weights).hexdigest()
-    shards = manifest["shards"]
     expected = [
         (name, first, min(4, 10 - first)) for name in ("Bag", "T-shirt_top", "Ankle boot") for first in (0, 4, 8)
     ]
-    assert [(s["folder"], s["first"], s["count"]) for s in shards] == expected
-    for shard in shards:
+    assert [(s["folder"], s["first"], s["count"]) for s in manifest["shards"]] == expected
+    for shard in manifest["shards"]:
         numbers = range(shard["first"], shard["first"] + shard["count"])
-        data = b"".join((folder / shard["folder"] / f"{i:06d}.png").read_bytes() for i in numbers)
-        assert hashlib.sha256(data).hexdigest() == shard["sha256"]
-    assert len(files(folder)) == 31  # and nothing else, the journal least of all
+        content = b"".join((folder / shard["folder"] / f"{i:06d}.png").read_bytes() for i in numbers)
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+    assert len(files(folder)) == 31  # and nothing else
+    opened = ImageFolder(folder)
+    index = match_classes(model.class_ids, model.classes, opened.classes, opened.classes)
+    for path, target in opened.samples:
+        item = int(Path(path).stem) + 10 * int(index[target])
+        assert np.array_equal(np.asarray(Image.open(path)), data.images([item])[0, 0])
 
 
 def test_running_it_again_checks_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make().export(tmp_path / "out", progress=False)
+    folder = make().export(tmp_path / "out", progress=False, license="mit")
     whole = files(folder)
 
     def again(expected: list[tuple[int, int]], **options: Any) -> None:
         data = make()
         decoded = counting(data, monkeypatch)
         data.export(folder, progress=False, **options)
-        assert decoded == expected and files(folder) == whole
+        assert decoded == expected and files(folder) == whole  # with the licence that was stated once
 
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again([])
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}  # not a byte was written
-
     (folder / "Bag" / "000005.png").unlink()
     path = folder / "T-shirt_top" / "000009.png"
     path.write_bytes(path.read_bytes()[:-20])
@@ -110,10 +123,10 @@ def test_running_it_again_checks_and_repairs(tmp_path: Path, monkeypatch: pytest
     first.write_bytes(content[1])
     second.write_bytes(content[0])
     again([(0, 0)], overwrite=True)
-    for path in (folder / "Bag").iterdir():
-        path.unlink()
-    (folder / "Bag").rmdir()
+    shutil.rmtree(folder / "Bag")
     again([(0, 0), (0, 1), (0, 2)])
+    make().export(folder, progress=False, license="cc0-1.0")
+    assert manifest_of(folder)["license"] == "cc0-1.0"
 
 
 def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
@@ -122,54 +135,135 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
     for options, words in (
         ({"seed": 2}, r"seed 1 \(not 2\)"),
         ({"temperature": 0.5}, r"temperature 0.8 \(not 0.5\)"),
-        ({"block": 5}, r"block 4 \(not 5\)"),
         ({"per_class": 11}, r"count 30 \(not 33\)"),
         ({"model": make_model(1)}, "weights"),
+        ({"min_confidence": 0.5}, r"min_confidence None \(not 0.5\)"),
     ):
         with pytest.raises(FileExistsError, match=f"other images.*{words}.*overwrite=True"):
             make(**options).export(folder, progress=False)
         assert files(folder) == before
-    manifest = folder / PROVENANCE
-    manifest.write_text(manifest.read_text().replace('"generator": "glem-augment ', '"generator": "glem-augment 0.'))
-    with pytest.raises(FileExistsError, match=r"generator glem-augment 0\.\S+ \(not glem-augment"):
-        make().export(folder, progress=False)
-    # Only asked for, and then nothing of the other is left.
+    for key, value, word in (
+        ("generator", "glem-augment 0.0", "generator"),
+        ("classes", manifest_of(folder)["classes"][::-1], "classes"),
+        ("model", manifest_of(folder)["model"] | {"bits": 5}, "model"),
+    ):
+        (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {key: value}))
+        with pytest.raises(FileExistsError, match=word):
+            make().export(folder, progress=False)
+        (folder / PROVENANCE).write_bytes(before[PROVENANCE])
+    # Overwriting leaves nothing of the larger one.
     fresh = files(make(per_class=5, seed=2).export(tmp_path / "fresh", progress=False))
     assert files(make(per_class=5, seed=2).export(folder, progress=False, overwrite=True)) == fresh
     # The record of the training makes no image.
     model = make_model()
     model.config.training = {"note": "the same weights"}
     make(model, per_class=5, seed=2).export(folder, progress=False)
-    manifest = json.loads((folder / PROVENANCE).read_text())
-    assert manifest["model"]["training"] == model.config.training and len(manifest["shards"]) == 6
+    assert manifest_of(folder)["model"]["training"] == model.config.training
 
 
 @pytest.mark.parametrize(
-    "name", ["Bag/20240101.png", "Bag/000010.png", "Bag/0000001.png", "Bag/notes.txt", "notes.txt"]
+    "name", ["Bag/20240101.png", "Bag/000010.png", "Bag/0000001.png", "Bag/notes.txt", "notes.txt", "more/000000.png"]
 )
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_of_others_are_never_removed(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_files_of_others_are_never_touched(tmp_path: Path, name: str, overwrite: bool) -> None:
     folder = make().export(tmp_path / "out", progress=False)
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"mine")
     before = files(folder)
     for options in [{}, {"per_class": 5}, {"per_class": 20}]:  # the last would have an image 10
-        other = "" if overwrite or not options else "other images"
-        with pytest.raises(FileExistsError, match=other or f"{folder} holds '{name}'.*move it away"):
+        with pytest.raises(FileExistsError, match=f"{folder} holds '{name[:4]}.*move it away"):
             make(**options).export(folder, progress=False, overwrite=overwrite)
         assert files(folder) == before
 
 
-def test_a_folder_that_no_export_has_written_is_not_overwritten(tmp_path: Path) -> None:
-    """It has the name of a class, for which the earlier export had no image."""
-    folder = make(per_class=[3, 0, 3]).export(tmp_path / "out", progress=False)
-    (folder / "T-shirt_top").mkdir()
-    (folder / "T-shirt_top" / "000000.png").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="holds 'T-shirt_top/000000.png'"):
-        make(per_class=3).export(folder, progress=False, overwrite=True)
-    assert (folder / "T-shirt_top" / "000000.png").read_bytes() == b"mine"
+def test_folders_that_are_no_export(tmp_path: Path) -> None:
+    own = tmp_path / "out" / "Bag" / "000000.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"the user's own")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="not empty and holds no earlier export"):
+            make().export(tmp_path / "out", progress=False, overwrite=overwrite)
+    with pytest.raises(FileExistsError, match="is a file"):
+        make().export(own, progress=False)
+    with pytest.raises(ValueError, match="'webdataset'; got 'wds'"):
+        make().export(tmp_path / "new", format="wds")
+    assert own.read_bytes() == b"the user's own" and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("point", ["left over", "journal", "manifest", "images"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:100],
+        lambda text: "[1, 2]",
+        lambda text: "[" * 100_000,
+        lambda text: json.dumps({**json.loads(text), "shards": 5, "complete": True}),
+        lambda text: json.dumps({**json.loads(text), "shards": [1, {"folder": "../../x"}, None], "complete": "yes"}),
+        lambda text: text.replace('"first": 4', '"first": "4"'),
+        lambda text: text.replace('"folder": "Bag"', '"folder": ["Bag"]').replace('"count": 4', '"count": -4'),
+        lambda text: text.replace('"settings"', '"settings_"').replace('"model"', '"model_"'),
+        lambda text: text.replace('"not_finite": 0', '"not_finite": "0"'),
+    ],
+)
+def test_damaged_manifests(tmp_path: Path, change: Callable[[str], str]) -> None:
+    """They are never believed and never crash: either the shards are written again, or the folder is refused."""
+    folder = make().export(tmp_path / "out", progress=False)
+    whole = files(folder)
+    path = folder / PROVENANCE
+    path.write_text(change(path.read_text()))
+    damaged = files(folder)
+    try:
+        make().export(folder, progress=False)
+        assert files(folder) == whole
+    except FileExistsError as error:
+        assert "overwrite" in str(error) or "holds" in str(error)
+        assert files(folder) == damaged
+
+
+def _slowly(data: SyntheticDataset, folder: Path) -> None:
+    """In a process of its own; a block takes long enough that a kill comes in the middle."""
+    os.setpgrp()
+    real = data.decoded_block
+
+    def decode(cls: int, number: int) -> Any:
+        time.sleep(0.03)
+        return real(cls, number)
+
+    data.decoded_block = decode  # type: ignore[method-assign]
+    data.export(folder, progress=False)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_run_again(tmp_path: Path, stop: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_export, "SAVE_SECONDS", 0.0)
+    whole = files(make().export(tmp_path / "whole", progress=False))
+    folder = tmp_path / "out"
+    for pngs in (1, 13):
+        process = multiprocessing.get_context("fork").Process(target=_slowly, args=(make(), folder))
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(list(folder.rglob("0*.png"))) < pngs and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert process.pid is not None and process.is_alive()
+        os.kill(process.pid, stop)
+        process.join(30)
+        assert process.exitcode == -stop
+        there = {name: data for name, data in files(folder).items() if not Path(name).name.startswith(".")}
+        assert json.loads(there.pop(PROVENANCE))["complete"] is False
+        assert all(data == whole[name] for name, data in there.items())  # whole or absent
+    # Files that a kill in the worst moment leaves behind.
+    (folder / "Bag" / ".000007.png.123-0123abcd.tmp").write_bytes(b"half")
+    (folder / f".{PROVENANCE}.123-0123abcd.tmp").write_bytes(b"{")
+    finished = len(manifest_of(folder)["shards"])
+    assert finished >= 1
+    data = make()
+    decoded = counting(data, monkeypatch)
+    data.export(folder, progress=False)
+    assert files(folder) == whole
+    assert len(decoded) == 9 - finished  # no shard that was known to be finished is decoded again
+
+
+@pytest.mark.parametrize("point", ["removal", "manifest", "images"])
 def test_a_smaller_export_cut_off_while_it_overwrites(
     tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,364 +283,134 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
         unlinked.append(path)
         unlink(path, **options)
 
-    with monkeypatch.context() as patch:
-        owner, name = {
-            "left over": (Path, "unlink"),
-            "journal": (_export.Journal, "start"),
-            "manifest": (_export, "write_json"),
-            "images": (data, "decoded_block"),
-        }[point]
-        patch.setattr(owner, name, cut_third if point == "left over" else cut)
-        with pytest.raises(KeyboardInterrupt):
-            data.export(folder, progress=False, overwrite=True)
-    (folder / "Bag" / ".000007.png.123-0123abcd.tmp").write_bytes(b"half")
+    owner, name, fault = {
+        "removal": (Path, "unlink", cut_third),
+        "manifest": (_export, "write_json", cut),
+        "images": (data, "decoded_block", cut),
+    }[point]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, fault)
+        data.export(folder, progress=False, overwrite=True)
     make(per_class=[5, 0, 5], seed=2).export(folder, progress=False, overwrite=point != "images")
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text[:100],
-        lambda text: "[1, 2]",
-        lambda text: "[" * 100_000,
-        lambda text: json.dumps({**json.loads(text), "shards": 5, "complete": True}),
-        lambda text: json.dumps({**json.loads(text), "shards": [1, {"folder": "../../x"}, None], "complete": "yes"}),
-        lambda text: text.replace('"first": 4', '"first": "4"'),
-        lambda text: text.replace('"folder": "Bag"', '"folder": ["Bag"]').replace('"count": 4', '"count": -4'),
-        lambda text: text.replace('"settings"', '"settings_"'),
-    ],
-)
-def test_damaged_manifests(tmp_path: Path, change: Callable[[str], str]) -> None:
-    """Never believed, never a crash: either the shards it does not vouch for are written again, or it is refused."""
-    folder = make().export(tmp_path / "out", progress=False)
-    whole = files(folder)
-    path = folder / PROVENANCE
-    path.write_text(change(path.read_text()))
-    try:
-        make().export(folder, progress=False)
-    except FileExistsError as error:
-        assert "overwrite" in str(error)
-        make().export(folder, progress=False, overwrite=True)
-    assert files(folder) == whole
+def test_exports_of_version_0_1_0_are_checked_and_finished(tmp_path: Path) -> None:
+    """One that was finished and one that was killed, with the journal that was kept beside the manifest."""
+    with zipfile.ZipFile(Path(__file__).parent / "before" / "exports.zip") as archive:
+        archive.extractall(tmp_path)
+    for name in ("finished", "killed"):  # written by the same version, as far as these tests are concerned
+        path = tmp_path / name / PROVENANCE
+        path.write_text(path.read_text().replace("glem-augment 0.1.0", f"glem-augment {_export.__version__}"))
+    whole = files(tmp_path / "finished")
+    model = GLEM.create("identity", (1, 4, 4), classes=["cat/dog", "bird"], class_ids=["0", "1"])
+    with torch.no_grad():
+        model.gaussians.mu.copy_(torch.linspace(-0.2, 0.2, 32).reshape(2, 16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glem_augment.synthetic.dataset.BLOCK", 64)
+        data = SyntheticDataset(model.eval(), per_class=[66, 2], seed=7, min_confidence=0.5)
+    assert data.export(tmp_path / "finished", progress=False) and data.acceptance()["total"]["items"] == 0
+    assert files(tmp_path / "finished") == whole
+    data.export(tmp_path / "killed", progress=False, license="mit")
+    assert files(tmp_path / "killed") == whole
 
 
-def _slowly(data: SyntheticDataset, folder: Path) -> None:
-    """In a process of its own; a block takes long enough that a kill comes in the middle."""
-    os.setpgrp()
-    real = data.decoded_block
-
-    def decode(cls: int, number: int) -> torch.Tensor:
-        time.sleep(0.03)
-        return real(cls, number)
-
-    data.decoded_block = decode  # type: ignore[method-assign]
-    data.export(folder, progress=False)
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_run_again(tmp_path: Path, stop: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = files(make().export(tmp_path / "whole", progress=False))
-    folder = tmp_path / "out"
-    for pngs in (1, 13):
-        process = multiprocessing.get_context("fork").Process(target=_slowly, args=(make(), folder))
-        process.start()
-        deadline = time.monotonic() + 60
-        while len(list(folder.rglob("0*.png"))) < pngs and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        assert process.pid is not None and process.is_alive()
-        os.kill(process.pid, stop)
-        process.join(30)
-        assert process.exitcode == -stop
-        there = {name: data for name, data in files(folder).items() if not Path(name).name.startswith(".")}
-        assert json.loads(there.pop(PROVENANCE))["complete"] is False
-        assert all(data == whole[name] for name, data in there.items())  # whole or absent
-    # What a kill can leave in the worst of moments.
-    (folder / "Bag" / ".000007.png.123-0123abcd.tmp").write_bytes(b"half")
-    (folder / f".{PROVENANCE}.123-0123abcd.tmp").write_bytes(b"{")
-    journal = (folder / JOURNAL).read_bytes()
-    assert journal.count(b"\n") >= 2
-    (folder / JOURNAL).write_bytes(journal + b'{"folder": "Ankle bo')
-    data = make()
-    decoded = counting(data, monkeypatch)
-    data.export(folder, progress=False)
-    assert files(folder) == whole
-    assert 0 < len(decoded) <= 9 - (journal.count(b"\n") - 1)  # no shard that was finished is decoded again
-
-
-def test_killed_before_the_first_word(tmp_path: Path) -> None:
-    """The folder and the journal are there, the manifest is not yet."""
-    folder = tmp_path / "out"
-    whole = files(make().export(folder, progress=False))
-    for path in folder.rglob("*.png"):
-        path.unlink()
-    for path in list(folder.iterdir()):
-        path.rmdir() if path.is_dir() else path.unlink()
-    (folder / JOURNAL).write_bytes(b'{"export": "')
-    (folder / f".{PROVENANCE}.7-0123abcd.tmp").write_bytes(b"{")
-    make().export(folder, progress=False)
-    assert files(folder) == whole
-
-
-def test_images_that_are_not_finite_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
+def test_images_that_are_not_finite_are_counted_once(tmp_path: Path) -> None:
+    model = GLEM.create("identity", (1, 8, 8), NAMES).eval().requires_grad_(False)
     model.gaussians.mu[1] = 3e38
     folder = make(model).export(tmp_path / "out", progress=False)
-    manifest = json.loads((folder / PROVENANCE).read_text())
+    manifest = manifest_of(folder)
     assert manifest["images_not_finite"] == 10
-    (folder / "Bag" / "000005.png").unlink()
+    (folder / "T-shirt_top" / "000005.png").unlink()
     data = make(model)
     data.images(range(12))  # some of it has been looked at before
     data.export(folder, progress=False)
-    assert json.loads((folder / PROVENANCE).read_text()) == manifest
+    assert manifest_of(folder) == manifest
 
 
-@pytest.mark.parametrize("format", ["imagefolder", "webdataset"])
-def test_both_formats_state_the_licence(tmp_path: Path, format: str) -> None:  # noqa: A002
-    for name, licence in (("a", None), ("b", "mit")):
-        folder = make().export(tmp_path / name, format, progress=False, license=licence)
-        found = json.loads((folder / PROVENANCE).read_text())
-        assert found["synthetic"] is True and found["license"] == (licence or found["license"])
-        assert licence or found["license"].startswith("not stated")
-        assert (folder / "data").is_dir() == (format == "webdataset")
-    with pytest.raises(FileExistsError, match="overwrite"):
-        make(per_class=2).export(tmp_path / "a", format, progress=False)
-
-
-def test_a_repaired_export_keeps_the_licence_that_was_stated(tmp_path: Path) -> None:
-    folder, before = make().export(tmp_path, progress=False, license="mit"), "mit"
-    for licence in (None, "cc0-1.0", None):
-        (folder / "Bag" / "000003.png").unlink()
-        make().export(folder, progress=False, license=licence)
-        stated = json.loads((folder / PROVENANCE).read_text())["license"]
-        assert stated == (licence or before)
-        before = stated
-
-
-def test_a_journal_that_the_disk_cuts_short_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
-    monkeypatch.setattr("glem_augment.synthetic.manifest.os.write", lambda file, data: write(file, data[:-1]))
-    with pytest.raises(OSError, match=f"cannot write .*{JOURNAL}: the disk is full"):
-        make().export(tmp_path, progress=False)
-    monkeypatch.undo()
-    make().export(tmp_path, progress=False)
-    assert files(tmp_path) == files(make().export(tmp_path / "fresh", progress=False))
-
-
-def test_shards_that_could_not_take_the_folders_place_are_not_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mounted folder, such as a container's volume, can't be renamed."""
-    data, folder = make(), tmp_path / "volume"
-    folder.mkdir()
-    monkeypatch.setattr(data, "images", None)
-    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == folder)
-    with pytest.raises(OSError, match="volume is a mount point.*say in it"):
-        data.export(folder, "webdataset", progress=False)
-    monkeypatch.undo()
-    data.export(folder / "in", "webdataset", progress=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["in"]
-
-
-def test_numpys_numbers_can_be_written_down(tmp_path: Path) -> None:
-    model = make_model()
-    real = ImageData.from_tensors(torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2, NAMES)
-    model.fit_modes(real, rank=1)
-    options: dict[str, Any] = {"min_confidence": np.float32(0.1), "max_attempts": np.int64(2), "modes": np.int64(1)}
-    data = make(model, per_class=np.int64(2), source="mixup", real=real, **options)
-    for format in ("imagefolder", "webdataset"):  # noqa: A001
-        folder = data.export(tmp_path / format, format, progress=False)
-        assert json.loads((folder / PROVENANCE).read_text())["settings"]["max_attempts"] == 2
-    SyntheticStream(model, length=np.int64(5))
-
-
-def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> None:
-    model = make_model()
-    x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
-    real = ImageData.from_tensors(x, y, NAMES, name="somewhere/photos")
-    model.fit_modes(real, rank=1)
-    drawn, mixed = make(model, min_confidence=0.1), make(model, source="mixup", real=real, oracle=None, per_class=2)
-    cards = []
-    for name, data in (("a", drawn), ("b", mixed)):
-        folder = data.export(tmp_path / name, "webdataset", progress=False)
-        cards.append((folder / "README.md").read_text())
-        code = next(line for line in cards[-1].splitlines() if line.startswith("SyntheticDataset(model"))
-        again = eval(code, {"SyntheticDataset": SyntheticDataset, "model": model, "real": real})
-        assert torch.equal(again.images(range(len(data))), data.images(range(len(data))))
-    assert "None is a photograph" in cards[0] and "temperature" in cards[0]
-    assert "None is a photograph" not in cards[1] and "temperature" not in cards[1]
-    assert "each is a real image, moved" in cards[1] and "| photos |" in cards[1]
-    note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
-    assert "and of the real images that were mixed" in note
-    # The hash is of the images, not of latents, whose last bits are the machine's.
-    same = make(model, source="mixup", real=ImageData.from_tensors(x, y, NAMES), per_class=2)
-    other = make(model, source="mixup", real=ImageData.from_tensors(255 - x, y, NAMES), per_class=2)
-    hashes = [settings_of(data)[REAL_IMAGES] for data in (mixed, same, other)]
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_shards_take_the_place_a_link_points_to(tmp_path: Path) -> None:
-    (tmp_path / "big").mkdir()
-    (tmp_path / "link").symlink_to("big")
-    make().export(tmp_path / "link", "webdataset", progress=False)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "big" / "README.md").is_file()
-
-
-def test_shards_are_what_tarfile_would_have_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few images at a time, so that shards are appended to; the bytes are those of an archive made in one go."""
-    whole = files(make().export(tmp_path / "a", "webdataset", progress=False))
-    monkeypatch.setattr("glem_augment.synthetic.publish._BLOCK", 7)
-    monkeypatch.setattr("glem_augment.synthetic.publish.SMALL_SHARD", 10)
-    make().export(tmp_path / "b", "webdataset", progress=False)
-    names = sorted((tmp_path / "b" / "data").glob("*.tar"))
-    assert len(names) == 3
-    found: dict[str, bytes] = {}
-    for name in names:
-        with tarfile.open(name) as archive:
-            found |= {m.name: archive.extractfile(m).read() for m in archive.getmembers()}  # type: ignore[union-attr]
-    with tarfile.open(tmp_path / "a" / "data" / "train-00000-of-00001.tar") as archive:
-        assert found == {m.name: archive.extractfile(m).read() for m in archive.getmembers()}  # type: ignore[union-attr]
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as archive:
-        for name in sorted(found, key=lambda name: (name[:8], name[-3:] != "png")):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(found[name])
-            archive.addfile(entry, io.BytesIO(found[name]))
-    assert made.getvalue().rstrip(b"\0") == whole["data/train-00000-of-00001.tar"].rstrip(b"\0")
-
-
-def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = shutil.disk_usage(tmp_path)
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: free._replace(free=4096))
-    for format in ("imagefolder", "webdataset"):  # noqa: A001
-        with pytest.raises(OSError, match=f"{tmp_path}.* has 0 MiB free, the export of 30 images"):
+    free = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        for format, needed in (("imagefolder", 30 * 4096), ("webdataset", 30 * 4 * 512)):  # noqa: A001
+            patch.setattr("shutil.disk_usage", lambda path, needed=needed: free._replace(free=needed - 1))
+            with pytest.raises(OSError, match=f"{tmp_path}.* has 0 MiB free, the export of 30 images"):
+                data.export(tmp_path / format, format, progress=False)
+            patch.setattr("shutil.disk_usage", lambda path, needed=needed: free._replace(free=needed))
             data.export(tmp_path / format, format, progress=False)
-    monkeypatch.undo()
-    folder = data.export(tmp_path / "again", progress=False)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: free._replace(free=4096))
-    make(seed=2).export(folder, progress=False, overwrite=True)  # what is written over gives its space back
+    write = Path.write_bytes
 
+    def full(path: Path, content: bytes) -> int:
+        write(path, content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-@pytest.mark.parametrize(
-    "name", ["notes.txt", "data/val-00000.tar", "data/train-00007-of-00009.tar", "data/more/a.txt"]
-)
-def test_shards_are_not_written_over_files_of_others(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = make().export(tmp_path / "out", "webdataset", progress=False)
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_bytes(b"mine")
-    before, data = files(folder), make(seed=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "images", None)  # refused before any work
-        with pytest.raises(FileExistsError, match=f"{folder} holds '{name[:9]}.*move it away"):
-            data.export(folder, "webdataset", progress=False, overwrite=True)
-    assert files(folder) == before
-    (folder / name).unlink()
-    if name.startswith("data/more"):
-        (folder / "data" / "more").rmdir()
-    # Put there while the images are made: the user's file counts more than the work.
-    images = data.images
-
-    def meanwhile(indices: Any) -> torch.Tensor:
-        (folder / "late.txt").write_bytes(b"mine")
-        return images(indices)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "images", meanwhile)
-        with pytest.raises(FileExistsError, match="late.txt"):
-            data.export(folder, "webdataset", progress=False, overwrite=True)
-    assert (folder / "late.txt").read_bytes() == b"mine" and list(tmp_path.iterdir()) == [folder]
-    (folder / "late.txt").unlink()
-    data.export(folder, "webdataset", progress=False, overwrite=True)
-    assert files(folder) == files(make(seed=2).export(tmp_path / "fresh" / "out", "webdataset", progress=False))
-
-
-def test_a_card_that_was_edited_is_not_written_over(tmp_path: Path) -> None:
-    """Its last line is there for that."""
-    folder = make().export(tmp_path / "out", "webdataset", progress=False)
-    (folder / "README.md").write_text("# My own card\n")
-    with pytest.raises(FileExistsError, match="README.md"):
-        make(seed=2).export(folder, "webdataset", progress=False, overwrite=True)
-    assert (folder / "README.md").read_text() == "# My own card\n"
-
-
-def _stuck(data: SyntheticDataset, folder: Path, begun: Any) -> None:
-    """In a process of its own: an export that never comes to its end."""
-
-    def images(_: Any) -> torch.Tensor:
-        begun.set()
-        threading.Event().wait()
-        raise AssertionError
-
-    data.images = images  # type: ignore[method-assign]
-    data.export(folder, "webdataset", progress=False)
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_what_a_killed_export_of_shards_leaves_goes_with_the_next(tmp_path: Path) -> None:
-    fork, folder = multiprocessing.get_context("fork"), tmp_path / "out"
-    (tmp_path / ".out.backup_1").mkdir()  # somebody else's, for all that anybody knows
-    others = {folder, tmp_path / ".out.backup_1"}
-    begun = fork.Event()
-    process = fork.Process(target=_stuck, args=(make(), folder, begun))
-    process.start()
-    assert begun.wait(60)
-    (place,) = set(tmp_path.iterdir()) - others
-    make().export(folder, "webdataset", progress=False)
-    assert place.is_dir()  # somebody is still at work there
-    process.kill()
-    process.join(30)
-    assert set(tmp_path.iterdir()) - others == {place}
-    make().export(tmp_path / "another", "webdataset", progress=False)
-    assert place.is_dir()  # of an export to another folder
-    make(seed=2).export(folder, "webdataset", progress=False, overwrite=True)
-    assert set(tmp_path.iterdir()) == {*others, tmp_path / "another"}
-    assert not any(name.startswith(".") for name in files(folder))
-
-
-def test_an_export_of_shards_killed_between_its_two_moves(tmp_path: Path) -> None:
-    """The earlier one is whole and comes back."""
-    folder = make().export(tmp_path / "out", "webdataset", progress=False)
-    before, place = files(folder), tmp_path / ".out.0123abcd"
-    (place / "new").mkdir(parents=True)
-    (place / ".glem-lock").touch()
-    folder.rename(place / "old")
-    with pytest.raises(FileExistsError, match="not empty"):
-        make(seed=2).export(folder, "webdataset", progress=False)
-    assert files(folder) == before and list(tmp_path.iterdir()) == [folder]
-
-
-def test_large_exports_have_shards_for_several_workers(tmp_path: Path) -> None:
-    folder = make(per_class=50).export(tmp_path / "out", "webdataset", progress=False)
-    assert len(list((folder / "data").glob("*.tar"))) == 5  # 150 images, 30 each
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"cannot write .*\.png: No space left") as caught:
+        patch.setattr(Path, "write_bytes", full)
+        data.export(tmp_path / "b", progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert set(files(tmp_path / "b")) == {PROVENANCE} and not manifest_of(tmp_path / "b")["complete"]
+    data.export(tmp_path / "b", progress=False)
+    assert files(tmp_path / "b") == files(tmp_path / "imagefolder")
 
 
 def test_a_class_of_no_images_has_no_folder(tmp_path: Path) -> None:
     """torchvision refuses empty class folders; those of an earlier, larger export go too."""
     for counts in ([2, 3, 0], [0, 3, 0], [0, 3, 1]):
         data = make(per_class=counts)
-        folder = data.export(tmp_path / "out", overwrite=True)
+        folder = data.export(tmp_path / "out", overwrite=True, progress=False)
         found, folders = ImageFolder(folder), class_folders(data.class_ids, data.classes)
         assert sorted(found.classes[y] for y in found.targets) == sorted(folders[y] for y in data.targets)
-        assert data.export(folder) == folder  # nothing is missing
+        assert data.export(folder, progress=False) == folder  # nothing is missing
+
+
+def test_settings_can_be_written_down(tmp_path: Path) -> None:
+    model = make_model()
+    x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
+    real = ImageData.from_tensors(x, y, NAMES)
+    model.fit_modes(real, rank=1)
+    options: dict[str, Any] = {"min_confidence": np.float32(0.1), "modes": np.int64(1), "per_class": np.int64(2)}
+    data = make(model, source="mixup", real=real, **options)
+    settings = manifest_of(data.export(tmp_path / "out", progress=False))["settings"]
+    assert settings["modes"] == 1 and settings["per_class"] == 2 and settings["oracle"] == "posterior"
+    # The hash is of the images, not of latents, whose last bits are the machine's.
+    hashes = [
+        make(model, source="mixup", real=ImageData.from_tensors(images, labels, NAMES), per_class=2).settings()
+        for images, labels in ((x, y), (255 - x, y), (x, [0, 1, 2, 0, 2, 1]))
+    ]
+    assert len({h[REAL_IMAGES] for h in hashes}) == 3 and hashes[0][REAL_IMAGES] == settings[REAL_IMAGES]
 
 
 def test_another_judge_is_another_export(tmp_path: Path) -> None:
-    """A lambda has a name but no identity: what it calls may have been trained since."""
+    """A lambda has a name but no identity, since what it calls may have been trained since; a module has weights."""
 
-    def judged(rule: Callable[[torch.Tensor], torch.Tensor]) -> SyntheticDataset:
-        return make(
-            per_class=4, min_confidence=0.5, max_attempts=2,
-            oracle=lambda x: torch.nn.functional.one_hot(rule(x).long(), 3).float(),
-        )  # fmt: skip
+    def judged(oracle: Callable[[torch.Tensor], torch.Tensor]) -> SyntheticDataset:
+        return make(per_class=4, min_confidence=0.1, oracle=oracle)
 
-    first = judged(lambda x: x.mean((1, 2, 3)) < 0.5)
-    first.export(tmp_path / "out", progress=False)
-    before = files(tmp_path / "out")
-    first.export(tmp_path / "out", progress=False)  # the same one goes on
-    assert files(tmp_path / "out") == before
-    with pytest.raises(FileExistsError, match="other images"):
-        judged(lambda x: x.mean((1, 2, 3)) > 0.5).export(tmp_path / "out", progress=False)
+    first = judged(lambda x: torch.zeros(len(x), 3))
+    before = files(first.export(tmp_path / "out", progress=False))
+    assert files(first.export(tmp_path / "out", progress=False)) == before  # the same one goes on
+    with pytest.raises(FileExistsError, match="other images.*oracle"):
+        judged(lambda x: torch.zeros(len(x), 3)).export(tmp_path / "out", progress=False)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    judged(net).export(tmp_path / "net", progress=False)
+    before = files(tmp_path / "net")
+    assert files(judged(net).export(tmp_path / "net", progress=False)) == before
+    torch.nn.init.zeros_(net[1].bias)
+    with pytest.raises(FileExistsError, match="other images.*oracle"):
+        judged(net).export(tmp_path / "net", progress=False)
+
+
+def test_class_folders() -> None:
+    assert class_folders(["n01440764", "n02102040"], ["tench", "spaniel"]) == ["n01440764", "n02102040"]
+    assert class_folders(["0", "1"], ["0", "1"]) == ["0", "1"]
+    assert class_folders(["0", "1"], ["T-shirt/top", "Dress"]) == ["T-shirt_top", "Dress"]
+    assert class_folders(["a/b", "../x", "ok"], ["a/b", "../x", "fine"]) == ["a_b", "x", "ok"]
+    assert class_folders(["a/b", "A_b"], ["a/b", "A_b"]) == ["a_b_0", "A_b_1"]
+    assert class_folders(["???", "con"], ["???", "con"]) == ["class_0", "con_"]
+    mixed = class_folders(*2 * [["cat", "Cat", "cat_0"]])
+    assert len({name.casefold() for name in mixed}) == 3 and mixed[2] == "cat_0"
+    assert class_folders([".hidden", "x" * 300], [".hidden", "long"]) == ["hidden", "long"]
+    for names in (NAMES, ["a/b c", "Ünï/code", "x:y*z"]):
+        ids = [str(i) for i in range(len(names))]
+        folders = class_folders(ids, names)
+        assert match_classes(ids, names, folders, folders).tolist() == list(range(len(names)))

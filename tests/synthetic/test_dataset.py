@@ -1,0 +1,453 @@
+"""SyntheticDataset: item i is a function of seed, class and place in the class, whatever the batch and the worker."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from glem_augment import GLEM, ImageData
+from glem_augment.errors import DataError
+from glem_augment.synthetic.dataset import SyntheticDataset, to_pil
+from glem_augment.synthetic.latents import as_probabilities
+
+NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 8)
+
+
+def pixels(n: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> Tensor:
+    return torch.randint(60, 196, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def make_model(shape: tuple[int, int, int] = (1, 8, 8)) -> GLEM:
+    """Classes far enough apart that the posterior knows them, near enough that some draws are rejected."""
+    model = GLEM.create("identity", shape, classes=NAMES, class_ids=["0", "1", "2"])
+    model.fit_modes((pixels(60, shape), torch.arange(60) % 3), rank=8)
+    with torch.no_grad():
+        model.gaussians.mu.copy_(torch.tensor([-0.15, 0.0, 0.15])[:, None].expand_as(model.gaussians.mu))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> GLEM:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tail() -> ImageData:
+    """A long tail, whose classes are in another order than the flow's."""
+    return ImageData.from_tensors(
+        pixels(19, seed=1), [0] * 12 + [1] * 5 + [2] * 2, ["Bag", "Ankle boot", "t-shirt top"]
+    )
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that are decoded from now on."""
+    calls: list[int] = []
+    decode = GLEM.decode
+    monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: calls.append(len(z)) or decode(m, z, **k))
+    return calls
+
+
+def test_it_looks_like_a_torchvision_data_set(model: GLEM) -> None:
+    data = SyntheticDataset(model, per_class=5)
+    assert len(data) == 15 and data.classes == NAMES and data.class_to_idx == {n: i for i, n in enumerate(NAMES)}
+    assert data.targets == [0] * 5 + [1] * 5 + [2] * 5
+    image, label = data[7]
+    assert isinstance(image, Image.Image) and image.mode == "L" and image.size == (8, 8) and label == 1
+    assert type(label) is int and data[-1][1] == 2
+    data.transform, data.target_transform = np.asarray, lambda y: y + 10
+    assert isinstance(data[0][0], np.ndarray) and data[0][1] == 10
+    assert [y for _, y in data] == [t + 10 for t in data.targets]  # plain iteration ends
+    rgb = SyntheticDataset(make_model((3, 4, 6)), per_class=2)[0][0]
+    assert rgb.mode == "RGB" and rgb.size == (6, 4)
+
+
+@pytest.mark.parametrize("source", ["gaussian", "rfcm", "mixup"])
+def test_a_latent_depends_on_seed_class_and_place_alone(model: GLEM, tail: ImageData, source: str) -> None:
+    def latents(per_class: Any, seed: int = 3) -> Any:
+        return SyntheticDataset(model, per_class, seed=seed, source=source, real=tail).latents
+
+    draw = latents(40)
+    z = draw(range(120))
+    order = torch.randperm(120).tolist()
+    assert torch.equal(draw(order), z[order])
+    assert all(torch.equal(draw([i])[0], z[i]) for i in (0, 15, 16, 39, 40, 119))
+    more = latents([100, 0, 50])
+    assert torch.equal(more(range(40)), z[:40]) and torch.equal(more(range(100, 140)), z[80:])
+    assert not torch.equal(latents(40, seed=4)(range(120)), z)
+    if source != "mixup":
+        # Nothing is drawn twice: classes, blocks and seeds have noise of their own.
+        spread = (z.reshape(3, 40, -1) - z.reshape(3, 40, -1).mean(1, keepdim=True)).flatten(0, 1)
+        assert (torch.corrcoef(spread) - torch.eye(120)).abs().max() < 0.75
+
+
+def test_latents_have_the_law_of_the_class(model: GLEM) -> None:
+    n = 3000
+    z = SyntheticDataset(model, per_class=n, temperature=0.5).latents(range(2 * n, 3 * n))
+    assert torch.allclose(z.mean(0), model.gaussians.mu[2], atol=0.03)
+    assert torch.allclose(z.var(0), 0.25 * model.gaussians.variance()[2], rtol=0.15)
+    full = SyntheticDataset(model, per_class=n, temperature=1.0, source="rfcm").latents(range(n))
+    modes = model.modes
+    total = (modes.scales[0, :, None] * modes.directions[0]).square().sum(0) + modes.rest[0]
+    assert torch.allclose(full.var(0), total, rtol=0.15)
+    assert torch.equal(SyntheticDataset(model, per_class=2, temperature=0.0).latents([0, 1])[0], model.gaussians.mu[0])
+
+
+def test_images_are_decoded_latents_the_same_in_any_order(model: GLEM) -> None:
+    data = SyntheticDataset(model, per_class=20)
+    whole = data.images(range(60))
+    assert whole.dtype == torch.uint8 and whole.shape == (60, 1, 8, 8)
+    order = torch.randperm(60).tolist()
+    small = SyntheticDataset(model, per_class=20, cache_bytes=0)
+    for other in (data, small, pickle.loads(pickle.dumps(data))):
+        assert torch.equal(other.images(order), whole[order])
+        assert torch.equal(other.images(torch.tensor([3, 3, -1])), whole[[3, 3, 59]])
+    for (image, label), i in zip(data.__getitems__(order), order, strict=True):
+        assert np.array_equal(np.asarray(image), whole[i, 0]) and label == i // 20
+    prefix = SyntheticDataset(model, per_class=8).images(range(24))
+    assert torch.equal(prefix, whole.reshape(3, 20, 1, 8, 8)[:, :8].flatten(0, 1))
+    assert (model.decode(data.latents(range(60))) * 255 - whole).abs().max() <= 0.5 + 1e-3
+
+
+def test_blocks_are_decoded_once_and_the_cache_is_bounded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_decoded(monkeypatch)
+    data = SyntheticDataset(model, per_class=20)
+    for i in range(60):
+        data[i]
+    assert calls == [8, 8, 4] * 3
+    calls.clear()
+    small = SyntheticDataset(model, per_class=20, cache_bytes=2 * 8 * 64)
+    for i in [0, 8, 0, 16, 0, 20, 0, 8]:  # of two blocks that fit, the one used less recently gives way
+        small[i]
+    assert calls == [8, 8, 4, 8, 8]
+
+
+def test_thrashing_is_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
+    small = SyntheticDataset(model, per_class=80, cache_bytes=4 * 8 * 64)
+    small.images(range(240))
+    assert not recwarn.list
+    for i in torch.randperm(240, generator=torch.Generator().manual_seed(0)).tolist():
+        small[i]
+    told = [str(w.message) for w in recwarn.list]
+    assert len(told) == 1 and f"15360 bytes of images do not fit cache_bytes={4 * 8 * 64}" in told[0]
+
+
+def test_preloaded_images_are_never_decoded_again(
+    model: GLEM, tail: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"per_class": [20, 0, 9], "source": "rfcm", "min_confidence": 0.6}
+    whole = SyntheticDataset(model, **options)
+    expected = whole.images(range(29))
+    data = SyntheticDataset(model, cache_bytes=0, **options)
+    data.preload(progress=False)
+    monkeypatch.setattr(GLEM, "decode", None)
+    order = torch.randperm(29).tolist()
+    for other in (data, pickle.loads(pickle.dumps(data))):
+        assert torch.equal(other.images(order), expected[order])
+        assert other.acceptance() == whole.acceptance() and other.acceptance()["total"]["items"] == 29
+
+
+class Numbered(Dataset):
+    """(image, index), so that a shuffled order is known."""
+
+    def __init__(self, data: SyntheticDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
+        return [(image, i) for (image, _), i in zip(self.data.__getitems__(indices), indices, strict=True)]
+
+
+@pytest.mark.parametrize(("context", "preload"), [("fork", False), ("fork", True), ("spawn", True)])
+def test_workers_give_the_same_items(model: GLEM, context: str, preload: bool) -> None:
+    if context not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {context} here")
+    data = SyntheticDataset(model, per_class=20, transform=np.asarray)
+    expected = data.images(range(60))[:, 0]
+    if preload:
+        data.preload(progress=False)
+    workers = 2 if context == "fork" else 1
+    loader = DataLoader(Numbered(data), 7, shuffle=True, num_workers=workers, multiprocessing_context=context)
+    for _ in range(workers):
+        images, indices = zip(*loader, strict=True)
+        assert torch.equal(torch.cat(images), expected[torch.cat(indices)])
+    assert torch.equal(data.images(range(60))[:, 0], expected)  # sending the weights to a worker does not change them
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7)])
+def test_pictures_are_what_pil_makes_of_the_images(shape: tuple[int, int, int]) -> None:
+    images = pixels(4, shape)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        for picture, image in zip(to_pil(given), images, strict=True):
+            expected = Image.fromarray(image.permute(1, 2, 0).numpy().squeeze())
+            assert picture.mode == expected.mode and picture.size == (7, 5)
+            assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    assert to_pil(images[:0]) == []
+
+
+def test_decodes_that_are_not_finite_are_counted_and_kept_in_place(
+    model: GLEM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = GLEM.decode
+
+    def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
+        x = decode(self, z, clamp)
+        x[1, 0, 0], x[2, 0, 0] = float("nan"), float("inf")
+        return x
+
+    plain = SyntheticDataset(model, per_class=8).images(range(8))
+    monkeypatch.setattr(GLEM, "decode", broken)
+    data = SyntheticDataset(model, per_class=8)
+    images = data.images(range(8))
+    assert data.non_finite == 2
+    assert images[1, 0, 0].unique().tolist() == [128] and images[2, 0, 0].unique().tolist() == [255]
+    assert torch.equal(images[3:], plain[3:]) and torch.equal(images[:, :, 1:], plain[:, :, 1:])
+
+
+def test_other_channel_counts_give_tensors_only() -> None:
+    data = SyntheticDataset(make_model((2, 4, 4)), per_class=2)
+    assert data.images([0, 5]).shape == (2, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"1 or 3 channels, this flow 2.*images\(indices\)"):
+        data[0]
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        data.export("nowhere")
+    assert not Path("nowhere").exists()
+
+
+def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
+    """Blocks are kept: after more training, the cached ones would be the old model's under the new one's hash."""
+
+    def refit(model: GLEM) -> None:
+        model.fit_modes((pixels(60, seed=2), torch.arange(60) % 3), rank=4)
+
+    for change in (
+        lambda model: model.gaussians.mu.add_(0.01),
+        lambda model: model.load_state_dict({k: v + 0.001 for k, v in model.state_dict().items()}),
+        lambda model: setattr(model.gaussians, "mu", nn.Parameter(model.gaussians.mu + 0.01)),
+        refit,
+    ):
+        model = make_model()
+        data = SyntheticDataset(model, per_class=9)
+        first = data.images(range(8))
+        change(model)
+        for use in (lambda data=data: data.images(range(27)), lambda data=data: data.export(tmp_path / "out")):
+            with pytest.raises(RuntimeError, match="weights or modes have changed.*make a new SyntheticDataset"):
+                use()
+        assert change is refit or not torch.equal(SyntheticDataset(model, per_class=9).images(range(8)), first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_class": 0}, "per_class must be at least 1, got 0"),
+        ({"per_class": 2.5}, "per_class must be an int, got 2.5"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"cache_bytes": -1}, "cache_bytes"),
+        ({"source": "vae"}, "'gaussian', 'rfcm', 'mixup'; got 'vae'"),
+        ({"source": "mixup", "modes": 8}, "give real="),
+        ({"source": "mixup", "real": [1], "modes": 8}, "the images themselves"),
+        ({"min_confidence": 0.0}, "above 0|from 0"),
+        ({"min_confidence": 1.5}, "min_confidence must be"),
+        ({"oracle": len}, "give one, such as 0.5"),
+        ({"min_confidence": 0.5, "oracle": 3}, "oracle must take images"),
+    ],
+)
+def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        SyntheticDataset(model, **settings)
+
+
+def test_more_checks(model: GLEM) -> None:
+    with pytest.raises(TypeError, match="must be a GLEM"):
+        SyntheticDataset(torch.nn.Identity())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"fit_modes\(data\)"):
+        SyntheticDataset(GLEM.create("identity", (1, 8, 8), classes=NAMES), source="rfcm")
+    data = SyntheticDataset(model, per_class=2)
+    with pytest.raises(TypeError, match="indices must be integers, got bool"):
+        data.images(torch.tensor([True, False]))
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for 6 images"):
+            data[index]
+    with pytest.raises(ValueError, match="without min_confidence"):
+        data.acceptance()
+
+
+# ---- mixup of real latents -------------------------------------------------------------------------------------------
+
+
+def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail: ImageData) -> None:
+    data = SyntheticDataset(model, per_class=6, source="mixup", real=tail, modes=8, seed=1)
+    z = data.latents(range(18))
+    real = model.encode(tail.tensor())[0]
+    of_class = {c: real[[i for i, t in enumerate(tail.targets) if t == 2 - c]] for c in range(3)}
+    for i in range(18):
+        v = model.modes.directions[i // 6]
+        members = of_class[i // 6]
+        outside = [(z[i] - m) - (z[i] - m) @ v.T @ v for m in members]
+        nearest = int(torch.stack([o.norm() for o in outside]).argmin())
+        assert outside[nearest].norm() < 1e-4  # moved along the modes only, from one of them
+        moved = (z[i] - members[nearest]) @ v.T
+        targets = [(m - members[nearest]) @ v.T for j, m in enumerate(members) if j != nearest]
+        shares = [float(moved @ t / (t @ t)) for t in targets]
+        best = min(range(len(targets)), key=lambda j: float((moved - shares[j] * targets[j]).norm()))
+        assert (moved - shares[best] * targets[best]).norm() < 1e-4 and 1e-4 < shares[best] <= 0.5 + 1e-5
+
+
+def test_mixup_encodes_the_real_images_once(model: GLEM, tail: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = GLEM.encode
+    monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: encoded.append(len(x)) or encode(m, x, *a))
+    data = SyntheticDataset(model, per_class=[9, 0, 9], source="mixup", real=tail, modes=4)
+    data.images(range(18))
+    assert encoded == [19]
+    default = SyntheticDataset(model, per_class=2, source="mixup", real=tail)
+    assert default.settings()["modes"] == 8  # all there are
+    with pytest.raises(ValueError, match="from 1 to 8"):
+        SyntheticDataset(model, source="mixup", real=tail, modes=64)
+
+
+def test_mixup_with_few_real_images(model: GLEM) -> None:
+    few = (pixels(5), torch.tensor([0, 0, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"no real image of Bag: leave these classes out \(per_class as a mapping"):
+        SyntheticDataset(model, source="mixup", real=few, modes=8)
+    one = (pixels(3), torch.tensor([0, 1, 2]))
+    with pytest.warns(UserWarning, match="one real image of T-shirt/top, Bag: all synthetic ones will be copies"):
+        alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
+    assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
+    with pytest.raises(DataError, match=r"image_size=\(8, 8\), channels=1"):
+        SyntheticDataset(model, source="mixup", real=(pixels(6, (3, 4, 4)), torch.arange(6) % 3), modes=8)
+
+
+# ---- rejection -------------------------------------------------------------------------------------------------------
+
+
+def test_the_posterior_rejects(model: GLEM) -> None:
+    plain = SyntheticDataset(model, per_class=40, temperature=1.0)
+    y = torch.tensor(plain.targets)[:, None]
+    before = model.posterior_from_latents(plain.latents(range(120))).gather(1, y)[:, 0]
+    data = SyntheticDataset(model, per_class=40, temperature=1.0, min_confidence=0.6)
+    z = data.latents(range(120))
+    after = model.posterior_from_latents(z).gather(1, y)[:, 0]
+    assert 0.1 < float((before < 0.6).float().mean()) < 0.9 and (after >= 0.6).all()
+    kept = before >= 0.6
+    assert torch.equal(z[kept], plain.latents(range(120))[kept])  # draws that were good enough stay
+    assert torch.equal(data.latents([77, 3])[0], z[77])
+    nothing = {"items": 0, "candidates": 0, "rate": None, "failed": 0, "confidence": None}
+    assert data.acceptance()["total"] == nothing
+    images = data.images(range(120))
+    assert (model.decode(z) * 255 - images).abs().max() <= 0.5 + 1e-3
+    report = json.loads(json.dumps(data.acceptance()))
+    total = report["total"]
+    assert total["items"] == 120 and total["failed"] == 0 and total["candidates"] > 120
+    assert total["rate"] == pytest.approx(120 / total["candidates"])
+    assert total["confidence"] == pytest.approx(float(after.mean()), abs=1e-4)
+    assert sum(row["candidates"] for row in report["classes"].values()) == total["candidates"]
+    assert list(report["classes"]) == NAMES
+
+
+def test_the_best_candidate_stays_if_none_passes(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"per_class": 8, "temperature": 1.0}
+    y = torch.tensor([0, 1, 2]).repeat_interleave(8)[:, None]
+    found = {}
+    for attempts in (1, 3):
+        monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", attempts)
+        data = SyntheticDataset(model, min_confidence=1.0, **settings)
+        images = data.images(range(24))
+        total = data.acceptance()["total"]
+        assert total["failed"] > 12 and total["candidates"] <= 24 * attempts
+        assert total["rate"] == pytest.approx((24 - total["failed"]) / total["candidates"])
+        found[attempts] = model.posterior_from_latents(data.latents(range(24))).gather(1, y)
+        if attempts == 1:
+            assert torch.equal(images, SyntheticDataset(model, **settings).images(range(24)))
+    assert (found[3] >= found[1]).all() and (found[3] > found[1]).any()
+
+
+class Brightness(nn.Module):
+    """Logits for dark, medium and bright images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.min() >= 0 and x.max() <= 1 and not self.training
+        mean = x.flatten(1).mean(1, keepdim=True)
+        return -400 * (mean - torch.tensor([0.35, 0.5, 0.65])).abs()
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_an_oracle_rejects(model: GLEM, probabilities: bool) -> None:
+    net = Brightness().train()
+    oracle: Any = (lambda x: Brightness().eval()(x).softmax(1)) if probabilities else net
+    data = SyntheticDataset(model, per_class=20, temperature=1.0, min_confidence=0.8, oracle=oracle)
+    images = data.images(range(60))
+    assert net.training  # as it was
+    confidence = Brightness().eval()(images / 255).softmax(1).gather(1, torch.tensor(data.targets)[:, None])
+    assert (confidence > 0.75).all()  # rounding to uint8 moves it a little
+    report = data.acceptance()["total"]
+    assert report["candidates"] > 60 and report["failed"] == 0
+    # What was judged is what is shown.
+    assert (model.decode(data.latents(range(60))) * 255 - images).abs().max() <= 0.5 + 1e-3
+    assert sum(DataLoader(data, batch_size=7, num_workers=1, collate_fn=len)) == 60
+    wrong = SyntheticDataset(model, min_confidence=0.5, oracle=lambda x: torch.zeros(len(x), 5))
+    with pytest.raises(ValueError, match=r"\[8, 3\].*got \(8, 5\)"):
+        wrong.images([0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_and_logits_of_any_dtype(dtype: torch.dtype) -> None:
+    rows = torch.tensor(
+        [[0.3007, 0.3007, 0.3986], [2.0, 0.5, 0.0], [3.0, -torch.inf, 1.0], [1.2, -0.2, 0.0], [0.4, 0.4, 0.4]]
+    ).to(dtype)
+    found = as_probabilities(rows, 5, 3)
+    assert torch.equal(found[0], rows[0].float())
+    assert torch.equal(found[1:], rows[1:].float().softmax(1))
+    for bad in (torch.nan, torch.inf):
+        assert as_probabilities(torch.tensor([[bad, 0.5, 0.5]], dtype=dtype), 1, 3)[0].isnan().any()
+
+
+def test_a_row_that_is_not_a_number_counts_for_its_own_image_only(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", 1)
+
+    def oracle(x: Tensor) -> Tensor:
+        p = torch.tensor([0.3007, 0.3007, 0.3986]).repeat(len(x), 1)
+        p[0, 2] = torch.nan
+        return p
+
+    data = SyntheticDataset(model, per_class=8, min_confidence=0.3, oracle=oracle)
+    data.images(range(24))
+    for name, p in ((NAMES[0], 0.3007), (NAMES[2], 0.3986)):
+        row = data.acceptance()["classes"][name]
+        assert row["failed"] == 1 and row["confidence"] == pytest.approx(7 * p / 8, abs=2e-3)
+    # An image that is not finite, and is shown to the oracle in grey, is not accepted.
+    decode = GLEM.decode
+
+    def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
+        x = decode(self, z, clamp)
+        x[1, 0, 0] = torch.nan
+        return x
+
+    monkeypatch.setattr(GLEM, "decode", broken)
+    sure = torch.tensor([1.0, 0.0, 0.0])
+    data = SyntheticDataset(model, [8, 0, 0], min_confidence=0.5, oracle=lambda x: sure.expand(len(x), 3))
+    data.images(range(8))
+    assert data.acceptance()["total"]["failed"] == 1 and data.acceptance()["total"]["confidence"] == 7 / 8

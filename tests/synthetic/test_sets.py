@@ -1,0 +1,404 @@
+"""Synthetic sets for a purpose: counts per class and balance, real and synthetic images together, streams."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.data import ImageDataset, create_loader
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
+from torchvision.datasets import ImageFolder
+
+from glem_augment import (
+    GLEM,
+    ClassMismatchError,
+    DataError,
+    ImageData,
+    RealAndSynthetic,
+    SyntheticDataset,
+    SyntheticStream,
+)
+from glem_augment.synthetic.balance import class_counts, match_targets, targets_and_names
+
+NAMES = ["dog", "cat", "bird"]
+
+
+def pixels(n: int, seed: int = 0, shape: tuple[int, int, int] = (3, 8, 8)) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(60, 196, (n, *shape), generator=g, dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("dataset", "stream"):
+        monkeypatch.setattr(f"glem_augment.synthetic.{module}.BLOCK", 8)
+
+
+@pytest.fixture(scope="module")
+def model() -> GLEM:
+    model = GLEM.create("identity", (3, 8, 8), classes=NAMES)
+    model.fit_modes((pixels(90), torch.arange(90) % 3), rank=8)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tail() -> ImageData:
+    """A long tail, whose classes are in another order than the flow's: 12 birds, 5 cats, 2 dogs."""
+    return ImageData.from_tensors(pixels(19, seed=1), [0] * 12 + [1] * 5 + [2] * 2, ["bird", "cat", "dog"])
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("per_class", "counts"),
+    [
+        (4, [4, 4, 4]),
+        ([5, 0, 9], [5, 0, 9]),
+        (np.array([0, 0, 2]), [0, 0, 2]),
+        (torch.tensor([1, 2, 0]), [1, 2, 0]),
+        ({"cat": 7, "bird": 1}, [0, 7, 1]),
+        ({0: 3}, [3, 0, 0]),
+    ],
+)
+def test_counts_per_class(model: GLEM, per_class: Any, counts: list[int]) -> None:
+    data = SyntheticDataset(model, per_class=per_class)
+    assert data.counts == counts and len(data) == sum(counts)
+    assert data.targets == np.repeat([0, 1, 2], counts).tolist()
+    assert class_counts(model, json.loads(json.dumps(data.per_class))) == counts  # the record says the same
+    even = SyntheticDataset(model, per_class=10)
+    rows = [10 * c + i for c, n in enumerate(counts) for i in range(n)]
+    assert torch.equal(data.latents(range(len(data))), even.latents(rows))  # the same items as in any other set
+
+
+@pytest.mark.parametrize(
+    ("per_class", "message"),
+    [
+        ("even", "'balance', got 'even'"),
+        ("balance", "give real="),
+        ([1, 2], "2 numbers, the flow 3"),
+        ([1, 2, -1], r"per_class\[2\] must be at least 0"),
+        ([0, 0, 0], "no image at all"),
+        ({"cow": 3}, "names 'cow'; the flow has dog, cat, bird"),
+        ({5: 3}, "class 5"),
+        ({"cat": 1.5}, "must be an int"),
+        ({"cat": 1, 1: 2}, "the class 'cat' twice"),
+    ],
+)
+def test_bad_counts(model: GLEM, per_class: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        SyntheticDataset(model, per_class=per_class)
+
+
+def test_balance_fills_the_tail_up_to_the_head(model: GLEM, tail: ImageData, image_folder: Path) -> None:
+    data = SyntheticDataset(model, per_class="balance", real=tail)
+    assert data.counts == [10, 7, 0] and data.per_class == "balance"
+    assert np.bincount(RealAndSynthetic(tail, data, ratio=None).targets).tolist() == [12, 12, 12]
+    (image_folder / "cat" / "0.png").unlink()
+    for real in (ImageFolder(image_folder), ImageDataset(str(image_folder))):  # bird 4, cat 3, dog 4
+        assert class_counts(model, "balance", real) == [0, 1, 0]
+    numbers = TensorDataset(torch.zeros(5, 1), torch.tensor([0, 0, 1, 2, 0]))
+    assert class_counts(model, "balance", numbers) == [0, 2, 2]
+    assert class_counts(model, "balance", (pixels(3).numpy(), [0, 1, 1])) == [1, 0, 2]
+    assert match_targets(model, (pixels(3), torch.tensor([2, 1, 0])))[0].tolist() == [2, 1, 0]
+
+
+def test_balance_leaves_out_classes_that_the_real_data_does_not_name(model: GLEM, tail: ImageData) -> None:
+    two = tail.subset(range(17)).with_targets([1] * 12 + [0] * 5, ["cat", "bird"])
+    for source in ("gaussian", "mixup"):
+        data = SyntheticDataset(model, per_class="balance", real=two, source=source, modes=8)
+        assert data.counts == [0, 7, 0]
+        assert np.bincount(RealAndSynthetic(two, data, ratio=None).targets).tolist() == [12, 12]
+    empty = tail.subset(range(17))  # names dog, but has no image of it
+    assert class_counts(model, "balance", empty) == [12, 7, 0]
+    with pytest.raises(ValueError, match="no real image of dog"):
+        SyntheticDataset(model, per_class="balance", real=empty, source="mixup", modes=8)
+
+
+def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
+    named = TensorDataset(torch.zeros(4, 1))
+    named.targets = ["cat", "cat", "dog", "bird"]
+    labels = (torch.tensor([0.0, 0.9]), torch.eye(2), torch.zeros(2, 1, dtype=torch.int64))
+    for real, error, message in (
+        ((pixels(3), torch.arange(3)), ValueError, "have 1 images already"),
+        ((pixels(2), torch.tensor([0, 3])), DataError, "0 to 2, found 0 to 3"),
+        ([1, 2, 3], DataError, "no labels that can be read"),
+        ((pixels(2).numpy(), [0.5, 1.0]), DataError, "labels must be whole numbers"),
+        (tail.with_targets(tail.targets, ["cow", "cat", "dog"]), ClassMismatchError, "no counterpart"),
+        ("photos/", TypeError, "open it first"),
+        (named, DataError, "labels must be whole numbers"),
+        *((TensorDataset(torch.zeros(2, 1), y), DataError, "labels must be whole numbers") for y in labels),
+    ):
+        with pytest.raises(error, match=message):
+            SyntheticDataset(model, per_class="balance", real=real)
+
+
+def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) -> None:
+    more = tail.with_targets(np.where(tail.targets == 2, 3, tail.targets), ["bird", "cat", "dog", "zebra"])
+    twice = tail.with_targets(tail.targets, ["bird", "cat", "Cat"], ["b", "c", "cat"])
+    for real, what in ((more, "'zebra'"), (twice, "'cat'")):
+        for settings in ({"per_class": "balance"}, {"source": "mixup", "modes": 8}):
+            with pytest.raises(ClassMismatchError, match=what + r".*model\.adapt\(data\)") as info:
+                SyntheticDataset(model, real=real, **settings)
+            assert "class_map" not in str(info.value)
+    with pytest.raises(ClassMismatchError, match="zebra.*Give class_map, the real data's label for every class"):
+        RealAndSynthetic(more, SyntheticDataset(model, per_class=10))
+    crossed = GLEM.create("identity", (3, 8, 8), classes=["ant", "bee", "n3"], class_ids=["bee", "n1", "ant"])
+    assert class_counts(crossed, {"bee": 4}) == [0, 4, 0]  # a key is a name before it is an id
+    assert class_counts(crossed, {"n1": 2, "ant": 1, "n3": 5}) == [1, 2, 5]
+
+
+def test_labels_and_names_of_other_data_sets(image_folder: Path) -> None:
+    synonyms = [("tench", "Tinca tinca"), ("goldfish", "Carassius auratus")]
+    real = SimpleNamespace(targets=[1, 0, 1], classes=synonyms, wnids=["n01440764", "n01443537"])
+    targets, names = targets_and_names(real)  # torchvision's ImageNet
+    assert targets.tolist() == [1, 0, 1] and names == (["n01440764", "n01443537"], ["tench", "goldfish"])
+    real.wnids = ["n01440764"]
+    assert targets_and_names(real)[1] == (["tench", "goldfish"], ["tench", "goldfish"])
+    folder = ImageFolder(image_folder)
+    order = sorted(range(12), key=lambda i: (i % 3, i))[:10]
+    targets, names = targets_and_names(Subset(folder, order))
+    assert targets.tolist() == [folder.targets[i] for i in order] and names == (folder.classes, folder.classes)
+    both = ConcatDataset([Subset(folder, order), Subset(folder, [0, 1])])
+    assert targets_and_names(both)[0].tolist() == [*targets, folder.targets[0], folder.targets[1]]
+    with pytest.raises(DataError, match="other classes than its first"):
+        targets_and_names(ConcatDataset([folder, TensorDataset(torch.zeros(2, 1), torch.arange(2))]))
+
+
+# ---- real and synthetic images ---------------------------------------------------------------------------------------
+
+
+def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
+    real = ImageFolder(image_folder)  # bird, cat, dog: 4 each
+    synthetic = SyntheticDataset(model, per_class=10)
+    both = RealAndSynthetic(real, synthetic, ratio=0.5)
+    assert len(both) == 18 and both.classes == ["bird", "cat", "dog"] and both.class_to_idx["dog"] == 2
+    assert both.targets[:12] == real.targets and np.bincount(both.targets[12:]).tolist() == [2, 2, 2]
+    assert [both.is_synthetic(i) for i in (0, 11, 12, -1)] == [False, False, True, True]
+    for i in range(-1, 18):
+        image, label = both[i]
+        assert image.size == (8, 8) and label == both.targets[i]
+        if i >= 12:
+            drawn, flow_label = synthetic[int(both.chosen[i - 12])]
+            assert np.array_equal(np.asarray(image), np.asarray(drawn)) and NAMES[flow_label] == both.classes[label]
+    items = both.__getitems__([13, 2, 17])
+    assert np.array_equal(np.asarray(items[0][0]), np.asarray(both[13][0])) and items[1][1] == real.targets[2]
+    assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12 and "12 real, 6 synthetic" in repr(both)
+    with pytest.raises(IndexError, match="index 18"):
+        both[18]
+    with pytest.raises(DataError, match="needs 36 synthetic ones, there are 30"):
+        RealAndSynthetic(real, synthetic, ratio=3.0)
+    with pytest.raises(TypeError, match="SyntheticDataset"):
+        RealAndSynthetic(real, real)
+    with pytest.raises(TypeError, match="got a tuple: torch.utils.data.TensorDataset"):
+        RealAndSynthetic((pixels(4), torch.zeros(4, dtype=torch.int64)), synthetic)
+
+
+def test_labels_of_both_kinds_look_like_the_real_datas(model: GLEM, image_folder: Path) -> None:
+    real = ImageFolder(image_folder, target_transform=lambda label: label + 100)
+    both = RealAndSynthetic(Subset(real, range(12)), SyntheticDataset(model, per_class=2), ratio=None)
+    assert [both[i][1] for i in range(len(both))] == [label + 100 for label in both.targets]
+    own = SyntheticDataset(model, per_class=2, target_transform=torch.tensor)
+    both = RealAndSynthetic(ImageFolder(image_folder, target_transform=torch.tensor), own, ratio=None)
+    assert [int(both[i][1]) for i in range(len(both))] == both.targets and isinstance(both[-1][1], Tensor)
+
+
+@pytest.mark.parametrize("kind", ["timm", "subset", "prefetched"])
+def test_both_kinds_in_timms_own_loader(image_folder: Path, kind: str) -> None:
+    """timm sets the transform of the data set that it is given; grey images of a flow come out as the real RGB ones."""
+    grey = GLEM.create("identity", (1, 8, 8), classes=sorted(p.name for p in image_folder.iterdir())).eval()
+    whole = ImageDataset(str(image_folder))
+    real = Subset(whole, range(4)) if kind == "subset" else whole
+    both = RealAndSynthetic(real, SyntheticDataset(grey, per_class=3), ratio=None)
+    loader = create_loader(
+        both, input_size=(3, 16, 16), batch_size=len(both), is_training=False, num_workers=0,
+        persistent_workers=False, use_prefetcher=kind == "prefetched", device=torch.device("cpu"),
+    )  # fmt: skip
+    ((x, y),) = list(loader)
+    assert x.shape == (len(both), 3, 16, 16) and y.tolist() == both.targets and both.transform is not None
+    assert whole.transform is None  # another subset of it may be the validation set
+    whole.transform = len
+    with pytest.raises(AttributeError, match="the real data set has a transform already"):
+        both.transform = repr
+    whole.transform, both.synthetic.transform = None, len
+    with pytest.raises(AttributeError, match="the synthetic data set has a transform already"):
+        both.transform = repr
+
+
+def test_data_sets_with_transforms_of_their_own(model: GLEM, image_folder: Path) -> None:
+    class Mine(Dataset):
+        """It calls its transform, whatever that is."""
+
+        def __init__(self) -> None:
+            self.folder, self.transform = ImageFolder(image_folder), np.asarray
+            self.classes, self.targets = self.folder.classes, self.folder.targets
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Any:
+            image, label = self.folder[index]
+            return self.transform(image), label
+
+    both = RealAndSynthetic(Mine(), SyntheticDataset(model, per_class=1, transform=np.asarray), ratio=None)
+    assert both[0][0].shape == both[-1][0].shape == (8, 8, 3)
+
+
+def test_an_image_data_and_its_fill_can_be_batched(model: GLEM, tail: ImageData) -> None:
+    for real in (tail, Subset(tail, range(0, 19, 2))):
+        both = RealAndSynthetic(real, SyntheticDataset(model, per_class=4), ratio=None)
+        batches = list(DataLoader(both, batch_size=5, shuffle=True))
+        assert all(x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) for x, _ in batches)
+        assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(both.targets)
+        assert torch.equal(both[len(real)][0], both.synthetic.images([int(both.chosen[0])])[0])
+    both.transform = lambda image: image.float() / 255
+    assert both[0][0].dtype == both[-1][0].dtype == torch.float32
+
+
+def test_the_share_of_a_sampler(model: GLEM, tail: ImageData) -> None:
+    both = RealAndSynthetic(tail, SyntheticDataset(model, per_class=50), ratio=None)
+    for share in (0.0, 0.3, 1.0):
+        drawn = list(WeightedRandomSampler(both.weights(share), 4000, generator=torch.Generator().manual_seed(0)))
+        assert abs(np.mean([both.is_synthetic(i) for i in drawn]) - share) < 0.03
+    with pytest.raises(ValueError, match="both kinds"):
+        RealAndSynthetic(tail, SyntheticDataset(model, per_class=1), ratio=0).weights(0.5)
+
+
+def test_class_maps(model: GLEM, tail: ImageData) -> None:
+    two = tail.subset(range(17)).with_targets([0] * 12 + [1] * 5, ["bird", "cat"])
+    with pytest.raises(DataError, match="no class for the synthetic dog"):
+        RealAndSynthetic(two, SyntheticDataset(model, per_class=3), ratio=None)
+    some = SyntheticDataset(model, per_class={"cat": 2, "bird": 1})
+    assert RealAndSynthetic(two, some, ratio=None).targets[17:] == [1, 1, 0]
+    synthetic = SyntheticDataset(model, per_class=1)
+    numbers = TensorDataset(pixels(4), torch.tensor([0, 1, 2, 0]))
+    assert RealAndSynthetic(numbers, synthetic, ratio=None).targets[4:] == [0, 1, 2]
+    for class_map in ({0: 1, 2: 0, 1: 2}, {"bird": 0, "dog": 1, 1: 2}, [1, 2, 0], torch.tensor([1, 2, 0])):
+        assert RealAndSynthetic(tail, synthetic, None, class_map).targets[19:] == [1, 2, 0]
+    birds = SyntheticDataset(model, per_class={"bird": 2})
+    assert RealAndSynthetic(tail, birds, None, {"bird": 0, "dog": None, "cat": -1}).targets[19:] == [0, 0]
+    for bad, error, message in (
+        ({0: 1, 2: 0}, DataError, "class_map leaves out cat: give all 3 classes"),
+        ({0: 1, 1: 2, 3: 0}, DataError, "class_map names class 3; the flow has 0 to 2"),
+        ({"dog": 1, 1: 2, "cow": 0}, DataError, "class_map names 'cow'; the flow has dog, cat, bird"),
+        ({"dog": 1, 0: 2, 1: 0, 2: 0}, DataError, "'dog' twice"),
+        ([0, 1], DataError, "2 entries"),
+        ([0, 1, 3], DataError, "class_map for 'bird' is 3; the real data has labels from 0 to 2"),
+        ({0: 0, 1: -2, 2: 0}, DataError, "class_map for 'cat' is -2"),
+        ([None] * 3, DataError, "no class for the synthetic bird, cat, dog: give class_map a label"),
+        ([0, 1.5, 0], TypeError, "'cat' must be a label"),
+        ("abc", TypeError, "got 'abc'"),
+        (3, TypeError, "got 3"),
+    ):
+        with pytest.raises(error, match=message):
+            RealAndSynthetic(tail, synthetic, None, bad)
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+def as_rows(items: Any) -> set[tuple[int, bytes]]:
+    return {(label, image.tobytes()) for image, label in items}
+
+
+def test_the_images_of_an_epoch_are_the_same_for_any_number_of_workers(model: GLEM) -> None:
+    def epochs(workers: int, persistent: bool = False, **context: Any) -> list[set[tuple[int, bytes]]]:
+        stream = copy.deepcopy(SyntheticStream(model, length=50, seed=2))
+        loader = DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent, **context)
+        found = []
+        for epoch in range(3):
+            stream.set_epoch(epoch)
+            assert stream.epoch == epoch
+            found.append(as_rows(loader))
+        return found
+
+    alone = epochs(0)
+    assert [len(e) for e in alone] == [50] * 3 and len(set.union(*alone)) == 150
+    assert epochs(2) == alone and epochs(2, persistent=True) == alone
+    assert epochs(1, persistent=True, multiprocessing_context="spawn") == alone
+    again = SyntheticStream(model, length=50, seed=2)
+    assert as_rows(again) == as_rows(again) == alone[0] and len(again) == 50
+    assert as_rows(SyntheticStream(model, length=20, seed=2)) <= alone[0]
+    assert not as_rows(SyntheticStream(model, length=50, seed=3)) & alone[0]
+
+
+def test_every_epoch_of_a_stream_has_classes_in_an_order_of_its_own(model: GLEM) -> None:
+    stream = SyntheticStream(model, length=40)
+    orders = set()
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        orders.add(tuple(label for _, label in stream))
+    assert len(orders) == 3
+    # A long epoch does not run into the next one.
+    alone = SyntheticStream(model, weights=[1.0, 0.0, 0.0])
+    late = as_rows(item for n in range(5) for item in alone._block(0, 2**20 + n, 8))
+    assert not late & as_rows(item for n in range(5) for item in alone._block(1, n, 8))
+
+
+def test_ranks_share_a_stream_out(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = as_rows(SyntheticStream(model, length=48))  # six blocks
+    streams = [SyntheticStream(model, length=50, world=(r, 3)) for r in range(3)]
+    parts = [as_rows(stream) for stream in streams]
+    # Equally many, or the rank with fewer would leave the others waiting at the end of the epoch.
+    assert [len(p) for p in parts] == [len(s) for s in streams] == [17] * 3
+    union = set.union(*parts)
+    assert len(union) == 51 and whole <= union
+    for workers in (1, 3):
+        assert as_rows(DataLoader(streams[1], batch_size=None, num_workers=workers)) == parts[1]
+    with monkeypatch.context() as patch:
+        for name, value in (("is_initialized", True), ("get_rank", 2), ("get_world_size", 3)):
+            patch.setattr(torch.distributed, name, lambda value=value: value)
+        sent = pickle.dumps(SyntheticStream(model, length=50))
+    assert as_rows(pickle.loads(sent)) == parts[2]  # a worker that is spawned knows its rank
+
+
+def test_weights_of_a_stream(model: GLEM, tail: ImageData) -> None:
+    stream = SyntheticStream(model, weights=[0, 3, 1], transform=np.asarray, target_transform=lambda y: y + 10)
+    items = [item for item, _ in zip(stream, range(400), strict=False)]
+    counts = np.bincount([y - 10 for _, y in items], minlength=3)
+    assert counts[0] == 0 and abs(counts[1] / 400 - 0.75) < 0.08 and isinstance(items[0][0], np.ndarray)
+    with pytest.raises(TypeError, match="no end"):
+        len(stream)
+    for weights in ({"dog": 0, "cat": 3, "bird": 1}, {2: 1, 1: 3, 0: 0}, np.array([0, 3, 1]), torch.tensor([0, 3, 1])):
+        assert SyntheticStream(model, weights=weights).probabilities.tolist() == [0, 0.75, 0.25]
+    mixed = SyntheticStream(model, length=9, source="mixup", real=tail, modes=8)
+    assert len(as_rows(mixed)) == 9
+    missing = tail.subset(range(17))
+    SyntheticStream(model, source="mixup", real=missing, modes=8, weights=[0, 1, 1])
+    for settings, error, message in (
+        ({"weights": [1, 2]}, ValueError, "3 numbers"),
+        ({"weights": [0, 0, 0]}, ValueError, "not all 0"),
+        ({"weights": [1.0, None, 1.0]}, TypeError, r"weights\[1\]"),
+        ({"weights": "abc"}, TypeError, "weights must be 3 numbers"),
+        ({"weights": [1.0, -1.0, 1.0]}, ValueError, r"weights\[1\]"),
+        ({"weights": {"cat": 1}}, ValueError, "weights leaves out dog, bird"),
+        ({"weights": {0: 1, 1: 1, 9: 1}}, ValueError, "weights names class 9"),
+        ({"length": 0}, ValueError, "length must be"),
+        ({"source": "mixup", "real": missing, "modes": 8}, ValueError, "no real image of dog.*weight 0"),
+        ({"oracle": len}, ValueError, "such as 0.5"),
+    ):
+        with pytest.raises(error, match=message):
+            SyntheticStream(model, **settings)
+    with pytest.raises(ValueError, match="epoch must be at least 0"):
+        stream.set_epoch(-1)
+
+
+def test_a_stream_rejects(model: GLEM) -> None:
+    def confidence(**settings: Any) -> float:
+        stream = SyntheticStream(model, length=200, transform=np.array, source="rfcm", **settings)
+        images, labels = zip(*stream, strict=True)
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return float(bright(x.float() / 255).gather(1, torch.tensor(labels)[:, None]).mean())
+
+    def bright(x: Tensor) -> Tensor:
+        return (-100 * (x.flatten(1).mean(1, keepdim=True) - torch.tensor([0.45, 0.5, 0.55])).abs()).softmax(1)
+
+    assert confidence(min_confidence=0.4, oracle=bright) > confidence() + 0.05
