@@ -1,8 +1,7 @@
 """Synthetic-data augmentation for timm and torchvision from a class-conditional normalizing flow (GLEM).
 
-What is named here is imported when it is first used, and torch and torchvision with it: ``glem --help`` and a settings
-script need not wait for them. So are the modules: ``glem_augment.training``, ``glem_augment.evaluation``,
-``glem_augment.evaluation.tuning``, ``glem_augment.latent.rfcm``, ...
+The public names are imported when they are first used, and torch with them, so that `glem --help` need not wait. The
+same holds for the rooms: `glem_augment.training`, `glem_augment.evaluation`, `glem_augment.flows`, ...
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.augment.transform import GLEMAugment
     from glem_augment.data.classes import match_classes
     from glem_augment.data.dataset import ImageData, open_data
@@ -52,32 +51,26 @@ __all__ = [
     "match_classes",
     "open_data",
 ]
-_HOMES = {
-    "BadImageError": "glem_augment.errors",
-    "ClassGaussians": "glem_augment.latent.gaussians",
-    "ClassMismatchError": "glem_augment.errors",
-    "DataError": "glem_augment.errors",
-    "GLEM": "glem_augment.model.glem",
-    "GLEMAugment": "glem_augment.augment.transform",
-    "GLEMError": "glem_augment.errors",
-    "HubError": "glem_augment.hub.files",
-    "ImageData": "glem_augment.data.dataset",
-    "ModelFileError": "glem_augment.errors",
-    "RealAndSynthetic": "glem_augment.synthetic.combined",
-    "SyntheticDataset": "glem_augment.synthetic.dataset",
-    "SyntheticStream": "glem_augment.synthetic.stream",
-    "TrainingError": "glem_augment.errors",
-    "create_flow": "glem_augment.flows",
-    "match_classes": "glem_augment.data.classes",
-    "open_data": "glem_augment.data.dataset",
+_MODULES = {
+    "augment.transform": ["GLEMAugment"],
+    "data.classes": ["match_classes"],
+    "data.dataset": ["ImageData", "open_data"],
+    "errors": ["BadImageError", "ClassMismatchError", "DataError", "GLEMError", "ModelFileError", "TrainingError"],
+    "flows": ["create_flow"],
+    "hub.files": ["HubError"],
+    "latent.gaussians": ["ClassGaussians"],
+    "model.glem": ["GLEM"],
+    "synthetic.combined": ["RealAndSynthetic"],
+    "synthetic.dataset": ["SyntheticDataset"],
+    "synthetic.stream": ["SyntheticStream"],
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+    for module, names in _MODULES.items():
+        if name in names:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{module}"), name)
+            return value
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

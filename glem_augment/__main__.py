@@ -1,4 +1,4 @@
-"""``python -m glem_augment`` is ``glem``."""
+"""`python -m glem_augment` is the command `glem`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
-"""Checks of arguments: one clear error each, which names the value and what is allowed."""
+"""Checks of arguments. Each error is one sentence that names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Sequence
-
-import numpy as np
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -16,8 +14,12 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
-    """`value` as a float; TypeError if it is no number, ValueError outside [low, high] (or (low, high])."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's numbers too
+    """`value` as a float. It must be finite and in [low, high], or in (low, high] with `open_low`.
+
+    Raises:
+        TypeError: it is no number (numbers of NumPy are). ValueError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     value = float(value)
     inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
@@ -30,8 +32,12 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
 
 
 def check_whole(name: str, value: object, low: int) -> int:
-    """The int, numpy's too; TypeError for anything else, ValueError below `low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    """`value` as an int.
+
+    Raises:
+        TypeError: it is no integer (integers of NumPy are). ValueError: it is below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")

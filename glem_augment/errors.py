@@ -1,8 +1,4 @@
-"""The package's own errors.
-
-Each one is also the built-in error that fits it, so ``except ValueError`` keeps working for callers that do
-not know this package.
-"""
+"""The package's own errors. Each is also the built-in error that fits it, so `except ValueError` catches it too."""
 
 from __future__ import annotations
 
@@ -14,11 +10,11 @@ class GLEMError(Exception):
 
 
 class DataError(GLEMError, ValueError):
-    """Images or labels that cannot be used: unreadable, empty, of the wrong size, missing a split, ..."""
+    """Images or labels that cannot be used: unreadable, empty, of the wrong size, without the wanted split, ..."""
 
 
 class BadImageError(DataError):
-    """One image of a data set that cannot be used; the others may be fine (``open_data(..., skip_bad=True)``)."""
+    """One image of a data set cannot be used; the others may be fine (`open_data(..., skip_bad=True)`)."""
 
 
 class ClassMismatchError(DataError):
@@ -26,7 +22,7 @@ class ClassMismatchError(DataError):
 
 
 class ModelFileError(GLEMError, ValueError):
-    """A saved model or checkpoint that is incomplete, damaged, or not what this version reads."""
+    """A saved model or checkpoint is incomplete, damaged, or not in a format that this version reads."""
 
 
 class TrainingError(GLEMError, RuntimeError):

@@ -15,6 +15,7 @@ from torch import Tensor
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli.main import main
 from glem_augment.errors import DataError
+from glem_augment.hub.cards import CardFacts, model_card
 from glem_augment.latent.adapt import adapt_classes, gaussians_of, psi_that_holds, shrunk_variance
 from glem_augment.latent.modes import REST_FLOOR
 
@@ -131,6 +132,15 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
     assert (record["images"], record["images_per_class"]) == (21, [6, 8])
     named = base.adapt(ImageData.from_tensors(x, y, ["n1", "n2", "n3"]), classes=["x", "y", "z"], progress=False)
     assert (named.class_ids, named.classes) == (["n1", "n2", "n3"], ["x", "y", "z"])
+
+
+def test_cards_of_adapted_flows_name_all_data_and_no_folders_of_the_user() -> None:
+    model, (x, y) = random_flow(), images(5, 5)
+    model.config.training.update(data="private/someone/large", config={"epochs": 7})
+    for name in ("photos", "torch/cifar10@private/someone"):
+        model = model.adapt(ImageData.from_tensors(x, y, ["a", "b"], name=name), rank=2, progress=False)
+    card = str(model_card(model, "org/flow", CardFacts(), samples=False))
+    assert "trained on large, then adapted to photos, then adapted to cifar10" in card and "someone" not in card
 
 
 def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> None:
