@@ -16,8 +16,7 @@ import yaml
 
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData, open_data
-from glem_augment.data.sources import has_splits
-from glem_augment.data.timm_sources import tar_file
+from glem_augment.data.sources import has_splits, tar_file
 from glem_augment.io import expand, json_text
 from glem_augment.model.glem import GLEM
 

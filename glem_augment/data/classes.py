@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,10 @@ import numpy as np
 from glem_augment.checks import check_whole
 from glem_augment.errors import ClassMismatchError
 
-__all__ = ["match_classes"]
+_FIX = (
+    "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
+    "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."
+)
 
 
 def match_classes(
@@ -26,86 +31,78 @@ def match_classes(
 ) -> np.ndarray:
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
-    Ids are compared first, then names: as written, then by their letters and digits alone in lower case, then
-    without a number in front (``03_cat``). Ids that are plain numbers on both sides say nothing when both
-    sides have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST.
+    Ids are compared first, then names: as written, then by their letters and digits alone in lower case, then without a
+    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3 of
+    CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
         model_ids, model_names: the flow's K classes in index order.
         data_ids, data_names: the data's classes in index order.
-        class_map: None; ``"order"``: class i is class i (both sides must have equally many); or a mapping
-            from data names (or ids) to flow names (or ids), the classes that it leaves out being matched as
-            usual.
-        partial: the flow need not have all classes of the data, at least one.
-        fix: the last sentence of an error about classes that do not match, for callers who take no ``class_map``; None:
-            how to give one.
+        class_map: None; `"order"`: class i is class i (both sides must have equally many); or a mapping from data names
+            (or ids) to flow names (or ids). Classes that it leaves out are matched as usual.
+        partial: allow classes of the data that the flow does not have, but not all of them.
+        fix: last sentence of an error about classes that do not match, for callers who take no `class_map`.
 
     Returns:
-        int64 [K_data]: for each class of the data, the index of the flow's class; -1, only with ``partial``, where it
-        has none, as `GLEMAugment(class_map=...)` takes it.
+        int64 [K_data]: the index of the flow's class for each class of the data; -1, only with `partial`, if it has
+        none, as `GLEMAugment(class_map=...)` takes it.
 
     Raises:
-        ClassMismatchError: a class without a counterpart, or two with the same one; it lists both sides and
-            the fix. Also for a ``class_map`` that names a class that is not there, or a string but "order".
-        TypeError: another kind of ``class_map``.
+        ClassMismatchError: a class without a counterpart, or two with the same one; it lists both sides and the fix.
+            Also for a `class_map` that names a class that is not there, or a string other than "order".
+        TypeError: another kind of `class_map`.
     """
-    flow = _Side(model_ids, model_names)
-    data = _Side(data_ids, data_names)
+    flow, data = _Side("flow", model_ids, model_names), _Side("data", data_ids, data_names)
     if isinstance(class_map, str):
         if class_map != "order":
             raise ClassMismatchError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
-        if len(flow) != len(data):
+        if len(flow.ids) != len(data.ids):
             raise ClassMismatchError(
-                f"class_map='order' needs equally many classes: the data has {len(data)}, the flow "
-                f"{len(flow)}; give a mapping of names. {flow.listing('The flow')}"
+                f"class_map='order' needs equally many classes: the data has {len(data.ids)}, the flow "
+                f"{len(flow.ids)}; give a mapping of names. {flow.listing()}"
             )
-        return np.arange(len(data), dtype=np.int64)
+        return np.arange(len(data.ids), dtype=np.int64)
     if class_map is not None and not isinstance(class_map, Mapping):
         raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {type(class_map).__name__}")
 
-    found: list[int | None] = [None] * len(data)
+    found: dict[int, int] = {}
     for source, target in (class_map or {}).items():
         i, j = data.find(str(source)), flow.find(str(target))
-        if i is None:
-            raise ClassMismatchError(f"class_map names {source!r}, not a class of the data. {data.listing('The data')}")
-        if j is None:
-            raise ClassMismatchError(f"class_map names {target!r}, not a class of the flow. {flow.listing('The flow')}")
-        if found[i] not in (None, j):
+        if found.setdefault(i, j) != j:
             raise ClassMismatchError(f"class_map maps the data's class {data.names[i]!r} twice")
-        found[i] = j
-    mapped = [i is not None for i in found]
-    _match(data, flow, found)
+    mapped = set(found)
+    _compare(data, flow, found)
 
-    missing = [data.label(i) for i, j in enumerate(found) if j is None]
-    if missing and (not partial or len(missing) == len(found)):
+    missing = [data.label(i) for i in range(len(data.ids)) if i not in found]
+    if missing and (not partial or not found):
         raise ClassMismatchError(
-            f"{len(missing)} of the {len(data)} classes of the data have no counterpart in the flow: "
-            f"{_listed(missing)}. {flow.listing('The flow')} {fix or _FIX}"
+            f"{len(missing)} of the {len(data.ids)} classes of the data have no counterpart in the flow: "
+            f"{_listed(missing)}. {flow.listing()} {fix or _FIX}"
         )
     owner: dict[int, int] = {}
-    for i, j in enumerate(found):
-        if j is None:
-            continue
-        if j in owner:
-            how = "class_map maps" if mapped[i] or mapped[owner[j]] else "Two classes of the data match:"
+    for i, j in sorted(found.items()):
+        other = owner.setdefault(j, i)
+        if other != i:
+            how = "class_map maps" if {i, other} & mapped else "Two classes of the data match:"
             raise ClassMismatchError(
-                f"{how} {data.label(owner[j])} and {data.label(i)} to the same class of the flow, "
+                f"{how} {data.label(other)} and {data.label(i)} to the same class of the flow, "
                 f"{flow.label(j)}{f'. {fix}' if fix else '; give class_map with a class of its own for each'}"
             )
-        owner[j] = i
-    return np.asarray([-1 if j is None else j for j in found], dtype=np.int64)
+    return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 
 
-def check_class_map(
-    class_map: Mapping[int, int | None] | Sequence[int | None] | Any | None,
-    num_classes: int | None,
-    flow_classes: int,
-) -> tuple[int, ...] | None:
-    """Flow class of every data class, -1 = none; None where data and flow classes are the same.
+def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) -> tuple[int, ...] | None:
+    """The flow's class of every data class, -1 for none; None if data and flow have the same classes.
+
+    Args:
+        class_map: a mapping from data class to flow class, a sequence, an array or a tensor; -1 and None both mean that
+            the flow does not have the class. None: the classes are the same.
+        num_classes: number of data classes, if it is known.
+        flow_classes: number of flow classes.
 
     Raises:
-        ValueError: for a flow or data class out of range, nothing mapped, or a num_classes that does not fit.
-        TypeError: for what is not a mapping or sequence of integers.
+        ValueError: a flow or data class out of range, nothing mapped, or a `num_classes` that does not fit.
+        TypeError: no mapping or sequence of integers.
     """
     if num_classes is not None:
         num_classes = check_whole("num_classes", num_classes, 1)
@@ -118,12 +115,9 @@ def check_class_map(
         return None
     if hasattr(class_map, "tolist"):  # a tensor, or an array as match_classes gives it
         class_map = class_map.tolist()
-    if isinstance(class_map, Mapping):
-        pairs = dict(class_map)
-    elif isinstance(class_map, Sequence) and not isinstance(class_map, (str, bytes)):
-        pairs = dict(enumerate(class_map))
-    else:
+    if not isinstance(class_map, Mapping | Sequence) or isinstance(class_map, str | bytes):
         raise TypeError(f"class_map must be a dict or a sequence, got {type(class_map).__name__}")
+    pairs = dict(class_map if isinstance(class_map, Mapping) else enumerate(class_map))
     if not pairs:
         raise ValueError("class_map is empty: give the flow class of every data class")
     for key, value in pairs.items():
@@ -140,83 +134,71 @@ def check_class_map(
             raise ValueError(
                 f"class_map maps class {key} to flow class {value}; allowed are 0 to {flow_classes - 1}, -1 and None"
             )
-        table[key] = -1 if value is None else int(value)
+        table[key] = -1 if value is None else operator.index(value)
     if max(table) < 0:
         raise ValueError("class_map maps no class to the flow: no image could be augmented")
     return tuple(table)
 
 
 def _is_int(value: object) -> bool:
-    # numpy's integers have __index__ too.
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return hasattr(value, "__index__") and not isinstance(value, bool)  # NumPy's integers too
 
 
 def class_names(real: Any) -> list[str] | None:
-    """Names of a torchvision or timm data set's classes in index order, or None where it has none."""
+    """Names of a torchvision or timm data set's classes in index order, or None if it has none."""
     names = getattr(real, "classes", None)
     lookup = getattr(getattr(real, "reader", None), "class_to_idx", None)
     if names is None and isinstance(lookup, Mapping):
         names = sorted(lookup, key=lookup.__getitem__)
-    if not isinstance(names, (list, tuple)) or not names:
+    if not isinstance(names, list | tuple) or not names:
         return None
-    return [str(name[0] if isinstance(name, tuple) and name else name) for name in names]  # tuples: synonyms
-
-
-_FIX = (
-    "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
-    "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."
-)
+    return [str(name[0] if isinstance(name, tuple) and name else name) for name in names]  # tuples of synonyms
 
 
 class _Side:
-    """The classes of one side, looked up by what they are called."""
+    """The classes of the flow or of the data, which can be looked up by what they are called."""
 
-    def __init__(self, ids: Sequence[str], names: Sequence[str]):
+    def __init__(self, what: str, ids: Sequence[str], names: Sequence[str]):
         if len(ids) != len(names):
             raise ClassMismatchError(f"{len(ids)} class ids but {len(names)} class names")
-        self.ids, self.names = [str(i) for i in ids], [str(n) for n in names]
+        self.what, self.ids, self.names = what, [str(i) for i in ids], [str(n) for n in names]
         self.numbered = all(i.isdecimal() for i in self.ids)
         self.named = not all(n.isdecimal() for n in self.names)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def find(self, name: str) -> int | None:
+    def find(self, name: str) -> int:
+        """The index of the class that a class_map calls `name`."""
         for form in _FORMS:
             for column in (self.names, self.ids):
                 index = _unique(column, form).get(form(name))
                 if index is not None:
                     return index
-        return None
+        raise ClassMismatchError(f"class_map names {name!r}, not a class of the {self.what}. {self.listing()}")
 
     def label(self, index: int) -> str:
         name, identity = self.names[index], self.ids[index]
         return repr(name) if name == identity else f"{name!r} (id {identity})"
 
-    def listing(self, who: str) -> str:
-        return f"{who} has {len(self)} classes: {_listed([self.label(i) for i in range(len(self))])}."
+    def listing(self) -> str:
+        return f"The {self.what} has {len(self.ids)} classes: {_listed([self.label(i) for i in range(len(self.ids))])}."
 
 
-def _match(data: _Side, flow: _Side, found: list[int | None]) -> None:
-    """Fill the gaps in ``found``; the surest comparison first."""
-    pairs = [(data.ids, flow.ids), (data.names, flow.names)]
+def _compare(data: _Side, flow: _Side, found: dict[int, int]) -> None:
+    """Fill the gaps in `found` (data class -> flow class), the surest comparison first."""
+    columns = [(data.ids, flow.ids), (data.names, flow.names)]
     if data.numbered and flow.numbered and data.named and flow.named:
-        del pairs[0]
-    # Last, across: a folder called "cat" is the flow's class of that name, whatever ids it has.
-    across = [(data.names, flow.ids), (data.ids, flow.names)]
-    if not (data.numbered or flow.numbered):
-        pairs += across
-    elif not data.numbered:
-        pairs.append(across[1])
-    elif not flow.numbered:
-        pairs.append(across[0])
+        del columns[0]
+    # Then names against ids: a folder called "cat" is the flow's class of that name, whatever its id. Numbers on one
+    # side are indices, not names.
+    if not flow.numbered:
+        columns.append((data.names, flow.ids))
+    if not data.numbered:
+        columns.append((data.ids, flow.names))
     for form in _FORMS:
-        for column, targets in pairs:
+        for column, targets in columns:
             lookup, own = _unique(targets, form), _unique(column, form)
-            for i, name in enumerate(column):
-                key = form(name)
-                if found[i] is None and key in own:
-                    found[i] = lookup.get(key)
+            for name, i in own.items():
+                if i not in found and name in lookup:
+                    found[i] = lookup[name]
 
 
 def _composed(name: str) -> str:
@@ -225,26 +207,24 @@ def _composed(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    # Marks are vowels in many scripts; C++ and C# are not C.
+    """Letters, digits and marks, which are vowels in many scripts; + and # too, because C++ and C# are not C."""
     composed = _composed(name.lower())
     return "".join(c for c in composed if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
 
 
 def _unnumbered(name: str) -> str:
     rest = _plain(re.sub(r"^\d+\s*[_-]\s*", "", name))
-    return rest if rest[:1].isalpha() else _plain(name)  # 737-200 is no 747-200
+    return rest if rest[:1].isalpha() else _plain(name)  # 737-200 is not 747-200
 
 
 _FORMS: tuple[Callable[[str], str], ...] = (_composed, _plain, _unnumbered)
 
 
 def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, int]:
-    """Index by form; without the empty form, and forms of two names (of "T-shirt" and "T shirt", both "tshirt")."""
+    """Index by form, without the empty form and without forms that two names share ("T-shirt" and "T shirt")."""
     keys = [form(name) for name in names]
-    seen: dict[str, int] = {}
-    for key in keys:
-        seen[key] = seen.get(key, 0) + 1
-    return {key: i for i, key in enumerate(keys) if key and seen[key] == 1}
+    counts = Counter(keys)
+    return {key: i for i, key in enumerate(keys) if key and counts[key] == 1}
 
 
 def _listed(names: Sequence[str]) -> str:

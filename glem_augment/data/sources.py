@@ -1,43 +1,33 @@
-"""Where images come from: the bundled set, image folders and idx files, each as a ``Source``.
+"""Where images come from: the bundled set, image folders, idx files, and the data sets that timm can read.
 
-A source knows labels and how to read one image; it decides nothing about sizes or channels (``decoding.py``
-does).
+A source knows the labels and how to open one image; `dataset.py` decides about sizes and channels.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
+import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from glem_augment.errors import DataError
+from glem_augment.data.decoding import GREY_MODES, check_header, fit, open_image, to_tensor
+from glem_augment.errors import BadImageError, DataError
+from glem_augment.io import expand
 
-__all__ = ["ArraySource", "FolderSource", "Source", "bundled_source", "folder_source"]
-
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
-# Names of the sub-folders that hold a split, the preferred one first. A set with only one held-out part
-# serves it under both names.
+# Names of the sub-folders that hold a split, the preferred one first. A set with only one held-out part serves it under
+# all names of held-out parts.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "validation", "valid", "eval")
@@ -46,19 +36,20 @@ _SPLIT_FOLDERS = {
     **dict.fromkeys(_TEST, _TEST + _VAL),
     **dict.fromkeys(_VAL, _VAL + _TEST),
 }
-_IDX_PREFIX = {**dict.fromkeys(_TRAIN, ("train",)), **dict.fromkeys(_TEST + _VAL, ("t10k", "test"))}
+_FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
 class Source(ABC):
-    """Labelled images that can be read one by one.
+    """Labelled images that can be opened one by one.
 
     Attributes:
-        classes: K names in index order; class_ids: K identifiers (folder names, wnids, digits).
+        classes: K names in index order.
+        class_ids: K identifiers (folder names, WordNet ids, digits).
         targets: int64 [N].
-        arrays: uint8 [N,H,W] or [N,H,W,3] when the pixels are in memory already, else None.
     """
-
-    arrays: np.ndarray | None = None
 
     def __init__(self, classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
         self.classes = list(classes)
@@ -70,67 +61,124 @@ class Source(ABC):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """What to call image ``index`` in an error message."""
+        """What an error message calls image `index`."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Image ``index`` with its header read, the pixels perhaps not yet (PIL decodes on demand)."""
+        """Image `index` with its header read."""
+
+    def header(self, index: int) -> tuple[bool, int, int]:
+        """Whether image `index` is grey, and its height and width. Raises BadImageError."""
+        try:
+            with self.open(index) as image:
+                check_header(image, self.where(index))
+                return image.mode in GREY_MODES, image.height, image.width
+        except Exception as error:
+            raise self._unusable(index, error) from error
+
+    def pixels(self, index: int, channels: int) -> torch.Tensor:
+        """Image `index` as uint8 [C,H,W] in its own size. Raises BadImageError."""
+        try:
+            with self.open(index) as image:
+                check_header(image, self.where(index))
+                return to_tensor(image, channels)
+        except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
+            raise self._unusable(index, error) from error
+
+    def _unusable(self, index: int, error: Exception) -> BadImageError:
+        if isinstance(error, BadImageError):
+            return error
+        where = self.where(index)
+        if os.path.isfile(where) and os.path.getsize(where) == 0:
+            return BadImageError(f"{where} is an empty file; remove or replace it")
+        said = str(error).replace(f": {where!r}", "").replace(f" {where!r}", "")
+        return BadImageError(
+            f"{where} cannot be read as an image ({type(error).__name__}: {said}); remove or replace it"
+        )
 
 
 class FolderSource(Source):
     """Image files on disk."""
 
-    def __init__(self, paths: list[str], classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
+    def __init__(self, paths: Sequence[str], classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
         super().__init__(classes, class_ids, targets)
-        self.paths = paths
+        self.paths = list(paths)
 
     def where(self, index: int) -> str:
         return self.paths[index]
 
     def open(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        # Opening a pipe would wait for somebody to write into it.
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is no regular file")
-        return Image.open(path)
+        return open_image(self.paths[index])
 
 
 class ArraySource(Source):
-    """Images in memory: uint8 [N,H,W] (grey) or [N,H,W,3] (RGB)."""
+    """Images in memory: uint8 arrays [H,W] (grey) or [H,W,3] (RGB), as one array if all have the same shape."""
 
     def __init__(
         self,
-        arrays: np.ndarray,
+        arrays: np.ndarray | list[np.ndarray],
         classes: Sequence[str],
         class_ids: Sequence[str],
         targets: np.ndarray,
         name: str,
     ):
         super().__init__(classes, class_ids, targets)
-        self.arrays = arrays
-        self.name = name
+        self.arrays, self.name = arrays, name
 
     def where(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
     def open(self, index: int) -> Image.Image:
-        assert self.arrays is not None
         return Image.fromarray(self.arrays[index])
 
 
-# ---------------------------------------------------------------------------------------------------- bundled
+class ReaderSource(Source):
+    """Images of one of timm's readers. timm's own `ImageDataset` is not used, because it replaces an image that it
+    cannot read by the next one, with the next one's label."""
+
+    def __init__(self, reader: Any, classes: list[str], targets: np.ndarray):
+        super().__init__(classes, classes, targets)
+        self.reader = reader
+
+    def where(self, index: int) -> str:
+        try:
+            return str(self.reader.filename(index) or f"image {index}")
+        except Exception:  # this is for error messages: it must not fail on what it reports
+            return f"image {index}"
+
+    def open(self, index: int) -> Image.Image:
+        with self.reader[index][0] as file:
+            return open_image(io.BytesIO(file.read()))
 
 
-def bundled_source(name: str, split: str) -> ArraySource:
-    """The data sets inside the package: ``fashion-mnist``, split train or test, 100 real images per class
-    each.
+def open_source(spec: str, split: str, size: tuple[int, int] | None, stream_bytes: int) -> Source:
+    """Open what `open_data` takes by name.
 
-    Each split is one PNG, a row per class and a column per image (``benchmarks/make_bundled_data.py`` makes
-    it).
+    Args:
+        size: (H, W) to which the images of a stream are resized as they are read.
+        stream_bytes: how much memory the images of a stream may take.
 
     Raises:
-        DataError: unknown name or split.
+        DataError, FileNotFoundError: see `open_data`.
     """
+    if spec.startswith("bundled:"):
+        return _bundled_source(spec.removeprefix("bundled:"), split)
+    path = expand(spec)
+    if path.is_dir():
+        return _idx_source(path, split) if _is_idx(path) else _image_folder(_split_folder(path, split))
+    if spec.lower().startswith(TIMM_PREFIXES) or tar_file(spec):
+        return _timm_source(spec, split, size, stream_bytes)
+    if path.exists():
+        raise DataError(f"{spec} is a file; give a folder of images (one folder per class) or a .tar file")
+    raise FileNotFoundError(
+        f"no such data: {spec}. Give a folder, 'bundled:fashion-mnist', or a timm data set as NAME@ROOT "
+        f"with NAME starting with {', '.join(TIMM_PREFIXES)}"
+    )
+
+
+def _bundled_source(name: str, split: str) -> ArraySource:
+    """Fashion-MNIST inside the package, 100 real images per class and split. Each split is one PNG with a row per class
+    and a column per image."""
     if name != "fashion-mnist":
         raise DataError(f"no bundled data set {name!r}; there is 'bundled:fashion-mnist'")
     part = "train" if split in _TRAIN else "test" if split in _TEST + _VAL else None
@@ -139,41 +187,50 @@ def bundled_source(name: str, split: str) -> ArraySource:
     file = resources.files("glem_augment").joinpath("bundled", "data", f"{name}-{part}.png")
     with file.open("rb") as stream, Image.open(stream) as image:
         sheet = np.asarray(image.convert("L"))
-    side, classes = 28, FASHION_CLASSES
-    rows, columns = sheet.shape[0] // side, sheet.shape[1] // side
-    arrays = sheet.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side, side)
+    rows, columns = sheet.shape[0] // 28, sheet.shape[1] // 28
+    arrays = sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28)
     targets = np.repeat(np.arange(rows), columns)
-    digits = [str(i) for i in range(rows)]
-    return ArraySource(np.ascontiguousarray(arrays), classes, digits, targets, f"bundled:{name} ({part})")
+    return ArraySource(
+        np.ascontiguousarray(arrays), _FASHION_CLASSES, [str(i) for i in range(rows)], targets, f"bundled:{name}"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- folders
-
-
-def folder_source(folder: Path, split: str) -> Source:
-    """A folder of idx files, an ImageFolder, or a folder that holds ImageFolders named after splits.
-
-    Raises:
-        DataError: no such split, no classes, a class without images, or damaged idx files.
-    """
-    if _is_idx(folder):
-        return _idx_source(folder, split)
-    return _image_folder(_split_folder(folder, split))
+# ---- image folders -----------------------------------------------------------------------------------------------
 
 
 def has_splits(folder: Path) -> bool:
-    """Whether a folder tells training from test images: by idx files, or ImageFolders named after splits. Else it is
-    one ImageFolder, which stands for every split."""
+    """Whether a folder tells training from test images: by idx files, or ImageFolders named after splits. Otherwise it
+    is one ImageFolder, which stands for every split."""
     return _is_idx(folder) or bool(_splits(folder))
 
 
-def _is_idx(folder: Path) -> bool:
-    return any(_IDX_IMAGES.fullmatch(name) for name in _files(folder))
+def _image_folder(folder: Path) -> FolderSource:
+    """One folder per class, with the classes, the order and the extensions of torchvision's ImageFolder."""
+    class_ids = _folders(folder)
+    if not class_ids:
+        raise DataError(
+            f"{folder} is not an ImageFolder: it must hold one folder of images per class, but has no folders"
+        )
+    try:
+        samples = make_dataset(folder, {name: index for index, name in enumerate(class_ids)}, IMG_EXTENSIONS)
+    except FileNotFoundError as error:  # classes without images
+        raise DataError(f"{folder}: {error}; add images or remove the folders") from None
+    paths, targets = zip(*samples, strict=True)
+    return FolderSource(paths, _class_names(class_ids), class_ids, np.asarray(targets))
 
 
-def _files(folder: Path) -> list[str]:
-    # Kaggle's MNIST has folders called like the files.
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+def _class_names(class_ids: list[str]) -> list[str]:
+    """Readable names: the first word of the description for WordNet ids of ImageNet-1k, otherwise the ids themselves."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in class_ids):
+        return class_ids
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    if not set(info.label_names()).issuperset(class_ids):
+        return class_ids
+    names = [info.label_name_to_description(name).split(",")[0] for name in class_ids]
+    # "crane" and "maillot" each name two classes of ImageNet-1k.
+    return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, class_ids, strict=True)]
 
 
 def _folders(folder: Path) -> list[str]:
@@ -186,27 +243,26 @@ def _splits(folder: Path) -> list[str]:
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    folders, splits = _folders(folder), _splits(folder)
+    """The ImageFolder of a split, which is the folder itself if it has no splits."""
+    splits = _splits(folder)
     if not splits:
         return folder
-    beside = [name for name in folders if name not in splits and not name.startswith(".")]
-    classes = [name for name in beside if name.lower() not in _SPLIT_FOLDERS and _has_images(folder / name)]
-    if classes:
-        raise DataError(
-            f"{folder} can be read in two ways: {splits[0]!r} holds folders, as a split does, and {classes[0]!r} "
-            f"images, as a class does. Open {folder / splits[0]} for the split; for the classes rename the folder "
-            f"{splits[0]!r}, or take the folders out of it"
-        )
-    wanted = _SPLIT_FOLDERS.get(split.lower(), (split,))
-    for candidate in wanted:
-        for name in folders:
+    for name in _folders(folder):
+        if name.lower() not in _SPLIT_FOLDERS and not name.startswith(".") and _has_images(folder / name):
+            raise DataError(
+                f"{folder} can be read in two ways: {splits[0]!r} holds folders, as a split does, and {name!r} images, "
+                f"as a class does. Open {folder / splits[0]} for the split; for the classes rename the folder "
+                f"{splits[0]!r}, or take the folders out of it"
+            )
+    for candidate in _SPLIT_FOLDERS.get(split.lower(), (split,)):
+        for name in _folders(folder):
             if name.lower() == candidate.lower() and _has_folders(folder / name):
                 return folder / name
     raise DataError(f"{folder} has no split {split!r}; it holds {', '.join(splits)}")
 
 
 def _has_folders(folder: Path) -> bool:
-    # Hidden ones are left by editors and notebooks.
+    # Editors and notebooks leave hidden ones.
     return any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder))
 
 
@@ -214,123 +270,51 @@ def _has_images(folder: Path) -> bool:
     return any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
 
 
-def _image_folder(folder: Path) -> FolderSource:
-    """As ``torchvision.datasets.ImageFolder``: same classes, same order, same extensions. Decodes nothing."""
-    class_ids = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not class_ids:
-        raise DataError(
-            f"{folder} is not an ImageFolder: it must hold one folder of images per class, but has no folders"
-        )
-    paths: list[str] = []
-    targets: list[int] = []
-    empty: list[str] = []
-    for index, name in enumerate(class_ids):
-        found = [
-            os.path.join(root, file)
-            for root, files in sorted(_walk(folder / name))
-            for file in sorted(files)
-            if file.lower().endswith(IMG_EXTENSIONS)
-        ]
-        if not found:
-            empty.append(name)
-        paths += found
-        targets += [index] * len(found)
-    if empty:
-        listed = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        raise DataError(
-            f"no images ({', '.join(IMG_EXTENSIONS)}) in {len(empty)} of the {len(class_ids)} class folders "
-            f"of {folder}: {listed}; add images or remove the folders"
-        )
-    return FolderSource(paths, _class_names(class_ids), class_ids, np.asarray(targets))
+# ---- idx files ---------------------------------------------------------------------------------------------------
 
 
-def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders and their files, through links, but into no folder that is on the way there already: a link to a parent
-    would otherwise give every image dozens of times. DataError for a folder that can't be read, rather than silence."""
-    for root, folders, files in os.walk(top, followlinks=True, onerror=_unreadable):
-        real = os.path.realpath(root)
-        folders[:] = [f for f in folders if not _within(real, os.path.realpath(os.path.join(root, f)))]
-        yield root, files
+def _files(folder: Path) -> list[str]:
+    # Kaggle's MNIST has folders that are called like the files.
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
 
 
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"can't read the folder {error.filename}: {error.strerror}; check its permissions") from error
-
-
-def _within(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
-
-
-def _class_names(class_ids: list[str]) -> list[str]:
-    """Readable names: the first word of the description for ids of ImageNet-1k, else the ids themselves."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in class_ids):
-        return list(class_ids)
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    known = set(info.label_names())
-    if not known.issuperset(class_ids):
-        return list(class_ids)
-    names = [info.label_name_to_description(name).split(",")[0] for name in class_ids]
-    # "crane" and "maillot" each name two classes of ImageNet-1k.
-    return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, class_ids, strict=True)]
-
-
-# ---------------------------------------------------------------------------------------------------- idx
-# files
-
-_IDX_IMAGES = re.compile(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
+def _is_idx(folder: Path) -> bool:
+    return any(re.fullmatch(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?", name) for name in _files(folder))
 
 
 def _idx_source(folder: Path, split: str) -> ArraySource:
+    """MNIST and its relatives. The classes are the labels that occur (EMNIST's letters start at 1)."""
     names = _files(folder)
-    prefixes = _IDX_PREFIX.get(split.lower(), (split,))
+    prefix = "train" if split.lower() in _TRAIN else "(t10k|test)" if split.lower() in _TEST + _VAL else split
     found = {}
     for kind, rank in (("images", 3), ("labels", 1)):
-        pattern = re.compile(rf"({'|'.join(map(re.escape, prefixes))})-{kind}[-.]idx{rank}-ubyte(\.gz)?")
-        matches = [name for name in names if pattern.fullmatch(name)]
+        matches = [name for name in names if re.fullmatch(rf"{prefix}-{kind}[-.]idx{rank}-ubyte(\.gz)?", name)]
         if not matches:
             raise DataError(
                 f"{folder} has no idx file of the {kind} of split {split!r}; it holds {', '.join(names[:12])}"
             )
-        found[kind] = read_idx(folder / matches[0], rank)
+        found[kind] = _read_idx(folder / matches[0], rank)
     images, labels = found["images"], found["labels"]
     if len(images) != len(labels):
         raise DataError(f"{folder}: split {split!r} has {len(images)} images but {len(labels)} labels")
-    return labelled_arrays(images, labels, str(folder), fashion=_is_fashion(folder))
-
-
-def _is_fashion(folder: Path) -> bool:
-    """Whether a folder of idx files is called Fashion-MNIST: itself, or what it is the "raw" folder of, as torchvision
-    has it. Not just any folder above it, which may be called so for other reasons."""
-    folder = folder.resolve()
-    name = folder.parent.name if folder.name.lower() == "raw" else folder.name
-    return re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist")
-
-
-def labelled_arrays(images: np.ndarray, labels: np.ndarray, name: str, fashion: bool = False) -> ArraySource:
-    """Arrays with integer labels; the classes are the labels that occur, in order (EMNIST's letters start at
-    1)."""
     present, targets = np.unique(labels, return_inverse=True)
     class_ids = [str(label) for label in present]
-    fashion = fashion and present.size > 0 and int(present[-1]) < len(FASHION_CLASSES)
-    classes = [FASHION_CLASSES[label] for label in present] if fashion else class_ids
-    return ArraySource(images, classes, class_ids, targets.reshape(-1), name)
+    # The clothes of Fashion-MNIST are known by the name of the folder, or of the one above torchvision's "raw".
+    resolved = folder.resolve()
+    name = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
+    fashion = re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
+    classes = [_FASHION_CLASSES[label] for label in present] if fashion else class_ids
+    return ArraySource(images, classes, class_ids, targets.reshape(-1), str(folder))
 
 
-def read_idx(path: Path, rank: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes (Y. LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes,
-    data).
-
-    Args:
-        path: the file, gzip-compressed where it ends in ``.gz``.
-        rank: the expected number of dimensions.
+def _read_idx(path: Path, rank: int) -> np.ndarray:
+    """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data.
 
     Returns:
-        uint8 array with ``rank`` dimensions.
+        uint8 array with `rank` dimensions.
 
     Raises:
-        DataError: not this format, or not exactly as many bytes as its header announces.
+        DataError: another format, or not exactly as many bytes as the header announces.
     """
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
@@ -343,13 +327,133 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
             f"{path} is not an idx file of unsigned bytes with {rank} dimension(s): it starts with "
             f"{data[:4].hex() or 'nothing'} instead of {bytes((0, 0, 8, rank)).hex()}"
         )
-    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", rank, offset=4))
-    expected = 1
-    for size in shape:  # Python integers: a hostile header must not overflow
-        expected *= size
-    if len(data) - header != expected:
+    shape = [int(size) for size in np.frombuffer(data, ">u4", rank, offset=4)]
+    try:
+        return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    except ValueError:
         raise DataError(
-            f"{path} announces {' x '.join(map(str, shape))} = {expected} bytes but holds "
-            f"{len(data) - header}; it is truncated or damaged: fetch it again"
+            f"{path} announces {' x '.join(map(str, shape))} bytes but holds {len(data) - header}; it is truncated or "
+            "damaged: fetch it again"
+        ) from None
+
+
+# ---- data sets that timm reads -----------------------------------------------------------------------------------
+
+
+def tar_file(spec: str) -> str | None:
+    """The path of the .tar file that `spec` names, or None."""
+    path = os.path.expanduser(spec)
+    return path if path.lower().endswith(".tar") and os.path.isfile(path) else None
+
+
+def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_bytes: int) -> Source:
+    """Open `NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, with `timm.data.create_dataset`.
+
+    Raises:
+        DataError: the set is missing, needs a package that is not installed, or has no integer labels.
+    """
+    from timm.data import create_dataset
+
+    archive = tar_file(spec)
+    address, _, query = spec.partition("?") if archive is None else ("", "", "")
+    name, _, root = address.partition("@")
+    options: dict[str, Any] = dict(parse_qsl(query))
+    if set(options) - {"input_key", "target_key"}:
+        raise DataError(f"{spec!r}: after '?' only input_key and target_key can be given, got {query!r}")
+    if archive is not None:
+        # Threads and forked workers would share the position of a handle that is kept open.
+        root, options = archive, {"cache_tarfiles": False}
+    if name.lower().startswith(("torch/", "wds/")) and not root:
+        raise DataError(f"{spec!r} needs the folder of the data: write {name}@FOLDER")
+    root = os.path.expanduser(root)
+    try:
+        dataset = create_dataset(name, root=root or None, split=split, download=False, input_img_mode="", **options)
+        return (
+            _in_memory(dataset, spec)
+            or _with_paths(dataset)
+            or _with_reader(dataset)
+            or _streamed(dataset, spec, size, stream_bytes)
         )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        # torchvision advises an option of its own.
+        why = str(error).replace("You can use download=True to download it", f"download it to {root!r} first")
+        raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {why}") from error
+
+
+def _in_memory(dataset: Any, spec: str) -> Source | None:
+    """torchvision's CIFAR and MNIST families hold all their pixels in `data`."""
+    data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
+    if data is None or targets is None:
+        return None
+    arrays, labels = np.asarray(data), np.asarray(targets)
+    if arrays.dtype != np.uint8 or labels.ndim != 1 or not (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
+        return None
+    classes = [str(name) for name in dataset.classes]
+    return ArraySource(arrays, classes, [str(i) for i in range(len(classes))], labels, spec)
+
+
+def _with_paths(dataset: Any) -> Source | None:
+    """torchvision's sets of image files have `samples` (ImageFolder, ImageNet) or `imgs` (Places365)."""
+    samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
+    if not samples or not hasattr(dataset, "classes"):
+        return None
+    # ImageNet's names are tuples of synonyms, of which the first is not always unique.
+    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in dataset.classes]
+    ids = [str(i) for i in getattr(dataset, "wnids", names)]
+    paths, targets = zip(*samples, strict=True)
+    return FolderSource([str(path) for path in paths], names, ids, np.asarray(targets))
+
+
+def _with_reader(dataset: Any) -> Source | None:
+    """timm's own readers with random access: tar files, Hugging Face data sets, TensorFlow ones."""
+    reader: Any = getattr(dataset, "reader", None)
+    if not hasattr(reader, "__getitem__"):
+        return None
+    if hasattr(reader, "dataset"):  # Hugging Face: the column of labels can be read without the images
+        targets = np.asarray(reader.dataset[reader.label_key])
+    else:
+        targets = np.asarray(reader.targets)
+    return ReaderSource(reader, _reader_classes(reader, targets), targets)
+
+
+def _streamed(dataset: Iterable[Any], spec: str, size: tuple[int, int] | None, limit: int) -> Source:
+    """A stream (WebDataset shards) is read once and kept in memory, in grey or RGB."""
+    reader: Any = getattr(dataset, "reader", None)
+    if hasattr(reader, "dist_num_replicas"):
+        # Under torchrun timm would hand every process another part; here all need the same images.
+        reader.dist_rank, reader.dist_num_replicas, reader.global_num_workers = 0, 1, 1
+    arrays: list[np.ndarray] = []
+    labels: list[int] = []
+    held = 0
+    for image, target in dataset:
+        check_header(image, f"image {len(arrays)} of {spec}")
+        pixels = to_tensor(image, 1 if image.mode in GREY_MODES else 3)
+        pixels = pixels if size is None else fit(pixels, *size)
+        held += pixels.numel()
+        if held > limit:
+            raise DataError(
+                f"{spec!r} has no random access and does not fit in {limit / 2**20:.0f} MiB after {len(arrays)} "
+                "images; give image_size (images are then reduced as they are read), raise cache_bytes, or export the "
+                "set to an ImageFolder"
+            )
+        arrays.append(pixels[0].numpy() if len(pixels) == 1 else pixels.movedim(0, -1).contiguous().numpy())
+        labels.append(target)
+    expected = getattr(reader, "num_samples", 0) or 0
+    if len(arrays) < expected:  # timm logs samples that it cannot decode, and goes on without them
+        raise DataError(f"{spec!r}: only {len(arrays)} of {expected} images could be read; see timm's warnings")
+    targets = np.asarray(labels)
+    classes = _reader_classes(reader, targets)
+    return ArraySource(arrays, classes, [str(i) for i in range(len(classes))], targets, spec)
+
+
+def _reader_classes(reader: Any, targets: np.ndarray) -> list[str]:
+    """Class names in index order; the index itself where the reader has no name for it."""
+    if targets.size == 0:
+        raise DataError("the data set holds no images")
+    if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0:
+        raise DataError(f"every image needs one class index >= 0, got labels such as {targets[0]!r}")
+    class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+    names = {index: str(name) for name, index in class_to_idx.items()}
+    return [names.get(i, str(i)) for i in range(max(int(targets.max()) + 1, len(names)))]

@@ -17,7 +17,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from glem_augment.data.timm_sources import PREFIXES
+from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.hub.files import LIBRARY
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM
@@ -160,7 +160,7 @@ def data_name(spec: object) -> str:
     """A public name for training data: the last part of a path, since the rest of it is private, the text after
     `bundled:`, timm's name of a data set, or the folder of `wds/`."""
     text = str(spec or "").strip().removeprefix("bundled:")
-    if text.lower().startswith(PREFIXES):
+    if text.lower().startswith(TIMM_PREFIXES):
         name, _, root = text.partition("?")[0].partition("@")
         text = root if name.endswith("/") else name
     return PurePath(text.replace("\\", "/")).name or "unknown data"

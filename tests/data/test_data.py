@@ -24,7 +24,8 @@ from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM
 from glem_augment.cli.main import main
-from glem_augment.data.dataset import ImageData, match_classes, open_data
+from glem_augment.data.classes import match_classes
+from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import BadImageError, ClassMismatchError, DataError
 
 
