@@ -32,8 +32,8 @@ def match_classes(
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
     Ids are compared first, then names: as written, then by their letters and digits alone in lower case, then without a
-    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3 of
-    CIFAR-10 is not class 3 of Fashion-MNIST.
+    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3
+    of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
         model_ids, model_names: the flow's K classes in index order.

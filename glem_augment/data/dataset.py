@@ -399,5 +399,5 @@ def _check_targets(y: torch.Tensor | np.ndarray | Sequence[int], count: int, num
 
 
 def _printable(text: str) -> str:
-    """`text` with Python's escapes for what can't be shown or saved: control characters, and bytes that are no UTF-8."""
+    """`text` with Python's escapes for control characters and for bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

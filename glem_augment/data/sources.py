@@ -220,7 +220,7 @@ def _image_folder(folder: Path) -> FolderSource:
 
 
 def _class_names(class_ids: list[str]) -> list[str]:
-    """Readable names: the first word of the description for WordNet ids of ImageNet-1k, otherwise the ids themselves."""
+    """Readable names: first words of the descriptions for ids of ImageNet-1k, otherwise the ids themselves."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_ids):
         return class_ids
     from timm.data import ImageNetInfo
@@ -237,6 +237,10 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
+def _files(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+
+
 def _splits(folder: Path) -> list[str]:
     # A class may be called "test"; a split is a folder that holds folders itself.
     return [name for name in _folders(folder) if name.lower() in _SPLIT_FOLDERS and _has_folders(folder / name)]
@@ -248,7 +252,7 @@ def _split_folder(folder: Path, split: str) -> Path:
     if not splits:
         return folder
     for name in _folders(folder):
-        if name.lower() not in _SPLIT_FOLDERS and not name.startswith(".") and _has_images(folder / name):
+        if name.lower() not in _SPLIT_FOLDERS and not name.startswith(".") and _holds_images(folder / name):
             raise DataError(
                 f"{folder} can be read in two ways: {splits[0]!r} holds folders, as a split does, and {name!r} images, "
                 f"as a class does. Open {folder / splits[0]} for the split; for the classes rename the folder "
@@ -262,20 +266,14 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _has_folders(folder: Path) -> bool:
-    # Editors and notebooks leave hidden ones.
-    return any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder))
+    return any(not name.startswith(".") for name in _folders(folder))  # editors and notebooks leave hidden ones
 
 
-def _has_images(folder: Path) -> bool:
-    return any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
+def _holds_images(folder: Path) -> bool:
+    return any(name.lower().endswith(IMG_EXTENSIONS) for name in _files(folder))
 
 
 # ---- idx files ---------------------------------------------------------------------------------------------------
-
-
-def _files(folder: Path) -> list[str]:
-    # Kaggle's MNIST has folders that are called like the files.
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
 
 
 def _is_idx(folder: Path) -> bool:
@@ -368,12 +366,8 @@ def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_byt
     root = os.path.expanduser(root)
     try:
         dataset = create_dataset(name, root=root or None, split=split, download=False, input_img_mode="", **options)
-        return (
-            _in_memory(dataset, spec)
-            or _with_paths(dataset)
-            or _with_reader(dataset)
-            or _streamed(dataset, spec, size, stream_bytes)
-        )
+        source = _in_memory(dataset, spec) or _with_paths(dataset) or _with_reader(dataset)
+        return source or _streamed(dataset, spec, size, stream_bytes)
     except DataError:
         raise
     except (Exception, SystemExit) as error:
