@@ -242,14 +242,11 @@ def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
 def test_mixed_sizes(tmp_path: Path) -> None:
     for i in range(200):
         png(tmp_path / "a" / f"{i:03d}.png")
-    png(tmp_path / "a" / "100.png", (9, 8))  # not among the headers that are read first
-    with pytest.raises(DataError, match="100.png is 8x9; give image_size"):
+    png(tmp_path / "a" / "100.png", (9, 8))
+    with pytest.raises(DataError, match="100.png is 8x9; give image_size=.height, width"):
         open_data(tmp_path)
-    with pytest.raises(DataError, match="100.png is 8x9; give image_size"):
+    with pytest.raises(DataError, match="100.png is 8x9; give image_size=.height, width"):
         open_data(tmp_path, cache_bytes=10)
-    png(tmp_path / "b" / "0.png", (5, 5))
-    with pytest.raises(DataError, match="different sizes: .*000.png is 8x8, .*b.0.png is 5x5; give image_size"):
-        open_data(tmp_path)
     assert open_data(tmp_path, image_size=4).image_shape == (3, 4, 4)
 
 
