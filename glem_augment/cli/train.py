@@ -1,4 +1,4 @@
-"""``glem train``: fit a flow to labelled images."""
+"""`glem train`: fit a flow to labelled images. Its options come from the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glem_augment.cli.common import DATA_HELP, add_device, note, pick_device, read_table, whole
+from glem_augment import __version__
+from glem_augment.cli.common import DATA_HELP, add_device, note, number, pick_device, read_table, whole
 from glem_augment.cli.main import new_parser
-from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import ModelFileError, TrainingError
 from glem_augment.io import expand, lock_folder, write_json
@@ -21,6 +22,7 @@ from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
 from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint
+from glem_augment.training.config import AUGMENTATIONS, SETTINGS, check_names, check_setting
 from glem_augment.training.methods import METHODS
 
 DESCRIPTION = """\
@@ -46,7 +48,7 @@ EXAMPLES = """\
 """
 EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
 RUN_FILE = "run.json"
-# How DATA was opened: not part of TrainConfig, but a resumed run must see the same images.
+# How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
 _VIEW = {"split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None}
 SKIPPED_FILE = "skipped.json"
 FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
@@ -54,7 +56,7 @@ FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "train", DESCRIPTION, EXAMPLES, run, EXIT_CODES)
-    # All the flags would fill half a screen before the first word of help.
+    # A usage line with all flags would fill half a screen.
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
@@ -115,15 +117,15 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
     if args.resume and not has_checkpoint(out):
-        # A run can be killed before its first checkpoint, and whoever restarts it can't know.
+        # A run can be killed before its first checkpoint. Whoever restarts it cannot know.
         print(f"glem: no checkpoint in {out}; starting from the beginning", file=sys.stderr)
         args.resume = False
     if args.resume:
-        # Before the data is opened: "nothing to resume" should not take minutes to say.
+        # The checkpoint is read before the data, because opening the data may take minutes.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the Trainer loads it again, and then says what is damaged
+            warnings.simplefilter("ignore")  # the Trainer loads it again and warns of damage
             earlier = load_checkpoint(out)
-        # The limit was one of the piece before, not of the run.
+        # max_minutes limited the part of the run before, not the whole run.
         settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
         before = _earlier_view(out)
         for name in ("method", "init"):
@@ -136,17 +138,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         _refuse_earlier_run(out)
     view = {**_VIEW, **view}
-    # First of all: its images' size and bits are those of the run, unless others are asked for. A checkpoint has all
-    # that is needed, and the model that the run started from may be gone.
+    # The run takes image size and bits from the model that it starts from, unless others are asked for. A resumed run
+    # needs its checkpoint alone, and that model may be gone.
     init_model = None if view["init"] is None or args.resume else GLEM.from_pretrained(view["init"])
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
-        if view["method"] is None:  # which may have a psi of its own
+        if view["method"] is None:  # a method may have a psi of its own
             settings.setdefault("psi", init_model.config.psi)
         channels, *side = init_model.image_shape
         view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
-    # Settings that make no sense are found out before the data is opened.
+    # Settings are checked before the data is opened.
     method = view["method"]
     config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
     size = _size(view["image_size"])
@@ -157,13 +159,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> int:
-    """Train, or go on, and say what came of it."""
+    """Train, or continue, and report the result."""
     out, data = trainer.out, trainer.data
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
         return 0
     if not args.resume or not (out / RUN_FILE).exists():
-        write_json(out / RUN_FILE, _record(args, view))
+        command = shlex.join(["glem", *args.argv])
+        write_json(out / RUN_FILE, {"command": command, "version": __version__, "data": args.data, **view})
     if view["skip_bad"]:
         listed = [{"image": where, "reason": reason} for where, reason in data.skipped]
         write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
@@ -189,7 +192,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
 
 
 def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` over ``base``; the numbers of the flow one by one."""
+    """`base` updated by `settings`, and its `flow_options` by those of `settings`."""
     merged = {**base, **settings}
     if "flow_options" in merged:
         merged["flow_options"] = {**base.get("flow_options", {}), **settings.get("flow_options", {})}
@@ -205,7 +208,7 @@ def _size(value: list[int] | None) -> tuple[int, int] | None:
 
 
 def _refuse_earlier_run(out: Path) -> None:
-    """Before any image is read; the Trainer looks again."""
+    """Raise TrainingError before any image is read; the Trainer checks it again."""
     if has_checkpoint(out):
         raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
     for name in (WEIGHTS, CONFIG):
@@ -214,38 +217,16 @@ def _refuse_earlier_run(out: Path) -> None:
 
 
 def _earlier_view(out: Path) -> dict[str, Any]:
-    """How the run's first half opened its data; empty where its record is missing or damaged."""
+    """How the first part of the run opened its data; empty where there is no readable record."""
     try:
         earlier = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-        return {name: earlier[name] for name in _VIEW if name in earlier and _is_view(name, earlier[name])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {name: earlier[name] for name in _VIEW if name in earlier}
+    except (OSError, ValueError, TypeError):
         return {}
 
 
-def _is_view(name: str, value: Any) -> bool:
-    """Whether a record, perhaps a stranger's, holds what its option could have been given."""
-    if name == "split":
-        return isinstance(value, str)
-    if name == "skip_bad":
-        return isinstance(value, bool)
-    if name == "method":
-        return value is None or value in METHODS
-    if name == "image_size":
-        sides = value if isinstance(value, list) else []
-        return value is None or (
-            len(sides) in (1, 2) and all(type(side) is int and 1 <= side <= 4096 for side in sides)
-        )
-    return value is None or (value in (1, 3) if name == "channels" else isinstance(value, str))
-
-
-def _record(args: argparse.Namespace, view: dict[str, Any]) -> dict[str, Any]:
-    from glem_augment import __version__
-
-    return {"command": shlex.join(["glem", *args.argv]), "version": __version__, "data": args.data, **view}
-
-
 def _finished(out: Path) -> GLEM | None:
-    """The model, if it was written after the last checkpoint: a kill may have come between the two."""
+    """The model, if it was written after the last checkpoint. A kill may have come between the two."""
     try:
         if (out / CONFIG).stat().st_mtime_ns < (out / NEWEST).stat().st_mtime_ns:
             return None
@@ -255,7 +236,7 @@ def _finished(out: Path) -> GLEM | None:
 
 
 def summary(trainer: Trainer, data: ImageData) -> str:
-    """What is about to be trained, for people."""
+    """A table for people of what is about to be trained."""
     model, split, config = trainer.model, trainer.split, trainer.config
     channels, height, width = model.image_shape
     parameters = sum(p.numel() for p in model.flow.parameters())
@@ -297,3 +278,118 @@ def _held_out(model: GLEM) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# ---- options made from the settings ----------------------------------------------------------------------------------
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting, grouped. Flags that are not given leave no attribute behind.
+
+    `--help` leaves out the settings that only research needs; `--help-all` shows them too.
+    """
+    hidden: dict[argparse.Action, str] = {}
+
+    class HelpAll(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+            for action, text in hidden.items():
+                action.help = text
+            parser.print_help()
+            parser.exit()
+
+    parser.add_argument("--help-all", action=HelpAll, nargs=0, help="show the settings for research as well, and exit")
+    defaults = TrainConfig().to_dict()
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(s["group"] for s in SETTINGS.values())}
+    for name, about in SETTINGS.items():
+        text = f"{about['help']}{_default(name, about, defaults[name])}".replace("%", "%%")
+        action = groups[about["group"]].add_argument(
+            "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS if about.get("research") else text,
+            **_parsing(name, about),
+        )
+        if about.get("research"):
+            hidden[action] = text
+
+
+def _default(name: str, about: Mapping[str, Any], default: Any) -> str:
+    if "shown" in about:
+        return f" (default: {about['shown']})"
+    if name == "flow_options":
+        return ""
+    if isinstance(default, list):
+        return f" (default: {' '.join(f'{v:g}' for v in default) or 'none'})"
+    return f" (default: {default})"
+
+
+def _parsing(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What argparse needs to know of a setting's values."""
+    kind = about["kind"]
+    if isinstance(kind, tuple):
+        return {"choices": kind}
+    return {
+        bool: {"action": argparse.BooleanOptionalAction},
+        int: {"type": whole(0), "metavar": "N"},
+        float: {"type": number(), "metavar": "X"},
+        "numbers": {"nargs": "+", "metavar": "X"},
+        "names": {"type": _names, "metavar": "LIST"},
+        "table": {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"},
+    }[kind]
+
+
+def _flow_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=JSON, such as depth=[4,4]")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        # A bare word is a string: coupling=affine need not be coupling='"affine"'.
+        return key.strip(), value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    text = text.strip()
+    if text in ("none", ""):
+        return ()
+    return AUGMENTATIONS if text == "paper" else tuple(part.strip() for part in text.split(","))
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names, in the form that TrainConfig takes."""
+    values = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    if "flow_options" in values:
+        values["flow_options"] = dict(values["flow_options"])
+    return {name: _typed(name, value, f"--{name.replace('_', '-')}: ") for name, value in values.items()}
+
+
+def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a configuration file, in the types that TrainConfig takes.
+
+    Raises:
+        ValueError: an unknown or removed setting, or a value of the wrong type, naming it and the file.
+    """
+    check_names({str(key): value for key, value in table.items()}, f"{where}: ")
+    return {name: _typed(name, value, f"{where}: ") for name, value in table.items()}
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    """`value` in the setting's type: YAML reads 1e-2 as text, and numbers of the command line are text too."""
+    about = SETTINGS[name]
+    kind = about["kind"]
+    try:
+        if kind == "numbers" and about["optional"] and value in ("none", ["none"]):
+            return None
+        if kind == "names" and isinstance(value, str):
+            value = _names(value)
+        if kind == "numbers" and isinstance(value, list):
+            value = [float(v) for v in value]
+        if isinstance(value, str) and kind in (int, float):
+            value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return check_setting(name, value)
+    except (TypeError, ValueError, OverflowError) as error:
+        text = str(error) if name in str(error) else f"{name} can't be {value!r}"
+        raise ValueError(f"{where}{text}") from None
