@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.data.decoding import fit, in_threads
+from glem_augment.data.pixels import fit, in_threads
 from glem_augment.data.sources import ArraySource, Source, open_source
 from glem_augment.errors import BadImageError, DataError
 

@@ -1,20 +1,105 @@
-"""Images in, numbers for the flow out, and back."""
+"""Pixels: from image files to uint8 tensors, and from these to the levels that a flow sees (dequantisation)."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO
+
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
 
 from glem_augment.devices import move
+from glem_augment.errors import BadImageError
 
-# Antialiased resizing overshoots by rounding only; more than this is another kind of image (0..255, normalised).
+GREY_MODES = ("L", "1", "LA")
+# PIL goes by content rather than by extension, and some of its formats run other programs (EPS).
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_LONGEST = 16  # how many times longer than needed an image may be when it is resized
+_BLOCK = 32  # images per task of the decoding threads
+# Resizing with antialias overshoots by rounding only; a wider range belongs to other images (0..255, normalised).
 _RANGE_TOLERANCE = 1e-3
 
 
-def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Raise TypeError or ValueError unless ``x`` is a batch of images of ``image_shape`` (C, H, W).
+def open_image(file: str | IO[bytes]) -> Image.Image:
+    """Open an image and read its header; the pixels are decoded when they are needed."""
+    return Image.open(file, formats=_FORMATS)
 
-    The value range of float images is checked on the CPU only: on an accelerator it would stall the queue.
+
+def check_header(image: Image.Image, where: str) -> None:
+    """Refuse images that must not be decoded: too many pixels, or more than 8 bits, which PIL would clip to white.
+
+    Raises:
+        BadImageError: naming `where`.
+    """
+    limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns, up to twice as many
+    if limit is not None and image.width * image.height > limit:
+        raise BadImageError(
+            f"{where} has {image.width} x {image.height} pixels, more than PIL's limit of {limit}: it may be there to "
+            "fill the memory; reduce or remove it"
+        )
+    if image.mode in _DEEP_MODES:
+        raise BadImageError(f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits")
+
+
+def to_tensor(image: Image.Image, channels: int) -> Tensor:
+    """A PIL image as uint8 [C,H,W], grey (1 channel) or RGB (3). Of an animation, the first frame."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns about the direct way to RGB
+    return F.pil_to_tensor(image.convert("L" if channels == 1 else "RGB")).contiguous()
+
+
+def fit(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 [C,H,W] so that it just covers height x width, then crop the centre."""
+    h, w = pixels.shape[-2:]
+    scale = max(height / h, width / w)
+    # Resized as a whole, an image of 1 x 50 million pixels would take gigabytes for what is cropped afterwards.
+    h = min(h, math.ceil(_LONGEST * height / scale))
+    w = min(w, math.ceil(_LONGEST * width / scale))
+    pixels = F.center_crop(pixels, [h, w])
+    target = [max(height, round(h * scale)), max(width, round(w * scale))]
+    if target != [h, w]:
+        pixels = F.resize(pixels, target, antialias=True)
+    return F.center_crop(pixels, [height, width])
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool) -> None:
+    """Run `task(i)` for i < count on a few threads, because PIL and torch release the GIL while they decode.
+
+    The first error, in the order of i, is raised and stops the rest. With `progress` a bar appears on stderr after two
+    seconds.
+    """
+
+    def block(start: int) -> int:
+        stop = min(start + _BLOCK, count)
+        for i in range(start, stop):
+            task(i)
+        return stop - start
+
+    bar = tqdm(total=count, desc=title, unit="img", delay=2, disable=not progress, leave=False)
+    with bar, ThreadPoolExecutor(min(8, usable_cpus())) as pool:
+        for done in pool.map(block, range(0, count, _BLOCK)):
+            bar.update(done)
+
+
+# ---- pixels and the flow's levels --------------------------------------------------------------------------------
+
+
+def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raise TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
+
+    The value range of float images is checked on the CPU only, because on an accelerator the check would wait for it.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a torch.Tensor [B,C,H,W], got {type(x).__name__}")
@@ -25,7 +110,7 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
         raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
     if x.is_floating_point() and x.device.type == "cpu" and x.numel():
         low, high = (float(v) for v in torch.aminmax(x.detach()))
-        if low != low or high != high:
+        if math.isnan(low) or math.isnan(high):
             row = int(x.detach().flatten(1).isnan().any(1).nonzero()[0])
             raise ValueError(f"images must be numbers, but image {row} of the batch has NaN pixels")
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
@@ -36,26 +121,27 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
 
 
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """``(level + u) / 2^bits - 1/2`` with u = 1/2, or uniform noise for uint8 images when a generator is given.
+    """`(level + u) / 2^bits - 1/2` with u = 1/2, or uniform noise for uint8 images if a generator is given.
 
     Args:
-        x: uint8, of which the top ``bits`` bits are kept, or float in [0,1], which is scaled to levels unrounded.
+        x: uint8, of which the top `bits` bits are kept, or float in [0,1], which is scaled to levels unrounded.
+        bits: bits per channel of the flow.
+        dtype: of the result.
         generator: on a CPU or CUDA; the noise is drawn there and moved.
     """
     if x.dtype == torch.uint8:
-        # As floats first: adding integers to them takes ten times as long on a CPU.
         h = (x if bits == 8 else x >> (8 - bits)).to(dtype)
-        h.add_(0.5 if generator is None else _noise(x, dtype, generator))
+        h.add_(0.5 if generator is None else _dequantisation_noise(x, dtype, generator))
     else:
         h = (x.to(dtype) * (2**bits - 1)).add_(0.5)
     return h.mul_(2.0**-bits).sub_(0.5)
 
 
-def _noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), in the shape of ``x``: multiples of 2^-16, the same for every dtype.
+def _dequantisation_noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), in the shape of `x`: multiples of 2^-16, the same for every dtype.
 
-    Between the upper levels of 8 bits float32 has no others, and it does not round these up to the next level. Four are
-    drawn at once: on a CPU in a sixth of the time of ``torch.rand``.
+    Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level. Four
+    are drawn at once, which on a CPU takes a sixth of the time of `torch.rand`.
     """
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
@@ -64,20 +150,15 @@ def _noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
 
 
 def from_levels(h: Tensor, bits: int) -> Tensor:
-    """Inverse of ``to_levels`` for bin middles: float with 0 and 1 at the lowest and highest level."""
+    """Inverse of `to_levels` for bin middles: float with 0 and 1 at the lowest and highest level."""
     return ((h + 0.5) * 2.0**bits - 0.5) / (2**bits - 1)
 
 
 def in_range(x: Tensor) -> Tensor:
-    """Decoded images as they can be shown: not a number becomes grey, all else lies in [0,1]. Differentiable."""
+    """Decoded images as they can be shown: NaN becomes grey, all else is clamped to [0,1]. Differentiable."""
     return x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
 
 
-def in_range_(x: Tensor) -> Tensor:
-    """``in_range``, in place."""
-    return x.nan_to_num_(nan=0.5, posinf=1.0, neginf=0.0).clamp_(0.0, 1.0)
-
-
-def to_uint8_(x: Tensor) -> Tensor:
-    """Decoded images, float of any values, as uint8; ``x`` is overwritten on the way."""
-    return in_range_(x).mul_(255).round_().to(torch.uint8)
+def to_uint8(x: Tensor) -> Tensor:
+    """Decoded images, float of any values, as uint8."""
+    return in_range(x).mul_(255).round_().to(torch.uint8)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from glem_augment.data.decoding import GREY_MODES, check_header, fit, open_image, to_tensor
+from glem_augment.data.pixels import GREY_MODES, check_header, fit, open_image, to_tensor
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
 

@@ -29,7 +29,7 @@ from torchvision.io import encode_png
 from tqdm import tqdm
 
 from glem_augment import __version__
-from glem_augment.data.decoding import usable_cpus
+from glem_augment.data.pixels import usable_cpus
 from glem_augment.io import write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256

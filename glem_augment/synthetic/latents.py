@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData
-from glem_augment.data.pixels import in_range, to_uint8_
+from glem_augment.data.pixels import in_range, to_uint8
 from glem_augment.devices import check_worker_device, evaluating
 from glem_augment.errors import DataError
 from glem_augment.latent.modes import project_on_modes
@@ -344,7 +344,7 @@ class ImageSampler:
                 x = model.decode(z, clamp=False)
         # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
         not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
-        return Drawn(to_uint8_(x).cpu(), not_finite, judged)
+        return Drawn(to_uint8(x).cpu(), not_finite, judged)
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide what the images are, for the provenance."""
