@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
         ClassMismatchError,
         DataError,
         GLEMError,
+        HubError,
         ModelFileError,
         TrainingError,
     )
     from glem_augment.flows import create_flow
-    from glem_augment.hub.files import HubError
     from glem_augment.latent.gaussians import ClassGaussians
     from glem_augment.model.glem import GLEM
     from glem_augment.synthetic.combined import RealAndSynthetic
@@ -55,9 +55,16 @@ _MODULES = {
     "augment.transform": ["GLEMAugment"],
     "data.classes": ["match_classes"],
     "data.dataset": ["ImageData", "open_data"],
-    "errors": ["BadImageError", "ClassMismatchError", "DataError", "GLEMError", "ModelFileError", "TrainingError"],
+    "errors": [
+        "BadImageError",
+        "ClassMismatchError",
+        "DataError",
+        "GLEMError",
+        "HubError",
+        "ModelFileError",
+        "TrainingError",
+    ],
     "flows": ["create_flow"],
-    "hub.files": ["HubError"],
     "latent.gaussians": ["ClassGaussians"],
     "model.glem": ["GLEM"],
     "synthetic.combined": ["RealAndSynthetic"],

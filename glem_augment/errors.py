@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BadImageError", "ClassMismatchError", "DataError", "GLEMError", "ModelFileError", "TrainingError"]
+__all__ = [
+    "BadImageError",
+    "ClassMismatchError",
+    "DataError",
+    "GLEMError",
+    "HubError",
+    "ModelFileError",
+    "TrainingError",
+]
 
 
 class GLEMError(Exception):
@@ -23,6 +31,10 @@ class ClassMismatchError(DataError):
 
 class ModelFileError(GLEMError, ValueError):
     """A saved model or checkpoint is incomplete, damaged, or not in a format that this version reads."""
+
+
+class HubError(ModelFileError):
+    """The Hub could not be read from or written to: no network, no such repository, no access, a damaged download."""
 
 
 class TrainingError(GLEMError, RuntimeError):

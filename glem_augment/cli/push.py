@@ -59,12 +59,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from glem_augment.hub.upload import check_name, check_new_folder, write_repository
+    from glem_augment.hub.upload import write_repository
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # Before the model is loaded, which may take a download: these can be wrong.
-    check_name(args.repo)
     facts: dict[str, Any] = {
         "license": args.license,
         "license_name": args.license_name,
@@ -73,12 +71,9 @@ def run(args: argparse.Namespace) -> int:
         "metrics": args.metrics,
     }
     samples = not args.no_samples
-    folder = None if args.dry_run is None else expand(args.dry_run)
-    if folder is not None:
-        check_new_folder(folder)
     model = GLEM.from_pretrained(args.model)
-    if folder is not None:
-        files = write_repository(model, folder, args.repo, CardFacts(**facts), samples)
+    if args.dry_run is not None:
+        files = write_repository(model, expand(args.dry_run), args.repo, CardFacts(**facts), samples)
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return 0

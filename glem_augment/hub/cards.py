@@ -22,15 +22,12 @@ from glem_augment.hub.files import LIBRARY
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM
 
-__all__ = ["GENERATED", "SAMPLES", "CardFacts", "data_name", "escape", "model_card", "records", "trained_on"]
+__all__ = ["SAMPLES", "CardFacts", "data_name", "escape", "licence_of", "model_card", "records", "trained_on"]
 
 SAMPLES = "samples.png"
-# A card with this line was generated and is replaced by the next push. One without it was edited by somebody.
-GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
 # "image-classification" would promise the Hub's widgets a classifier that they can run.
 PIPELINE = "unconditional-image-generation"
-TAGS = ["glem-augment", "normalizing-flow", "class-conditional", "data-augmentation", "synthetic-data"]
 _MAX_CLASSES = 100
 # Keys of a table of `glem eval`: the Hub's task, the Hub's metric, and words for people.
 _METRICS = {
@@ -81,36 +78,41 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         ValueError, FileNotFoundError: metrics that `glem eval` did not write, or of another bit depth.
     """
     facts = facts or CardFacts()
-    measured = _measured(model, facts)
-    results = [result for table in measured for result in _eval_results(table, facts)]
+    results = [result for table in _measured(model, facts) for result in _eval_results(table, facts)]
     data = ModelCardData(
         license=facts.license,
         license_name=facts.license_name,
         license_link=facts.license_link,
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
-        tags=[*TAGS, str(model.config.flow.get("preset", "flow"))],
+        tags=[
+            LIBRARY,
+            "normalizing-flow",
+            "class-conditional",
+            "data-augmentation",
+            "synthetic-data",
+            str(model.config.flow.get("preset", "flow")),
+        ],
         datasets=list(facts.datasets) or None,
         metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(model, repo_id, facts, measured, samples)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(model, repo_id, facts, results, samples)}")
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
 def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
-    """Tables with data, split, n and metrics: the one of the held-out part of the training images first."""
+    """Tables with data, split and metrics: the one of the held-out part of the training images first."""
     tables = []
     training = model.config.training
     held_out = training.get("held_out")
     if isinstance(held_out, dict):
         values = {key: held_out.get(f"val_{key}") for key in ("accuracy", "bits_per_dim")}
         if any(_is_number(value) for value in values.values()):
-            where = {"data": training.get("data"), "split": "train (held out)", "n": held_out.get("val_images")}
-            tables.append({**where, **values})
+            tables.append({"data": training.get("data"), "split": "train (held out)", **values})
     for given in facts.metrics:
         table = dict(given) if isinstance(given, Mapping) else _read_table(expand(given))
         if not any(_is_number(table.get(key)) for key in _METRICS):
@@ -183,7 +185,7 @@ def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
-def escape(text: str) -> str:
+def escape(text: object) -> str:
     """Somebody else's text inside Markdown: it can't make a table cell, a link, a tag or code."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
 
@@ -191,7 +193,7 @@ def escape(text: str) -> str:
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def _body(model: GLEM, repo_id: str, facts: CardFacts, measured: Sequence[Mapping[str, Any]], samples: bool) -> str:
+def _body(model: GLEM, repo_id: str, facts: CardFacts, results: Sequence[EvalResult], samples: bool) -> str:
     config, training = model.config, model.config.training
     c, h, w = model.image_shape
     data = trained_on(training)
@@ -205,11 +207,7 @@ def _body(model: GLEM, repo_id: str, facts: CardFacts, measured: Sequence[Mappin
     if model.num_classes > _MAX_CLASSES:
         classes += f", and {model.num_classes - _MAX_CLASSES} more (see config.json)"
     picture = f"![Samples, one row for each class]({SAMPLES})\n\n" if samples else ""
-    augment = (
-        'aug = GLEMAugment(model, p=0.5, policy="mixup")\nx, y = aug(x, y)  # a batch\n'
-        if model.modes is not None
-        else ""
-    )
+    augment = "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n" if model.modes is not None else ""
     parameters = sum(p.numel() for p in model.flow.parameters())
     modes = "none stored" if model.modes is None else f"{model.modes.rank} per class"
     variances = "plain" if config.psi is None else "{:g} sigmoid({:g} s) + {:g}".format(*config.psi)
@@ -230,15 +228,9 @@ model = GLEM.from_pretrained("{repo_id}")  # "{repo_id}@<commit>" pins these wei
 {augment}synthetic = SyntheticDataset(model, per_class=100, seed=0)
 ```
 
-```bash
-glem generate {repo_id} --per-class 100 --out synthetic/
-```
-
 ## Training data and licence
 
-Trained on {data}{images}.
-
-Samples derive from the training images and inherit their licence. {_licence(facts)}
+Trained on {data}{images}. Samples derive from the training images and inherit their licence. {licence_of(facts)}
 
 ## Model
 
@@ -253,7 +245,9 @@ Samples derive from the training images and inherit their licence. {_licence(fac
 
 ## Evaluation
 
-{_evaluation(measured, model.bits)}
+{_evaluation(results)}
+
+Bits/dim are at {model.bits} bits per channel; lower is better.
 
 ## Intended use and limits
 
@@ -264,31 +258,24 @@ Samples derive from the training images and inherit their licence. {_licence(fac
 - Samples repeat what is in the training images, with its biases and gaps, and may resemble single images. Look at them
   before use, and compare with the `identity` preset, the control without a learned flow.
 - It was trained at {h}x{w}; other images are resized on the way in. The flow runs in float32.
-
-## Files
-
-`model.safetensors` and `config.json` hold no code. The library compares names, shapes and types with the config before
-it loads anything.
 """
 
 
-def _licence(facts: CardFacts) -> str:
-    if facts.license is None:
-        return "**The licence was not stated when this model was pushed: ask its author before you use it.**"
-    named = f"{facts.license_name} ({facts.license})" if facts.license_name else facts.license
-    link = f" ([text]({facts.license_link}))" if facts.license_link else ""
-    return f"The publisher of this model states: {named}{link}."
-
-
-def _evaluation(measured: Sequence[Mapping[str, Any]], bits: int) -> str:
-    if not measured:
+def _evaluation(results: Sequence[EvalResult]) -> str:
+    if not results:
         return "No measurements are recorded."
-    rows = ["| data | images | metric | value |", "|---|---|---|---|"]
-    for table in measured:
-        where = f"{escape(data_name(table.get('data')))}, {escape(str(table.get('split', 'test')))}"
-        count = f"{table['n']:,}" if isinstance(table.get("n"), int) else "?"
-        for key, (_, _, words) in _METRICS.items():
-            if _is_number(table.get(key)):
-                value = f"{100 * table[key]:.2f} %" if key in ("accuracy", "top5") else f"{table[key]:.4g}"
-                rows.append(f"| {where} | {count} | {words} | {value} |")
-    return "\n".join(rows) + f"\n\nBits/dim are at {bits} bits per channel; lower is better."
+    rows = ["| data | metric | value |", "|---|---|---|"]
+    for result in results:
+        share = result.metric_type.endswith("accuracy")
+        value = f"{100 * result.metric_value:.2f} %" if share else f"{result.metric_value:.4g}"
+        where = f"{escape(result.dataset_name)}, {escape(result.dataset_split or 'test')}"
+        rows.append(f"| {where} | {result.metric_name} | {value} |")
+    return "\n".join(rows)
+
+
+def licence_of(facts: CardFacts) -> str:
+    """A sentence on the licence that images drawn by the flow inherit."""
+    if facts.license is None:
+        return "**The licence was not stated: ask the publisher before you use this.**"
+    named = f"{facts.license_name} ({facts.license})" if facts.license_name else facts.license
+    return f"The publisher states: {named}" + (f" ([text]({facts.license_link}))." if facts.license_link else ".")

@@ -17,8 +17,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-from glem_augment.errors import ModelFileError
-from glem_augment.hub.files import LIBRARY, PREFIX, HubError, HubName, hub_errors, parse_name
+from glem_augment.errors import HubError, ModelFileError
+from glem_augment.hub.files import LIBRARY, PREFIX, HubName, hub_errors, parse_name
 from glem_augment.io import expand
 from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config

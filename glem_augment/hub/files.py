@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from huggingface_hub import constants
 from huggingface_hub import errors as client
 
-from glem_augment.errors import GLEMError, ModelFileError
+from glem_augment.errors import GLEMError, HubError
 
-__all__ = ["LIBRARY", "PREFIX", "HubError", "HubName", "hub_errors", "parse_name"]
+__all__ = ["LIBRARY", "PREFIX", "HubName", "hub_errors", "parse_name"]
 
 LIBRARY, PREFIX = "glem-augment", "hf-hub:"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
-
-
-class HubError(ModelFileError):
-    """The Hub could not be read from or written to: no network, no such repository, no access, a damaged download."""
 
 
 @dataclass(frozen=True)

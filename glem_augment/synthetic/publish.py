@@ -12,10 +12,8 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from tqdm import tqdm
 
 from glem_augment.checks import check_choice
 from glem_augment.errors import DataError
-from glem_augment.hub.cards import GENERATED, CardFacts, data_name, escape, trained_on
+from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY
-from glem_augment.hub.upload import CARD, commit_folder, open_repository, warn_without_licence, write_card
+from glem_augment.hub.upload import upload, write_card
 from glem_augment.io import atomic_write, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
@@ -43,7 +41,6 @@ from glem_augment.synthetic.export import (
     provenance,
     read_manifest,
 )
-from glem_augment.synthetic.latents import REAL_IMAGES
 
 __all__ = ["FORMATS", "check_shards_folder", "export_shards", "push_dataset", "write_dataset"]
 
@@ -55,7 +52,7 @@ MAX_SHARDS, MIN_SHARD = 64, 32
 _BLOCK = 1_000  # images decoded at a time
 # A description of the shards for timm's reader. The Hub's loaders read *.tar alone.
 _SHARDS_INFO = "data/_info.json"
-_MAX_CLASSES = 200  # listed on the card
+_UNFINISHED = ".glem-unfinished"  # the folder inside an export in which its files are made
 
 
 def push_dataset(
@@ -67,10 +64,7 @@ def push_dataset(
     license_name: str | None = None,
     license_link: str | None = None,
     commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    **target: Any,
 ) -> CommitInfo:
     """Upload all images of `dataset` with a data card, in one commit.
 
@@ -82,7 +76,8 @@ def push_dataset(
         format: "imagefolder" or "webdataset"; None chooses by the number of images.
         license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
             inherit; an identifier of the Hub. Without it there is a warning, and the card says that it is unknown.
-        commit_message, private, token, revision, create_pr: as in `GLEM.push_to_hub`.
+        commit_message: by default one that gives the number of images.
+        target: `private`, `token`, `revision` and `create_pr`, see `hub.upload.upload`.
 
     Returns:
         huggingface_hub's `CommitInfo`; `load_dataset(repo_id, revision=info.oid)` reads these very images.
@@ -92,16 +87,17 @@ def push_dataset(
         DataError: too many images for the format. ValueError: another format, or a flow of neither 1 nor 3 channels.
         OSError: no space for the temporary files.
     """
-    format = _format(dataset, format)
+    chosen = _format(dataset, format)
     facts = CardFacts(license, license_name, license_link)
-    warn_without_licence(facts, repo_id)
-    target: dict[str, Any] = dict(token=token, revision=revision, create_pr=create_pr)
-    # First, because drawing the images may take hours, and a missing permission should show before.
-    repo_id = open_repository(repo_id, "dataset", private=private, **target)
-    with tempfile.TemporaryDirectory(prefix="glem-push-") as name:
-        write_dataset(dataset, Path(name), repo_id, facts, format)
-        message = commit_message or f"Upload {len(dataset)} synthetic images with glem-augment"
-        return commit_folder(repo_id, "dataset", Path(name), message, **target, replace="data/*")
+    message = commit_message or f"Upload {len(dataset)} synthetic images with {LIBRARY}"
+    return upload(
+        repo_id,
+        "dataset",
+        lambda name, folder: write_dataset(dataset, folder, name, facts, chosen),
+        message,
+        replace="data/*",
+        **target,
+    )
 
 
 def write_dataset(
@@ -122,7 +118,7 @@ def write_dataset(
         "license": licence_note(facts.license_name or facts.license, dataset.source),
     }
     write_json(folder / PROVENANCE, manifest)
-    write_card(_card(dataset, repo_id, facts, manifest), folder)
+    write_card(_card(dataset, repo_id, facts, manifest), folder, facts)
 
 
 def _format(dataset: ImageSet, format: str | None) -> str:  # noqa: A002
@@ -214,64 +210,38 @@ def export_shards(
     license: str | None = None,  # noqa: A002
     progress: bool = True,
 ) -> Path:
-    """Write WebDataset shards, card and provenance to `folder`, which appears in one step at the end.
+    """Write WebDataset shards, card and provenance to `folder`. They appear there together, once all are finished.
 
     Raises:
-        FileExistsError: see `check_shards_folder`.
+        FileExistsError: see `check_shards_folder`. OSError: too little space.
     """
-    folder = check_shards_folder(folder, overwrite)
-    partial = folder.with_name(f".{folder.name}.partial")
-    with naming(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    check_space(folder.parent, len(dataset), dataset.image_shape, archive=True)
-    with lock_folder(partial):
-        new, old = partial / "new", partial / "old"
-        for leftover in (new, old):  # of an export that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+    check_shards_folder(folder, overwrite)
+    unfinished = folder / _UNFINISHED
+    with lock_folder(folder):
+        check_space(folder, len(dataset), dataset.image_shape, archive=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # an earlier export may have been killed
         try:
-            write_dataset(dataset, new, folder.name, CardFacts(license), "webdataset", progress)
-            if folder.exists():
-                check_shards_folder(folder, overwrite)  # somebody may have put files there in the meantime
-                os.replace(folder, old)
-            os.replace(new, folder)
+            write_dataset(dataset, unfinished, folder.resolve().name, CardFacts(license), "webdataset", progress)
+            for path in folder.glob("data/train-*-of-*.tar"):  # of an earlier export
+                path.unlink()
+            (folder / "data").mkdir(exist_ok=True)
+            for path in sorted(unfinished.rglob("*.*")):  # the provenance comes last
+                os.replace(path, folder / path.relative_to(unfinished))
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def check_shards_folder(folder: Path, overwrite: bool) -> Path:
-    """Return `folder` as an absolute path if `export_shards` can write to it.
-
-    Raises:
-        FileExistsError: it is not empty, unless `overwrite` is given and it holds an export of shards and nothing else.
-        OSError: it is a mount point, which no other folder can replace.
-    """
-    folder = Path(os.path.realpath(folder))  # a link keeps pointing to the folder
+def check_shards_folder(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless `folder` is new, empty, or holds shards that `overwrite` allows to replace."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    if os.path.ismount(folder):
-        raise OSError(f"{folder} is a mount point, and shards replace a folder in one step: give a new folder in it")
-    if not folder.exists() or not any(folder.iterdir()):
-        return folder
+    if not folder.exists() or not {path.name for path in folder.iterdir()} - {_UNFINISHED, ".lock"}:
+        return
     if not overwrite:
         raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
     if (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
         raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
-    for path in sorted(folder.rglob("*")):
-        if not _is_of_export(path, path.relative_to(folder).as_posix()):
-            raise FileExistsError(
-                f"{folder} holds {path.relative_to(folder).as_posix()!r}, which is not of an earlier export: move it "
-                "away, or give another folder"
-            )
-    return folder
-
-
-def _is_of_export(path: Path, name: str) -> bool:
-    if name == CARD:  # without the last line it is somebody's own
-        return GENERATED in path.read_text(encoding="utf-8", errors="replace")
-    return (
-        name in (PROVENANCE, "data", _SHARDS_INFO) or re.fullmatch(r"data/train-\d{5}-of-\d{5}\.tar", name) is not None
-    )
 
 
 # ---- the card ----------------------------------------------------------------------------------------------------
@@ -295,15 +265,12 @@ def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str,
     else:
         features += [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
         config["data_files"] = [{"split": "train", "path": "data/train-*.tar"}]
-    edges = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
     data = DatasetCardData(
         license=facts.license,
         license_name=facts.license_name,
         license_link=facts.license_link,
-        pretty_name=repo_id.split("/")[-1],
         annotations_creators=["machine-generated"],
         task_categories=["image-classification"],
-        size_categories=[next((name for edge, name in edges if len(dataset) < edge), "n>10M")],
         tags=["synthetic", LIBRARY],
         dataset_info={"features": features},
         configs=[config],
@@ -313,29 +280,24 @@ def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str,
 
 def _body(dataset: ImageSet, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]) -> str:
     c, h, w = dataset.image_shape
-    settings = manifest["settings"]
     loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
-    licence = facts.license_name or facts.license
-    stated = f"as the publisher states: {licence}" if licence else "**not stated: ask its author before you use it**"
-    if settings["source"] == "mixup":
+    if dataset.source == "mixup":
         made = (
             "made by a class-conditional normalizing flow: each is a real image, moved part of the way towards another "
             "one of its class. Many are close to the real image that they began with."
         )
-        specific = f"| real images | {escape(data_name(dataset.real_name)) if dataset.real_name else 'not recorded'} |"
-        inherit = "Mixtures derive from the real images that were mixed, and"
+        real = escape(data_name(dataset.real_name)) if dataset.real_name else "not recorded"
+        inherit = f"Mixtures derive from real images ({real}) and"
     else:
         made = (
             "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
         )
-        specific = f"| temperature (factor on the standard deviation) | {settings['temperature']:g} |"
         inherit = "Samples derive"
+    settings = "\n".join(f"| {key} | {escape(value)} |" for key, value in manifest["settings"].items())
     classes = "\n".join(
         f"| {entry['index']} | {escape(entry['name'])} | {escape(entry['id'])} | {entry['count']:,} |"
-        for entry in manifest["classes"][:_MAX_CLASSES]
+        for entry in manifest["classes"]
     )
-    if len(dataset.classes) > _MAX_CLASSES:
-        classes += f"\n\nand {len(dataset.classes) - _MAX_CLASSES} more (see {PROVENANCE})"
     return f"""# {escape(repo_id)}
 
 **These images are synthetic.** {len(dataset):,} images, {c}x{h}x{w} (channels x height x width), of
@@ -356,22 +318,15 @@ image, label = data[0]["{columns[0]}"], data[0]["{columns[1]}"]
 | generator | {manifest["generator"]} |
 | flow | {loaded}, weights with SHA-256 `{manifest["weights_sha256"]}` |
 | the flow was trained on | {trained_on(dataset.model.config.training)} |
-| source | {settings["source"]} |
-{specific}
-| seed | {settings["seed"]} |
 | images whose values were not finite and were replaced | {manifest["images_not_finite"]} |
+{settings}
 
-With the same flow, version and kind of machine, they can be drawn again:
-
-```python
-SyntheticDataset(model, {_arguments(settings)})
-```
-
+With these settings of `SyntheticDataset`, the same flow, version and kind of machine, they can be drawn again.
 `{PROVENANCE}` holds all of this for programs.
 
 ## Licence
 
-{inherit} from the images that the flow was trained on and inherit their licence, {stated}.
+{inherit} from the images that the flow was trained on, and inherit their licence. {licence_of(facts)}
 
 ## Classes
 
@@ -385,15 +340,3 @@ The labels are the classes that the flow was asked for; it draws some images tha
 something else. The images repeat what is in the training images, with its biases and gaps, and may resemble single
 ones.
 """
-
-
-def _arguments(settings: dict[str, Any]) -> str:
-    """The arguments that make the images again. Real images and a user's own oracle can't be written down."""
-    mixed = settings["source"] == "mixup"
-    left_out = {"oracle", "block", "max_attempts", REAL_IMAGES, *(["temperature"] if mixed else [])}
-    shown = [f"{key}={value!r}" for key, value in settings.items() if key not in left_out]
-    if mixed or settings["per_class"] == "balance":
-        shown.append("real=real")
-    if settings.get("oracle", "posterior") != "posterior":
-        shown.append("oracle=oracle")
-    return ", ".join(shown)

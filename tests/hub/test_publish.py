@@ -140,7 +140,6 @@ def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:
         assert features[1] == {"name": label, "dtype": {"class_label": {"names": names}}}
         assert data["configs"][0]["data_files"] == [{"split": "train", "path": path}]
         assert data["configs"][0].get("features", features) == features
-        assert data["size_categories"] == ["n<1K"]
 
 
 def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> None:
@@ -156,13 +155,11 @@ def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> No
     ):
         folder = data.export(tmp_path / name, "webdataset", progress=False)
         cards.append((folder / "README.md").read_text())
-        code = next(line for line in cards[-1].splitlines() if line.startswith("SyntheticDataset(model"))
-        again = eval(code, {"SyntheticDataset": SyntheticDataset, "model": model, "real": real})
-        assert torch.equal(again.images(range(len(data))), data.images(range(len(data))))
         assert "| the flow was trained on | large |" in cards[-1]
-    assert "None is a photograph" in cards[0] and "temperature" in cards[0]
-    assert "None is a photograph" not in cards[1] and "temperature" not in cards[1]
-    assert "each is a real image, moved" in cards[1] and "| photos |" in cards[1]
+        assert "| source | " in cards[-1] and "| seed | 3 |" in cards[-1]
+    assert "None is a photograph" in cards[0] and "| min_confidence | 0.1 |" in cards[0]
+    assert "None is a photograph" not in cards[1]
+    assert "each is a real image, moved" in cards[1] and "derive from real images (photos) and from" in cards[1]
     note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
     assert "and of the real images that were mixed" in note
 
@@ -170,21 +167,21 @@ def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> No
 # ---- shards in a folder ------------------------------------------------------------------------------------------
 
 
-def make(seed: int = 1) -> SyntheticDataset:
-    return SyntheticDataset(tiny_model(), per_class=2, seed=seed)
-
-
 def export(folder: Path, seed: int = 1, **options: object) -> Path:
-    return make(seed).export(folder, "webdataset", progress=False, **options)
+    return SyntheticDataset(tiny_model(), per_class=2, seed=seed).export(
+        folder, "webdataset", progress=False, **options
+    )
 
 
-def test_shards_replace_an_earlier_export_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_replace_an_earlier_export_and_leave_files_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = export(tmp_path / "out")
+    (folder / "data" / "train-00007-of-00009.tar").write_bytes(b"of a larger export")
+    (folder / "data" / "val-00000.tar").write_bytes(b"mine")
     before = files(folder)
     with pytest.raises(FileExistsError, match="not empty"):
         export(folder, seed=2)
-    (tmp_path / ".out.partial" / "new").mkdir(parents=True)  # of an export that was killed
-    (tmp_path / ".out.partial" / "new" / "half").write_bytes(b"x")
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -194,45 +191,31 @@ def test_shards_replace_an_earlier_export_in_one_step(tmp_path: Path, monkeypatc
         with pytest.raises(OSError, match="cannot write .*data: No space left"):
             export(folder, seed=2, overwrite=True)
     assert files(folder) == before
-    export(folder, seed=2, overwrite=True)
-    assert files(folder) == files(export(tmp_path / "fresh" / "out", seed=2)) != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
-    (tmp_path / "big").mkdir()
+    fresh = files(export(tmp_path / "fresh" / "out", seed=2))
+    assert files(export(folder, seed=2, overwrite=True)) == {**fresh, "data/val-00000.tar": b"mine"}
+
+
+def test_a_killed_export_of_shards_is_begun_anew(tmp_path: Path) -> None:
+    half = tmp_path / "big" / publish._UNFINISHED / "data"
+    half.mkdir(parents=True)
+    (half / "train-00000-of-00001.tar").write_bytes(b"half")
     (tmp_path / "link").symlink_to("big")
-    export(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "big" / "README.md").is_file()
+    assert set(files(export(tmp_path / "link"))) == {
+        "README.md",
+        PROVENANCE,
+        "data/_info.json",
+        "data/train-00000-of-00001.tar",
+    }
+    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == ["README.md", "data", PROVENANCE]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "data/val-00000.tar", "data/more/a.txt", "README.md", PROVENANCE])
-def test_shards_are_not_written_over_files_of_others(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = export(tmp_path / "out")
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_bytes(b"mine")
-    before, data = files(folder), make(2)
-    monkeypatch.setattr(data, "images", None)  # refused before any work
-    with pytest.raises(FileExistsError, match="is left alone|not of an earlier export"):
-        data.export(folder, "webdataset", progress=False, overwrite=True)
-    assert files(folder) == before
-
-
-def test_files_that_appear_during_an_export_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, data = export(tmp_path / "out"), make(2)
-    images = data.images
-
-    def meanwhile(indices: Any) -> torch.Tensor:
-        (folder / "late.txt").write_bytes(b"mine")
-        return images(indices)
-
-    monkeypatch.setattr(data, "images", meanwhile)
-    with pytest.raises(FileExistsError, match="late.txt"):
-        data.export(folder, "webdataset", progress=False, overwrite=True)
-    assert (folder / "late.txt").read_bytes() == b"mine" and list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_mount_point_can_not_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
-    with pytest.raises(OSError, match="is a mount point.*in it"):
-        export(tmp_path)
-    assert export(tmp_path / "in").is_dir()
+@pytest.mark.parametrize("manifest", [None, "mine", '{"format": "imagefolder"}'])
+def test_a_folder_without_shards_is_left_alone(tmp_path: Path, manifest: str | None) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    if manifest is not None:
+        (tmp_path / PROVENANCE).write_text(manifest)
+    before = files(tmp_path)
+    for folder, words in ((tmp_path, "is left alone"), (tmp_path / "notes.txt", "is a file")):
+        with pytest.raises(FileExistsError, match=words):
+            export(folder, overwrite=True)
+    assert files(tmp_path) == before
