@@ -421,8 +421,6 @@ def test_generate_looks_at_the_output_folder_before_the_model(
         fails([*base, own + "/notes.txt"], output, "is a file")
         fails([*base, own, *wds], output, "not empty", "--overwrite")
         fails([*base, own, *wds, *over], output, "no earlier export")
-        (tmp_path / "shards" / "notes.txt").write_text("mine")
-        fails([*base, shards, *wds, *over], output, "holds 'notes.txt'")
     fails([*base, files, "--seed", "1"], output, "not empty", "seed 0 (not 1)", "--overwrite")
     fails([*base, files, "--alpha", "2", "--min-confidence", "0.1"], output, "alpha 1.0 (not 2.0)", "min_conf")
     # The same images again, and other ones in real.
