@@ -216,9 +216,6 @@ METHODS: dict[str, Method] = {
     "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),
     # Up the loss in all dimensions of the latent, as on-manifold adversarial training has it (Stutz et al. 2019).
     "latent-adversarial": Method("ours", _each("strength", 0.025, 0.05, 0.1, p=0.5), flow=True),
-    "mode-mixup-gaussian": Method(
-        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="gaussian", p=0.5), flow=True
-    ),
 }
 # These move latents of the classifier's images: not for flows of another size.
 WHOLE_LATENT = ("latent-noise", "latent-adversarial")

@@ -53,7 +53,6 @@ AUGMENTS: list[dict[str, Any]] = [
     {"policy": "mixup", "partner": "same", "labels": "mix"},
     {"policy": "mixup", "partner": "any"},
     {"policy": "mixup", "partner": "any", "labels": "posterior"},
-    {"policy": "mixup", "partner": "gaussian"},
     {"policy": "mixup", "partner": "same", "basis": "shared"},
     {"policy": "noise"},
     {"policy": "noise", "labels": "posterior"},

@@ -86,8 +86,7 @@ def label_kind(labels: str, policy: str, partner: str, soft_in: bool) -> str:
         labels, policy, partner: as given to GLEMAugment; soft_in: whether soft labels came in.
     """
     if labels == "auto":
-        class_may_change = policy == "mixup" and (partner == "any" or soft_in)
-        return "mix" if class_may_change else "hard"
+        return "mix" if policy == "mixup" and (partner == "any" or soft_in) else "hard"
     if labels == "mix" and policy != "mixup":
         return "soft"
     return labels

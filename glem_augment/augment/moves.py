@@ -5,7 +5,7 @@ With the modes v_m (orthonormal), their standard deviations s_m and the projecti
     principal-mode mixup:  z' = z_i + (1 - l) P (z_j - z_i),       l ~ Beta(alpha, alpha), folded to [1/2, 1]
     noise:                 z' = z + t * sum_m s_m e_m v_m,         e_m ~ N(0, 1)
 
-The partner z_j is another row of the batch, or a draw from the class's RFCM or Gaussian.
+The partner z_j is another row of the batch, or a draw from the RFCM of its class (re-estimated full covariance).
 
 Source: Enescu & Sahbi, ACCV 2024.
 """
@@ -24,7 +24,7 @@ from glem_augment.flows.precision import full_precision
 from glem_augment.latent.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
 
-PARTNERS = ("same", "any", "gaussian")
+PARTNERS = ("same", "any")
 BASES = ("class", "shared")
 
 
@@ -96,8 +96,6 @@ def draw_mixup(
     flow_cls = class_map.flow_class(data_cls)
     cls = flow_cls[rows]
     l = draw_shares(alpha, n, generator)  # noqa: E741
-    if partner == "gaussian":
-        return AugmentParams(rows, cls, normal(n, model.dim, generator), torch.full_like(rows, -1), cls, l)
     if partner == "same":
         allowed = data_cls == data_cls[rows][:, None]
         drawn_cls = cls
@@ -136,15 +134,12 @@ def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def partner_latents(model: GLEM, in_batch: Tensor, params: AugmentParams) -> Tensor:
-    """The partners' latents [n, d]: `in_batch` [n, d] where the partner is a row of the batch, and draws elsewhere."""
+    """The partners' latents [n, d]: `in_batch` [n, d] where the partner is a row of the batch, RFCM draws elsewhere."""
     drawn = params.partner < 0
     if not drawn.any():
         return in_batch
-    cls, eps = move(params.partner_cls[drawn], in_batch.device), move(params.eps[drawn], in_batch.device)
-    if eps.shape[1] == model.dim:
-        draws = model.gaussians.mu[cls] + model.gaussians.variance()[cls].sqrt() * eps
-    else:
-        assert model.modes is not None
-        with full_precision(eps.device.type):
-            draws = model.modes.sample_from_noise(cls, eps)
-    return in_batch.index_copy(0, move(drawn.nonzero()[:, 0], in_batch.device), draws.to(in_batch.dtype))
+    assert model.modes is not None
+    device = in_batch.device
+    with full_precision(device.type):
+        draws = model.modes.sample_from_noise(move(params.partner_cls[drawn], device), move(params.eps[drawn], device))
+    return in_batch.index_copy(0, move(drawn.nonzero()[:, 0], device), draws.to(in_batch.dtype))

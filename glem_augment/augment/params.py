@@ -26,7 +26,7 @@ class AugmentParams:
         cls: int64 [n], the flow class of each row, whose modes are used; -1: the flow does not have the class, and the
             row is passed through.
         eps: float32 [n, m], standard normal. For policies "noise" and "adversarial" these are coefficients of m modes.
-            For "mixup" partners are drawn from them: from the RFCM with m = k + d, from the class Gaussian with m = d.
+            For "mixup" they are what partners are drawn from, with m = k + d.
         partner: int64 [n], the partner's row in the batch; -1: the partner is drawn from `eps`.
         partner_cls: int64 [n], the flow class of the partner; -1: a row of a class that the flow does not have.
         l: float32 [n] in [1/2, 1], the share of the own image along the modes.

@@ -28,7 +28,6 @@ class PixelAdapter:
     Args:
         shape: (C, H, W) of the flow's images.
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1].
-        detail: "keep" adds the change to the image; "none" gives the resized image of the flow.
 
     Raises:
         ValueError: mean without std (or the reverse), or a std that is not positive.
@@ -39,11 +38,10 @@ class PixelAdapter:
         shape: tuple[int, int, int],
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
-        detail: str = "keep",
     ) -> None:
         if (mean is None) != (std is None):
             raise ValueError(f"give mean and std together, got mean={mean!r}, std={std!r}")
-        self.shape, self.detail = shape, detail
+        self.shape = shape
         self.mean = None if mean is None else _numbers("mean", mean)
         self.std = None if std is None else _numbers("std", std)
         if self.std is not None and min(self.std) <= 0:
@@ -152,11 +150,7 @@ class PixelAdapter:
         if change.shape[1] != images.shape[1]:
             # A grey change is the same for every channel. A grey image takes the average of an RGB change.
             change = change.mean(dim=1, keepdim=True).expand(-1, images.shape[1], -1, -1)
-        size = images.shape[2:]
-        if self.detail == "none" and size != change.shape[2:]:
-            out = resized(resized(images, self.shape[1:]) + change, size)
-        else:
-            out = images + resized(change, size)
+        out = images + resized(change, images.shape[2:])
         return torch.clamp(out, images.clamp(max=0.0), images.clamp(min=1.0))
 
 

@@ -53,12 +53,9 @@ from glem_augment.random_state import RandomState
 __all__ = ["AugmentParams", "GLEMAugment"]
 
 POLICIES = ("mixup", "noise")  # they need nothing but images and labels; "adversarial" needs a classifier too
-DETAILS = ("keep", "none")
-SETTINGS = (
-    "p policy alpha strength modes basis partner labels mean std num_classes class_map detail seed margin".split()
-)
+SETTINGS = "p policy alpha strength modes basis partner labels mean std num_classes class_map seed margin".split()
 # Settings of earlier versions, and the values at which a config that has them means the same as before.
-REMOVED = {"rescale": False, "bank": 0, "cuda_graphs": False}
+REMOVED = {"detail": "keep", "rescale": False, "bank": 0, "cuda_graphs": False}
 
 
 class GLEMAugment(nn.Module):
@@ -76,18 +73,16 @@ class GLEMAugment(nn.Module):
         strength: of "noise" and "adversarial", in standard deviations of the modes.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
         basis: "class" (the modes of the image's class) or "shared" (those of the pooled within-class covariance).
-        partner: for "mixup": "same" (another row of the same data class, or a draw from the RFCM of the class if there
-            is none), "any" (any other row) or "gaussian" (a draw from the class's Gaussian).
+        partner: for "mixup": "same" (another row of the same data class, or a draw from the class's RFCM if there is
+            none) or "any" (any other row).
         labels: "hard" (unchanged), "mix" (soft, weighted by the share of the move that the modes keep), "posterior" (of
-            the flow, at the moved latent), or "auto": unchanged where the class cannot change (noise, adversarial;
-            partners of the class with hard labels), "mix" otherwise.
+            the flow, at the moved latent), or "auto": "mix" where the label may change (partners "any", or soft labels
+            with "mixup"), else "hard".
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1] or uint8.
         num_classes: K', the width of soft labels; by default the length of `class_map` (of a dict: its largest key plus
             one), or else the flow's K.
         class_map: the flow class of every data class, a sequence or a dict. None, -1 or a missing key: the flow does
             not have the class, and its images are passed through and counted.
-        detail: for images larger than the flow's: "keep" adds the resized change to them, "none" gives the flow's
-            images, resized.
         seed: of the transform's own random state; None: drawn from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
@@ -114,7 +109,6 @@ class GLEMAugment(nn.Module):
         std: float | Sequence[float] | None = None,
         num_classes: int | None = None,
         class_map: Mapping[int, int | None] | Sequence[int | None] | None = None,
-        detail: str = "keep",
         seed: int | None = None,
         margin: float = 1.0,
     ) -> None:
@@ -123,7 +117,6 @@ class GLEMAugment(nn.Module):
         check_choice("basis", basis, BASES)
         check_choice("partner", partner, PARTNERS)
         check_choice("labels", labels, LABELS)
-        check_choice("detail", detail, DETAILS)
         self.p = check_number("p", p, 0.0, 1.0)
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
         self.strength = check_number("strength", strength, 0.0, math.inf)
@@ -138,7 +131,7 @@ class GLEMAugment(nn.Module):
             )
         self.__dict__["model"] = model  # nn.Module would register it as a sub-module
         self.modes = model.checked_modes(modes)
-        self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std, detail=detail)
+        self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std)
         self.class_map = check_class_map(class_map, num_classes, model.num_classes)
         self._classes = ClassMap(self.class_map or range(model.num_classes), model.num_classes)
         self.num_classes = len(self._classes.to_flow)
@@ -268,19 +261,16 @@ class GLEMAugment(nn.Module):
                 partner = partner_latents(model, encoded[move(place, x.device)], params)
                 z, share = mix(basis, z, partner, here.l)
             else:
-                coefficients = self.strength * here.eps
+                c = self.strength * here.eps
                 if self.policy == "adversarial":
+                    shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
 
                     def render(c: Tensor) -> Tensor:
-                        decoded = model.decode(z + along_modes(basis, c), clamp=False)
-                        moved = self.pixels.from_flow(images, small, in_range(decoded))
-                        return self.pixels.from_unit(moved, torch.float32 if x.dtype == torch.uint8 else x.dtype)
+                        return self._images(model.decode(z + along_modes(basis, c), clamp=False), images, small, shown)
 
                     labels = move(y, x.device).index_select(0, here.rows)
-                    coefficients = self._attached().coefficients(
-                        coefficients, self.strength, basis, render, labels, model
-                    )
-                z, share = z + along_modes(basis, coefficients), None
+                    c = self._attached().coefficients(c, self.strength, basis, render, labels, model)
+                z, share = z + along_modes(basis, c), None
             decoded = model.decode(z, clamp=False)
             # NaN compares false, so these two bounds also find what is not finite.
             low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
@@ -290,9 +280,13 @@ class GLEMAugment(nn.Module):
             elif kind == "posterior":
                 target = posterior_labels(target, params, self._classes, model.posterior_from_latents(z), plausible)
         self._counts.add(selected, selected - n, (~plausible).sum())
-        moved = self.pixels.from_unit(self.pixels.from_flow(images, small, in_range(decoded)), x.dtype)
+        moved = self._images(decoded, images, small, x.dtype)
         moved = torch.where(plausible[:, None, None, None], moved, originals)
         return x.clone().index_copy_(0, here.rows, moved), target  # clone keeps the memory format
+
+    def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images as the user gets them, from decoded ones at the flow's size; differentiable."""
+        return self.pixels.from_unit(self.pixels.from_flow(images, small, in_range(decoded)), dtype)
 
     def _attached(self) -> Adversary:
         if self._adversary is None:
@@ -395,9 +389,8 @@ class GLEMAugment(nn.Module):
         `model` is where a model from the Hub came from, or the name or folder that the transform was made with; None
         for a model that was given as an object.
         """
-        pixels = {"mean": self.pixels.mean, "std": self.pixels.std, "detail": self.pixels.detail}
         found = {"model": self.model.origin or self._name, **{name: getattr(self, name, None) for name in SETTINGS}}
-        found.update(pixels)
+        found.update(mean=self.pixels.mean, std=self.pixels.std)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @classmethod

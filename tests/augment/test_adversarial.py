@@ -219,33 +219,6 @@ def test_distributed_data_parallel(model: GLEM, process_group: None) -> None:
         ddp.zero_grad(set_to_none=True)
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    ddp = nn.parallel.DistributedDataParallel(network())
-    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
-    aug = make(make_model(3, rank=8), p=0.5).attach(ddp)
-    chosen = []
-    for _ in range(4):  # ranks attack other rows, and other numbers of them
-        params = aug.draw(images(6) / 255, labels(6))
-        chosen.append(params.rows.tolist())
-        x, y = aug.apply(images(6, seed=rank) / 255, labels(6), params)
-        optimizer.zero_grad()
-        F.cross_entropy(ddp(x), y).backward()
-        optimizer.step()
-    torch.save({"weights": list(ddp.module.parameters()), "chosen": chosen}, f"{out}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_stay_together(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert a["chosen"] != b["chosen"]
-    assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
-
-
 # ---- precision and formats -----------------------------------------------------------------------------------
 
 

@@ -332,12 +332,6 @@ def test_mixup_fn_arguments(model: GLEM) -> None:
 # ---- collate_fn ----------------------------------------------------------------------------------------------
 
 
-def test_workers_draw_differently(model: GLEM) -> None:
-    twice = TensorDataset(images(4).repeat(2, 1, 1, 1) / 255, labels(4).repeat(2))
-    (a, y), (b, _) = DataLoader(twice, batch_size=4, num_workers=2, collate_fn=make(model).collate_fn())
-    assert not torch.equal(a, twice.tensors[0][:4]) and torch.equal(y, labels(4)) and not torch.equal(a, b)
-
-
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda collate: pickle.loads(pickle.dumps(collate)), None])
 def test_the_switch_reaches_workers_that_are_running(model: GLEM, again: Any) -> None:
     with torch.inference_mode():
@@ -349,21 +343,6 @@ def test_the_switch_reaches_workers_that_are_running(model: GLEM, again: Any) ->
     collate.mixup_enabled = False
     ((x, y),) = inner
     assert torch.equal(x, inner.dataset.tensors[0]) and torch.equal(y, F.one_hot(labels(4), 3).float())
-
-
-def test_persistent_workers_are_resumed_exactly(model: GLEM) -> None:
-    def loader_of(aug: GLEMAugment) -> DataLoader:
-        return loader(12, 4, num_workers=2, persistent_workers=True, collate_fn=aug.collate_fn())
-
-    aug = make(model, policy="noise")
-    living = loader_of(aug)
-    list(living)
-    state = copy.deepcopy(aug.state_dict())
-    expected = [x for x, _ in living]
-    torch.manual_seed(12345)  # no part of the transform's state
-    resumed = make(model, policy="noise")
-    resumed.load_state_dict(state)
-    assert all(torch.equal(a, b) for (a, _), b in zip(loader_of(resumed), expected, strict=True))
 
 
 def test_collate_with_timms_prefetching_loader(model: GLEM, image_folder: Path) -> None:
