@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.bijection import Bijection
+from glem_augment.flows.layers import Bijection
 from glem_augment.flows.matexp import PLANES_UP_TO, expm_apply, expm_apply_low_rank
 
 # (in_channels, out_channels) -> network
@@ -104,7 +104,9 @@ def _norm_bound(denominators: Tensor, bound: float) -> float:
     if denominators.device.type != "cpu" or not denominators.numel():
         return bound
     norm = bound - bound / float(denominators.detach().max()) + 1e-6 * bound
-    return bound * 0.5 ** min(10, max(0, math.floor(math.log2(bound / norm))))
+    if not norm < bound:  # also if a network has diverged to NaN
+        return bound
+    return bound * 0.5 ** min(10, math.floor(math.log2(bound / norm)))
 
 
 class MatExpCoupling(Coupling):
@@ -130,29 +132,26 @@ class MatExpCoupling(Coupling):
             # U starts at zero, so S = 0. W must not, or the gradients of both factors would vanish for ever.
             self.factor_offset = nn.Parameter(torch.randn(self.rank, n, 1, 1) / n)
 
+    @torch.compiler.disable  # Code fused through an unrolled series would compute its terms over and over.
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        exp_s, shift, trace = self._exp_s(params, inverse)
+        n, q, r = self.half, self.rank, self.bound
+        if n <= PLANES_UP_TO:  # Each parameter becomes a plane of pixels.
+            params = params.transpose(0, 1).contiguous().transpose(0, 1)
+        raw, shift = params.split([params.shape[1] - n, n], 1)
         v = x2.transpose(0, 1)
         if inverse:
-            return exp_s(v - shift).transpose(0, 1), -trace
-        return (exp_s(v) + shift).transpose(0, 1), trace
-
-    def _exp_s(self, params: Tensor, inverse: bool) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
-        """From the parameters: how exp(+-S) is applied to [B, n, H, W], the shift b, and the trace of S [B]."""
-        n, q, r = self.half, self.rank, self.bound
+            v = v - shift
         if self.low_rank:
-            raw_u, raw_w, shift = params.split([n * q, q * n, n], 1)
-            # ||U|| ||W|| <= r, each of them with the root of r.
+            raw_u, raw_w = raw.split(n * q, 1)
+            # ||U|| ||W|| <= r, with the root of r for each.
             u, _ = row_bounded(raw_u.unflatten(1, (n, q)), r**0.5, 2)
             w, _ = row_bounded(raw_w.unflatten(1, (q, n)) + self.factor_offset, r**0.5, 2)
-            return (
-                lambda v: expm_apply_low_rank(u, w, v, r, inverse),
-                shift,
-                torch.einsum("bnqhw,bqnhw->b", u, w),
-            )
-        if n <= PLANES_UP_TO:  # Each parameter is a plane of pixels from here on.
-            params = params.transpose(0, 1).contiguous().transpose(0, 1)
-        raw, shift = params.split([n * n, n], 1)
-        s, denominators = row_bounded(raw.unflatten(1, (n, n)), r, 2)
-        norm = _norm_bound(denominators, r)
-        return lambda v: expm_apply(s, v, norm, inverse), shift, s.diagonal(dim1=1, dim2=2).sum((1, 2, 3))
+            v = expm_apply_low_rank(u, w, v, r, inverse)
+            logdet = torch.einsum("bnqhw,bqnhw->b", u, w)
+        else:
+            s, denominators = row_bounded(raw.unflatten(1, (n, n)), r, 2)
+            v = expm_apply(s, v, _norm_bound(denominators, r), inverse)
+            logdet = s.diagonal(dim1=1, dim2=2).sum((1, 2, 3))
+        if inverse:
+            return v.transpose(0, 1), -logdet
+        return (v + shift).transpose(0, 1), logdet

@@ -1,28 +1,86 @@
-"""The layers of a flow step that have no network inside: ActNorm, 1x1 mixing, squeeze."""
+"""The contract that every layer of the flow keeps, and the layers that have no network inside."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows.bijection import Bijection
-
-# An element that is (almost) constant in the first batch has (almost) no spread; dividing by it would blow up the
+# An element that is almost constant in the first batch has almost no spread, and dividing by that would blow up the
 # first image that uses it. Its spread is taken to be at least this share of its channel's, and above the floor.
 _MIN_SHARE, _MIN_STD = 0.1, 1e-3
 
 
+class Bijection(nn.Module):
+    """An invertible map with a tractable log-determinant.
+
+    `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are in nats, of
+    shape [B], and belong to the direction that was computed, so the two of a round trip cancel.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class Sequence(Bijection):
+    """`z = f_n(... f_2(f_1(x)))`; log-determinants add up.
+
+    Args:
+        layers: bijections, applied in order by `forward` and in reverse order by `inverse`.
+    """
+
+    def __init__(self, layers: Iterable[Bijection]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
+        for layer in self.layers:
+            x, logdet = layer(x)
+            total = total + logdet
+        return x, total
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        total = z.new_zeros(z.shape[0])
+        for layer in reversed(self.layers):
+            z, logdet = layer.inverse(z)
+            total = total + logdet
+        return z, total
+
+
+class FlatIdentity(Bijection):
+    """`z = flatten(x)`: the linear control that every learned flow has to beat.
+
+    Args:
+        image_shape: (C, H, W) of the images.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.image_shape = tuple(image_shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.reshape(z.shape[0], *self.image_shape), z.new_zeros(z.shape[0])
+
+
 class ActNorm(Bijection):
-    """``z = (x + bias) * exp(log_scale)``, initialised so that z has zero mean and unit variance on the first batch.
+    """`z = (x + bias) * exp(log_scale)`, initialised so that z has zero mean and unit variance on the first batch.
+
+    The initialisation happens once, in `initialise`. That it was done is stored in the buffer `initialised`, so loading
+    a model never repeats it.
 
     Args:
         channels, height, width: shape of the input.
         per: "element" for one pair of parameters per channel and pixel (MEF), "channel" for one per channel (Glow,
             Kingma & Dhariwal 2018, Sec. 3.1).
-
-    The initialisation happens once, in ``initialise``; that it was done is stored in the buffer ``initialised``, so
-    that loading a model never repeats it.
     """
 
     def __init__(self, channels: int, height: int, width: int, per: str = "element") -> None:
@@ -31,14 +89,14 @@ class ActNorm(Bijection):
             raise ValueError(f"ActNorm works per 'element' or per 'channel', got {per!r}")
         shape = (channels, height, width) if per == "element" else (channels, 1, 1)
         self.per = per
-        self.pixels = 1 if per == "element" else height * width
+        self.pixels = 1 if per == "element" else height * width  # how many each log_scale stands for
         self.bias = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Set bias and scale from the batch ``x`` [B,C,H,W], in float64, with dead channels guarded."""
+        """Set bias and scale from the batch `x` [B,C,H,W], in float64, with dead channels guarded."""
         dims = (0,) if self.per == "element" else (0, 2, 3)
         x = x.double()
         mean = x.mean(dims).reshape(self.bias.shape)
@@ -60,7 +118,7 @@ class ActNorm(Bijection):
 
 
 class Mixing1x1(Bijection):
-    """Invertible 1x1 convolution ``z = W x`` with ``W = exp(A)``: log|det| is trace(A) times the pixels.
+    """Invertible 1x1 convolution `z = W x` with `W = exp(A)`: log|det| is trace(A) times the pixels.
 
     Any A gives an invertible W whose inverse is exp(-A), so nothing is ever inverted numerically. The start is a
     random rotation (A skew-symmetric), as in Glow.
@@ -75,21 +133,19 @@ class Mixing1x1(Bijection):
 
     def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.channels = channels
         noise = torch.randn(channels, channels, generator=generator)
         self.weight = nn.Parameter((noise - noise.T) * (1.5 / channels**0.5))
 
-    def _matrix(self, sign: float, dtype: torch.dtype) -> Tensor:
-        return torch.matrix_exp(self.weight.double() * sign).to(dtype)
-
-    def _logdet(self, x: Tensor) -> Tensor:
-        return (self.weight.diagonal().sum() * (x.shape[2] * x.shape[3])).to(x.dtype).expand(x.shape[0])
+    def _mix(self, x: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        matrix = torch.matrix_exp(self.weight.double() * sign).to(x.dtype)
+        logdet = sign * self.weight.diagonal().sum() * (x.shape[2] * x.shape[3])
+        return F.conv2d(x, matrix[:, :, None, None]), logdet.to(x.dtype).expand(x.shape[0])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.conv2d(x, self._matrix(1.0, x.dtype)[:, :, None, None]), self._logdet(x)
+        return self._mix(x, 1.0)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return F.conv2d(z, self._matrix(-1.0, z.dtype)[:, :, None, None]), -self._logdet(z)
+        return self._mix(z, -1.0)
 
 
 class Squeeze(Bijection):

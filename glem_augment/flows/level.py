@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Mixing1x1, Squeeze
+from glem_augment.flows.layers import ActNorm, Bijection, Mixing1x1, Squeeze
 from glem_augment.flows.matexp import exp_of_generators
 
 
@@ -110,10 +109,14 @@ class Level(nn.Module):
         # Copies and pickles start uncompiled: compiled code belongs to the process.
         return {**self.__dict__, "_cache": {}, "step_forward": step_forward, "step_inverse": step_inverse}
 
+    def mixing_weights(self) -> list[nn.Parameter]:
+        """The weights behind `mixings`."""
+        pairs = zip(self.norms, self.generators, strict=True)
+        return [w for norm, mixing in pairs for w in (norm.bias, norm.log_scale, mixing.weight)]
+
     def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
         """ActNorm and mixing of every step, and their log|det| in nats, which all images share. Differentiable."""
-        layers: list[Any] = [*self.norms, *self.generators]
-        state = _frozen_state([w for layer in layers for w in layer.parameters()])
+        state = _frozen_state(self.mixing_weights())
         if state is None:
             self._cache = {}
             return self._mixings(inverse)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glem_augment.flows.bijection import Bijection
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm
+from glem_augment.flows.layers import ActNorm, Bijection
 from glem_augment.flows.level import Level, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
 from glem_augment.flows.reversible import reversible_level

@@ -1,178 +1,114 @@
 """True float32 for the bijective path, whatever the caller has chosen for its own networks.
 
 TF32 and bf16 break the inverse: 24 orthogonal layers there and back lose 4e-6 in float32, 9e-3 in TF32 and 8e-2 in
-bf16, where one uint8 step is 4e-3. Subnets may opt into less inside, see ``subnets``.
+bf16, where one uint8 step is 4e-3. Subnets may opt into less inside, see `subnets`.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-# Torch's switches are the process's: all that is inside at the same time, in whatever thread and on whatever device,
-# shares one change of them. What runs on a CPU alone, whose switches mostly stand as they should, needs none.
+# Torch's switches belong to the process. All threads that are inside at the same time share one change of them.
 _lock = threading.Lock()
 _inside = 0
 _undo: list[Callable[[], None]] = []
 _own = threading.local()  # depth: how often this thread is inside
 _EXACT = ("ieee", "none")
-_HAS_NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-_CPU = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if _HAS_NEW else ()
 
 
-def _in_child() -> None:
-    """In a forked process only the thread that forked goes on; the lock may have been held by another."""
-    global _lock, _inside
-    _lock = threading.Lock()
-    _inside = getattr(_own, "depth", 0)
-    if not _inside:
-        _switch_back()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
-
-
-def _switches() -> list[Any]:
-    """Of matrix products and convolutions, as they came with torch 2.9: these are what kernels go by."""
-    if not _HAS_NEW:
+def _newer_switches() -> list[Any]:
+    """The switches of matrix products and convolutions that came with torch 2.9. Kernels go by these."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return []
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
 
 
-def _older() -> tuple[str, bool] | None:
-    """The settings of matrix products and convolutions before 2.9, which all of torch still reads; None where the
-    caller has set newer ones by hand: then the two are, or would be, at odds, and reading an older one is an error."""
+def _older_settings() -> tuple[str, bool] | None:
+    """The settings before torch 2.9, which stand for several newer ones each; None if the caller uses the newer ones.
+
+    Reading an older setting is an error where the newer ones contradict it.
+    """
     try:
-        new = _switches()
-        if new and {torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision} != {"none"}:
-            return None
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:
         return None
 
 
-def _switch() -> None:
-    """Make float32 exact, and note how to undo it. Switches that are exact are not touched."""
-    before = []
-    for switch in _switches():
-        value = switch.fp32_precision
-        if value not in _EXACT:
-            switch.fp32_precision = "none"
-            inherited = switch.fp32_precision == value
-            switch.fp32_precision = value
-            before.append((switch, value, "none" if inherited else value))
-        else:
-            before.append((switch, value, value))
-    older = _older()
+def _make_exact() -> None:
+    """Make float32 exact, and note how to undo it."""
+    newer = [(switch, switch.fp32_precision) for switch in _newer_switches()]
+    older = _older_settings()
     if older is not None:
-        product, convolution = older
-        if product != "highest":
-            _undo.append(lambda: torch.set_float32_matmul_precision(product))
+        matmul, tf32 = older
+        if matmul != "highest":
             torch.set_float32_matmul_precision("highest")
-        if convolution:
-            _undo.append(lambda: setattr(torch.backends.cudnn, "allow_tf32", True))
+            _undo.append(partial(torch.set_float32_matmul_precision, matmul))
+        if tf32:
             torch.backends.cudnn.allow_tf32 = False
-    for switch, _, _ in before:
+            _undo.append(partial(setattr, torch.backends.cudnn, "allow_tf32", True))
+    for switch, _ in newer:
         if switch.fp32_precision not in _EXACT:
             switch.fp32_precision = "ieee"
-    # Put back last: an older setting stands for several newer ones, which may have stood otherwise.
-    _undo.extend(_put_back(*entry) for entry in before)
+    # Put back last, because an older setting stands for several newer ones, which may have differed.
+    _undo.extend(partial(_put_back, *entry) for entry in newer)
 
 
-def _put_back(switch: Any, value: str, own: str) -> Callable[[], None]:
-    def undo() -> None:
-        if switch.fp32_precision != value:
-            switch.fp32_precision = own
-
-    return undo
+def _put_back(switch: Any, value: str) -> None:
+    if switch.fp32_precision != value:
+        switch.fp32_precision = value
 
 
-def _switch_back() -> None:
-    while _undo:
-        _undo.pop(0)()
-
-
-def _stands_exact() -> bool:
-    """Whether a CPU's float32 is as it is; the switches of other devices may stand as they like."""
-    if not _HAS_NEW:
-        return torch.get_float32_matmul_precision() == "highest"
-    return all(switch.fp32_precision in _EXACT for switch in _CPU)
-
-
-def _enter(times: int, on_cpu: bool = False) -> bool:
-    """Whether this is to be left again: not where there was nothing to do, for code that runs ``on_cpu`` alone."""
+@torch.compiler.disable
+def _enter(times: int = 1) -> None:
     global _inside
     with _lock:
         if not _inside:
-            if on_cpu and _stands_exact():
-                return False
-            _switch()
+            _make_exact()
         _inside += times
     _own.depth = getattr(_own, "depth", 0) + times
-    return True
 
 
-def _leave(times: int) -> None:
+@torch.compiler.disable
+def _leave(times: int = 1) -> None:
     global _inside
     with _lock:
         _inside -= times
-        if not _inside:
-            _switch_back()
+        while _undo and not _inside:
+            _undo.pop(0)()
     _own.depth -= times
 
 
-class full_precision:  # noqa: N801 - used like a function
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
     """Run what is inside in true float32: neither TF32 nor autocast, whatever the caller's settings.
 
-    A class and not a generator, and nothing is done that need not be: small flows pass here often.
-
     Args:
-        device_type: "cpu", "cuda", ...: where autocast is off, and what the switches are set for.
+        device_type: "cpu", "cuda", ...: where autocast is off.
     """
-
-    __slots__ = ("_autocast", "_device_type", "_entered")
-
-    def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
-
-    def __enter__(self) -> None:
-        kind = self._device_type
-        self._autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
-        enter = _ENTER_UNCOMPILED if torch.compiler.is_compiling() else _enter
-        self._entered = enter(1, kind == "cpu")
-        if self._autocast is not None:
-            self._autocast.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            if self._autocast is not None:
-                self._autocast.__exit__(*error)
-        finally:
-            if self._entered:
-                (_LEAVE_UNCOMPILED if torch.compiler.is_compiling() else _leave)(1)
+    _enter()
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        _leave()
 
 
 @contextmanager
 def callers_precision() -> Iterator[None]:
-    """Inside ``full_precision``: the caller's own switches for a while, for a network of the caller's. As long as other
-    threads are inside, exact all the same. Autocast stays as it is."""
+    """Inside `full_precision`, go back to the caller's switches for a while, for a network of the caller's.
+
+    As long as other threads are inside, float32 stays exact all the same. Autocast stays as it is.
+    """
     depth = getattr(_own, "depth", 0)
-    if not depth:
-        yield
-        return
-    _leave(depth)
+    _leave(depth) if depth else None
     try:
         yield
     finally:
-        _enter(depth)
-
-
-# A compiler must not follow what happens to the process.
-_ENTER_UNCOMPILED, _LEAVE_UNCOMPILED = torch.compiler.disable(_enter), torch.compiler.disable(_leave)
+        _enter(depth) if depth else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from glem_augment.flows.bijection import Bijection, FlatIdentity
 from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling
-from glem_augment.flows.layers import ActNorm, Mixing1x1
+from glem_augment.flows.layers import ActNorm, Bijection, FlatIdentity, Mixing1x1
 from glem_augment.flows.multiscale import MultiscaleFlow
 from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet, make_subnet
 
@@ -65,7 +64,7 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
-    """The numbers of preset ``name`` for images of ``image_shape`` (C, H, W), with ``overrides`` applied.
+    """The numbers of preset `name` for images of `image_shape` (C, H, W), with `overrides` applied.
 
     Raises:
         ValueError: unknown preset or option, lists of unequal length, or a height or width that the levels cannot
@@ -91,7 +90,7 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
 
 
 def check_spec(spec: dict[str, Any]) -> None:
-    """Raise ValueError, naming the value, where ``spec`` does not describe a flow that can be built."""
+    """Raise ValueError, naming the value, where `spec` does not describe a flow that can be built."""
     unknown = sorted(str(key)[:40] for key in set(spec) - _KEYS)
     if unknown:
         raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(_KEYS)}")
@@ -157,12 +156,12 @@ def _check_subnet(spec: dict[str, Any]) -> None:
                 f"has GELU, so leave it out (got {str(spec['activation'])[:80]!r})"
             )
         return
-    if spec.get("activation", _DEFAULTS["activation"]) not in ACTIVATIONS:
+    if spec.get("activation", _DEFAULTS["activation"]) not in list(ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {str(spec['activation'])[:80]!r}")
 
 
 def build_flow(spec: dict[str, Any]) -> Bijection:
-    """Build the flow that ``spec`` (see ``resolve_preset``) describes. Raises ValueError where it cannot be."""
+    """Build the flow that `spec` (see `resolve_preset`) describes. Raises ValueError where it cannot be."""
     check_spec(spec)
     channels, height, width = image_shape = tuple(spec["image_shape"])
     if spec["coupling"] == "identity":
@@ -203,13 +202,13 @@ def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) 
     """A new flow of a named size.
 
     Args:
-        name: one of ``PRESETS``.
+        name: one of `PRESETS`.
         image_shape: (C, H, W); any C, with H and W divisible by 2^levels (patch * 2^(levels - 1)).
-        overrides: settings of the preset to change, e.g. ``depth=[4, 4]``: ``coupling`` ("matexp", "affine"),
-            ``depth`` (steps), ``blocks`` and ``width`` (of the subnets), one number per level each, ``actnorm``
-            ("element", "channel"), ``bound`` (of a coupling's log-scales), ``rank`` (of wide couplings, for ``mef_*``
-            alone), ``subnet`` ("residual", "bottleneck", "depthwise", "transformer"), ``activation`` of the first
-            three ("elu", "silu", "relu", "gelu"), ``patch`` (side of the pixel blocks that the first level makes
+        overrides: settings of the preset to change, e.g. `depth=[4, 4]`: `coupling` ("matexp", "affine"),
+            `depth` (steps), `blocks` and `width` (of the subnets), one number per level each, `actnorm`
+            ("element", "channel"), `bound` (of a coupling's log-scales), `rank` (of wide couplings, for `mef_*`
+            alone), `subnet` ("residual", "bottleneck", "depthwise", "transformer"), `activation` of the first
+            three ("elu", "silu", "relu", "gelu"), `patch` (side of the pixel blocks that the first level makes
             channels; later levels: 2).
 
     Raises:

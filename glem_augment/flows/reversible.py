@@ -26,24 +26,19 @@ def reversible_level(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
         The level's output and log|det| [B]. They can be differentiated once; gradients equal the ordinary ones up to
         the rounding of the rebuilt activations.
     """
-    mixings, shared = level.mixings(inverse=False)
-    tensors = [t for mixing in mixings for t in mixing]
-    weights = [w for coupling in level.couplings for w in coupling.parameters()]
-    y, logdet = _ReversibleSteps.apply(level, squeeze(x, level.side), len(tensors), *tensors, *weights)
-    return y, logdet + shared
+    return _ReversibleSteps.apply(level, squeeze(x, level.side), *level.parameters())
 
 
 class _ReversibleSteps(torch.autograd.Function):
-    """The steps of a level. Saves only the result; what the steps use are inputs, so that they get gradients."""
+    """The steps of a level. Saves only the result. The weights are inputs so that autograd asks for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, level: Level, x: Tensor, count: int, *used: Tensor) -> tuple[Tensor, Tensor]:
-        mixings = [Mixing(*used[i : i + 3]) for i in range(0, count, 3)]
-        ctx.level, ctx.mixings = level, mixings
-        ctx.versions = _versions(level.parameters())
+    def forward(ctx: Any, level: Level, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        mixings, shared = level.mixings(inverse=False)
         y, logdet = level.run_steps(x, mixings)
+        ctx.level, ctx.versions = level, _versions(weights)
         ctx.save_for_backward(y)
-        return y, logdet
+        return y, logdet + shared
 
     @staticmethod
     @once_differentiable
@@ -52,17 +47,23 @@ class _ReversibleSteps(torch.autograd.Function):
         if _versions(level.parameters()) != ctx.versions:
             raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
         (y,) = ctx.saved_tensors
-        of_mixings: list[Tensor | None] = []
-        of_weights: list[Tensor | None] = []
+        grads: dict[Tensor, Tensor | None] = {}
         with full_precision(y.device.type):
-            with torch.no_grad():
-                undo, _ = level.mixings(inverse=True)
-            for index in reversed(range(len(undo))):
+            undo, _ = level.mixings(inverse=True)
+            with torch.enable_grad():
+                mixings, shared = level.mixings(inverse=False)
+            # The exponentials behind the mixings are differentiated once, after all steps.
+            outputs, upstream = [shared], [g_logdet.sum()]
+            for index in reversed(range(len(mixings))):
                 y, g, found = _coupling_backward(level.couplings[index], y, g, g_logdet)
-                of_weights = [*found, *of_weights]
-                y, g, found = _mixing_backward(ctx.mixings[index], undo[index], y, g)
-                of_mixings = [*found, *of_mixings]
-        return None, g, None, *of_mixings, *of_weights
+                grads.update(zip(level.couplings[index].parameters(), found, strict=True))
+                y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
+                outputs += [t for t, grad in zip(mixings[index], found, strict=True) if grad is not None]
+                upstream += [grad for grad in found if grad is not None]
+            if shared.requires_grad:
+                rest = level.mixing_weights()
+                grads.update(zip(rest, _gradients(outputs, upstream, rest), strict=True))
+        return None, g, *(grads.get(w) for w in level.parameters())
 
 
 def _versions(weights: Any) -> list[int]:

@@ -1,6 +1,6 @@
 """The networks inside couplings: from the half that passes unchanged to the parameters for the other half.
 
-All share one contract (``Subnet``), so that a coupling need not know which it holds:
+All keep one contract (`Subnet`), so a coupling need not know which one it holds:
 
 - "residual": the published block, 3x3, 1x1, 3x3 convolutions at full width (Xiao & Liu 2020);
 - "bottleneck": 1x1 down to half the width, 3x3, 1x1 up, pre-activation (He et al. 2016, arXiv:1603.05027);
@@ -27,6 +27,24 @@ _IN_PLACE = ("elu", "relu")
 _HEAD = 32
 
 
+class Activation(nn.Module):
+    """An elementwise nonlinearity of the convolutional subnets. It may overwrite its input.
+
+    Args:
+        name: one of `ACTIVATIONS`.
+    """
+
+    def __init__(self, name: str = "elu") -> None:
+        super().__init__()
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        self.name = name
+        self.options = {"inplace": True} if name in _IN_PLACE else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](x, **self.options)
+
+
 def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:
     """A convolution that keeps the size and starts with all weights at zero."""
     layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
@@ -38,15 +56,15 @@ def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2
 class Subnet(nn.Module):
     """What every subnet promises.
 
-    ``forward(x)`` takes [B, in_channels, H, W], float32 (or float64), in any memory format, and returns
-    [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, ``tail``, runs in the
+    `forward(x)` takes [B, in_channels, H, W], float32 (or float64), in any memory format, and returns
+    [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, `tail`, runs in the
     input's dtype and starts at zero, so that a coupling starts as the identity.
 
-    ``autocast`` (a dtype or None) runs the rest in reduced precision. It is a switch for training: encoding and
+    `autocast` (a dtype or None) runs the rest in reduced precision. It is a switch for training. Encoding and
     decoding must use the same value, and only float32 meets the library's round-trip promise, so models are loaded
     with it off.
 
-    Subclasses make ``tail`` with ``zero_convolution``, after their other weights.
+    Subclasses make `tail` with `zero_convolution`, after their other weights.
     """
 
     tail: nn.Conv2d
@@ -56,54 +74,28 @@ class Subnet(nn.Module):
         self.autocast: torch.dtype | None = None
 
     def body(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> features [B, width, H, W], which nobody else may hold."""
+        """[B, in_channels, H, W] -> features [B, width, H, W]."""
         raise NotImplementedError
 
     def last(self, h: Tensor) -> Tensor:
-        """What stands before the last convolution, in its precision."""
+        """What stands before the last convolution, in its precision. May overwrite the features."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             h = self.body(x)
-        else:
-            with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                h = self.body(x)
         return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
 
 
-class Activation(nn.Module):
-    """An elementwise nonlinearity of the convolutional subnets.
-
-    Args:
-        name: one of `ACTIVATIONS`.
-    """
-
-    def __init__(self, name: str = "elu") -> None:
-        super().__init__()
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-        self.name = name
-
-    def forward(self, x: Tensor, owned: bool = True) -> Tensor:
-        """Apply it to `x`, any shape.
-
-        Args:
-            owned: nobody else reads `x` (the result of a convolution), so it may be overwritten.
-        """
-        if owned and self.name in _IN_PLACE:
-            return ACTIVATIONS[self.name](x, inplace=True)
-        return ACTIVATIONS[self.name](x)
-
-
 class ResidualBlock(nn.Module):
-    """``x + conv3(act(conv2(act(conv1(act(x))))))``.
+    """`x + conv3(act(conv2(act(conv1(act(x))))))`.
 
     Args:
-        width: channels of x; ``inner``: between the convolutions.
+        width: channels of x.
+        inner: channels between the convolutions.
         kernels: sides of the three.
-        activation: see ``Activation``.
+        activation: see `Activation`.
     """
 
     def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str = "elu") -> None:
@@ -115,13 +107,13 @@ class ResidualBlock(nn.Module):
         self.conv3 = nn.Conv2d(inner, width, third, padding=third // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.act(x, owned=False))
+        h = self.conv1(self.act(x.clone()))
         h = self.conv2(self.act(h))
         return self.conv3(self.act(h)) + x
 
 
 class DepthwiseBlock(nn.Module):
-    """``x + conv1x1(act(conv1x1(depthwise3x3(x))))``, twice the width in between."""
+    """`x + conv1x1(act(conv1x1(depthwise3x3(x))))`, twice the width in between."""
 
     def __init__(self, width: int, activation: str = "elu") -> None:
         super().__init__()
@@ -139,10 +131,11 @@ class ConvSubnet(Subnet):
 
     Args:
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
-        width: channels of the residual stream; ``blocks``: how many blocks.
-        kind: of the blocks, one of ``CONV_SUBNETS``. The last convolution is 3x3 for "residual", as published, and
+        width: channels of the residual stream.
+        blocks: how many.
+        kind: of the blocks, one of `CONV_SUBNETS`. The last convolution is 3x3 for "residual", as published, and
             1x1 for the others, where a 3x3 one would cost more than all the blocks.
-        activation: one of ``ACTIVATIONS``.
+        activation: one of `ACTIVATIONS`.
     """
 
     def __init__(
@@ -179,13 +172,6 @@ class ConvSubnet(Subnet):
 
     def last(self, h: Tensor) -> Tensor:
         return self.act(h)
-
-
-class ResidualSubnet(ConvSubnet):
-    """The published subnet: conv3x3, residual blocks at constant width, ELU, conv3x3."""
-
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int) -> None:
-        super().__init__(in_channels, out_channels, width, blocks)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -230,7 +216,8 @@ class TransformerSubnet(Subnet):
 
     Args:
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
-        width: channels of a token; ``blocks``: how many.
+        width: channels of a token.
+        blocks: how many.
         size: (H, W) of the level; it works for no other.
     """
 
@@ -266,7 +253,7 @@ def make_subnet(
     """A subnet by name.
 
     Args:
-        kind: one of ``SUBNETS``.
+        kind: one of `SUBNETS`.
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
         width, blocks: see the classes.
         size: (H, W) of the level, to which the transformer is tied.

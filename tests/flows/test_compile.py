@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from glem_augment.flows import create_flow
-from glem_augment.flows.bijection import Bijection
+from glem_augment.flows.layers import Bijection
 from glem_augment.flows.level import step_forward
 
 

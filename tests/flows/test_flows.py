@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from glem_augment.flows import (
     ActNorm,
@@ -23,7 +23,7 @@ from glem_augment.flows import (
 )
 from glem_augment.flows.coupling import row_bounded
 from glem_augment.flows.matexp import exp_of_generators
-from glem_augment.flows.subnets import ResidualSubnet
+from glem_augment.flows.subnets import ConvSubnet
 
 SMALL = {
     "mef_tiny": dict(depth=[2, 1], blocks=[1, 1], width=[6, 6]),
@@ -35,8 +35,8 @@ SMALL = {
 }
 
 
-def subnet(n_in: int, n_out: int) -> ResidualSubnet:
-    return ResidualSubnet(n_in, n_out, 5, 1)
+def subnet(n_in: int, n_out: int) -> ConvSubnet:
+    return ConvSubnet(n_in, n_out, 5, 1)
 
 
 def perturbed(module: Bijection, scale: float = 0.2) -> Bijection:
@@ -327,74 +327,46 @@ def test_a_low_rank_coupling_starts_as_the_identity_but_can_learn() -> None:
     assert layer.net.tail.weight.grad[: 30 * 3].abs().max() > 0  # U
 
 
-# ---- the cached exponential -----------------------------------------------------------------------------------------
+# ---- what a level keeps while its weights are frozen -------------------------------------------------------------
 
 
-def cached(layer: Mixing1x1, x: Tensor) -> Tensor:
-    """What a frozen layer gives, first call and second: the way an inference loop uses it."""
-    trainable = layer.weight.requires_grad
-    layer.requires_grad_(False)
-    z = layer(x)[0]
-    assert torch.equal(layer(x)[0], z)
-    torch.testing.assert_close(layer.inverse(z)[0], x, rtol=0, atol=1e-5)
-    layer.requires_grad_(trainable)
-    return z
+def test_what_is_kept_of_frozen_weights_follows_every_change() -> None:
+    flow = perturbed(create_flow("mef_tiny", (1, 8, 8), **SMALL["mef_tiny"]), 0.1)
+    x = torch.rand(2, 1, 8, 8) - 0.5
+    weights = flow.levels[0].mixing_weights()
 
+    def check(target: Bijection = flow) -> Tensor:
+        """Frozen, twice, as an inference loop uses it, against a copy that has kept nothing."""
+        fresh = copy.deepcopy(target)
+        assert not any(level._cache for level in fresh.levels)
+        want = fresh.requires_grad_(True)(x)[0].detach()
+        target.requires_grad_(False)
+        for _ in range(2):
+            z, logdet = target(x)
+            back, back_logdet = target.inverse(z)
+            assert torch.equal(z, want)
+            torch.testing.assert_close(back, x, rtol=0, atol=1e-5)
+            torch.testing.assert_close(back_logdet, -logdet, rtol=1e-5, atol=1e-4)
+        assert all(level._cache for level in target.levels)
+        target.requires_grad_(True)
+        return want
 
-def fresh(layer: Mixing1x1, x: Tensor) -> Tensor:
-    matrix = torch.matrix_exp(layer.weight.detach().double()).float()
-    return torch.nn.functional.conv2d(x, matrix[:, :, None, None])
-
-
-def test_the_cached_exponential_follows_every_way_of_changing_the_weight() -> None:
-    layer, x = Mixing1x1(5), torch.randn(2, 5, 3, 3)
-    old = cached(layer, x)
-
-    def check(target: Mixing1x1 = layer) -> None:
-        nonlocal old
-        new = cached(target, x)
-        assert torch.equal(new, fresh(target, x))
-        assert not torch.equal(new, old)
-        old = new
-
-    for optimizer in (
-        torch.optim.SGD([layer.weight], lr=0.1),
-        torch.optim.Adamax([layer.weight], lr=0.1, foreach=True),
-        # Fused steps leave the weight's version as it was.
-        torch.optim.Adam([layer.weight], lr=0.1, fused=True),
-    ):
+    seen = [check()]
+    for optimizer in (torch.optim.SGD(weights, lr=0.01), torch.optim.Adam(weights, lr=0.01, fused=True)):
         optimizer.zero_grad()
-        layer(x)[0].square().mul(torch.rand_like(x)).sum().backward()
-        optimizer.step()
-        check()
-    layer.load_state_dict(Mixing1x1(5).state_dict())
-    check()
-    ema = ModelEmaV3(layer, decay=0.5)
-    cached(ema.module, x)
-    with torch.no_grad():
-        layer.weight.mul_(1.1)
-    check()
-    ema.update(layer)
+        flow(x)[0].square().sum().backward()
+        optimizer.step()  # A fused step leaves the version of the weights as it was.
+        seen.append(check())
+    ema = ModelEmaV3(flow, decay=0.5)
     check(ema.module)
-    swa = AveragedModel(layer)
-    swa.update_parameters(layer)
-    cached(swa.module, x)
     with torch.no_grad():
-        layer.weight.mul_(0.8)
-    swa.update_parameters(layer)
-    check(swa.module)
-
-
-def test_the_cache_is_neither_copied_nor_shared() -> None:
-    layer, x = Mixing1x1(4), torch.randn(1, 4, 2, 2)
-    layer.requires_grad_(False)
-    cached(layer, x)
-    twin = copy.deepcopy(layer)
-    assert not twin._cache and layer._cache
-    with torch.no_grad():
-        twin.weight.zero_()
-    assert torch.equal(cached(twin, x), x)
-    assert torch.equal(cached(layer, x), fresh(layer, x))
+        weights[2].mul_(1.1)
+    seen.append(check())
+    ema.update(flow)
+    seen.append(check(ema.module))
+    flow.load_state_dict(perturbed(copy.deepcopy(flow), 0.1).state_dict())
+    seen.append(check())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
 def test_a_cache_filled_under_inference_mode_does_not_break_later_gradients() -> None:

@@ -104,10 +104,6 @@ leave.set()
 thread.join(10)
 assert not failed and before == seen(), (failed, before, seen())
 
-# What was inherited is inherited still.
-if setting.startswith("torch.backends.fp32_precision"):
-    torch.backends.fp32_precision = "ieee"
-    assert {stands(*kind) for kind in KINDS} == {"ieee"}, seen()
 """
 
 
@@ -138,54 +134,6 @@ def test_every_way_to_ask_for_less_is_overridden_and_put_back() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     codes = dict(line.split("|") for line in done.stdout.splitlines())
     assert set(codes) == set(SETTINGS) and set(codes.values()) == {"0"}, done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_forked_process_starts_with_the_callers_settings(inside: bool) -> None:
-    """Forked while another thread is inside, and, if so, this one as well."""
-    script = """
-import os, threading, torch
-from glem_augment.flows.precision import full_precision
-torch.set_float32_matmul_precision("medium")
-entered, leave = threading.Event(), threading.Event()
-def other():
-    with full_precision("cpu"):
-        entered.set()
-        leave.wait(10)
-thread = threading.Thread(target=other)
-thread.start()
-entered.wait(10)
-def child():
-    if not INSIDE:
-        assert torch.get_float32_matmul_precision() == "medium"
-        with full_precision("cpu"):
-            assert torch.get_float32_matmul_precision() == "highest"
-    else:
-        assert torch.get_float32_matmul_precision() == "highest"
-def fork():
-    pid = os.fork()
-    if not pid:
-        try:
-            child()
-        except BaseException:
-            os._exit(3)
-        if not INSIDE:
-            os._exit(4 if torch.get_float32_matmul_precision() != "medium" else 0)
-    return pid
-if INSIDE:
-    with full_precision("cpu"):
-        pid = fork()
-else:
-    pid = fork()
-if not pid:
-    os._exit(0 if torch.get_float32_matmul_precision() == "medium" else 4)
-leave.set()
-thread.join()
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-""".replace("INSIDE", str(inside))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def _flow(width: int = 8) -> tuple[Bijection, Tensor]:
