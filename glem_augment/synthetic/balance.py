@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment.checks import check_whole
 from glem_augment.data.classes import class_names, match_classes
-from glem_augment.data.dataset import ImageData
+from glem_augment.data.dataset import ImageData, as_image_data
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
@@ -133,16 +133,11 @@ def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
         DataError: labels that cannot be found or matched, or are out of range.
     """
     targets, names = targets_and_names(real)
-    index = np.arange(model.num_classes) if names is None else match_names(model, names, _ADAPT)
+    index = np.arange(model.num_classes) if names is None else match_classes(model.class_ids, model.classes, *names, fix=_ADAPT)
     if len(targets) == 0 or targets.min() < 0 or targets.max() >= len(index):
         found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
         raise DataError(f"labels of the real data must be 0 to {len(index) - 1}, found {found}")
     return index[targets], index
-
-
-def match_names(model: GLEM, names: Names, fix: str) -> np.ndarray:
-    """The flow's class of every class of a data set, int64; ClassMismatchError ending with `fix`."""
-    return match_classes(model.class_ids, model.classes, *names, fix=fix)
 
 
 def targets_and_names(real: Any) -> tuple[np.ndarray, Names | None]:
@@ -191,17 +186,20 @@ def _labels_of(real: Any) -> Any:
     return tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None
 
 
-def as_image_data(model: GLEM, real: Any) -> ImageData:
-    """Real images under the flow's classes, from an `ImageData` or (uint8 images, labels); else TypeError."""
+def real_images(model: GLEM, real: Any) -> ImageData:
+    """Real images of the flow's size under the flow's classes.
+
+    Args:
+        real: an `ImageData`, (uint8 images, labels), or a name for `open_data`.
+
+    Raises:
+        DataError: images of another size, or classes that do not match. TypeError: another kind of `real`.
+    """
     if _is_pair(real):
-        images = real[0] if isinstance(real[0], Tensor) else torch.from_numpy(np.asarray(real[0]))
-        return ImageData.from_tensors(images, real[1], model.classes, model.class_ids)
-    if isinstance(real, ImageData):
-        return real.with_targets(match_targets(model, real)[0], model.classes, model.class_ids)
-    raise TypeError(
-        f"source='mixup' needs the images themselves: give an ImageData (open_data) or (uint8 images, labels), got "
-        f"{type(real).__name__}"
-    )
+        images = ImageData.from_tensors(torch.as_tensor(real[0]), real[1], model.classes, model.class_ids)
+        return as_image_data(images, model.image_shape)
+    images = as_image_data(real, model.image_shape)
+    return images.with_targets(match_targets(model, images)[0], model.classes, model.class_ids)
 
 
 def _is_pair(real: Any) -> bool:

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from glem_augment.checks import check_number
+from glem_augment.checks import check_number, check_whole
+from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
-from glem_augment.synthetic.balance import Names, as_list, by_class, match_names, targets_and_names
+from glem_augment.model.glem import GLEM
+from glem_augment.synthetic.balance import Names, by_class, targets_and_names
 from glem_augment.synthetic.dataset import SyntheticDataset
 
 ClassMap = Mapping[Any, int | None] | Iterable[int | None]
@@ -45,8 +46,8 @@ class RealAndSynthetic(Dataset):
         of the real data, if it names any.
 
     Raises:
-        DataError: classes that do not match, a bad class_map, or too few synthetic images. ValueError, TypeError: a bad
-            ratio, or a class_map of another type.
+        DataError: classes that do not match, or too few synthetic images. ValueError, TypeError: a bad ratio or
+            class_map.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RealAndSynthetic(Dataset):
                     f"{len(synthetic)}: raise per_class"
                 )
             self.chosen = np.sort(_in_turn(synthetic.counts)[:count])
-        label_of = _labels(synthetic, names, class_map)
+        label_of = _labels(synthetic.model, names, class_map)
         labels = label_of[np.asarray(synthetic.targets, dtype=np.int64)[self.chosen]]
         missing = sorted({synthetic.classes[synthetic.targets[i]] for i in self.chosen[labels < 0].tolist()})
         if missing:
@@ -102,10 +103,6 @@ class RealAndSynthetic(Dataset):
     def __len__(self) -> int:
         return self._real_count + len(self.chosen)
 
-    def is_synthetic(self, index: int) -> bool:
-        """Whether item `index` is a synthetic one."""
-        return self._place(index) >= self._real_count
-
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """(image, label); IndexError out of range."""
         return self.__getitems__([index])[0]
@@ -114,7 +111,7 @@ class RealAndSynthetic(Dataset):
         """Several items; the synthetic ones among them are decoded together."""
         places = [self._place(i) for i in indices]
         pictures = iter(
-            self._pictures([int(self.chosen[p - self._real_count]) for p in places if self.is_synthetic(p)])
+            self._pictures([int(self.chosen[p - self._real_count]) for p in places if p >= self._real_count])
         )
         label_transform = self.synthetic.target_transform or getattr(_innermost(self.real), "target_transform", None)
         items = []
@@ -142,25 +139,6 @@ class RealAndSynthetic(Dataset):
         first = self.real[0][0] if self._real_count else None
         return first.mode if isinstance(first, Image.Image) else None
 
-    def weights(self, share: float) -> Tensor:
-        """Weights for `torch.utils.data.WeightedRandomSampler` that make `share` of what is drawn synthetic.
-
-        Args:
-            share: in [0, 1].
-
-        Returns:
-            float64 [len].
-
-        Raises:
-            ValueError: out of range, or if there are no images of one kind.
-        """
-        check_number("share", share, 0.0, 1.0)
-        real, fake = self._real_count, len(self.chosen)
-        if (share > 0 and fake == 0) or (share < 1 and real == 0):
-            raise ValueError(f"share={share:g} needs both kinds: there are {real} real and {fake} synthetic")
-        parts = [torch.full((n,), s / max(1, n), dtype=torch.float64) for n, s in ((real, 1 - share), (fake, share))]
-        return torch.cat(parts)
-
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else int(index)
         if not 0 <= place < len(self):
@@ -171,44 +149,27 @@ class RealAndSynthetic(Dataset):
         return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
 
 
-def _labels(synthetic: SyntheticDataset, names: Names | None, class_map: ClassMap | None) -> np.ndarray:
+def _labels(model: GLEM, names: Names | None, class_map: ClassMap | None) -> np.ndarray:
     """The real data's label of every flow class, int64 [K]; -1 = none."""
-    model = synthetic.model
-    if class_map is not None:
-        return _given_labels(synthetic, class_map, None if names is None else len(names[1]))
-    if names is None:
-        return np.arange(model.num_classes)
-    index = match_names(model, names, "Give class_map, the real data's label for every class of the flow.")
-    labels = np.full(model.num_classes, -1)
-    labels[index] = np.arange(len(index))
-    return labels
-
-
-def _given_labels(synthetic: SyntheticDataset, class_map: ClassMap, real_classes: int | None) -> np.ndarray:
-    """`class_map` as labels, -1 = none; real_classes is None if the real data does not say how many it has."""
-    model = synthetic.model
+    k = model.num_classes
+    labels = np.full(k, -1)
+    if class_map is None:
+        fix = "Give class_map, the real data's label for every class of the flow."
+        index = np.arange(k) if names is None else match_classes(model.class_ids, model.classes, *names, fix=fix)
+        labels[index] = np.arange(len(index))
+        return labels
     if isinstance(class_map, Mapping):
-        try:
-            by_index = by_class(model, class_map, "class_map", complete=True)
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        given = [by_index[i] for i in range(model.num_classes)]
-    elif isinstance(class_map, Iterable) and not isinstance(class_map, (str, bytes)):
-        given = as_list(class_map) if isinstance(class_map, (np.ndarray, Tensor)) else list(class_map)
-    else:
-        raise TypeError(f"class_map must be labels or a mapping to labels, got {class_map!r}")
-    if len(given) != model.num_classes:
-        raise DataError(f"class_map has {len(given)} entries, the flow {model.num_classes} classes")
-    high = math.inf if real_classes is None else real_classes - 1
-    for name, label in zip(model.classes, given, strict=True):
-        if label is not None and (isinstance(label, bool) or not isinstance(label, (int, np.integer))):
-            raise TypeError(f"class_map for {name!r} must be a label of the real data or None, got {label!r}")
-        if label is not None and not -1 <= label <= high:
-            raise DataError(
-                f"class_map for {name!r} is {label}; the real data has labels from 0 "
-                f"{'up' if real_classes is None else f'to {high}'} (None: no such class)"
-            )
-    return np.array([-1 if label is None else label for label in given])
+        by_index = by_class(model, class_map, "class_map", complete=True)
+        class_map = [by_index[i] for i in range(k)]
+    given = class_map.tolist() if isinstance(class_map, Tensor) else list(class_map)
+    high = None if names is None else len(names[1]) - 1
+    if len(given) != k:
+        raise DataError(f"class_map has {len(given)} entries, the flow {k} classes")
+    for i, (name, label) in enumerate(zip(model.classes, given, strict=True)):
+        labels[i] = check_whole(f"class_map for {name!r}", -1 if label is None else label, -1)
+        if high is not None and labels[i] > high:
+            raise DataError(f"class_map for {name!r} is {label}; the real data has labels from 0 to {high}")
+    return labels
 
 
 def _innermost(real: Any) -> Any:

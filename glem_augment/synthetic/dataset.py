@@ -28,7 +28,7 @@ from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, class_counts, recorded
 from glem_augment.synthetic.export import export_imagefolder
-from glem_augment.synthetic.latents import Drawn, ImageSampler, Oracle
+from glem_augment.synthetic.latents import ImageSampler, Oracle
 from glem_augment.synthetic.publish import FORMATS, export_shards, push_dataset
 
 # Images that are decoded together, all of one class. Another number would change images in their last bits.
@@ -43,8 +43,8 @@ class SyntheticDataset(Dataset):
     Items are (PIL image, int), as torchvision's image data sets give them; `classes`, `class_to_idx`,
     `targets`, `transform` and `target_transform` are those of torchvision.
 
-    A block of images is decoded when the first of them is wanted, and kept for as long as `cache_bytes` allow. Each
-    DataLoader worker has a cache of its own, so for loaders with workers, or for sets that are shuffled and do not fit
+    A block of images is decoded when the first of them is wanted, and kept as long as `cache_bytes` allow. Every
+    DataLoader worker has a cache of its own, so for loaders with workers, and for sets that are shuffled and do not fit
     the cache, call `preload` first (all images in memory, shared by all workers), or `export` and read the files.
 
     Args:
@@ -174,7 +174,7 @@ class SyntheticDataset(Dataset):
         With rejection these are the latents that were accepted, for which whole blocks are judged again.
         """
         cls, within = self._locate(indices)
-        if self.sampler.rejection is None:
+        if self.sampler.min_confidence is None:
             return self.sampler.latents(cls, within)
         out = torch.empty(len(cls), self.model.dim, device=self.model.device)
         for (c, number), rows in self._by_block(cls, within).items():
@@ -189,12 +189,10 @@ class SyntheticDataset(Dataset):
         """
         images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
         with tqdm(total=len(self), unit="image", desc="preload", disable=not progress) as bar:
-            for cls, count in enumerate(self.counts):
-                for number in range(math.ceil(count / self.block)):
-                    block = self.decoded_block(cls, number)[0]
-                    start = int(self._starts[cls]) + number * self.block
-                    images[start : start + len(block)] = block
-                    bar.update(len(block))
+            for start in range(0, len(self), self.block):
+                indices = range(start, min(start + self.block, len(self)))
+                images[start : indices.stop] = self.images(indices)
+                bar.update(len(indices))
         self._preloaded = images
         self._make_cache()
 
@@ -209,13 +207,13 @@ class SyntheticDataset(Dataset):
         Raises:
             ValueError: for a data set without min_confidence.
         """
-        if self.sampler.rejection is None:
+        if self.sampler.min_confidence is None:
             raise ValueError("nothing is rejected without min_confidence")
         rows = np.zeros((len(self.classes), 4))
         for (cls, _), (items, _, judged) in self._known.items():
             rows[cls] += (items, *judged)
         return {
-            "min_confidence": self.sampler.rejection.min_confidence,
+            "min_confidence": self.sampler.min_confidence,
             "total": _rates(*rows.sum(axis=0)),
             "classes": {name: _rates(*row) for name, row in zip(self.classes, rows, strict=True)},
         }
@@ -238,15 +236,15 @@ class SyntheticDataset(Dataset):
 
     def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]:
         """Images number * block ... of a class, uint8 [m, C, H, W], and how many of them are not finite."""
-        if self._preloaded is not None:
-            start = int(self._starts[cls]) + number * self.block
-            stop = min(start + self.block, int(self._starts[cls + 1]))
-            return self._preloaded[start:stop], self._known[cls, number][1]
-        return self._cached_block(cls, number)
+        if self._preloaded is None:
+            return self._cached_block(cls, number)
+        start = int(self._starts[cls]) + number * self.block
+        stop = min(start + self.block, int(self._starts[cls + 1]))
+        return self._preloaded[start:stop], self._known[cls, number][1]
 
     def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
         self._check_model()
-        drawn: Drawn = self.sampler.draw(*self._items(cls, number))
+        drawn = self.sampler.draw(*self._items(cls, number))
         self._decoded_again += (cls, number) in self._known
         self._known[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
         if self._decoded_again == TOO_OFTEN:

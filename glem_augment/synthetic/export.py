@@ -14,15 +14,13 @@ import json
 import os
 import re
 import secrets
-import shutil
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torchvision.io import encode_png
@@ -65,8 +63,7 @@ class ImageSet(Protocol):
     def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]: ...
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Block `number` of a class: `count` images from number `first`, in the class's folder."""
 
     cls: int
@@ -78,11 +75,6 @@ class Shard:
     def paths(self, root: Path) -> list[Path]:
         return [root / self.folder / f"{i:06d}.png" for i in range(self.first, self.first + self.count)]
 
-    def entry(self, sha256: str, not_finite: int) -> dict[str, Any]:
-        """The shard's line in the manifest."""
-        where = {"folder": self.folder, "first": self.first, "count": self.count}
-        return {**where, "sha256": sha256, "not_finite": not_finite}
-
 
 def export_imagefolder(
     dataset: ImageSet,
@@ -92,8 +84,7 @@ def export_imagefolder(
     progress: bool = True,
 ) -> Path:
     """Write folder/<class>/NNNNNN.png and the manifest; see `SyntheticDataset.export`."""
-    names = class_folders(dataset.class_ids, dataset.classes)
-    manifest = provenance(dataset, names) | {"license": licence_note(license, dataset.source)}
+    manifest = provenance(dataset) | {"license": licence_note(license, dataset.source)}
     old = check_folder(folder, overwrite)
     if old is not None and (found := differences(old, manifest)):
         if not overwrite:
@@ -107,9 +98,9 @@ def export_imagefolder(
     if license is None and old is not None:
         manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
     shards = [
-        Shard(cls, number, names[cls], first, min(dataset.block, count - first))
-        for cls, count in enumerate(dataset.counts)
-        for number, first in enumerate(range(0, count, dataset.block))
+        Shard(cls, number, entry["folder"], first, min(dataset.block, entry["count"] - first))
+        for cls, entry in enumerate(manifest["classes"])
+        for number, first in enumerate(range(0, entry["count"], dataset.block))
     ]
     done = _intact(folder, shards, old)
     missing = [shard for shard in shards if shard not in done]
@@ -123,62 +114,59 @@ def export_imagefolder(
 
     if missing:
         save(complete=False)
-        check_space(folder, sum(shard.count for shard in missing), dataset.image_shape)
         saved = time.monotonic()
         try:
-            for shard, entry in _write(dataset, folder, missing, progress):
-                done[shard] = entry
+            for shard, sha256, not_finite in _write(dataset, folder, missing, progress):
+                where = {"folder": shard.folder, "first": shard.first, "count": shard.count}
+                done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
                 if time.monotonic() - saved >= SAVE_SECONDS:
                     save(complete=False)
                     saved = time.monotonic()
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to report
-                if folder.is_dir():
+            if folder.is_dir():
+                with contextlib.suppress(OSError):  # the first error is the one to report
                     save(complete=False)
             raise
     save(complete=True)
-    for place in (folder, *(folder / name for name in names)):
-        for path in place.iterdir() if place.is_dir() else ():
-            if _LEFT_OVER.fullmatch(path.name):
-                path.unlink()
+    for path in folder.rglob(".*"):
+        if _LEFT_OVER.fullmatch(path.name):
+            path.unlink()
     return folder
 
 
 def _write(
     dataset: ImageSet, folder: Path, shards: Sequence[Shard], progress: bool
-) -> Iterator[tuple[Shard, dict[str, Any]]]:
-    """Decode and write shards, and give each with its entry in the manifest once all its files are there."""
+) -> Iterator[tuple[Shard, str, int]]:
+    """Decode and write shards. Give each, its SHA-256 and how many of its images are not finite once it is written."""
     threads = min(8, usable_cpus())
     waiting: deque[tuple[Shard, int, Future[str]]] = deque()
-    bar = tqdm(total=sum(shard.count for shard in shards), unit="image", desc="export", disable=not progress)
+    total = sum(shard.count for shard in shards)
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, unit="image", desc="export", disable=not progress) as bar,
+    ):
 
-    def finish() -> tuple[Shard, dict[str, Any]]:
-        shard, not_finite, written = waiting.popleft()
-        entry = shard.entry(written.result(), not_finite)
-        bar.update(shard.count)
-        return shard, entry
+        def finish() -> tuple[Shard, str, int]:
+            shard, not_finite, written = waiting.popleft()
+            sha256 = written.result()
+            bar.update(shard.count)
+            return shard, sha256, not_finite
 
-    pool = ThreadPoolExecutor(threads)
-    try:
         # The PNGs of some shards are encoded and written while the next one is decoded.
         for shard in shards:
             images, not_finite = dataset.decoded_block(shard.cls, shard.number)
-            if shard.first == 0:
-                with naming(folder / shard.folder):
-                    (folder / shard.folder).mkdir(exist_ok=True)
             waiting.append((shard, not_finite, pool.submit(_write_pngs, images, shard.paths(folder))))
             while waiting and (len(waiting) > threads or waiting[0][2].done()):
                 yield finish()
         while waiting:
             yield finish()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        bar.close()
 
 
 def _write_pngs(images: Tensor, paths: Sequence[Path]) -> str:
     """Write images as PNG files; the SHA-256 of all their bytes, one file after another."""
     total = hashlib.sha256()
+    with naming(paths[0].parent):
+        paths[0].parent.mkdir(exist_ok=True)
     for image, path in zip(images, paths, strict=True):
         data = as_png(image)
         total.update(data)
@@ -210,27 +198,6 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
-def check_space(folder: Path, count: int, image_shape: tuple[int, int, int], archive: bool = False) -> None:
-    """Refuse early if the images cannot fit on the disk; a noisy PNG is as large as its pixels.
-
-    Args:
-        folder: an existing one. count: images to write. archive: whether they go to tar files, in blocks of 512 bytes.
-
-    Raises:
-        OSError: too little space, naming the folder.
-    """
-    channels, height, width = image_shape
-    size, block = channels * height * width + 100, 512 if archive else 4096
-    # In an archive, three more blocks hold the label, its header and that of the image.
-    needed = count * (-(-size // block) + 3 * archive) * block
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"{folder} has {free / 2**20:.0f} MiB free, the export of {count} images may need "
-            f"{needed / 2**20:.0f} MiB: free some space, or give another folder"
-        )
-
-
 # ---- what is in the folder already -----------------------------------------------------------------------------------
 
 
@@ -243,13 +210,13 @@ def check_folder(folder: Path, overwrite: bool) -> dict[str, Any] | None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
     old = read_manifest(folder / PROVENANCE)
-    counts = {} if old is None else _counts(old)
-    for path in sorted(folder.rglob("*")) if folder.exists() else ():
-        name = path.relative_to(folder).as_posix()
-        parent, _, stem = name.removesuffix(".png").rpartition("/")
-        known = name == PROVENANCE or _LEFT_OVER.fullmatch(path.name) or (name in counts and path.is_dir())
-        number = int(stem) if name.endswith(".png") and re.fullmatch(r"\d{6,}", stem) else -1
-        if known or (0 <= number < counts.get(parent, 0) and f"{number:06d}" == stem):
+    counts = {} if old is None else {entry["folder"]: entry["count"] for entry in old["classes"]}
+    for path in sorted(folder.rglob("*")):
+        name, parent = path.relative_to(folder).as_posix(), path.parent.name
+        image = re.fullmatch(r"([0-9]{6}|[1-9][0-9]{6,})\.png", path.name)
+        if name == PROVENANCE or _LEFT_OVER.fullmatch(path.name) or (name in counts and path.is_dir()):
+            continue
+        if name == f"{parent}/{path.name}" and image and int(image[1]) < counts.get(parent, 0):
             continue
         if old is None:
             raise FileExistsError(
@@ -263,91 +230,78 @@ def check_folder(folder: Path, overwrite: bool) -> dict[str, Any] | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest at `path`; None if there is none that can be read."""
+    """The manifest at `path`; None if there is none, or one that no export has written."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        classes = [(type(entry["folder"]), type(entry["count"])) for entry in manifest["classes"]]
+        shards = [
+            [type(entry[key]) for key in ("folder", "first", "count", "not_finite")]
+            for entry in manifest.get("shards", [])
+        ]
+        tables = [type(manifest["settings"]), type(manifest.get("model", {}))]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if isinstance(manifest, dict) else None
+    well_formed = {*classes} <= {(str, int)} and all(kinds == [str, int, int, int] for kinds in shards)
+    return manifest if well_formed and tables == [dict, dict] else None
 
 
-def _counts(manifest: dict[str, Any]) -> dict[str, int]:
-    """The number of images in each class folder of an export; none if the manifest is damaged."""
-    try:
-        return {str(entry["folder"]): int(entry["count"]) for entry in manifest["classes"]}
-    except (KeyError, TypeError, ValueError):
-        return {}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
-    found = [f"{key} {old.get(key)} (not {new[key]})" for key in ("generator", "count") if old.get(key) != new[key]]
-    a, b = old.get("settings"), new["settings"]
-    a = a if isinstance(a, dict) else {}
-    found += [f"{key} {a.get(key)} (not {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+    def compared(a: dict[str, Any], b: dict[str, Any], keys: Iterable[str]) -> list[str]:
+        return [f"{key} {a.get(key)} (not {b.get(key)})" for key in keys if a.get(key) != b.get(key)]
+
+    found = compared(old, new, ("generator", "count"))
+    found += compared(old["settings"], new["settings"], sorted({*old["settings"], *new["settings"]}))
     if old.get("weights_sha256") != new["weights_sha256"]:
         found.append("weights")
-    if _drawn_classes(old) != _drawn_classes(new):
+    # The number of a class makes no image, nor does a class without images or the record of the training.
+    drawn = [
+        [{key: value for key, value in entry.items() if key != "index"} for entry in table["classes"] if entry["count"]]
+        for table in (old, new)
+    ]
+    if drawn[0] != drawn[1]:
         found.append("classes")
-    a, b = (table.get("model") for table in (old, new))
-    a = a if isinstance(a, dict) else {}
-    # The record of the training makes no image; a field that one version lacks has its default.
+    a, b = old.get("model", {}), new["model"]
     if not a or any(a[key] != b[key] for key in a.keys() & b.keys() - {"training"}):
         found.append("model")
     return found
 
 
-def _drawn_classes(manifest: Mapping[str, Any]) -> list[tuple[Any, ...]] | None:
-    """The classes that have images; their numbers make no image."""
-    try:
-        keys = ("id", "name", "folder", "count")
-        return [tuple(entry[key] for key in keys) for entry in manifest["classes"] if entry["count"]]
-    except (KeyError, TypeError):
-        return None
-
-
 def _intact(folder: Path, shards: Sequence[Shard], old: dict[str, Any] | None) -> dict[Shard, dict[str, Any]]:
     """The manifest entries of the shards whose files are all there, with the hash that the manifest gives."""
-    given = old.get("shards") if old is not None else None
-    known: dict[Any, Any] = {}
-    for entry in given if isinstance(given, list) else ():
-        if isinstance(entry, dict):
-            known[str((entry.get("folder"), entry.get("first"), entry.get("count")))] = entry
+    entries = [] if old is None else old.get("shards", [])
+    known = {(entry["folder"], entry["first"], entry["count"]): entry for entry in entries}
 
-    def check(shard: Shard) -> dict[str, Any] | None:
-        entry = known.get(str((shard.folder, shard.first, shard.count)), {})
-        total = hashlib.sha256()
+    def is_intact(shard: Shard) -> bool:
+        entry, total = known.get(shard[2:]), hashlib.sha256()
         try:
-            for path in shard.paths(folder):
+            for path in shard.paths(folder) if entry is not None else ():
                 total.update(path.read_bytes())
         except OSError:
-            return None
-        wanted = shard.entry(total.hexdigest(), entry.get("not_finite", 0))
-        return entry if entry == wanted and type(entry["not_finite"]) is int else None
+            return False
+        return entry is not None and entry.get("sha256") == total.hexdigest()
 
     with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
-        found = zip(shards, pool.map(check, shards), strict=True)
-        return {shard: entry for shard, entry in found if entry is not None}
+        return {s: known[s[2:]] for s, intact in zip(shards, pool.map(is_intact, shards), strict=True) if intact}
 
 
 def _remove_images(folder: Path, manifest: dict[str, Any]) -> None:
-    """Remove the images of an earlier export; `check_folder` has seen that there are no others."""
-    for name in _counts(manifest):
-        if (folder / name).is_dir():
-            for path in (folder / name).iterdir():
+    """Remove the images of an earlier export; `check_folder` has seen that there are no other files."""
+    for entry in manifest["classes"]:
+        if (folder / entry["folder"]).is_dir():
+            for path in (folder / entry["folder"]).iterdir():
                 path.unlink()
-            (folder / name).rmdir()
+            (folder / entry["folder"]).rmdir()
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def provenance(dataset: ImageSet, names: Sequence[str]) -> dict[str, Any]:
-    """The manifest without results: which flow draws the images, and with which settings.
-
-    Args:
-        names: the folders of the classes, see `class_folders`.
-    """
+def provenance(dataset: ImageSet) -> dict[str, Any]:
+    """The manifest without results: which flow draws the images, and with which settings."""
+    folders = class_folders(dataset.class_ids, dataset.classes)
+    classes = zip(dataset.class_ids, dataset.classes, folders, dataset.counts, strict=True)
     return {
         "synthetic": True,
         "complete": False,
@@ -355,8 +309,8 @@ def provenance(dataset: ImageSet, names: Sequence[str]) -> dict[str, Any]:
         "count": len(dataset),
         "settings": dataset.settings(),
         "classes": [
-            {"index": i, "id": class_id, "name": name, "folder": names[i], "count": dataset.counts[i]}
-            for i, (class_id, name) in enumerate(zip(dataset.class_ids, dataset.classes, strict=True))
+            {"index": i, "id": class_id, "name": name, "folder": folder, "count": count}
+            for i, (class_id, name, folder, count) in enumerate(classes)
         ],
         "weights_sha256": weights_sha256(dataset.model),
         "model": json.loads(json.dumps(dataclasses.asdict(dataset.model.config), default=str)),

@@ -21,16 +21,14 @@ from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import in_range, to_uint8
 from glem_augment.devices import check_worker_device, evaluating
-from glem_augment.errors import DataError
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
-from glem_augment.synthetic.balance import as_image_data
+from glem_augment.synthetic.balance import real_images
 
 SOURCES = ("gaussian", "rfcm", "mixup")
 # One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
 NOISE_BLOCK = 16
-# Candidates per item under rejection.
-MAX_ATTEMPTS = 20
+MAX_ATTEMPTS = 20  # candidates per item under rejection
 # The key in an export's settings that identifies the real images behind a mixup set.
 REAL_IMAGES = "real_images_sha256"
 
@@ -40,26 +38,14 @@ Oracle = Callable[[Tensor], Tensor]
 class RealLatents:
     """Latents of real images, class after class, in the CPU's memory (N * d * 4 bytes).
 
-    Args:
-        model: the flow; it encodes each pixel as the middle of its bin.
-        images: real images of the flow's size, labelled with the flow's classes.
-
     Attributes:
-        z: float32 [N, d]. starts, counts: int64 [K], where each class begins and how many images it has.
+        z: float32 [N, d], encoded in the middle of each pixel's bin.
+        starts, counts: int64 [K], where each class begins and how many images it has.
         sha256: hash of the pixels and counts. Latents would not do: their last bits differ between machines.
         name: name of the image data.
-
-    Raises:
-        DataError: images of another shape than the flow's.
     """
 
     def __init__(self, model: GLEM, images: ImageData) -> None:
-        if tuple(images.image_shape) != model.image_shape:
-            raise DataError(
-                f"{images.name} has images of {images.image_shape}, the flow takes {model.image_shape}: open them with "
-                f"open_data(..., image_size={model.image_shape[1:]}, channels={model.image_shape[0]})"
-            )
-        check_worker_device(model.device)
         order = np.argsort(images.targets, kind="stable")
         self.counts = np.bincount(images.targets, minlength=model.num_classes)
         self.starts = np.cumsum(self.counts) - self.counts
@@ -75,13 +61,13 @@ class LatentSource:
     """Draws the latents of items, each given by its class and its place within the class.
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
-    - "rfcm": the mean and full covariance of the class's real latents (Eq. 6), as stored in `model.modes`.
+    - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
     - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
 
     Args:
         model: the flow; "rfcm" and "mixup" need its fitted modes.
         seed: int >= 0. temperature: factor T on the standard deviation, not used by "mixup".
-        real: real images for "mixup", see `as_image_data`.
+        real: real images for "mixup", see `real_images`.
         modes: number of modes that P keeps; None means 64, or as many as there are.
         alpha: l ~ Beta(alpha, alpha), folded to [1/2, 1].
         wanted: bool [K], the classes that will be drawn.
@@ -96,10 +82,10 @@ class LatentSource:
         source: str,
         seed: int,
         temperature: float,
-        real: Any = None,
-        modes: int | None = None,
-        alpha: float = 1.0,
-        wanted: np.ndarray | None = None,
+        real: Any,
+        modes: int | None,
+        alpha: float,
+        wanted: np.ndarray,
     ) -> None:
         check_choice("source", source, SOURCES)
         self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
@@ -112,16 +98,15 @@ class LatentSource:
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
             self.modes = model.checked_modes(modes)
-            images = as_image_data(model, real)
-            _check_counts(model, images, np.ones(model.num_classes, dtype=bool) if wanted is None else wanted)
+            images = real_images(model, real)
+            _check_counts(model, np.bincount(images.targets, minlength=model.num_classes), wanted)
             self.real = RealLatents(model, images)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what is drawn, for the provenance."""
-        found: dict[str, Any] = {}
-        if self.real is not None:
-            found = {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
-        return found
+        """The settings of mixup, for the provenance."""
+        if self.real is None:
+            return {}
+        return {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
 
     @torch.no_grad()
     def draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
@@ -135,18 +120,18 @@ class LatentSource:
         check_worker_device(model.device)
         if self.source == "mixup":
             return self._mix(cls, within, attempt)
-        rank = model.modes.rank if self.source == "rfcm" and model.modes is not None else 0
-        noise = np.empty((len(cls), model.dim + rank), dtype=np.float32)
+        modes = model.modes if self.source == "rfcm" else None
+        noise = np.empty((len(cls), model.dim + (0 if modes is None else modes.rank)), dtype=np.float32)
         for generator, _, rows, places in self._generators(cls, within, attempt):
             noise[rows] = generator.standard_normal((NOISE_BLOCK, noise.shape[1]), dtype=np.float32)[places]
         eps = torch.from_numpy(noise).to(model.device, model.dtype)
         y = torch.from_numpy(cls).to(model.device)
-        if self.source == "rfcm" and model.modes is not None:
-            return model.modes.sample_from_noise(y, eps, self.temperature)
-        return (self.temperature * model.gaussians.variance()[y].sqrt() * eps).add_(model.gaussians.mu[y])
+        if modes is not None:
+            return modes.sample_from_noise(y, eps, self.temperature)
+        return self.temperature * model.gaussians.variance()[y].sqrt() * eps + model.gaussians.mu[y]
 
     def _mix(self, cls: np.ndarray, within: np.ndarray, attempt: int) -> Tensor:
-        real, fitted = self.real, self.model.modes
+        real, fitted, device = self.real, self.model.modes, self.model.device
         assert real is not None and fitted is not None
         first, second = np.empty((2, len(cls)), dtype=np.int64)
         share = np.empty(len(cls), dtype=np.float32)  # 1 - l
@@ -158,7 +143,6 @@ class LatentSource:
             mix = generator.beta(self.alpha, self.alpha, size=NOISE_BLOCK)
             first[rows], second[rows] = real.starts[c] + i[places], real.starts[c] + j[places]
             share[rows] = np.minimum(mix, 1 - mix)[places]
-        device = self.model.device
         z, other = (real.z[torch.from_numpy(rows)].to(device) for rows in (first, second))
         delta = torch.from_numpy(share).to(device)[:, None] * (other - z)
         return z + project_on_modes(delta, torch.from_numpy(cls).to(device), fitted.directions[:, : self.modes])
@@ -166,7 +150,7 @@ class LatentSource:
     def _generators(
         self, cls: np.ndarray, within: np.ndarray, attempt: int
     ) -> Iterator[tuple[np.random.Generator, int, list[int], np.ndarray]]:
-        """For each class and group of NOISE_BLOCK places: a generator, the class, the rows, their places in it."""
+        """For each class and group of NOISE_BLOCK places: generator, class, rows, and their places in the group."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for row, group in enumerate(zip(cls.tolist(), (within // NOISE_BLOCK).tolist(), strict=True)):
             groups[group].append(row)
@@ -177,9 +161,8 @@ class LatentSource:
             yield np.random.Generator(np.random.PCG64(sequence)), c, rows, within[rows] - number * NOISE_BLOCK
 
 
-def _check_counts(model: GLEM, images: ImageData, wanted: np.ndarray) -> None:
-    """Refuse classes without a real image to mix, and warn of classes with only one."""
-    counts = np.bincount(images.targets, minlength=model.num_classes)
+def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
+    """Refuse wanted classes without a real image to mix, and warn of those with only one; counts: int64 [K]."""
     empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (counts == n))] for n in (0, 1))
     if empty:
         raise ValueError(
@@ -194,81 +177,118 @@ def _check_counts(model: GLEM, images: ImageData, wanted: np.ndarray) -> None:
         )
 
 
-class Candidates(NamedTuple):
-    """Latents [n, d], their images float [n, C, H, W] if an oracle had to see them (else None), the confidence [n] in
-    their classes, and how many candidates were drawn in all."""
+class Drawn(NamedTuple):
+    """Images uint8 [n, C, H, W] on the CPU; how many have values that are not finite (shown grey, 0 or 255); what
+    rejection did: candidates drawn, items that never passed, and the sum of confidences (zeros without rejection)."""
 
-    z: Tensor
-    images: Tensor | None
-    confidence: Tensor
-    drawn: int
+    images: Tensor
+    not_finite: int
+    judged: tuple[int, int, float]
 
 
-class Rejection:
-    """Draws items again until their class has enough probability, at most MAX_ATTEMPTS times; the best one stays.
+class ImageSampler:
+    """From items (class, place within the class) to images: draw, judge, decode.
+
+    Under rejection an item is drawn again until its class has enough probability, at most MAX_ATTEMPTS times; the best
+    candidate is kept if none has.
 
     Args:
-        min_confidence: in (0, 1].
-        oracle: judges images: float [n, C, H, W] in [0, 1] -> logits or probabilities [n, K]. A row from 0 up that
-            sums to 1 is taken as probabilities. None: the flow's posterior judges the latents.
+        model: the flow. source: the other arguments of `LatentSource`.
+        min_confidence: in (0, 1]; None: no rejection.
+        oracle: judges images: float [n, C, H, W] in [0, 1] -> logits or probabilities [n, K]. None: the flow's
+            posterior judges the latents.
+
+    Raises:
+        ValueError, TypeError: for an argument that is missing or out of range.
     """
 
-    def __init__(self, min_confidence: float, oracle: Oracle | None) -> None:
-        self.min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
+    def __init__(self, model: GLEM, min_confidence: float | None, oracle: Oracle | None, **source: Any) -> None:
+        if min_confidence is not None:
+            min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
+        elif oracle is not None:
+            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
         if oracle is not None and not callable(oracle):
             raise TypeError(f"oracle must take images and give probabilities, got {type(oracle).__name__}")
-        self.oracle = oracle
-        # A function can't be told from another one by its name, so an export knows it by this random number.
+        self.min_confidence, self.oracle = min_confidence, oracle
+        self.source = LatentSource(model, **source)
+        # A function cannot be told from another one by its name, so an export knows it by this random number.
         self._token = secrets.token_hex(8)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what is kept, for the provenance."""
+        """The settings that decide what the images are, for the provenance."""
+        settings = self.source.settings()
+        if self.min_confidence is None:
+            return settings
         judge = "posterior" if self.oracle is None else _identity(self.oracle, self._token)
-        return {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": judge}
+        return settings | {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": judge}
+
+    def latents(self, cls: np.ndarray, within: np.ndarray) -> Tensor:
+        """Latents float32 [n, d] on the model's device, those that rejection keeps."""
+        return self.source.draw(cls, within) if self.min_confidence is None else self._accepted(cls, within)[0]
 
     @torch.no_grad()
-    def select(self, source: LatentSource, cls: np.ndarray, within: np.ndarray) -> Candidates:
-        """For each item the first candidate that is good enough, or the best of all."""
-        model = source.model
-        z = source.draw(cls, within)
-        images, confidence = self._judge(model, z, cls)
-        drawn = len(cls)
+    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
+        """The images of items; cls, within: int64 [n]."""
+        x, judged = None, (0, 0, 0.0)
+        if self.min_confidence is None:
+            z = self.source.draw(cls, within)
+        else:
+            z, x, confidence, candidates = self._accepted(cls, within)
+            judged = candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum())
+        if x is None:
+            x = self._decode(z)
+        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
+        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
+        return Drawn(to_uint8(x).cpu(), not_finite, judged)
+
+    @torch.no_grad()
+    def _accepted(self, cls: np.ndarray, within: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor, int]:
+        """Latents, images if an oracle had to see them, confidences [n] on the CPU, and how many candidates it took."""
+        z = self.source.draw(cls, within)
+        images, confidence = self._judge(z, cls)
+        candidates = len(cls)
         for attempt in range(1, MAX_ATTEMPTS):
-            rows = np.flatnonzero(confidence.numpy() < self.min_confidence)
+            rows = torch.nonzero(confidence < self.min_confidence)[:, 0]
             if len(rows) == 0:
                 break
-            new = source.draw(cls[rows], within[rows], attempt)
-            new_images, new_confidence = self._judge(model, new, cls[rows])
-            drawn += len(rows)
-            better = torch.from_numpy(np.flatnonzero(new_confidence.numpy() > confidence.numpy()[rows]))
-            rows = torch.from_numpy(rows)[better]
+            new = self.source.draw(cls[rows.numpy()], within[rows.numpy()], attempt)
+            new_images, new_confidence = self._judge(new, cls[rows.numpy()])
+            candidates += len(rows)
+            better = torch.nonzero(new_confidence > confidence[rows])[:, 0]
+            rows = rows[better]
             confidence[rows] = new_confidence[better]
-            z[rows.to(z.device)] = new[better.to(z.device)]
+            rows, better = rows.to(z.device), better.to(z.device)
+            z[rows] = new[better]
             if images is not None and new_images is not None:
-                images[rows.to(z.device)] = new_images[better.to(z.device)]
-        return Candidates(z, images, confidence, drawn)
+                images[rows] = new_images[better]
+        return z, images, confidence, candidates
 
-    def _judge(self, model: GLEM, z: Tensor, cls: np.ndarray) -> tuple[Tensor | None, Tensor]:
+    def _judge(self, z: Tensor, cls: np.ndarray) -> tuple[Tensor | None, Tensor]:
         """Images (None without an oracle), and the confidence float32 [n] on the CPU; 0 where it is not a number."""
         images = None
         if self.oracle is None:
-            probability = model.posterior_from_latents(z)
+            probability = self.source.model.posterior_from_latents(z)
         else:
-            with evaluating(model):
-                images = model.decode(z, clamp=False)
+            images = self._decode(z)
             if isinstance(self.oracle, nn.Module):
                 with evaluating(self.oracle):
                     output = self.oracle(in_range(images))
             else:
                 output = self.oracle(in_range(images))
             finite = torch.isfinite(images).flatten(1).all(dim=1, keepdim=True)
-            probability = as_probabilities(output, len(z), model.num_classes) * finite
+            probability = as_probabilities(output, len(z), self.source.model.num_classes) * finite
         y = torch.from_numpy(cls).to(probability.device)
         return images, probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        with evaluating(self.source.model):
+            return self.source.model.decode(z, clamp=False)
 
 
 def as_probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
     """An oracle's logits or probabilities [n, K] as probabilities float32; NaN in rows that hold NaN or +inf.
+
+    A row from 0 up that sums to 1 holds probabilities; any other row goes through a softmax.
 
     Raises:
         ValueError: output of another shape.
@@ -294,58 +314,3 @@ def _identity(oracle: Oracle, token: str) -> str:
         total.update(key.encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{name}, weights {total.hexdigest()}"
-
-
-class Drawn(NamedTuple):
-    """Images uint8 [n, C, H, W] on the CPU; how many have values that are not finite (shown grey, 0 or 255); what
-    rejection did: candidates drawn, items that never passed, and the sum of confidences (zeros without rejection)."""
-
-    images: Tensor
-    not_finite: int
-    judged: tuple[int, int, float]
-
-
-class ImageSampler:
-    """From items (class, place within the class) to images: draw, judge, decode.
-
-    Args:
-        model, source, seed, temperature, real, modes, alpha, wanted: see `LatentSource`.
-        min_confidence, oracle: see `Rejection`; None: nothing is rejected.
-
-    Raises:
-        ValueError, TypeError: for an argument that is missing or out of range.
-    """
-
-    def __init__(
-        self, model: GLEM, min_confidence: float | None = None, oracle: Oracle | None = None, **source: Any
-    ) -> None:
-        if min_confidence is None and oracle is not None:
-            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
-        self.rejection = None if min_confidence is None else Rejection(min_confidence, oracle)
-        self.source = LatentSource(model, **source)
-
-    def latents(self, cls: np.ndarray, within: np.ndarray) -> Tensor:
-        """Latents float32 [n, d] on the model's device, those that rejection keeps."""
-        if self.rejection is None:
-            return self.source.draw(cls, within)
-        return self.rejection.select(self.source, cls, within).z
-
-    @torch.no_grad()
-    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
-        """The images of items; cls, within: int64 [n]."""
-        model, judged, x = self.source.model, (0, 0, 0.0), None
-        if self.rejection is None:
-            z = self.source.draw(cls, within)
-        else:
-            z, x, confidence, drawn = self.rejection.select(self.source, cls, within)
-            judged = drawn, int((confidence < self.rejection.min_confidence).sum()), float(confidence.sum())
-        if x is None:
-            with evaluating(model):
-                x = model.decode(z, clamp=False)
-        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
-        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
-        return Drawn(to_uint8(x).cpu(), not_finite, judged)
-
-    def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, for the provenance."""
-        return self.source.settings() | ({} if self.rejection is None else self.rejection.settings())

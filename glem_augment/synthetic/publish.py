@@ -33,8 +33,6 @@ from glem_augment.synthetic.export import (
     PROVENANCE,
     ImageSet,
     as_png,
-    check_space,
-    class_folders,
     export_imagefolder,
     licence_note,
     naming,
@@ -190,7 +188,7 @@ def _write_shards(dataset: ImageSet, folder: Path, progress: bool) -> dict[str, 
         "shard_lengths": [len(range(i, len(dataset), count)) for i in range(count)],
     }
     write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
-    asked = provenance(dataset, class_folders(dataset.class_ids, dataset.classes))
+    asked = provenance(dataset)
     return {**asked, "complete": True, "images_not_finite": dataset.non_finite}
 
 
@@ -213,12 +211,11 @@ def export_shards(
     """Write WebDataset shards, card and provenance to `folder`. They appear there together, once all are finished.
 
     Raises:
-        FileExistsError: see `check_shards_folder`. OSError: too little space.
+        FileExistsError: see `check_shards_folder`.
     """
     check_shards_folder(folder, overwrite)
     unfinished = folder / _UNFINISHED
     with lock_folder(folder):
-        check_space(folder, len(dataset), dataset.image_shape, archive=True)
         shutil.rmtree(unfinished, ignore_errors=True)  # an earlier export may have been killed
         try:
             write_dataset(dataset, unfinished, folder.resolve().name, CardFacts(license), "webdataset", progress)

@@ -264,7 +264,7 @@ def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
         ({"cache_bytes": -1}, "cache_bytes"),
         ({"source": "vae"}, "'gaussian', 'rfcm', 'mixup'; got 'vae'"),
         ({"source": "mixup", "modes": 8}, "give real="),
-        ({"source": "mixup", "real": [1], "modes": 8}, "the images themselves"),
+        ({"source": "mixup", "real": [1], "modes": 8}, "must be an ImageData"),
         ({"min_confidence": 0.0}, "above 0|from 0"),
         ({"min_confidence": 1.5}, "min_confidence must be"),
         ({"oracle": len}, "give one, such as 0.5"),
