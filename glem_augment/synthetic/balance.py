@@ -133,7 +133,11 @@ def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
         DataError: labels that cannot be found or matched, or are out of range.
     """
     targets, names = targets_and_names(real)
-    index = np.arange(model.num_classes) if names is None else match_classes(model.class_ids, model.classes, *names, fix=_ADAPT)
+    index = (
+        np.arange(model.num_classes)
+        if names is None
+        else match_classes(model.class_ids, model.classes, *names, fix=_ADAPT)
+    )
     if len(targets) == 0 or targets.min() < 0 or targets.max() >= len(index):
         found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
         raise DataError(f"labels of the real data must be 0 to {len(index) - 1}, found {found}")
