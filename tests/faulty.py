@@ -28,7 +28,7 @@ from glem_augment import GLEM
 from glem_augment.cli import main as cli
 from glem_augment.cli.main import COMMANDS
 from glem_augment.io import _RawFile
-from glem_augment.training import Trainer, em, guard
+from glem_augment.training import Trainer, em, optim
 from glem_augment.training import trainer as trainer_module
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -86,7 +86,7 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool) -> Non
     os.dup2(log, 1)
     os.dup2(log, 2)
     trainer_module.plot_curves = lambda *args: None  # slow, and no part of what is compared
-    guard.MAX_BAD_STEPS, em.REFIT_STEPS = 3, 5
+    optim.MAX_BAD_STEPS, em.REFIT_STEPS = 3, 5
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)
     os.write(file, b"start\n")

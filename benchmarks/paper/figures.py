@@ -17,7 +17,7 @@ from glem_augment.data.pixels import in_range
 from glem_augment.io import write_json
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
-from glem_augment.training.m_step import LatentStatistics, m_step_loss
+from glem_augment.training.objective import LatentStatistics, m_step_loss
 from glem_augment.training.optim import gaussian_optimizer
 
 PAIRS, STEPS = 200, 11

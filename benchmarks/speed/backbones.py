@@ -60,13 +60,13 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.flows import resolve_preset
 from glem_augment.io import write_json
-from glem_augment.training import TrainConfig, Trainer, guard
+from glem_augment.training import TrainConfig, Trainer, optim
 from glem_augment.training.batches import G_FRACTION, stratified_split
 from glem_augment.training.em import training_mode
 from glem_augment.training.logs import held_out
 
 TITLE = "Flows for the same training time on a CPU"
-guard.MAX_ROLLBACKS = 0  # a variant that diverges has failed
+optim.MAX_ROLLBACKS = 0  # a variant that diverges has failed
 # Passes over the images that fit the Gaussians, in the whole run.
 M_ROUNDS, WARMUP = 4, 200
 # Shares of the run after which the held-out images are measured on the way, and how many of them.

@@ -25,16 +25,16 @@ from glem_augment.errors import DataError, TrainingError
 from glem_augment.flows import MultiscaleFlow, resolve_preset
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
-from glem_augment.training import guard
+from glem_augment.training import optim
 from glem_augment.training.batches import augment_batch, some_of_each, stratified_split
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.e_step import e_step_loss, encode
-from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.logs import gaussian_state, held_out
-from glem_augment.training.m_step import LatentStatistics, m_learning_rates, m_step_loss
+from glem_augment.training.objective import LatentStatistics, e_step_loss, encode, m_learning_rates, m_step_loss
 from glem_augment.training.optim import (
     CLIP_NORM,
+    DivergenceError,
+    LossGuard,
     WeightAverage,
     flow_optimizer,
     gaussian_optimizer,
@@ -298,7 +298,7 @@ class EM:
 
     def _bad_step(self, what: str, in_a_row: int) -> None:
         self.bad_steps += 1
-        if in_a_row >= guard.MAX_BAD_STEPS:
+        if in_a_row >= optim.MAX_BAD_STEPS:
             raise DivergenceError(f"{in_a_row} steps in a row were not finite ({what})")
 
     def refit(self, model: GLEM) -> bool:

@@ -37,7 +37,7 @@ from glem_augment.training.checkpoint import (
     data_fingerprint,
     load_checkpoint,
 )
-from glem_augment.training.m_step import LatentStatistics, m_learning_rates, m_step_loss, saturating_kld
+from glem_augment.training.objective import LatentStatistics, m_learning_rates, m_step_loss, saturating_kld
 
 # The networks here are too small for two, and equal bits need an equal number.
 pytestmark = pytest.mark.usefixtures("one_thread")
