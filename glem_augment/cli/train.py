@@ -82,8 +82,7 @@ def add_parser(subparsers: Any) -> None:
         "--method",
         choices=tuple(METHODS),
         default=argparse.SUPPRESS,
-        help="settings of a published method, under all others that are given. "
-        + "; ".join(f"{name}: {value.about}" for name, value in METHODS.items()),
+        help="settings of a published method, under all others that are given (docs/reproduction.md describes each)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_device(parser)
@@ -299,10 +298,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--help-all", action=HelpAll, nargs=0, help="show the settings for research as well, and exit")
     defaults = TrainConfig().to_dict()
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(s["group"] for s in SETTINGS.values())}
+    group: argparse._ActionsContainer = parser
     for name, about in SETTINGS.items():
+        if "group" in about:
+            group = parser.add_argument_group(about["group"])
         text = f"{about['help']}{_default(name, about, defaults[name])}".replace("%", "%%")
-        action = groups[about["group"]].add_argument(
+        action = group.add_argument(
             "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}",
             dest=name,
             default=argparse.SUPPRESS,

@@ -35,11 +35,8 @@ from glem_augment.errors import TrainingError
 from glem_augment.io import atomic_write
 from glem_augment.training.config import TrainConfig
 
-NEWEST, PREVIOUS, GOOD = (
-    "checkpoint.safetensors",
-    "checkpoint.previous.safetensors",
-    "checkpoint.good.safetensors",
-)
+NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+GOOD = "checkpoint.good.safetensors"
 _KEY, VERSION = "glem-augment-state", 3
 # These settings change the order of additions, and with it the last bits of the weights, but not what is learned.
 _LAST_BITS = ("threads", "memory", "compile")
@@ -69,7 +66,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """E-steps taken."""
+        """Number of E-steps taken."""
         return self.facts["step"]
 
 
@@ -117,10 +114,8 @@ def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise DamagedFileError(f"it has format {version!r}, this version reads {VERSION}")
     if not intact:
         raise DamagedFileError("its contents do not match its checksum")
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise DamagedFileError("it holds no settings")
-    if type(facts.get("step")) is not int or facts["step"] < 0:
-        raise DamagedFileError("it holds no step")
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict) or type(facts.get("step")) is not int:
+        raise DamagedFileError("it holds no settings or no step")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DamagedFileError(f"{name} holds values that are not finite")
@@ -158,25 +153,23 @@ def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tens
     """
     require_folder(folder)
     data, path = to_bytes(facts, tensors), folder / NEWEST
-    try:
-        if good:
-            # Written first: a kill before the newest is written leaves a good one that is ahead of it, and the run
-            # that goes on writes the same again.
-            with atomic_write(folder / GOOD) as file:
-                file.write(data)
-        with atomic_write(path) as file:
+    if good:
+        # Written first: a kill before the newest is written leaves a good one that is ahead of it, and the run that
+        # goes on writes the same again.
+        with atomic_write(folder / GOOD) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if path.exists():
-                os.replace(path, folder / PREVIOUS)
-    except FileNotFoundError:
-        require_folder(folder)  # the better message, where that is why
-        raise
+    with atomic_write(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, folder / PREVIOUS)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
     """The newest checkpoint that can be read, with a warning if a newer one is damaged.
+
+    With `good`, the state that a diverged run returns to, or the newest one if that was lost.
 
     Raises:
         FileNotFoundError: there is none.
@@ -184,7 +177,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         OSError: one can't be opened (permissions, for example).
     """
     problems: list[str] = []
-    for path in (folder / name for name in (NEWEST, PREVIOUS, GOOD)):
+    for path in (folder / name for name in ((GOOD, NEWEST, PREVIOUS) if good else (NEWEST, PREVIOUS, GOOD))):
         if not path.is_file():
             continue
         try:
@@ -200,21 +193,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if problems:
         raise TrainingError(f"{'; '.join(problems)}. Restore one, or start over in another folder")
     raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {folder / NEWEST}; start without --resume")
-
-
-def load_good_checkpoint(folder: Path) -> Checkpoint:
-    """The state to return to after a divergence; if that was lost, the newest one, with a warning.
-
-    Raises:
-        TrainingError, FileNotFoundError: neither can be read.
-    """
-    path = folder / GOOD
-    try:
-        return _read(path)
-    except (FileNotFoundError, DamagedFileError) as error:
-        why = "there is none" if isinstance(error, FileNotFoundError) else error
-        warnings.warn(f"{path} can't be used ({why}); going on from the newest checkpoint", stacklevel=3)
-    return load_checkpoint(folder)
 
 
 def _read(path: Path) -> Checkpoint:

@@ -13,14 +13,6 @@ from glem_augment.latent.gaussians import INITIAL_VARIANCE, LOWEST_SHARE
 
 OBJECTIVES = ("glem", "saturating", "mle", "hybrid")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
-FLOW, OBJECTIVE, OPTIMISER, GAUSSIANS, DATA, RUN = (
-    "flow",
-    "objective",
-    "optimisation of the flow (E-step)",
-    "class Gaussians (M-step)",
-    "data",
-    "run",
-)
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
 REMOVED = {
@@ -46,17 +38,16 @@ REMOVED = {
 }
 
 
-def _setting(default: Any, group: str, kind: Any, text: str, **more: Any) -> Any:
+def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
     """A field of `TrainConfig`.
 
     Args:
         kind: int, float, bool, a tuple of allowed words, "numbers", "names" or "table".
-        more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `research=True`
-            for settings that only `--help-all` shows; `shown`, the default in words.
+        more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `shown`, the
+            default in words; `group`, the title of the settings from here on; `research=True` for settings that only
+            `--help-all` shows.
     """
-    metadata = {"group": group, "kind": kind, "help": text, "optional": default is None and kind != "table", **more}
-    if kind == "table":
-        return field(default_factory=dict, metadata=metadata)
+    metadata = {"kind": kind, "help": text, "optional": default is None, **more}
     return field(default=default, metadata=metadata)
 
 
@@ -91,137 +82,124 @@ class TrainConfig:
     """
 
     preset: str = _setting(
-        "mef_tiny", FLOW, tuple(PRESETS),
+        "mef_tiny", tuple(PRESETS),
         "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), mef_cifar (37.6 M, as "
         "published), mef_glem (42.8 M); with affine couplings glow_tiny (1.2 M) and glow_fast (0.6 M, the best for "
-        "its time on a CPU); identity (none: the pixels)",
+        "its time on a CPU); identity (none: the pixels)", group="flow",
     )  # fmt: skip
-    flow_options: dict[str, Any] = _setting(
-        None, FLOW, "table",
-        "change a number of the preset, e.g. --flow depth=[4,4] (also blocks, width, coupling, actnorm, bound, "
-        "rank, subnet, activation, patch: see create_flow); repeatable",
+    flow_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "kind": "table", "optional": False,
+            "help": "change a number of the preset, e.g. --flow depth=[4,4] (also blocks, width, coupling, actnorm, "
+            "bound, rank, subnet, activation, patch: see create_flow); repeatable",
+        },
     )  # fmt: skip
-    bits: int = _setting(8, FLOW, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
+    bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: str = _setting(
-        "glem", OBJECTIVE, OBJECTIVES,
-        "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: likelihood alone; "
-        "hybrid: likelihood and cross-entropy, beyond the paper",
+        "glem", OBJECTIVES, "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: "
+        "likelihood alone; hybrid: likelihood and cross-entropy, beyond the paper", group="objective",
     )  # fmt: skip
-    kld_weight: float = _setting(3.0, OBJECTIVE, float, "lambda, weight of the repulsion at the start", low=0)
+    kld_weight: float = _setting(3.0, float, "lambda, weight of the repulsion at the start")
     beta: float | None = _setting(
-        None, OBJECTIVE, float, "weight of the cross-entropy, per nat, against NLL per dimension", low=0,
-        shown="0.3 for hybrid",
-    )  # fmt: skip
+        None, float, "weight of the cross-entropy, per nat, against NLL per dimension", shown="0.3 for hybrid"
+    )
     beta_anneal: tuple[float, float] | None = _setting(
-        None, OBJECTIVE, "numbers",
-        "from this share of the run on, beta falls geometrically to this multiple of itself", count=2, research=True,
-        shown="no annealing",
+        None, "numbers", "from this share of the run on, beta falls geometrically to this multiple of itself", count=2,
+        shown="no annealing", research=True,
     )  # fmt: skip
     ce_scale: float | None = _setting(
-        None, OBJECTIVE, float, "class scores are multiplied by this before the cross-entropy, for wider margins",
-        above=0, research=True, shown="0.2 for hybrid",
+        None, float, "class scores are multiplied by this before the cross-entropy, for wider margins", above=0,
+        shown="0.2 for hybrid", research=True,
     )  # fmt: skip
-    label_smoothing: float = _setting(
-        0.0, OBJECTIVE, float, "label smoothing of the cross-entropy", low=0, high=0.99, research=True
-    )
+    label_smoothing: float = _setting(0.0, float, "label smoothing of the cross-entropy", high=0.99, research=True)
     likelihood: str = _setting(
-        "class", OBJECTIVE, ("class", "marginal"),
-        "likelihood of the E-step: -log p(x|y), or -log p(x) = -log mean_y p(x|y)", research=True,
-    )  # fmt: skip
+        "class", ("class", "marginal"), "-log p(x|y) in the E-step, or -log p(x) = -log mean_y p(x|y)", research=True
+    )
     noise_std: float = _setting(
-        0.0, OBJECTIVE, float,
-        "dequantise with Gaussian noise of this many levels; 0: uniform noise, which measurements always use", low=0,
-        research=True,
+        0.0, float, "dequantise with Gaussian noise of this many levels; 0: uniform noise, which measurements always "
+        "use", research=True,
     )  # fmt: skip
-    epochs: int = _setting(20, OPTIMISER, int, "passes over the images", low=1, high=10**6)
-    batch_size: int = _setting(64, OPTIMISER, int, "images per step", low=1)
-    lr: float = _setting(1e-2, OPTIMISER, float, "learning rate of Adamax", above=0)
-    warmup_steps: int = _setting(1000, OPTIMISER, int, "steps of linear warm-up, at most half the run", low=0)
+    epochs: int = _setting(
+        20, int, "passes over the images", low=1, high=10**6, group="optimisation of the flow (E-step)"
+    )
+    batch_size: int = _setting(64, int, "images per step", low=1)
+    lr: float = _setting(1e-2, float, "learning rate of Adamax", above=0)
+    warmup_steps: int = _setting(1000, int, "steps of linear warm-up, at most half the run")
     schedule: str = _setting(
-        "multistep", OPTIMISER, ("multistep", "cosine"), "halve the learning rate twice, or let it follow a cosine",
-        research=True,
-    )  # fmt: skip
-    min_lr: float = _setting(2.5e-3, OPTIMISER, float, "lowest learning rate of the schedule", low=0, research=True)
+        "multistep", ("multistep", "cosine"), "halve the learning rate twice, or let it follow a cosine", research=True
+    )
+    min_lr: float = _setting(2.5e-3, float, "lowest learning rate of the schedule", research=True)
     averaging: str = _setting(
-        "ema", OPTIMISER, ("ema", "swa", "none"),
+        "ema", ("ema", "swa", "none"),
         "average of the flow's weights: exponential, or uniform over the last quarter of the run", research=True,
     )  # fmt: skip
     mean_init_std: float | None = _setting(
-        None, GAUSSIANS, float, "draw the means at the start from N(0, X^2); 0: zeros", low=0, research=True,
-        shown="class means of the initial latents",
+        None, float, "draw the means at the start from N(0, X^2); 0: zeros", research=True,
+        shown="class means of the initial latents", group="class Gaussians (M-step)",
     )  # fmt: skip
     sigma_init: float | None = _setting(
-        None, GAUSSIANS, float, "variances at the start", above=0, research=True,
-        shown="the middle of psi's range, 0.3 without psi",
-    )  # fmt: skip
+        None, float, "variances at the start", above=0, shown="middle of psi's range, 0.3 without psi", research=True
+    )
     sigma_init_std: float = _setting(
-        0.0, GAUSSIANS, float, "standard deviation of noise on the variances' free parameters at the start", low=0,
-        research=True,
-    )  # fmt: skip
+        0.0, float, "standard deviation of noise on the variances' free parameters at the start", research=True
+    )
     psi: tuple[float, float, float] | None = _setting(
-        (0.5, 0.2, 0.05), GAUSSIANS, "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3,
-        optional=True, research=True,
+        (0.5, 0.2, 0.05), "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
+        research=True,
     )  # fmt: skip
     learn: str = _setting(
-        "both", GAUSSIANS, ("both", "means", "variances", "none"), "which parameters of the Gaussians are learned",
-        research=True,
-    )  # fmt: skip
+        "both", ("both", "means", "variances", "none"), "which parameters of the Gaussians are learned", research=True
+    )
     joint: bool = _setting(
-        False, GAUSSIANS, bool,
-        "learn the Gaussians by the E-step's loss, together with the flow and on all images, in place of M-steps",
-        research=True,
+        False, bool, "learn the Gaussians by the E-step's loss, together with the flow and on all images, in place of "
+        "M-steps", research=True,
     )  # fmt: skip
-    m_rounds: int = _setting(1, GAUSSIANS, int, "M-steps per epoch, each a pass over a tenth of the images", low=1)
-    m_steps: int = _setting(1, GAUSSIANS, int, "Adam steps in each M-step", low=1)
+    m_rounds: int = _setting(1, int, "M-steps per epoch, each with a pass over a tenth of the images", low=1)
+    m_steps: int = _setting(1, int, "Adam steps in each M-step", low=1)
     m_budget: float = _setting(
-        1.45, GAUSSIANS, float, "sum of Adam's learning rates over the run: how far a mean can move", above=0,
-        research=True,
-    )  # fmt: skip
+        1.45, float, "sum of Adam's learning rates over the run: how far a mean can move", above=0, research=True
+    )
     sigma_lr_scale: float = _setting(
-        1.0, GAUSSIANS, float, "learning rate of the variances relative to that of the means", low=0, research=True
+        1.0, float, "learning rate of the variances relative to that of the means", research=True
     )
     freeze_gaussians_at: float = _setting(
-        1.0, GAUSSIANS, float, "share of the run after which the Gaussians stay and the flow trains on all images",
-        above=0, high=1, research=True,
+        1.0, float, "share of the run after which the Gaussians stay and the flow trains on all images", above=0,
+        high=1, research=True,
     )  # fmt: skip
     refit_beta: float | None = _setting(
-        None, GAUSSIANS, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit", low=0,
-        research=True, shown="beta, or 0 with --joint",
+        None, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit",
+        shown="beta, or 0 with --joint", research=True,
     )  # fmt: skip
-    modes_rank: int = _setting(
-        64, GAUSSIANS, int, "principal modes per class, fitted at the end; 0 for none", low=0, high=4096
-    )
+    modes_rank: int = _setting(64, int, "principal modes per class, fitted at the end; 0 for none", high=4096)
     augment: tuple[str, ...] = _setting(
-        (), DATA, "names",
-        f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all four; none. "
-        "Digits must not flip, and a flow learns whatever the augmentation adds",
+        (), "names", f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all "
+        "four; none. Digits must not flip, and a flow learns whatever the augmentation adds", group="data",
     )  # fmt: skip
     val_fraction: float = _setting(
-        0.05, DATA, float, "share of each class held out for measuring, at most 2,000 images in all", low=0, high=0.99
+        0.05, float, "share of each class held out for measuring, at most 2,000 images in all", high=0.99
     )
-    seed: int = _setting(0, RUN, int, "seed of everything random", low=0, high=2**63 - 1)
+    seed: int = _setting(0, int, "seed of everything random", high=2**63 - 1, group="run")
     precision: str = _setting(
-        "fp32", RUN, ("fp32", "bf16"), "precision of the subnets during training; the bijection is float32"
+        "fp32", ("fp32", "bf16"), "precision of the subnets during training; the bijection is float32"
     )
     memory: str = _setting(
-        "stored", RUN, ("stored", "reversible"),
-        "reversible: rebuild activations in the backward pass, so that memory does not grow with the flow's depth; "
-        "slower",
+        "stored", ("stored", "reversible"), "reversible: rebuild activations in the backward pass, so that memory does "
+        "not grow with the flow's depth; slower",
     )  # fmt: skip
-    compile: bool = _setting(False, RUN, bool, "torch.compile the flow's steps: a slow start, then faster steps")
+    compile: bool = _setting(False, bool, "torch.compile the flow's steps: a slow start, then faster steps")
     threads: int | None = _setting(
-        None, RUN, int, "CPU threads; the same number gives the same weights bit for bit", low=1, high=4096,
+        None, int, "CPU threads; the same number gives the same weights bit for bit", low=1, high=4096,
         shown="PyTorch's choice",
     )  # fmt: skip
-    workers: int = _setting(0, RUN, int, "processes that decode images that do not fit in memory", low=0, high=512)
-    sample_every: int = _setting(5, RUN, int, "draw sample grids and curves every N epochs; 0: never", low=0)
+    workers: int = _setting(0, int, "processes that decode images that do not fit in memory", high=512)
+    sample_every: int = _setting(5, int, "draw sample grids and curves every N epochs; 0: never")
     checkpoint_minutes: float = _setting(
-        2.0, RUN, float, "time between checkpoints; there is one at the end of each epoch too", above=0
+        2.0, float, "time between checkpoints; there is one at the end of each epoch too", above=0
     )
     max_minutes: float | None = _setting(
-        None, RUN, float,
-        "stop after that long, with a checkpoint and exit status 75; the same command with --resume goes on", above=0,
-        shown="no limit",
+        None, float, "stop after that long, with a checkpoint and exit status 75; the same command with --resume goes "
+        "on", above=0, shown="no limit",
     )  # fmt: skip
 
     def __new__(cls, *args: Any, **settings: Any) -> TrainConfig:
@@ -300,31 +278,27 @@ def check_names(settings: Mapping[str, Any], where: str = "") -> None:
 def check_setting(name: str, value: Any) -> Any:
     """The value in the type that `TrainConfig` keeps. Raises ValueError or TypeError, naming the setting."""
     about = SETTINGS[name]
-    kind = about["kind"]
+    kind, low, high = about["kind"], about.get("low", 0), about.get("high", math.inf)
     if value is None and about["optional"]:
         return None
     if isinstance(kind, tuple):
         check_choice(name, value, kind)
-        return value
-    if kind is int:
-        value, high = check_whole(name, value, about.get("low", 0)), about.get("high", math.inf)
-        if value > high:
+    elif kind is int:
+        if check_whole(name, value, low) > high:
             raise ValueError(f"{name} must be at most {high}, got {value}")
-        return value
-    if kind is float:
-        low, above = about.get("low", 0.0), about.get("above")
-        return check_number(
-            name, value, low if above is None else above, about.get("high", math.inf), open_low=above is not None
-        )
-    if kind is bool and not isinstance(value, bool):
+        return int(value)
+    elif kind is float:
+        above = "above" in about
+        return check_number(name, value, about["above"] if above else low, high, open_low=above)
+    elif kind is bool and not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    if kind == "table" and not isinstance(value, dict):
+    elif kind == "table" and not isinstance(value, dict):
         raise TypeError(f"{name} must be a table of the preset's numbers, got {value!r}")
-    if kind == "numbers":
+    elif kind == "numbers":
         if not isinstance(value, list | tuple) or len(value) != about["count"]:
             raise TypeError(f"{name} must be a list of {about['count']} numbers, got {value!r}")
         return tuple(check_number(name, v, -math.inf, math.inf) for v in value)
-    if kind == "names":
+    elif kind == "names":
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name} must be a list of names, got {value!r}")
         for each in value:

@@ -35,7 +35,6 @@ from glem_augment.training.checkpoint import (
     data_fingerprint,
     has_checkpoint,
     load_checkpoint,
-    load_good_checkpoint,
     remove_left_overs,
     save_checkpoint,
 )
@@ -284,7 +283,7 @@ class Trainer(EM):
                 f"another folder. {self.out} keeps the checkpoints"
             ) from error
         step, scale = self.step, self.lr_scale * ROLLBACK_FACTOR
-        self.restore(load_good_checkpoint(self.out))
+        self.restore(load_checkpoint(self.out, good=True))
         self.rollbacks, self.bad_steps = number, bad
         self.set_lr_scale(scale)
         row = {"kind": "rollback", "number": number, "step": self.step, "from_step": step, "lr_scale": scale}
