@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.devices import move
-from glem_augment.errors import DataError, TrainingError
+from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import MultiscaleFlow, resolve_preset
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
@@ -128,7 +128,7 @@ class EM:
     def _model_of(self, begun: Checkpoint) -> GLEM:
         try:
             return self._build(json.loads(begun.facts["flow"]))
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
 
     def _build(self, flow: dict[str, Any]) -> GLEM:

@@ -99,8 +99,9 @@ class Trainer(EM):
                 f"{self.out} already holds a run; resume it (--resume), or choose another folder with --out"
             )
         else:  # for the record
-            origin = {} if init_model is None else {"origin": init_model.origin}
-            self.init_from = init_model and {"weights_sha256": weights_sha256(init_model), **origin}
+            self.init_from = None
+            if init_model is not None:
+                self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
         super().__init__(data, config, init_model, begun, device, progress)
         self.out.mkdir(parents=True, exist_ok=True)
         remove_left_overs(self.out)

@@ -1,0 +1,232 @@
+"""The losses of the E-step and the M-step against their definitions, by brute force."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glem_augment import GLEM
+from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.training import TrainConfig
+from glem_augment.training.objective import (
+    LatentStatistics,
+    e_step_loss,
+    encode,
+    m_learning_rates,
+    m_step_loss,
+    saturating_kld,
+)
+
+# ---- the E-step ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("likelihood", ["class", "marginal"])
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_e_step_losses_equal_their_definitions(learns: bool, likelihood: str, beta: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    gaussians = ClassGaussians(4, 6)
+    with torch.no_grad():
+        gaussians.mu.copy_(torch.randn(4, 6, generator=g))
+        gaussians.s.copy_(torch.randn(4, 6, generator=g))
+    gaussians.requires_grad_(learns)
+    z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
+    objective = "hybrid" if beta else "mle"
+    config = TrainConfig(
+        objective=objective, beta=beta, refit_beta=0.0, likelihood=likelihood, label_smoothing=0.1, ce_scale=0.5
+    )
+    loss = e_step_loss(gaussians, z, logdet, y, config, beta)
+    mu, std = gaussians.mu, gaussians.variance().sqrt()
+    scores = torch.distributions.Normal(mu, std).log_prob(z[:, None]).sum(2)
+    own = scores.logsumexp(1) - math.log(4) if likelihood == "marginal" else scores[torch.arange(9), y]
+    expected = -(own + logdet).mean() / 6
+    if beta:
+        target = torch.full((9, 4), 0.1 / 4)
+        target[torch.arange(9), y] += 0.9
+        expected = expected + beta * -(target * F.log_softmax(0.5 * scores, 1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    parameters = [z, gaussians.mu, gaussians.s] if learns else [z]
+    wanted = torch.autograd.grad(expected, parameters)
+    for got, want in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_gaussian_dequantisation_has_its_spread_and_keeps_the_units() -> None:
+    model = GLEM.create("identity", (1, 8, 8), ["a", "b"])
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (60, 1, 8, 8), generator=g, dtype=torch.uint8)
+    quiet, volume = encode(model, x, TrainConfig(noise_std=1e-6), g)
+    middle, same = model.encode(x)
+    assert torch.allclose(quiet, middle, atol=1e-6) and torch.allclose(volume, same)
+    noisy, _ = encode(model, x, TrainConfig(noise_std=3.0), g)
+    assert float((noisy - middle).std()) == pytest.approx(3.0 / 256, rel=0.05)
+    uniform, _ = encode(model, x, TrainConfig(), g)
+    assert 0.4 / 256 < float((uniform - middle).abs().max()) <= 0.5 / 256 + 1e-7
+
+
+# ---- the M-step ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 10, 100, 333])
+def test_m_learning_rates_spend_the_budget(total: int) -> None:
+    for budget in (0.3, 1.45):
+        rates = m_learning_rates(budget, total)
+        assert len(rates) == total and sum(rates) == pytest.approx(budget)
+        assert all(r > 0 for r in rates) and all(a >= b - 1e-12 for a, b in zip(rates[1:], rates[2:], strict=False))
+        if total == 100:
+            assert sum(rates[:10]) == pytest.approx(budget / 1.45)
+            assert rates[-1] == pytest.approx(rates[10] / 10)
+
+
+def unbalanced(k: int = 3, d: int = 5) -> tuple[ClassGaussians, Tensor, Tensor, LatentStatistics]:
+    gaussians = ClassGaussians(k, d).double()
+    with torch.no_grad():
+        gaussians.mu.normal_()
+        gaussians.s.normal_(std=3)
+    y = torch.arange(k).repeat_interleave(torch.arange(1, k + 1) * 4)
+    z = torch.randn(len(y), d, dtype=torch.float64) + y[:, None]
+    statistics = LatentStatistics(k, d, keep_latents=True)
+    nll = -gaussians.log_prob_of(z, y).detach() + 7
+    for part in torch.arange(len(y)).split(5):
+        statistics.add(z[part], y[part], nll[part])
+    return gaussians, z, y, statistics
+
+
+def balanced(gaussians: ClassGaussians, z: Tensor, y: Tensor) -> Tensor:
+    nll = -gaussians.log_prob_of(z, y)
+    return torch.stack([nll[y == k].mean() for k in y.unique()]).mean()
+
+
+def test_statistics_give_the_class_balanced_nll_of_the_samples() -> None:
+    gaussians, z, y, statistics = unbalanced()
+    torch.testing.assert_close(statistics.balanced_nll(gaussians), balanced(gaussians, z, y), rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(statistics.balanced_nll(gaussians), (gaussians.mu, gaussians.s))
+    want = torch.autograd.grad(balanced(gaussians, z, y), (gaussians.mu, gaussians.s))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        nll = -gaussians.log_prob_of(z, y) + 7
+    assert float(statistics.nll_low) == pytest.approx(float(nll.min()))
+    assert float(statistics.nll_high) == pytest.approx(float(nll.max()))
+
+
+def test_absent_classes_do_not_count() -> None:
+    gaussians = ClassGaussians(3, 2).double()
+    z, y = torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 2, 2, 2, 2])
+    statistics = LatentStatistics(3, 2)
+    statistics.add(z, y, torch.zeros(6))
+    torch.testing.assert_close(statistics.balanced_nll(gaussians), balanced(gaussians, z, y))
+    statistics.balanced_nll(gaussians).backward()
+    assert gaussians.mu.grad[1].abs().max() == 0 and gaussians.mu.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("means", [True, False])
+def test_the_most_likely_variance_is_about_the_mean_that_stays(means: bool) -> None:
+    gaussians, z, y, statistics = unbalanced()
+    free = ClassGaussians(*gaussians.mu.shape, psi=None).double()
+    with torch.no_grad():
+        free.mu.copy_(gaussians.mu)
+    statistics.most_likely(free, means=means)
+    for k in y.unique().tolist():
+        own = z[y == k]
+        mean = own.mean(0) if means else gaussians.mu[k]
+        torch.testing.assert_close(free.mu[k], mean.detach())
+        torch.testing.assert_close(free.variance()[k], (own - mean).square().mean(0).clamp_min(0.03).detach())
+
+
+def brute_force(
+    gaussians: ClassGaussians, z: Tensor, y: Tensor, config: TrainConfig, weight: float, beta: float, nll: Tensor
+) -> Tensor:
+    """The M-step's loss from its definition in ``TrainConfig``, with double loops over classes."""
+    k, d = gaussians.mu.shape
+    var = gaussians.variance()
+
+    def kl(a: int, b: int) -> Tensor:
+        difference = gaussians.mu[a] - gaussians.mu[b]
+        return 0.5 * (torch.log(var[b] / var[a]) + (var[a] + difference**2) / var[b] - 1).sum()
+
+    pairs = [(a, b) for a in range(k) for b in range(k) if a != b]
+    loss = balanced(gaussians, z, y)
+
+    def spread(values: Tensor) -> float:
+        high, low = float(values.max()), float(values.min())
+        return high - low + 0.2 * (abs(high) + abs(low))
+
+    if config.objective == "glem":
+        class_means = torch.stack([sum(kl(a, b) for b in range(k) if b != a) / (k - 1) for a in range(k)]).detach()
+        return loss / spread(nll) - weight * sum(kl(a, b) for a, b in pairs) / (k * d) / spread(class_means)
+    log_p = (config.ce_scale * gaussians.log_prob(z)).log_softmax(1)
+    smooth = config.label_smoothing
+    each = -(1 - smooth) * log_p[torch.arange(len(y)), y] - smooth * log_p.mean(1)
+    loss = loss / d + beta * torch.stack([each[y == c].mean() for c in y.unique()]).mean()
+    if config.objective == "saturating":
+        t = 0.05 * d
+        loss = loss - weight * sum(t * (1 - torch.exp(-kl(a, b) / t)) for a, b in pairs) / len(pairs) / d
+    return loss
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 20.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(objective="glem"),
+        dict(objective="saturating"),
+        dict(objective="mle"),
+        dict(objective="hybrid", beta=0.4, ce_scale=1.0),
+        dict(objective="hybrid", beta=0.4, label_smoothing=0.1),
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values()),
+)
+def test_m_step_loss_and_gradient_equal_brute_force(options: dict[str, Any], weight: float) -> None:
+    gaussians, z, y, statistics = unbalanced()
+    config = TrainConfig(**options)
+    beta = options.get("beta", 0.0)
+    nll = (-gaussians.log_prob_of(z, y) + 7).detach()
+    loss = m_step_loss(gaussians, statistics, config, weight, beta)
+    want = brute_force(gaussians, z, y, config, weight, beta, nll)
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-10)
+    parameters = (gaussians.mu, gaussians.s)
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_identical_gaussians_leave_the_step_to_the_likelihood() -> None:
+    gaussians, z, y, statistics = unbalanced()
+    with torch.no_grad():
+        gaussians.mu.fill_(0.3)
+        gaussians.s.zero_()
+    m_step_loss(gaussians, statistics, TrainConfig(objective="glem"), 5.0, 0.0).backward()
+    got = gaussians.mu.grad
+    assert got.isfinite().all() and got.abs().max() > 0
+    (want,) = torch.autograd.grad(balanced(gaussians, z, y), gaussians.mu)
+    cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0)
+    assert cosine.item() == pytest.approx(1, abs=1e-9)
+
+
+def test_saturating_repulsion_is_bounded_and_harmless_far_out() -> None:
+    gaussians = ClassGaussians(4, 10).double()
+    small = 1e-4 * torch.randn(4, 10)
+    with torch.no_grad():
+        gaussians.mu.copy_(small)
+    mean = gaussians.kld_matrix().sum() / 12
+    torch.testing.assert_close(saturating_kld(gaussians, 5.0), mean, rtol=1e-5, atol=0)  # slope one at the start
+    with torch.no_grad():
+        gaussians.mu.copy_(torch.arange(4)[:, None] * 1e4)
+    value = saturating_kld(gaussians, 5.0)
+    assert value.item() == pytest.approx(5.0)
+    value.backward()
+    assert gaussians.mu.grad.isfinite().all() and gaussians.mu.grad.abs().max() < 1e-12
+    assert saturating_kld(ClassGaussians(1, 3), 5.0).item() == 0
+
+
+def test_a_single_class_has_nothing_to_repel() -> None:
+    gaussians = ClassGaussians(1, 3)
+    statistics = LatentStatistics(1, 3)
+    statistics.add(torch.randn(8, 3), torch.zeros(8, dtype=torch.long), torch.rand(8))
+    for objective in ("glem", "saturating"):
+        assert m_step_loss(gaussians, statistics, TrainConfig(objective=objective), 3.0, 0.0).isfinite()
