@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from glem_augment.checks import check_whole
 
-WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w mod this
+WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w modulo this
 
 
 def rank(otherwise: int = 0) -> int:
@@ -28,26 +28,24 @@ def rank(otherwise: int = 0) -> int:
 
 
 class WorkerCounts:
-    """Numbers in shared memory, one row per DataLoader worker: each worker adds to its own row, and the main process
-    reads all of them.
+    """Whole numbers in shared memory, a row of them for each DataLoader worker.
 
-    The workers of the next epoch start from a copy of the object that holds this, and go on where the last ones were. A
-    deep copy, or an object that is loaded from a file, has memory of its own.
+    A worker adds to its own row, and the main process reads all of them. The workers of the next epoch start from a
+    copy of the object that holds this, and go on where the last ones were. A deep copy, or an object that is loaded
+    from a file, has memory of its own.
 
     Args:
         shape: of a row.
-        dtype: of the numbers.
-        workers: number of rows.
     """
 
-    def __init__(self, *shape: int, dtype: torch.dtype = torch.int64, workers: int = WORKERS) -> None:
+    def __init__(self, *shape: int) -> None:
         with torch.inference_mode(False):  # otherwise nobody could change the numbers outside it
-            self.rows = torch.zeros(workers, *shape, dtype=dtype, device="cpu").share_memory_()
+            self.rows = torch.zeros(WORKERS, *shape, dtype=torch.int64, device="cpu").share_memory_()
 
     def own(self) -> Tensor:
         """This worker's row, to be changed in place. The main process has that of worker 0."""
         info = get_worker_info()
-        return self.rows[0 if info is None else info.id % len(self.rows)]
+        return self.rows[0 if info is None else info.id % WORKERS]
 
     def total(self) -> Tensor:
         """The sum over all workers."""
