@@ -148,9 +148,7 @@ class GLEMConfig:
                 "(pip install -U glem-augment), or load an older revision of the model"
             )
         if not {"flow", "class_ids", "format_version"} & set(values):
-            hints = ("model_type", "architectures", "architecture", "_class_name", "library_name")
-            what = ", ".join(f"{key} {str(values[key])[:60]}" for key in hints if key in values)
-            raise ModelFileError(f"it is no config of glem-augment{f' ({what})' if what else ''}: check the name")
+            raise ModelFileError(f"it is no config of glem-augment (it has {_short(sorted(values))}): check the name")
         required = {"flow", "bits", "psi", "class_ids", "class_names", "format_version"}
         unknown, missing = sorted(set(values) - {f.name for f in fields(cls)}), sorted(required - set(values))
         if unknown or missing:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData, as_image_data
-from glem_augment.errors import ClassMismatchError, DataError, ModelFileError
+from glem_augment.errors import ClassMismatchError, ModelFileError
 from glem_augment.flows import Bijection, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
@@ -182,12 +181,12 @@ class GLEM(ImageFlow):
 
     def log_prob_per_class(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
-        z, logdet = self.encode(x, _noise(generator))
+        z, logdet = self.encode(x, generator or torch.Generator().manual_seed(0))
         return self.gaussians.log_prob(z) + logdet[:, None]
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
-        z, logdet = self.encode(x, _noise(generator))
+        z, logdet = self.encode(x, generator or torch.Generator().manual_seed(0))
         if y is None:
             return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
         return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
@@ -229,11 +228,7 @@ class GLEM(ImageFlow):
     # ---- generation ----------------------------------------------------------------------------------------------
 
     def sample_latents(
-        self,
-        y: Tensor,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        source: str = "gaussian",
+        self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
     ) -> Tensor:
         """Latents of the classes `y`: [B, d].
 
@@ -259,11 +254,7 @@ class GLEM(ImageFlow):
 
     @torch.no_grad()
     def sample(
-        self,
-        y: Tensor,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        source: str = "gaussian",
+        self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
     ) -> Tensor:
         """Images of the classes `y`: [B,C,H,W] float in [0,1]. For the arguments see `sample_latents`."""
         return self.decode(self.sample_latents(y, temperature, generator, source))
@@ -308,7 +299,7 @@ class GLEM(ImageFlow):
             DataError: a class of the flow without at least two images, or images of another shape. TypeError: `data`
                 is neither. ValueError: `rank` or `max_per_class` below 1.
         """
-        latents = self._latents_of_matched_classes(data, max_per_class, class_map, seed)
+        latents = self._latents_of_own_classes(data, max_per_class, class_map, seed)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank = self.modes.rank
         return self.modes
@@ -330,7 +321,7 @@ class GLEM(ImageFlow):
             rank: modes to keep per class, with what they leave over as a variance per dimension; None keeps everything.
             ridge: variance to add in every dimension, as a share of the class's mean variance.
         """
-        latents = self._latents_of_matched_classes(data, max_per_class, class_map, seed)
+        latents = self._latents_of_own_classes(data, max_per_class, class_map, seed)
         return fit_covariances(latents, self.num_classes, rank, ridge)
 
     @torch.no_grad()
@@ -372,62 +363,51 @@ class GLEM(ImageFlow):
         """
         shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
         rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
-        if max_per_class is not None and check_whole("max_per_class", max_per_class, 1) == 1:
-            raise ValueError("max_per_class=1 says nothing about how images of one class differ: give 2 or more")
+        # One image of a class says nothing about how its images differ.
+        max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
         rows = images.rows_of_classes(max_per_class)
         counts = [len(found) for found in rows]
-        if max(counts) < 2:
-            raise DataError(f"{images.name} has one image per class, but at least one class needs two")
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
             gaussians, modes = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi)
-        record = {
-            "data": images.name,
-            "images": sum(counts),
-            "images_per_class": [min(counts), max(counts)],
-            "adapt": {
-                "shrinkage": shrinkage,
-                "rank": modes.rank,
-                "max_per_class": None if max_per_class is None else int(max_per_class),
-                "seed": seed,
-            },
-            "adapted_from": {
-                "weights_sha256": weights_sha256(self),
-                "origin": self.origin,
-                "classes": self.num_classes,
-                "psi": None if self.config.psi is None else list(self.config.psi),
-                "training": copy.deepcopy(self.config.training),
-            },
-        }
         config = replace(
             copy.deepcopy(self.config),
             psi=gaussians.psi,
             class_ids=list(images.class_ids),
             class_names=list(images.classes),
             modes_rank=modes.rank,
-            training=record,
+            training={
+                "data": images.name,
+                "images": sum(counts),
+                "images_per_class": [min(counts), max(counts)],
+                "adapt": {"shrinkage": shrinkage, "rank": modes.rank, "max_per_class": max_per_class, "seed": seed},
+                "adapted_from": {
+                    "weights_sha256": weights_sha256(self),
+                    "origin": self.origin,
+                    "classes": self.num_classes,
+                    "psi": None if self.config.psi is None else list(self.config.psi),
+                    "training": copy.deepcopy(self.config.training),
+                },
+            },
         )
         adapted = GLEM(config, copy.deepcopy(self.flow), gaussians.to(self.dtype), modes)
         return adapted.to(self.device).eval().requires_grad_(False)
 
-    def _latents_of_matched_classes(
+    def _latents_of_own_classes(
         self,
         data: ImageData | tuple[Tensor, Tensor],
         max_per_class: int | None,
         class_map: dict[str, str] | str | None,
         seed: int,
     ) -> Callable[[int], Tensor]:
-        """The same as `latents_of_classes`, for data of this model's classes."""
+        """A function from each of this model's classes to the latents of its images, see `latents_of_classes`."""
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
-        if isinstance(data, tuple):
-            data = ImageData.from_tensors(data[0], data[1], self.classes, self.class_ids)
-        data = as_image_data(data, self.image_shape)
+        data = as_image_data(data, self.image_shape, self.classes if isinstance(data, tuple) else None)
         flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
-        targets = flow_index[data.targets]
-        rows = [np.flatnonzero(targets == index)[:max_per_class] for index in range(self.num_classes)]
-        return self.latents_of_classes(data, rows, seed)
+        data = data.with_targets(flow_index[data.targets], self.classes, self.class_ids)
+        return self.latents_of_classes(data, data.rows_of_classes(max_per_class), seed)
 
     def checked_modes(self, modes: int | None) -> int:
         """How many modes to use: `modes` itself, or by default 64 or as many as are stored.
@@ -441,8 +421,8 @@ class GLEM(ImageFlow):
             return min(DEFAULT_MODES, self.modes.rank)
         if isinstance(modes, bool) or not isinstance(modes, numbers.Integral) or not 1 <= modes <= self.modes.rank:
             raise ValueError(
-                f"modes must be an int from 1 to {self.modes.rank}, the modes stored with the model; got {modes!r} "
-                "(for more: model.fit_modes(data, rank=...))"
+                f"modes must be an int from 1 to {self.modes.rank}, the number of modes stored with the model; got "
+                f"{modes!r} (for more: model.fit_modes(data, rank=...))"
             )
         return int(modes)
 
@@ -458,8 +438,3 @@ def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
     if isinstance(model, str | os.PathLike):
         return GLEM.from_pretrained(model)
     raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")
-
-
-def _noise(generator: torch.Generator | None) -> torch.Generator:
-    """The generator of a likelihood's noise; the same image gets the same number unless one is given."""
-    return torch.Generator().manual_seed(0) if generator is None else generator
