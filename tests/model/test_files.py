@@ -1,0 +1,316 @@
+"""Model folders: they are written whole, read with suspicion, and those of before still load."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import images, tiny_model
+from safetensors.torch import load_file, save_file
+
+from glem_augment import GLEM
+from glem_augment.errors import ModelFileError
+from glem_augment.model.weights import bundled_models, check_new_folder, weights_sha256
+
+BEFORE = Path(__file__).parent / "before"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = tiny_model()
+    model.fit_modes((images(12), torch.arange(12) % 3), rank=2)
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ---- files that load -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BEFORE.iterdir()))
+def test_files_written_before_still_mean_the_same(name: str, tmp_path: Path) -> None:
+    """Models saved by version 0.1.0 before its code was cut into rooms, with the numbers that it computed from them."""
+    model, wanted = GLEM.from_pretrained(BEFORE / name, check=True), load_file(BEFORE / name / "expected.safetensors")
+    assert model.classes == ["cat", "dog", "ant"] and model.config.training["held_out"] == {"accuracy": 0.5}
+    z, logdet = model.encode(wanted["images"])
+    y, generator = torch.arange(9) % 3, torch.Generator().manual_seed(2)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(z, wanted["latents"])
+    close(logdet, wanted["log_det"])
+    close(model.log_prob_per_class(wanted["images"]), wanted["log_prob"])
+    close(model.decode(wanted["latents"] * 0.9), wanted["decoded"])
+    close(model.sample_latents(y, 0.8, generator, source="rfcm"), wanted["rfcm"])
+    model.save(tmp_path)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (BEFORE / name / file).read_bytes()
+
+
+@pytest.mark.parametrize(("preset", "psi"), [("mef_tiny", (0.5, 0.2, 0.05)), ("glow_tiny", None), ("identity", None)])
+def test_save_and_load_give_the_same_bits(tmp_path: Path, preset: str, psi: Any) -> None:
+    model = tiny_model(preset, psi=psi)
+    if preset != "glow_tiny":
+        model.fit_modes((images(12), torch.arange(12) % 3), rank=3)
+    model.config.training = {"note": "é", "numbers": [1, 2.5]}
+    model.save(tmp_path / "m")
+    loaded = GLEM.from_pretrained(tmp_path / "m")
+    assert loaded.config == model.config and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys() == load_file(tmp_path / "m" / "model.safetensors").keys()
+    assert all(torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in model.state_dict().items())
+    # A model is built without memory and then filled: nothing may be left that is not in the file.
+    for module in loaded.modules():
+        assert not [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    x = images()
+    assert torch.equal(loaded.encode(x)[0], model.encode(x)[0]) and torch.equal(loaded.log_prob(x), model.log_prob(x))
+    loaded.save(tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert weights_sha256(loaded) == weights_sha256(model) != weights_sha256(tiny_model())
+
+
+def test_half_precision_weights_and_configs_without_optional_fields_are_read(saved: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, saved / "model.safetensors")
+    config = json.loads((saved / "config.json").read_text())
+    del config["flow"]["rank"], config["flow"]["preset"], config["training"]
+    (saved / "config.json").write_text(json.dumps(config))
+    model = GLEM.from_pretrained(saved)
+    assert model.gaussians.mu.dtype == torch.float32 and "1x4x4" in repr(model)
+    assert model.check_invertibility(images())["within_half_step"] == 1
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_bundled_models_classify_and_invert(name: str, bundled_test) -> None:
+    model = GLEM.from_pretrained(f"bundled:{name}")
+    x, y = bundled_test.tensor()[::8], torch.as_tensor(bundled_test.targets)[::8]
+    assert (model.predict(x) == y).float().mean() > 0.85
+    assert float(model.bits_per_dim(x, y).mean()) < 4
+    report = model.check_invertibility(x)
+    assert report["within_half_step"] >= 0.9999 and report["non_finite"] == 0
+
+
+# ---- files that do not -----------------------------------------------------------------------------------------------
+
+
+def test_missing_folders_and_files_say_what_is_there(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(ModelFileError, match="no model at"):
+        GLEM.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ModelFileError, match="no bundled model 'mnist'; bundled are: fashion-mnist"):
+        GLEM.from_pretrained("bundled:mnist")
+    with pytest.raises(ModelFileError, match="no bundled model"):
+        GLEM.from_pretrained("bundled:../../tests")
+    with pytest.raises(ModelFileError, match="is a file; give its folder"):
+        GLEM.from_pretrained(saved / "config.json")
+    with pytest.raises(ModelFileError, match="has no revision 'main'"):
+        GLEM.from_pretrained(saved, revision="main")
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        check_new_folder(saved)
+    assert check_new_folder(saved, overwrite=True) == saved
+    for name in ("model.safetensors", "config.json"):
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        with pytest.raises(ModelFileError, match=f"no {name}"):
+            GLEM.from_pretrained(saved)
+        (saved / name).write_bytes(content)
+
+
+def test_truncated_and_foreign_weights_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    lengths = sorted({0, 1, 7, 8, 9, 100, *range(0, len(whole), len(whole) // 30), len(whole) - 1})
+    foreign = [whole + b"x", b"PK\x03\x04" * 50, b"\xff" * 64, b"\x00" * 64, (2**62).to_bytes(8, "little") + b"{}"]
+    for content in [*(whole[:length] for length in lengths), *foreign]:
+        path.write_bytes(content)
+        with pytest.raises(ModelFileError, match="model.safetensors"):
+            GLEM.from_pretrained(saved)
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    state = load_file(path)
+    mu = "gaussians.mu"
+    flag = next(k for k, v in state.items() if v.dtype == torch.bool)
+    nan, inf = state[mu].clone(), state[mu].clone()
+    nan[0, 0], inf[-1, -1] = math.nan, -math.inf
+    for change, message in (
+        ({mu: None}, "1 tensors missing.*gaussians.mu"),
+        ({"extra": torch.zeros(3)}, "1 unknown.*extra"),
+        ({mu: state[mu][:2]}, r"gaussians.mu has shape \(2, 16\).*\(3, 16\)"),
+        ({mu: state[mu].flatten()}, "gaussians.mu has shape"),
+        ({mu: nan}, "gaussians.mu holds values that are not finite"),
+        ({mu: inf}, "gaussians.mu holds values that are not finite"),
+        ({mu: state[mu].double() + 1e300}, "gaussians.mu holds values that are not finite"),
+        ({mu: state[mu].long()}, "gaussians.mu is of type I64"),
+        ({mu: nan.to(torch.float8_e5m2)}, "gaussians.mu is of type F8"),
+        ({flag: state[flag].float()}, "is of type F32, expected BOOL"),
+        ({"modes.scales": -state["modes.scales"]}, "modes.scales holds values below 0"),
+        ({"modes.rest": state["modes.rest"] - 1e3}, "modes.rest holds values below 0"),
+    ):
+        changed = {k: v.contiguous() for k, v in {**state, **change}.items() if v is not None}
+        save_file(changed, path)
+        with pytest.raises(ModelFileError, match=message):
+            GLEM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.3])
+def test_plain_variances_that_are_not_positive_are_refused(tmp_path: Path, value: float) -> None:
+    model = tiny_model(psi=None)
+    model.save(tmp_path)
+    assert GLEM.from_pretrained(tmp_path, check=True).gaussians.psi is None
+    model.gaussians.s[2, 7] = value
+    model.save(tmp_path)
+    with pytest.raises(ModelFileError, match="gaussians.s holds values below"):
+        GLEM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
+def test_a_flow_that_cannot_be_inverted_is_found_when_asked(tmp_path: Path, preset: str) -> None:
+    model = tiny_model(preset)
+    for name, value in model.state_dict().items():
+        if name.endswith("log_scale"):
+            value.fill_(100.0)
+    model.save(tmp_path)
+    GLEM.from_pretrained(tmp_path)  # finite weights
+    with pytest.raises(ModelFileError, match="can't be inverted"):
+        GLEM.from_pretrained(tmp_path, check=True)
+
+
+def _flow(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["flow"].update(changes)
+
+
+def _top(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update(changes)
+
+
+MANY = [str(i) for i in range(200_000)]
+HOSTILE = {
+    "absurd depth": _flow(depth=[10**9, 1]),
+    "absurd width": _flow(width=[10**9, 6]),
+    "all at their limits": _flow(depth=[256] * 2, blocks=[64] * 2, width=[4096] * 2),
+    "many levels": _flow(depth=[1] * 50, blocks=[1] * 50, width=[1] * 50),
+    "depth no list": _flow(depth=5),
+    "depth of strings": _flow(depth=["8", "8"]),
+    "largest image": _flow(image_shape=[4096, 4096, 4096]),
+    "odd image": _flow(image_shape=[1, 5, 5]),
+    "unknown coupling": _flow(coupling="__import__('os')"),
+    "coupling list": _flow(coupling=["matexp"]),
+    "bound nan": _flow(bound=math.nan),
+    "subnet list": _flow(subnet=["residual"]),
+    "preset that clears the screen": _flow(preset="\x1b[2J"),
+    "identity with a depth": _flow(coupling="identity"),
+    "flow null": _top(flow=None),
+    "many classes": _top(class_ids=[*MANY, "a"], class_names=[*MANY, "a"]),
+    "the same class often": _top(class_ids=["a"] * 150_000, class_names=["a"] * 150_000),
+    "numbered classes": _top(class_ids=[0, 1, 2]),
+    "classes no list": _top(class_names="abc"),
+    "fewer names": _top(class_names=["a", "b"]),
+    "modes at the limit": _top(modes_rank=4096),
+    "modes beyond it": _top(modes_rank=4097),
+    "no modes": _top(modes_rank=None),
+    "psi short": _top(psi=[1, 2]),
+    "psi nan": _top(psi=[math.nan, 1, 1]),
+    "psi huge": _top(psi=[1e300, 1, 1]),
+    "psi that vanishes in float32": _top(psi=[1e-40, 1.0, 1e-45]),
+    "bits float": _top(bits=8.0),
+    "bits true": _top(bits=True),
+    "training list": _top(training=[1]),
+    "future format": _top(format_version=2),
+    "unknown field": _top(exec="rm -rf /"),
+    "other preset": _flow(coupling="affine"),
+    "other classes": _top(class_ids=["a", "b"], class_names=["a", "b"]),
+    "class that clears the screen": _top(class_names=["\x1b[2J", "b", "c"]),
+    "class that UTF-8 can't hold": _top(class_ids=["\ud800", "b", "c"]),
+    "class with a line break": _top(class_ids=["a\nb", "b", "c"]),
+    "class without end": _top(class_ids=["a" * 1001, "b", "c"]),
+    "record that clears the screen": _top(training={"data": "\x1b[2J"}),
+    "record with such a name": _top(training={"\x00": 1}),
+    "record that is not finite": _top(training={"loss": math.nan}),
+    "record that is deep": _top(training=functools.reduce(lambda inner, _: {"a": inner}, range(21), {})),
+    "no flow": lambda config: config.pop("flow"),
+    "no depth": lambda config: config["flow"].pop("depth"),
+    "everything at its limit": lambda config: (
+        config["flow"].update(image_shape=[4096, 4096, 4096], width=[4096, 4096]),
+        config.update(modes_rank=4096, class_ids=MANY, class_names=MANY),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_configs_are_refused_quickly(saved: Path, name: str) -> None:
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    HOSTILE[name](config)
+    path.write_text(json.dumps(config))
+    began = time.perf_counter()
+    with pytest.raises(ModelFileError):
+        GLEM.from_pretrained(saved)
+    assert time.perf_counter() - began < 5
+
+
+def test_configs_that_are_no_json_tables_are_refused(saved: Path) -> None:
+    path = saved / "config.json"
+    whole = path.read_text()
+    contents = [b"", b"{", b"null", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b"{'flow': 1}", b'"' + b"a" * 1000, b"NaN"]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ModelFileError, match="config.json"):
+            GLEM.from_pretrained(saved)
+    for content, message in (
+        (whole.replace('"bits": 8', '"bits": 8, "bits": 5'), "gives 'bits' twice"),
+        (whole.replace('"format_version": 1', '"format_version": 2'), "install a newer version"),
+        ('{"model_type": "bert"}', "no config of glem-augment.*model_type"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ModelFileError, match=message):
+            GLEM.from_pretrained(saved)
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(ModelFileError, match=f"{2**40} bytes"):
+        GLEM.from_pretrained(saved)
+
+
+# ---- saves that fail -------------------------------------------------------------------------------------------------
+
+
+def test_what_could_not_be_loaded_is_not_saved(saved: Path) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    model = GLEM.from_pretrained(saved)
+    for training in ({"data": "\ud800"}, {"data": "\x1b[2J"}, {"bits": math.nan}, {"bits": object()}):
+        model.config.training = training
+        with pytest.raises((TypeError, ValueError)):
+            model.save(saved)
+    with pytest.raises(OSError, match="config.json"):
+        tiny_model().save(saved / "config.json")
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_failed_save_leaves_the_old_files_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Whichever of the two files the disk has no room for, the old pair stays a pair."""
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    other = tiny_model(classes=("x", "y"))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space") as caught:
+        other.save(saved)
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC and str(saved) in str(caught.value)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
