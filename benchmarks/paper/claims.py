@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.students_t import beyond
+from benchmarks.common import beyond
 from glem_augment.io import write_json
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"

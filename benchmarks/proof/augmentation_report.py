@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import quantile
 from benchmarks.proof.augmentation_plan import params_text
 from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from benchmarks.proof.augmentation_store import FINAL, TUNING, Store
-from benchmarks.students_t import quantile
 from glem_augment.io import atomic_write
 
 AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted

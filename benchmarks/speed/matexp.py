@@ -1,16 +1,16 @@
-"""The matrix-exponential coupling's bijective part against forming exp(S), forward + backward, interleaved.
+"""exp(S) v per pixel, the bijective part of the matrix-exponential coupling, against forming exp(S).
 
-Opponents, on the same S and v: ``torch.matrix_exp`` followed by a matrix-vector product, and a Taylor series with
-scaling and squaring for the whole batch at once (the way of the published code: the scale follows the largest norm in
-the batch, terms are added until they vanish), followed by the same product.
+    python benchmarks/speed/matexp.py [--n N] [--side PIXELS] [--batch B] [--rounds N]
+
+Forward + backward, interleaved. Opponents, on the same S and v: `torch.matrix_exp` followed by a matrix-vector product,
+and the published code's Taylor series with scaling and squaring for the whole batch at once, followed by the same
+product.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,39 +19,27 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
+from benchmarks.common import parser, seconds, write_results
+from benchmarks.speed.speed_published import expm
 from glem_augment.flows import expm_apply
 
-
-def by_matrix_exp(s: Tensor, v: Tensor) -> Tensor:
-    """torch.matrix_exp on [B,H,W,n,n], then the product."""
-    e = torch.matrix_exp(s.permute(0, 3, 4, 1, 2).contiguous())
-    return (e @ v.permute(0, 2, 3, 1).unsqueeze(-1)).squeeze(-1).permute(0, 3, 1, 2)
+OURS = "glem-augment"
 
 
-def by_scale_and_square(s: Tensor, v: Tensor) -> Tensor:
-    """Batch-wide scaling, Taylor terms until the largest entry falls below 1e-8 (at most 20), repeated squaring."""
-    m = s.permute(0, 3, 4, 1, 2).contiguous()
-    norm = float(m.detach().abs().sum(-1).max())
-    squarings = max(0, math.ceil(math.log2(max(norm, 1e-12))) + 1)
-    x = m / 2.0**squarings
-    result = torch.eye(m.shape[-1]) + x
-    term, k = x, 2
-    while k < 20 and float(term.detach().abs().max()) > 1e-8:
-        term = term @ x / k
-        result = result + term
-        k += 1
-    for _ in range(squarings):
-        result = result @ result
-    return (result @ v.permute(0, 2, 3, 1).unsqueeze(-1)).squeeze(-1).permute(0, 3, 1, 2)
+def formed(exponential: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """exp(S) v of S [B,n,n,H,W] and v [B,n,H,W] by an exponential of [..., n, n] matrices."""
+
+    def apply(s: Tensor, v: Tensor) -> Tensor:
+        e = exponential(s.permute(0, 3, 4, 1, 2).contiguous())
+        return (e @ v.permute(0, 2, 3, 1).unsqueeze(-1)).squeeze(-1).permute(0, 3, 1, 2)
+
+    return apply
 
 
 def once(function: Callable[[Tensor, Tensor], Tensor], s: Tensor, v: Tensor) -> float:
     """Seconds of one forward + backward."""
     s, v = s.clone().requires_grad_(), v.clone().requires_grad_()
-    began = time.perf_counter()
-    function(s, v).square().sum().backward()
-    return time.perf_counter() - began
+    return seconds(lambda: function(s, v).square().sum().backward())
 
 
 def main() -> None:
@@ -67,37 +55,24 @@ def main() -> None:
     s = torch.randn(args.batch, args.n, args.n, args.side, args.side)
     s = s / s.abs().sum(2, keepdim=True)  # every row sum at the bound r = 1
     v = torch.randn(args.batch, args.n, args.side, args.side)
-    exact = by_matrix_exp(s.double(), v.double())
-    ways = {
-        "glem-augment": expm_apply,
-        "torch.matrix_exp": by_matrix_exp,
-        "scale and square": by_scale_and_square,
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(args.rounds + 2):
-        for name, function in ways.items():
-            seconds = once(function, s, v)
-            if number >= 2:
-                times[name].append(seconds)
+    ways = {OURS: expm_apply, "torch.matrix_exp": formed(torch.matrix_exp), "scale and square": formed(expm)}
+    for function in ways.values():
+        once(function, s, v)
+    times = [{name: once(function, s, v) for name, function in ways.items()} for _ in range(args.rounds)]
+    exact = ways["torch.matrix_exp"](s.double(), v.double())
     rows = []
     for name, function in ways.items():
         error = (function(s, v).double() - exact).norm(dim=1) / exact.norm(dim=1)
-        ratios = [other / ours for other, ours in zip(times[name], times["glem-augment"], strict=True)]
         rows.append(
             {
                 "way": name,
-                "median ms": statistics.median(times[name]) * 1e3,
-                "median ratio": statistics.median(ratios),
+                "median ms": statistics.median(row[name] for row in times) * 1e3,
+                "median ratio": statistics.median(row[name] / row[OURS] for row in times),
                 "largest relative error": float(error.max()),
             }
         )
-    write_results(
-        args.out,
-        "matexp",
-        "exp(S) v per pixel, forward + backward",
-        rows,
-        shape=f"n = {args.n}, {args.side}x{args.side}, batch {args.batch}, float32, {args.rounds} interleaved rounds",
-    )
+    shape = f"n = {args.n}, {args.side}x{args.side}, batch {args.batch}, float32, {args.rounds} interleaved rounds"
+    write_results(args.out, "matexp", "exp(S) v per pixel, forward + backward", rows, shape=shape)
 
 
 if __name__ == "__main__":

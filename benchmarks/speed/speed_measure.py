@@ -1,4 +1,4 @@
-"""Timing of ``speed.py``: sides, rounds in balanced order, and the memory a step holds for its backward."""
+"""Timing for `speed.py`: what is timed, rounds in balanced order, and the memory a step holds for its backward."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_FEW = 4
-
-# What is timed: (side, operation) -> seconds of every round.
+# (side, operation) -> what to time, and the seconds that it took in every round.
+Tasks = dict[tuple[str, str], Callable[[], None]]
 Times = dict[tuple[str, str], list[float]]
+FORMS = ("as built", "contiguous", "channels_last")
 
 
 class Side:
     """A flow to be timed: a trainable copy, and a frozen one that encodes and decodes.
 
     Args:
-        name: in the table.
-        module: ``module(x) -> (z, logdet)``, ``module.inverse(z) -> (x, logdet)``.
-        x: a batch.
-        prepare: applied to both copies, for what copying undoes.
-        training_only: leave encoding and decoding out.
+        module: `module(x) -> (z, logdet)` and `module.inverse(z) -> (x, logdet)`.
+        prepare: is applied to both copies, for settings that copying undoes.
+        training_only: leaves encoding and decoding out.
     """
 
     def __init__(
@@ -36,26 +34,21 @@ class Side:
         name: str,
         module: nn.Module,
         x: Tensor,
-        prepare: Callable[[nn.Module], Any] | None = None,
+        prepare: Callable[[nn.Module], Any] = lambda module: None,
         training_only: bool = False,
     ) -> None:
-        self.name, self.x = name, x
+        self.name, self.x, self.training_only = name, x, training_only
         self.trained = copy.deepcopy(module).train()
-        self.frozen = None if training_only else copy.deepcopy(module).eval().requires_grad_(False)
-        for made in (self.trained, self.frozen):
-            if prepare is not None and made is not None:
-                prepare(made)
-        if self.frozen is not None:
-            with torch.no_grad():
-                self.z = self.frozen(x)[0]
-
-    def loss(self) -> Tensor:
-        z, logdet = self.trained(self.x)
-        return 0.5 * z.square().sum() - logdet.sum()
+        self.frozen = copy.deepcopy(module).eval().requires_grad_(False)
+        prepare(self.trained)
+        prepare(self.frozen)
+        with torch.no_grad():
+            self.z = self.frozen(x)[0]
 
     def train(self) -> None:
         """Forward, likelihood and backward."""
-        self.loss().backward()
+        z, logdet = self.trained(self.x)
+        (0.5 * z.square().sum() - logdet.sum()).backward()
         for p in self.trained.parameters():
             p.grad = None
 
@@ -67,16 +60,76 @@ class Side:
     def decode(self) -> None:
         self.frozen.inverse(self.z)
 
-    def tasks(self) -> dict[tuple[str, str], Callable[[], None]]:
-        """What to time."""
-        result = {(self.name, "train"): self.train}
-        if self.frozen is not None:
-            result |= {(self.name, "encode"): self.encode, (self.name, "decode"): self.decode}
-        return result
+    def tasks(self) -> Tasks:
+        operations = ("train",) if self.training_only else ("train", "encode", "decode")
+        return {(self.name, operation): getattr(self, operation) for operation in operations}
+
+
+class Bare(nn.Module):
+    """A subnet without its conversions of memory format."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.tail(self.net.last(self.net.body(x)))
+
+
+class Floor:
+    """The subnets of a flow alone, forward (and backward) on tensors of the shapes that they meet in the flow.
+
+    Args:
+        form: one of `FORMS`, the memory format of networks and tensors.
+        nets, inputs, gradients: of every coupling, see `met`.
+    """
+
+    def __init__(self, form: str, nets: list[nn.Module], inputs: list[Tensor], gradients: list[Tensor]) -> None:
+        self.name = f"floor: {form}"
+        layout = torch.channels_last if form == "channels_last" else torch.contiguous_format
+        nets = [copy.deepcopy(net) if form == "as built" else Bare(copy.deepcopy(net)).to(memory_format=layout)
+                for net in nets]  # fmt: skip
+        self.nets = [net.train() for net in nets]
+        self.frozen = [copy.deepcopy(net).eval().requires_grad_(False) for net in nets]
+        self.inputs = [x.contiguous(memory_format=layout).detach().clone().requires_grad_() for x in inputs]
+        self.gradients = [g.contiguous(memory_format=layout) for g in gradients]
+
+    def train(self) -> None:
+        """All forwards, then all backwards, as in a flow."""
+        outputs = [net(x) for net, x in zip(self.nets, self.inputs, strict=True)]
+        torch.autograd.backward(outputs, self.gradients)
+        for net, x in zip(self.nets, self.inputs, strict=True):
+            x.grad = None
+            for p in net.parameters():
+                p.grad = None
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        for net, x in zip(self.frozen, self.inputs, strict=True):
+            net(x)
+
+    def tasks(self) -> Tasks:
+        """What to time; encoding and decoding have the same floor."""
+        return {(self.name, "train"): self.train, (self.name, "forward"): self.forward}
+
+
+def met(flow: nn.Module, nets: list[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Random tensors of the shapes that go into and come out of `nets` when the flow encodes `x`."""
+    shapes: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}
+    hooks = [
+        net.register_forward_hook(lambda module, args, out: shapes.update({module: (args[0].shape, out.shape)}))
+        for net in nets
+    ]
+    with torch.no_grad():
+        flow(x)
+    for hook in hooks:
+        hook.remove()
+    inputs = [torch.randn(shapes[net][0], device=x.device) for net in nets]
+    return inputs, [torch.randn(shapes[net][1], device=x.device) for net in nets]
 
 
 def balanced_orders(n: int) -> Iterator[list[int]]:
-    """Endless orders of ``range(n)`` in which, over n rounds (2n for odd n), everybody follows everybody else equally
+    """Endless orders of `range(n)` in which, over n rounds (2n for odd n), everybody follows everybody else equally
     often (Williams 1949)."""
     zigzag = [(k + 1) // 2 if k % 2 else (n - k // 2) % n for k in range(n)]
     while True:
@@ -98,133 +151,63 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def race(tasks: dict[str, Callable[[], Any]], device: torch.device, warm: int = 1) -> dict[str, float]:
-    """Seconds of every task: the least of a few calls, more where they are short, each in turn.
+def fastest(sides: list[Side], device: torch.device) -> tuple[Side, Tasks]:
+    """One opponent in several memory formats: the side that trains fastest, and the fastest task of each operation."""
+    tasks: Tasks = {}
+    trains_fastest = sides[0]
+    for key in sides[0].tasks():
+        costs = []
+        for side in sides:
+            task = side.tasks()[key]
+            task()
+            costs.append(min(seconds(task, device) for _ in range(3)))
+        best = sides[costs.index(min(costs))]
+        tasks[key] = best.tasks()[key]
+        if key[1] == "train":
+            trains_fastest = best
+    return trains_fastest, tasks
+
+
+def measure(tasks: Tasks, rounds: int, device: torch.device, label: str, budget: float = math.inf) -> Times:
+    """Every task twice to warm up, then once per round, in balanced order.
 
     Args:
-        tasks: by name.
-        device: where the work is done.
-        warm: calls before that.
-    """
-    first = {name: min(seconds(task, device) for _ in range(warm)) for name, task in tasks.items()}
-    best = min(first.values())
-    best_of = dict.fromkeys(tasks, math.inf)
-    for _ in range(1 if best > 1 else 2 if best > 0.2 else 5):
-        for name, task in tasks.items():
-            best_of[name] = min(best_of[name], seconds(task, device))
-    return best_of
-
-
-class Choice:
-    """One opponent in several memory formats: every operation in the format in which it is fastest.
-
-    Args:
-        sides: of the same name.
-        device: where they are.
-    """
-
-    def __init__(self, sides: Sequence[Side], device: torch.device) -> None:
-        self.name = sides[0].name
-        self._tasks: dict[tuple[str, str], Callable[[], None]] = {}
-        for key in sides[0].tasks():
-            took = race({str(index): side.tasks()[key] for index, side in enumerate(sides)}, device)
-            fastest_side = sides[int(min(took, key=took.__getitem__))]
-            self._tasks[key] = fastest_side.tasks()[key]
-            if key[1] == "train":
-                self.trained = fastest_side
-
-    def tasks(self) -> dict[tuple[str, str], Callable[[], None]]:
-        """What to time."""
-        return self._tasks
-
-
-def measure(
-    tasks: dict[tuple[str, str], Callable[[], None]],
-    rounds: int,
-    device: torch.device,
-    label: str,
-    budget: float = math.inf,
-    least: int = 3,
-) -> Times:
-    """Every task to warm up, twice where that is quick, then once per round, in balanced order.
-
-    Args:
-        tasks: (side, operation) -> what to time.
-        rounds: at most so many.
-        device: where the work is done.
-        label: of the progress bar.
-        budget: seconds that the rounds may take, as far as ``least`` rounds allow.
+        rounds: the most rounds. budget: no new round begins after so many seconds, if there have been three.
     """
     times: Times = {key: [] for key in tasks}
     keys = list(tasks)
-    bar = tqdm(total=len(keys) * (rounds + 1), desc=label, unit="run", leave=False)
     for task in tasks.values():
-        if seconds(task, device) < 1:
-            seconds(task, device)
-        bar.update()
-    # Not from these: what is compiled when it is first called says nothing of the calls to come.
+        task()
+        task()
     began = time.perf_counter()
-    for done, order in zip(range(rounds), balanced_orders(len(keys)), strict=False):
-        if done:
-            each = (time.perf_counter() - began) / done
-            # As many as there is time for, as things stand.
-            rest = max(least, int(budget / each)) if math.isfinite(budget) else rounds
-            bar.total = len(keys) * (min(rounds, rest) + 1)
-            if done >= rest:
-                break
+    orders = zip(range(rounds), balanced_orders(len(keys)), strict=False)
+    for done, order in tqdm(orders, desc=label, unit="round", total=rounds, leave=False):
+        if done >= 3 and time.perf_counter() - began > budget:
+            break
         for index in order:
             times[keys[index]].append(seconds(tasks[keys[index]], device))
-            bar.update()
-    bar.close()
     return times
 
 
-def fastest(times: Times, operation: str) -> list[float]:
-    """The rounds of the floor with the smallest median."""
-    candidates = [v for (name, what), v in times.items() if name.startswith("floor") and what == operation]
-    return min(candidates, key=statistics.median)
+def ratios(times: Times, side: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
+    """Median over rounds of one side's time over the other's, and its noise.
+
+    The noise is 1.82 IQR / sqrt(rounds), half the 95 % interval of a median of normal noise.
+    """
+    values = np.array(times[side]) / np.array(times[other])
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return float(middle), float(1.82 * (high - low) / math.sqrt(len(values)))
 
 
-def _ratios(times: Times, name: str, operation: str) -> list[float] | None:
-    """Of every round, time / fastest floor; None where it was not timed."""
-    mine = times.get((name, operation))
-    if mine is None:
-        return None
-    floor = fastest(times, operation if operation == "train" else "forward")
-    return [a / b for a, b in zip(mine, floor, strict=True)]
-
-
-def overhead(times: Times, name: str, operation: str) -> float | None:
-    """Median over rounds of time / fastest floor - 1; None where it was not timed."""
-    ratios = _ratios(times, name, operation)
-    return None if ratios is None else statistics.median(ratios) - 1
-
-
-class Draws(NamedTuple):
-    """Medians over rounds drawn with replacement, the same ones for all that was timed together (Efron 1979)."""
-
-    seconds: np.ndarray
-    overhead: np.ndarray
-
-
-def draws(times: Times, name: str, operation: str, count: int = 1000) -> Draws | None:
-    """What other runs might have found of it; None where ``_FEW`` rounds or fewer say too little of that, or none."""
-    ratios = _ratios(times, name, operation)
-    if ratios is None or len(ratios) <= _FEW:
-        return None
-    chosen = np.random.default_rng(0).integers(len(ratios), size=(count, len(ratios)))
-    taken, shares = (np.median(np.array(values)[chosen], axis=1) for values in (times[name, operation], ratios))
-    return Draws(taken, shares - 1)
-
-
-def half_width(values: np.ndarray) -> float:
-    """Of their 95 % interval."""
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(high - low) / 2
+def floor_of(times: Times, operation: str) -> tuple[str, str]:
+    """The form of the floor with the smallest median, for training or (both directions) for the forward pass."""
+    kind = "train" if operation == "train" else "forward"
+    keys = [key for key in times if key[0].startswith("floor") and key[1] == kind]
+    return min(keys, key=lambda key: statistics.median(times[key]))
 
 
 class _Held:
-    """A tensor saved for the backward; its bytes count once per storage, for as long as somebody holds one."""
+    """A tensor saved for the backward. The bytes of its storage count once, for as long as anything holds it."""
 
     def __init__(self, tensor: Tensor, counts: dict[int, list[int]], record: dict[str, int]) -> None:
         self.tensor, self.counts, self.record = tensor, counts, record
@@ -245,9 +228,11 @@ class _Held:
 
 
 def held_for_backward(side: Side) -> int:
-    """Bytes that one training step holds for its backward at their highest, see the module of ``speed.py``."""
+    """Bytes that a training step holds for its backward at their highest, parameters apart.
+
+    On CUDA it is the peak of allocated memory above what was there before the step.
+    """
     if side.x.device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         side.train()
@@ -258,13 +243,11 @@ def held_for_backward(side: Side) -> int:
     record = {"now": 0, "peak": 0}
 
     def pack(tensor: Tensor) -> Tensor | _Held:
-        ours = tensor.untyped_storage().data_ptr() in weights
-        return tensor if ours else _Held(tensor, counts, record)
+        return tensor if tensor.untyped_storage().data_ptr() in weights else _Held(tensor, counts, record)
 
     def unpack(kept: Tensor | _Held) -> Tensor:
         return kept.tensor if isinstance(kept, _Held) else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        # Backward included: what is rebuilt there is held there.
-        side.train()
+        side.train()  # the backward too: what it rebuilds, it holds
     return record["peak"]

@@ -3,19 +3,20 @@
 Each is used the way its documentation builds image flows, on a tensor that is already squeezed (this library's own
 squeeze counts against it). All have ActNorm or its equivalent, a 1x1 mixing and one affine coupling per step:
 
-- FrEIA: ``SequenceINN`` of ``AllInOneBlock(permute_soft=True)``. Its mixing is a fixed random rotation, which costs it
-  nothing to learn; its ``GLOWCouplingBlock`` would run two subnets per step.
-- normflows: ``GlowBlock`` (coupling, LU-parametrised 1x1 convolution, ActNorm) with its network replaced and with the
-  scale map "exp", cheaper than its default "sigmoid". Densities are its ``inverse``, samples its ``forward``.
-- nflows: ``ActNorm``, ``OneByOneConvolution`` and ``AffineCouplingTransform`` in a ``CompositeTransform``, with its
+- FrEIA: `SequenceINN` of `AllInOneBlock(permute_soft=True)`. Its mixing is a fixed random rotation, which costs it
+  nothing to learn; its `GLOWCouplingBlock` would run two subnets per step.
+- normflows: `GlowBlock` (coupling, LU-parametrised 1x1 convolution, ActNorm) with its network replaced and with the
+  scale map "exp", cheaper than its default "sigmoid". Densities are its `inverse`, samples its `forward`.
+- nflows: `ActNorm`, `OneByOneConvolution` and `AffineCouplingTransform` in a `CompositeTransform`, with its
   cache of the inverted matrix in eval mode.
 
-``pip install FrEIA normflows nflows`` installs all three.
+`pip install FrEIA normflows nflows` installs all three.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import sys
 import warnings
 from importlib.metadata import version
 
@@ -24,19 +25,14 @@ from torch import Tensor, nn
 
 
 class Peer(nn.Module):
-    """One contract for all: ``forward(x) -> (z, logdet)`` and ``inverse(z) -> (x, logdet)``, z shaped like x.
+    """One contract for all: `forward(x) -> (z, logdet)` and `inverse(z) -> (x, logdet)`, z shaped like x.
 
     Args:
         channels, height, width: of the squeezed tensor.
         nets: one per step, [B, c/2, H, W] -> [B, c, H, W]; they become the library's subnets.
-        device: where it will run.
     """
 
-    # What to import.
-    module = ""
-
-    def __init__(self, channels: int, height: int, width: int, nets: list[nn.Module], device: torch.device) -> None:
-        super().__init__()
+    module = ""  # what to import
 
     def initialise(self, x: Tensor) -> None:
         """Data-dependent start, where the library has one: one pass in training mode."""
@@ -48,7 +44,7 @@ class Freia(Peer):
     module = "FrEIA"
 
     def __init__(self, channels: int, height: int, width: int, nets: list[nn.Module], device: torch.device) -> None:
-        super().__init__(channels, height, width, nets, device)
+        super().__init__()
         from FrEIA.framework import SequenceINN
         from FrEIA.modules import AllInOneBlock
 
@@ -67,7 +63,7 @@ class Normflows(Peer):
     module = "normflows"
 
     def __init__(self, channels: int, height: int, width: int, nets: list[nn.Module], device: torch.device) -> None:
-        super().__init__(channels, height, width, nets, device)
+        super().__init__()
         from normflows.flows import GlowBlock
 
         self.flows = nn.ModuleList()
@@ -105,7 +101,7 @@ class Nflows(Peer):
     module = "nflows"
 
     def __init__(self, channels: int, height: int, width: int, nets: list[nn.Module], device: torch.device) -> None:
-        super().__init__(channels, height, width, nets, device)
+        super().__init__()
         # It calls what torch has deprecated; torch says so once per process, and it costs nothing.
         warnings.filterwarnings("ignore", message=r"torch\.(lu|triangular_solve) is deprecated", category=UserWarning)
         from nflows import transforms
@@ -133,20 +129,14 @@ class Nflows(Peer):
 PEERS = (Freia, Normflows, Nflows)
 
 
-def available() -> tuple[list[type[Peer]], str | None]:
-    """The peers that can be imported, and what to do about the others (None when there are none)."""
-    found, lost = [], []
-    for peer in PEERS:
-        try:
-            importlib.import_module(peer.module)
-            found.append(peer)
-        except ImportError as error:
-            lost.append(f"{peer.module} ({error})")
-    if not lost:
-        return found, None
-    return found, f"left out, not installed: {', '.join(lost)}; pip install FrEIA normflows nflows"
+def available() -> list[type[Peer]]:
+    """The peers that are installed; the others are named on stderr."""
+    missing = [peer.module for peer in PEERS if importlib.util.find_spec(peer.module) is None]
+    if missing:
+        print(f"left out: {', '.join(missing)}; pip install FrEIA normflows nflows", file=sys.stderr)
+    return [peer for peer in PEERS if peer.module not in missing]
 
 
 def versions() -> dict[str, str]:
     """Versions of the peers that are installed."""
-    return {peer.module: version(peer.module) for peer in available()[0]}
+    return {peer.module: version(peer.module) for peer in available()}

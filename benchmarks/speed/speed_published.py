@@ -1,4 +1,4 @@
-"""A flow in the manner of the published matrix-exponential flows, as an opponent for ``speed.py``.
+"""A flow in the manner of the published matrix-exponential flows, as an opponent for `speed.py`.
 
 Written from the description in Xiao & Liu, "Generative Flows with Matrix Exponential" (ICML 2020): every exponential
 is *formed*. It is scaled by a power of two that follows the largest norm of the whole batch (a value read back from the
@@ -57,7 +57,7 @@ def phi(m: Tensor) -> Tensor:
 
 
 class PublishedActNorm(nn.Module):
-    """``softplus(scale) * x + shift`` with one pair of parameters per channel and pixel.
+    """`softplus(scale) * x + shift` with one pair of parameters per channel and pixel.
 
     Args:
         shape: (C, H, W).
@@ -84,7 +84,7 @@ class PublishedActNorm(nn.Module):
 
 
 class PublishedMixing(nn.Module):
-    """1x1 convolution with ``W = exp(A)``; starts as a rotation (A skew-symmetric)."""
+    """1x1 convolution with `W = exp(A)`; starts as a rotation (A skew-symmetric)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -106,9 +106,9 @@ class PublishedMixing(nn.Module):
 
 
 class PublishedCoupling(nn.Module):
-    """``x2 <- exp(S(x1)) x2 + b(x1)`` with exp(S) formed for every pixel; above n = 24, S = U V of rank 3.
+    """`x2 <- exp(S(x1)) x2 + b(x1)` with exp(S) formed for every pixel; above n = 24, S = U V of rank 3.
 
-    S is ``rescale * tanh(scale * raw + shift) + reshift`` with four learned numbers.
+    S is `rescale * tanh(scale * raw + shift) + reshift` with four learned numbers.
 
     Args:
         channels: 2n.
@@ -179,7 +179,7 @@ class PublishedFlow(nn.Module):
             self.shapes.append((c, h, w))
 
     def forward(self, x: Tensor, initialise: bool = False) -> tuple[Tensor, Tensor]:
-        """[B,C,H,W] to (z [B,d], log|det| [B]); with ``initialise`` every ActNorm starts from what reaches it."""
+        """[B,C,H,W] to (z [B,d], log|det| [B]); with `initialise` every ActNorm starts from what reaches it."""
         parts, total = [], x.new_zeros(x.shape[0])
         for index, layers in enumerate(self.levels):
             x = F.pixel_unshuffle(x, 2)

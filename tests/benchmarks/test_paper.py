@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common import beyond, quantile
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts
 from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
 from benchmarks.paper.lab import Lab, Number, _method
@@ -20,7 +21,6 @@ from benchmarks.paper.paper import check_tables
 from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, values_of, write_table
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, Cell, cells_of
-from benchmarks.students_t import beyond, quantile
 from glem_augment.training.methods import METHODS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
