@@ -1,4 +1,4 @@
-"""``glem generate``: synthetic images as an ImageFolder or as WebDataset shards."""
+"""`glem generate`: synthetic images as an ImageFolder or as WebDataset shards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import yaml
 
 from glem_augment.cli.common import (
     DATA_HELP,
-    MODEL_HELP,
     add_class_map,
-    add_device,
-    add_threads,
+    add_machine,
+    add_model,
+    add_seed,
     load_model,
     note,
     number,
@@ -38,8 +38,8 @@ from glem_augment.synthetic.publish import FORMATS, check_shards_folder, export_
 
 DESCRIPTION = """\
 Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
-how. The same seed draws the same images, whichever classes and however many are asked for (but for rounding: pixels
-can differ by one step with another number). Prints a JSON summary.
+how. The same seed draws the same images, whichever classes and however many are asked for (pixels may differ by one
+step with another number, by rounding). Prints a JSON summary.
 
   --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
                          checks the files and writes what is missing, so that an export that was cut off goes on.
@@ -61,7 +61,7 @@ TEMPERATURE, ALPHA = 0.8, 1.0
 
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "generate", DESCRIPTION, EXAMPLES, run)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument(
         "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
     )
@@ -69,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--classes", metavar="A,B", help="names or ids of the classes wanted, with commas (default: all)"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of all draws (default: %(default)s)")
+    add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
     parser.add_argument(
         "--license",
@@ -78,8 +78,7 @@ def add_parser(subparsers: Any) -> None:
         "into the provenance",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
-    add_threads(parser)
-    add_device(parser)
+    add_machine(parser)
     source = parser.add_argument_group("what is drawn")
     source.add_argument(
         "--source",
@@ -88,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
         "mixup: two images of --real mixed along the class's modes (default: %(default)s)",
     )
-    # Where None is the default, a value that would have no effect is noticed.
+    # None as the default tells whether an option was given, so that one without effect is refused.
     source.add_argument(
         "--temperature",
         type=number(0),
@@ -120,7 +119,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_together(args)
     folder = expand(args.out)
-    # First, so that a folder that can't be used costs no work.
+    # A folder that cannot be used is refused before any work.
     if args.format == "webdataset":
         check_shards_folder(folder, args.overwrite)
     else:
@@ -185,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def per_class(text: str) -> PerClass | Path:
-    """argparse type: a number, ``balance``, ``A=N,B=M``, or the path of a table."""
+    """An argparse type: a number, `balance`, `A=N,B=M`, or the path of a table."""
     if text == "balance":
         return text
     if Path(text).suffix in (".yaml", ".yml", ".json"):
@@ -229,7 +228,7 @@ def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    """Options that would have no effect, or lack what they need; ValueError names them."""
+    """Raise ValueError for an option that would have no effect, or that lacks another one."""
     balance, mixup = args.per_class == "balance", args.source == "mixup"
     if (balance or mixup) and args.real is None:
         raise ValueError(
@@ -249,7 +248,7 @@ def _check_together(args: argparse.Namespace) -> None:
 
 
 class _Renumbered:
-    """What the writer of shards needs of a SyntheticDataset, with other numbers for the classes.
+    """A SyntheticDataset for the writer of shards, with its classes in another order.
 
     Args:
         full: the data set. order: its classes in the new order, all that get an image among them.
