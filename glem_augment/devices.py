@@ -44,10 +44,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
-    """A value that changes when a parameter or buffer of the modules is replaced, moved or written to.
+    """A value that changes when a parameter or buffer of the modules is replaced or written to, in this process.
 
     It tells whether a copy of the modules, for example on another device, is still up to date. Writes that torch does
     not count go unseen: through `.data`, by a fused optimizer, or to tensors made under `inference_mode`.
     """
     tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)

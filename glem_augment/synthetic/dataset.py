@@ -342,12 +342,10 @@ class SyntheticDataset(Dataset):
         self._cached_block = functools.lru_cache(blocks)(self._decode_block)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Sending the weights to a spawned worker moves them to shared memory.
-        self._weights_key = None
-        # A copy has a cache and counts of its own.
+        # A copy has a cache and counts of its own, and other weights of the same values.
         known = {} if self._preloaded is None else self._known
         state = {key: value for key, value in self.__dict__.items() if key != "_cached_block"}
-        return state | {"_known": known, "_decoded_again": 0}
+        return state | {"_known": known, "_decoded_again": 0, "_weights_key": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
