@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -223,16 +224,22 @@ class _Handler(BaseHTTPRequestHandler):
         if sha is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         tree = repo.commits[sha]
+        folders = {str(parent) for path in tree for parent in PurePosixPath(path).parents} - {"."}
         entries = [self.entry(path, data) for path, data in sorted(tree.items())]
+        listed = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + entries
         if what in ("", "revision"):
             siblings = [{"rfilename": e["path"], "blobId": e["oid"], **e} for e in entries]
             facts = {"id": repo.name, "sha": sha, "private": repo.private, "siblings": siblings}
             return self.answer(200, {**facts, "gated": "manual" if repo.gated else False})
         if what == "tree":
-            return self.answer(200, [e for e in entries if e["path"].startswith("/".join(rest[1:]))])
+            folder, deep = "/".join(rest[1:]), self.query.get("recursive", ["false"])[0].lower() == "true"
+            if folder and folder not in folders:
+                return self.error(404, "EntryNotFound", f"{folder} does not exist")
+            inside = [e for e in listed if not folder or e["path"].startswith(f"{folder}/")]
+            return self.answer(200, [e for e in inside if deep or "/" not in e["path"][len(folder) :].strip("/")])
         if what == "paths-info":
             wanted = parse_qs(self.body.decode()).get("paths", [])
-            return self.answer(200, [e for e in entries if e["path"] in wanted])
+            return self.answer(200, [e for e in listed if e["path"] in wanted])
         if what == "preupload":
             paths = [file["path"] for file in json.loads(self.body)["files"]]
             modes = {path: "lfs" if path.endswith(LFS_ENDINGS) else "regular" for path in paths}

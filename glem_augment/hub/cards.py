@@ -28,7 +28,8 @@ SAMPLES = "samples.png"
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
 # "image-classification" would promise the Hub's widgets a classifier that they can run.
 PIPELINE = "unconditional-image-generation"
-_MAX_CLASSES = 100
+_TAGS = [LIBRARY, "normalizing-flow", "class-conditional", "data-augmentation", "synthetic-data"]
+_MAX_CLASSES = 100  # named on a card
 # Keys of a table of `glem eval`: the Hub's task, the Hub's metric, and words for people.
 _METRICS = {
     "accuracy": ("image-classification", "accuracy", "accuracy of the generative classifier"),
@@ -64,6 +65,10 @@ class CardFacts:
             if isinstance(value, str | Path | Mapping):  # one of them, not in a list
                 object.__setattr__(self, name, (value,))
 
+    def licence(self) -> dict[str, str | None]:
+        """The licence as metadata of a card."""
+        return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
+
 
 def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, samples: bool = True) -> ModelCard:
     """The card of `model` for the repository `repo_id`.
@@ -80,19 +85,10 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     facts = facts or CardFacts()
     results = [result for table in _measured(model, facts) for result in _eval_results(table, facts)]
     data = ModelCardData(
-        license=facts.license,
-        license_name=facts.license_name,
-        license_link=facts.license_link,
+        **facts.licence(),
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
-        tags=[
-            LIBRARY,
-            "normalizing-flow",
-            "class-conditional",
-            "data-augmentation",
-            "synthetic-data",
-            str(model.config.flow.get("preset", "flow")),
-        ],
+        tags=[*_TAGS, str(model.config.flow.get("preset", "flow"))],
         datasets=list(facts.datasets) or None,
         metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
         model_name=repo_id.split("/")[-1] if results else None,

@@ -29,7 +29,6 @@ from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, class_counts, recorded
 from glem_augment.synthetic.export import export_imagefolder
 from glem_augment.synthetic.latents import ImageSampler, Oracle
-from glem_augment.synthetic.publish import FORMATS, export_shards, push_dataset
 
 # Images that are decoded together, all of one class. Another number would change images in their last bits.
 BLOCK = 64
@@ -311,6 +310,8 @@ class SyntheticDataset(Dataset):
             OSError: if the disk is full or cannot be written, naming the path.
             ValueError: for another format, or a flow of neither 1 nor 3 channels.
         """
+        from glem_augment.synthetic.publish import FORMATS, export_shards  # it loads the Hub's client
+
         check_choice("format", format, FORMATS)
         folder = expand(folder)
         self._check_pil()
@@ -327,6 +328,8 @@ class SyntheticDataset(Dataset):
         Returns:
             huggingface_hub's `CommitInfo`.
         """
+        from glem_augment.synthetic.publish import push_dataset  # it loads the Hub's client
+
         return push_dataset(self, repo_id, **options)
 
     def __repr__(self) -> str:

@@ -263,9 +263,7 @@ def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str,
         features += [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
         config["data_files"] = [{"split": "train", "path": "data/train-*.tar"}]
     data = DatasetCardData(
-        license=facts.license,
-        license_name=facts.license_name,
-        license_link=facts.license_link,
+        **facts.licence(),
         annotations_creators=["machine-generated"],
         task_categories=["image-classification"],
         tags=["synthetic", LIBRARY],
