@@ -11,7 +11,7 @@ from glem_augment.augment.params import AugmentParams
 from glem_augment.devices import move
 
 LABELS = ("auto", "hard", "mix", "posterior")
-# Nobody smooths labels by more than this; a batch whose least entry is larger holds mixtures.
+# Labels are not smoothed by more than this. If the least entry of a batch is larger, its labels are mixtures.
 MOST_SMOOTHING = 0.3
 
 
@@ -32,7 +32,7 @@ class ClassMap:
             self.to_data[self.to_flow[data_class]] = data_class
 
     def flow_class(self, data_cls: Tensor) -> Tensor:
-        """The flow class of each of some data classes, int64 [B], -1 for none."""
+        """The flow classes of the data classes data_cls, int64 [B]; -1 for none."""
         return self.to_flow[data_cls.clamp(min=0)].masked_fill(data_cls < 0, -1)
 
     def data_probability(self, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,18 +34,15 @@ NAFLEX = (
 class AugmentedLoader:
     """A loader whose batches are augmented; in everything else it is the loader that it wraps.
 
-    Batches are tuples or lists (images, labels, ...); what follows the labels is passed on. Attributes that are not
-    named here (`dataset`, `sampler`, `batch_size`, ...) are those of the inner loader.
+    Batches are tuples or lists (images, labels, ...); what follows the labels is passed on.
 
     Args:
         loader: anything that gives such batches: timm's `PrefetchLoader` (normalised, on the GPU), a DataLoader, ...
         aug: the transform.
-        device: where images and labels are brought first (all tensors of a structure); None: they stay where they are.
-        off_epoch: from this epoch on (counted from 0, by `__iter__`) nothing is changed. Labels keep their form: where
-            the transform makes soft ones, they stay soft, as the loss expects.
+        device: where images and labels are brought first; None: they stay where they are.
+        off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, as the loss expects.
 
     Attributes:
-        loader, aug: as given.
         epoch: epochs begun so far; set it when a run is resumed.
 
     Raises:
@@ -53,7 +50,7 @@ class AugmentedLoader:
             than the transform takes back.
         ClassMismatchError: for a transform without class_map and a data set that has the flow's classes, by name, in
             another order.
-        TypeError: for what can't be iterated; while iterating, for batches that are not (images, labels, ...).
+        TypeError: for a loader that can't be iterated, or one whose batches are not (images, labels, ...).
     """
 
     def __init__(
@@ -146,15 +143,14 @@ def _check_classes(loader: Any, aug: GLEMAugment) -> None:
         try:
             index = match_classes(aug.model.class_ids, aug.model.classes, names, names, partial=True).tolist()
         except ClassMismatchError:
-            continue  # none of the names is the flow's, which says nothing
+            continue  # none of the names is the flow's: nothing can be said about their order
         wrong = [i for i, j in enumerate(index) if j not in (i, -1)]
         if wrong:
             i = wrong[0]
-            short = str(index) if len(index) <= 20 else f"[{', '.join(map(str, index[:20]))}, ...]"
             raise ClassMismatchError(
                 f"the data set's class {i} is {names[i]!r}, the flow's {aug.model.classes[i]!r}: make the transform "
-                "with class_map=match_classes(flow.class_ids, flow.classes, names, names, partial=True), here "
-                f"{short}"
+                "with class_map=match_classes(flow.class_ids, flow.classes, names, names, partial=True).tolist(), "
+                f"which begins {index[:20]}"
             )
 
 
@@ -211,17 +207,7 @@ class MixupFn:
         return self.aug.num_classes
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a batch.
-
-        Args:
-            x: [B, C, H, W]; target: int64 [B] or soft [B, K'], which is not smoothed again.
-
-        Returns:
-            images, soft labels float [B, K'].
-
-        Raises:
-            ValueError, TypeError: for labels or images that the transform does not take.
-        """
+        """Augment images [B, C, H, W] with targets int64 [B], or soft [B, K'], which are not smoothed again."""
         soft = self.aug.soft_target(target)
         if self.mixup_enabled:
             if self.mixup is not None and self.order == "mixup":
@@ -239,16 +225,10 @@ class MixupFn:
 
 
 def mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply timm's Mixup or CutMix to labels that are soft already, which it does not take.
+    """Apply timm's Mixup or CutMix, without its smoothing, to images [B, C, H, W] and soft labels [B, K'].
 
-    Its labels are linear in the one-hot rows. Given the row numbers as classes, it returns the weights with which rows
-    were mixed.
-
-    Args:
-        mixup: its own smoothing is left out; x: [B, C, H, W], B even; soft: [B, K'].
-
-    Returns:
-        new images, and soft labels [B, K'].
+    timm takes only integer labels. Given the row numbers as classes, it returns the weights with which it mixed the
+    rows, and these weights mix the soft labels.
     """
     if len(x) == 0:
         return x, soft
@@ -277,7 +257,7 @@ class AugmentingCollate(FastCollateMixup):
         if base is not None and not callable(base):
             raise TypeError(f"base must be a collate function, got {type(base).__name__}")
         self.aug, self.base = aug, base
-        # Shared memory, so that workers that live through several epochs see a change of the switch.
+        # Shared memory lets workers that live through several epochs see a change of the switch.
         with torch.inference_mode(False):
             self._on = torch.ones(1, dtype=torch.bool, device="cpu").share_memory_()
         enabled = getattr(base, "mixup_enabled", True)
@@ -310,7 +290,7 @@ class AugmentingCollate(FastCollateMixup):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._on.share_memory_()  # a copy has memory of its own, to be shared with its workers
+        self._on.share_memory_()  # a copy has memory of its own, which it shares with its workers
 
     def __repr__(self) -> str:
         return f"AugmentingCollate({self.aug!r}, base={self.base!r})"
