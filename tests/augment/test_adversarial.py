@@ -332,14 +332,10 @@ def test_partial_class_map_and_unselected_rows(model: GLEM) -> None:
     assert aug.stats["unmapped"] == int((expected & (y == 1)).sum())
 
 
-def test_several_outputs(model: GLEM) -> None:
-    class Two(nn.Module):
-        def __init__(self, body: nn.Module) -> None:
-            super().__init__()
-            self.body = body
-
+def test_a_loss_takes_whatever_the_classifier_gives(model: GLEM) -> None:
+    class Two(nn.Sequential):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.flatten(1), self.body(x)
+            return x.flatten(1), super().forward(x)
 
     net, x, y = network(), images(8), labels(8)
     with pytest.raises(ValueError, match="got tuple: give attach a loss"):

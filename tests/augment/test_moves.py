@@ -68,11 +68,13 @@ def test_the_partner_is_another_row_of_the_class_or_a_draw(model: GLEM) -> None:
         found = params.partner >= 0
         assert found.tolist() == [True] * 5 + [False] and params.partner_cls.tolist() == y.tolist()
         assert params.eps.shape == (6, 64 + 64)
-    aug = GLEMAugment(model, p=1.0, partner="any", seed=0)
+    aug, different = GLEMAugment(model, p=1.0, partner="any", seed=0), 0
     for _ in range(50):
         params = aug.draw((6, 1, 8, 8), y)
         assert (params.partner >= 0).all() and (params.partner != torch.arange(6)).all()
         assert torch.equal(params.partner_cls, y[params.partner])
+        different += len(params.partner.unique())
+    assert different > 50 * 3  # rows draw their partners independently of each other
 
 
 @pytest.mark.parametrize("partner", ["same", "any"])

@@ -284,8 +284,9 @@ def test_data_classes_that_share_a_flow_class() -> None:
     own = make_model()
     x = images(16) / 255
     aug = GLEMAugment(own, p=1.0, policy="noise", labels="posterior", class_map=[0, 1, 2, 3, 3], seed=0)
-    target = aug(x, labels(16, 5))[1]  # they share its probability
-    assert torch.allclose(target[:, 3], target[:, 4]) and torch.allclose(target.sum(1), torch.ones(16), atol=1e-5)
+    out, target = aug(x, labels(16, 5))  # they share its probability
+    assert torch.allclose(target[:, 3], target[:, 4])
+    assert torch.allclose(torch.cat([target[:, :3], 2 * target[:, 3:4]], 1), own.posterior(out), atol=1e-3)
     aug = GLEMAugment(own, p=1.0, class_map=[0, 0, 2], seed=0)
     y = labels(16, 2)
     for given in (y, torch.eye(3)[y]):
@@ -295,6 +296,9 @@ def test_data_classes_that_share_a_flow_class() -> None:
     alone = aug.draw(x[:2], y[:2])  # drawn ones bring the row's own data class
     assert alone.partner.tolist() == [-1, -1]
     assert torch.allclose(aug.apply(x[:2], torch.eye(3)[:2], alone)[1], torch.eye(3)[:2])
+    aug = GLEMAugment(own, p=1.0, partner="any", class_map=[0, 0, 2], seed=0)
+    for _ in range(20):  # draws of another flow class bring the first of its data classes
+        assert aug(x[:1], torch.tensor([2]))[1][0, 1] == 0
     # A posterior that is all on classes which the data lacks leaves the label.
     own.gaussians.mu.fill_(9.0)
     own.gaussians.mu[1] = 0.0
@@ -403,21 +407,15 @@ def test_configs_name_the_model_and_known_settings(model: GLEM, tmp_path: Path) 
         ({"policy": "cutmix"}, "'mixup', 'noise', 'adversarial'; got 'cutmix'"),
         ({"basis": "near"}, "'class', 'shared'"),
         ({"partner": "near"}, "'same', 'any'; got 'near'"),
-        ({"labels": "soft"}, "'auto', 'hard', 'mix', 'posterior'"),
         ({"p": 1.5}, "p must be from 0 to 1, got 1.5"),
-        ({"p": float("nan")}, "p must be"),
-        ({"p": "half"}, "p must be a number"),
         ({"alpha": 0.0}, "alpha must be finite and above 0"),
         ({"strength": -1}, "strength must be finite and at least 0"),
-        ({"margin": -1}, "margin must be finite and at least 0"),
         ({"modes": 65}, "from 1 to 64.*got 65"),
-        ({"modes": 0}, "from 1 to 64"),
         ({"mean": 0.5}, "mean and std together"),
         ({"mean": 0.5, "std": 0.0}, "std must be positive"),
         ({"mean": "x", "std": "y"}, "must be a number"),
         ({"num_classes": 7}, "num_classes=7, but the flow has 4"),
         ({"class_map": [0, 4]}, "flow class 4"),
-        ({"seed": 0.5}, "seed must be an int"),
     ],
 )
 def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: str) -> None:
