@@ -1,0 +1,141 @@
+"""Matching the classes of a data set with a flow's."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+
+from glem_augment.data.classes import check_class_map, class_names, match_classes
+from glem_augment.errors import ClassMismatchError
+
+
+def test_match_by_id_name_and_form() -> None:
+    ids, names = ["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"]
+    for data in (
+        ["n03", "n01"],
+        ["T-shirt/top", "tench"],
+        ["t_shirt_top", "Tench"],
+        ["0_T-shirt/top", "2-tench"],
+    ):
+        assert match_classes(ids, names, data, data).tolist() == [2, 0]
+    assert match_classes(ids, names, ["0", "1"], ["golden_retriever", "TENCH"]).tolist() == [1, 0]
+    result = match_classes(ids, names, ids, names)
+    assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
+
+
+def test_numbers_identify_only_without_names() -> None:
+    digits = ["0", "1", "2"]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, digits).tolist() == [0, 1, 2]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["coat", "shirt", "bag"]).tolist() == [
+        2,
+        0,
+        1,
+    ]
+    with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
+        match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["cat", "dog", "eel"])
+
+
+def test_numbered_ids_are_left_out_where_ids_and_names_are_compared_across() -> None:
+    numbers = ["0", "1"]
+    assert match_classes(numbers, ["cat", "dog"], ["dog", "cat"], ["Hund", "Katze"]).tolist() == [1, 0]
+    assert match_classes(["cat", "dog"], ["Katze", "Hund"], numbers, ["dog", "cat"]).tolist() == [1, 0]
+    with pytest.raises(ClassMismatchError, match="no counterpart"):  # a name may be a number too: "0" is no index here
+        match_classes(numbers, ["cat", "dog"], ["a", "b"], numbers)
+
+
+def test_class_map() -> None:
+    flow, data = ["a", "b", "c"], ["x", "b"]
+    assert match_classes(flow, flow, data, data, {"x": "c"}).tolist() == [2, 1]
+    assert match_classes(flow, flow, ["x", "y", "z"], ["x", "y", "z"], "order").tolist() == [0, 1, 2]
+    for class_map, message in (
+        ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
+        ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
+        ({"x": "b"}, "to the same class of the flow, 'b'"),
+        ({"x": "a", "X": "c"}, "class_map maps the data's class 'x' twice"),
+        ("order", "equally many classes: the data has 2, the flow 3"),
+        ("alphabet", "None, 'order' or a mapping"),
+    ):
+        with pytest.raises(ClassMismatchError, match=message):
+            match_classes(flow, flow, data, data, class_map)
+    with pytest.raises(TypeError, match="class_map"):
+        match_classes(flow, flow, data, data, ["a"])
+
+
+def test_numbers_are_taken_off_names_alone() -> None:
+    ours, theirs = ["737-200", "737-400D", "01_dog"], ["747-200", "747-400D", "7 - dog"]
+    assert match_classes(ours, ours, theirs, theirs, partial=True).tolist() == [-1, -1, 2]
+
+
+def test_names_in_any_script_and_spelling() -> None:
+    for ours, theirs in ((["की", "ख"], ["का"]), (["C++", "x"], ["C"]), (["が"], ["か"])):
+        with pytest.raises(ClassMismatchError, match="no counterpart"):
+            match_classes(ours, ours, theirs, theirs)
+    apart = [unicodedata.normalize("NFD", name) for name in ("café", "が")]
+    assert apart[0] != "café"
+    assert match_classes(["が", "café"], ["が", "café"], apart, apart).tolist() == [1, 0]
+    assert match_classes(["Café au lait"], ["Café au lait"], [apart[0] + "_au_lait"], ["x"]).tolist() == [0]
+
+
+def test_mismatch_lists_both_sides_and_the_fix() -> None:
+    flow = [f"c{i}" for i in range(30)]
+    with pytest.raises(ClassMismatchError) as caught:
+        match_classes(flow, flow, ["c3", "zebra"], ["c3", "zebra"])
+    text = str(caught.value)
+    assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
+    assert "class_map" in text and isinstance(caught.value, ValueError)
+
+
+def test_partial_match_leaves_out_what_the_flow_lacks() -> None:
+    flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
+    with pytest.raises(ClassMismatchError, match="wolf"):
+        match_classes(flow, flow, data, data)
+    assert match_classes(flow, flow, data, data, partial=True).tolist() == [1, -1, 2]
+    with pytest.raises(ClassMismatchError, match="no counterpart"):
+        match_classes(flow, flow, ["wolf"], ["wolf"], partial=True)
+
+
+def test_ambiguous_forms_do_not_match() -> None:
+    with pytest.raises(ClassMismatchError, match="'c'"):
+        match_classes(["C++", "C#"], ["C++", "C#"], ["c"], ["c"])
+    assert match_classes(["C++", "C#"], ["C++", "C#"], ["C#"], ["C#"]).tolist() == [1]
+    with pytest.raises(ClassMismatchError, match="same class"):
+        match_classes(["cat", "dog"], ["cat", "dog"], ["cat", "Cat"], ["cat", "Cat"])
+    twice = ["T-shirt", "T shirt", "Dog"]  # either may be the flow's
+    assert match_classes(["tshirt", "dog"], ["tshirt", "dog"], twice, twice, partial=True).tolist() == [-1, -1, 1]
+
+
+def test_class_maps_by_index() -> None:
+    for same in ([2, -1, 0], (2, None, 0), {0: 2, 1: -1, 2: 0}, {0: 2, 2: 0}, torch.tensor([2, -1, 0])):
+        assert check_class_map(same, None, 3) == (2, -1, 0)
+    assert check_class_map(None, None, 3) is None and check_class_map(None, 3, 3) is None
+    assert check_class_map({1: 2}, 4, 3) == (-1, 2, -1, -1)
+    for class_map, num_classes, message in (
+        (None, 4, "num_classes=4, but the flow has 3 classes"),
+        ({}, None, "class_map is empty"),
+        ([0, 1], 3, "2 entries, but num_classes=3"),
+        ({3: 0}, 3, "data class 3, allowed are 0 to 2"),
+        ([3], None, "class 0 to flow class 3; allowed are 0 to 2"),
+        ([-2], None, "flow class -2"),
+        ([-1, None], None, "maps no class"),
+        ([0], 0, "num_classes must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_class_map(class_map, num_classes, 3)
+    for wrong in ("abc", 3, [0.5], ["a"], [True]):
+        with pytest.raises(TypeError, match="class_map"):
+            check_class_map(wrong, None, 3)
+
+
+def test_names_of_classes_of_other_libraries() -> None:
+    class Reader:
+        class_to_idx = {"dog": 1, "cat": 0}
+
+    class Data:
+        reader = Reader()
+
+    assert class_names(Data()) == ["cat", "dog"] and class_names(object()) is None
+    Data.classes = [("tench", "Tinca tinca"), "eel"]
+    assert class_names(Data()) == ["tench", "eel"]
