@@ -22,14 +22,11 @@ from glem_augment.flows import (
     create_flow,
 )
 from glem_augment.flows.coupling import row_bounded
-from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.flows.subnets import ConvSubnet
 
 SMALL = {
     "mef_tiny": dict(depth=[2, 1], blocks=[1, 1], width=[6, 6]),
-    "mef_small": dict(depth=[1], blocks=[1], width=[6]),
     "mef_cifar": dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]),
-    "mef_glem": dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]),
     "glow_tiny": dict(depth=[2, 1], blocks=[1, 1], width=[6, 6]),
     "identity": {},
 }
@@ -85,42 +82,30 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_logdet_and_inverse(name: str, moved: bool) -> None:
-    layer = LAYERS[name]().double()
-    check_bijection(perturbed(layer) if moved else layer, torch.randn(2, 4, 4, 2, dtype=torch.float64))
+def test_layer_logdet_and_inverse(name: str) -> None:
+    check_bijection(perturbed(LAYERS[name]().double()), torch.randn(2, 4, 4, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize("half", [24, 25, 30])
-def test_wide_coupling_logdet_and_inverse(half: int, moved: bool) -> None:
+@pytest.mark.parametrize("half", [24, 25])
+def test_wide_coupling_logdet_and_inverse(half: int) -> None:
     """24 is the last full matrix, 25 the first low-rank one."""
-    layer = MatExpCoupling(2 * half, subnet, 2.0, rank=3).double()
+    layer = perturbed(MatExpCoupling(2 * half, subnet, 2.0, rank=3).double())
     assert layer.low_rank == (half > 24)
-    if moved:
-        perturbed(layer)
     check_bijection(layer, torch.randn(1, 2 * half, 1, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize(
     ("preset", "shape"),
     [
         ("mef_tiny", (1, 4, 8)),
-        ("mef_tiny", (3, 4, 4)),
-        ("mef_small", (2, 2, 6)),
         ("mef_cifar", (5, 4, 4)),
-        ("mef_glem", (2, 8, 4)),
         ("glow_tiny", (3, 8, 4)),
-        ("glow_tiny", (5, 4, 4)),
         ("identity", (3, 3, 5)),
     ],
 )
-def test_whole_flow_logdet_and_inverse(preset: str, shape: tuple[int, int, int], moved: bool) -> None:
-    flow = create_flow(preset, shape, **SMALL[preset]).double()
-    if moved:
-        perturbed(flow, 0.15)
+def test_whole_flow_logdet_and_inverse(preset: str, shape: tuple[int, int, int]) -> None:
+    flow = perturbed(create_flow(preset, shape, **SMALL[preset]).double(), 0.15)
     x = torch.rand(2, *shape, dtype=torch.float64) - 0.5
     check_bijection(flow, x, 1e-8)
     assert flow(x)[0].shape == (2, math.prod(shape))
@@ -143,7 +128,7 @@ def test_whole_flow_after_training_steps(preset: str) -> None:
     assert losses[-1] < losses[0] - 1
     error = (flow.inverse(flow(data)[0])[0] - data).abs().max()
     assert error < 1e-4  # float32; one uint8 step is 4e-3
-    check_bijection(flow.double(), data[:2].double(), 1e-8)
+    check_bijection(flow.double(), data[:1].double(), 1e-8)
 
 
 def test_every_dimension_of_the_latent_appears_once() -> None:
@@ -156,35 +141,6 @@ def test_every_dimension_of_the_latent_appears_once() -> None:
     x = torch.arange(96.0).reshape(1, 3, 8, 4)
     z, logdet = flow(x)
     assert torch.equal(z[0].sort().values, x.flatten()) and logdet.item() == 0
-
-
-@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 10), (1, 7, 7)])
-def test_size_not_divisible_names_the_sizes(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"divisible by 4, got {shape[1]}x{shape[2]}; resize to \d+x\d+"):
-        create_flow("mef_tiny", shape)
-
-
-def test_unknown_preset_and_options_say_what_there_is() -> None:
-    with pytest.raises(ValueError, match="mef_tiny"):
-        create_flow("mef_huge", (3, 8, 8))
-    with pytest.raises(ValueError, match=r"no option \['deepness'\].*depth"):
-        create_flow("mef_tiny", (3, 8, 8), deepness=[1, 1])
-    with pytest.raises(ValueError, match="one entry per level"):
-        create_flow("mef_tiny", (3, 8, 8), depth=[1, 1, 1])
-    for bad in ({"depth": [0, 1]}, {"width": [10**9, 8]}, {"bound": math.nan}, {"bound": 0}, {"rank": 0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            create_flow("mef_tiny", (3, 8, 8), **bad)
-    with pytest.raises(ValueError, match="even number"):
-        AffineCoupling(3, subnet)
-    with pytest.raises(ValueError, match="'element' or per 'channel'"):
-        ActNorm(4, 2, 2, per="pixel")
-
-
-@pytest.mark.parametrize(("preset", "published"), [("mef_cifar", 37_683_752), ("mef_glem", 42_815_440)])
-def test_parameter_counts_of_the_published_sizes(preset: str, published: int) -> None:
-    with torch.device("meta"):
-        flow = create_flow(preset, (3, 32, 32))
-    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(published, rel=0.01)
 
 
 # ---- ActNorm -------------------------------------------------------------------------------------------------------
@@ -216,13 +172,6 @@ def test_dead_channels_get_a_finite_scale(per: str) -> None:
     assert layer.log_scale[1].max() < math.log(1 / 0.09)  # no more than ten times its channel's scale
 
 
-def test_a_first_batch_of_one_image_is_survived() -> None:
-    flow = create_flow("mef_tiny", (1, 4, 4), **SMALL["mef_tiny"])
-    flow.initialise(torch.rand(1, 1, 4, 4) - 0.5)
-    z, logdet = flow(torch.rand(4, 1, 4, 4) - 0.5)
-    assert z.isfinite().all() and logdet.isfinite().all()
-
-
 def test_initialisation_happens_once_and_is_stored() -> None:
     flow = create_flow("mef_tiny", (2, 4, 4), **SMALL["mef_tiny"])
     norms = [m for m in flow.modules() if isinstance(m, ActNorm)]
@@ -230,12 +179,11 @@ def test_initialisation_happens_once_and_is_stored() -> None:
     flow.initialise(torch.rand(32, 2, 4, 4) - 0.5)
     assert all(n.initialised for n in norms)
     before = {k: v.clone() for k, v in flow.state_dict().items()}
-    flow.initialise(torch.rand(32, 2, 4, 4) * 100)
-    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
     loaded = create_flow("mef_tiny", (2, 4, 4), **SMALL["mef_tiny"])
     loaded.load_state_dict(before)
-    loaded.initialise(torch.rand(32, 2, 4, 4) * 100)
-    assert all(torch.equal(v, before[k]) for k, v in loaded.state_dict().items())
+    for done in (flow, loaded):
+        done.initialise(torch.rand(32, 2, 4, 4) * 100)
+        assert all(torch.equal(v, before[k]) for k, v in done.state_dict().items())
 
 
 def test_initialised_flow_whitens_every_actnorm_input() -> None:
@@ -260,19 +208,15 @@ def test_initialised_flow_whitens_every_actnorm_input() -> None:
 # ---- bounds --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e4, 1e20, 3e37])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 3e37])
 @pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
 def test_row_sums_stay_below_the_bound(bound: float, magnitude: float) -> None:
     raw = torch.randn(4, 6, 6, 3, 3) * magnitude
-    s, _ = row_bounded(raw, bound, 2)
-    assert s.isfinite().all()
+    s, denominators = row_bounded(raw, bound, 2)
+    assert s.isfinite().all() and torch.equal(denominators, 1 + raw.abs().sum(2, keepdim=True))
     assert float(s.abs().sum(2).max()) <= bound * (1 + 1e-6)
-
-
-def test_a_single_entry_may_use_the_whole_row() -> None:
-    raw = torch.zeros(1, 5, 5, 1, 1)
-    raw[0, torch.arange(5), torch.arange(5)] = -1e6
-    torch.testing.assert_close(row_bounded(raw, 2.0, 2)[0][0, :, :, 0, 0], -2.0 * torch.eye(5), rtol=1e-5, atol=0)
+    diagonal = -1e6 * torch.eye(5)[None]  # a single entry may use the whole row
+    torch.testing.assert_close(row_bounded(diagonal, bound, 2)[0], -bound * torch.eye(5)[None])
 
 
 class Constant(torch.nn.Module):
@@ -386,79 +330,9 @@ def test_a_flow_made_under_inference_mode_works() -> None:
         torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-5)
 
 
-# ---- precision -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny", "identity"])
-def test_ambient_autocast_and_tf32_change_nothing(preset: str) -> None:
-    flow = create_flow(preset, (3, 8, 8), **SMALL[preset])
-    perturbed(flow, 0.1)
-    x = torch.rand(2, 3, 8, 8) - 0.5
-    want, want_logdet = flow(x)
-    want_back = flow.inverse(want)[0]
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        with torch.autocast("cpu", torch.bfloat16):
-            z, logdet = flow(x)
-            back = flow.inverse(z)[0]
-            assert (x.flatten(1)[:, :8] @ x.flatten(1)[:, :8].T).dtype == torch.bfloat16  # still on for the caller
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(z, want) and torch.equal(logdet, want_logdet) and torch.equal(back, want_back)
-
-
-def test_precision_settings_come_back_after_an_error() -> None:
-    flow = create_flow("mef_tiny", (3, 8, 8), **SMALL["mef_tiny"])
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        with pytest.raises(RuntimeError):
-            flow(torch.zeros(1, 4, 8, 8))
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def test_autocast_of_the_subnets_is_a_switch() -> None:
-    flow = create_flow("mef_tiny", (3, 8, 8), **SMALL["mef_tiny"])
-    perturbed(flow, 0.1)
-    x = torch.rand(2, 3, 8, 8) - 0.5
-    full = flow(x)[0]
-    flow.set_autocast(torch.bfloat16)
-    z, _ = flow(x)
-    assert z.dtype == torch.float32 and flow.autocast == torch.bfloat16
-    assert not torch.equal(z, full)
-    torch.testing.assert_close(z, full, rtol=0, atol=0.3)
-    # The same reduced subnet on both ways: the map itself stays exact up to what bf16 makes of tiny input changes.
-    assert (flow.inverse(z)[0] - x).abs().max() < 0.05
-    flow.set_autocast(None)
-    assert torch.equal(flow(x)[0], full)
-
-
 def test_gradients_reach_every_parameter() -> None:
-    for preset in ("mef_tiny", "mef_small", "glow_tiny"):
+    for preset in ("mef_tiny", "glow_tiny"):
         flow = perturbed(create_flow(preset, (3, 8, 8), **SMALL[preset]), 0.05)
         z, logdet = flow(torch.rand(2, 3, 8, 8) - 0.5)
         (z.square().sum() - logdet.sum()).backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in flow.parameters())
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize(("steps", "channels", "size"), [(3, 4, 1.0), (2, 48, 1.0), (2, 12, 8.0), (1, 2, 0.0)])
-def test_exponentials_of_generators_and_their_gradient(steps: int, channels: int, size: float, sign: float) -> None:
-    g = torch.Generator().manual_seed(0)
-    noise = torch.randn(steps, channels, channels, generator=g, dtype=torch.float64)
-    # A rotation's generator and a little of everything else, as training leaves it.
-    weights = (size * ((noise - noise.mT) * 1.5 / channels**0.5 + 0.05 * noise)).requires_grad_()
-    upstream = torch.randn(weights.shape, generator=g, dtype=torch.float64)
-    expected = torch.matrix_exp(sign * weights)
-    (reference,) = torch.autograd.grad(expected, weights, upstream)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        own = weights.detach().to(dtype).requires_grad_()
-        result = exp_of_generators(own, sign)
-        (gradient,) = torch.autograd.grad(result, own, upstream.to(dtype))
-        assert gradient.dtype == dtype
-        for got, want in ((result, expected), (gradient, reference)):
-            assert (got.double() - want).norm() <= tolerance * want.norm()

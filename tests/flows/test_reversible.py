@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glem_augment import GLEM
 from glem_augment.data.dataset import open_data
-from glem_augment.flows import create_flow
+from glem_augment.flows import MultiscaleFlow, create_flow
 
 KINDS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
     "matexp": ("mef_tiny", (1, 8, 8), dict(width=[8, 8], depth=[3, 2])),
@@ -22,9 +22,8 @@ KINDS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
 }
 
 
-def flow_and_images(kind: str | tuple[int, int, int], dtype: torch.dtype, batch: int = 5, **more: Any):
-    """Of one of ``KINDS``, or an affine one on images of such a shape."""
-    name, shape, options = ("glow_tiny", kind, KINDS["affine"][2]) if isinstance(kind, tuple) else KINDS[kind]
+def flow_and_images(kind: str, dtype: torch.dtype, batch: int = 5, **more: Any) -> tuple[MultiscaleFlow, Tensor]:
+    name, shape, options = KINDS[kind]
     torch.manual_seed(0)
     flow = create_flow(name, shape, **{**options, **more})
     x = torch.rand(128, *shape) - 0.5
@@ -35,20 +34,26 @@ def flow_and_images(kind: str | tuple[int, int, int], dtype: torch.dtype, batch:
     return flow.to(dtype), x[:batch].to(dtype, copy=True)
 
 
-def gradients(flow: torch.nn.Module, x: Tensor, memory: str) -> list[Tensor]:
+def gradients(flow: MultiscaleFlow, x: Tensor, memory: str) -> list[Tensor | None]:
+    """Of the image and of every weight; None where there is none."""
     flow.set_memory(memory)
+    flow.zero_grad()
     x = x.clone().requires_grad_()
-    return list(torch.autograd.grad(loss_of(*flow(x)), [x, *flow.parameters()]))
-
-
-def loss_of(z: Tensor, logdet: Tensor) -> Tensor:
-    """The same in every precision."""
+    z, logdet = flow(x)
     generator = torch.Generator().manual_seed(1)
-    weight, share = (torch.randn(t.shape, generator=generator) for t in (z, logdet))
-    return (z * weight.to(z)).sum() + (logdet * share.to(z)).sum()
+    weight, share = (torch.randn(t.shape, generator=generator).to(t) for t in (z, logdet))
+    ((z * weight).sum() + (logdet * share).sum()).backward()
+    return [x.grad, *(p.grad for p in flow.parameters())]
 
 
-def saved_bytes(flow: torch.nn.Module, x: Tensor) -> int:
+def assert_same_gradients(flow: MultiscaleFlow, x: Tensor, rtol: float, atol: float) -> None:
+    for got, want in zip(gradients(flow, x, "reversible"), gradients(flow, x, "stored"), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=rtol, atol=atol * float(want.abs().max()) + 1e-12)
+
+
+def saved_bytes(flow: MultiscaleFlow, x: Tensor) -> int:
     """Bytes kept for the backward pass, weights not counted."""
     weights = {p.untyped_storage().data_ptr() for p in flow.parameters()}
     kept: dict[int, int] = {}
@@ -69,25 +74,32 @@ def saved_bytes(flow: torch.nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_ordinary_ones(kind: str) -> None:
-    flow, x = flow_and_images(kind, torch.float64)
-    for got, want in zip(gradients(flow, x, "reversible"), gradients(flow, x, "stored"), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
-    flow, x = flow_and_images(kind, torch.float32)
-    for got, want in zip(gradients(flow, x, "reversible"), gradients(flow, x, "stored"), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert_same_gradients(*flow_and_images(kind, torch.float64), 1e-9, 1e-9)
+    assert_same_gradients(*flow_and_images(kind, torch.float32), 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["all", "one norm", "networks", "one bias"])
+def test_gradients_where_some_weights_are_frozen(frozen: str) -> None:
+    flow, x = flow_and_images("matexp", torch.float64)
+    level = flow.levels[0]
+    chosen = {
+        "all": list(flow.parameters()),
+        "one norm": list(level.norms[1].parameters()),
+        "networks": [p for coupling in level.couplings for p in coupling.net.parameters()],
+        "one bias": [level.couplings[1].net.tail.bias],
+    }
+    for parameter in chosen[frozen]:
+        parameter.requires_grad_(False)
+    assert_same_gradients(flow, x, 1e-9, 1e-9)
 
 
 def test_values_do_not_depend_on_the_memory() -> None:
-    # In float32 ELUs are computed in another way where no gradients are wanted, as between reversible steps.
-    for dtype, atol in ((torch.float64, 0.0), (torch.float32, 1e-5)):
-        flow, x = flow_and_images("matexp", dtype)
-        z, logdet = flow(x)
-        flow.set_memory("reversible")
-        again, logdet_again = flow(x)
-        torch.testing.assert_close(again, z, rtol=0, atol=atol)
-        torch.testing.assert_close(logdet, logdet_again)
-        with torch.no_grad():
-            assert torch.equal(flow(x)[0], again)
+    flow, x = flow_and_images("matexp", torch.float32)
+    z, logdet = flow(x)
+    flow.set_memory("reversible")
+    for again, logdet_again in (flow(x), flow.requires_grad_(False)(x)):
+        assert torch.equal(again, z)
+        torch.testing.assert_close(logdet_again, logdet)
 
 
 @pytest.mark.parametrize("kind", ["matexp", "affine"])
@@ -104,7 +116,7 @@ def test_saved_bytes_do_not_grow_with_depth(kind: str) -> None:
 
 
 def test_drift_over_depth_stays_small() -> None:
-    """64 steps there and back: what the rebuilt activations are off by."""
+    """64 steps there and back, and the gradients on the rebuilt activations."""
     flow, x = flow_and_images("matexp", torch.float32, depth=[32, 32])
     for parameter in flow.parameters():
         if parameter.ndim == 4:  # 64 strong random couplings in a row are chaos, in either memory
@@ -112,46 +124,13 @@ def test_drift_over_depth_stays_small() -> None:
     with torch.no_grad():
         back, _ = flow.inverse(flow(x)[0])
     assert float((back - x).abs().max()) < 1e-4
-    for got, want in zip(gradients(flow, x, "reversible"), gradients(flow, x, "stored"), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert_same_gradients(flow, x, 1e-3, 1e-4)
 
 
 def test_gradients_of_a_trained_flow_on_real_images() -> None:
     model = GLEM.from_pretrained("bundled:fashion-mnist").requires_grad_(True)
     images = open_data("bundled:fashion-mnist", split="test").tensor()[::200][:8].float() / 255 - 0.5
-    for got, want in zip(
-        gradients(model.flow, images, "reversible"), gradients(model.flow, images, "stored"), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3 * float(want.abs().max()))
-
-
-def test_frozen_weights_and_gradients_to_the_image_only() -> None:
-    flow, x = flow_and_images("matexp", torch.float64)
-    flow.requires_grad_(False)
-    found = []
-    for memory in ("stored", "reversible"):
-        flow.set_memory(memory)
-        image = x.clone().requires_grad_()
-        z, logdet = flow(image)
-        found.append(torch.autograd.grad(z.square().sum() - logdet.sum(), image)[0])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
-
-
-def test_partly_frozen() -> None:
-    flow, x = flow_and_images("matexp", torch.float64)
-    for parameter in flow.levels[0].norms[1].parameters():
-        parameter.requires_grad_(False)
-    results = []
-    for memory in ("stored", "reversible"):
-        flow.zero_grad(set_to_none=True)
-        flow.set_memory(memory)
-        z, logdet = flow(x)
-        (z.square().sum() - logdet.sum()).backward()
-        results.append([None if p.grad is None else p.grad.clone() for p in flow.parameters()])
-    for stored, rebuilt in zip(*results, strict=True):
-        assert (stored is None) == (rebuilt is None)
-        if stored is not None:
-            torch.testing.assert_close(rebuilt, stored, rtol=1e-9, atol=1e-9 * float(stored.abs().max()) + 1e-12)
+    assert_same_gradients(model.flow, images, 1e-2, 1e-3)
 
 
 def test_a_weight_changed_before_the_backward_pass_is_noticed() -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment import GLEM
-from glem_augment.errors import ModelFileError
 from glem_augment.flows import (
     AffineCoupling,
     Bijection,
@@ -20,7 +16,6 @@ from glem_augment.flows import (
     build_flow,
     create_flow,
 )
-from glem_augment.flows.presets import check_spec, resolve_preset
 from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Activation, ConvSubnet, make_subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
@@ -226,109 +221,3 @@ def test_a_flow_of_each_kind_goes_there_and_back(kind: str, coupling: str) -> No
     again.load_state_dict(flow.state_dict())
     assert again.spec == flow.spec
     torch.testing.assert_close(again(x)[0], z)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_activation_reaches_every_subnet(activation: str) -> None:
-    flow = create_flow("glow_tiny", (1, 8, 8), activation=activation, **SMALL)
-    names = {m.name for m in flow.modules() if isinstance(m, Activation)}
-    assert names == {activation}
-
-
-def test_saved_specs_name_the_subnet_and_older_ones_mean_the_published_one(tmp_path: Path) -> None:
-    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], **SMALL)
-    flow = model.config.flow
-    assert (flow["subnet"], flow["activation"], flow["patch"]) == ("residual", "elu", 2)
-    assert "activation" not in resolve_preset("mef_tiny", (1, 8, 8), subnet="transformer")
-    assert set(resolve_preset("identity", (1, 8, 8))) == {"preset", "image_shape", "coupling"}
-    filled(model.flow, 0.1)
-    model.save(tmp_path)
-    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    want = model.encode(x)[0]
-    config = json.loads((tmp_path / "config.json").read_text())
-    for key in ("subnet", "activation", "patch"):
-        del config["flow"][key]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.testing.assert_close(GLEM.from_pretrained(tmp_path).encode(x)[0], want)
-
-
-def test_a_transformer_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], subnet="transformer", **SMALL)
-    filled(model.flow, 0.1)
-    model.save(tmp_path)
-    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    torch.testing.assert_close(GLEM.from_pretrained(tmp_path).encode(x)[0], model.encode(x)[0])
-
-
-@pytest.mark.parametrize(("patch", "shape"), [(4, (3, 8, 8)), (4, (1, 16, 8)), (6, (1, 12, 24))])
-def test_patches_make_the_first_level_coarser(patch: int, shape: tuple[int, int, int]) -> None:
-    flow = create_flow("mef_tiny", shape, patch=patch, subnet="transformer", **SMALL)
-    filled(flow, 0.05)
-    x = torch.rand(3, *shape) - 0.5
-    z, logdet = flow(x)
-    assert flow.part_shapes[0] == (patch * patch * shape[0] // 2, shape[1] // patch, shape[2] // patch)
-    back, back_logdet = flow.inverse(z)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
-    torch.testing.assert_close(logdet, -back_logdet, rtol=1e-4, atol=1e-3)
-
-
-HOSTILE: list[tuple[dict[str, Any], str]] = [
-    ({"subnet": "resnet"}, r"subnet must be one of residual.*transformer, got 'resnet'"),
-    ({"subnet": None}, "subnet must be one of"),
-    ({"subnet": ["residual"]}, "subnet must be one of"),
-    ({"subnet": {}}, "subnet must be one of"),
-    ({"activation": "swish"}, r"activation must be one of elu, .*, got 'swish'"),
-    ({"activation": 3}, "activation must be one of"),
-    ({"activation": []}, "activation must be one of"),
-    ({"subnet": "transformer", "activation": "elu"}, "always has GELU"),
-    ({"patch": 1}, "patch must be one of"),
-    ({"patch": 3}, "patch must be one of"),
-    ({"patch": True}, "patch must be one of"),
-    ({"patch": "2"}, "patch must be one of"),
-    ({"patch": 10**9}, "patch must be one of"),
-    ({"patch": 6}, "levels and patch 6 needs height and width divisible by 12, got 8x8"),
-    ({"width": [True, 8]}, "width must be a list of whole numbers"),
-    ({"width": [6.0, 8]}, "width must be a list of whole numbers"),
-    ({"bound": True}, "bound must lie"),
-    ({"coupling": ["matexp"]}, "coupling must be one of"),
-    ({"expansion": 10**9}, r"unknown settings \['expansion'\]"),
-    ({"subnet": "transformer" * 10**5}, "subnet must be one of"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), HOSTILE)
-def test_hostile_specs_are_refused(change: dict[str, Any], message: str) -> None:
-    spec = {**resolve_preset("mef_tiny", (3, 8, 8), **SMALL), **change}
-    if "subnet" in change and "activation" not in change:
-        spec.pop("activation")
-    for refuse in (check_spec, build_flow):
-        with pytest.raises(ValueError, match=message) as caught:
-            refuse(spec)
-        assert len(str(caught.value)) < 500
-
-
-def test_a_transformer_on_too_many_pixels_is_refused() -> None:
-    spec = resolve_preset("mef_tiny", (3, 1024, 1024))
-    del spec["activation"]
-    with pytest.raises(ValueError, match="attend to 262144 pixels, at most 16384.*raise patch"):
-        check_spec({**spec, "subnet": "transformer"})
-
-
-def test_a_model_file_with_an_unknown_subnet_is_refused(tmp_path: Path) -> None:
-    GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], **SMALL).save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["flow"]["subnet"] = "mamba"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelFileError, match="subnet must be one of"):
-        GLEM.from_pretrained(tmp_path)
-
-
-def test_options_that_do_not_apply_say_so() -> None:
-    with pytest.raises(ValueError, match="activation belongs to the convolutional subnets"):
-        create_flow("mef_tiny", (1, 8, 8), subnet="transformer", activation="silu")
-    with pytest.raises(ValueError, match=r"no option \['subnet'\]"):
-        create_flow("identity", (1, 8, 8), subnet="residual")
-    with pytest.raises(ValueError, match="activation must be one of"):
-        Activation("tanh")
-    with pytest.raises(ValueError, match="kind must be one of"):
-        make_subnet("mlp", 1, 1, 1, 1, (1, 1))

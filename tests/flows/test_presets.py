@@ -1,0 +1,148 @@
+"""Named sizes, their settings, and what is refused: a hostile config must not get memory or time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from glem_augment import GLEM
+from glem_augment.errors import ModelFileError
+from glem_augment.flows import ActNorm, AffineCoupling, build_flow, create_flow, resolve_preset
+from glem_augment.flows.presets import check_spec
+from glem_augment.flows.subnets import ACTIVATIONS, Activation, make_subnet
+
+SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
+
+
+@pytest.mark.parametrize(("preset", "published"), [("mef_cifar", 37_683_752), ("mef_glem", 42_815_440)])
+def test_parameter_counts_of_the_published_sizes(preset: str, published: int) -> None:
+    with torch.device("meta"):
+        flow = create_flow(preset, (3, 32, 32))
+    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_reaches_every_subnet(activation: str) -> None:
+    flow = create_flow("glow_tiny", (1, 8, 8), activation=activation, **SMALL)
+    assert {m.name for m in flow.modules() if isinstance(m, Activation)} == {activation}
+
+
+def test_saved_specs_name_the_subnet_and_older_ones_mean_the_published_one(tmp_path: Path) -> None:
+    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], **SMALL)
+    flow = model.config.flow
+    assert (flow["subnet"], flow["activation"], flow["patch"]) == ("residual", "elu", 2)
+    assert "activation" not in resolve_preset("mef_tiny", (1, 8, 8), subnet="transformer")
+    assert set(resolve_preset("identity", (1, 8, 8))) == {"preset", "image_shape", "coupling"}
+    for parameter in model.flow.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.save(tmp_path)
+    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("subnet", "activation", "patch"):
+        del config["flow"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(GLEM.from_pretrained(tmp_path).encode(x)[0], model.encode(x)[0])
+
+
+@pytest.mark.parametrize(("patch", "shape"), [(4, (3, 8, 8)), (4, (1, 16, 8)), (6, (1, 12, 24))])
+def test_patches_make_the_first_level_coarser(patch: int, shape: tuple[int, int, int]) -> None:
+    flow = create_flow("mef_tiny", shape, patch=patch, subnet="transformer", **SMALL)
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    x = torch.rand(3, *shape) - 0.5
+    z, logdet = flow(x)
+    assert flow.part_shapes[0] == (patch * patch * shape[0] // 2, shape[1] // patch, shape[2] // patch)
+    back, back_logdet = flow.inverse(z)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logdet, -back_logdet, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 10), (1, 7, 7)])
+def test_size_not_divisible_names_the_sizes(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"divisible by 4, got {shape[1]}x{shape[2]}; resize to \d+x\d+"):
+        create_flow("mef_tiny", shape)
+
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"subnet": "resnet"}, r"subnet must be one of residual.*transformer, got 'resnet'"),
+    ({"subnet": None}, "subnet must be one of"),
+    ({"subnet": ["residual"]}, "subnet must be one of"),
+    ({"subnet": "transformer" * 10**5}, "subnet must be one of"),
+    ({"activation": "swish"}, r"activation must be one of elu, .*, got 'swish'"),
+    ({"activation": []}, "activation must be one of"),
+    ({"subnet": "transformer", "activation": "elu"}, "always has GELU"),
+    ({"patch": 3}, "patch must be one of"),
+    ({"patch": True}, "patch must be one of"),
+    ({"patch": 6}, "levels and patch 6 needs height and width divisible by 12, got 8x8"),
+    ({"depth": [0, 1]}, "depth must be a list of whole numbers"),
+    ({"depth": [256, 256], "blocks": [64, 64]}, "depth times blocks, summed over the levels, may be at most 2048"),
+    ({"depth": [1] * 9}, "depth must be a list .*at most 8"),
+    ({"width": [10**9, 8]}, "width must be a list of whole numbers"),
+    ({"width": [True, 8]}, "width must be a list of whole numbers"),
+    ({"width": [6.0, 8]}, "width must be a list of whole numbers"),
+    ({"width": [6]}, "one entry per level"),
+    ({"bound": True}, "bound must lie"),
+    ({"bound": math.nan}, "bound must lie"),
+    ({"bound": 0}, "bound must lie"),
+    ({"bound": 8.1}, "bound must lie"),
+    ({"rank": 0}, "rank must be a whole number"),
+    ({"rank": 65}, "rank must be a whole number"),
+    ({"actnorm": "pixel"}, "actnorm must be 'element' or 'channel'"),
+    ({"coupling": ["matexp"]}, "coupling must be one of"),
+    ({"image_shape": [3, 8]}, "image_shape must be"),
+    ({"image_shape": [3, 8192, 8]}, "image_shape must be"),
+    ({"expansion": 10**9}, r"unknown settings \['expansion'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE)
+def test_hostile_specs_are_refused(change: dict[str, Any], message: str) -> None:
+    spec = {**resolve_preset("mef_tiny", (3, 8, 8), **SMALL), **change}
+    if "subnet" in change and "activation" not in change:
+        spec.pop("activation")
+    for refuse in (check_spec, build_flow):
+        with pytest.raises(ValueError, match=message) as caught:
+            refuse(spec)
+        assert len(str(caught.value)) < 500
+
+
+def test_a_transformer_on_too_many_pixels_is_refused() -> None:
+    spec = {**resolve_preset("mef_tiny", (3, 256, 256), depth=[1], blocks=[1], width=[8]), "subnet": "transformer"}
+    del spec["activation"]
+    check_spec(spec)  # 128 x 128 pixels after the squeeze
+    with pytest.raises(ValueError, match="attend to 16512 pixels, at most 16384.*raise patch"):
+        check_spec({**spec, "image_shape": [3, 258, 256]})
+
+
+def test_a_model_file_with_an_unknown_subnet_is_refused(tmp_path: Path) -> None:
+    GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], **SMALL).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["flow"]["subnet"] = "mamba"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match="subnet must be one of"):
+        GLEM.from_pretrained(tmp_path)
+
+
+def test_unknown_names_and_options_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match="mef_tiny"):
+        create_flow("mef_huge", (3, 8, 8))
+    with pytest.raises(ValueError, match=r"no option \['deepness'\].*depth"):
+        create_flow("mef_tiny", (3, 8, 8), deepness=[1, 1])
+    with pytest.raises(ValueError, match="activation belongs to the convolutional subnets"):
+        create_flow("mef_tiny", (1, 8, 8), subnet="transformer", activation="silu")
+    with pytest.raises(ValueError, match=r"no option \['subnet'\]"):
+        create_flow("identity", (1, 8, 8), subnet="residual")
+    with pytest.raises(ValueError, match="activation must be one of"):
+        Activation("tanh")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        make_subnet("mlp", 1, 1, 1, 1, (1, 1))
+    with pytest.raises(ValueError, match="even number"):
+        AffineCoupling(3, lambda n_in, n_out: nn.Identity())
+    with pytest.raises(ValueError, match="'element' or per 'channel'"):
+        ActNorm(4, 2, 2, per="pixel")
