@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
 def test_an_m_step_that_never_succeeds_is_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = em_module.m_step_loss
     monkeypatch.setattr(em_module, "m_step_loss", lambda *args: real(*args) * math.nan)
-    trainer = tiny_trainer(tmp_path / "run", m_steps=3, max_rollbacks=1)
+    trainer = tiny_trainer(tmp_path / "run", m_steps=3)
     with (
         pytest.warns(UserWarning, match="Returned to step 0"),
         pytest.raises(TrainingError, match=r"diverged again after 3 returns.*M-step"),
