@@ -61,18 +61,6 @@ def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float,
     return Split(**{name: np.sort(np.concatenate(value)).astype(np.int64) for name, value in parts.items()})
 
 
-def some_of_each(rows: np.ndarray, targets: np.ndarray, most: int, least: int) -> np.ndarray:
-    """The first `most` of `rows`, but at least `least` of each class that has as many; `targets` are the rows'."""
-    if len(rows) <= most:
-        return rows
-    order = np.argsort(targets, kind="stable")
-    starts = np.searchsorted(targets[order], targets[order])
-    within = np.empty(len(rows), dtype=np.int64)
-    within[order] = np.arange(len(rows)) - starts
-    first = within < least
-    return np.concatenate([rows[first], rows[~first][: max(0, most - int(first.sum()))]])
-
-
 def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Indices [steps, B] of the batches of one epoch, a function of seed and epoch alone.
 

@@ -23,10 +23,11 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.devices import move
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import MultiscaleFlow, resolve_preset
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
 from glem_augment.training import optim
-from glem_augment.training.batches import augment_batch, some_of_each, stratified_split
+from glem_augment.training.batches import augment_batch, stratified_split
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.logs import gaussian_state, held_out
@@ -47,9 +48,8 @@ _INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's s
 _SHRINKAGE = 10  # images
 KLD_WEIGHT_END = 0.5
 JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
-# The refit keeps at most this many latents in memory (60,000 of 784 numbers are 190 MB), some of each class: the
-# cross-entropy pushes a class without images away.
-REFIT_STEPS, _REFIT_LR, _REFIT_NUMBERS, _REFIT_LEAST = 200, 3e-3, 60_000 * 784, 8
+# The refit by Adam keeps about so many numbers of latents in memory (60,000 of 784 are 190 MB), as many of each class.
+REFIT_STEPS, REFIT_LR, REFIT_NUMBERS, REFIT_LEAST = 200, 3e-3, 60_000 * 784, 8
 _COUNTERS = ("step", "m_done", "bad_steps", "bad_in_a_row", "m_bad_in_a_row", "rollbacks")
 
 
@@ -106,30 +106,21 @@ class EM:
         config, data = self.config, self.data
         torch.manual_seed(config.seed)
         if begun is not None:
-            # The model that the run started from need not be there any more: all weights are in the checkpoint.
-            return self._model_of(begun)
-        if init_model is not None:
-            if init_model.bits != config.bits:
-                raise DataError(
-                    f"the model to start from has {init_model.bits} bits, the settings {config.bits}: use the same"
-                )
-            if init_model.image_shape != tuple(data.image_shape):
-                raise DataError(
-                    f"the model to start from takes images {init_model.image_shape}, {data.name} has {data.image_shape}"
-                )
-            spec = init_model.config.flow
-        else:
-            spec = resolve_preset(config.preset, data.image_shape, **config.flow_options)
-        model = self._build(spec)
-        if init_model is not None:
-            model.flow.load_state_dict(init_model.flow.state_dict())
+            # All weights are in the checkpoint: the model that the run started from need not be there any more.
+            try:
+                return self._build(json.loads(begun.facts["flow"]))
+            except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
+        if init_model is None:
+            return self._build(resolve_preset(config.preset, data.image_shape, **config.flow_options))
+        if (init_model.bits, init_model.image_shape) != (config.bits, tuple(data.image_shape)):
+            raise DataError(
+                f"the model to start from takes images {init_model.image_shape} at {init_model.bits} bits, this run "
+                f"has {data.image_shape} at {config.bits} bits: use the same"
+            )
+        model = self._build(init_model.config.flow)
+        model.flow.load_state_dict(init_model.flow.state_dict())
         return model
-
-    def _model_of(self, begun: Checkpoint) -> GLEM:
-        try:
-            return self._build(json.loads(begun.facts["flow"]))
-        except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
 
     def _build(self, flow: dict[str, Any]) -> GLEM:
         ids, names = list(self.data.class_ids), list(self.data.classes)
@@ -143,16 +134,7 @@ class EM:
         x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
         self.model.initialise(x, self._generator(1))
         if init_model is not None and init_model.class_ids == self.model.class_ids:
-            self._take_gaussians(init_model)
-            return
-        if init_model is not None:
-            statistics = self._latent_pass(-1, self.split.g)
-            means, spread = statistics.moments()
-            gaussians.mu.copy_(means)
-            # Shrunk towards the pooled variance, since D_g may hold few images of a class.
-            n = statistics.count.clamp_min(1)[:, None]
-            pooled = (spread * n).sum(0) / n.sum()
-            gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
+            self._take_gaussians(init_model.gaussians)
             return
         if config.sigma_init is not None:
             gaussians.set_variance(torch.full_like(gaussians.s, config.sigma_init))
@@ -160,28 +142,36 @@ class EM:
             noise = torch.randn(gaussians.s.shape, generator=self._generator(6)).to(gaussians.s)
             gaussians.s.add_(config.sigma_init_std * noise)
             gaussians.project()
-        if config.mean_init_std is not None:
+        if config.mean_init_std is not None and init_model is None:
             gaussians.randomise(config.mean_init_std, self._generator(2))
-        else:
-            means, _ = self._latent_pass(-1, self.split.g).moments()
+            return
+        statistics = self._latent_pass(-1, self.split.g)
+        means, spread = statistics.moments()
+        if init_model is None:
             # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that.
             # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
             gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
+        else:
+            gaussians.mu.copy_(means)
+            # Shrunk towards the pooled variance, since D_g may hold few images of a class.
+            n = statistics.count.clamp_min(1)[:, None]
+            pooled = (spread * n).sum(0) / n.sum()
+            gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
 
-    def _take_gaussians(self, init_model: GLEM) -> None:
-        """Start from the Gaussians of `init_model`, as far as the run's psi can give their variances."""
-        mine, theirs = self.model.gaussians, init_model.gaussians
-        if init_model.config.psi == self.model.config.psi:
+    def _take_gaussians(self, theirs: ClassGaussians) -> None:
+        """Start from these Gaussians, as far as the run's psi can give their variances."""
+        mine = self.model.gaussians
+        if mine.psi == theirs.psi:
             mine.load_state_dict(theirs.state_dict())
             return
-        mine.mu.copy_(theirs.mu)
         wanted = theirs.variance().to(mine.s)
+        mine.mu.copy_(theirs.mu)
         mine.set_variance(wanted)
         worst = float((mine.variance() / wanted).log().abs().max().exp())
         if worst > 1.1:
             warnings.warn(
-                f"psi={self.model.config.psi} of the settings can't give the variances of the model to start from: "
-                f"they change by up to {worst:.1f} times. Its own is psi={init_model.config.psi}",
+                f"psi={mine.psi} of the settings can't give the variances of the model to start from: they change by "
+                f"up to {worst:.1f} times. Its own is psi={theirs.psi}",
                 stacklevel=2,
             )
 
@@ -313,15 +303,15 @@ class EM:
             return False
         rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
         if not exact:
-            most = max(1, _REFIT_NUMBERS // model.dim)
-            rows = some_of_each(rows, self.data.targets[rows], most, _REFIT_LEAST)
+            most = max(REFIT_LEAST, REFIT_NUMBERS // (model.dim * model.num_classes))
+            rows = np.concatenate([rows[self.data.targets[rows] == k][:most] for k in range(model.num_classes)])
         statistics = self._latent_pass(self.m_total, np.sort(rows), keep=not exact, model=model)
         if exact:
             statistics.most_likely(self.model.gaussians, config.learns_means, config.learns_variances)
             return True
         self.m_optimizer.state.clear()
         for step in tqdm(range(REFIT_STEPS), desc="refit", disable=not self.progress, dynamic_ncols=True):
-            self._gaussian_step(statistics, _REFIT_LR * (1 - step / REFIT_STEPS), beta)
+            self._gaussian_step(statistics, REFIT_LR * (1 - step / REFIT_STEPS), beta)
         return True
 
     # ---- measuring and state -------------------------------------------------------------------------------------

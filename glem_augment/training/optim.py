@@ -98,22 +98,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned.
-
-    Raises:
-        ValueError: a name or shape that this optimizer can't have, or one that is missing.
-    """
+    """Load what `optimizer_tensors` returned. Raises ValueError for a state that this optimizer can't have."""
     rest, state = dict(tensors), {}
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        names = [f"{index}/{key}" for key in _ENTRIES[type(optimizer)]]
-        if not any(name in rest for name in names):
-            continue
-        step, *moments = (rest.pop(name, None) for name in names)
-        if step is None or step.shape != () or any(m is None or m.shape != parameter.shape for m in moments):
-            raise ValueError(f"the optimizer's parameter {index} has a state of other shapes")
-        # Files hold plain rows; the optimizer is fastest with the strides of the weights (channels_last).
-        moments = [torch.empty_like(parameter, requires_grad=False).copy_(moment) for moment in moments]
-        state[index] = dict(zip(_ENTRIES[type(optimizer)], (step, *moments), strict=True))
+        found = {key: rest.pop(f"{index}/{key}") for key in _ENTRIES[type(optimizer)] if f"{index}/{key}" in rest}
+        shapes = [() if key == "step" else parameter.shape for key in _ENTRIES[type(optimizer)]]
+        if found and [tensor.shape for tensor in found.values()] != shapes:
+            raise ValueError(f"the state of the optimizer's parameter {index} is incomplete or of other shapes")
+        if found:
+            # Files hold plain rows; the optimizer is fastest with the strides of the weights (channels_last).
+            state[index] = {
+                key: tensor if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+                for key, tensor in found.items()
+            }
     if rest:
         raise ValueError(f"the optimizer has no {sorted(rest)[:3]}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -109,6 +109,8 @@ class Trainer(EM):
             (self.out / NEWEST).unlink(missing_ok=True)  # it is damaged, and must not become the previous one
         self.log = MetricsLog(self.out, 0 if begun is None else begun.step)
         self.start(init_model, begun)
+        if begun is not None:
+            self._clock -= begun.facts["seconds"]
 
     def seconds(self) -> float:
         """Wall-clock seconds spent on the run so far, over all its pieces, without what was lost to kills."""
@@ -154,7 +156,7 @@ class Trainer(EM):
                 self.save_checkpoint(good=True)
             elif self.step % self.steps_per_epoch == 0:
                 # The kill may have come after the checkpoint of an epoch and before its pictures.
-                self._pictures(self.step // self.steps_per_epoch, again=False)
+                self._pictures(self.step // self.steps_per_epoch)
             while self.step < self.total_steps:
                 try:
                     self._epoch(self.step // self.steps_per_epoch)
@@ -230,11 +232,11 @@ class Trainer(EM):
         save_checkpoint(self.out, *self.state(), good=good)
         self.saved_at = time.monotonic()
 
-    def _pictures(self, epochs: int, again: bool = True) -> None:
-        """Samples and curves, if they are due after this epoch; with `again`, even if they are there already."""
-        every, path = self.config.sample_every, self.out / "samples" / f"epoch_{epochs:04d}.png"
-        if every and (epochs % every == 0 or epochs == self.config.epochs) and (again or not path.exists()):
-            sample_grid(self.evaluated(), path)
+    def _pictures(self, epochs: int) -> None:
+        """Draw samples and curves, if they are due after this epoch."""
+        every = self.config.sample_every
+        if every and (epochs % every == 0 or epochs == self.config.epochs):
+            sample_grid(self.evaluated(), self.out / "samples" / f"epoch_{epochs:04d}.png")
             plot_curves(self.log.rows, self.out / "curves.png")
 
     # ---- stops and returns ---------------------------------------------------------------------------------------

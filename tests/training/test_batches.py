@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glem_augment.errors import DataError
-from glem_augment.training.batches import augment_batch, epoch_order, some_of_each, stratified_split
+from glem_augment.training.batches import augment_batch, epoch_order, stratified_split
 
 
 def test_stratified_split_keeps_every_class_in_proportion() -> None:
@@ -55,16 +55,6 @@ def test_epoch_order_is_a_function_of_seed_and_epoch() -> None:
     assert not np.array_equal(order, epoch_order(indices, 10, 1, 3))
     assert not np.array_equal(order, epoch_order(indices, 10, 2, 2))
     assert epoch_order(indices, 1000, 1, 2).shape == (1, 105)
-
-
-def test_some_of_each_class_are_kept() -> None:
-    targets = np.repeat([0, 1, 2], [900, 95, 5])
-    rows = np.random.default_rng(0).permutation(1000)
-    chosen = some_of_each(rows, targets[rows], 100, 8)
-    assert len(chosen) == len(set(chosen)) == 100
-    assert np.bincount(targets[chosen])[2] == 5 and np.bincount(targets[chosen])[1] >= 8
-    assert np.array_equal(some_of_each(rows, targets[rows], 1000, 8), rows)
-    assert len(some_of_each(rows, targets[rows], 10, 8)) == 21  # 8, 8 and all 5
 
 
 # ---- augmentations ---------------------------------------------------------------------------------------------------

@@ -199,6 +199,8 @@ def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(tmp_path: Path)
         with pytest.raises(KeyboardInterrupt, match=f"step {at}"):
             trainer.fit()
         assert load_checkpoint(out).step == at
+        spent = load_checkpoint(out).facts["seconds"]
+        assert 0 < spent <= tiny_trainer(out, resume=True).seconds() < spent + 60
         tiny_trainer(out, resume=True).fit()
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
         assert comparable(out) == comparable(tmp_path / "whole")
