@@ -260,12 +260,11 @@ def as_image_data(
     split: str = "train",
     progress: bool = True,
 ) -> ImageData:
-    """`data` as an ImageData with a flow's image shape.
+    """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
     Args:
         data: an ImageData; a pair (images uint8 [N,C,H,W], labels int64 [N]); or a name for `open_data`, whose images
             are resized and converted.
-        image_shape: (C, H, W).
         classes: names to use instead of the data's (of a pair: "0", "1", ...).
         split: split to open, for data given by name.
 

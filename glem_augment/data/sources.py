@@ -11,7 +11,8 @@ import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ _SPLIT_FOLDERS = {
     **dict.fromkeys(_TEST, _TEST + _VAL),
     **dict.fromkeys(_VAL, _VAL + _TEST),
 }
-_FASHION_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
+_FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -69,32 +68,31 @@ class Source(ABC):
 
     def header(self, index: int) -> tuple[bool, int, int]:
         """Whether image `index` is grey, and its height and width. Raises BadImageError."""
-        try:
-            with self.open(index) as image:
-                check_header(image, self.where(index))
-                return image.mode in GREY_MODES, image.height, image.width
-        except Exception as error:
-            raise self._unusable(index, error) from error
+        with self._checked(index) as image:
+            return image.mode in GREY_MODES, image.height, image.width
 
     def pixels(self, index: int, channels: int) -> torch.Tensor:
         """Image `index` as uint8 [C,H,W] in its own size. Raises BadImageError."""
+        with self._checked(index) as image:
+            return to_tensor(image, channels)
+
+    @contextmanager
+    def _checked(self, index: int) -> Iterator[Image.Image]:
+        """Open image `index`. Whatever goes wrong in the `with` block becomes a BadImageError that names the image."""
+        where = self.where(index)
         try:
             with self.open(index) as image:
-                check_header(image, self.where(index))
-                return to_tensor(image, channels)
+                check_header(image, where)
+                yield image
+        except BadImageError:
+            raise
         except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
-            raise self._unusable(index, error) from error
-
-    def _unusable(self, index: int, error: Exception) -> BadImageError:
-        if isinstance(error, BadImageError):
-            return error
-        where = self.where(index)
-        if os.path.isfile(where) and os.path.getsize(where) == 0:
-            return BadImageError(f"{where} is an empty file; remove or replace it")
-        said = str(error).replace(f": {where!r}", "").replace(f" {where!r}", "")
-        return BadImageError(
-            f"{where} cannot be read as an image ({type(error).__name__}: {said}); remove or replace it"
-        )
+            if os.path.isfile(where) and os.path.getsize(where) == 0:
+                raise BadImageError(f"{where} is an empty file; remove or replace it") from error
+            said = str(error).replace(f": {where!r}", "").replace(f" {where!r}", "")
+            raise BadImageError(
+                f"{where} cannot be read as an image ({type(error).__name__}: {said}); remove or replace it"
+            ) from error
 
 
 class FolderSource(Source):
@@ -366,8 +364,7 @@ def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_byt
     root = os.path.expanduser(root)
     try:
         dataset = create_dataset(name, root=root or None, split=split, download=False, input_img_mode="", **options)
-        source = _in_memory(dataset, spec) or _with_paths(dataset) or _with_reader(dataset)
-        return source or _streamed(dataset, spec, size, stream_bytes)
+        return _random_access(dataset, spec) or _streamed(dataset, spec, size, stream_bytes)
     except DataError:
         raise
     except (Exception, SystemExit) as error:
@@ -376,40 +373,26 @@ def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_byt
         raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {why}") from error
 
 
-def _in_memory(dataset: Any, spec: str) -> Source | None:
-    """torchvision's CIFAR and MNIST families hold all their pixels in `data`."""
+def _random_access(dataset: Any, spec: str) -> Source | None:
+    """The images of a torchvision data set, or of one of timm's readers; None for a stream."""
     data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
-    if data is None or targets is None:
-        return None
-    arrays, labels = np.asarray(data), np.asarray(targets)
-    if arrays.dtype != np.uint8 or labels.ndim != 1 or not (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
-        return None
-    classes = [str(name) for name in dataset.classes]
-    return ArraySource(arrays, classes, [str(i) for i in range(len(classes))], labels, spec)
-
-
-def _with_paths(dataset: Any) -> Source | None:
-    """torchvision's sets of image files have `samples` (ImageFolder, ImageNet) or `imgs` (Places365)."""
+    if data is not None and targets is not None:  # torchvision's CIFAR and MNIST families hold all their pixels
+        arrays, classes = np.asarray(data), [str(name) for name in dataset.classes]
+        if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
+            return ArraySource(arrays, classes, [str(i) for i in range(len(classes))], np.asarray(targets), spec)
     samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
-    if not samples or not hasattr(dataset, "classes"):
-        return None
-    # ImageNet's names are tuples of synonyms, of which the first is not always unique.
-    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in dataset.classes]
-    ids = [str(i) for i in getattr(dataset, "wnids", names)]
-    paths, targets = zip(*samples, strict=True)
-    return FolderSource([str(path) for path in paths], names, ids, np.asarray(targets))
-
-
-def _with_reader(dataset: Any) -> Source | None:
-    """timm's own readers with random access: tar files, Hugging Face data sets, TensorFlow ones."""
+    if samples and hasattr(dataset, "classes"):  # torchvision's sets of image files (ImageFolder, ImageNet, Places365)
+        # ImageNet's names are tuples of synonyms, of which the first is not always unique.
+        names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in dataset.classes]
+        ids = [str(i) for i in getattr(dataset, "wnids", names)]
+        paths, labels = zip(*samples, strict=True)
+        return FolderSource([str(path) for path in paths], names, ids, np.asarray(labels))
     reader: Any = getattr(dataset, "reader", None)
     if not hasattr(reader, "__getitem__"):
         return None
-    if hasattr(reader, "dataset"):  # Hugging Face: the column of labels can be read without the images
-        targets = np.asarray(reader.dataset[reader.label_key])
-    else:
-        targets = np.asarray(reader.targets)
-    return ReaderSource(reader, _reader_classes(reader, targets), targets)
+    # The column of labels of a Hugging Face data set can be read without the images.
+    column = reader.dataset[reader.label_key] if hasattr(reader, "dataset") else reader.targets
+    return ReaderSource(reader, _reader_classes(reader, np.asarray(column)), np.asarray(column))
 
 
 def _streamed(dataset: Iterable[Any], spec: str, size: tuple[int, int] | None, limit: int) -> Source:

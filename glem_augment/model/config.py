@@ -182,18 +182,15 @@ def _printable(text: str, allowed: str = "") -> bool:
 
 
 def _check_record(value: Any, where: str, depth: int = 0) -> None:
-    """Check the free part of a config: it must be printable, finite and not too deep, so that it can be shown and
-    saved again."""
+    """Check that the free part of a config is printable, finite and not too deep, so that it can be shown and saved."""
     if depth > MAX_DEPTH:
-        raise ModelFileError(f"{where[:80]} is nested more than {MAX_DEPTH} deep")
+        raise ModelFileError(f"{where} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str) and not _printable(value, allowed="\n\t"):
-        raise ModelFileError(f"{where[:80]} holds characters that can't be printed: {_short(value)}")
+        raise ModelFileError(f"{where} holds characters that can't be printed: {_short(value)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ModelFileError(f"{where[:80]} is not finite")
+        raise ModelFileError(f"{where} holds a number that is not finite")
     if isinstance(value, dict):
-        for key, part in value.items():
-            _check_record(key, f"a name in {where}", depth + 1)
-            _check_record(part, f"{where}.{key[:40]}", depth + 1)
-    elif isinstance(value, list):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
         for part in value:
             _check_record(part, where, depth + 1)
