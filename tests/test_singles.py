@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import glem_augment
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.devices import evaluating, weights_key
+from glem_augment.devices import check_worker_device, evaluating, move, weights_key
 from glem_augment.io import lock_folder
 from glem_augment.random_state import RandomState, WorkerCounts
 
@@ -95,10 +95,13 @@ def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: 
     assert not torch.isin(*signs).any()
 
 
-def test_draws_are_those_of_earlier_versions() -> None:
-    random = RandomState(3)
-    found = [torch.rand(1, generator=random.generator()).item() for _ in range(2)]
-    assert found == pytest.approx([0.35117119550704956, 0.6318961977958679], abs=1e-7)
+@pytest.mark.parametrize(
+    ("seed", "earlier"),
+    [(3, [0.35117119550704956, 0.6318961977958679]), (-5, [0.8220129609107971, 0.02902817726135254])],
+)
+def test_draws_are_those_of_earlier_versions(seed: int, earlier: list[float]) -> None:
+    random = RandomState(seed)
+    assert [torch.rand(1, generator=random.generator()).item() for _ in range(2)] == pytest.approx(earlier, abs=1e-7)
 
 
 def test_states_are_saved_restored_and_checked() -> None:
@@ -200,6 +203,15 @@ def test_a_key_of_weights_notices_writes_and_replacements() -> None:
         assert len(weights_key(nn.Linear(2, 3), model)) == 2 + len(weights_key(model))
 
 
+def test_devices() -> None:
+    x = torch.ones(2)
+    assert move(x, "cpu") is x and move(x, "meta").device.type == "meta"
+    check_worker_device(torch.device("cpu"))
+    if not torch.cuda.is_initialized():
+        with pytest.raises(RuntimeError, match="the flow is on cuda:0, which a forked DataLoader worker cannot use"):
+            check_worker_device(torch.device("cuda", 0))
+
+
 def test_eval_mode_for_a_while_leaves_every_module_as_it_was() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout()))
     before = [module.training for module in model.modules()]
@@ -224,7 +236,8 @@ def test_checks_name_the_value_and_what_is_allowed() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             check_number("p", value, low, high, open_low)
-    assert check_whole("rank", np.int64(3), 1) == 3
+    assert check_number("p", 0, 0, 1) == 0.0
+    assert check_whole("rank", np.int64(3), 1) == 3 and check_whole("rank", 1, 1) == 1
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         check_whole("rank", 0, 1)
     for bad in (True, 2.0, "3", None):

@@ -1,1 +1,1 @@
-"""latent."""
+"""Classes in the latent space: their Gaussians, divergences, principal modes and full covariances."""

@@ -27,7 +27,7 @@ def kld_class_sums(mu: Tensor, var: Tensor) -> Tensor:
     """
     slices = zip(mu.split(_SLICE, 1), var.split(_SLICE, 1), strict=True)
     # The backward pass computes a slice's temporaries again instead of keeping those of all slices.
-    return sum(checkpoint(_class_sums, m, s, use_reentrant=False) for m, s in slices)
+    return torch.stack([checkpoint(_class_sums, m, s, use_reentrant=False) for m, s in slices]).sum(0)
 
 
 def _class_sums(mu: Tensor, var: Tensor) -> Tensor:

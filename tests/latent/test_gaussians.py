@@ -220,6 +220,9 @@ def test_sampling_is_deterministic_and_temperature_zero_gives_the_means() -> Non
     gaussians, y = random_gaussians(3, 4, dtype=torch.float32), torch.tensor([2, 0, 2])
     draws = [gaussians.sample(y, 0.7, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(draws[0], gaussians.mu[y] + 0.7 * gaussians.variance()[y].sqrt() * noise)
     assert not draws[0].requires_grad
     assert torch.equal(gaussians.sample(y, 0.0), gaussians.mu[y])
     assert gaussians.sample(y[:0]).shape == (0, 4)

@@ -193,6 +193,11 @@ def test_samples_have_the_moments_of_the_class() -> None:
     error = ((expected.diagonal()[:, None] * expected.diagonal() + expected**2) / n).sqrt()
     assert torch.all((torch.cov(z.T) - expected).abs() < 5 * error)
     mixed = torch.tensor([0, 1, 0])
+    noise = torch.randn(3, 11)
+    for row, y in enumerate(mixed.tolist()):
+        along = (noise[row, :3] * modes.scales[y]) @ modes.directions[y]
+        wanted = modes.mean[y] + 0.5 * (along + noise[row, 3:] * modes.rest[y].sqrt())
+        torch.testing.assert_close(modes.sample_from_noise(mixed, noise, 0.5)[row], wanted)
     again = [modes.sample(mixed, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*again)
     assert torch.equal(modes.sample(mixed, temperature=0.0), modes.mean[mixed])

@@ -66,6 +66,10 @@ def test_sampling_is_seeded_and_scaled_by_the_temperature() -> None:
     def draw(temperature: float) -> Tensor:
         return thin.sample(y, temperature, torch.Generator().manual_seed(3))
 
+    noise = torch.randn(5, 10 + 10, generator=torch.Generator().manual_seed(3))  # the longest factor has 10 rows
+    e, rest = noise[0, : len(thin.factors[2])], noise[0, 10:]
+    wanted = thin.mean[2] + thin.factors[2].T @ e + thin.diagonal[2].sqrt() * rest
+    torch.testing.assert_close(draw(1.0)[0], wanted)
     assert torch.equal(draw(1.0), draw(1.0))
     assert torch.equal(draw(0.0), thin.mean[y])
     torch.testing.assert_close(draw(0.5) - thin.mean[y], 0.5 * (draw(1.0) - thin.mean[y]), atol=1e-6, rtol=0)
