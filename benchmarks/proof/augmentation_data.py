@@ -1,11 +1,10 @@
-"""Images and flows of ``augmentation.py``: who sees which images, cached as tensors, and flows by name."""
+"""Images and flows of `augmentation.py`: who sees which images, and flows by name."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +15,15 @@ from benchmarks.proof.augmentation_settings import (
     BUNDLED,
     FLOW_SETTINGS,
     FLOWS,
+    LONG,
     OWN_IMAGES,
     OWN_SETTINGS,
     PLAIN,
+    SETTINGS,
     FlowRecipe,
     Setting,
 )
-from glem_augment import GLEM, open_data
-from glem_augment.data.dataset import ImageData
-from glem_augment.io import atomic_write
+from glem_augment import GLEM, ImageData, open_data
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
 
@@ -37,7 +36,6 @@ PLACES = {
     "notmnist": ("notmnist", None, "test"),  # made by make_notmnist.py
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }
-SHIPPED = tuple(PLACES)
 VALIDATION_MOST, VALIDATION_SHARE = 200, 0.25  # images of a class
 
 
@@ -45,7 +43,7 @@ VALIDATION_MOST, VALIDATION_SHARE = 200, 0.25  # images of a class
 class Task:
     """The images of one setting and seed, uint8 [N,C,H,W] and int64 [N].
 
-    ``val`` and ``test`` are the same for every seed; ``train`` is drawn by the seed from the other training images.
+    `val` and `test` are the same for every seed; `train` is drawn by the seed from the other training images.
     """
 
     train: tuple[Tensor, Tensor]
@@ -54,131 +52,119 @@ class Task:
     classes: list[str]
 
 
-class Library:
-    """Opens data sets once, and keeps them decoded in ``folder``."""
+@lru_cache
+def images(name: str, split: str, size: int, channels: int) -> tuple[Tensor, Tensor, list[str]]:
+    """All images of a split in one size, their labels, and the class names.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open: dict[tuple[Any, ...], tuple[Tensor, Tensor, list[str]]] = {}
+    Raises:
+        SystemExit: the data is not on this machine.
+    """
+    folder, otherwise, test = PLACES[name]
+    found = otherwise if folder is None else find_images("augmentation", name, folder, otherwise)
+    data = open_data(found, test if split == "test" else split, image_size=size, channels=channels, progress=False)
+    return data.tensor(), torch.from_numpy(data.targets), data.classes
 
-    def images(self, name: str, split: str, size: int, channels: int) -> tuple[Tensor, Tensor, list[str]]:
-        """All images of a split in one size, their labels, and the class names.
 
-        Raises:
-            SystemExit: the data is not on this machine.
-        """
-        key = (name, split, size, channels)
-        if key not in self._open:
-            file = self.folder / f"{name}-{split}-{channels}x{size}.npz"
-            if not file.is_file():
-                self._decode(file, *key)
-            with np.load(file) as stored:
-                x, y, classes = (stored[part] for part in ("x", "y", "classes"))
-            self._open[key] = (torch.from_numpy(x), torch.from_numpy(y), [str(c) for c in classes])
-        return self._open[key]
+def images_of(of: Setting | FlowRecipe, split: str, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
+    """The images of a setting's or recipe's classes, numbered anew in their order."""
+    x, y, names = images(of.data, split, size or of.size, of.channels)
+    if of.classes is None:
+        return x, y, names
+    table = torch.full((len(names),), -1)
+    table[list(of.classes)] = torch.arange(len(of.classes))
+    rows = (table[y] >= 0).nonzero()[:, 0]
+    return x[rows], table[y[rows]], [names[c] for c in of.classes]
 
-    def _decode(self, file: Path, name: str, split: str, size: int, channels: int) -> None:
-        folder, otherwise, test = PLACES[name]
-        found = otherwise if folder is None else find_images("augmentation", name, folder, otherwise)
-        split = test if split == "test" else split
-        data = open_data(found, split, image_size=size, channels=channels, progress=False)
-        pixels = data.tensor()
-        assert pixels is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as out:
-            np.savez(out, x=pixels.numpy(), y=data.targets, classes=np.array(data.classes))
 
-    def chosen(
-        self, name: str, split: str, size: int, channels: int, classes: tuple[int, ...] | None
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """The images of some classes, numbered anew in their order."""
-        x, y, names = self.images(name, split, size, channels)
-        if classes is None:
-            return x, y, names
-        table = torch.full((len(names),), -1)
-        table[list(classes)] = torch.arange(len(classes))
-        rows = (table[y] >= 0).nonzero()[:, 0]
-        return x[rows], table[y[rows]], [names[c] for c in classes]
+def split_rows(y: Tensor, num_classes: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of every class, the rows for validation and the others."""
+    order = np.random.default_rng(0xA06).permutation(len(y))
+    rows = [order[y.numpy()[order] == index] for index in range(num_classes)]
+    held = [min(VALIDATION_MOST, max(1, int(VALIDATION_SHARE * len(part)))) for part in rows]
+    return [(part[:count], part[count:]) for part, count in zip(rows, held, strict=True)]
 
-    def rest(self, of: Setting | FlowRecipe) -> tuple[Tensor, Tensor]:
-        """All training images that are not for validation, with their labels."""
-        x, y, classes = self.chosen(of.data, "train", of.size, of.channels, of.classes)
-        order = torch.from_numpy(np.random.default_rng(0xA06).permutation(len(y)))
-        rows = [order[y[order] == index] for index in range(len(classes))]
-        rows = torch.cat([part[held(len(part)) :] for part in rows])
-        return x[rows], y[rows]
 
-    def task(self, setting: Setting, seed: int, size: int | None = None) -> Task:
-        """See ``Task``; ``size``: of the images, in place of the setting's, for a flow of another size."""
-        shape = (size or setting.size, setting.channels)
-        x, y, classes = self.chosen(setting.data, "train", *shape, setting.classes)
-        order = np.random.default_rng(0xA06).permutation(len(y))
-        check_enough(setting, y, classes)
-        val, train = [], []
-        for index, count in enumerate(counts(setting, len(classes))):
-            rows = order[(y.numpy()[order] == index)]
-            kept = held(len(rows))
-            val.append(rows[:kept])
-            train.append(np.random.default_rng([seed, index, 0x5B5E7]).permutation(rows[kept:])[:count])
-        picked = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, val)]
-        test = self.chosen(setting.data, "test", *shape, setting.classes)
-        if test[2] != classes:
-            other = ", ".join(sorted(set(test[2]) ^ set(classes))) or "their order"
+def make_task(setting: Setting, seed: int, size: int | None = None) -> Task:
+    """See `Task`.
+
+    Args:
+        size: of the images, in place of the setting's, for a flow of another size.
+
+    Raises:
+        SystemExit: too few images, or test images of other classes.
+    """
+    x, y, classes = images_of(setting, "train", size)
+    val, train = [], []
+    wanted = counts(setting, len(classes))
+    for index, (held, rest) in enumerate(split_rows(y, len(classes))):
+        if wanted[index] > len(rest):
             raise SystemExit(
-                f"augmentation: the test images of {setting.name} have other classes than its training images "
-                f"({other}): is a folder missing, or called otherwise?"
+                f"augmentation: {setting.name} asks for {wanted[index]} training images of {classes[index]!r}; with "
+                f"{len(held)} held out for validation there are {len(rest)}: is this the full data set?"
             )
-        return Task(*((x[rows], y[rows]) for rows in picked), test[:2], classes)
-
-
-def held(count: int) -> int:
-    """Validation images of a class with ``count`` training images."""
-    return min(VALIDATION_MOST, max(1, int(VALIDATION_SHARE * count)))
-
-
-def check_enough(setting: Setting, labels: Tensor, classes: list[str]) -> None:
-    """SystemExit where a class has fewer training images than the setting asks for."""
-    for index, count in enumerate(counts(setting, len(classes))):
-        there = int((labels == index).sum())
-        kept = held(there)
-        if count > there - kept:
-            raise SystemExit(
-                f"augmentation: {setting.name} asks for {count} training images of {classes[index]!r}; with {kept} of "
-                f"{there} held out for validation there are {there - kept}: is this the full data set?"
-            )
+        val.append(held)
+        train.append(np.random.default_rng([seed, index, 0x5B5E7]).permutation(rest)[: wanted[index]])
+    picked = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, val)]
+    test = images_of(setting, "test", size)
+    if test[2] != classes:
+        raise SystemExit(f"augmentation: the test images of {setting.name} have other classes than its training images")
+    return Task(*((x[rows], y[rows]) for rows in picked), test[:2], classes)
 
 
 def counts(setting: Setting, num_classes: int) -> list[int]:
     """Training images of every class."""
-    if setting.imbalance == 1.0 or num_classes == 1:
+    if setting.imbalance == 1.0:
         return [setting.per_class] * num_classes
     fall = [setting.imbalance ** (-index / (num_classes - 1)) for index in range(num_classes)]
     return [max(2, round(setting.per_class * share)) for share in fall]
+
+
+def own_setting(text: str, per_class: int, size: int | None, flows: list[str], flip: bool) -> Setting:
+    """A setting of a user's own images, entered where the others are.
+
+    Args:
+        text: NAME=SPEC. SPEC is anything that `open_data` takes, with a training split and a test split.
+        size: of the classifier's images, by default the first flow's.
+        flows: that have not seen these images: anything that `GLEM.from_pretrained` takes, a name of `FLOWS`, or "own"
+            (trained on the labelled images alone).
+    """
+    name, _, spec = text.partition("=")
+    if not name or not spec:
+        raise SystemExit(f"augmentation: --task takes NAME=SPEC, got {text!r}")
+    shape = next((_shape_of(flow) for flow in flows if flow != "own"), (3, size or 32))
+    size = size or shape[1]
+    name = f"{name}-{per_class}"
+    PLACES[name] = (None, spec, "test")
+    more = {"steps": LONG} if per_class >= 100 else {}
+    flow_size = shape[1] if shape[1] != size else None
+    setting = Setting(name, name, per_class, size, shape[0], tuple(flows), flow_size=flow_size, flip=flip, **more)
+    SETTINGS[name] = setting
+    return setting
+
+
+def _shape_of(flow: str) -> tuple[int, int]:
+    """Channels and side of the flow's images."""
+    if flow in FLOWS:
+        return FLOWS[flow].channels, FLOWS[flow].size
+    return GLEM.from_pretrained(flow).image_shape[:2]
 
 
 # ---- flows -----------------------------------------------------------------------------------------------------------
 
 
 class Flows:
-    """Flows by name, adapted to the labelled images of a task. Trained ones are looked for in ``folder``."""
+    """Flows by name, adapted to the labelled images of a task. Trained ones are looked for in `folder`."""
 
-    def __init__(self, folder: Path, library: Library, rank: int = 64) -> None:
-        self.folder, self.library, self.rank = folder, library, rank
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def path(self, name: str, setting: Setting, seed: int) -> str | Path | None:
-        """Where a flow is; None for the identity."""
-        if name == "identity":
-            return None
-        if name in BUNDLED:
-            return BUNDLED[name]
+    def path(self, name: str, setting: Setting, seed: int) -> str | Path:
         if name == "own":
-            # Images of a task may change under one name; those of the other settings are named by them.
-            images = setting.name if setting.data in SHIPPED else setting.data
-            return self.folder / f"own-{images}-{seed}"
-        return self.folder / name if name in FLOWS else name  # of --task: a folder, or a repository of the Hub
+            return self.folder / f"own-{setting.name}-{seed}"
+        return BUNDLED.get(name) or (self.folder / name if name in FLOWS else name)
 
     def missing(self, name: str, setting: Setting) -> str | None:
-        """Why a flow can't be used yet; None where it can, or is trained on the way ("own")."""
+        """Why a flow can't be used yet; None where it can, or is trained on the way ("own", the identity)."""
         where = self.path(name, setting, 0)
         if name == "own" or not isinstance(where, Path) or (where / "model.safetensors").is_file():
             return None
@@ -186,50 +172,41 @@ class Flows:
 
     def adapted(self, name: str, setting: Setting, seed: int, task: Task) -> GLEM:
         """The flow with the Gaussians and modes of the task's labelled images, and of no others."""
-        where = self.path(name, setting, seed)
-        if name == "own" and not (where / "model.safetensors").is_file():
-            self._train_own(where, setting, task)
-        if where is None:
-            side = setting.flow_size or setting.size
+        side = setting.flow_size or setting.size
+        if name == "identity":
             base = GLEM.create("identity", (setting.channels, side, side), task.classes).eval()
         else:
+            where = self.path(name, setting, seed)
+            if name == "own" and not (Path(where) / "model.safetensors").is_file():
+                self._train_own(Path(where), setting, task)
             base = GLEM.from_pretrained(where)
-        channels, size, _ = base.image_shape
-        if channels != setting.channels:
-            raise SystemExit(f"augmentation: {name} takes {channels} channels, {setting.name} has {setting.channels}")
-        x, y = task.train if size == setting.size else self.library.task(setting, seed, size).train
-        return base.adapt((x, y), classes=task.classes, rank=min(self.rank, base.dim), progress=False)
+        x, y = (
+            task.train if base.image_shape[1] == setting.size else make_task(setting, seed, base.image_shape[1]).train
+        )
+        return base.adapt((x, y), classes=task.classes, rank=min(64, base.dim), progress=False)
 
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
-        x, y = task.train
-        data = ImageData.from_tensors(x, y, task.classes, name=setting.name)
-        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": PLAIN[setting.plain]}
-        config = TrainConfig(**{**settings, "epochs": max(1, OWN_IMAGES // len(y)), "m_rounds": 1, "modes_rank": 0})
-        print(f"augmentation: training {out.name} on {len(y)} images", flush=True)
-        _fit(data, config, out)
+        data = ImageData.from_tensors(*task.train, task.classes, name=setting.name)
+        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": PLAIN[setting.plain], "m_rounds": 1, "modes_rank": 0}
+        config = TrainConfig(**settings, epochs=max(1, OWN_IMAGES // len(data)))
+        print(f"augmentation: training {out.name} on {len(data)} images", flush=True)
+        Trainer(data, config, out, resume=has_checkpoint(out)).fit()
 
     def train(self, name: str, seconds: float | None) -> bool:
-        """Train a flow of ``FLOWS``, or go on with it, for at most so long. Returns whether it is finished."""
+        """Train a flow of `FLOWS`, or go on with it, for at most so long. Returns whether it is finished."""
         if name not in FLOWS:
             raise SystemExit(f"augmentation: no recipe for a flow {name!r}; there are {', '.join(FLOWS)}")
-        recipe = FLOWS[name]
-        if recipe.labels:
-            x, y, classes = self.library.chosen(recipe.data, "train", recipe.size, recipe.channels, recipe.classes)
-        else:
-            x, classes = self.library.rest(recipe)[0], ["any"]
-            y = torch.zeros(len(x), dtype=torch.int64)
-        data = ImageData.from_tensors(x, y, classes, name=recipe.data)
+        recipe, out = FLOWS[name], self.folder / name
+        x, y, classes = images_of(recipe, "train")
+        if not recipe.labels:
+            rows = np.concatenate([rest for _, rest in split_rows(y, len(classes))])
+            x, y, classes = x[rows], torch.zeros(len(rows), dtype=torch.int64), ["any"]
         settings = {**FLOW_SETTINGS, **recipe.settings, "epochs": recipe.epochs, "threads": torch.get_num_threads()}
         config = TrainConfig(**settings, max_minutes=None if seconds is None else max(0.05, seconds / 60))
-        began = time.monotonic()
+        data = ImageData.from_tensors(x, y, classes, name=recipe.data)
         try:
-            _fit(data, config, self.folder / name)
+            Trainer(data, config, out, resume=has_checkpoint(out)).fit()
         except TimeUpError as stop:
-            print(f"augmentation: {stop} ({time.monotonic() - began:.0f} s); the same command goes on")
+            print(f"augmentation: {stop}; the same command goes on")
             return False
         return True
-
-
-def _fit(data: ImageData, config: TrainConfig, out: Path) -> None:
-    """Train, or go on from the checkpoint that is there."""
-    Trainer(data, config, out, resume=has_checkpoint(out)).fit()

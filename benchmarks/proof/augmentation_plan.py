@@ -1,10 +1,11 @@
-"""Which cells there are: tuning first, and what follows from it."""
+"""Which cells there are: tuning first, and what follows from it; and the rows of finished cells."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.proof.augmentation_data import Flows
@@ -12,18 +13,17 @@ from benchmarks.proof.augmentation_settings import (
     FINALISTS,
     METHODS,
     PLAIN,
-    REUSE,
+    PROTOCOL,
     TUNING_SEED,
     TUNING_SEEDS,
-    WHOLE_LATENT,
     Setting,
 )
-from benchmarks.proof.augmentation_store import Store
+from glem_augment.io import write_json
 
 Component = tuple[str, dict[str, Any]]
-# Seconds for an image on one core, where nothing has been measured yet.
-_CLASSIFIER = {"cnn": 5e-4, "resnet": 1.3e-3}
-_DECODE = 3e-3
+FINAL, TUNING = "augmentation.json", "augmentation_tuning.json"
+# What makes two rows the same cell. The order in the files, too.
+IDENTITY = ("stage", "setting", "classifier", "flow", "method", "params", "base", "seed", "protocol")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name, for people and for ``--cells``."""
+        """A name, for people and for `--cells`."""
         # The flow of ours and of controls has a place of its own.
         values = ",".join(f"{k}={v}" for k, v in self.params.items() if k != "flow" or self.side == "opponent")
         under = "+".join(name for name, _ in self.base)
@@ -75,11 +75,44 @@ class Cell:
         }
 
 
+class Store:
+    """Two JSON lists of rows in `folder`: those of tuning cells, and those of final ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows = {name: self._read(folder / name) for name in (FINAL, TUNING)}
+
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return {identity(row): row for row in rows if row["protocol"] == PROTOCOL}
+
+    def rows(self, final: bool) -> list[dict[str, Any]]:
+        return list(self._rows[FINAL if final else TUNING].values())
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        name = FINAL if cell.stage == "final" else TUNING
+        return self._rows[name].get(identity({**cell.row(), "protocol": PROTOCOL}))
+
+    def has(self, cell: Cell) -> bool:
+        return self.find(cell) is not None
+
+    def add(self, row: dict[str, Any]) -> None:
+        name = FINAL if row["stage"] == "final" else TUNING
+        self._rows[name].pop(identity(row), None)
+        self._rows[name][identity(row)] = row
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / name, list(self._rows[name].values()))
+
+
+def identity(row: dict[str, Any]) -> str:
+    return json.dumps([row[key] for key in IDENTITY], sort_keys=True)
+
+
 class Plan:
     """The cells of a setting and classifier, as far as what has been measured determines them.
 
     Args:
-        args: ``opponents``, ``methods``, ``trials``, ``tuning_seeds``, ``best``, ``seeds``, ``leaking``, ``through``.
+        args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`.
         flows: tells which ones can be used.
     """
 
@@ -159,7 +192,7 @@ class Plan:
     def final(
         self, setting: Setting, classifier: str, base: tuple[Component, ...], ours: list[Cell], store: Store
     ) -> list[Cell]:
-        """Per flow the ``best`` methods by validation; the control of each of these, and its own best method."""
+        """Per flow the `best` methods by validation; the control of each of these, and its own best method."""
         flows = list(dict.fromkeys(cell.flow for cell in ours if cell.flow != "identity"))
         methods = [name for name in self.args.methods if fits(name, setting)]
         tuned = {
@@ -176,12 +209,8 @@ class Plan:
             arms += [("ours", flow, tuned[flow, name]) for name in ranked(flow)[: self.args.best]]
         wanted = [cell.method for _, _, cell in arms] + ranked("identity")[:1]
         arms += [("control", "identity", tuned["identity", name]) for name in dict.fromkeys(wanted)]
-        leaks = set(flows) & set(setting.leaking)
         result = []
         for seed in self.args.seeds:
-            if leaks:
-                params = METHODS["distill"].trials[0]
-                result.append(Cell("final", setting, classifier, "teacher", "none", "distill", params, base, seed))
             if base != plain(setting):
                 result.append(Cell("final", setting, classifier, "opponent", "none", setting.plain, {}, (), seed))
             result.append(Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, seed))
@@ -217,43 +246,17 @@ class Plan:
             return None
         return max(leading, key=lambda cell: self.value(cell, store))
 
-    # ---- time ------------------------------------------------------------------------------------------------------
-
-    def estimate(self, cell: Cell, store: Store) -> float:
-        """Seconds: the median of cells alike, else a guess."""
-        rows = store.rows(final=False) + store.rows(final=True)
+    def estimate(self, cell: Cell, store: Store) -> float | None:
+        """Median seconds of cells alike; None where none has been run."""
+        keys = ("setting", "classifier", "method")
+        wanted = cell.row()
+        rows = store.rows(final=cell.stage == "final")
         alike = [
             row["cell_seconds"]
             for row in rows
-            if (row["setting"], row["classifier"], row["method"], row["flow"] == "identity")
-            == (cell.setting.name, cell.classifier, cell.method, cell.flow == "identity")
-            and (row["stage"] == "final") == (cell.stage == "final")
+            if all(row[key] == wanted[key] for key in keys) and (row["side"] == "ours") == (cell.side == "ours")
         ]
-        if alike:
-            return statistics.median(alike)
-        images = cell.setting.steps[cell.classifier] * cell.setting.batch
-        area = (cell.setting.size / 32) ** 2
-        cost = images * area * _CLASSIFIER[cell.classifier] + 2 + 5 * (cell.stage == "final")
-        for name, params in cell.stack:
-            if METHODS[name].flow and params.get("flow") != "identity":
-                cost += 5 + images * params["p"] / REUSE * _DECODE * (7 if "adversarial" in name else 1)
-        return cost
-
-    def later(self, setting: Setting, classifier: str, store: Store) -> tuple[int, float]:
-        """How many cells will follow on the known ones, and seconds for them."""
-        known = {cell.stage for cell in self.cells(setting, classifier, store)}
-        following: list[Cell] = []
-        singles = self.singles(setting, classifier)
-        if "ours" not in known and "pairs" not in known:
-            following += singles[: max(0, len(self.args.opponents) - 3)]
-        ours = self.ours(setting, classifier, plain(setting))
-        if "ours" not in known:
-            following += ours
-        if "final" not in known:
-            first = [cell for cell in ours if cell.params["flow"] != "identity"] or ours
-            arms = 2 + 2 * self.args.best * max(1, len(self.available(setting))) + 1
-            following += first[:1] * (arms * len(self.args.seeds))
-        return len(following), sum(self.estimate(cell, store) for cell in following)
+        return statistics.median(alike) if alike else None
 
 
 def plain(setting: Setting) -> tuple[Component, ...]:
@@ -267,7 +270,8 @@ def fits(method: str, setting: Setting) -> bool:
         return setting.imbalance != 1.0
     if method in PLAIN:
         return method == setting.plain
-    return method not in WHOLE_LATENT or setting.flow_size in (None, setting.size)
+    # It moves latents of the classifier's images, so the flow must have their size.
+    return method != "latent-noise" or setting.flow_size in (None, setting.size)
 
 
 def params_text(params: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Tables and plot of ``augmentation.py``, made from its stored rows alone."""
+"""Tables and plot of `augmentation.py`, made from its stored rows alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import quantile
-from benchmarks.proof.augmentation_plan import params_text
+from benchmarks.proof.augmentation_plan import FINAL, TUNING, Store, params_text
 from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
-from benchmarks.proof.augmentation_store import FINAL, TUNING, Store
 from glem_augment.io import atomic_write
 
 AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted
@@ -326,6 +325,3 @@ def draw(results: list[Result], path: Path) -> None:
     axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above: rows are below
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-__all__ = ["Gain", "Result", "paired_gain", "report"]

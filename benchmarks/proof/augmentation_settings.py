@@ -1,4 +1,4 @@
-"""What ``augmentation.py`` compares: settings, flows, methods and the values that each may be tuned over."""
+"""What `augmentation.py` compares: settings, flows, methods and the values that each may be tuned over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # what the flows of "oth
 IMAGENETTE_APART = (0, 2, 3, 4, 5, 7, 8, 9)
 
 
-# What is under all other methods but "none", and the training operations that it consists of.
+# The training operations that all methods but "none" come on top of.
 PLAIN: dict[str, tuple[str, ...]] = {"cropflip": ("flip", "crop"), "crop": ("crop",)}
 
 
@@ -24,8 +24,8 @@ class Setting:
     """A task for a classifier.
 
     Attributes:
-        data: a key of ``augmentation_data.PLACES``; classes: indices of those in use, None for all.
-        per_class: labelled images of a class; of the largest with ``imbalance``, the ratio of the largest to the
+        data: a key of `augmentation_data.PLACES`; classes: indices of those in use, None for all.
+        per_class: labelled images of a class; of the largest with `imbalance`, the ratio of the largest to the
             smallest class, sizes falling geometrically in between; all classes are then drawn equally often
             (oversampling), but for the opponent "natural".
         size, channels: of the classifier's images; flow_size: of the flows', by default the same.
@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def plain(self) -> str:
-        """Which one of ``PLAIN``."""
+        """Which one of `PLAIN`."""
         return "cropflip" if self.flip else "crop"
 
 
@@ -108,10 +108,10 @@ SMOKE = Setting("smoke", "bundled", 10, 28, 1, (), ("fashion-mnist",), steps={"c
 
 @dataclass(frozen=True)
 class FlowRecipe:
-    """A flow that ``--train-flow`` makes from the training images of a data set, a few classes of it or all.
+    """A flow that `--train-flow` makes from the training images of a data set, a few classes of it or all.
 
     Attributes:
-        epochs: passes over the images; settings: of ``TrainConfig``, over ``FLOW_SETTINGS``.
+        epochs: passes over the images; settings: of `TrainConfig`, over `FLOW_SETTINGS`.
         labels: whether it sees them. Without, it sees no image that is for validation either.
     """
 
@@ -185,8 +185,6 @@ METHODS: dict[str, Method] = {
     # Ours: GLEMAugment's policies, before crop + flip, and SyntheticDataset.
     "adversarial": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.5), flow=True),
     "noise": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", p=0.5), flow=True),
-    # Half of the moves through the flow, half along the modes of the pixels.
-    "adversarial-both": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.8), flow=True),
     "mode-mixup": Method("ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", p=0.5), flow=True),
     "synthetic": Method("ours", _each("temperature", 0.5, 0.75, 1.0, p=0.25, source="rfcm"), flow=True),
     "mode-mixup-any": Method(
@@ -202,28 +200,9 @@ METHODS: dict[str, Method] = {
     "adversarial-shared": Method(
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
     ),
-    # Off for the last steps: ``until`` is the share of them before that.
-    "adversarial-until": Method(
-        "ours", _each("until", 0.5, 0.75, 0.9, policy="adversarial", strength=0.25, p=0.5), flow=True
-    ),
-    # The label of a moved image is, by this weight, what the classifier says of the image as it was.
-    "adversarial-agreeing": Method(
-        "ours", _each("agree", 0.2, 0.4, 0.6, policy="adversarial", strength=0.25, p=0.5), flow=True
-    ),
-    # Up the loss of a small network that learns beside the classifier, in the classifier's place.
-    "adversarial-proxy": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.5), flow=True),
-    "adversarial-often": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.9), flow=True),
-    "adversarial-far": Method("ours", _each("strength", 1.0, 1.5, 2.0, policy="adversarial", p=0.5), flow=True),
-    # Up the loss in all dimensions of the latent, as on-manifold adversarial training has it (Stutz et al. 2019).
-    "latent-adversarial": Method("ours", _each("strength", 0.025, 0.05, 0.1, p=0.5), flow=True),
 }
-# These move latents of the classifier's images: not for flows of another size.
-WHOLE_LATENT = ("latent-noise", "latent-adversarial")
 OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
-# Beside leaking flows: the labels that a classifier trained on the same full data gives to the augmented images.
-METHODS["distill"] = Method("teacher", ({"weight": 0.7},))
-TEACHER_STEPS = 3000
-# The others wait for --methods.
+# What is tried unless --methods names others.
 DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
 # An augmented image is used this many times, on average, before it is made anew, with another crop and flip each time:
 # on a CPU the flow costs more than a small classifier. For every policy and for the control alike.
