@@ -10,7 +10,6 @@ import functools
 import math
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, class_counts, recorded
 from glem_augment.synthetic.export import export_imagefolder
-from glem_augment.synthetic.latents import ImageSampler, Oracle
+from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle, rows_by_block
 
 # Images that are decoded together, all of one class. Another number would change images in their last bits.
 BLOCK = 64
@@ -99,19 +98,9 @@ class SyntheticDataset(Dataset):
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.transform, self.target_transform = transform, target_transform
         self.model = model.on(device)
-        self.sampler = ImageSampler(
-            self.model,
-            min_confidence,
-            oracle,
-            source=source,
-            seed=seed,
-            temperature=temperature,
-            real=real,
-            modes=modes,
-            alpha=alpha,
-            wanted=np.asarray(self.counts) > 0,
-        )
-        latents = self.sampler.source
+        wanted = np.asarray(self.counts) > 0
+        latents = LatentSource(self.model, source, seed, temperature, real, modes, alpha, wanted)
+        self.sampler = ImageSampler(latents, min_confidence, oracle)
         self.source, self.seed, self.temperature = source, latents.seed, latents.temperature
         self.real_name = None if latents.real is None else latents.real.name
         self.block = BLOCK
@@ -163,20 +152,15 @@ class SyntheticDataset(Dataset):
         """Images of several items, uint8 [n, C, H, W] on the CPU, any number of channels."""
         cls, within = self._locate(indices)
         out = torch.empty(len(cls), *self.image_shape, dtype=torch.uint8)
-        for (c, number), rows in self._by_block(cls, within).items():
+        for (c, number), rows in rows_by_block(cls, within, self.block).items():
             out[rows] = self.decoded_block(c, number)[0][within[rows] - number * self.block]
         return out
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """Latents z, float32 [n, d] on the model's device; they do not depend on the other indices.
-
-        With rejection these are the latents that were accepted, for which whole blocks are judged again.
-        """
+        """Latents z of several items, float32 [n, d] on the model's device; under rejection those that were kept."""
         cls, within = self._locate(indices)
-        if self.sampler.min_confidence is None:
-            return self.sampler.latents(cls, within)
         out = torch.empty(len(cls), self.model.dim, device=self.model.device)
-        for (c, number), rows in self._by_block(cls, within).items():
+        for (c, number), rows in rows_by_block(cls, within, self.block).items():
             places = torch.from_numpy(within[rows] - number * self.block).to(out.device)
             out[torch.tensor(rows, device=out.device)] = self.sampler.latents(*self._items(c, number))[places]
         return out
@@ -259,13 +243,6 @@ class SyntheticDataset(Dataset):
         """Class and place within the class of a block's items, int64 [m] each."""
         within = np.arange(number * self.block, min(self.counts[cls], (number + 1) * self.block))
         return np.full_like(within, cls), within
-
-    def _by_block(self, cls: np.ndarray, within: np.ndarray) -> dict[tuple[int, int], list[int]]:
-        """The rows of the items in each block (class, number)."""
-        rows: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, block in enumerate(zip(cls.tolist(), (within // self.block).tolist(), strict=True)):
-            rows[block].append(row)
-        return rows
 
     def _check_model(self) -> None:
         """Refuse to mix images of two models in one set, or under the wrong hash in its provenance."""

@@ -151,10 +151,7 @@ class LatentSource:
         self, cls: np.ndarray, within: np.ndarray, attempt: int
     ) -> Iterator[tuple[np.random.Generator, int, list[int], np.ndarray]]:
         """For each class and group of NOISE_BLOCK places: generator, class, rows, and their places in the group."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, group in enumerate(zip(cls.tolist(), (within // NOISE_BLOCK).tolist(), strict=True)):
-            groups[group].append(row)
-        for (c, number), rows in groups.items():
+        for (c, number), rows in rows_by_block(cls, within, NOISE_BLOCK).items():
             # SeedSequence makes neighbouring seeds, classes and groups unrelated. Trailing zeros change nothing, so
             # attempt 0 draws what a set without rejection holds.
             sequence = np.random.SeedSequence([self.seed, c, number, attempt])
@@ -177,6 +174,14 @@ def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
         )
 
 
+def rows_by_block(cls: np.ndarray, within: np.ndarray, size: int) -> dict[tuple[int, int], list[int]]:
+    """The rows that lie in each block, given by class and number; a block has `size` places of one class."""
+    rows: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, block in enumerate(zip(cls.tolist(), (within // size).tolist(), strict=True)):
+        rows[block].append(row)
+    return rows
+
+
 class Drawn(NamedTuple):
     """Images uint8 [n, C, H, W] on the CPU; how many have values that are not finite (shown grey, 0 or 255); what
     rejection did: candidates drawn, items that never passed, and the sum of confidences (zeros without rejection)."""
@@ -193,7 +198,7 @@ class ImageSampler:
     candidate is kept if none has.
 
     Args:
-        model: the flow. source: the other arguments of `LatentSource`.
+        source: of the latents.
         min_confidence: in (0, 1]; None: no rejection.
         oracle: judges images: float [n, C, H, W] in [0, 1] -> logits or probabilities [n, K]. None: the flow's
             posterior judges the latents.
@@ -202,15 +207,14 @@ class ImageSampler:
         ValueError, TypeError: for an argument that is missing or out of range.
     """
 
-    def __init__(self, model: GLEM, min_confidence: float | None, oracle: Oracle | None, **source: Any) -> None:
+    def __init__(self, source: LatentSource, min_confidence: float | None, oracle: Oracle | None) -> None:
         if min_confidence is not None:
             min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
         elif oracle is not None:
             raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
         if oracle is not None and not callable(oracle):
             raise TypeError(f"oracle must take images and give probabilities, got {type(oracle).__name__}")
-        self.min_confidence, self.oracle = min_confidence, oracle
-        self.source = LatentSource(model, **source)
+        self.source, self.min_confidence, self.oracle = source, min_confidence, oracle
         # A function cannot be told from another one by its name, so an export knows it by this random number.
         self._token = secrets.token_hex(8)
 

@@ -16,7 +16,7 @@ from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import rank
 from glem_augment.synthetic.balance import as_list, by_class
 from glem_augment.synthetic.dataset import BLOCK, to_pil
-from glem_augment.synthetic.latents import ImageSampler, Oracle
+from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle
 
 
 class SyntheticStream(IterableDataset):
@@ -64,18 +64,9 @@ class SyntheticStream(IterableDataset):
         self.length = None if length is None else check_whole("length", length, 1)
         self.probabilities = _probabilities(weights, model)
         self.transform, self.target_transform, self.world = transform, target_transform, world
-        self.sampler = ImageSampler(
-            model.on(device),
-            min_confidence,
-            oracle,
-            source=source,
-            seed=seed,
-            temperature=temperature,
-            real=real,
-            modes=modes,
-            alpha=alpha,
-            wanted=self.probabilities > 0,
-        )
+        wanted = self.probabilities > 0
+        self.latents = LatentSource(model.on(device), source, seed, temperature, real, modes, alpha, wanted)
+        self.sampler = ImageSampler(self.latents, min_confidence, oracle)
         self.block = BLOCK
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         # In shared memory, so that persistent DataLoader workers see it change.
@@ -113,7 +104,7 @@ class SyntheticStream(IterableDataset):
 
     def _block(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
         """The first `count` items of a block."""
-        sequence = np.random.SeedSequence([self.sampler.source.seed, epoch, number])
+        sequence = np.random.SeedSequence([self.latents.seed, epoch, number])
         y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
         # Each place is used once over all blocks and epochs; 2^40 images are enough for an epoch.
         within = epoch * 2**40 + number * self.block + np.arange(self.block)
