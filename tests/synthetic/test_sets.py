@@ -269,6 +269,8 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     some = SyntheticDataset(model, per_class={"cat": 2, "bird": 1})
     assert RealAndSynthetic(two, some, ratio=None).targets[17:] == [1, 1, 0]
     synthetic = SyntheticDataset(model, per_class=1)
+    turned = tail.with_targets(tail.targets, ["bird", "dog", "cat"])
+    assert RealAndSynthetic(turned, synthetic, ratio=None).targets[19:] == [1, 2, 0]
     numbers = TensorDataset(pixels(4), torch.tensor([0, 1, 2, 0]))
     assert RealAndSynthetic(numbers, synthetic, ratio=None).targets[4:] == [0, 1, 2]
     for class_map in ({0: 1, 2: 0, 1: 2}, {"bird": 0, "dog": 1, 1: 2}, [1, 2, 0], torch.tensor([1, 2, 0])):
