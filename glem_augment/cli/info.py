@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import yaml
+
 from glem_augment.cli.common import add_model, finite, print_json
 from glem_augment.cli.main import new_parser
 from glem_augment.model.glem import GLEM
@@ -24,7 +26,7 @@ EXAMPLES = """\
 def add_parser(subparsers: Any) -> None:
     parser = new_parser(subparsers, "info", DESCRIPTION, EXAMPLES, run)
     add_model(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of YAML")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(facts)
     else:
-        print(_text(facts))
+        print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None), end="")
     return 0
 
 
@@ -64,53 +66,3 @@ def model_facts(name: str) -> dict[str, Any]:
             "training": config.training,
         }
     )
-
-
-def _modes(fewest: int, most: int) -> str:
-    if most == 0:
-        return "none stored"
-    return f"{most} per class" if fewest == most else f"{fewest} to {most} per class, fewer where images were few"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
-
-
-def _text(facts: dict[str, Any]) -> str:
-    channels, height, width = facts["image_shape"]
-    numbers = {key: value for key, value in facts["flow"].items() if key not in ("preset", "image_shape")}
-    parameters, files = facts["parameters"], facts["files"]
-    names, ids = facts["classes"], facts["class_ids"]
-    shown = [n if n == i else f"{n} ({i})" for n, i in zip(names[:20], ids[:20], strict=True)]
-    psi = facts["psi"]
-    rows = [
-        ("model", facts["model"]),
-        ("folder", facts["folder"]),
-        *([("hub", "{repo}, commit {commit}".format(**facts["hub"]))] if facts["hub"] else []),
-        ("images", f"{channels}x{height}x{width} (channels x height x width), {facts['bits']} bits"),
-        ("flow", f"{facts['flow'].get('preset', 'flow')}: {_pairs(numbers)}"),
-        (
-            "parameters",
-            f"{parameters['flow']:,} in the flow, {parameters['gaussians']:,} in the class Gaussians",
-        ),
-        ("files", ", ".join(f"{name} {_size(size)}" for name, size in files.items())),
-        ("variances", "plain" if psi is None else f"psi(s) = {psi[0]:g} sigmoid({psi[1]:g} s) + {psi[2]:g}"),
-        ("classes", f"{len(names)}: {', '.join(shown)}{', ...' if len(names) > 20 else ''}"),
-        ("modes", _modes(*facts["modes_per_class"])),
-    ]
-    training = dict(facts["training"])
-    if training:
-        rows.append(("trained on", f"{training.get('data', '?')}, {training.get('images', '?')} images"))
-        held_out = training.get("held_out")
-        if isinstance(held_out, dict) and held_out:
-            rows.append(("held out", _pairs(held_out)))
-        config = training.get("config")
-        if isinstance(config, dict):
-            rows.append(("settings", _pairs(config)))
-    else:
-        rows.append(("trained on", "no record"))
-    return "\n".join(f"{key:<12}{value}" for key, value in rows)
-
-
-def _pairs(table: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {round(v, 4) if isinstance(v, float) else v}" for key, v in table.items())
