@@ -160,8 +160,9 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
     say(
         f"timm `{NETWORK}` from scratch, {steps} steps of {BATCH} images, AdamW, cosine schedule; the same batches\n"
         f"and no other augmentation in every arm; accuracy on {len(test)} test images after the last step: mean,\n"
-        f"standard deviation, and every run. Augmented arms replace an image with probability {size.p} by one of {size.views}\n"
-        "copies made beforehand by `GLEMAugment` (mixup along the modes of the class; otherwise its defaults).\n"
+        f"standard deviation, and every run. Augmented arms replace an image with probability {size.p} by one of\n"
+        f"{size.views} copies made beforehand by `GLEMAugment` (mixup along the modes of the class; otherwise its\n"
+        "defaults).\n"
     )
     for arm, result in arms.items():
         each = ", ".join(f"{100 * value:.1f}" for value in result["accuracies"])
