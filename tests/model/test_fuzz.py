@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from model_cases import images, tiny_model
 from safetensors.torch import load, save
 
 from glem_augment import GLEM, ModelFileError
-from glem_augment.cli.info import _text, model_facts
+from glem_augment.cli.info import model_facts
 from glem_augment.errors import GLEMError
 from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CONFIG, WEIGHTS
@@ -104,7 +105,7 @@ def outcome(folder: Path, pair: Pair, check: bool = False, extra: int = SLACK, s
         return "loaded"
     # It is a model like any other: it can be saved and loaded once more, and what it says of itself can be shown.
     model.save(folder / "again")
-    for text in (repr(model), _text(model_facts(str(folder))), str(model_card(model, "org/flow"))):
+    for text in (repr(model), yaml.safe_dump(model_facts(str(folder))), str(model_card(model, "org/flow"))):
         assert "\x1b" not in text and text.encode()
     assert GLEM.from_pretrained(folder / "again").config == model.config
     return "loaded"
