@@ -1,0 +1,127 @@
+"""Pieces of the EM procedure by their definitions: the start, the learning rates, the averages, what is measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import tiny_config, tiny_trainer, toy_data
+from torch import nn
+
+from glem_augment.training import Trainer
+from glem_augment.training.optim import WeightAverage
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+def latents(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and labels of D_g with the noise of the pass that starts a run."""
+    statistics = trainer._latent_pass(-1, trainer.split.g, keep=True)
+    return statistics.kept()
+
+
+def test_means_start_at_the_class_means_at_the_scale_of_the_gaussians(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", toy_data(200))
+    z, y = latents(trainer)
+    assert float(z.std()) == pytest.approx(1, abs=0.25)  # of ActNorm
+    means = torch.stack([z[y == k].double().mean(0) for k in range(2)])
+    want = means.clamp(-2, 2) * math.sqrt(0.5 / 2 + 0.05)
+    torch.testing.assert_close(trainer.model.gaussians.mu.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trainer.model.gaussians.variance(), torch.full((2, 64), 0.3))
+
+
+def test_other_means_and_variances_at_the_start(tmp_path: Path) -> None:
+    def gaussians(name: str, **settings: Any) -> Any:
+        return tiny_trainer(tmp_path / name, toy_data(60, k=3), **settings).model.gaussians
+
+    wide = gaussians("random", mean_init_std=0.5, sigma_init=0.1)
+    assert float(wide.mu.std()) == pytest.approx(0.5, rel=0.2)
+    torch.testing.assert_close(wide.variance(), torch.full((3, 64), 0.1))
+    noisy = gaussians("noisy", mean_init_std=0.0, sigma_init_std=2.0)
+    assert float(noisy.mu.abs().max()) == 0 and float(noisy.s.std()) == pytest.approx(2.0, rel=0.2)
+
+
+def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_path: Path) -> None:
+    first = tiny_trainer(tmp_path / "first", epochs=1, psi=None).fit()
+    data, config = toy_data(90, k=3, seed=4), tiny_config(epochs=1, psi=None)
+    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
+    z, y = (part.double() if part.is_floating_point() else part for part in latents(trainer))
+    gaussians = trainer.model.gaussians
+    own = torch.stack([z[y == k].var(0, correction=0) for k in range(3)])
+    counts = y.bincount()[:, None].double()
+    pooled = (counts * own).sum(0) / counts.sum()
+    torch.testing.assert_close(gaussians.mu[1].double(), z[y == 1].mean(0), rtol=1e-4, atol=1e-5)
+    want = ((counts * own + 10 * pooled) / (counts + 10)).clamp_min(0.03)
+    torch.testing.assert_close(gaussians.variance().double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_jointly_learned_gaussians_follow_the_flows_schedule_and_see_all_images(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", objective="hybrid", joint=True, sigma_lr_scale=3.0)
+    assert trainer.frozen_from == 0
+    x, y = next(iter(trainer.images(trainer.split.nf, 24)))
+    trainer.e_step(x, y)
+    mu, s = (group["lr"] for group in trainer.m_optimizer.param_groups)
+    assert mu == pytest.approx(1e-2 * trainer.flow_optimizer.param_groups[0]["lr"] / 5e-3) and mu < 1e-2
+    assert s == pytest.approx(3 * mu)
+
+
+def test_learning_rates_of_m_steps_spend_their_budget_and_halve_after_a_return(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", m_steps=2, sigma_lr_scale=3.0, m_budget=0.9)
+    rates: list[float] = []
+    step = trainer.m_optimizer.step
+    trainer.m_optimizer.step = lambda: (  # type: ignore[method-assign]
+        rates.extend(group["lr"] for group in trainer.m_optimizer.param_groups),
+        step(),
+    )
+    for _ in range(2):
+        trainer.m_step()
+    trainer.set_lr_scale(0.5)
+    trainer.m_step()
+    means, variances = rates[::2], rates[1::2]
+    assert sum(means[:4]) + 2 * sum(means[4:]) == pytest.approx(0.9) and variances == pytest.approx(
+        [3 * r for r in means]
+    )
+
+
+def test_moments_of_the_first_m_step_are_forgotten(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run")
+    trainer.m_step()
+    assert not trainer.m_optimizer.state
+    trainer.m_step()
+    assert len(trainer.m_optimizer.state) == 2
+
+
+def test_averages_of_weights() -> None:
+    def moved(averaging: str, steps: list[int], total: int = 1000) -> float:
+        flow = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(flow.weight)
+        average = WeightAverage(flow, averaging, total)
+        for step in steps:
+            nn.init.constant_(flow.weight, step)
+            average.update(flow, step)
+        return average.best(flow).weight.item()
+
+    assert moved("ema", [10**9]) == pytest.approx(1e-3 * 10**9)  # far behind the warm-up
+    assert moved("swa", [749, 750, 752]) == pytest.approx(751)  # the last quarter, equally
+    assert moved("swa", [10]) == moved("none", [10]) == 10
+
+
+@pytest.mark.parametrize("val_fraction", [0.2, 0.0])
+def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
+    trainer = tiny_trainer(tmp_path / "run", toy_data(120, k=3), val_fraction=val_fraction)
+    trainer.m_step()
+    model, gaussians = trainer.model, trainer.model.gaussians
+    x, y = next(iter(trainer.images(trainer.split.val if val_fraction else trainer.split.g, 256)))
+    found = trainer.measure()
+    scores = model.log_prob_per_class(x, trainer._generator(5))
+    own = scores.gather(1, y[:, None])
+    assert found["val_images"] == len(y)
+    assert found["val_accuracy"] == pytest.approx(float((scores.argmax(1) == y).double().mean()))
+    assert found["val_bits_per_dim"] == pytest.approx(-float(own.mean()) / (64 * math.log(2)), rel=1e-5)
+    pairs = gaussians.kld_matrix()[~torch.eye(3, dtype=torch.bool)]
+    assert found["kld_min"] == pytest.approx(float(pairs.min())) and found["kld_min"] < found["kld_mean"]
+    assert found["kld_mean"] == pytest.approx(float(pairs.mean()))
+    assert found["mu_max"] == pytest.approx(float(gaussians.mu.abs().max()))
