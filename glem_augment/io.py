@@ -166,7 +166,7 @@ def save_png(image: Image.Image | Tensor, path: str | os.PathLike[str]) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes that lock the same folder out of it; the folder is made if it is missing.
 
-    The system takes the lock back from a process that is killed. A folder in which nothing came to be is removed.
+    The system releases the lock of a process that is killed. A folder that is still empty at the end is removed.
 
     Raises:
         BlockingIOError: another process has locked the folder. OSError: the folder can't be written.

@@ -30,9 +30,8 @@ def rank(otherwise: int = 0) -> int:
 class WorkerCounts:
     """Whole numbers in shared memory, a row of them for each DataLoader worker.
 
-    A worker adds to its own row, and the main process reads all of them. The workers of the next epoch start from a
-    copy of the object that holds this, and go on where the last ones were. A deep copy, or an object that is loaded
-    from a file, has memory of its own.
+    A worker adds to its own row, and the main process reads all of them. The workers of the next epoch share the same
+    memory and continue the counts. A deep copy, or an object that is loaded from a file, has memory of its own.
 
     Args:
         shape: of a row.

@@ -172,7 +172,7 @@ def test_counts_of_a_copy_are_its_own() -> None:
     counts = WorkerCounts(2)
     for other in (copy.deepcopy(counts), pickle.loads(pickle.dumps(counts))):
         other.own().add_(1)
-        assert other.total().tolist() == [1, 1] and other.rows.is_shared()
+        assert other.total().tolist() == other.rows[0].tolist() == [1, 1] and other.rows.is_shared()
     assert counts.total().tolist() == [0, 0]
 
 

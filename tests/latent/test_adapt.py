@@ -185,21 +185,6 @@ def test_the_bundled_flow_serves_some_classes_in_another_order(
     assert float((adapted.predict(drawn) == y).float().mean()) > 0.8
 
 
-def test_photographs_through_the_pixels_and_the_bundled_flow(glem_data: Path) -> None:
-    """Chance is 10 %."""
-    train = open_data(glem_data / "cifar10", "train", image_size=16, progress=False)
-    test = open_data(glem_data / "cifar10", "test", image_size=16, progress=False)
-    rows = np.concatenate([np.flatnonzero(train.targets == index)[:50] for index in range(10)])
-    pixels = GLEM.create("identity", (3, 16, 16), ["anything"]).eval()
-    assert accuracy(pixels.adapt(train.subset(rows), rank=16, progress=False), test) > 0.17
-    grey = [
-        open_data(glem_data / "imagenette128", split, image_size=28, channels=1, progress=False)
-        for split in ("train", "val")
-    ]
-    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(grey[0], rank=8, progress=False)
-    assert accuracy(adapted, grey[1]) > 0.15
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
