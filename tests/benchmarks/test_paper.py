@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import beyond, quantile
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, Measured, verdicts
 from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
 from benchmarks.paper.lab import Lab, Number, _method
-from benchmarks.paper.paper import check_tables
+from benchmarks.paper.paper import check_tables, main
 from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, values_of, write_table
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, Cell, cells_of
@@ -50,18 +49,6 @@ def test_printed_numbers_are_the_papers() -> None:
     assert table3["lambda_0 = 15"]["NF-A"] == 68.23 and table3["lambda_0 = 1"]["BPD"] == 1.64
     table5 = {cell.label: cell.paper for cell in cells_of(5, (1,))}
     assert table5["RFCM"] == {"CNN-A": 49.74, "FID": 25.55, "Cov": 22.47, "L-R": 33.56}
-
-
-def test_students_t() -> None:
-    # Quantiles from a printed table: 97.5 % and, for 4 and 7 degrees, 99.5 %.
-    for t, freedom, both_sides in (
-        (12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (2.228, 10, 0.05), (4.604, 4, 0.01),
-        (3.499, 7, 0.01),
-    ):  # fmt: skip
-        assert beyond(t, freedom) == pytest.approx(both_sides, rel=2e-3)
-        assert beyond(-t, freedom) == beyond(t, freedom)
-        assert quantile(freedom, both_sides) == pytest.approx(t, abs=6e-4)
-    assert beyond(0.0, 5) == 1
 
 
 def write(folder: Path, table: int, entries: list[tuple[str, str, str, list[float]]]) -> None:
@@ -294,12 +281,23 @@ class Known:
         return [number("NF-A", self.value)]
 
 
-def test_the_results_in_the_repository_are_found_by_their_settings() -> None:
-    """Their keys are made from today's settings: a changed default would have them measured again."""
-    folder = BENCHMARKS / "results" / "paper"
-    lab = Lab(SCALES["cpu"], "cpu", Path("nowhere"), "cpu", known=numbers_of(folder, "cpu"))
-    for table in TITLES:
-        assert all(lab.knows(cell, 0) for cell in cells_of(table, SCALES["cpu"].sizes))
+def test_every_table_comes_out_of_the_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without data, flows or measuring, and as it is stored, but for the versions that wrote it."""
+    stored = BENCHMARKS / "results" / "paper"
+    for path in stored.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    options = ["all", "claims", "trust", "pareto", "--scale", "cpu", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["paper.py", *options, "--out", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert main() == 0 and not (tmp_path / "work").exists()
+    for path in stored.glob("*.*"):
+        if path.suffix == ".json":
+            assert json.loads((tmp_path / path.name).read_text()) == json.loads(path.read_text()), path.name
+        elif path.suffix == ".md":
+            lines = [
+                [line for line in p.read_text().splitlines() if "written with" not in line]
+                for p in (path, tmp_path / path.name)
+            ]
+            assert lines[0] == lines[1], path.name
 
 
 @pytest.mark.slow
