@@ -59,7 +59,7 @@ class SyntheticDataset(Dataset):
             memory, N * d * 4 bytes). A class with one real image has nothing to mix, so all of its images are copies of
             that one; a warning says so.
         device: where to decode; None: where the model is.
-        cache_bytes: memory for decoded images, at least one block.
+        cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images: an `ImageData`, (uint8 images, labels), or for "balance" any torchvision or timm data set
             whose labels can be read.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
@@ -202,7 +202,7 @@ class SyntheticDataset(Dataset):
         }
 
     def settings(self) -> dict[str, Any]:
-        """All that decides what the images are, beside weights and classes, as JSON can carry it.
+        """The settings that decide what the images are, beside weights and classes; JSON can carry them.
 
         Raises:
             RuntimeError: the model has changed since the first image.

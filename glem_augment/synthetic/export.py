@@ -92,7 +92,7 @@ def export_imagefolder(
                 f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
                 "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
             )
-        # As long as the earlier manifest is there, a kill leaves no image of which nobody knows whose it is.
+        # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
         _remove_images(folder, old)
         old = None
     if license is None and old is not None:
@@ -214,7 +214,8 @@ def check_folder(folder: Path, overwrite: bool) -> dict[str, Any] | None:
     for path in sorted(folder.rglob("*")):
         name, parent = path.relative_to(folder).as_posix(), path.parent.name
         image = re.fullmatch(r"([0-9]{6}|[1-9][0-9]{6,})\.png", path.name)
-        if name == PROVENANCE or _LEFT_OVER.fullmatch(path.name) or (name in counts and path.is_dir()):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if name == PROVENANCE or _LEFT_OVER.fullmatch(path.name) or (name in counts and is_folder):
             continue
         if name == f"{parent}/{path.name}" and image and int(image[1]) < counts.get(parent, 0):
             continue
@@ -233,16 +234,16 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest at `path`; None if there is none, or one that no export has written."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        classes = [(type(entry["folder"]), type(entry["count"])) for entry in manifest["classes"]]
-        shards = [
-            [type(entry[key]) for key in ("folder", "first", "count", "not_finite")]
-            for entry in manifest.get("shards", [])
-        ]
-        tables = [type(manifest["settings"]), type(manifest.get("model", {}))]
+        classes, shards = manifest["classes"], manifest.get("shards", [])
+        # Folders lie inside that of the export: what is in them may be replaced.
+        inside = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in [*classes, *shards])
+        numbers = [entry["count"] for entry in classes]
+        numbers += [entry[key] for entry in shards for key in ("first", "count", "not_finite")]
+        tables = manifest["settings"], manifest.get("model", {})
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    well_formed = {*classes} <= {(str, int)} and all(kinds == [str, int, int, int] for kinds in shards)
-    return manifest if well_formed and tables == [dict, dict] else None
+    well_formed = all(type(number) is int for number in numbers) and all(isinstance(table, dict) for table in tables)
+    return manifest if inside and well_formed else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

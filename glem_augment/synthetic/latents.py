@@ -66,7 +66,9 @@ class LatentSource:
 
     Args:
         model: the flow; "rfcm" and "mixup" need its fitted modes.
-        seed: int >= 0. temperature: factor T on the standard deviation, not used by "mixup".
+        source: one of the three.
+        seed: int >= 0.
+        temperature: factor T on the standard deviation; "mixup" has none.
         real: real images for "mixup", see `real_images`.
         modes: number of modes that P keeps; None means 64, or as many as there are.
         alpha: l ~ Beta(alpha, alpha), folded to [1/2, 1].
@@ -198,7 +200,7 @@ class ImageSampler:
     candidate is kept if none has.
 
     Args:
-        source: of the latents.
+        source: draws the latents.
         min_confidence: in (0, 1]; None: no rejection.
         oracle: judges images: float [n, C, H, W] in [0, 1] -> logits or probabilities [n, K]. None: the flow's
             posterior judges the latents.

@@ -176,6 +176,15 @@ def test_files_of_others_are_never_touched(tmp_path: Path, name: str, overwrite:
         assert files(folder) == before
 
 
+def test_a_link_in_place_of_a_class_folder_is_not_followed(tmp_path: Path) -> None:
+    folder = make().export(tmp_path / "out", progress=False)
+    (folder / "Bag").rename(tmp_path / "mine")
+    (folder / "Bag").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="holds 'Bag'"):
+        make(seed=2).export(folder, progress=False, overwrite=True)
+    assert len(list((tmp_path / "mine").iterdir())) == 10
+
+
 def test_folders_that_are_no_export(tmp_path: Path) -> None:
     own = tmp_path / "out" / "Bag" / "000000.png"
     own.parent.mkdir(parents=True)
@@ -200,6 +209,7 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
         lambda text: text.replace('"settings": {', '"settings": 5, "others": {'),
         lambda text: text.replace('"model": {', '"model": 5, "others": {'),
         lambda text: text.replace('"folder": "Bag"', '"folder": ["Bag"]'),
+        lambda text: text.replace('"folder": "Bag"', '"folder": "../Bag"'),
         lambda text: text.replace('"count": 10', '"count": "10"'),
         lambda text: text.replace('"first": 4', '"first": "4"'),
         lambda text: text.replace('"not_finite": 0', '"not_finite": null'),
@@ -224,7 +234,7 @@ def test_a_manifest_without_hashes_vouches_for_nothing(tmp_path: Path, monkeypat
     folder = make().export(tmp_path / "out", progress=False)
     whole = files(folder)
     shards = [{**shard, "sha256": ["?"]} for shard in manifest_of(folder)["shards"]]
-    for changed in (shards, [{**shard, "folder": "../../x"} for shard in shards], []):
+    for changed in (shards, [{**shard, "folder": "Boot"} for shard in shards], []):
         (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {"shards": changed}))
         data = make()
         decoded = counting(data, monkeypatch)

@@ -330,8 +330,9 @@ def test_every_epoch_of_a_stream_has_classes_in_an_order_of_its_own(model: GLEM)
     assert len(orders) == 3
     # A long epoch does not run into the next one.
     alone = SyntheticStream(model, weights=[1.0, 0.0, 0.0])
-    late = as_rows(item for n in range(5) for item in alone._block(0, 2**20 + n, 8))
-    assert not late & as_rows(item for n in range(5) for item in alone._block(1, n, 8))
+    late = as_rows(item for power in range(3, 36, 4) for item in alone._block(0, 2**power // 8, 8))
+    late |= as_rows(item for power in range(5, 36, 5) for item in alone._block(0, 2**power // 8, 8))
+    assert len(late) > 100 and not late & as_rows(item for item in alone._block(1, 0, 8))
 
 
 def test_ranks_share_a_stream_out(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
