@@ -106,7 +106,10 @@ class FolderSource(Source):
         return self.paths[index]
 
     def open(self, index: int) -> Image.Image:
-        return open_image(self.paths[index])
+        path = self.paths[index]
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write into it
+            raise OSError("it is no regular file")
+        return open_image(path)
 
 
 class ArraySource(Source):

@@ -290,6 +290,8 @@ def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
     add("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "cannot be read")
     (dog / "link.png").symlink_to(dog / "nowhere.png")
     bad[str(dog / "link.png")] = "cannot be read"
+    os.mkfifo(dog / "pipe.png")
+    bad[str(dog / "pipe.png")] = "no regular file"
     (dog / "notes.txt").write_text("not looked at")
     return bad, modes
 
