@@ -14,6 +14,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from glem_augment.data.pixels import fit, in_threads
 from glem_augment.data.sources import ArraySource, Source, open_source
 from glem_augment.errors import BadImageError, DataError
 
-__all__ = ["ImageData", "as_image_data", "open_data"]
+__all__ = ["ImageData", "LabelledImages", "as_image_data", "open_data"]
 
 CACHE_BYTES = 2 * 2**30
 
@@ -182,6 +183,10 @@ class ImageData(Dataset):
         return out
 
 
+# What methods of a model take: opened data, a pair (images uint8 [N,C,H,W], labels int64 [N]), or a name.
+LabelledImages: TypeAlias = ImageData | tuple[torch.Tensor, torch.Tensor] | str | os.PathLike[str]
+
+
 def open_data(
     spec: str | os.PathLike[str],
     split: str = "train",
@@ -254,7 +259,7 @@ def open_data(
 
 
 def as_image_data(
-    data: ImageData | tuple[torch.Tensor, torch.Tensor] | str | os.PathLike[str],
+    data: LabelledImages,
     image_shape: tuple[int, int, int],
     classes: Sequence[str] | None = None,
     split: str = "train",
@@ -263,8 +268,7 @@ def as_image_data(
     """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
     Args:
-        data: an ImageData; a pair (images uint8 [N,C,H,W], labels int64 [N]); or a name for `open_data`, whose images
-            are resized and converted.
+        data: data in that shape, or a name for `open_data`, whose images are resized and converted.
         classes: names to use instead of the data's (of a pair: "0", "1", ...).
         split: split to open, for data given by name.
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes
-from glem_augment.data.dataset import ImageData, as_image_data
+from glem_augment.data.dataset import LabelledImages, as_image_data
 from glem_augment.errors import ClassMismatchError, ModelFileError
 from glem_augment.flows import Bijection, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
@@ -280,7 +280,7 @@ class GLEM(ImageFlow):
     @torch.no_grad()
     def fit_modes(
         self,
-        data: ImageData | tuple[Tensor, Tensor],
+        data: LabelledImages,
         rank: int = 64,
         max_per_class: int | None = None,
         class_map: dict[str, str] | str | None = None,
@@ -289,15 +289,16 @@ class GLEM(ImageFlow):
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
         Args:
-            data: an `ImageData` (see `open_data`), or a pair (images [N,C,H,W] uint8, labels int64 [N]).
+            data: an `ImageData` (see `open_data`); a pair (images [N,C,H,W] uint8, labels int64 [N]); or a name for
+                `open_data`, whose images are then resized and converted to the flow's size and channels.
             rank: k modes per class; what they leave over is kept as a variance per dimension.
             max_per_class: use at most this many images of a class (the first ones).
             class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
 
         Raises:
-            DataError: a class of the flow without at least two images, or images of another shape. TypeError: `data`
-                is neither. ValueError: `rank` or `max_per_class` below 1.
+            DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
+                or `max_per_class` below 1.
         """
         latents = self._latents_of_own_classes(data, max_per_class, class_map, seed)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
@@ -307,7 +308,7 @@ class GLEM(ImageFlow):
     @torch.no_grad()
     def fit_rfcm(
         self,
-        data: ImageData | tuple[Tensor, Tensor],
+        data: LabelledImages,
         max_per_class: int | None = None,
         class_map: dict[str, str] | str | None = None,
         seed: int = 0,
@@ -327,7 +328,7 @@ class GLEM(ImageFlow):
     @torch.no_grad()
     def adapt(
         self,
-        data: ImageData | tuple[Tensor, Tensor] | str | os.PathLike[str],
+        data: LabelledImages,
         *,
         classes: Sequence[str] | None = None,
         split: str = "train",
@@ -343,8 +344,7 @@ class GLEM(ImageFlow):
         `latent.adapt`), and its principal modes. This model stays as it is.
 
         Args:
-            data: an `ImageData` in the flow's shape; a pair (images [N,C,H,W] uint8, labels int64 [N]); or a name for
-                `open_data`, whose images are then resized and converted to the flow's size and channels.
+            data: see `fit_modes`.
             classes: names to use instead of the data's (of a pair: "0", "1", ...).
             split: split to open, for data given by name.
             rank: k modes per class.
@@ -396,7 +396,7 @@ class GLEM(ImageFlow):
 
     def _latents_of_own_classes(
         self,
-        data: ImageData | tuple[Tensor, Tensor],
+        data: LabelledImages,
         max_per_class: int | None,
         class_map: dict[str, str] | str | None,
         seed: int,
