@@ -78,7 +78,7 @@ class AugmentedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        on = self._enabled and (self.off_epoch is None or self.epoch < self.off_epoch)
+        on = self.off_epoch is None or self.epoch < self.off_epoch
         self.epoch += 1
         for batch in self.loader:
             yield self._augmented(batch, on and self._enabled)

@@ -102,6 +102,10 @@ def test_epochs_and_switches(model: GLEM) -> None:
     assert changed(wrapped) == {True} and changed(wrapped) == {False}
     wrapped.epoch, wrapped.mixup_enabled = 0, False
     assert not wrapped.mixup_enabled and changed(wrapped) == {False}
+    batches = iter(wrapped)
+    assert torch.equal(next(batches)[0], first[0])
+    wrapped.mixup_enabled = True  # takes effect within an epoch
+    assert not torch.equal(next(batches)[0], first[1])
     # Labels keep their form: soft ones stay soft.
     wrapped = make(model, partner="any").wrap(inner, off_epoch=1)
     on, off = (next(iter(wrapped))[1] for _ in range(2))
