@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from torch import Tensor
 
 from glem_augment import GLEM
 from glem_augment.data.dataset import ImageData
-from glem_augment.errors import DataError, TrainingError
+from glem_augment.errors import DataError
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
-from glem_augment.training import TimeUpError, TrainConfig, Trainer, optim
+from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training import em as em_module
 from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import load_checkpoint
@@ -158,30 +156,6 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     )
 
 
-KILL = """
-import os, sys, torch
-sys.path.insert(0, sys.argv[1])
-import test_training as t
-torch.set_num_threads(1)
-t.trainer_module.plot_curves = lambda *args: None
-class Dying(t.Trainer):
-    def e_step(self, x, y):
-        if self.step == 7:
-            os._exit(9)
-        return super().e_step(x, y)
-config = t.tiny_config(**{**t.RUNS["ema"], "checkpoint_minutes": 0.0001})
-Dying(t.toy_data(), config, sys.argv[2], device="cpu", progress=False).fit()
-"""
-
-
-def test_a_process_that_dies_is_resumed_to_the_same_bits(tmp_path: Path, whole_runs: Callable[[str], Path]) -> None:
-    out = tmp_path / "cut"
-    died = subprocess.run([sys.executable, "-c", KILL, str(Path(__file__).parent), str(out)], capture_output=True)
-    assert died.returncode == 9, died.stderr.decode()
-    tiny_trainer(out, resume=True, **RUNS["ema"]).fit()
-    assert (out / "model.safetensors").read_bytes() == (whole_runs("ema") / "model.safetensors").read_bytes()
-
-
 def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(tmp_path: Path) -> None:
     tiny_trainer(tmp_path / "whole").fit()
     for at in (2, 4, 5):  # 4 is the last step of the first epoch
@@ -204,32 +178,6 @@ def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(tmp_path: Path)
         tiny_trainer(out, resume=True).fit()
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
         assert comparable(out) == comparable(tmp_path / "whole")
-
-
-def test_an_interrupt_inside_a_step_never_saves_half_of_it(tmp_path: Path) -> None:
-    tiny_trainer(tmp_path / "whole").fit()
-    trainer = tiny_trainer(tmp_path / "cut", checkpoint_minutes=1e-9)
-    original = trainer.e_step
-
-    def e_step(x: Tensor, y: Tensor) -> float:
-        loss = original(x, y)
-        if trainer.step == 5:
-            raise KeyboardInterrupt
-        return loss
-
-    trainer.e_step = e_step
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    tiny_trainer(tmp_path / "cut", resume=True).fit()
-    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == whole
-
-
-def test_the_same_settings_give_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        tiny_trainer(tmp_path / name, seed=seed, epochs=1).fit()
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b and a != c
 
 
 def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
@@ -295,7 +243,7 @@ def test_means_never_move_further_than_the_budget(tmp_path: Path) -> None:
     assert 0.1 < moved < 0.5 * 1.3  # Adam's steps are of about the learning rate
 
 
-@pytest.mark.parametrize("m_rounds", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("m_rounds", [1, 3, 9])
 def test_every_round_of_m_steps_takes_place(tmp_path: Path, m_rounds: int) -> None:
     """Also where rounds outnumber the batches of an epoch (4)."""
     trainer = tiny_trainer(tmp_path / "run", m_rounds=m_rounds, epochs=2, modes_rank=0)
@@ -387,23 +335,6 @@ def test_a_few_nan_steps_do_not_spoil_a_run(tmp_path: Path) -> None:
     for row in rows(tmp_path / "run"):
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
     assert rows(tmp_path / "run")[-1]["bad_steps"] == 3
-
-
-def test_nan_after_nan_stops_the_run_with_advice_and_good_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(optim, "MAX_BAD_STEPS", 3)
-    out = tmp_path / "run"
-    trainer = tiny_trainer(out, epochs=4)
-    poisoned(trainer, set(range(5, 100)))
-    advice = r"diverged again after 3 returns.*3 steps in a row were not finite.*Lower lr"
-    with pytest.warns(UserWarning, match="Returned to step 4") as returns, pytest.raises(TrainingError, match=advice):
-        trainer.fit()
-    assert len(returns) == 3
-    state = load_checkpoint(out)
-    weights = {name: value for name, value in state.tensors.items() if name.startswith(("model/", "average/"))}
-    assert state.step >= 4 and weights and all(v.isfinite().all() for v in weights.values())
-    assert not (out / "model.safetensors").exists()
 
 
 def test_a_nan_in_the_m_step_leaves_the_gaussians_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
