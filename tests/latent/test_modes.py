@@ -153,6 +153,7 @@ def test_errors_name_the_class() -> None:
         fit([good * float("nan")], rank=2)
     with pytest.raises(ValueError, match="rank"):
         fit([good], rank=0)
+    assert fit([good], rank=1).rank == 1
 
 
 def test_leading_modes_keep_what_is_real_and_no_more() -> None:
