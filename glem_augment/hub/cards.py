@@ -65,7 +65,7 @@ class CardFacts:
             if isinstance(value, str | Path | Mapping):  # one of them, not in a list
                 object.__setattr__(self, name, (value,))
 
-    def licence(self) -> dict[str, str | None]:
+    def licence(self) -> dict[str, Any]:
         """The licence as metadata of a card."""
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from glem_augment import GLEM, GLEMAugment, HubError, ModelFileError, SyntheticDataset
 from glem_augment.cli.main import main
-from glem_augment.hub.cards import CardFacts, model_card
+from glem_augment.hub.cards import CardFacts, data_name, model_card, trained_on
 from glem_augment.hub.files import HubName, hub_errors
 from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS
@@ -247,7 +247,7 @@ def test_repositories_without_a_model_that_can_be_read(pushed: tuple[HubServer, 
     server.put("org/bert", {CONFIG: b'{"model_type": "bert"}', "pytorch_model.bin": b"x"})
     refused("holds no model of glem-augment", "pytorch_model.bin", name="org/bert")
     server.put("org/bert", {WEIGHTS: b"x" * 1000})
-    refused("can't be used", "no config of glem-augment (model_type bert", name="org/bert")
+    refused("can't be used", "no config of glem-augment", "model_type", name="org/bert")
     files = files_of(model, tmp_path / "new")
     newer = json.dumps({**json.loads(files[CONFIG]), "format_version": 2, "new_field": 1}).encode()
     commit = server.put("org/new", {**files, CONFIG: newer})
@@ -408,6 +408,23 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert "private" not in text
+
+
+def test_data_are_named_without_their_folders() -> None:
+    for spec, name in (
+        ("private/me@there.example/flowers", "flowers"),
+        ("wds/@sets/shards", "shards"),
+        ("torch/cifar10@private/me", "cifar10"),
+        ("hfds/ylecun/mnist?input_key=img", "mnist"),
+        ("sets/a@2x.tar", "a@2x.tar"),
+        ("bundled:fashion-mnist", "fashion-mnist"),
+        ("", "unknown data"),
+    ):
+        assert data_name(spec) == name
+    once = {"data": "photos", "adapted_from": {"training": {"data": "private/large"}}}
+    assert trained_on({"adapted_from": {"training": once}}) == (
+        "large, then adapted to photos, then adapted to data that its record does not name"
+    )
 
 
 def test_nothing_is_invented_where_nothing_is_known(caplog: pytest.LogCaptureFixture, server: HubServer) -> None:

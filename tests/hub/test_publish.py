@@ -80,6 +80,7 @@ def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypa
     monkeypatch.setattr(publish, "MIN_SHARD", 4)
     monkeypatch.setattr(publish, "MAX_FILES_IN_FOLDER", 2)
     monkeypatch.setattr(publish, "_BLOCK", 2)
+    assert "data/train/metadata.jsonl" in push(SyntheticDataset(model, per_class=2), server)
     dataset = SyntheticDataset(model, per_class=3)
     with pytest.raises(DataError, match="webdataset"):
         push(dataset, server, format="imagefolder")
@@ -93,7 +94,9 @@ def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypa
     assert json.loads(tree["data/_info.json"])["splits"]["train"]["shard_lengths"] == [3, 3, 3]
     assert push(dataset, server) == tree  # the same bytes again
     monkeypatch.setattr(publish, "MAX_SHARDS", 2)
-    assert "data/train-00001-of-00002.tar" in push(dataset, server)
+    split = json.loads(push(dataset, server)["data/_info.json"])["splits"]["train"]
+    assert split["filenames"] == ["train-00000-of-00002.tar", "train-00001-of-00002.tar"]
+    assert (split["num_samples"], split["shard_lengths"]) == (9, [5, 4])
 
 
 LOAD = """
