@@ -50,7 +50,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
-    """Where images are: ``folder`` in $GLEM_DATA, or else ``otherwise``, a folder or a bundled set.
+    """Where images are: `folder` in $GLEM_DATA, or else `otherwise`, a folder or a bundled set.
 
     Raises:
         SystemExit: nowhere; says where they were looked for.
@@ -83,7 +83,7 @@ def write_results(
     show: bool = True,
     **facts: Any,
 ) -> None:
-    """Write ``name.json`` and ``name.md`` (columns in the first row's order), and print the table.
+    """Write `name.json` and `name.md` (columns in the first row's order), and print the table.
 
     Args:
         folder: where to.
@@ -146,7 +146,7 @@ def beyond(t: float, freedom: int) -> float:
 
 
 def quantile(freedom: int, level: float = 0.05) -> float:
-    """The t that is exceeded, to both sides together, with probability ``level``."""
+    """The t that is exceeded, to both sides together, with probability `level`."""
     low, high = 0.0, 1.0
     while beyond(high, freedom) > level:
         high *= 2

@@ -37,7 +37,7 @@ _SHARES = {"NF-A", "CNN-A", "ViT-A", "Cov", "L-R"}
 
 @dataclass
 class Verdict:
-    """``evidence``: the numbers that it rests on."""
+    """`evidence`: the numbers that it rests on."""
 
     verdict: str
     evidence: str
@@ -55,7 +55,7 @@ class Comparison(NamedTuple):
 
 
 def _one_run(mean: float, metric: str, data: str) -> float:
-    """Standard error of a number that was measured once."""
+    """The standard error of a number that was measured once."""
     if metric in _SHARES:
         share = min(1.0, max(0.0, mean / 100))
         return math.hypot(100 * math.sqrt(share * (1 - share) / _IMAGES), _BETWEEN_RUNS[data])
@@ -72,7 +72,7 @@ class Runs(list[float]):
 
 
 class Measured:
-    """The rows of all tables of a scale."""
+    """The rows of all tables of one scale."""
 
     def __init__(self, folder: Path, scale: str) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ class Measured:
             self.rows += json.loads(path.read_text(encoding="utf-8"))
 
     def variance(self, data: str, metric: str) -> float:
-        """Of a method's runs, the mean over all methods that were run several times; 0 where there are fewer than
+        """Variance between runs, the mean over all methods that were run several times; 0 if there are fewer than
         three."""
         groups: dict[tuple[Any, ...], list[float]] = {}
         for row in self.rows:
@@ -149,7 +149,7 @@ def _above(
     settings: tuple[str, str] = ("default", "default"),
     lower: tuple[str, ...] = (),
 ) -> list[tuple[Comparison | None, str]]:
-    """One part per loser and metric; ``lower``: metrics where less is better."""  # fmt: skip
+    """One part per loser and metric; `lower`: metrics where less is better."""  # fmt: skip
     parts = []
     for metric in metrics:
         a = m.values(table, data, winner, metric, settings[0])
@@ -306,7 +306,7 @@ def verdicts(folder: Path, scale: str) -> list[dict[str, str]]:
 
 
 def write_claims(folder: Path, scale: str) -> None:
-    """Write ``claims.json``: this scale's verdicts beside those of the others that are there."""
+    """Write `claims.json`: this scale's verdicts beside those of the others that are there."""
     path = folder / "claims.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     found = verdicts(folder, scale)

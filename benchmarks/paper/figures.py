@@ -1,4 +1,4 @@
-"""Figures 2 to 6 of the paper, drawn from this library's own flows; numbers beside them in ``figures.<scale>.json``."""
+"""Figures 2 to 6 of the paper, drawn from this library's own flows; numbers beside them in `figures.<scale>.json`."""
 
 from __future__ import annotations
 

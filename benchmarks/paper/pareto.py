@@ -1,7 +1,7 @@
 """The best class-conditional flow classifier for a fixed budget: NF accuracy against bits/dim and FID.
 
 Beyond the paper. All take the same number of steps of the same flow. A setting is chosen on held-out *training* images
-(``val_accuracy`` in the model's record), the numbers shown are on test images.
+(`val_accuracy` in the model's record), the numbers shown are on test images.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "ULCGM": [("ULCGM", "ulcgm", {})],
     "hybrid": [("hybrid 0.3", "hybrid", {})],
     "hybrid-joint": [(f"hybrid-joint {b:g}", "hybrid-joint", dict(beta=b)) for b in (0.1, 0.3, 1.0)],
-    # What its parts are worth: the default without one of them.
+    # The default without one of its parts.
     "hybrid-joint, less": [
         ("hybrid-joint 0.3 without label smoothing", "hybrid-joint", dict(label_smoothing=0.0)),
         ("hybrid-joint 0.3 without EMA", "hybrid-joint", dict(averaging="none")),
     ],
     "saturating": [("saturating 0.3", "saturating", dict(kld_weight=0.3))],
 }
-# Away from the front, or between two points of their curve: one seed tells enough.
+# These points lie away from the front or between two others of their curve, so one seed is enough.
 ONCE = ("GLEM 1", "IB-INN 0.3", "saturating 0.3", *(label for label, *_ in CURVES["hybrid-joint, less"]))
 
 
 def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[str, int], str]) -> None:
-    """Measure all points for so many seeds (more, where they are known; one for those of ``ONCE``), and write
-    ``pareto.<scale>.json``, ``.md`` and ``.png`` once they are whole."""
+    """Measure all points for `seeds` seeds (more, where they are known; one for those of `ONCE`), then write
+    `pareto.<scale>.json`, `.md` and `.png`."""
     rows: list[dict[str, Any]] = []
     lab.learn(numbers_of(out, scale, "pareto"))
     while all(lab.knows(cell, seeds) for role in ("main", "second") for _, cell in _points(role, seeds)):
@@ -64,7 +64,7 @@ def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[s
 
 
 def _points(role: str, seed: int) -> list[tuple[str, Cell]]:
-    """Curve and cell of what is measured with that seed."""
+    """The curves and cells that are measured with this seed."""
     return [
         (curve, Cell(label, role, method, ("NF-A", "BPD", "ECE", "FID"), changes, tau=1.0))
         for curve, points in CURVES.items()

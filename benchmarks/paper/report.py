@@ -26,13 +26,12 @@ def row(table: int | str, cell: Cell, data: str, seed: int, number: Number) -> d
 
 
 def oracle_row(table: int, role: str, data: str, number: Number) -> dict[str, Any]:
-    """The oracle's accuracy, of the one oracle that there is."""
+    """The accuracy of the data set's oracle."""
     return row(table, Cell(_ORACLE, role, "", ("accuracy",)), data, 0, number)
 
 
 def numbers_of(folder: Path, scale: str, name: str = "*") -> list[Number]:
-    """The numbers of that scale in the results of earlier runs that say what they depend on: of one file
-    (``table3``, ``pareto``, ...), or of all."""
+    """The numbers of a scale in the results of earlier runs: of one file (`table3`, `pareto`, ...), or of all."""
     result = []
     for path in sorted(folder.glob(f"{name}.{scale}.json")):
         for entry in json.loads(path.read_text(encoding="utf-8")):
@@ -45,7 +44,7 @@ def numbers_of(folder: Path, scale: str, name: str = "*") -> list[Number]:
 def write_table(
     folder: Path, table: int, scale_name: str, scale: Scale, cells: list[Cell], rows: list[dict[str, Any]], command: str
 ) -> Path:
-    """Write ``table<N>.<scale>.json`` (the rows) and ``.md``; returns the JSON's path."""
+    """Write `table<N>.<scale>.json` (the rows) and `.md`; returns the JSON's path."""
     path = folder / f"table{table}.{scale_name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, rows)
@@ -113,7 +112,7 @@ def values_of(rows: list[dict[str, Any]], method: str, data: str, setting: str, 
 
 
 def _machine(rows: list[dict[str, Any]]) -> str:
-    """Where the rows were measured, and what wrote them here."""
+    """The processors that measured the rows, and the versions that wrote the table."""
     names = " and ".join(dict.fromkeys(r["processor"] for r in rows))
     versions = ", ".join(f"{key} {value}" for key, value in machine()["versions"].items())
     return f"Measured on {names}; written with {versions}."
@@ -124,7 +123,7 @@ def _flow(settings: dict[str, Any]) -> str:
 
 
 def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
-    """Rows that stand in no table of the paper: JSON, and Markdown with a line per method and a column per metric."""
+    """Write rows of no table of the paper: JSON, and Markdown with a line per method and a column per metric."""
     write_json(path, rows)
     lines = [f"# {title}", "", f"`{command}`", ""]
     for data in dict.fromkeys(r["data_set"] for r in rows):

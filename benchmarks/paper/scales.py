@@ -1,4 +1,4 @@
-"""How large ``benchmarks/paper/paper.py`` makes things: one entry per machine that it is for."""
+"""The sizes of data, flows and classifiers in `paper.py`, one entry per kind of machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GLEM_DATA = os.environ.get("GLEM_DATA", "data")
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Where images come from: ``spec`` and ``image_size`` as for ``open_data``; ``per_class``: used of each class."""
+    """Where images come from: `spec` and `image_size` as for `open_data`; `per_class`: used of each class."""
 
     name: str
     spec: str
@@ -28,7 +28,7 @@ class Scale:
 
     Attributes:
         main, second: the data sets in the places of the paper's CIFAR-100 and CIFAR-10.
-        flow: settings of ``TrainConfig`` for every flow; all are trained for the same number of steps.
+        flow: settings of `TrainConfig` for every flow; all are trained for the same number of steps.
         oracle, cnn, vit: recipes of the classifiers. measured: generated and real images, at most, for FID, Coverage
             and label reliability. sizes: of Table 4, in multiples of the training set. seeds: by default.
         neighbours: k of Coverage.
@@ -53,7 +53,7 @@ def _fashion() -> str:
 
 _CROP = ("crop",)  # not "flip" for the flow of clothes: shoes all point one way
 SCALES = {
-    # Seconds: checks that everything runs, and measures nothing.
+    # Runs in seconds and shows that everything works; its numbers mean nothing.
     "smoke": Scale(
         main=DataSpec("fashion-mnist (bundled, 14x14)", "bundled:fashion-mnist", 14, 60),
         second=DataSpec("fashion-mnist (bundled, 12x12)", "bundled:fashion-mnist", 12, 40),

@@ -109,7 +109,7 @@ def identity(row: dict[str, Any]) -> str:
 
 
 class Plan:
-    """The cells of a setting and classifier, as far as what has been measured determines them.
+    """The cells of a setting and classifier that follow from what has been measured so far.
 
     Args:
         args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`.
@@ -227,7 +227,7 @@ class Plan:
         return statistics.mean(row["val_accuracy"] for row in rows)
 
     def leading(self, cells: list[Cell], store: Store) -> list[Cell]:
-        """The few best by the first tuning seed, best first and the first of equals; none until all are measured."""
+        """The `FINALISTS` best cells by the first tuning seed, best first; none until all are measured."""
         rows = [row for cell in cells if (row := store.find(cell)) is not None]
         if len(rows) < len(cells):
             return []
@@ -240,7 +240,7 @@ class Plan:
         return [replace(cell, seed=seed) for cell in self.leading(cells, store) for seed in seeds]
 
     def best(self, cells: list[Cell], store: Store) -> Cell | None:
-        """Of the leading ones the one with the best mean, the first of equals; None until all are measured."""
+        """The leading cell with the best mean over tuning seeds; None until all are measured."""
         leading = self.leading(cells, store)
         if not leading or not all(store.has(cell) for cell in self.again(cells, store)):
             return None

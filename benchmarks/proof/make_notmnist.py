@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the data of the setting ``notmnist-10``: glyphs of the letters A to J from many fonts, 28x28, grey.
+"""Make the data of the setting `notmnist-10`: glyphs of the letters A to J from many fonts, 28x28, grey.
 
     git clone https://github.com/davidflanagan/notMNIST-to-MNIST
     python benchmarks/proof/make_notmnist.py notMNIST-to-MNIST $GLEM_DATA/notmnist

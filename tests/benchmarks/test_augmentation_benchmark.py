@@ -30,7 +30,7 @@ CLASSES, COUNT = 3, 24
 
 @pytest.fixture(scope="module")
 def flow() -> GLEM:
-    """A random flow for 3x8x8, adapted to ``images()``."""
+    """A random flow for 3x8x8, adapted to `images()`."""
     torch.manual_seed(0)
     model = GLEM.create("glow_tiny", (3, 8, 8), ["x"], depth=[1, 1], blocks=[1, 1], width=[6, 6])
     with torch.no_grad():
@@ -196,7 +196,7 @@ def arguments(**changes) -> argparse.Namespace:
 def measure(
     plan: planning.Plan, store: Store, value, rounds: int = 10, setting: settings.Setting = CIFAR
 ) -> list[planning.Cell]:
-    """Fill ``store`` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
+    """Fill `store` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
     for _ in range(rounds):
         cells = plan.cells(setting, "cnn", store)
         missing = [cell for cell in cells if not store.has(cell) and not plan.lacks(cell)]

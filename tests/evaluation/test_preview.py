@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def small(
     shape: tuple[int, int, int] = (3, 8, 8), classes: int = 3, count: int = 5, modes: bool = True
 ) -> tuple[GLEM, ImageData]:
-    """An identity flow and random images, ``count`` per class."""
+    """An identity flow and random images, `count` per class."""
     names = [f"class {i}" for i in range(classes)]
     x = torch.randint(0, 256, (classes * count, *shape), dtype=torch.uint8)
     data = ImageData.from_tensors(x, torch.arange(classes).repeat_interleave(count), names)
