@@ -75,7 +75,7 @@ class AffineCoupling(Coupling):
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         raw, shift = params.transpose(0, 1).contiguous().split(self.half)
         # bound * tanh(raw / bound), by way of the sigmoid: on many processors tanh takes several times as long.
-        log_scale = (torch.sigmoid(raw * (2 / self.bound)) - 0.5) * (2 * self.bound)
+        log_scale = torch.sigmoid(raw * (2 / self.bound)).sub(0.5).mul_(2 * self.bound)
         logdet = log_scale.sum((0, 2, 3))
         if inverse:
             return (x2 - shift) * (-log_scale).exp(), -logdet

@@ -94,9 +94,9 @@ class Level(nn.Module):
         self.side = side
         # Plain lists, because the modules are registered above.
         self.norms: list[ActNorm] = steps[0::3]  # type: ignore[assignment]
-        self.generators: list[Mixing1x1] = steps[1::3]  # type: ignore[assignment]
+        self.mixing_layers: list[Mixing1x1] = steps[1::3]  # type: ignore[assignment]
         self.couplings: list[Coupling] = steps[2::3]  # type: ignore[assignment]
-        kinds = zip(self.norms, self.generators, self.couplings, strict=True)
+        kinds = zip(self.norms, self.mixing_layers, self.couplings, strict=True)
         if not all(
             isinstance(a, ActNorm) and isinstance(m, Mixing1x1) and isinstance(c, Coupling) for a, m, c in kinds
         ):
@@ -111,7 +111,7 @@ class Level(nn.Module):
 
     def mixing_weights(self) -> list[nn.Parameter]:
         """The weights behind `mixings`."""
-        pairs = zip(self.norms, self.generators, strict=True)
+        pairs = zip(self.norms, self.mixing_layers, strict=True)
         return [w for norm, mixing in pairs for w in (norm.bias, norm.log_scale, mixing.weight)]
 
     def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
@@ -132,7 +132,7 @@ class Level(nn.Module):
     def _mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
         bias = torch.stack([norm.bias for norm in self.norms]).unsqueeze(2)  # [S, C, 1, H, W], or 1 for H and W
         log_scale = torch.stack([norm.log_scale for norm in self.norms]).unsqueeze(2)
-        generators = torch.stack([mixing.weight for mixing in self.generators])
+        generators = torch.stack([mixing.weight for mixing in self.mixing_layers])
         logdet = log_scale.sum() * self.norms[0].pixels + generators.diagonal(dim1=1, dim2=2).sum() * self.pixels
         sign = -1.0 if inverse else 1.0
         matrix, scale = exp_of_generators(generators, sign), (sign * log_scale).exp()
