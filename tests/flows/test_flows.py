@@ -219,6 +219,22 @@ def test_row_sums_stay_below_the_bound(bound: float, magnitude: float) -> None:
     torch.testing.assert_close(row_bounded(diagonal, bound, 2)[0], -bound * torch.eye(5)[None])
 
 
+@pytest.mark.parametrize("bound", [0.7, 2.0])
+def test_the_affine_coupling_is_its_formula(bound: float) -> None:
+    layer = AffineCoupling(2, subnet, bound).double()
+    raw = torch.linspace(-30, 30, 1001, dtype=torch.float64).requires_grad_()
+    params = torch.stack([raw, raw.cos()])[:, None, None].transpose(0, 1)  # [B = 1, 2, H = 1, W = 1001]
+    x2 = torch.linspace(-1, 2, 1001, dtype=torch.float64).view(1, 1, 1, -1)
+    log_scale = bound * torch.tanh(raw / bound)
+    for inverse in (False, True):
+        y2, logdet = layer.transform(x2, params, inverse)
+        want = (x2 - raw.cos()) / log_scale.exp() if inverse else log_scale.exp() * x2 + raw.cos()
+        torch.testing.assert_close(y2, want, rtol=0, atol=1e-13)
+        torch.testing.assert_close(logdet[0], -log_scale.sum() if inverse else log_scale.sum(), rtol=0, atol=1e-10)
+        slopes = [torch.autograd.grad(v.sum(), raw, retain_graph=True)[0] for v in (y2, want)]
+        torch.testing.assert_close(*slopes, rtol=0, atol=1e-12)
+
+
 class Constant(torch.nn.Module):
     """A subnet that gives whatever it is told."""
 
