@@ -30,7 +30,7 @@ from glem_augment.data.pixels import in_range
 from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import write_json
-from glem_augment.latent.rfcm import ThinCovariances
+from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 from glem_augment.training import TimeUpError, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.methods import Method, method
@@ -233,7 +233,9 @@ class Lab:
     def _rfcm(self, fitted: Fitted, cell: Cell) -> ThinCovariances:
         """The exact covariances of the latents of all training images, kept beside the model."""
         if not (fitted.folder / "rfcm.safetensors").exists():
-            fitted.model.fit_rfcm(self.data(cell.data)[0]).save(fitted.folder, fitted.weights)
+            fit_covariances(fitted.model.class_latents(self.data(cell.data)[0]), fitted.model.num_classes).save(
+                fitted.folder, fitted.weights
+            )
         return ThinCovariances.load(fitted.folder, fitted.weights).to(self.device)
 
     def trained_on_samples(self, fitted: Fitted, cell: Cell, recipe: Recipe, seed: int) -> Classifier:

@@ -18,7 +18,8 @@ from glem_augment.cli.common import (
     whole,
 )
 from glem_augment.cli.main import new_parser
-from glem_augment.model.weights import check_new_folder
+from glem_augment.io import expand
+from glem_augment.model.weights import CONFIG, WEIGHTS
 
 DESCRIPTION = """\
 Make a flow that was trained on other images serve your classes. Every class gets the mean of its images' latents, their
@@ -58,7 +59,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = check_new_folder(args.out, args.overwrite)
+    folder = expand(args.out)
+    if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
+        raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
     model = load_model(args)
     data = open_resized(model, args.data, args.split, args.skip_bad)
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that can't be made costs none

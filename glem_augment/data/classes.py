@@ -101,8 +101,7 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
         flow_classes: number of flow classes.
 
     Raises:
-        ValueError: a flow or data class out of range, nothing mapped, or a `num_classes` that does not fit.
-        TypeError: no mapping or sequence of integers.
+        ValueError, TypeError: a class out of range, nothing mapped, or a `num_classes` that does not fit.
     """
     if num_classes is not None:
         num_classes = check_whole("num_classes", num_classes, 1)
@@ -118,12 +117,10 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
     if not isinstance(class_map, Mapping | Sequence) or isinstance(class_map, str | bytes):
         raise TypeError(f"class_map must be a dict or a sequence, got {type(class_map).__name__}")
     pairs = dict(class_map if isinstance(class_map, Mapping) else enumerate(class_map))
-    if not pairs:
-        raise ValueError("class_map is empty: give the flow class of every data class")
     for key, value in pairs.items():
         if not _is_int(key) or not (value is None or _is_int(value)):
             raise TypeError(f"class_map must map ints to ints or None, got {key!r}: {value!r}")
-    total = max(pairs) + 1 if num_classes is None else num_classes
+    total = max(pairs, default=-1) + 1 if num_classes is None else num_classes
     if not isinstance(class_map, Mapping) and len(pairs) != total:
         raise ValueError(f"class_map has {len(pairs)} entries, but num_classes={num_classes}")
     table = [-1] * total
@@ -135,7 +132,7 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
                 f"class_map maps class {key} to flow class {value}; allowed are 0 to {flow_classes - 1}, -1 and None"
             )
         table[key] = -1 if value is None else operator.index(value)
-    if max(table) < 0:
+    if max(table, default=-1) < 0:
         raise ValueError("class_map maps no class to the flow: no image could be augmented")
     return tuple(table)
 

@@ -1,11 +1,4 @@
-"""Labelled images of one shape, opened from anywhere.
-
-Example::
-
-    data = open_data("bundled:fashion-mnist", "train")
-    image, label = data[0]                                   # uint8 [1,28,28], int
-    for x, y in data.batches(order, batch_size=128): ...     # uint8 [B,C,H,W], int64 [B]
-"""
+"""Labelled images of one shape, opened from anywhere."""
 
 from __future__ import annotations
 
@@ -30,9 +23,10 @@ CACHE_BYTES = 2 * 2**30
 
 
 class ImageData(Dataset):
-    """Labelled uint8 images of one shape.
+    """Labelled uint8 images of one shape. Item i is `(uint8 tensor [C,H,W], int)`.
 
-    Item i is `(uint8 tensor [C,H,W], int)`. Made by `open_data` or `ImageData.from_tensors`.
+    >>> data = open_data("bundled:fashion-mnist", "train")
+    >>> x, y = next(data.batches(range(1000), batch_size=128))  # uint8 [B,C,H,W], int64 [B]
 
     Attributes:
         targets: int64 [N], indices into `classes`.
@@ -62,13 +56,7 @@ class ImageData(Dataset):
         class_ids: Sequence[str] | None = None,
         name: str = "tensors",
     ) -> ImageData:
-        """Wrap images that are in memory already.
-
-        Args:
-            x: uint8 [N,C,H,W].
-            y: N class indices.
-            classes: K unique names.
-            class_ids: K unique identifiers, by default the names.
+        """Wrap images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and identifiers).
 
         Raises:
             TypeError: `x` is not uint8, or `y` holds no integers.
@@ -270,7 +258,6 @@ def as_image_data(
     Args:
         data: data in that shape, or a name for `open_data`, whose images are resized and converted.
         classes: names to use instead of the data's (of a pair: "0", "1", ...).
-        split: split to open, for data given by name.
 
     Raises:
         DataError: images of another shape. TypeError: another kind of `data`.

@@ -42,13 +42,7 @@ TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
 class Source(ABC):
-    """Labelled images that can be opened one by one.
-
-    Attributes:
-        classes: K names in index order.
-        class_ids: K identifiers (folder names, WordNet ids, digits).
-        targets: int64 [N].
-    """
+    """Labelled images that can be opened one by one; for the attributes see `ImageData`."""
 
     def __init__(self, classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
         self.classes = list(classes)
@@ -153,15 +147,8 @@ class ReaderSource(Source):
 
 
 def open_source(spec: str, split: str, size: tuple[int, int] | None, stream_bytes: int) -> Source:
-    """Open what `open_data` takes by name.
-
-    Args:
-        size: (H, W) to which the images of a stream are resized as they are read.
-        stream_bytes: how much memory the images of a stream may take.
-
-    Raises:
-        DataError, FileNotFoundError: see `open_data`.
-    """
+    """Open what `open_data` takes by name. A stream is resized to `size` (H, W) as it is read, and may take up to
+    `stream_bytes` of memory."""
     if spec.startswith("bundled:"):
         return _bundled_source(spec.removeprefix("bundled:"), split)
     path = expand(spec)
@@ -252,13 +239,6 @@ def _split_folder(folder: Path, split: str) -> Path:
     splits = _splits(folder)
     if not splits:
         return folder
-    for name in _folders(folder):
-        if name.lower() not in _SPLIT_FOLDERS and not name.startswith(".") and _holds_images(folder / name):
-            raise DataError(
-                f"{folder} can be read in two ways: {splits[0]!r} holds folders, as a split does, and {name!r} images, "
-                f"as a class does. Open {folder / splits[0]} for the split; for the classes rename the folder "
-                f"{splits[0]!r}, or take the folders out of it"
-            )
     for candidate in _SPLIT_FOLDERS.get(split.lower(), (split,)):
         for name in _folders(folder):
             if name.lower() == candidate.lower() and _has_folders(folder / name):
@@ -268,10 +248,6 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 def _has_folders(folder: Path) -> bool:
     return any(not name.startswith(".") for name in _folders(folder))  # editors and notebooks leave hidden ones
-
-
-def _holds_images(folder: Path) -> bool:
-    return any(name.lower().endswith(IMG_EXTENSIONS) for name in _files(folder))
 
 
 # ---- idx files ---------------------------------------------------------------------------------------------------
@@ -307,14 +283,7 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
-    """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data.
-
-    Returns:
-        uint8 array with `rank` dimensions.
-
-    Raises:
-        DataError: another format, or not exactly as many bytes as the header announces.
-    """
+    """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data."""
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
             data = file.read()
@@ -322,10 +291,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
         raise DataError(f"{path} cannot be read ({error}); it may be truncated: fetch it again") from error
     header = 4 + 4 * rank
     if len(data) < header or data[:4] != bytes((0, 0, 8, rank)):
-        raise DataError(
-            f"{path} is not an idx file of unsigned bytes with {rank} dimension(s): it starts with "
-            f"{data[:4].hex() or 'nothing'} instead of {bytes((0, 0, 8, rank)).hex()}"
-        )
+        raise DataError(f"{path} is not an idx file of unsigned bytes with {rank} dimension(s)")
     shape = [int(size) for size in np.frombuffer(data, ">u4", rank, offset=4)]
     try:
         return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
@@ -346,11 +312,7 @@ def tar_file(spec: str) -> str | None:
 
 
 def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_bytes: int) -> Source:
-    """Open `NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, with `timm.data.create_dataset`.
-
-    Raises:
-        DataError: the set is missing, needs a package that is not installed, or has no integer labels.
-    """
+    """Open `NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, with `timm.data.create_dataset`."""
     from timm.data import create_dataset
 
     archive = tar_file(spec)

@@ -23,7 +23,6 @@ from glem_augment.flows import Bijection, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
-from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
@@ -112,7 +111,6 @@ class GLEM(ImageFlow):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        check: bool = False,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
@@ -123,8 +121,6 @@ class GLEM(ImageFlow):
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
-            check: send a few images through the flow and back, and refuse a flow that does not return them. Names,
-                shapes, types and finite values are always checked.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
@@ -142,8 +138,6 @@ class GLEM(ImageFlow):
             )
         model = load_model(folder, cls).to(device).eval().requires_grad_(False)
         model.origin, model.origin_file = origin, folder / WEIGHTS
-        if check:
-            model.check_round_trip(str(folder / WEIGHTS))
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -154,15 +148,8 @@ class GLEM(ImageFlow):
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
 
-        Args:
-            repo_id: `org/name`; made if missing.
-            options: `private`, `token`, `revision`, `create_pr`, `license` and others, see `hub.upload.push_to_hub`.
-
-        Returns:
-            `huggingface_hub.CommitInfo`; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
-
-        Raises:
-            HubError: no network, no permission, ...; nothing has been committed then.
+        The options (`private`, `token`, `revision`, `license`, ...), the result and the errors are those of
+        `hub.upload.push_to_hub`.
         """
         from glem_augment.hub.upload import push_to_hub
 
@@ -230,10 +217,9 @@ class GLEM(ImageFlow):
     def sample_latents(
         self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
     ) -> Tensor:
-        """Latents of the classes `y`: [B, d].
+        """Latents of the classes `y`, int64 [B]: [B, d].
 
         Args:
-            y: int64 [B].
             temperature: >= 0, multiplies the standard deviation.
             generator: on the CPU.
             source: "gaussian" (the learned class Gaussian) or "rfcm" (the mean and covariance that `fit_modes`
@@ -300,30 +286,10 @@ class GLEM(ImageFlow):
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
-        latents = self._latents_of_own_classes(data, max_per_class, class_map, seed)
+        latents = self.class_latents(data, max_per_class, class_map, seed)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank = self.modes.rank
         return self.modes
-
-    @torch.no_grad()
-    def fit_rfcm(
-        self,
-        data: LabelledImages,
-        max_per_class: int | None = None,
-        class_map: dict[str, str] | str | None = None,
-        seed: int = 0,
-        rank: int | None = None,
-        ridge: float = 1e-4,
-    ) -> ThinCovariances:
-        """Every class's mean and full covariance, from the latents of `data` (RFCM).
-
-        Args:
-            data, max_per_class, class_map, seed: see `fit_modes`; so are the errors.
-            rank: modes to keep per class, with what they leave over as a variance per dimension; None keeps everything.
-            ridge: variance to add in every dimension, as a share of the class's mean variance.
-        """
-        latents = self._latents_of_own_classes(data, max_per_class, class_map, seed)
-        return fit_covariances(latents, self.num_classes, rank, ridge)
 
     @torch.no_grad()
     def adapt(
@@ -394,14 +360,17 @@ class GLEM(ImageFlow):
         adapted = GLEM(config, copy.deepcopy(self.flow), gaussians.to(self.dtype), modes)
         return adapted.to(self.device).eval().requires_grad_(False)
 
-    def _latents_of_own_classes(
+    def class_latents(
         self,
         data: LabelledImages,
-        max_per_class: int | None,
-        class_map: dict[str, str] | str | None,
-        seed: int,
+        max_per_class: int | None = None,
+        class_map: dict[str, str] | str | None = None,
+        seed: int = 0,
     ) -> Callable[[int], Tensor]:
-        """A function from each of this model's classes to the latents of its images, see `latents_of_classes`."""
+        """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`.
+
+        `latent.rfcm.fit_covariances(model.class_latents(data), model.num_classes)` fits full covariances (RFCM).
+        """
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
         data = as_image_data(data, self.image_shape, self.classes if isinstance(data, tuple) else None)

@@ -75,15 +75,6 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     return folder
 
 
-def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """`folder` as a path, for a model to be written to. FileExistsError if one is there, unless `overwrite`."""
-    path = expand(folder)
-    there = [name for name in (WEIGHTS, CONFIG) if (path / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{path} holds a model already ({', '.join(there)}): give another folder, or --overwrite")
-    return path
-
-
 def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[str, Tensor]) -> None:
     """Write both files so that a failed save leaves the old pair whole.
 

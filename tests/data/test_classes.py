@@ -114,7 +114,7 @@ def test_class_maps_by_index() -> None:
     assert check_class_map({1: 2}, 4, 3) == (-1, 2, -1, -1)
     for class_map, num_classes, message in (
         (None, 4, "num_classes=4, but the flow has 3 classes"),
-        ({}, None, "class_map is empty"),
+        ({}, None, "maps no class"),
         ([0, 1], 3, "2 entries, but num_classes=3"),
         ({3: 0}, 3, "data class 3, allowed are 0 to 2"),
         ([3], None, "class 0 to flow class 3; allowed are 0 to 2"),

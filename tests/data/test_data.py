@@ -23,7 +23,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as F
 
 from glem_augment import GLEM
-from glem_augment.cli.main import main
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.pixels import fit
 from glem_augment.errors import BadImageError, DataError
@@ -158,24 +157,6 @@ def test_a_class_may_be_called_test(tmp_path: Path) -> None:
     assert open_data(tmp_path).classes == ["rest", "test"]
     (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
     assert open_data(tmp_path).classes == ["rest", "test"]
-    png(tmp_path / "test" / "inner" / "0.png")
-    with pytest.raises(DataError, match="two ways: 'test' holds folders.*'rest' images"):
-        open_data(tmp_path)
-    (tmp_path / "test" / ".ipynb_checkpoints").rmdir()
-    assert open_data(tmp_path / "test").classes == ["inner"]
-
-
-@pytest.mark.parametrize(
-    ("folder", "clothes"),
-    [("fashion-mnist", True), ("FashionMNIST/raw", True), ("fashion/mnist", False), ("fashion-vs-digits/raw", False)],
-)
-def test_digits_are_not_clothes_because_of_where_they_lie(tmp_path: Path, folder: str, clothes: bool) -> None:
-    place = tmp_path / folder
-    place.mkdir(parents=True)
-    write_idx(place / "train-images-idx3-ubyte", np.zeros((3, 4, 4)))
-    write_idx(place / "train-labels-idx1-ubyte", np.arange(3))
-    data = open_data(place)
-    assert data.class_ids == ["0", "1", "2"] and (data.classes[0] == "T-shirt/top") == clothes
 
 
 def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
@@ -328,41 +309,6 @@ def test_broken_images_among_good_ones(tmp_path: Path, cache_bytes: int) -> None
                 Path(other + ".aside").rename(other)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_glem_train_over_broken_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder of broken images among good ones is trained over, with a report; without --skip-bad it is an error."""
-    bad, modes = broken_folder(tmp_path / "images")
-    out = tmp_path / "run"
-    flow = ["--flow", "depth=[1,1]", "--flow", "blocks=[1,1]", "--flow", "width=[6,6]"]
-    rest = ["--epochs", "2", "--batch-size", "8", "--sample-every", "0", "--threads", "1", "--device", "cpu", "--quiet"]
-    command = ["train", str(tmp_path / "images"), "--out", str(out), "--image-size", "8", *flow, *rest]
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and any(path in error for path in bad) and not out.exists()
-
-    assert main([*command, "--skip-bad"]) == 0
-    shown = capsys.readouterr().out
-    assert f"{len(bad)} images that can't be used: " in shown and "skipped.json" in shown
-    report = json.loads((out / "skipped.json").read_text())
-    assert report["skipped"] == len(bad) and report["used"] == 24 + len(modes)
-    assert {entry["image"] for entry in report["images"]} == set(bad)
-    assert all(bad[entry["image"]] in entry["reason"] for entry in report["images"])
-    model = GLEM.from_pretrained(out, check=True)
-    assert model.classes == ["cat", "dog"] and model.config.training["images"] == report["used"]
-    # What was trained can be measured and looked at over such a folder too.
-    data = [str(out), str(tmp_path / "images")]
-    assert main(["eval", *data, "--threads", "1"]) == 2
-    assert "--skip-bad" in capsys.readouterr().err
-    assert main(["eval", *data, "--threads", "1", "--skip-bad"]) == 0
-    shown = capsys.readouterr()
-    found = json.loads(shown.out)
-    assert found["skipped"] == len(bad) and found["n"] == report["used"] and "left out: " in shown.err
-    assert main(["preview", *data, "--threads", "1", "--skip-bad", "--out", str(tmp_path / "p.png")]) == 0
-    # Going on needs no flag: the run remembers how it opened its images.
-    assert main([*command, "--resume"]) == 0
-    assert "finished" in capsys.readouterr().out
-
-
 def test_a_class_of_broken_images_alone(image_folder: Path) -> None:
     for path in (image_folder / "cat").iterdir():
         path.write_bytes(b"x")
@@ -478,15 +424,6 @@ def test_torch_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_torch_image_folder(image_folder: Path) -> None:
-    data = open_data(f"torch/image_folder@{image_folder}")
-    assert torch.equal(data.tensor(), open_data(image_folder).tensor()) and data.classes == [
-        "bird",
-        "cat",
-        "dog",
-    ]
-
-
 def test_tar(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
         archive.add(image_folder, "images")
@@ -548,14 +485,3 @@ def test_timm_errors(tmp_path: Path) -> None:
         open_data(f"hfds/ylecun/mnist@{tmp_path}?column=image")
     with pytest.raises(DataError, match="timm cannot open .*nonsense"):
         open_data(f"torch/nonsense@{tmp_path}")
-
-
-# ---- real images -----------------------------------------------------------------------------------------------------
-
-
-def test_real_images(glem_data: Path) -> None:
-    cifar = open_data(glem_data / "cifar10", "test")
-    assert cifar.image_shape == (3, 32, 32) and len(cifar.classes) == 10 and "airplane" in cifar.classes
-    assert 100 < cifar.tensor().float().mean() < 140  # the whole set: 121
-    nette = open_data(glem_data / "imagenette128", "val", image_size=64)
-    assert nette.image_shape == (3, 64, 64) and "tench" in nette.classes and "n01440764" in nette.class_ids
