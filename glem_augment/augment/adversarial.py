@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
@@ -78,6 +77,8 @@ class Adversary:
             raise TypeError(f"loss must take (output, labels), got {type(loss).__name__}")
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+        from timm.utils import unwrap_model  # timm takes a second to import
+
         self.classifier: nn.Module = unwrap_model(classifier)
         self.loss, self.autocast = loss or _cross_entropy, autocast
 

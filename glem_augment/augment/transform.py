@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
 from glem_augment.augment import v2
@@ -357,7 +356,7 @@ class GLEMAugment(nn.Module):
         """
         return _loops().AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
-    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Mixup | None = None, order: str = "aug") -> Any:
+    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, order: str = "aug") -> Any:
         """A function in the place of timm's `mixup_fn`, whose labels are always soft [B, K']: see `loops.MixupFn`."""
         return _loops().MixupFn(self, smoothing, mixup, order)
 

@@ -78,7 +78,7 @@ def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.Mo
         "--betas",
         "[0.9, 1e-1]",
         "--augment",
-        "{policy: noise, strength: 5e-1, detail: none}",
+        "{policy: noise, strength: 5e-1, basis: shared}",
         "--ema-decay",
         "None",
     ]
@@ -86,7 +86,7 @@ def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.Mo
     args = finetune.options()
     assert args.betas == [0.9, 0.1] and args.ema_decay is None
     # "none" is a word of GLEMAugment's own.
-    assert args.augment == {"policy": "noise", "strength": 0.5, "detail": "none"}
+    assert args.augment == {"policy": "noise", "strength": 0.5, "basis": "shared"}
     file.write_text("# nothing\n")
     assert finetune.options().lr == finetune.DEFAULTS["lr"]
     file.write_text("learning_rate: 0.5\n")
