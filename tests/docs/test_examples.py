@@ -85,7 +85,6 @@ def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", [*argv[:5], *more])
     args = finetune.options()
     assert args.betas == [0.9, 0.1] and args.ema_decay is None
-    # "none" is a word of GLEMAugment's own.
     assert args.augment == {"policy": "noise", "strength": 0.5, "basis": "shared"}
     file.write_text("# nothing\n")
     assert finetune.options().lr == finetune.DEFAULTS["lr"]
