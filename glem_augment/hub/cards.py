@@ -29,7 +29,6 @@ SAMPLES = "samples.png"
 # "image-classification" would promise the Hub's widgets a classifier that they can run.
 PIPELINE = "unconditional-image-generation"
 _TAGS = [LIBRARY, "normalizing-flow", "class-conditional", "data-augmentation", "synthetic-data"]
-_MAX_CLASSES = 100  # named on a card
 # Keys of a table of `glem eval`: the Hub's task, the Hub's metric, and words for people.
 _METRICS = {
     "accuracy": ("image-classification", "accuracy", "accuracy of the generative classifier"),
@@ -199,9 +198,7 @@ def _body(model: GLEM, repo_id: str, facts: CardFacts, results: Sequence[EvalRes
     trained = ", ".join(
         f"{key.replace('_', ' ')} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None
     )
-    classes = ", ".join(escape(text) for text in model.classes[:_MAX_CLASSES])
-    if model.num_classes > _MAX_CLASSES:
-        classes += f", and {model.num_classes - _MAX_CLASSES} more (see config.json)"
+    classes = ", ".join(escape(text) for text in model.classes)
     picture = f"![Samples, one row for each class]({SAMPLES})\n\n" if samples else ""
     augment = "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n" if model.modes is not None else ""
     parameters = sum(p.numel() for p in model.flow.parameters())

@@ -23,8 +23,6 @@ from glem_augment.io import expand
 from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 
-__all__ = ["download_model"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -99,37 +96,8 @@ def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypa
     assert (split["num_samples"], split["shard_lengths"]) == (9, [5, 4])
 
 
-LOAD = """
-import json, sys
-from datasets import load_dataset
-data = load_dataset("org/images", split="train")
-image, label = ("image", "label") if "image" in data.column_names else ("png", "cls")
-rows = sorted((x["index"] if image == "image" else int(x["__key__"]), x[label], x[image].tobytes().hex()) for x in data)
-streamed = sum(1 for _ in load_dataset("org/images", split="train", streaming=True))
-print(json.dumps([data.features[label].names, streamed, rows]))
-"""
-
-
-@pytest.mark.parametrize("format", ["imagefolder", "webdataset"])
-def test_datasets_loads_what_was_pushed(
-    pushed: tuple[HubServer, GLEM, str],
-    format: str,  # noqa: A002
-    tmp_path: Path,
-) -> None:
-    pytest.importorskip("datasets", reason="datasets is not installed")
-    server, model, _ = pushed
-    dataset = SyntheticDataset(model, per_class=3)
-    push(dataset, server, format=format)
-    env = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", LOAD], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    names, streamed, rows = json.loads(done.stdout)
-    assert names == dataset.classes and streamed == 9
-    assert rows == [[i, dataset[i][1], dataset[i][0].tobytes().hex()] for i in range(9)]
-
-
 def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:
-    """What `datasets` needs in the card, for machines without it."""
+    """`datasets` reads these fields of the card."""
     dataset = SyntheticDataset(tiny_model(), per_class=1)
     names = {"0": "cat", "1": "dog", "2": "ant"}
     for kind, image, label, path in (
@@ -203,22 +171,6 @@ def test_a_killed_export_of_shards_is_begun_anew(tmp_path: Path) -> None:
     half.mkdir(parents=True)
     (half / "train-00000-of-00001.tar").write_bytes(b"half")
     (tmp_path / "link").symlink_to("big")
-    assert set(files(export(tmp_path / "link"))) == {
-        "README.md",
-        PROVENANCE,
-        "data/_info.json",
-        "data/train-00000-of-00001.tar",
-    }
+    export(tmp_path / "link")
+    assert (tmp_path / "big" / "data" / "train-00000-of-00001.tar").read_bytes() != b"half"
     assert sorted(path.name for path in (tmp_path / "big").iterdir()) == ["README.md", "data", PROVENANCE]
-
-
-@pytest.mark.parametrize("manifest", [None, "mine", '{"format": "imagefolder"}'])
-def test_a_folder_without_shards_is_left_alone(tmp_path: Path, manifest: str | None) -> None:
-    (tmp_path / "notes.txt").write_bytes(b"mine")
-    if manifest is not None:
-        (tmp_path / PROVENANCE).write_text(manifest)
-    before = files(tmp_path)
-    for folder, words in ((tmp_path, "is left alone"), (tmp_path / "notes.txt", "is a file")):
-        with pytest.raises(FileExistsError, match=words):
-            export(folder, overwrite=True)
-    assert files(tmp_path) == before
