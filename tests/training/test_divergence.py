@@ -80,6 +80,19 @@ def test_the_guard_notices_losses_that_leave_for_good(bad: float) -> None:
     assert feed(calm + [bad] * (optim.SHARE - 1) + calm) is None
 
 
+def test_the_threshold_of_exploded_losses() -> None:
+    def threshold(losses: list[float]) -> float:
+        watch = LossGuard(8)
+        for loss in losses:
+            watch.see(loss)
+        return watch.threshold()
+
+    assert threshold([2.0] * 4) == math.inf  # nothing to compare with yet
+    assert threshold([2.0] * 5) == pytest.approx(2 * 8 * math.log(2))  # as one that has learned nothing
+    assert threshold([7.0] * 5) == 14 and threshold([0.5] * 50) == 1.5 and threshold([3.0] * 50) == 6
+    assert threshold([3.0, 3.5] * 25) == 3.5 + 5  # ten times the noise
+
+
 def test_the_guard_notices_a_run_that_never_learned() -> None:
     assert feed([6.0] * 5 + [8 * 1.05**i for i in range(200)]) is not None
     # Steps that were skipped are no start to compare with.

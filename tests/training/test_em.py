@@ -94,6 +94,22 @@ def test_moments_of_the_first_m_step_are_forgotten(tmp_path: Path) -> None:
     assert len(trainer.m_optimizer.state) == 2
 
 
+def test_the_refits_learning_rate_falls_to_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
+    rates: list[float] = []
+    monkeypatch.setattr(trainer, "_gaussian_step", lambda statistics, rate, beta: rates.append(rate))
+    assert trainer.refit(trainer.model)
+    assert rates == pytest.approx([3e-3 * (1 - i / 200) for i in range(200)])
+
+
+def test_the_average_counts_steps_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path / "run", epochs=1)
+    steps: list[int] = []
+    monkeypatch.setattr(trainer.average, "update", lambda flow, step: steps.append(step))
+    trainer.fit()
+    assert steps == [1, 2, 3, 4]
+
+
 def test_averages_of_weights() -> None:
     def moved(averaging: str, steps: list[int], total: int = 1000) -> float:
         flow = nn.Linear(1, 1, bias=False)

@@ -296,6 +296,8 @@ def test_learning_rates_warm_up_and_fall_to_their_floor(
     assert all(b <= a + 1e-12 for a, b in zip(rates[9:], rates[10:], strict=False))
     assert [rates[15], rates[25], rates[35]] == pytest.approx(shares, abs=0.06)
     assert rates[-1] >= min(1.0, settings["min_lr"] / 1e-2) - 1e-9
+    if shares == [1, 0.5, 0.25]:  # halved after a half and three quarters of the steps
+        assert [rates[i] for i in (18, 19, 28, 29)] == pytest.approx([1, 0.5, 0.5, 0.25])
 
 
 # ---- things that go wrong --------------------------------------------------------------------------------------------
