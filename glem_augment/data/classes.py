@@ -210,8 +210,7 @@ def _plain(name: str) -> str:
 
 
 def _unnumbered(name: str) -> str:
-    rest = _plain(re.sub(r"^\d+\s*[_-]\s*", "", name))
-    return rest if rest[:1].isalpha() else _plain(name)  # 737-200 is not 747-200
+    return _plain(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name))  # 03_cat, but not 737-200
 
 
 _FORMS: tuple[Callable[[str], str], ...] = (_composed, _plain, _unnumbered)

@@ -84,8 +84,7 @@ class GLEM(ImageFlow):
         Args:
             preset: name of a flow size, see `flows.PRESETS`.
             image_shape: (C, H, W).
-            classes: names in index order.
-            class_ids: folder names or WordNet ids in index order, by default the names.
+            classes, class_ids: names and identifiers in index order, by default the same.
             bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
             psi: (a, b, c) of the variances, None for plain variances.
             overrides: numbers of the preset to change.
@@ -254,8 +253,6 @@ class GLEM(ImageFlow):
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2 to hold both ends, got {steps}")
-        if x1.shape != x2.shape:
-            raise ValueError(f"x1 and x2 must have the same shape, got {list(x1.shape)} and {list(x2.shape)}")
         z1, z2 = self.encode(x1)[0], self.encode(x2)[0]
         weight = torch.linspace(0, 1, steps, device=z1.device, dtype=z1.dtype)[:, None]
         lines = z1[:, None] * (1 - weight) + z2[:, None] * weight
@@ -320,8 +317,7 @@ class GLEM(ImageFlow):
             progress: show a bar on stderr.
 
         Returns:
-            A new GLEM in eval mode. `config.training["adapted_from"]` has the SHA-256 of this model's weights and its
-            record. `psi` is this model's if its range holds all variances, otherwise a wider one.
+            A new GLEM in eval mode. `config.training["adapted_from"]` names this model.
 
         Raises:
             DataError: images of another shape, a class without images, no class with two, latents off any scale.

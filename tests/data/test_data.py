@@ -151,14 +151,6 @@ def test_splits(tmp_path: Path) -> None:
         open_data(tmp_path, "test")
 
 
-def test_a_class_may_be_called_test(tmp_path: Path) -> None:
-    png(tmp_path / "test" / "0.png")
-    png(tmp_path / "rest" / "0.png")
-    assert open_data(tmp_path).classes == ["rest", "test"]
-    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
-    assert open_data(tmp_path).classes == ["rest", "test"]
-
-
 def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9\r")
     for i in range(2):
@@ -342,14 +334,6 @@ def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
         open_data(tmp_path / "nowhere")
     with pytest.raises(DataError, match="is a file"):
         open_data(image_folder / "cat" / "0.png")
-
-
-def test_wordnet_ids_get_names(tmp_path: Path) -> None:
-    for name in ("n02012849", "n01440764", "n03126707"):
-        png(tmp_path / name / "0.png")
-    data = open_data(tmp_path)
-    assert data.class_ids == ["n01440764", "n02012849", "n03126707"]
-    assert data.classes == ["tench", "crane (n02012849)", "crane (n03126707)"]
 
 
 # ---- idx files -------------------------------------------------------------------------------------------------------

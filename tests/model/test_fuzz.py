@@ -175,7 +175,7 @@ def _change_header(rng: random.Random, data: bytes) -> bytes:
         return length.to_bytes(8, "little") + header + body
     table = json.loads(header)
     name = rng.choice([key for key in table if key != "__metadata__"])
-    entry, kind = table[name], rng.randrange(8)
+    entry, kind = table[name], rng.randrange(6)
     if kind == 0:
         entry["dtype"] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "C64", "X", None])
     elif kind == 1:
@@ -186,13 +186,8 @@ def _change_header(rng: random.Random, data: bytes) -> bytes:
         del table[name]
     elif kind == 4:
         table[rng.choice(["x", "flow." + name, name + "\0", "a" * 70_000])] = table.pop(name)
-    elif kind == 5:
-        other = rng.choice([key for key in table if key != "__metadata__"])
-        table[name], table[other] = table[other], table[name]
-    elif kind == 6:
-        table["__metadata__"] = rng.choice([{}, {"a": "b" * 70_000}, {"a": 1}, [], None, {"format": "pickle"}])
     else:
-        entry[rng.choice(["exec", "shape2"])] = 1
+        table["__metadata__"] = rng.choice([{}, {"a": "b" * 70_000}, {"a": 1}, [], None, {"format": "pickle"}])
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + body
@@ -251,26 +246,6 @@ def test_bombs_in_the_config(tmp_path: Path, seeds: list[Pair]) -> None:
     ):
         config = json.dumps({**json.loads(seeds[0][0]), "training": "@"}).replace('"@"', text).encode()
         outcome(tmp_path, (config, seeds[0][1]))
-
-
-def test_a_config_that_asks_for_more_than_the_weights_hold(
-    tmp_path: Path, seeds: list[Pair], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused by the size of the file, before a module is made: the largest that the schema allows."""
-    monkeypatch.setattr(GLEM, "__init__", lambda self, config: pytest.fail("a model is built"))
-    config, weights = seeds[0]
-    table = json.loads(config)
-    largest = dict(depth=[256, 256], blocks=[4, 4], width=[4096, 4096], image_shape=[4096, 4096, 4096])
-    names = [str(i) for i in range(100_000)]
-    for change in (
-        {"flow": {**table["flow"], "depth": [256] * 2, "blocks": [4] * 2}},
-        {"flow": {**table["flow"], **largest}},
-        {"flow": {"coupling": "identity", "image_shape": [4096, 4096, 4096]}},
-        {"class_ids": names, "class_names": names},
-        {"modes_rank": 4096},
-    ):
-        pair = json.dumps({**table, **change}).encode(), weights
-        assert outcome(tmp_path, pair, extra=64 * 2**20) == "refused"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
