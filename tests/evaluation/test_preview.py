@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from glem_augment import GLEM, DataError, ImageData
+from glem_augment.evaluation import preview as preview_module
 from glem_augment.evaluation.preview import LARGEST, SMALLEST, Section, compose, contact_sheet, preview
 
 # Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests.
@@ -98,3 +99,13 @@ def test_a_contact_sheet_has_a_row_for_each_class() -> None:
 
 
 # ---- the demo ------------------------------------------------------------------------------------------------------
+
+
+def test_mixup_goes_from_the_real_image_to_the_partner_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = small((1, 2, 2), count=40, modes=False)
+    model.fit_modes(data, rank=4)  # all directions that there are
+    monkeypatch.setattr(preview_module, "MIX_SHARES", (1.0, 0.0))
+    section = preview_module._augmentations(model, data, 4, "mixup", 4, 0)
+    real, same, mixed, partner = section.cells.unbind(1)
+    assert torch.allclose(same, real, atol=0.01) and torch.allclose(mixed, partner, atol=0.01)
+    assert not torch.allclose(real, partner, atol=0.01)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment
-from glem_augment.evaluation.tuning import choose_strength, search
+from glem_augment.evaluation.tuning import Trial, choose_strength, search
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 
@@ -163,3 +163,8 @@ def test_modules_that_sleep_are_not_woken(model: GLEM) -> None:
     net[1].eval()
     choose_strength(GLEMAugment(model, policy="noise"), net, [(images(8) / 255, labels(8))], strengths=(0.5,))
     assert net.training and net[2].training and not net[1].training
+
+
+def test_the_error_of_a_gain_is_that_of_a_mean_of_pairs() -> None:
+    gain, error = Trial(0.5, 1.0, (0.5, 0.7, 0.9)).gain(Trial(0.0, 0.0, (0.4, 0.4, 0.8)))
+    assert gain == pytest.approx(0.5 / 3) and error == pytest.approx(0.11547 / 3**0.5, rel=1e-4)
