@@ -3,7 +3,8 @@
     python examples/long_tail.py --data photos/ --flow runs/photos        # photos/{train,test}/<class>/*
 
 The bundled images, or with --imbalance above 1 those of --data, are made long-tailed first. The bundled flow has seen
-all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: benchmarks/proof/augmentation.py compares
+all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing:
+benchmarks/proof/augmentation.py compares
 fairly.
 """
 
