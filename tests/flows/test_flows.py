@@ -111,41 +111,6 @@ def test_whole_flow_logdet_and_inverse(preset: str, shape: tuple[int, int, int])
     assert flow(x)[0].shape == (2, math.prod(shape))
 
 
-@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
-def test_whole_flow_after_training_steps(preset: str) -> None:
-    flow = create_flow(preset, (3, 4, 4), **SMALL[preset])
-    data = torch.rand(32, 3, 4, 4) - 0.5
-    flow.initialise(data)
-    optimizer = torch.optim.Adamax(flow.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(12):
-        z, logdet = flow(data)
-        loss = (0.5 * z.square().sum(1) - logdet).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
-    error = (flow.inverse(flow(data)[0])[0] - data).abs().max()
-    assert error < 1e-4  # float32; one uint8 step is 4e-3
-    check_bijection(flow.double(), data[:1].double(), 1e-8)
-
-
-def test_every_dimension_of_the_latent_appears_once() -> None:
-    """With all layers at the identity, z is a permutation of x."""
-    flow = create_flow("glow_tiny", (3, 8, 4), **SMALL["glow_tiny"])
-    with torch.no_grad():
-        for module in flow.modules():
-            if isinstance(module, Mixing1x1):
-                module.weight.zero_()
-    x = torch.arange(96.0).reshape(1, 3, 8, 4)
-    z, logdet = flow(x)
-    assert torch.equal(z[0].sort().values, x.flatten()) and logdet.item() == 0
-
-
-# ---- ActNorm -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("per", ["element", "channel"])
 def test_actnorm_starts_from_the_data(per: str) -> None:
     layer = ActNorm(3, 4, 6, per)
@@ -176,36 +141,20 @@ def test_initialisation_happens_once_and_is_stored() -> None:
     flow = create_flow("mef_tiny", (2, 4, 4), **SMALL["mef_tiny"])
     norms = [m for m in flow.modules() if isinstance(m, ActNorm)]
     assert len(norms) == 3 and not any(n.initialised for n in norms)
-    flow.initialise(torch.rand(32, 2, 4, 4) - 0.5)
+    x = torch.rand(32, 2, 4, 4) - 0.5
+    flow.initialise(x)
     assert all(n.initialised for n in norms)
+    for layer in flow.levels[0].layers:  # each ActNorm sees what the layers before it give
+        x, _ = layer(x)
+        if isinstance(layer, ActNorm):
+            torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]), rtol=0, atol=1e-4)
+            torch.testing.assert_close(x.std(0, unbiased=False), torch.ones_like(x[0]), rtol=1e-2, atol=0)
     before = {k: v.clone() for k, v in flow.state_dict().items()}
     loaded = create_flow("mef_tiny", (2, 4, 4), **SMALL["mef_tiny"])
     loaded.load_state_dict(before)
     for done in (flow, loaded):
         done.initialise(torch.rand(32, 2, 4, 4) * 100)
         assert all(torch.equal(v, before[k]) for k, v in done.state_dict().items())
-
-
-def test_initialised_flow_whitens_every_actnorm_input() -> None:
-    """Each ActNorm must see what the layers before it give once they are initialised."""
-    flow = create_flow("mef_tiny", (2, 8, 8), **SMALL["mef_tiny"])
-    x = torch.rand(256, 2, 8, 8) * 0.3 + 0.1
-    flow.initialise(x)
-    seen = []
-    for index, level in enumerate(flow.levels):
-        for layer in level.layers:
-            x, _ = layer(x)
-            if isinstance(layer, ActNorm):
-                seen.append(x)
-        if index < len(flow.levels) - 1:
-            x = x.chunk(2, 1)[0]
-    assert len(seen) == 3
-    for z in seen:
-        assert z.mean(0).abs().max() < 1e-3
-        torch.testing.assert_close(z.std(0, unbiased=False), torch.ones_like(z[0]), rtol=1e-2, atol=0)
-
-
-# ---- bounds --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 3e37])
@@ -233,61 +182,6 @@ def test_the_affine_coupling_is_its_formula(bound: float) -> None:
         torch.testing.assert_close(logdet[0], -log_scale.sum() if inverse else log_scale.sum(), rtol=0, atol=1e-10)
         slopes = [torch.autograd.grad(v.sum(), raw, retain_graph=True)[0] for v in (y2, want)]
         torch.testing.assert_close(*slopes, rtol=0, atol=1e-12)
-
-
-class Constant(torch.nn.Module):
-    """A subnet that gives whatever it is told."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value.expand(len(x), -1, *x.shape[2:])
-
-
-@pytest.mark.parametrize("magnitude", [1e3, 1e30])
-@pytest.mark.parametrize(("kind", "channels"), [("affine", 6), ("matexp", 6), ("matexp", 60)])
-def test_extreme_subnet_outputs_stay_bounded_and_invertible(kind: str, channels: int, magnitude: float) -> None:
-    """Whatever the network says, the linear part changes lengths by at most e^r, both ways."""
-    half, bound = channels // 2, 2.0
-    layer = AffineCoupling(channels, subnet, bound) if kind == "affine" else MatExpCoupling(channels, subnet, bound)
-    outputs = layer.net.tail.out_channels
-    raw = torch.randn(1, outputs, 1, 1) * magnitude
-    raw[:, -half:] = 0.5  # the shift
-    layer.net = Constant(raw)
-    x = torch.randn(3, channels, 2, 2)
-    z, logdet = layer(x)
-    assert logdet.abs().max() <= bound * half * 4 * (1 + 1e-5)
-    growth = (z[:, half:] - 0.5).abs().amax(1) / x[:, half:].abs().amax(1)
-    assert growth.max() <= math.exp(bound) * 1.001
-    assert growth.min() >= math.exp(-bound) * 0.999
-    back, back_logdet = layer.inverse(z)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
-    torch.testing.assert_close(logdet, -back_logdet)
-
-
-@pytest.mark.parametrize("preset", ["mef_tiny", "glow_tiny"])
-@pytest.mark.parametrize("magnitude", [1.0, 1e4, 1e8])
-def test_extreme_inputs_stay_finite_both_ways(preset: str, magnitude: float) -> None:
-    flow = perturbed(create_flow(preset, (3, 8, 8), **SMALL[preset]), 0.1)
-    x = torch.randn(4, 3, 8, 8) * magnitude
-    z, logdet = flow(x)
-    assert z.isfinite().all() and logdet.isfinite().all()
-    back, _ = flow.inverse(torch.randn(4, 192) * magnitude)
-    assert back.isfinite().all()
-
-
-def test_a_low_rank_coupling_starts_as_the_identity_but_can_learn() -> None:
-    layer = MatExpCoupling(60, subnet, 1.0)
-    x = torch.randn(2, 60, 2, 2)
-    z, logdet = layer(x)
-    assert torch.equal(z, x) and logdet.abs().max().item() == 0
-    (z.square().sum() - logdet.sum()).backward()
-    assert layer.net.tail.weight.grad[: 30 * 3].abs().max() > 0  # U
-
-
-# ---- what a level keeps while its weights are frozen -------------------------------------------------------------
 
 
 def test_what_is_kept_of_frozen_weights_follows_every_change() -> None:
@@ -337,18 +231,3 @@ def test_a_cache_filled_under_inference_mode_does_not_break_later_gradients() ->
     z = torch.zeros(1, 16, requires_grad=True)
     flow.inverse(z)[0].sum().backward()
     assert z.grad.abs().max() > 0
-
-
-def test_a_flow_made_under_inference_mode_works() -> None:
-    with torch.inference_mode():
-        flow = create_flow("mef_tiny", (1, 4, 4), **SMALL["mef_tiny"])
-        x = torch.rand(2, 1, 4, 4) - 0.5
-        torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-5)
-
-
-def test_gradients_reach_every_parameter() -> None:
-    for preset in ("mef_tiny", "glow_tiny"):
-        flow = perturbed(create_flow(preset, (3, 8, 8), **SMALL[preset]), 0.05)
-        z, logdet = flow(torch.rand(2, 3, 8, 8) - 0.5)
-        (z.square().sum() - logdet.sum()).backward()
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in flow.parameters())

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 
 from glem_augment.flows.coupling import MatExpCoupling, _norm_bound
-from glem_augment.flows.matexp import exp_of_generators, expm_apply, expm_apply_low_rank, taylor_plan
+from glem_augment.flows.matexp import exp_of_generators, expm_apply, taylor_plan
 
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 
@@ -79,55 +78,23 @@ def test_the_plan_grows_with_the_bound_and_refuses_nonsense() -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("n", "bound"), [(1, 0.5), (3, 1.0), (3, 2.0), (2, 3.0), (9, 2.0)])
-def test_derivatives(n: int, bound: float, inverse: bool) -> None:
-    """Several segments (bound > 1) and both layouts (n <= 6 and beyond)."""
-    s = (with_row_sums(torch.randn(1, n, n, 1, 2, dtype=torch.float64), bound) * 0.9).requires_grad_()
-    v = torch.randn(1, n, 1, 2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda s, v: expm_apply(s, v, bound, inverse), (s, v))
-
-
-@pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize(("n", "q"), [(4, 1), (7, 3), (30, 3)])
-def test_low_rank_equals_full(n: int, q: int, bound: float) -> None:
-    for dtype, limit in ((torch.float32, 1e-6), (torch.float64, 1e-14 * math.exp(bound))):
-        u = with_row_sums(torch.randn(2, n, q, 2, 3, dtype=dtype), bound**0.5)
-        w = with_row_sums(torch.randn(2, q, n, 2, 3, dtype=dtype), bound**0.5)
-        v = torch.randn(2, n, 2, 3, dtype=dtype)
-        full = torch.einsum("bnqhw,bqmhw->bnmhw", u.double(), w.double())
-        for inverse in (False, True):
-            got = expm_apply_low_rank(u, w, v, bound, inverse)
-            assert relative_error(got, exact(full, v, -1.0 if inverse else 1.0)) < limit
-
-
-@pytest.mark.parametrize("n", [3, 10])
-def test_noncontiguous_inputs_give_the_same_and_are_not_written_to(n: int) -> None:
-    s, v = with_row_sums(torch.randn(2, n, n, 4, 6), 2.0), torch.randn(2, n, 4, 6)
-    want = expm_apply(s, v, 2.0)
-    s_odd = s.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2).requires_grad_()
-    v_odd = torch.cat([v, v], 1)[:, :n].contiguous(memory_format=torch.channels_last).requires_grad_()
-    before = s_odd.detach().clone(), v_odd.detach().clone()
-    got = expm_apply(s_odd, v_odd, 2.0)
-    got.sum().backward()
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    assert torch.equal(s_odd, before[0]) and torch.equal(v_odd, before[1])
-    assert torch.equal(expm_apply(torch.zeros(1, n, n, 1, 1).expand(2, n, n, 4, 6), v), v)
-    assert expm_apply(s[:0], v[:0]).shape == (0, n, 4, 6)
-    s[..., 0, 0], v[..., 0, 0] = 0.1 / n, 7.0
-    changed = (expm_apply(s, v, 2.0) != want).any(1)
-    assert changed[:, 0, 0].all() and changed.sum() == 2  # only its own pixel matters
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("n", "bound"), [(1, 1.0), (2, 2.0), (3, 5.0), (6, 1.0), (7, 2.0)])
+@pytest.mark.parametrize(("n", "bound"), [(1, 1.0), (2, 2.0), (3, 5.0), (6, 1.0), (7, 2.0), (25, 2.0)])
 @pytest.mark.parametrize("size", [3, 0.01, 1e-5, 0])  # where S is small, fewer terms of the series are added
 def test_the_coupling_against_dense_exponentials(n: int, bound: float, inverse: bool, size: float) -> None:
     g = torch.Generator().manual_seed(n)
     x = torch.randn(n, 3, 4, 5, generator=g, dtype=torch.float64).requires_grad_()
-    raw = (size * torch.randn(3, n * n + n, 4, 5, generator=g, dtype=torch.float64)).requires_grad_()
-    s = raw[:, : n * n].unflatten(1, (n, n))
-    s = bound * s / (1 + s.abs().sum(2, keepdim=True))
-    shift, sign = raw[:, n * n :], -1.0 if inverse else 1.0
+    layer = MatExpCoupling(2 * n, lambda a, b: nn.Identity(), bound)  # of thin factors for n > 24, q = 3
+    count = 6 * n if layer.low_rank else n * n
+    raw = (size * torch.randn(3, count + n, 4, 5, generator=g, dtype=torch.float64)).requires_grad_()
+    if layer.low_rank:
+        u, w = (part.unflatten(1, shape) for part, shape in zip(raw[:, :-n].chunk(2, 1), ((n, 3), (3, n)), strict=True))
+        w = w + layer.factor_offset.detach()
+        u, w = (bound**0.5 * f / (1 + f.abs().sum(2, keepdim=True)) for f in (u, w))
+        s = torch.einsum("bnqhw,bqmhw->bnmhw", u, w)
+    else:
+        s = raw[:, :-n].unflatten(1, (n, n))
+        s = bound * s / (1 + s.abs().sum(2, keepdim=True))
+    shift, sign = raw[:, -n:], -1.0 if inverse else 1.0
     images = x.transpose(0, 1)
     y = (exact(s, images - shift, sign) if inverse else exact(s, images) + shift).transpose(0, 1)
     logdet = sign * s.diagonal(dim1=1, dim2=2).sum((1, 2, 3))
@@ -135,24 +102,16 @@ def test_the_coupling_against_dense_exponentials(n: int, bound: float, inverse: 
     expected = [y, logdet, *torch.autograd.grad([y, logdet], [x, raw], upstream)]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         own = [t.detach().to(dtype).requires_grad_() for t in (x, raw)]
-        got = MatExpCoupling(2 * n, lambda a, b: nn.Identity(), bound).transform(*own, inverse)
+        got = layer.to(dtype).transform(*own, inverse)
         grads = torch.autograd.grad(got, own, [u.to(dtype) for u in upstream])
         for result, want in zip([*got, *grads], expected, strict=True):
             # Traces may cancel, so the bound is absolute for small ones.
             assert (result.double() - want).norm() <= tolerance * want.norm().clamp_min(1)
 
 
-@pytest.mark.parametrize("bound", [0.7, 1.0, 5.0])
-def test_the_norm_of_a_batch_is_bounded(bound: float) -> None:
-    """Never below the true norm, and within a factor of two of it while that is above a thousandth of the bound."""
-    for size in [10.0**k for k in range(-9, 9)]:
-        raw = size * torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(0))
-        below = 1 + raw.abs().sum(2, keepdim=True)
-        norm, found = float((raw.double() * bound / below.double()).abs().sum(2).max()), _norm_bound(below, bound)
-        assert norm <= found * (1 + 1e-6) and found <= bound
-        assert found <= max(2 * norm + 1e-5, bound / 1024)
-    for lost in (torch.full((3, 4, 1), math.nan), torch.empty(0, 4, 1)):
-        assert _norm_bound(lost, bound) == bound
+def test_the_norm_of_a_batch_is_at_most_the_bound_for_networks_that_diverged() -> None:
+    for lost in (torch.full((3, 4, 1), math.nan), torch.full((3, 4, 1), math.inf), torch.empty(0, 4, 1)):
+        assert _norm_bound(lost, 0.7) == 0.7
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

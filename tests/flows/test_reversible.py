@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from glem_augment import GLEM
-from glem_augment.data.dataset import open_data
 from glem_augment.flows import MultiscaleFlow, create_flow
 
 KINDS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
@@ -93,15 +90,6 @@ def test_gradients_where_some_weights_are_frozen(frozen: str) -> None:
     assert_same_gradients(flow, x, 1e-9, 1e-9)
 
 
-def test_values_do_not_depend_on_the_memory() -> None:
-    flow, x = flow_and_images("matexp", torch.float32)
-    z, logdet = flow(x)
-    flow.set_memory("reversible")
-    for again, logdet_again in (flow(x), flow.requires_grad_(False)(x)):
-        assert torch.equal(again, z)
-        torch.testing.assert_close(logdet_again, logdet)
-
-
 @pytest.mark.parametrize("kind", ["matexp", "affine"])
 def test_saved_bytes_do_not_grow_with_depth(kind: str) -> None:
     sizes = {}
@@ -115,37 +103,13 @@ def test_saved_bytes_do_not_grow_with_depth(kind: str) -> None:
     assert sizes["reversible", 1] < 0.25 * sizes["stored", 1]
 
 
-def test_drift_over_depth_stays_small() -> None:
-    """64 steps there and back, and the gradients on the rebuilt activations."""
-    flow, x = flow_and_images("matexp", torch.float32, depth=[32, 32])
-    for parameter in flow.parameters():
-        if parameter.ndim == 4:  # 64 strong random couplings in a row are chaos, in either memory
-            parameter.data.mul_(0.2)
-    with torch.no_grad():
-        back, _ = flow.inverse(flow(x)[0])
-    assert float((back - x).abs().max()) < 1e-4
-    assert_same_gradients(flow, x, 1e-3, 1e-4)
-
-
-def test_gradients_of_a_trained_flow_on_real_images() -> None:
-    model = GLEM.from_pretrained("bundled:fashion-mnist").requires_grad_(True)
-    images = open_data("bundled:fashion-mnist", split="test").tensor()[::200][:8].float() / 255 - 0.5
-    assert_same_gradients(model.flow, images, 1e-2, 1e-3)
-
-
 def test_a_weight_changed_before_the_backward_pass_is_noticed() -> None:
     flow, x = flow_and_images("matexp", torch.float32)
+    with pytest.raises(ValueError, match="'stored', 'reversible'"):
+        flow.set_memory("none")
     flow.set_memory("reversible")
     z, _ = flow(x)
     with torch.no_grad():
         next(flow.levels[0].parameters()).add_(1.0)
     with pytest.raises(RuntimeError, match="changed between the forward and the backward"):
         z.sum().backward()
-
-
-def test_the_choice_is_checked_and_copied() -> None:
-    flow, _ = flow_and_images("matexp", torch.float32)
-    with pytest.raises(ValueError, match="'stored', 'reversible'"):
-        flow.set_memory("none")
-    flow.set_memory("reversible")
-    assert copy.deepcopy(flow).memory == "reversible"
