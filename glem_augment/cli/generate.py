@@ -43,7 +43,7 @@ step with another number, by rounding). Prints a JSON summary.
 
   --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
                          checks the files and writes what is missing, so that an export that was cut off goes on.
-  --format webdataset    data/train-*.tar with the classes mixed, and a card; appears whole or not at all.
+  --format webdataset    data/train-*.tar with the classes mixed, and a card; they appear once all are finished.
 
   --per-class 100                    of each class
   --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
