@@ -195,7 +195,9 @@ def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
     assert open_data(tmp_path, image_size=(3, 5)).image_shape == (3, 3, 5)
 
 
-@pytest.mark.parametrize(("shape", "size", "covered"), [((20, 31), 12, (12, 19)), ((9, 7), (12, 8), (12, 9))])
+@pytest.mark.parametrize(
+    ("shape", "size", "covered"), [((20, 31), 12, (12, 19)), ((31, 20), 12, (19, 12)), ((9, 7), (12, 8), (12, 9))]
+)
 def test_resizing_is_that_of_torchvision(shape, size, covered) -> None:
     x = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
     height, width = size if isinstance(size, tuple) else (size, size)
