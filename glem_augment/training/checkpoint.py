@@ -1,8 +1,7 @@
 """The checkpoints in a run's folder, and whether one belongs to the run at hand.
 
-A checkpoint is one safetensors file that holds tensors and JSON together, with a digest over both. Nothing in it is
-ever executed. The digest finds damage (a bad disk, a copy that was cut short); it is no signature, so whoever reads a
-file of unknown origin has to check what it says. There are three names, each always a whole file or absent:
+A checkpoint is one safetensors file that holds tensors and JSON together, with a digest over both, which finds damage.
+Nothing in it is ever executed. There are three names, each always a whole file or absent:
 
 - `checkpoint.safetensors`: the newest state;
 - `checkpoint.previous.safetensors`: the one before, in case the newest is damaged;
@@ -38,11 +37,12 @@ from glem_augment.training.config import TrainConfig
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 GOOD = "checkpoint.good.safetensors"
 _KEY, VERSION = "glem-augment-state", 3
-# These settings change the order of additions, and with it the last bits of the weights, but not what is learned.
-_LAST_BITS = ("threads", "memory", "compile")
-AFTER_THE_STEPS = {"refit_beta", "modes_rank"}  # they change the model, but no step of the training
-# Settings in which the two halves of a run may differ.
-FREE = {"checkpoint_minutes", "max_minutes", "sample_every", "workers", *_LAST_BITS, *AFTER_THE_STEPS}
+# Settings in which the two halves of a run may differ. "threads", "memory" and "compile" change the order of additions,
+# and with it the last bits of the weights; "refit_beta" and "modes_rank" act after the last step.
+FREE = {
+    "checkpoint_minutes", "max_minutes", "sample_every", "workers", "threads", "memory", "compile", "refit_beta",
+    "modes_rank",
+}  # fmt: skip
 # What glem_augment.io.atomic_write leaves behind when its process is killed.
 _LEFT_OVER = re.compile(r"\.(checkpoint|metrics|model|config|run|skipped|curves|epoch_\d+)\..*\.\d+-[0-9a-f]+\.tmp")
 
@@ -235,10 +235,7 @@ def data_fingerprint(data: ImageData) -> str:
 
 
 def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, data_name: str) -> None:
-    """Raise TrainingError, naming what differs, unless `checkpoint` is of a run with these settings on these data.
-
-    Settings that only change the order of additions cause a warning.
-    """
+    """Raise TrainingError, naming what differs, unless `checkpoint` is of a run with these settings on these data."""
     folder = checkpoint.path.parent
     now = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
     try:
@@ -249,12 +246,5 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str
     if changed:
         pairs = ", ".join(f"{key}: {then[key]!r} then, {now[key]!r} now" for key in changed)
         raise TrainingError(f"{folder} holds a run with other settings ({pairs}); use the same or another folder")
-    for key in _LAST_BITS:
-        if then[key] != now[key]:
-            warnings.warn(
-                f"{folder} was trained with {key}={then[key]}, now {now[key]}: sums are taken in another order, so "
-                "the weights will not be those of an uninterrupted run to the last bit",
-                stacklevel=3,
-            )
     if checkpoint.facts.get("fingerprint") != fingerprint:
         raise TrainingError(f"{folder} holds a run on other data than {data_name}; use another folder")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,6 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.devices import move
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import MultiscaleFlow, resolve_preset
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
 from glem_augment.training import optim
@@ -54,13 +52,7 @@ _COUNTERS = ("step", "m_done", "bad_steps", "bad_in_a_row", "m_bad_in_a_row", "r
 
 
 class EM:
-    """A GLEM in training: the model, its optimizers, and the two steps; `Trainer` runs them.
-
-    Attributes:
-        model: the GLEM that is trained. average: the average of its flow's weights.
-        step, m_done: E-steps and M-steps taken. bad_steps: steps that were skipped because they were not finite.
-        frozen_from: the epoch from which the Gaussians stay and the flow trains on all images.
-    """
+    """A GLEM in training: the model, its optimizers, and the two steps; `Trainer` runs them."""
 
     def __init__(
         self,
@@ -88,7 +80,8 @@ class EM:
         self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
         self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
         self.guard = LossGuard(config.bits)
-        self.step, self.m_done, self.bad_steps, self.bad_in_a_row, self.m_bad_in_a_row = 0, 0, 0, 0, 0
+        self.step = self.m_done = 0  # E-steps and M-steps taken
+        self.bad_steps = self.bad_in_a_row = self.m_bad_in_a_row = 0  # steps skipped because they were not finite
         self.rollbacks, self.lr_scale = 0, 1.0
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
 
@@ -133,8 +126,9 @@ class EM:
         rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
         x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
         self.model.initialise(x, self._generator(1))
-        if init_model is not None and init_model.class_ids == self.model.class_ids:
-            self._take_gaussians(init_model.gaussians)
+        same_classes = init_model is not None and init_model.class_ids == self.model.class_ids
+        if init_model is not None and same_classes and init_model.config.psi == config.psi:
+            gaussians.load_state_dict(init_model.gaussians.state_dict())
             return
         if config.sigma_init is not None:
             gaussians.set_variance(torch.full_like(gaussians.s, config.sigma_init))
@@ -157,23 +151,6 @@ class EM:
             n = statistics.count.clamp_min(1)[:, None]
             pooled = (spread * n).sum(0) / n.sum()
             gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
-
-    def _take_gaussians(self, theirs: ClassGaussians) -> None:
-        """Start from these Gaussians, as far as the run's psi can give their variances."""
-        mine = self.model.gaussians
-        if mine.psi == theirs.psi:
-            mine.load_state_dict(theirs.state_dict())
-            return
-        wanted = theirs.variance().to(mine.s)
-        mine.mu.copy_(theirs.mu)
-        mine.set_variance(wanted)
-        worst = float((mine.variance() / wanted).log().abs().max().exp())
-        if worst > 1.1:
-            warnings.warn(
-                f"psi={mine.psi} of the settings can't give the variances of the model to start from: they change by "
-                f"up to {worst:.1f} times. Its own is psi={theirs.psi}",
-                stacklevel=2,
-            )
 
     def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of `indices`."""
@@ -292,10 +269,10 @@ class EM:
             raise DivergenceError(f"{in_a_row} steps in a row were not finite ({what})")
 
     def refit(self, model: GLEM) -> bool:
-        """Fit the Gaussians to latents of all training images under `model`'s flow: in closed form if the loss is the
-        likelihood alone, or by Adam for "hybrid". Returns whether there was anything to refit.
+        """Fit the Gaussians to latents of all training images under `model`'s flow, since averaging has moved them.
 
-        Averaging the weights has moved the latents a little, and Adam's steps end where their budget does.
+        It is done in closed form if the loss is the likelihood alone, or by Adam for "hybrid". Returns whether there
+        was anything to refit.
         """
         config = self.config
         exact, beta = config.objective == "mle" and not config.joint, config.refit_beta or 0.0

@@ -14,11 +14,9 @@ from the start has no better days to compare with. v is the median absolute diff
 the next, a measure of noise that neither a trend nor a few spikes can raise. When `SHARE` (80) of the last `PATIENCE`
 (100) losses have exploded or were not finite, the run has diverged.
 
-The rule is meant to be wrong on the side of patience. Noise can't meet it: half of all losses lie below their median. A
-slow rise is followed by the recent reference, since objectives with repulsion or an annealed weight may rise by design.
-What does meet it is a sudden doubling, by more than a nat per dimension (1.44 bits), that does not heal within some 100
-steps (a flow at 3.5 bits/dim then does as well as one that has learned nothing), or twice the loss of having learned
-nothing.
+The rule is meant to be wrong on the side of patience. Noise can't meet it, since half of all losses lie below their
+median, nor can a slow rise. A sudden doubling by more than a nat per dimension that does not heal within some 100 steps
+meets it, and so does twice the loss of having learned nothing.
 
 A diverged run returns to its last good checkpoint and goes on at half the learning rates, at most `MAX_ROLLBACKS`
 times.

@@ -13,20 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import TINY, write_images
 from test_training import comparable, rows, tiny_trainer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from glem_augment import GLEM
-from glem_augment.cli.main import main
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training import EXIT_TIME_UP, TimeUpError, Trainer, optim
+from glem_augment.training import TimeUpError, Trainer, optim
 from glem_augment.training import em as em_module
-from glem_augment.training import trainer as run_module
-from glem_augment.training.checkpoint import GOOD, load_checkpoint
+from glem_augment.training.checkpoint import load_checkpoint
 from glem_augment.training.optim import DivergenceError, LossGuard
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -91,12 +87,6 @@ def test_the_threshold_of_exploded_losses() -> None:
     assert threshold([2.0] * 5) == pytest.approx(2 * 8 * math.log(2))  # as one that has learned nothing
     assert threshold([7.0] * 5) == 14 and threshold([0.5] * 50) == 1.5 and threshold([3.0] * 50) == 6
     assert threshold([3.0, 3.5] * 25) == 3.5 + 5  # ten times the noise
-
-
-def test_the_guard_notices_a_run_that_never_learned() -> None:
-    assert feed([6.0] * 5 + [8 * 1.05**i for i in range(200)]) is not None
-    # Steps that were skipped are no start to compare with.
-    assert feed([math.nan] * 5 + [100 - i / 10 for i in range(300)]) is None
 
 
 def test_the_guard_goes_on_where_its_state_was_saved() -> None:
@@ -183,23 +173,6 @@ def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_p
     assert epochs == [1, 2, 3, 4]
 
 
-def test_the_progress_bar_goes_back_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[int] = []
-
-    class Bar(tqdm):
-        def display(self, *args: Any, **kwargs: Any) -> None:
-            shown.append(self.n)
-
-    monkeypatch.setattr(run_module, "tqdm", partial(Bar, mininterval=0, miniters=1))
-    trainer = tiny_trainer(tmp_path / "run", epochs=4)
-    trainer.progress = True
-    until_returned(trainer, BAD["nan in the loss"], set(range(9, 100)))
-    with pytest.warns(UserWarning, match="Returned to step 8"):
-        trainer.fit()
-    back = next(i for i in range(1, len(shown)) if shown[i] < shown[i - 1])
-    assert shown[back] == 8 and set(range(9, 17)) <= set(shown[back:])
-
-
 def test_what_was_learned_after_the_good_checkpoint_is_forgotten(tmp_path: Path) -> None:
     """The weights after the return are those of the good checkpoint, optimizers and averages too."""
     out = tmp_path / "run"
@@ -281,25 +254,6 @@ def test_returns_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
         trainer.fit()
 
 
-@pytest.mark.parametrize("how", ["lost", "damaged"])
-def test_without_its_good_checkpoint_a_run_returns_to_the_newest(tmp_path: Path, how: str) -> None:
-    out = tmp_path / "run"
-    trainer = tiny_trainer(out, checkpoint_minutes=1e-9)
-    until_returned(trainer, BAD["nan in the loss"], {7, 8})
-    real = trainer.e_step
-
-    def e_step(x: Tensor, y: Tensor) -> float:
-        if trainer.step == 7 and how == "lost":
-            (out / GOOD).unlink(missing_ok=True)
-        elif trainer.step == 7:
-            (out / GOOD).write_bytes(b"?")
-        return real(x, y)
-
-    trainer.e_step = e_step
-    with pytest.warns(UserWarning, match="Returned to step 8"):
-        trainer.fit()
-
-
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -320,17 +274,6 @@ def test_a_run_in_pieces_of_one_step_ends_the_same(tmp_path: Path, options: dict
     for name in (WEIGHTS, CONFIG):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert comparable(out) == comparable(tmp_path / "whole")
-
-
-def test_the_command_in_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_images(tmp_path / "images", ("a", "b"), (8, 8), 6)
-    argv = ["train", str(tmp_path / "images"), "--out", str(tmp_path / "run"), "--resume", "--epochs", "1", "--quiet"]
-    argv += ["--batch-size", "2", *TINY]
-    assert main([*argv, "--max-minutes", "1e-9"]) == EXIT_TIME_UP == 75
-    assert "glem: stopped at step 1 of 4: the 1e-09 minutes are over" in capsys.readouterr().err
-    assert main(argv) == 0  # the limit was that piece's
-    model = GLEM.from_pretrained(tmp_path / "run")
-    assert not {"max_minutes", "checkpoint_minutes"} & set(model.config.training["config"])
 
 
 # ---- memory and compile ----------------------------------------------------------------------------------------------
@@ -364,9 +307,3 @@ def test_precision_memory_and_compile_reach_the_flow_that_is_trained(
     assert seen == [state for each in steps for state in [*each * 4, ("stored", None)]]  # the last one measures
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(both.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-
-
-def test_resuming_with_other_memory_is_allowed_and_said(tmp_path: Path) -> None:
-    tiny_trainer(tmp_path / "run").save_checkpoint()
-    with pytest.warns(UserWarning, match="memory=stored, now reversible.*last bit"):
-        tiny_trainer(tmp_path / "run", resume=True, memory="reversible")

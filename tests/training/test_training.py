@@ -238,21 +238,14 @@ def test_only_what_is_learned_moves(tmp_path: Path, learn: str) -> None:
     assert torch.equal(before["s"], after["s"]) != (learn in ("both", "variances"))
 
 
-def test_means_never_move_further_than_the_budget(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", kld_weight=1000.0, epochs=10, m_budget=0.5)
-    before = trainer.model.gaussians.mu.clone()
-    for _ in range(10):
-        trainer.m_step()
-    moved = (trainer.model.gaussians.mu - before).abs().max().item()
-    assert 0.1 < moved < 0.5 * 1.3  # Adam's steps are of about the learning rate
-
-
-@pytest.mark.parametrize("m_rounds", [1, 3, 9])
-def test_every_round_of_m_steps_takes_place(tmp_path: Path, m_rounds: int) -> None:
-    """Also where rounds outnumber the batches of an epoch (4)."""
-    trainer = tiny_trainer(tmp_path / "run", m_rounds=m_rounds, epochs=2, modes_rank=0)
+@pytest.mark.parametrize("m_rounds", [1, 2, 9])
+def test_rounds_of_m_steps_are_spread_over_an_epoch_until_the_gaussians_freeze(tmp_path: Path, m_rounds: int) -> None:
+    """Also if rounds outnumber the batches of an epoch (4)."""
+    trainer = tiny_trainer(tmp_path / "run", m_rounds=m_rounds, epochs=3, freeze_gaussians_at=0.6, modes_rank=0)
+    at, real = [], trainer.m_step
+    trainer.m_step = lambda: (at.append(trainer.step), real())
     trainer.fit()
-    assert trainer.m_done == 2 * m_rounds == trainer.m_total
+    assert at == [4 * epoch + 4 * r // m_rounds for epoch in range(2) for r in range(m_rounds)]
 
 
 def test_the_loss_of_an_epoch_is_the_mean_of_its_own_steps(tmp_path: Path) -> None:
@@ -332,17 +325,6 @@ def test_a_nan_step_is_skipped_and_counted(tmp_path: Path) -> None:
     assert all(v.isfinite().all() for v in trainer.model.state_dict().values())
 
 
-def test_a_few_nan_steps_do_not_spoil_a_run(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", epochs=2)
-    poisoned(trainer, {1, 2, 5})
-    model = trainer.fit()
-    assert trainer.bad_steps == 3 and model.config.training["bad_steps"] == 3
-    assert all(v.isfinite().all() for v in model.state_dict().values())
-    for row in rows(tmp_path / "run"):
-        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
-    assert rows(tmp_path / "run")[-1]["bad_steps"] == 3
-
-
 def test_a_nan_in_the_m_step_leaves_the_gaussians_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny_trainer(tmp_path / "run")
     before = {k: v.clone() for k, v in trainer.model.gaussians.state_dict().items()}
@@ -360,15 +342,6 @@ def test_a_run_that_ends_badly_can_still_be_saved(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(trainer, "measure", lambda: {**real(), "val_bits_per_dim": math.inf})
     trainer.fit()
     assert GLEM.from_pretrained(tmp_path / "run").num_classes == 2
-
-
-def test_a_class_without_enough_images_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    data = ImageData.from_tensors(
-        torch.zeros(5, 1, 8, 8, dtype=torch.uint8), np.array([0, 0, 0, 0, 1]), ["a", "b"], name="toy"
-    )
-    with pytest.raises(DataError, match="at least 2 images"):
-        tiny_trainer(tmp_path / "run", data)
-    assert not (tmp_path / "run").exists()
 
 
 def test_sizes_that_do_not_divide_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -416,18 +389,6 @@ def test_a_small_class_leaves_the_others_their_modes(tmp_path: Path) -> None:
 def test_what_was_not_held_out_is_not_called_held_out(tmp_path: Path) -> None:
     model = tiny_trainer(tmp_path / "none", epochs=1, val_fraction=0.0).fit()
     assert model.config.training["held_out"] == {}
-
-
-def test_fine_tuning_takes_gaussians_of_another_psi(tmp_path: Path) -> None:
-    data, wide = toy_data(), (20.0, 0.2, 0.01)
-    first = tiny_trainer(tmp_path / "first", data, epochs=1, psi=wide).fit()
-    config = tiny_config(epochs=1, psi=(10.0, 0.2, 0.001))
-    second = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
-    torch.testing.assert_close(second.model.gaussians.mu, first.gaussians.mu)
-    torch.testing.assert_close(second.model.gaussians.variance(), first.gaussians.variance())
-    with pytest.warns(UserWarning, match=r"can't give the variances .* by up to \d+.* Its own is psi=\(20"):
-        narrow = tiny_config(epochs=1, psi=(0.1, 0.2, 0.01))
-        Trainer(data, narrow, tmp_path / "third", init_model=first, device="cpu", progress=False)
 
 
 def test_what_follows_the_last_step_can_be_changed_by_those_who_go_on(tmp_path: Path) -> None:
@@ -493,8 +454,3 @@ def test_likelihood_alone_ends_at_its_maximum(tmp_path: Path) -> None:
         with torch.no_grad():
             moved.set_variance(moved.variance() * (1 + shift))
         assert float(statistics.balanced_nll(moved)) >= best
-
-
-def test_flows_of_fixed_gaussians_see_all_images(tmp_path: Path) -> None:
-    fixed = tiny_trainer(tmp_path / "a", objective="mle", learn="none")
-    assert fixed.frozen_from == 0 and tiny_trainer(tmp_path / "b").frozen_from > 0
