@@ -97,12 +97,7 @@ def test_wide_coupling_logdet_and_inverse(half: int) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "shape"),
-    [
-        ("mef_tiny", (1, 4, 8)),
-        ("mef_cifar", (5, 4, 4)),
-        ("glow_tiny", (3, 8, 4)),
-        ("identity", (3, 3, 5)),
-    ],
+    [("mef_tiny", (1, 4, 8)), ("mef_cifar", (5, 4, 4)), ("glow_tiny", (3, 8, 4)), ("identity", (3, 3, 5))],
 )
 def test_whole_flow_logdet_and_inverse(preset: str, shape: tuple[int, int, int]) -> None:
     flow = perturbed(create_flow(preset, shape, **SMALL[preset]).double(), 0.15)
