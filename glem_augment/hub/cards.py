@@ -38,7 +38,7 @@ _METRICS = {
     "bits_per_dim_marginal": (PIPELINE, "bits_per_dim_marginal", "bits/dim, all classes equally likely"),
     "fid": (PIPELINE, "fid", "FID of samples"),
 }
-_SETTINGS = ("objective", "epochs", "batch_size", "lr", "repulsion", "kld_weight", "beta", "averaging", "seed")
+_SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "averaging", "seed")
 
 
 @dataclass(frozen=True)
