@@ -57,15 +57,16 @@ class PixelAdapter:
         """
         if not isinstance(x, Tensor) or x.ndim != 4:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be a batch of images [B, C, H, W], got {got}")
-        channels, height, width = x.shape[1:]
+            raise ValueError(
+                f"x must be a batch of images [B, C, H, W], got {got}: for single images, tuples and dicts use "
+                "aug.as_transform()"
+            )
+        channels = x.shape[1]
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
             raise ValueError(
                 f"images have {channels} channels, the flow's {self.shape[0]}; "
                 "only grey (1) and RGB (3) are converted into each other"
             )
-        if min(height, width) < 1:
-            raise ValueError(f"images must have pixels, got {height}x{width}")
         if x.dtype == torch.uint8:
             if self.mean is not None:
                 raise TypeError("mean and std are for normalised float input, got uint8: leave them out")
@@ -168,8 +169,7 @@ def for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
-    try:
-        values = (value,) if isinstance(value, Real) else tuple(value)  # type: ignore[arg-type]
-        return tuple(float(v) for v in values)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}") from None
+    values = (value,) if isinstance(value, Real) else tuple(value)  # type: ignore[arg-type]
+    if not all(isinstance(v, Real) for v in values):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
+    return tuple(float(v) for v in values)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glem_augment.augment import v2
 from glem_augment.augment.adversarial import Adversary
 from glem_augment.augment.labels import (
     LABELS,
@@ -42,6 +41,7 @@ from glem_augment.augment.moves import (
 )
 from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
 from glem_augment.augment.resize import PixelAdapter
+from glem_augment.augment.v2 import GLEMTransform
 from glem_augment.checks import check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
@@ -146,11 +146,7 @@ class GLEMAugment(nn.Module):
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts of rows since the start, in DataLoader workers too; reading them waits for the device.
-
-        `selected` rows were chosen to be changed. Of these `replaced` were kept as they were because the decoded image
-        was not plausible, and `unmapped` because the flow does not have their class.
-        """
+        """Counts of rows since the start, by name (see `MoveCounts`); reading them waits for the device."""
         return self._counts.stats()
 
     def attach(
@@ -161,8 +157,8 @@ class GLEMAugment(nn.Module):
     ) -> GLEMAugment:
         """Give policy "adversarial" the classifier whose loss chooses the move: the one in training, as a rule.
 
-        Its parameters, their gradients, its buffers (BatchNorm's statistics) and its training mode stay as they are. It
-        is not registered as a sub-module, and not part of copies and pickles of the transform.
+        Its parameters, gradients, buffers (BatchNorm's statistics) and training mode stay as they are. It is not
+        registered as a sub-module, and not part of copies and pickles of the transform.
 
         Args:
             classifier: from images as this transform returns them (uint8 ones as floats in [0, 1]) to logits. All
@@ -175,7 +171,7 @@ class GLEMAugment(nn.Module):
             The transform itself.
 
         Raises:
-            ValueError, TypeError: for another policy, or what is no module, loss or dtype.
+            ValueError, TypeError: for another policy, no module, or another dtype.
         """
         if self.policy != "adversarial":
             raise ValueError(f"attach is for policy='adversarial', this transform has policy={self.policy!r}")
@@ -185,16 +181,14 @@ class GLEMAugment(nn.Module):
     # ---- a call ----------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # a compiled training step must not trace the random state and the counts
-    def forward(self, x: Any, y: Any = None, *others: Any) -> Any:
-        """Augment a batch.
+    def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Tensor]:
+        """Augment a batch. For tuples, dicts, tv_tensors and single images see `as_transform`.
 
         Args:
             x: [B, C, H, W] uint8, or float in [0, 1], or normalised float if mean and std were given. Any size, grey or
-                RGB. It is never changed in place. It may also be one of torchvision's v2 structures (tv_tensors, dicts,
-                tuples; see `as_transform`), which comes back as it came.
+                RGB. It is never changed in place.
             y: int64 [B] data classes, or soft labels [B, K']. An image that shows several classes at once (multi-hot
                 labels) moves along the modes of the strongest one; use noise or adversarial for these.
-            others: further items of a v2 structure.
 
         Returns:
             (x', y') with x' of x's dtype, device and memory format; rows that were not selected are those of x bit for
@@ -203,8 +197,6 @@ class GLEMAugment(nn.Module):
         Raises:
             ValueError, TypeError: for a wrong shape, dtype, value range or label.
         """
-        if others or v2.is_structure(x, y):
-            return v2.augment_sample(self, (x, y, *others) if others or y is not None else x)
         self._check(x, y)
         return self._apply(x, y, self._draw(y, self._random.generator()))
 
@@ -254,21 +246,21 @@ class GLEMAugment(nn.Module):
         here = params.to(x.device)
         basis = basis_of(model, self.basis, self.modes, here.cls)
         with evaluating(model):
-            encoded = self._encode(model, small, index)
+            encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
             if self.policy == "mixup":
                 partner = partner_latents(model, encoded[move(place, x.device)], params)
                 z, share = mix(basis, z, partner, here.l)
             else:
                 c = self.strength * here.eps
-                if self.policy == "adversarial":
+                if self._adversary is not None:
                     shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
 
                     def render(c: Tensor) -> Tensor:
                         return self._images(model.decode(z + along_modes(basis, c), clamp=False), images, small, shown)
 
                     labels = move(y, x.device).index_select(0, here.rows)
-                    c = self._attached().coefficients(c, self.strength, basis, render, labels, model)
+                    c = self._adversary.coefficients(c, self.strength, basis, render, labels, model)
                 z, share = z + along_modes(basis, c), None
             decoded = model.decode(z, clamp=False)
             # NaN compares false, so these two bounds also find what is not finite.
@@ -287,21 +279,6 @@ class GLEMAugment(nn.Module):
         """Images as the user gets them, from decoded ones at the flow's size; differentiable."""
         return self.pixels.from_unit(self.pixels.from_flow(images, small, in_range(decoded)), dtype)
 
-    def _attached(self) -> Adversary:
-        if self._adversary is None:
-            raise ValueError("policy='adversarial' needs a classifier: call aug.attach(classifier), on a copy again")
-        return self._adversary
-
-    def _encode(self, model: GLEM, small: Tensor, index: Tensor) -> Tensor:
-        """The latents of the batch rows `index`. ValueError names the row of an image that has NaN pixels."""
-        try:
-            return model.encode(small)[0]
-        except ValueError:
-            bad = index[small.flatten(1).isnan().any(dim=1).cpu()].tolist()
-            if not bad:
-                raise
-            raise ValueError(f"images must be numbers, but image {bad[0]} of the batch has NaN pixels") from None
-
     def _model_on(self, device: torch.device) -> GLEM:
         """The user's model, or a copy of it on another device, which is made again when the weights have changed."""
         check_worker_device(self.model.device)
@@ -316,32 +293,16 @@ class GLEMAugment(nn.Module):
     def _check(self, x: Tensor, y: Tensor) -> None:
         self.pixels.check(x)
         check_labels(y, len(x), self.num_classes)
+        if self.policy == "adversarial" and self._adversary is None:
+            raise ValueError("policy='adversarial' needs a classifier: call aug.attach(classifier), on a copy again")
 
     # ---- labels without a move -------------------------------------------------------------------------------
 
-    def unmoved(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """What a call gives that changes no image, whatever structure the batch comes in: (x, `target` of y)."""
-        if v2.is_structure(x, y):
-            return v2.augment_sample(lambda x, y: (x, self.target(y)), (x, y))
-        return x, self.target(y)
-
     def target(self, y: Tensor) -> Tensor:
-        """Labels in the form in which calls return them: y itself, or soft [B, K'] where moves make labels soft.
-
-        Raises:
-            ValueError, TypeError: for labels that a call would not take.
-        """
-        soft = self.soft_target(y)
-        return y if label_kind(self.labels, self.policy, self.partner, y.ndim == 2) == "hard" else soft
-
-    def soft_target(self, y: Tensor) -> Tensor:
-        """Labels as soft ones [B, K']: y itself, or one-hot float32.
-
-        Raises:
-            ValueError, TypeError: for labels that a call would not take.
-        """
+        """Labels in the form in which calls return them: y itself, or soft [B, K'] where moves make labels soft."""
         check_labels(y, len(y), self.num_classes)
-        return soft_labels(y, self.num_classes)
+        hard = label_kind(self.labels, self.policy, self.partner, y.ndim == 2) == "hard"
+        return y if hard else soft_labels(y, self.num_classes)
 
     def moved_rows(self, y: Tensor) -> Tensor:
         """The rows of a batch whose class the flow has, so that they can be changed: int64 [n] on y's device."""
@@ -356,9 +317,9 @@ class GLEMAugment(nn.Module):
         """
         return _loops().AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
-    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, order: str = "aug") -> Any:
+    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None) -> Any:
         """A function in the place of timm's `mixup_fn`, whose labels are always soft [B, K']: see `loops.MixupFn`."""
-        return _loops().MixupFn(self, smoothing, mixup, order)
+        return _loops().MixupFn(self, smoothing, mixup)
 
     def collate_fn(self, base: Callable[[list[Any]], Any] | None = None) -> Any:
         """A collate function for DataLoader workers: see `loops.AugmentingCollate`.
@@ -368,9 +329,9 @@ class GLEMAugment(nn.Module):
         """
         return _loops().AugmentingCollate(self, base)
 
-    def as_transform(self, labels_getter: str | Callable[[Any], Any] = "default") -> v2.GLEMTransform:
+    def as_transform(self) -> GLEMTransform:
         """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `v2.GLEMTransform`."""
-        return v2.GLEMTransform(self, labels_getter)
+        return GLEMTransform(self)
 
     # ---- saving ----------------------------------------------------------------------------------------------
 
@@ -421,8 +382,7 @@ class GLEMAugment(nn.Module):
         return {**self.__dict__, "_adversary": None, "_copies": {}}
 
     def extra_repr(self) -> str:
-        found = {k: tuple(v) if isinstance(v, list) else v for k, v in self.to_config().items() if k != "model"}
-        return ", ".join([*(f"{name}={value!r}" for name, value in found.items()), f"image_shape={self.pixels.shape}"])
+        return ", ".join(f"{name}={value!r}" for name, value in self.to_config().items() if name != "model")
 
 
 def _loops() -> Any:

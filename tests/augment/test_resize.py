@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ import torch.nn.functional as F
 from augment_cases import CLASSES, images, labels
 from torch import Tensor
 
-from benchmarks.proof.sharpness import upper_energy
-from glem_augment import GLEM, GLEMAugment, open_data
+from glem_augment import GLEM, GLEMAugment
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -110,35 +108,21 @@ def test_erased_pixels_that_the_flow_cannot_see_stay(rgb: GLEM, size: int) -> No
 
 
 def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.WarningsRecorder) -> None:
-    settings: dict[str, Any] = {"p": 1.0, "policy": "noise"}
-    with pytest.raises(ValueError, match="mean has 2 values, the images 3"):
-        GLEMAugment(rgb, mean=(0.1, 0.2), std=(1, 1))(images(4, 3) / 255, labels(4))
-    with pytest.raises(TypeError, match="uint8"):
-        GLEMAugment(rgb, mean=0.5, std=0.5)(images(4, 3), labels(4))
-    aug = GLEMAugment(rgb, mean=MEAN, std=STD, **settings)
-    with pytest.raises(ValueError, match="for 0 to 255 give uint8"):
-        aug(images(8, 3).float(), labels(8))
+    settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "mean": MEAN, "std": STD}
+    for x, given, message in (
+        (images(4, 3) / 255, {"mean": (0.1, 0.2), "std": (1, 1)}, "mean has 2 values, the images 3"),
+        (images(4, 3), {}, "got uint8"),
+        (images(8, 3).float(), {}, "for 0 to 255 give uint8"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            GLEMAugment(rgb, **{**settings, **given})(x, labels(len(x)))
     with pytest.warns(UserWarning, match=r"still in \[0, 1\]"):
-        aug(images(8, 3) / 255, labels(8))
+        GLEMAugment(rgb, **settings)(images(8, 3) / 255, labels(8))
     recwarn.clear()
     # Some timm models have mean 0 and std 1; RandomErasing's N(0, 1) reaches 4 and more.
     x = images(8, 3) / 255
-    GLEMAugment(rgb, mean=0.0, std=1.0, **settings)(x, labels(8))
+    aug = GLEMAugment(rgb, **{**settings, "mean": 0.0, "std": 1.0})
+    aug(x, labels(8))
     x[0, :, :4, :4] = torch.linspace(-4.8, 4.8, 48).view(3, 4, 4)
-    GLEMAugment(rgb, mean=0.0, std=1.0, **settings)(x, labels(8))
+    aug(x, labels(8))
     assert not [w for w in recwarn if "mean and std" in str(w.message)]
-
-
-def test_large_images_stay_sharp(glem_data: Path) -> None:
-    """A flow of 32x32 moves images of 128x128 by 8 levels and more; their fine detail stays."""
-    small = open_data(glem_data / "imagenette128", "train", image_size=(32, 32), progress=False)
-    flow = GLEM.create("identity", (3, 32, 32), classes=small.classes, class_ids=small.class_ids)
-    flow.fit_modes(small)
-    large = open_data(glem_data / "imagenette128", "val", progress=False)
-    large = large.subset(range(0, len(large), -(-len(large) // 40)))  # of all classes
-    x, y = large.tensor() / 255, torch.from_numpy(large.targets)
-    for policy in ("noise", "mixup"):
-        aug = GLEMAugment(flow, p=1.0, policy=policy, alpha=8.0, strength=0.5, seed=0)
-        out, _ = aug(x, y)
-        assert 255 * (out - x).abs().mean() > 8 and aug.stats["replaced"] == 0
-        assert abs(upper_energy(out) / upper_energy(x) - 1) < 0.1

@@ -35,7 +35,7 @@ def test_p_zero_gives_back_the_same_images_with_labels_of_the_usual_form(model: 
     x, y = images(6), labels(6)
     aug = GLEMAugment(model, p=0.0, labels=kind, partner="any")
     out, target = aug(x, y)
-    assert out is x and torch.equal(target, aug.target(y)) and torch.equal(target, aug.unmoved(x, y)[1])
+    assert out is x and torch.equal(target, aug.target(y))
     # A loop must not meet hard labels in one epoch and soft ones in the next.
     aug.p = 1.0
     assert aug(x, y)[1].shape == target.shape
@@ -282,21 +282,17 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
 
 def test_data_classes_that_share_a_flow_class() -> None:
     own = make_model()
-    x = images(16) / 255
+    x, y = images(16) / 255, labels(16, 2)
     aug = GLEMAugment(own, p=1.0, policy="noise", labels="posterior", class_map=[0, 1, 1, 2, 3], seed=0)
     out, target = aug(x, labels(16, 5))  # they share its probability
     posterior = own.posterior(out)
     assert posterior[:, 1].min() > 0.05 and torch.allclose(target[:, 1], target[:, 2])
     assert torch.allclose(target[:, [0, 1, 3, 4]] * torch.tensor([1.0, 2.0, 1.0, 1.0]), posterior, atol=1e-3)
-    aug = GLEMAugment(own, p=1.0, class_map=[0, 0, 2], seed=0)
-    y = labels(16, 2)
-    for given in (y, torch.eye(3)[y]):
-        params = aug.draw(x, given)  # partners are of the same data class
-        assert torch.equal(y[params.partner], y[params.rows])
-        assert torch.allclose(aug.apply(x, given, params)[1].float(), given.float())
-    alone = aug.draw(x[:2], y[:2])  # drawn ones bring the row's own data class
-    assert alone.partner.tolist() == [-1, -1]
-    assert torch.allclose(aug.apply(x[:2], torch.eye(3)[:2], alone)[1], torch.eye(3)[:2])
+    aug = GLEMAugment(own, p=1.0, labels="mix", class_map=[0, 0, 2], seed=0)
+    for n in (16, 2):  # partners, from the batch or drawn, are of the row's own data class
+        params = aug.draw(x[:n], y[:n])
+        assert (params.partner >= 0).all() == (n == 16)
+        assert torch.allclose(aug.apply(x[:n], y[:n], params)[1], torch.eye(3)[y[:n]])
     aug = GLEMAugment(own, p=1.0, partner="any", class_map=[0, 0, 2], seed=0)
     for _ in range(20):  # draws of another flow class bring the first of its data classes
         assert aug(x[:1], torch.tensor([2]))[1][0, 1] == 0
@@ -360,44 +356,33 @@ def test_one_warning_where_most_are_lost(model: GLEM, recwarn: pytest.WarningsRe
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"p": 0.25, "policy": "noise", "strength": 0.3, "modes": 7, "basis": "shared", "labels": "posterior"},
-        {"partner": "any", "alpha": 0.4, "mean": [0.5], "std": [0.25], "seed": -5},
+        {"partner": "any", "alpha": 0.4, "mean": [0.5], "std": [0.25], "seed": -5, "class_map": [0, None, 3]},
         {"policy": "adversarial", "class_map": {0: 2, 3: 1}, "margin": 2.0},
-        {"class_map": [0, None, 3]},
     ],
 )
 def test_settings_go_through_json(model: GLEM, settings: dict[str, Any]) -> None:
     aug = GLEMAugment(model, **settings)
     config = json.loads(json.dumps(aug.to_config()))
-    again = GLEMAugment.from_config(
-        {**config, "detail": "keep", "rescale": False, "bank": 0, "cuda_graphs": False}, model
-    )
-    assert repr(again) == repr(aug) and again.to_config() == aug.to_config()
-    for name, value in settings.items():
-        if name != "class_map":
-            shown = tuple(value) if isinstance(value, list) else value
-            assert config[name] == value and f"{name}={shown!r}" in repr(aug)
+    assert all(config[name] == value for name, value in settings.items() if name != "class_map")
+    again = GLEMAugment.from_config({**config, "detail": "keep", "rescale": False, "bank": 0}, model)
+    assert repr(again) == repr(aug) and again.to_config() == config
 
 
-def test_configs_name_the_model_and_known_settings(model: GLEM, tmp_path: Path) -> None:
-    model.save(tmp_path / "flow")
-    for name in ("bundled:fashion-mnist", tmp_path / "flow"):
-        aug = GLEMAugment(name, seed=1)
-        assert aug.to_config()["model"] == str(name)
-        assert repr(GLEMAugment.from_config(aug.to_config())) == repr(aug)
-    for name, value in {"rescale": True, "bank": 4, "cuda_graphs": True, "detail": "mix"}.items():
-        with pytest.raises(ValueError, match=f"the setting {name}={value!r} has been removed"):
-            GLEMAugment.from_config({name: value}, model)
-    with pytest.raises(ValueError, match="basis must be one of 'class', 'shared'; got 'near'"):
-        GLEMAugment.from_config({"basis": "near"}, model)
-    with pytest.raises(ValueError, match="unknown settings .'mode'."):
-        GLEMAugment.from_config({"mode": 3}, model)
+def test_configs_name_the_model_and_known_settings(model: GLEM) -> None:
+    aug = GLEMAugment("bundled:fashion-mnist", seed=1)
+    assert aug.to_config()["model"] == "bundled:fashion-mnist" and aug.modes == 64
+    assert repr(GLEMAugment.from_config(aug.to_config())) == repr(aug)
+    for config, message in (
+        ({"rescale": True}, "the setting rescale=True has been removed"),
+        ({"basis": "near"}, "basis must be one of 'class', 'shared'; got 'near'"),
+        ({"mode": 3}, "unknown settings .'mode'."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GLEMAugment.from_config(config, model)
     with pytest.raises(ValueError, match="names no model"):
         GLEMAugment.from_config(GLEMAugment(model).to_config())
-    few = make_model(rank=9)
-    assert GLEMAugment(few).modes == 9 and GLEMAugment.from_config({"modes": None}, few).modes == 9
-    assert GLEMAugment(make_model(3, rank=80)).modes == 64
+    assert GLEMAugment(make_model(rank=9)).modes == 9
     numpy = GLEMAugment(model, p=np.float32(0.5), strength=np.float64(0.5), modes=np.int64(8), seed=np.int32(4))
     assert repr(numpy) == repr(GLEMAugment(model, modes=8, seed=4))
 
@@ -406,11 +391,9 @@ def test_configs_name_the_model_and_known_settings(model: GLEM, tmp_path: Path) 
     ("settings", "message"),
     [
         ({"policy": "cutmix"}, "'mixup', 'noise', 'adversarial'; got 'cutmix'"),
-        ({"basis": "near"}, "'class', 'shared'"),
         ({"partner": "near"}, "'same', 'any'; got 'near'"),
         ({"p": 1.5}, "p must be from 0 to 1, got 1.5"),
         ({"alpha": 0.0}, "alpha must be finite and above 0"),
-        ({"strength": -1}, "strength must be finite and at least 0"),
         ({"modes": 65}, "from 1 to 64.*got 65"),
         ({"mean": 0.5}, "mean and std together"),
         ({"mean": 0.5, "std": 0.0}, "std must be positive"),
@@ -431,9 +414,6 @@ def test_models_are_checked(model: GLEM) -> None:
         GLEMAugment(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"the flow's weights are .*float16, in which it is not invertible"):
         GLEMAugment(copy.deepcopy(model).half())
-    wide = copy.deepcopy(model).double()
-    for settings in ({"policy": "noise"}, {"partner": "any"}, {"basis": "shared"}):
-        assert GLEMAugment(wide, p=1.0, **settings)(images(6), labels(6))[0].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -459,17 +439,6 @@ def test_batches_are_checked(model: GLEM, x: Tensor, y: Tensor, message: str, p:
         GLEMAugment(model, p=p)(x, y)
 
 
-def test_nan_pixels_are_named_by_their_row(model: GLEM) -> None:
-    aug = GLEMAugment(model, p=0.5, policy="noise", seed=0)
-    x, y = images(8) / 255, labels(8)
-    aug(x, y)  # the range is checked in the first batch
-    x[5, 0, 0, 0] = torch.nan
-    params = aug.draw(x, y)
-    params.rows = torch.tensor([1, 3, 5, 6])
-    with pytest.raises(ValueError, match="image 5 of the batch has NaN"):
-        aug.apply(x, y, params)
-
-
 def test_empty_and_single_batches_and_rows_of_no_class(model: GLEM) -> None:
     for settings in ALL:
         aug = GLEMAugment(model, p=1.0, seed=0, **settings)
@@ -486,22 +455,19 @@ def test_empty_and_single_batches_and_rows_of_no_class(model: GLEM) -> None:
 # ---- beside other machinery ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"policy": "noise"}, {"partner": "same"}, {"partner": "any"}])
-def test_torchs_defaults_change_nothing(rgb: GLEM, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("partner", ["same", "any"])
+def test_torchs_defaults_change_nothing(rgb: GLEM, partner: str) -> None:
     x, y = images(6, 3) / 255, labels(6)
-    settings = {"p": 1.0, "seed": 0, "mean": 0.0, "std": 1.0, **settings}
+    settings: dict[str, Any] = {"p": 1.0, "seed": 0, "mean": 0.0, "std": 1.0, "partner": partner}
     expected = GLEMAugment(rgb, **settings)(x, y)
     torch.set_default_dtype(torch.float64)
     try:
-        got = GLEMAugment(rgb, **settings)(x, y)
-        # Any other device would do; this one can't hold a value, so nothing may be made there.
-        with torch.device("meta"):
-            elsewhere = GLEMAugment(rgb, **settings)(x, y)
+        with torch.device("meta"):  # this device can't hold a value, so nothing may be made there
+            got = GLEMAugment(rgb, **settings)(x, y)
     finally:
         torch.set_default_dtype(torch.float32)
-    for result in (got, elsewhere):
-        assert result[0].dtype == torch.float32 and torch.equal(result[0], expected[0])
-        torch.testing.assert_close(result[1], expected[1])
+    assert got[0].dtype == torch.float32 and torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
 
 
 def test_a_users_compiled_step_gives_what_the_plain_one_gives(model: GLEM) -> None:
