@@ -82,10 +82,6 @@ class Adversary:
 
         Returns:
             [n, k]. Rows whose gradient is zero or not finite stay at their start.
-
-        Raises:
-            RuntimeError: in a DataLoader worker, under inference_mode, or if no gradient reaches the images.
-            ValueError: the classifier's output does not fit the labels.
         """
         if get_worker_info() is not None:
             raise RuntimeError(

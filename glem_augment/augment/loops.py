@@ -58,11 +58,9 @@ class AugmentedLoader:
         epoch: epochs begun so far; set it when a run is resumed.
 
     Raises:
-        ValueError: for a negative off_epoch, or a PrefetchLoader that normalises with other numbers than the transform
-            takes back.
+        ValueError: for a PrefetchLoader that normalises with other numbers than the transform takes back.
         ClassMismatchError: for a transform without class_map and a data set that has the flow's classes, by name, in
             another order.
-        TypeError: for a loader that can't be iterated, or one whose batches are not (images, labels, ...).
     """
 
     def __init__(

@@ -28,9 +28,6 @@ class PixelAdapter:
     Args:
         shape: (C, H, W) of the flow's images.
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1].
-
-    Raises:
-        ValueError: mean without std (or the reverse), or a std that is not positive.
     """
 
     def __init__(

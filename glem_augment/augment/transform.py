@@ -169,9 +169,6 @@ class GLEMAugment(nn.Module):
 
         Returns:
             The transform itself.
-
-        Raises:
-            ValueError, TypeError: for another policy, no module, or another dtype.
         """
         if self.policy != "adversarial":
             raise ValueError(f"attach is for policy='adversarial', this transform has policy={self.policy!r}")
@@ -360,9 +357,6 @@ class GLEMAugment(nn.Module):
         Args:
             config: settings by name; those that are missing have their defaults.
             model: a GLEM or its name; None: the one that config["model"] names.
-
-        Raises:
-            ValueError: for an unknown or removed setting, or no model. Otherwise as the constructor.
         """
         given = {name: value for name, value in config.items() if name != "model"}
         for name, same in REMOVED.items():

@@ -23,9 +23,6 @@ class GLEMTransform(v2.Transform):
     As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
     tensor, and labels are the second item of a tuple, or what a dict has under one of `LABEL_KEYS` in any case. Boxes,
     masks and everything else are passed on, because the moves do not change where things are.
-
-    Args:
-        aug: the GLEMAugment.
     """
 
     def __init__(self, aug: nn.Module) -> None:

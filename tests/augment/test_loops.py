@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from glem_augment import GLEM, ClassMismatchError, GLEMAugment
-from glem_augment.augment.loops import AugmentedLoader, mix_soft
+from glem_augment.augment.loops import AugmentedLoader
 
 CLASSES = ["bird", "cat", "dog"]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -64,15 +64,11 @@ def timm_loader(folder: Path, **settings: Any) -> Any:
     return create_loader(ImageDataset(str(folder)), **{**given, **settings})
 
 
-# ---- wrap ----------------------------------------------------------------------------------------------------
-
-
 def test_a_wrapped_loader_behaves_as_the_loader(model: GLEM) -> None:
     inner = loader()
     wrapped = make(model).wrap(inner, device="cpu")
     assert len(wrapped) == len(inner) == 3
-    for name in ("dataset", "sampler", "batch_size", "collate_fn", "num_workers"):
-        assert getattr(wrapped, name) is getattr(inner, name)
+    assert wrapped.dataset is inner.dataset and wrapped.sampler is inner.sampler
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         wrapped.nothing_of_the_kind  # noqa: B018
     for (x, y), (before, target) in zip(wrapped, inner, strict=True):
@@ -152,9 +148,8 @@ def test_normalisation_is_taken_back_and_must_be_the_loaders(model: GLEM, image_
         make(model).wrap(inner)
     with pytest.raises(ValueError, match="normalises"):
         make(model, mean=MEAN, std=(0.5, 0.5, 0.5)).wrap(inner)
-    half = timm_loader(image_folder, img_dtype=torch.bfloat16)
-    (x, _), *_ = make(model, mean=MEAN, std=STD).wrap(half)
-    assert x.dtype == torch.bfloat16
+    (x, _), *_ = make(model, mean=MEAN, std=STD).wrap(timm_loader(image_folder, img_dtype=torch.bfloat16))
+    assert x.dtype == torch.bfloat16  # such a loader holds its mean and std in half precision
 
 
 def test_classes_in_another_order_are_noticed(image_folder: Path) -> None:
@@ -187,9 +182,6 @@ def test_bad_loaders(model: GLEM) -> None:
         aug.wrap(loader(), off_epoch=-1)
 
 
-# ---- as_mixup_fn ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("settings", [{}, {"policy": "noise"}, {"partner": "any"}, {"labels": "hard"}, {"p": 0.0}])
 def test_mixup_fn_always_gives_soft_labels(model: GLEM, settings: dict[str, Any]) -> None:
     mixup_fn = make(model, **settings).as_mixup_fn(smoothing=0.1)
@@ -204,38 +196,26 @@ def test_mixup_fn_always_gives_soft_labels(model: GLEM, settings: dict[str, Any]
     assert out is x and torch.allclose(target, smooth) and torch.equal(mixup_fn(x, smooth)[1], smooth)
 
 
-def test_smoothing_comes_last(model: GLEM) -> None:
-    """It is linear, so mixed labels are as if smoothed before, and a posterior is smoothed like any other label."""
+def test_a_posterior_is_smoothed_like_any_other_label(model: GLEM) -> None:
     x, y = images(6) / 255, labels(6)
-    for settings in ({"partner": "any"}, {"policy": "noise", "labels": "posterior"}):
-        soft = make(model, **settings)(x, F.one_hot(y, 3).float())[1]
-        assert torch.allclose(make(model, **settings).as_mixup_fn(0.3)(x, y)[1], soft * 0.7 + 0.1, atol=1e-6)
+    settings = {"policy": "noise", "labels": "posterior"}
+    soft = make(model, **settings)(x, y)[1]
+    assert torch.allclose(make(model, **settings).as_mixup_fn(0.3)(x, y)[1], soft * 0.7 + 0.1, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_timms_mixup_on_soft_labels_is_its_mixup_on_hard_ones(mode: str) -> None:
-    x, y = images(8).float(), labels(8)
-    mixup = Mixup(mixup_alpha=0.4, cutmix_alpha=1.0, mode=mode, label_smoothing=0.0, num_classes=3)
-    np.random.seed(1)
-    wanted = mixup(x.clone(), y)
-    np.random.seed(1)
-    mixup.multi_label = True  # is left out, as is its smoothing
-    got = mix_soft(mixup, x, F.one_hot(y, 3).float())
-    assert torch.equal(got[0], wanted[0]) and torch.allclose(got[1], wanted[1])
-    assert mixup.num_classes == 3 and torch.equal(x, images(8).float())
-
-
-def test_with_timms_mixup_afterwards(model: GLEM) -> None:
+def test_timms_mixup_comes_afterwards_and_takes_soft_labels(model: GLEM, mode: str) -> None:
     x, y = images(8) / 255, labels(8)
-    before = x.clone()
-    settings = {"policy": "noise", "strength": 0.2}
-    np.random.seed(2)
-    wanted = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.1)(make(model, **settings)(x, y)[0], y)
-    np.random.seed(2)
-    mixup = Mixup(mixup_alpha=0.4, num_classes=3, label_smoothing=0.7)
-    out, target = make(model, **settings).as_mixup_fn(0.1, mixup=mixup)(x, y)
+    settings: dict[str, Any] = {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "mode": mode, "num_classes": 3}
+    moved = make(model, policy="noise")(x, y)[0]
+    np.random.seed(1)
+    wanted = Mixup(**settings, label_smoothing=0.1)(moved.clone(), y)
+    np.random.seed(1)
+    mixup = Mixup(**settings, label_smoothing=0.7)  # its own smoothing and the next setting are left out
+    mixup.multi_label = True
+    out, target = make(model, policy="noise").as_mixup_fn(0.1, mixup=mixup)(x, y)
     assert torch.allclose(out, wanted[0], atol=1e-5) and torch.allclose(target, wanted[1], atol=1e-5)
-    assert torch.equal(x, before)
+    assert mixup.num_classes == 3 and torch.equal(x, images(8) / 255)
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -255,9 +235,6 @@ def test_mixup_fn_arguments(model: GLEM) -> None:
     for mixup in (v2.MixUp(num_classes=3), FastCollateMixup(num_classes=3)):
         with pytest.raises(TypeError, match=r"timm\.data\.Mixup.*aug\.collate_fn"):
             make(model).as_mixup_fn(mixup=mixup)
-
-
-# ---- collate_fn ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda collate: pickle.loads(pickle.dumps(collate)), None])
@@ -304,9 +281,6 @@ def test_collate_bases_and_samples(model: GLEM) -> None:
     for base, message in (("default", "collate function"), (lambda _: {"x": 1}, "batches must be")):
         with pytest.raises(TypeError, match=message):
             make(model).collate_fn(base)(samples)
-
-
-# ---- documentation -------------------------------------------------------------------------------------------
 
 
 def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -65,27 +64,6 @@ def test_single_images_of_a_data_set(rgb: GLEM, label: Any, partner: str) -> Non
         assert isinstance(target, Tensor) and target.ndim == (1 if partner == "any" else label.ndim)
     else:
         assert target == 1 and isinstance(target, int)
-
-
-def test_the_transform_can_be_pickled(rgb: GLEM) -> None:
-    chain = v2.Compose([v2.RandomHorizontalFlip(), make(rgb).as_transform()])
-    again = pickle.loads(pickle.dumps(chain))
-    results = []
-    for transform in (chain, again):
-        torch.manual_seed(0)
-        results.append(transform(images(4, 3) / 255, labels(4))[0])
-    assert torch.equal(*results)
-    assert list(chain.transforms[1].state_dict()) == ["aug._extra_state"] and not list(chain.parameters())
-
-
-@pytest.mark.parametrize("kind", [v2.MixUp, v2.CutMix])
-@pytest.mark.parametrize("first", [True, False])
-def test_with_torchvisions_mixup_and_cutmix(rgb: GLEM, kind: type, first: bool) -> None:
-    x, y = images(6, 3) / 255, labels(6)
-    chain = [make(rgb, partner="any"), kind(num_classes=4)]
-    out, target = v2.Compose(chain if first else chain[::-1])(x, y)
-    assert out.shape == x.shape and not torch.equal(out, x)
-    assert target.shape == (6, 4) and torch.allclose(target.sum(1), torch.ones(6), atol=1e-5)
 
 
 def test_samples_that_cannot_be_used(rgb: GLEM) -> None:
