@@ -82,8 +82,7 @@ def label_classes(y: Tensor) -> Tensor:
 def label_kind(labels: str, policy: str, partner: str, soft_in: bool) -> str:
     """What becomes of labels in a call: "hard" (unchanged), "soft" (made soft), "mix" or "posterior".
 
-    Args:
-        labels, policy, partner: as given to GLEMAugment; soft_in: whether soft labels came in.
+    The settings are those of GLEMAugment; `soft_in` says whether soft labels came in.
     """
     if labels == "auto":
         return "mix" if policy == "mixup" and (partner == "any" or soft_in) else "hard"

@@ -155,10 +155,10 @@ class GLEMAugment(nn.Module):
         loss: Callable[[Any, Tensor], Tensor] | None = None,
         autocast: torch.dtype | None = None,
     ) -> GLEMAugment:
-        """Give policy "adversarial" the classifier whose loss chooses the move: the one in training, as a rule.
+        """Give policy "adversarial" the classifier whose loss chooses the move, and return the transform itself.
 
-        Its parameters, gradients, buffers (BatchNorm's statistics) and training mode stay as they are. It is not
-        registered as a sub-module, and not part of copies and pickles of the transform.
+        As a rule it is the one in training. Its parameters, gradients, buffers (BatchNorm's statistics) and training
+        mode stay as they are. It is no sub-module of the transform, and not part of its copies and pickles.
 
         Args:
             classifier: from images as this transform returns them (uint8 ones as floats in [0, 1]) to logits. All
@@ -166,9 +166,6 @@ class GLEMAugment(nn.Module):
             loss: a function of (output, labels); None: cross-entropy of the output, or of its `logits`.
             autocast: dtype of that pass (torch.bfloat16, torch.float16); None: autocast as it is set where the
                 transform is called, which for a wrapped loader is outside a loop's `with autocast()`.
-
-        Returns:
-            The transform itself.
         """
         if self.policy != "adversarial":
             raise ValueError(f"attach is for policy='adversarial', this transform has policy={self.policy!r}")

@@ -198,16 +198,6 @@ def test_the_classifier_sees_what_the_transform_gives(model: GLEM, dtype: torch.
     assert (out.double() - start.double()).abs().max() > 0.01
 
 
-def test_labels_out(model: GLEM) -> None:
-    x, y = images(8) / 255, labels(8)
-    soft = F.one_hot(y, 4) * 0.9 + 0.025
-    for kind, expected in (("auto", y), ("hard", y), ("mix", F.one_hot(y, 4).float())):
-        aug = make(model, labels=kind).attach(network())
-        assert torch.equal(aug(x, y)[1], expected) and torch.equal(aug(x, soft)[1], soft)
-    out, posterior = make(model, labels="posterior").attach(network())(x, y)
-    assert torch.allclose(posterior, model.posterior(out), atol=1e-3)
-
-
 def test_a_loss_takes_whatever_the_classifier_gives_and_may_reduce(model: GLEM) -> None:
     class Two(nn.Sequential):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,11 +116,6 @@ def test_a_copy_on_another_device_follows_its_original() -> None:
 
 def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
     x, y = images(16), labels(16)
-    results = []
-    for seed in (5, 5, 6):  # seed=None follows torch's own
-        torch.manual_seed(seed)
-        results.append(GLEMAugment(model)(x, y)[0])
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     aug, other = GLEMAugment(model, seed=0), GLEMAugment(model, seed=0)
     a, b = (aug.draw(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
     assert torch.equal(a.rows, b.rows) and torch.equal(a.eps, b.eps) and torch.equal(a.l, b.l)
@@ -133,8 +128,6 @@ def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
     later = GLEMAugment(model, seed=99)
     later.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert later.seed == 0 and all(torch.equal(later(x, y)[0], w) for w in wanted)
-    with pytest.raises(ValueError, match="'seed' and 'calls'"):
-        later.load_state_dict({"_extra_state": {"seed": 1}})
 
 
 def test_a_resumed_run_goes_on_with_the_draws_of_its_workers(model: GLEM) -> None:
@@ -228,16 +221,6 @@ def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smooth
     assert torch.allclose(target.amax(1), 0.7 + weight * 0.3, atol=1e-4)
 
 
-def test_posterior_labels_are_those_of_the_moved_latents(model: GLEM) -> None:
-    x, y = images(10) / 255, labels(10)
-    aug = GLEMAugment(model, p=0.5, policy="noise", strength=0.3, labels="posterior", seed=0)
-    params = aug.draw(x, y)
-    out, target = aug.apply(x, y, params)
-    expected = torch.eye(4)[y]
-    expected[params.rows] = model.posterior(out[params.rows])
-    assert torch.allclose(target, expected, atol=1e-3)
-
-
 @pytest.mark.parametrize("given", [[2, -1, 0, None, 3], {0: 2, 2: 0, 4: 3, 3: None}, np.array([2, -1, 0, -1, 3])])
 def test_partial_class_map(model: GLEM, given: Any) -> None:
     x, y = images(20) / 255, labels(20, 5)
@@ -251,9 +234,6 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
     assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
     assert aug.stats == {"selected": 20, "replaced": 0, "unmapped": 8}
     assert torch.equal(aug.moved_rows(y), (~absent).nonzero()[:, 0])
-    posterior = GLEMAugment(model, p=1.0, policy="noise", labels="posterior", class_map=given, seed=0)(x, y)[1]
-    assert torch.allclose(posterior.sum(1), torch.ones(20), atol=1e-5)
-    assert posterior[~absent][:, [1, 3]].eq(0).all()
     # A batch of one has no other row: its partner is then drawn, from any of the classes that the data has.
     aug = GLEMAugment(model, p=1.0, partner="any", modes=64, class_map=given, seed=0)
     seen = set()
@@ -371,7 +351,6 @@ def test_settings_go_through_json(model: GLEM) -> None:
         ({"mean": 0.5}, "mean and std together"),
         ({"mean": 0.5, "std": 0.0}, "std must be positive"),
         ({"mean": "x", "std": "y"}, "must be a number"),
-        ({"num_classes": 7}, "num_classes=7, but the flow has 4"),
         ({"class_map": [0, 4]}, "flow class 4"),
     ],
 )
@@ -413,32 +392,27 @@ def test_batches_are_checked(model: GLEM, x: Tensor, y: Tensor, message: str, p:
         GLEMAugment(model, p=p)(x, y)
 
 
-def test_empty_and_single_batches_and_rows_of_no_class(model: GLEM) -> None:
-    for settings in ALL:
-        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
-        for y in (labels(0), torch.zeros(0, 4)):
-            out, target = aug(images(0), y)
-            assert out.shape == (0, 1, 8, 8) and len(target) == 0
-        assert aug(images(1), labels(1))[0].shape == (1, 1, 8, 8)
-    soft = torch.eye(4)[:2].clone()
-    soft[1] = 0
-    out, _ = GLEMAugment(model, p=1.0, policy="noise")(images(2), soft)
+@pytest.mark.parametrize("settings", ALL)
+def test_empty_and_single_batches_and_rows_of_no_class(model: GLEM, settings: dict[str, Any]) -> None:
+    aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+    for y in (labels(0), torch.zeros(0, 4)):
+        out, target = aug(images(0), y)
+        assert out.shape == (0, 1, 8, 8) and len(target) == 0
+    soft = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    out, _ = aug(images(2), soft)
     assert torch.equal(out[1], images(2)[1]) and not torch.equal(out[0], images(2)[0])
+    assert aug(images(1), labels(1))[0].shape == (1, 1, 8, 8)
 
 
-@pytest.mark.parametrize("partner", ["same", "any"])
-def test_torchs_defaults_change_nothing(rgb: GLEM, partner: str) -> None:
+def test_torchs_defaults_change_nothing(rgb: GLEM) -> None:
     x, y = images(6, 3) / 255, labels(6)
-    settings: dict[str, Any] = {"p": 1.0, "seed": 0, "mean": 0.0, "std": 1.0, "partner": partner}
+    settings: dict[str, Any] = {"p": 1.0, "seed": 0, "mean": 0.0, "std": 1.0, "partner": "any"}
     expected = GLEMAugment(rgb, **settings)(x, y)
     torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):  # this device can't hold a value, so nothing may be made there
-            got = GLEMAugment(rgb, **settings)(x, y)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert got[0].dtype == torch.float32 and torch.equal(got[0], expected[0])
-    torch.testing.assert_close(got[1], expected[1])
+    with torch.device("meta"):  # this device can't hold a value, so nothing may be made there
+        got = GLEMAugment(rgb, **settings)(x, y)
+    torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_a_users_compiled_step_gives_what_the_plain_one_gives(model: GLEM) -> None:
