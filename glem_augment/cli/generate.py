@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "webdataset":
         check_shards_folder(folder, args.overwrite)
     else:
-        check_folder(folder, args.overwrite)
+        check_folder(folder)
     wanted: PerClass = args.per_class
     if isinstance(wanted, Path):
         wanted = read_counts(str(wanted))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 
 from glem_augment.checks import check_whole
 from glem_augment.data.classes import class_names, match_classes
@@ -33,12 +33,6 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
         per_class: a number for all; K numbers; a mapping from class names, ids or indices (the others get none); or
             "balance": as many as fill each class of `real` up to its largest, none of a class that `real` lacks.
         real: the data set to balance, see `match_targets`.
-
-    Returns:
-        K numbers, at least one of them positive.
-
-    Raises:
-        ValueError, TypeError: for anything else, or if there is nothing to make.
     """
     k = model.num_classes
     if isinstance(per_class, str):
@@ -51,14 +45,9 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
         counts = np.where(np.isin(np.arange(k), named), present.max() - present, 0).tolist()
         if not any(counts):
             raise ValueError(f"per_class='balance': all classes have {present.max()} images already")
-        return counts
-    if isinstance(per_class, Mapping):
-        given = by_class(model, per_class, "per_class")
-        counts = [check_whole(f"per_class[{c!r}]", given.get(i, 0), 0) for i, c in enumerate(model.classes)]
-    elif isinstance(per_class, (Sequence, np.ndarray, Tensor)):
-        counts = [check_whole(f"per_class[{i}]", value, 0) for i, value in enumerate(as_list(per_class))]
-        if len(counts) != k:
-            raise ValueError(f"per_class has {len(counts)} numbers, the flow {k} classes")
+    elif isinstance(per_class, (Mapping, Sequence, np.ndarray, Tensor)):
+        given = class_values(model, per_class, "per_class", 0)
+        counts = [check_whole(f"per_class for {name!r}", n, 0) for name, n in zip(model.classes, given, strict=True)]
     else:
         counts = [check_whole("per_class", per_class, 1)] * k
     if not any(counts):
@@ -69,40 +58,27 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
 def recorded(model: GLEM, per_class: PerClass) -> Any:
     """`per_class` as JSON can carry it, classes by name: an index as text may be another class's name."""
     if isinstance(per_class, Mapping):
-        return {model.classes[i]: int(count) for i, count in by_class(model, per_class, "per_class").items()}
-    return per_class if isinstance(per_class, str) else as_list(per_class)
+        return {model.classes[_find_class(model, key, "per_class")]: int(n) for key, n in per_class.items()}
+    return per_class if isinstance(per_class, str) else _as_list(per_class)
 
 
-def as_list(values: Any) -> Any:
-    """A number, sequence, array or tensor in Python's own types."""
-    return values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
+def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
+    """A value for each of the flow's K classes.
 
-
-# ---- the classes of the flow -----------------------------------------------------------------------------------------
-
-
-def by_class(model: GLEM, values: Mapping[Any, Any], argument: str, complete: bool = False) -> dict[int, Any]:
-    """A mapping from the flow's class names, ids or indices to values, as one from indices.
-
-    Args:
-        argument: its name, for the errors. complete: whether every class must be there.
-
-    Raises:
-        ValueError: for a key that is no class of the flow, a class named twice, or one left out.
+    `values` holds K of them, or maps class names, ids or indices to them; other classes get `default`.
     """
+    if not isinstance(values, Mapping):
+        given = _as_list(values)
+        if not isinstance(given, list) or len(given) != model.num_classes:
+            raise ValueError(f"{argument} must be {model.num_classes} values, one per class of the flow; got {given!r}")
+        return given
     found: dict[int, Any] = {}
     for key, value in values.items():
         index = _find_class(model, key, argument)
         if index in found:
             raise ValueError(f"{argument} has the class {model.classes[index]!r} twice: leave one of them out")
         found[index] = value
-    missing = [name for i, name in enumerate(model.classes) if i not in found]
-    if complete and missing:
-        more = ", ..." if len(missing) > 10 else ""
-        raise ValueError(
-            f"{argument} leaves out {', '.join(missing[:10])}{more}: give all {model.num_classes} classes of the flow"
-        )
-    return found
+    return [found.get(i, default) for i in range(model.num_classes)]
 
 
 def _find_class(model: GLEM, key: Any, argument: str) -> int:
@@ -116,28 +92,23 @@ def _find_class(model: GLEM, key: Any, argument: str) -> int:
     return int(key)
 
 
-# ---- the labels of a real data set -----------------------------------------------------------------------------------
+def _as_list(values: Any) -> Any:
+    """A number, sequence, array or tensor in Python's own types."""
+    return values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
 
 
 def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The flow's class of every image of a real data set.
+    """The flow's class of every image of a real data set, int64 [N], and of every class of it, int64.
 
-    Args:
-        real: an `ImageData`; (images, labels); or a torchvision or timm data set. Its classes are matched with the
-            flow's by name. If it names none, its labels are the flow's indices.
-
-    Returns:
-        int64 [N], the flow's class of every image; int64, the flow's class of every class of the data.
+    Classes are matched by name; labels of data without class names are the flow's indices.
 
     Raises:
         DataError: labels that cannot be found or matched, or are out of range.
     """
     targets, names = targets_and_names(real)
-    index = (
-        np.arange(model.num_classes)
-        if names is None
-        else match_classes(model.class_ids, model.classes, *names, fix=_ADAPT)
-    )
+    index = np.arange(model.num_classes)
+    if names is not None:
+        index = match_classes(model.class_ids, model.classes, *names, fix=_ADAPT)
     if len(targets) == 0 or targets.min() < 0 or targets.max() >= len(index):
         found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
         raise DataError(f"labels of the real data must be 0 to {len(index) - 1}, found {found}")
@@ -159,11 +130,6 @@ def targets_and_names(real: Any) -> tuple[np.ndarray, Names | None]:
     if isinstance(real, Subset):
         targets, names = targets_and_names(real.dataset)
         return targets[np.asarray(real.indices, dtype=np.int64)], names
-    if isinstance(real, ConcatDataset):
-        parts = [targets_and_names(part) for part in real.datasets]
-        if any(names != parts[0][1] for _, names in parts):
-            raise DataError("the parts of this ConcatDataset have other classes than its first: join those of the same")
-        return np.concatenate([targets for targets, _ in parts]), parts[0][1]
     labels = _labels_of(real)
     if labels is None:
         raise DataError(
@@ -171,11 +137,9 @@ def targets_and_names(real: Any) -> tuple[np.ndarray, Names | None]:
             "give (images, labels), or the numbers themselves as per_class"
         )
     classes = class_names(real)
-    if classes is None:
-        return _whole_labels(labels), None
-    ids = getattr(real, "wnids", None)  # torchvision's ImageNet
-    known = isinstance(ids, (list, tuple)) and len(ids) == len(classes)
-    return _whole_labels(labels), ([str(i) for i in ids] if known and ids is not None else classes, classes)
+    # Torchvision's ImageNet has ids beside the names.
+    names = None if classes is None else ([str(i) for i in getattr(real, "wnids", classes)], classes)
+    return _whole_labels(labels), names
 
 
 def _labels_of(real: Any) -> Any:
@@ -191,10 +155,7 @@ def _labels_of(real: Any) -> Any:
 
 
 def real_images(model: GLEM, real: Any) -> ImageData:
-    """Real images of the flow's size under the flow's classes.
-
-    Args:
-        real: an `ImageData`, (uint8 images, labels), or a name for `open_data`.
+    """An `ImageData`, (uint8 images, labels), or a name for `open_data`, at the flow's size and under its classes.
 
     Raises:
         DataError: images of another size, or classes that do not match. TypeError: another kind of `real`.
@@ -208,9 +169,8 @@ def real_images(model: GLEM, real: Any) -> ImageData:
 
 def _is_pair(real: Any) -> bool:
     """Whether this is (images, labels), of tensors or arrays; labels may be a list."""
-    arrays = (Tensor, np.ndarray)
     two = isinstance(real, tuple) and len(real) == 2
-    return two and isinstance(real[0], arrays) and isinstance(real[1], (*arrays, list))
+    return two and isinstance(real[0], Tensor | np.ndarray) and isinstance(real[1], Tensor | np.ndarray | list)
 
 
 def _whole_labels(labels: Any) -> np.ndarray:

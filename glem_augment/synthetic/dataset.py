@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,45 +30,37 @@ from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle, r
 
 # Images that are decoded together, all of one class. Another number would change images in their last bits.
 BLOCK = 64
-# Blocks decoded a second time before the user is told that the cache is too small for the way it is read.
-TOO_OFTEN = 32
 
 
 class SyntheticDataset(Dataset):
-    """A map-style data set of synthetic images, in the order of the classes.
+    """A map-style data set of synthetic images, in the order of the classes, with torchvision's attributes.
 
-    Items are (PIL image, int), as torchvision's image data sets give them; `classes`, `class_to_idx`,
-    `targets`, `transform` and `target_transform` are those of torchvision.
-
-    A block of images is decoded when the first of them is wanted, and kept as long as `cache_bytes` allow. Every
-    DataLoader worker has a cache of its own, so for loaders with workers, and for sets that are shuffled and do not fit
-    the cache, call `preload` first (all images in memory, shared by all workers), or `export` and read the files.
+    Items are (PIL image, int). A block of images is decoded when the first of them is wanted, and kept as long as
+    `cache_bytes` allow. Every DataLoader worker has a cache of its own, so for loaders with workers, and for sets that
+    are shuffled and do not fit the cache, call `preload` first, or `export` and read the files.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
             change afterwards.
         per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (the
-            others get none), or "balance": as many as fill up each class of `real` to its largest one, and none of a
-            class that `real` does not name.
+            others get none), or "balance": as many as fill up each class of `real` to its largest one.
         temperature: factor on the standard deviation.
         seed: int >= 0; with the class and the place within the class it fixes an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
             "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; their latents are kept in
-            memory, N * d * 4 bytes). A class with one real image has nothing to mix, so all of its images are copies of
-            that one; a warning says so.
+            memory, N * d * 4 bytes).
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images: an `ImageData`, (uint8 images, labels), or for "balance" any torchvision or timm data set
             whose labels can be read.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         min_confidence: draw an item again, up to 20 times, until the probability of its class is at least this; the
-            best candidate is kept if none is. `acceptance()` reports. None: no rejection. The flow's posterior judges
-            latents, and passes nearly all draws of the class Gaussians, its own; to judge images give an oracle.
-        oracle: judges in place of the flow's posterior: from float images [n, C, H, W] in [0, 1] to probabilities or
-            logits [n, K] of the flow's classes. A row with NaN counts as confidence 0. A module judges in eval mode,
-            and an export that is finished later knows it by its weights; another function is known to this data set
-            alone.
+            best candidate is kept if none is. `acceptance()` reports. None: no rejection.
+        oracle: judges images in place of the flow's posterior, which judges latents and passes nearly all draws of its
+            own Gaussians: from float images [n, C, H, W] in [0, 1] to probabilities or logits [n, K]. A row with NaN
+            counts as confidence 0. A module judges in eval mode, and a later run may finish its export; another
+            function is known to this data set alone.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -105,15 +96,13 @@ class SyntheticDataset(Dataset):
         self.real_name = None if latents.real is None else latents.real.name
         self.block = BLOCK
         self.image_shape: tuple[int, int, int] = model.image_shape
-        self.classes: list[str] = list(model.classes)
-        self.class_ids: list[str] = list(model.class_ids)
-        self.class_to_idx: dict[str, int] = dict(model.class_to_idx)
+        self.classes, self.class_ids = list(model.classes), list(model.class_ids)
+        self.class_to_idx = dict(model.class_to_idx)
         self.targets: list[int] = np.repeat(np.arange(model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._preloaded: Tensor | None = None
         # For each block (class, number) decoded so far: images, images that are not finite, and `Drawn.judged`.
         self._known: dict[tuple[int, int], tuple[int, int, tuple[int, int, float]]] = {}
-        self._decoded_again = 0
         self._weights_key: tuple[tuple[int, int], ...] | None = None
         self._make_cache()
 
@@ -126,21 +115,15 @@ class SyntheticDataset(Dataset):
         return sum(not_finite for _, not_finite, _ in self._known.values())
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Item `index` (negative ones count from the end): (image, label) after the transforms.
-
-        Raises:
-            IndexError: out of range. ValueError: for a flow of neither 1 nor 3 channels (use `images`).
-            RuntimeError: for a model on CUDA in a forked DataLoader worker.
-        """
+        """Item `index`: (image, label) after the transforms; ValueError for a flow of neither 1 nor 3 channels."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """Several items; each block among them is decoded once. See `__getitem__`."""
         pictures = self.pictures(indices)
-        labels: list[Any] = [self.targets[index] for index in indices]
-        if self.target_transform is not None:
-            labels = [self.target_transform(label) for label in labels]
-        return list(zip(pictures, labels, strict=True))
+        labels = [self.targets[index] for index in indices]
+        transform = self.target_transform or int
+        return [(picture, transform(label)) for picture, label in zip(pictures, labels, strict=True)]
 
     def pictures(self, indices: Sequence[int]) -> list[Any]:
         """The images of several items, after the transform. See `__getitem__`."""
@@ -162,33 +145,25 @@ class SyntheticDataset(Dataset):
         out = torch.empty(len(cls), self.model.dim, device=self.model.device)
         for (c, number), rows in rows_by_block(cls, within, self.block).items():
             places = torch.from_numpy(within[rows] - number * self.block).to(out.device)
-            out[torch.tensor(rows, device=out.device)] = self.sampler.latents(*self._items(c, number))[places]
+            out[torch.tensor(rows, device=out.device)] = self.sampler.latents(*self._items(c, number))[0][places]
         return out
 
     def preload(self, progress: bool = True) -> None:
-        """Decode all images now and keep them in memory (`len(ds) * C * H * W` bytes).
-
-        DataLoader workers started afterwards share this memory, forked or spawned.
-        """
+        """Decode all images now and keep them in memory, which DataLoader workers started afterwards share."""
         images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
-        with tqdm(total=len(self), unit="image", desc="preload", disable=not progress) as bar:
-            for start in range(0, len(self), self.block):
-                indices = range(start, min(start + self.block, len(self)))
-                images[start : indices.stop] = self.images(indices)
-                bar.update(len(indices))
+        starts = range(0, len(self), self.block)
+        for start in tqdm(starts, unit="block", desc="preload", disable=not progress):
+            indices = range(start, min(start + self.block, len(self)))
+            images[start : indices.stop] = self.images(indices)
         self._preloaded = images
         self._make_cache()
 
     def acceptance(self) -> dict[str, Any]:
-        """What rejection did in the blocks that this process has decoded so far (`images`, `preload`, `export`).
+        """What rejection did in the blocks that this process has decoded so far.
 
         Returns:
             JSON-able: min_confidence, `total` and one entry per class with `items` (decoded), `candidates` (drawn for
-            them), `rate` (accepted / candidates, None before the first block), `failed` (kept though no candidate was
-            good enough) and `confidence` (mean).
-
-        Raises:
-            ValueError: for a data set without min_confidence.
+            them), `rate` (accepted / candidates), `failed` (no candidate was good enough) and `confidence` (mean).
         """
         if self.sampler.min_confidence is None:
             raise ValueError("nothing is rejected without min_confidence")
@@ -202,19 +177,9 @@ class SyntheticDataset(Dataset):
         }
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, beside weights and classes; JSON can carry them.
-
-        Raises:
-            RuntimeError: the model has changed since the first image.
-        """
+        """The settings that decide what the images are, beside weights and classes, as JSON can carry them."""
         self._check_model()
-        own = {
-            "per_class": self.per_class,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "source": self.source,
-            "block": self.block,
-        }
+        own = {key: getattr(self, key) for key in ("per_class", "temperature", "seed", "source", "block")}
         return own | self.sampler.settings()
 
     def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]:
@@ -228,15 +193,7 @@ class SyntheticDataset(Dataset):
     def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
         self._check_model()
         drawn = self.sampler.draw(*self._items(cls, number))
-        self._decoded_again += (cls, number) in self._known
         self._known[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
-        if self._decoded_again == TOO_OFTEN:
-            warnings.warn(
-                "SyntheticDataset decodes the same blocks again and again: its "
-                f"{len(self) * math.prod(self.image_shape)} bytes of images do not fit cache_bytes={self.cache_bytes}. "
-                "Raise it, or call preload(), or export() the images once and read the files",
-                stacklevel=2,
-            )
         return drawn.images, drawn.not_finite
 
     def _items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -250,10 +207,7 @@ class SyntheticDataset(Dataset):
         if self._weights_key is None:
             self._weights_key = key
         elif key != self._weights_key:
-            raise RuntimeError(
-                "the model's weights or modes have changed since this SyntheticDataset decoded its first images: "
-                "make a new SyntheticDataset"
-            )
+            raise RuntimeError("the model's weights or modes have changed: make a new SyntheticDataset")
 
     def export(
         self,
@@ -263,24 +217,16 @@ class SyntheticDataset(Dataset):
         overwrite: bool = False,
         license: str | None = None,  # noqa: A002  (the Hub's word)
     ) -> Path:
-        """Write all images as PNG: folder/<class>/NNNNNN.png, with glem-provenance.json beside the class folders; or as
-        WebDataset shards.
+        """Write all images, without the transforms, and glem-provenance.json; every file appears whole or not at all.
 
-        Class folders are named by the class ids, or a slug of the class names (see `class_folders`).
-        Transforms are not applied. Every file appears whole or not at all.
-
-        glem-provenance.json says what the images are (weights, settings, classes), and is the manifest: the SHA-256
-        of every shard, a block of images of one class. Exporting the same images to the same folder again checks them,
-        and writes what is missing or damaged, so an export that was killed is finished by running it again.
+        Exporting the same images to the same folder again checks them, and writes what is missing or damaged, so an
+        export that was killed is finished by running it again.
 
         Args:
-            folder: made if missing; format: "imagefolder", or "webdataset" (data/train-*.tar, which timm's reader and
-            the Hub take as they are, made in one step at the end); progress: show a bar; overwrite: replace an
-            export of other images; license: of the images that the flow was trained on, which its samples inherit, for
-            the provenance.
-
-        Returns:
-            The folder.
+            folder: made if missing. format: "imagefolder" (folder/<class>/NNNNNN.png, see `class_folders`), or
+                "webdataset" (data/train-*.tar, which timm and the Hub read; made in one step at the end). progress:
+                show a bar. overwrite: replace an export of other images. license: of the images that the flow was
+                trained on, which its samples inherit, for the provenance.
 
         Raises:
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
@@ -296,36 +242,27 @@ class SyntheticDataset(Dataset):
         return write(self, folder, overwrite, license, progress)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload all images with a data card to a data set on the Hugging Face Hub, in one commit.
-
-        Args:
-            repo_id: `org/name`. options: license, format, private, token, ...: see `publish.push_dataset`, also for
-                the errors.
-
-        Returns:
-            huggingface_hub's `CommitInfo`.
-        """
+        """Upload all images to the data set `org/name` on the Hub in one commit; see `publish.push_dataset`."""
         from glem_augment.synthetic.publish import push_dataset  # it loads the Hub's client
 
+        self._check_pil()
         return push_dataset(self, repo_id, **options)
 
     def __repr__(self) -> str:
         return (
             f"SyntheticDataset({len(self)} images, {len(self.classes)} classes, per_class={self.per_class}, "
-            f"temperature={self.temperature}, seed={self.seed}, source={self.source!r}, "
-            f"image_shape={self.image_shape})"
+            f"temperature={self.temperature}, seed={self.seed}, source={self.source!r})"
         )
 
     def _make_cache(self) -> None:
-        bytes_per_block = self.block * math.prod(self.image_shape)
-        blocks = max(1, self.cache_bytes // bytes_per_block)
+        blocks = max(1, self.cache_bytes // (self.block * math.prod(self.image_shape)))
         self._cached_block = functools.lru_cache(blocks)(self._decode_block)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a cache and counts of its own, and other weights of the same values.
+        # A copy has a cache and counts of its own, and other tensors with the same weights.
         known = {} if self._preloaded is None else self._known
         state = {key: value for key, value in self.__dict__.items() if key != "_cached_block"}
-        return state | {"_known": known, "_decoded_again": 0, "_weights_key": None}
+        return state | {"_known": known, "_weights_key": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -333,23 +270,16 @@ class SyntheticDataset(Dataset):
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Class and place within the class of every index, int64 [n] each."""
-        index = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices))
+        index = np.asarray(indices)
         if index.size and not np.issubdtype(index.dtype, np.integer):
             raise TypeError(f"indices must be integers, got {index.dtype}")
-        index = index.astype(np.int64)
-        total = len(self)
-        bad = (index < -total) | (index >= total)
-        if bad.any():
-            raise IndexError(f"index {index[bad][0]} is out of range for {total} images")
-        index = np.where(index < 0, index + total, index)
+        index = np.arange(len(self))[index.astype(np.int64)]  # negative ones count from the end
         cls = np.searchsorted(self._starts, index, side="right") - 1
         return cls, index - self._starts[cls]
 
     def _check_pil(self) -> None:
         if self.image_shape[0] not in (1, 3):
-            raise ValueError(
-                f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices) for tensors"
-            )
+            raise ValueError(f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices)")
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -14,13 +14,14 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 import unicodedata
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torchvision.io import encode_png
@@ -29,7 +30,6 @@ from tqdm import tqdm
 from glem_augment import __version__
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.io import write_json
-from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 
 PROVENANCE = "glem-provenance.json"
@@ -39,28 +39,8 @@ SAVE_SECONDS = 5.0
 _LEFT_OVER = re.compile(
     r"\.((\d{6,}\.png|glem-provenance\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp|glem-export\.jsonl)"
 )
-# Names that Windows gives to devices.
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
-
-
-class ImageSet(Protocol):
-    """What is written: a `SyntheticDataset`, or an object that gives its classes other numbers."""
-
-    model: GLEM
-    classes: list[str]
-    class_ids: list[str]
-    counts: list[int]
-    targets: list[int]
-    image_shape: tuple[int, int, int]
-    block: int
-    source: str
-    non_finite: int
-    real_name: str | None
-
-    def __len__(self) -> int: ...
-    def settings(self) -> dict[str, Any]: ...
-    def images(self, indices: Sequence[int]) -> Tensor: ...
-    def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]: ...
+# A `SyntheticDataset` (whose module imports this one), or a view of one that numbers its classes differently.
+ImageSet = Any
 
 
 class Shard(NamedTuple):
@@ -85,7 +65,7 @@ def export_imagefolder(
 ) -> Path:
     """Write folder/<class>/NNNNNN.png and the manifest; see `SyntheticDataset.export`."""
     manifest = provenance(dataset) | {"license": licence_note(license, dataset.source)}
-    old = check_folder(folder, overwrite)
+    old = check_folder(folder)
     if old is not None and (found := differences(old, manifest)):
         if not overwrite:
             raise FileExistsError(
@@ -93,7 +73,9 @@ def export_imagefolder(
                 "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
             )
         # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
-        _remove_images(folder, old)
+        for entry in old["classes"]:
+            if (folder / entry["folder"]).is_dir():
+                shutil.rmtree(folder / entry["folder"])  # `check_folder` has seen that there are only its images
         old = None
     if license is None and old is not None:
         manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
@@ -114,19 +96,20 @@ def export_imagefolder(
 
     if missing:
         save(complete=False)
-        saved = time.monotonic()
-        try:
-            for shard, sha256, not_finite in _write(dataset, folder, missing, progress):
-                where = {"folder": shard.folder, "first": shard.first, "count": shard.count}
-                done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
-                if time.monotonic() - saved >= SAVE_SECONDS:
-                    save(complete=False)
-                    saved = time.monotonic()
-        except BaseException:
-            if folder.is_dir():
-                with contextlib.suppress(OSError):  # the first error is the one to report
-                    save(complete=False)
-            raise
+    saved, total = time.monotonic(), sum(shard.count for shard in missing)
+    with (
+        ThreadPoolExecutor(min(8, usable_cpus())) as pool,
+        tqdm(total=total, unit="image", desc="export", disable=not (progress and missing)) as bar,
+    ):
+        for shard in missing:
+            images, not_finite = dataset.decoded_block(shard.cls, shard.number)
+            sha256 = hashlib.sha256(b"".join(pool.map(_write_png, images, shard.paths(folder)))).hexdigest()
+            where = {"folder": shard.folder, "first": shard.first, "count": shard.count}
+            done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
+            bar.update(shard.count)
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                save(complete=False)
+                saved = time.monotonic()
     save(complete=True)
     for path in folder.rglob(".*"):
         if _LEFT_OVER.fullmatch(path.name):
@@ -134,54 +117,20 @@ def export_imagefolder(
     return folder
 
 
-def _write(
-    dataset: ImageSet, folder: Path, shards: Sequence[Shard], progress: bool
-) -> Iterator[tuple[Shard, str, int]]:
-    """Decode and write shards. Give each, its SHA-256 and how many of its images are not finite once it is written."""
-    threads = min(8, usable_cpus())
-    waiting: deque[tuple[Shard, int, Future[str]]] = deque()
-    total = sum(shard.count for shard in shards)
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, unit="image", desc="export", disable=not progress) as bar,
-    ):
-
-        def finish() -> tuple[Shard, str, int]:
-            shard, not_finite, written = waiting.popleft()
-            sha256 = written.result()
-            bar.update(shard.count)
-            return shard, sha256, not_finite
-
-        # The PNGs of some shards are encoded and written while the next one is decoded.
-        for shard in shards:
-            images, not_finite = dataset.decoded_block(shard.cls, shard.number)
-            waiting.append((shard, not_finite, pool.submit(_write_pngs, images, shard.paths(folder))))
-            while waiting and (len(waiting) > threads or waiting[0][2].done()):
-                yield finish()
-        while waiting:
-            yield finish()
-
-
-def _write_pngs(images: Tensor, paths: Sequence[Path]) -> str:
-    """Write images as PNG files; the SHA-256 of all their bytes, one file after another."""
-    total = hashlib.sha256()
-    with naming(paths[0].parent):
-        paths[0].parent.mkdir(exist_ok=True)
-    for image, path in zip(images, paths, strict=True):
-        data = as_png(image)
-        total.update(data)
-        # `io.atomic_write` would sync every one of these small files to the disk, which takes longer than all the rest.
-        # What a power cut took is found by the hashes when the export is run again.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        with naming(path):
-            try:
-                temporary.write_bytes(data)
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
-    return total.hexdigest()
+def _write_png(image: Tensor, path: Path) -> bytes:
+    """Write an image as a PNG file; its bytes."""
+    data = as_png(image)
+    # `io.atomic_write` would sync every one of these small files to the disk, which takes longer than all the rest.
+    # What a power cut took is found by the hashes when the export is run again.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with naming(path):
+        path.parent.mkdir(exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return data
 
 
 def as_png(image: Tensor) -> bytes:
@@ -201,11 +150,11 @@ def naming(path: Path) -> Iterator[None]:
 # ---- what is in the folder already -----------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, overwrite: bool) -> dict[str, Any] | None:
+def check_folder(folder: Path) -> dict[str, Any] | None:
     """The manifest of an earlier export in the folder, finished or not; None if the folder is empty or missing.
 
     Raises:
-        FileExistsError: the folder is a file, or holds anything that no export has written.
+        FileExistsError: the folder is a file, or holds anything that no export wrote, or without its manifest.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
@@ -219,14 +168,9 @@ def check_folder(folder: Path, overwrite: bool) -> dict[str, Any] | None:
             continue
         if name == f"{parent}/{path.name}" and image and int(image[1]) < counts.get(parent, 0):
             continue
-        if old is None:
-            raise FileExistsError(
-                f"{folder} is not empty and holds no earlier export: give another folder; overwrite=True (--overwrite) "
-                "replaces an export, and no files of others"
-            )
-        raise FileExistsError(
-            f"{folder} holds {name!r}, which this export would not overwrite: move it away, or give another folder"
-        )
+        nothing = "no earlier export, the only thing that overwrite=True (--overwrite) replaces"
+        found = nothing if old is None else f"{name!r}, which no export wrote"
+        raise FileExistsError(f"{folder} is not empty, it holds {found}: give another folder")
     return old
 
 
@@ -249,17 +193,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
 
-    def compared(a: dict[str, Any], b: dict[str, Any], keys: Iterable[str]) -> list[str]:
-        return [f"{key} {a.get(key)} (not {b.get(key)})" for key in keys if a.get(key) != b.get(key)]
-
-    found = compared(old, new, ("generator", "count"))
-    found += compared(old["settings"], new["settings"], sorted({*old["settings"], *new["settings"]}))
+    a, b = ({key: table.get(key) for key in ("generator", "count")} | table["settings"] for table in (old, new))
+    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in a | b if a.get(key) != b.get(key)]
     if old.get("weights_sha256") != new["weights_sha256"]:
         found.append("weights")
-    # The number of a class makes no image, nor does a class without images or the record of the training.
+    # A class without images, the number of a class and the record of the training make no image.
     drawn = [
-        [{key: value for key, value in entry.items() if key != "index"} for entry in table["classes"] if entry["count"]]
-        for table in (old, new)
+        [(entry["folder"], entry["count"]) for entry in table["classes"] if entry["count"]] for table in (old, new)
     ]
     if drawn[0] != drawn[1]:
         found.append("classes")
@@ -275,25 +215,15 @@ def _intact(folder: Path, shards: Sequence[Shard], old: dict[str, Any] | None) -
     known = {(entry["folder"], entry["first"], entry["count"]): entry for entry in entries}
 
     def is_intact(shard: Shard) -> bool:
-        entry, total = known.get(shard[2:]), hashlib.sha256()
         try:
-            for path in shard.paths(folder) if entry is not None else ():
-                total.update(path.read_bytes())
+            found = hashlib.sha256(b"".join(path.read_bytes() for path in shard.paths(folder)))
         except OSError:
             return False
-        return entry is not None and entry.get("sha256") == total.hexdigest()
+        return known[shard[2:]].get("sha256") == found.hexdigest()
 
+    listed = [shard for shard in shards if shard[2:] in known]
     with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
-        return {s: known[s[2:]] for s, intact in zip(shards, pool.map(is_intact, shards), strict=True) if intact}
-
-
-def _remove_images(folder: Path, manifest: dict[str, Any]) -> None:
-    """Remove the images of an earlier export; `check_folder` has seen that there are no other files."""
-    for entry in manifest["classes"]:
-        if (folder / entry["folder"]).is_dir():
-            for path in (folder / entry["folder"]).iterdir():
-                path.unlink()
-            (folder / entry["folder"]).rmdir()
+        return {s: known[s[2:]] for s, intact in zip(listed, pool.map(is_intact, listed), strict=True) if intact}
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------
@@ -325,22 +255,20 @@ def licence_note(licence: str | None, source: str) -> str:
 
 
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A folder name for every class: its id if that is safe on every system, else a slug of its name.
+    """A folder name for every class: its id if that can be one as it is, else a slug of its name.
 
-    Ids that are plain numbers say little to a reader (class 3 of one data set is not class 3 of another), so names that
-    are more than numbers take their place: "T-shirt/top" becomes "T-shirt_top". A slug has the letters and digits of
-    the name, so that the classes are matched again when the folder is opened as data. Classes whose folders would be
-    the same get their index appended.
+    A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug has the
+    letters and digits of the name, so that the classes are matched again when the folder is opened as data. Classes
+    whose folders would be the same get their index appended.
     """
-    numbers = all(re.fullmatch(r"\d+", text) for text in class_ids)
-    named = not all(re.fullmatch(r"\d+", text) for text in names)
-    folders: list[str] = []
-    for index, (class_id, name) in enumerate(zip(class_ids, names, strict=True)):
-        use_id = _safe(class_id) and not (numbers and named)
-        folders.append((class_id if use_id else _slug(name)) or f"class_{index}")
+    numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
+    folders = [
+        class_id if _slug(class_id) == class_id and not numbered else _slug(name) or f"class_{index}"
+        for index, (class_id, name) in enumerate(zip(class_ids, names, strict=True))
+    ]
     # Some file systems do not tell capitals apart.
     uses = Counter(folder.casefold() for folder in folders)
-    taken = {key for key, count in uses.items() if count == 1}
+    taken = {folder for folder, count in uses.items() if count == 1}
     for index, folder in enumerate(folders):
         if uses[folder.casefold()] > 1:
             folder = f"{folder}_{index}"
@@ -351,12 +279,6 @@ def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
     return folders
 
 
-def _safe(text: str) -> bool:
-    plain = re.fullmatch(r"[\w][\w.+ -]*", text) is not None and text[-1] not in ". " and len(text) <= 100
-    return plain and text.split(".")[0].casefold() not in _RESERVED
-
-
 def _slug(text: str) -> str:
-    text = unicodedata.normalize("NFC", text)
-    slug = re.sub(r"[^\w.+ -]+", "_", text).strip("_. ")[:100].rstrip("_. ")
-    return slug if not slug or _safe(slug) else f"{slug}_"
+    text = re.sub(r"[^\w.+ -]+", "_", unicodedata.normalize("NFC", text))
+    return text.lstrip("_.+ -")[:100].rstrip("_. ")

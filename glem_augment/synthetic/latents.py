@@ -11,6 +11,7 @@ import secrets
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from glem_augment.data.pixels import in_range, to_uint8
 from glem_augment.devices import check_worker_device, evaluating
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
+from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.balance import real_images
 
 SOURCES = ("gaussian", "rfcm", "mixup")
@@ -36,13 +38,9 @@ Oracle = Callable[[Tensor], Tensor]
 
 
 class RealLatents:
-    """Latents of real images, class after class, in the CPU's memory (N * d * 4 bytes).
+    """Latents `z` of real images, float32 [N, d] in the CPU's memory, class after class; `starts`, `counts`: int64 [K].
 
-    Attributes:
-        z: float32 [N, d], encoded in the middle of each pixel's bin.
-        starts, counts: int64 [K], where each class begins and how many images it has.
-        sha256: hash of the pixels and counts. Latents would not do: their last bits differ between machines.
-        name: name of the image data.
+    `sha256` is of the pixels and counts, because the last bits of latents differ between machines.
     """
 
     def __init__(self, model: GLEM, images: ImageData) -> None:
@@ -64,18 +62,8 @@ class LatentSource:
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
     - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
 
-    Args:
-        model: the flow; "rfcm" and "mixup" need its fitted modes.
-        source: one of the three.
-        seed: int >= 0.
-        temperature: factor T on the standard deviation; "mixup" has none.
-        real: real images for "mixup", see `real_images`.
-        modes: number of modes that P keeps; None means 64, or as many as there are.
-        alpha: l ~ Beta(alpha, alpha), folded to [1/2, 1].
-        wanted: bool [K], the classes that will be drawn.
-
-    Raises:
-        ValueError, TypeError: for an argument that is missing or out of range.
+    P keeps the first `modes` modes (None: 64, or as many as there are), and l ~ Beta(alpha, alpha) is folded to
+    [1/2, 1]. `wanted`, bool [K], says which classes will be drawn.
     """
 
     def __init__(
@@ -106,18 +94,11 @@ class LatentSource:
 
     def settings(self) -> dict[str, Any]:
         """The settings of mixup, for the provenance."""
-        if self.real is None:
-            return {}
-        return {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
+        return {} if self.real is None else {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
 
     @torch.no_grad()
     def draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
-        """Latents float32 [n, d] on the model's device.
-
-        Args:
-            cls, within: int64 [n], class and place within the class.
-            attempt: 0, or the number of the replacement under rejection.
-        """
+        """Latents float32 [n, d] on the model's device; cls, within: int64 [n]; attempt > 0 under rejection."""
         model = self.model
         check_worker_device(model.device)
         if self.source == "mixup":
@@ -185,8 +166,8 @@ def rows_by_block(cls: np.ndarray, within: np.ndarray, size: int) -> dict[tuple[
 
 
 class Drawn(NamedTuple):
-    """Images uint8 [n, C, H, W] on the CPU; how many have values that are not finite (shown grey, 0 or 255); what
-    rejection did: candidates drawn, items that never passed, and the sum of confidences (zeros without rejection)."""
+    """Images uint8 [n, C, H, W] on the CPU; how many of them are not finite; what rejection did (zeros without it):
+    candidates drawn, items that never passed, and the sum of confidences."""
 
     images: Tensor
     not_finite: int
@@ -198,15 +179,6 @@ class ImageSampler:
 
     Under rejection an item is drawn again until its class has enough probability, at most MAX_ATTEMPTS times; the best
     candidate is kept if none has.
-
-    Args:
-        source: draws the latents.
-        min_confidence: in (0, 1]; None: no rejection.
-        oracle: judges images: float [n, C, H, W] in [0, 1] -> logits or probabilities [n, K]. None: the flow's
-            posterior judges the latents.
-
-    Raises:
-        ValueError, TypeError: for an argument that is missing or out of range.
     """
 
     def __init__(self, source: LatentSource, min_confidence: float | None, oracle: Oracle | None) -> None:
@@ -228,63 +200,47 @@ class ImageSampler:
         judge = "posterior" if self.oracle is None else _identity(self.oracle, self._token)
         return settings | {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": judge}
 
-    def latents(self, cls: np.ndarray, within: np.ndarray) -> Tensor:
-        """Latents float32 [n, d] on the model's device, those that rejection keeps."""
-        return self.source.draw(cls, within) if self.min_confidence is None else self._accepted(cls, within)[0]
-
     @torch.no_grad()
-    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
-        """The images of items; cls, within: int64 [n]."""
-        x, judged = None, (0, 0, 0.0)
-        if self.min_confidence is None:
-            z = self.source.draw(cls, within)
-        else:
-            z, x, confidence, candidates = self._accepted(cls, within)
-            judged = candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum())
-        if x is None:
-            x = self._decode(z)
-        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
-        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
-        return Drawn(to_uint8(x).cpu(), not_finite, judged)
-
-    @torch.no_grad()
-    def _accepted(self, cls: np.ndarray, within: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor, int]:
-        """Latents, images if an oracle had to see them, confidences [n] on the CPU, and how many candidates it took."""
+    def latents(self, cls: np.ndarray, within: np.ndarray) -> tuple[Tensor, tuple[int, int, float]]:
+        """Latents float32 [n, d] on the model's device, and what rejection did, see `Drawn`; cls, within: int64 [n]."""
         z = self.source.draw(cls, within)
-        images, confidence = self._judge(z, cls)
-        candidates = len(cls)
+        if self.min_confidence is None:
+            return z, (0, 0, 0.0)
+        confidence, candidates = self._confidence(z, cls), len(cls)
         for attempt in range(1, MAX_ATTEMPTS):
             rows = torch.nonzero(confidence < self.min_confidence)[:, 0]
             if len(rows) == 0:
                 break
-            new = self.source.draw(cls[rows.numpy()], within[rows.numpy()], attempt)
-            new_images, new_confidence = self._judge(new, cls[rows.numpy()])
+            again = rows.numpy()
+            new = self.source.draw(cls[again], within[again], attempt)
+            new_confidence = self._confidence(new, cls[again])
             candidates += len(rows)
             better = torch.nonzero(new_confidence > confidence[rows])[:, 0]
-            rows = rows[better]
-            confidence[rows] = new_confidence[better]
-            rows, better = rows.to(z.device), better.to(z.device)
-            z[rows] = new[better]
-            if images is not None and new_images is not None:
-                images[rows] = new_images[better]
-        return z, images, confidence, candidates
+            confidence[rows[better]] = new_confidence[better]
+            z[rows[better].to(z.device)] = new[better.to(z.device)]
+        return z, (candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum()))
 
-    def _judge(self, z: Tensor, cls: np.ndarray) -> tuple[Tensor | None, Tensor]:
-        """Images (None without an oracle), and the confidence float32 [n] on the CPU; 0 where it is not a number."""
-        images = None
+    @torch.no_grad()
+    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
+        """The images of items; cls, within: int64 [n]."""
+        z, judged = self.latents(cls, within)
+        x = self._decode(z)
+        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
+        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
+        return Drawn(to_uint8(x).cpu(), not_finite, judged)
+
+    def _confidence(self, z: Tensor, cls: np.ndarray) -> Tensor:
+        """The probability of the class, float32 [n] on the CPU; 0 where it or the image is not finite."""
         if self.oracle is None:
             probability = self.source.model.posterior_from_latents(z)
         else:
             images = self._decode(z)
-            if isinstance(self.oracle, nn.Module):
-                with evaluating(self.oracle):
-                    output = self.oracle(in_range(images))
-            else:
+            with evaluating(self.oracle) if isinstance(self.oracle, nn.Module) else nullcontext():
                 output = self.oracle(in_range(images))
             finite = torch.isfinite(images).flatten(1).all(dim=1, keepdim=True)
             probability = as_probabilities(output, len(z), self.source.model.num_classes) * finite
         y = torch.from_numpy(cls).to(probability.device)
-        return images, probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
+        return probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
 
     def _decode(self, z: Tensor) -> Tensor:
         with evaluating(self.source.model):
@@ -295,9 +251,6 @@ def as_probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
     """An oracle's logits or probabilities [n, K] as probabilities float32; NaN in rows that hold NaN or +inf.
 
     A row from 0 up that sums to 1 holds probabilities; any other row goes through a softmax.
-
-    Raises:
-        ValueError: output of another shape.
     """
     if not isinstance(output, Tensor) or output.shape != (n, num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -315,8 +268,4 @@ def _identity(oracle: Oracle, token: str) -> str:
     name = f"{named.__module__}.{named.__qualname__}"
     if not isinstance(oracle, nn.Module):
         return f"{name}, {token}"
-    total = hashlib.sha256()
-    for key, value in oracle.state_dict().items():
-        total.update(key.encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"{name}, weights {total.hexdigest()}"
+    return f"{name}, weights {weights_sha256(oracle)}"

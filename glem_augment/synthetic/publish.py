@@ -1,5 +1,4 @@
-"""Publishing synthetic images: a data set on the Hub that `datasets.load_dataset` reads, with a card that says how it
-was made; and the same layout in WebDataset shards as an export to a folder.
+"""Publishing synthetic images: a data set on the Hub for `datasets.load_dataset`, or WebDataset shards in a folder.
 
 Small sets are an image folder (`data/train/<class>/NNNNNN.png` with `metadata.jsonl`). The Hub takes at most 10,000
 files in a folder and 25,000 in a commit, so larger ones are WebDataset shards (`data/train-*.tar`).
@@ -10,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -40,8 +40,6 @@ from glem_augment.synthetic.export import (
     read_manifest,
 )
 
-__all__ = ["FORMATS", "check_shards_folder", "export_shards", "push_dataset", "write_dataset"]
-
 FORMATS = ("imagefolder", "webdataset")
 # Limits of the Hub for one commit, and for one folder of a repository.
 MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
@@ -64,9 +62,7 @@ def push_dataset(
     commit_message: str | None = None,
     **target: Any,
 ) -> CommitInfo:
-    """Upload all images of `dataset` with a data card, in one commit.
-
-    Files that an earlier push left under `data/` are removed in the same commit. Transforms are not applied.
+    """Upload all images of `dataset` with a data card, in one commit that removes what an earlier push left in `data/`.
 
     Args:
         dataset: its classes become the names of the column `label` (`cls` in shards), in index order.
@@ -77,13 +73,9 @@ def push_dataset(
         commit_message: by default one that gives the number of images.
         target: `private`, `token`, `revision` and `create_pr`, see `hub.upload.upload`.
 
-    Returns:
-        huggingface_hub's `CommitInfo`; `load_dataset(repo_id, revision=info.oid)` reads these very images.
-
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        DataError: too many images for the format. ValueError: another format, or a flow of neither 1 nor 3 channels.
-        OSError: no space for the temporary files.
+        DataError: too many images for the format. ValueError: another format. OSError: no space for temporary files.
     """
     chosen = _format(dataset, format)
     facts = CardFacts(license, license_name, license_link)
@@ -99,19 +91,14 @@ def push_dataset(
 
 
 def write_dataset(
-    dataset: ImageSet,
-    folder: Path,
-    repo_id: str,
-    facts: CardFacts,
-    format: str,  # noqa: A002
-    progress: bool = True,
+    dataset: ImageSet, folder: Path, repo_id: str, facts: CardFacts, layout: str, progress: bool = True
 ) -> None:
     """Write what a push would upload to an empty folder: images with their labels, provenance, card."""
-    write = _write_imagefolder if format == "imagefolder" else _write_shards
+    write = _write_imagefolder if layout == "imagefolder" else _write_shards
     written = write(dataset, folder, progress)
     # The model's config is left out: it may name private folders.
     manifest = {key: value for key, value in written.items() if key != "model"} | {
-        "format": format,
+        "format": layout,
         "loaded_from": _origin(dataset.model),
         "license": licence_note(facts.license_name or facts.license, dataset.source),
     }
@@ -120,19 +107,13 @@ def write_dataset(
 
 
 def _format(dataset: ImageSet, format: str | None) -> str:  # noqa: A002
-    if dataset.image_shape[0] not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, this flow {dataset.image_shape[0]}")
     most = max(dataset.counts)
-    # There are a few other files beside the images.
-    fits = most <= MAX_FILES_IN_FOLDER and len(dataset) <= MAX_FILES - 100
+    fits = most <= MAX_FILES_IN_FOLDER and len(dataset) <= MAX_FILES - 100  # there are a few other files
     if format is None:
         return "imagefolder" if fits else "webdataset"
     check_choice("format", format, FORMATS)
     if format == "imagefolder" and not fits:
-        raise DataError(
-            f"{len(dataset)} images, {most} of one class, are more than the Hub takes as single files "
-            f"({MAX_FILES}, {MAX_FILES_IN_FOLDER} in a folder): use format='webdataset'"
-        )
+        raise DataError(f"{len(dataset)} images are more than the Hub takes as single files: use format='webdataset'")
     return format
 
 
@@ -153,15 +134,12 @@ def _write_imagefolder(dataset: ImageSet, folder: Path, progress: bool) -> dict[
     export_imagefolder(dataset, images, progress=progress)
     manifest = json.loads((images / PROVENANCE).read_text(encoding="utf-8"))
     (images / PROVENANCE).unlink()
-    names = [
-        (label, f"{entry['folder']}/{i:06d}.png")
-        for label, entry in enumerate(manifest["classes"])
-        for i in range(entry["count"])
-    ]
+    index = itertools.count()
     with atomic_write(images / "metadata.jsonl", "w") as file:
-        for index, (label, name) in enumerate(names):
-            row = {"file_name": name, "label": label, "index": index}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for label, entry in enumerate(manifest["classes"]):
+            for i in range(entry["count"]):
+                row = {"file_name": f"{entry['folder']}/{i:06d}.png", "label": label, "index": next(index)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return manifest
 
 
@@ -188,8 +166,7 @@ def _write_shards(dataset: ImageSet, folder: Path, progress: bool) -> dict[str, 
         "shard_lengths": [len(range(i, len(dataset), count)) for i in range(count)],
     }
     write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
-    asked = provenance(dataset)
-    return {**asked, "complete": True, "images_not_finite": dataset.non_finite}
+    return {**provenance(dataset), "complete": True, "images_not_finite": dataset.non_finite}
 
 
 def _add_file(shard: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -208,11 +185,7 @@ def export_shards(
     license: str | None = None,  # noqa: A002
     progress: bool = True,
 ) -> Path:
-    """Write WebDataset shards, card and provenance to `folder`. They appear there together, once all are finished.
-
-    Raises:
-        FileExistsError: see `check_shards_folder`.
-    """
+    """Write WebDataset shards, card and provenance to `folder`. They appear there together, once all are finished."""
     check_shards_folder(folder, overwrite)
     unfinished = folder / _UNFINISHED
     with lock_folder(folder):
@@ -233,7 +206,7 @@ def check_shards_folder(folder: Path, overwrite: bool) -> None:
     """Raise FileExistsError unless `folder` is new, empty, or holds shards that `overwrite` allows to replace."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    if not folder.exists() or not {path.name for path in folder.iterdir()} - {_UNFINISHED, ".lock"}:
+    if not folder.exists() or all(path.name in (_UNFINISHED, ".lock") for path in folder.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
@@ -247,21 +220,20 @@ def check_shards_folder(folder: Path, overwrite: bool) -> None:
 def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str, Any]) -> DatasetCard:
     """The card; its metadata tell `datasets` where the images are and what the classes are called."""
     as_folder = manifest["format"] == "imagefolder"
-    image, label = ("image", "label") if as_folder else ("png", "cls")
+    image, label = columns = ("image", "label") if as_folder else ("png", "cls")
     names = {str(i): name for i, name in enumerate(dataset.classes)}
     features: list[dict[str, Any]] = [
         {"name": image, "dtype": "image"},
         {"name": label, "dtype": {"class_label": {"names": names}}},
     ]
-    config: dict[str, Any] = {"config_name": "default"}
+    path = "data/train/**" if as_folder else "data/train-*.tar"
+    config: dict[str, Any] = {"config_name": "default", "data_files": [{"split": "train", "path": path}]}
     if as_folder:
         features.append({"name": "index", "dtype": "int64"})
-        config["data_files"] = [{"split": "train", "path": "data/train/**"}]
         # If there is a metadata file, `datasets` takes the names of the classes from here alone.
         config["features"] = copy.deepcopy(features)  # the same list twice would become a YAML alias
     else:
         features += [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
-        config["data_files"] = [{"split": "train", "path": "data/train-*.tar"}]
     data = DatasetCardData(
         **facts.licence(),
         annotations_creators=["machine-generated"],
@@ -270,29 +242,19 @@ def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str,
         dataset_info={"features": features},
         configs=[config],
     )
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, (image, label), manifest)}")
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, columns, manifest)}")
 
 
 def _body(dataset: ImageSet, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]) -> str:
     c, h, w = dataset.image_shape
     loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
+    made = "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
+    derived = "Samples derive"
     if dataset.source == "mixup":
-        made = (
-            "made by a class-conditional normalizing flow: each is a real image, moved part of the way towards another "
-            "one of its class. Many are close to the real image that they began with."
-        )
+        made = "made by a class-conditional normalizing flow: each is a real image, moved part of the way to another."
         real = escape(data_name(dataset.real_name)) if dataset.real_name else "not recorded"
-        inherit = f"Mixtures derive from real images ({real}) and"
-    else:
-        made = (
-            "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
-        )
-        inherit = "Samples derive"
+        derived = f"Mixtures derive from real images ({real}) and"
     settings = "\n".join(f"| {key} | {escape(value)} |" for key, value in manifest["settings"].items())
-    classes = "\n".join(
-        f"| {entry['index']} | {escape(entry['name'])} | {escape(entry['id'])} | {entry['count']:,} |"
-        for entry in manifest["classes"]
-    )
     return f"""# {escape(repo_id)}
 
 **These images are synthetic.** {len(dataset):,} images, {c}x{h}x{w} (channels x height x width), of
@@ -317,21 +279,13 @@ image, label = data[0]["{columns[0]}"], data[0]["{columns[1]}"]
 {settings}
 
 With these settings of `SyntheticDataset`, the same flow, version and kind of machine, they can be drawn again.
-`{PROVENANCE}` holds all of this for programs.
 
 ## Licence
 
-{inherit} from the images that the flow was trained on, and inherit their licence. {licence_of(facts)}
-
-## Classes
-
-| label | name | id | images |
-|---|---|---|---|
-{classes}
+{derived} from the images that the flow was trained on, and inherit their licence. {licence_of(facts)}
 
 ## Limits
 
-The labels are the classes that the flow was asked for; it draws some images that a classifier, or a person, would call
-something else. The images repeat what is in the training images, with its biases and gaps, and may resemble single
-ones.
+The labels are the classes that the flow was asked for; a person would call some of the images something else. They
+repeat the biases and gaps of the training images, and may resemble single ones.
 """

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from glem_augment.checks import check_number, check_whole
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.random_state import rank
-from glem_augment.synthetic.balance import as_list, by_class
+from glem_augment.synthetic.balance import class_values
 from glem_augment.synthetic.dataset import BLOCK, to_pil
 from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle
 
@@ -23,8 +22,8 @@ class SyntheticStream(IterableDataset):
     """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
 
     Images are made in blocks; block number b is a function of seed, epoch and b alone. The workers of all ranks share
-    the blocks out among themselves, so the images of an epoch do not depend on how many workers there are, only their
-    order does. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch.
+    the blocks out among themselves, so how many workers there are decides the order of an epoch's images, but not what
+    they are. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch.
 
     As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
     timm's train.py does so by itself. Without a `length` there is one epoch without an end.
@@ -32,14 +31,11 @@ class SyntheticStream(IterableDataset):
     Args:
         model: a GLEM or its name.
         length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
-        weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from all class names, ids or
-            indices; None: all the same.
+        weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from class names, ids or
+            indices (the others get no image); None: all the same.
         temperature, seed, transform, target_transform, source, device, real, modes, alpha, min_confidence, oracle: as
             for `SyntheticDataset`.
-        world: (rank, number of ranks); None: from torch.distributed, if it is initialised.
 
-    Raises:
-        ValueError, TypeError: for an argument out of range.
     """
 
     def __init__(
@@ -58,17 +54,21 @@ class SyntheticStream(IterableDataset):
         alpha: float = 1.0,
         min_confidence: float | None = None,
         oracle: Oracle | None = None,
-        world: tuple[int, int] | None = None,
     ) -> None:
         model = as_model(model)
         self.length = None if length is None else check_whole("length", length, 1)
-        self.probabilities = _probabilities(weights, model)
-        self.transform, self.target_transform, self.world = transform, target_transform, world
+        given = [1.0] * model.num_classes if weights is None else class_values(model, weights, "weights", 0.0)
+        frequencies = np.array([check_number(f"weights[{i}]", w, 0.0, math.inf) for i, w in enumerate(given)])
+        if frequencies.sum() <= 0:
+            raise ValueError("weights must not all be 0")
+        self.probabilities = frequencies / frequencies.sum()
+        self.transform, self.target_transform = transform, target_transform
         wanted = self.probabilities > 0
         self.latents = LatentSource(model.on(device), source, seed, temperature, real, modes, alpha, wanted)
         self.sampler = ImageSampler(self.latents, min_confidence, oracle)
         self.block = BLOCK
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
+        self._sender: tuple[int, int] | None = None  # rank and number of ranks of the process that sent this copy
         # In shared memory, so that persistent DataLoader workers see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -82,19 +82,15 @@ class SyntheticStream(IterableDataset):
         self._epoch.fill_(check_whole("epoch", epoch, 0))
 
     def __len__(self) -> int:
-        """Images per epoch on this rank.
-
-        Each worker ends with a batch of its own that may be short, so a DataLoader may give up to as many batches more
-        than its length says as there are workers.
-        """
+        """Images per epoch on this rank. Every worker of a DataLoader may end with a short batch of its own."""
         if self.length is None:
             raise TypeError("this SyntheticStream has no end, and so no length: give length=")
-        return -(-self.length // self._world()[1])
+        return -(-self.length // self._ranks()[1])
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        own, ranks = self._world()
+        own, ranks = self._ranks()
         epoch, share = self.epoch, None if self.length is None else len(self)
         local = worker  # number of the block among those of this rank
         while share is None or local * self.block < share:
@@ -115,32 +111,11 @@ class SyntheticStream(IterableDataset):
                 label if self.target_transform is None else self.target_transform(label),
             )
 
-    def _world(self) -> tuple[int, int]:
-        """This process's rank and the number of ranks."""
-        if self.world is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self.world or (0, 1)
-        return rank(), torch.distributed.get_world_size()
+    def _ranks(self) -> tuple[int, int]:
+        if self._sender is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self._sender or (0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, rather than forked, is not part of the process group.
-        return self.__dict__ | {"world": self._world()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()
-
-
-def _probabilities(weights: Sequence[float] | Mapping[Any, float] | None, model: GLEM) -> np.ndarray:
-    """Probabilities of the classes, float64 [K]."""
-    k = model.num_classes
-    if weights is None:
-        return np.full(k, 1.0 / k)
-    if isinstance(weights, Mapping):
-        given = by_class(model, weights, "weights", complete=True)
-        weights = [given[i] for i in range(k)]
-    if not isinstance(weights, (Sequence, np.ndarray, Tensor)) or isinstance(weights, (str, bytes)):
-        raise TypeError(f"weights must be {k} numbers, got {weights!r}")
-    found = np.array([check_number(f"weights[{i}]", w, 0.0, float("inf")) for i, w in enumerate(as_list(weights))])
-    if len(found) != k or found.sum() <= 0:
-        raise ValueError(f"weights must be {k} numbers from 0 that are not all 0, got {as_list(weights)!r}")
-    return found / found.sum()
+        return self.__dict__ | {"_sender": self._ranks()}

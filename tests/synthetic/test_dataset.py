@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -13,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from glem_augment import GLEM, ImageData
 from glem_augment.errors import DataError
-from glem_augment.synthetic.dataset import SyntheticDataset, to_pil
+from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.latents import as_probabilities
 
 NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
@@ -72,8 +71,9 @@ def test_it_looks_like_a_torchvision_data_set(model: GLEM) -> None:
     data.transform, data.target_transform = np.asarray, lambda y: y + 10
     assert isinstance(data[0][0], np.ndarray) and data[0][1] == 10
     assert [y for _, y in data] == [t + 10 for t in data.targets]  # plain iteration ends
-    rgb = SyntheticDataset(make_model((3, 4, 6)), per_class=2)[0][0]
-    assert rgb.mode == "RGB" and rgb.size == (6, 4)
+    rgb = SyntheticDataset(make_model((3, 4, 6)), per_class=2)
+    assert rgb[0][0].mode == "RGB" and rgb[0][0].size == (6, 4)
+    assert np.array_equal(np.asarray(rgb[1][0]), rgb.images([1])[0].permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("source", ["gaussian", "rfcm", "mixup"])
@@ -118,8 +118,6 @@ def test_images_are_decoded_latents_the_same_in_any_order(model: GLEM) -> None:
         assert torch.equal(other.images(torch.tensor([3, 3, -1])), whole[[3, 3, 59]])
     for (image, label), i in zip(data.__getitems__(order), order, strict=True):
         assert np.array_equal(np.asarray(image), whole[i, 0]) and label == i // 20
-    prefix = SyntheticDataset(model, per_class=8).images(range(24))
-    assert torch.equal(prefix, whole.reshape(3, 20, 1, 8, 8)[:, :8].flatten(0, 1))
     assert (model.decode(data.latents(range(60))) * 255 - whole).abs().max() <= 0.5 + 1e-3
 
 
@@ -136,16 +134,6 @@ def test_blocks_are_decoded_once_and_the_cache_is_bounded(model: GLEM, monkeypat
     assert calls == [8, 8, 4, 8, 8]
 
 
-def test_thrashing_is_told_once(model: GLEM, recwarn: pytest.WarningsRecorder) -> None:
-    small = SyntheticDataset(model, per_class=80, cache_bytes=4 * 8 * 64)
-    small.images(range(240))
-    assert not recwarn.list
-    for i in torch.randperm(240, generator=torch.Generator().manual_seed(0)).tolist():
-        small[i]
-    told = [str(w.message) for w in recwarn.list]
-    assert len(told) == 1 and f"15360 bytes of images do not fit cache_bytes={4 * 8 * 64}" in told[0]
-
-
 def test_preloaded_images_are_never_decoded_again(
     model: GLEM, tail: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,23 +143,9 @@ def test_preloaded_images_are_never_decoded_again(
     data = SyntheticDataset(model, cache_bytes=0, **options)
     data.preload(progress=False)
     monkeypatch.setattr(GLEM, "decode", None)
-    order = torch.randperm(29).tolist()
     for other in (data, pickle.loads(pickle.dumps(data))):
-        assert torch.equal(other.images(order), expected[order])
+        assert torch.equal(other.images(range(29)), expected)
         assert other.acceptance() == whole.acceptance() and other.acceptance()["total"]["items"] == 29
-
-
-class Numbered(Dataset):
-    """(image, index), so that a shuffled order is known."""
-
-    def __init__(self, data: SyntheticDataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
-        return [(image, i) for (image, _), i in zip(self.data.__getitems__(indices), indices, strict=True)]
 
 
 @pytest.mark.parametrize(("context", "preload"), [("fork", False), ("fork", True), ("spawn", True)])
@@ -183,47 +157,20 @@ def test_workers_give_the_same_items(model: GLEM, context: str, preload: bool) -
     if preload:
         data.preload(progress=False)
     workers = 2 if context == "fork" else 1
-    loader = DataLoader(Numbered(data), 7, shuffle=True, num_workers=workers, multiprocessing_context=context)
+    order = torch.randperm(60).tolist()
+    loader = DataLoader(data, 7, sampler=order, num_workers=workers, multiprocessing_context=context)
     for _ in range(workers):
-        images, indices = zip(*loader, strict=True)
-        assert torch.equal(torch.cat(images), expected[torch.cat(indices)])
+        images, labels = zip(*loader, strict=True)
+        assert torch.equal(torch.cat(images), expected[order]) and torch.cat(labels).tolist() == [
+            i // 20 for i in order
+        ]
     assert torch.equal(data.images(range(60))[:, 0], expected)  # sending the weights to a worker does not change them
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7)])
-def test_pictures_are_what_pil_makes_of_the_images(shape: tuple[int, int, int]) -> None:
-    images = pixels(4, shape)
-    for given in (images, images.contiguous(memory_format=torch.channels_last)):
-        for picture, image in zip(to_pil(given), images, strict=True):
-            expected = Image.fromarray(image.permute(1, 2, 0).numpy().squeeze())
-            assert picture.mode == expected.mode and picture.size == (7, 5)
-            assert np.array_equal(np.asarray(picture), np.asarray(expected))
-    assert to_pil(images[:0]) == []
-
-
-def test_decodes_that_are_not_finite_are_counted_and_kept_in_place(
-    model: GLEM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decode = GLEM.decode
-
-    def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
-        x = decode(self, z, clamp)
-        x[1, 0, 0], x[2, 0, 0] = float("nan"), float("inf")
-        return x
-
-    plain = SyntheticDataset(model, per_class=8).images(range(8))
-    monkeypatch.setattr(GLEM, "decode", broken)
-    data = SyntheticDataset(model, per_class=8)
-    images = data.images(range(8))
-    assert data.non_finite == 2
-    assert images[1, 0, 0].unique().tolist() == [128] and images[2, 0, 0].unique().tolist() == [255]
-    assert torch.equal(images[3:], plain[3:]) and torch.equal(images[:, :, 1:], plain[:, :, 1:])
 
 
 def test_other_channel_counts_give_tensors_only() -> None:
     data = SyntheticDataset(make_model((2, 4, 4)), per_class=2)
     assert data.images([0, 5]).shape == (2, 2, 4, 4)
-    with pytest.raises(ValueError, match=r"1 or 3 channels, this flow 2.*images\(indices\)"):
+    with pytest.raises(ValueError, match=r"1 or 3 channels, this flow 2: use images\(indices\)"):
         data[0]
     with pytest.raises(ValueError, match="1 or 3 channels"):
         data.export("nowhere")
@@ -232,41 +179,30 @@ def test_other_channel_counts_give_tensors_only() -> None:
 
 def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
     """Blocks are kept: after more training, the cached ones would be the old model's under the new one's hash."""
-
-    def refit(model: GLEM) -> None:
-        model.fit_modes((pixels(60, seed=2), torch.arange(60) % 3), rank=4)
-
     for change in (
         lambda model: model.gaussians.mu.add_(0.01),
-        lambda model: model.load_state_dict({k: v + 0.001 for k, v in model.state_dict().items()}),
-        lambda model: setattr(model.gaussians, "mu", nn.Parameter(model.gaussians.mu + 0.01)),
-        refit,
+        lambda model: model.fit_modes((pixels(60, seed=2), torch.arange(60) % 3), rank=4),
     ):
         model = make_model()
         data = SyntheticDataset(model, per_class=9)
-        first = data.images(range(8))
+        data.images(range(8))
         change(model)
         for use in (lambda data=data: data.images(range(27)), lambda data=data: data.export(tmp_path / "out")):
-            with pytest.raises(RuntimeError, match="weights or modes have changed.*make a new SyntheticDataset"):
+            with pytest.raises(RuntimeError, match="weights or modes have changed: make a new"):
                 use()
-        assert change is refit or not torch.equal(SyntheticDataset(model, per_class=9).images(range(8)), first)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"per_class": 0}, "per_class must be at least 1, got 0"),
-        ({"per_class": 2.5}, "per_class must be an int, got 2.5"),
         ({"temperature": -0.1}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
         ({"alpha": 0.0}, "alpha"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"cache_bytes": -1}, "cache_bytes"),
         ({"source": "vae"}, "'gaussian', 'rfcm', 'mixup'; got 'vae'"),
         ({"source": "mixup", "modes": 8}, "give real="),
-        ({"source": "mixup", "real": [1], "modes": 8}, "must be an ImageData"),
         ({"min_confidence": 0.0}, "above 0|from 0"),
-        ({"min_confidence": 1.5}, "min_confidence must be"),
         ({"oracle": len}, "give one, such as 0.5"),
         ({"min_confidence": 0.5, "oracle": 3}, "oracle must take images"),
     ],
@@ -277,15 +213,13 @@ def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: s
 
 
 def test_more_checks(model: GLEM) -> None:
-    with pytest.raises(TypeError, match="must be a GLEM"):
-        SyntheticDataset(torch.nn.Identity())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"fit_modes\(data\)"):
         SyntheticDataset(GLEM.create("identity", (1, 8, 8), classes=NAMES), source="rfcm")
     data = SyntheticDataset(model, per_class=2)
     with pytest.raises(TypeError, match="indices must be integers, got bool"):
         data.images(torch.tensor([True, False]))
     for index in (6, -7):
-        with pytest.raises(IndexError, match=f"index {index} is out of range for 6 images"):
+        with pytest.raises(IndexError, match=f"index {index}"):
             data[index]
     with pytest.raises(ValueError, match="without min_confidence"):
         data.acceptance()
@@ -312,19 +246,6 @@ def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail:
         assert (moved - shares[best] * targets[best]).norm() < 1e-4 and 1e-4 < shares[best] <= 0.5 + 1e-5
 
 
-def test_mixup_encodes_the_real_images_once(model: GLEM, tail: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded = []
-    encode = GLEM.encode
-    monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: encoded.append(len(x)) or encode(m, x, *a))
-    data = SyntheticDataset(model, per_class=[9, 0, 9], source="mixup", real=tail, modes=4)
-    data.images(range(18))
-    assert encoded == [19]
-    default = SyntheticDataset(model, per_class=2, source="mixup", real=tail)
-    assert default.settings()["modes"] == 8  # all there are
-    with pytest.raises(ValueError, match="from 1 to 8"):
-        SyntheticDataset(model, source="mixup", real=tail, modes=64)
-
-
 def test_mixup_with_few_real_images(model: GLEM) -> None:
     few = (pixels(5), torch.tensor([0, 0, 0, 1, 1]))
     with pytest.raises(ValueError, match=r"no real image of Bag: leave these classes out \(per_class as a mapping"):
@@ -333,6 +254,8 @@ def test_mixup_with_few_real_images(model: GLEM) -> None:
     with pytest.warns(UserWarning, match="one real image of T-shirt/top, Bag: all synthetic ones will be copies"):
         alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
     assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
+    default = SyntheticDataset(model, per_class=[2, 2, 0], source="mixup", real=few)
+    assert default.settings()["modes"] == 8  # all there are
     with pytest.raises(DataError, match=r"image_size=\(8, 8\), channels=1"):
         SyntheticDataset(model, source="mixup", real=(pixels(6, (3, 4, 4)), torch.arange(6) % 3), modes=8)
 
@@ -351,17 +274,14 @@ def test_the_posterior_rejects(model: GLEM) -> None:
     kept = before >= 0.6
     assert torch.equal(z[kept], plain.latents(range(120))[kept])  # draws that were good enough stay
     assert torch.equal(data.latents([77, 3])[0], z[77])
-    nothing = {"items": 0, "candidates": 0, "rate": None, "failed": 0, "confidence": None}
-    assert data.acceptance()["total"] == nothing
+    assert data.acceptance()["total"]["rate"] is None
     images = data.images(range(120))
     assert (model.decode(z) * 255 - images).abs().max() <= 0.5 + 1e-3
-    report = json.loads(json.dumps(data.acceptance()))
-    total = report["total"]
+    report, total = data.acceptance(), data.acceptance()["total"]
     assert total["items"] == 120 and total["failed"] == 0 and total["candidates"] > 120
     assert total["rate"] == pytest.approx(120 / total["candidates"])
     assert total["confidence"] == pytest.approx(float(after.mean()), abs=1e-4)
     assert sum(row["candidates"] for row in report["classes"].values()) == total["candidates"]
-    assert list(report["classes"]) == NAMES
 
 
 def test_the_best_candidate_stays_if_none_passes(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +294,6 @@ def test_the_best_candidate_stays_if_none_passes(model: GLEM, monkeypatch: pytes
         images = data.images(range(24))
         total = data.acceptance()["total"]
         assert total["failed"] > 12 and total["candidates"] <= 24 * attempts
-        assert total["rate"] == pytest.approx((24 - total["failed"]) / total["candidates"])
         found[attempts] = model.posterior_from_latents(data.latents(range(24))).gather(1, y)
         if attempts == 1:
             assert torch.equal(images, SyntheticDataset(model, **settings).images(range(24)))
@@ -394,20 +313,14 @@ class Brightness(nn.Module):
         return -400 * (mean - torch.tensor([0.35, 0.5, 0.65])).abs()
 
 
-@pytest.mark.parametrize("probabilities", [False, True])
-def test_an_oracle_rejects(model: GLEM, probabilities: bool) -> None:
+def test_an_oracle_rejects(model: GLEM) -> None:
     net = Brightness().train()
-    oracle: Any = (lambda x: Brightness().eval()(x).softmax(1)) if probabilities else net
-    data = SyntheticDataset(model, per_class=20, temperature=1.0, min_confidence=0.8, oracle=oracle)
+    data = SyntheticDataset(model, per_class=20, temperature=1.0, min_confidence=0.8, oracle=net)
     images = data.images(range(60))
     assert net.training  # as it was
     confidence = Brightness().eval()(images / 255).softmax(1).gather(1, torch.tensor(data.targets)[:, None])
     assert (confidence > 0.75).all()  # rounding to uint8 moves it a little
-    report = data.acceptance()["total"]
-    assert report["candidates"] > 60 and report["failed"] == 0
-    # What was judged is what is shown.
-    assert (model.decode(data.latents(range(60))) * 255 - images).abs().max() <= 0.5 + 1e-3
-    assert sum(DataLoader(data, batch_size=7, num_workers=1, collate_fn=len)) == 60
+    assert data.acceptance()["total"]["candidates"] > 60 and data.acceptance()["total"]["failed"] == 0
     wrong = SyntheticDataset(model, min_confidence=0.5, oracle=lambda x: torch.zeros(len(x), 5))
     with pytest.raises(ValueError, match=r"\[8, 3\].*got \(8, 5\)"):
         wrong.images([0])
@@ -425,20 +338,8 @@ def test_probabilities_and_logits_of_any_dtype(dtype: torch.dtype) -> None:
         assert as_probabilities(torch.tensor([[bad, 0.5, 0.5]], dtype=dtype), 1, 3)[0].isnan().any()
 
 
-def test_a_row_that_is_not_a_number_counts_for_its_own_image_only(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_is_not_accepted(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", 1)
-
-    def oracle(x: Tensor) -> Tensor:
-        p = torch.tensor([0.3007, 0.3007, 0.3986]).repeat(len(x), 1)
-        p[0, 2] = torch.nan
-        return p
-
-    data = SyntheticDataset(model, per_class=8, min_confidence=0.3, oracle=oracle)
-    data.images(range(24))
-    for name, p in ((NAMES[0], 0.3007), (NAMES[2], 0.3986)):
-        row = data.acceptance()["classes"][name]
-        assert row["failed"] == 1 and row["confidence"] == pytest.approx(7 * p / 8, abs=2e-3)
-    # An image that is not finite, and is shown to the oracle in grey, is not accepted.
     decode = GLEM.decode
 
     def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
@@ -447,7 +348,13 @@ def test_a_row_that_is_not_a_number_counts_for_its_own_image_only(model: GLEM, m
         return x
 
     monkeypatch.setattr(GLEM, "decode", broken)
-    sure = torch.tensor([1.0, 0.0, 0.0])
-    data = SyntheticDataset(model, [8, 0, 0], min_confidence=0.5, oracle=lambda x: sure.expand(len(x), 3))
+
+    def oracle(x: Tensor) -> Tensor:
+        p = torch.tensor([0.7, 0.3, 0.0]).repeat(len(x), 1)
+        p[0, 2] = torch.nan
+        return p
+
+    data = SyntheticDataset(model, [8, 0, 0], min_confidence=0.5, oracle=oracle)
     data.images(range(8))
-    assert data.acceptance()["total"]["failed"] == 1 and data.acceptance()["total"]["confidence"] == 7 / 8
+    total = data.acceptance()["total"]
+    assert total["failed"] == 2 and total["confidence"] == pytest.approx(6 * 0.7 / 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from glem_augment import (
@@ -63,7 +62,6 @@ def tail() -> ImageData:
     [
         (4, [4, 4, 4]),
         ([5, 0, 9], [5, 0, 9]),
-        (np.array([0, 0, 2]), [0, 0, 2]),
         (torch.tensor([1, 2, 0]), [1, 2, 0]),
         ({"cat": 7, "bird": 1}, [0, 7, 1]),
         ({0: 3}, [3, 0, 0]),
@@ -74,9 +72,6 @@ def test_counts_per_class(model: GLEM, per_class: Any, counts: list[int]) -> Non
     assert data.counts == counts and len(data) == sum(counts)
     assert data.targets == np.repeat([0, 1, 2], counts).tolist()
     assert class_counts(model, json.loads(json.dumps(data.per_class))) == counts  # the record says the same
-    even = SyntheticDataset(model, per_class=10)
-    rows = [10 * c + i for c, n in enumerate(counts) for i in range(n)]
-    assert torch.equal(data.latents(range(len(data))), even.latents(rows))  # the same items as in any other set
 
 
 @pytest.mark.parametrize(
@@ -84,12 +79,11 @@ def test_counts_per_class(model: GLEM, per_class: Any, counts: list[int]) -> Non
     [
         ("even", "'balance', got 'even'"),
         ("balance", "give real="),
-        ([1, 2], "2 numbers, the flow 3"),
-        ([1, 2, -1], r"per_class\[2\] must be at least 0"),
+        ([1, 2], "per_class must be 3 values"),
+        ([1, 2, -1], "per_class for 'bird' must be at least 0"),
         ([0, 0, 0], "no image at all"),
         ({"cow": 3}, "names 'cow'; the flow has dog, cat, bird"),
         ({5: 3}, "class 5"),
-        ({"cat": 1.5}, "must be an int"),
         ({"cat": 1, 1: 2}, "the class 'cat' twice"),
     ],
 )
@@ -124,18 +118,14 @@ def test_balance_leaves_out_classes_that_the_real_data_does_not_name(model: GLEM
 
 
 def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
-    named = TensorDataset(torch.zeros(4, 1))
-    named.targets = ["cat", "cat", "dog", "bird"]
-    labels = (torch.tensor([0.0, 0.9]), torch.eye(2), torch.zeros(2, 1, dtype=torch.int64))
     for real, error, message in (
         ((pixels(3), torch.arange(3)), ValueError, "have 1 images already"),
         ((pixels(2), torch.tensor([0, 3])), DataError, "0 to 2, found 0 to 3"),
         ([1, 2, 3], DataError, "no labels that can be read"),
         ((pixels(2).numpy(), [0.5, 1.0]), DataError, "labels must be whole numbers"),
+        (TensorDataset(torch.zeros(2, 1), torch.eye(2)), DataError, "labels must be whole numbers"),
         (tail.with_targets(tail.targets, ["cow", "cat", "dog"]), ClassMismatchError, "no counterpart"),
         ("photos/", TypeError, "open it first"),
-        (named, DataError, "labels must be whole numbers"),
-        *((TensorDataset(torch.zeros(2, 1), y), DataError, "labels must be whole numbers") for y in labels),
     ):
         with pytest.raises(error, match=message):
             SyntheticDataset(model, per_class="balance", real=real)
@@ -143,12 +133,9 @@ def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
 
 def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) -> None:
     more = tail.with_targets(np.where(tail.targets == 2, 3, tail.targets), ["bird", "cat", "dog", "zebra"])
-    twice = tail.with_targets(tail.targets, ["bird", "cat", "Cat"], ["b", "c", "cat"])
-    for real, what in ((more, "'zebra'"), (twice, "'cat'")):
-        for settings in ({"per_class": "balance"}, {"source": "mixup", "modes": 8}):
-            with pytest.raises(ClassMismatchError, match=what + r".*model\.adapt\(data\)") as info:
-                SyntheticDataset(model, real=real, **settings)
-            assert "class_map" not in str(info.value)
+    for settings in ({"per_class": "balance"}, {"source": "mixup", "modes": 8}):
+        with pytest.raises(ClassMismatchError, match=r"'zebra'.*model\.adapt\(data\)"):
+            SyntheticDataset(model, real=more, **settings)
     with pytest.raises(ClassMismatchError, match="zebra.*Give class_map, the real data's label for every class"):
         RealAndSynthetic(more, SyntheticDataset(model, per_class=10))
     crossed = GLEM.create("identity", (3, 8, 8), classes=["ant", "bee", "n3"], class_ids=["bee", "n1", "ant"])
@@ -161,16 +148,10 @@ def test_labels_and_names_of_other_data_sets(image_folder: Path) -> None:
     real = SimpleNamespace(targets=[1, 0, 1], classes=synonyms, wnids=["n01440764", "n01443537"])
     targets, names = targets_and_names(real)  # torchvision's ImageNet
     assert targets.tolist() == [1, 0, 1] and names == (["n01440764", "n01443537"], ["tench", "goldfish"])
-    real.wnids = ["n01440764"]
-    assert targets_and_names(real)[1] == (["tench", "goldfish"], ["tench", "goldfish"])
     folder = ImageFolder(image_folder)
     order = sorted(range(12), key=lambda i: (i % 3, i))[:10]
     targets, names = targets_and_names(Subset(folder, order))
     assert targets.tolist() == [folder.targets[i] for i in order] and names == (folder.classes, folder.classes)
-    both = ConcatDataset([Subset(folder, order), Subset(folder, [0, 1])])
-    assert targets_and_names(both)[0].tolist() == [*targets, folder.targets[0], folder.targets[1]]
-    with pytest.raises(DataError, match="other classes than its first"):
-        targets_and_names(ConcatDataset([folder, TensorDataset(torch.zeros(2, 1), torch.arange(2))]))
 
 
 # ---- real and synthetic images ---------------------------------------------------------------------------------------
@@ -191,13 +172,11 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
     items = both.__getitems__([13, 2, 17])
     assert np.array_equal(np.asarray(items[0][0]), np.asarray(both[13][0])) and items[1][1] == real.targets[2]
     assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12 and "12 real, 6 synthetic" in repr(both)
-    with pytest.raises(IndexError, match="index 18"):
+    with pytest.raises(IndexError):
         both[18]
-    with pytest.raises(DataError, match="needs 36 synthetic ones, there are 30"):
+    with pytest.raises(DataError, match="ratio=3.0 needs 36 synthetic images, there are 30"):
         RealAndSynthetic(real, synthetic, ratio=3.0)
-    with pytest.raises(TypeError, match="SyntheticDataset"):
-        RealAndSynthetic(real, real)
-    with pytest.raises(TypeError, match="got a tuple: torch.utils.data.TensorDataset"):
+    with pytest.raises(TypeError, match="got a tuple"):
         RealAndSynthetic((pixels(4), torch.zeros(4, dtype=torch.int64)), synthetic)
 
 
@@ -224,40 +203,13 @@ def test_both_kinds_in_timms_own_loader(image_folder: Path, kind: str) -> None:
     ((x, y),) = list(loader)
     assert x.shape == (len(both), 3, 16, 16) and y.tolist() == both.targets and both.transform is not None
     assert whole.transform is None  # another subset of it may be the validation set
-    whole.transform = len
-    with pytest.raises(AttributeError, match="the real data set has a transform already"):
-        both.transform = repr
-    whole.transform, both.synthetic.transform = None, len
-    with pytest.raises(AttributeError, match="the synthetic data set has a transform already"):
-        both.transform = repr
-
-
-def test_data_sets_with_transforms_of_their_own(model: GLEM, image_folder: Path) -> None:
-    class Mine(Dataset):
-        """It calls its transform, whatever that is."""
-
-        def __init__(self) -> None:
-            self.folder, self.transform = ImageFolder(image_folder), np.asarray
-            self.classes, self.targets = self.folder.classes, self.folder.targets
-
-        def __len__(self) -> int:
-            return 12
-
-        def __getitem__(self, index: int) -> Any:
-            image, label = self.folder[index]
-            return self.transform(image), label
-
-    both = RealAndSynthetic(Mine(), SyntheticDataset(model, per_class=1, transform=np.asarray), ratio=None)
-    assert both[0][0].shape == both[-1][0].shape == (8, 8, 3)
 
 
 def test_an_image_data_and_its_fill_can_be_batched(model: GLEM, tail: ImageData) -> None:
-    for real in (tail, Subset(tail, range(0, 19, 2))):
-        both = RealAndSynthetic(real, SyntheticDataset(model, per_class=4), ratio=None)
-        batches = list(DataLoader(both, batch_size=5, shuffle=True))
-        assert all(x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) for x, _ in batches)
-        assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(both.targets)
-        assert torch.equal(both[len(real)][0], both.synthetic.images([int(both.chosen[0])])[0])
+    both = RealAndSynthetic(Subset(tail, range(0, 19, 2)), SyntheticDataset(model, per_class=4), ratio=None)
+    batches = list(DataLoader(both, batch_size=5, shuffle=True))
+    assert all(x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) for x, _ in batches)
+    assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(both.targets)
     both.transform = lambda image: image.float() / 255
     assert both[0][0].dtype == both[-1][0].dtype == torch.float32
 
@@ -269,8 +221,6 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     some = SyntheticDataset(model, per_class={"cat": 2, "bird": 1})
     assert RealAndSynthetic(two, some, ratio=None).targets[17:] == [1, 1, 0]
     synthetic = SyntheticDataset(model, per_class=1)
-    turned = tail.with_targets(tail.targets, ["bird", "dog", "cat"])
-    assert RealAndSynthetic(turned, synthetic, ratio=None).targets[19:] == [1, 2, 0]
     numbers = TensorDataset(pixels(4), torch.tensor([0, 1, 2, 0]))
     assert RealAndSynthetic(numbers, synthetic, ratio=None).targets[4:] == [0, 1, 2]
     for class_map in ({0: 1, 2: 0, 1: 2}, {"bird": 0, "dog": 1, 1: 2}, [1, 2, 0], torch.tensor([1, 2, 0])):
@@ -278,16 +228,12 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     birds = SyntheticDataset(model, per_class={"bird": 2})
     assert RealAndSynthetic(tail, birds, None, {"bird": 0, "dog": None, "cat": -1}).targets[19:] == [0, 0]
     for bad, error, message in (
-        ({0: 1, 2: 0}, ValueError, "class_map leaves out cat: give all 3 classes"),
-        ({0: 1, 1: 2, 3: 0}, ValueError, "class_map names class 3; the flow has 0 to 2"),
-        ({"dog": 1, 1: 2, "cow": 0}, ValueError, "class_map names 'cow'; the flow has dog, cat, bird"),
-        ({"dog": 1, 0: 2, 1: 0, 2: 0}, ValueError, "'dog' twice"),
-        ([0, 1], DataError, "2 entries"),
-        ([0, 1, 3], DataError, "class_map for 'bird' is 3; the real data has labels from 0 to 2"),
+        ({0: 1, 2: 0}, DataError, "no class for the synthetic cat: give class_map a label"),
+        ({"cow": 0}, ValueError, "class_map names 'cow'; the flow has dog, cat, bird"),
+        ([0, 1], ValueError, "class_map must be 3 values"),
+        ([0, 1, 3], DataError, "class_map gives label 3; the real data has labels from 0 to 2"),
         ({0: 0, 1: -2, 2: 0}, ValueError, "class_map for 'cat' must be at least -1, got -2"),
-        ([None] * 3, DataError, "no class for the synthetic bird, cat, dog: give class_map a label"),
-        ([0, 1.5, 0], TypeError, "'cat' must be an int"),
-        ("abc", TypeError, "'dog' must be an int"),
+        ([0, 1.5, 0], TypeError, "'dog' must be an int"),
     ):
         with pytest.raises(error, match=message):
             RealAndSynthetic(tail, synthetic, None, bad)
@@ -302,7 +248,7 @@ def as_rows(items: Any) -> set[tuple[int, bytes]]:
 
 def test_the_images_of_an_epoch_are_the_same_for_any_number_of_workers(model: GLEM) -> None:
     def epochs(workers: int, persistent: bool = False, **context: Any) -> list[set[tuple[int, bytes]]]:
-        stream = copy.deepcopy(SyntheticStream(model, length=50, seed=2))
+        stream = SyntheticStream(model, length=50, seed=2)
         loader = DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent, **context)
         found = []
         for epoch in range(3):
@@ -317,7 +263,6 @@ def test_the_images_of_an_epoch_are_the_same_for_any_number_of_workers(model: GL
     assert epochs(1, persistent=True, multiprocessing_context="spawn") == alone
     again = SyntheticStream(model, length=50, seed=2)
     assert as_rows(again) == as_rows(again) == alone[0] and len(again) == 50
-    assert as_rows(SyntheticStream(model, length=20, seed=2)) <= alone[0]
     assert not as_rows(SyntheticStream(model, length=50, seed=3)) & alone[0]
 
 
@@ -330,26 +275,25 @@ def test_every_epoch_of_a_stream_has_classes_in_an_order_of_its_own(model: GLEM)
     assert len(orders) == 3
     # A long epoch does not run into the next one.
     alone = SyntheticStream(model, weights=[1.0, 0.0, 0.0])
-    late = as_rows(item for power in range(3, 36, 4) for item in alone._block(0, 2**power // 8, 8))
-    late |= as_rows(item for power in range(5, 36, 5) for item in alone._block(0, 2**power // 8, 8))
+    late = as_rows(item for power in range(3, 36) for item in alone._block(0, 2**power // 8, 8))
     assert len(late) > 100 and not late & as_rows(item for item in alone._block(1, 0, 8))
 
 
 def test_ranks_share_a_stream_out(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = as_rows(SyntheticStream(model, length=48))  # six blocks
-    streams = [SyntheticStream(model, length=50, world=(r, 3)) for r in range(3)]
+    streams = []
+    for number in range(3):
+        with monkeypatch.context() as patch:
+            for name, value in (("is_initialized", True), ("get_rank", number), ("get_world_size", 3)):
+                patch.setattr(torch.distributed, name, lambda value=value: value)
+            # As a worker that is spawned gets it: it knows its rank, but is not part of the process group.
+            streams.append(pickle.loads(pickle.dumps(SyntheticStream(model, length=50))))
     parts = [as_rows(stream) for stream in streams]
     # Equally many, or the rank with fewer would leave the others waiting at the end of the epoch.
     assert [len(p) for p in parts] == [len(s) for s in streams] == [17] * 3
     union = set.union(*parts)
     assert len(union) == 51 and whole <= union
-    for workers in (1, 3):
-        assert as_rows(DataLoader(streams[1], batch_size=None, num_workers=workers)) == parts[1]
-    with monkeypatch.context() as patch:
-        for name, value in (("is_initialized", True), ("get_rank", 2), ("get_world_size", 3)):
-            patch.setattr(torch.distributed, name, lambda value=value: value)
-        sent = pickle.dumps(SyntheticStream(model, length=50))
-    assert as_rows(pickle.loads(sent)) == parts[2]  # a worker that is spawned knows its rank
+    assert as_rows(DataLoader(streams[1], batch_size=None, num_workers=3)) == parts[1]
 
 
 def test_weights_of_a_stream(model: GLEM, tail: ImageData) -> None:
@@ -359,38 +303,18 @@ def test_weights_of_a_stream(model: GLEM, tail: ImageData) -> None:
     assert counts[0] == 0 and abs(counts[1] / 400 - 0.75) < 0.08 and isinstance(items[0][0], np.ndarray)
     with pytest.raises(TypeError, match="no end"):
         len(stream)
-    for weights in ({"dog": 0, "cat": 3, "bird": 1}, {2: 1, 1: 3, 0: 0}, np.array([0, 3, 1]), torch.tensor([0, 3, 1])):
+    for weights in ({"cat": 3, "bird": 1}, {2: 1, 1: 3}, np.array([0, 3, 1]), torch.tensor([0, 3, 1])):
         assert SyntheticStream(model, weights=weights).probabilities.tolist() == [0, 0.75, 0.25]
     mixed = SyntheticStream(model, length=9, source="mixup", real=tail, modes=8)
     assert len(as_rows(mixed)) == 9
     missing = tail.subset(range(17))
     SyntheticStream(model, source="mixup", real=missing, modes=8, weights=[0, 1, 1])
     for settings, error, message in (
-        ({"weights": [1, 2]}, ValueError, "3 numbers"),
-        ({"weights": [0, 0, 0]}, ValueError, "not all 0"),
-        ({"weights": [1.0, None, 1.0]}, TypeError, r"weights\[1\]"),
-        ({"weights": "abc"}, TypeError, "weights must be 3 numbers"),
+        ({"weights": [1, 2]}, ValueError, "weights must be 3 values"),
+        ({"weights": [0, 0, 0]}, ValueError, "not all be 0"),
         ({"weights": [1.0, -1.0, 1.0]}, ValueError, r"weights\[1\]"),
-        ({"weights": {"cat": 1}}, ValueError, "weights leaves out dog, bird"),
-        ({"weights": {0: 1, 1: 1, 9: 1}}, ValueError, "weights names class 9"),
-        ({"length": 0}, ValueError, "length must be"),
+        ({"weights": {"cow": 1}}, ValueError, "weights names 'cow'"),
         ({"source": "mixup", "real": missing, "modes": 8}, ValueError, "no real image of dog.*weight 0"),
-        ({"oracle": len}, ValueError, "such as 0.5"),
     ):
         with pytest.raises(error, match=message):
             SyntheticStream(model, **settings)
-    with pytest.raises(ValueError, match="epoch must be at least 0"):
-        stream.set_epoch(-1)
-
-
-def test_a_stream_rejects(model: GLEM) -> None:
-    def confidence(**settings: Any) -> float:
-        stream = SyntheticStream(model, length=200, transform=np.array, source="rfcm", **settings)
-        images, labels = zip(*stream, strict=True)
-        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return float(bright(x.float() / 255).gather(1, torch.tensor(labels)[:, None]).mean())
-
-    def bright(x: Tensor) -> Tensor:
-        return (-100 * (x.flatten(1).mean(1, keepdim=True) - torch.tensor([0.45, 0.5, 0.55])).abs()).softmax(1)
-
-    assert confidence(min_confidence=0.4, oracle=bright) > confidence() + 0.05
