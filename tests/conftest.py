@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from glem_augment.data.dataset import ImageData, open_data
-from glem_augment.training import trainer as trainer_module
 
 # Small tensors gain nothing from a second thread, and beside other busy processes two threads wait for each other. The
 # processes that tests start inherit this.
@@ -29,12 +28,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_thread() -> None:
     """All tests run on one thread."""
-
-
-@pytest.fixture
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves of a training run takes longer than a tiny one."""
-    monkeypatch.setattr(trainer_module, "plot_curves", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

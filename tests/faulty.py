@@ -29,7 +29,6 @@ from glem_augment.cli import main as cli
 from glem_augment.cli.main import COMMANDS
 from glem_augment.io import _RawFile
 from glem_augment.training import Trainer, em, optim
-from glem_augment.training import trainer as trainer_module
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
@@ -85,7 +84,6 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool) -> Non
     log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    trainer_module.plot_curves = lambda *args: None  # slow, and no part of what is compared
     optim.MAX_BAD_STEPS, em.REFIT_STEPS = 3, 5
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)

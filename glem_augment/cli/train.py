@@ -16,18 +16,18 @@ from glem_augment import __version__
 from glem_augment.cli.common import DATA_HELP, add_device, note, number, pick_device, read_table, whole
 from glem_augment.cli.main import new_parser
 from glem_augment.data.dataset import ImageData, open_data
-from glem_augment.errors import ModelFileError, TrainingError
+from glem_augment.errors import ModelFileError
 from glem_augment.io import expand, lock_folder, write_json
 from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.model.weights import CONFIG
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
-from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint
+from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint, require_unused
 from glem_augment.training.config import AUGMENTATIONS, SETTINGS, check_names, check_setting
 from glem_augment.training.methods import METHODS
 
 DESCRIPTION = """\
 Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
-metrics.jsonl, samples/ and, with matplotlib, curves.png. A run that was stopped, even killed, goes on with
+metrics.jsonl and samples/. A run that was stopped, even killed, goes on with
 
   glem train DATA --out DIR --resume
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
                 )
         view = {**before, **view}
     else:
-        _refuse_earlier_run(out)
+        require_unused(out)  # before any image is read; the Trainer checks it again
     view = {**_VIEW, **view}
     # The run takes image size and bits from the model that it starts from, unless others are asked for. A resumed run
     # needs its checkpoint alone, and that model may be gone.
@@ -204,15 +204,6 @@ def _size(value: list[int] | None) -> tuple[int, int] | None:
     if len(value) > 2:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(value)} numbers")
     return value[0], value[-1]
-
-
-def _refuse_earlier_run(out: Path) -> None:
-    """Raise TrainingError before any image is read; the Trainer checks it again."""
-    if has_checkpoint(out):
-        raise TrainingError(f"{out} already holds a run; go on with --resume, or choose another folder with --out")
-    for name in (WEIGHTS, CONFIG):
-        if (out / name).exists():
-            raise TrainingError(f"{out} already holds a model ({name}); choose another folder with --out")
 
 
 def _earlier_view(out: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The checkpoints in a run's folder, and whether one belongs to the run at hand.
 
-A checkpoint is one safetensors file that holds tensors and JSON together, with a digest over both, which finds damage.
-Nothing in it is ever executed. There are three names, each always a whole file or absent:
+A checkpoint is one safetensors file that holds tensors and JSON, with a digest over both, which finds damage. Nothing
+in it is ever executed. There are three names, each always a whole file or absent:
 
 - `checkpoint.safetensors`: the newest state;
 - `checkpoint.previous.safetensors`: the one before, in case the newest is damaged;
@@ -32,6 +32,7 @@ from torch import Tensor
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.io import atomic_write
+from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training.config import TrainConfig
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
@@ -44,11 +45,7 @@ FREE = {
     "modes_rank",
 }  # fmt: skip
 # What glem_augment.io.atomic_write leaves behind when its process is killed.
-_LEFT_OVER = re.compile(r"\.(checkpoint|metrics|model|config|run|skipped|curves|epoch_\d+)\..*\.\d+-[0-9a-f]+\.tmp")
-
-
-class DamagedFileError(ValueError):
-    """The bytes are no checkpoint of this version, or not the ones that were written."""
+_LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,8 @@ class Checkpoint:
 def to_bytes(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     """Serialise a state; equal states give equal bytes.
 
-    Args:
-        facts: anything that JSON can carry; NaN and infinity are refused.
-        tensors: of any dtype and device, none sharing memory with another.
-
     Raises:
-        ValueError, TypeError: `facts` holds something that JSON can't carry.
+        ValueError, TypeError: `facts` holds something that JSON can't carry; NaN and infinity are refused.
     """
     text = json.dumps(facts, sort_keys=True, allow_nan=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -97,7 +90,7 @@ def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Tensors can't be larger than the file that holds them, so the memory that this takes is bounded by `len(data)`.
 
     Raises:
-        DamagedFileError: truncated, changed or foreign bytes, another version, or numbers that are not finite.
+        TrainingError: truncated, changed or foreign bytes, or another version.
     """
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -108,17 +101,11 @@ def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except MemoryError:
         raise
     except Exception as error:  # safetensors, json and torch each have their own for bytes that make no sense
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DamagedFileError(f"it is truncated, or no checkpoint ({first[:200]})") from None
+        raise TrainingError(f"it is truncated, or no checkpoint ({str(error)[:200]})") from None
     if version != VERSION:
-        raise DamagedFileError(f"it has format {version!r}, this version reads {VERSION}")
+        raise TrainingError(f"it has format {version!r}, this version reads {VERSION}")
     if not intact:
-        raise DamagedFileError("its contents do not match its checksum")
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict) or type(facts.get("step")) is not int:
-        raise DamagedFileError("it holds no settings or no step")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DamagedFileError(f"{name} holds values that are not finite")
+        raise TrainingError("its contents do not match its checksum")
     return facts, tensors
 
 
@@ -140,13 +127,17 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (NEWEST, PREVIOUS, GOOD))
 
 
-def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], good: bool = False) -> None:
-    """Write the newest checkpoint; the newest so far becomes the previous one.
+def require_unused(folder: Path) -> None:
+    """Raise TrainingError if the folder already holds a run or a model, which a new run would overwrite."""
+    if has_checkpoint(folder):
+        raise TrainingError(f"{folder} already holds a run; go on with --resume, or choose another folder with --out")
+    for name in (WEIGHTS, CONFIG):
+        if (folder / name).exists():
+            raise TrainingError(f"{folder} already holds a model ({name}); choose another folder with --out")
 
-    Args:
-        folder: the run's folder.
-        facts, tensors: see `to_bytes`.
-        good: a diverged run may return to this one.
+
+def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], good: bool = False) -> None:
+    """Write the newest checkpoint, and the newest so far becomes the previous one; with `good`, write that one too.
 
     Raises:
         OSError: full disk, vanished folder and the like, naming the path; the two newest checkpoints stay as they were.
@@ -181,28 +172,17 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
         if not path.is_file():
             continue
         try:
-            checkpoint = _read(path)
-        except DamagedFileError as error:
+            checkpoint = Checkpoint(path, *from_bytes(path.read_bytes()))
+        except TrainingError as error:
             problems.append(f"{path} can't be used: {error}")
             continue
         if problems:
-            warnings.warn(
-                f"{'; '.join(problems)}. Going on from the one before, {path} (step {checkpoint.step})", stacklevel=3
-            )
+            going_on = f"Going on from the one before, {path} (step {checkpoint.step})"
+            warnings.warn(f"{'; '.join(problems)}. {going_on}", stacklevel=3)
         return checkpoint
     if problems:
         raise TrainingError(f"{'; '.join(problems)}. Restore one, or start over in another folder")
     raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {folder / NEWEST}; start without --resume")
-
-
-def _read(path: Path) -> Checkpoint:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        if error.errno != errno.EIO:  # a bad sector is damage like any other
-            raise
-        raise DamagedFileError(f"it can't be read ({error.strerror})") from None
-    return Checkpoint(path, *from_bytes(data))
 
 
 def remove_left_overs(folder: Path) -> None:
@@ -216,10 +196,7 @@ def remove_left_overs(folder: Path) -> None:
 def require_folder(folder: Path) -> None:
     """Raise FileNotFoundError if the output folder has vanished, rather than start a new one half-way."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT,
-            f"the output folder {folder} has vanished (removed, renamed or unmounted); the run can't go on",
-        )
+        raise FileNotFoundError(errno.ENOENT, f"the output folder {folder} has vanished; the run can't go on")
 
 
 # ---- the same run? -----------------------------------------------------------------------------------------------

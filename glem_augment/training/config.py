@@ -16,17 +16,18 @@ AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
 REMOVED = {
-    "milestones": "the learning rate is halved after 1/2 and 3/4 of the run; schedule='cosine' is the other choice",
+    "milestones": "the learning rate is halved after 1/2 and 3/4 of the run, or use schedule='cosine'",
     "clip_norm": "gradients are clipped to norm 1",
     "ema_decay": "it is 0.999",
     "swa_start": "SWA averages the last quarter of the run",
-    "repulsion": "objective='glem' repels by the KLD, 'saturating' by a bounded KLD, 'mle' and 'hybrid' not at all",
+    "repulsion": "objective='glem' repels by the KLD, 'saturating' by a bounded KLD",
     "kld_weight_end": "kld_weight falls to half of itself",
     "saturation": "it is 0.05 nats per dimension",
     **dict.fromkeys(("beta_end", "beta_anneal_from"), "use beta_anneal=(share of the run, final factor)"),
+    "noise_std": "likelihood='marginal' dequantises with Gaussian noise of half a level",
     "joint_lr": "it is 0.01",
     **dict.fromkeys(("learn_mu", "learn_sigma"), "use learn='both', 'means', 'variances' or 'none'"),
-    "mean_init": "use mean_init_std: None for class means, 0 for zeros, a number for random means",
+    **dict.fromkeys(("mean_init", "mean_init_std", "sigma_init_std"), "use random_init"),
     "code_rows": "class codes are part of benchmarks/paper",
     "refit_steps": "use refit_beta; 0 leaves the refit out",
     "g_fraction": "a tenth of each class fits the Gaussians",
@@ -40,13 +41,16 @@ def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
     """A field of `TrainConfig`.
 
     Args:
+        default: its default, or the function `dict`, which makes it.
         kind: int, float, bool, a tuple of allowed words, "numbers", "names" or "table".
         more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `shown`, the
             default in words; `group`, the title of the settings from here on; `research=True` for settings that only
             `--help-all` shows.
     """
     metadata = {"kind": kind, "help": text, "optional": default is None, **more}
-    return field(default=default, metadata=metadata)
+    return (
+        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass
@@ -80,19 +84,13 @@ class TrainConfig:
     """
 
     preset: str = _setting(
-        "mef_tiny", tuple(PRESETS),
-        "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), mef_cifar (37.6 M, as "
-        "published), mef_glem (42.8 M); with affine couplings glow_tiny (1.2 M) and glow_fast (0.6 M, the best for "
-        "its time on a CPU); identity (none: the pixels)", group="flow",
+        "mef_tiny", tuple(PRESETS), "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), "
+        "mef_cifar (37.6 M, as published), mef_glem (42.8 M); with affine couplings glow_tiny (1.2 M) and glow_fast "
+        "(0.6 M, the best for its time on a CPU); identity (none: the pixels)", group="flow",
     )  # fmt: skip
-    flow_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "kind": "table", "optional": False,
-            "help": "change a number of the preset, e.g. --flow depth=[4,4] (also blocks, width, coupling, actnorm, "
-            "bound, rank, subnet, activation, patch: see create_flow); repeatable",
-        },
-    )  # fmt: skip
+    flow_options: dict[str, Any] = _setting(
+        dict, "table", "change a number of the preset, e.g. --flow depth=[4,4]; see create_flow; repeatable"
+    )
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: str = _setting(
         "glem", OBJECTIVES, "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: "
@@ -107,16 +105,12 @@ class TrainConfig:
         shown="no annealing", research=True,
     )  # fmt: skip
     ce_scale: float | None = _setting(
-        None, float, "class scores are multiplied by this before the cross-entropy, for wider margins", above=0,
-        shown="0.2 for hybrid", research=True,
-    )  # fmt: skip
+        None, float, "factor of the class scores in the cross-entropy", above=0, shown="0.2 for hybrid", research=True
+    )
     label_smoothing: float = _setting(0.0, float, "label smoothing of the cross-entropy", high=0.99, research=True)
     likelihood: str = _setting(
-        "class", ("class", "marginal"), "-log p(x|y) in the E-step, or -log p(x) = -log mean_y p(x|y)", research=True
-    )
-    noise_std: float = _setting(
-        0.0, float, "dequantise with Gaussian noise of this many levels; 0: uniform noise, which measurements always "
-        "use", research=True,
+        "class", ("class", "marginal"), "-log p(x|y) in the E-step; or, as in IB-INN, -log p(x) = -log mean_y p(x|y) "
+        "with Gaussian dequantisation noise", research=True,
     )  # fmt: skip
     epochs: int = _setting(
         20, int, "passes over the images", low=1, high=10**6, group="optimisation of the flow (E-step)"
@@ -124,43 +118,31 @@ class TrainConfig:
     batch_size: int = _setting(64, int, "images per step", low=1)
     lr: float = _setting(1e-2, float, "learning rate of Adamax", above=0)
     warmup_steps: int = _setting(1000, int, "steps of linear warm-up, at most half the run")
-    schedule: str = _setting(
-        "multistep", ("multistep", "cosine"), "halve the learning rate twice, or let it follow a cosine", research=True
-    )
+    schedule: str = _setting("multistep", ("multistep", "cosine"), "two halvings, or a cosine", research=True)
     min_lr: float = _setting(2.5e-3, float, "lowest learning rate of the schedule", research=True)
     averaging: str = _setting(
-        "ema", ("ema", "swa", "none"),
-        "average of the flow's weights: exponential, or uniform over the last quarter of the run", research=True,
-    )  # fmt: skip
-    mean_init_std: float | None = _setting(
-        None, float, "draw the means at the start from N(0, X^2); 0: zeros", research=True,
-        shown="class means of the initial latents", group="class Gaussians (M-step)",
+        "ema", ("ema", "swa", "none"), "average of the flow's weights; swa: over the last quarter", research=True
+    )
+    random_init: tuple[float, float] | None = _setting(
+        None, "numbers", "standard deviations at the start of the means, about 0, and of the variances' free "
+        "parameters", count=2, shown="class means of the initial latents, equal variances", research=True,
+        group="class Gaussians (M-step)",
     )  # fmt: skip
     sigma_init: float | None = _setting(
         None, float, "variances at the start", above=0, shown="middle of psi's range, 0.3 without psi", research=True
-    )
-    sigma_init_std: float = _setting(
-        0.0, float, "standard deviation of noise on the variances' free parameters at the start", research=True
     )
     psi: tuple[float, float, float] | None = _setting(
         (0.5, 0.2, 0.05), "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
         research=True,
     )  # fmt: skip
-    learn: str = _setting(
-        "both", ("both", "means", "variances", "none"), "which parameters of the Gaussians are learned", research=True
-    )
+    learn: str = _setting("both", ("both", "means", "variances", "none"), "what is learned", research=True)
     joint: bool = _setting(
-        False, bool, "learn the Gaussians by the E-step's loss, together with the flow and on all images, in place of "
-        "M-steps", research=True,
-    )  # fmt: skip
+        False, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps", research=True
+    )
     m_rounds: int = _setting(1, int, "M-steps per epoch, each with a pass over a tenth of the images", low=1)
     m_steps: int = _setting(1, int, "Adam steps in each M-step", low=1)
-    m_budget: float = _setting(
-        1.45, float, "sum of Adam's learning rates over the run: how far a mean can move", above=0, research=True
-    )
-    sigma_lr_scale: float = _setting(
-        1.0, float, "learning rate of the variances relative to that of the means", research=True
-    )
+    m_budget: float = _setting(1.45, float, "sum of Adam's learning rates over the run", above=0, research=True)
+    sigma_lr_scale: float = _setting(1.0, float, "factor of the variances' learning rate", research=True)
     freeze_gaussians_at: float = _setting(
         1.0, float, "share of the run after which the Gaussians stay and the flow trains on all images", above=0,
         high=1, research=True,
@@ -174,30 +156,23 @@ class TrainConfig:
         (), "names", f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all "
         "four; none. Digits must not flip, and a flow learns whatever the augmentation adds", group="data",
     )  # fmt: skip
-    val_fraction: float = _setting(
-        0.05, float, "share of each class held out for measuring, at most 2,000 images in all", high=0.99
-    )
+    val_fraction: float = _setting(0.05, float, "share of each class held out, at most 2,000 images in all", high=0.99)
     seed: int = _setting(0, int, "seed of everything random", high=2**63 - 1, group="run")
-    precision: str = _setting(
-        "fp32", ("fp32", "bf16"), "precision of the subnets during training; the bijection is float32"
-    )
+    precision: str = _setting("fp32", ("fp32", "bf16"), "of the subnets in training; the bijection is float32")
     memory: str = _setting(
-        "stored", ("stored", "reversible"), "reversible: rebuild activations in the backward pass, so that memory does "
-        "not grow with the flow's depth; slower",
+        "stored", ("stored", "reversible"), "reversible: rebuild activations in the backward pass; memory does not "
+        "grow with the flow's depth, and steps are slower",
     )  # fmt: skip
     compile: bool = _setting(False, bool, "torch.compile the flow's steps: a slow start, then faster steps")
     threads: int | None = _setting(
-        None, int, "CPU threads; the same number gives the same weights bit for bit", low=1, high=4096,
-        shown="PyTorch's choice",
-    )  # fmt: skip
-    workers: int = _setting(0, int, "processes that decode images that do not fit in memory", high=512)
-    sample_every: int = _setting(5, int, "draw sample grids and curves every N epochs; 0: never")
-    checkpoint_minutes: float = _setting(
-        2.0, float, "time between checkpoints; there is one at the end of each epoch too", above=0
+        None, int, "CPU threads; equal numbers give equal weights", low=1, high=4096, shown="PyTorch's choice"
     )
+    workers: int = _setting(0, int, "processes that decode images that do not fit in memory", high=512)
+    sample_every: int = _setting(5, int, "draw a grid of samples every N epochs; 0: never")
+    checkpoint_minutes: float = _setting(2.0, float, "time between checkpoints within an epoch", above=0)
     max_minutes: float | None = _setting(
-        None, float, "stop after that long, with a checkpoint and exit status 75; the same command with --resume goes "
-        "on", above=0, shown="no limit",
+        None, float, "stop after that long, with a checkpoint and exit status 75; --resume goes on", above=0,
+        shown="no limit",
     )  # fmt: skip
 
     def __new__(cls, *args: Any, **settings: Any) -> TrainConfig:
@@ -207,6 +182,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in SETTINGS:
             setattr(self, name, check_setting(name, getattr(self, name)))
+        # A resumed run has lost the order in which they were given.
+        self.flow_options = dict(sorted(self.flow_options.items()))
         hybrid = self.objective == "hybrid"
         if self.beta is None:
             self.beta = 0.3 if hybrid else 0.0

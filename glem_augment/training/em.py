@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,12 +85,9 @@ class EM:
         self.bad_steps = self.bad_in_a_row = self.m_bad_in_a_row = 0  # steps skipped because they were not finite
         self.rollbacks, self.lr_scale = 0, 1.0
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
-
-    def start(self, init_model: GLEM | None, begun: Checkpoint | None) -> None:
-        """Initialise the model from the data, or go on from a checkpoint."""
         if begun is None:
             self._initialise(init_model)
-        self.average = WeightAverage(self.model.flow, self.config.averaging, self.total_steps)
+        self.average = WeightAverage(self.model.flow, config.averaging, self.total_steps)
         if begun is not None:
             self.restore(begun)
 
@@ -126,31 +124,30 @@ class EM:
         rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
         x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
         self.model.initialise(x, self._generator(1))
-        same_classes = init_model is not None and init_model.class_ids == self.model.class_ids
-        if init_model is not None and same_classes and init_model.config.psi == config.psi:
-            gaussians.load_state_dict(init_model.gaussians.state_dict())
+        if init_model is not None:
+            if (init_model.class_ids, init_model.config.psi) == (self.model.class_ids, config.psi):
+                gaussians.load_state_dict(init_model.gaussians.state_dict())
+                return
+            statistics = self._latent_pass(-1, self.split.g)
+            means, spread = statistics.moments()
+            gaussians.mu.copy_(means)
+            # Shrunk towards the pooled variance, since D_g may hold few images of a class.
+            n = statistics.count[:, None]
+            pooled = (spread * n).sum(0) / n.sum()
+            gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
             return
         if config.sigma_init is not None:
             gaussians.set_variance(torch.full_like(gaussians.s, config.sigma_init))
-        if config.sigma_init_std:
+        if config.random_init is not None:
+            gaussians.randomise(config.random_init[0], self._generator(2))
             noise = torch.randn(gaussians.s.shape, generator=self._generator(6)).to(gaussians.s)
-            gaussians.s.add_(config.sigma_init_std * noise)
+            gaussians.s.add_(config.random_init[1] * noise)
             gaussians.project()
-        if config.mean_init_std is not None and init_model is None:
-            gaussians.randomise(config.mean_init_std, self._generator(2))
             return
-        statistics = self._latent_pass(-1, self.split.g)
-        means, spread = statistics.moments()
-        if init_model is None:
-            # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that.
-            # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
-            gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
-        else:
-            gaussians.mu.copy_(means)
-            # Shrunk towards the pooled variance, since D_g may hold few images of a class.
-            n = statistics.count.clamp_min(1)[:, None]
-            pooled = (spread * n).sum(0) / n.sum()
-            gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
+        means, _ = self._latent_pass(-1, self.split.g).moments()
+        # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that.
+        # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
+        gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
     def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of `indices`."""
@@ -169,9 +166,7 @@ class EM:
 
     def beta(self) -> float:
         """Weight of the cross-entropy now; with `beta_anneal` it falls geometrically over the last part of the run."""
-        if self.config.beta_anneal is None:
-            return self.config.beta or 0.0
-        start, end = self.config.beta_anneal
+        start, end = self.config.beta_anneal or (0.0, 1.0)
         late = max(0.0, self.step / self.total_steps - start) / (1 - start)
         return (self.config.beta or 0.0) * end**late
 
@@ -345,38 +340,24 @@ class EM:
         Raises:
             TrainingError: the checkpoint is not that of such a run.
         """
-        try:
-            self._restore(checkpoint.facts, checkpoint.tensors)
-        except (KeyError, ValueError, TypeError, RuntimeError, OverflowError, IndexError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TrainingError(f"{checkpoint.path} does not fit this run: {type(error).__name__}: {first}") from error
-
-    def _restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if facts["flow"] != json.dumps(self.model.config.flow):
-            raise ValueError("its flow is another one")
-        most = {"step": self.total_steps, "m_done": self.m_total}
-        for name in _COUNTERS:
-            if type(facts[name]) is not int or not 0 <= facts[name] <= most.get(name, 2**53):
-                raise ValueError(f"{name} is {facts[name]!r}")
-        scale = facts["lr_scale"]
-        if type(scale) is not float or not 0 < scale <= 1:
-            raise ValueError(f"lr_scale is {scale!r}")
-        names = ("model", "average", "flow_optimizer", "m_optimizer", "run")
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-        for name, tensor in tensors.items():
+        facts, parts = checkpoint.facts, defaultdict[str, dict[str, Tensor]](dict)
+        for name, tensor in checkpoint.tensors.items():
             group, _, rest = name.partition("/")
             parts[group][rest] = tensor
-        self.model.load_state_dict(parts["model"], strict=True)
-        self.average.load_state_dict(parts["average"])
-        load_optimizer_tensors(self.flow_optimizer, parts["flow_optimizer"])
-        load_optimizer_tensors(self.m_optimizer, parts["m_optimizer"])
-        torch.set_rng_state(parts["run"]["rng"])
-        self.guard.load(facts["guard"], parts["run"]["losses"])
-        for name in _COUNTERS:
-            setattr(self, name, facts[name])
-        total, count = facts["epoch_loss"]
-        self.epoch_loss = (float(total), int(count))
-        self.set_lr_scale(scale)
+        try:
+            self.model.load_state_dict(parts["model"], strict=True)
+            self.average.load_state_dict(parts["average"])
+            load_optimizer_tensors(self.flow_optimizer, parts["flow_optimizer"])
+            load_optimizer_tensors(self.m_optimizer, parts["m_optimizer"])
+            torch.set_rng_state(parts["run"]["rng"])
+            self.guard.load(facts["guard"], parts["run"]["losses"])
+            for name in _COUNTERS:
+                setattr(self, name, facts[name])
+            self.epoch_loss = facts["epoch_loss"][0], facts["epoch_loss"][1]
+            self.set_lr_scale(facts["lr_scale"])
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(f"{checkpoint.path} does not fit this run: {type(error).__name__}: {reason}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a training run measures and writes for people: a JSONL of metrics, curves, and samples of each class."""
+"""What a training run measures and writes for people: a JSONL of metrics, and samples of each class."""
 
 from __future__ import annotations
 
@@ -102,40 +102,6 @@ def gaussian_state(gaussians: ClassGaussians) -> dict[str, float]:
         "kld_mean": float(pairs.mean()),
         "saturated_variances": float(gaussians.saturated_share()),
     }
-
-
-def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Curves of the epoch rows as one PNG; nothing is written where matplotlib is not installed."""
-    epochs = [row for row in rows if row.get("kind") == "epoch"]
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    if not epochs:
-        return
-    x = [row["epoch"] for row in epochs]
-    panels = [
-        ("bits/dim (held out)", ["val_bits_per_dim"]),
-        ("NF accuracy (held out)", ["val_accuracy"]),
-        ("E-step loss", ["loss"]),
-        ("pairwise KLD, nats", ["kld_mean", "kld_min"]),
-        ("max |mu|", ["mu_max"]),
-        ("learning rate", ["lr"]),
-    ]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        for key in keys:
-            axis.plot(x, [row.get(key) for row in epochs], marker=".", label=key.removeprefix("kld_"))
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.grid(alpha=0.3)
-        if len(keys) > 1:
-            axis.legend(fontsize=8)
-            axis.set_yscale("symlog", linthresh=1.0)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
 
 
 def sample_grid(model: GLEM, path: Path, per_class: int = 8, temperature: float = 0.8, max_classes: int = 20) -> None:

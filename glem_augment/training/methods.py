@@ -44,22 +44,22 @@ METHODS: dict[str, Method] = {
     ),
     "only-mu": Method(dict(objective="glem", kld_weight=10.0, learn="means"), "Table 7: only the means learned"),
     "only-sigma": Method(
-        dict(objective="glem", kld_weight=10.0, learn="variances", mean_init_std=1.0),
+        dict(objective="glem", kld_weight=10.0, learn="variances", random_init=(1.0, 0.0)),
         "Table 7: only the variances learned, the means random, N(0, I) as FlowGMM's, and fixed",
     ),
     "random": Method(
-        dict(objective="mle", learn="none", sigma_init_std=5.0, mean_init_std=1.0),
+        dict(objective="mle", learn="none", random_init=(1.0, 5.0)),
         "Table 7: means, N(0, I), and variances random and fixed",
     ),
     "flowgmm": Method(
-        dict(objective="mle", learn="none", mean_init_std=1.0, **_UNIT),
+        dict(objective="mle", learn="none", random_init=(1.0, 0.0), **_UNIT),
         "FlowGMM (Izmailov et al., ICML 2020), all images labelled: random fixed means N(0, I), identity covariance",
     ),
     # Small initial means were the best of a few on held-out training images of a 14x14 Fashion-MNIST.
     "ib-inn": Method(
         dict(
-            objective="hybrid", beta=1.0, likelihood="marginal", joint=True, label_smoothing=0.05, noise_std=0.5,
-            ce_scale=1.0, mean_init_std=0.1, learn="means", **_UNIT,
+            objective="hybrid", beta=1.0, likelihood="marginal", joint=True, label_smoothing=0.05, ce_scale=1.0,
+            random_init=(0.1, 0.0), learn="means", **_UNIT,
         ),
         "IB-INN (Ardizzone et al., NeurIPS 2020): learned means, identity covariance, -log p(x) + beta cross-entropy, "
         "Gaussian dequantisation noise, smoothed labels",
@@ -72,7 +72,8 @@ METHODS: dict[str, Method] = {
     "hybrid": Method(dict(objective="hybrid"), "this library's: beta times the cross-entropy of the flow's posterior"),
     "hybrid-joint": Method(
         dict(
-            objective="hybrid", beta=0.3, ce_scale=0.1, joint=True, label_smoothing=0.05, mean_init_std=0.1, **_UNIT
+            objective="hybrid", beta=0.3, ce_scale=0.1, joint=True, label_smoothing=0.05, random_init=(0.1, 0.0),
+            **_UNIT,
         ),
         "this library's: the same with means and variances learned at every step of the flow, and wider margins",
     ),

@@ -20,18 +20,19 @@ from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
 
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
+NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
 
 
 # ---- the E-step -------------------------------------------------------------------------------------------------
 
 
 def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `noise_std` levels (IB-INN)."""
-    if not config.noise_std:
+    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels with "marginal"."""
+    if config.likelihood == "class":
         return model.encode(x, generator)
     h = to_levels(x, config.bits, model.gaussians.mu.dtype)
     noise = move(torch.randn(h.shape, generator=generator, dtype=h.dtype), h.device)
-    z, logdet = model.flow(h + noise * (config.noise_std * 2.0**-config.bits))
+    z, logdet = model.flow(h + noise * (NOISE_STD * 2.0**-config.bits))
     return z, logdet - model.dim * config.bits * math.log(2)
 
 
@@ -102,34 +103,31 @@ class LatentStatistics:
         return self.latents[0], self.labels[0]
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [K,d] of each class's latents; zeros for a class without images."""
-        n = self.count.clamp_min(1)[:, None]
+        """Mean and variance [K,d] of each class's latents."""
+        n = self.count[:, None]
         mean = self.total / n
         return mean, (self.square / n - mean * mean).clamp_min(0)
 
     def balanced_nll(self, gaussians: ClassGaussians) -> Tensor:
-        """Mean over the classes present of their mean -log N(z; mu_y, sigma_y^2), nats; differentiable.
+        """Mean over the classes of their mean -log N(z; mu_y, sigma_y^2), nats; differentiable.
 
         Classes weigh the same, or rare ones would run away.
         """
-        present = self.count > 0
-        n = self.count.clamp_min(1)[:, None]
+        n = self.count[:, None]
         mu, var = gaussians.mu.double(), gaussians.variance().double()
         spread = self.square / n - 2 * mu * self.total / n + mu * mu
         per_class = 0.5 * (var.log() + spread / var).sum(1) + 0.5 * gaussians.dim * math.log(2 * math.pi)
-        return per_class[present].mean()
+        return per_class.mean()
 
     @torch.no_grad()
     def most_likely(self, gaussians: ClassGaussians, means: bool = True, variances: bool = True) -> None:
-        """Set the means, the variances or both to the minimum of `balanced_nll`, as far as psi and the lower bound
-        allow. Classes without images stay as they are."""
-        rows = self.count > 0
-        mean, variance = (moment[rows] for moment in self.moments())
+        """Set the means, the variances or both to the minimum of `balanced_nll`, as far as psi and the bound allow."""
+        mean, variance = self.moments()
         if means:
-            gaussians.mu[rows] = mean.to(gaussians.mu.dtype)
+            gaussians.mu.copy_(mean)
         if variances:
             # About the mean that the Gaussian has, whether it was just set or stays.
-            gaussians.set_variance(variance + (mean - gaussians.mu[rows].double()).square(), rows)
+            gaussians.set_variance(variance + (mean - gaussians.mu.double()).square())
 
 
 def value_range(low: float, high: float) -> float:

@@ -25,7 +25,7 @@ times.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -48,11 +48,6 @@ MAX_BAD_STEPS, MAX_ROLLBACKS = 10, 3
 WINDOW, MIN, START, PATIENCE, SHARE = 200, 50, 5, 100, 80
 # A checkpoint is good if each of the last so many losses was finite and had not exploded.
 CALM = 10
-# What torch's optimizers keep per parameter: one number, and tensors of its shape.
-_ENTRIES = {
-    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.Adamax: ("step", "exp_avg", "exp_inf"),
-}
 
 
 def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tuple[torch.optim.Optimizer, Scheduler]:
@@ -96,26 +91,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned. Raises ValueError for a state that this optimizer can't have."""
-    rest, state = dict(tensors), {}
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        found = {key: rest.pop(f"{index}/{key}") for key in _ENTRIES[type(optimizer)] if f"{index}/{key}" in rest}
-        shapes = [() if key == "step" else parameter.shape for key in _ENTRIES[type(optimizer)]]
-        if found and [tensor.shape for tensor in found.values()] != shapes:
-            raise ValueError(f"the state of the optimizer's parameter {index} is incomplete or of other shapes")
-        if found:
+    """Load what `optimizer_tensors` returned. Raises RuntimeError, IndexError or ValueError for another optimizer's."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = defaultdict[int, dict[str, Tensor]](dict)
+    for name, tensor in tensors.items():
+        index, _, key = name.partition("/")
+        if key != "step":
             # Files hold plain rows; the optimizer is fastest with the strides of the weights (channels_last).
-            state[index] = {
-                key: tensor if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-                for key, tensor in found.items()
-            }
-    if rest:
-        raise ValueError(f"the optimizer has no {sorted(rest)[:3]}")
+            tensor = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(tensor)
+        state[int(index)][key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class WeightAverage:
-    """EMA of the flow's weights, or SWA over the last part of the run, or neither; the weights are copied at once."""
+    """EMA of the flow's weights, SWA over the last part of the run, or neither; it begins with a copy of them."""
 
     def __init__(self, flow: nn.Module, averaging: str, total_steps: int) -> None:
         self.average: ModelEmaV3 | AveragedModel | None = None

@@ -33,14 +33,14 @@ from glem_augment.training.checkpoint import (
     NEWEST,
     check_same_run,
     data_fingerprint,
-    has_checkpoint,
     load_checkpoint,
     remove_left_overs,
+    require_unused,
     save_checkpoint,
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
-from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
+from glem_augment.training.logs import MetricsLog, sample_grid
 from glem_augment.training.optim import DivergenceError
 
 # What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
@@ -93,13 +93,11 @@ class Trainer(EM):
         begun = load_checkpoint(self.out) if resume else None
         if begun is not None:
             check_same_run(begun, config, self.fingerprint, data.name)
-            self.init_from = begun.facts.get("init_from")
-        elif has_checkpoint(self.out):
-            raise TrainingError(
-                f"{self.out} already holds a run; resume it (--resume), or choose another folder with --out"
-            )
-        else:  # for the record
-            self.init_from = None
+            self.init_from = begun.facts["init_from"]
+            self._clock -= begun.facts["seconds"]
+        else:
+            require_unused(self.out)
+            self.init_from = None  # for the record
             if init_model is not None:
                 self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
         super().__init__(data, config, init_model, begun, device, progress)
@@ -107,10 +105,7 @@ class Trainer(EM):
         remove_left_overs(self.out)
         if begun is not None and begun.path.name != NEWEST:
             (self.out / NEWEST).unlink(missing_ok=True)  # it is damaged, and must not become the previous one
-        self.log = MetricsLog(self.out, 0 if begun is None else begun.step)
-        self.start(init_model, begun)
-        if begun is not None:
-            self._clock -= begun.facts["seconds"]
+        self.log = MetricsLog(self.out, self.step)
 
     def seconds(self) -> float:
         """Wall-clock seconds spent on the run so far, over all its pieces, without what was lost to kills."""
@@ -120,14 +115,6 @@ class Trainer(EM):
         facts, tensors = super().state()
         run = {"fingerprint": self.fingerprint, "init_from": self.init_from, "seconds": self.seconds()}
         return {**facts, **run}, tensors
-
-    def _restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        seconds, start = facts["seconds"], facts["init_from"]
-        if type(seconds) is not float or not 0 <= seconds < 1e12:
-            raise ValueError(f"seconds is {seconds!r}")
-        if start is not None and not isinstance(start["weights_sha256"], str):
-            raise ValueError(f"init_from is {start!r:.100}")
-        super()._restore(facts, tensors)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -155,8 +142,8 @@ class Trainer(EM):
                 # its first epoch has somewhere to return to.
                 self.save_checkpoint(good=True)
             elif self.step % self.steps_per_epoch == 0:
-                # The kill may have come after the checkpoint of an epoch and before its pictures.
-                self._pictures(self.step // self.steps_per_epoch)
+                # The kill may have come after the checkpoint of an epoch and before its samples were drawn.
+                self._draw_samples(self.step // self.steps_per_epoch)
             while self.step < self.total_steps:
                 try:
                     self._epoch(self.step // self.steps_per_epoch)
@@ -218,7 +205,7 @@ class Trainer(EM):
                 f"NF accuracy {100 * row['val_accuracy']:.2f} %  {images_per_second:.0f} images/s"
             )
         self.save_checkpoint(good=self.guard.calm and not self.bad_in_a_row)
-        self._pictures(epochs)
+        self._draw_samples(epochs)
         self._stop_if_due(save=False)
 
     def save_checkpoint(self, good: bool = False) -> None:
@@ -232,12 +219,11 @@ class Trainer(EM):
         save_checkpoint(self.out, *self.state(), good=good)
         self.saved_at = time.monotonic()
 
-    def _pictures(self, epochs: int) -> None:
-        """Draw samples and curves, if they are due after this epoch."""
+    def _draw_samples(self, epochs: int) -> None:
+        """Draw a grid of samples, if it is due after this epoch."""
         every = self.config.sample_every
         if every and (epochs % every == 0 or epochs == self.config.epochs):
             sample_grid(self.evaluated(), self.out / "samples" / f"epoch_{epochs:04d}.png")
-            plot_curves(self.log.rows, self.out / "curves.png")
 
     # ---- stops and returns ---------------------------------------------------------------------------------------
 
@@ -315,16 +301,10 @@ class Trainer(EM):
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
-            # Tables in the order of their keys: a run that was resumed has lost the order in which they were given.
-            "config": {
-                key: dict(sorted(value.items())) if isinstance(value, dict) else value
-                for key, value in config.to_dict().items()
-                if key not in _ABOUT_THE_PIECE
-            },
-            # JSON has no infinity, and a model that ended badly is still worth saving. Without images held out, those
-            # that fit the Gaussians were measured, which is not worth recording.
+            "config": {key: value for key, value in config.to_dict().items() if key not in _ABOUT_THE_PIECE},
+            # Without images held out, those that fit the Gaussians were measured, which is not worth recording.
             "held_out": {
-                key: final[key] if final[key] is not None and math.isfinite(final[key]) else None
+                key: final[key]
                 for key in ("val_images", "val_accuracy", "val_bits_per_dim")
                 if key in final and len(self.split.val)
             },
@@ -337,6 +317,5 @@ class Trainer(EM):
             # A class of n images has n - 1 modes; the others of small classes have length zero.
             largest = int(np.bincount(self.data.targets).max())
             model.fit_modes(self.data, rank=max(1, min(config.modes_rank, largest - 1, model.dim)))
-        plot_curves(self.log.rows, self.out / "curves.png")
         model.save(self.out)  # last: once it is there, nothing is left to be done
         return model

@@ -21,7 +21,6 @@ from test_training import comparable, tiny_trainer
 from glem_augment import GLEM, SyntheticDataset
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.synthetic.export import PROVENANCE, read_manifest
-from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import (
     GOOD,
     NEWEST,
@@ -36,7 +35,7 @@ SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
 KILLS = [4, pytest.param(50, marks=SLOW)]
 
 # Equal bits need an equal number of threads.
-pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -156,20 +155,6 @@ def test_training_killed_before_operations_on_files(
         if code == 0:
             break
     assert deaths >= 40 // stride
-
-
-def test_a_kill_before_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run with a model counts as finished, so that the model comes last."""
-
-    def killed(rows: list[dict[str, object]], path: Path) -> bool:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer_module, "plot_curves", killed)
-        tiny_trainer(tmp_path).fit()
-    assert not (tmp_path / CONFIG).exists() and not (tmp_path / WEIGHTS).exists()
-    tiny_trainer(tmp_path, resume=True).fit()
-    assert (tmp_path / CONFIG).exists()
 
 
 def export_argv(model: Path, out: Path, per_class: int) -> list[str]:

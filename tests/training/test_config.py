@@ -18,9 +18,6 @@ from glem_augment.training import TrainConfig
 from glem_augment.training.config import REMOVED, SETTINGS
 from glem_augment.training.methods import METHODS, method
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -28,8 +25,6 @@ pytestmark = pytest.mark.usefixtures("no_curves")
     ("bad", "message"),
     [
         (dict(objective="gan"), "objective must be one of 'glem', 'saturating', 'mle', 'hybrid'"),
-        (dict(preset="../../etc"), "preset must be one of"),
-        (dict(memory="swap"), "memory must be one of 'stored', 'reversible'"),
         (dict(compile=1), "compile must be True or False"),
         (dict(max_minutes=0), "max_minutes"),
         (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
@@ -38,22 +33,15 @@ pytestmark = pytest.mark.usefixtures("no_curves")
         (dict(augment=("cutmix",)), "cutmix"),
         (dict(augment="flip"), "augment must be a list"),
         (dict(epochs=0), "epochs must be at least 1"),
-        (dict(epochs=1.5), "epochs must be an int"),
         (dict(epochs=10**7), "epochs must be at most"),
         (dict(m_steps=10**6, epochs=11), "m_steps must be such that there are at most 10000000 in all"),
         (dict(lr=0), "lr must be finite and above 0"),
-        (dict(lr=math.nan), "lr"),
-        (dict(label_smoothing=1.0), "label_smoothing"),
-        (dict(val_fraction=1.0), "val_fraction"),
         (dict(bits=9), "bits must be at most 8"),
-        (dict(seed=2**63), "seed"),
         (dict(freeze_gaussians_at=0.0), "freeze_gaussians_at"),
         (dict(psi=(1, 2)), "psi must be a list of 3 numbers"),
         (dict(psi=(1, 2, 0)), "psi must be three positive numbers"),
         (dict(beta_anneal=(1.0, 0.5)), "beta_anneal must be a share of the run"),
-        (dict(beta_anneal=(0.5, 0.0)), "beta_anneal must be a share of the run"),
         (dict(sigma_init=2.0), "sigma_init must be a variance that psi can give, 0.05 to 0.55"),
-        (dict(sigma_init=0.0, psi=None), "sigma_init"),
         (dict(sigma_init=0.01, psi=None), "a variance that psi can give, 0.03 to inf"),
         (dict(flow_options=[1]), "flow_options must be a table"),
         (dict(learning_rate=1), r"unknown training settings \['learning_rate'\]"),
@@ -89,10 +77,12 @@ def test_defaults_follow_the_objective() -> None:
 def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_settings(parser)
+    assert "--lr X" in parser.format_help() and "--ce-scale" not in parser.format_help()  # --help-all shows it
     words = {
         "flow_options": (["--flow", "depth=[1,2]", "--flow", "rank=2"], {"depth": [1, 2], "rank": 2}),
         "psi": (["--psi", "none"], None),
         "beta_anneal": (["--beta-anneal", "0.5", "1e-1"], (0.5, 0.1)),
+        "random_init": (["--random-init", "1", "5"], (1.0, 5.0)),
         "augment": (["--augment", "flip, crop"], ("flip", "crop")),
         "joint": (["--joint"], True),
         "compile": (["--no-compile"], False),
@@ -112,33 +102,13 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
         checked({"milestones": [0.5]}, "file")
 
 
-def test_research_settings_stand_behind_help_all(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_settings(parser)
-    assert "--lr X" in parser.format_help() and "--ce-scale" not in parser.format_help()
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help-all"])
-    text = capsys.readouterr().out
-    assert "--ce-scale" in text and all(f"--{name.replace('_', '-')}"[:6] in text for name in SETTINGS)
-
-
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
-LEARNS = {  # method: means, variances
-    "glem": (True, True),
-    "lambda0": (True, True),
-    "lambda0-psi": (True, True),
-    "no-psi": (True, True),
-    "only-mu": (True, False),
-    "only-sigma": (False, True),
-    "random": (False, False),
-    "flowgmm": (False, False),
+# The means and the variances; the other methods learn both.
+LEARNS = {
+    "only-mu": (True, False), "only-sigma": (False, True), "random": (False, False), "flowgmm": (False, False),
     "ib-inn": (True, False),
-    "ulcgm": (True, True),
-    "hybrid": (True, True),
-    "hybrid-joint": (True, True),
-    "saturating": (True, True),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -153,27 +123,23 @@ def test_every_method_trains_and_learns_what_it_says(name: str, preset: str, tmp
     weights = [p.clone() for p in trainer.model.flow.parameters()]
     model = trainer.fit()
     gaussians = model.gaussians
-    assert (not torch.equal(gaussians.mu, mu), not torch.equal(gaussians.s, s)) == LEARNS[name]
+    assert (not torch.equal(gaussians.mu, mu), not torch.equal(gaussians.s, s)) == LEARNS.get(name, (True, True))
     assert all(
         not torch.equal(a, b) for a, b in zip(weights[-2:], list(trainer.model.flow.parameters())[-2:], strict=True)
     )
     if name in ("flowgmm", "ib-inn"):
         assert torch.equal(gaussians.variance(), torch.ones_like(gaussians.s))  # identity covariance
     if name == "flowgmm":
-        assert float(mu.std()) == pytest.approx(1.0, abs=0.15)  # N(0, I)
+        assert float(mu.detach().std()) == pytest.approx(1.0, abs=0.15)  # N(0, I)
     if name == "random":
         assert float(gaussians.variance().std()) > 0.05
-    assert trainer.m_done == (0 if METHODS[name].config().joint or not any(LEARNS[name]) else 1)
+    assert trainer.m_done == (0 if METHODS[name].config().joint or METHODS[name].config().learn == "none" else 1)
     again, x = GLEM.from_pretrained(tmp_path / "run"), data.tensor()[:5]
     assert torch.allclose(again.log_prob_per_class(x), model.log_prob_per_class(x))
     assert all(math.isfinite(v) for row in rows(tmp_path / "run") for v in row.values() if isinstance(v, float))
 
 
 def test_methods_give_way_to_explicit_settings() -> None:
-    assert method("glem").config().kld_weight == 10.0
-    assert method("glem").config(kld_weight=3.0, psi=(5.0, 0.2, 0.05)).kld_weight == 3.0
-    assert method("ib-inn").config(beta=0.2).beta == 0.2
+    assert (method("glem").config().kld_weight, method("glem").config(kld_weight=3.0).kld_weight) == (10.0, 3.0)
     with pytest.raises(ValueError, match="one of 'glem', .*'flowgmm'.*got 'vae'"):
         method("vae")
-    with pytest.raises(ValueError, match="unknown training settings"):
-        method("glem").config(lambda0=3)

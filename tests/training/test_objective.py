@@ -60,11 +60,9 @@ def test_gaussian_dequantisation_has_its_spread_and_keeps_the_units() -> None:
     model = GLEM.create("identity", (1, 8, 8), ["a", "b"])
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (60, 1, 8, 8), generator=g, dtype=torch.uint8)
-    quiet, volume = encode(model, x, TrainConfig(noise_std=1e-6), g)
+    noisy, volume = encode(model, x, TrainConfig(likelihood="marginal"), g)
     middle, same = model.encode(x)
-    assert torch.allclose(quiet, middle, atol=1e-6) and torch.allclose(volume, same)
-    noisy, _ = encode(model, x, TrainConfig(noise_std=3.0), g)
-    assert float((noisy - middle).std()) == pytest.approx(3.0 / 256, rel=0.05)
+    assert float((noisy - middle).std()) == pytest.approx(0.5 / 256, rel=0.05) and torch.allclose(volume, same)
     uniform, _ = encode(model, x, TrainConfig(), g)
     assert 0.4 / 256 < float((uniform - middle).abs().max()) <= 0.5 / 256 + 1e-7
 
@@ -113,16 +111,6 @@ def test_statistics_give_the_class_balanced_nll_of_the_samples() -> None:
         nll = -gaussians.log_prob_of(z, y) + 7
     assert float(statistics.nll_low) == pytest.approx(float(nll.min()))
     assert float(statistics.nll_high) == pytest.approx(float(nll.max()))
-
-
-def test_absent_classes_do_not_count() -> None:
-    gaussians = ClassGaussians(3, 2).double()
-    z, y = torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 2, 2, 2, 2])
-    statistics = LatentStatistics(3, 2)
-    statistics.add(z, y, torch.zeros(6))
-    torch.testing.assert_close(statistics.balanced_nll(gaussians), balanced(gaussians, z, y))
-    statistics.balanced_nll(gaussians).backward()
-    assert gaussians.mu.grad[1].abs().max() == 0 and gaussians.mu.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("means", [True, False])
@@ -225,8 +213,7 @@ def test_saturating_repulsion_is_bounded_and_harmless_far_out() -> None:
 
 
 def test_a_single_class_has_nothing_to_repel() -> None:
-    gaussians = ClassGaussians(1, 3)
-    statistics = LatentStatistics(1, 3)
+    gaussians, statistics = ClassGaussians(1, 3), LatentStatistics(1, 3)
     statistics.add(torch.randn(8, 3), torch.zeros(8, dtype=torch.long), torch.rand(8))
     for objective in ("glem", "saturating"):
         assert m_step_loss(gaussians, statistics, TrainConfig(objective=objective), 3.0, 0.0).isfinite()

@@ -20,17 +20,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
-from glem_augment.training import em as em_module
-from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import load_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Drawing them takes longer than the runs of these tests; one test looks at them."""
-    if "curves" not in request.node.name:
-        monkeypatch.setattr(trainer_module, "plot_curves", lambda *args: None)
-
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
@@ -49,23 +39,11 @@ def toy_data(n: int = 120, k: int = 2, shape: tuple[int, int, int] = (1, 8, 8), 
 
 
 def tiny_config(**changes: Any) -> TrainConfig:
-    return TrainConfig(
-        **{
-            **dict(
-                preset="glow_tiny",
-                flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]),
-                epochs=3,
-                batch_size=24,
-                warmup_steps=3,
-                lr=5e-3,
-                modes_rank=2,
-                sample_every=0,
-                seed=1,
-                checkpoint_minutes=1e9,
-            ),
-            **changes,
-        }
-    )
+    settings: dict[str, Any] = dict(
+        preset="glow_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]), epochs=3, batch_size=24,
+        warmup_steps=3, lr=5e-3, modes_rank=2, sample_every=0, seed=1, checkpoint_minutes=1e9,
+    )  # fmt: skip
+    return TrainConfig(**{**settings, **changes})
 
 
 def tiny_trainer(out: Path, data: ImageData | None = None, resume: bool = False, **changes: Any) -> Trainer:
@@ -78,12 +56,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 RUNS = {
     "ema": dict(averaging="ema"),
-    "swa": dict(averaging="swa", schedule="cosine", epochs=4, objective="mle", psi=None, mean_init_std=0.3),
+    "swa": dict(averaging="swa", schedule="cosine", epochs=4, objective="mle", psi=None, random_init=(0.3, 0.0)),
     "hybrid": dict(objective="hybrid", beta=0.2, beta_anneal=(0.3, 0.5), averaging="none", m_rounds=2, m_steps=2),
-    "saturating-frozen": dict(objective="saturating", freeze_gaussians_at=0.6, augment=("crop", "jitter")),
+    "saturating-frozen": dict(
+        objective="saturating", freeze_gaussians_at=0.6, augment=("crop", "jitter"), memory="reversible",
+    ),
     "joint": dict(
         preset="mef_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), objective="hybrid", epochs=2,
-        joint=True, likelihood="marginal", noise_std=0.5, learn="means",
+        joint=True, likelihood="marginal", learn="means", precision="bf16",
     ),
     "identity": dict(preset="identity", flow_options={}, objective="mle", m_steps=3),
 }  # fmt: skip
@@ -160,12 +140,12 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     )
 
 
-def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(tmp_path: Path) -> None:
-    tiny_trainer(tmp_path / "whole").fit()
-    for at in (2, 4, 5):  # 4 is the last step of the first epoch
-        out = tmp_path / f"cut{at}"
-        trainer = tiny_trainer(out)
-        assert trainer.steps_per_epoch == 4
+def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(
+    tmp_path: Path, whole_runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = whole_runs("ema"), tmp_path / "cut"
+    for at in (2, 4):  # 4 is the last step of the first epoch
+        trainer = tiny_trainer(out, resume=at > 2)
         original = trainer.e_step
 
         def e_step(x: Tensor, y: Tensor, trainer=trainer, original=original, at=at) -> float:
@@ -173,15 +153,16 @@ def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(tmp_path: Path)
                 os.kill(os.getpid(), 2)  # Ctrl-C in the middle of a step
             return original(x, y)
 
-        trainer.e_step = e_step
+        monkeypatch.setattr(trainer, "e_step", e_step)
         with pytest.raises(KeyboardInterrupt, match=f"step {at}"):
             trainer.fit()
         assert load_checkpoint(out).step == at
-        spent = load_checkpoint(out).facts["seconds"]
-        assert 0 < spent <= tiny_trainer(out, resume=True).seconds() < spent + 60
-        tiny_trainer(out, resume=True).fit()
-        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-        assert comparable(out) == comparable(tmp_path / "whole")
+    spent = load_checkpoint(out).facts["seconds"]
+    trainer = tiny_trainer(out, resume=True)
+    assert 0 < spent <= trainer.seconds() < spent + 60
+    trainer.fit()
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert comparable(out) == comparable(whole)
 
 
 def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
@@ -210,32 +191,14 @@ def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
 def test_e_steps_leave_the_gaussians_and_m_steps_the_flow_alone(tmp_path: Path, name: str) -> None:
     trainer = tiny_trainer(tmp_path / "run", **RUNS[name])
 
-    def state(module: torch.nn.Module) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in module.state_dict().items()}
-
-    def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-        return all(torch.equal(a[k], b[k]) for k in b)
-
     gaussians, flow = trainer.model.gaussians, trainer.model.flow
-    before = state(gaussians), state(flow)
     x, y = next(iter(trainer.data.batches(trainer.split.nf, 24)))
-    trainer.e_step(x, y)
-    assert equal(before[0], state(gaussians)) and not equal(before[1], state(flow))
-    assert gaussians.mu.grad is None and gaussians.s.grad is None
-    before = state(gaussians), state(flow)
-    trainer.m_step()
-    assert not equal(before[0], state(gaussians)) and equal(before[1], state(flow))
-
-
-@pytest.mark.parametrize("learn", ["both", "means", "variances", "none"])
-def test_only_what_is_learned_moves(tmp_path: Path, learn: str) -> None:
-    trainer = tiny_trainer(tmp_path / "run", learn=learn)
-    before = {k: v.clone() for k, v in trainer.model.gaussians.state_dict().items()}
-    for _ in range(3):
-        trainer.m_step()
-    after = trainer.model.gaussians.state_dict()
-    assert torch.equal(before["mu"], after["mu"]) != (learn in ("both", "means"))
-    assert torch.equal(before["s"], after["s"]) != (learn in ("both", "variances"))
+    for step, moves in ((lambda: trainer.e_step(x, y), flow), (trainer.m_step, gaussians)):
+        before = {module: copy.deepcopy(module.state_dict()) for module in (gaussians, flow)}
+        step()
+        for module, state in before.items():
+            same = all(torch.equal(value, module.state_dict()[name]) for name, value in state.items())
+            assert same == (module is not moves)
 
 
 @pytest.mark.parametrize("m_rounds", [1, 2, 9])
@@ -325,16 +288,6 @@ def test_a_nan_step_is_skipped_and_counted(tmp_path: Path) -> None:
     assert all(v.isfinite().all() for v in trainer.model.state_dict().values())
 
 
-def test_a_nan_in_the_m_step_leaves_the_gaussians_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tiny_trainer(tmp_path / "run")
-    before = {k: v.clone() for k, v in trainer.model.gaussians.state_dict().items()}
-    real = em_module.m_step_loss
-    monkeypatch.setattr(em_module, "m_step_loss", lambda *args: real(*args) * math.nan)
-    trainer.m_step()
-    assert trainer.bad_steps == 1
-    assert all(torch.equal(v, before[k]) for k, v in trainer.model.gaussians.state_dict().items())
-
-
 def test_a_run_that_ends_badly_can_still_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Infinite held-out bits are no JSON."""
     trainer = tiny_trainer(tmp_path / "run", epochs=1)
@@ -398,7 +351,7 @@ def test_what_follows_the_last_step_can_be_changed_by_those_who_go_on(tmp_path: 
     assert model.modes is None
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4), (5, 4, 4)])
+@pytest.mark.parametrize("shape", [(3, 4, 8), (5, 8, 4)])
 def test_other_shapes_and_class_counts_train(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     data = toy_data(60, k=3, shape=shape)
     model = tiny_trainer(
@@ -408,12 +361,6 @@ def test_other_shapes_and_class_counts_train(tmp_path: Path, shape: tuple[int, i
     assert model.image_shape == shape and model.check_invertibility(data.tensor())["within_half_step"] == 1
     assert (tmp_path / "run" / "samples" / "epoch_0001.png").stat().st_size > 0
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")) == []
-
-
-def test_curves_are_drawn_where_matplotlib_is_there(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    tiny_trainer(tmp_path / "run", epochs=1).fit()
-    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) -> None:
@@ -437,20 +384,10 @@ def test_beta_is_annealed_geometrically_over_the_last_part(tmp_path: Path) -> No
 
 
 def test_likelihood_alone_ends_at_its_maximum(tmp_path: Path) -> None:
-    """Baseline 2: per class the mean and variance of the latents, as far as the lower bound allows."""
+    """Baseline 2: per class the mean and variance of the latents of all training images, under the averaged flow."""
     trainer = tiny_trainer(tmp_path / "run", objective="mle", psi=None, modes_rank=0)
     model = trainer.fit()
     rows = np.concatenate([trainer.split.nf, trainer.split.g])
-    statistics = trainer._latent_pass(trainer.m_total, np.sort(rows), model=model)
-    best = float(statistics.balanced_nll(model.gaussians))
-    mean = (statistics.total / statistics.count[:, None]).float()
-    torch.testing.assert_close(model.gaussians.mu, mean)
-    for shift in (0.02, -0.02):
-        moved = copy.deepcopy(model.gaussians)
-        with torch.no_grad():
-            moved.mu += shift
-        assert float(statistics.balanced_nll(moved)) > best
-        moved = copy.deepcopy(model.gaussians)
-        with torch.no_grad():
-            moved.set_variance(moved.variance() * (1 + shift))
-        assert float(statistics.balanced_nll(moved)) >= best
+    mean, variance = trainer._latent_pass(trainer.m_total, np.sort(rows), model=model).moments()
+    torch.testing.assert_close(model.gaussians.mu, mean.float())
+    torch.testing.assert_close(model.gaussians.variance(), variance.clamp_min(0.03).float(), rtol=1e-4, atol=1e-5)
