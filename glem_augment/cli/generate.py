@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from glem_augment.cli.common import (
     whole,
 )
 from glem_augment.cli.main import new_parser
-from glem_augment.errors import ClassMismatchError
 from glem_augment.io import expand
-from glem_augment.model.glem import DEFAULT_MODES, GLEM
+from glem_augment.model.glem import DEFAULT_MODES
 from glem_augment.synthetic.balance import PerClass, class_counts
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import check_folder
@@ -47,14 +45,13 @@ step with another number, by rounding). Prints a JSON summary.
 
   --per-class 100                    of each class
   --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
-  --per-class balance --real DATA    fill up every class of DATA to its largest; a class of the flow that DATA does
-                                     not have gets images only where --classes names it
+  --per-class balance --real DATA    fill up every class of DATA to its largest; other classes of the flow get none
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
   glem generate runs/photos --per-class 1000 --temperature 0.9 --source rfcm --format webdataset --out synthetic/
   glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
-  glem generate runs/photos --per-class 50 --classes cat,dog --min-confidence 0.9 --seed 1 --out pets/
+  glem generate runs/photos --per-class cat=50,dog=50 --min-confidence 0.9 --seed 1 --out pets/
 """
 TEMPERATURE, ALPHA = 0.8, 1.0
 
@@ -66,9 +63,6 @@ def add_parser(subparsers: Any) -> None:
         "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
-    parser.add_argument(
-        "--classes", metavar="A,B", help="names or ids of the classes wanted, with commas (default: all)"
-    )
     add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
     parser.add_argument(
@@ -129,17 +123,14 @@ def run(args: argparse.Namespace) -> int:
         wanted = read_counts(str(wanted))
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    kept = None if args.classes is None else find_classes(model, args.classes.split(","))
     real, match = None, None
     if args.real is not None:
         real, match = open_for(model, args.real, args.split or "train", class_map)
-        if kept is None and args.per_class == "balance":
-            kept = sorted(match.tolist())
-    if kept is not None:
+    if args.per_class == "balance" and match is not None:
         counts = class_counts(model, wanted, real)
-        if wanted == "balance" and not any(counts[i] for i in kept):
+        wanted = {model.classes[i]: counts[i] for i in sorted(match.tolist())}
+        if not any(wanted.values()):
             raise ValueError("--per-class balance: these classes have equally many images already")
-        wanted = {model.classes[i]: counts[i] for i in kept}
     options: dict[str, Any] = dict(
         per_class=wanted,
         temperature=TEMPERATURE if args.temperature is None else args.temperature,
@@ -208,23 +199,6 @@ def read_counts(path: str) -> dict[str, Any]:
     """The table from class names to whole numbers in a file. Names are text, since a class may be called 010 or no."""
     table = read_table(path, "--per-class", yaml.BaseLoader)
     return {key: int(value) if str(value).strip().isdecimal() else value for key, value in table.items()}
-
-
-def find_classes(model: GLEM, names: Sequence[str]) -> list[int]:
-    """Indices of classes given by name or id, each once, in index order.
-
-    Raises:
-        ClassMismatchError: a name that the flow does not know.
-    """
-    known = {**{i: n for n, i in enumerate(model.class_ids)}, **model.class_to_idx}
-    wanted = [name.strip() for name in names if name.strip()]
-    for name in wanted:
-        if name not in known:
-            listed = ", ".join(model.classes[:20]) + (", ..." if model.num_classes > 20 else "")
-            raise ClassMismatchError(f"the flow has no class {name!r}; it has {listed}")
-    if not wanted:
-        raise ClassMismatchError("--classes names no class; give names or ids with commas between them")
-    return sorted({known[name] for name in wanted})
 
 
 def _check_together(args: argparse.Namespace) -> None:
