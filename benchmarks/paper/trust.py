@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from benchmarks.paper.lab import Fitted, Lab, version_of
 from benchmarks.paper.report import row, write_rows
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, open_data
-from glem_augment.evaluation import likelihood_gap, memorisation_ratio
+from glem_augment.evaluation import memorisation_ratio
 from glem_augment.evaluation.metrics import spread
 
 FLOWS = (("GLEM 10", "glem"), ("lambda = 0", "lambda0"), ("IB-INN", "ib-inn"), ("hybrid", "hybrid"))
@@ -123,6 +123,18 @@ def _memorisation(lab: Lab, cell: Cell, seed: int, fitted: Fitted) -> dict[str, 
         f"share nearer to train{tail}": found["share_nearer_train"],
     }
     if cell.source == "gaussian":
-        gap = likelihood_gap(fitted.model, train.batches(some, 256), test.batches(held, 256))
-        result["train-test gap, bits/dim"] = gap["gap"]
+        # A flow that has memorised its training images needs fewer bits for them.
+        bits = [mean_bits(fitted.model, data.batches(rows, 256)) for data, rows in ((train, some), (test, held))]
+        result["train-test gap, bits/dim"] = bits[1] - bits[0]
     return result
+
+
+@torch.no_grad()
+def mean_bits(model: GLEM, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean -log2 p(x|y) per dimension, with dequantisation noise from a fixed seed."""
+    g = torch.Generator().manual_seed(0)
+    total, images = 0.0, 0
+    for x, y in batches:
+        total -= float(model.log_prob(x, y, g).double().sum())
+        images += len(y)
+    return total / (images * model.dim * math.log(2))

@@ -77,6 +77,10 @@ def evaluate(
         nll_marginal -= float((scores.logsumexp(1) - math.log(model.num_classes)).sum())
         bar.update(len(y))
     bar.close()
+    invertibility = None
+    if count := min(round_trip, len(data)):
+        x = torch.cat([x for x, _ in data.batches(spread(len(data), count), batch_size)])
+        invertibility = {"images": count, **model.check_invertibility(x)}
     is_right = torch.cat(right)
     dims = len(data) * model.dim * math.log(2)
     return {
@@ -87,16 +91,8 @@ def evaluate(
         "bits_per_dim_marginal": nll_marginal / dims,
         "bits": model.bits,
         "ece": calibration_error(torch.cat(confidence), is_right),
-        "round_trip": _round_trip(model, data, min(round_trip, len(data)), batch_size),
+        "round_trip": invertibility,
         "images_per_second": len(data) / max(seconds, 1e-9),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }
-
-
-def _round_trip(model: GLEM, data: ImageData, count: int, batch_size: int) -> dict[str, float] | None:
-    """`model.check_invertibility` of `count` evenly spread images."""
-    if not count:
-        return None
-    x = torch.cat([x for x, _ in data.batches(spread(len(data), count), batch_size)])
-    return {"images": count, **model.check_invertibility(x)}

@@ -6,6 +6,7 @@ beside its rows.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -73,17 +74,15 @@ def preview(
         seed: the same call gives the same picture.
 
     Raises:
-        DataError: no images, or images of another shape. ValueError: more modes than the model has.
+        DataError: no images. ValueError: images of another shape, or more modes than the model has.
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
-    if tuple(data.image_shape) != tuple(model.image_shape):
-        raise DataError(f"{data.name} has images of {data.image_shape}, the flow takes {model.image_shape}")
     sections = []
     if model.modes is not None:
         used = model.modes.rank if modes is None else modes
         sections += [_augmentations(model, data, rows, policy, used, seed) for policy in policies]
-    sections += [samples(model, seed), *_interpolations(model, data, seed)]
+    sections += [_samples(model, seed), *_interpolations(model, data, seed)]
     c, h, w = model.image_shape
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
     title = f"{model.config.flow['preset']} flow, {c}x{h}x{w}, {model.num_classes} classes"
@@ -96,15 +95,10 @@ def contact_sheet(
     """Images by class, one row for each of the first 20 classes that have any, with at most `columns` images.
 
     Args:
-        images: [N,C,H,W], uint8 or float in [0, 1]. targets: N class indices. classes: K names.
-
-    Raises:
-        DataError: there are no images.
+        images: [N,C,H,W] with N > 0, uint8 or float in [0, 1]. targets: N class indices. classes: K names.
     """
     labels = np.asarray(targets)
     kept = [c for c in range(len(classes)) if (labels == c).any()][:MAX_CLASSES]
-    if not kept:
-        raise DataError("there are no images to draw")
     cells = torch.ones(len(kept), columns, *images.shape[1:])
     for row, index in enumerate(kept):
         members = np.flatnonzero(labels == index)[:columns]
@@ -120,46 +114,43 @@ def _augmentations(model: GLEM, data: ImageData, rows: int, policy: str, modes: 
     chosen, partners = _pairs(data, rows, seed)
     x, y = _load(data, np.concatenate([chosen, partners]), model.device)
     n = len(chosen)
-    aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
+    aug = GLEMAugment(model, p=1.0, policy=policy, strength=1.0, modes=modes, seed=seed)
     drawn = aug.draw(x, y)
-    cells, columns = [_unit(x[:n])], ["real"]
     if policy == "mixup":
         # Images are mixed with their partners in the last column, where the class has two images at all.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
         drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
-        for share in MIX_SHARES:
-            cells.append(_unit(aug.apply(x, y, replace(drawn, l=torch.full_like(drawn.l, share)))[0][:n]))
-            columns.append(f"l = {share:g}")
-        cells.append(_unit(x[n:]))
-        columns.append("partner")
+        moves = {f"l = {share:g}": replace(drawn, l=torch.full_like(drawn.l, share)) for share in MIX_SHARES}
         what = "a share l of the image is kept along them"
     else:
-        for strength in NOISE_STRENGTHS:
-            aug.strength = strength
-            cells.append(_unit(aug.apply(x, y, drawn)[0][:n]))
-            columns.append(f"s = {strength:g}")
+        moves = {f"s = {strength:g}": replace(drawn, eps=strength * drawn.eps) for strength in NOISE_STRENGTHS}
         what = "noise of s standard deviations is added along them"
+    columns = {"real": x[:n], **{label: aug.apply(x, y, params)[0][:n] for label, params in moves.items()}}
+    if policy == "mixup":
+        columns["partner"] = x[n:]
     note = f"{modes} principal modes of the class; {what}; where the result is not plausible, the original is kept"
-    title = f"Augmentations of real images: {policy}"
-    return Section(title, torch.stack(cells, 1), columns, [model.classes[i] for i in y[:n].tolist()], note)
+    cells = torch.stack([_unit(images) for images in columns.values()], 1)
+    names = [model.classes[i] for i in y[:n].tolist()]
+    return Section(f"Augmentations of real images: {policy}", cells, list(columns), names, note)
 
 
-def samples(model: GLEM, seed: int, each: int = 3) -> Section:
+def _samples(model: GLEM, seed: int, each: int = 3) -> Section:
     """Samples of the first 20 classes at several temperatures, from the class Gaussian and from the RFCM."""
     k = min(model.num_classes, MAX_CLASSES)
     y = torch.arange(k, device=model.device).repeat_interleave(each)
+    note = "drawn from the class's Gaussian"
+    sources = {"Gaussian": "gaussian"}
+    if model.modes is not None:
+        note += ", or from its RFCM: mean and covariance re-estimated from real latents"
+        sources["RFCM"] = "rfcm"
     columns, parts = [], []
-    for source in ("gaussian", "rfcm") if model.modes is not None else ("gaussian",):
+    for name, source in sources.items():
         for temperature in TEMPERATURES:
             # All temperatures share their noise, so that a row shows what temperature alone does.
             x = model.sample(y, temperature, torch.Generator().manual_seed(seed), source)
             parts.append(_unit(x).unflatten(0, (k, each)))
-            name = {"gaussian": "Gaussian", "rfcm": "RFCM"}[source]
             columns += [f"{name}, T = {temperature:.1f}", *[""] * (each - 1)]
-    note = "drawn from the class's Gaussian"
-    if model.modes is not None:
-        note += ", or from its RFCM: mean and covariance re-estimated from real latents"
     if model.num_classes > k:
         note += f"; the first {k} of {model.num_classes} classes"
     return Section("Samples of each class", torch.cat(parts, 1), columns, model.classes[:k], note)
@@ -167,24 +158,19 @@ def samples(model: GLEM, seed: int, each: int = 3) -> Section:
 
 def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, steps: int = 8) -> list[Section]:
     """Straight lines in latent space between two real images: within a class, and between two classes."""
-    first, second = _pairs(data, lines, seed + 1)
-    pairs = [("within a class", first, second)]
-    present = np.unique(data.targets)
-    if len(present) > 1:
-        rng = np.random.default_rng([seed, 2])
-        # Neighbours in a random circle of the classes are always two different ones.
-        circle = np.resize(rng.permutation(present), (lines, 2))
-        ends = [[rng.choice(np.flatnonzero(data.targets == index)) for index in pair] for pair in circle]
-        first, second = np.array(ends).T
-        pairs.append(("between two classes", first, second))
+    ends = [("within a class", *_pairs(data, lines, seed + 1))]
+    if len(np.unique(data.targets)) > 1:
+        # Twice as many images, spread over the classes in order: those half of them apart are of different classes.
+        spread = _pairs(data, 2 * lines, seed + 2)[0]
+        ends.append(("between two classes", spread[:lines], spread[lines:]))
+    columns = ["real", *(f"{i / (steps - 1):.2f}" for i in range(1, steps - 1)), "real"]
+    note = "straight lines in latent space between two real images"
     sections = []
-    for what, starts, stops in pairs:
+    for what, starts, stops in ends:
         x1, x2 = (_load(data, indices, model.device)[0] for indices in (starts, stops))
-        cells = _unit(model.interpolate(x1, x2, steps).flatten(0, 1)).unflatten(0, (lines, steps))
-        columns = ["real", *(f"{i / (steps - 1):.2f}" for i in range(1, steps - 1)), "real"]
+        cells = _unit(model.interpolate(x1, x2, steps))
         names = [[_short(model.classes[data.targets[i]], 12) for i in pair] for pair in zip(starts, stops, strict=True)]
         rows = [" - ".join(dict.fromkeys(pair)) for pair in names]
-        note = "straight lines in latent space between two real images"
         sections.append(Section(f"Interpolations {what}", cells, columns, rows, note))
     return sections
 
@@ -212,18 +198,8 @@ def _load(data: ImageData, indices: np.ndarray, device: torch.device) -> tuple[T
 
 def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
     """The sections below one another, under a title."""
-    pictures = [_draw(section) for section in sections]
-    head = _MARGIN + _TITLE + 14 + (_NOTE + 8 if note else 0)
-    width = max([p.width for p in pictures] + [_width(title, _TITLE + 4), _width(note, _NOTE)]) + 2 * _MARGIN
-    height = head + sum(p.height + _GAP for p in pictures) - _GAP + _MARGIN
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN - 4), title, _INK, _font(_TITLE + 4))
-    draw.text((_MARGIN, _MARGIN + _TITLE + 10), note, _GREY, _font(_NOTE))
-    for picture in pictures:
-        sheet.paste(picture, (_MARGIN, head))
-        head += picture.height + _GAP
-    return sheet
+    head = _heading((title, _TITLE + 4, _INK), (note, _NOTE, _GREY))
+    return ImageOps.expand(_stack([*head, *(_draw(section) for section in sections)], _GAP), _MARGIN, _PAPER)
 
 
 def _draw(section: Section) -> Image.Image:
@@ -232,18 +208,35 @@ def _draw(section: Section) -> Image.Image:
     height, width = (side + _PADDING for side in cells.shape[-2:])
     labels = [_short(text) for text in section.rows]
     left = max([_width(text, _LABEL) + 10 for text in labels], default=0)
-    title_height = _TITLE + 8 if section.title else 0
-    top = title_height + (_NOTE + 8 if section.note else 0) + (_LABEL + 8 if section.columns else 0)
-    whole = max(left + picture.width, _width(section.title, _TITLE), _width(section.note, _NOTE))
-    sheet = Image.new("RGB", (whole, top + picture.height), _PAPER)
-    sheet.paste(picture, (left, top))
-    draw = ImageDraw.Draw(sheet)
-    draw.text((0, 0), section.title, _INK, _font(_TITLE))
-    draw.text((0, title_height), section.note, _GREY, _font(_NOTE))
+    top = _LABEL + 8 if section.columns else 0
+    grid = Image.new("RGB", (left + picture.width, top + picture.height), _PAPER)
+    grid.paste(picture, (left, top))
+    draw = ImageDraw.Draw(grid)
     for row, text in enumerate(labels):
         draw.text((left - 8, top + row * height + height / 2), text, _INK, _font(_LABEL), anchor="rm")
     for column, text in enumerate(section.columns):
         draw.text((left + _PADDING + column * width, top - 4), text, _INK, _font(_LABEL), anchor="ls")
+    return _stack([*_heading((section.title, _TITLE, _INK), (section.note, _NOTE, _GREY)), grid])
+
+
+def _heading(*lines: tuple[str, int, tuple[int, int, int]]) -> list[Image.Image]:
+    """One picture for each line (text, size, colour) that is not empty."""
+    pictures = []
+    for text, size, colour in lines:
+        if text:
+            pictures.append(Image.new("RGB", (_width(text, size), size + 4), _PAPER))
+            ImageDraw.Draw(pictures[-1]).text((0, 0), text, colour, _font(size))
+    return pictures
+
+
+def _stack(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Pictures below one another."""
+    height = sum(picture.height + gap for picture in pictures) - gap
+    sheet = Image.new("RGB", (max(picture.width for picture in pictures), height), _PAPER)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
     return sheet
 
 
@@ -251,12 +244,11 @@ def _visible(images: Tensor) -> Tensor:
     """RGB cells of a size that people can see: float [N,3,h,w] in [0, 1]."""
     images = _unit(images)
     images = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    height, width = images.shape[-2:]
-    if max(height, width) < SMALLEST:
-        factor = -(-SMALLEST // max(height, width))
-        return F.interpolate(images, scale_factor=factor, mode="nearest")
-    if max(height, width) > LARGEST:
-        size = [max(1, round(side * LARGEST / max(height, width))) for side in (height, width)]
+    longest = max(images.shape[-2:])
+    if longest < SMALLEST:
+        return F.interpolate(images, scale_factor=-(-SMALLEST // longest), mode="nearest")
+    if longest > LARGEST:
+        size = [max(1, round(side * LARGEST / longest)) for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
     return images
 
@@ -276,7 +268,7 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def _width(text: str, size: int) -> int:
-    return int(np.ceil(_font(size).getlength(text))) if text else 0
+    return math.ceil(_font(size).getlength(text))
 
 
 def _short(text: str, longest: int = 22) -> str:

@@ -1,30 +1,18 @@
 """Measuring generated images: FID, coverage and density, label reliability, memorisation.
 
-All but the likelihood gap work on features [N, m] of the images, which `features_and_logits` takes from a classifier
-of the real images (the paper's oracle, Sec. 5.1), or from any timm network.
+They work on features [N, m] of the images, which `features_and_logits` takes from a classifier of the real images (the
+paper's oracle, Sec. 5.1), or from any timm network.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from glem_augment.devices import evaluating
 from glem_augment.errors import DataError
-from glem_augment.model.glem import GLEM
 
-__all__ = [
-    "coverage",
-    "feature_fid",
-    "features_and_logits",
-    "label_reliability",
-    "likelihood_gap",
-    "memorisation_ratio",
-    "nearest_distances",
-]
+__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "memorisation_ratio"]
 
 # Rows of a distance matrix that are computed at a time.
 _CHUNK = 512
@@ -44,8 +32,6 @@ def features_and_logits(
     Returns:
         features [N, m] and logits [N, K], on the CPU.
     """
-    if not len(x):
-        raise DataError("there are no images to take features of")
     device = next(network.parameters()).device
     features, logits = [], []
     with evaluating(network):
@@ -59,11 +45,7 @@ def features_and_logits(
 
 
 def label_reliability(logits: Tensor, y: Tensor) -> float:
-    """Share of generated images that a classifier of real images gives their intended class, in [0, 1].
-
-    Args:
-        logits: of the classifier for the generated images, [N, K]. y: intended classes, int64 [N].
-    """
+    """Share of generated images whose logits [N, K], of a classifier of real images, name the intended class y [N]."""
     return float((logits.argmax(1) == y.to(logits.device)).double().mean())
 
 
@@ -127,12 +109,6 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     }
 
 
-def nearest_distances(x: Tensor, others: Tensor) -> Tensor:
-    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m]: [N] float64."""
-    x, others = _check_features(x, others)
-    return torch.cat([_squared_distances(part, others).amin(1) for part in x.split(_CHUNK)]).sqrt()
-
-
 def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict[str, float]:
     """How much nearer samples lie to training images than to held-out ones.
 
@@ -148,11 +124,9 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
         `images`: the size of both real sets.
     """
     count = min(len(train), len(held_out))
-    if not count:
-        raise DataError("train and held_out must hold images")
     g = torch.Generator().manual_seed(seed)
-    to_train = nearest_distances(samples, train[torch.randperm(len(train), generator=g)[:count]])
-    to_held_out = nearest_distances(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]])
+    to_train = _nearest_distances(samples, train[torch.randperm(len(train), generator=g)[:count]])
+    to_held_out = _nearest_distances(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]])
     tiny = torch.finfo(torch.float64).tiny
     tie = torch.isclose(to_train, to_held_out, rtol=1e-9, atol=0)
     nearer = torch.where(tie, 0.5, (to_train < to_held_out).double())
@@ -163,34 +137,10 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
     }
 
 
-def likelihood_gap(
-    model: GLEM,
-    train: Iterable[tuple[Tensor, Tensor]],
-    held_out: Iterable[tuple[Tensor, Tensor]],
-    seed: int = 0,
-) -> dict[str, float]:
-    """bits/dim of training and of held-out images, and their difference `gap`.
-
-    A flow that has memorised its training images needs fewer bits for them: gap = held-out - train > 0.
-
-    Args:
-        train, held_out: batches of images uint8 [B,C,H,W] and labels int64 [B].
-    """
-    bits = [_mean_bits(model, batches, seed) for batches in (train, held_out)]
-    return {"train_bits_per_dim": bits[0], "held_out_bits_per_dim": bits[1], "gap": bits[1] - bits[0]}
-
-
-@torch.no_grad()
-def _mean_bits(model: GLEM, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> float:
-    """Mean -log2 p(x|y) per dimension, with dequantisation noise from `seed`."""
-    g = torch.Generator().manual_seed(seed)
-    total, images = 0.0, 0
-    for x, y in batches:
-        total -= float(model.log_prob(x, y, g).double().sum())
-        images += len(y)
-    if not images:
-        raise DataError("there are no images to measure bits/dim on")
-    return total / (images * model.dim * math.log(2))
+def _nearest_distances(x: Tensor, others: Tensor) -> Tensor:
+    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m]: [N] float64."""
+    x, others = _check_features(x, others)
+    return torch.cat([_squared_distances(part, others).amin(1) for part in x.split(_CHUNK)]).sqrt()
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -31,17 +31,15 @@ class StrengthRow:
     """What moves of one strength do to held-out images of the flow's classes.
 
     Attributes:
-        accuracy: of the classifier on the moved images, in [0, 1].
+        accuracy: share of images that were moved and that the classifier still recognises, in [0, 1].
         change: mean absolute change of a pixel, in uint8 steps.
         replaced: share of images that were kept as they were, because the moved image was not plausible.
-        kept_right: share of images that were kept and are recognised; they count in `accuracy`, too.
     """
 
     strength: float
     accuracy: float
     change: float
     replaced: float
-    kept_right: float
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,13 @@ def choose_strength(
     tried = sorted(check_number("strengths", s, 0.0, math.inf, open_low=True) for s in strengths)
     if not tried:
         raise ValueError("strengths is empty")
-    trials = []
-    for strength in tried:
-        # All trials make the same draws, through one shared flow.
-        trial = copy.deepcopy(aug, {id(aug.model): aug.model})
-        trial.p, trial.strength, trial.labels = 1.0, strength, "hard"
-        trials.append(trial)
-    replaced_before = [trial.stats["replaced"] for trial in trials]
+    trial = copy.deepcopy(aug, {id(aug.model): aug.model})  # the flow is shared
+    trial.p, trial.labels = 1.0, "hard"
     classifier = unwrap_model(classifier)
     std = torch.tensor([1.0] if aug.pixels.std is None else list(aug.pixels.std)).view(-1, 1, 1)
     unmoved_right = total = 0
-    right, kept_right, change = [0] * len(tried), [0] * len(tried), [0.0] * len(tried)
+    # Sums over images of the accuracy, change and replaced of each row.
+    sums = [[0.0, 0.0, 0.0] for _ in tried]
     with evaluating(classifier):
         for x, y in batches:
             rows = aug.moved_rows(y)
@@ -105,14 +99,17 @@ def choose_strength(
             steps = 1.0 if x.dtype == torch.uint8 else 255.0 * std.to(x.device)
             total += len(y)
             unmoved_right += int(_is_right(classifier, x, classes).sum())
-            for i, trial in enumerate(trials):
-                before = trial.stats["replaced"]
-                moved = trial(x, y)[0]
+            drawn = trial.draw(x, y)  # one draw for all strengths
+            for strength, row in zip(tried, sums, strict=True):
+                trial.strength, before = strength, trial.stats["replaced"]
+                moved = trial.apply(x, y, drawn)[0]
+                replaced = trial.stats["replaced"] - before
                 is_right = _is_right(classifier, moved, classes)
-                right[i] += int(is_right.sum())
-                if trial.stats["replaced"] > before:
-                    kept_right[i] += int((is_right & (moved == x).flatten(1).all(1)).sum())
-                change[i] += float(((moved.float() - x.float()).abs() * steps).flatten(1).mean(1).sum())
+                if replaced:
+                    is_right &= (moved != x).flatten(1).any(1)
+                row[0] += int(is_right.sum())
+                row[1] += float(((moved.float() - x.float()).abs() * steps).flatten(1).mean(1).sum())
+                row[2] += replaced
     if not total:
         raise ValueError("batches gave no image of a class that the flow has")
     accuracy, chance = unmoved_right / total, 1 / aug.num_classes
@@ -122,15 +119,9 @@ def choose_strength(
             f"among {aug.num_classes} classes: train it first, or the chosen strength means nothing",
             stacklevel=2,
         )
-    report, chosen = [], 0.0
-    for i, trial in enumerate(trials):
-        replaced = trial.stats["replaced"] - replaced_before[i]
-        report.append(
-            StrengthRow(tried[i], right[i] / total, change[i] / total, replaced / total, kept_right[i] / total)
-        )
-    for row in itertools.takewhile(lambda row: row.accuracy - row.kept_right >= accuracy - max_drop, report):
-        chosen = row.strength
-    return StrengthReport(accuracy, report, chosen)
+    report = [StrengthRow(s, *(value / total for value in row)) for s, row in zip(tried, sums, strict=True)]
+    good = itertools.takewhile(lambda row: row.accuracy >= accuracy - max_drop, report)
+    return StrengthReport(accuracy, report, max((row.strength for row in good), default=0.0))
 
 
 def _is_right(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -160,15 +151,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All trials, the one without augmentation first, and the best of them."""
+    """All trials, the one without augmentation (p = 0), and the best of them."""
 
     trials: list[Trial]
+    baseline: Trial
     best: Trial
-
-    @property
-    def baseline(self) -> Trial:
-        """The run without augmentation."""
-        return self.trials[0]
 
     def table(self) -> str:
         """Markdown, best first."""
@@ -185,7 +172,6 @@ def search(
     strengths: Sequence[float] = (0.25, 0.5, 1.0),
     ps: Sequence[float] = (0.25, 0.5, 1.0),
     seeds: int = 1,
-    on_trial: Callable[[Trial], None] | None = None,
 ) -> SearchResult:
     """Train with every strength and p, and without augmentation, and keep the best mean score on held-out images.
 
@@ -193,7 +179,6 @@ def search(
         score: (strength, p, seed) -> score on held-out images, larger is better. It trains a classifier.
         strengths, ps: tried in every combination. Policy "mixup" has no strength: give one, or pass `alpha` for it.
         seeds: runs per setting. All settings share the seeds 0, 1, ..., so that differences are paired.
-        on_trial: called with each trial when it is done.
 
     Returns:
         All trials. The best is the run without augmentation (p = 0) where nothing beats it.
@@ -212,6 +197,4 @@ def search(
         if not all(math.isfinite(value) for value in scores):
             raise ValueError(f"score({strength:g}, {p:g}) gave {scores}: it must be a finite number")
         trials.append(Trial(strength, p, scores))
-        if on_trial is not None:
-            on_trial(trials[-1])
-    return SearchResult(trials, max(trials, key=lambda trial: trial.mean))
+    return SearchResult(trials, trials[0], max(trials, key=lambda trial: trial.mean))

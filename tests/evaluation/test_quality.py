@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import prdc
 import pytest
 import timm
@@ -12,16 +9,13 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from glem_augment import GLEM
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
     coverage,
     feature_fid,
     features_and_logits,
     label_reliability,
-    likelihood_gap,
     memorisation_ratio,
-    nearest_distances,
 )
 
 
@@ -61,25 +55,12 @@ def test_coverage_of_duplicates() -> None:
 
 def test_features_that_cannot_be_used_are_named() -> None:
     good = features(10, 4, 0)
-    for bad in (features(10, 5, 0), good[0]):
-        with pytest.raises(ValueError, match="one network"):
-            feature_fid(good, bad)
+    with pytest.raises(ValueError, match="one network"):
+        feature_fid(good, features(10, 5, 0))
     with pytest.raises(DataError, match="not finite"):
         feature_fid(good, good * float("nan"))
-    with pytest.raises(DataError, match="1 images are too few"):
-        feature_fid(good[:1], good)
-    with pytest.raises(DataError, match="at least 6"):
+    with pytest.raises(DataError, match="5 images are too few: at least 6"):
         coverage(good[:5], good, 5)
-    with pytest.raises(ValueError, match="k must be"):
-        coverage(good, good, 0)
-    with pytest.raises(DataError, match="no images"):
-        features_and_logits(timm.create_model("resnet18"), torch.zeros(0, 3, 32, 32))
-
-
-def test_nearest_distances_are_those_of_the_full_matrix() -> None:
-    a, b = features(600, 5, 0), features(70, 5, 1)
-    assert torch.allclose(nearest_distances(a, b), torch.cdist(a, b).amin(1), rtol=1e-9)
-    assert not nearest_distances(b[:3], b).any()
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
@@ -109,20 +90,7 @@ def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     two = memorisation_ratio(torch.tensor([[1.0, 0], [2.0, 0]]), torch.zeros(1, 2), torch.tensor([[3.0, 0]]))
     assert two["ratio"] == pytest.approx(1.25)  # of 1/2 and 2
     assert memorisation_ratio(held_out[:150], train, held_out)["ratio"] > 1e6  # a distance of 0
+    many = features(600, 6, 3)  # two chunks of rows
+    ratios = torch.cdist(many, train[:200]).amin(1) / torch.cdist(many, held_out).amin(1)
+    assert memorisation_ratio(many, train[:200], held_out)["ratio"] == pytest.approx(float(ratios.median()), rel=0.01)
     assert memorisation_ratio(fresh, train[:50], train[:50])["share_nearer_train"] == 0.5
-    with pytest.raises(DataError, match="hold images"):
-        memorisation_ratio(fresh, train, held_out[:0])
-
-
-def test_the_likelihood_gap_is_a_difference_of_bits() -> None:
-    g = torch.Generator().manual_seed(0)
-    model = GLEM.create("identity", (1, 8, 8), ["a", "b", "c"], psi=None)
-    x, y = torch.randint(90, 160, (240, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(240) % 3
-    got = likelihood_gap(model, [(x[:100], y[:100])], [(x[100:170], y[100:170]), (x[170:], y[170:])])
-    with torch.no_grad():
-        nll = -model.log_prob(x[:100], y[:100], torch.Generator().manual_seed(0)).double().mean()
-    assert got["train_bits_per_dim"] == pytest.approx(float(nll) / (64 * math.log(2)), rel=1e-5)
-    assert got["gap"] == pytest.approx(got["held_out_bits_per_dim"] - got["train_bits_per_dim"])
-    assert np.sign(likelihood_gap(model, [(x, y)], [(255 - x // 2, y)])["gap"]) == 1
-    with pytest.raises(DataError, match="no images"):
-        likelihood_gap(model, [(x, y)], [])
