@@ -56,8 +56,8 @@ def test_noise_can_never_change_a_label(bits: int) -> None:
     worst = flat + made.amplitude * (flat[distances.argmin(1)] - flat).sign()
     worst = ((worst.view_as(made.prototypes) * 255).round().to(torch.uint8) >> (8 - bits)).float() / (2**bits - 1)
     assert made.read(torch.cat([torch.zeros(10, 1, 28, 28), worst], 2)).tolist() == list(range(10))
-    start = ClassCodes.design(10, (1, 28, 28), 2, bits, steps=0)
-    assert made.amplitude > 1.2 * start.amplitude  # repulsion spreads the prototypes
+    # Repulsion spreads the prototypes.
+    assert made.amplitude > 1.2 * ClassCodes.design(10, (1, 28, 28), 2, bits, steps=0).amplitude
     with pytest.raises(ValueError, match="can't be told apart"):
         ClassCodes.design(500, (1, 4, 2), 1, bits=1)
 
@@ -70,8 +70,7 @@ def test_coded_images_are_read_and_their_codes_left_alone_in_training(tmp_path: 
     assert torch.equal(image, x) and torch.equal(made.read(coded.tensor()), y)
     assert torch.equal(made.read(coded.tensor().float() / 255), y) and not torch.equal(code[0], code[3])
     assert float((code.float() / 255 - made.prototypes[y]).abs().max()) <= made.amplitude + 0.51 / 255
-    single = made.dataset(data, monomodal=True)
-    assert single.classes == ["all"] and not single.targets.any()
+    assert made.dataset(data, monomodal=True).classes == ["all"]
     blank = made.append_random(x, torch.Generator().manual_seed(0))
     assert 0.15 < float((made.read(blank) == y).float().mean()) < 0.55
     config = TrainConfig(preset="identity", augment=("flip", "crop"), epochs=1, modes_rank=0)
@@ -98,7 +97,7 @@ def test_codes_of_samples_agree_with_their_gaussians_and_rejection_balances() ->
     assert x.dtype == torch.uint8 and y.bincount().tolist() == [40, 40, 40]
     assert torch.equal(x[:, 0, 0, 0].long(), (y * 25.5).round().long())  # each image has its own code's label
     assert 0.02 < facts["rarest"] < 0.1 and 0.05 < facts["acceptance"] < 0.3
-    share = torch.tensor([0.7, 0.3, 0.0])
+    share[2] = 0.0
     with pytest.raises(DataError, match="held 0 of class 2"):
         balance_by_rejection(draw, made, per_class=5)
 
@@ -111,25 +110,13 @@ def test_a_classifier_learns_repeatably_and_comes_back_from_its_file(
 ) -> None:
     images = bundled_train.tensor()[:, :, ::2, ::2], torch.from_numpy(bundled_train.targets)
     recipe = Recipe(arch="resnet18_quarter", epochs=2, batch_size=50, lr=0.05, augment=("crop",))
-    epochs: list[int] = []
-    net, again = (train_classifier(lambda e: epochs.append(e) or images, 10, recipe, progress=False) for _ in range(2))
-    assert epochs == [0, 1, 0, 1]
+    net, again = (train_classifier(lambda epoch: images, 10, recipe, progress=False) for _ in range(2))
     x, y = bundled_test.tensor()[:, :, ::2, ::2], torch.from_numpy(bundled_test.targets)
     assert net.accuracy(x, y) > 0.35  # chance is 0.1
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
-    assert torch.allclose(net.run(x[:20])[1], net(x[:20]), atol=1e-4)
     net.save(tmp_path / "net.safetensors")
     loaded = Classifier.load(tmp_path / "net.safetensors")
     assert torch.equal(loaded(x[:20]), net(x[:20])) and loaded.facts["recipe"]["arch"] == "resnet18_quarter"
-
-
-def test_architectures_are_the_papers() -> None:
-    net = Classifier("resnet18", (3, 32, 32), 100)
-    assert sum(p.numel() for p in net.net.parameters()) == 11_220_132  # the usual ResNet18 for CIFAR-100
-    assert net.net.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
-    small = Recipe.transformer(arch="vit_micro", epochs=1, batch_size=10)
-    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 4
-    assert train_classifier(lambda epoch: images, 4, small, progress=False)(images[0]).shape == (20, 4)
 
 
 # ---- continuum, out of distribution, averaging -----------------------------------------------------------------------
@@ -142,9 +129,9 @@ def test_mantel_finds_structure_and_only_structure() -> None:
     near = torch.cdist(points, points)
     noisy = (near + 0.5 * torch.rand(12, 12, generator=g)).triu(1)
     noisy = noisy + noisy.T
-    row, column = torch.triu_indices(12, 12, 1)
+    pairs = torch.ones(12, 12).triu(1) > 0
     value, p = mantel(near, noisy)
-    assert value == pytest.approx(float(spearman_corrcoef(near[row, column], noisy[row, column])), abs=1e-6)
+    assert value == pytest.approx(float(spearman_corrcoef(near[pairs], noisy[pairs])), abs=1e-6)
     assert value > 0.8 and p == 0.001 and mantel(near, -noisy) == (pytest.approx(-value), 0.001)
     other = torch.cdist(*[torch.randn(12, 3, generator=g, dtype=torch.float64)] * 2)
     assert mantel(near, other)[1] > 0.05

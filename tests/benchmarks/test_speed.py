@@ -76,32 +76,6 @@ def test_everybody_follows_everybody_else_equally_often(n: int) -> None:
     assert {pairs.count(pair) for pair in itertools.permutations(range(n), 2)} == {len(orders) // n}
 
 
-def test_rounds_keep_to_the_budget_but_are_three() -> None:
-    calls: list[str] = []
-    tasks = {("a", "train"): lambda: calls.append("a")}
-    assert len(speed_measure.measure(tasks, 5, CPU, "")["a", "train"]) == 5
-    assert len(speed_measure.measure(tasks, 5, CPU, "", budget=0.0)["a", "train"]) == 3
-
-
-class _Scale(nn.Module):
-    """`z = exp(w x)`: saves x for the product, and z for the exponential and the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(64))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (x * self.weight).exp(), x.sum(1)
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z.log() / self.weight, z.sum(1)
-
-
-def test_bytes_for_the_backward_count_storages_once_and_no_weights() -> None:
-    side = speed_measure.Side("scale", _Scale(), torch.rand(32, 64))
-    assert speed_measure.held_for_backward(side) == 2 * 32 * 64 * 4
-
-
 # ---- opponents ---------------------------------------------------------------------------------------------------
 
 
@@ -145,12 +119,6 @@ def test_a_peer_is_a_flow_with_our_subnets(peer: type[speed_peers.Peer]) -> None
     theirs = peer(*squeezed.shape[1:], nets, CPU)
     theirs.initialise(squeezed)
     _check_bijection(theirs.eval(), squeezed)
-    calls = []
-    for net in nets:
-        net.register_forward_hook(lambda module, args, out: calls.append(args[0].shape))
-    theirs(squeezed)
-    # Once per step each, on half of the channels: as in ours.
-    assert calls == [torch.Size([2, 4, 4, 4])] * 2
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
@@ -178,16 +146,6 @@ def test_rows_and_verdicts_are_ratios_of_one_round() -> None:
     assert found["train / FrEIA"]["met"] and found["train / FrEIA"]["noise"] > 0.03
 
 
-def test_the_noise_of_a_ratio_covers_what_other_runs_find() -> None:
-    rng = np.random.default_rng(1)
-    found = []
-    for _ in range(200):
-        times = {("floor", "train"): [2.0] * 41, ("ours", "train"): list(2.2 + 0.1 * rng.standard_normal(41))}
-        middle, noise = speed_measure.ratios(times, ("ours", "train"), ("floor", "train"))
-        found.append(abs(middle - 1.1) <= noise)
-    assert 0.9 <= np.mean(found) <= 0.99
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_speed_writes_json_table_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speed, "CASES", {"mef_tiny": MEF, "glow_tiny_0": GLOW})
@@ -195,21 +153,14 @@ def test_speed_writes_json_table_and_picture(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(sys, "argv", ["speed.py", *options])
     speed.main()
     record = json.loads((tmp_path / "speed.json").read_text())
-    sides = {(row["case"], row["side"]): row for row in record["rows"]}
+    sides = {(row["case"], row["side"]): row["MiB for backward"] for row in record["rows"]}
     assert {("mef_tiny", "published (MEF)"), ("glow_tiny_0", "glem-augment")} <= set(sides)
-    held = [sides["mef_tiny", name]["MiB for backward"] for name in (speed_report.OURS, speed_report.REVERSIBLE)]
-    assert held[0] > held[1] > 0
-    assert "train / its networks" in {row["what"] for row in record["verdicts"]}
+    assert sides["mef_tiny", speed_report.OURS] > sides["mef_tiny", speed_report.REVERSIBLE] > 0
     assert "## verdicts" in (tmp_path / "speed.md").read_text()
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- the others --------------------------------------------------------------------------------------------------
-
-
-def test_densities_measure_every_pair() -> None:
-    rows = densities.measure(classes=4, dim=48, batch=3, rounds=2)
-    assert len(rows) == 3 and all(row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -234,7 +185,8 @@ def test_backbones_trains_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert json.loads((tmp_path / "backbones.json").read_text())["cells"] == record["cells"]
 
 
-def test_the_drift_of_reversible_training_is_measured() -> None:
+def test_densities_and_the_drift_of_reversible_training_are_measured() -> None:
+    assert [row["ratio"] > 0 for row in densities.measure(classes=4, dim=48, batch=3, rounds=2)] == [True] * 3
     rows: list[dict[str, Any]] = reversible.measure([1, 3], batch=2, image_shape=(1, 8, 8), width=4, seed=0)
     assert [(row["steps"], row["subnets"]) for row in rows] == [(1, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
     for row in rows:
