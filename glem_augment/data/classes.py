@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -36,21 +36,19 @@ def match_classes(
     of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
-        model_ids, model_names: the flow's K classes in index order.
-        data_ids, data_names: the data's classes in index order.
+        model_ids, model_names, data_ids, data_names: the classes of the flow and of the data in index order.
         class_map: None; `"order"`: class i is class i (both sides must have equally many); or a mapping from data names
             (or ids) to flow names (or ids). Classes that it leaves out are matched as usual.
         partial: allow classes of the data that the flow does not have, but not all of them.
         fix: last sentence of an error about classes that do not match, for callers who take no `class_map`.
 
     Returns:
-        int64 [K_data]: the index of the flow's class for each class of the data; -1, only with `partial`, if it has
-        none, as `GLEMAugment(class_map=...)` takes it.
+        int64 [K_data], as `GLEMAugment(class_map=...)` takes it: the index of the flow's class for each class of the
+        data; -1, only with `partial`, if it has none.
 
     Raises:
-        ClassMismatchError: a class without a counterpart, or two with the same one; it lists both sides and the fix.
-            Also for a `class_map` that names a class that is not there, or a string other than "order".
-        TypeError: another kind of `class_map`.
+        ClassMismatchError: a class without a counterpart, two with the same one, or a `class_map` that names a class
+            that is not there. It lists both sides and the fix. TypeError: another kind of `class_map`.
     """
     flow, data = _Side("flow", model_ids, model_names), _Side("data", data_ids, data_names)
     if isinstance(class_map, str):
@@ -70,9 +68,7 @@ def match_classes(
         i, j = data.find(str(source)), flow.find(str(target))
         if found.setdefault(i, j) != j:
             raise ClassMismatchError(f"class_map maps the data's class {data.names[i]!r} twice")
-    mapped = set(found)
     _compare(data, flow, found)
-
     missing = [data.label(i) for i in range(len(data.ids)) if i not in found]
     if missing and (not partial or not found):
         raise ClassMismatchError(
@@ -83,10 +79,9 @@ def match_classes(
     for i, j in sorted(found.items()):
         other = owner.setdefault(j, i)
         if other != i:
-            how = "class_map maps" if {i, other} & mapped else "Two classes of the data match:"
             raise ClassMismatchError(
-                f"{how} {data.label(other)} and {data.label(i)} to the same class of the flow, "
-                f"{flow.label(j)}{f'. {fix}' if fix else '; give class_map with a class of its own for each'}"
+                f"{data.label(other)} and {data.label(i)} of the data are the same class of the flow, {flow.label(j)}. "
+                f"{fix or 'Give class_map with a class of its own for each.'}"
             )
     return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 
@@ -97,8 +92,7 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
     Args:
         class_map: a mapping from data class to flow class, a sequence, an array or a tensor; -1 and None both mean that
             the flow does not have the class. None: the classes are the same.
-        num_classes: number of data classes, if it is known.
-        flow_classes: number of flow classes.
+        num_classes, flow_classes: numbers of classes of the data, if it is known, and of the flow.
 
     Raises:
         ValueError, TypeError: a class out of range, nothing mapped, or a `num_classes` that does not fit.
@@ -114,31 +108,26 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
         return None
     if hasattr(class_map, "tolist"):  # a tensor, or an array as match_classes gives it
         class_map = class_map.tolist()
-    if not isinstance(class_map, Mapping | Sequence) or isinstance(class_map, str | bytes):
+    is_mapping = isinstance(class_map, Mapping)
+    if not is_mapping and (not isinstance(class_map, Sequence) or isinstance(class_map, str | bytes)):
         raise TypeError(f"class_map must be a dict or a sequence, got {type(class_map).__name__}")
-    pairs = dict(class_map if isinstance(class_map, Mapping) else enumerate(class_map))
-    for key, value in pairs.items():
-        if not _is_int(key) or not (value is None or _is_int(value)):
-            raise TypeError(f"class_map must map ints to ints or None, got {key!r}: {value!r}")
-    total = max(pairs, default=-1) + 1 if num_classes is None else num_classes
-    if not isinstance(class_map, Mapping) and len(pairs) != total:
-        raise ValueError(f"class_map has {len(pairs)} entries, but num_classes={num_classes}")
-    table = [-1] * total
-    for key, value in pairs.items():
-        if not 0 <= key < total:
-            raise ValueError(f"class_map has data class {key}, allowed are 0 to {total - 1}")
-        if value is not None and not -1 <= value < flow_classes:
-            raise ValueError(
-                f"class_map maps class {key} to flow class {value}; allowed are 0 to {flow_classes - 1}, -1 and None"
-            )
-        table[key] = -1 if value is None else operator.index(value)
-    if max(table, default=-1) < 0:
+    flow_class = {
+        check_whole("a data class in class_map", key, 0): (
+            -1 if value is None else check_whole("a flow class in class_map", value, -1)
+        )
+        for key, value in (class_map.items() if is_mapping else enumerate(class_map))
+    }
+    total = max(flow_class, default=-1) + 1 if num_classes is None else num_classes
+    if not is_mapping and len(flow_class) != total:
+        raise ValueError(f"class_map has {len(flow_class)} entries, but num_classes={num_classes}")
+    if max(flow_class, default=-1) >= total:
+        raise ValueError(f"class_map has data class {max(flow_class)}, allowed are 0 to {total - 1}")
+    highest = max(flow_class.values(), default=-1)
+    if highest >= flow_classes:
+        raise ValueError(f"class_map has flow class {highest}; allowed are 0 to {flow_classes - 1}, -1 and None")
+    if highest < 0:
         raise ValueError("class_map maps no class to the flow: no image could be augmented")
-    return tuple(table)
-
-
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)  # NumPy's integers too
+    return tuple(flow_class.get(index, -1) for index in range(total))
 
 
 def class_names(real: Any) -> list[str] | None:
@@ -198,9 +187,7 @@ def _compare(data: _Side, flow: _Side, found: dict[int, int]) -> None:
                     found[i] = lookup[name]
 
 
-def _composed(name: str) -> str:
-    """One spelling of accents, which macOS writes as characters of their own."""
-    return unicodedata.normalize("NFC", name)
+_composed = functools.partial(unicodedata.normalize, "NFC")  # one spelling of accents, which macOS writes as characters
 
 
 def _plain(name: str) -> str:

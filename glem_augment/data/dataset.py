@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from glem_augment.data.pixels import fit, in_threads
 from glem_augment.data.sources import ArraySource, Source, open_source
 from glem_augment.errors import BadImageError, DataError
-
-__all__ = ["ImageData", "LabelledImages", "as_image_data", "open_data"]
 
 CACHE_BYTES = 2 * 2**30
 
@@ -58,16 +55,14 @@ class ImageData(Dataset):
     ) -> ImageData:
         """Wrap images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and identifiers).
 
-        Raises:
-            TypeError: `x` is not uint8, or `y` holds no integers.
-            DataError: shapes that do not fit, no images, a label outside 0..K-1, repeated names.
+        TypeError: `x` is not uint8, or `y` holds no integers. DataError: no images, or see `with_targets`.
         """
         if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
             raise TypeError(f"x must be a uint8 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.ndim != 4 or x.numel() == 0:
             raise DataError(f"x must be [N,C,H,W] with at least one image, got shape {tuple(x.shape)}")
         channels, height, width = x.shape[1:]
-        source = ArraySource([], classes, classes, np.zeros(len(x)), name)
+        source = ArraySource(list(classes), list(classes), np.zeros(len(x), np.int64), [], name)
         data = cls(source, (channels, height, width), name).with_targets(y, classes, class_ids)
         data._pixels = x.detach().cpu().contiguous()
         return data
@@ -99,10 +94,8 @@ class ImageData(Dataset):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches (uint8 [B,C,H,W], int64 [B]) in the order of `indices`; the last one may be smaller.
 
-        Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes.
-
-        Raises:
-            IndexError, TypeError: see `subset`. ValueError: `batch_size` below 1. All at the call.
+        Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes. Wrong indices (see
+        `subset`) and a `batch_size` below 1 (ValueError) are refused at the call.
         """
         chosen = _check_indices(indices, len(self))
         if batch_size < 1:
@@ -116,8 +109,7 @@ class ImageData(Dataset):
     def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageData:
         """The images at `indices`, in that order, sharing the pixels in memory.
 
-        Raises:
-            IndexError: an index outside 0..N-1. TypeError: indices that are not integers.
+        IndexError: an index outside 0..N-1. TypeError: indices that are not integers.
         """
         chosen = _check_indices(indices, len(self))
         other = copy.copy(self)
@@ -132,17 +124,16 @@ class ImageData(Dataset):
     ) -> ImageData:
         """The same images under other labels, for example a flow's.
 
-        Raises:
-            DataError: not one label per image, a label outside 0..K-1, repeated names. TypeError: no integers.
+        DataError: not one label per image, a label outside 0..K-1, repeated names. TypeError: no integers.
         """
         other = copy.copy(self)
         other.targets = _check_targets(targets, len(self), len(classes))
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
         if len(other.class_ids) != len(other.classes):
             raise DataError(f"there are {len(other.classes)} class names but {len(other.class_ids)} class ids")
-        for what, names in (("class names", other.classes), ("class ids", other.class_ids)):
+        for names in (other.classes, other.class_ids):
             if len(set(names)) != len(names):
-                raise DataError(f"{what} must be unique, got {names[:12]}")
+                raise DataError(f"class names and ids must be unique, got {names[:12]}")
         return other
 
     def rows_of_classes(self, max_per_class: int | None = None) -> list[np.ndarray]:
@@ -198,26 +189,22 @@ def open_data(
               downloaded. Columns that are not called image and label follow a question mark:
               `hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label`.
         split: train, test, val, ...
-        image_size: (H,W), or one number for both: images are resized (shorter side, bilinear with antialias) and
-            cropped at the centre. None: the size that they share.
-        channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. Transparency is dropped, EXIF orientation
-            ignored, and the first frame of an animation taken, as in torchvision and timm.
+        image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
+            at the centre. None: the size that they share.
+        channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. As in torchvision and timm, transparency
+            and EXIF orientation are ignored, and animations give their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
-        skip_bad: leave out images that cannot be used, and list them in `skipped`, instead of raising an error at the
-            first. All images are then decoded once before anything else. A bad image of a stream (shards) is always an
-            error.
+        skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
+            before anything else. A bad image of a stream (shards) is always an error.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        BadImageError: an image that cannot be read, has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` or more than 8
-            bits per channel.
-        DataError: an unknown name or split, a class without images (that can be used), images of different sizes
-            without `image_size`.
-        ValueError: an `image_size` or `channels` that makes no sense.
+        FileNotFoundError: no such file or folder. ValueError: a wrong `image_size` or `channels`.
+        BadImageError: an image that cannot be read, or exceeds `PIL.Image.MAX_IMAGE_PIXELS` or 8 bits per channel.
+        DataError: an unknown name or split, a class without images, different sizes without `image_size`.
     """
     size = _pair(image_size)
     if channels not in (None, 1, 3):
@@ -255,12 +242,8 @@ def as_image_data(
 ) -> ImageData:
     """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
-    Args:
-        data: data in that shape, or a name for `open_data`, whose images are resized and converted.
-        classes: names to use instead of the data's (of a pair: "0", "1", ...).
-
-    Raises:
-        DataError: images of another shape. TypeError: another kind of `data`.
+    Images of data given by name are resized and converted. `classes` are names to use instead of the data's (of a pair:
+    "0", "1", ...). DataError: images of another shape. TypeError: another kind of `data`.
     """
     channels, height, width = image_shape
     names = None if classes is None else [str(name) for name in classes]
@@ -275,22 +258,17 @@ def as_image_data(
         raise TypeError(f"data must be an ImageData, a name, or (images, labels); got {type(data).__name__}")
     if names is not None and names != data.classes:
         data = data.with_targets(data.targets, names, data.class_ids if len(names) == len(data.class_ids) else None)
-    if tuple(data.image_shape) != tuple(image_shape):
-        have = data.image_shape
+    if data.image_shape != image_shape:
         raise DataError(
-            f"{data.name} has images of {have[0]} x {have[1]} x {have[2]} (channels x height x width), the flow takes "
-            f"{channels} x {height} x {width}: open the data with open_data(..., image_size=({height}, {width}), "
+            f"{data.name} has images of {' x '.join(map(str, data.image_shape))} (channels x height x width), the flow "
+            f"takes {channels} x {height} x {width}: open the data with open_data(..., image_size=({height}, {width}), "
             f"channels={channels})"
         )
     return data
 
 
 def _bad_images(source: Source, name: str, progress: bool) -> dict[int, tuple[str, str]]:
-    """Decode every image, and return where and why of those that can't be used, by row.
-
-    Raises:
-        DataError: a class of which no image can be used.
-    """
+    """Where and why of every image that can't be decoded, by row. DataError: a class without any that can."""
     found: dict[int, tuple[str, str]] = {}
 
     def one(row: int) -> None:
@@ -317,11 +295,10 @@ def _bad_images(source: Source, name: str, progress: bool) -> dict[int, tuple[st
 def _look_at_headers(
     source: Source, rows: np.ndarray, name: str, same_size: bool, progress: bool
 ) -> tuple[bool, tuple[int, int]]:
-    """Whether all images at `rows` are grey, and (H, W) of the first. All headers are read, so that bad files show
-    before any work is done.
+    """Whether all images at `rows` are grey, and (H, W) of the first.
 
-    Raises:
-        BadImageError: an image that can't be used. DataError: with `same_size`, images of different sizes.
+    All headers are read, so that bad files (BadImageError) and, with `same_size`, images of different sizes (DataError)
+    show before any work is done.
     """
     if isinstance(source, ArraySource) and isinstance(source.arrays, np.ndarray):
         height, width = source.arrays.shape[1:3]
@@ -355,14 +332,10 @@ def _ready_pixels(source: Source, shape: tuple[int, int, int]) -> torch.Tensor |
 def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if image_size is None:
         return None
-    try:
-        pair = tuple(image_size) if isinstance(image_size, Iterable) else (image_size, image_size)
-        height, width = (operator.index(value) for value in pair)
-    except (TypeError, ValueError):
-        height = width = 0
-    if height < 1 or width < 1 or isinstance(image_size, bool):
+    pair = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise ValueError(f"image_size must be a positive integer or (height, width), got {image_size!r}")
-    return height, width
+    return pair[0], pair[1]
 
 
 def _check_indices(indices: Sequence[int] | np.ndarray | torch.Tensor, count: int) -> np.ndarray:

@@ -33,11 +33,7 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
 
 
 def check_header(image: Image.Image, where: str) -> None:
-    """Refuse images that must not be decoded: too many pixels, or more than 8 bits, which PIL would clip to white.
-
-    Raises:
-        BadImageError: naming `where`.
-    """
+    """BadImageError for images that must not be decoded: too many pixels, or over 8 bits, which PIL clips to white."""
     limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns, up to twice as many
     if limit is not None and image.width * image.height > limit:
         raise BadImageError(
@@ -70,7 +66,7 @@ def fit(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may run on; at least 1."""
+    """How many CPUs this process may run on, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
@@ -123,11 +119,8 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2` with u = 1/2, or uniform noise for uint8 images if a generator is given.
 
-    Args:
-        x: uint8, of which the top `bits` bits are kept, or float in [0,1], which is scaled to levels unrounded.
-        bits: bits per channel of the flow.
-        dtype: of the result.
-        generator: on a CPU or CUDA; the noise is drawn there and moved.
+    Of uint8 images `x` the top `bits` bits are kept; float ones in [0,1] are scaled to levels unrounded. The noise is
+    drawn on the generator's device and moved.
     """
     if x.dtype == torch.uint8:
         h = (x if bits == 8 else x >> (8 - bits)).to(dtype)

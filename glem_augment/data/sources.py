@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,16 @@ _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
+@dataclass
 class Source(ABC):
     """Labelled images that can be opened one by one; for the attributes see `ImageData`."""
 
-    def __init__(self, classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
-        self.classes = list(classes)
-        self.class_ids = list(class_ids)
-        self.targets = np.ascontiguousarray(targets, dtype=np.int64)
+    classes: list[str]
+    class_ids: list[str]
+    targets: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.targets = np.ascontiguousarray(self.targets, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -89,12 +94,11 @@ class Source(ABC):
             ) from error
 
 
+@dataclass
 class FolderSource(Source):
     """Image files on disk."""
 
-    def __init__(self, paths: Sequence[str], classes: Sequence[str], class_ids: Sequence[str], targets: np.ndarray):
-        super().__init__(classes, class_ids, targets)
-        self.paths = list(paths)
+    paths: Sequence[str]
 
     def where(self, index: int) -> str:
         return self.paths[index]
@@ -106,19 +110,12 @@ class FolderSource(Source):
         return open_image(path)
 
 
+@dataclass
 class ArraySource(Source):
     """Images in memory: uint8 arrays [H,W] (grey) or [H,W,3] (RGB), as one array if all have the same shape."""
 
-    def __init__(
-        self,
-        arrays: np.ndarray | list[np.ndarray],
-        classes: Sequence[str],
-        class_ids: Sequence[str],
-        targets: np.ndarray,
-        name: str,
-    ):
-        super().__init__(classes, class_ids, targets)
-        self.arrays, self.name = arrays, name
+    arrays: np.ndarray | list[np.ndarray]
+    name: str
 
     def where(self, index: int) -> str:
         return f"image {index} of {self.name}"
@@ -127,13 +124,12 @@ class ArraySource(Source):
         return Image.fromarray(self.arrays[index])
 
 
+@dataclass
 class ReaderSource(Source):
     """Images of one of timm's readers. timm's own `ImageDataset` is not used, because it replaces an image that it
     cannot read by the next one, with the next one's label."""
 
-    def __init__(self, reader: Any, classes: list[str], targets: np.ndarray):
-        super().__init__(classes, classes, targets)
-        self.reader = reader
+    reader: Any
 
     def where(self, index: int) -> str:
         try:
@@ -165,8 +161,7 @@ def open_source(spec: str, split: str, size: tuple[int, int] | None, stream_byte
 
 
 def _bundled_source(name: str, split: str) -> ArraySource:
-    """Fashion-MNIST inside the package, 100 real images per class and split. Each split is one PNG with a row per class
-    and a column per image."""
+    """Fashion-MNIST, 100 real images per class and split: one PNG with a row per class and a column per image."""
     if name != "fashion-mnist":
         raise DataError(f"no bundled data set {name!r}; there is 'bundled:fashion-mnist'")
     part = "train" if split in _TRAIN else "test" if split in _TEST + _VAL else None
@@ -178,9 +173,7 @@ def _bundled_source(name: str, split: str) -> ArraySource:
     rows, columns = sheet.shape[0] // 28, sheet.shape[1] // 28
     arrays = sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28)
     targets = np.repeat(np.arange(rows), columns)
-    return ArraySource(
-        np.ascontiguousarray(arrays), _FASHION_CLASSES, [str(i) for i in range(rows)], targets, f"bundled:{name}"
-    )
+    return ArraySource(_FASHION_CLASSES, [str(i) for i in range(rows)], targets, arrays, f"bundled:{name}")
 
 
 # ---- image folders -----------------------------------------------------------------------------------------------
@@ -189,7 +182,7 @@ def _bundled_source(name: str, split: str) -> ArraySource:
 def has_splits(folder: Path) -> bool:
     """Whether a folder tells training from test images: by idx files, or ImageFolders named after splits. Otherwise it
     is one ImageFolder, which stands for every split."""
-    return _is_idx(folder) or bool(_splits(folder))
+    return _is_idx(folder) or bool(_split_folders(folder))
 
 
 def _image_folder(folder: Path) -> FolderSource:
@@ -204,7 +197,7 @@ def _image_folder(folder: Path) -> FolderSource:
     except FileNotFoundError as error:  # classes without images
         raise DataError(f"{folder}: {error}; add images or remove the folders") from None
     paths, targets = zip(*samples, strict=True)
-    return FolderSource(paths, _class_names(class_ids), class_ids, np.asarray(targets))
+    return FolderSource(_class_names(class_ids), class_ids, np.asarray(targets), paths)
 
 
 def _class_names(class_ids: list[str]) -> list[str]:
@@ -229,25 +222,24 @@ def _files(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
 
 
-def _splits(folder: Path) -> list[str]:
-    # A class may be called "test"; a split is a folder that holds folders itself.
-    return [name for name in _folders(folder) if name.lower() in _SPLIT_FOLDERS and _has_folders(folder / name)]
+def _split_folders(folder: Path, split: str = "") -> dict[str, Path]:
+    """The folders that are named after a usual split or `split`, by their names in lower case.
+
+    A class may be called "test" too, so a folder counts only if it holds visible folders itself.
+    """
+    named = [name for name in _folders(folder) if name.lower() in (*_SPLIT_FOLDERS, split)]
+    return {n.lower(): folder / n for n in named if any(not c.startswith(".") for c in _folders(folder / n))}
 
 
 def _split_folder(folder: Path, split: str) -> Path:
     """The ImageFolder of a split, which is the folder itself if it has no splits."""
-    splits = _splits(folder)
-    if not splits:
+    inside = _split_folders(folder, split.lower())
+    if not _SPLIT_FOLDERS.keys() & inside:
         return folder
-    for candidate in _SPLIT_FOLDERS.get(split.lower(), (split,)):
-        for name in _folders(folder):
-            if name.lower() == candidate.lower() and _has_folders(folder / name):
-                return folder / name
-    raise DataError(f"{folder} has no split {split!r}; it holds {', '.join(splits)}")
-
-
-def _has_folders(folder: Path) -> bool:
-    return any(not name.startswith(".") for name in _folders(folder))  # editors and notebooks leave hidden ones
+    for name in _SPLIT_FOLDERS.get(split.lower(), (split.lower(),)):
+        if name in inside:
+            return inside[name]
+    raise DataError(f"{folder} has no split {split!r}; it holds {', '.join(inside)}")
 
 
 # ---- idx files ---------------------------------------------------------------------------------------------------
@@ -279,7 +271,7 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
     name = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
     fashion = re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
     classes = [_FASHION_CLASSES[label] for label in present] if fashion else class_ids
-    return ArraySource(images, classes, class_ids, targets.reshape(-1), str(folder))
+    return ArraySource(classes, class_ids, targets.reshape(-1), images, str(folder))
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
@@ -293,13 +285,9 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     if len(data) < header or data[:4] != bytes((0, 0, 8, rank)):
         raise DataError(f"{path} is not an idx file of unsigned bytes with {rank} dimension(s)")
     shape = [int(size) for size in np.frombuffer(data, ">u4", rank, offset=4)]
-    try:
-        return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-    except ValueError:
-        raise DataError(
-            f"{path} announces {' x '.join(map(str, shape))} bytes but holds {len(data) - header}; it is truncated or "
-            "damaged: fetch it again"
-        ) from None
+    if len(data) - header != math.prod(shape):
+        raise DataError(f"{path} holds {len(data) - header} bytes instead of {shape}; it is damaged: fetch it again")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
 # ---- data sets that timm reads -----------------------------------------------------------------------------------
@@ -344,20 +332,21 @@ def _random_access(dataset: Any, spec: str) -> Source | None:
     if data is not None and targets is not None:  # torchvision's CIFAR and MNIST families hold all their pixels
         arrays, classes = np.asarray(data), [str(name) for name in dataset.classes]
         if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
-            return ArraySource(arrays, classes, [str(i) for i in range(len(classes))], np.asarray(targets), spec)
+            return ArraySource(classes, [str(i) for i in range(len(classes))], np.asarray(targets), arrays, spec)
     samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     if samples and hasattr(dataset, "classes"):  # torchvision's sets of image files (ImageFolder, ImageNet, Places365)
         # ImageNet's names are tuples of synonyms, of which the first is not always unique.
         names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in dataset.classes]
         ids = [str(i) for i in getattr(dataset, "wnids", names)]
         paths, labels = zip(*samples, strict=True)
-        return FolderSource([str(path) for path in paths], names, ids, np.asarray(labels))
+        return FolderSource(names, ids, np.asarray(labels), [str(path) for path in paths])
     reader: Any = getattr(dataset, "reader", None)
     if not hasattr(reader, "__getitem__"):
         return None
     # The column of labels of a Hugging Face data set can be read without the images.
     column = reader.dataset[reader.label_key] if hasattr(reader, "dataset") else reader.targets
-    return ReaderSource(reader, _reader_classes(reader, np.asarray(column)), np.asarray(column))
+    classes = _reader_classes(reader, np.asarray(column))
+    return ReaderSource(classes, classes, np.asarray(column), reader)
 
 
 def _streamed(dataset: Iterable[Any], spec: str, size: tuple[int, int] | None, limit: int) -> Source:
@@ -387,7 +376,7 @@ def _streamed(dataset: Iterable[Any], spec: str, size: tuple[int, int] | None, l
         raise DataError(f"{spec!r}: only {len(arrays)} of {expected} images could be read; see timm's warnings")
     targets = np.asarray(labels)
     classes = _reader_classes(reader, targets)
-    return ArraySource(arrays, classes, [str(i) for i in range(len(classes))], targets, spec)
+    return ArraySource(classes, [str(i) for i in range(len(classes))], targets, arrays, spec)
 
 
 def _reader_classes(reader: Any, targets: np.ndarray) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -140,7 +139,7 @@ class GLEM(ImageFlow):
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `model.safetensors` and `config.json` to `folder`, atomically; an OSError names the path."""
+        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
         self.config.modes_rank = None if self.modes is None else self.modes.rank
         write_model(folder, self.config, self.state_dict())
 
@@ -201,9 +200,8 @@ class GLEM(ImageFlow):
 
     def _check_labels(self, y: Tensor, batch: int | None = None) -> Tensor:
         y = torch.as_tensor(y)
-        if y.ndim != 1 or y.is_floating_point() or (batch is not None and y.shape[0] != batch):
-            want = "[B]" if batch is None else f"[{batch}]"
-            raise ValueError(f"labels must be whole numbers of shape {want}, got {y.dtype} {list(y.shape)}")
+        if y.ndim != 1 or y.is_floating_point() or batch not in (None, len(y)):
+            raise ValueError(f"labels must be whole numbers of shape [{batch or 'B'}], got {y.dtype} {list(y.shape)}")
         if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) < self.num_classes):
             raise ClassMismatchError(
                 f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the flow has classes 0 to "
@@ -225,8 +223,7 @@ class GLEM(ImageFlow):
                 estimated from real latents).
 
         Raises:
-            ValueError: a negative temperature, another source, or "rfcm" without modes. ClassMismatchError: a label
-                that the model has no class for.
+            ValueError: wrong labels (ClassMismatchError), a negative temperature, another source, "rfcm" without modes.
         """
         y = self._check_labels(y)
         if source == "gaussian":
@@ -241,7 +238,7 @@ class GLEM(ImageFlow):
     def sample(
         self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
     ) -> Tensor:
-        """Images of the classes `y`: [B,C,H,W] float in [0,1]. For the arguments see `sample_latents`."""
+        """Images of the classes `y`: [B,C,H,W] float in [0,1], decoded from `sample_latents`."""
         return self.decode(self.sample_latents(y, temperature, generator, source))
 
     @torch.no_grad()
@@ -275,7 +272,7 @@ class GLEM(ImageFlow):
             data: an `ImageData` (see `open_data`); a pair (images [N,C,H,W] uint8, labels int64 [N]); or a name for
                 `open_data`, whose images are then resized and converted to the flow's size and channels.
             rank: k modes per class; what they leave over is kept as a variance per dimension.
-            max_per_class: use at most this many images of a class (the first ones).
+            max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
 
@@ -301,19 +298,17 @@ class GLEM(ImageFlow):
         seed: int = 0,
         progress: bool = True,
     ) -> GLEM:
-        """A model with this flow for other images and classes, in closed form: one pass over `data`, no training.
+        """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
 
-        Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones (see
-        `latent.adapt`), and its principal modes. This model stays as it is.
+        Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones, and its
+        principal modes, in one pass over `data`.
 
         Args:
             data: see `fit_modes`.
             classes: names to use instead of the data's (of a pair: "0", "1", ...).
             split: split to open, for data given by name.
-            rank: k modes per class.
+            rank, max_per_class, seed: see `fit_modes`.
             shrinkage: number of images at which a class's variances are half its own, half pooled.
-            max_per_class: use at most this many images of a class (the first ones).
-            seed: of the dequantisation noise.
             progress: show a bar on stderr.
 
         Returns:
@@ -324,7 +319,7 @@ class GLEM(ImageFlow):
             TypeError, ValueError: arguments that make no sense.
         """
         shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
-        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
+        seed = check_whole("seed", seed, 0)
         # One image of a class says nothing about how its images differ.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
@@ -347,8 +342,6 @@ class GLEM(ImageFlow):
                 "adapted_from": {
                     "weights_sha256": weights_sha256(self),
                     "origin": self.origin,
-                    "classes": self.num_classes,
-                    "psi": None if self.config.psi is None else list(self.config.psi),
                     "training": copy.deepcopy(self.config.training),
                 },
             },
@@ -378,28 +371,22 @@ class GLEM(ImageFlow):
         """How many modes to use: `modes` itself, or by default 64 or as many as are stored.
 
         Raises:
-            ValueError: no modes are stored with the model, or fewer than `modes`.
+            ValueError: no modes are stored, or fewer than `modes`. TypeError: `modes` is no integer.
         """
         if self.modes is None:
             raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
         if modes is None:
             return min(DEFAULT_MODES, self.modes.rank)
-        if isinstance(modes, bool) or not isinstance(modes, numbers.Integral) or not 1 <= modes <= self.modes.rank:
+        if check_whole("modes", modes, 1) > self.modes.rank:
             raise ValueError(
-                f"modes must be an int from 1 to {self.modes.rank}, the number of modes stored with the model; got "
-                f"{modes!r} (for more: model.fit_modes(data, rank=...))"
+                f"modes must be from 1 to {self.modes.rank}, the number stored with the model; got {modes} (for more: "
+                "model.fit_modes(data, rank=...))"
             )
         return int(modes)
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
-    """`model` itself, or the one that `GLEM.from_pretrained` finds under that name.
-
-    Raises:
-        TypeError: neither a model nor a name. ModelFileError: see `GLEM.from_pretrained`.
-    """
-    if isinstance(model, GLEM):
-        return model
-    if isinstance(model, str | os.PathLike):
-        return GLEM.from_pretrained(model)
-    raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")
+    """`model` itself, or the one that `GLEM.from_pretrained` finds under that name. TypeError: it is neither."""
+    if not isinstance(model, GLEM | str | os.PathLike):
+        raise TypeError(f"model must be a GLEM or the name of one, got {type(model).__name__}")
+    return model if isinstance(model, GLEM) else GLEM.from_pretrained(model)

@@ -19,7 +19,6 @@ from glem_augment.model.config import GLEMConfig
 # Images per pass through the flow in the calls that take any number of them, which bounds the memory of activations.
 _CHUNK = 256
 
-
 _Flow = TypeVar("_Flow", bound="ImageFlow")
 
 
@@ -92,10 +91,9 @@ class ImageFlow(nn.Module):
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
         check_images(x, self.image_shape)
-        parts = [
-            self.flow(to_levels(part, self.bits, self.dtype, generator)) for part in x.to(self.device).split(_CHUNK)
-        ]
-        z, logdet = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
+        chunks = x.to(self.device).split(_CHUNK)
+        parts = [self.flow(to_levels(chunk, self.bits, self.dtype, generator)) for chunk in chunks]
+        z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
         return z, logdet - self.dim * self.bits * math.log(2)
 
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
@@ -111,18 +109,16 @@ class ImageFlow(nn.Module):
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
         z = z.to(self.device, self.dtype)
-        parts = [from_levels(self.flow.inverse(part)[0], self.bits) for part in z.split(_CHUNK)]
-        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        x = torch.cat([from_levels(self.flow.inverse(chunk)[0], self.bits) for chunk in z.split(_CHUNK)])
         return x.clamp(0, 1) if clamp else x
 
     @torch.no_grad()
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
-        """Encode the images `x` [B,C,H,W] and decode them without clamping.
+        """Encode the images `x` [B,C,H,W], decode them without clamping, and compare.
 
         Returns:
-            `max_error` and `mean_error` in uint8 steps over the finite pixels; `within_half_step`, the share of all
-            pixels whose error is below half a step, so that rounding gives the image back bit for bit; and
-            `non_finite`, the share of all pixels that are not finite.
+            `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels: of those
+            `within_half_step`, which rounding gives back exactly, and of the `non_finite` ones.
         """
         check_images(x, self.image_shape)
         wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
@@ -153,7 +149,7 @@ class ImageFlow(nn.Module):
         @torch.no_grad()
         def latents(index: int) -> Tensor:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-            parts = [torch.empty(0, self.dim)]
+            parts = []
             for x, _ in data.batches(rows[index], _CHUNK):
                 parts.append(self.encode(x, generator)[0].cpu())
                 if count is not None:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +28,14 @@ from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMCon
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_EXACT = {torch.bool: "BOOL", torch.int64: "I64"}
+_EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}}
 # The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
 # point number has two bytes.
 _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
 # Beside its name an entry has a type, up to eight sizes and two offsets; the rest of a header is metadata.
 _MOST_ENTRY, _MOST_METADATA = 320, 2**16
 _NOT_NEGATIVE = {"modes.scales", "modes.rest", "modes.counts", "modes.shared_scales"}
+_BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 _CHUNK = 2**18  # numbers that are checked together, which bounds the memory of a check
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,8 +46,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def bundled_models() -> list[str]:
     """Names of the flows shipped inside the package, as used after `bundled:`."""
-    root = resources.files("glem_augment") / "bundled" / "models"
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    return sorted(entry.name for entry in _BUNDLED.iterdir() if entry.is_dir())
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path | None:
@@ -61,8 +60,8 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     if text.startswith("bundled:"):
         wanted = text.removeprefix("bundled:")
         if wanted not in bundled_models():
-            raise ModelFileError(f"no bundled model {wanted!r}; bundled are: {', '.join(bundled_models()) or 'none'}")
-        folder = Path(str(resources.files("glem_augment") / "bundled" / "models" / wanted))
+            raise ModelFileError(f"no bundled model {wanted!r}; bundled are: {', '.join(bundled_models())}")
+        folder = _BUNDLED / wanted
     else:
         folder = expand(text)
     if folder.is_file():
@@ -81,24 +80,16 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
     Both are on the disk in full before either takes its name; the weights take theirs first.
 
     Raises:
-        TypeError, ValueError: a config that could not be read again. OSError: naming the path.
+        TypeError, ValueError: a config that could not be read again. OSError: it names the path.
     """
     folder = expand(folder)
     text, weights = config.to_json(), weights_bytes(state)
-    failure: OSError | None = None
-    try:
-        with atomic_write(folder / CONFIG) as config_file:
-            config_file.write(text)
-            config_file.flush()
-            os.fsync(config_file.fileno())
-            try:
-                with atomic_write(folder / WEIGHTS) as file:
-                    file.write(weights)
-            except OSError as error:
-                failure = error
-                raise
-    except OSError as error:
-        raise failure or error from None  # the outer error would name the config
+    with atomic_write(folder / CONFIG) as config_file:
+        config_file.write(text)
+        config_file.flush()
+        os.fsync(config_file.fileno())
+        with atomic_write(folder / WEIGHTS) as weights_file:
+            weights_file.write(weights)
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -117,17 +108,12 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def read_config(folder: Path) -> GLEMConfig:
-    """Read and check `config.json`. Raises ModelFileError naming the file and the field."""
+    """Read and check `config.json`. A ModelFileError names the file and the field."""
     path = folder / CONFIG
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-        if len(data) > MAX_CONFIG_BYTES:
-            raise ModelFileError(f"it has {path.stat().st_size} bytes, more than a model's config can need")
-        return GLEMConfig.from_json(data)
-    except OSError as error:
-        raise ModelFileError(f"{path} can't be read: {error}; download or save the model again") from None
-    except ModelFileError as error:
+            return GLEMConfig.from_json(file.read(MAX_CONFIG_BYTES + 1))
+    except (OSError, ModelFileError) as error:
         raise ModelFileError(f"{path}: {error}") from None
 
 
@@ -176,8 +162,8 @@ def _check_size(path: Path, config: GLEMConfig) -> int:
     tensors = 2 + sum(d * b for d, b in zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True))
     if size < _LEAST_WIDTH * numbers or header < _LEAST_ENTRY * tensors:
         raise ModelFileError(
-            f"{path} has {size} bytes, of which {header} describe tensors; its config asks for more than {numbers} "
-            f"numbers in {tensors} tensors: the two files do not belong together, or one of them is damaged"
+            f"{path} has {size} bytes, too few for the {numbers} numbers in {tensors} tensors of its config: "
+            "the two files do not belong together, or one of them is damaged"
         )
     return header
 
@@ -192,15 +178,11 @@ def _check_header(path: Path, file: Any, expected: dict[str, Tensor]) -> None:
             f"{len(extra)} unknown {[name[:80] for name in extra[:3]]}"
         )
     for name, wanted in expected.items():
-        header = file.get_slice(name)
-        if tuple(header.get_shape()) != tuple(wanted.shape):
+        entry, allowed = file.get_slice(name), _EXACT.get(wanted.dtype, _FLOATS)
+        shape, dtype = list(entry.get_shape()), entry.get_dtype()
+        if shape != list(wanted.shape) or dtype not in allowed:
             raise ModelFileError(
-                f"{path}: {name} has shape {tuple(header.get_shape())}, its config asks for {tuple(wanted.shape)}"
-            )
-        allowed = _FLOATS if wanted.is_floating_point() else {_EXACT[wanted.dtype]}
-        if header.get_dtype() not in allowed:
-            raise ModelFileError(
-                f"{path}: {name} is of type {header.get_dtype()}, expected {' or '.join(sorted(allowed))}"
+                f"{path}: {name} is {dtype} {shape}, its config asks for {'/'.join(sorted(allowed))} {[*wanted.shape]}"
             )
 
 

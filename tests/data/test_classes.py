@@ -14,12 +14,7 @@ from glem_augment.errors import ClassMismatchError
 
 def test_match_by_id_name_and_form() -> None:
     ids, names = ["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"]
-    for data in (
-        ["n03", "n01"],
-        ["T-shirt/top", "tench"],
-        ["t_shirt_top", "Tench"],
-        ["0_T-shirt/top", "2-tench"],
-    ):
+    for data in (["n03", "n01"], ["T-shirt/top", "tench"], ["t_shirt_top", "Tench"], ["0_T-shirt/top", "2-tench"]):
         assert match_classes(ids, names, data, data).tolist() == [2, 0]
     assert match_classes(ids, names, ["0", "1"], ["golden_retriever", "TENCH"]).tolist() == [1, 0]
     result = match_classes(ids, names, ids, names)
@@ -29,11 +24,7 @@ def test_match_by_id_name_and_form() -> None:
 def test_numbers_identify_only_without_names() -> None:
     digits = ["0", "1", "2"]
     assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, digits).tolist() == [0, 1, 2]
-    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["coat", "shirt", "bag"]).tolist() == [
-        2,
-        0,
-        1,
-    ]
+    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["coat", "shirt", "bag"]).tolist() == [2, 0, 1]
     with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
         match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["cat", "dog", "eel"])
 
@@ -53,7 +44,7 @@ def test_class_map() -> None:
     for class_map, message in (
         ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
         ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
-        ({"x": "b"}, "to the same class of the flow, 'b'"),
+        ({"x": "b"}, "the same class of the flow, 'b'"),
         ({"x": "a", "X": "c"}, "class_map maps the data's class 'x' twice"),
         ("order", "equally many classes: the data has 2, the flow 3"),
         ("alphabet", "None, 'order' or a mapping"),
@@ -85,8 +76,6 @@ def test_mismatch_lists_both_sides_and_the_fix() -> None:
 
 def test_partial_match_leaves_out_what_the_flow_lacks() -> None:
     flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
-    with pytest.raises(ClassMismatchError, match="wolf"):
-        match_classes(flow, flow, data, data)
     assert match_classes(flow, flow, data, data, partial=True).tolist() == [1, -1, 2]
     with pytest.raises(ClassMismatchError, match="no counterpart"):
         match_classes(flow, flow, ["wolf"], ["wolf"], partial=True)
@@ -112,8 +101,8 @@ def test_class_maps_by_index() -> None:
         ({}, None, "maps no class"),
         ([0, 1], 3, "2 entries, but num_classes=3"),
         ({3: 0}, 3, "data class 3, allowed are 0 to 2"),
-        ([3], None, "class 0 to flow class 3; allowed are 0 to 2"),
-        ([-2], None, "flow class -2"),
+        ([3], None, "flow class 3; allowed are 0 to 2"),
+        ([-2], None, "flow class in class_map must be at least -1, got -2"),
         ([-1, None], None, "maps no class"),
         ([0], 0, "num_classes must be at least 1"),
     ):

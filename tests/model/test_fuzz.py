@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import pickle
 import random
 import resource
 import signal
@@ -38,12 +37,8 @@ Pair = tuple[bytes, bytes]
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     """Real files: config and weights of small models of every kind."""
     small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
-    models = [
-        tiny_model("mef_tiny", **small),
-        tiny_model("glow_tiny", psi=None, **small),
-        tiny_model("identity"),
-        tiny_model("mef_tiny", subnet="transformer", depth=[1], blocks=[1], width=[16]),
-    ]
+    transformer = tiny_model("mef_tiny", subnet="transformer", depth=[1], blocks=[1], width=[16])
+    models = [tiny_model(**small), tiny_model("glow_tiny", psi=None, **small), tiny_model("identity"), transformer]
     pairs = []
     for index, model in enumerate(models):
         if index % 2 == 0:
@@ -58,11 +53,6 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
 # ---- bounds ------------------------------------------------------------------------------------------------------
 
 
-def _address_space() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
-
-
 @contextlib.contextmanager
 def bounded(extra: int) -> Iterator[None]:
     """Any allocation beyond `extra` bytes fails, and so does whatever takes longer than ten seconds."""
@@ -71,9 +61,10 @@ def bounded(extra: int) -> Iterator[None]:
         raise AssertionError(f"still at it after {SECONDS} s")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + extra, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + extra, hard))
     try:
         yield
     finally:
@@ -82,12 +73,12 @@ def bounded(extra: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome(folder: Path, pair: Pair, extra: int = SLACK, show: bool = True) -> str:
+def outcome(folder: Path, pair: Pair, show: bool = True) -> str:
     """Load a pair of files: "loaded" or "refused". Raises for anything but a ModelFileError that names the folder, and
-    for a model that is not like any other; with `show` that takes a little longer."""
+    for a model that is not like any other; with `show` it is also saved, loaded and described."""
     (folder / CONFIG).write_bytes(pair[0])
     (folder / WEIGHTS).write_bytes(pair[1])
-    with bounded(2 * sum(map(len, pair)) + extra):
+    with bounded(2 * sum(map(len, pair)) + SLACK):
         try:
             model = GLEM.from_pretrained(folder)
         except ModelFileError as error:
@@ -98,15 +89,12 @@ def outcome(folder: Path, pair: Pair, extra: int = SLACK, show: bool = True) -> 
     assert bool((model.gaussians.variance() > 0).all())
     assert model.gaussians.psi is not None or bool((model.gaussians.s > 0).all())
     assert model.modes is None or all(bool((t >= 0).all()) for t in (model.modes.rest, model.modes.scales))
-    text = json.dumps(model.config.to_dict(), ensure_ascii=False)
-    assert "\\u001b" not in text and text.encode()
     if not show:
         return "loaded"
-    # It is a model like any other: it can be saved and loaded once more, and what it says of itself can be shown.
     model.save(folder / "again")
+    assert GLEM.from_pretrained(folder / "again").config == model.config
     for text in (repr(model), yaml.safe_dump(model_facts(str(folder))), str(model_card(model, "org/flow"))):
         assert "\x1b" not in text and text.encode()
-    assert GLEM.from_pretrained(folder / "again").config == model.config
     return "loaded"
 
 
@@ -117,6 +105,11 @@ HOSTILE: list[Any] = [
     *(0.0, -0.0, 1e-300, 1e-45, 1e308, 1.5, "", "a", "0", "\x1b[31m", "\ud800", "é" * 2000, "../../x", "🐈" * 50),
     *([], {}, [0], [[]], [1] * 9, [4096] * 8, [256] * 8, ["cat"] * 3, {"a": {"b": []}}, "__import__('os')"),
 ]
+ENTRIES = {  # of a header of safetensors
+    "dtype": ["F64", "F32", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "C64", "X", None],
+    "shape": [[], [0], [2**40], [2**62, 4], [1] * 60, [-1], "x", None],
+    "data_offsets": [[0, 0], [0, 2**63], [8, 4], [2**64, 2**65], [0], None],
+}
 FLOATS = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30, 1e-45, 0.0, -1.0, 88.0, 1000.0]
 
 
@@ -133,16 +126,14 @@ def _change_json(rng: random.Random, data: bytes) -> bytes:
         places = _places(value)
         container, key = rng.choice(places)
         kind, wild = rng.random(), copy.deepcopy(rng.choice(HOSTILE))
-        if kind < 0.65 and isinstance(container[key], int | float):
+        if kind < 0.4 and isinstance(container[key], int | float):
             container[key] = container[key] * rng.choice([-1, 0, 2, 10, 1000]) + rng.choice([-1, 0, 1])
-        elif kind < 0.65:
+        elif kind < 0.7:
             container[key] = wild
-        elif kind < 0.75:
+        elif kind < 0.8:
             del container[key]
-        elif kind < 0.85 and isinstance(container, dict):
+        elif kind < 0.9 and isinstance(container, dict):
             container[rng.choice(["__class__", "exec", key.upper(), key + " "])] = container.pop(key)
-        elif kind < 0.95 and isinstance(container, list):
-            container.insert(rng.randrange(len(container) + 1), rng.choice([wild, container[key]]))
         else:
             container[key] = copy.deepcopy(rng.choice(places)[0])
     return json.dumps(value, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass")
@@ -153,14 +144,8 @@ def _change_bytes(rng: random.Random, data: bytes) -> bytes:
     out, first = bytearray(data), rng.choice([1000, len(data)])
     for _ in range(rng.choice([1, 1, 2, 8])):
         at, size = rng.randrange(max(1, min(len(out), first))), rng.choice([1, 1, 2, 4, 16, 200])
-        out[at : at + rng.choice([0, 1, size])] = rng.choice(
-            [
-                b"",
-                rng.randbytes(size),
-                out[at : at + size],
-                *(b"0", b"9", b"-", b'"', b"{", b"]", b",", b"\\", b"\0", b"e9"),
-            ]
-        )
+        pieces = [b"", rng.randbytes(size), out[at : at + size], b"0", b"9", b"-", b'"', b"{", b"]", b",", b"\\", b"\0"]
+        out[at : at + rng.choice([0, 1, size])] = rng.choice(pieces)
         if rng.random() < 0.1:
             del out[rng.choice([at, len(out) - size]) :]
     return bytes(out)
@@ -175,16 +160,12 @@ def _change_header(rng: random.Random, data: bytes) -> bytes:
         return length.to_bytes(8, "little") + header + body
     table = json.loads(header)
     name = rng.choice([key for key in table if key != "__metadata__"])
-    entry, kind = table[name], rng.randrange(6)
-    if kind == 0:
-        entry["dtype"] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "C64", "X", None])
-    elif kind == 1:
-        entry["shape"] = rng.choice([[], [0], [2**40], [2**62, 4], [1] * 60, entry["shape"][::-1], [-1], "x", None])
-    elif kind == 2:
-        entry["data_offsets"] = rng.choice([[0, 0], [0, 2**63], [8, 4], [2**64, 2**65], [0], [0, len(body)], None])
-    elif kind == 3:
+    kind = rng.choice([*ENTRIES, "drop", "rename", "metadata"])
+    if kind in ENTRIES:
+        table[name][kind] = rng.choice(ENTRIES[kind])
+    elif kind == "drop":
         del table[name]
-    elif kind == 4:
+    elif kind == "rename":
         table[rng.choice(["x", "flow." + name, name + "\0", "a" * 70_000])] = table.pop(name)
     else:
         table["__metadata__"] = rng.choice([{}, {"a": "b" * 70_000}, {"a": 1}, [], None, {"format": "pickle"}])
@@ -220,8 +201,7 @@ def test_mutants(tmp_path: Path, seeds: list[Pair]) -> None:
     counts: Counter[str] = Counter()
     for number in range(MUTANTS):  # each number is one mutant, always the same
         try:
-            pair = mutant(random.Random(number), seeds)
-            counts[outcome(tmp_path, pair, show=number % 5 == 0)] += 1
+            counts[outcome(tmp_path, mutant(random.Random(number), seeds), show=number % 5 == 0)] += 1
         except BaseException as error:
             raise AssertionError(f"mutant {number}") from error
     # Both outcomes occur, or the mutations are too wild or too tame to find anything.
@@ -234,15 +214,10 @@ def test_mutants(tmp_path: Path, seeds: list[Pair]) -> None:
 def test_bombs_in_the_config(tmp_path: Path, seeds: list[Pair]) -> None:
     for text in (
         '{"a":[' + "[]," * 2_000_000 + "0]}",
-        '{"a":[' + "{}," * 290_000 + "0]}",
         '{"a":"' + "🐈" * 2_000_000 + '"}',
         '{"a":"' + "\\u00e9" * 1_300_000 + '"}',
         '{"a":' * 5000 + "0" + "}" * 5000,
-        "[" * 1_000_000,
         '{"a":' + "9" * 4_000_000 + "}",
-        '{"a":' + "1e" + "9" * 1000 + "}",
-        '{"a":-Infinity}',
-        '{"a":1,"a":2}',
     ):
         config = json.dumps({**json.loads(seeds[0][0]), "training": "@"}).replace('"@"', text).encode()
         outcome(tmp_path, (config, seeds[0][1]))
@@ -257,22 +232,3 @@ def test_a_large_file_takes_twice_its_size_at_most(tmp_path: Path, dtype: torch.
     del tensors
     with bounded(3 * (tmp_path / WEIGHTS).stat().st_size + 2**23):
         assert GLEM.from_pretrained(tmp_path).num_classes == 1024
-
-
-# ---- code --------------------------------------------------------------------------------------------------------
-
-
-class _Payload:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_no_code_is_run(tmp_path: Path, seeds: list[Pair]) -> None:
-    mark, (config, weights) = tmp_path / "executed", seeds[0]
-    payload = pickle.dumps(_Payload(mark))
-    for pair in ((config, payload), (payload, weights)):
-        assert outcome(tmp_path, pair) == "refused"
-    assert not mark.exists()

@@ -105,6 +105,7 @@ def test_float_input_is_not_rounded() -> None:
     torch.testing.assert_close(model.encode(x.float() / 255)[0], model.encode(x)[0], rtol=0, atol=1e-4)
     flat = torch.full((1, 1, 4, 4), 0.5)
     assert not torch.equal(model.encode(flat)[0], model.encode(flat + 1e-4)[0])
+    model.encode(torch.tensor([-0.0009, 1.0009]).repeat(8).reshape(1, 1, 4, 4))  # rounding beyond the range
 
 
 def test_dequantisation_noise_is_seeded_and_fills_every_bin_evenly() -> None:
@@ -119,32 +120,22 @@ def test_dequantisation_noise_is_seeded_and_fills_every_bin_evenly() -> None:
 
 def test_more_images_than_a_chunk_and_none_at_all() -> None:
     model, x = tiny_model(), images(600)
-    z, logdet = model.encode(x)
-    assert z.shape == (600, 16) and logdet.shape == (600,)
+    z, _ = model.encode(x)
     torch.testing.assert_close(z[590:], model.encode(x[590:])[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(model.decode(z)[590:], model.decode(z[590:]), rtol=0, atol=1e-5)
-    z, logdet = model.encode(x[:0])
-    assert z.shape == (0, 16) and logdet.shape == (0,)
-    assert model.decode(z).shape == (0, 1, 4, 4) and model.predict(x[:0]).shape == (0,)
-    assert model.sample(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 4, 4)
+    assert model.decode(model.encode(x[:0])[0]).shape == (0, 1, 4, 4) and model.predict(x[:0]).shape == (0,)
 
 
-def test_input_is_never_written_to_and_ambient_autocast_changes_nothing() -> None:
-    model, x, f, y = tiny_model(), images(), torch.rand(2, 1, 4, 4), torch.tensor([0, 2])
+def test_ambient_autocast_changes_nothing() -> None:
+    model, x, y = tiny_model(), images(), torch.tensor([0, 2])
     z = model.encode(x)[0]
-    before = x.clone(), f.clone(), z.clone()
 
     def results() -> list[Tensor]:
-        return [
-            *(model.log_prob_per_class(x), model.posterior(x), model.sample(y, 1.0, seeded())),
-            *(model.encode(f)[0], model.decode(z), model.posterior_from_latents(z)),
-        ]
+        return [model.log_prob_per_class(x), model.sample(y, 1.0, seeded()), model.decode(z), model.posterior(x)]
 
     wanted = results()
     with torch.autocast("cpu", torch.bfloat16):
-        got = results()
-    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, f, z), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, results(), strict=True))
 
 
 def test_decoded_images_as_they_can_be_shown() -> None:
@@ -159,14 +150,15 @@ def test_check_invertibility_reports_errors_in_uint8_steps() -> None:
     assert 0 <= report["mean_error"] <= report["max_error"] < 0.1
     assert report["within_half_step"] == 1 and report["non_finite"] == 0
 
-    class Broken(type(model.flow)):
-        def inverse(self, z):
-            x, logdet = super().inverse(z)
-            x[0, 0, 0, 0] = math.nan
-            x[1, 0, 0, 0] += 3 / 256
-            return x, logdet
+    inverse = model.flow.inverse
 
-    model.flow.__class__ = Broken
+    def broken(z: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = inverse(z)
+        x[0, 0, 0, 0] = math.nan
+        x[1, 0, 0, 0] += 3 / 256
+        return x, logdet
+
+    model.flow.inverse = broken
     report = model.check_invertibility(x)
     assert report["non_finite"] == pytest.approx(1 / 320) and report["within_half_step"] == pytest.approx(318 / 320)
     assert report["max_error"] == pytest.approx(3, abs=0.05)
@@ -205,12 +197,14 @@ def test_fit_modes_takes_every_class_from_its_own_images() -> None:
     model = tiny_model()
     x, y = images(60), torch.arange(60) % 3
     modes = model.fit_modes((x, y), rank=4)
-    assert model.modes is modes and model.config.modes_rank == 4
+    assert model.modes is modes and model.config.modes_rank == model.checked_modes(None) == 4
     assert modes.directions.shape == (3, 4, 16) and modes.counts.tolist() == [20, 20, 20]
     for k in range(3):
         latents = model.encode(x[y == k], seeded(k))[0]  # noise from the seed and the class
         torch.testing.assert_close(modes.mean[k], latents.mean(0), rtol=0, atol=1e-5)
     assert model.sample(y, 1.0, seeded(), source="rfcm").shape == (60, 1, 4, 4)
+    with pytest.raises(ValueError, match="modes must be from 1 to 4"):
+        model.checked_modes(5)
     assert not torch.equal(model.fit_modes((x, y), rank=4, seed=1).mean, modes.mean)
     assert model.fit_modes((x, y), rank=2, max_per_class=5).counts.tolist() == [5, 5, 5]
     first = torch.arange(15)  # five of each class
@@ -232,27 +226,12 @@ def test_classes_of_other_data_are_matched_by_name() -> None:
     assert torch.equal(renamed.mean, modes.mean)
 
 
-def test_number_of_modes_to_use() -> None:
-    model = tiny_model()
-    with pytest.raises(ValueError, match="fit the modes first"):
-        model.checked_modes(None)
-    model.fit_modes((images(60), torch.arange(60) % 3), rank=5)
-    assert model.checked_modes(None) == 5 and model.checked_modes(5) == 5 and model.checked_modes(1) == 1
-    for modes in (0, 6, 2.5, True, "3"):
-        with pytest.raises(ValueError, match="modes must be an int from 1 to 5"):
-            model.checked_modes(modes)
-
-
 def test_facts_and_names() -> None:
     model = GLEM.create("identity", (3, 4, 6), classes=["cat", "dog"], class_ids=["n1", "n2"], bits=5)
-    assert model.image_shape == (3, 4, 6) and model.dim == 72 and model.num_classes == 2 and model.bits == 5
-    assert model.classes == ["cat", "dog"] and model.class_ids == ["n1", "n2"]
-    assert model.class_to_idx == {"cat": 0, "dog": 1} and model.device == torch.device("cpu")
+    assert model.dim == 72 and model.class_ids == ["n1", "n2"] and model.class_to_idx == {"cat": 0, "dog": 1}
     assert "identity, 3x4x6 at 5 bits, 2 classes" in repr(model)
-    assert model.on(None) is model and model.on("cpu") is model
-    copied = model.on("meta")
-    assert copied is not model and copied.device.type == "meta" and model.device.type == "cpu"
-    assert as_model(model) is model and as_model("bundled:fashion-mnist").num_classes == 10
+    assert model.on(None) is model.on("cpu") is as_model(model) is model
+    assert model.on("meta").device.type == "meta" and model.device.type == "cpu"
     with pytest.raises(TypeError, match="must be a GLEM or the name of one, got int"):
         as_model(3)
 
@@ -260,54 +239,40 @@ def test_facts_and_names() -> None:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_rounding_beyond_the_range_is_accepted() -> None:
-    tiny_model("identity").encode(torch.tensor([-0.0009, 1.0009]).repeat(8).reshape(1, 1, 4, 4))
-
-
 def test_wrong_latents_labels_and_priors_are_refused() -> None:
-    model, x = tiny_model(), images()
-    for z in (torch.zeros(2, 15), torch.zeros(16), torch.zeros(2, 1, 4, 4)):
-        with pytest.raises(ValueError, match=r"\[B, 16\]"):
-            model.decode(z)
-    for y in (torch.tensor([3]), torch.tensor([-1])):
-        with pytest.raises(ClassMismatchError, match="unknown class.*classes 0 to 2"):
-            model.sample(y)
-    with pytest.raises(ValueError, match=r"\[6\]"):
-        model.log_prob(x, torch.zeros(5, dtype=torch.long))
-    with pytest.raises(ValueError, match="whole numbers"):
-        model.sample(torch.tensor([0.5]))
-    with pytest.raises(ValueError, match="fit_modes"):
-        model.sample_latents(torch.tensor([0]), source="rfcm")
-    with pytest.raises(ValueError, match="'gaussian' or 'rfcm'"):
-        model.sample_latents(torch.tensor([0]), source="prior")
-    for temperature in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="temperature must be"):
-            model.sample(torch.tensor([0]), temperature)
-    for prior in (torch.ones(2), torch.zeros(3), torch.tensor([1.0, -1, 1]), torch.tensor([1.0, math.nan, 1])):
-        with pytest.raises(ValueError, match="prior must be 3 numbers"):
-            model.posterior(x, prior)
-    with pytest.raises(ValueError, match="at least 2"):
-        model.interpolate(x, x, 1)
-    with pytest.raises(DataError, match="images of 1 x 4 x 8.*the flow takes 1 x 4 x 4"):
-        model.fit_modes((images(6, (1, 4, 8)), torch.arange(6) % 3))
-    with pytest.raises(DataError, match=r"1 of its 3 classes \('c'\)"):
-        model.fit_modes((x, torch.arange(6) % 2))
-    for settings in ({"rank": 0}, {"max_per_class": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            model.fit_modes((x, torch.arange(6) % 3), **settings)
+    model, x, y = tiny_model(), images(), torch.arange(6) % 3
+    for error, message, call in (
+        (ValueError, r"\[B, 16\]", lambda: model.decode(torch.zeros(2, 15))),
+        (ClassMismatchError, "unknown class.*classes 0 to 2", lambda: model.sample(torch.tensor([3]))),
+        (ClassMismatchError, "unknown class.*classes 0 to 2", lambda: model.sample(torch.tensor([-1]))),
+        (ValueError, r"\[6\]", lambda: model.log_prob(x, y[:5])),
+        (ValueError, "whole numbers", lambda: model.sample(torch.tensor([0.5]))),
+        (ValueError, "fit_modes", lambda: model.sample_latents(y, source="rfcm")),
+        (ValueError, "fit the modes first", lambda: model.checked_modes(None)),
+        (ValueError, "'gaussian' or 'rfcm'", lambda: model.sample_latents(y, source="prior")),
+        (ValueError, "temperature must be", lambda: model.sample(y, -1.0)),
+        (ValueError, "temperature must be", lambda: model.sample(y, math.nan)),
+        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [1, 1])),
+        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [0, 0, 0])),
+        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [1, -1, 1])),
+        (ValueError, "at least 2", lambda: model.interpolate(x, x, 1)),
+        (DataError, "images of 1 x 4 x 8.*takes 1 x 4 x 4", lambda: model.fit_modes((images(6, (1, 4, 8)), y))),
+        (DataError, r"1 of its 3 classes \('c'\)", lambda: model.fit_modes((x, torch.arange(6) % 2))),
+        (ValueError, "must be at least 1", lambda: model.fit_modes((x, y), rank=0)),
+        (ValueError, "must be at least 1", lambda: model.fit_modes((x, y), max_per_class=0)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_create_refuses_what_is_no_model() -> None:
+    for change, message in (
         (dict(bits=9), "bits"),
         (dict(psi=(1, 2, -3)), "psi"),
-        (dict(classes=["a", "a"]), "twice.*a"),
-        (dict(classes=["a", "b"], class_ids=["x"]), "equal length"),
+        (dict(classes=["a", "a"]), "'a' appears twice"),
+        (dict(class_ids=["x"]), "equal length"),
         (dict(image_shape=(1, 6, 6)), "divisible by 4, got 6x6"),
         (dict(preset="mef_nano"), "unknown preset"),
-    ],
-)
-def test_create_refuses_what_is_no_model(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        GLEM.create(**{**dict(preset="mef_tiny", image_shape=(1, 4, 4), classes=["a", "b"]), **change})
+    ):
+        with pytest.raises(ValueError, match=message):
+            GLEM.create(**{**dict(preset="mef_tiny", image_shape=(1, 4, 4), classes=["a", "b"]), **change})
