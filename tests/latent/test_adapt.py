@@ -9,31 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli.main import main
 from glem_augment.errors import DataError
-from glem_augment.hub.cards import CardFacts, model_card
-from glem_augment.latent.adapt import adapt_classes, gaussians_of, psi_that_holds, shrunk_variance
+from glem_augment.latent.adapt import adapt_classes, gaussians_of, psi_that_holds
 from glem_augment.latent.modes import REST_FLOOR
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)
 
 
-def some_latents(counts: tuple[int, ...], dim: int = 6, scale: float = 0.5) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return [scale * torch.randn(n, dim, generator=g) + 0.3 * y for y, n in enumerate(counts)]
-
-
-# ---- closed forms ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shrinkage", [0.0, 5.0, 1e9])
 def test_means_and_variances_are_the_closed_form(shrinkage: float) -> None:
-    latents = some_latents((12, 3, 1, 40))
+    latents = [0.5 * torch.randn(n, 6) + 0.3 * y for y, n in enumerate((12, 3, 1, 40))]
     gaussians, modes = adapt_classes(latents.__getitem__, 4, 6, 4, shrinkage, PAPER)
     z = [part.double().numpy() for part in latents]
     squares = [((c - c.mean(0)) ** 2).sum(0) for c in z]
@@ -43,15 +33,7 @@ def test_means_and_variances_are_the_closed_form(shrinkage: float) -> None:
         wanted = (square + shrinkage * pooled) / weight if weight else pooled
         np.testing.assert_allclose(gaussians.variance()[y].detach().numpy(), wanted, rtol=2e-5)
         np.testing.assert_allclose(gaussians.mu[y].detach().numpy(), c.mean(0), rtol=0, atol=1e-6)
-    values = np.linalg.eigvalsh(np.cov(z[3].T))[::-1][:4]
-    np.testing.assert_allclose(modes.scales[3].numpy() ** 2, values, rtol=1e-4)
     assert modes.counts.tolist() == [12, 3, 1, 40]
-
-
-def test_shrinkage_counts_as_images_whose_spread_is_the_pooled_variance() -> None:
-    variance = torch.tensor([[1.0], [9.0]], dtype=torch.float64)
-    counts = torch.tensor([11, 21])  # pooled: (10 + 180) / 30
-    assert shrunk_variance(variance, counts, 10.0)[:, 0].tolist() == pytest.approx([11 / 3, (180 + 190 / 3) / 30])
 
 
 @pytest.mark.parametrize("psi", [PAPER, None])
@@ -68,20 +50,14 @@ def test_psi_is_kept_if_it_holds_the_variances_and_widened_if_not(psi: Psi) -> N
         torch.testing.assert_close(gaussians.variance().double(), outside, rtol=1e-5, atol=0)
     with pytest.raises(DataError, match="off the scale"):
         psi_that_holds(inside * 1e7, psi)
-
-
-def test_psi_holds_variances_up_to_a_hundredth_from_its_ends() -> None:
+    # The paper's psi holds variances up to a hundredth of its range from either end.
     assert psi_that_holds(torch.tensor([[0.0551, 0.5449]]), PAPER) == PAPER
-    for edge in (0.0549, 0.5451):
-        assert psi_that_holds(torch.tensor([[0.1, edge]]), PAPER) != PAPER
+    assert all(psi_that_holds(torch.tensor([[0.1, edge]]), PAPER) != PAPER for edge in (0.0549, 0.5451))
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def random_flow(classes: tuple[str, ...] = ("a", "b")) -> GLEM:
+def random_flow() -> GLEM:
     """A flow with every weight away from its start."""
-    model = GLEM.create("mef_tiny", (1, 8, 8), list(classes), depth=[1, 1], blocks=[1, 1], width=[6, 6])
+    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], depth=[1, 1], blocks=[1, 1], width=[6, 6])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -120,8 +96,8 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
     x, y = images(6, 7, 8)
     adapted = base.adapt((x, y), classes=["x", "y", "z"], rank=3, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    for (name, old), new in zip(base.flow.state_dict().items(), adapted.flow.state_dict().values(), strict=True):
-        assert torch.equal(old, new) and (old.data_ptr() != new.data_ptr() or not old.numel()), name
+    for old, new in zip(base.flow.parameters(), adapted.flow.parameters(), strict=True):
+        assert torch.equal(old, new) and old.data_ptr() != new.data_ptr()
     adapted.save(tmp_path / "new")
     loaded = GLEM.from_pretrained(tmp_path / "new")
     assert (loaded.classes, loaded.modes.rank, base.classes) == (["x", "y", "z"], 3, ["a", "b"])
@@ -132,15 +108,6 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
     assert (record["images"], record["images_per_class"]) == (21, [6, 8])
     named = base.adapt(ImageData.from_tensors(x, y, ["n1", "n2", "n3"]), classes=["x", "y", "z"], progress=False)
     assert (named.class_ids, named.classes) == (["n1", "n2", "n3"], ["x", "y", "z"])
-
-
-def test_cards_of_adapted_flows_name_all_data_and_no_folders_of_the_user() -> None:
-    model, (x, y) = random_flow(), images(5, 5)
-    model.config.training.update(data="private/someone/large", config={"epochs": 7})
-    for name in ("photos", "torch/cifar10@private/someone"):
-        model = model.adapt(ImageData.from_tensors(x, y, ["a", "b"], name=name), rank=2, progress=False)
-    card = str(model_card(model, "org/flow", CardFacts(), samples=False))
-    assert "trained on large, then adapted to photos, then adapted to cifar10" in card and "someone" not in card
 
 
 def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> None:
@@ -161,49 +128,36 @@ def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> Non
     assert model.adapt((x, y), classes=range(2), seed=2 * 10**13, progress=False).classes == ["0", "1"]
 
 
-def accuracy(model: GLEM, data: ImageData) -> float:
-    return float((model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean())
-
-
-def some_classes(data: ImageData, kept: list[int], images: int) -> ImageData:
-    """A few images of those classes, numbered in the order of `kept`, under new names."""
-    rows = np.concatenate([np.flatnonzero(data.targets == c)[:images] for c in kept])
-    targets = np.array([kept.index(int(t)) for t in data.targets[rows]])
-    return data.subset(rows).with_targets(targets, [f"kind {c}" for c in kept])
-
-
 def test_the_bundled_flow_serves_some_classes_in_another_order(
     bundled_train: ImageData, bundled_test: ImageData
 ) -> None:
     kept = [9, 0, 3, 8]
-    train, test = some_classes(bundled_train, kept, 20), some_classes(bundled_test, kept, 25)
-    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(train, rank=8, progress=False)
+
+    def some(data: ImageData, images: int) -> ImageData:
+        """A few images of those classes, numbered in the order of `kept`, under new names."""
+        rows = np.concatenate([np.flatnonzero(data.targets == c)[:images] for c in kept])
+        return data.subset(rows).with_targets(np.repeat(np.arange(4), images), [f"kind {c}" for c in kept])
+
+    test = some(bundled_test, 25)
+    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(some(bundled_train, 20), rank=8, progress=False)
     assert adapted.classes == ["kind 9", "kind 0", "kind 3", "kind 8"]
-    assert accuracy(adapted, test) > 0.85
+    assert float((adapted.predict(test.tensor()) == torch.from_numpy(test.targets)).float().mean()) > 0.85
     y = torch.arange(4).repeat(5)
     drawn = adapted.sample(y, 0.7, torch.Generator().manual_seed(0), source="rfcm")
     assert float((adapted.predict(drawn) == y).float().mean()) > 0.8
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Larger coloured images, one class of one image; then the adapted model is used like any other."""
-    rng = np.random.default_rng(0)
-    for index, (name, count) in enumerate({"day": 6, "night": 5, "once": 1}.items()):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(0, 60, (12, 14, 3)) + (180, 0, 90)[index]
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Coloured images, one class of one image; then the adapted model is used like any other."""
+    for path in (image_folder / "dog").glob("[123].png"):
+        path.unlink()
     random_flow().save(tmp_path / "base")
-    command = ["adapt", str(tmp_path / "base"), str(tmp_path / "photos"), "--out", str(tmp_path / "new"), "--rank", "3"]
+    command = ["adapt", str(tmp_path / "base"), str(image_folder), "--out", str(tmp_path / "new"), "--rank", "3"]
     assert main(command) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["classes"] == ["day", "night", "once"] and summary["images"] == 12
-    assert summary["images_per_class"] == [1, 6] and summary["psi_is_the_flows"] is False
-    assert summary["modes_per_class"] == [3, 3]
-    assert main(["eval", str(tmp_path / "new"), str(tmp_path / "photos"), "--round-trip", "0"]) == 0
+    assert summary["classes"] == ["bird", "cat", "dog"] and summary["images_per_class"] == [1, 4]
+    assert summary["psi_is_the_flows"] is False and summary["modes_per_class"] == [3, 3]
+    assert main(["eval", str(tmp_path / "new"), str(image_folder), "--round-trip", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
     # A model that is there is not written over by accident.
     assert main(command) == 2
