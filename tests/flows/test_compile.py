@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from test_reversible import flow_and_images
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from glem_augment.flows import MultiscaleFlow, create_flow
+from glem_augment.flows import MultiscaleFlow
 from glem_augment.flows.level import step_forward
 
 
-def flow_and_images(coupling: str, **options: object) -> tuple[MultiscaleFlow, Tensor]:
-    torch.manual_seed(0)
-    settings = dict(coupling=coupling, depth=[1], blocks=[1], width=[8], actnorm="channel", bound=1.0)
-    flow = create_flow("mef_tiny", (2, 8, 8), **{**settings, **options})
-    x = torch.rand(64, 2, 8, 8) - 0.5
-    flow.initialise(x)
-    for parameter in flow.parameters():
-        if parameter.dim() == 4 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return flow, x[:6]
+def flow_of_one_level(coupling: str, **options: Any) -> tuple[MultiscaleFlow, Tensor]:
+    settings = dict(coupling=coupling, depth=[1], blocks=[1], width=[8], bound=1.0)
+    return flow_and_images("actnorm per channel", torch.float32, 6, **{**settings, **options})
 
 
 def passes(flow: MultiscaleFlow, x: Tensor) -> list[Tensor]:
@@ -42,7 +37,7 @@ def assert_agree(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("coupling", ["matexp", "affine"])
 def test_compiled_steps_agree_and_copies_start_uncompiled(coupling: str) -> None:
-    flow, x = flow_and_images(coupling)
+    flow, x = flow_of_one_level(coupling)
     expected = passes(flow, x)
     torch._dynamo.reset()
     counters.clear()
@@ -57,7 +52,7 @@ def test_compiled_steps_agree_and_copies_start_uncompiled(coupling: str) -> None
 def test_more_steps_need_no_more_graphs_and_reversible_training_uses_them() -> None:
     counts = []
     for depth in ([2], [3]):
-        flow, x = flow_and_images("affine", depth=depth)
+        flow, x = flow_of_one_level("affine", depth=depth)
         expected = passes(flow, x)
         torch._dynamo.reset()
         counters.clear()
@@ -71,7 +66,7 @@ def test_more_steps_need_no_more_graphs_and_reversible_training_uses_them() -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["matexp", "affine"])
 def test_the_real_compiler(coupling: str) -> None:
-    flow, x = flow_and_images(coupling)
+    flow, x = flow_of_one_level(coupling)
     expected, short = passes(flow, x), passes(flow, x[:3])
     torch._dynamo.reset()
     flow.compile_steps()

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from test_reversible import flow_and_images
+from torch import Tensor
 
-from glem_augment.flows import Bijection, create_flow
+from glem_augment.flows import MultiscaleFlow
 from glem_augment.flows.precision import callers_precision, full_precision
 from glem_augment.latent.gaussians import ClassGaussians
 
@@ -119,20 +120,13 @@ def check_threads() -> None:
     assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
 
 
-def flow_and_images() -> tuple[Bijection, Tensor]:
+def two_segments() -> tuple[MultiscaleFlow, Tensor]:
     """n = 8 and 16 with two segments: batched products in the hand-written backward."""
-    torch.manual_seed(0)
-    flow = create_flow("mef_tiny", (4, 8, 8), depth=[2, 1], blocks=[1, 1], width=[8, 8], bound=2.0)
-    x = torch.rand(64, 4, 8, 8) - 0.5
-    flow.initialise(x)
-    for parameter in flow.parameters():
-        if parameter.dim() == 4 and not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return flow, x[:6]
+    return flow_and_images("matexp, batched products", torch.float32, bound=2.0)
 
 
 def test_autocast_of_the_caller_changes_nothing() -> None:
-    flow, x = flow_and_images()
+    flow, x = two_segments()
     want = *flow(x), *flow.inverse(flow(x)[0])
     with torch.autocast("cpu", torch.bfloat16):
         found = *flow(x), *flow.inverse(flow(x)[0])
@@ -142,7 +136,7 @@ def test_autocast_of_the_caller_changes_nothing() -> None:
 
 @pytest.mark.parametrize("memory", ["stored", "reversible"])
 def test_a_backward_pass_under_autocast_is_that_of_float32(memory: str) -> None:
-    flow, x = flow_and_images()
+    flow, x = two_segments()
     flow.set_memory(memory)
     tails = [p for name, p in flow.named_parameters() if ".tail." in name]
 

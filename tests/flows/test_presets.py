@@ -58,11 +58,9 @@ def test_patches_make_the_first_level_coarser(patch: int, shape: tuple[int, int,
 
 HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"subnet": "resnet"}, r"subnet must be one of residual.*transformer, got 'resnet'"),
-    ({"subnet": None}, "subnet must be one of"),
     ({"subnet": ["residual"]}, "subnet must be one of"),
     ({"subnet": "transformer" * 10**5}, "subnet must be one of"),
     ({"activation": "swish"}, r"activation must be one of elu, .*, got 'swish'"),
-    ({"activation": []}, "activation must be one of"),
     ({"subnet": "transformer", "activation": "elu"}, "always has GELU"),
     ({"patch": 3}, "patch must be one of"),
     ({"patch": True}, "patch must be one of"),
@@ -72,7 +70,6 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"depth": [1] * 9}, "depth must be a list .*at most 8"),
     ({"width": [10**9, 8]}, "width must be a list of whole numbers"),
     ({"width": [True, 8]}, "width must be a list of whole numbers"),
-    ({"width": [6.0, 8]}, "width must be a list of whole numbers"),
     ({"width": [6]}, "one entry per level"),
     ({"bound": True}, "bound must lie"),
     ({"bound": math.nan}, "bound must lie"),
@@ -109,19 +106,18 @@ def test_a_transformer_on_too_many_pixels_is_refused() -> None:
 
 
 def test_unknown_names_and_options_say_what_there_is() -> None:
-    with pytest.raises(ValueError, match="mef_tiny"):
-        create_flow("mef_huge", (3, 8, 8))
-    with pytest.raises(ValueError, match=r"no option \['deepness'\].*depth"):
-        create_flow("mef_tiny", (3, 8, 8), deepness=[1, 1])
-    with pytest.raises(ValueError, match="activation belongs to the convolutional subnets"):
-        create_flow("mef_tiny", (1, 8, 8), subnet="transformer", activation="silu")
-    with pytest.raises(ValueError, match=r"no option \['subnet'\]"):
-        create_flow("identity", (1, 8, 8), subnet="residual")
-    with pytest.raises(ValueError, match="activation must be one of"):
-        Activation("tanh")
-    with pytest.raises(ValueError, match="kind must be one of"):
-        make_subnet("mlp", 1, 1, 1, 1, (1, 1))
-    with pytest.raises(ValueError, match="even number"):
-        AffineCoupling(3, lambda n_in, n_out: nn.Identity())
-    with pytest.raises(ValueError, match="'element' or per 'channel'"):
-        ActNorm(4, 2, 2, per="pixel")
+    for message, refused in (
+        ("mef_tiny", lambda: create_flow("mef_huge", (3, 8, 8))),
+        (r"no option \['deepness'\].*depth", lambda: create_flow("mef_tiny", (3, 8, 8), deepness=[1, 1])),
+        (
+            "activation belongs to the convolutional subnets",
+            lambda: create_flow("mef_tiny", (1, 8, 8), subnet="transformer", activation="silu"),
+        ),
+        (r"no option \['subnet'\]", lambda: create_flow("identity", (1, 8, 8), subnet="residual")),
+        ("activation must be one of", lambda: Activation("tanh")),
+        ("kind must be one of", lambda: make_subnet("mlp", 1, 1, 1, 1, (1, 1))),
+        ("even number", lambda: AffineCoupling(3, lambda n_in, n_out: nn.Identity())),
+        ("'element' or per 'channel'", lambda: ActNorm(4, 2, 2, per="pixel")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
