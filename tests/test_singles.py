@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import multiprocessing
 import pickle
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +25,32 @@ from glem_augment.devices import check_worker_device, evaluating, move, weights_
 from glem_augment.io import lock_folder
 from glem_augment.random_state import RandomState, WorkerCounts
 
-# ---- locks -----------------------------------------------------------------------------------------------------------
-
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from glem_augment.io import lock_folder
 with lock_folder(Path(sys.argv[1])):
+    if sys.argv[2:] and not os.fork():
+        time.sleep(5)
+        sys.exit()
     print("locked", flush=True)
     time.sleep(60)
 """
 
 
+def process_with_lock(*arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    return process
+
+
 def test_a_folder_is_locked_by_one_process_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        with pytest.raises(BlockingIOError, match="another process is at work in .*run"), lock_folder(run):
-            pass
-    finally:
-        process.kill()
-        process.wait()
+    process = process_with_lock(str(run))
+    with pytest.raises(BlockingIOError, match="another process is at work in .*run"), lock_folder(run):
+        pass
+    process.kill()
+    process.wait()
     with lock_folder(run), pytest.raises(BlockingIOError), lock_folder(run):
         pass
     assert not run.exists()  # nothing came of it
@@ -54,26 +60,18 @@ def test_a_folder_is_locked_by_one_process_at_a_time_and_free_after_a_kill(tmp_p
     assert [path.name for path in run.iterdir()] == ["result"]
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_workers_that_outlive_a_killed_process_do_not_hold_its_lock(tmp_path: Path) -> None:
     """They are forked while it holds the lock."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("needs fork")
-    code = HOLD.replace("    print", "    if not __import__('os').fork(): time.sleep(5); raise SystemExit\n    print")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    process = process_with_lock(str(tmp_path), "and fork")
     process.kill()
     process.wait()
     deadline = time.monotonic() + 4
     while time.monotonic() < deadline:
-        try:
-            with lock_folder(tmp_path):
-                return
-        except BlockingIOError:
-            time.sleep(0.05)
+        with suppress(BlockingIOError), lock_folder(tmp_path):
+            return
+        time.sleep(0.05)
     pytest.fail("the lock is still held")
-
-
-# ---- random states ---------------------------------------------------------------------------------------------------
 
 
 def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +93,7 @@ def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: 
     assert not torch.isin(*signs).any()
 
 
-@pytest.mark.parametrize(
-    ("seed", "earlier"),
-    [(3, [0.3511712, 0.6318962]), (-5, [0.822013, 0.0290282])],
-)
+@pytest.mark.parametrize(("seed", "earlier"), [(3, [0.3511712, 0.6318962]), (-5, [0.822013, 0.0290282])])
 def test_draws_are_those_of_earlier_versions(seed: int, earlier: list[float]) -> None:
     random = RandomState(seed)
     assert [torch.rand(1, generator=random.generator()).item() for _ in range(2)] == pytest.approx(earlier, abs=1e-6)
@@ -176,29 +171,19 @@ def test_counts_of_a_copy_are_its_own() -> None:
     assert counts.total().tolist() == [0, 0]
 
 
-# ---- devices and checks ----------------------------------------------------------------------------------------------
-
-
 def test_a_key_of_weights_notices_writes_and_replacements() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    seen = {weights_key(model)}
-    assert weights_key(model) in seen
-
-    def changed() -> bool:
-        key = weights_key(model)
-        new = key not in seen
-        seen.add(key)
-        return new
-
-    with torch.no_grad():
-        model[0].weight += 1
-    assert changed()
-    model(torch.randn(4, 2))  # running statistics
-    assert changed()
-    model[0].bias = nn.Parameter(torch.zeros(3))
-    assert changed()
-    model.load_state_dict(copy.deepcopy(model).state_dict())
-    assert changed() and not changed()
+    seen = [weights_key(model)]
+    assert weights_key(model) == seen[0]
+    for change in (
+        lambda: nn.init.ones_(model[0].weight),
+        lambda: model(torch.randn(4, 2)),  # running statistics
+        lambda: setattr(model[0], "bias", nn.Parameter(torch.zeros(3))),
+        lambda: model.load_state_dict(copy.deepcopy(model).state_dict()),
+    ):
+        change()
+        assert weights_key(model) not in seen
+        seen.append(weights_key(model))
     with torch.inference_mode():
         assert len(weights_key(nn.Linear(2, 3), model)) == 2 + len(weights_key(model))
 
@@ -225,27 +210,28 @@ def test_checks_name_the_value_and_what_is_allowed() -> None:
     check_choice("source", "rfcm", ("gaussian", "rfcm"))
     with pytest.raises(ValueError, match="source must be one of 'gaussian', 'rfcm'; got 'x'"):
         check_choice("source", "x", ("gaussian", "rfcm"))
-    assert check_number("p", np.float32(0.5), 0, 1) == 0.5 and check_number("p", 1, 0, 1) == 1.0
+    assert check_number("p", np.float32(0.5), 0, 1) == 0.5
+    assert check_number("p", 1, 0, 1) == 1.0 and check_number("p", 0, 0, 1) == 0.0
     for value, low, high, open_low, message in (
         (1.5, 0, 1, False, "p must be from 0 to 1, got 1.5"),
         (0, 0, 1, True, "p must be above 0 and at most 1, got 0"),
-        (-1, 0, float("inf"), False, "p must be finite and at least 0, got -1"),
-        (0, 0, float("inf"), True, "p must be finite and above 0, got 0"),
-        (float("inf"), 0, float("inf"), False, "finite"),
-        (float("nan"), 0, 1, False, "got nan"),
+        (-1, 0, math.inf, False, "p must be finite and at least 0, got -1"),
+        (0, 0, math.inf, True, "p must be finite and above 0, got 0"),
+        (math.inf, 0, math.inf, False, "finite"),
+        (math.nan, 0, 1, False, "got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             check_number("p", value, low, high, open_low)
-    assert check_number("p", 0, 0, 1) == 0.0
     assert check_whole("rank", np.int64(3), 1) == 3 and check_whole("rank", 1, 1) == 1
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         check_whole("rank", 0, 1)
-    for bad in (True, 2.0, "3", None):
+    for bad in (True, "3", None):
         with pytest.raises(TypeError, match="rank must be an int"):
             check_whole("rank", bad, 1)
-        if not isinstance(bad, float):
-            with pytest.raises(TypeError, match="p must be a number"):
-                check_number("p", bad, 0, 1)
+        with pytest.raises(TypeError, match="p must be a number"):
+            check_number("p", bad, 0, 1)
+    with pytest.raises(TypeError, match="rank must be an int"):
+        check_whole("rank", 2.0, 1)
 
 
 def test_public_names_are_imported_when_first_used() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import traceback
@@ -13,7 +14,6 @@ import torch
 from test_reversible import flow_and_images
 from torch import Tensor
 
-from glem_augment.flows import MultiscaleFlow
 from glem_augment.flows.precision import callers_precision, full_precision
 from glem_augment.latent.gaussians import ClassGaussians
 
@@ -35,6 +35,9 @@ NEW_WAYS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+# n = 8 and 16 with two segments: batched products in the hand-written backward.
+TWO_SEGMENTS = "matexp, batched products", torch.float32
+
 
 def seen() -> list[Any]:
     """What every switch says, asked in the new way and in the old one."""
@@ -47,30 +50,28 @@ def seen() -> list[Any]:
     return found
 
 
-def in_child(check: Callable[[], None]) -> None:
-    """Run it in a forked process: some settings of torch cannot be taken back."""
-    pid = os.fork()
-    if not pid:
-        try:
-            check()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+def in_child(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a forked process: some settings of torch cannot be taken back."""
+
+    @functools.wraps(test)
+    def forked(*args: Any, **kwargs: Any) -> None:
+        pid = os.fork()
+        if not pid:
+            try:
+                test(*args, **kwargs)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")(forked)
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
-
-@needs_fork
+@in_child
 @pytest.mark.parametrize("way", [*OLD_WAYS, *(NEW_WAYS if NEW else ())])
 def test_every_way_to_ask_for_less_is_overridden_and_put_back(way: str) -> None:
-    in_child(lambda: check_override({**OLD_WAYS, **NEW_WAYS}[way]))
-
-
-def check_override(set_way: Callable[[], Any]) -> None:
-    set_way()
+    {**OLD_WAYS, **NEW_WAYS}[way]()
     before = seen()
 
     def check_exact() -> None:
@@ -93,12 +94,8 @@ def check_override(set_way: Callable[[], Any]) -> None:
     assert seen() == before
 
 
-@needs_fork
+@in_child
 def test_threads_share_one_change() -> None:
-    in_child(check_threads)
-
-
-def check_threads() -> None:
     torch.set_float32_matmul_precision("medium")
     entered, leave, found = threading.Event(), threading.Event(), []
 
@@ -120,13 +117,8 @@ def check_threads() -> None:
     assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
 
 
-def two_segments() -> tuple[MultiscaleFlow, Tensor]:
-    """n = 8 and 16 with two segments: batched products in the hand-written backward."""
-    return flow_and_images("matexp, batched products", torch.float32, bound=2.0)
-
-
 def test_autocast_of_the_caller_changes_nothing() -> None:
-    flow, x = two_segments()
+    flow, x = flow_and_images(*TWO_SEGMENTS, bound=2.0)
     want = *flow(x), *flow.inverse(flow(x)[0])
     with torch.autocast("cpu", torch.bfloat16):
         found = *flow(x), *flow.inverse(flow(x)[0])
@@ -136,7 +128,7 @@ def test_autocast_of_the_caller_changes_nothing() -> None:
 
 @pytest.mark.parametrize("memory", ["stored", "reversible"])
 def test_a_backward_pass_under_autocast_is_that_of_float32(memory: str) -> None:
-    flow, x = two_segments()
+    flow, x = flow_and_images(*TWO_SEGMENTS, bound=2.0)
     flow.set_memory(memory)
     tails = [p for name, p in flow.named_parameters() if ".tail." in name]
 

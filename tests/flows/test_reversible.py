@@ -76,13 +76,13 @@ def test_gradients_where_some_weights_are_frozen(frozen: str) -> None:
     flow, x = flow_and_images("matexp", torch.float64)
     level = flow.levels[0]
     chosen = {
-        "all": list(flow.parameters()),
-        "one norm": list(level.norms[1].parameters()),
-        "networks": [p for coupling in level.couplings for p in coupling.net.parameters()],
+        "all": [flow],
+        "one norm": [level.norms[1]],
+        "networks": [coupling.net for coupling in level.couplings],
         "one bias": [level.couplings[1].net.tail.bias],
     }
-    for parameter in chosen[frozen]:
-        parameter.requires_grad_(False)
+    for each in chosen[frozen]:
+        each.requires_grad_(False)
     assert_same_gradients(flow, x, 1e-9, 1e-9)
 
 
