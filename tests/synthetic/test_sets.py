@@ -54,9 +54,6 @@ def tail() -> ImageData:
     return ImageData.from_tensors(pixels(19, seed=1), [0] * 12 + [1] * 5 + [2] * 2, ["bird", "cat", "dog"])
 
 
-# ---- counts ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("per_class", "counts"),
     [
@@ -107,10 +104,9 @@ def test_balance_fills_the_tail_up_to_the_head(model: GLEM, tail: ImageData, ima
 
 def test_balance_leaves_out_classes_that_the_real_data_does_not_name(model: GLEM, tail: ImageData) -> None:
     two = tail.subset(range(17)).with_targets([1] * 12 + [0] * 5, ["cat", "bird"])
-    for source in ("gaussian", "mixup"):
-        data = SyntheticDataset(model, per_class="balance", real=two, source=source, modes=8)
-        assert data.counts == [0, 7, 0]
-        assert np.bincount(RealAndSynthetic(two, data, ratio=None).targets).tolist() == [12, 12]
+    data = SyntheticDataset(model, per_class="balance", real=two, source="mixup", modes=8)
+    assert data.counts == [0, 7, 0]
+    assert np.bincount(RealAndSynthetic(two, data, ratio=None).targets).tolist() == [12, 12]
     empty = tail.subset(range(17))  # names dog, but has no image of it
     assert class_counts(model, "balance", empty) == [12, 7, 0]
     with pytest.raises(ValueError, match="no real image of dog"):
@@ -123,7 +119,6 @@ def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
         ((pixels(2), torch.tensor([0, 3])), DataError, "0 to 2, found 0 to 3"),
         ([1, 2, 3], DataError, "no labels that can be read"),
         ((pixels(2).numpy(), [0.5, 1.0]), DataError, "labels must be whole numbers"),
-        (TensorDataset(torch.zeros(2, 1), torch.eye(2)), DataError, "labels must be whole numbers"),
         (tail.with_targets(tail.targets, ["cow", "cat", "dog"]), ClassMismatchError, "no counterpart"),
         ("photos/", TypeError, "open it first"),
     ):
@@ -149,12 +144,8 @@ def test_labels_and_names_of_other_data_sets(image_folder: Path) -> None:
     targets, names = targets_and_names(real)  # torchvision's ImageNet
     assert targets.tolist() == [1, 0, 1] and names == (["n01440764", "n01443537"], ["tench", "goldfish"])
     folder = ImageFolder(image_folder)
-    order = sorted(range(12), key=lambda i: (i % 3, i))[:10]
-    targets, names = targets_and_names(Subset(folder, order))
-    assert targets.tolist() == [folder.targets[i] for i in order] and names == (folder.classes, folder.classes)
-
-
-# ---- real and synthetic images ---------------------------------------------------------------------------------------
+    targets, names = targets_and_names(Subset(folder, [11, 0, 5]))
+    assert targets.tolist() == [2, 0, 1] and names == (folder.classes, folder.classes)
 
 
 def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
@@ -169,8 +160,7 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
         if i >= 12:
             drawn, flow_label = synthetic[int(both.chosen[i - 12])]
             assert np.array_equal(np.asarray(image), np.asarray(drawn)) and NAMES[flow_label] == both.classes[label]
-    items = both.__getitems__([13, 2, 17])
-    assert np.array_equal(np.asarray(items[0][0]), np.asarray(both[13][0])) and items[1][1] == real.targets[2]
+    assert [label for _, label in both.__getitems__([13, 2, 17])] == [both.targets[i] for i in (13, 2, 17)]
     assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12 and "12 real, 6 synthetic" in repr(both)
     with pytest.raises(IndexError):
         both[18]
@@ -184,9 +174,8 @@ def test_labels_of_both_kinds_look_like_the_real_datas(model: GLEM, image_folder
     real = ImageFolder(image_folder, target_transform=lambda label: label + 100)
     both = RealAndSynthetic(Subset(real, range(12)), SyntheticDataset(model, per_class=2), ratio=None)
     assert [both[i][1] for i in range(len(both))] == [label + 100 for label in both.targets]
-    own = SyntheticDataset(model, per_class=2, target_transform=torch.tensor)
-    both = RealAndSynthetic(ImageFolder(image_folder, target_transform=torch.tensor), own, ratio=None)
-    assert [int(both[i][1]) for i in range(len(both))] == both.targets and isinstance(both[-1][1], Tensor)
+    both.synthetic.target_transform = torch.tensor  # its own comes first
+    assert isinstance(both[-1][1], Tensor)
 
 
 @pytest.mark.parametrize("kind", ["timm", "subset", "prefetched"])
@@ -218,8 +207,6 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     two = tail.subset(range(17)).with_targets([0] * 12 + [1] * 5, ["bird", "cat"])
     with pytest.raises(DataError, match="no class for the synthetic dog"):
         RealAndSynthetic(two, SyntheticDataset(model, per_class=3), ratio=None)
-    some = SyntheticDataset(model, per_class={"cat": 2, "bird": 1})
-    assert RealAndSynthetic(two, some, ratio=None).targets[17:] == [1, 1, 0]
     synthetic = SyntheticDataset(model, per_class=1)
     numbers = TensorDataset(pixels(4), torch.tensor([0, 1, 2, 0]))
     assert RealAndSynthetic(numbers, synthetic, ratio=None).targets[4:] == [0, 1, 2]
@@ -229,7 +216,6 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     assert RealAndSynthetic(tail, birds, None, {"bird": 0, "dog": None, "cat": -1}).targets[19:] == [0, 0]
     for bad, error, message in (
         ({0: 1, 2: 0}, DataError, "no class for the synthetic cat: give class_map a label"),
-        ({"cow": 0}, ValueError, "class_map names 'cow'; the flow has dog, cat, bird"),
         ([0, 1], ValueError, "class_map must be 3 values"),
         ([0, 1, 3], DataError, "class_map gives label 3; the real data has labels from 0 to 2"),
         ({0: 0, 1: -2, 2: 0}, ValueError, "class_map for 'cat' must be at least -1, got -2"),
@@ -237,9 +223,6 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     ):
         with pytest.raises(error, match=message):
             RealAndSynthetic(tail, synthetic, None, bad)
-
-
-# ---- streams ---------------------------------------------------------------------------------------------------------
 
 
 def as_rows(items: Any) -> set[tuple[int, bytes]]:
@@ -313,7 +296,6 @@ def test_weights_of_a_stream(model: GLEM, tail: ImageData) -> None:
         ({"weights": [1, 2]}, ValueError, "weights must be 3 values"),
         ({"weights": [0, 0, 0]}, ValueError, "not all be 0"),
         ({"weights": [1.0, -1.0, 1.0]}, ValueError, r"weights\[1\]"),
-        ({"weights": {"cow": 1}}, ValueError, "weights names 'cow'"),
         ({"source": "mixup", "real": missing, "modes": 8}, ValueError, "no real image of dog.*weight 0"),
     ):
         with pytest.raises(error, match=message):
