@@ -150,7 +150,10 @@ def run(args: argparse.Namespace) -> int:
     # Settings are checked before the data is opened.
     method = view["method"]
     config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
-    size = _size(view["image_size"])
+    size = view["image_size"]
+    if size is not None and len(size) > 2:
+        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
+    size = None if size is None else (size[0], size[-1])
     data = open_data(args.data, view["split"], size, view["channels"], skip_bad=view["skip_bad"])
     with lock_folder(out):
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
@@ -158,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> int:
-    """Train, or continue, and report the result."""
+    """Train, and report the result."""
     out, data = trainer.out, trainer.data
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
@@ -198,14 +201,6 @@ def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _size(value: list[int] | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if len(value) > 2:
-        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(value)} numbers")
-    return value[0], value[-1]
-
-
 def _earlier_view(out: Path) -> dict[str, Any]:
     """How the first part of the run opened its data; empty where there is no readable record."""
     try:
@@ -228,23 +223,17 @@ def _finished(out: Path) -> GLEM | None:
 def summary(trainer: Trainer, data: ImageData) -> str:
     """A table for people of what is about to be trained."""
     model, split, config = trainer.model, trainer.split, trainer.config
-    channels, height, width = model.image_shape
+    shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())
+    where = f" on {trainer.device}" + (f", from step {trainer.step}" if trainer.step else "")
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     rows = [
-        (
-            "data",
-            f"{data.name}: {len(data)} images, {channels}x{height}x{width}, {len(data.classes)} classes ({names})",
-        ),
+        ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
         *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, beta {config.beta:g}"),
-        (
-            "steps",
-            f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}) on {trainer.device}"
-            + (f", from step {trainer.step}" if trainer.step else ""),
-        ),
+        ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]
     return "\n".join(f"{key:<11}{value}" for key, value in rows)

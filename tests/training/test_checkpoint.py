@@ -72,13 +72,9 @@ def test_other_labels_names_or_pixels_are_other_data() -> None:
     x, y = data.tensor(), data.targets
     changed = x.clone()
     changed[-1, 0, 0, 0] += 1
-    others = [
-        ImageData.from_tensors(x, np.roll(y, 1), data.classes),
-        ImageData.from_tensors(x, y, ["class0", "class2"]),
-        ImageData.from_tensors(changed, y, data.classes),
-    ]
+    others = [(x, np.roll(y, 1), data.classes), (x, y, ["class0", "class2"]), (changed, y, data.classes)]
     assert data_fingerprint(ImageData.from_tensors(x, y, data.classes)) == data_fingerprint(data)
-    assert len({data_fingerprint(each) for each in [data, *others]}) == 4
+    assert len({data_fingerprint(data), *(data_fingerprint(ImageData.from_tensors(*each)) for each in others)}) == 4
 
 
 CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {

@@ -68,20 +68,20 @@ def test_jointly_learned_gaussians_follow_the_flows_schedule_and_see_all_images(
 
 def test_learning_rates_of_m_steps_spend_their_budget_and_halve_after_a_return(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", m_steps=2, sigma_lr_scale=3.0, m_budget=0.9)
-    rates: list[float] = []
+    rates: list[list[float]] = []
     step = trainer.m_optimizer.step
-    trainer.m_optimizer.step = lambda: (  # type: ignore[method-assign]
-        rates.extend(group["lr"] for group in trainer.m_optimizer.param_groups),
-        step(),
-    )
-    for _ in range(2):
+
+    def noted() -> None:
+        rates.append([group["lr"] for group in trainer.m_optimizer.param_groups])
+        step()
+
+    trainer.m_optimizer.step = noted  # type: ignore[method-assign]
+    for scale in (1.0, 1.0, 0.5):
+        trainer.set_lr_scale(scale)
         trainer.m_step()
-    trainer.set_lr_scale(0.5)
-    trainer.m_step()
-    means, variances = rates[::2], rates[1::2]
-    assert sum(means[:4]) + 2 * sum(means[4:]) == pytest.approx(0.9) and variances == pytest.approx(
-        [3 * r for r in means]
-    )
+    means, variances = zip(*rates, strict=True)
+    assert sum(means[:4]) + 2 * sum(means[4:]) == pytest.approx(0.9)
+    assert variances == pytest.approx([3 * rate for rate in means])
 
 
 def test_moments_of_the_first_m_step_are_forgotten(tmp_path: Path) -> None:

@@ -126,18 +126,15 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
         dying.fit()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "step": 1000000}\n{"kind": "ep')  # what came after the checkpoint, and half a line
-    (out / ".model.safetensors.123-abcd.tmp").write_bytes(b"half")
+    left_over = out / ".model.safetensors.123-0123abcd.tmp"
+    left_over.write_bytes(b"half")
     torch.manual_seed(999)
     resumed = tiny_trainer(out, resume=True, **options)
-    assert resumed.step < resumed.total_steps
+    assert resumed.step < resumed.total_steps and not left_over.exists()
     resumed.fit()
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    held_out = [json.loads((f / "config.json").read_text())["training"]["held_out"] for f in (out, whole)]
-    assert held_out[0] == held_out[1]
+    assert (out / "config.json").read_bytes() == (whole / "config.json").read_bytes()
     assert comparable(out) == comparable(whole)
-    assert [row["epoch"] for row in rows(out) if row["kind"] == "epoch"] == list(
-        range(1, tiny_config(**options).epochs + 1)
-    )
 
 
 def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(
@@ -342,13 +339,6 @@ def test_a_small_class_leaves_the_others_their_modes(tmp_path: Path) -> None:
 def test_what_was_not_held_out_is_not_called_held_out(tmp_path: Path) -> None:
     model = tiny_trainer(tmp_path / "none", epochs=1, val_fraction=0.0).fit()
     assert model.config.training["held_out"] == {}
-
-
-def test_what_follows_the_last_step_can_be_changed_by_those_who_go_on(tmp_path: Path) -> None:
-    with pytest.raises(TimeUpError):
-        tiny_trainer(tmp_path / "run", objective="hybrid", max_minutes=1e-9).fit()
-    model = tiny_trainer(tmp_path / "run", resume=True, objective="hybrid", refit_beta=0.0, modes_rank=0).fit()
-    assert model.modes is None
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (5, 8, 4)])
