@@ -16,9 +16,8 @@ from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
 from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
 from benchmarks.paper.lab import Lab, Number, _method
 from benchmarks.paper.paper import check_tables, main
-from benchmarks.paper.report import markdown, oracle_row, row, values_of
 from benchmarks.paper.scales import SCALES
-from benchmarks.paper.tables import TITLES, Cell, cells_of
+from benchmarks.paper.tables import TITLES, cells_of
 from glem_augment.training.methods import METHODS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -142,21 +141,6 @@ def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:
 
 
 # ---- tables and results ----------------------------------------------------------------------------------------------
-
-
-def test_markdown_has_the_papers_number_beside_the_measured_one() -> None:
-    cells = [
-        Cell("GLEM", "main", "glem", ("NF-A", "FID"), paper={"NF-A": 67.67}),
-        Cell("CE", "main", "ce", ("FID",)),
-    ]
-    name = SCALES["cpu"].main.name
-    rows = [row(2, cells[0], name, seed, number("NF-A", value)) for seed, value in enumerate((50.0, 52.0))]
-    rows.append(oracle_row(2, "main", name, number("accuracy", 90.0)))
-    text = markdown(2, "cpu", SCALES["cpu"], cells, rows, "command")
-    assert "| method | setting | NF-A | paper | FID |" in text
-    assert "| GLEM | default | 51 ± 1.4 | 67.67 |  |" in text and "| CE | default | x |  |  |" in text
-    assert "Oracle: 90.00 %" in text and "Measured on this processor;" in text
-    assert values_of(rows, "GLEM", name, "default", "NF-A") == [50.0, 52.0]
 
 
 def test_the_two_dimensional_illustration_learns_what_its_panels_say() -> None:

@@ -35,8 +35,7 @@ def test_fid_is_that_of_torch_fidelity(n: int, m: int, offset: float) -> None:
     assert feature_fid(a + offset, a + offset) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize("k", [1, 5])
-@pytest.mark.parametrize("shift", [0.0, 0.7, 300.0])
+@pytest.mark.parametrize(("k", "shift"), [(1, 0.7), (5, 0.0), (5, 300.0)])
 def test_coverage_and_density_are_those_of_prdc(k: int, shift: float) -> None:
     real, generated = features(700, 6, 0), features(430, 6, 1, shift, 0.8)  # two chunks of rows
     wanted = prdc.compute_prdc(real.numpy(), generated.numpy(), nearest_k=k)
@@ -44,9 +43,6 @@ def test_coverage_and_density_are_those_of_prdc(k: int, shift: float) -> None:
     assert got["coverage"] == pytest.approx(wanted["coverage"], abs=1e-9)
     assert got["density"] == pytest.approx(wanted["density"], rel=1e-9)
     assert (got["k"], got["real"], got["generated"]) == (k, 700, 430)
-
-
-def test_coverage_of_duplicates() -> None:
     real = features(40, 5, 0, 1e3)
     assert coverage(real, real)["coverage"] == 1.0
     # The nearest neighbour of every image is its copy, at distance 0, and no image is nearer than that.
