@@ -86,18 +86,14 @@ def test_the_file_is_synced_before_it_has_its_name_and_the_folder_after(
     assert synced == [("file", False), ("folder", True)]
 
 
-def test_an_error_about_another_file_is_not_relabelled(tmp_path: Path) -> None:
+def test_errors_about_other_files_are_not_relabelled_and_bad_targets_are_named(tmp_path: Path) -> None:
     with pytest.raises(PermissionError) as caught, atomic_write(tmp_path / "a.bin"):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/b.bin")
     assert caught.value.filename == "/elsewhere/b.bin"
-
-
-def test_bad_targets(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_write(tmp_path):
-        pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="is a file, not a folder"), atomic_write(tmp_path / "file" / "a"):
-        pass
+    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "a", "is a file, not a folder")):
+        with pytest.raises(OSError, match=message), atomic_write(path):
+            pass
 
 
 @posix

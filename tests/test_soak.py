@@ -250,9 +250,8 @@ def _data_sets(model: GLEM, images: Path, out: Path) -> None:
 
 
 def _exports(model: GLEM, images: Path, out: Path) -> None:
-    data = SyntheticDataset(model, per_class=4)
     for _ in range(2):  # written, then found to be there
-        data.export(out / "export", progress=False)
+        SyntheticDataset(model, per_class=4).export(out / "export", progress=False)
     with pytest.raises(FileExistsError):
         SyntheticDataset(model, per_class=3).export(out / "export", progress=False)
 
@@ -260,8 +259,7 @@ def _exports(model: GLEM, images: Path, out: Path) -> None:
 def _opened(model: GLEM, images: Path, out: Path) -> None:
     next(open_data(images / "good", cache_bytes=0).batches(range(6), 2))
     for cache in (0, 2**20):
-        data = open_data(images / "mixed", image_size=8, skip_bad=True, cache_bytes=cache)
-        assert len(data.skipped) >= 10
+        assert len(open_data(images / "mixed", image_size=8, skip_bad=True, cache_bytes=cache).skipped) >= 10
     with pytest.raises(DataError):
         open_data(images / "mixed", image_size=8)
     open_data(str(images / "good.tar"))[0]
@@ -315,20 +313,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.timeout(250)
 @pytest.mark.parametrize(
-    ("task", "rounds"),
-    [
-        (_data_sets, 15),
-        (_exports, 10),
-        (_opened, 6),
-        (_models, 8),
-        (_trainings, 4),
-        pytest.param(_workers, 4, marks=needs_fork),
-    ],
-    ids=lambda value: value.__name__.strip("_") if callable(value) else None,
+    "task",
+    [_data_sets, _exports, _opened, _models, _trainings, pytest.param(_workers, marks=needs_fork)],
+    ids=lambda task: task.__name__.strip("_"),
 )
 def test_nothing_is_left_open(
-    model: GLEM, images: Path, tmp_path: Path, task: Callable[[GLEM, Path, Path], None], rounds: int
+    model: GLEM, images: Path, tmp_path: Path, task: Callable[[GLEM, Path, Path], None]
 ) -> None:
+    rounds = 4 if task in (_trainings, _workers) else 10
     before = None
     for index in range(rounds + 2):
         out = tmp_path / "out"

@@ -76,6 +76,8 @@ def test_logdet_and_inverse(name: str) -> None:
     module, x = perturbed(make().double()), torch.rand(shape, dtype=torch.float64) - 0.5
     if isinstance(module, MatExpCoupling):
         assert module.low_rank == (module.half > 24)
+    if name == "patches":  # the first level is coarser
+        assert module.part_shapes[0] == (8, 2, 4)
     z, logdet = module(x)
     back, back_logdet = module.inverse(z)
     assert logdet.shape == back_logdet.shape == (len(x),)

@@ -127,10 +127,9 @@ def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
 
 def test_errors_name_the_class_or_the_value() -> None:
     good = torch.randn(4, 5)
-    with pytest.raises(DataError, match="class 1 has 1 images"):
-        fit([good, good[:1]])
-    with pytest.raises(DataError, match="class 0 .*not finite"):
-        fit([good * math.nan])
+    for latents, message in (([good, good[:1]], "class 1 has 1 images"), ([good * math.nan], "class 0 .*not finite")):
+        with pytest.raises(DataError, match=message):
+            fit(latents)
     for bad in (dict(rank=0), dict(ridge=-1.0), dict(ridge=math.inf)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             fit([good], **bad)
