@@ -18,7 +18,6 @@ import torch
 _lock = threading.Lock()
 _inside = 0
 _undo: list[Callable[[], None]] = []
-_own = threading.local()  # depth: how often this thread is inside
 _EXACT = ("ieee", "none")
 
 
@@ -66,23 +65,21 @@ def _put_back(switch: Any, value: str) -> None:
 
 
 @torch.compiler.disable
-def _enter(times: int = 1) -> None:
+def _enter() -> None:
     global _inside
     with _lock:
         if not _inside:
             _make_exact()
-        _inside += times
-    _own.depth = getattr(_own, "depth", 0) + times
+        _inside += 1
 
 
 @torch.compiler.disable
-def _leave(times: int = 1) -> None:
+def _leave() -> None:
     global _inside
     with _lock:
-        _inside -= times
+        _inside -= 1
         while _undo and not _inside:
             _undo.pop(0)()
-    _own.depth -= times
 
 
 @contextmanager
@@ -98,17 +95,3 @@ def full_precision(device_type: str) -> Iterator[None]:
             yield
     finally:
         _leave()
-
-
-@contextmanager
-def callers_precision() -> Iterator[None]:
-    """Inside `full_precision`, go back to the caller's switches for a while, for a network of the caller's.
-
-    As long as other threads are inside, float32 stays exact all the same. Autocast stays as it is.
-    """
-    depth = getattr(_own, "depth", 0)
-    _leave(depth) if depth else None
-    try:
-        yield
-    finally:
-        _enter(depth) if depth else None

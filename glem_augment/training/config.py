@@ -15,26 +15,6 @@ OBJECTIVES = ("glem", "saturating", "mle", "hybrid")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
-REMOVED = {
-    "milestones": "the learning rate is halved after 1/2 and 3/4 of the run, or use schedule='cosine'",
-    "clip_norm": "gradients are clipped to norm 1",
-    "ema_decay": "it is 0.999",
-    "swa_start": "SWA averages the last quarter of the run",
-    "repulsion": "objective='glem' repels by the KLD, 'saturating' by a bounded KLD",
-    "kld_weight_end": "kld_weight falls to half of itself",
-    "saturation": "it is 0.05 nats per dimension",
-    **dict.fromkeys(("beta_end", "beta_anneal_from"), "use beta_anneal=(share of the run, final factor)"),
-    "noise_std": "likelihood='marginal' dequantises with Gaussian noise of half a level",
-    "joint_lr": "it is 0.01",
-    **dict.fromkeys(("learn_mu", "learn_sigma"), "use learn='both', 'means', 'variances' or 'none'"),
-    **dict.fromkeys(("mean_init", "mean_init_std", "sigma_init_std"), "use random_init"),
-    "code_rows": "class codes are part of benchmarks/paper",
-    "refit_steps": "use refit_beta; 0 leaves the refit out",
-    "g_fraction": "a tenth of each class fits the Gaussians",
-    "val_max": "at most 2,000 images are held out",
-    "max_bad_steps": "10 steps in a row that are not finite are a divergence",
-    "max_rollbacks": "a diverging run returns to its last good checkpoint up to three times",
-}
 
 
 def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
@@ -241,10 +221,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(Tra
 
 
 def check_names(settings: Mapping[str, Any], where: str = "") -> None:
-    """ValueError, beginning with `where`, if there is no setting of one of these names (any more)."""
-    for name in settings:
-        if name in REMOVED:
-            raise ValueError(f"{where}the setting {name!r} was removed: {REMOVED[name]}")
+    """ValueError, beginning with `where`, if there is no setting of one of these names."""
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise ValueError(f"{where}unknown training settings {unknown}; known are {', '.join(sorted(SETTINGS))}")

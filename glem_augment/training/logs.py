@@ -1,4 +1,4 @@
-"""What a training run measures and writes for people: a JSONL of metrics, and samples of each class."""
+"""What a training run measures and writes for people: a JSONL of metrics, curves, and samples of each class."""
 
 from __future__ import annotations
 
@@ -102,6 +102,32 @@ def gaussian_state(gaussians: ClassGaussians) -> dict[str, float]:
         "kld_mean": float(pairs.mean()),
         "saturated_variances": float(gaussians.saturated_share()),
     }
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of the epoch rows as one PNG. Without matplotlib there is none."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    panels = {
+        "bits/dim, held-out images": "val_bits_per_dim",
+        "NF accuracy, held-out images": "val_accuracy",
+        "E-step loss": "loss",
+        "smallest pairwise KLD, nats": "kld_min",
+        "largest |mu|": "mu_max",
+        "learning rate": "lr",
+    }
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, key) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        axis.plot([row["epoch"] for row in epochs], [row.get(key) for row in epochs], marker=".")
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def sample_grid(model: GLEM, path: Path, per_class: int = 8, temperature: float = 0.8, max_classes: int = 20) -> None:

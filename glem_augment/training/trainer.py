@@ -40,7 +40,7 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
-from glem_augment.training.logs import MetricsLog, sample_grid
+from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
 from glem_augment.training.optim import DivergenceError
 
 # What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
@@ -142,8 +142,8 @@ class Trainer(EM):
                 # its first epoch has somewhere to return to.
                 self.save_checkpoint(good=True)
             elif self.step % self.steps_per_epoch == 0:
-                # The kill may have come after the checkpoint of an epoch and before its samples were drawn.
-                self._draw_samples(self.step // self.steps_per_epoch)
+                # The kill may have come after the checkpoint of an epoch and before its pictures were drawn.
+                self._draw_pictures(self.step // self.steps_per_epoch)
             while self.step < self.total_steps:
                 try:
                     self._epoch(self.step // self.steps_per_epoch)
@@ -205,7 +205,7 @@ class Trainer(EM):
                 f"NF accuracy {100 * row['val_accuracy']:.2f} %  {images_per_second:.0f} images/s"
             )
         self.save_checkpoint(good=self.guard.calm and not self.bad_in_a_row)
-        self._draw_samples(epochs)
+        self._draw_pictures(epochs)
         self._stop_if_due(save=False)
 
     def save_checkpoint(self, good: bool = False) -> None:
@@ -219,11 +219,12 @@ class Trainer(EM):
         save_checkpoint(self.out, *self.state(), good=good)
         self.saved_at = time.monotonic()
 
-    def _draw_samples(self, epochs: int) -> None:
-        """Draw a grid of samples, if it is due after this epoch."""
+    def _draw_pictures(self, epochs: int) -> None:
+        """Draw samples and curves, if they are due after this epoch."""
         every = self.config.sample_every
         if every and (epochs % every == 0 or epochs == self.config.epochs):
             sample_grid(self.evaluated(), self.out / "samples" / f"epoch_{epochs:04d}.png")
+            plot_curves(self.log.rows, self.out / "curves.png")
 
     # ---- stops and returns ---------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from test_reversible import flow_and_images
 from torch import Tensor
 
-from glem_augment.flows.precision import callers_precision, full_precision
+from glem_augment.flows.precision import full_precision
 from glem_augment.latent.gaussians import ClassGaussians
 
 CUDA, CUDNN, MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
@@ -84,8 +84,6 @@ def test_every_way_to_ask_for_less_is_overridden_and_put_back(way: str) -> None:
         check_exact()
         with full_precision("cuda"):
             check_exact()
-            with callers_precision():
-                assert seen() == before
             check_exact()
         check_exact()
     assert seen() == before
@@ -109,8 +107,7 @@ def test_threads_share_one_change() -> None:
     with full_precision("cpu"):
         thread.start()
         assert entered.wait(10)
-        with callers_precision():
-            assert torch.get_float32_matmul_precision() == "highest"  # the other thread is still inside
+        assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == "highest"
     leave.set()
     thread.join(10)
