@@ -52,30 +52,22 @@ __all__ = [
     "open_data",
 ]
 _MODULES = {
-    "augment.transform": ["GLEMAugment"],
-    "data.classes": ["match_classes"],
-    "data.dataset": ["ImageData", "open_data"],
-    "errors": [
-        "BadImageError",
-        "ClassMismatchError",
-        "DataError",
-        "GLEMError",
-        "HubError",
-        "ModelFileError",
-        "TrainingError",
-    ],
-    "flows": ["create_flow"],
-    "latent.gaussians": ["ClassGaussians"],
-    "model.glem": ["GLEM"],
-    "synthetic.combined": ["RealAndSynthetic"],
-    "synthetic.dataset": ["SyntheticDataset"],
-    "synthetic.stream": ["SyntheticStream"],
+    "augment.transform": "GLEMAugment",
+    "data.classes": "match_classes",
+    "data.dataset": "ImageData open_data",
+    "errors": "BadImageError ClassMismatchError DataError GLEMError HubError ModelFileError TrainingError",
+    "flows": "create_flow",
+    "latent.gaussians": "ClassGaussians",
+    "model.glem": "GLEM",
+    "synthetic.combined": "RealAndSynthetic",
+    "synthetic.dataset": "SyntheticDataset",
+    "synthetic.stream": "SyntheticStream",
 }
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
-        if name in names:
+        if name in names.split():
             globals()[name] = value = getattr(import_module(f"{__name__}.{module}"), name)
             return value
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):

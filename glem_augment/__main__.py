@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from glem_augment.cli.main import main
+from glem_augment.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

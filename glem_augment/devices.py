@@ -7,15 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
-
-
-def move(value: Tensor, device: torch.device | str) -> Tensor:
-    """`value` on `device`; from the CPU to CUDA through pinned memory, so that the host does not wait."""
-    device = torch.device(device)
-    if value.device.type == "cpu" and device.type == "cuda" and value.numel():
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)
+from torch import nn
 
 
 def check_worker_device(device: torch.device) -> None:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import glem_augment.cli as cli
 from glem_augment import GLEM
-from glem_augment.cli import main as cli
-from glem_augment.cli.main import COMMANDS
+from glem_augment.cli import COMMANDS
 from glem_augment.io import _RawFile
 from glem_augment.training import Trainer, em, optim
 

@@ -76,8 +76,8 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
         statistics = LatentStatistics(classes, 2)
         statistics.add(z, y, -gaussians.log_prob_of(z, y))
     optimizer = gaussian_optimizer(gaussians, config)
-    gaussians.mu.requires_grad_(config.learns_means)
-    gaussians.s.requires_grad_(config.learns_variances)
+    gaussians.mu.requires_grad_(config.learns("means"))
+    gaussians.s.requires_grad_(config.learns("variances"))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * (1 - step / steps)

@@ -29,7 +29,7 @@ from glem_augment import GLEM, ImageData, open_data
 from glem_augment.data.pixels import in_range
 from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
 from glem_augment.evaluation.metrics import spread
-from glem_augment.io import write_json
+from glem_augment.io import atomic_write, write_json
 from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 from glem_augment.training import TimeUpError, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
@@ -232,11 +232,12 @@ class Lab:
 
     def _rfcm(self, fitted: Fitted, cell: Cell) -> ThinCovariances:
         """The exact covariances of the latents of all training images, kept beside the model."""
-        if not (fitted.folder / "rfcm.safetensors").exists():
-            fit_covariances(fitted.model.class_latents(self.data(cell.data)[0]), fitted.model.num_classes).save(
-                fitted.folder, fitted.weights
-            )
-        return ThinCovariances.load(fitted.folder, fitted.weights).to(self.device)
+        path = fitted.folder / f"rfcm-{fitted.weights[:16]}.pt"
+        if not path.exists():
+            thin = fit_covariances(fitted.model.class_latents(self.data(cell.data)[0]), fitted.model.num_classes)
+            with atomic_write(path) as file:
+                torch.save(vars(thin), file)
+        return ThinCovariances(**torch.load(path, weights_only=True)).to(self.device)
 
     def trained_on_samples(self, fitted: Fitted, cell: Cell, recipe: Recipe, seed: int) -> Classifier:
         """A classifier that has seen no real image.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from glem_augment.augment.params import AugmentParams
-from glem_augment.devices import move
 
 LABELS = ("auto", "hard", "mix", "posterior")
 # Labels are not smoothed by more than this. If the least entry of a batch is larger, its labels are mixtures.
@@ -44,7 +43,7 @@ class ClassMap:
         several = torch.bincount(self.to_flow[self.mapped], minlength=len(self.to_data))
         index = self.to_flow.clamp(min=0)
         weight = (self.to_flow >= 0).to(p.dtype) / several[index].clamp(min=1)
-        q = p[:, move(index, p.device)] * move(weight, p.device)
+        q = p[:, index.to(p.device)] * weight.to(p.device)
         total = q.sum(dim=1, keepdim=True)
         return q / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0] > 0
 
@@ -117,23 +116,23 @@ def mixed_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, share: 
         keep: bool [n], the rows that were moved after all.
     """
     device = soft.device
-    own = soft.index_select(0, move(params.rows, device))
+    own = soft.index_select(0, params.rows.to(device))
     # A drawn partner brings the label of its class: the row's own data class, or the first one of another flow class.
     drawn_cls = torch.where(params.partner_cls == params.cls, label_classes(own), classes.to_data[params.partner_cls])
-    drawn = smoothed_like(move(drawn_cls.clamp(min=0), device), soft)
-    in_batch = soft.index_select(0, move(params.partner.clamp(min=0), device))
-    other = torch.where(move(params.partner < 0, device)[:, None], drawn, in_batch)
-    away = ((1.0 - move(params.l, device)) * move(share, device))[:, None].to(soft.dtype)
+    drawn = smoothed_like(drawn_cls.clamp(min=0).to(device), soft)
+    in_batch = soft.index_select(0, params.partner.clamp(min=0).to(device))
+    other = torch.where((params.partner < 0).to(device)[:, None], drawn, in_batch)
+    away = ((1.0 - params.l.to(device)) * share.to(device))[:, None].to(soft.dtype)
     return _with_rows(soft, params, own + away * (other - own), keep)
 
 
 def posterior_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, p: Tensor, keep: Tensor) -> Tensor:
     """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents put in; the rest as `mixed_labels`."""
     q, usable = classes.data_probability(p)
-    return _with_rows(soft, params, move(q, soft.device), keep & usable)
+    return _with_rows(soft, params, q.to(soft.device), keep & usable)
 
 
 def _with_rows(soft: Tensor, params: AugmentParams, new: Tensor, keep: Tensor) -> Tensor:
-    rows = move(params.rows, soft.device)
+    rows = params.rows.to(soft.device)
     own = soft.index_select(0, rows)
-    return soft.index_copy(0, rows, torch.where(move(keep, soft.device)[:, None], new.to(soft.dtype), own))
+    return soft.index_copy(0, rows, torch.where(keep.to(soft.device)[:, None], new.to(soft.dtype), own))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from glem_augment.augment.labels import ClassMap
 from glem_augment.augment.params import AugmentParams, draw_shares, normal
-from glem_augment.devices import move
 from glem_augment.flows.precision import full_precision
 from glem_augment.latent.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
@@ -141,5 +140,5 @@ def partner_latents(model: GLEM, in_batch: Tensor, params: AugmentParams) -> Ten
     assert model.modes is not None
     device = in_batch.device
     with full_precision(device.type):
-        draws = model.modes.sample_from_noise(move(params.partner_cls[drawn], device), move(params.eps[drawn], device))
-    return in_batch.index_copy(0, move(drawn.nonzero()[:, 0], device), draws.to(in_batch.dtype))
+        draws = model.modes.sample_from_noise(params.partner_cls[drawn].to(device), params.eps[drawn].to(device))
+    return in_batch.index_copy(0, drawn.nonzero()[:, 0].to(device), draws.to(in_batch.dtype))

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.devices import move
 from glem_augment.random_state import WorkerCounts
 
 __all__ = ["AugmentParams"]
@@ -43,7 +42,7 @@ class AugmentParams:
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """The same parameters on another device."""
-        return AugmentParams(**{f.name: move(getattr(self, f.name), device) for f in fields(self)})
+        return AugmentParams(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def where(self, mask: Tensor) -> AugmentParams:
         """The parameters of those selected rows for which `mask`, bool [n], holds."""

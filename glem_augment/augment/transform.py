@@ -45,7 +45,7 @@ from glem_augment.augment.v2 import GLEMTransform
 from glem_augment.checks import check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
-from glem_augment.devices import check_worker_device, evaluating, move, weights_key
+from glem_augment.devices import check_worker_device, evaluating, weights_key
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import RandomState
 
@@ -53,8 +53,6 @@ __all__ = ["AugmentParams", "GLEMAugment"]
 
 POLICIES = ("mixup", "noise")  # they need nothing but images and labels; "adversarial" needs a classifier too
 SETTINGS = "p policy alpha strength modes basis partner labels mean std num_classes class_map seed margin".split()
-# Settings of earlier versions, and the values at which a config that has them means the same as before.
-REMOVED = {"detail": "keep", "rescale": False, "bank": 0, "cuda_graphs": False}
 
 
 class GLEMAugment(nn.Module):
@@ -234,7 +232,7 @@ class GLEMAugment(nn.Module):
             return x, target
         model = self._model_on(x.device)
         index, place = rows_to_encode(params, len(x))
-        originals = x.index_select(0, move(index, x.device))
+        originals = x.index_select(0, index.to(x.device))
         images = self.pixels.to_unit(originals)
         small = self.pixels.to_flow(images)
         here = params.to(x.device)
@@ -243,7 +241,7 @@ class GLEMAugment(nn.Module):
             encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
             if self.policy == "mixup":
-                partner = partner_latents(model, encoded[move(place, x.device)], params)
+                partner = partner_latents(model, encoded[place.to(x.device)], params)
                 z, share = mix(basis, z, partner, here.l)
             else:
                 c = self.strength * here.eps
@@ -253,7 +251,7 @@ class GLEMAugment(nn.Module):
                     def render(c: Tensor) -> Tensor:
                         return self._images(model.decode(z + along_modes(basis, c), clamp=False), images, small, shown)
 
-                    labels = move(y, x.device).index_select(0, here.rows)
+                    labels = y.to(x.device).index_select(0, here.rows)
                     c = self._adversary.coefficients(c, self.strength, basis, render, labels, model)
                 z, share = z + along_modes(basis, c), None
             decoded = model.decode(z, clamp=False)
@@ -300,7 +298,7 @@ class GLEMAugment(nn.Module):
 
     def moved_rows(self, y: Tensor) -> Tensor:
         """The rows of a batch whose class the flow has, so that they can be changed: int64 [n] on y's device."""
-        return move((self._classes.flow_class(label_classes(y)) >= 0).nonzero()[:, 0], y.device)
+        return (self._classes.flow_class(label_classes(y)) >= 0).nonzero()[:, 0].to(y.device)
 
     # ---- ways into a training loop ---------------------------------------------------------------------------
 
@@ -356,10 +354,6 @@ class GLEMAugment(nn.Module):
             model: a GLEM or its name; None: the one that config["model"] names.
         """
         given = {name: value for name, value in config.items() if name != "model"}
-        for name, same in REMOVED.items():
-            value = given.pop(name, same)
-            if value != same:
-                raise ValueError(f"the setting {name}={value!r} has been removed: leave it out")
         unknown = set(given) - set(SETTINGS)
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}; there are {', '.join(SETTINGS)}")

@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import (
     add_data,
     add_machine,
@@ -17,7 +18,6 @@ from glem_augment.cli.common import (
     print_json,
     whole,
 )
-from glem_augment.cli.main import new_parser
 from glem_augment.io import expand
 from glem_augment.model.weights import CONFIG, WEIGHTS
 

@@ -68,36 +68,27 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     add_device(parser)
 
 
+def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        if not math.isfinite(value) or not low <= value <= high:
+            bound = (
+                "finite" if not math.isfinite(value) else f"at least {low:g}" if value < low else f"at most {high:g}"
+            )
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
+
+
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not low <= value <= high:
-            bound = f"at least {low}" if value < low else f"at most {high}"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {value}")
-        return value
-
-    return parse
-
-
-def number(low: float = -math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number, at least `low`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or value < low:
-            bound = f" >= {low:g}" if math.isfinite(low) else ""
-            raise argparse.ArgumentTypeError(f"must be a finite number{bound}, got {text}")
-        return value
-
-    return parse
+    return number(low, high, int)
 
 
 # ---- models and data -----------------------------------------------------------------------------------------------

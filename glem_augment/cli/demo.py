@@ -25,10 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.cli.common import whole
-from glem_augment.cli.main import new_parser
-from glem_augment.data.classes import match_classes
-from glem_augment.data.dataset import ImageData, open_data
+from glem_augment.cli import new_parser
+from glem_augment.cli.common import open_for, whole
+from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.evaluation.preview import contact_sheet, preview
@@ -59,21 +58,14 @@ NOT_LIKE_FOR_LIKE = (
 
 @dataclass
 class DemoSize:
-    """How much the demo does.
+    """How much the demo does."""
 
-    Attributes:
-        seeds: training runs per arm. epochs: of each run.
-        views: augmented copies of every training image. p: how often one replaces the original.
-        per_class: synthetic images to write.
-        images: real images used of the bundled 1000 per split, evenly over the classes.
-    """
-
-    seeds: int = 3
-    epochs: int = 40
-    views: int = 6
-    p: float = 0.5
-    per_class: int = 20
-    images: int = 1000
+    seeds: int = 3  # training runs per arm
+    epochs: int = 40  # of each run
+    views: int = 6  # augmented copies of every training image
+    p: float = 0.5  # how often a copy replaces the original
+    per_class: int = 20  # synthetic images to write
+    images: int = 1000  # real images used of the bundled 1000 per split, evenly over the classes
 
 
 QUICK = DemoSize(seeds=1, epochs=2, views=1, per_class=2, images=100)
@@ -194,11 +186,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
 
 def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
     """Bundled images, with the flow's class indices as labels."""
-    data = open_data(DATA, split, progress=False)
-    if tuple(data.image_shape) != model.image_shape:
-        raise DataError(f"the demo's images are {data.image_shape}, the flow takes {model.image_shape}")
-    match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes)
-    data = data.with_targets(match[data.targets], model.classes, model.class_ids)
+    data, _ = open_for(model, DATA, split)
     per_class = max(2, count // len(model.classes))
     rows = [np.flatnonzero(data.targets == index)[:per_class] for index in np.unique(data.targets)]
     return data.subset(np.sort(np.concatenate(rows)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import (
     add_class_map,
     add_data,
@@ -20,7 +21,6 @@ from glem_augment.cli.common import (
     whole,
     without_splits,
 )
-from glem_augment.cli.main import new_parser
 from glem_augment.evaluation.metrics import evaluate, spread
 from glem_augment.io import write_json
 

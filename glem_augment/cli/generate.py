@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import (
     DATA_HELP,
     add_class_map,
@@ -25,7 +26,6 @@ from glem_augment.cli.common import (
     read_table,
     whole,
 )
-from glem_augment.cli.main import new_parser
 from glem_augment.io import expand
 from glem_augment.model.glem import DEFAULT_MODES
 from glem_augment.synthetic.balance import PerClass, class_counts

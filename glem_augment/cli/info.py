@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import add_model, finite, print_json
-from glem_augment.cli.main import new_parser
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from glem_augment.augment.transform import POLICIES
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import (
     add_class_map,
     add_data,
@@ -19,7 +20,6 @@ from glem_augment.cli.common import (
     read_class_map,
     whole,
 )
-from glem_augment.cli.main import new_parser
 from glem_augment.evaluation.preview import preview
 from glem_augment.io import save_png
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import add_model, add_threads, note, print_json
-from glem_augment.cli.main import new_parser
 from glem_augment.hub.cards import CardFacts
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from glem_augment import __version__
+from glem_augment.cli import new_parser
 from glem_augment.cli.common import DATA_HELP, add_device, note, number, pick_device, read_table, whole
-from glem_augment.cli.main import new_parser
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import ModelFileError
 from glem_augment.io import expand, lock_folder, write_json
@@ -183,7 +185,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     except TimeUpError as stop:
         print(f"glem: {stop}", file=sys.stderr)
         return EXIT_TIME_UP
-    print(f"saved {out} after {_duration(trainer.seconds())}: {_held_out(model)}")
+    print(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}")
     bits = (model.config.training.get("held_out") or {}).get("val_bits_per_dim")
     if bits is not None and bits >= model.bits:
         note(
@@ -252,11 +254,6 @@ def _held_out(model: GLEM) -> str:
         return repr(model)
     right = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
     return f"bits/dim {bits:.3f}{right} on {held_out['val_images']} held-out images"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 # ---- options made from the settings ----------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from glem_augment.devices import move
 from glem_augment.errors import BadImageError
 
 GREY_MODES = ("L", "1", "LA")
@@ -138,7 +137,7 @@ def _dequantisation_noise(x: Tensor, dtype: torch.dtype, generator: torch.Genera
     """
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    noise = move(words, x.device).view(torch.int16)[: x.numel()].to(dtype)
+    noise = words.to(x.device).view(torch.int16)[: x.numel()].to(dtype)
     return noise.mul_(2.0**-16).add_(0.5).view(x.shape)
 
 

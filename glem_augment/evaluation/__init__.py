@@ -8,7 +8,9 @@ from glem_augment.evaluation.quality import (
     label_reliability,
     memorisation_ratio,
 )
-from glem_augment.evaluation.tuning import choose_strength, search
+from glem_augment.evaluation.tuning import choose_strength
 
 __all__ = ["choose_strength", "coverage", "evaluate", "feature_fid", "features_and_logits", "label_reliability"]
-__all__ += ["memorisation_ratio", "search"]
+__all__ += [
+    "memorisation_ratio",
+]

@@ -213,9 +213,9 @@ def _draw(section: Section) -> Image.Image:
     grid.paste(picture, (left, top))
     draw = ImageDraw.Draw(grid)
     for row, text in enumerate(labels):
-        draw.text((left - 8, top + row * height + height / 2), text, _INK, _font(_LABEL), anchor="rm")
+        draw.text((left - 8, top + row * height + height / 2), text, _INK, ImageFont.load_default(_LABEL), anchor="rm")
     for column, text in enumerate(section.columns):
-        draw.text((left + _PADDING + column * width, top - 4), text, _INK, _font(_LABEL), anchor="ls")
+        draw.text((left + _PADDING + column * width, top - 4), text, _INK, ImageFont.load_default(_LABEL), anchor="ls")
     return _stack([*_heading((section.title, _TITLE, _INK), (section.note, _NOTE, _GREY)), grid])
 
 
@@ -225,7 +225,7 @@ def _heading(*lines: tuple[str, int, tuple[int, int, int]]) -> list[Image.Image]
     for text, size, colour in lines:
         if text:
             pictures.append(Image.new("RGB", (_width(text, size), size + 4), _PAPER))
-            ImageDraw.Draw(pictures[-1]).text((0, 0), text, colour, _font(size))
+            ImageDraw.Draw(pictures[-1]).text((0, 0), text, colour, ImageFont.load_default(size))
     return pictures
 
 
@@ -260,15 +260,8 @@ def _unit(images: Tensor) -> Tensor:
     return images.nan_to_num(0.5, 1.0, 0.0).clamp(0, 1)
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, OSError):  # before Pillow 10.1, or without FreeType: one small size
-        return ImageFont.load_default()
-
-
 def _width(text: str, size: int) -> int:
-    return math.ceil(_font(size).getlength(text))
+    return math.ceil(ImageFont.load_default(size).getlength(text))
 
 
 def _short(text: str, longest: int = 22) -> str:

@@ -1,7 +1,6 @@
-"""Choosing strength and p on images held out of the training set, never on the test set.
+"""Choosing the strength of moves on images held out of the training set, never on the test set.
 
-`choose_strength` takes seconds: it asks a trained classifier how strong a move may be before labels become wrong.
-`search` trains a classifier with every setting.
+It takes seconds: a trained classifier tells how strong a move may be before labels become wrong.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import torch
 from timm.utils import unwrap_model
@@ -23,7 +21,7 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number
 from glem_augment.devices import evaluating
 
-__all__ = ["SearchResult", "StrengthReport", "StrengthRow", "Trial", "choose_strength", "search"]
+__all__ = ["StrengthReport", "StrengthRow", "choose_strength"]
 
 
 @dataclass(frozen=True)
@@ -128,73 +126,3 @@ def _is_right(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Which images the classifier recognises: bool [B]."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return classifier(x).argmax(1) == y.to(x.device)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The scores of one setting, one per seed. The run without augmentation has p = 0."""
-
-    strength: float
-    p: float
-    scores: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.scores)
-
-    def gain(self, baseline: Trial) -> tuple[float, float]:
-        """Mean and standard error of the paired differences to another trial (error: nan for one seed)."""
-        differences = [a - b for a, b in zip(self.scores, baseline.scores, strict=True)]
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        return fmean(differences), error
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """All trials, the one without augmentation (p = 0), and the best of them."""
-
-    trials: list[Trial]
-    baseline: Trial
-    best: Trial
-
-    def table(self) -> str:
-        """Markdown, best first."""
-        lines = ["| strength | p | score | gain over p = 0 |", "|---|---|---|---|"]
-        for trial in sorted(self.trials, key=lambda t: -t.mean):
-            gain, error = trial.gain(self.baseline)
-            spread = "" if math.isnan(error) else f" ± {error:.4f}"
-            lines.append(f"| {trial.strength:g} | {trial.p:g} | {trial.mean:.4f} | {gain:+.4f}{spread} |")
-        return "\n".join(lines)
-
-
-def search(
-    score: Callable[[float, float, int], float],
-    strengths: Sequence[float] = (0.25, 0.5, 1.0),
-    ps: Sequence[float] = (0.25, 0.5, 1.0),
-    seeds: int = 1,
-) -> SearchResult:
-    """Train with every strength and p, and without augmentation, and keep the best mean score on held-out images.
-
-    Args:
-        score: (strength, p, seed) -> score on held-out images, larger is better. It trains a classifier.
-        strengths, ps: tried in every combination. Policy "mixup" has no strength: give one, or pass `alpha` for it.
-        seeds: runs per setting. All settings share the seeds 0, 1, ..., so that differences are paired.
-
-    Returns:
-        All trials. The best is the run without augmentation (p = 0) where nothing beats it.
-
-    Raises:
-        ValueError: nothing to try, a strength or p out of range, or a score that is not finite.
-    """
-    strengths = [check_number("strengths", value, 0.0, math.inf) for value in strengths]
-    ps = [check_number("ps", value, 0.0, 1.0) for value in ps]
-    settings = [(0.0, 0.0), *((s, p) for s, p in itertools.product(strengths, ps) if s > 0 and p > 0)]
-    if seeds < 1 or len(settings) < 2:
-        raise ValueError(f"there is nothing to try: strengths={strengths}, ps={ps}, seeds={seeds}")
-    trials: list[Trial] = []
-    for strength, p in settings:
-        scores = tuple(float(score(strength, p, seed)) for seed in range(seeds))
-        if not all(math.isfinite(value) for value in scores):
-            raise ValueError(f"score({strength:g}, {p:g}) gave {scores}: it must be a finite number")
-        trials.append(Trial(strength, p, scores))
-    return SearchResult(trials, trials[0], max(trials, key=lambda trial: trial.mean))

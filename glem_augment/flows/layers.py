@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,32 +23,6 @@ class Bijection(nn.Module):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
-
-
-class Sequence(Bijection):
-    """`z = f_n(... f_2(f_1(x)))`; log-determinants add up.
-
-    Args:
-        layers: bijections, applied in order by `forward` and in reverse order by `inverse`.
-    """
-
-    def __init__(self, layers: Iterable[Bijection]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
-        for layer in self.layers:
-            x, logdet = layer(x)
-            total = total + logdet
-        return x, total
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(z.shape[0])
-        for layer in reversed(self.layers):
-            z, logdet = layer.inverse(z)
-            total = total + logdet
-        return z, total
 
 
 class FlatIdentity(Bijection):

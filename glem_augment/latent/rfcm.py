@@ -12,25 +12,17 @@ truncated form that augmentation uses; here a class may have as many rows as it 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from glem_augment.checks import check_number, check_whole
-from glem_augment.errors import ModelFileError
-from glem_augment.io import atomic_write
 from glem_augment.latent.modes import REST_FLOOR, centred, leading_modes
 
 __all__ = ["ThinCovariances", "fit_covariances"]
-
-FILE = "rfcm.safetensors"
 
 
 @torch.no_grad()
@@ -153,50 +145,3 @@ class ThinCovariances:
         t = torch.linalg.solve_triangular(low, g @ u.T, upper=False)
         log_det = diagonal.log().sum() + 2 * low.diagonal().log().sum()
         return -0.5 * (u.square().sum(1) - t.square().sum(0) + log_det + self.dim * math.log(2 * math.pi))
-
-    def save(self, folder: str | Path, weights: str = "") -> Path:
-        """Write `rfcm.safetensors` beside a model's files, atomically.
-
-        Args:
-            folder: the model's folder.
-            weights: names the model's weights (their SHA-256); `load` can ask for it.
-        """
-        tensors = {"mean": self.mean, "diagonal": self.diagonal, "counts": self.counts}
-        tensors |= {f"factor.{y}": factor for y, factor in enumerate(self.factors)}
-        path = Path(folder) / FILE
-        with atomic_write(path) as file:
-            contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
-            file.write(safetensors_bytes(contiguous, metadata={"glem": json.dumps({"weights": weights})}))
-        return path
-
-    @classmethod
-    def load(cls, folder: str | Path, weights: str | None = None) -> ThinCovariances:
-        """Read what `save` wrote.
-
-        Args:
-            folder: the model's folder.
-            weights: refuse the covariances of a model with other weights.
-
-        Raises:
-            ModelFileError: there is no such file, or it is truncated, inconsistent, or of another model.
-        """
-        path = Path(folder) / FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                known = json.loads((file.metadata() or {}).get("glem", "{}")).get("weights", "")
-                if weights is not None and known != weights:
-                    raise ModelFileError(
-                        f"{path} belongs to the weights {known[:12] or '?'}, not {weights[:12]}: refit"
-                    )
-                mean, diagonal, counts = (file.get_tensor(name) for name in ("mean", "diagonal", "counts"))
-                factors = [file.get_tensor(f"factor.{y}").float() for y in range(len(mean))]
-                if "scale.0" in file.keys():  # older files, whose factors may be half precision with scaled rows
-                    factors = [rows * file.get_tensor(f"scale.{y}")[:, None] for y, rows in enumerate(factors)]
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, ModelFileError):
-                raise
-            raise ModelFileError(f"{path} can't be read: {error}; fit and save the covariances again") from None
-        whole = diagonal.shape == mean.shape and all(factor.shape[1:] == mean.shape[1:] for factor in factors)
-        if not (whole and all(bool(value.isfinite().all()) for value in (mean, diagonal, *factors))):
-            raise ModelFileError(f"{path} is inconsistent or not finite; fit and save the covariances again")
-        return cls(mean, diagonal, factors, counts)

@@ -119,9 +119,11 @@ class GLEMConfig:
         if not isinstance(values, dict):
             raise ModelFileError(f"it must hold a table, got {type(values).__name__}")
         version = values.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int:
+            raise ModelFileError(f"it is no config of glem-augment: it has {_short(sorted(values)[:5])}")
+        if version != FORMAT_VERSION:
             raise ModelFileError(
-                f"its format_version is {_short(version)}, not {FORMAT_VERSION}: install a newer glem-augment"
+                f"it has format_version {version}, this version reads {FORMAT_VERSION}: pip install -U glem-augment"
             )
         required = {"flow", "bits", "psi", "class_ids", "class_names", "format_version"}
         unknown, missing = sorted(set(values) - {f.name for f in fields(cls)}), sorted(required - set(values))

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.devices import move
 from glem_augment.errors import DataError
 
 G_FRACTION, MAX_HELD_OUT = 0.1, 2000
@@ -92,7 +91,7 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -
     batch, _, height, width = x.shape
 
     def draw(*shape: int) -> Tensor:
-        return move(torch.rand(shape, generator=generator), x.device) * 2 - 1
+        return torch.rand(shape, generator=generator).to(x.device) * 2 - 1
 
     if "flip" in names:
         x = torch.where((draw(batch) > 0)[:, None, None, None], x.flip(3), x)

@@ -202,15 +202,9 @@ class TrainConfig:
         """Whether the M-step pushes the classes apart."""
         return self.objective in ("glem", "saturating")
 
-    @property
-    def learns_means(self) -> bool:
-        """Whether the means of the Gaussians are learned."""
-        return self.learn in ("both", "means")
-
-    @property
-    def learns_variances(self) -> bool:
-        """Whether the variances of the Gaussians are learned."""
-        return self.learn in ("both", "variances")
+    def learns(self, what: str) -> bool:
+        """Whether the "means" or the "variances" of the Gaussians are learned."""
+        return self.learn in ("both", what)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can carry them."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
-from glem_augment.devices import move
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import MultiscaleFlow, resolve_preset
 from glem_augment.model.config import GLEMConfig
@@ -152,7 +151,7 @@ class EM:
     def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of `indices`."""
         for x, y in self.data.batches(indices, batch_size, self.config.workers):
-            yield move(x, self.device), move(y, self.device)
+            yield x.to(self.device), y.to(self.device)
 
     def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """`x` uint8 [B,C,H,W] under the run's augmentation; a subclass may keep parts of the images as they are."""
@@ -255,8 +254,8 @@ class EM:
 
     def _let_gaussians_learn(self, learn: bool) -> None:
         """Whether the next loss has gradients with respect to the Gaussians, and for which of their parameters."""
-        self.model.gaussians.mu.requires_grad_(learn and self.config.learns_means)
-        self.model.gaussians.s.requires_grad_(learn and self.config.learns_variances)
+        self.model.gaussians.mu.requires_grad_(learn and self.config.learns("means"))
+        self.model.gaussians.s.requires_grad_(learn and self.config.learns("variances"))
 
     def _bad_step(self, what: str, in_a_row: int) -> None:
         self.bad_steps += 1
@@ -279,7 +278,7 @@ class EM:
             rows = np.concatenate([rows[self.data.targets[rows] == k][:most] for k in range(model.num_classes)])
         statistics = self._latent_pass(self.m_total, np.sort(rows), keep=not exact, model=model)
         if exact:
-            statistics.most_likely(self.model.gaussians, config.learns_means, config.learns_variances)
+            statistics.most_likely(self.model.gaussians, config.learns("means"), config.learns("variances"))
             return True
         self.m_optimizer.state.clear()
         for step in tqdm(range(REFIT_STEPS), desc="refit", disable=not self.progress, dynamic_ncols=True):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.data.pixels import to_levels
-from glem_augment.devices import move
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
@@ -31,7 +30,7 @@ def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generat
     if config.likelihood == "class":
         return model.encode(x, generator)
     h = to_levels(x, config.bits, model.gaussians.mu.dtype)
-    noise = move(torch.randn(h.shape, generator=generator, dtype=h.dtype), h.device)
+    noise = torch.randn(h.shape, generator=generator, dtype=h.dtype).to(h.device)
     z, logdet = model.flow(h + noise * (NOISE_STD * 2.0**-config.bits))
     return z, logdet - model.dim * config.bits * math.log(2)
 

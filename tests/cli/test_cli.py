@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, SyntheticDataset, open_data
-from glem_augment.cli.main import COMMANDS, build_parser, main
+from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models
 from glem_augment.training import TrainConfig
 from glem_augment.training.checkpoint import NEWEST, load_checkpoint
@@ -132,7 +132,7 @@ def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: 
         ("lr: [1]\n", ["lr must be a number"]),
         ("epochs: true\n", ["epochs must be an int, got True"]),
         ("joint: 1\n", ["joint must be True or False"]),
-        ("milestones: [0.5]\n", ["milestones", "removed", "cosine"]),
+        ("milestones: [0.5]\n", ["unknown training settings", "milestones"]),
         ("- a\n", ["must hold a table"]),
         ("a: [\n", ["can't be read as YAML"]),
     ],
@@ -217,7 +217,7 @@ def test_counts_of_a_table_are_numbers(trained: Path, tmp_path: Path, output: Ou
     table = tmp_path / "counts.yaml"
     argv = ["generate", str(trained), "--out", str(tmp_path / "made"), "--per-class", str(table)]
     table.write_text("cat: many\n")
-    fails(argv, output, "per_class['cat']", "'many'")
+    fails(argv, output, "per_class for 'cat'", "'many'")
     table.write_text("cat: 2\ndog: 0\n")
     assert main(argv) == 0
     assert json.loads(output()[0])["images"] == 2
@@ -243,7 +243,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(
         fails([*argv, "~nobody-here/x"], output, "no home folder of that user")
     with pytest.raises(SystemExit):
         main(["eval", "m", "d", "--threads", "100000"])
-    assert "must be at most" in output()[1]
+    assert "at most" in output()[1]
 
 
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -588,7 +588,7 @@ def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: 
     fails(["eval", str(trained), data, "--class-map", str(tmp_path / "none.json")], output, "none.json")
     fails(["preview", str(trained), data, "--out", str(tmp_path / "p.jpg")], output, ".png")
     fails(["preview", str(trained), data, "--out", str(tmp_path / "p.png"), "--modes", "999"], output, "modes", "999")
-    fails(["demo", "--model", str(trained), "--out", str(tmp_path / "d")], output, "(1, 28, 28)", "(3, 8, 8)")
+    fails(["demo", "--model", str(trained), "--out", str(tmp_path / "d")], output, "no counterpart", "bird")
     (tmp_path / "file").write_text("")
     fails(["generate", str(trained), "--per-class", "1", "--out", str(tmp_path / "file")], output, "is a file")
 
@@ -613,7 +613,7 @@ def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypat
 
 def test_help_does_not_wait_for_torch() -> None:
     code = (
-        "import sys\nfrom glem_augment.cli.main import main\n"
+        "import sys\nfrom glem_augment.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
     )
     for argv, status in ((["--help"], 0), (["--version"], 0), (["no-such-command"], 2)):
@@ -627,7 +627,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(output: Output, monkeypatch:
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glem_augment.cli.main.import_module", stopped)
+    monkeypatch.setattr("glem_augment.cli.import_module", stopped)
     assert main(["info", "bundled:fashion-mnist"]) == 130
     assert output() == ("", "glem: interrupted\n")
 

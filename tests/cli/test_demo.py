@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from glem_augment import GLEM, ImageData
+from glem_augment.cli import main
 from glem_augment.cli.demo import DemoSize, epoch_batches, verdict
-from glem_augment.cli.main import main
 
 
 def test_the_demo_writes_its_report_and_pictures(

@@ -17,7 +17,7 @@ from test_cli import TINY, write_images
 
 import glem_augment
 from benchmarks.paper.codes import CODED_METHODS
-from glem_augment.cli.main import build_parser, main
+from glem_augment.cli import build_parser, main
 from glem_augment.flows.presets import PRESETS
 from glem_augment.training.methods import METHODS
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment
-from glem_augment.evaluation.tuning import Trial, choose_strength, search
+from glem_augment.evaluation.tuning import choose_strength
 
 
 def images(n: int, seed: int = 0) -> Tensor:
@@ -108,30 +108,3 @@ def test_changes_are_in_steps_of_uint8_and_a_guessing_classifier_is_named(model:
             choose_strength(plain, ByBrightness(), [(x, y)], **wrong)
     with pytest.raises(ValueError, match="policy='noise'"):
         choose_strength(GLEMAugment(model), ByBrightness(), [(x, y)])
-
-
-def test_search_finds_the_best_and_admits_that_nothing_helps() -> None:
-    seen: list[tuple[float, float, int]] = []
-
-    def score(strength: float, p: float, seed: int) -> float:
-        seen.append((strength, p, seed))
-        return 0.8 + p * (strength - strength**2) + 0.01 * seed
-
-    result = search(score, strengths=(0.0, 0.25, 0.5, 1.5), ps=(0.0, 0.5, 1.0), seeds=2)
-    assert seen[:2] == [(0.0, 0.0, 0), (0.0, 0.0, 1)] and len(seen) == 2 * len(result.trials) == 2 * 7
-    assert (result.best.strength, result.best.p) == (0.5, 1.0) and result.best.mean == pytest.approx(1.055)
-    assert result.best.gain(result.baseline) == (pytest.approx(0.25), pytest.approx(0.0, abs=1e-9))
-    assert result.table().splitlines()[2].startswith("| 0.5 | 1 | 1.0550 | +0.2500")
-    worse = search(lambda s, p, seed: 1.0 - p, strengths=(1.0,), ps=(0.5,))
-    assert worse.best is worse.baseline and worse.best.p == 0.0
-    with pytest.raises(ValueError, match="finite"):
-        search(lambda s, p, seed: float("nan"))
-    with pytest.raises(ValueError, match="nothing to try"):
-        search(score, strengths=(0.0,))
-    with pytest.raises(ValueError, match="ps must be"):
-        search(score, ps=(0.5, 1.5))
-
-
-def test_the_error_of_a_gain_is_that_of_a_mean_of_pairs() -> None:
-    gain, error = Trial(0.5, 1.0, (0.5, 0.7, 0.9)).gain(Trial(0.0, 0.0, (0.4, 0.4, 0.8)))
-    assert gain == pytest.approx(0.5 / 3) and error == pytest.approx(0.11547 / 3**0.5, rel=1e-4)

@@ -17,7 +17,6 @@ from glem_augment.flows import (
     Bijection,
     MatExpCoupling,
     Mixing1x1,
-    Sequence,
     Squeeze,
     create_flow,
 )
@@ -57,10 +56,6 @@ BIJECTIONS: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "matexp-2": (lambda: MatExpCoupling(4, subnet, 2.0), (2, 4, 4, 2)),
     "matexp-24": (lambda: MatExpCoupling(48, subnet, 2.0, rank=3), (1, 48, 1, 2)),  # the last full matrix
     "matexp-25": (lambda: MatExpCoupling(50, subnet, 2.0, rank=3), (1, 50, 1, 2)),  # the first of low rank
-    "sequence": (
-        lambda: Sequence([Mixing1x1(4), Squeeze(), ActNorm(16, 2, 1), MatExpCoupling(16, subnet, 1.5)]),
-        (2, 4, 4, 2),
-    ),
     "mef_tiny": (lambda: create_flow("mef_tiny", (1, 4, 8), **TINY), (2, 1, 4, 8)),
     "mef_cifar": (lambda: create_flow("mef_cifar", (5, 4, 4), **{**TINY, "depth": [1, 1]}), (2, 5, 4, 4)),
     "glow_tiny": (lambda: create_flow("glow_tiny", (3, 8, 4), **TINY), (2, 3, 8, 4)),

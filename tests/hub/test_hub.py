@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
-from glem_augment.cli.main import main
+from glem_augment.cli import main
 from glem_augment.hub.cards import CardFacts, data_name, model_card, trained_on
 from glem_augment.hub.files import HubName, hub_errors
 from glem_augment.model.config import MAX_CONFIG_BYTES

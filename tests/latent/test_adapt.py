@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
-from glem_augment.cli.main import main
+from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.latent.adapt import adapt_classes, gaussians_of, psi_that_holds
 from glem_augment.latent.modes import REST_FLOOR

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from test_modes import make_latents
 from torch import Tensor
 
-from glem_augment.errors import DataError, ModelFileError
+from glem_augment.errors import DataError
 from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 
 
@@ -84,45 +81,6 @@ def test_rank_deficient_classes_can_be_sampled_and_scored(rank: int | None, ridg
     thin = fit([pair, pair.repeat(20, 1), pair[:1].repeat(5, 1)], rank, ridge)
     z = thin.sample(torch.arange(3))
     assert z.isfinite().all() and thin.log_prob(z).isfinite().all()
-
-
-def test_files_come_back_to_the_bit_and_bad_ones_are_refused(tmp_path: Path) -> None:
-    latents = make_latents([10, 17], 200)
-    thin = fit(latents)
-    path = thin.save(tmp_path, weights="abc")
-    again = ThinCovariances.load(tmp_path, weights="abc")
-    assert torch.equal(again.log_prob(latents[0]), thin.log_prob(latents[0])) and torch.equal(again.counts, thin.counts)
-
-    def refused(message: str, folder: Path = tmp_path, weights: str | None = None) -> None:
-        with pytest.raises(ModelFileError, match=message):
-            ThinCovariances.load(folder, weights)
-
-    refused("belongs to the weights abc", weights="other")
-    thin.save(tmp_path)
-    refused(r"belongs to the weights \?", weights="abc")  # nobody said whose they are
-    for name in ("mean", "diagonal", "factors"):
-        spoilt = fit(latents)
-        getattr(spoilt, name)[1][3] = torch.nan
-        spoilt.save(tmp_path)
-        refused("not finite")
-    ThinCovariances(thin.mean, thin.diagonal, [rows[:, :99] for rows in thin.factors], thin.counts).save(tmp_path)
-    refused("inconsistent")
-    path.write_bytes(path.read_bytes()[:1000])
-    refused("can't be read")
-    refused("rfcm.safetensors", tmp_path / "nowhere")
-
-
-def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
-    """Their factors may be half precision, with a scale per row."""
-    rows = torch.randn(5, 8)
-    scale = rows.abs().amax(1)
-    tensors = {
-        "mean": torch.zeros(1, 8), "diagonal": torch.ones(1, 8), "counts": torch.tensor([5]),
-        "shrinkage": torch.zeros(1), "factor.0": (rows / scale[:, None]).half(), "scale.0": scale,
-    }  # fmt: skip
-    save_file(tensors, tmp_path / "rfcm.safetensors", metadata={"glem": json.dumps({"weights": "abc"})})
-    thin = ThinCovariances.load(tmp_path, weights="abc")
-    torch.testing.assert_close(thin.factors[0], rows, atol=2e-3, rtol=1e-3)
 
 
 def test_errors_name_the_class_or_the_value() -> None:

@@ -195,7 +195,7 @@ def test_configs_that_are_no_json_tables_are_refused(saved: Path) -> None:
             GLEM.from_pretrained(saved)
     for content, message in (
         (whole.replace('"bits": 8', '"bits": 8, "bits": 5'), "gives 'bits' twice"),
-        (whole.replace('"format_version": 1', '"format_version": 2'), "install a newer glem-augment"),
+        (whole.replace('"format_version": 1', '"format_version": 2'), "pip install -U glem-augment"),
     ):
         path.write_text(content)
         with pytest.raises(ModelFileError, match=message):
