@@ -25,11 +25,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> None:
-    """All tests run on one thread."""
-
-
 @pytest.fixture(autouse=True)
 def _seeds() -> Iterator[None]:
     random.seed(0)

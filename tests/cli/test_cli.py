@@ -33,9 +33,6 @@ from glem_augment.training.config import SETTINGS
 TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
 Output = Callable[[], tuple[str, str]]
 
-# Small tensors gain nothing from a second thread, and `--threads` must not outlast these tests.
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -34,9 +34,6 @@ from glem_augment.training.checkpoint import (
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
 KILLS = [4, pytest.param(50, marks=SLOW)]
 
-# Equal bits need an equal number of threads.
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,8 +26,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PACKAGE = ROOT / "glem_augment"
 server = test_hub.server  # the fixture: a Hub on the loopback interface
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """Language and text of every block of code, in order."""
