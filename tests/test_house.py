@@ -71,28 +71,19 @@ def test_every_module_is_in_a_room_or_a_single_file() -> None:
     assert rooms == set(ROOMS)
 
 
-def test_imports_run_downwards() -> None:
+def upward(inside_functions: bool) -> list[tuple[str, str]]:
+    """Imports of a higher room, at the top of files or inside functions."""
     known = modules()
-    upward = [
-        (name, other)
-        for name, path in known.items()
-        if name
-        for other in imports(path, known)[0]
-        if floor(other) < floor(name)
-    ]
-    assert not upward, upward
+    found = [(name, other) for name, path in known.items() if name for other in imports(path, known)[inside_functions]]
+    return [(name, other) for name, other in found if floor(other) < floor(name)]
+
+
+def test_imports_run_downwards() -> None:
+    assert not upward(inside_functions=False), upward(inside_functions=False)
 
 
 def test_few_methods_look_upwards() -> None:
-    known = modules()
-    upward = [
-        (name, other)
-        for name, path in known.items()
-        if name
-        for other in imports(path, known)[1]
-        if floor(other) < floor(name)
-    ]
-    assert len(upward) <= MAX_UPWARD, upward
+    assert len(upward(inside_functions=True)) <= MAX_UPWARD, upward(inside_functions=True)
 
 
 def test_imports_make_no_circle() -> None:
