@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "BadImageError",
-    "ClassMismatchError",
-    "DataError",
-    "GLEMError",
-    "HubError",
-    "ModelFileError",
-    "TrainingError",
-]
-
 
 class GLEMError(Exception):
     """Base class of every error that this package raises on purpose."""

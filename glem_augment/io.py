@@ -15,20 +15,17 @@ from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 from PIL import Image
-from torch import Tensor
 
 __all__ = ["atomic_write", "expand", "json_text", "lock_folder", "save_png", "write_json"]
 
 _HINTS = {
     errno.ENOSPC: "no space left on the disk; free some, or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space, or choose another folder",
-    errno.EFBIG: "the file would be larger than the system allows",
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "permission denied; choose a folder that you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a part of the path is a file, not a folder",
-    errno.ENAMETOOLONG: "the name is too long",
 }
 
 
@@ -55,14 +52,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
     The content goes to a temporary file in the same folder (a rename is atomic only within one file system), is flushed
     to the disk with `fsync`, and takes the final name with `os.replace`. On any error in the `with` block the temporary
     file is removed and the old file at `path` stays untouched. Missing parent folders are made. A file that is replaced
-    hands on its permissions. A link is replaced itself; a device or a pipe (`/dev/stdout`) is written to directly.
-
-    Args:
-        path: the file to write.
-        mode: `"wb"` (bytes) or `"w"` (UTF-8 text).
-
-    Yields:
-        The open temporary file.
+    hands on its permissions. A link is replaced itself; a device or a pipe (`/dev/stdout`) is written to directly. Text
+    (`mode="w"`) is UTF-8.
 
     Raises:
         IsADirectoryError: `path` is a folder.
@@ -109,7 +100,12 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
         if explained is None:
             raise
         raise explained from error
-    _sync_folder(path.parent)
+    with suppress(OSError):  # makes the rename itself durable; Windows cannot sync folders
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _explained(error: BaseException, path: Path, temporary: Path) -> OSError | None:
@@ -121,16 +117,6 @@ def _explained(error: BaseException, path: Path, temporary: Path) -> OSError | N
     if error.filename is not None and str(error.filename) not in ours:
         return None
     return OSError(error.errno, f"cannot write {path}: {_HINTS[error.errno]}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, if the system lets a folder be synced (Windows does not)."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -150,11 +136,8 @@ def json_text(obj: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def save_png(image: Image.Image | Tensor, path: str | os.PathLike[str]) -> None:
-    """Write a PIL image as PNG, atomically; or a float tensor [C,H,W] in [0,1], which is clamped and rounded."""
-    if isinstance(image, Tensor):
-        levels = image.detach().cpu().clamp(0, 1).mul(255).round().byte().movedim(0, -1)
-        image = Image.fromarray(levels.squeeze(-1).numpy())
+def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a PIL image as PNG, atomically."""
     with atomic_write(path) as file:
         image.save(file, format="PNG")
 

@@ -10,11 +10,9 @@ import os
 import shutil
 import sys
 import tarfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from test_data import broken_folder, png
 from test_training import tiny_trainer
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.errors import DataError
@@ -160,84 +158,40 @@ def test_memory_stays_constant(model: GLEM, policy: str, count: int) -> None:
         assert all(p.grad is None for p in classifier.parameters())
 
 
-@contextmanager
-def in_threads(*tasks: Callable[[], None]) -> Iterator[None]:
-    """Run tasks at the same time as the block; their errors are raised, and one that hangs is an error."""
-    barrier = threading.Barrier(len(tasks) + 1)
-
-    def run(task: Callable[[], None]) -> None:
-        barrier.wait(60)
-        task()
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads take turns far more often than they would by themselves
-    pool = ThreadPoolExecutor(len(tasks))
-    try:
-        running = [pool.submit(run, task) for task in tasks]
-        barrier.wait(60)
-        yield
-        for task in running:
-            task.result(100)
-    finally:
-        sys.setswitchinterval(interval)
-        pool.shutdown(wait=False)
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)
-
-
-def synthetic(model: GLEM, cache_bytes: int = 2**20) -> SyntheticDataset:
-    return SyntheticDataset(copy.deepcopy(model), per_class=20, seed=1, cache_bytes=cache_bytes, transform=np.array)
-
-
-def reader(data: SyntheticDataset, expected: np.ndarray, seed: int, rounds: int = 25) -> Callable[[], None]:
-    """Reads at random, in every way there is, and compares with what a serial reader got."""
-
-    def task() -> None:
-        rng = np.random.default_rng(seed)
-        for turn in range(rounds):
-            rows = rng.integers(0, len(data), rng.integers(1, 12))
-            if turn % 3 == 0:
-                got = data.images(rows)[:, 0].numpy()
-            elif turn % 3 == 1:
-                got = np.stack([image for image, _ in data.__getitems__(rows.tolist())])
-            else:
-                got = np.stack([data[int(i)][0] for i in rows])
-            assert np.array_equal(got, expected[rows]), (seed, turn)
-
-    return task
+def read_at_random(data: SyntheticDataset, expected: np.ndarray, seed: int) -> None:
+    """Read in every way there is, and compare with what a serial reader got."""
+    rng = np.random.default_rng(seed)
+    for turn in range(9):
+        rows = rng.integers(0, len(data), rng.integers(1, 12))
+        if turn % 3 == 0:
+            got = data.images(rows)[:, 0].numpy()
+        elif turn % 3 == 1:
+            got = np.stack([image for image, _ in data.__getitems__(rows.tolist())])
+        else:
+            got = np.stack([data[int(i)][0] for i in rows])
+        assert np.array_equal(got, expected[rows]), (seed, turn)
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.filterwarnings("ignore:SyntheticDataset decodes")
 @pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * 64, 2**20])
-def test_threads_read_what_a_serial_reader_reads(model: GLEM, cache_bytes: int) -> None:
-    expected = synthetic(model).images(range(60))[:, 0].numpy()
-    data = synthetic(model, cache_bytes)
-    with in_threads(*(reader(data, expected, i, rounds=9) for i in range(6))):
-        pass
-
-
-@pytest.mark.timeout(290)
-@pytest.mark.filterwarnings("ignore:SyntheticDataset decodes")
-@pytest.mark.parametrize(("context", "cache_bytes"), [("fork", 3 * 4 * 64), ("spawn", 2**20)])
-def test_workers_read_what_a_serial_reader_reads(model: GLEM, context: str, cache_bytes: int) -> None:
-    if context not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {context} here")
-    expected = synthetic(model).images(range(60))[:, 0].numpy()
-    data = synthetic(model, cache_bytes)
-    assert np.array_equal(data.images(range(8))[:, 0].numpy(), expected[:8])  # weights in use move to shared memory
-    options = {"multiprocessing_context": context, "persistent_workers": context == "spawn", "timeout": 200}
-    loader = DataLoader(StackDataset(data, range(60)), batch_size=7, shuffle=True, num_workers=2, **options)
-    for _ in range(2):
-        seen = 0
-        for (images, _), rows in loader:
-            assert np.array_equal(images.numpy(), expected[rows.numpy()])
-            seen += len(rows)
-        assert seen == 60
-    assert np.array_equal(data.images(range(60))[:, 0].numpy(), expected)
+def test_threads_read_what_a_serial_reader_reads(
+    model: GLEM, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)
+    serial, data = (
+        SyntheticDataset(copy.deepcopy(model), per_class=20, seed=1, cache_bytes=size, transform=np.array)
+        for size in (2**20, cache_bytes)
+    )
+    expected = serial.images(range(60))[:, 0].numpy()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns far more often than they would by themselves
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for result in [pool.submit(read_at_random, data, expected, seed) for seed in range(6)]:
+                result.result(100)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _data_sets(model: GLEM, images: Path, out: Path) -> None:

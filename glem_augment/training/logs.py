@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
-from glem_augment.io import atomic_write, save_png
+from glem_augment.io import atomic_write
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.training.checkpoint import require_folder
@@ -139,4 +139,5 @@ def sample_grid(model: GLEM, path: Path, per_class: int = 8, temperature: float 
     images = torch.nan_to_num(images)
     scale = max(1, 48 // images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    save_png(make_grid(images, nrow=per_class, padding=2, pad_value=0.5), path)
+    with atomic_write(path) as file:
+        save_image(images, file, format="png", nrow=per_class, padding=2, pad_value=0.5)
