@@ -239,7 +239,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
 
     # Augmentation (*)
     flow = GLEM.from_pretrained(args.flow, device=device)
-    class_map = match_classes(flow.class_ids, flow.classes, names, names, partial=True).tolist()
+    class_map = match_classes(flow, names, partial=True).tolist()
     augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
     # The classifier may have more classes than the data, such as ImageNet's 1000 for a few of them.
     class_map = dict(enumerate(class_map))

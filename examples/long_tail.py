@@ -69,7 +69,7 @@ def main() -> None:
     test = open_data(args.data, "test", **shape)
     check_classes(args.data, test.class_ids, tail.class_ids)
     # Test images that lack a class number the others anew.
-    label_of = match_classes(tail.class_ids, tail.classes, test.class_ids, test.classes)
+    label_of = match_classes(tail, test)
     if args.adapt:
         flow = flow.adapt(tail)
 

@@ -50,7 +50,7 @@ def main() -> None:
         print(f"rejection: {total['candidates']} candidates for {total['items']} images, rate {total['rate']:.2f}")
 
     test = open_data(args.data, "test", **shape)
-    label_of = torch.from_numpy(match_classes(flow.class_ids, flow.classes, test.class_ids, test.classes))
+    label_of = torch.from_numpy(match_classes(flow, test))
     right = predictions(net, test.tensor().float() / 255) == label_of[torch.from_numpy(test.targets)]
     print(f"accuracy on {len(test)} real test images: {100 * right.float().mean():.1f} %")
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
     net = torchvision.models.resnet18(num_classes=len(train.classes)).to(device)
     flow = GLEM.from_pretrained(args.flow)
     # Folders are sorted by name, the flow's classes are not: which is which is found by their names.
-    class_map = match_classes(flow.class_ids, flow.classes, train.classes, train.classes, partial=True).tolist()
+    class_map = match_classes(flow, train, partial=True).tolist()
     aug = GLEMAugment(
         flow,
         p=args.p,

@@ -11,13 +11,13 @@ import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import FastCollateMixup, Mixup
 from torch import Tensor
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import default_collate
 
 from glem_augment.augment.labels import check_labels, soft_labels
 from glem_augment.augment.resize import for_channels
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
-from glem_augment.data.classes import class_names, match_classes
+from glem_augment.data.classes import match_classes, named_classes
 from glem_augment.errors import ClassMismatchError
 
 
@@ -128,22 +128,19 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
 def _check_classes(loader: Any, aug: GLEMAugment) -> None:
     """ClassMismatchError where the data name the flow's classes in another order, and no class_map says so."""
     data = getattr(loader, "dataset", None)
-    while isinstance(data, Subset):
-        data = data.dataset
-    names = class_names(data)
-    if aug.class_map is not None or names is None:
+    named = named_classes(data)
+    if aug.class_map is not None or named is None:
         return
     try:
-        index = match_classes(aug.model.class_ids, aug.model.classes, names, names, partial=True).tolist()
+        index = match_classes(aug.model, data, partial=True).tolist()
     except ClassMismatchError:
         return  # none of the names is the flow's: nothing can be said about their order
     wrong = [i for i, j in enumerate(index) if j not in (i, -1)]
     if wrong:
         i = wrong[0]
         raise ClassMismatchError(
-            f"the data set's class {i} is {names[i]!r}, the flow's {aug.model.classes[i]!r}: make the transform with "
-            "class_map=match_classes(flow.class_ids, flow.classes, names, names, partial=True).tolist(), which begins "
-            f"{index[:20]}"
+            f"the data set's class {i} is {named[1][i]!r}, the flow's {aug.model.classes[i]!r}: make the transform "
+            f"with class_map=match_classes(flow, data, partial=True).tolist(), which begins {index[:20]}"
         )
 
 

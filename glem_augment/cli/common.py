@@ -139,7 +139,7 @@ def open_for(
         FileNotFoundError, DataError, ClassMismatchError: see `open_data` and `match_classes`.
     """
     data = open_resized(model, spec, split, skip_bad)
-    match = match_classes(model.class_ids, model.classes, data.class_ids, data.classes, class_map)
+    match = match_classes(model, data, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
 
 

@@ -7,12 +7,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch.utils.data import Subset
 
 from glem_augment.checks import check_whole
-from glem_augment.errors import ClassMismatchError
+from glem_augment.errors import ClassMismatchError, DataError
 
 _FIX = (
     "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
@@ -21,11 +22,9 @@ _FIX = (
 
 
 def match_classes(
-    model_ids: Sequence[str],
-    model_names: Sequence[str],
-    data_ids: Sequence[str],
-    data_names: Sequence[str],
-    class_map: str | Mapping[str, str] | None = None,
+    flow: Any,
+    data: Any,
+    class_map: Literal["order"] | Mapping[str, str] | None = None,
     partial: bool = False,
     fix: str | None = None,
 ) -> np.ndarray:
@@ -36,7 +35,7 @@ def match_classes(
     of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
-        model_ids, model_names, data_ids, data_names: the classes of the flow and of the data in index order.
+        flow, data: what names its classes (a GLEM, and any data set that `named_classes` knows), or a list of names.
         class_map: None; `"order"`: class i is class i (both sides must have equally many); or a mapping from data names
             (or ids) to flow names (or ids). Classes that it leaves out are matched as usual.
         partial: allow classes of the data that the flow does not have, but not all of them.
@@ -47,10 +46,10 @@ def match_classes(
         data; -1, only with `partial`, if it has none.
 
     Raises:
-        ClassMismatchError: a class without a counterpart, two with the same one, or a `class_map` that names a class
-            that is not there. It lists both sides and the fix. TypeError: another kind of `class_map`.
+        ClassMismatchError: a class without a counterpart, two with the same one, a `class_map` that names a class that
+            is not there, or a side without names. It lists both sides and the fix. TypeError: another `class_map`.
     """
-    flow, data = _Side("flow", model_ids, model_names), _Side("data", data_ids, data_names)
+    flow, data = _Side("flow", flow), _Side("data", data)
     if isinstance(class_map, str):
         if class_map != "order":
             raise ClassMismatchError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
@@ -130,24 +129,49 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
     return tuple(flow_class.get(index, -1) for index in range(total))
 
 
-def class_names(real: Any) -> list[str] | None:
-    """Names of a torchvision or timm data set's classes in index order, or None if it has none."""
-    names = getattr(real, "classes", None)
-    lookup = getattr(getattr(real, "reader", None), "class_to_idx", None)
+def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
+    """The ids and the unique names of the classes of a flow or a data set, in index order; None if it names none.
+
+    Args:
+        data: a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, a torch Subset of one, or a list of
+            names.
+    """
+    if isinstance(data, Subset):
+        return named_classes(data.dataset)
+    names = data if isinstance(data, list) else getattr(data, "classes", None)
+    if isinstance(features := getattr(data, "features", None), Mapping):
+        names = getattr(features[label_column(features)], "names", None)
+    lookup = getattr(getattr(data, "reader", None), "class_to_idx", None)  # of timm's ImageDataset
     if names is None and isinstance(lookup, Mapping):
         names = sorted(lookup, key=lookup.__getitem__)
     if not isinstance(names, list | tuple) or not names:
         return None
-    return [str(name[0] if isinstance(name, tuple) and name else name) for name in names]  # tuples of synonyms
+    names = [str(name[0] if isinstance(name, tuple) else name) for name in names]  # torchvision's ImageNet has synonyms
+    ids = [str(i) for i in getattr(data, "class_ids", getattr(data, "wnids", names))]
+    # "crane" and "maillot" each name two classes of ImageNet-1k.
+    return ids, [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]
+
+
+def label_column(features: Mapping[str, Any]) -> str:
+    """The column of class labels among the features of a Hugging Face data set. DataError: none, or several."""
+    found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    found = found or [name for name in ("label", "labels") if name in features]
+    if len(found) != 1:
+        raise DataError(
+            f"a Hugging Face data set needs one column of class labels, this one has {', '.join(found) or 'none'} of "
+            f"{', '.join(features)}: keep one of them (select_columns), or make one (class_encode_column)"
+        )
+    return found[0]
 
 
 class _Side:
     """The classes of the flow or of the data, which can be looked up by what they are called."""
 
-    def __init__(self, what: str, ids: Sequence[str], names: Sequence[str]):
-        if len(ids) != len(names):
-            raise ClassMismatchError(f"{len(ids)} class ids but {len(names)} class names")
-        self.what, self.ids, self.names = what, [str(i) for i in ids], [str(n) for n in names]
+    def __init__(self, what: str, side: Any) -> None:
+        named = named_classes(side)
+        if named is None:
+            raise ClassMismatchError(f"the {what} names no classes ({type(side).__name__}): give a list of their names")
+        self.what, (self.ids, self.names) = what, named
         self.numbered = all(i.isdecimal() for i in self.ids)
         self.named = not all(n.isdecimal() for n in self.names)
 

@@ -363,7 +363,7 @@ class GLEM(ImageFlow):
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
         data = as_image_data(data, self.image_shape, self.classes if isinstance(data, tuple) else None)
-        flow_index = match_classes(self.class_ids, self.classes, data.class_ids, data.classes, class_map)
+        flow_index = match_classes(self, data, class_map)
         data = data.with_targets(flow_index[data.targets], self.classes, self.class_ids)
         return self.latents_of_classes(data, data.rows_of_classes(max_per_class), seed)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from glem_augment.checks import check_whole
-from glem_augment.data.classes import class_names, match_classes
+from glem_augment.data.classes import match_classes, named_classes
 from glem_augment.data.dataset import ImageData, as_image_data
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
@@ -108,7 +108,7 @@ def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
     targets, names = targets_and_names(real)
     index = np.arange(model.num_classes)
     if names is not None:
-        index = match_classes(model.class_ids, model.classes, *names, fix=_ADAPT)
+        index = match_classes(model, real, fix=_ADAPT)
     if len(targets) == 0 or targets.min() < 0 or targets.max() >= len(index):
         found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
         raise DataError(f"labels of the real data must be 0 to {len(index) - 1}, found {found}")
@@ -136,10 +136,7 @@ def targets_and_names(real: Any) -> tuple[np.ndarray, Names | None]:
             f"{type(real).__name__} has no labels that can be read without its images (targets, labels, samples): "
             "give (images, labels), or the numbers themselves as per_class"
         )
-    classes = class_names(real)
-    # Torchvision's ImageNet has ids beside the names.
-    names = None if classes is None else ([str(i) for i in getattr(real, "wnids", classes)], classes)
-    return _whole_labels(labels), names
+    return _whole_labels(labels), named_classes(real)
 
 
 def _labels_of(real: Any) -> Any:

@@ -69,7 +69,7 @@ class RealAndSynthetic(Dataset):
             if count > len(synthetic):
                 raise DataError(f"{ratio=} needs {count} synthetic images, there are {len(synthetic)}: raise per_class")
             self.chosen = np.sort(_in_turn(synthetic.counts)[:count])
-        label_of = _labels(synthetic.model, names, class_map)
+        label_of = _labels(synthetic.model, real, names, class_map)
         labels = label_of[np.asarray(synthetic.targets, dtype=np.int64)[self.chosen]]
         missing = sorted({synthetic.classes[synthetic.targets[i]] for i in self.chosen[labels < 0].tolist()})
         if missing:
@@ -119,14 +119,14 @@ class RealAndSynthetic(Dataset):
         return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
 
 
-def _labels(model: GLEM, names: Names | None, class_map: Any) -> np.ndarray:
+def _labels(model: GLEM, real: Any, names: Names | None, class_map: Any) -> np.ndarray:
     """The real data's label of every flow class, int64 [K]; -1 = none."""
     labels = np.full(model.num_classes, -1)
     if class_map is None:
         fix = "Give class_map, the real data's label for every class of the flow."
         if names is None:
             return np.arange(model.num_classes)
-        index = match_classes(model.class_ids, model.classes, *names, fix=fix)
+        index = match_classes(model, real, fix=fix)
         labels[index] = np.arange(len(index))
         return labels
     for i, label in enumerate(class_values(model, class_map, "class_map", None)):

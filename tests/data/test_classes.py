@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,35 +13,41 @@ from glem_augment.data.classes import check_class_map, match_classes
 from glem_augment.errors import ClassMismatchError
 
 
+def side(ids: list[str], names: list[str]) -> SimpleNamespace:
+    return SimpleNamespace(class_ids=ids, classes=names)
+
+
 def test_match_by_id_name_and_form() -> None:
-    ids, names = ["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"]
+    flow = side(["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"])
     for data in (["n03", "n01"], ["T-shirt/top", "tench"], ["t_shirt_top", "Tench"], ["0_T-shirt/top", "2-tench"]):
-        assert match_classes(ids, names, data, data).tolist() == [2, 0]
-    assert match_classes(ids, names, ["0", "1"], ["golden_retriever", "TENCH"]).tolist() == [1, 0]
-    result = match_classes(ids, names, ids, names)
+        assert match_classes(flow, data).tolist() == [2, 0]
+    assert match_classes(flow, side(["0", "1"], ["golden_retriever", "TENCH"])).tolist() == [1, 0]
+    result = match_classes(flow, flow)
     assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
 
 
 def test_numbers_identify_only_without_names() -> None:
     digits = ["0", "1", "2"]
-    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, digits).tolist() == [0, 1, 2]
-    assert match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["coat", "shirt", "bag"]).tolist() == [2, 0, 1]
+    flow = side(digits, ["Shirt", "Bag", "Coat"])
+    assert match_classes(flow, digits).tolist() == [0, 1, 2]
+    assert match_classes(flow, side(digits, ["coat", "shirt", "bag"])).tolist() == [2, 0, 1]
     with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
-        match_classes(digits, ["Shirt", "Bag", "Coat"], digits, ["cat", "dog", "eel"])
+        match_classes(flow, side(digits, ["cat", "dog", "eel"]))
 
 
 def test_numbered_ids_are_left_out_where_ids_and_names_are_compared_across() -> None:
     numbers = ["0", "1"]
-    assert match_classes(numbers, ["cat", "dog"], ["dog", "cat"], ["Hund", "Katze"]).tolist() == [1, 0]
-    assert match_classes(["cat", "dog"], ["Katze", "Hund"], numbers, ["dog", "cat"]).tolist() == [1, 0]
+    flow, named = side(numbers, ["cat", "dog"]), side(["cat", "dog"], ["Katze", "Hund"])
+    assert match_classes(flow, side(["dog", "cat"], ["Hund", "Katze"])).tolist() == [1, 0]
+    assert match_classes(named, side(numbers, ["dog", "cat"])).tolist() == [1, 0]
     with pytest.raises(ClassMismatchError, match="no counterpart"):  # a name may be a number too: "0" is no index here
-        match_classes(numbers, ["cat", "dog"], ["a", "b"], numbers)
+        match_classes(flow, side(["a", "b"], numbers))
 
 
 def test_class_map() -> None:
     flow, data = ["a", "b", "c"], ["x", "b"]
-    assert match_classes(flow, flow, data, data, {"x": "c"}).tolist() == [2, 1]
-    assert match_classes(flow, flow, ["x", "y", "z"], ["x", "y", "z"], "order").tolist() == [0, 1, 2]
+    assert match_classes(flow, data, {"x": "c"}).tolist() == [2, 1]
+    assert match_classes(flow, ["x", "y", "z"], "order").tolist() == [0, 1, 2]
     for class_map, message in (
         ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
         ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
@@ -50,25 +57,25 @@ def test_class_map() -> None:
         ("alphabet", "None, 'order' or a mapping"),
     ):
         with pytest.raises(ClassMismatchError, match=message):
-            match_classes(flow, flow, data, data, class_map)
+            match_classes(flow, data, class_map)
     with pytest.raises(TypeError, match="class_map"):
-        match_classes(flow, flow, data, data, ["a"])
+        match_classes(flow, data, ["a"])
 
 
 def test_names_in_any_script_and_spelling() -> None:
     for ours, theirs in ((["की", "ख"], ["का"]), (["C++", "x"], ["C"]), (["が"], ["か"])):
         with pytest.raises(ClassMismatchError, match="no counterpart"):
-            match_classes(ours, ours, theirs, theirs)
+            match_classes(ours, theirs)
     apart = [unicodedata.normalize("NFD", name) for name in ("café", "が")]
     assert apart[0] != "café"
-    assert match_classes(["が", "café"], ["が", "café"], apart, apart).tolist() == [1, 0]
-    assert match_classes(["Café au lait"], ["Café au lait"], [apart[0] + "_au_lait"], ["x"]).tolist() == [0]
+    assert match_classes(["が", "café"], apart).tolist() == [1, 0]
+    assert match_classes(["Café au lait"], side([apart[0] + "_au_lait"], ["x"])).tolist() == [0]
 
 
 def test_mismatch_lists_both_sides_and_the_fix() -> None:
     flow = [f"c{i}" for i in range(30)]
     with pytest.raises(ClassMismatchError) as caught:
-        match_classes(flow, flow, ["c3", "zebra"], ["c3", "zebra"])
+        match_classes(flow, ["c3", "zebra"])
     text = str(caught.value)
     assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
     assert "class_map" in text and isinstance(caught.value, ValueError)
@@ -76,19 +83,19 @@ def test_mismatch_lists_both_sides_and_the_fix() -> None:
 
 def test_partial_match_leaves_out_what_the_flow_lacks() -> None:
     flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
-    assert match_classes(flow, flow, data, data, partial=True).tolist() == [1, -1, 2]
+    assert match_classes(flow, data, partial=True).tolist() == [1, -1, 2]
     with pytest.raises(ClassMismatchError, match="no counterpart"):
-        match_classes(flow, flow, ["wolf"], ["wolf"], partial=True)
+        match_classes(flow, ["wolf"], partial=True)
 
 
 def test_ambiguous_forms_do_not_match() -> None:
     with pytest.raises(ClassMismatchError, match="'c'"):
-        match_classes(["C++", "C#"], ["C++", "C#"], ["c"], ["c"])
-    assert match_classes(["C++", "C#"], ["C++", "C#"], ["C#"], ["C#"]).tolist() == [1]
+        match_classes(["C++", "C#"], ["c"])
+    assert match_classes(["C++", "C#"], ["C#"]).tolist() == [1]
     with pytest.raises(ClassMismatchError, match="same class"):
-        match_classes(["cat", "dog"], ["cat", "dog"], ["cat", "Cat"], ["cat", "Cat"])
+        match_classes(["cat", "dog"], ["cat", "Cat"])
     twice = ["T-shirt", "T shirt", "Dog"]  # either may be the flow's
-    assert match_classes(["tshirt", "dog"], ["tshirt", "dog"], twice, twice, partial=True).tolist() == [-1, -1, 1]
+    assert match_classes(["tshirt", "dog"], twice, partial=True).tolist() == [-1, -1, 1]
 
 
 def test_class_maps_by_index() -> None:

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
         assert hashlib.sha256(content).hexdigest() == shard["sha256"]
     assert len(files(folder)) == 31  # and nothing else
     opened = ImageFolder(folder)
-    index = match_classes(model.class_ids, model.classes, opened.classes, opened.classes)
+    index = match_classes(model, opened)
     for path, target in opened.samples:
         item = int(Path(path).stem) + 10 * int(index[target])
         assert np.array_equal(np.asarray(Image.open(path)), data.images([item])[0, 0])
@@ -311,4 +312,4 @@ def test_class_folders() -> None:
     for names in (NAMES, ["a/b c", "Ünï/code", "x:y*z"]):
         ids = [str(i) for i in range(len(names))]
         folders = class_folders(ids, names)
-        assert match_classes(ids, names, folders, folders).tolist() == list(range(len(names)))
+        assert match_classes(SimpleNamespace(class_ids=ids, classes=names), folders).tolist() == list(range(len(names)))
