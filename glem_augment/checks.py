@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}{closest(value, allowed)}"
+        )
+
+
+def closest(word: object, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the one of the `known` words that is closest to `word`, if one is close."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:

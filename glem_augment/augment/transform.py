@@ -43,6 +43,7 @@ from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, 
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.v2 import GLEMTransform
 from glem_augment.checks import check_choice, check_number
+from glem_augment.constants import POLICIES
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
 from glem_augment.devices import check_worker_device, evaluating, weights_key
@@ -51,7 +52,6 @@ from glem_augment.random_state import RandomState
 
 __all__ = ["AugmentParams", "GLEMAugment"]
 
-POLICIES = ("mixup", "noise")  # they need nothing but images and labels; "adversarial" needs a classifier too
 SETTINGS = "p policy alpha strength modes basis partner labels mean std num_classes class_map seed margin".split()
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from importlib import import_module
-from typing import Any, NamedTuple
 
 from glem_augment import __version__
+from glem_augment.cli.parsers import (
+    Parser,
+    add_adapt,
+    add_demo,
+    add_evaluate,
+    add_generate,
+    add_info,
+    add_preview,
+    add_push,
+)
+from glem_augment.cli.settings import add_train
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
@@ -40,74 +48,15 @@ examples:
 GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 a training run that stopped at
 --max-minutes and continues with --resume, 130 interrupted.
 """
-EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 
 
-class Command(NamedTuple):
-    """The module of a command, which has `add_parser(subparsers)`, and its line in the overview."""
-
-    module: str
-    summary: str
-
-
-# The modules are imported when their command is used, so that `glem --help` does not wait for torch.
-COMMANDS = {
-    "demo": Command("demo", "the whole job on bundled images, in minutes"),
-    "train": Command("train", "fit a flow to your images"),
-    "adapt": Command("adapt", "serve your classes with a flow trained on others"),
-    "eval": Command("evaluate", "accuracy, bits/dim, calibration and round trip, as JSON"),
-    "generate": Command("generate", "draw a synthetic data set from a flow"),
-    "preview": Command("preview", "a picture of augmentations, samples, interpolations"),
-    "info": Command("info", "what a model is and how it was trained"),
-    "push": Command("push", "upload a flow to the Hugging Face Hub"),
-}
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and examples."""
-
-    def __init__(self, prog: str) -> None:
-        columns = max(60, shutil.get_terminal_size().columns - 2)
-        super().__init__(prog, max_help_position=32, width=min(110, columns))
-
-
-def new_parser(
-    subparsers: Any,
-    name: str,
-    description: str,
-    examples: str,
-    run: Callable[[argparse.Namespace], int],
-    exit_codes: str = EXIT_CODES,
-) -> argparse.ArgumentParser:
-    """The parser of a command. `run` gets the parsed arguments and returns the exit code."""
-    parser = subparsers.add_parser(
-        name,
-        help=COMMANDS[name].summary,
-        description=description,
-        epilog=f"examples:\n{examples}\n{exit_codes}",
-        formatter_class=HelpFormatter,
-        # An abbreviation that works today would change its meaning with the next option.
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of `glem`. Each command sets `run` to a function of the parsed arguments.
-
-    Args:
-        argv: the arguments that will be parsed. Only the command that they name is imported; None imports all commands.
-    """
-    parser = argparse.ArgumentParser(prog="glem", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
+def build_parser() -> Parser:
+    """The parser of `glem`. Nothing that it imports imports torch, so that `--help` answers at once."""
+    parser = Parser(prog="glem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    wanted = set(COMMANDS) if argv is None else {next((a for a in argv if not a.startswith("-")), None)}
-    for name, command in COMMANDS.items():
-        if name in wanted:
-            import_module(f"glem_augment.cli.{command.module}").add_parser(commands)
-        else:
-            commands.add_parser(name, help=command.summary)
+    for add in (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_info, add_push):
+        add(commands)
     return parser
 
 
@@ -124,11 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser(argv).parse_args(argv)
+        args = build_parser().parse_args(argv)
         args.argv = argv
-        code = args.run(args)
+        # Only now is torch imported, which takes seconds.
+        module, function = args.run.split(".")
+        code = getattr(importlib.import_module(f"glem_augment.cli.{module}"), function)(args)
         sys.stdout.flush()
-        return code
+        return code or 0
     except BrokenPipeError:
         # The reader of a pipe, as in `glem ... | head`, has left: Python's last flush must not complain about it.
         with suppress(OSError, ValueError):

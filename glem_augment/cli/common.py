@@ -1,4 +1,4 @@
-"""What the commands share: arguments, and the opening of models and data."""
+"""What the commands share: the opening of models and data, and their output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +18,6 @@ from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.sources import has_splits, tar_file
 from glem_augment.io import expand, json_text
 from glem_augment.model.glem import GLEM
-
-DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
-MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
-
-
-# ---- arguments -----------------------------------------------------------------------------------------------------
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-
-
-def add_data(parser: argparse.ArgumentParser, split: str | None = "test") -> None:
-    """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out images that cannot be read, and name them (default: stop)"
-    )
-
-
-def add_class_map(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--class-map",
-        metavar="FILE|order",
-        help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
-        "(default: by id or name)",
-    )
-
-
-def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
-
-
-def add_threads(parser: argparse._ActionsContainer) -> None:
-    # Far more threads than there are cores crash the process.
-    most = max(1024, os.cpu_count() or 1)
-    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
-
-
-def add_device(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
-
-
-def add_machine(parser: argparse._ActionsContainer) -> None:
-    add_threads(parser)
-    add_device(parser)
-
-
-def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
-    """An argparse type: a finite number from `low` to `high`."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not math.isfinite(value) or not low <= value <= high:
-            bound = (
-                "finite" if not math.isfinite(value) else f"at least {low:g}" if value < low else f"at most {high:g}"
-            )
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    return parse
-
-
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`."""
-    return number(low, high, int)
-
 
 # ---- models and data -----------------------------------------------------------------------------------------------
 

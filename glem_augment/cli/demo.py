@@ -25,8 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.cli import new_parser
-from glem_augment.cli.common import open_for, whole
+from glem_augment.cli.common import open_for
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import evaluate
@@ -35,16 +34,6 @@ from glem_augment.io import atomic_write, expand, save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-DESCRIPTION = """\
-Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
-then train a small timm network on 1000 images with and without GLEMAugment, with several seeds, and print both
-accuracies, whichever is higher. Needs no network and no GPU; a few minutes on 2 cores.
-"""
-EXAMPLES = """\
-  glem demo
-  glem demo --out demo-out --seeds 5
-  glem demo --model runs/my-flow --quick
-"""
 DATA = "bundled:fashion-mnist"
 # A timm network of 0.2 million weights, which learns from 1000 images in seconds on a CPU. Network and learning rate
 # were chosen for the arm without augmentation, on a held-out quarter of the training images.
@@ -71,31 +60,12 @@ class DemoSize:
 QUICK = DemoSize(seeds=1, epochs=2, views=1, per_class=2, images=100)
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = new_parser(subparsers, "demo", DESCRIPTION, EXAMPLES, run)
-    parser.add_argument(
-        "--out", default="demo-out", metavar="DIR", help="folder for the results (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model",
-        default=DATA,
-        metavar="MODEL",
-        help="a flow for 1x28x28 images of Fashion-MNIST's classes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", type=whole(1), metavar="N", help="training runs per arm (default: 3; 1 with --quick)"
-    )
-    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     # Flow and network are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
     base = QUICK if args.quick else DemoSize()
     size = DemoSize(**{**vars(base), "seeds": args.seeds or base.seeds, "epochs": args.epochs or base.epochs})
     run_demo(expand(args.out), args.model, size, args.quick)
-    return 0
 
 
 def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:

@@ -1,14 +1,12 @@
 """The model card: what a flow is, what it was trained on, how good it is, and what it is not for.
 
-The card states only what is known. What the model does not record, above all the licence of its training images, is
-asked of whoever pushes it, and the card says so if they do not tell.
+The card states only what is known. Whoever pushes the model adds what it does not record, such as a licence.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,13 +68,7 @@ class CardFacts:
 
 
 def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, samples: bool = True) -> ModelCard:
-    """The card of `model` for the repository `repo_id`.
-
-    Args:
-        model: the model; its config holds the record of its training.
-        repo_id: `org/name`, for the title and the code.
-        facts: what the model does not know.
-        samples: whether the picture `samples.png` lies beside the card.
+    """The card of `model` for the repository `repo_id`; `samples`: whether `samples.png` lies beside it.
 
     Raises:
         ValueError, FileNotFoundError: metrics that `glem eval` did not write, or of another bit depth.
@@ -121,14 +113,12 @@ def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
 def _read_table(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file with metrics at {path}: write it with glem eval ... --out FILE") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no table of metrics ({error}): write it with glem eval ... --out FILE") from None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _eval_results(table: Mapping[str, Any], facts: CardFacts) -> list[EvalResult]:

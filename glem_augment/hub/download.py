@@ -33,13 +33,7 @@ def download_model(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> tuple[Path, str]:
-    """Download a model, or find it in the cache.
-
-    Args:
-        text: `org/name` or `org/name@revision`, with or without `hf-hub:` before it.
-        revision: a branch, tag or commit hash, if it is not part of the name; by default the head of `main`.
-        cache_dir: the cache folder, by default the client's own (`HF_HOME`).
-        token: a token, True for the stored one, False for none; None means the stored one if there is one.
+    """Download a model, or find it in the cache. The arguments are those of `GLEM.from_pretrained`.
 
     Returns:
         The folder with both files, and `org/name@commit`, under which exactly these files can be loaded again.
@@ -56,17 +50,8 @@ def download_model(
         files = _ask(name, cache, token)
 
         def fetch(file: str, revision: str | None) -> Path:
-            return Path(
-                hf_hub_download(
-                    name.repo_id,
-                    file,
-                    revision=revision,
-                    cache_dir=cache,
-                    token=token,
-                    local_files_only=files is None,
-                    library_name=LIBRARY,
-                )
-            )
+            options = dict(cache_dir=cache, token=token, local_files_only=files is None, library_name=LIBRARY)
+            return Path(hf_hub_download(name.repo_id, file, revision=revision, **options))
 
         if files is not None:
             _check_listing(name, files)
@@ -109,12 +94,9 @@ def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInf
     if cached and re.fullmatch(r"[0-9a-f]{40}", name.revision or ""):
         return None
     try:
+        options = dict(token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return HfApi(library_name=LIBRARY).model_info(
-            name.repo_id,
-            revision=name.revision,
-            files_metadata=True,
-            token=token,
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            name.repo_id, revision=name.revision, files_metadata=True, **options
         )
     except Exception as error:  # see `hub_errors`
         if not cached or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):

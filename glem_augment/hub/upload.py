@@ -121,23 +121,17 @@ def upload(
     create_pr: bool = False,
     replace: str | None = None,
 ) -> CommitInfo:
-    """Commit the files that `write` makes to a repository, all at once.
+    """Commit the files that `write(repository, folder)` makes, all at once; after a HubError nothing was committed.
 
     A card that somebody wrote or edited by hand is kept, with a warning.
 
     Args:
-        repo_id: `org/name`, or `name` under the token's own user; made if it does not exist.
-        repo_type: "model" or "dataset".
-        write: writes the files to a folder, given the repository's full name and the folder.
-        message: the commit's message.
+        repo_id, repo_type, message: `org/name` or `name`, "model" or "dataset", and the commit's message.
         private: the visibility of a new repository; an existing one must have it already. None accepts either.
         token: a token with write access; None means the stored one.
         revision: the branch to commit to, which starts from `main` if it is new; None means `main`.
         create_pr: open a pull request instead of committing to the branch.
         replace: a pattern such as "data/*"; files of the repository that match it and are not written are deleted.
-
-    Raises:
-        HubError: nothing has been committed.
     """
     asked = HubName(repo_id, revision)
     with hub_errors(asked, repo_type):

@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
-from glem_augment.latent.gaussians import INITIAL_VARIANCE, LOWEST_SHARE, ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.

@@ -15,11 +15,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.flows.precision import full_precision
 from glem_augment.latent.kld import kld_class_sums, kld_matrix, kld_pair_sum
 
-# Without psi the variances start at the first number and stay above the second, a share of the first.
-INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
 # `set_variance` keeps to this part of psi's range; nearer to the ends s runs away.
 _INNER = (0.01, 0.99)
 _LOG_2PI = math.log(2 * math.pi)

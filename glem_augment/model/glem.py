@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from glem_augment.checks import check_number, check_whole
+from glem_augment.constants import DEFAULT_MODES
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import LabelledImages, as_image_data
 from glem_augment.errors import ClassMismatchError, ModelFileError
@@ -25,8 +26,6 @@ from glem_augment.latent.modes import ClassModes, fit_class_modes
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
-
-DEFAULT_MODES = 64
 
 
 class GLEM(ImageFlow):

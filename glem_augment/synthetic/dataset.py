@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from glem_augment.checks import check_choice, check_whole
+from glem_augment.constants import FORMATS
 from glem_augment.devices import weights_key
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
@@ -233,7 +234,7 @@ class SyntheticDataset(Dataset):
             OSError: if the disk is full or cannot be written, naming the path.
             ValueError: for another format, or a flow of neither 1 nor 3 channels.
         """
-        from glem_augment.synthetic.publish import FORMATS, export_shards  # it loads the Hub's client
+        from glem_augment.synthetic.publish import export_shards  # it loads the Hub's client
 
         check_choice("format", format, FORMATS)
         folder = expand(folder)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import check_choice, check_number, check_whole
+from glem_augment.constants import SOURCES
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import in_range, to_uint8
 from glem_augment.devices import check_worker_device, evaluating
@@ -27,7 +28,6 @@ from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.balance import real_images
 
-SOURCES = ("gaussian", "rfcm", "mixup")
 # One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
 NOISE_BLOCK = 16
 MAX_ATTEMPTS = 20  # candidates per item under rejection

@@ -22,6 +22,7 @@ from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from glem_augment.checks import check_choice
+from glem_augment.constants import FORMATS
 from glem_augment.errors import DataError
 from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY
@@ -40,7 +41,6 @@ from glem_augment.synthetic.export import (
     read_manifest,
 )
 
-FORMATS = ("imagefolder", "webdataset")
 # Limits of the Hub for one commit, and for one folder of a repository.
 MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
 # A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.flows.presets import PRESETS
-from glem_augment.latent.gaussians import INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE, PRESET_NAMES
 
 OBJECTIVES = ("glem", "saturating", "mle", "hybrid")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
@@ -64,7 +63,7 @@ class TrainConfig:
     """
 
     preset: str = _setting(
-        "mef_tiny", tuple(PRESETS), "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), "
+        "mef_tiny", PRESET_NAMES, "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), "
         "mef_cifar (37.6 M, as published), mef_glem (42.8 M); with affine couplings glow_tiny (1.2 M) and glow_fast "
         "(0.6 M, the best for its time on a CPU); identity (none: the pixels)", group="flow",
     )  # fmt: skip

@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,29 +177,6 @@ def finished(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_ino for path in paths}
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_an_export_killed_at_random_moments(tmp_path: Path, undisturbed: Undisturbed, kills: int) -> None:
-    model, rng, notes, count = undisturbed.run(), random.Random(kills), tmp_path / "notes", 400
-    began = time.monotonic()
-    assert faulty.finish(faulty.start(export_argv(model, tmp_path / "whole", count), notes)) == 0
-    seconds, whole = time.monotonic() - began, exported(tmp_path / "whole")
-    assert len(whole) == 3 * count + 1 and json.loads(whole[PROVENANCE])["complete"]
-    killed, runs, out, kept = 0, 0, tmp_path / "0", dict[Path, int]()
-    while killed < kills or out.exists():
-        process = faulty.start(export_argv(model, out, count), notes)
-        code = faulty.kill_at_random(process, seconds, rng, killed) if killed < kills else faulty.finish(process)
-        assert code in (0, -15 if killed % 2 else -9), Path(f"{notes}.log").read_text()
-        assert all(path.stat().st_ino == number for path, number in kept.items()), "a finished shard was written again"
-        whole_or_absent(out, whole)
-        if code == 0:
-            assert exported(out) == whole and names(out) == names(tmp_path / "whole")
-            runs, out, kept = runs + 1, tmp_path / str(runs + 1), {}
-            continue
-        killed += 1
-        kept = finished(out)
-    assert runs >= 1
-
-
 @pytest.mark.parametrize("stride", [11, pytest.param(1, marks=SLOW)])
 def test_an_export_killed_in_the_middle_of_operations_on_files(
     tmp_path: Path, undisturbed: Undisturbed, stride: int
@@ -299,48 +275,6 @@ def test_without_the_newest_two_a_run_goes_on_from_the_end_of_an_epoch(tmp_path:
 # ---- disks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path, leave: int) -> Path:
-    """Fill a file system but for some bytes."""
-    filler = disk / "filler"
-    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - leave)))
-    return filler
-
-
-@pytest.mark.parametrize("leave", [0, 16384])
-def test_training_on_a_disk_that_fills_up(tmp_path: Path, small_disk: Path, toy_run: Path, leave: int) -> None:
-    out = small_disk / "run"
-    trainer = tiny_trainer(out, checkpoint_minutes=1e-9)
-    e_step, filler = trainer.e_step, []
-
-    def filling(x: torch.Tensor, y: torch.Tensor) -> float:
-        if trainer.step == 6 and not filler:
-            filler.append(fill(small_disk, leave))
-        return e_step(x, y)
-
-    trainer.e_step = filling
-    with pytest.raises(OSError, match="no space left|No space left") as caught:
-        trainer.fit()
-    assert caught.value.errno == errno.ENOSPC and str(out) in str(caught.value)
-    all_whole(out)
-    assert load_checkpoint(out).step >= 6 and not list(out.glob(".*"))
-    filler[0].unlink()
-    tiny_trainer(out, resume=True).fit()
-    assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
-    assert comparable(out) == comparable(toy_run)
-
-
 @contextmanager
 def disk_full_at(at: int) -> Iterator[Callable[[], int]]:
     """In the block, operation number `at` finds no space; what is given says how many there have been."""
@@ -377,23 +311,6 @@ def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
         if enough:
             break
     assert failures >= 20 // stride
-
-
-def test_an_export_to_a_disk_that_fills_up(tmp_path: Path, small_disk: Path, toy_run: Path) -> None:
-    data = SyntheticDataset(GLEM.from_pretrained(toy_run), per_class=100, seed=1)
-    whole = exported(data.export(tmp_path / "whole", progress=False))
-    out, filler = small_disk / "out", fill(small_disk, 300_000)
-    with pytest.raises(OSError, match=r"cannot write .*: No space left"):
-        data.export(small_disk / "shards", "webdataset", progress=False)
-    assert sorted(small_disk.iterdir()) == [filler]
-    with pytest.raises(OSError, match=rf"cannot write {out}.*No space left") as caught:
-        data.export(out, progress=False)
-    assert caught.value.errno == errno.ENOSPC
-    there = exported(out)
-    assert not json.loads(there.pop(PROVENANCE))["complete"]
-    assert 0 < len(there) < 200 and all(data == whole[name] for name, data in there.items())
-    filler.unlink()
-    assert exported(data.export(out, progress=False)) == whole
 
 
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=SLOW)])

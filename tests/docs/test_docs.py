@@ -92,7 +92,7 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
         if argv[0] == "make":
             assert argv[1] in targets, argv
         elif argv[0] == "glem":
-            assert callable(build_parser().parse_args(argv[1:]).run)
+            assert build_parser().parse_args(argv[1:]).run
         elif argv[0] == "python":
             source = (ROOT / argv[1]).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
             for option in argv[2:]:

@@ -1,0 +1,157 @@
+"""The commands `adapt`, `eval`, `preview`, `info` and `push`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+import yaml
+
+from glem_augment.cli.common import (
+    finite,
+    load_model,
+    note,
+    open_for,
+    open_resized,
+    out_file,
+    print_json,
+    read_class_map,
+    without_splits,
+)
+from glem_augment.constants import POLICIES
+from glem_augment.evaluation import metrics
+from glem_augment.evaluation.preview import preview as draw_preview
+from glem_augment.hub.cards import CardFacts
+from glem_augment.hub.upload import write_repository
+from glem_augment.io import expand, save_png, write_json
+from glem_augment.model.glem import GLEM
+from glem_augment.model.weights import CONFIG, WEIGHTS
+
+
+def adapt(args: argparse.Namespace) -> None:
+    folder = expand(args.out)
+    if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
+        raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
+    model = load_model(args)
+    data = open_resized(model, args.data, args.split, args.skip_bad)
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that can't be made costs none
+    began = time.monotonic()
+    adapted = model.adapt(
+        data, rank=args.rank, shrinkage=args.shrinkage, max_per_class=args.max_per_class, seed=args.seed
+    )
+    adapted.save(folder)
+    record = adapted.config.training
+    result = {
+        "out": str(folder),
+        "model": args.model,
+        "model_sha256": record["adapted_from"]["weights_sha256"],
+        "data": args.data,
+        "split": args.split,
+    }
+    if args.skip_bad:
+        result["skipped"] = len(data.skipped)
+    result |= {
+        "images": record["images"],
+        "images_per_class": record["images_per_class"],
+        "classes": adapted.classes,
+        "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
+        "psi": adapted.config.psi,
+        "psi_is_the_flows": adapted.config.psi == model.config.psi,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    print_json(result)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    out = None if args.out is None else out_file(args.out)
+    class_map = read_class_map(args.class_map)
+    model = load_model(args)
+    whole_folder = without_splits(args.data)
+    if whole_folder and args.split is not None:
+        raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
+    data, _ = open_for(model, args.data, args.split or "test", class_map, args.skip_bad)
+    if whole_folder and data.name == model.config.training.get("data"):
+        note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
+    if args.limit is not None and args.limit < len(data):
+        data = data.subset(metrics.spread(len(data), args.limit))
+    result = {"model": args.model, "data": args.data, "split": None if whole_folder else args.split or "test"}
+    if args.skip_bad:
+        result["skipped"] = len(data.skipped)
+    result |= metrics.evaluate(model, data, args.batch_size, round_trip=args.round_trip)
+    if out is not None:  # before the result is printed to a pipe whose reader may have left
+        write_json(out, finite(result))
+    print_json(result)
+
+
+def preview(args: argparse.Namespace) -> None:
+    out = out_file(args.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out must name a .png file, got {args.out}")
+    class_map = read_class_map(args.class_map)
+    model = load_model(args)
+    if args.modes is not None and model.modes is None:
+        raise ValueError(f"{args.model} has no modes stored; leave --modes out, or train with --modes-rank")
+    data, _ = open_for(model, args.data, args.split, class_map, args.skip_bad)
+    policies = POLICIES if args.policy == "all" else (args.policy,)
+    picture = draw_preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
+    save_png(picture, out)
+    note(f"wrote {out} ({picture.width}x{picture.height})")
+
+
+def info(args: argparse.Namespace) -> None:
+    facts = model_facts(args.model)
+    if args.json:
+        print_json(facts)
+    else:
+        print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None), end="")
+
+
+def model_facts(name: str) -> dict[str, Any]:
+    """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
+    model = GLEM.from_pretrained(name)
+    assert model.origin_file is not None
+    folder, config = model.origin_file.parent, model.config
+    repo, _, commit = (model.origin or "").partition("@")
+    return finite(
+        {
+            "model": name,
+            "folder": str(folder),
+            "hub": {"repo": repo, "commit": commit} if model.origin else None,
+            "image_shape": list(model.image_shape),
+            "bits": model.bits,
+            "flow": config.flow,
+            "parameters": {
+                "flow": sum(p.numel() for p in model.flow.parameters()),
+                "gaussians": sum(p.numel() for p in model.gaussians.parameters()),
+                "modes": 0 if model.modes is None else sum(b.numel() for b in model.modes.buffers()),
+            },
+            "files": {file: (folder / file).stat().st_size for file in (WEIGHTS, CONFIG)},
+            "psi": None if config.psi is None else list(config.psi),
+            "num_classes": model.num_classes,
+            "classes": model.classes,
+            "class_ids": model.class_ids,
+            "modes_per_class": (0, 0) if model.modes is None else model.modes.fewest_and_most,
+            "training": config.training,
+        }
+    )
+
+
+def push(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    names = ("license", "license_name", "license_link", "datasets", "metrics")
+    facts: dict[str, Any] = {name: getattr(args, name) for name in names}
+    samples = not args.no_samples
+    model = GLEM.from_pretrained(args.model)
+    if args.dry_run is not None:
+        files = write_repository(model, expand(args.dry_run), args.repo, CardFacts(**facts), samples)
+        note("nothing was uploaded")
+        print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
+        return
+    target = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
+    commit = model.push_to_hub(args.repo, **facts, commit_message=args.message, samples=samples, **target)
+    repo, oid = commit.repo_url.repo_id, commit.oid
+    links = {"url": str(commit.commit_url), "pull_request": commit.pr_url}
+    print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", **links})

@@ -1,0 +1,440 @@
+"""The options and the help of every command. Nothing here imports torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from glem_augment.checks import closest
+from glem_augment.constants import DEFAULT_MODES, FORMATS, POLICIES, SOURCES
+
+# The function of a command, as module.function of this folder, and its line in the overview.
+COMMANDS = {
+    "demo": ("demo.run", "the whole job on bundled images, in minutes"),
+    "train": ("train.run", "fit a flow to your images"),
+    "adapt": ("commands.adapt", "serve your classes with a flow trained on others"),
+    "eval": ("commands.evaluate", "accuracy, bits/dim, calibration and round trip, as JSON"),
+    "generate": ("generate.run", "draw a synthetic data set from a flow"),
+    "preview": ("commands.preview", "a picture of augmentations, samples, interpolations"),
+    "info": ("commands.info", "what a model is and how it was trained"),
+    "push": ("commands.push", "upload a flow to the Hugging Face Hub"),
+}
+EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and examples."""
+
+    def __init__(self, prog: str) -> None:
+        columns = max(60, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=32, width=min(110, columns))
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers what it can't parse in one line, and a mistyped word with the closest one that it knows."""
+
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation that works today would change its meaning with the next option.
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse would first name the options that are missing because of the slip. Those after a command are its own.
+        for arg in takewhile(lambda arg: arg != "--" and (not self._subparsers or arg.startswith("-")), args):
+            option = arg.partition("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                self.error(f"unknown option {option}{closest(option, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            text = f"{value!r} is none of {', '.join(known)}{closest(value, known)}"
+            raise argparse.ArgumentError(action, text)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"glem: error: {message} (see {self.prog} --help)\n")
+
+
+def new_parser(commands: Any, name: str, description: str, examples: str, exit_codes: str = EXIT_CODES) -> Parser:
+    """The parser of one command."""
+    run, summary = COMMANDS[name]
+    epilog = f"examples:\n{examples}\n{exit_codes}"
+    parser: Parser = commands.add_parser(name, help=summary, description=description, epilog=epilog)
+    parser.set_defaults(run=run)
+    return parser
+
+
+DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
+MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
+
+
+# ---- arguments that commands share -----------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def add_data(parser: argparse.ArgumentParser, split: str | None = "test") -> None:
+    """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out images that cannot be read, and name them (default: stop)"
+    )
+
+
+def add_class_map(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--class-map",
+        metavar="FILE|order",
+        help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
+        "(default: by id or name)",
+    )
+
+
+def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+
+
+def add_threads(parser: argparse._ActionsContainer) -> None:
+    # Far more threads than there are cores crash the process.
+    most = max(1024, os.cpu_count() or 1)
+    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
+
+
+def add_machine(parser: argparse._ActionsContainer) -> None:
+    add_threads(parser)
+    add_device(parser)
+
+
+def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        if not math.isfinite(value) or not low <= value <= high:
+            bound = f"at least {low:g}" if value < low else f"at most {high:g}" if value > high else "finite"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+    return number(low, high, int)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+DEMO = """\
+Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
+then train a small timm network on 1000 images with and without GLEMAugment, with several seeds, and print both
+accuracies, whichever is higher. Needs no network and no GPU; a few minutes on 2 cores.
+"""
+DEMO_EXAMPLES = """\
+  glem demo
+  glem demo --out demo-out --seeds 5
+  glem demo --model runs/my-flow --quick
+"""
+
+
+def add_demo(commands: Any) -> None:
+    parser = new_parser(commands, "demo", DEMO, DEMO_EXAMPLES)
+    parser.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model",
+        default="bundled:fashion-mnist",
+        metavar="MODEL",
+        help="a flow for 1x28x28 images of Fashion-MNIST's classes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=whole(1), metavar="N", help="training runs per arm (default: 3; 1 with --quick)"
+    )
+    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
+
+
+ADAPT = """\
+Make a flow that was trained on other images serve your classes. Every class gets the mean of its images' latents, their
+variances (shrunk towards those of all classes together, so that a class may have one or two images) and its principal
+modes. The flow itself is not trained, so this takes one pass over the images: seconds to minutes. DIR then holds a
+model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow too.
+Images are resized to the flow's size, and converted to its channels. Prints a JSON summary; images_per_class and
+modes_per_class are the fewest and the most: n images have at most n - 1 modes, and one image gets those of all classes.
+"""
+ADAPT_EXAMPLES = """\
+  glem adapt bundled:fashion-mnist photos/ --out runs/photos
+  glem adapt org/name torch/cifar10@data --max-per-class 500 --out runs/cifar
+  glem eval runs/photos photos-test/
+"""
+
+
+def add_adapt(commands: Any) -> None:
+    parser = new_parser(commands, "adapt", ADAPT, ADAPT_EXAMPLES)
+    add_model(parser)
+    add_data(parser, split="train")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the adapted model; made if missing")
+    parser.add_argument("--rank", type=whole(1), default=64, metavar="K", help="modes per class (default: %(default)s)")
+    parser.add_argument(
+        "--shrinkage",
+        type=number(0),
+        default=10.0,
+        metavar="N",
+        help="of the variances: a class of N images takes half from its own, half from all classes' "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-per-class", type=whole(1), metavar="N", help="use at most N images of a class (default: all)"
+    )
+    add_seed(parser, "the dequantisation noise")
+    parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
+    add_machine(parser)
+
+
+EVALUATE = """\
+Classify labelled images with a flow, and measure how well it models them. Prints one JSON object:
+
+  accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the flow
+  bits_per_dim        -log2 p(image | its class) per pixel and channel, at the flow's bit depth ("bits")
+  bits_per_dim_marginal  the same for p(image), all classes equally likely
+  ece                 expected calibration error of the posterior, 15 bins
+  round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
+  images_per_second   classification alone
+  skipped             images left out, with --skip-bad
+
+Images are resized to the flow's size, and converted to its channels.
+"""
+EVALUATE_EXAMPLES = """\
+  glem eval bundled:fashion-mnist bundled:fashion-mnist
+  glem eval runs/photos photos/ --split val --out photos.json
+  glem eval runs/cifar torch/cifar10@data --limit 1000 --class-map order
+"""
+
+
+def add_evaluate(commands: Any) -> None:
+    parser = new_parser(commands, "eval", EVALUATE, EVALUATE_EXAMPLES)
+    add_model(parser)
+    add_data(parser, split=None)
+    add_class_map(parser)
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=256, metavar="N", help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="use N images, evenly spread over the data (default: all)"
+    )
+    parser.add_argument(
+        "--round-trip",
+        type=whole(0),
+        default=1000,
+        metavar="N",
+        help="images for the round trip, evenly spread; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the JSON to FILE too")
+    add_machine(parser)
+
+
+GENERATE = """\
+Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
+how. The same seed draws the same images, whichever classes and however many are asked for (pixels may differ by one
+step with another number, by rounding). Prints a JSON summary.
+
+  --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
+                         checks the files and writes what is missing, so that an export that was cut off goes on.
+  --format webdataset    data/train-*.tar with the classes mixed, and a card; they appear once all are finished.
+
+  --per-class 100                    of each class
+  --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
+  --per-class balance --real DATA    fill up every class of DATA to its largest; other classes of the flow get none
+"""
+GENERATE_EXAMPLES = """\
+  glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
+  glem generate runs/photos --per-class 1000 --temperature 0.9 --source rfcm --format webdataset --out synthetic/
+  glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
+  glem generate runs/photos --per-class cat=50,dog=50 --min-confidence 0.9 --seed 1 --out pets/
+"""
+
+
+def add_generate(commands: Any) -> None:
+    parser = new_parser(commands, "generate", GENERATE, GENERATE_EXAMPLES)
+    add_model(parser)
+    parser.add_argument(
+        "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
+    add_seed(parser)
+    parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0; it goes "
+        "into the provenance",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
+    add_machine(parser)
+    source = parser.add_argument_group("what is drawn")
+    source.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="gaussian",
+        help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
+        "mixup: two images of --real mixed along the class's modes (default: %(default)s)",
+    )
+    # None as the default tells whether an option was given, so that one without effect is refused.
+    source.add_argument(
+        "--temperature",
+        type=number(0),
+        metavar="T",
+        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.8)",
+    )
+    source.add_argument(
+        "--modes", type=whole(1), metavar="N", help=f"of mixup: modes (default: {DEFAULT_MODES}, or all there are)"
+    )
+    source.add_argument("--alpha", type=number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
+    judge = parser.add_argument_group("what is kept")
+    judge.add_argument(
+        "--min-confidence",
+        type=number(0),
+        metavar="P",
+        help="draw a latent again until the flow's posterior gives its class at least P; the best is kept where none "
+        'does. Nearly all of the class Gaussians\' own pass: it is for the other sources. "acceptance" in the summary '
+        "counts, over the images that this run drew (default: keep all)",
+    )
+    real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
+    real.add_argument("--real", metavar="DATA", help=DATA_HELP)
+    real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
+    add_class_map(real)
+
+
+def per_class(text: str) -> Any:
+    """An argparse type: a number, `balance`, `A=N,B=M`, or the path of a table."""
+    if text == "balance":
+        return text
+    if Path(text).suffix in (".yaml", ".yml", ".json"):
+        return Path(text)
+    if "=" not in text:
+        return whole(1)(text)
+    counts: dict[str, int] = {}
+    for entry in text.split(","):
+        name, _, count = entry.rpartition("=")
+        if not name.strip():
+            raise argparse.ArgumentTypeError(
+                f"{entry!r} is not CLASS=N (names with commas or = go into a YAML or JSON file)"
+            )
+        if name.strip() in counts:
+            raise argparse.ArgumentTypeError(f"class {name.strip()!r} is named twice")
+        counts[name.strip()] = whole(0)(count)
+    return counts
+
+
+PREVIEW = """\
+Draw one labelled picture: real images and their augmentations at rising strength, samples of each class at several
+temperatures, and interpolations within and between classes. Look at it before you train with a flow: an augmented
+image should still be one of its class.
+"""
+PREVIEW_EXAMPLES = """\
+  glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
+  glem preview runs/photos photos/ --split val --rows 10 --policy mixup --modes 16 --out preview.png
+"""
+
+
+def add_preview(commands: Any) -> None:
+    parser = new_parser(commands, "preview", PREVIEW, PREVIEW_EXAMPLES)
+    add_model(parser)
+    add_data(parser)
+    add_class_map(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
+    parser.add_argument(
+        "--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("all", *POLICIES),
+        default="all",
+        help="mixup with an image of the same class, noise along the modes, or all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--modes", type=whole(1), metavar="N", help="principal modes to move along (default: all that are stored)"
+    )
+    add_seed(parser)
+    add_machine(parser)
+
+
+INFO = """\
+Say what a model is: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the
+record of its training. The files are read and checked whole; a model on the Hugging Face Hub is downloaded first.
+"""
+INFO_EXAMPLES = """\
+  glem info bundled:fashion-mnist
+  glem info runs/photos --json
+  glem info org/name@v1.0
+"""
+
+
+def add_info(commands: Any) -> None:
+    parser = new_parser(commands, "info", INFO, INFO_EXAMPLES)
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of YAML")
+
+
+PUSH = """\
+Upload a flow to the Hugging Face Hub in one commit: weights, config, a model card written from what the flow records,
+and a picture of samples. The repository is made where there is none. Prints a JSON summary; "pinned" in it names these
+very weights, wherever a command asks for MODEL.
+
+The token comes from HF_TOKEN, or from hf auth login. HF_ENDPOINT chooses another Hub.
+"""
+PUSH_EXAMPLES = """\
+  glem push runs/photos org/photos-flow --license cc-by-4.0 --private
+  glem push runs/photos org/photos-flow --license cc-by-4.0 --metrics eval.json --message "Trained longer"
+  glem push bundled:fashion-mnist org/fashion --license mit --dataset zalando-datasets/fashion_mnist --dry-run look/
+"""
+
+
+def add_push(commands: Any) -> None:
+    parser = new_parser(commands, "push", PUSH, PUSH_EXAMPLES)
+    add_model(parser)
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
+    parser.add_argument(
+        "--private", action="store_const", const=True, help="a private repository; one that exists must be private"
+    )
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if missing (default: main)")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of committing")
+    card = parser.add_argument_group("the card")
+    card.add_argument(
+        "--license", metavar="ID", help="of the training images, as the Hub names it: mit, cc-by-4.0, ..., other"
+    )
+    card.add_argument("--license-name", metavar="NAME", help="with --license other")
+    card.add_argument("--license-link", metavar="URL", help="with --license other")
+    card.add_argument(
+        "--dataset",
+        dest="datasets",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="training data on the Hub; may be given again",
+    )
+    card.add_argument(
+        "--metrics", metavar="FILE", action="append", default=[], help="written by glem eval --out; may be given again"
+    )
+    card.add_argument("--no-samples", action="store_true", help="no picture of samples")
+    parser.add_argument("--dry-run", metavar="DIR", help="write what would be uploaded to DIR, and upload nothing")
+    add_threads(parser)

@@ -1,0 +1,16 @@
+"""Words and numbers that the command line's help shows, in a file that does not import torch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Preset = Literal["mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "identity"]
+Source = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
+Format = Literal["imagefolder", "webdataset"]  # of an export
+Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
+
+PRESET_NAMES, SOURCES, FORMATS = get_args(Preset), get_args(Source), get_args(Format)
+POLICIES = ("mixup", "noise")  # they need nothing but images and labels; "adversarial" needs a classifier too
+DEFAULT_MODES = 64  # principal modes per class
+# Without psi the class variances start at the first number and stay above the second, a share of the first.
+INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
