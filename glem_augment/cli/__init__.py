@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 
 from glem_augment import __version__
 from glem_augment.cli.parsers import (
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.argv = argv
         # Only now is torch imported, which takes seconds.
         module, function = args.run.split(".")
-        code = getattr(importlib.import_module(f"glem_augment.cli.{module}"), function)(args)
+        code = getattr(import_module(f"glem_augment.cli.{module}"), function)(args)
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:

@@ -550,10 +550,8 @@ def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypat
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in (
-        "glem_augment.cli.commands.model_facts",
-        "glem_augment.cli.import_module",
-    ):  # at work, importing torch
+    # At work, and while torch is imported.
+    for place in ("glem_augment.cli.commands.model_facts", "glem_augment.cli.import_module"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             output()

@@ -90,10 +90,6 @@ def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypa
     assert [len(shard) for shard in shards] == [6, 6, 6]
     assert json.loads(tree["data/_info.json"])["splits"]["train"]["shard_lengths"] == [3, 3, 3]
     assert push(dataset, server) == tree  # the same bytes again
-    monkeypatch.setattr(publish, "MAX_SHARDS", 2)
-    split = json.loads(push(dataset, server)["data/_info.json"])["splits"]["train"]
-    assert split["filenames"] == ["train-00000-of-00002.tar", "train-00001-of-00002.tar"]
-    assert (split["num_samples"], split["shard_lengths"]) == (9, [5, 4])
 
 
 def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:
@@ -164,13 +160,3 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
     assert files(folder) == before
     fresh = files(export(tmp_path / "fresh" / "out", seed=2))
     assert files(export(folder, seed=2, overwrite=True)) == {**fresh, "data/val-00000.tar": b"mine"}
-
-
-def test_a_killed_export_of_shards_is_begun_anew(tmp_path: Path) -> None:
-    half = tmp_path / "big" / publish._UNFINISHED / "data"
-    half.mkdir(parents=True)
-    (half / "train-00000-of-00001.tar").write_bytes(b"half")
-    (tmp_path / "link").symlink_to("big")
-    export(tmp_path / "link")
-    assert (tmp_path / "big" / "data" / "train-00000-of-00001.tar").read_bytes() != b"half"
-    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == ["README.md", "data", PROVENANCE]
