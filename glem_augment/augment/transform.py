@@ -190,7 +190,7 @@ class GLEMAugment(nn.Module):
             ValueError, TypeError: for a wrong shape, dtype, value range or label.
         """
         self._check(x, y)
-        return self._apply(x, y, self._draw(y, self._random.generator()))
+        return self._augmented(x, y, self._draw(y, self._random.generator()))
 
     def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
         """Draw the random parameters of one call.
@@ -210,7 +210,7 @@ class GLEMAugment(nn.Module):
         if params is None:
             raise TypeError("apply needs the parameters of the call: params = aug.draw(x, y)")
         self._check(x, y)
-        return self._apply(x, y, params)
+        return self._augmented(x, y, params)
 
     def _draw(self, y: Tensor, generator: torch.Generator) -> AugmentParams:
         data_cls = label_classes(y)
@@ -222,7 +222,7 @@ class GLEMAugment(nn.Module):
         return AugmentParams(rows, cls, normal(len(rows), self.modes, generator), none, none, none)
 
     @torch.no_grad()
-    def _apply(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+    def _augmented(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
         kind = label_kind(self.labels, self.policy, self.partner, y.ndim == 2)
         target = y if kind == "hard" else soft_labels(y, self.num_classes)
         selected, params = len(params.rows), params.where(params.cls >= 0)

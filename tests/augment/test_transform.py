@@ -86,6 +86,7 @@ def test_the_flow_is_not_part_of_the_transform() -> None:
     seen: list[torch.nn.Module] = []
     torch.nn.Sequential(aug).apply(seen.append)  # nn.Module's own apply still works
     assert seen[0] is aug
+    assert torch.nn.Sequential(aug).to("cpu", torch.float64)[0] is aug and aug.model is model
     with pytest.raises(TypeError, match="aug.draw"):
         aug.apply(images(4), labels(4))
     model.train()

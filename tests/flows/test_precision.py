@@ -19,7 +19,7 @@ from glem_augment.latent.gaussians import ClassGaussians
 
 CUDA, CUDNN, MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 NEW = hasattr(CUDA.matmul, "fp32_precision")  # torch 2.9
-SWITCHES = [CUDA.matmul, CUDNN.conv, CUDNN.rnn, MKLDNN.matmul, MKLDNN.conv]
+SWITCHES = [CUDA.matmul, CUDNN.conv, CUDNN.rnn, MKLDNN.matmul, MKLDNN.conv] if NEW else []
 OLD_WAYS: dict[str, Callable[[], Any]] = {
     "as torch comes": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),
@@ -41,7 +41,7 @@ TWO_SEGMENTS = "matexp, batched products", torch.float32
 
 def seen() -> list[Any]:
     """What every switch says, asked in the new way and in the old one."""
-    found: list[Any] = [switch.fp32_precision for switch in SWITCHES] if NEW else []
+    found: list[Any] = [switch.fp32_precision for switch in SWITCHES]
     for read in (torch.get_float32_matmul_precision, lambda: CUDNN.allow_tf32):
         try:
             found.append(read())
