@@ -122,6 +122,7 @@ class _ExpmApply(torch.autograd.Function):
         layout, step, terms = ctx.plan
         left, right = [], []
         with full_precision(g.device.type):  # A backward pass may be called under autocast.
+            g = g.contiguous()  # Batched products of rows with a stride run one by one.
             transposed, zero = layout.transpose(s), g.new_zeros((1,) * g.ndim)
             for start in reversed(starts):
                 series = [start]
@@ -154,7 +155,8 @@ def expm_apply(s: Tensor, v: Tensor, bound: float = 1.0, inverse: bool = False) 
     plan = (-1.0 if inverse else 1.0, *taylor_plan(float(bound), v.dtype))
     if n <= PLANES_UP_TO:
         return _ExpmApply.apply(s.permute(1, 2, 0, 3, 4), v.transpose(0, 1), _Planes, *plan).transpose(0, 1)
-    matrices, rows = s.permute(0, 3, 4, 1, 2).reshape(-1, n, n), v.permute(0, 2, 3, 1).reshape(-1, 1, n)
+    matrices = s.permute(0, 3, 4, 1, 2).reshape(-1, n, n)
+    rows = v.permute(0, 2, 3, 1).reshape(-1, 1, n).contiguous()
     out = _ExpmApply.apply(matrices, rows, _Pixels, *plan)
     return out.reshape(batch, height, width, n).permute(0, 3, 1, 2)
 
