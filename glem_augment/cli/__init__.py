@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         args.argv = argv
+        if args.quiet:
+            from huggingface_hub.utils import disable_progress_bars
+
+            disable_progress_bars()
         # Only now is torch imported, which takes seconds.
         module, function = args.run.split(".")
         code = getattr(import_module(f"glem_augment.cli.{module}"), function)(args)

@@ -35,12 +35,11 @@ def adapt(args: argparse.Namespace) -> None:
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
     model = load_model(args)
-    data = open_resized(model, args.data, args.split, args.skip_bad)
+    data = open_resized(model, args.data, args.split, skip_bad=args.skip_bad, progress=not args.quiet)
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that can't be made costs none
     began = time.monotonic()
-    adapted = model.adapt(
-        data, rank=args.rank, shrinkage=args.shrinkage, max_per_class=args.max_per_class, seed=args.seed
-    )
+    names = ("rank", "shrinkage", "max_per_class", "seed")
+    adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
     adapted.save(folder)
     record = adapted.config.training
     result = {
@@ -71,7 +70,8 @@ def evaluate(args: argparse.Namespace) -> None:
     whole_folder = without_splits(args.data)
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
-    data, _ = open_for(model, args.data, args.split or "test", class_map, args.skip_bad)
+    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
+    data, _ = open_for(model, args.data, args.split or "test", class_map, **reading)
     if whole_folder and data.name == model.config.training.get("data"):
         note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
     if args.limit is not None and args.limit < len(data):
@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> None:
     result = {"model": args.model, "data": args.data, "split": None if whole_folder else args.split or "test"}
     if args.skip_bad:
         result["skipped"] = len(data.skipped)
-    result |= metrics.evaluate(model, data, args.batch_size, round_trip=args.round_trip)
+    result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
     if out is not None:  # before the result is printed to a pipe whose reader may have left
         write_json(out, finite(result))
     print_json(result)
@@ -93,7 +93,8 @@ def preview(args: argparse.Namespace) -> None:
     model = load_model(args)
     if args.modes is not None and model.modes is None:
         raise ValueError(f"{args.model} has no modes stored; leave --modes out, or train with --modes-rank")
-    data, _ = open_for(model, args.data, args.split, class_map, args.skip_bad)
+    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
+    data, _ = open_for(model, args.data, args.split, class_map, **reading)
     policies = POLICIES if args.policy == "all" else (args.policy,)
     picture = draw_preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
     save_png(picture, out)

@@ -42,14 +42,13 @@ def load_model(args: argparse.Namespace) -> GLEM:
     return GLEM.from_pretrained(args.model, device=pick_device(args.device))
 
 
-def open_resized(model: GLEM, spec: str, split: str, skip_bad: bool = False) -> ImageData:
+def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
     """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr.
 
-    Raises:
-        FileNotFoundError, DataError: see `open_data`.
+    The options, `skip_bad` and `progress`, and the errors are those of `open_data`.
     """
     channels, *size = model.image_shape
-    data = open_data(spec, split, (size[0], size[1]), channels if channels in (1, 3) else None, skip_bad=skip_bad)
+    data = open_data(spec, split, (size[0], size[1]), channels if channels in (1, 3) else None, **options)
     for where, reason in data.skipped[:5]:
         note(f"left out: {where} {' '.join(reason.split())[:200]}")
     if len(data.skipped) > 5:
@@ -58,15 +57,12 @@ def open_resized(model: GLEM, spec: str, split: str, skip_bad: bool = False) -> 
 
 
 def open_for(
-    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None, skip_bad: bool = False
+    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None, **options: Any
 ) -> tuple[ImageData, torch.Tensor]:
     """Data in the flow's shape with the flow's class indices as labels, and the flow class of each class of the data,
-    int64 [K_data].
-
-    Raises:
-        FileNotFoundError, DataError, ClassMismatchError: see `open_data` and `match_classes`.
+    int64 [K_data]. ClassMismatchError: see `match_classes`.
     """
-    data = open_resized(model, spec, split, skip_bad)
+    data = open_resized(model, spec, split, **options)
     match = match_classes(model, data, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
 

@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     base = QUICK if args.quick else DemoSize()
     size = DemoSize(**{**vars(base), "seeds": args.seeds or base.seeds, "epochs": args.epochs or base.epochs})
-    run_demo(expand(args.out), args.model, size, args.quick)
+    run_demo(expand(args.out), args.model, size, args.quick, progress=not args.quiet)
 
 
-def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
+def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) -> None:
     """Run the demo: print the report, and write report.md, report.json, preview.png, synthetic/ and synthetic.png.
 
     Raises:
@@ -89,7 +89,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
     say(f"# glem demo\n\n## The flow on {len(test)} bundled test images\n\n`{model!r}`\n")
     if quick:
         say("**A quick run: these numbers mean little.**\n")
-    measured = evaluate(model, test)
+    measured = evaluate(model, test, progress=progress)
     trip = measured["round_trip"]
     say(f"- accuracy {100 * measured['accuracy']:.2f} % (top 5: {100 * measured['top5']:.2f} %)")
     say(f"- {measured['bits_per_dim']:.3f} bits/dim at {measured['bits']} bits, given the class")
@@ -104,7 +104,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
     say("\n## Pictures and a synthetic data set\n")
     save_png(preview(model, test), out / "preview.png")
     synthetic = SyntheticDataset(model, per_class=size.per_class, temperature=0.8, seed=0)
-    synthetic.export(out / "synthetic", overwrite=True)
+    synthetic.export(out / "synthetic", progress=progress, overwrite=True)
     sheet = contact_sheet(
         synthetic.images(range(len(synthetic))),
         synthetic.targets,
@@ -117,7 +117,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool) -> None:
     say(f"- `synthetic/`: {size.per_class} images of each class, drawn together in `synthetic.png`")
 
     say(f"\n## A classifier on {len(train)} images, with and without augmentation\n")
-    arms = compare(model, train, test, size)
+    arms = compare(model, train, test, size, progress)
     steps = size.epochs * (len(train) // min(BATCH, len(train)))
     say(
         f"timm `{NETWORK}` from scratch, {steps} steps of {BATCH} images, AdamW, cosine schedule; the same batches\n"
@@ -165,7 +165,7 @@ def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
 # ---- the classifier ------------------------------------------------------------------------------------------------
 
 
-def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize) -> dict[str, Any]:
+def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize, progress: bool) -> dict[str, Any]:
     """The accuracies of every arm. All arms share network, steps, batches and the seeds of both."""
     identity = GLEM.create("identity", model.image_shape, model.classes, model.class_ids, bits=model.bits)
     smallest = int(np.bincount(train.targets)[np.unique(train.targets)].min())
@@ -174,9 +174,9 @@ def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize) -> d
     pools: dict[str, Tensor | None] = {"no augmentation": None}
     for name, source in (("GLEMAugment", model), ("identity control", identity)):
         aug = GLEMAugment(source.eval(), p=1.0, modes=rank, seed=0)
-        pools[name] = augmented_copies(aug, train, size.views, f"{name}: augmenting")
+        pools[name] = augmented_copies(aug, train, size.views, f"{name}: augmenting", progress)
     found: dict[str, list[float]] = {name: [] for name in pools}
-    with tqdm(total=len(pools) * size.seeds * size.epochs, unit="epoch", desc="training") as bar:
+    with tqdm(total=len(pools) * size.seeds * size.epochs, unit="epoch", desc="training", disable=not progress) as bar:
         for seed in range(size.seeds):
             for name, pool in pools.items():
                 found[name].append(train_classifier(train, test, pool, seed, size, bar))
@@ -190,13 +190,13 @@ def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize) -> d
     }
 
 
-def augmented_copies(aug: GLEMAugment, data: ImageData, views: int, desc: str) -> Tensor:
+def augmented_copies(aug: GLEMAugment, data: ImageData, views: int, desc: str, progress: bool) -> Tensor:
     """Augmented copies of all images, uint8 [views, N, C, H, W]. Batches are shuffled, so that partners vary.
 
     The copies are made once and serve all seeds, since on a CPU the flow costs more than the small network.
     """
     out = torch.empty(views, len(data), *data.image_shape, dtype=torch.uint8)
-    with tqdm(total=views * len(data), unit="image", desc=desc) as bar:
+    with tqdm(total=views * len(data), unit="image", desc=desc, disable=not progress) as bar:
         for view in range(views):
             order = np.random.default_rng([0, view]).permutation(len(data))
             start = 0

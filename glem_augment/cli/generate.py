@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args)
     real, match = None, None
     if args.real is not None:
-        real, match = open_for(model, args.real, args.split or "train", class_map)
+        real, match = open_for(model, args.real, args.split or "train", class_map, progress=not args.quiet)
     if args.per_class == "balance" and match is not None:
         counts = class_counts(model, wanted, real)
         wanted = {model.classes[i]: counts[i] for i in sorted(match.tolist())}
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     dataset._check_pil()
     began = time.monotonic()
     if args.format == "imagefolder":
-        dataset.export(folder, overwrite=args.overwrite, license=args.license)
+        dataset.export(folder, progress=not args.quiet, overwrite=args.overwrite, license=args.license)
         listed = {name: count for name, count in zip(dataset.classes, dataset.counts, strict=True) if count}
     else:
         # Shards have no names for their classes, only numbers: those of the real images, if there are any, followed by
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         if match is not None:
             others = [i for i, count in enumerate(dataset.counts) if count and i not in match]
             shards = _Renumbered(dataset, [*match.tolist(), *others])
-        export_shards(shards, folder, args.overwrite, args.license)
+        export_shards(shards, folder, args.overwrite, args.license, progress=not args.quiet)
         listed = dict(zip(shards.classes, shards.counts, strict=True))
     summary = {
         "out": str(folder),

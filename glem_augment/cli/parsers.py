@@ -66,6 +66,7 @@ def new_parser(commands: Any, name: str, description: str, examples: str, exit_c
     run, summary = COMMANDS[name]
     epilog = f"examples:\n{examples}\n{exit_codes}"
     parser: Parser = commands.add_parser(name, help=summary, description=description, epilog=epilog)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
     return parser
 

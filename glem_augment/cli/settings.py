@@ -65,7 +65,6 @@ def add_train(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="settings of a published method, under all others that are given (docs/reproduction.md describes each)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_device(parser)
     view = parser.add_argument_group("images")
     view.add_argument("--split", default=argparse.SUPPRESS, help="of the data (default: train)")

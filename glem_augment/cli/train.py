@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
     size = None if size is None else (size[0], size[-1])
     with lock_folder(out):  # before the images are decoded, which may take minutes
-        data = open_data(args.data, view["split"], size, view["channels"], skip_bad=view["skip_bad"])
+        reading = {"skip_bad": view["skip_bad"], "progress": not args.quiet}
+        data = open_data(args.data, view["split"], size, view["channels"], **reading)
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
         return _train(args, trainer, view)
 

@@ -9,14 +9,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from glem_augment.data.sources import TIMM_PREFIXES
-from glem_augment.hub.files import LIBRARY
+from glem_augment.hub.files import LIBRARY, PREFIX, parse_name
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM
 
@@ -45,7 +45,8 @@ class CardFacts:
 
     Attributes:
         license: the Hub's identifier ("mit", "cc-by-4.0", ..., or "other" with `license_name` and `license_link`).
-            Samples derive from the training images, so this is the licence of those images.
+            Samples derive from the training images, so this is the licence of those images; by default the one that
+            the record of the training names, as that of the bundled flow does.
         datasets: identifiers of the training data on the Hub.
         metrics: results of `glem eval`, as tables or as paths of JSON files; they may hold `fid` as well.
     """
@@ -73,13 +74,16 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     Raises:
         ValueError, FileNotFoundError: metrics that `glem eval` did not write, or of another bit depth.
     """
-    facts = facts or CardFacts()
+    facts, recorded = facts or CardFacts(), str(model.config.training.get("license"))
+    if facts.license is None and re.fullmatch(r"[a-z0-9.-]+", recorded):
+        facts = replace(facts, license=recorded)
     results = [result for table in _measured(model, facts) for result in _eval_results(table, facts)]
     data = ModelCardData(
         **facts.licence(),
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
         tags=[*_TAGS, str(model.config.flow.get("preset", "flow"))],
+        base_model=base_model(model.config.training),
         datasets=list(facts.datasets) or None,
         metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
         model_name=repo_id.split("/")[-1] if results else None,
@@ -168,6 +172,16 @@ def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
         found.append(before["training"])
     return found
+
+
+def base_model(training: Mapping[str, Any]) -> str | None:
+    """The repository of the flow that this one was adapted or fine-tuned from; None if it came from elsewhere."""
+    for record in records(training):
+        before = record.get("adapted_from") or record.get("init_from")
+        origin = before.get("origin") if isinstance(before, dict) else None
+        if isinstance(origin, str) and (name := parse_name(origin.removeprefix(PREFIX))) is not None:
+            return name.repo_id
+    return None
 
 
 def escape(text: object) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub import CommitInfo, HfApi, RepoCard, constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torchvision.utils import save_image
 
@@ -86,7 +86,7 @@ def write_repository(
     GLEM.from_pretrained(folder)  # weights that can't be loaded again are refused
     if samples:
         _draw_samples(model, folder / SAMPLES)
-    write_card(card, folder, facts)
+    write_card(card, folder)
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
@@ -98,9 +98,9 @@ def _draw_samples(model: GLEM, path: Path) -> None:
     save_image(images, path, nrow=_COLUMNS)
 
 
-def write_card(card: object, folder: Path, facts: CardFacts) -> None:
+def write_card(card: RepoCard, folder: Path) -> None:
     """Write a card to `folder`, marked as generated; warn if it has to say that the licence is unknown."""
-    if facts.license is None:
+    if card.data.license is None:
         _log.warning(
             "no licence is given, so the card says that it is unknown. Samples inherit the licence of the images that "
             "the flow was trained on: state it with license= (--license)"

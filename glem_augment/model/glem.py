@@ -142,6 +142,8 @@ class GLEM(ImageFlow):
         self.config.modes_rank = None if self.modes is None else self.modes.rank
         write_model(folder, self.config, self.state_dict())
 
+    save_pretrained = save  # as users of the Hub's libraries call it
+
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
 

@@ -103,7 +103,7 @@ def write_dataset(
         "license": licence_note(facts.license_name or facts.license, dataset.source),
     }
     write_json(folder / PROVENANCE, manifest)
-    write_card(_card(dataset, repo_id, facts, manifest), folder, facts)
+    write_card(_card(dataset, repo_id, facts, manifest), folder)
 
 
 def _format(dataset: ImageSet, format: str | None) -> str:  # noqa: A002

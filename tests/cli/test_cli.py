@@ -243,6 +243,22 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     assert result["accuracy"] == pytest.approx(float(right))
 
 
+def test_quiet_silences_every_bar(trained: Path, tmp_path: Path, output: Output) -> None:
+    data = images_of(trained)
+    commands = (
+        ["eval", str(trained), data],
+        ["adapt", str(trained), data, "--out", str(tmp_path / "a")],
+        ["generate", str(trained), "--per-class", "2", "--out", str(tmp_path / "g")],
+        ["generate", str(trained), "--per-class", "2", "--out", str(tmp_path / "w"), "--format", "webdataset"],
+        ["train", data, "--out", str(tmp_path / "t"), "--epochs", "1", "--objective", "hybrid", *TINY],
+    )
+    for argv in commands:
+        output()
+        assert main([*argv, "--quiet"]) == 0
+        assert "|" not in output()[1], argv
+    assert main(commands[0]) == 0 and "18/18" in output()[1]  # a bar
+
+
 def test_eval_options(trained: Path, tmp_path: Path, output: Output) -> None:
     # A part of the classes, and other names.
     write_images(tmp_path / "other", ("felix", "hond"), (20, 12), 3, mode="L")
