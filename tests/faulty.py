@@ -35,7 +35,9 @@ _CONTEXT.set_forkserver_preload(["pytest", "glem_augment.cli.generate", "glem_au
 DIED = 9
 
 
-def start(argv: list[str], notes: Path, die_at: int | None = None, poison: bool = False) -> BaseProcess:
+def start(
+    argv: list[str], notes: Path, die_at: int | None = None, poison: bool = False, every_step: bool = True
+) -> BaseProcess:
     """Start `glem ARGV`; its exit code is the process's.
 
     Args:
@@ -44,9 +46,10 @@ def start(argv: list[str], notes: Path, die_at: int | None = None, poison: bool 
             `notes` + ".log" gets what the command prints.
         die_at: end the process, as abruptly as SIGKILL would, in place of this operation (counted from 0) on a file.
         poison: make the latents NaN from step 9 on until the run has returned to an earlier step.
+        every_step: write a checkpoint after every step of a training, in place of every two minutes.
     """
     notes.unlink(missing_ok=True)
-    process = _CONTEXT.Process(target=_child, args=(argv, str(notes), die_at, poison))
+    process = _CONTEXT.Process(target=_child, args=(argv, str(notes), die_at, poison, every_step))
     process.start()
     deadline = time.monotonic() + 60
     while not notes.exists() and process.is_alive() and time.monotonic() < deadline:
@@ -77,13 +80,14 @@ def steps_noted(notes: Path) -> int:
     return steps[-1] if steps else -1
 
 
-def _child(argv: list[str], notes: str, die_at: int | None, poison: bool) -> None:
+def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_step: bool) -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which killed processes would leave behind
     log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     optim.MAX_BAD_STEPS, em.REFIT_STEPS = 3, 5
+    Trainer.checkpoint_seconds = 0.0 if every_step else math.inf
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)
     os.write(file, b"start\n")

@@ -24,7 +24,7 @@ from glem_augment.training.methods import Method
 
 CODED_METHODS = {
     "ce": Method(
-        dict(objective="mle", psi=None, sigma_init=1.0, learn="none", random_init=(0.0, 0.0)),
+        dict(objective="mle", psi=None, learn="none", random_init=(0.0, 0.0)),
         "Baseline 1: a monomodal flow, N(0, I), on images with class codes",
     ),
     "ceglem": Method(dict(objective="glem", kld_weight=10.0), "Baseline 3: GLEM on images with class codes"),

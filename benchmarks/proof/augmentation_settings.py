@@ -125,7 +125,7 @@ class FlowRecipe:
 
 
 FLOW_SETTINGS: dict[str, Any] = dict(
-    preset="mef_tiny", objective="hybrid", beta=0.3, ce_scale=0.2, batch_size=48, lr=0.01, min_lr=1e-4,
+    preset="mef_tiny", objective="hybrid", beta=0.3, ce_scale=0.2, batch_size=48, lr=0.01,
     warmup_steps=200, schedule="cosine", m_steps=20, sigma_lr_scale=5.0, augment=("flip",), precision="bf16",
     sample_every=0, val_fraction=0.02,
 )  # fmt: skip
@@ -144,7 +144,7 @@ FLOWS: dict[str, FlowRecipe] = {
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
 # "own" sees so many images in all, whatever their number, shifted and flipped; it has few to overfit.
-OWN_IMAGES, OWN_SETTINGS = 40_000, {"val_fraction": 0.0, "beta": 0.1, "min_lr": 1e-4}
+OWN_IMAGES, OWN_SETTINGS = 40_000, {"val_fraction": 0.0, "beta": 0.1}
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """The checkpoints in a run's folder, and whether one belongs to the run at hand.
 
 A checkpoint is one safetensors file that holds tensors and JSON, with a digest over both, which finds damage. Nothing
-in it is ever executed. There are three names, each always a whole file or absent:
+in it is ever executed. There are two names, each always a whole file or absent:
 
 - `checkpoint.safetensors`: the newest state;
-- `checkpoint.previous.safetensors`: the one before, in case the newest is damaged;
-- `checkpoint.good.safetensors`: the state that a diverged run returns to. It is written at step 0 and at ends of
-  epochs, never by the clock, so that the state a run returns to does not depend on how fast it was or how often it was
-  killed.
+- `checkpoint.good.safetensors`: the state that a diverged run returns to, and from which a run goes on whose newest is
+  damaged. It is written at step 0 and at ends of epochs, never by the clock, so that the state a run returns to does
+  not depend on how fast it was or how often it was killed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import warnings
 from contextlib import suppress
@@ -35,15 +33,11 @@ from glem_augment.io import atomic_write
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training.config import TrainConfig
 
-NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-GOOD = "checkpoint.good.safetensors"
-_KEY, VERSION = "glem-augment-state", 3
+NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
+_KEY, VERSION = "glem-augment-state", 4
 # Settings in which the two halves of a run may differ. "threads", "memory" and "compile" change the order of additions,
 # and with it the last bits of the weights; "refit_beta" and "modes_rank" act after the last step.
-FREE = {
-    "checkpoint_minutes", "max_minutes", "sample_every", "workers", "threads", "memory", "compile", "refit_beta",
-    "modes_rank",
-}  # fmt: skip
+FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "refit_beta", "modes_rank"}
 # What glem_augment.io.atomic_write leaves behind when its process is killed.
 _LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 
@@ -103,7 +97,9 @@ def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as error:  # safetensors, json and torch each have their own for bytes that make no sense
         raise TrainingError(f"it is truncated, or no checkpoint ({str(error)[:200]})") from None
     if version != VERSION:
-        raise TrainingError(f"it has format {version!r}, this version reads {VERSION}")
+        raise TrainingError(
+            f"it has format {version!r}, this version reads {VERSION}; finish that run with the version that began it"
+        )
     if not intact:
         raise TrainingError("its contents do not match its checksum")
     return facts, tensors
@@ -124,7 +120,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether there is a checkpoint to resume from, damaged or not."""
-    return any((folder / name).exists() for name in (NEWEST, PREVIOUS, GOOD))
+    return any((folder / name).exists() for name in (NEWEST, GOOD))
 
 
 def require_unused(folder: Path) -> None:
@@ -137,30 +133,22 @@ def require_unused(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], good: bool = False) -> None:
-    """Write the newest checkpoint, and the newest so far becomes the previous one; with `good`, write that one too.
+    """Write the newest checkpoint; with `good`, write that one too.
 
     Raises:
-        OSError: full disk, vanished folder and the like, naming the path; the two newest checkpoints stay as they were.
+        OSError: full disk, vanished folder and the like, naming the path; the newest checkpoint stays as it was.
     """
     require_folder(folder)
-    data, path = to_bytes(facts, tensors), folder / NEWEST
-    if good:
-        # Written first: a kill before the newest is written leaves a good one that is ahead of it, and the run that
-        # goes on writes the same again.
-        with atomic_write(folder / GOOD) as file:
+    data = to_bytes(facts, tensors)
+    # The good one is first: a kill between the two leaves one that is ahead of the newest, and the run that goes on
+    # writes the same again.
+    for name in (GOOD, NEWEST) if good else (NEWEST,):
+        with atomic_write(folder / name) as file:
             file.write(data)
-    with atomic_write(path) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, folder / PREVIOUS)
 
 
 def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
-    """The newest checkpoint that can be read, with a warning if a newer one is damaged.
-
-    With `good`, the state that a diverged run returns to, or the newest one if that was lost.
+    """The newest checkpoint, or with a warning the good one if it is damaged; with `good`, the other way round.
 
     Raises:
         FileNotFoundError: there is none.
@@ -168,7 +156,7 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
         OSError: one can't be opened (permissions, for example).
     """
     problems: list[str] = []
-    for path in (folder / name for name in ((GOOD, NEWEST, PREVIOUS) if good else (NEWEST, PREVIOUS, GOOD))):
+    for path in (folder / name for name in ((GOOD, NEWEST) if good else (NEWEST, GOOD))):
         if not path.is_file():
             continue
         try:
@@ -177,7 +165,7 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
             problems.append(f"{path} can't be used: {error}")
             continue
         if problems:
-            going_on = f"Going on from the one before, {path} (step {checkpoint.step})"
+            going_on = f"Going on from {path} (step {checkpoint.step})"
             warnings.warn(f"{'; '.join(problems)}. {going_on}", stacklevel=3)
         return checkpoint
     if problems:

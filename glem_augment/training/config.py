@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE, PRESET_NAMES
+from glem_augment.constants import PRESET_NAMES
 
-OBJECTIVES = ("glem", "saturating", "mle", "hybrid")
+OBJECTIVES = ("glem", "saturating", "mle", "hybrid", "ib")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
@@ -42,7 +42,9 @@ class TrainConfig:
 
     where the cross-entropy is that of the flow's own posterior, with class scores multiplied by `ce_scale`. A sum
     over d dimensions is far too sure of itself, so with a scale below 1 wider margins are learned. `beta` is 0 unless
-    `objective="hybrid"`. The M-step on the Gaussians weighs classes equally and adds repulsion (Eq. 5):
+    the objective is "hybrid" or "ib". "ib" is IB-INN's: as "hybrid", with -log p(x) = -log mean_y p(x|y) in place of
+    -log p(x|y), and Gaussian dequantisation noise. The M-step on the Gaussians weighs classes equally and adds
+    repulsion (Eq. 5):
 
     - "glem" combines range-normalised gradients as the authors do,
       `mean NLL / R_nf - lambda * sum KLD / (K d R_kld)`, where the sum runs over ordered pairs of classes and
@@ -50,10 +52,7 @@ class TrainConfig:
       without gradient). lambda, `kld_weight`, is therefore a ratio of pulls and not the weight of Eq. 5 taken
       literally, which is unbounded below beyond about 1/2. It falls linearly to half of itself.
     - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
-    - "mle" (the paper's Baseline 2) and "hybrid" (beyond the paper) have no repulsion.
-
-    `m_budget` is the sum of Adam's learning rates over the run, which is how far a mean can move; it keeps
-    range-normalised repulsion finite. What falls to M-steps after `freeze_gaussians_at` is not spent.
+    - "mle" (the paper's Baseline 2), "hybrid" and "ib" (beyond the paper) have no repulsion.
 
     After the last E-step the Gaussians are fitted once more to latents of the training images under the averaged flow:
     in closed form for "mle", by 200 steps of Adam with the cross-entropy's weight `refit_beta` for "hybrid".
@@ -73,43 +72,38 @@ class TrainConfig:
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: str = _setting(
         "glem", OBJECTIVES, "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: "
-        "likelihood alone; hybrid: likelihood and cross-entropy, beyond the paper", group="objective",
+        "likelihood alone; hybrid: likelihood and cross-entropy, beyond the paper; ib: IB-INN's kind of hybrid",
+        group="objective",
     )  # fmt: skip
     kld_weight: float = _setting(3.0, float, "lambda, weight of the repulsion at the start")
     beta: float | None = _setting(
-        None, float, "weight of the cross-entropy, per nat, against NLL per dimension", shown="0.3 for hybrid"
+        None, float, "weight of the cross-entropy, per nat, against NLL per dimension", shown="0.3 for hybrid and ib"
     )
     beta_anneal: tuple[float, float] | None = _setting(
         None, "numbers", "from this share of the run on, beta falls geometrically to this multiple of itself", count=2,
         shown="no annealing", research=True,
     )  # fmt: skip
     ce_scale: float | None = _setting(
-        None, float, "factor of the class scores in the cross-entropy", above=0, shown="0.2 for hybrid", research=True
-    )
-    label_smoothing: float = _setting(0.0, float, "label smoothing of the cross-entropy", high=0.99, research=True)
-    likelihood: str = _setting(
-        "class", ("class", "marginal"), "-log p(x|y) in the E-step; or, as in IB-INN, -log p(x) = -log mean_y p(x|y) "
-        "with Gaussian dequantisation noise", research=True,
+        None, float, "factor of the class scores in the cross-entropy", above=0, shown="0.2 for hybrid and ib",
+        research=True,
     )  # fmt: skip
+    label_smoothing: float = _setting(0.0, float, "label smoothing of the cross-entropy", high=0.99, research=True)
     epochs: int = _setting(
         20, int, "passes over the images", low=1, high=10**6, group="optimisation of the flow (E-step)"
     )
     batch_size: int = _setting(64, int, "images per step", low=1)
     lr: float = _setting(1e-2, float, "learning rate of Adamax", above=0)
     warmup_steps: int = _setting(1000, int, "steps of linear warm-up, at most half the run")
-    schedule: str = _setting("multistep", ("multistep", "cosine"), "two halvings, or a cosine", research=True)
-    min_lr: float = _setting(2.5e-3, float, "lowest learning rate of the schedule", research=True)
-    averaging: str = _setting(
-        "ema", ("ema", "swa", "none"), "average of the flow's weights; swa: over the last quarter", research=True
-    )
+    schedule: str = _setting(
+        "multistep", ("multistep", "cosine"), "halvings after a half and three quarters of the run, or a cosine to a "
+        "hundredth", research=True,
+    )  # fmt: skip
+    averaging: str = _setting("ema", ("ema", "none"), "moving average of the flow's weights", research=True)
     random_init: tuple[float, float] | None = _setting(
         None, "numbers", "standard deviations at the start of the means, about 0, and of the variances' free "
-        "parameters", count=2, shown="class means of the initial latents, equal variances", research=True,
-        group="class Gaussians (M-step)",
+        "parameters (which are centred on a variance of 1 without psi)", count=2,
+        shown="class means of the initial latents, equal variances", research=True, group="class Gaussians (M-step)",
     )  # fmt: skip
-    sigma_init: float | None = _setting(
-        None, float, "variances at the start", above=0, shown="middle of psi's range, 0.3 without psi", research=True
-    )
     psi: tuple[float, float, float] | None = _setting(
         (0.5, 0.2, 0.05), "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
         research=True,
@@ -120,7 +114,6 @@ class TrainConfig:
     )
     m_rounds: int = _setting(1, int, "M-steps per epoch, each with a pass over a tenth of the images", low=1)
     m_steps: int = _setting(1, int, "Adam steps in each M-step", low=1)
-    m_budget: float = _setting(1.45, float, "sum of Adam's learning rates over the run", above=0, research=True)
     sigma_lr_scale: float = _setting(1.0, float, "factor of the variances' learning rate", research=True)
     freeze_gaussians_at: float = _setting(
         1.0, float, "share of the run after which the Gaussians stay and the flow trains on all images", above=0,
@@ -148,7 +141,6 @@ class TrainConfig:
     )
     workers: int = _setting(0, int, "processes that decode images that do not fit in memory", high=512)
     sample_every: int = _setting(5, int, "draw a grid of samples every N epochs; 0: never")
-    checkpoint_minutes: float = _setting(2.0, float, "time between checkpoints within an epoch", above=0)
     max_minutes: float | None = _setting(
         None, float, "stop after that long, with a checkpoint and exit status 75; --resume goes on", above=0,
         shown="no limit",
@@ -163,7 +155,7 @@ class TrainConfig:
             setattr(self, name, check_setting(name, getattr(self, name)))
         # A resumed run has lost the order in which they were given.
         self.flow_options = dict(sorted(self.flow_options.items()))
-        hybrid = self.objective == "hybrid"
+        hybrid = self.objective in ("hybrid", "ib")
         if self.beta is None:
             self.beta = 0.3 if hybrid else 0.0
         if self.ce_scale is None:
@@ -185,14 +177,6 @@ class TrainConfig:
             raise ValueError(
                 f"beta_anneal must be a share of the run in [0, 1) and a positive factor, got {self.beta_anneal!r}"
             )
-        if self.sigma_init is not None:
-            low, high = LOWEST_SHARE * INITIAL_VARIANCE, math.inf
-            if self.psi is not None:
-                low, high = self.psi[2], self.psi[0] + self.psi[2]
-            if not low < self.sigma_init < high:
-                raise ValueError(
-                    f"sigma_init must be a variance that psi can give, {low} to {high}, got {self.sigma_init}"
-                )
         if self.epochs * self.m_rounds * self.m_steps > _MOST_M_STEPS:
             raise ValueError(f"m_steps must be such that there are at most {_MOST_M_STEPS} in all, got {self.m_steps}")
 

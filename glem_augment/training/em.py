@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,7 +25,6 @@ from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import MultiscaleFlow, resolve_preset
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
-from glem_augment.training import optim
 from glem_augment.training.batches import augment_batch, stratified_split
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
@@ -34,9 +34,9 @@ from glem_augment.training.optim import (
     CLIP_NORM,
     DivergenceError,
     LossGuard,
-    WeightAverage,
     flow_optimizer,
     gaussian_optimizer,
+    independent_pixels,
     load_optimizer_tensors,
     optimizer_tensors,
 )
@@ -44,11 +44,11 @@ from glem_augment.training.optim import (
 _EVAL_BATCH = 256
 _INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's spread
 _SHRINKAGE = 10  # images
-KLD_WEIGHT_END = 0.5
+KLD_WEIGHT_END, EMA_DECAY = 0.5, 0.999
 JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
 # The refit by Adam keeps about so many numbers of latents in memory (60,000 of 784 are 190 MB), as many of each class.
 REFIT_STEPS, REFIT_LR, REFIT_NUMBERS, REFIT_LEAST = 200, 3e-3, 60_000 * 784, 8
-_COUNTERS = ("step", "m_done", "bad_steps", "bad_in_a_row", "m_bad_in_a_row", "rollbacks")
+_COUNTERS = ("step", "m_done", "bad_steps", "rollbacks")
 
 
 class EM:
@@ -72,21 +72,23 @@ class EM:
         batch = min(config.batch_size, len(self.split.nf))
         self.steps_per_epoch = max(1, len(self.split.nf) // batch)
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.m_total = config.m_rounds * config.epochs
-        self.m_rates = m_learning_rates(config.m_budget, self.m_total * config.m_steps)
         # Gaussians that are learned jointly, or not at all, need no images of their own.
         m_steps = not config.joint and config.learn != "none"
         self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs) if m_steps else 0
+        self.m_total = config.m_rounds * self.frozen_from
+        self.m_rates = m_learning_rates(self.m_total * config.m_steps)
         self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
         self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
-        self.guard = LossGuard(config.bits)
+        self.guard = LossGuard(config.bits, config.warmup_steps)
         self.step = self.m_done = 0  # E-steps and M-steps taken
-        self.bad_steps = self.bad_in_a_row = self.m_bad_in_a_row = 0  # steps skipped because they were not finite
-        self.rollbacks, self.lr_scale = 0, 1.0
+        self.bad_steps = self.rollbacks = 0  # E-steps skipped because they were not finite, and returns
+        self.lr_scale = 1.0
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
         if begun is None:
             self._initialise(init_model)
-        self.average = WeightAverage(self.model.flow, config.averaging, self.total_steps)
+        self.ema: ModelEmaV3 | None = None
+        if config.averaging == "ema" and any(True for _ in self.model.flow.parameters()):
+            self.ema = ModelEmaV3(self.model.flow, decay=EMA_DECAY, use_warmup=True)
         if begun is not None:
             self.restore(begun)
 
@@ -122,6 +124,7 @@ class EM:
         config, gaussians = self.config, self.model.gaussians
         rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
         x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
+        self.guard.pixels = independent_pixels(x, config.bits)
         self.model.initialise(x, self._generator(1))
         if init_model is not None:
             if (init_model.class_ids, init_model.config.psi) == (self.model.class_ids, config.psi):
@@ -135,9 +138,9 @@ class EM:
             pooled = (spread * n).sum(0) / n.sum()
             gaussians.set_variance((n * spread + _SHRINKAGE * pooled) / (n + _SHRINKAGE))
             return
-        if config.sigma_init is not None:
-            gaussians.set_variance(torch.full_like(gaussians.s, config.sigma_init))
         if config.random_init is not None:
+            if config.psi is None:
+                gaussians.set_variance(torch.ones_like(gaussians.s))
             gaussians.randomise(config.random_init[0], self._generator(2))
             noise = torch.randn(gaussians.s.shape, generator=self._generator(6)).to(gaussians.s)
             gaussians.s.add_(config.random_init[1] * noise)
@@ -169,39 +172,39 @@ class EM:
         late = max(0.0, self.step / self.total_steps - start) / (1 - start)
         return (self.config.beta or 0.0) * end**late
 
-    def e_step(self, x: Tensor, y: Tensor) -> float:
+    def e_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One step of Adamax on the flow (Eq. 3); with `joint`, one of Adam on the Gaussians too.
 
-        Returns the loss, nats per dimension.
+        Returns the loss, nats per dimension, and the likelihood, bits/dim; NaN for a step that was skipped because its
+        loss or gradient was not finite.
         """
         config, model = self.config, self.model
         self._let_gaussians_learn(config.joint)
         generator = self._generator(4, self.step)
         z, logdet = encode(model, self.augmented(x, generator), config, generator)
-        loss = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
+        loss, nll = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
         self.flow_optimizer.zero_grad(set_to_none=True)
         self.m_optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.flow.parameters(), CLIP_NORM)
-        # One read per step, of two numbers at once: a bad step has to be known before the weights move.
-        value, norm_value = torch.stack([loss.detach(), norm.to(loss)]).tolist()
-        if math.isfinite(value) and math.isfinite(norm_value):
-            self.flow_optimizer.step()
-            if config.joint:
-                # The share of the schedule includes the return after a divergence.
-                self._adam_step(JOINT_LR * self.flow_optimizer.param_groups[0]["lr"] / config.lr)
-            self.bad_in_a_row = 0
-            self.average.update(model.flow, self.step + 1)
-        else:
-            self.bad_in_a_row += 1
-            self._bad_step(f"loss {value}, gradient norm {norm_value}", self.bad_in_a_row)
-        return value
+        norm = nn.utils.clip_grad_norm_(list(model.flow.parameters()), CLIP_NORM)
+        # One read per step, of all numbers at once: a bad step has to be known before the weights move.
+        value, bits, norm_value = torch.stack([loss.detach(), nll.detach() / math.log(2), norm.to(loss)]).tolist()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            self.bad_steps += 1
+            return math.nan, math.nan
+        self.flow_optimizer.step()
+        if config.joint:
+            # The share of the schedule includes the return after a divergence.
+            self._adam_step(JOINT_LR * self.flow_optimizer.param_groups[0]["lr"] / config.lr)
+        if self.ema is not None:
+            self.ema.update(model.flow, step=self.step + 1)
+        return value, bits
 
     # ---- the M-step ----------------------------------------------------------------------------------------------
 
     def kld_weight(self) -> float:
-        """lambda_t: falls linearly from `kld_weight` to half of it over the M-steps; 0 without repulsion."""
+        """lambda_t: falls linearly from `kld_weight` to half of it at the last M-step; 0 without repulsion."""
         share = min(1.0, self.m_done / max(1, self.m_total - 1))
         return self.config.kld_weight * (1 + (KLD_WEIGHT_END - 1) * share) if self.config.repels else 0.0
 
@@ -220,15 +223,13 @@ class EM:
 
     def m_step(self) -> None:
         """One pass over D_g and `m_steps` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
-        config, beta = self.config, self.beta()
-        if config.learn != "none":
-            statistics = self._latent_pass(self.m_done, self.split.g, keep=bool(beta))
-            first = self.m_done * config.m_steps
-            for rate in self.m_rates[first : first + config.m_steps]:
-                self._gaussian_step(statistics, rate * self.lr_scale, beta)
-            if self.m_done == 0:
-                # As the authors do: the moments of the first, large gradients are forgotten.
-                self.m_optimizer.state.clear()
+        beta, first = self.beta(), self.m_done * self.config.m_steps
+        statistics = self._latent_pass(self.m_done, self.split.g, keep=bool(beta))
+        for rate in self.m_rates[first : first + self.config.m_steps]:
+            self._gaussian_step(statistics, rate * self.lr_scale, beta)
+        if self.m_done == 0:
+            # As the authors do: the moments of the first, large gradients are forgotten.
+            self.m_optimizer.state.clear()
         self.m_done += 1
 
     def _gaussian_step(self, statistics: LatentStatistics, rate: float, beta: float) -> None:
@@ -238,13 +239,9 @@ class EM:
         self.m_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grads = [p.grad for p in gaussians.parameters() if p.grad is not None]
-        if all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
-            self.m_bad_in_a_row = 0
-            self._adam_step(rate)
-        else:
-            # Counted apart: good E-steps in between must not hide M-steps that never succeed.
-            self.m_bad_in_a_row += 1
-            self._bad_step("M-step loss or gradient", self.m_bad_in_a_row)
+        if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
+            raise DivergenceError(f"the M-step's loss or its gradient is not finite (loss {loss.item():.4g})")
+        self._adam_step(rate)
 
     def _adam_step(self, rate: float) -> None:
         for group in self.m_optimizer.param_groups:
@@ -256,11 +253,6 @@ class EM:
         """Whether the next loss has gradients with respect to the Gaussians, and for which of their parameters."""
         self.model.gaussians.mu.requires_grad_(learn and self.config.learns("means"))
         self.model.gaussians.s.requires_grad_(learn and self.config.learns("variances"))
-
-    def _bad_step(self, what: str, in_a_row: int) -> None:
-        self.bad_steps += 1
-        if in_a_row >= optim.MAX_BAD_STEPS:
-            raise DivergenceError(f"{in_a_row} steps in a row were not finite ({what})")
 
     def refit(self, model: GLEM) -> bool:
         """Fit the Gaussians to latents of all training images under `model`'s flow, since averaging has moved them.
@@ -289,7 +281,8 @@ class EM:
 
     def evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow, current Gaussians."""
-        return GLEM(self.model.config, self.average.best(self.model.flow), self.model.gaussians, self.model.modes)
+        flow = self.model.flow if self.ema is None else self.ema.module
+        return GLEM(self.model.config, flow, self.model.gaussians, self.model.modes)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -300,8 +293,11 @@ class EM:
 
     def is_finite(self) -> bool:
         """Whether every weight, averaged ones too, is finite."""
-        tensors = [*self.model.state_dict().values(), *self.average.state_dict().values()]
+        tensors = [*self.model.state_dict().values(), *self._ema_state().values()]
         return bool(torch.stack([torch.isfinite(t).all() for t in tensors if t.is_floating_point()]).all())
+
+    def _ema_state(self) -> dict[str, Tensor]:
+        return {} if self.ema is None else self.ema.state_dict()
 
     def set_lr_scale(self, scale: float) -> None:
         """Multiply all learning rates of both steps by `scale`, in (0, 1], from now on."""
@@ -315,21 +311,22 @@ class EM:
 
         The schedules, the learning rates, the order of the images and the noise follow from the settings and the step.
         """
-        losses, values = self.guard.state()
+        guard, series = self.guard.state()
         facts = {
             "config": self.config.to_dict(),
             "flow": json.dumps(self.model.config.flow),  # as text, which keeps the order of the keys
             **{name: getattr(self, name) for name in _COUNTERS},
             "lr_scale": self.lr_scale,
             "epoch_loss": list(self.epoch_loss),
-            "guard": losses,
+            "guard": guard,
         }
         groups = {
             "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
+            "ema": self._ema_state(),
             "flow_optimizer": optimizer_tensors(self.flow_optimizer),
             "m_optimizer": optimizer_tensors(self.m_optimizer),
-            "run": {"rng": torch.get_rng_state(), "losses": values},
+            "run": {"rng": torch.get_rng_state()},
+            "guard": series,
         }
         return facts, {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
 
@@ -345,11 +342,12 @@ class EM:
             parts[group][rest] = tensor
         try:
             self.model.load_state_dict(parts["model"], strict=True)
-            self.average.load_state_dict(parts["average"])
+            if self.ema is not None:
+                self.ema.load_state_dict(parts["ema"])
             load_optimizer_tensors(self.flow_optimizer, parts["flow_optimizer"])
             load_optimizer_tensors(self.m_optimizer, parts["m_optimizer"])
             torch.set_rng_state(parts["run"]["rng"])
-            self.guard.load(facts["guard"], parts["run"]["losses"])
+            self.guard.load(facts["guard"], parts["guard"])
             for name in _COUNTERS:
                 setattr(self, name, facts[name])
             self.epoch_loss = facts["epoch_loss"][0], facts["epoch_loss"][1]

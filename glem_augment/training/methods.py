@@ -14,9 +14,6 @@ from typing import Any
 from glem_augment.checks import check_choice
 from glem_augment.training.config import TrainConfig
 
-# The identity covariance of FlowGMM and IB-INN.
-_UNIT = dict(psi=None, sigma_init=1.0)
-
 
 @dataclass(frozen=True)
 class Method:
@@ -52,14 +49,14 @@ METHODS: dict[str, Method] = {
         "Table 7: means, N(0, I), and variances random and fixed",
     ),
     "flowgmm": Method(
-        dict(objective="mle", learn="none", random_init=(1.0, 0.0), **_UNIT),
+        dict(objective="mle", learn="none", random_init=(1.0, 0.0), psi=None),
         "FlowGMM (Izmailov et al., ICML 2020), all images labelled: random fixed means N(0, I), identity covariance",
     ),
     # Small initial means were the best of a few on held-out training images of a 14x14 Fashion-MNIST.
     "ib-inn": Method(
         dict(
-            objective="hybrid", beta=1.0, likelihood="marginal", joint=True, label_smoothing=0.05, ce_scale=1.0,
-            random_init=(0.1, 0.0), learn="means", **_UNIT,
+            objective="ib", beta=1.0, joint=True, label_smoothing=0.05, ce_scale=1.0, random_init=(0.1, 0.0),
+            learn="means", psi=None,
         ),
         "IB-INN (Ardizzone et al., NeurIPS 2020): learned means, identity covariance, -log p(x) + beta cross-entropy, "
         "Gaussian dequantisation noise, smoothed labels",
@@ -73,7 +70,7 @@ METHODS: dict[str, Method] = {
     "hybrid-joint": Method(
         dict(
             objective="hybrid", beta=0.3, ce_scale=0.1, joint=True, label_smoothing=0.05, random_init=(0.1, 0.0),
-            **_UNIT,
+            psi=None,
         ),
         "this library's: the same with means and variances learned at every step of the flow, and wider margins",
     ),

@@ -26,8 +26,8 @@ NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
 
 
 def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels with "marginal"."""
-    if config.likelihood == "class":
+    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib"."""
+    if config.objective != "ib":
         return model.encode(x, generator)
     h = to_levels(x, config.bits, model.gaussians.mu.dtype)
     noise = torch.randn(h.shape, generator=generator, dtype=h.dtype).to(h.device)
@@ -37,25 +37,25 @@ def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generat
 
 def e_step_loss(
     gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, config: TrainConfig, beta: float
-) -> Tensor:
-    """`mean NLL / d + beta * cross-entropy` in nats per dimension; see `TrainConfig`.
+) -> tuple[Tensor, Tensor]:
+    """`mean NLL / d + beta * cross-entropy` and its first term, in nats per dimension; see `TrainConfig`.
 
     Args:
         gaussians: the class Gaussians, which get a gradient only where their parameters ask for one.
         z: latents [B,d]; `logdet` [B] nats; `y` int64 [B].
         beta: weight of the cross-entropy at this step.
     """
-    if config.beta or config.likelihood == "marginal":
+    if config.beta or config.objective == "ib":
         scores = gaussians.log_prob(z)
         own = scores.gather(1, y[:, None])[:, 0]
-        if config.likelihood == "marginal":
+        if config.objective == "ib":
             own = torch.logsumexp(scores, 1) - math.log(gaussians.num_classes)
     else:
         own = gaussians.log_prob_of(z, y)
-    loss = -(own + logdet).mean() / gaussians.dim
-    if config.beta:
-        loss = loss + beta * F.cross_entropy(config.ce_scale * scores, y, label_smoothing=config.label_smoothing)
-    return loss
+    nll = -(own + logdet).mean() / gaussians.dim
+    if not config.beta:
+        return nll, nll
+    return nll + beta * F.cross_entropy(config.ce_scale * scores, y, label_smoothing=config.label_smoothing), nll
 
 
 # ---- the M-step -------------------------------------------------------------------------------------------------
@@ -173,16 +173,12 @@ def m_step_loss(
     return loss
 
 
-def m_learning_rates(budget: float, steps: int) -> list[float]:
-    """Adam's learning rate at each of `steps` M-steps; they sum to `budget`.
+def m_learning_rates(steps: int) -> list[float]:
+    """Adam's learning rate at each of `steps` M-steps; they sum to 1.45, which is how far a mean can move.
 
-    The authors take 0.1 for 10 epochs, then 0.01 falling geometrically to 0.001 at epoch 100, one step each, so that a
-    mean moves by about 1.45 in all. Here the first tenth of the steps shares 1.0 / 1.45 of the budget.
+    The sum keeps range-normalised repulsion finite. The authors take 0.1 for 10 epochs, then 0.01 falling geometrically
+    to 0.001 at epoch 100, one step each. Here the first tenth of the steps shares 1.0 of the sum.
     """
     early = max(1, round(0.1 * steps))
-    late = steps - early
-    if late == 0:
-        return [budget / early] * early
-    tail = [0.1 ** (i / max(1, late - 1)) for i in range(late)]
-    share = 1.0 / 1.45
-    return [budget * share / early] * early + [budget * (1 - share) * v / sum(tail) for v in tail]
+    tail = [0.1 ** (i / max(1, steps - early - 1)) for i in range(steps - early)]
+    return [(1.0 if tail else 1.45) / early] * early + [0.45 * v / sum(tail) for v in tail]

@@ -1,25 +1,18 @@
-"""Optimizers, learning-rate schedules and weight averages, timm's and torch's own; and when a run has diverged.
+"""Optimizers and learning-rate schedules, torch's and timm's own; and when a run has diverged.
 
-**Not finite.** A step whose loss or gradient is not finite is skipped, and nothing moves. `MAX_BAD_STEPS` of them in a
-row, in the E-step or in the M-step, are a divergence.
+The guard sees the loss of every E-step, in nats per dimension, and its likelihood alone, in bits/dim. It judges by
+medians of the last `SPAN` (25) steps, which a few spikes can't move. Steps that are not finite count as infinite. A run
+is away while one of these holds:
 
-**Exploded.** A divergence need not be NaN. An E-step loss counts as exploded when it exceeds
+- its loss exceeds b + max(1, |b|, 10 v), where b is its best, the lowest median of the last `WINDOW` (500) steps, and
+  v the median absolute difference from one loss to the next, a measure of noise that neither a trend nor a few spikes
+  can raise;
+- its likelihood is worse than that of uniform noise, `GRACE` (500) steps after the warm-up; or worse than that of
+  independent pixels, though it was a tenth better before.
 
-    r + max(1, |r|, 10 v)      nats per dimension
-
-for one of two references r. The recent one is the median of the last `WINDOW` (200) losses that had not exploded; it
-is used once there are `MIN` (50). The other is the untrained flow: the median of the first `START` (5) losses, or what
-a uniform distribution over the pixel levels costs, bits * ln 2, if that is more. A run whose learning rate was too high
-from the start has no better days to compare with. v is the median absolute difference from one of those 200 losses to
-the next, a measure of noise that neither a trend nor a few spikes can raise. When `SHARE` (80) of the last `PATIENCE`
-(100) losses have exploded or were not finite, the run has diverged.
-
-The rule is meant to be wrong on the side of patience. Noise can't meet it, since half of all losses lie below their
-median, nor can a slow rise. A sudden doubling by more than a nat per dimension that does not heal within some 100 steps
-meets it, and so does twice the loss of having learned nothing.
-
-A diverged run returns to its last good checkpoint and goes on at half the learning rates, at most `MAX_ROLLBACKS`
-times.
+A run that was away for `PATIENCE` (100) steps in a row has diverged, and so has one with `MAX_BAD_STEPS` (10) steps in
+a row that were not finite. It returns to its last good checkpoint and goes on at half the learning rates, at most
+`MAX_ROLLBACKS` times. The rule is on the side of patience: neither noise nor a slow rise can meet it.
 """
 
 from __future__ import annotations
@@ -33,25 +26,22 @@ from typing import Any
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from glem_augment.errors import TrainingError
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training.config import TrainConfig
 
 CLIP_NORM = 1.0
-MILESTONES = (0.5, 0.75)  # shares of the run
-EMA_DECAY, SWA_START = 0.999, 0.75
+MILESTONES, COSINE_END = (0.5, 0.75), 0.01  # shares of the run, and of the learning rate
 MAX_BAD_STEPS, MAX_ROLLBACKS = 10, 3
-WINDOW, MIN, START, PATIENCE, SHARE = 200, 50, 5, 100, 80
-# A checkpoint is good if each of the last so many losses was finite and had not exploded.
-CALM = 10
+SPAN, WINDOW, GRACE, PATIENCE = 25, 500, 500, 100
+START = 5  # losses before the guard has something to compare with
+CALM = 10  # steps in a row that were not away make a checkpoint good
 
 
 def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tuple[torch.optim.Optimizer, Scheduler]:
-    """Adamax with linear warm-up, then halvings or a cosine (GLEM, Sec. 5.2).
+    """Adamax with linear warm-up, then two halvings or a cosine (GLEM, Sec. 5.2).
 
     A flow without weights has the same schedule, which jointly learned Gaussians follow.
     """
@@ -60,13 +50,10 @@ def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tu
     common = dict(warmup_t=warmup, warmup_lr_init=config.lr / max(1, warmup), t_in_epochs=False)
     scheduler: Scheduler
     if config.schedule == "cosine":
-        span = max(1, total_steps - warmup)
-        low = min(config.min_lr, config.lr)  # a cosine to a higher rate would raise it
+        span, low = max(1, total_steps - warmup), COSINE_END * config.lr
         scheduler = CosineLRScheduler(optimizer, t_initial=span, lr_min=low, warmup_prefix=True, **common)
     else:
-        # Halve at each milestone, but not below min_lr.
-        allowed = int(math.log2(max(1.0, config.lr / max(config.min_lr, 1e-12))) + 1e-9)
-        halvings = [round(share * total_steps) for share in MILESTONES][:allowed]
+        halvings = [round(share * total_steps) for share in MILESTONES]
         scheduler = MultiStepLRScheduler(optimizer, decay_t=halvings, decay_rate=0.5, warmup_prefix=False, **common)
     scheduler.step_update(0)
     return optimizer, scheduler
@@ -103,44 +90,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class WeightAverage:
-    """EMA of the flow's weights, SWA over the last part of the run, or neither; it begins with a copy of them."""
-
-    def __init__(self, flow: nn.Module, averaging: str, total_steps: int) -> None:
-        self.average: ModelEmaV3 | AveragedModel | None = None
-        self.swa_from = SWA_START * total_steps
-        if not any(True for _ in flow.parameters()):
-            return
-        if averaging == "ema":
-            self.average = ModelEmaV3(flow, decay=EMA_DECAY, use_warmup=True)
-        elif averaging == "swa":
-            self.average = AveragedModel(flow)
-
-    def update(self, flow: nn.Module, step: int) -> None:
-        """Take in the weights after `step`, counted from 1."""
-        if isinstance(self.average, ModelEmaV3):
-            self.average.update(flow, step=step)
-        elif isinstance(self.average, AveragedModel) and step >= self.swa_from:
-            self.average.update_parameters(flow)
-
-    def best(self, flow: nn.Module) -> nn.Module:
-        """The averaged flow, or `flow` itself if there is no average yet."""
-        if isinstance(self.average, AveragedModel) and not int(self.average.n_averaged):
-            return flow
-        return flow if self.average is None else self.average.module
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average's tensors; empty without an average."""
-        return {} if self.average is None else self.average.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises RuntimeError unless `state` is that of an average of the same kind."""
-        if self.average is not None:
-            self.average.load_state_dict(state, strict=True)
-        elif state:
-            raise RuntimeError(f"this run averages no weights, but the checkpoint holds {len(state)} of them")
-
-
 # ---- divergence -------------------------------------------------------------------------------------------------
 
 
@@ -148,68 +97,100 @@ class DivergenceError(TrainingError):
     """The run has diverged; a return to the last good checkpoint may help."""
 
 
-class LossGuard:
-    """Watches the losses of the E-steps one by one. `bits` of the pixels give the cost of a uniform distribution.
+def independent_pixels(x: Tensor, bits: int) -> float:
+    """Bits/dim of a model whose pixels are independent draws from their channel's histogram: its mean entropy.
 
-    >>> guard = LossGuard(bits=8)
+    One histogram serves all positions of a channel. One per position would be a better model of aligned images, but
+    takes more images than many sets have.
+
+    Args:
+        x: uint8 [N,C,H,W]; `bits`: how many of the bits count.
+    """
+    channels = (x >> (8 - bits)).transpose(0, 1).flatten(1).long()
+    shares = torch.stack([channel.bincount(minlength=2**bits) for channel in channels]) / channels.shape[1]
+    return float(torch.special.entr(shares.double()).sum(1).mean() / math.log(2))
+
+
+class LossGuard:
+    """Watches the E-steps one by one.
+
+    Args:
+        bits: of the pixels, which is also what uniform noise costs, in bits/dim.
+        warmup: steps of the warm-up.
+
+    `pixels` is what independent pixels cost, in bits/dim; until it is set, nothing is compared with it.
+
+    >>> guard = LossGuard(bits=8, warmup=0)
     >>> for _ in range(300):
-    ...     guard.see(2.0)
-    >>> guard.threshold()
+    ...     guard.see(2.0, 2.0 / math.log(2))
+    >>> guard.limit()
     4.0
     """
 
-    def __init__(self, bits: int) -> None:
-        self.uniform = bits * math.log(2)
-        self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.start: list[float] = []
-        self.bad: deque[bool] = deque(maxlen=PATIENCE)
+    def __init__(self, bits: int, warmup: int) -> None:
+        self.uniform, self.grace, self.pixels = float(bits), warmup + GRACE, math.inf
+        self.losses, self.medians = deque[float](maxlen=WINDOW), deque[float](maxlen=WINDOW)
+        self.bits = deque[float](maxlen=SPAN)
+        self.seen = self.away = 0  # steps in all, and steps in a row that were away
+        self.learned = False  # whether the likelihood was better than independent pixels
 
-    def threshold(self) -> float:
-        """Losses above this have exploded, nats per dimension; infinite while there is nothing to compare with."""
-        references = []
-        if len(self.losses) >= MIN:
-            references.append(_median(self.losses))
-        if len(self.start) >= START:
-            references.append(max(self.uniform, _median(self.start)))
-        if not references:
+    def limit(self) -> float:
+        """Median losses above this are away, nats per dimension; infinite while there is nothing to compare with."""
+        if not self.medians:
             return math.inf
-        noise = _median(abs(after - before) for before, after in pairwise(self.losses))
-        return min(r + max(1.0, abs(r), 10 * noise) for r in references)
+        best, finite = min(self.medians), [loss for loss in self.losses if loss < math.inf]
+        return best + max(1.0, abs(best), 10 * _median(abs(after - before) for before, after in pairwise(finite)))
 
-    def see(self, loss: float) -> None:
-        """Take in the loss of one E-step, nats per dimension; NaN and infinity are allowed.
+    def see(self, loss: float, bits: float) -> None:
+        """Take in one E-step: its loss, nats per dimension, and its likelihood, bits/dim. NaN and infinity are allowed.
 
         Raises:
-            DivergenceError: the losses have exploded, and stayed so.
+            DivergenceError: the run has diverged.
         """
-        limit, finite = self.threshold(), math.isfinite(loss)
-        good = finite and loss <= limit
-        self.bad.append(not good)
-        if finite and len(self.start) < START:
-            self.start.append(loss)
-        if good:
-            self.losses.append(loss)
-        elif sum(self.bad) >= SHARE:
+        good = math.isfinite(loss)
+        self.losses.append(loss if good else math.inf)
+        self.bits.append(bits if good else math.inf)
+        self.seen += 1
+        recent = list(self.losses)[-SPAN:]
+        if recent[-MAX_BAD_STEPS:] == [math.inf] * MAX_BAD_STEPS:
+            raise DivergenceError(f"{MAX_BAD_STEPS} steps in a row were not finite")
+        if len(recent) < START:
+            return
+        now, limit, likelihood = _median(recent), self.limit(), _median(self.bits)
+        what, most = "uniform noise", self.uniform if self.seen > self.grace else math.inf
+        if self.learned and self.pixels < self.uniform:
+            what, most = "independent pixels", self.pixels
+        self.learned = self.learned or likelihood < 0.9 * self.pixels < math.inf
+        self.away = self.away + 1 if now > limit or likelihood > most else 0
+        self.medians.append(now)
+        if self.away >= PATIENCE:
             raise DivergenceError(
-                f"{sum(self.bad)} of the last {len(self.bad)} losses were above {limit:.4g} nats per dimension or not "
-                f"finite (now {loss:.4g}, median of those before {_median(self.losses):.4g})"
+                f"the loss has left for good: {now:.4g} nats/dim, after {min(self.medians):.4g}"
+                if now > limit
+                else f"the likelihood has become worse than that of {what}: {likelihood:.4g} bits/dim, not {most:.4g}"
             )
 
     @property
     def calm(self) -> bool:
         """Whether a diverged run may return to a checkpoint that is written now."""
-        return not any(list(self.bad)[-CALM:])
+        return not self.away and all(loss <= self.limit() for loss in list(self.losses)[-CALM:] if self.medians)
 
-    def state(self) -> tuple[dict[str, Any], Tensor]:
-        """For a checkpoint: which losses were bad, as JSON, and the losses, float64 [<= START + WINDOW]."""
-        facts = {"bad": "".join("x" if bad else "." for bad in self.bad), "start": len(self.start)}
-        return facts, torch.tensor([*self.start, *self.losses], dtype=torch.float64)
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """For a checkpoint: facts as JSON, and series as float64 tensors."""
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return facts, {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in _SERIES}
 
-    def load(self, facts: dict[str, Any], losses: Tensor) -> None:
+    def load(self, facts: dict[str, Any], series: dict[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        count, values = int(facts["start"]), losses.tolist()
-        self.start, self.losses = values[:count], deque(values[count:], maxlen=WINDOW)
-        self.bad = deque((mark == "x" for mark in facts["bad"]), maxlen=PATIENCE)
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        for name in _SERIES:
+            values = getattr(self, name)
+            values.clear()
+            values.extend(series[name].tolist())
+
+
+_FACTS, _SERIES = ("pixels", "seen", "away", "learned"), ("losses", "medians", "bits")
 
 
 def _median(values: Iterable[float]) -> float:

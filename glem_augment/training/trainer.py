@@ -30,7 +30,6 @@ from glem_augment.model.weights import weights_sha256
 from glem_augment.training import optim
 from glem_augment.training.batches import epoch_order
 from glem_augment.training.checkpoint import (
-    NEWEST,
     check_same_run,
     data_fingerprint,
     load_checkpoint,
@@ -47,8 +46,6 @@ from glem_augment.training.optim import DivergenceError
 EXIT_TIME_UP = 75
 _STEP_ROWS_EVERY = 50
 ROLLBACK_FACTOR = 0.5
-# How a run was cut into pieces says nothing about the model, and must not show in its file.
-_ABOUT_THE_PIECE = ("checkpoint_minutes", "max_minutes")
 
 
 class TimeUpError(GLEMError):
@@ -74,6 +71,8 @@ class Trainer(EM):
         DataError: data that can't be trained on. TrainingError: a checkpoint of another run. OSError: `out` can't be
         written. All before any work is done.
     """
+
+    checkpoint_seconds = 120.0  # between checkpoints within an epoch
 
     def __init__(
         self,
@@ -103,8 +102,6 @@ class Trainer(EM):
         super().__init__(data, config, init_model, begun, device, progress)
         self.out.mkdir(parents=True, exist_ok=True)
         remove_left_overs(self.out)
-        if begun is not None and begun.path.name != NEWEST:
-            (self.out / NEWEST).unlink(missing_ok=True)  # it is damaged, and must not become the previous one
         self.log = MetricsLog(self.out, self.step)
 
     def seconds(self) -> float:
@@ -168,18 +165,18 @@ class Trainer(EM):
                     if before == position and not frozen and epoch * config.m_rounds + r == self.m_done:
                         self.m_step()
                 x, y = next(batches)
-                self._count(self.e_step(x, y))
+                self._count(*self.e_step(x, y))
                 # The last step of an epoch is saved with the epoch's metrics, below.
                 if position < per_epoch - 1:
                     self._stop_if_due(save=True)
-                    if time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes:
+                    if time.monotonic() - self.saved_at > self.checkpoint_seconds:
                         self.save_checkpoint()
         seconds = max(1e-9, time.monotonic() - began)
         self._end_of_epoch(epoch + 1, max(1, self.step - first) * order.shape[1] / seconds)
 
-    def _count(self, loss: float) -> None:
-        """Count one more step with its loss in nats per dimension."""
-        self.guard.see(loss)
+    def _count(self, loss: float, bits: float) -> None:
+        """Count one more step with its loss in nats per dimension and its likelihood in bits/dim."""
+        self.guard.see(loss, bits)
         self.step += 1
         self.scheduler.step_update(self.step)
         total, counted = self.epoch_loss
@@ -204,7 +201,7 @@ class Trainer(EM):
                 f"epoch {epochs:3d}  loss {row['loss']:.3f}  bits/dim {row['val_bits_per_dim']:.3f}  "
                 f"NF accuracy {100 * row['val_accuracy']:.2f} %  {images_per_second:.0f} images/s"
             )
-        self.save_checkpoint(good=self.guard.calm and not self.bad_in_a_row)
+        self.save_checkpoint(good=self.guard.calm)
         self._draw_pictures(epochs)
         self._stop_if_due(save=False)
 
@@ -302,7 +299,8 @@ class Trainer(EM):
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
-            "config": {key: value for key, value in config.to_dict().items() if key not in _ABOUT_THE_PIECE},
+            # How a run was cut into pieces says nothing about the model, and must not show in its file.
+            "config": {key: value for key, value in config.to_dict().items() if key != "max_minutes"},
             # Without images held out, those that fit the Gaussians were measured, which is not worth recording.
             "held_out": {
                 key: final[key]

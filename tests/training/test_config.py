@@ -24,7 +24,7 @@ from glem_augment.training.methods import METHODS, method
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (dict(objective="gan"), "objective must be one of 'glem', 'saturating', 'mle', 'hybrid'"),
+        (dict(objective="gan"), "objective must be one of 'glem', 'saturating', 'mle', 'hybrid', 'ib'"),
         (dict(compile=1), "compile must be True or False"),
         (dict(max_minutes=0), "max_minutes"),
         (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
@@ -41,8 +41,6 @@ from glem_augment.training.methods import METHODS, method
         (dict(psi=(1, 2)), "psi must be a list of 3 numbers"),
         (dict(psi=(1, 2, 0)), "psi must be three positive numbers"),
         (dict(beta_anneal=(1.0, 0.5)), "beta_anneal must be a share of the run"),
-        (dict(sigma_init=2.0), "sigma_init must be a variance that psi can give, 0.05 to 0.55"),
-        (dict(sigma_init=0.01, psi=None), "a variance that psi can give, 0.03 to inf"),
         (dict(flow_options=[1]), "flow_options must be a table"),
         (dict(learning_rate=1), r"unknown training settings \['learning_rate'\]"),
         (dict(clip_norm=1.0), r"unknown training settings \['clip_norm'\]; known are .*beta_anneal"),
