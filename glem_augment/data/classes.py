@@ -138,28 +138,43 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
     """
     if isinstance(data, Subset):
         return named_classes(data.dataset)
-    names = data if isinstance(data, list) else getattr(data, "classes", None)
+    listed = isinstance(data, list) and all(isinstance(name, str) for name in data)
+    names = data if listed else getattr(data, "classes", None)
     if isinstance(features := getattr(data, "features", None), Mapping):
         names = getattr(features[label_column(features)], "names", None)
-    lookup = getattr(getattr(data, "reader", None), "class_to_idx", None)  # of timm's ImageDataset
-    if names is None and isinstance(lookup, Mapping):
+    reader = getattr(data, "reader", None)  # of timm's ImageDataset
+    lookup = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    if names is None and lookup:
         names = sorted(lookup, key=lookup.__getitem__)
     if not isinstance(names, list | tuple) or not names:
         return None
     names = [str(name[0] if isinstance(name, tuple) else name) for name in names]  # torchvision's ImageNet has synonyms
     ids = [str(i) for i in getattr(data, "class_ids", getattr(data, "wnids", names))]
-    # "crane" and "maillot" each name two classes of ImageNet-1k.
-    return ids, [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]
+    return ids, unique_names(names, ids)
+
+
+def unique_names(names: list[str], ids: list[str]) -> list[str]:
+    """Names with the id where two are the same: "crane" and "maillot" each name two classes of ImageNet-1k."""
+    return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]
 
 
 def label_column(features: Mapping[str, Any]) -> str:
-    """The column of class labels among the features of a Hugging Face data set. DataError: none, or several."""
-    found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    found = found or [name for name in ("label", "labels") if name in features]
+    """The column of class labels of a Hugging Face data set, given its features. DataError: none, or several."""
+    return _column(features, "ClassLabel", ("label", "labels"), "of labels (class_encode_column makes one)")
+
+
+def image_column(features: Mapping[str, Any]) -> str:
+    """The column of images of a Hugging Face data set, given its features. DataError: none, or several."""
+    return _column(features, "Image", (), "of images")
+
+
+def _column(features: Mapping[str, Any], kind: str, usual: tuple[str, ...], what: str) -> str:
+    found = [name for name, feature in features.items() if type(feature).__name__ == kind]
+    found = found or [name for name in usual if name in features]
     if len(found) != 1:
         raise DataError(
-            f"a Hugging Face data set needs one column of class labels, this one has {', '.join(found) or 'none'} of "
-            f"{', '.join(features)}: keep one of them (select_columns), or make one (class_encode_column)"
+            f"a Hugging Face data set needs one column {what}; this one has {' and '.join(found) or 'none'} among "
+            f"{', '.join(features)}: keep one with select_columns"
         )
     return found[0]
 

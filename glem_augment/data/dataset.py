@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from glem_augment.data.classes import match_classes
 from glem_augment.data.pixels import fit, in_threads
-from glem_augment.data.sources import ArraySource, Source, open_source
+from glem_augment.data.sources import ArraySource, Source, check_names, check_targets, open_source, tensor_source
 from glem_augment.errors import BadImageError, DataError
 
 CACHE_BYTES = 2 * 2**30
@@ -29,18 +29,19 @@ class ImageData(Dataset):
         targets: int64 [N], indices into `classes`.
         classes: K names in index order.
         class_ids: K folder names, WordNet ids or digits.
+        named: whether the data named its classes; otherwise `classes` are "0", "1", ...
         image_shape: (C,H,W).
         name: what it was opened from.
         skipped: the image and the reason, of every image that `open_data(..., skip_bad=True)` left out.
     """
 
-    def __init__(self, source: Source, image_shape: tuple[int, int, int], name: str) -> None:
+    def __init__(self, source: Source, image_shape: tuple[int, int, int]) -> None:
         self._source = source
         self._pixels: torch.Tensor | None = None  # all decoded images, if they fit in memory; subsets share them
         self._rows = np.arange(len(source))  # the images of `_pixels`, or else of the source, that belong to this set
         self.image_shape = image_shape
-        self.name = _printable(name)
-        self.targets = source.targets
+        self.name = _printable(source.name)
+        self.targets, self.named = source.targets, source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
         self.skipped: tuple[tuple[str, str], ...] = ()
 
@@ -57,13 +58,8 @@ class ImageData(Dataset):
 
         TypeError: `x` is not uint8, or `y` holds no integers. DataError: no images, or see `with_targets`.
         """
-        if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
-            raise TypeError(f"x must be a uint8 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if x.ndim != 4 or x.numel() == 0:
-            raise DataError(f"x must be [N,C,H,W] with at least one image, got shape {tuple(x.shape)}")
-        channels, height, width = x.shape[1:]
-        source = ArraySource(list(classes), list(classes), np.zeros(len(x), np.int64), [], name)
-        data = cls(source, (channels, height, width), name).with_targets(y, classes, class_ids)
+        source = tensor_source(x, y, classes, class_ids, name)
+        data = cls(source, (x.shape[1], x.shape[2], x.shape[3]))
         data._pixels = x.detach().cpu().contiguous()
         return data
 
@@ -127,13 +123,9 @@ class ImageData(Dataset):
         DataError: not one label per image, a label outside 0..K-1, repeated names. TypeError: no integers.
         """
         other = copy.copy(self)
-        other.targets = _check_targets(targets, len(self), len(classes))
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
-        if len(other.class_ids) != len(other.classes):
-            raise DataError(f"there are {len(other.classes)} class names but {len(other.class_ids)} class ids")
-        for names in (other.classes, other.class_ids):
-            if len(set(names)) != len(names):
-                raise DataError(f"class names and ids must be unique, got {names[:12]}")
+        check_names(other.classes, other.class_ids)
+        other.targets, other.named = check_targets(targets, len(self), len(classes)), True
         return other
 
     def rows_of_classes(self, max_per_class: int | None = None) -> list[np.ndarray]:
@@ -158,19 +150,19 @@ class ImageData(Dataset):
         def one(index: int) -> None:
             out[index] = self._decoded(int(self._rows[index]))
 
-        in_threads(one, len(self), f"decoding {self.name}", progress)
+        in_threads(one, len(self), f"decoding {self.name}", progress, self._source.threads)
         return out
 
 
-# What methods of a model take: opened data, a pair (images uint8 [N,C,H,W], labels int64 [N]), or a name.
-LabelledImages: TypeAlias = ImageData | tuple[torch.Tensor, torch.Tensor] | str | os.PathLike[str]
+# What `open_data` and the methods of a model take. Other libraries' data sets have no common type.
+LabelledImages: TypeAlias = Any
 
 
 def open_data(
-    spec: str | os.PathLike[str],
+    data: LabelledImages,
     split: str = "train",
     image_size: int | tuple[int, int] | None = None,
-    channels: int | None = None,
+    channels: Literal[1, 3] | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
     skip_bad: bool = False,
@@ -178,17 +170,20 @@ def open_data(
     """Open labelled images.
 
     Args:
-        spec: one of
+        data: one of
 
             - `"bundled:fashion-mnist"`: 100 real images per class and split, 1x28x28, inside the package;
             - an ImageFolder (any split), or a folder with ImageFolders named train, test, val, validation, ... (test
-              and val stand in for each other if only one is there). Classes are in torchvision's order;
+              and val stand in for each other if only one is there). Classes are in torchvision's order, or, in a
+              folder that `SyntheticDataset.export` wrote, in that of its classes.json;
             - a folder with MNIST-style idx files (`train-images-idx3-ubyte[.gz]`, `t10k-...`);
-            - what `timm.data.create_dataset` reads, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`,
-              `wds/@shards` (extra `wds`), or a .tar file with one folder per class. What torch/ names is never
-              downloaded. Columns that are not called image and label follow a question mark:
-              `hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label`.
-        split: train, test, val, ...
+            - what `timm.data.create_dataset` reads, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
+              .tar file with one folder per class. What torch/ names is never downloaded. Columns that are not called
+              image and label follow a question mark: `hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label`;
+            - a data set of torchvision or timm, or a Subset of one: its images without its transforms;
+            - a Hugging Face `Dataset` with one column of images and one of class labels;
+            - (images uint8 [N,C,H,W], N labels), or any data set that gives (PIL image or uint8 tensor [C,H,W], int).
+        split: train, test, val, ..., of what is given by name.
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
         channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. As in torchvision and timm, transparency
@@ -196,7 +191,7 @@ def open_data(
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
-            before anything else. A bad image of a stream (shards) is always an error.
+            before anything else.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
@@ -205,32 +200,32 @@ def open_data(
         FileNotFoundError: no such file or folder. ValueError: a wrong `image_size` or `channels`.
         BadImageError: an image that cannot be read, or exceeds `PIL.Image.MAX_IMAGE_PIXELS` or 8 bits per channel.
         DataError: an unknown name or split, a class without images, different sizes without `image_size`.
+        TypeError: another kind of `data`, or labels that are no integers.
     """
     size = _pair(image_size)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
-    name = os.fspath(spec)
-    source = open_source(name, split, size, cache_bytes)
+    source = open_source(data, split)
     if len(source) == 0:
-        raise DataError(f"{name} holds no images")
-    bad = _bad_images(source, name, progress) if skip_bad else {}
+        raise DataError(f"{source.name} holds no images")
+    bad = _bad_images(source, progress) if skip_bad else {}
     rows = np.asarray([row for row in range(len(source)) if row not in bad])
     try:
         shape = None if size is None or channels is None else (channels, *size)
         if shape is None or len(rows) * math.prod(shape) > cache_bytes:
-            grey, found = _look_at_headers(source, rows, name, size is None, progress)
-            shape = (channels or (1 if grey else 3), *(size or found))
-        data = ImageData(source, shape, name).subset(rows)
-        data.skipped = tuple((_printable(where), _printable(why)) for where, why in bad.values())
-        if len(data) * math.prod(shape) <= cache_bytes:
+            found = _look_at_headers(source, rows, size is None, progress)
+            shape = (channels or found[0], *(size or found[1:]))
+        opened = ImageData(source, shape).subset(rows)
+        opened.skipped = tuple((_printable(where), _printable(why)) for where, why in bad.values())
+        if len(opened) * math.prod(shape) <= cache_bytes:
             ready = _ready_pixels(source, shape)
-            data._pixels = data._decode(progress) if ready is None else ready
-            data._rows = np.arange(len(data))
+            opened._pixels = opened._decode(progress) if ready is None else ready
+            opened._rows = np.arange(len(opened))
     except BadImageError as error:
         raise BadImageError(
             f"{error}, or leave such images out with skip_bad=True (glem train, adapt, eval and preview: --skip-bad)"
         ) from error
-    return data
+    return opened
 
 
 def as_image_data(
@@ -242,22 +237,17 @@ def as_image_data(
 ) -> ImageData:
     """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
-    Images of data given by name are resized and converted. `classes` are names to use instead of the data's (of a pair:
-    "0", "1", ...). DataError: images of another shape. TypeError: another kind of `data`.
+    Whatever is not opened yet is opened by `open_data`, resized and converted. `classes` are names to use instead of
+    the data's. DataError: opened images of another shape.
     """
     channels, height, width = image_shape
-    names = None if classes is None else [str(name) for name in classes]
-    if isinstance(data, str | os.PathLike):
-        wanted = channels if channels in (1, 3) else None
+    if not isinstance(data, ImageData):
+        wanted: Any = channels if channels in (1, 3) else None
         data = open_data(data, split, image_size=(height, width), channels=wanted, progress=progress)
-    elif isinstance(data, tuple):
-        x, y = data
-        count = int(torch.as_tensor(y).max()) + 1 if len(y) else 0
-        data = ImageData.from_tensors(x, y, names or [str(index) for index in range(count)])
-    elif not isinstance(data, ImageData):
-        raise TypeError(f"data must be an ImageData, a name, or (images, labels); got {type(data).__name__}")
+    names = None if classes is None else [str(name) for name in classes]
     if names is not None and names != data.classes:
-        data = data.with_targets(data.targets, names, data.class_ids if len(names) == len(data.class_ids) else None)
+        ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None
+        data = data.with_targets(data.targets, names, ids)
     if data.image_shape != image_shape:
         raise DataError(
             f"{data.name} has images of {' x '.join(map(str, data.image_shape))} (channels x height x width), the flow "
@@ -267,7 +257,24 @@ def as_image_data(
     return data
 
 
-def _bad_images(source: Source, name: str, progress: bool) -> dict[int, tuple[str, str]]:
+def images_for(
+    flow: Any,
+    data: LabelledImages,
+    class_map: Literal["order"] | Mapping[str, str] | None = None,
+    fix: str | None = None,
+) -> ImageData:
+    """`data` as an ImageData of the flow's shape and under its classes (`match_classes`).
+
+    Labels of data that name no classes are the flow's indices. `flow`: a GLEM.
+    """
+    images = as_image_data(data, flow.image_shape)
+    targets = images.targets
+    if images.named or class_map is not None:
+        targets = match_classes(flow, images, class_map, fix=fix)[targets]
+    return images.with_targets(targets, flow.classes, flow.class_ids)
+
+
+def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
     """Where and why of every image that can't be decoded, by row. DataError: a class without any that can."""
     found: dict[int, tuple[str, str]] = {}
 
@@ -278,7 +285,7 @@ def _bad_images(source: Source, name: str, progress: bool) -> dict[int, tuple[st
             where = source.where(row)
             found[row] = (where, str(error).removeprefix(where).strip())
 
-    in_threads(one, len(source), f"checking {name}", progress)
+    in_threads(one, len(source), f"checking {source.name}", progress, source.threads)
     bad = dict(sorted(found.items()))
     left = np.delete(source.targets, list(bad))
     empty = np.setdiff1d(source.targets, left)
@@ -286,23 +293,21 @@ def _bad_images(source: Source, name: str, progress: bool) -> dict[int, tuple[st
         where, why = next(reason for row, reason in bad.items() if source.targets[row] in empty)
         names = ", ".join(source.classes[index] for index in empty[:10])
         raise DataError(
-            f"no image of {len(empty)} of the {len(source.classes)} classes of {name} can be used ({names}): "
+            f"no image of {len(empty)} of the {len(source.classes)} classes of {source.name} can be used ({names}): "
             f"{where}: {why}"
         )
     return bad
 
 
-def _look_at_headers(
-    source: Source, rows: np.ndarray, name: str, same_size: bool, progress: bool
-) -> tuple[bool, tuple[int, int]]:
-    """Whether all images at `rows` are grey, and (H, W) of the first.
+def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress: bool) -> tuple[int, int, int]:
+    """(C, H, W) of the first image; C = 1 only if all images at `rows` are grey.
 
     All headers are read, so that bad files (BadImageError) and, with `same_size`, images of different sizes (DataError)
     show before any work is done.
     """
-    if isinstance(source, ArraySource) and isinstance(source.arrays, np.ndarray):
-        height, width = source.arrays.shape[1:3]
-        return source.arrays.ndim == 3, (height, width)
+    if isinstance(source, ArraySource):
+        height, width, channels = (*source.arrays.shape[1:], 1)[:3]
+        return channels, height, width
     _, *first = source.header(int(rows[0]))
     grey = np.empty(len(rows), dtype=bool)
 
@@ -311,22 +316,24 @@ def _look_at_headers(
         grey[index], *size = source.header(row)
         if same_size and size != first:
             raise DataError(
-                f"{name} holds images of different sizes: {source.where(int(rows[0]))} is {first[0]}x{first[1]}, "
-                f"{source.where(row)} is {size[0]}x{size[1]}; give image_size=(height, width)"
+                f"{source.name} holds images of different sizes: {source.where(int(rows[0]))} is "
+                f"{first[0]}x{first[1]}, {source.where(row)} is {size[0]}x{size[1]}; give image_size=(height, width)"
             )
 
-    in_threads(one, len(rows), f"looking at {name}", progress)
-    return bool(grey.all()), (first[0], first[1])
+    in_threads(one, len(rows), f"looking at {source.name}", progress, source.threads)
+    return 1 if grey.all() else 3, first[0], first[1]
 
 
 def _ready_pixels(source: Source, shape: tuple[int, int, int]) -> torch.Tensor | None:
     """The arrays of a source as [N,C,H,W], if they need neither resizing nor conversion."""
-    arrays = source.arrays if isinstance(source, ArraySource) else None
-    if not isinstance(arrays, np.ndarray) or arrays.shape[1:3] != shape[1:]:
+    if not isinstance(source, ArraySource):
         return None
+    arrays = source.arrays
     planes = arrays[:, None] if arrays.ndim == 3 else arrays.transpose(0, 3, 1, 2)
-    # A copy, because idx arrays are read-only views of the bytes of their file.
-    return torch.from_numpy(np.array(planes, order="C")) if planes.shape[1] == shape[0] else None
+    if planes.shape[1:] != shape:
+        return None
+    # Arrays of idx files are read-only views of the bytes of their file; those are copied.
+    return torch.from_numpy(np.require(planes, requirements=["C", "W"]))
 
 
 def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -346,19 +353,6 @@ def _check_indices(indices: Sequence[int] | np.ndarray | torch.Tensor, count: in
     if chosen.size and (chosen.min() < 0 or chosen.max() >= count):
         raise IndexError(f"indices must lie in 0..{count - 1}, got {chosen.min()}..{chosen.max()}")
     return chosen
-
-
-def _check_targets(y: torch.Tensor | np.ndarray | Sequence[int], count: int, num_classes: int) -> np.ndarray:
-    targets = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
-    if targets.shape != (count,):
-        raise DataError(f"there must be one label for each of the {count} images, got shape {targets.shape}")
-    if not np.issubdtype(targets.dtype, np.integer):
-        raise TypeError(f"labels must be integers, got {targets.dtype}")
-    if targets.size and (targets.min() < 0 or targets.max() >= num_classes):
-        raise DataError(
-            f"labels must lie in 0..{num_classes - 1} for {num_classes} classes, got {targets.min()}..{targets.max()}"
-        )
-    return np.ascontiguousarray(targets, dtype=np.int64)
 
 
 def _printable(text: str) -> str:

@@ -69,8 +69,8 @@ def usable_cpus() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool) -> None:
-    """Run `task(i)` for i < count on a few threads, because PIL and torch release the GIL while they decode.
+def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool, threads: int = 8) -> None:
+    """Run `task(i)` for i < count on up to `threads` threads, because PIL and torch release the GIL while they decode.
 
     The first error, in the order of i, is raised and stops the rest. With `progress` a bar appears on stderr after two
     seconds.
@@ -83,7 +83,7 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
         return stop - start
 
     bar = tqdm(total=count, desc=title, unit="img", delay=2, disable=not progress, leave=False)
-    with bar, ThreadPoolExecutor(min(8, usable_cpus())) as pool:
+    with bar, ThreadPoolExecutor(min(threads, usable_cpus())) as pool:
         for done in pool.map(block, range(0, count, _BLOCK)):
             bar.update(done)
 

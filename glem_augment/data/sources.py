@@ -1,10 +1,11 @@
-"""Where images come from: the bundled set, image folders, idx files, and the data sets that timm can read.
+"""Where images come from: the bundled set, image folders, idx files, other libraries' data sets, tensors.
 
 A source knows the labels and how to open one image; `dataset.py` decides about sizes and channels.
 """
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import math
@@ -12,7 +13,7 @@ import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -23,9 +24,14 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
 
-from glem_augment.data.pixels import GREY_MODES, check_header, fit, open_image, to_tensor
+from glem_augment.data.classes import image_column, label_column, named_classes, unique_names
+from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_tensor
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
 
@@ -40,22 +46,34 @@ _SPLIT_FOLDERS = {
     **dict.fromkeys(_VAL, _VAL + _TEST),
 }
 _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+TIMM_PREFIXES = ("torch/", "hfds/")
 
 
 @dataclass
 class Source(ABC):
-    """Labelled images that can be opened one by one; for the attributes see `ImageData`."""
+    """Labelled images that can be opened one by one; for the attributes see `ImageData`.
 
+    Item i is (PIL image in mode L or RGB, int). Data that name no classes give empty lists, and get numbers as names.
+    """
+
+    name: str
     classes: list[str]
     class_ids: list[str]
     targets: np.ndarray
+    threads = 8  # that may open images at the same time
 
     def __post_init__(self) -> None:
-        self.targets = np.ascontiguousarray(self.targets, dtype=np.int64)
+        self.named = bool(self.classes)
+        self.targets = check_targets(self.targets, len(self.targets), len(self.classes) or None)
+        if not self.named:
+            self.classes = self.class_ids = [str(i) for i in range(self.targets.max(initial=-1) + 1)]
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self._checked(index) as image:
+            return image.convert("L" if image.mode in GREY_MODES else "RGB"), int(self.targets[index])
 
     @abstractmethod
     def where(self, index: int) -> str:
@@ -112,16 +130,50 @@ class FolderSource(Source):
 
 @dataclass
 class ArraySource(Source):
-    """Images in memory: uint8 arrays [H,W] (grey) or [H,W,3] (RGB), as one array if all have the same shape."""
+    """Images of one shape in memory: uint8 [N,H,W] (grey) or [N,H,W,C]."""
 
-    arrays: np.ndarray | list[np.ndarray]
-    name: str
+    arrays: np.ndarray
 
     def where(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.arrays[index])
+
+
+@dataclass
+class ItemSource(Source):
+    """A data set whose items hold a PIL image, or a uint8 tensor [C,H,W], at `key`."""
+
+    items: Any
+    key: int | str
+    threads = 1  # its items may share one file handle
+
+    def where(self, index: int) -> str:
+        return f"image {index} of {self.name}"
+
+    def open(self, index: int) -> Image.Image:
+        image = self.items[index][self.key]
+        if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
+            return F.to_pil_image(image)
+        if not isinstance(image, Image.Image):
+            found = getattr(image, "dtype", type(image).__name__)
+            raise TypeError(f"it is {found}, no PIL image or uint8 tensor: give the data set without its transform")
+        return image.copy()  # the caller closes it
+
+
+@dataclass
+class SubsetSource(Source):
+    """Some images of another source."""
+
+    source: Source
+    rows: np.ndarray
+
+    def where(self, index: int) -> str:
+        return self.source.where(int(self.rows[index]))
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(int(self.rows[index]))
 
 
 @dataclass
@@ -142,21 +194,42 @@ class ReaderSource(Source):
             return open_image(io.BytesIO(file.read()))
 
 
-def open_source(spec: str, split: str, size: tuple[int, int] | None, stream_bytes: int) -> Source:
-    """Open what `open_data` takes by name. A stream is resized to `size` (H, W) as it is read, and may take up to
-    `stream_bytes` of memory."""
+def open_source(data: Any, split: str = "train") -> Source:
+    """Open what `open_data` takes. No image is decoded, unless that is the only way to its label."""
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | os.PathLike):
+        return _named_source(os.fspath(data), split)
+    if isinstance(data, Subset):
+        whole, rows = open_source(data.dataset, split), np.asarray(data.indices, dtype=np.int64)
+        names, ids = (whole.classes, whole.class_ids) if whole.named else ([], [])
+        return SubsetSource(whole.name, names, ids, whole.targets[rows], whole, rows)
+    if isinstance(data, TensorDataset) and data.tensors[0].dtype == torch.uint8:
+        data = data.tensors
+    if isinstance(data, tuple) and len(data) == 2:
+        return tensor_source(*data)
+    by_index = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not by_index or isinstance(data, IterableDataset | torch.Tensor | np.ndarray):
+        raise TypeError(
+            "data must be a name, an ImageData, (uint8 images, labels), or a data set that has a length and gives "
+            f"(image, label) by index; got {type(data).__name__}"
+        )
+    return _data_set_source(data, type(data).__name__)
+
+
+def _named_source(spec: str, split: str) -> Source:
     if spec.startswith("bundled:"):
         return _bundled_source(spec.removeprefix("bundled:"), split)
     path = expand(spec)
     if path.is_dir():
         return _idx_source(path, split) if _is_idx(path) else _image_folder(_split_folder(path, split))
     if spec.lower().startswith(TIMM_PREFIXES) or tar_file(spec):
-        return _timm_source(spec, split, size, stream_bytes)
+        return _timm_source(spec, split)
     if path.exists():
         raise DataError(f"{spec} is a file; give a folder of images (one folder per class) or a .tar file")
     raise FileNotFoundError(
         f"no such data: {spec}. Give a folder, 'bundled:fashion-mnist', or a timm data set as NAME@ROOT "
-        f"with NAME starting with {', '.join(TIMM_PREFIXES)}"
+        f"with NAME starting with {' or '.join(TIMM_PREFIXES)}"
     )
 
 
@@ -173,7 +246,7 @@ def _bundled_source(name: str, split: str) -> ArraySource:
     rows, columns = sheet.shape[0] // 28, sheet.shape[1] // 28
     arrays = sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28)
     targets = np.repeat(np.arange(rows), columns)
-    return ArraySource(_FASHION_CLASSES, [str(i) for i in range(rows)], targets, arrays, f"bundled:{name}")
+    return ArraySource(f"bundled:{name}", _FASHION_CLASSES, [str(i) for i in range(rows)], targets, arrays)
 
 
 # ---- image folders -----------------------------------------------------------------------------------------------
@@ -197,7 +270,7 @@ def _image_folder(folder: Path) -> FolderSource:
     except FileNotFoundError as error:  # classes without images
         raise DataError(f"{folder}: {error}; add images or remove the folders") from None
     paths, targets = zip(*samples, strict=True)
-    return FolderSource(_class_names(class_ids), class_ids, np.asarray(targets), paths)
+    return FolderSource(str(folder), _class_names(class_ids), class_ids, np.asarray(targets), paths)
 
 
 def _class_names(class_ids: list[str]) -> list[str]:
@@ -209,9 +282,7 @@ def _class_names(class_ids: list[str]) -> list[str]:
     info = ImageNetInfo()
     if not set(info.label_names()).issuperset(class_ids):
         return class_ids
-    names = [info.label_name_to_description(name).split(",")[0] for name in class_ids]
-    # "crane" and "maillot" each name two classes of ImageNet-1k.
-    return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, class_ids, strict=True)]
+    return unique_names([info.label_name_to_description(name).split(",")[0] for name in class_ids], class_ids)
 
 
 def _folders(folder: Path) -> list[str]:
@@ -271,7 +342,7 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
     name = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
     fashion = re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
     classes = [_FASHION_CLASSES[label] for label in present] if fashion else class_ids
-    return ArraySource(classes, class_ids, targets.reshape(-1), images, str(folder))
+    return ArraySource(str(folder), classes, class_ids, targets.reshape(-1), images)
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
@@ -290,7 +361,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-# ---- data sets that timm reads -----------------------------------------------------------------------------------
+# ---- other libraries' data sets, and tensors -----------------------------------------------------------------------
 
 
 def tar_file(spec: str) -> str | None:
@@ -299,7 +370,7 @@ def tar_file(spec: str) -> str | None:
     return path if path.lower().endswith(".tar") and os.path.isfile(path) else None
 
 
-def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_bytes: int) -> Source:
+def _timm_source(spec: str, split: str) -> Source:
     """Open `NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, with `timm.data.create_dataset`."""
     from timm.data import create_dataset
 
@@ -312,12 +383,12 @@ def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_byt
     if archive is not None:
         # Threads and forked workers would share the position of a handle that is kept open.
         root, options = archive, {"cache_tarfiles": False}
-    if name.lower().startswith(("torch/", "wds/")) and not root:
+    if name.lower().startswith("torch/") and not root:
         raise DataError(f"{spec!r} needs the folder of the data: write {name}@FOLDER")
     root = os.path.expanduser(root)
     try:
         dataset = create_dataset(name, root=root or None, split=split, download=False, input_img_mode="", **options)
-        return _random_access(dataset, spec) or _streamed(dataset, spec, size, stream_bytes)
+        return _data_set_source(dataset, spec)
     except DataError:
         raise
     except (Exception, SystemExit) as error:
@@ -326,65 +397,78 @@ def _timm_source(spec: str, split: str, size: tuple[int, int] | None, stream_byt
         raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {why}") from error
 
 
-def _random_access(dataset: Any, spec: str) -> Source | None:
-    """The images of a torchvision data set, or of one of timm's readers; None for a stream."""
-    data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
-    if data is not None and targets is not None:  # torchvision's CIFAR and MNIST families hold all their pixels
-        arrays, classes = np.asarray(data), [str(name) for name in dataset.classes]
-        if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
-            return ArraySource(classes, [str(i) for i in range(len(classes))], np.asarray(targets), arrays, spec)
-    samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
-    if samples and hasattr(dataset, "classes"):  # torchvision's sets of image files (ImageFolder, ImageNet, Places365)
-        # ImageNet's names are tuples of synonyms, of which the first is not always unique.
-        names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in dataset.classes]
-        ids = [str(i) for i in getattr(dataset, "wnids", names)]
-        paths, labels = zip(*samples, strict=True)
-        return FolderSource(names, ids, np.asarray(labels), [str(path) for path in paths])
-    reader: Any = getattr(dataset, "reader", None)
-    if not hasattr(reader, "__getitem__"):
-        return None
-    # The column of labels of a Hugging Face data set can be read without the images.
-    column = reader.dataset[reader.label_key] if hasattr(reader, "dataset") else reader.targets
-    classes = _reader_classes(reader, np.asarray(column))
-    return ReaderSource(classes, classes, np.asarray(column), reader)
-
-
-def _streamed(dataset: Iterable[Any], spec: str, size: tuple[int, int] | None, limit: int) -> Source:
-    """A stream (WebDataset shards) is read once and kept in memory, in grey or RGB."""
-    reader: Any = getattr(dataset, "reader", None)
-    if hasattr(reader, "dist_num_replicas"):
-        # Under torchrun timm would hand every process another part; here all need the same images.
-        reader.dist_rank, reader.dist_num_replicas, reader.global_num_workers = 0, 1, 1
-    arrays: list[np.ndarray] = []
-    labels: list[int] = []
-    held = 0
-    for image, target in dataset:
-        check_header(image, f"image {len(arrays)} of {spec}")
-        pixels = to_tensor(image, 1 if image.mode in GREY_MODES else 3)
-        pixels = pixels if size is None else fit(pixels, *size)
-        held += pixels.numel()
-        if held > limit:
-            raise DataError(
-                f"{spec!r} has no random access and does not fit in {limit / 2**20:.0f} MiB after {len(arrays)} "
-                "images; give image_size (images are then reduced as they are read), raise cache_bytes, or export the "
-                "set to an ImageFolder"
-            )
-        arrays.append(pixels[0].numpy() if len(pixels) == 1 else pixels.movedim(0, -1).contiguous().numpy())
-        labels.append(target)
-    expected = getattr(reader, "num_samples", 0) or 0
-    if len(arrays) < expected:  # timm logs samples that it cannot decode, and goes on without them
-        raise DataError(f"{spec!r}: only {len(arrays)} of {expected} images could be read; see timm's warnings")
+def _data_set_source(data: Any, name: str) -> Source:
+    """A data set of torchvision, timm or Hugging Face, or any other whose items are (image, label)."""
+    ids, names = (getattr(data, "named", True) and named_classes(data)) or ([], [])
+    if hasattr(data, "features"):  # of Hugging Face; a transform of its own may have renamed the columns
+        data, image, label = data.with_format(None), image_column(data.features), label_column(data.features)
+        return ItemSource(name, names, ids, np.asarray(data[label]), data, image)
+    reader = getattr(data, "reader", None)
+    if hasattr(reader, "dataset"):  # timm's, of Hugging Face
+        return ReaderSource(name, names, ids, np.asarray(reader.dataset[reader.label_key]), reader)
+    if reader is not None:  # timm's own data set gives another image in place of one that it can't read
+        labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
+        return ReaderSource(name, names, ids, np.asarray(labels), reader)
+    if isinstance(data, VisionDataset):
+        data = copy.copy(data)
+        data.transform = data.target_transform = data.transforms = None
+    labels = getattr(data, "targets", getattr(data, "labels", None))
+    if labels is None:
+        rows = tqdm(range(len(data)), desc="looking for labels", unit="img", delay=2, leave=False)
+        try:
+            labels = [int(data[row][1]) for row in rows]
+        except (TypeError, ValueError, LookupError) as error:
+            raise DataError(f"{name} has no `targets`, and its items are not (image, int): {error}") from error
     targets = np.asarray(labels)
-    classes = _reader_classes(reader, targets)
-    return ArraySource(classes, [str(i) for i in range(len(classes))], targets, arrays, spec)
+    if isinstance(data, ImageFolder):
+        return FolderSource(str(data.root), names, ids, targets, [path for path, _ in data.samples])
+    if isinstance(data, VisionDataset) and hasattr(data, "data"):  # CIFAR and MNIST families hold all their pixels
+        arrays = np.asarray(data.data)
+        if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
+            return ArraySource(name, names, [str(i) for i in range(len(names))], targets, arrays)
+    return ItemSource(name, names, ids, targets, data, 0)
 
 
-def _reader_classes(reader: Any, targets: np.ndarray) -> list[str]:
-    """Class names in index order; the index itself where the reader has no name for it."""
-    if targets.size == 0:
-        raise DataError("the data set holds no images")
-    if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0:
-        raise DataError(f"every image needs one class index >= 0, got labels such as {targets[0]!r}")
-    class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-    names = {index: str(name) for name, index in class_to_idx.items()}
-    return [names.get(i, str(i)) for i in range(max(int(targets.max()) + 1, len(names)))]
+def tensor_source(
+    x: torch.Tensor | np.ndarray,
+    y: torch.Tensor | np.ndarray | Sequence[int],
+    classes: Sequence[str] = (),
+    class_ids: Sequence[str] | None = None,
+    name: str = "tensors",
+) -> ArraySource:
+    """Images x, uint8 [N,C,H,W], with labels y. TypeError: other dtypes. DataError: other shapes or labels."""
+    x = torch.as_tensor(x)
+    if x.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {x.dtype}")
+    if x.ndim != 4 or x.numel() == 0:
+        raise DataError(f"images must be [N,C,H,W], and at least one, got shape {tuple(x.shape)}")
+    ids = list(classes if class_ids is None else class_ids)
+    check_names(classes, ids)
+    arrays = x.detach().cpu().movedim(1, -1).numpy()
+    targets = check_targets(y, len(x))
+    return ArraySource(name, list(classes), ids, targets, arrays[..., 0] if arrays.shape[-1] == 1 else arrays)
+
+
+def check_names(classes: Sequence[str], class_ids: Sequence[str]) -> None:
+    """Raise DataError unless there are as many ids as names, and no name or id twice."""
+    if len(class_ids) != len(classes):
+        raise DataError(f"there are {len(classes)} class names but {len(class_ids)} class ids")
+    for names in (classes, class_ids):
+        if len(set(names)) != len(names):
+            raise DataError(f"class names and ids must be unique, got {list(names)[:12]}")
+
+
+def check_targets(
+    y: torch.Tensor | np.ndarray | Sequence[int], count: int, num_classes: int | None = None
+) -> np.ndarray:
+    """Labels as int64 [count], in 0..num_classes - 1. TypeError: no integers. DataError: anything else."""
+    targets = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+    if targets.shape != (count,):
+        raise DataError(f"there must be one label for each of the {count} images, got shape {targets.shape}")
+    if count and not np.issubdtype(targets.dtype, np.integer):
+        raise TypeError(f"labels must be integers, got {targets.dtype}")
+    low, high = (int(targets.min()), int(targets.max())) if count else (0, -1)
+    limit = high + 1 if num_classes is None else num_classes
+    if low < 0 or high >= limit:
+        raise DataError(f"labels must lie in 0..{limit - 1}, got {low}..{high}")
+    return np.ascontiguousarray(targets, dtype=np.int64)

@@ -149,11 +149,10 @@ def _eval_results(table: Mapping[str, Any], facts: CardFacts) -> list[EvalResult
 
 def data_name(spec: object) -> str:
     """A public name for training data: the last part of a path, since the rest of it is private, the text after
-    `bundled:`, timm's name of a data set, or the folder of `wds/`."""
+    `bundled:`, or timm's name of a data set."""
     text = str(spec or "").strip().removeprefix("bundled:")
     if text.lower().startswith(TIMM_PREFIXES):
-        name, _, root = text.partition("?")[0].partition("@")
-        text = root if name.endswith("/") else name
+        text = text.partition("?")[0].partition("@")[0]
     return PurePath(text.replace("\\", "/")).name or "unknown data"
 
 

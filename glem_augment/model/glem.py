@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.checks import check_number, check_whole
 from glem_augment.constants import DEFAULT_MODES
-from glem_augment.data.classes import match_classes
-from glem_augment.data.dataset import LabelledImages, as_image_data
+from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError
 from glem_augment.flows import Bijection, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
@@ -270,8 +269,8 @@ class GLEM(ImageFlow):
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
         Args:
-            data: an `ImageData` (see `open_data`); a pair (images [N,C,H,W] uint8, labels int64 [N]); or a name for
-                `open_data`, whose images are then resized and converted to the flow's size and channels.
+            data: an `ImageData` of the flow's shape; or anything else that `open_data` takes, which is resized and
+                converted. The labels of data that name no classes are the flow's indices.
             rank: k modes per class; what they leave over is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the flow's, see `match_classes`.
@@ -363,10 +362,8 @@ class GLEM(ImageFlow):
         """
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
-        data = as_image_data(data, self.image_shape, self.classes if isinstance(data, tuple) else None)
-        flow_index = match_classes(self, data, class_map)
-        data = data.with_targets(flow_index[data.targets], self.classes, self.class_ids)
-        return self.latents_of_classes(data, data.rows_of_classes(max_per_class), seed)
+        images = images_for(self, data, class_map)
+        return self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed)
 
     def checked_modes(self, modes: int | None) -> int:
         """How many modes to use: `modes` itself, or by default 64 or as many as are stored.

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from glem_augment.checks import check_whole
-from glem_augment.data.classes import match_classes, named_classes
-from glem_augment.data.dataset import ImageData, as_image_data
-from glem_augment.errors import DataError
+from glem_augment.data.classes import match_classes
+from glem_augment.data.sources import check_targets, open_source
 from glem_augment.model.glem import GLEM
 
 PerClass = int | str | Sequence[int] | Mapping[Any, int]
-Names = tuple[list[str], list[str]]  # ids and names of a data set's classes, in index order
 
-_ADAPT = (
+ADAPT = (
     "A flow makes images of its own classes only: adapt it to the data (model.adapt(data), or glem adapt), or open the "
     "data without those classes."
 )
@@ -62,15 +57,15 @@ def recorded(model: GLEM, per_class: PerClass) -> Any:
     return per_class if isinstance(per_class, str) else _as_list(per_class)
 
 
-def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
-    """A value for each of the flow's K classes.
+def class_values(model: Any, values: Any, argument: str, default: Any) -> list[Any]:
+    """A value for each of the K classes of a flow, or of its images.
 
     `values` holds K of them, or maps class names, ids or indices to them; other classes get `default`.
     """
     if not isinstance(values, Mapping):
         given = _as_list(values)
-        if not isinstance(given, list) or len(given) != model.num_classes:
-            raise ValueError(f"{argument} must be {model.num_classes} values, one per class of the flow; got {given!r}")
+        if not isinstance(given, list) or len(given) != len(model.classes):
+            raise ValueError(f"{argument} must be {len(model.classes)} values, one per class of the flow: {given!r}")
         return given
     found: dict[int, Any] = {}
     for key, value in values.items():
@@ -78,17 +73,17 @@ def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[
         if index in found:
             raise ValueError(f"{argument} has the class {model.classes[index]!r} twice: leave one of them out")
         found[index] = value
-    return [found.get(i, default) for i in range(model.num_classes)]
+    return [found.get(i, default) for i in range(len(model.classes))]
 
 
-def _find_class(model: GLEM, key: Any, argument: str) -> int:
+def _find_class(model: Any, key: Any, argument: str) -> int:
     if isinstance(key, str):
         for names in (model.classes, model.class_ids):
             if key in names:
                 return names.index(key)
         raise ValueError(f"{argument} names {key!r}; the flow has {', '.join(model.classes[:20])}")
-    if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < model.num_classes:
-        raise ValueError(f"{argument} names class {key!r}; the flow has 0 to {model.num_classes - 1}")
+    if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < len(model.classes):
+        raise ValueError(f"{argument} names class {key!r}; the flow has 0 to {len(model.classes) - 1}")
     return int(key)
 
 
@@ -102,76 +97,14 @@ def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Classes are matched by name; labels of data without class names are the flow's indices.
 
-    Raises:
-        DataError: labels that cannot be found or matched, or are out of range.
-    """
-    targets, names = targets_and_names(real)
-    index = np.arange(model.num_classes)
-    if names is not None:
-        index = match_classes(model, real, fix=_ADAPT)
-    if len(targets) == 0 or targets.min() < 0 or targets.max() >= len(index):
-        found = f"{targets.min()} to {targets.max()}" if len(targets) else "none"
-        raise DataError(f"labels of the real data must be 0 to {len(index) - 1}, found {found}")
-    return index[targets], index
-
-
-def targets_and_names(real: Any) -> tuple[np.ndarray, Names | None]:
-    """Labels int64 [N], and the ids and names of the classes, or None if the data set names none.
+    Args:
+        real: see `open_data`; no image is read.
 
     Raises:
-        DataError: no labels were found. TypeError: `real` is a name instead of a data set.
+        DataError: labels that cannot be matched, or are out of range.
     """
-    if isinstance(real, (str, os.PathLike)):
-        raise TypeError(f"real must be a data set, got {real!r}: open it first, with glem_augment.open_data")
-    if isinstance(real, ImageData):
-        return np.asarray(real.targets, dtype=np.int64), (list(real.class_ids), list(real.classes))
-    if _is_pair(real):
-        return _whole_labels(real[1]), None
-    if isinstance(real, Subset):
-        targets, names = targets_and_names(real.dataset)
-        return targets[np.asarray(real.indices, dtype=np.int64)], names
-    labels = _labels_of(real)
-    if labels is None:
-        raise DataError(
-            f"{type(real).__name__} has no labels that can be read without its images (targets, labels, samples): "
-            "give (images, labels), or the numbers themselves as per_class"
-        )
-    return _whole_labels(labels), named_classes(real)
-
-
-def _labels_of(real: Any) -> Any:
-    """The labels of a torchvision data set, timm's ImageDataset (`reader`) or a TensorDataset; None if it has none."""
-    reader = getattr(real, "reader", None)
-    for owner, name in ((real, "targets"), (real, "labels"), (reader, "targets")):
-        if getattr(owner, name, None) is not None:
-            return getattr(owner, name)
-    if hasattr(reader, "samples"):
-        return [sample[1] for sample in reader.samples]
-    tensors = getattr(real, "tensors", None)
-    return tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None
-
-
-def real_images(model: GLEM, real: Any) -> ImageData:
-    """An `ImageData`, (uint8 images, labels), or a name for `open_data`, at the flow's size and under its classes.
-
-    Raises:
-        DataError: images of another size, or classes that do not match. TypeError: another kind of `real`.
-    """
-    if _is_pair(real):
-        images = ImageData.from_tensors(torch.as_tensor(real[0]), real[1], model.classes, model.class_ids)
-        return as_image_data(images, model.image_shape)
-    images = as_image_data(real, model.image_shape)
-    return images.with_targets(match_targets(model, images)[0], model.classes, model.class_ids)
-
-
-def _is_pair(real: Any) -> bool:
-    """Whether this is (images, labels), of tensors or arrays; labels may be a list."""
-    two = isinstance(real, tuple) and len(real) == 2
-    return two and isinstance(real[0], Tensor | np.ndarray) and isinstance(real[1], Tensor | np.ndarray | list)
-
-
-def _whole_labels(labels: Any) -> np.ndarray:
-    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if found.ndim != 1 or (found.size and not (np.issubdtype(found.dtype, np.integer) or found.dtype == bool)):
-        raise DataError(f"labels must be whole numbers, one per image; got {found.dtype} of shape {found.shape}")
-    return found.astype(np.int64)
+    source = open_source(real)
+    if source.named:
+        index = match_classes(model, source, fix=ADAPT)
+        return index[source.targets], index
+    return check_targets(source.targets, len(source), model.num_classes), np.arange(model.num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch.utils.data import Dataset, Subset
 
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes
-from glem_augment.data.dataset import ImageData
+from glem_augment.data.dataset import ImageData, LabelledImages, open_data
+from glem_augment.data.sources import Source, open_source
 from glem_augment.errors import DataError
-from glem_augment.model.glem import GLEM
-from glem_augment.synthetic.balance import Names, class_values, targets_and_names
-from glem_augment.synthetic.dataset import SyntheticDataset
+from glem_augment.synthetic.balance import class_values
+from glem_augment.synthetic.dataset import SyntheticDataset, to_pil
 
 ClassMap = Mapping[Any, int | None] | Sequence[int | None]
 
@@ -32,8 +33,11 @@ class RealAndSynthetic(Dataset):
     `target_transform`, or else through the real data's.
 
     Args:
-        real: a torchvision or timm data set, an `ImageData`, or a Subset of one; its items are (image, label).
-        synthetic: with at least `ratio * len(real)` images (unless ratio is None).
+        real: a data set whose items are (image, label), such as those of torchvision and timm, an `ImageData`, or a
+            Subset of one; or anything else that `open_data` takes. A name and a Hugging Face data set then give PIL
+            images as they are stored, a pair (images, labels) gives uint8 tensors.
+        synthetic: a `SyntheticDataset`, or the folder of an export; with at least `ratio * len(real)` images (unless
+            ratio is None).
         ratio: synthetic images per real one: 1 doubles the data. They are taken class by class in turn, so that any
             ratio is balanced as `synthetic` is. None: all of them, as for per_class="balance".
         class_map: the real data's label for each of the flow's classes, where names do not match: K labels, or a
@@ -49,35 +53,43 @@ class RealAndSynthetic(Dataset):
     """
 
     def __init__(
-        self, real: Any, synthetic: SyntheticDataset, ratio: float | None = 1.0, class_map: ClassMap | None = None
+        self,
+        real: LabelledImages,
+        synthetic: SyntheticDataset | ImageData | str | os.PathLike[str],
+        ratio: float | None = 1.0,
+        class_map: ClassMap | None = None,
     ) -> None:
-        if not isinstance(synthetic, SyntheticDataset):
-            raise TypeError(f"synthetic must be a SyntheticDataset, got {type(synthetic).__name__}")
-        if isinstance(real, (tuple, list)):
-            raise TypeError(f"real must be a data set of (image, label) items, got a {type(real).__name__}")
+        if isinstance(synthetic, str | os.PathLike):
+            synthetic = open_data(synthetic)
+        if not isinstance(synthetic, SyntheticDataset | ImageData):
+            raise TypeError(f"synthetic must be a SyntheticDataset or a folder, got {type(synthetic).__name__}")
+        if isinstance(real, tuple):
+            real = open_data(real)
+        source = open_source(real)
+        if isinstance(real, str | os.PathLike) or hasattr(real, "features"):
+            real = source
         self.real, self.synthetic, self.ratio = real, synthetic, ratio
         self.transform: Callable[[Any], Any] | None = None
-        real_targets, names = targets_and_names(real)
-        if names is not None:
-            self.classes: list[str] = list(names[1])
+        if source.named:
+            self.classes = list(source.classes)
             self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
-        self._real_count = len(real)
+        self._real_count = len(source)
+        made = np.asarray(synthetic.targets, dtype=np.int64)
         if ratio is None:
-            self.chosen = np.arange(len(synthetic))
+            self.chosen = np.arange(len(made))
         else:
             count = round(check_number("ratio", ratio, 0.0, math.inf) * self._real_count)
-            if count > len(synthetic):
-                raise DataError(f"{ratio=} needs {count} synthetic images, there are {len(synthetic)}: raise per_class")
-            self.chosen = np.sort(_in_turn(synthetic.counts)[:count])
-        label_of = _labels(synthetic.model, real, names, class_map)
-        labels = label_of[np.asarray(synthetic.targets, dtype=np.int64)[self.chosen]]
-        missing = sorted({synthetic.classes[synthetic.targets[i]] for i in self.chosen[labels < 0].tolist()})
+            if count > len(made):
+                raise DataError(f"{ratio=} needs {count} synthetic images, there are {len(made)}: raise per_class")
+            self.chosen = np.sort(_in_turn(made)[:count])
+        labels = _labels(synthetic, source, class_map)[made[self.chosen]]
+        missing = sorted({synthetic.classes[made[i]] for i in self.chosen[labels < 0]})
         if missing:
             raise DataError(
                 f"the real data has no class for the synthetic {', '.join(missing[:10])}: give class_map a label for "
                 "them, or leave them out of per_class"
             )
-        self.targets: list[int] = real_targets.tolist() + labels.tolist()
+        self.targets: list[int] = source.targets.tolist() + labels.tolist()
 
     def __len__(self) -> int:
         return self._real_count + len(self.chosen)
@@ -90,7 +102,8 @@ class RealAndSynthetic(Dataset):
         places = [range(len(self))[i] for i in indices]  # negative ones count from the end
         chosen = [int(self.chosen[place - self._real_count]) for place in places if place >= self._real_count]
         pictures = iter(self._pictures(chosen))
-        label_transform = self.synthetic.target_transform or getattr(_innermost(self.real), "target_transform", None)
+        label_transform = getattr(self.synthetic, "target_transform", None)
+        label_transform = label_transform or getattr(_innermost(self.real), "target_transform", None)
         items = []
         for place in places:
             if place < self._real_count:
@@ -104,9 +117,15 @@ class RealAndSynthetic(Dataset):
         """Synthetic images, of the kind that the real ones are."""
         if not indices:
             return []
-        if self.synthetic.transform is None and isinstance(_innermost(self.real), ImageData):
-            return self.synthetic.images(indices)
-        pictures, mode = self.synthetic.pictures(indices), self._real_mode
+        drawn, as_tensors = self.synthetic, isinstance(_innermost(self.real), ImageData)
+        if isinstance(drawn, ImageData):
+            images = drawn.subset(indices).tensor()
+            pictures = images if as_tensors else to_pil(images)
+        elif as_tensors and drawn.transform is None:
+            return drawn.images(indices)
+        else:
+            pictures = drawn.pictures(indices)
+        mode = self._real_mode
         return [p.convert(mode) if mode and isinstance(p, Image.Image) else p for p in pictures]
 
     @functools.cached_property
@@ -119,20 +138,22 @@ class RealAndSynthetic(Dataset):
         return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
 
 
-def _labels(model: GLEM, real: Any, names: Names | None, class_map: Any) -> np.ndarray:
-    """The real data's label of every flow class, int64 [K]; -1 = none."""
-    labels = np.full(model.num_classes, -1)
+def _labels(synthetic: SyntheticDataset | ImageData, source: Source, class_map: ClassMap | None) -> np.ndarray:
+    """The real data's label of every synthetic class, int64 [K]; -1 = none."""
+    classes = synthetic.classes
+    labels = np.full(len(classes), -1)
     if class_map is None:
-        fix = "Give class_map, the real data's label for every class of the flow."
-        if names is None:
-            return np.arange(model.num_classes)
-        index = match_classes(model, real, fix=fix)
+        if not source.named:
+            return np.arange(len(classes))
+        index = match_classes(
+            synthetic, source, fix="Give class_map, the real data's label for every class of the flow."
+        )
         labels[index] = np.arange(len(index))
         return labels
-    for i, label in enumerate(class_values(model, class_map, "class_map", None)):
-        labels[i] = -1 if label is None else check_whole(f"class_map for {model.classes[i]!r}", label, -1)
-    if names is not None and labels.max() >= len(names[1]):
-        raise DataError(f"class_map gives label {labels.max()}; the real data has labels from 0 to {len(names[1]) - 1}")
+    for i, label in enumerate(class_values(synthetic, class_map, "class_map", None)):
+        labels[i] = -1 if label is None else check_whole(f"class_map for {classes[i]!r}", label, -1)
+    if source.named and labels.max() >= len(source.classes):
+        raise DataError(f"class_map gives label {labels.max()}; the real data has 0 to {len(source.classes) - 1}")
     return labels
 
 
@@ -143,8 +164,9 @@ def _innermost(real: Any) -> Any:
     return real
 
 
-def _in_turn(counts: list[int]) -> np.ndarray:
-    """Indices of all synthetic images: the first of every class, the second, ..."""
-    cls = np.repeat(np.arange(len(counts)), counts)
-    within = np.concatenate([np.arange(count) for count in counts])
-    return np.lexsort((cls, within))
+def _in_turn(targets: np.ndarray) -> np.ndarray:
+    """Indices of all synthetic images, given their labels int64 [N]: the first of every class, the second, ..."""
+    order = np.argsort(targets, kind="stable")
+    within = np.empty_like(order)
+    within[order] = np.arange(len(order)) - np.searchsorted(targets[order], targets[order])
+    return np.lexsort((targets, within))

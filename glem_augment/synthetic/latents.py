@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.constants import SOURCES
-from glem_augment.data.dataset import ImageData
+from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import in_range, to_uint8
 from glem_augment.devices import check_worker_device, evaluating
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.synthetic.balance import real_images
+from glem_augment.synthetic.balance import ADAPT
 
 # One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
 NOISE_BLOCK = 16
@@ -88,7 +88,7 @@ class LatentSource:
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
             self.modes = model.checked_modes(modes)
-            images = real_images(model, real)
+            images = images_for(model, real, fix=ADAPT)
             _check_counts(model, np.bincount(images.targets, minlength=model.num_classes), wanted)
             self.real = RealLatents(model, images)
 

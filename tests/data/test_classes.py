@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from glem_augment.data.classes import check_class_map, match_classes
+from glem_augment.data.classes import check_class_map, match_classes, named_classes
 from glem_augment.errors import ClassMismatchError
 
 
@@ -24,6 +24,11 @@ def test_match_by_id_name_and_form() -> None:
     assert match_classes(flow, side(["0", "1"], ["golden_retriever", "TENCH"])).tolist() == [1, 0]
     result = match_classes(flow, flow)
     assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
+
+
+def test_names_of_torchvisions_imagenet() -> None:
+    real = SimpleNamespace(classes=[("tench", "Tinca"), ("crane",), ("crane", "bird")], wnids=["n1", "n2", "n3"])
+    assert named_classes(real) == (["n1", "n2", "n3"], ["tench", "crane (n2)", "crane (n3)"])
 
 
 def test_numbers_identify_only_without_names() -> None:

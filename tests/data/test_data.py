@@ -13,15 +13,19 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from timm.data import ImageDataset
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms.v2 import functional as F
 
 from glem_augment import GLEM
+from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.pixels import fit
 from glem_augment.errors import BadImageError, DataError
@@ -336,7 +340,78 @@ def test_idx_damaged(tmp_path: Path, suffix: str) -> None:
             open_data(tmp_path)
 
 
-# ---- timm ------------------------------------------------------------------------------------------------------------
+# ---- other libraries -------------------------------------------------------------------------------------------------
+
+
+def test_data_sets_of_torchvision_and_timm(image_folder: Path) -> None:
+    """Their images as they are stored, whatever transforms they have, with their labels and names."""
+    reference, small = open_data(image_folder), open_data(image_folder, image_size=4, channels=1)
+    transform: dict[str, Any] = {"transform": F.horizontal_flip, "target_transform": lambda y: y + 1}
+    folder = ImageFolder(image_folder, **transform)
+
+    class Private(VisionDataset):  # as Flowers102 and Food101, which keep their labels for themselves
+        def __getitem__(self, index: int) -> tuple[Any, Any]:
+            image, label = ImageFolder(image_folder)[index]
+            return (image, label) if self.transforms is None else self.transforms(image, label)
+
+        def __len__(self) -> int:
+            return 12
+
+    items = [(np.asarray(image), label) for image, label in ImageFolder(image_folder)]
+    kinds = (folder, ImageDataset(str(image_folder), **transform), reference, Private("", **transform), items)
+    for given, names in zip(kinds, [["bird", "cat", "dog"]] * 3 + [["0", "1", "2"]] * 2, strict=True):
+        data = open_data(given)
+        assert torch.equal(data.tensor(), reference.tensor()) and data.targets.tolist() == reference.targets.tolist()
+        assert data.classes == names and data.named == (names != ["0", "1", "2"])
+        part = open_data(Subset(Subset(given, [11, 0, 5, 7]), [0, 1, 2]), image_size=4, channels=1)
+        assert torch.equal(part.tensor(), small.subset([11, 0, 5]).tensor())
+        assert part.targets.tolist() == [2, 0, 1] and part.classes == names
+    (image_folder / "dog" / "3.png").write_bytes(b"damaged")
+    with pytest.raises(BadImageError, match="dog/3.png cannot be read"):
+        open_data(folder)
+
+
+def test_tensors() -> None:
+    x, y = torch.randint(0, 256, (6, 3, 4, 5), dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2])
+    for given in ((x, y), (x.numpy(), y.tolist()), TensorDataset(x, y), Subset(TensorDataset(x, y), range(6))):
+        data = open_data(given)
+        assert torch.equal(data.tensor(), x) and data.targets.tolist() == y.tolist() and not data.named
+        assert torch.equal(open_data(given, image_size=4)[3][0], fit(x[3], 4, 4))
+    assert torch.equal(open_data((x[:, :2], y)).tensor(), x[:, :2])
+    for given, message in (
+        ((x.float(), y), "images must be uint8"),
+        ([(x[0].float(), 0)], "image 0 of list cannot be read.*torch.float32, no PIL image.*without its transform"),
+        ([5], "list has no `targets`, and its items are not"),
+        ((i for i in "ab"), "got generator"),
+        ((x, y.float()), "labels must be integers, got float32"),
+    ):
+        with pytest.raises((TypeError, DataError), match=message):
+            open_data(given)
+
+
+def test_data_sets_of_hugging_face(image_folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    reference = open_data(image_folder)
+    items = ImageFolder(image_folder)
+    columns = {"img": [image for image, _ in items], "kind": items.targets, "id": list(range(12))}
+    features = datasets.Features(
+        img=datasets.Image(), kind=datasets.ClassLabel(names=items.classes), id=datasets.Value("int64")
+    )
+    whole = datasets.Dataset.from_dict(columns, features)
+    for given in (whole, whole.with_format("torch"), whole.with_transform(lambda batch: {"x": batch["id"]})):
+        data = open_data(given)
+        assert torch.equal(data.tensor(), reference.tensor()) and data.classes == reference.classes and data.named
+        assert data.targets.tolist() == reference.targets.tolist()
+    assert match_classes(["dog", "cat", "bird"], whole).tolist() == [2, 1, 0]
+    numbers = open_data(whole.cast_column("kind", datasets.Value("int32")).rename_column("kind", "label"))
+    assert numbers.classes == ["0", "1", "2"] and not numbers.named
+    for wrong, message in (
+        (whole.remove_columns("kind"), "one column of labels .*this one has none among img, id"),
+        (whole.add_column("fine", items.targets, feature=features["kind"]), "has kind and fine among"),
+        (whole.to_iterable_dataset(), "got IterableDataset"),
+    ):
+        with pytest.raises((DataError, TypeError), match=message):
+            open_data(wrong)
 
 
 def test_torch_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,36 +448,6 @@ def test_tar(image_folder: Path, tmp_path: Path) -> None:
         archive.add(image_folder, "images")
     with pytest.raises(DataError, match="cat/1.png cannot be read"):
         open_data(tmp_path / "bad.tar")
-
-
-def write_shard(folder: Path, images: list[bytes], targets: list[int]) -> None:
-    with tarfile.open(folder / "part-0.tar", "w") as archive:
-        for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-            for end, content in ((".png", image), (".cls", str(target).encode())):
-                member = tarfile.TarInfo(f"{i:04d}{end}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    count = len(images)
-    split = {"name": "train", "num_samples": count, "filenames": ["part-0.tar"], "shard_lengths": [count]}
-    (folder / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
-
-
-def test_webdataset(image_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("webdataset")
-    reference, spec = open_data(image_folder), f"wds/@{tmp_path}"
-    write_shard(
-        tmp_path, [path.read_bytes() for path in sorted(image_folder.rglob("*.png"))], reference.targets.tolist()
-    )
-    data = open_data(spec)
-    assert torch.equal(data.tensor(), reference.tensor()) and data.targets.tolist() == reference.targets.tolist()
-    assert open_data(spec, image_size=4).image_shape == (3, 4, 4)
-    with pytest.raises(DataError, match="does not fit"):
-        open_data(spec, cache_bytes=500)
-    deep = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(deep, "PNG")
-    write_shard(tmp_path, [deep.getvalue()], [0])
-    with pytest.raises(BadImageError, match="more than 8 bits per channel"):
-        open_data(spec)
 
 
 def test_timm_errors(tmp_path: Path) -> None:
