@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import beyond
+from scipy import stats
+
 from glem_augment.io import write_json
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
@@ -52,6 +53,11 @@ class Comparison(NamedTuple):
     def sign(self, level: float = 0.05) -> int:
         """The direction, where it is sure at that level."""
         return self.direction if self.chance <= level else 0
+
+
+def _chance(t: float, freedom: int) -> float:
+    """Probability that Student's t is farther from 0 than this."""
+    return float(2 * stats.t.sf(abs(t), freedom))
 
 
 def _one_run(mean: float, metric: str, data: str) -> float:
@@ -103,7 +109,7 @@ class Measured:
         if a.flows == b.flows and all(a.flows):
             differences = [x - y for x, y in zip(a, b, strict=True)]
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-            return Comparison(direction, beyond(gap / error, len(differences) - 1) if error else float(not gap))
+            return Comparison(direction, _chance(gap / error, len(differences) - 1) if error else float(not gap))
         common = self.variance(data, metric)
         prior = _PRIOR if common else 0
         parts = []
@@ -115,7 +121,7 @@ class Measured:
         if not total:
             return Comparison(direction, float(not gap))
         freedom = int(total**2 / sum(part * part / own for part, own in parts))
-        return Comparison(direction, beyond(gap / math.sqrt(total), max(1, freedom)))
+        return Comparison(direction, _chance(gap / math.sqrt(total), max(1, freedom)))
 
     def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> Runs:
         """Over seeds; empty where it was not measured."""
@@ -191,10 +197,7 @@ def _lambda(m: Measured) -> Verdict:
 
 def _rank(values: list[float]) -> float:
     """Spearman correlation of a series with its order."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [order.index(i) for i in range(len(values))]
-    n = len(values)
-    return 1 - 6 * sum((i - r) ** 2 for i, r in enumerate(ranks)) / (n * (n * n - 1))
+    return float(stats.spearmanr(range(len(values)), values).statistic)
 
 
 def _temperature(m: Measured) -> Verdict:

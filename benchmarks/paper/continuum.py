@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
-
-
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks 1..N of [N] values, float64; equal values share the mean of their ranks."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
 
 
 def mantel(a: Tensor, b: Tensor, permutations: int = 999) -> tuple[float, float]:
@@ -23,8 +17,8 @@ def mantel(a: Tensor, b: Tensor, permutations: int = 999) -> tuple[float, float]
     k = len(a)
     row, column = torch.triu_indices(k, k, 1)
     # Ranks do not change when classes are permuted, so they are computed once.
-    ranks, others = torch.zeros(k, k, dtype=torch.float64), average_ranks(b[row, column])
-    ranks[row, column] = average_ranks(a[row, column])
+    ranks, others = torch.zeros(k, k, dtype=torch.float64), torch.from_numpy(rankdata(b[row, column]))
+    ranks[row, column] = torch.from_numpy(rankdata(a[row, column]))
     ranks = ranks + ranks.T
     others = others - others.mean()
     scale = (ranks[row, column] - ranks[row, column].mean()).norm() * others.norm()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from benchmarks.paper.continuum import average_ranks
 from benchmarks.paper.lab import Fitted, Lab, version_of
 from benchmarks.paper.report import row, write_rows
 from benchmarks.paper.tables import Cell
@@ -80,9 +80,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     torchmetrics squeezes scores beyond [0, 1] through a sigmoid, which makes likelihoods of thousands of nats equal.
     """
-    n, m = len(inside), len(outside)
-    ranks = average_ranks(torch.cat([inside, outside]).double())
-    return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
+    return float(mannwhitneyu(outside, inside).statistic) / (len(inside) * len(outside))
 
 
 def _detection(lab: Lab, cell: Cell, other: str, fitted: Fitted) -> dict[str, float]:

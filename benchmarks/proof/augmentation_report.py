@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import quantile
+from scipy import stats
+
 from benchmarks.proof.augmentation_plan import FINAL, TUNING, Store, params_text
 from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from glem_augment.io import atomic_write
@@ -42,7 +43,7 @@ def paired_gain(ours: dict[int, float], other: dict[int, float]) -> Gain | None:
     count = len(differences)
     if count == 1:
         return Gain(differences[0], math.nan, 1)
-    t = quantile(count - 1)
+    t = float(stats.t.ppf(0.975, count - 1))
     return Gain(statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(count), count)
 
 

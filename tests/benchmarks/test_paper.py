@@ -117,18 +117,6 @@ def test_rise_and_fall_with_lambda(tmp_path: Path) -> None:
     assert lambdas(peak, [20, 20.3, 20.1, 19.8, 19.7, 19.6]) == OPEN  # FID of one run within its error
 
 
-def test_no_verdict_from_the_best_of_several_temperatures_alone(tmp_path: Path) -> None:
-    def temperatures(cnn: list[float]) -> str:
-        values = {}
-        for t, a, label in zip((0.7, 0.8, 0.9, 1.0, 1.1, 1.2), cnn, (96, 94, 92, 90, 87, 84), strict=True):
-            name = f"tau = {t}" if t == 0.9 else f"tau = {t}/tau={t:g}"
-            values[name, "CNN-A"], values[name, "L-R"] = [a], [label]
-        return verdict(tmp_path, "tau below 1", 5, values)
-
-    assert temperatures([70, 76, 80, 75, 70, 60]) == HOLDS and temperatures([60, 65, 70, 75, 80, 76]) == FAILS
-    assert temperatures([76.1, 76.2, 76.2, 76.28, 76.3, 76.2]) == OPEN
-
-
 def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:
     def continuum(p: float, *rho: float) -> str:
         values = {"rho-distance": list(rho), "rho-distance p": [p] * len(rho), "rho-confusion": [-r for r in rho]}

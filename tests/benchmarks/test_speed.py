@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import beyond, quantile
 from benchmarks.speed import backbones, densities, pipeline, reversible, speed, speed_measure, speed_report
 from benchmarks.speed.speed_published import PublishedCoupling, PublishedFlow, expm, phi
 
@@ -31,15 +30,6 @@ GLOW = {**MEF, "preset": "glow_tiny"}
 def test_every_script_can_be_imported_and_says_how_it_is_run(script: Path) -> None:
     name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
     assert f"python benchmarks/{script.parent.name}/{script.name}" in importlib.import_module(name).__doc__
-
-
-def test_students_t() -> None:
-    # Quantiles from a printed table.
-    for t, freedom, both_sides in ((12.706, 1, 0.05), (4.303, 2, 0.05), (2.228, 10, 0.05), (3.499, 7, 0.01)):
-        assert beyond(t, freedom) == pytest.approx(both_sides, rel=2e-3)
-        assert beyond(-t, freedom) == beyond(t, freedom)
-        assert quantile(freedom, both_sides) == pytest.approx(t, abs=6e-4)
-    assert beyond(0.0, 5) == 1
 
 
 # ---- floor and timing --------------------------------------------------------------------------------------------
