@@ -28,15 +28,13 @@ from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import augment_batch, stratified_split
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
+from glem_augment.training.guard import DivergenceError, LossGuard, independent_pixels
 from glem_augment.training.logs import gaussian_state, held_out
 from glem_augment.training.objective import LatentStatistics, e_step_loss, encode, m_learning_rates, m_step_loss
 from glem_augment.training.optim import (
     CLIP_NORM,
-    DivergenceError,
-    LossGuard,
     flow_optimizer,
     gaussian_optimizer,
-    independent_pixels,
     load_optimizer_tensors,
     optimizer_tensors,
 )

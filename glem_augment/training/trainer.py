@@ -27,7 +27,7 @@ from glem_augment.flows import MultiscaleFlow
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.training import optim
+from glem_augment.training import guard
 from glem_augment.training.batches import epoch_order
 from glem_augment.training.checkpoint import (
     check_same_run,
@@ -39,8 +39,8 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
+from glem_augment.training.guard import DivergenceError
 from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
-from glem_augment.training.optim import DivergenceError
 
 # What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
 EXIT_TIME_UP = 75
@@ -263,7 +263,7 @@ class Trainer(EM):
     def _roll_back(self, error: DivergenceError) -> None:
         """Return to the last good checkpoint with lower learning rates. Raises TrainingError after too many times."""
         config, number, bad = self.config, self.rollbacks + 1, self.bad_steps
-        if number > optim.MAX_ROLLBACKS:
+        if number > guard.MAX_ROLLBACKS:
             raise TrainingError(
                 f"the run diverged again after {self.rollbacks} returns to the last good checkpoint: at step "
                 f"{self.step}, {error}. Lower lr ({config.lr:g}) or raise warmup_steps ({config.warmup_steps}), in "
@@ -277,7 +277,7 @@ class Trainer(EM):
         self.log.rewind(self.step, {**row, "why": str(error)})
         warnings.warn(
             f"step {step}: {error}. Returned to step {self.step}, at {scale:g} times the learning rates of the "
-            f"settings ({number} of at most {optim.MAX_ROLLBACKS} times)",
+            f"settings ({number} of at most {guard.MAX_ROLLBACKS} times)",
             stacklevel=2,
         )
         self.save_checkpoint()

@@ -17,16 +17,16 @@ from torch import Tensor
 from glem_augment import GLEM
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
-from glem_augment.training import TrainConfig, Trainer, optim
+from glem_augment.training import TrainConfig, Trainer, guard
 from glem_augment.training import em as em_module
 from glem_augment.training.checkpoint import load_checkpoint
 from glem_augment.training.em import training_mode
-from glem_augment.training.optim import DivergenceError, LossGuard
+from glem_augment.training.guard import DivergenceError, LossGuard
 
 
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "MAX_BAD_STEPS", 2)
+    monkeypatch.setattr(guard, "MAX_BAD_STEPS", 2)
 
 
 def rollbacks(out: Path) -> list[tuple[int, float, int]]:
@@ -74,8 +74,8 @@ def test_the_guard_lets_ordinary_runs_pass() -> None:
 def test_the_guard_notices_losses_that_leave_for_good(bad: float) -> None:
     calm = noise(500, 2.0, 0.1)
     at = until_divergence(new_guard(math.inf), calm + [bad] * 300)
-    assert at is not None and 0 < at - 500 - optim.PATIENCE <= optim.SPAN
-    assert until_divergence(new_guard(math.inf), calm + [bad] * (optim.PATIENCE - 20) + calm) is None
+    assert at is not None and 0 < at - 500 - guard.PATIENCE <= guard.SPAN
+    assert until_divergence(new_guard(math.inf), calm + [bad] * (guard.PATIENCE - 20) + calm) is None
 
 
 def test_the_guard_notices_a_run_that_falls_back_behind_independent_pixels() -> None:
@@ -90,7 +90,7 @@ def test_the_guard_notices_a_run_that_stays_behind_uniform_noise() -> None:
     """With no better days to compare with: losses that fall, but remain above 8 bits/dim after the warm-up."""
     losses = [12 - i / 1000 for i in range(2000)]
     at = until_divergence(new_guard(7.9, warmup=300), losses)
-    assert at is not None and 0 <= at - 300 - optim.GRACE - optim.PATIENCE <= optim.SPAN
+    assert at is not None and 0 <= at - 300 - guard.GRACE - guard.PATIENCE <= guard.SPAN
     assert until_divergence(new_guard(5.0, warmup=300), losses, [7.9] * 2000) is None
 
 
@@ -102,8 +102,8 @@ def test_independent_pixels_cost_the_entropy_of_their_histogram() -> None:
     x = torch.zeros(4, 2, 2, 2, dtype=torch.uint8)
     x[:2, 0] = 255  # one bit in the first channel
     x[:, 1] = torch.tensor([[0, 1], [64, 128]])  # two bits in the second
-    assert optim.independent_pixels(x, 8) == pytest.approx(1.5)
-    assert optim.independent_pixels(x, 2) == pytest.approx((1 + 1.5) / 2)  # 0 and 1 are one level
+    assert guard.independent_pixels(x, 8) == pytest.approx(1.5)
+    assert guard.independent_pixels(x, 2) == pytest.approx((1 + 1.5) / 2)  # 0 and 1 are one level
 
 
 def test_the_guard_goes_on_where_its_state_was_saved() -> None:
@@ -169,7 +169,7 @@ def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_p
 
 def test_exploded_losses_return_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SPAN": 1, "START": 1, "PATIENCE": 2, "CALM": 2}.items():
-        monkeypatch.setattr(optim, name, value)
+        monkeypatch.setattr(guard, name, value)
     out = tmp_path / "run"
     trainer = tiny_trainer(out, epochs=4)
     until_returned(trainer, lambda z, logdet: (z + 1e4, logdet), set(range(7, 100)))
@@ -209,7 +209,7 @@ def test_an_m_step_that_never_succeeds_is_a_divergence(tmp_path: Path, monkeypat
 
 
 def test_returns_are_limited_also_over_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "MAX_ROLLBACKS", 2)
+    monkeypatch.setattr(guard, "MAX_ROLLBACKS", 2)
     out = tmp_path / "run"
     trainer = tiny_trainer(out, epochs=3)
     until_returned(trainer, BAD["nan in the loss"], {5, 6}, returns=3)
@@ -218,7 +218,7 @@ def test_returns_are_limited_also_over_pieces(tmp_path: Path, monkeypatch: pytes
         trainer.fit()
     assert [row[1] for row in rollbacks(out)] == [0.5, 0.25]
     assert load_checkpoint(out).facts["rollbacks"] == 2
-    monkeypatch.setattr(optim, "MAX_ROLLBACKS", 3)
+    monkeypatch.setattr(guard, "MAX_ROLLBACKS", 3)
     trainer = tiny_trainer(out, resume=True, epochs=3)  # it remembers the rates that it had come to
     until_returned(trainer, BAD["nan in the loss"], {5, 6}, returns=3)
     with pytest.warns(UserWarning, match="at 0.125 times"):
