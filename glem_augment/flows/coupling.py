@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.layers import Bijection
 from glem_augment.flows.matexp import PLANES_UP_TO, expm_apply, expm_apply_low_rank
 
 # (in_channels, out_channels) -> network
@@ -17,15 +16,13 @@ SubnetFactory = Callable[[int, int], nn.Module]
 FULL_MATRIX_UP_TO = 24
 
 
-class Coupling(Bijection):
+class Coupling(nn.Module):
     """Splits the channels in halves x1, x2; x1 passes unchanged, x2 is mapped with parameters made from x1."""
 
     net: nn.Module
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 2 or channels % 2:
-            raise ValueError(f"a coupling needs an even number of channels, got {channels}")
         self.half = channels // 2
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -46,14 +43,6 @@ class Coupling(Bijection):
         x1, x2 = x.split(self.half)
         y2, logdet = self.transform(x2, self.net(x1.transpose(0, 1)), inverse)
         return torch.cat([x1, y2]), logdet
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, logdet = self.couple(x.transpose(0, 1))
-        return y.transpose(0, 1).contiguous(), logdet
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, logdet = self.couple(z.transpose(0, 1), inverse=True)
-        return x.transpose(0, 1).contiguous(), logdet
 
 
 class AffineCoupling(Coupling):

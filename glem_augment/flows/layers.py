@@ -1,9 +1,8 @@
-"""The contract that every layer of the flow keeps, and the layers that have no network inside."""
+"""The contract of a flow, the identity, and the two layers that have no network inside; `level` applies these."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # An element that is almost constant in the first batch has almost no spread, and dividing by that would blow up the
@@ -43,7 +42,7 @@ class FlatIdentity(Bijection):
         return z.reshape(z.shape[0], *self.image_shape), z.new_zeros(z.shape[0])
 
 
-class ActNorm(Bijection):
+class ActNorm(nn.Module):
     """`z = (x + bias) * exp(log_scale)`, initialised so that z has zero mean and unit variance on the first batch.
 
     The initialisation happens once, in `initialise`. That it was done is stored in the buffer `initialised`, so loading
@@ -57,8 +56,6 @@ class ActNorm(Bijection):
 
     def __init__(self, channels: int, height: int, width: int, per: str = "element") -> None:
         super().__init__()
-        if per not in ("element", "channel"):
-            raise ValueError(f"ActNorm works per 'element' or per 'channel', got {per!r}")
         shape = (channels, height, width) if per == "element" else (channels, 1, 1)
         self.per = per
         self.pixels = 1 if per == "element" else height * width  # how many each log_scale stands for
@@ -79,67 +76,20 @@ class ActNorm(Bijection):
         self.log_scale.copy_(-std.log())
         self.initialised.fill_(True)
 
-    def _logdet(self, x: Tensor) -> Tensor:
-        return (self.log_scale.sum() * self.pixels).expand(x.shape[0])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (x + self.bias) * self.log_scale.exp(), self._logdet(x)
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z * (-self.log_scale).exp() - self.bias, -self._logdet(z)
-
-
-class Mixing1x1(Bijection):
+class Mixing1x1(nn.Module):
     """Invertible 1x1 convolution `z = W x` with `W = exp(A)`: log|det| is trace(A) times the pixels.
 
     Any A gives an invertible W whose inverse is exp(-A), so nothing is ever inverted numerically. The start is a
     random rotation (A skew-symmetric), as in Glow.
 
-    Source: Xiao & Liu 2020, Sec. 4.1. Both exponentials are taken in float64 and rounded once, so that a round trip
-    loses no more than one float32 rounding per entry.
+    Source: Xiao & Liu 2020, Sec. 4.1.
 
     Args:
         channels: c.
-        generator: for the random rotation.
     """
 
-    def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        noise = torch.randn(channels, channels, generator=generator)
+        noise = torch.randn(channels, channels)
         self.weight = nn.Parameter((noise - noise.T) * (1.5 / channels**0.5))
-
-    def _mix(self, x: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        matrix = torch.matrix_exp(self.weight.double() * sign).to(x.dtype)
-        logdet = sign * self.weight.diagonal().sum() * (x.shape[2] * x.shape[3])
-        return F.conv2d(x, matrix[:, :, None, None]), logdet.to(x.dtype).expand(x.shape[0])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._mix(x, 1.0)
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._mix(z, -1.0)
-
-
-class Squeeze(Bijection):
-    """[B, C, H, W] -> [B, 4C, H/2, W/2]: each 2x2 block of pixels becomes four channels (Dinh et al. 2017).
-
-    Args:
-        side: of the blocks; 2 as published, larger as in the patches of Jet (Kolesnikov et al. 2024).
-    """
-
-    def __init__(self, side: int = 2) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, c, h, w = x.shape
-        n = self.side
-        # torch leaves the shape of an empty batch as it was
-        z = F.pixel_unshuffle(x, n) if batch else x.reshape(0, n * n * c, h // n, w // n)
-        return z, x.new_zeros(batch)
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        batch, c, h, w = z.shape
-        n = self.side
-        x = F.pixel_shuffle(z, n) if batch else z.reshape(0, c // (n * n), n * h, n * w)
-        return x, z.new_zeros(batch)

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Bijection, Mixing1x1, Squeeze
+from glem_augment.flows.layers import ActNorm, Bijection, Mixing1x1
 from glem_augment.flows.matexp import exp_of_generators
+
+Step = tuple[ActNorm, Mixing1x1, Coupling]
 
 
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
-    """[C, B, H, W] -> [side^2 C, B, H/side, W/side], channels in the order of `layers.Squeeze`."""
+    """[C, B, H, W] -> [side^2 C, B, H/side, W/side]: each block of pixels becomes channels (Dinh et al. 2017).
+
+    The side is 2 as published, or larger as in the patches of Jet (Kolesnikov et al. 2024).
+    """
     c, b, h, w = x.shape
     tall, wide = h // side, w // side
     return x.view(c, b, tall, side, wide, side).permute(0, 3, 5, 1, 2, 4).reshape(side * side * c, b, tall, wide)
@@ -79,28 +84,22 @@ def _frozen_state(weights: list[nn.Parameter]) -> tuple | None:
     return tuple((w._version, w.data_ptr(), w.device, w.dtype) for w in weights)
 
 
-class Level(nn.Module):
-    """A squeeze and its steps, each ActNorm, 1x1 mixing and coupling, in this order.
+class Level(Bijection):
+    """A squeeze and its steps.
 
     Args:
-        steps: the layers of all steps, three per step.
+        steps: the layers of each step.
         height, width: of the level's tensors after the squeeze.
         side: of the pixel blocks that the squeeze makes channels.
     """
 
-    def __init__(self, steps: list[Bijection], height: int, width: int, side: int = 2) -> None:
+    def __init__(self, steps: list[Step], height: int, width: int, side: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Squeeze(side), *steps])
+        # The names of saved weights count from 1.
+        self.layers = nn.ModuleList([nn.Identity(), *(layer for step in steps for layer in step)])
         self.side = side
-        # Plain lists, because the modules are registered above.
-        self.norms: list[ActNorm] = steps[0::3]  # type: ignore[assignment]
-        self.mixing_layers: list[Mixing1x1] = steps[1::3]  # type: ignore[assignment]
-        self.couplings: list[Coupling] = steps[2::3]  # type: ignore[assignment]
-        kinds = zip(self.norms, self.mixing_layers, self.couplings, strict=True)
-        if not all(
-            isinstance(a, ActNorm) and isinstance(m, Mixing1x1) and isinstance(c, Coupling) for a, m, c in kinds
-        ):
-            raise TypeError("the steps of a level are ActNorm, Mixing1x1 and a Coupling, in this order")
+        # Tuples, because the modules are registered above.
+        self.norms, self.mixing_layers, self.couplings = zip(*steps, strict=True)
         self.pixels = height * width
         self.step_forward, self.step_inverse = step_forward, step_inverse
         self._cache: dict = {}
@@ -145,6 +144,16 @@ class Level(nn.Module):
         else:
             matrix, shift = matrix * scale.transpose(1, 2), matrix @ shift
         return [Mixing(None, *each) for each in zip(shift, matrix, strict=True)], sign * logdet
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> Tensor:
+        """Initialise every new ActNorm from the batch x [C, B, H, W] as it reaches it; returns the level's output."""
+        x = squeeze(x, self.side)
+        for index, (norm, coupling) in enumerate(zip(self.norms, self.couplings, strict=True)):
+            if not norm.initialised:
+                norm.initialise(x.transpose(0, 1))
+            x, _ = step_forward(x, self._mixings(inverse=False)[0][index], coupling)
+        return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats."""

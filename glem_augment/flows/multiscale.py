@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Bijection
-from glem_augment.flows.level import Level, step_forward, step_inverse
+from glem_augment.flows.layers import Bijection
+from glem_augment.flows.level import Level, Step, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
 from glem_augment.flows.reversible import reversible_level
 
@@ -25,11 +25,11 @@ class MultiscaleFlow(Bijection):
 
     Args:
         image_shape: (C, H, W).
-        levels: one list of steps (bijections on [B, 4C', H', W']) per level.
+        levels: one list of steps per level.
         patch: side of the pixel blocks that the first level's squeeze makes channels; later levels: 2.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Bijection]], patch: int = 2) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
         self.levels = torch.nn.ModuleList()
@@ -76,13 +76,10 @@ class MultiscaleFlow(Bijection):
     def initialise(self, x: Tensor) -> None:
         """Initialise every ActNorm from the batch `x` [B,C,H,W] as it reaches it. Those that were are left alone."""
         with full_precision(x.device.type):
-            for index, level in enumerate(self.levels):
-                for layer in level.layers:
-                    if isinstance(layer, ActNorm) and not layer.initialised:
-                        layer.initialise(x)
-                    x, _ = layer(x)
-                if index < len(self.levels) - 1:
-                    x = x.chunk(2, dim=1)[0]
+            h = x.transpose(0, 1)
+            for level in self.levels:
+                h = level.initialise(h)
+                h = h[: len(h) // 2]
 
     def set_memory(self, memory: str) -> None:
         """How a backward pass gets the activations.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling
+from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
 from glem_augment.flows.layers import ActNorm, Bijection, FlatIdentity, Mixing1x1
 from glem_augment.flows.multiscale import MultiscaleFlow
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet, make_subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, make_subnet
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -165,37 +167,22 @@ def build_flow(spec: dict[str, Any]) -> Bijection:
     check_spec(spec)
     channels, height, width = image_shape = tuple(spec["image_shape"])
     if spec["coupling"] == "identity":
-        flow: Bijection = FlatIdentity(image_shape)
-        flow.spec = dict(spec)
-        return flow
+        return FlatIdentity(image_shape)
     full = {**_DEFAULTS, **spec}
     patch = side = full["patch"]
-    levels: list[list[Bijection]] = []
+    levels = []
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
         side = 2
-
-        def subnet(
-            n_in: int,
-            n_out: int,
-            net_width: int = net_width,
-            blocks: int = blocks,
-            size: tuple[int, int] = (height, width),
-        ) -> Subnet:
-            return make_subnet(full["subnet"], n_in, n_out, net_width, blocks, size, full["activation"])
-
-        steps: list[Bijection] = []
-        for _ in range(depth):
-            steps += [ActNorm(channels, height, width, spec["actnorm"]), Mixing1x1(channels)]
-            if spec["coupling"] == "affine":
-                steps.append(AffineCoupling(channels, subnet, spec["bound"]))
-            else:
-                steps.append(MatExpCoupling(channels, subnet, spec["bound"], spec.get("rank", 3)))
-        levels.append(steps)
+        net = dict(width=net_width, blocks=blocks, size=(height, width), activation=full["activation"])
+        subnet = partial(make_subnet, full["subnet"], **net)
+        norm = partial(ActNorm, channels, height, width, spec["actnorm"])
+        coupling: Callable[[], Coupling] = partial(MatExpCoupling, channels, subnet, spec["bound"], spec.get("rank", 3))
+        if spec["coupling"] == "affine":
+            coupling = partial(AffineCoupling, channels, subnet, spec["bound"])
+        levels.append([(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)])
         channels //= 2
-    flow = MultiscaleFlow(image_shape, levels, patch)
-    flow.spec = dict(spec)
-    return flow
+    return MultiscaleFlow(image_shape, levels, patch)
 
 
 def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> Bijection:

@@ -250,18 +250,7 @@ def make_subnet(
     size: tuple[int, int],
     activation: str = "elu",
 ) -> Subnet:
-    """A subnet by name.
-
-    Args:
-        kind: one of `SUBNETS`.
-        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
-        width, blocks: see the classes.
-        size: (H, W) of the level, to which the transformer is tied.
-        activation: of the convolutional kinds; the transformer has GELU.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """A subnet of one of the `SUBNETS`; the classes say what the arguments are. ValueError: an unknown name."""
     if kind == "transformer":
         return TransformerSubnet(in_channels, out_channels, width, blocks, size)
     return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation)

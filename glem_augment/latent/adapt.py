@@ -18,13 +18,11 @@ from torch import Tensor
 
 from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
-from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import INNER, ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
-# psi represents the variances between these shares of its range well; nearer to the ends s runs away.
-_LOW_SHARE, _HIGH_SHARE = 0.01, 0.99
 
 Psi = tuple[float, float, float] | None
 
@@ -50,7 +48,10 @@ def adapt_classes(
     """
     modes = fit_class_modes(latents_of_class, num_classes, rank, dim, borrow=True)
     variance = shrunk_variance(modes.variance().double(), modes.counts, shrinkage)
-    return gaussians_of(modes.mean, variance, psi_that_holds(variance, psi)), modes
+    gaussians = ClassGaussians(*variance.shape, psi=psi_that_holds(variance, psi))
+    gaussians.mu.copy_(modes.mean)
+    gaussians.set_variance(variance, inner=(0.0, 1.0))
+    return gaussians, modes
 
 
 def shrunk_variance(variance: Tensor, counts: Tensor, shrinkage: float) -> Tensor:
@@ -81,18 +82,5 @@ def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:
     if psi is None:  # plain variances have a lower bound only
         return None if low >= LOWEST_SHARE * INITIAL_VARIANCE else (2 * high, 0.2, low / 2)
     a, b, c = psi
-    holds = c + _LOW_SHARE * a <= low and high <= c + _HIGH_SHARE * a
+    holds = c + INNER[0] * a <= low and high <= c + INNER[1] * a
     return psi if holds else (2 * high, b, low / 2)
-
-
-@torch.no_grad()
-def gaussians_of(mean: Tensor, variance: Tensor, psi: Psi) -> ClassGaussians:
-    """Class Gaussians with these means and variances [K, d], exact up to float32; psi's range holds the variances."""
-    gaussians = ClassGaussians(*mean.shape, psi=psi)
-    gaussians.mu.copy_(mean)
-    if psi is None:
-        gaussians.s.copy_(variance)
-    else:
-        a, b, c = psi
-        gaussians.s.copy_(torch.logit((variance.double() - c) / a) / b)
-    return gaussians

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.flows.precision import full_precision
-from glem_augment.latent.kld import kld_class_sums, kld_matrix, kld_pair_sum
+from glem_augment.latent.kld import kld_class_sums, kld_matrix
 
-# `set_variance` keeps to this part of psi's range; nearer to the ends s runs away.
-_INNER = (0.01, 0.99)
+# Between these shares of its range psi represents variances well; nearer to the ends s runs away.
+INNER = (0.01, 0.99)
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -106,13 +106,18 @@ class ClassGaussians(nn.Module):
         return self.s.clamp_min(self.lowest_variance) if self.psi is None else bounded_variance(self.s, self.psi)
 
     @torch.no_grad()
-    def set_variance(self, variance: Tensor, rows: Tensor | slice = slice(None)) -> None:
-        """Bring the variances of the classes `rows` as close to `variance` [.., d] as the parametrisation allows."""
+    def set_variance(
+        self, variance: Tensor, rows: Tensor | slice = slice(None), inner: tuple[float, float] = INNER
+    ) -> None:
+        """Bring the variances of the classes `rows` as close to `variance` [.., d] as the parametrisation allows.
+
+        With psi they are kept between the shares `inner` of its range.
+        """
         if self.psi is None:
             self.s[rows] = variance.to(self.s).clamp_min(self.lowest_variance)
         else:
             a, b, c = self.psi
-            self.s[rows] = torch.logit(((variance.to(self.s) - c) / a).clamp(*_INNER)) / b
+            self.s[rows] = (torch.logit(((variance.double() - c) / a).clamp(*inner)) / b).to(self.s)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -130,7 +135,7 @@ class ClassGaussians(nn.Module):
         """The share of variances within 1 % of psi's range of either end; without psi, at the lower bound."""
         if self.psi is None:
             return (self.s <= self.lowest_variance).float().mean()
-        low, high = _INNER
+        low, high = INNER
         share = torch.sigmoid(self.psi[1] * self.s)
         return ((share < low) | (share > high)).float().mean()
 
@@ -172,8 +177,8 @@ class ClassGaussians(nn.Module):
         return kld_matrix(self.mu, self.variance())
 
     def kld_sum(self) -> Tensor:
-        """The sum of KL(y || y') over all ordered pairs, in nats and in O(K d)."""
-        return kld_pair_sum(self.mu, self.variance())
+        """The sum of KL(y || y') over all ordered pairs, the negative of Eq. 4: a scalar in nats, in O(K d)."""
+        return kld_class_sums(self.mu, self.variance()).sum().to(self.mu.dtype)
 
     @torch.no_grad()
     def kld_class_means(self) -> Tensor:

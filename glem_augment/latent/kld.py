@@ -45,18 +45,6 @@ def _class_sums(mu: Tensor, var: Tensor) -> Tensor:
     return 0.5 * (log_s.sum(0) - k * log_s + (s + m * m) * total - 2 * m * first + second - k).sum(1)
 
 
-def kld_pair_sum(mu: Tensor, var: Tensor) -> Tensor:
-    """sum_{y != y'} KL(y || y'), the negative of Eq. 4, in O(K d) time and memory.
-
-    Args:
-        mu, var: [K, d] means and variances.
-
-    Returns:
-        A scalar in nats, of mu's dtype; differentiable.
-    """
-    return kld_class_sums(mu, var).sum().to(mu.dtype)
-
-
 def kld_matrix(mu: Tensor, var: Tensor) -> Tensor:
     """All pairwise divergences, by products of [K, d] matrices.
 

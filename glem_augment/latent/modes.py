@@ -35,16 +35,7 @@ GATHER_FLOATS = 2**22
 
 
 def combine_modes(coefficients: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """sum_m c_m v_m, with the modes v_m of each row's class.
-
-    Args:
-        coefficients: [n, k], in units of the latents.
-        y: int64 [n], the class of each row.
-        directions: [K, k, d].
-
-    Returns:
-        [n, d]. Row i does not depend on the other rows, to the last bit.
-    """
+    """sum_m c_m v_m [n, d] for coefficients c [n, k] and the modes v_m of each row's class; see `project_on_modes`."""
     return _per_row(torch.matmul, coefficients, y, directions)
 
 
@@ -128,23 +119,14 @@ class ClassModes(nn.Module):
         present = (self.scales > 0).sum(1)
         return int(present.min()), int(present.max())
 
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, rank={self.rank}, dim={self.dim}"
-
     def variance(self) -> Tensor:
         """The variance of every dimension, along the modes and outside them: [K, d]."""
         return (self.scales[..., None] * self.directions).square().sum(1) + self.rest
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """RFCM samples from given noise: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
+        """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
-        Args:
-            y: int64 [B].
-            noise: [B, k + d] standard normal: first the k coefficients e, then the d numbers e'.
-            temperature: factor on the standard deviation.
-
-        Returns:
-            z [B, d].
+        `noise` [B, k + d] is standard normal: first the k coefficients e, then the d numbers e'.
         """
         along, outside = noise.split([self.rank, self.dim], 1)
         spread = combine_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()

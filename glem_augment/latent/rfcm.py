@@ -2,12 +2,11 @@
 
 A class of n images in d dimensions has (Enescu & Sahbi, ACCV 2024, Table 5: "Reestimated Full Covariance Matrix")
 
-    Cov_y  =  F_y^T F_y + diag(D_y),        F_y [r, d],  r <= min(n, d).
+    Cov_y  =  F_y^T F_y + diag(D_y),        F_y = X_y / sqrt(n - 1),
 
-With F_y = X_y / sqrt(n - 1), the centred latents X_y themselves, this is exact, and D_y holds a ridge alone. The
-truncated form keeps r modes, and D_y also holds the variance that they leave over. A class is sampled by
-mu + T (F^T e + sqrt(D) e') and scored with Woodbury's identity, without a d x d matrix. `modes.ClassModes` is the
-truncated form that augmentation uses; here a class may have as many rows as it has images.
+with its centred latents X_y [n, d] themselves and a ridge D_y. A class is sampled by mu + T (F^T e + sqrt(D) e') and
+scored with Woodbury's identity, without a d x d matrix. `modes.ClassModes` is the truncated form, which keeps k modes
+and, in D_y, the variance that they leave over.
 """
 
 from __future__ import annotations
@@ -19,50 +18,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glem_augment.checks import check_number, check_whole
-from glem_augment.latent.modes import REST_FLOOR, centred, leading_modes
+from glem_augment.checks import check_number
+from glem_augment.latent.modes import REST_FLOOR, centred
 
 __all__ = ["ThinCovariances", "fit_covariances"]
 
 
 @torch.no_grad()
 def fit_covariances(
-    latents_of_class: Callable[[int], Tensor], num_classes: int, rank: int | None = None, ridge: float = 1e-4
+    latents_of_class: Callable[[int], Tensor], num_classes: int, ridge: float = 1e-4
 ) -> ThinCovariances:
     """Estimate the covariances class by class, with one class in memory besides the result.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         num_classes: K.
-        rank: modes to keep per class; None for the exact factor of min(n, d) rows.
         ridge: variance that is added in every dimension, as a share of the class's mean variance.
 
     Raises:
         DataError: a class has fewer than two images, or latents that are not finite.
-        ValueError: the rank is below 1, or the ridge is negative.
+        ValueError: the ridge is negative.
     """
-    rank = None if rank is None else check_whole("rank", rank, 1)
     ridge = check_number("ridge", ridge, 0.0, math.inf)
     means, diagonals, factors, counts = [], [], [], []
     for y in range(num_classes):
         mean, rows = centred(latents_of_class(y), f"class {y}")
         counts.append(len(rows))
         rows = rows / math.sqrt(len(rows) - 1)
-        variance = rows.square().sum(0)
-        rest = torch.zeros_like(variance)
-        if rank is not None:
-            directions, values = leading_modes(rows, rank)
-            rows = values[:, None] * directions
-            rest = variance - rows.square().sum(0)
-        elif len(rows) > rows.shape[1]:
+        if len(rows) > rows.shape[1]:
             rows = torch.linalg.qr(rows, mode="r").R  # the same F^T F in d rows
         means.append(mean.float())
-        diagonals.append((rest + ridge * variance.mean()).clamp_min(REST_FLOOR).float())
+        floor = max(REST_FLOOR, ridge * float(rows.square().sum(0).mean()))
+        diagonals.append(torch.full_like(means[-1], floor))
         factors.append(rows.float())
     return ThinCovariances(torch.stack(means), torch.stack(diagonals), factors, torch.tensor(counts))
 
 
-@dataclass
+@dataclass(repr=False)  # the tensors of 1000 classes would fill many screens
 class ThinCovariances:
     """Mean and covariance of every class, as a thin factor and a diagonal.
 
@@ -91,10 +83,6 @@ class ThinCovariances:
     def dim(self) -> int:
         """d."""
         return self.mean.shape[1]
-
-    def __repr__(self) -> str:
-        rows = [len(factor) for factor in self.factors]
-        return f"ThinCovariances({self.num_classes} classes, d={self.dim}, {min(rows)} to {max(rows)} rows)"
 
     def to(self, device: str | torch.device) -> ThinCovariances:
         """A copy on `device`."""

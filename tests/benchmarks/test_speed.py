@@ -85,7 +85,7 @@ def _check_bijection(flow: nn.Module, x: Tensor) -> None:
 def test_the_published_flow_is_a_flow_with_our_subnets() -> None:
     flow, x = speed.make_flow(MEF, CPU)
     nets = [coupling.net for coupling in speed.couplings(flow)]
-    theirs = PublishedFlow(MEF["image_shape"], flow.spec["depth"], nets)
+    theirs = PublishedFlow(MEF["image_shape"], MEF["overrides"]["depth"], nets)
     theirs.initialise(torch.rand(64, 1, 8, 8))
     _check_bijection(theirs, x)
     assert {id(p) for net in nets for p in net.parameters()} <= {id(p) for p in theirs.parameters()}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows import build_flow, create_flow
+from glem_augment.flows import create_flow
 from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, ConvSubnet, make_subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
@@ -29,11 +27,10 @@ def small(kind: str, activation: str = "elu", size: tuple[int, int] = (4, 6)) ->
     return make_subnet(kind, 3, 5, 8, 2, size, activation)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
-def test_shape_format_and_start(kind: str, activation: str, memory_format: torch.memory_format) -> None:
+def test_shape_format_and_start(kind: str, activation: str) -> None:
     net = small(kind, activation)
-    x = torch.randn(2, 3, 4, 6).contiguous(memory_format=memory_format)
+    x = torch.randn(2, 3, 4, 6)
     before = x.clone()
     y = net(x)
     assert y.shape == (2, 5, 4, 6) and y.dtype == torch.float32 and not y.any()
@@ -130,6 +127,3 @@ def test_a_flow_of_each_kind_goes_there_and_back(kind: str, coupling: str) -> No
     torch.testing.assert_close(logdet, -back_logdet, rtol=1e-4, atol=1e-3)
     (z.square().sum() - logdet.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-    again = build_flow(json.loads(json.dumps(flow.spec)))
-    again.load_state_dict(flow.state_dict())
-    torch.testing.assert_close(again(x)[0], z)

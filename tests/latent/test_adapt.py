@@ -14,7 +14,8 @@ from torch import Tensor
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.errors import DataError
-from glem_augment.latent.adapt import adapt_classes, gaussians_of, psi_that_holds
+from glem_augment.latent.adapt import adapt_classes, psi_that_holds
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import REST_FLOOR
 
 Psi = tuple[float, float, float] | None
@@ -46,7 +47,8 @@ def test_psi_is_kept_if_it_holds_the_variances_and_widened_if_not(psi: Psi) -> N
             assert wide is None  # plain variances have no upper bound
         else:
             assert wide == (2 * float(outside.max()), 0.2, float(outside.min()) / 2)
-        gaussians = gaussians_of(torch.zeros_like(outside), outside, wide)
+        gaussians = ClassGaussians(*outside.shape, psi=wide)
+        gaussians.set_variance(outside, inner=(0.0, 1.0))
         torch.testing.assert_close(gaussians.variance().double(), outside, rtol=1e-5, atol=0)
     with pytest.raises(DataError, match="off the scale"):
         psi_that_holds(inside * 1e7, psi)

@@ -65,18 +65,6 @@ def test_densities_in_float32_at_a_real_size() -> None:
     assert torch.equal(gaussians.log_prob(z).argmax(1), y)
 
 
-def test_autocast_and_tf32_change_nothing() -> None:
-    gaussians, z = random_gaussians(4, 300, dtype=torch.float32), torch.randn(6, 300)
-    want = gaussians.log_prob(z)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(gaussians.log_prob(z), want)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("psi", PSIS[:3])
 def test_psi_keeps_variances_in_range_at_any_s(psi: tuple[float, float, float]) -> None:
     """Eq. 6."""
@@ -100,17 +88,12 @@ def test_without_psi_variances_stay_above_a_tenth_of_their_start() -> None:
 @pytest.mark.parametrize("psi", [PSIS[0], PSIS[1], None])
 def test_set_variance_hits_what_is_allowed_and_clamps_the_rest(psi: Psi) -> None:
     gaussians = ClassGaussians(3, 4, psi)
-    low, high = (0.03, math.inf) if psi is None else (psi[2], psi[0] + psi[2])
     wanted = torch.tensor([0.07, 0.2, 0.3, 0.5]).repeat(3, 1) * (9 if psi == PSIS[1] else 1)
     gaussians.set_variance(wanted)
+    gaussians.set_variance(torch.tensor([1e-9, wanted[1, 1], 1e9, wanted[1, 3]]), slice(1, 2))
+    a, _, c = psi or (math.inf, 0, 0.03)
+    wanted[1, 0], wanted[1, 2] = (c + 0.01 * a, c + 0.99 * a) if psi else (c, 1e9)  # nearer to the ends s runs away
     torch.testing.assert_close(gaussians.variance().detach(), wanted, rtol=1e-4, atol=0)
-    gaussians.project()  # has nothing to do here
-    gaussians.set_variance(torch.tensor([1e-9, 0.2, 1e9, 0.3]), slice(1, 2))
-    found = gaussians.variance().detach()
-    torch.testing.assert_close(found[[0, 2]], wanted[[0, 2]], rtol=1e-4, atol=0)
-    margin = 0.01 * (high - low) if psi else 0.0  # nearer to the ends of psi's range, s runs away
-    assert found[1, 0].item() == pytest.approx(low + margin, rel=1e-4)
-    assert found[1, 2].item() == pytest.approx(high - margin if psi else 1e9, rel=1e-4)
 
 
 def test_saturated_share_counts_both_ends_and_random_means_have_the_given_spread() -> None:
