@@ -39,7 +39,7 @@ from benchmarks.speed import speed_peers
 from benchmarks.speed.speed_measure import FORMS, Bare, Floor, Side, Tasks, fastest, held_for_backward, measure, met
 from benchmarks.speed.speed_published import PublishedFlow
 from benchmarks.speed.speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, plot, rows_of, verdicts
-from glem_augment.flows import create_flow
+from glem_augment.flows import create_flow, resolve_preset
 from glem_augment.flows.coupling import Coupling
 
 
@@ -133,8 +133,9 @@ def opponent(
 
 def opponents(case: dict[str, Any], flow: nn.Module, x: torch.Tensor) -> list[tuple[Side, Tasks]]:
     """Other libraries for affine couplings, the published flow for the others."""
-    if flow.spec["coupling"] != "affine":
-        return [opponent(PUBLISHED, flow, x, partial(PublishedFlow, case["image_shape"], flow.spec["depth"]))]
+    spec = resolve_preset(case["preset"], case["image_shape"], **case["overrides"])
+    if spec["coupling"] != "affine":
+        return [opponent(PUBLISHED, flow, x, partial(PublishedFlow, case["image_shape"], spec["depth"]))]
     squeezed = F.pixel_unshuffle(x, 2)
     size = squeezed.shape[1:]
     return [

@@ -98,7 +98,7 @@ def test_initialisation_happens_once_and_is_stored() -> None:
     z, _ = flow(x)  # the couplings do nothing yet, and the mixings are rotations
     torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), rtol=0, atol=1e-4)
     last = z[:, -math.prod(flow.part_shapes[-1]) :]
-    assert float(last.square().mean()) == pytest.approx(1, rel=1e-2)
+    assert last.square().mean().item() == pytest.approx(1, rel=1e-2)
     before = {k: v.clone() for k, v in flow.state_dict().items()}
     loaded = create_flow("mef_tiny", (2, 4, 4), **{**TINY, "depth": [1, 2]})
     loaded.load_state_dict(before)
