@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from glem_augment.cli.common import load_model, note, open_for, print_json, read_class_map, read_table
+from glem_augment.cli.common import load_model, note, open_resized, print_json, read_class_map, read_table
+from glem_augment.data.classes import match_classes
 from glem_augment.io import expand
-from glem_augment.synthetic.balance import PerClass, class_counts
+from glem_augment.synthetic.balance import PerClass
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import check_folder
-from glem_augment.synthetic.publish import check_shards_folder, export_shards
+from glem_augment.synthetic.publish import check_shards_folder
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,31 +31,20 @@ def run(args: argparse.Namespace) -> None:
         wanted = read_counts(str(wanted))
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    real, match = None, None
+    real = None
     if args.real is not None:
-        real, match = open_for(model, args.real, args.split or "train", class_map, progress=not args.quiet)
-    if args.per_class == "balance" and match is not None:
-        counts = class_counts(model, wanted, real)
-        wanted = {model.classes[i]: counts[i] for i in sorted(match.tolist())}
-        if not any(wanted.values()):
-            raise ValueError("--per-class balance: these classes have equally many images already")
-    names = ("temperature", "modes", "alpha", "min_confidence")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        data = open_resized(model, args.real, args.split or "train", progress=not args.quiet)
+        match = match_classes(model, data, class_map)
+        names, ids = ([values[i] for i in match] for values in (model.classes, model.class_ids))
+        real = data.with_targets(data.targets, names, ids)
+    given = ("temperature", "modes", "alpha", "min_confidence")
+    options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     dataset = SyntheticDataset(model, wanted, seed=args.seed, source=args.source, real=real, **options)
-    dataset._check_pil()
     began = time.monotonic()
-    if args.format == "imagefolder":
-        dataset.export(folder, progress=not args.quiet, overwrite=args.overwrite, license=args.license)
-        listed = {name: count for name, count in zip(dataset.classes, dataset.counts, strict=True) if count}
-    else:
-        # Shards have no names for their classes, only numbers: those of the real images, if there are any, followed by
-        # the classes that these lack; or else the flow's, as `SyntheticDataset.export` has them.
-        shards: Any = dataset
-        if match is not None:
-            others = [i for i, count in enumerate(dataset.counts) if count and i not in match]
-            shards = _Renumbered(dataset, [*match.tolist(), *others])
-        export_shards(shards, folder, args.overwrite, args.license, progress=not args.quiet)
-        listed = dict(zip(shards.classes, shards.counts, strict=True))
+    dataset.export(folder, args.format, progress=not args.quiet, overwrite=args.overwrite, license=args.license)
+    # Shards have no names for their classes, only numbers, so that those without images are listed too.
+    order = [i for i in dataset.label_order if dataset.counts[i] or args.format == "webdataset"]
+    listed = {dataset.classes[i]: dataset.counts[i] for i in order}
     summary = {
         "out": str(folder),
         "format": args.format,
@@ -98,30 +87,6 @@ def _check_together(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) is not None and not there:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
-
-
-class _Renumbered:
-    """A SyntheticDataset for the writer of shards, with its classes in another order.
-
-    Args:
-        full: the data set. order: its classes in the new order, all that get an image among them.
-    """
-
-    def __init__(self, full: SyntheticDataset, order: list[int]) -> None:
-        self._full = full
-        self.classes = [full.classes[i] for i in order]
-        self.class_ids = [full.class_ids[i] for i in order]
-        self.counts = [full.counts[i] for i in order]
-        number = np.full(len(full.counts), -1)
-        number[order] = np.arange(len(order))
-        # Classes without images take no place among the images: image i is image i of `full`.
-        self.targets = number[np.asarray(full.targets, dtype=np.int64)].tolist()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._full, name)
 
 
 def _acceptance(dataset: SyntheticDataset, classes: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gzip
 import io
+import json
 import math
 import os
 import re
@@ -46,6 +47,8 @@ _SPLIT_FOLDERS = {
     **dict.fromkeys(_VAL, _VAL + _TEST),
 }
 _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+# Files of `SyntheticDataset.export`: the manifest, and the label of every folder, there or not.
+PROVENANCE, CLASS_FILE = "glem-provenance.json", "classes.json"
 TIMM_PREFIXES = ("torch/", "hfds/")
 
 
@@ -203,7 +206,9 @@ def open_source(data: Any, split: str = "train") -> Source:
     if isinstance(data, Subset):
         whole, rows = open_source(data.dataset, split), np.asarray(data.indices, dtype=np.int64)
         names, ids = (whole.classes, whole.class_ids) if whole.named else ([], [])
-        return SubsetSource(whole.name, names, ids, whole.targets[rows], whole, rows)
+        subset = SubsetSource(whole.name, names, ids, whole.targets[rows], whole, rows)
+        subset.threads = whole.threads
+        return subset
     if isinstance(data, TensorDataset) and data.tensors[0].dtype == torch.uint8:
         data = data.tensors
     if isinstance(data, tuple) and len(data) == 2:
@@ -259,18 +264,35 @@ def has_splits(folder: Path) -> bool:
 
 
 def _image_folder(folder: Path) -> FolderSource:
-    """One folder per class, with the classes, the order and the extensions of torchvision's ImageFolder."""
-    class_ids = _folders(folder)
+    """One folder per class, with the classes, the order and the extensions of torchvision's ImageFolder.
+
+    The classes of an export, and their order, are those of its classes.json: some may have no folder.
+    """
+    exported = (folder / PROVENANCE).is_file() and (folder / CLASS_FILE).is_file()
+    class_ids = _exported_classes(folder) if exported else _folders(folder)
     if not class_ids:
         raise DataError(
             f"{folder} is not an ImageFolder: it must hold one folder of images per class, but has no folders"
         )
     try:
-        samples = make_dataset(folder, {name: index for index, name in enumerate(class_ids)}, IMG_EXTENSIONS)
+        labels = {name: index for index, name in enumerate(class_ids)}
+        samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=exported)
     except FileNotFoundError as error:  # classes without images
         raise DataError(f"{folder}: {error}; add images or remove the folders") from None
     paths, targets = zip(*samples, strict=True)
     return FolderSource(str(folder), _class_names(class_ids), class_ids, np.asarray(targets), paths)
+
+
+def _exported_classes(folder: Path) -> list[str]:
+    """The folders of an export in the order of their labels. DataError: classes.json is damaged, or lacks a folder."""
+    try:
+        labels = json.loads((folder / CLASS_FILE).read_text(encoding="utf-8"))
+        names = sorted(labels, key=labels.__getitem__)
+        if [labels[name] for name in names] == list(range(len(names))) and set(_folders(folder)) <= set(names):
+            return names
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise DataError(f"{folder / CLASS_FILE} does not give each class folder a label: run the export again")
 
 
 def _class_names(class_ids: list[str]) -> list[str]:

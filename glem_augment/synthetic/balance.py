@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ from glem_augment.data.classes import match_classes
 from glem_augment.data.sources import check_targets, open_source
 from glem_augment.model.glem import GLEM
 
-PerClass = int | str | Sequence[int] | Mapping[Any, int]
+PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]
 
 ADAPT = (
     "A flow makes images of its own classes only: adapt it to the data (model.adapt(data), or glem adapt), or open the "

@@ -21,12 +21,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from glem_augment.checks import check_choice, check_whole
-from glem_augment.constants import FORMATS
+from glem_augment.constants import FORMATS, Format, Source
+from glem_augment.data.dataset import ImageData
+from glem_augment.data.sources import open_source
 from glem_augment.devices import weights_key
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.balance import PerClass, class_counts, recorded
-from glem_augment.synthetic.export import export_imagefolder
+from glem_augment.synthetic.balance import PerClass, class_counts, match_targets, recorded
+from glem_augment.synthetic.export import InLabelOrder, export_imagefolder, warn_of_numbers
 from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle, rows_by_block
 
 # Images that are decoded together, all of one class. Another number would change images in their last bits.
@@ -53,8 +55,7 @@ class SyntheticDataset(Dataset):
             memory, N * d * 4 bytes).
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
-        real: real images: an `ImageData`, (uint8 images, labels), or for "balance" any torchvision or timm data set
-            whose labels can be read.
+        real: real images, see `open_data`, for "balance" and "mixup". Exports number the classes as they do.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         min_confidence: draw an item again, up to 20 times, until the probability of its class is at least this; the
             best candidate is kept if none is. `acceptance()` reports. None: no rejection.
@@ -75,7 +76,7 @@ class SyntheticDataset(Dataset):
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
-        source: str = "gaussian",
+        source: Source = "gaussian",
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
@@ -85,7 +86,13 @@ class SyntheticDataset(Dataset):
         oracle: Oracle | None = None,
     ) -> None:
         model = as_model(model)
+        if real is not None and not isinstance(real, ImageData):
+            real = open_source(real)
         self.counts = class_counts(model, per_class, real)
+        self.label_order = list(range(model.num_classes))
+        if real is not None:
+            order = match_targets(model, real)[1].tolist()
+            self.label_order = [*order, *(i for i, count in enumerate(self.counts) if count and i not in order)]
         self.per_class = recorded(model, per_class)
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.transform, self.target_transform = transform, target_transform
@@ -213,12 +220,17 @@ class SyntheticDataset(Dataset):
     def export(
         self,
         folder: str | os.PathLike[str],
-        format: str = "imagefolder",  # noqa: A002  (the word users expect)
+        format: Format = "imagefolder",  # noqa: A002  (the word users expect)
         progress: bool = True,
         overwrite: bool = False,
         license: str | None = None,  # noqa: A002  (the Hub's word)
     ) -> Path:
         """Write all images, without the transforms, and glem-provenance.json; every file appears whole or not at all.
+
+        Classes are numbered in `label_order`: those of `real` as it numbers them, followed by other classes of the flow
+        that have images; without `real`, as the flow numbers them. An ImageFolder has no folder for a class of no
+        images, so that torchvision would number the later ones differently: its classes.json holds the label of every
+        folder, and `open_data` and `RealAndSynthetic` go by that.
 
         Exporting the same images to the same folder again checks them, and writes what is missing or damaged, so an
         export that was killed is finished by running it again.
@@ -239,15 +251,19 @@ class SyntheticDataset(Dataset):
         check_choice("format", format, FORMATS)
         folder = expand(folder)
         self._check_pil()
-        write = export_imagefolder if format == "imagefolder" else export_shards
-        return write(self, folder, overwrite, license, progress)
+        numbered = InLabelOrder(self)
+        if format == "webdataset":
+            return export_shards(numbered, folder, overwrite, license, progress)
+        export_imagefolder(numbered, folder, overwrite, license, progress)
+        warn_of_numbers(numbered, folder)
+        return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload all images to the data set `org/name` on the Hub in one commit; see `publish.push_dataset`."""
         from glem_augment.synthetic.publish import push_dataset  # it loads the Hub's client
 
         self._check_pil()
-        return push_dataset(self, repo_id, **options)
+        return push_dataset(InLabelOrder(self), repo_id, **options)
 
     def __repr__(self) -> str:
         return (

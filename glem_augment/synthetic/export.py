@@ -3,6 +3,7 @@
 The manifest, glem-provenance.json, holds the settings and a SHA-256 for every shard, a block of images of one class:
 what `cat 000064.png 000065.png ... | sha256sum` prints. While an export is under way, the manifest is saved every few
 seconds with "complete": false. Running an export again checks every shard and writes what is missing or damaged.
+classes.json beside it maps every class's folder, there or not, to its label.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -29,18 +31,40 @@ from tqdm import tqdm
 
 from glem_augment import __version__
 from glem_augment.data.pixels import usable_cpus
-from glem_augment.io import write_json
+from glem_augment.data.sources import CLASS_FILE, PROVENANCE
+from glem_augment.io import json_text, write_json
 from glem_augment.model.weights import weights_sha256
 
-PROVENANCE = "glem-provenance.json"
 # Seconds between two saves of the manifest: after a kill, the shards since the last one are drawn again.
 SAVE_SECONDS = 5.0
 # Files that a kill left under their temporary names, and the journal that exports of version 0.1.0 kept meanwhile.
 _LEFT_OVER = re.compile(
-    r"\.((\d{6,}\.png|glem-provenance\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp|glem-export\.jsonl)"
+    r"\.((\d{6,}\.png|glem-provenance\.json|classes\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp|glem-export\.jsonl)"
 )
-# A `SyntheticDataset` (whose module imports this one), or a view of one that numbers its classes differently.
-ImageSet = Any
+
+_log = logging.getLogger(__name__)
+
+
+class InLabelOrder:
+    """A `SyntheticDataset` (whose module imports this one) for the writers of files: classes in its `label_order`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset, self._order = dataset, dataset.label_order
+        self.classes = [dataset.classes[i] for i in self._order]
+        self.class_ids = [dataset.class_ids[i] for i in self._order]
+        self.counts = [dataset.counts[i] for i in self._order]
+        label_of = {index: label for label, index in enumerate(self._order)}
+        # Classes without images take no place among the images: image i is image i of the data set.
+        self.targets = [label_of[index] for index in dataset.targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def decoded_block(self, label: int, number: int) -> tuple[Tensor, int]:
+        return self._dataset.decoded_block(self._order[label], number)
 
 
 class Shard(NamedTuple):
@@ -57,7 +81,7 @@ class Shard(NamedTuple):
 
 
 def export_imagefolder(
-    dataset: ImageSet,
+    dataset: InLabelOrder,
     folder: Path,
     overwrite: bool = False,
     license: str | None = None,  # noqa: A002  (the Hub's word)
@@ -96,6 +120,9 @@ def export_imagefolder(
 
     if missing:
         save(complete=False)
+    labels, path = {entry["folder"]: entry["index"] for entry in manifest["classes"]}, folder / CLASS_FILE
+    if not path.is_file() or path.read_bytes() != f"{json_text(labels)}\n".encode():
+        write_json(path, labels)
     saved, total = time.monotonic(), sum(shard.count for shard in missing)
     with (
         ThreadPoolExecutor(min(8, usable_cpus())) as pool,
@@ -115,6 +142,18 @@ def export_imagefolder(
         if _LEFT_OVER.fullmatch(path.name):
             path.unlink()
     return folder
+
+
+def warn_of_numbers(dataset: InLabelOrder, folder: Path) -> None:
+    """Say so where torchvision's ImageFolder, which numbers the folders that exist, would give another label."""
+    folders = class_folders(dataset.class_ids, dataset.classes)
+    there = sorted(name for name, count in zip(folders, dataset.counts, strict=True) if count)
+    if len(there) < len(folders) and there != folders[: len(there)]:
+        _log.warning(
+            "%s has no folder for %d of %d classes, which get no images, so torchvision's ImageFolder would number the "
+            "others differently: open it with open_data or RealAndSynthetic, or take the labels from its %s",
+            *(folder, len(folders) - len(there), len(folders), CLASS_FILE),
+        )
 
 
 def _write_png(image: Tensor, path: Path) -> bytes:
@@ -164,7 +203,8 @@ def check_folder(folder: Path) -> dict[str, Any] | None:
         name, parent = path.relative_to(folder).as_posix(), path.parent.name
         image = re.fullmatch(r"([0-9]{6}|[1-9][0-9]{6,})\.png", path.name)
         is_folder = path.is_dir() and not path.is_symlink()
-        if name == PROVENANCE or _LEFT_OVER.fullmatch(path.name) or (name in counts and is_folder):
+        known = name == PROVENANCE or (name == CLASS_FILE and old is not None)
+        if known or _LEFT_OVER.fullmatch(path.name) or (name in counts and is_folder):
             continue
         if name == f"{parent}/{path.name}" and image and int(image[1]) < counts.get(parent, 0):
             continue
@@ -194,13 +234,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
 
     a, b = ({key: table.get(key) for key in ("generator", "count")} | table["settings"] for table in (old, new))
-    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in a | b if a.get(key) != b.get(key)]
+    differ = [key for key in a | b if a.get(key) != b.get(key) and key != "per_class"]  # the classes have the counts
+    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in differ]
     if old.get("weights_sha256") != new["weights_sha256"]:
         found.append("weights")
-    # A class without images, the number of a class and the record of the training make no image.
-    drawn = [
-        [(entry["folder"], entry["count"]) for entry in table["classes"] if entry["count"]] for table in (old, new)
-    ]
+    # A class without images, the label of a class and the record of the training make no image.
+    drawn = [{entry["folder"]: entry["count"] for entry in table["classes"] if entry["count"]} for table in (old, new)]
     if drawn[0] != drawn[1]:
         found.append("classes")
     a, b = old.get("model", {}), new["model"]
@@ -229,7 +268,7 @@ def _intact(folder: Path, shards: Sequence[Shard], old: dict[str, Any] | None) -
 # ---- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def provenance(dataset: ImageSet) -> dict[str, Any]:
+def provenance(dataset: InLabelOrder) -> dict[str, Any]:
     """The manifest without results: which flow draws the images, and with which settings."""
     folders = class_folders(dataset.class_ids, dataset.classes)
     classes = zip(dataset.class_ids, dataset.classes, folders, dataset.counts, strict=True)

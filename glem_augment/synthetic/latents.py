@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.constants import SOURCES
+from glem_augment.constants import SOURCES, Source
 from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import in_range, to_uint8
 from glem_augment.devices import check_worker_device, evaluating
@@ -69,7 +69,7 @@ class LatentSource:
     def __init__(
         self,
         model: GLEM,
-        source: str,
+        source: Source,
         seed: int,
         temperature: float,
         real: Any,

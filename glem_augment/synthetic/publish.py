@@ -22,7 +22,7 @@ from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from glem_augment.checks import check_choice
-from glem_augment.constants import FORMATS
+from glem_augment.constants import FORMATS, Format
 from glem_augment.errors import DataError
 from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY
@@ -31,8 +31,9 @@ from glem_augment.io import atomic_write, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.export import (
+    CLASS_FILE,
     PROVENANCE,
-    ImageSet,
+    InLabelOrder,
     as_png,
     export_imagefolder,
     licence_note,
@@ -52,10 +53,10 @@ _UNFINISHED = ".glem-unfinished"  # the folder inside an export in which its fil
 
 
 def push_dataset(
-    dataset: ImageSet,
+    dataset: InLabelOrder,
     repo_id: str,
     *,
-    format: str | None = None,  # noqa: A002  (the word users expect)
+    format: Format | None = None,  # noqa: A002  (the word users expect)
     license: str | None = None,  # noqa: A002  (the Hub's word)
     license_name: str | None = None,
     license_link: str | None = None,
@@ -91,7 +92,7 @@ def push_dataset(
 
 
 def write_dataset(
-    dataset: ImageSet, folder: Path, repo_id: str, facts: CardFacts, layout: str, progress: bool = True
+    dataset: InLabelOrder, folder: Path, repo_id: str, facts: CardFacts, layout: str, progress: bool = True
 ) -> None:
     """Write what a push would upload to an empty folder: images with their labels, provenance, card."""
     write = _write_imagefolder if layout == "imagefolder" else _write_shards
@@ -106,7 +107,7 @@ def write_dataset(
     write_card(_card(dataset, repo_id, facts, manifest), folder)
 
 
-def _format(dataset: ImageSet, format: str | None) -> str:  # noqa: A002
+def _format(dataset: InLabelOrder, format: str | None) -> str:  # noqa: A002
     most = max(dataset.counts)
     fits = most <= MAX_FILES_IN_FOLDER and len(dataset) <= MAX_FILES - 100  # there are a few other files
     if format is None:
@@ -128,12 +129,13 @@ def _origin(model: GLEM) -> str | None:
 # ---- images ------------------------------------------------------------------------------------------------------
 
 
-def _write_imagefolder(dataset: ImageSet, folder: Path, progress: bool) -> dict[str, Any]:
+def _write_imagefolder(dataset: InLabelOrder, folder: Path, progress: bool) -> dict[str, Any]:
     """Export the images, and add the table of labels that `datasets` reads. Returns the manifest of the export."""
     images = folder / "data" / "train"
     export_imagefolder(dataset, images, progress=progress)
     manifest = json.loads((images / PROVENANCE).read_text(encoding="utf-8"))
     (images / PROVENANCE).unlink()
+    (images / CLASS_FILE).unlink()
     index = itertools.count()
     with atomic_write(images / "metadata.jsonl", "w") as file:
         for label, entry in enumerate(manifest["classes"]):
@@ -143,7 +145,7 @@ def _write_imagefolder(dataset: ImageSet, folder: Path, progress: bool) -> dict[
     return manifest
 
 
-def _write_shards(dataset: ImageSet, folder: Path, progress: bool) -> dict[str, Any]:
+def _write_shards(dataset: InLabelOrder, folder: Path, progress: bool) -> dict[str, Any]:
     """Write image i to shard i mod S, so that every shard holds every class. Returns the manifest."""
     count = min(MAX_SHARDS, -(-len(dataset) // MIN_SHARD))
     data = folder / "data"
@@ -179,7 +181,7 @@ def _add_file(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def export_shards(
-    dataset: ImageSet,
+    dataset: InLabelOrder,
     folder: Path,
     overwrite: bool = False,
     license: str | None = None,  # noqa: A002
@@ -217,7 +219,7 @@ def check_shards_folder(folder: Path, overwrite: bool) -> None:
 # ---- the card ----------------------------------------------------------------------------------------------------
 
 
-def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str, Any]) -> DatasetCard:
+def _card(dataset: InLabelOrder, repo_id: str, facts: CardFacts, manifest: dict[str, Any]) -> DatasetCard:
     """The card; its metadata tell `datasets` where the images are and what the classes are called."""
     as_folder = manifest["format"] == "imagefolder"
     image, label = columns = ("image", "label") if as_folder else ("png", "cls")
@@ -245,7 +247,9 @@ def _card(dataset: ImageSet, repo_id: str, facts: CardFacts, manifest: dict[str,
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, columns, manifest)}")
 
 
-def _body(dataset: ImageSet, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]) -> str:
+def _body(
+    dataset: InLabelOrder, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]
+) -> str:
     c, h, w = dataset.image_shape
     loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
     made = "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."

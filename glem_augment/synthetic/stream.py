@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from glem_augment.checks import check_number, check_whole
+from glem_augment.constants import Source
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import class_values
 from glem_augment.synthetic.dataset import BLOCK, to_pil
@@ -40,14 +42,14 @@ class SyntheticStream(IterableDataset):
 
     def __init__(
         self,
-        model: GLEM | str,
+        model: GLEM | str | os.PathLike[str],
         length: int | None = None,
         weights: Sequence[float] | Mapping[Any, float] | None = None,
         temperature: float = 0.8,
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
-        source: str = "gaussian",
+        source: Source = "gaussian",
         device: torch.device | str | None = None,
         real: Any = None,
         modes: int | None = None,

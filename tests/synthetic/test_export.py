@@ -86,7 +86,8 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
         numbers = range(shard["first"], shard["first"] + shard["count"])
         content = b"".join((folder / shard["folder"] / f"{i:06d}.png").read_bytes() for i in numbers)
         assert hashlib.sha256(content).hexdigest() == shard["sha256"]
-    assert len(files(folder)) == 31  # and nothing else
+    assert len(files(folder)) == 32  # and nothing else
+    assert json.loads((folder / "classes.json").read_text()) == {"Bag": 0, "T-shirt_top": 1, "Ankle boot": 2}
     opened = ImageFolder(folder)
     index = match_classes(model, opened)
     for path, target in opened.samples:
@@ -115,6 +116,7 @@ def test_running_it_again_checks_and_repairs(tmp_path: Path, monkeypatch: pytest
     again([(0, 1), (1, 2), (2, 0)])
     shutil.rmtree(folder / "Bag")
     again([(0, 0), (0, 1), (0, 2)], overwrite=True)
+    (folder / "classes.json").write_text("{")
     shards = [{**shard, "sha256": ["?"]} for shard in manifest_of(folder)["shards"]]
     (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {"shards": shards}))
     again([(cls, number) for cls in range(3) for number in range(3)])
@@ -136,7 +138,7 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
         assert files(folder) == before
     for key, value, word in (
         ("generator", "glem-augment 0.0", "generator"),
-        ("classes", manifest_of(folder)["classes"][::-1], "classes"),
+        ("classes", [*manifest_of(folder)["classes"], {"folder": "more", "count": 1}], "classes"),
         ("model", manifest_of(folder)["model"] | {"bits": 5}, "model"),
     ):
         (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {key: value}))
@@ -250,9 +252,10 @@ def test_exports_of_version_0_1_0_are_checked_and_finished(tmp_path: Path) -> No
         patch.setattr("glem_augment.synthetic.dataset.BLOCK", 64)
         data = SyntheticDataset(model.eval(), per_class=[66, 2], seed=7, min_confidence=0.5)
     assert data.export(tmp_path / "finished", progress=False) and data.acceptance()["total"]["items"] == 0
-    assert files(tmp_path / "finished") == whole
+    labels = {"classes.json": b'{\n  "cat_dog": 0,\n  "bird": 1\n}\n'}  # these are new
+    assert files(tmp_path / "finished") == whole | labels
     data.export(tmp_path / "killed", progress=False, license="mit")
-    assert files(tmp_path / "killed") == whole
+    assert files(tmp_path / "killed") == whole | labels
 
 
 def test_images_that_are_not_finite_are_counted_once(tmp_path: Path) -> None:

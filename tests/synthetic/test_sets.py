@@ -23,6 +23,7 @@ from glem_augment import (
     RealAndSynthetic,
     SyntheticDataset,
     SyntheticStream,
+    open_data,
 )
 from glem_augment.synthetic.balance import class_counts, match_targets
 
@@ -188,6 +189,46 @@ def test_an_image_data_and_its_fill_can_be_batched(model: GLEM, tail: ImageData)
     assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(both.targets)
     both.transform = lambda image: image.float() / 255
     assert both[0][0].dtype == both[-1][0].dtype == torch.float32
+
+
+def test_an_export_has_the_real_labels_where_a_class_needs_no_images(
+    model: GLEM, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("cat/0", "dog/0", "dog/1"):
+        (image_folder / f"{name}.png").unlink()
+    real = ImageFolder(image_folder)  # bird: 4, cat: 3, dog: 2; the flow has them the other way round
+    drawn = SyntheticDataset(model, per_class="balance", real=real)
+    folder = drawn.export(tmp_path / "fill", progress=False)
+    assert "no folder for 1 of 3 classes" in caplog.text and "open_data" in caplog.text
+    assert json.loads((folder / "classes.json").read_text()) == {"bird": 0, "cat": 1, "dog": 2}
+    assert ImageFolder(folder).targets == [0, 1, 1]  # torchvision's numbers are not the real ones
+    fill = open_data(folder)
+    assert fill.classes == real.classes and fill.targets.tolist() == [1, 2, 2]
+    assert torch.equal(fill.tensor(), drawn.images([2, 0, 1]))
+    for synthetic in (folder, fill, drawn):
+        both = RealAndSynthetic(real, synthetic, ratio=None)
+        assert np.bincount(both.targets).tolist() == [4, 4, 4] and [both[i][1] for i in range(12)] == both.targets
+        assert both[-1][0].mode == "RGB" and len(RealAndSynthetic(real, synthetic, ratio=0.2)) == 11
+    tensors = RealAndSynthetic(open_data(real), folder, ratio=None)
+    assert torch.equal(tensors[-1][0], fill[2][0])
+    (folder / "classes.json").write_text('{"cat": 0}')
+    with pytest.raises(DataError, match="classes.json does not give each class folder a label"):
+        open_data(folder)
+
+
+@pytest.mark.parametrize("kind", ["name", "pair", "subset of a pair"])
+def test_real_data_of_any_kind(model: GLEM, image_folder: Path, kind: str) -> None:
+    x, y = open_data(image_folder).tensor(), torch.tensor([2] * 4 + [1] * 4 + [0] * 4)  # the flow's numbers
+    pairs = {"name": str(image_folder), "pair": (x, y), "subset of a pair": Subset(TensorDataset(x, y), range(12))}
+    real: Any = pairs[kind]
+    mixed = SyntheticDataset(model, per_class=2, source="mixup", real=real, modes=4)
+    assert torch.equal(mixed.latents([0, 5]), SyntheticDataset(
+        model, per_class=2, source="mixup", real=open_data(image_folder), modes=4
+    ).latents([0, 5]))  # fmt: skip
+    both = RealAndSynthetic(real, SyntheticDataset(model, per_class=1), ratio=None)
+    assert np.bincount(both.targets).tolist() == [5, 5, 5]
+    image = both[11][0]
+    assert np.array_equal(np.asarray(image).transpose(2, 0, 1) if kind == "name" else image, x[11])
 
 
 def test_class_maps(model: GLEM, tail: ImageData) -> None:
