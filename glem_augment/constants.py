@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Preset = Literal["mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "identity"]
+Preset = Literal[
+    "mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "jet_tiny", "jet_imagenet64", "identity"
+]
 Source = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
 Format = Literal["imagefolder", "webdataset"]  # of an export
 Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents

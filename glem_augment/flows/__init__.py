@@ -1,6 +1,7 @@
 """The bijection between images and latents. Nothing here knows of classes."""
 
-from glem_augment.flows.layers import Bijection, FlatIdentity
+from glem_augment.flows.jet import JetFlow
+from glem_augment.flows.layers import Bijection, FlatIdentity, Flow
 from glem_augment.flows.matexp import expm_apply
 from glem_augment.flows.multiscale import MultiscaleFlow
 from glem_augment.flows.presets import PRESETS, build_flow, create_flow, resolve_preset
@@ -9,6 +10,8 @@ __all__ = [
     "PRESETS",
     "Bijection",
     "FlatIdentity",
+    "Flow",
+    "JetFlow",
     "MultiscaleFlow",
     "build_flow",
     "create_flow",

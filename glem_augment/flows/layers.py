@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from glem_augment.flows.subnets import Subnet
+
+MEMORY = ("stored", "reversible")
 # An element that is almost constant in the first batch has almost no spread, and dividing by that would blow up the
 # first image that uses it. Its spread is taken to be at least this share of its channel's, and above the floor.
 _MIN_SHARE, _MIN_STD = 0.1, 1e-3
@@ -24,16 +27,50 @@ class Bijection(nn.Module):
         raise NotImplementedError
 
 
-class FlatIdentity(Bijection):
-    """`z = flatten(x)`: the linear control that every learned flow has to beat.
+class Flow(Bijection):
+    """A whole flow: x [B,C,H,W] <-> flat z [B, C*H*W].
 
     Args:
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W).
     """
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
+        self.memory: str = "stored"
+        self.autocast: torch.dtype | None = None
+
+    def initialise(self, x: Tensor) -> None:
+        """Set what depends on the first batch `x` [B,C,H,W], once."""
+
+    def set_memory(self, memory: str) -> None:
+        """How a backward pass gets the activations.
+
+        Args:
+            memory: "stored" (the default: the fastest), or "reversible": rebuilt from outputs through the exact
+                inverse, so that activation memory does not grow with depth, for about a third more time.
+
+        Raises:
+            ValueError: another word.
+        """
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
+        self.memory = memory
+
+    def set_autocast(self, dtype: torch.dtype | None) -> None:
+        """Run the subnets in `dtype` (float16 or bfloat16) or, with None, in float32. See `Subnet`."""
+        self.autocast = dtype
+        for module in self.modules():
+            if isinstance(module, Subnet):
+                module.autocast = dtype
+
+    def compile_steps(self, on: bool = True, backend: str = "inductor") -> None:
+        """Compile the steps with `torch.compile`. Raises ValueError for a flow that has none."""
+        raise ValueError(f"{type(self).__name__} has no steps that could be compiled; leave compile out")
+
+
+class FlatIdentity(Flow):
+    """`z = flatten(x)`: the linear control that every learned flow has to beat."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])

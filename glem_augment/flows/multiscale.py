@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import Bijection
+from glem_augment.flows.layers import Flow
 from glem_augment.flows.level import Level, Step, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
 from glem_augment.flows.reversible import reversible_level
 
-MEMORY = ("stored", "reversible")
 # How often torch.compile may compile a step for each level: with and without gradients, in training and eval mode, in
 # reduced precision, for a batch of another size, and the first step, whose input needs no gradient.
 _COMPILATIONS_PER_LEVEL = 32
 
 
-class MultiscaleFlow(Bijection):
+class MultiscaleFlow(Flow):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
     All parts are concatenated, first level first, into one flat latent. There is no learned split prior, because the
@@ -30,12 +28,9 @@ class MultiscaleFlow(Bijection):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
-        super().__init__()
-        self.image_shape = tuple(image_shape)
+        super().__init__(image_shape)
         self.levels = torch.nn.ModuleList()
         channels, height, width = image_shape
-        self.memory = "stored"
-        self.autocast: torch.dtype | None = None
         self.part_shapes: list[tuple[int, int, int]] = []
         for index, steps in enumerate(levels):
             side = 2 if index else patch
@@ -81,20 +76,6 @@ class MultiscaleFlow(Bijection):
                 h = level.initialise(h)
                 h = h[: len(h) // 2]
 
-    def set_memory(self, memory: str) -> None:
-        """How a backward pass gets the activations.
-
-        Args:
-            memory: "stored" (the default: the fastest), or "reversible": rebuilt from the outputs of each level through
-                the exact inverse, so that activation memory does not grow with depth, for about a third more time.
-
-        Raises:
-            ValueError: another word.
-        """
-        if memory not in MEMORY:
-            raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
-        self.memory = memory
-
     def compile_steps(self, on: bool = True, backend: str = "inductor") -> None:
         """Compile the steps with `torch.compile`, for training, encoding and decoding; needs a C++ compiler.
 
@@ -110,10 +91,3 @@ class MultiscaleFlow(Bijection):
         for level in self.levels:
             level.step_forward = torch.compile(step_forward, backend=backend) if on else step_forward
             level.step_inverse = torch.compile(step_inverse, backend=backend) if on else step_inverse
-
-    def set_autocast(self, dtype: torch.dtype | None) -> None:
-        """Run the subnets in `dtype` (float16 or bfloat16) or, with None, in float32. See `Subnet`."""
-        self.autocast = dtype
-        for module in self.modules():
-            if isinstance(module, Coupling):
-                module.net.autocast = dtype

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
-from glem_augment.flows.layers import ActNorm, Bijection, FlatIdentity, Mixing1x1
+from glem_augment.flows.jet import JetFlow
+from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1
 from glem_augment.flows.multiscale import MultiscaleFlow
 from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, make_subnet
 
@@ -48,16 +49,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         subnet="bottleneck",
         activation="relu",
     ),
+    # Patches and transformers; a CPU trains it at 32x32.
+    "jet_tiny": dict(coupling="jet", depth=[10], blocks=[1], width=[128], heads=4, patch=4),
+    # The configuration published for ImageNet at 64x64: 207 M parameters (Kolesnikov et al. 2024).
+    "jet_imagenet64": dict(coupling="jet", depth=[32], blocks=[2], width=[512], heads=8, patch=4),
     "identity": dict(coupling="identity"),
 }
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _PATCHES, _MOST_TOKENS = (2, 4, 6, 8), 128 * 128  # even: every level then has an even number of channels
-_COUPLINGS = ("matexp", "affine", "identity")
+_COUPLINGS = ("matexp", "affine", "jet", "identity")
 # What a flow saved before these keys existed was made with.
 _DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
 _KEYS = {
-    "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", *_DEFAULTS
+    "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS
 }  # fmt: skip
 
 
@@ -77,7 +82,7 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
     spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
     if spec["coupling"] == "matexp":
         spec.setdefault("rank", 3)
-    if spec["coupling"] != "identity":
+    if spec["coupling"] in ("matexp", "affine"):
         for key, value in _DEFAULTS.items():
             spec.setdefault(key, value)
     unknown = set(overrides) - set(spec)
@@ -120,6 +125,31 @@ def check_spec(spec: dict[str, Any]) -> None:
     total = sum(depth * blocks for depth, blocks in zip(lists["depth"], lists["blocks"], strict=True))
     if total > _LARGEST["total"]:
         raise ValueError(f"depth times blocks, summed over the levels, may be at most {_LARGEST['total']}, got {total}")
+    patch = spec.get("patch", _DEFAULTS["patch"])
+    if type(patch) is not int or patch not in _PATCHES:
+        raise ValueError(f"patch must be one of {_PATCHES}, got {str(patch)[:80]!r}")
+    levels, (_, height, width) = len(lists["depth"]), shape
+    if spec["coupling"] == "jet" and levels != 1:
+        raise ValueError(f"a Jet has no levels: depth, blocks and width hold one number each, got {lists}")
+    # Halves of a Jet's tokens are equal where rows and columns of patches are even.
+    factor = patch * 2 ** (1 if spec["coupling"] == "jet" else levels - 1)
+    if height % factor or width % factor:
+        near = [max(1, round(v / factor)) * factor for v in (height, width)]
+        raise ValueError(
+            f"a flow of {levels} levels{'' if patch == 2 else f' and patch {patch}'} needs height and width divisible "
+            f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
+        )
+    tokens = (height // patch) * (width // patch)
+    if (spec["coupling"] == "jet" or spec.get("subnet") == "transformer") and tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"a transformer would attend to {tokens} pixels or patches, at most {_MOST_TOKENS} are allowed; raise "
+            f"patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
+        )
+    if spec["coupling"] == "jet":
+        heads = spec.get("heads")
+        if not _is_whole(heads, 1, lists["width"][0]) or lists["width"][0] % heads:
+            raise ValueError(f"heads must divide the width {lists['width'][0]}, got {str(heads)[:80]!r}")
+        return
     if spec.get("actnorm") not in ("element", "channel"):
         raise ValueError(f"actnorm must be 'element' or 'channel', got {str(spec.get('actnorm'))[:80]!r}")
     bound = spec.get("bound")
@@ -128,23 +158,6 @@ def check_spec(spec: dict[str, Any]) -> None:
     if not _is_whole(spec.get("rank", 3), 1, _LARGEST["rank"]):
         raise ValueError(f"rank must be a whole number from 1 to {_LARGEST['rank']}, got {str(spec['rank'])[:80]!r}")
     _check_subnet(spec)
-    patch = spec.get("patch", _DEFAULTS["patch"])
-    if type(patch) is not int or patch not in _PATCHES:
-        raise ValueError(f"patch must be one of {_PATCHES}, got {str(patch)[:80]!r}")
-    levels, (_, height, width) = len(lists["depth"]), shape
-    factor = patch * 2 ** (levels - 1)
-    if height % factor or width % factor:
-        near = [max(1, round(v / factor)) * factor for v in (height, width)]
-        raise ValueError(
-            f"a flow of {levels} levels{'' if patch == 2 else f' and patch {patch}'} needs height and width divisible "
-            f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
-        )
-    tokens = (height // patch) * (width // patch)
-    if spec.get("subnet") == "transformer" and tokens > _MOST_TOKENS:
-        raise ValueError(
-            f"the transformer of the first level would attend to {tokens} pixels, at most {_MOST_TOKENS} are allowed; "
-            f"raise patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
-        )
 
 
 def _check_subnet(spec: dict[str, Any]) -> None:
@@ -162,12 +175,15 @@ def _check_subnet(spec: dict[str, Any]) -> None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {str(spec['activation'])[:80]!r}")
 
 
-def build_flow(spec: dict[str, Any]) -> Bijection:
+def build_flow(spec: dict[str, Any]) -> Flow:
     """Build the flow that `spec` (see `resolve_preset`) describes. Raises ValueError where it cannot be."""
     check_spec(spec)
     channels, height, width = image_shape = tuple(spec["image_shape"])
     if spec["coupling"] == "identity":
         return FlatIdentity(image_shape)
+    if spec["coupling"] == "jet":
+        (depth,), (blocks,), (net_width,) = (spec[key] for key in ("depth", "blocks", "width"))
+        return JetFlow(image_shape, depth, net_width, blocks, spec["heads"], spec["patch"])
     full = {**_DEFAULTS, **spec}
     patch = side = full["patch"]
     levels = []
@@ -185,7 +201,7 @@ def build_flow(spec: dict[str, Any]) -> Bijection:
     return MultiscaleFlow(image_shape, levels, patch)
 
 
-def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> Bijection:
+def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> Flow:
     """A new flow of a named size.
 
     Args:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.level import Level, Mixing, squeeze
 from glem_augment.flows.precision import full_precision
+
+_CHANGED = "a weight of the flow was changed between the forward and the backward pass"
 
 
 def reversible_level(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ class _ReversibleSteps(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, g_logdet: Tensor) -> tuple[Tensor | None, ...]:
         level: Level = ctx.level
         if _versions(level.parameters()) != ctx.versions:
-            raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
+            raise RuntimeError(_CHANGED)
         (y,) = ctx.saved_tensors
         grads: dict[Tensor, Tensor | None] = {}
         with full_precision(y.device.type):
@@ -66,6 +68,38 @@ class _ReversibleSteps(torch.autograd.Function):
         return None, g, *(grads.get(w) for w in level.parameters())
 
 
+def reversible_couplings(couplings: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for couplings with nothing between them: their result and log|det| [B]."""
+    return _ReversibleCouplings.apply(couplings, x, *couplings.parameters())
+
+
+class _ReversibleCouplings(torch.autograd.Function):
+    """See `_ReversibleSteps`."""
+
+    @staticmethod
+    def forward(ctx: Any, couplings: nn.ModuleList, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        logdet = x.new_zeros(len(x))
+        for coupling in couplings:
+            x, change = coupling.couple(x)
+            logdet = logdet + change
+        ctx.couplings, ctx.versions = couplings, _versions(weights)
+        ctx.save_for_backward(x)
+        return x, logdet
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, g_logdet: Tensor) -> tuple[Tensor | None, ...]:
+        if _versions(ctx.couplings.parameters()) != ctx.versions:
+            raise RuntimeError(_CHANGED)
+        (y,) = ctx.saved_tensors
+        found: list[Tensor | None] = []
+        with full_precision(y.device.type):
+            for coupling in reversed(ctx.couplings):
+                y, g, grads = _coupling_backward(coupling, y, g, g_logdet)
+                found = [*grads, *found]
+        return None, g, *found
+
+
 def _versions(weights: Any) -> list[int]:
     return [0 if w.is_inference() else w._version for w in weights]
 
@@ -83,17 +117,17 @@ def _coupling_backward(
     coupling: Coupling, y: Tensor, g: Tensor, g_logdet: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """From a coupling's output and its gradient to its input, the gradient of this, and those of its weights."""
-    y1, y2 = y.split(coupling.half)
-    g1, g2 = g.split(coupling.half)
+    y1, y2 = coupling.split(y)
+    g1, g2 = coupling.split(g)
     with torch.enable_grad():
         x1 = y1.detach().requires_grad_()
-        params = coupling.net(x1.transpose(0, 1))
+        params = coupling.params(x1)
         with torch.no_grad():
             x2, _ = coupling.transform(y2, params, inverse=True)
         x2.requires_grad_()
         inputs = [x1, x2, *coupling.parameters()]
         g_x1, g_x2, *found = _gradients(coupling.transform(x2, params), [g2, g_logdet], inputs)
-    return torch.cat([y1, x2.detach()]), torch.cat([g1 + g_x1, g_x2]), found
+    return coupling.merge(y1, x2.detach()), coupling.merge(g1 + g_x1, g_x2), found
 
 
 def _mixing_backward(mixing: Mixing, undo: Mixing, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:

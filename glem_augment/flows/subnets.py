@@ -187,12 +187,14 @@ class TransformerBlock(nn.Module):
     The linear maps are 1x1 convolutions: the same numbers, and in float32 on a CPU they take half the time.
 
     Args:
-        width: channels; heads of 32 of them where 32 divides the width, else of the next larger size that does.
+        width: channels.
+        heads: of the attention. None: heads of 32 channels where 32 divides the width, else of the next larger size
+            that does.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int | None = None) -> None:
         super().__init__()
-        self.heads = next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
+        self.heads = heads or next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
         self.norm1 = ChannelNorm(width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.attend = nn.Conv2d(width, width, 1)
@@ -219,14 +221,23 @@ class TransformerSubnet(Subnet):
         width: channels of a token.
         blocks: how many.
         size: (H, W) of the level; it works for no other.
+        heads: see `TransformerBlock`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        blocks: int,
+        size: tuple[int, int],
+        heads: int | None = None,
+    ) -> None:
         super().__init__()
         self.head = nn.Conv2d(in_channels, width, 1)
         self.position = nn.Parameter(torch.empty(1, width, *size))
         nn.init.trunc_normal_(self.position, std=0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(blocks))
         self.norm = ChannelNorm(width)
         self.tail = zero_convolution(width, out_channels, 1)
         self.to(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
@@ -70,6 +70,38 @@ def download_model(
     return config.parent, str(found)
 
 
+def download_jet(
+    text: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> tuple[Path, str, str | None]:
+    """Download weights of `jet-pytorch`, or find them in the cache. The arguments are those of `download_model`.
+
+    Returns:
+        The safetensors file, `org/name@commit`, and the licence that the repository's card states, if any.
+
+    Raises:
+        ModelFileError, HubError: as `download_model`.
+    """
+    name = _name(text, revision)
+    options = dict(cache_dir=None if cache_dir is None else str(expand(cache_dir)), token=token, library_name=LIBRARY)
+    with hub_errors(name):
+        wanted = ["*.safetensors", "README.md"]
+        folder = Path(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **options))
+        found = HubName(name.repo_id, folder.name)
+        files, card = sorted(folder.glob("*.safetensors")), folder / "README.md"
+        if len(files) != 1:
+            raise HubError(f"{found} has {len(files)} safetensors files, so which one holds a Jet is not clear")
+        # The cache names large files by the SHA-256 that the Hub states.
+        stated = files[0].resolve().name
+        if re.fullmatch(r"[0-9a-f]{64}", stated):
+            _check_digest(found, files[0], stated)
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    return files[0], str(found), licence if isinstance(licence, str) else None
+
+
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
     name = parse_name(text) if isinstance(text, str) else None  # a path always means a folder
     if name is None:
@@ -123,8 +155,17 @@ def _check_listing(name: HubName, files: ModelInfo) -> None:
 def _check_weights(found: HubName, weights: Path, entry: RepoSibling | None) -> None:
     """Compare the weights with the SHA-256 that the Hub states for large files."""
     stated = None if entry is None or entry.lfs is None else entry.lfs.sha256
-    if stated is None or hashlib.sha256(weights.read_bytes()).hexdigest() == stated:
+    if stated is not None:
+        _check_digest(found, weights, stated)
+
+
+def _check_digest(found: HubName, weights: Path, stated: str) -> None:
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    if digest.hexdigest() == stated:
         return
     weights.resolve().unlink()  # the snapshot holds a link to it
     weights.unlink(missing_ok=True)
-    raise HubError(f"{WEIGHTS} of {found} arrived damaged and was removed from the cache: load it again")
+    raise HubError(f"{weights.name} of {found} arrived damaged and was removed from the cache: load it again")

@@ -18,12 +18,15 @@ from glem_augment.checks import check_number, check_whole
 from glem_augment.constants import DEFAULT_MODES
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError
-from glem_augment.flows import Bijection, build_flow, resolve_preset
+from glem_augment.flows import Flow, build_flow, resolve_preset
+from glem_augment.io import expand
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
+from glem_augment.model.jet_file import PREFIX as JET
+from glem_augment.model.jet_file import load_jet
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
 
 
@@ -48,7 +51,7 @@ class GLEM(ImageFlow):
     def __init__(
         self,
         config: GLEMConfig,
-        flow: Bijection | None = None,
+        flow: Flow | None = None,
         gaussians: ClassGaussians | None = None,
         modes: ClassModes | None = None,
     ) -> None:
@@ -113,6 +116,8 @@ class GLEM(ImageFlow):
         Args:
             name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name` or
                 `org/name@revision` on the Hugging Face Hub. Write `hf-hub:org/name` if a folder has the same name.
+                `jet:org/name` or `jet:FILE` are weights of `jet-pytorch`: a flow with one class, a standard normal,
+                until it is adapted.
             device: where to put the model.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
@@ -122,6 +127,9 @@ class GLEM(ImageFlow):
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
+        text = os.fspath(name)
+        if text.startswith(JET):
+            return cls._from_jet(text.removeprefix(JET), revision, cache_dir, token).to(device)
         folder, origin = local_folder(name), None
         if folder is None:
             from glem_augment.hub.download import download_model
@@ -129,11 +137,23 @@ class GLEM(ImageFlow):
             folder, origin = download_model(name, revision=revision, cache_dir=cache_dir, token=token)
         elif revision is not None:
             raise ModelFileError(
-                f"{os.fspath(name)!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
+                f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
                 "hf-hub:org/name"
             )
         model = load_model(folder, cls).to(device).eval().requires_grad_(False)
         model.origin, model.origin_file = origin, folder / WEIGHTS
+        return model
+
+    @classmethod
+    def _from_jet(cls, text: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> GLEM:
+        path, origin, licence = expand(text), None, None
+        if not path.is_file():
+            from glem_augment.hub.download import download_jet
+
+            path, origin, licence = download_jet(text, revision=revision, cache_dir=cache_dir, token=token)
+        model = load_jet(path, cls).eval().requires_grad_(False)
+        model.config.training = {"flow": "weights of jet-pytorch, " + (origin or path.name), "license": licence}
+        model.origin, model.origin_file = origin, path
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:

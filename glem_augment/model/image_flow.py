@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import check_images, from_levels, to_levels
-from glem_augment.flows import Bijection, MultiscaleFlow
+from glem_augment.flows import Flow
 from glem_augment.model.config import GLEMConfig
 
 # Images per pass through the flow in the calls that take any number of them, which bounds the memory of activations.
@@ -29,7 +29,7 @@ class ImageFlow(nn.Module):
     """
 
     config: GLEMConfig
-    flow: Bijection
+    flow: Flow
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -135,8 +135,7 @@ class ImageFlow(nn.Module):
     def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
         """Initialise the flow's ActNorms from the images `x` [B,C,H,W]; those that are initialised stay as they are."""
         check_images(x, self.image_shape)
-        if isinstance(self.flow, MultiscaleFlow):
-            self.flow.initialise(to_levels(x.to(self.device), self.bits, self.dtype, generator))
+        self.flow.initialise(to_levels(x.to(self.device), self.bits, self.dtype, generator))
 
     def latents_of_classes(
         self, data: ImageData, rows: Sequence[np.ndarray], seed: int, count: Callable[[int], object] | None = None

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError, GLEMError, TrainingError
-from glem_augment.flows import MultiscaleFlow, resolve_preset
+from glem_augment.flows import Flow, resolve_preset
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import augment_batch, stratified_split
@@ -356,11 +356,8 @@ class EM:
 
 
 @contextmanager
-def training_mode(flow: nn.Module, config: TrainConfig) -> Iterator[None]:
+def training_mode(flow: Flow, config: TrainConfig) -> Iterator[None]:
     """Apply `precision` and `memory` to the flow that is trained; outside, it is float32 and keeps its activations."""
-    if not isinstance(flow, MultiscaleFlow):  # the identity flow has neither
-        yield
-        return
     flow.set_autocast(torch.bfloat16 if config.precision == "bf16" else None)
     flow.set_memory(config.memory)
     try:

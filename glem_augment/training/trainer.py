@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import GLEMError, TrainingError
-from glem_augment.flows import MultiscaleFlow
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
@@ -126,7 +125,7 @@ class Trainer(EM):
             TrainingError: the run diverged, and returns to the last good checkpoint did not help.
             OSError: a file can't be written; the last checkpoint stays.
         """
-        if self.config.compile and isinstance(self.model.flow, MultiscaleFlow):
+        if self.config.compile:
             self.model.flow.compile_steps()
         self.saved_at = time.monotonic()
         self.bar = tqdm(

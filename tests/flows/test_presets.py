@@ -81,7 +81,7 @@ def test_a_transformer_on_too_many_pixels_is_refused() -> None:
     spec = {**resolve_preset("mef_tiny", (3, 256, 256), depth=[1], blocks=[1], width=[8]), "subnet": "transformer"}
     del spec["activation"]
     check_spec(spec)  # 128 x 128 pixels after the squeeze
-    with pytest.raises(ValueError, match="attend to 16512 pixels, at most 16384.*raise patch"):
+    with pytest.raises(ValueError, match="attend to 16512 pixels or patches, at most 16384.*raise patch"):
         check_spec({**spec, "image_shape": [3, 258, 256]})
 
 

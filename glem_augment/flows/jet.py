@@ -1,0 +1,148 @@
+"""Jet: a flow of couplings on patches of the image, with vision transformers as their networks.
+
+Source: Kolesnikov et al., "Jet: A Modern Transformer-Based Normalizing Flow", 2024, arXiv:2412.15129, Sec. 3. An image
+is cut into patches, one token each. There are no ActNorms, no learned mixings and no levels; a coupling splits either
+the channels of every token, in a fixed random order, or the tokens, as the fields of a checkerboard or as stripes. The
+free half becomes `(x2 + b(x1)) * 2 sigmoid(a(x1))`, which is the identity at the start.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.flows.coupling import Coupling
+from glem_augment.flows.layers import Flow
+from glem_augment.flows.precision import full_precision
+from glem_augment.flows.reversible import reversible_couplings
+from glem_augment.flows.subnets import TransformerSubnet
+
+# Four couplings of channels, then one of tokens, and so on. The couplings of tokens take the next of these patterns,
+# and checkerboards when they have all been used.
+KINDS = ("channels", "channels", "channels", "channels", "tokens")
+_PATTERNS = ("checkerboard", "checkerboard-inv", "columns", "columns-inv", "rows", "rows-inv")
+# Jet sees 2 (v + u) / 255 - 1 for pixel level v and noise u in [0, 1), this library's flows see (v + u) / 256 - 1/2.
+_SCALE, _SHIFT = 512 / 255, 1 / 255
+
+
+class JetCoupling(Coupling):
+    """`y2 = (x2 + b(x1)) * 2 sigmoid(a(x1))` on tokens [B, T, c]; log|det| = sum of log(2 sigmoid(a)).
+
+    Args:
+        tokens, channels: T and c.
+        order: int64 [c] or [T], the channels or tokens in the order in which they are halved.
+        over: "channels" or "tokens". The network always sees T tokens of c/2 channels; half as many whole tokens are
+            each cut in two.
+        width, blocks, heads: of the transformer.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self, tokens: int, channels: int, order: Tensor, over: str, width: int, blocks: int, heads: int
+    ) -> None:
+        super().__init__(channels)
+        self.over = over
+        self.register_buffer("order", order)
+        self.net = TransformerSubnet(self.half, channels, width, blocks, (tokens, 1), heads)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, c] -> two of [B, T, c/2]."""
+        if self.over == "channels":
+            first, second = x[..., self.order].chunk(2, -1)
+            return first, second
+        first, second = x[:, self.order].chunk(2, 1)
+        return first.reshape(len(x), -1, self.half), second.reshape(len(x), -1, self.half)
+
+    def merge(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Undoes `split`."""
+        back = self.order.argsort()
+        if self.over == "channels":
+            return torch.cat([x1, x2], -1)[..., back]
+        return torch.cat([x.reshape(len(x), -1, 2 * self.half) for x in (x1, x2)], 1)[:, back]
+
+    def params(self, x1: Tensor) -> Tensor:
+        """[B, T, c/2] -> b and a, [B, T, c]."""
+        return self.net(x1.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+
+    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        shift, raw = params.chunk(2, -1)
+        # log(2 sigmoid(a)) is 0 where a is.
+        log_scale = nn.functional.logsigmoid(raw) + torch.log(raw.new_tensor(2.0))
+        logdet = log_scale.sum((1, 2))
+        if inverse:
+            return x2 * (-log_scale).exp() - shift, -logdet
+        return (x2 + shift) * log_scale.exp(), logdet
+
+
+class JetFlow(Flow):
+    """x [B,C,H,W] -> z [B, C*H*W], token after token, rows first.
+
+    Args:
+        image_shape: (C, H, W).
+        depth: number of couplings.
+        width, blocks, heads: of their transformers.
+        patch: side of a patch; it divides height and width.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], depth: int, width: int, blocks: int, heads: int, patch: int
+    ) -> None:
+        super().__init__(image_shape)
+        self.patch = patch
+        self.grid = rows, columns = image_shape[1] // patch, image_shape[2] // patch
+        size = image_shape[0] * patch * patch
+        generator = torch.Generator("cpu").manual_seed(0)
+        patterns = iter(_PATTERNS)
+        self.couplings = nn.ModuleList()
+        for index in range(depth):
+            over = KINDS[index % len(KINDS)]
+            if over == "channels":
+                order = torch.randperm(size, generator=generator, device="cpu")
+            else:
+                order = _order_of_tokens(rows, columns, next(patterns, "checkerboard"))
+            self.couplings.append(JetCoupling(rows * columns, size, order, over, width, blocks, heads))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(x.device.type):
+            h = self._tokens(x * _SCALE + _SHIFT)
+            logdet = x.new_full((len(x),), x[0].numel()) * torch.log(x.new_tensor(_SCALE))
+            if self.memory == "reversible" and torch.is_grad_enabled():
+                h, change = reversible_couplings(self.couplings, h)
+                return h.flatten(1), logdet + change
+            for coupling in self.couplings:
+                h, change = coupling.couple(h)
+                logdet = logdet + change
+            return h.flatten(1), logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(z.device.type):
+            h = z.unflatten(1, (self.grid[0] * self.grid[1], -1))
+            logdet = -z.new_full((len(z),), z.shape[1]) * torch.log(z.new_tensor(_SCALE))
+            for coupling in reversed(self.couplings):
+                h, change = coupling.couple(h, inverse=True)
+                logdet = logdet + change
+            return (self._image(h) - _SHIFT) / _SCALE, logdet
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, T, c], the channels of a token in the order row, column, colour."""
+        rows, columns = self.grid
+        x = x.unflatten(3, (columns, self.patch)).unflatten(2, (rows, self.patch))  # [B, C, rows, p, columns, p]
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def _image(self, h: Tensor) -> Tensor:
+        """Undoes `_tokens`."""
+        h = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, self.grid)  # [B, rows, columns, p, p, C]
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.image_shape)
+
+
+def _order_of_tokens(rows: int, columns: int, pattern: str) -> Tensor:
+    """The tokens of a grid, first those of the half that passes unchanged, int64 [rows * columns].
+
+    As in the published code, "columns" takes every second token of the whole sequence, which are columns only where
+    their number is even.
+    """
+    index = torch.arange(rows * columns, device="cpu")
+    kind, _, inverted = pattern.partition("-")
+    value = {"columns": index, "rows": index // columns, "checkerboard": index + index // columns}[kind]
+    return ((value + bool(inverted)) % 2).argsort(stable=True)

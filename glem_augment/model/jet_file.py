@@ -1,0 +1,131 @@
+"""Weights of `jet-pytorch`, read as they are.
+
+The package (PyPI, Apache-2.0) saves a `state_dict` as one safetensors file, with neither configuration nor classes. The
+configuration follows from the shapes, but for two things: images are taken to be square and in colour, and heads to
+have 64 channels, as in the published weights. The model has one class, a standard normal, until it is adapted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from glem_augment.errors import ModelFileError
+from glem_augment.flows.jet import KINDS
+from glem_augment.flows.presets import resolve_preset
+from glem_augment.model.config import GLEMConfig
+from glem_augment.model.weights import Model
+
+PREFIX = "jet:"
+ONE_CLASS = "image"
+# Names of the projections there, by what a coupling splits.
+_SPLITS = {"channels": "channel", "tokens": "spatial"}
+_HEAD, _MOST_HEADER = 64, 2**22
+# Parts of names there and here.
+_NAMES = {
+    "init_proj": "head", "final_proj": "tail", "encoder.blocks": "blocks", "encoder.ln": "norm", "ln1": "norm1",
+    "ln2": "norm2", "mha.in_proj_": "qkv.", "mha.out_proj": "attend", "mlp.in_proj": "expand",
+    "mlp.out_proj": "project", "pos_emb": "position",
+}  # fmt: skip
+
+
+def load_jet(path: Path, build: Callable[[GLEMConfig], Model], heads: int | None = None) -> Model:
+    """A model with the flow in `path`, on the CPU, with one class, N(0, I).
+
+    Args:
+        path: a safetensors file with the `state_dict` of `jet_pytorch.Jet`.
+        build: makes the model that a config describes.
+        heads: of the attention; None: one for every 64 channels.
+
+    Raises:
+        ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
+    """
+    try:
+        if int.from_bytes(path.open("rb").read(8), "little") > _MOST_HEADER or path.stat().st_size < 10:
+            raise ModelFileError(f"{path} is no safetensors file with a Jet: its header can't be that long")
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+            with torch.device("meta"):  # shapes without memory
+                model = build(_config(shapes, heads))
+            _check(path, shapes, model.state_dict())
+            model.to_empty(device="cpu")
+            target = model.state_dict()
+            with torch.no_grad():
+                for name, tensor in _tensors(file, shapes):
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise ModelFileError(f"{path}: values behind {name} are not finite")
+                    target[f"flow.{name}"].copy_(tensor)
+                target["gaussians.mu"].zero_()
+                target["gaussians.s"].fill_(1.0)
+        return model
+    except ModelFileError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, OverflowError) as error:
+        raise ModelFileError(f"{os.fspath(path)} can't be read as weights of jet-pytorch: {error}") from None
+
+
+def _config(shapes: dict[str, list[int]], heads: int | None) -> GLEMConfig:
+    """The configuration that the shapes imply. Raises KeyError or ValueError where they imply none."""
+    depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d{1,3})\.", name)))
+    blocks = 1 + max(
+        int(found[1]) for name in shapes if (found := re.match(r"blocks\.0\.dnn\.encoder\.blocks\.(\d{1,3})\.", name))
+    )
+    _, tokens, width = shapes["blocks.0.dnn.pos_emb"]
+    size = 2 * shapes["blocks.0.dnn.init_proj.weight"][1]
+    patch, side = math.isqrt(size // 3), math.isqrt(tokens)
+    if 3 * patch * patch != size or side * side != tokens:
+        raise ValueError(f"{tokens} tokens of {size} numbers are no square image in colour")
+    options = dict(depth=[depth], blocks=[blocks], width=[width], heads=heads or max(1, width // _HEAD), patch=patch)
+    flow = resolve_preset("jet_imagenet64", (3, side * patch, side * patch), **options)
+    return GLEMConfig(flow=flow, bits=8, psi=None, class_ids=[ONE_CLASS], class_names=[ONE_CLASS])
+
+
+def _check(path: Path, shapes: dict[str, list[int]], expected: dict[str, Tensor]) -> None:
+    """Compare the header with the model, before memory is taken."""
+    wanted = {name.removeprefix("flow."): tensor.numel() for name, tensor in expected.items() if "order" not in name}
+    numbers = {_ours(name): math.prod(shape) for name, shape in shapes.items() if not name.endswith("_projections")}
+    numbers |= {name: count for name, count in wanted.items() if name.startswith("gaussians.")}
+    if numbers != wanted:
+        differ = sorted(name for name in {*numbers, *wanted} if numbers.get(name) != wanted.get(name))
+        raise ModelFileError(f"{path} is no Jet of jet-pytorch: {len(differ)} tensors differ, {differ[:3]}")
+
+
+def _ours(name: str) -> str:
+    for theirs, ours in _NAMES.items():
+        name = name.replace(f".{theirs}", f".{ours}")
+    return name.replace("blocks.", "couplings.", 1).replace(".dnn.", ".net.")
+
+
+def _tensors(file: Any, shapes: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """Names and values for `JetFlow`. Linear maps are 1x1 convolutions there, and tokens a column of pixels."""
+    for name in shapes:
+        if name.endswith("_projections"):
+            continue
+        tensor = file.get_tensor(name)
+        if name.endswith("pos_emb"):
+            tensor = tensor.transpose(1, 2).unsqueeze(3)  # [1, T, width] -> [1, width, T, 1]
+        elif name.endswith("weight") and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        yield _ours(name), tensor
+    orders = {over: iter(_orders(file.get_tensor(f"{name}_projections"))) for over, name in _SPLITS.items()}
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    for index in range(depth):
+        yield f"couplings.{index}.order", next(orders[KINDS[index % len(KINDS)]])
+
+
+def _orders(projections: Tensor) -> Tensor:
+    """Permutation matrices [n, m, m] as what comes where, int64 [n, m]: column j holds a 1 in the row of the j-th."""
+    orders = projections.argmax(1)
+    ones = torch.ones_like(projections[:, 0])
+    again = torch.zeros_like(projections).scatter_(1, orders.unsqueeze(1), 1.0)
+    if not torch.equal(again, projections) or not torch.equal(projections.sum(2), ones):
+        raise ValueError("a projection is no permutation")
+    return orders

@@ -1,0 +1,136 @@
+"""Jet: the flow against the published code, and files of `jet-pytorch`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jet_pytorch import Jet
+from jet_pytorch.util import bits_per_dim
+from safetensors.torch import save_file
+
+from glem_augment import GLEM, GLEMAugment, GLEMError, ModelFileError
+from glem_augment.flows import JetFlow, create_flow
+
+
+def published(side: int = 16, couplings: int = 6, width: int = 64, blocks: int = 2, heads: int = 1) -> Jet:
+    """A small Jet of the published code, every weight away from its start."""
+    torch.manual_seed(0)
+    shape = dict(patch_size=4, patch_dim=48, n_patches=side * side // 16, img_dims=(side, side))
+    jet = Jet(**shape, coupling_layers=couplings, block_width=width, block_depth=blocks, num_heads=heads)
+    with torch.no_grad():
+        for parameter in jet.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.03)
+    return jet
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_file(published().state_dict(), tmp_path / "jet.safetensors")
+    return tmp_path / "jet.safetensors"
+
+
+def test_a_file_of_the_published_code_gives_its_latents_likelihoods_and_inverse(weights: Path) -> None:
+    model, jet = GLEM.from_pretrained(f"jet:{weights}"), published()
+    levels, noise = torch.randint(0, 256, (6, 3, 16, 16)), torch.rand(6, 3, 16, 16)
+    with torch.no_grad():
+        wanted, wanted_logdet = jet(((levels + noise) * 2 / 255 - 1).permute(0, 2, 3, 1))
+        z, logdet = model.flow((levels + noise) / 256 - 0.5)
+        torch.testing.assert_close(z, wanted.flatten(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logdet - 768 * math.log(512 / 255), wanted_logdet[:, 0], rtol=1e-4, atol=1e-4)
+        log_prob = model.gaussians.log_prob(z)[:, 0] + logdet - 768 * math.log(256)
+        bits, _, _ = bits_per_dim(wanted, wanted_logdet, 768)
+        assert float(-log_prob.mean() / (768 * math.log(2))) == pytest.approx(float(bits), rel=1e-5)
+        assert float((model.flow.inverse(z)[0] - ((levels + noise) / 256 - 0.5)).abs().max()) < 1e-5
+    # The same through the model's own dequantisation, whose noise is another.
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted, wanted_logdet = jet(((images + torch.rand(images.shape)) * 2 / 255 - 1).permute(0, 2, 3, 1))
+    bits, _, _ = bits_per_dim(wanted, wanted_logdet, 768)
+    assert float(model.bits_per_dim(images).mean()) == pytest.approx(float(bits), abs=2e-3)
+
+
+def test_patterns_beyond_the_published_six_are_checkerboards() -> None:
+    jet = published(couplings=36, width=8, blocks=1)
+    flow = create_flow("jet_tiny", (3, 16, 16), depth=[36], width=[8], heads=1)
+    orders = [coupling.order for coupling in flow.couplings if coupling.over == "tokens"]
+    assert torch.equal(torch.stack(orders), jet.spatial_projections.argmax(1))
+
+
+def test_log_determinant_is_that_of_the_jacobian_and_both_memories_have_its_gradients() -> None:
+    flow = create_flow("jet_tiny", (1, 8, 8), depth=[6], width=[16], heads=2).double()
+    assert isinstance(flow, JetFlow)
+    torch.manual_seed(1)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64) - 0.5
+    z, logdet = flow(x)
+    for i in range(2):
+        jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], x[i]).reshape(64, 64)
+        assert torch.linalg.slogdet(jacobian)[1].item() == pytest.approx(logdet[i].item(), abs=1e-9)
+    back, back_logdet = flow.inverse(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(back_logdet, -logdet)
+    grads = {}
+    for memory in ("stored", "reversible"):
+        flow.set_memory(memory)
+        inputs = x.clone().requires_grad_()
+        z, logdet = flow(inputs)
+        grads[memory] = torch.autograd.grad((z**3).sum() - logdet.sum(), [inputs, *flow.parameters()])
+    for stored, rebuilt in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(stored, rebuilt)
+
+
+def test_the_published_size_has_the_published_parameters() -> None:
+    with torch.device("meta"):
+        flow = create_flow("jet_imagenet64", (3, 64, 64))
+    assert sum(p.numel() for p in flow.parameters()) == 207_177_216
+
+
+def test_a_jet_knows_no_classes_until_it_is_adapted(weights: Path, tmp_path: Path) -> None:
+    jet = GLEM.from_pretrained(f"jet:{weights}")
+    assert jet.classes == ["image"] and jet.sample(torch.zeros(2, dtype=torch.int64)).shape == (2, 3, 16, 16)
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    assert jet.interpolate(images[:2], images[2:4], 3).shape == (2, 3, 3, 16, 16)
+    labels = torch.arange(40) % 4
+    adapted = jet.adapt((images, labels.numpy()), rank=4, progress=False)
+    adapted.save(tmp_path / "adapted")
+    again = GLEM.from_pretrained(tmp_path / "adapted")
+    assert again.config.flow["coupling"] == "jet" and again.num_classes == 4
+    moved, _ = GLEMAugment(again, p=1.0, seed=0)(images, labels)
+    assert moved.shape == images.shape and bool((moved != images).any())
+
+
+def test_every_damaged_file_is_one_error(weights: Path, tmp_path: Path) -> None:
+    data, path = weights.read_bytes(), tmp_path / "damaged.safetensors"
+    header = 8 + int.from_bytes(data[:8], "little")
+    rng = np.random.default_rng(0)
+    whole = published().state_dict()
+    for trial in range(60):
+        mutant = bytearray(data)
+        if trial % 3 == 0:
+            mutant = mutant[: rng.integers(0, len(mutant))]
+        else:
+            mutant[rng.integers(8, header)] = rng.integers(0, 256)
+        path.write_bytes(mutant)
+        try:
+            GLEM.from_pretrained(f"jet:{path}")
+        except GLEMError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        # A header may change in a place that means nothing; then the file loads.
+    for change in (
+        {"blocks.0.dnn.pos_emb": torch.zeros(1, 15, 64)},
+        {"blocks.1.dnn.init_proj.bias": torch.full((64,), math.nan)},
+        {"blocks.1.dnn.init_proj.bias": torch.zeros(65)},
+        {"channel_projections": whole["channel_projections"] * 0},
+        {"spatial_projections": whole["spatial_projections"][:0]},
+        {"extra": torch.zeros(3)},
+    ):
+        save_file({name: t.contiguous() for name, t in {**whole, **change}.items()}, path)
+        with pytest.raises(ModelFileError, match="damaged.safetensors"):
+            GLEM.from_pretrained(f"jet:{path}")
+    with pytest.raises(GLEMError):
+        GLEM.from_pretrained(f"jet:{tmp_path / 'absent.safetensors'}")
