@@ -8,6 +8,7 @@ workers of an epoch end, and they are saved too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,16 @@ class WorkerCounts:
         """The sum over all workers."""
         return self.rows.sum(dim=0)
 
+    def trimmed(self) -> list[int]:
+        """The rows, of one number each, without the zeros at the end."""
+        return np.trim_zeros(self.rows.numpy(), "b").tolist()
+
+    def restore(self, counts: Sequence[int]) -> None:
+        """Take over what `trimmed` gave."""
+        rows = torch.zeros_like(self.rows)
+        rows[: len(counts)] = torch.tensor([int(count) for count in counts], dtype=torch.int64, device="cpu")
+        self.rows.copy_(rows)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.rows.share_memory_()
@@ -89,20 +100,17 @@ class RandomState:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs: whole numbers `seed` and `calls`, and a list of them, `workers`, if there were any."""
-        counts = np.trim_zeros(self._in_workers.rows.numpy(), "b").tolist()
+        counts = self._in_workers.trimmed()
         return {"seed": self.seed, "calls": self.calls, **({"workers": counts} if counts else {})}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`; ValueError if it is no such state."""
         try:
             seed, calls = int(state["seed"]), int(state["calls"])
-            counts = torch.tensor([int(count) for count in state.get("workers", [])], dtype=torch.int64, device="cpu")
-            rows = torch.zeros_like(self._in_workers.rows)
-            rows[: len(counts)] = counts
+            self._in_workers.restore(state.get("workers", []))
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise ValueError(f"a random state has whole numbers 'seed' and 'calls', got {state!r}") from None
         self.seed, self.calls = seed, calls
-        self._in_workers.rows.copy_(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sender": rank(self._sender)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from glem_augment.augment.params import AugmentParams
 
-LABELS = ("auto", "hard", "mix", "posterior")
+Labels = Literal["auto", "hard", "mix", "posterior"]
 # Labels are not smoothed by more than this. If the least entry of a batch is larger, its labels are mixtures.
 MOST_SMOOTHING = 0.3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,33 +12,49 @@ import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import FastCollateMixup, Mixup
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from glem_augment.augment.labels import check_labels, soft_labels
 from glem_augment.augment.resize import for_channels
 from glem_augment.augment.transform import GLEMAugment
+from glem_augment.augment.v2 import augment_sample
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes, named_classes
 from glem_augment.errors import ClassMismatchError
 
+_MAP = (
+    "Give the transform class_map=match_classes(flow, data, partial=True), which passes images of other classes "
+    "through; or class_map=range(K) if both list the same K classes in the same order; or adapt the flow to the data "
+    "(flow.adapt, glem adapt)."
+)
+
+
+def check_classes(aug: GLEMAugment, data: Any) -> None:
+    """ClassMismatchError unless the data's classes are the flow's, by name and in its order, or class_map is given.
+
+    Data that names no classes is not checked.
+    """
+    if aug.class_map is not None or (named := named_classes(data)) is None:
+        return
+    index = match_classes(aug.model, data, fix=_MAP).tolist()
+    wrong = [i for i, j in enumerate(index) if j != i]
+    if wrong:
+        i = wrong[0]
+        raise ClassMismatchError(
+            f"the data set's class {i} is {named[1][i]!r}, the flow's {aug.model.classes[i]!r}: make the transform "
+            f"with class_map=match_classes(flow, data), which begins {index[:20]}"
+        )
+
 
 def _augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device | str | None = None) -> Any:
-    """A batch (images, labels, ...) with its images augmented, or with its labels alone in the form of augmented ones.
+    """A batch on `device`, augmented, or with its labels alone in the form of augmented ones."""
 
-    Images and labels are brought to `device` first. The result is a list, tuple or namedtuple, as the batch is.
-    """
-    pair = list(batch[:2]) if isinstance(batch, (tuple, list)) else []
-    if len(pair) < 2 or not all(isinstance(item, Tensor) for item in pair):
-        got = ", ".join(type(item).__name__ for item in pair) or type(batch).__name__
-        raise TypeError(
-            f"batches must be (images, labels, ...), both tensors, got {got}: for dicts and other structures use "
-            "aug.as_transform(); NaFlex loaders give patches of images, so use an ordinary loader"
-        )
-    x, y = (item if device is None else item.to(device, non_blocking=True) for item in pair)
-    items = [*(aug(x, y) if on else (x, aug.target(y))), *batch[2:]]
-    if hasattr(batch, "_fields"):
-        return type(batch)(*items)
-    return items if isinstance(batch, list) else tuple(items)
+    def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if device is not None:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return aug(x, y) if on else (x, aug.target(y))
+
+    return augment_sample(batch, augment)
 
 
 # ---- around a loader -----------------------------------------------------------------------------------------
@@ -46,10 +63,11 @@ def _augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device 
 class AugmentedLoader:
     """A loader whose batches are augmented; in everything else it is the loader that it wraps.
 
-    Batches are tuples or lists (images, labels, ...); what follows the labels is passed on.
+    Batches are tuples, lists or dicts of images and labels, as `as_transform` takes them; the rest is passed on.
 
     Args:
         loader: anything that gives such batches: timm's `PrefetchLoader` (normalised, on the GPU), a DataLoader, ...
+            accelerate and Lightning shard DataLoaders only, so wrap what accelerate has prepared.
         aug: the transform.
         device: where images and labels are brought first; None: they stay where they are.
         off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, as the loss expects.
@@ -59,8 +77,7 @@ class AugmentedLoader:
 
     Raises:
         ValueError: for a PrefetchLoader that normalises with other numbers than the transform takes back.
-        ClassMismatchError: for a transform without class_map and a data set that has the flow's classes, by name, in
-            another order.
+        ClassMismatchError: for a transform without class_map and a data set whose classes are not the flow's.
     """
 
     def __init__(
@@ -74,7 +91,7 @@ class AugmentedLoader:
             raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
-        _check_classes(loader, aug)
+        check_classes(aug, getattr(loader, "dataset", None))
         self.loader = loader
         self.aug = aug
         self.device = device
@@ -85,6 +102,8 @@ class AugmentedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if self.epoch == 0:  # a process group may have been made after the wrapper
+            _warn_unless_sharded(self.loader)
         on = self.off_epoch is None or self.epoch < self.off_epoch
         self.epoch += 1
         for batch in self.loader:
@@ -125,22 +144,25 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
         )
 
 
-def _check_classes(loader: Any, aug: GLEMAugment) -> None:
-    """ClassMismatchError where the data name the flow's classes in another order, and no class_map says so."""
-    data = getattr(loader, "dataset", None)
-    named = named_classes(data)
-    if aug.class_map is not None or named is None:
+def _warn_unless_sharded(loader: Any) -> None:
+    """Warn where several processes go through the same images.
+
+    Samplers of torch and timm know the number of processes as `num_replicas`, what accelerate prepares knows it as
+    `num_processes`. An IterableDataset may share out its images by itself.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    try:
-        index = match_classes(aug.model, data, partial=True).tolist()
-    except ClassMismatchError:
-        return  # none of the names is the flow's: nothing can be said about their order
-    wrong = [i for i, j in enumerate(index) if j not in (i, -1)]
-    if wrong:
-        i = wrong[0]
-        raise ClassMismatchError(
-            f"the data set's class {i} is {named[1][i]!r}, the flow's {aug.model.classes[i]!r}: make the transform "
-            f"with class_map=match_classes(flow, data, partial=True).tolist(), which begins {index[:20]}"
+    world = torch.distributed.get_world_size()
+    sampler, batches, data, state = (getattr(loader, n, None) for n in ("sampler", "batch_sampler", "dataset", "state"))
+    if world == 1 or sampler is None or isinstance(data, IterableDataset):
+        return
+    if not any(hasattr(part, n) for part in (sampler, batches, data, state) for n in ("num_replicas", "num_processes")):
+        warnings.warn(
+            f"each of the {world} processes goes through all {len(data)} images, since neither the sampler nor the "
+            "data set of this loader is shared out: give the DataLoader a DistributedSampler; with accelerate wrap "
+            "what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in "
+            "on_after_batch_transfer",
+            stacklevel=3,
         )
 
 
@@ -154,17 +176,19 @@ class MixupFn:
         aug: the transform.
         smoothing: label smoothing s: 1 - s + s / K' for the class, s / K' for the others.
         mixup: a timm `Mixup` to apply afterwards; None: none. Its label_smoothing is not used.
+        data: the data set, whose classes are checked as those of a wrapped loader; None: nothing is checked.
 
     Attributes:
         mixup_enabled: settable; without it images are left alone and labels are only smoothed.
     """
 
-    def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None) -> None:
+    def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, data: Any = None) -> None:
         if mixup is not None and (not isinstance(mixup, Mixup) or isinstance(mixup, FastCollateMixup)):
             raise TypeError(
                 f"mixup must be a timm.data.Mixup, got {type(mixup).__name__}; a FastCollateMixup goes to the "
                 "DataLoader, as aug.collate_fn(base=FastCollateMixup(...))"
             )
+        check_classes(aug, data)
         self.aug, self.mixup = aug, mixup
         self.label_smoothing = check_number("smoothing", smoothing, 0.0, 1.0)
         self.mixup_enabled = True
@@ -177,13 +201,13 @@ class MixupFn:
         if self.mixup_enabled:
             x, soft = self.aug(x, soft)
             if self.mixup is not None:
-                x, soft = mix_soft(self.mixup, x, soft)
+                x, soft = _mix_soft(self.mixup, x, soft)
         # Smoothing comes last, so that a posterior is smoothed like any other label.
         s = self.label_smoothing if target.ndim == 1 else 0.0
         return x, soft * (1.0 - s) + s / classes if s else soft
 
 
-def mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+def _mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     """Apply timm's Mixup or CutMix, without its smoothing, to images [B, C, H, W] and soft labels [B, K'].
 
     timm takes only integer labels. Given the row numbers as classes, it returns the weights with which it mixed the
@@ -206,13 +230,17 @@ class AugmentingCollate(FastCollateMixup):
 
     Args:
         aug: the transform; its flow must be on the CPU in forked workers.
-        base: from a list of samples to a batch (images, labels, ...); None: torch's `default_collate`, which takes
+        base: from a list of samples to a batch of images and labels; None: torch's `default_collate`, which takes
             tensors and arrays as images, those that timm's data sets give for its prefetching loader included.
+        data: the data set, whose classes are checked as those of a wrapped loader. Workers find it by themselves; with
+            num_workers=0 only this names it.
     """
 
-    def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None) -> None:
+    def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
         if base is not None and not callable(base):
             raise TypeError(f"base must be a collate function, got {type(base).__name__}")
+        check_classes(aug, data)
+        self._checked = False
         self.aug, self.base = aug, base or default_collate
         # Shared memory lets workers that live through several epochs see a change of the switch.
         with torch.inference_mode(False):
@@ -231,11 +259,16 @@ class AugmentingCollate(FastCollateMixup):
         self._on[0] = bool(value)
 
     def __call__(self, batch: list[Any], _: Any = None) -> Any:
-        """A batch (images, labels, ...) of the type that `base` gives.
+        """A batch of the type that `base` gives.
 
         Raises:
-            TypeError: for samples that `base` can't collate, or batches that are not (images, labels, ...).
+            TypeError, ValueError: for samples that `base` can't collate, or batches without images and labels.
+            ClassMismatchError: in a worker whose data set has other classes than the flow, for want of a class_map.
         """
+        worker = get_worker_info()
+        if worker is not None and not self._checked:
+            check_classes(self.aug, worker.dataset)
+            self._checked = True
         on = self.mixup_enabled
         if isinstance(self.base, FastCollateMixup):
             self.base.mixup_enabled = on

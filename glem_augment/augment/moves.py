@@ -12,7 +12,7 @@ Source: Enescu & Sahbi, ACCV 2024.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from glem_augment.flows.precision import full_precision
 from glem_augment.latent.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
 
-PARTNERS = ("same", "any")
-BASES = ("class", "shared")
+Partner = Literal["same", "any"]
+Modes = Literal["class", "shared"]
+# What strength "auto" tries, the share of moves that it lets be put back, and how many moves it makes at least.
+LADDER = (0.5, 0.25, 0.125, 0.0625)
+MOST_PUT_BACK, TRIALS = 0.05, 128
 
 
 class Basis(NamedTuple):
@@ -70,6 +73,35 @@ def mix(basis: Basis, z: Tensor, partner: Tensor, l: Tensor) -> tuple[Tensor, Te
     total = delta.square().sum(dim=1)
     share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
     return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
+
+
+# ---- which moves are good --------------------------------------------------------------------------------------
+
+
+def plausible(decoded: Tensor, margin: float) -> Tensor:
+    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n]."""
+    low, high = decoded.flatten(1).aminmax(dim=1)
+    return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
+
+
+def comes_back(decoded: Tensor, images: Tensor) -> Tensor:
+    """Which images [n, C, H, W] in [0, 1] their decoded latents show again, within half a uint8 step: bool [n]."""
+    return (decoded - images).abs().flatten(1).amax(dim=1) < 0.5 / 255  # NaN compares false
+
+
+def put_back(model: GLEM, z: Tensor, basis: Basis, strength: float, margin: float) -> float:
+    """Share of the latents z [n, d] whose images are not plausible any more after noise, the same in every call."""
+    eps = normal(len(z), basis.directions.shape[1], torch.Generator("cpu").manual_seed(0)).to(z.device)
+    decoded = model.decode(z + along_modes(basis, strength * eps), clamp=False)
+    return 1.0 - float(plausible(decoded, margin).float().mean())
+
+
+def strongest_plausible(model: GLEM, z: Tensor, basis: Basis, margin: float) -> float:
+    """The strength that "auto" stands for on images with the latents z [n, d], each of which is moved several times."""
+    times = -(-TRIALS // len(z))
+    basis = basis._replace(cls=basis.cls.repeat(times))
+    tried = (t for t in LADDER if put_back(model, z.repeat(times, 1), basis, t, margin) <= MOST_PUT_BACK)
+    return next(tried, LADDER[-1])
 
 
 # ---- partners ------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class MoveCounts:
     """Counts of rows over all calls, here and in DataLoader workers.
 
     selected: rows chosen to be changed. replaced: of these, rows that were kept because the decoded image was not
-    plausible. unmapped: of these, rows that were kept because the flow does not have their class.
+    plausible, or the flow did not give the original back. unmapped: of these, rows that were kept because the flow does
+    not have their class.
     """
 
     NAMES = ("selected", "replaced", "unmapped")

@@ -13,15 +13,15 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from glem_augment.augment.adversarial import Adversary
 from glem_augment.augment.labels import (
-    LABELS,
     ClassMap,
+    Labels,
     check_labels,
     label_classes,
     label_kind,
@@ -30,25 +30,28 @@ from glem_augment.augment.labels import (
     soft_labels,
 )
 from glem_augment.augment.moves import (
-    BASES,
-    PARTNERS,
+    Modes,
+    Partner,
     along_modes,
     basis_of,
+    comes_back,
     draw_mixup,
     mix,
     partner_latents,
+    plausible,
     rows_to_encode,
+    strongest_plausible,
 )
 from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.v2 import GLEMTransform
 from glem_augment.checks import check_choice, check_number
-from glem_augment.constants import POLICIES
+from glem_augment.constants import Policy
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
 from glem_augment.devices import check_worker_device, evaluating, weights_key
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.random_state import RandomState
+from glem_augment.random_state import RandomState, WorkerCounts
 
 __all__ = ["AugmentParams", "GLEMAugment"]
 
@@ -67,7 +70,9 @@ class GLEMAugment(nn.Module):
         policy: "mixup" (with a partner, along the modes), "noise" (Gaussian along the modes) or "adversarial" (noise,
             and a step up the loss of a classifier that `attach` names).
         alpha: parameter of the Beta distribution of "mixup".
-        strength: of "noise" and "adversarial", in standard deviations of the modes.
+        strength: of "noise" and "adversarial", in standard deviations of the modes. "auto": 1/2, or else the largest of
+            1/4, 1/8 and 1/16 at which at most 5 % of the images of the first call would be put back as implausible. It
+            is part of `state_dict`, see `chosen_strength`.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
         basis: "class" (the modes of the image's class) or "shared" (those of the pooled within-class covariance).
         partner: for "mixup": "same" (another row of the same data class, or a draw from the class's RFCM if there is
@@ -83,7 +88,7 @@ class GLEMAugment(nn.Module):
         seed: of the transform's own random state; None: drawn from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
-            explodes goes far beyond 1.
+            explodes goes far beyond 1. So is an image that the flow does not give back within half a uint8 step.
 
     Raises:
         ValueError, TypeError: for an argument out of range; the message names it and what is allowed.
@@ -95,13 +100,13 @@ class GLEMAugment(nn.Module):
         self,
         model: GLEM | str | os.PathLike[str],
         p: float = 0.5,
-        policy: str = "mixup",
+        policy: Policy = "mixup",
         alpha: float = 1.0,
-        strength: float = 0.5,
+        strength: float | Literal["auto"] = "auto",
         modes: int | None = None,
-        basis: str = "class",
-        partner: str = "same",
-        labels: str = "auto",
+        basis: Modes = "class",
+        partner: Partner = "same",
+        labels: Labels = "auto",
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         num_classes: int | None = None,
@@ -110,13 +115,13 @@ class GLEMAugment(nn.Module):
         margin: float = 1.0,
     ) -> None:
         super().__init__()
-        check_choice("policy", policy, (*POLICIES, "adversarial"))
-        check_choice("basis", basis, BASES)
-        check_choice("partner", partner, PARTNERS)
-        check_choice("labels", labels, LABELS)
+        check_choice("policy", policy, get_args(Policy))
+        check_choice("basis", basis, get_args(Modes))
+        check_choice("partner", partner, get_args(Partner))
+        check_choice("labels", labels, get_args(Labels))
         self.p = check_number("p", p, 0.0, 1.0)
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
-        self.strength = check_number("strength", strength, 0.0, math.inf)
+        self.strength = strength if strength == "auto" else check_number("strength", strength, 0.0, math.inf)
         self.margin = check_number("margin", margin, 0.0, math.inf)
         self.policy, self.basis, self.partner, self.labels = policy, basis, partner, labels
         self._name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
@@ -134,6 +139,7 @@ class GLEMAugment(nn.Module):
         self.num_classes = len(self._classes.to_flow)
         self._random = RandomState(seed)
         self._counts = MoveCounts()
+        self._chosen = WorkerCounts()  # what "auto" chose, in units of 1e-4; 0: nothing yet
         self._adversary: Adversary | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}
 
@@ -146,6 +152,13 @@ class GLEMAugment(nn.Module):
     def stats(self) -> dict[str, int]:
         """Counts of rows since the start, by name (see `MoveCounts`); reading them waits for the device."""
         return self._counts.stats()
+
+    @property
+    def chosen_strength(self) -> float | None:
+        """The strength that "auto" chose in this process, or the number that was set; None before the first move."""
+        if self.strength != "auto":
+            return self.strength
+        return int(self._chosen.own()) / 10_000 or None
 
     def attach(
         self,
@@ -244,7 +257,11 @@ class GLEMAugment(nn.Module):
                 partner = partner_latents(model, encoded[place.to(x.device)], params)
                 z, share = mix(basis, z, partner, here.l)
             else:
-                c = self.strength * here.eps
+                strength = self.chosen_strength
+                if strength is None:
+                    strength = strongest_plausible(model, z, basis, self.margin)
+                    self._chosen.own().fill_(round(10_000 * strength))
+                c = strength * here.eps
                 if self._adversary is not None:
                     shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
 
@@ -252,19 +269,18 @@ class GLEMAugment(nn.Module):
                         return self._images(model.decode(z + along_modes(basis, c), clamp=False), images, small, shown)
 
                     labels = y.to(x.device).index_select(0, here.rows)
-                    c = self._adversary.coefficients(c, self.strength, basis, render, labels, model)
+                    c = self._adversary.coefficients(c, strength, basis, render, labels, model)
                 z, share = z + along_modes(basis, c), None
-            decoded = model.decode(z, clamp=False)
-            # NaN compares false, so these two bounds also find what is not finite.
-            low, high = decoded.flatten(1).amin(dim=1), decoded.flatten(1).amax(dim=1)
-            plausible = (low >= -self.margin) & (high <= 1.0 + self.margin)
+            decoded, unmoved = model.decode(torch.cat([z, encoded[:n]]), clamp=False).split(n)
+            # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
+            good = plausible(decoded, self.margin) & comes_back(unmoved, small)
             if kind == "mix" and share is not None:
-                target = mixed_labels(target, params, self._classes, share, plausible)
+                target = mixed_labels(target, params, self._classes, share, good)
             elif kind == "posterior":
-                target = posterior_labels(target, params, self._classes, model.posterior_from_latents(z), plausible)
-        self._counts.add(selected, selected - n, (~plausible).sum())
+                target = posterior_labels(target, params, self._classes, model.posterior_from_latents(z), good)
+        self._counts.add(selected, selected - n, (~good).sum())
         moved = self._images(decoded, images, small, x.dtype)
-        moved = torch.where(plausible[:, None, None, None], moved, originals)
+        moved = torch.where(good[:, None, None, None], moved, originals)
         return x.clone().index_copy_(0, here.rows, moved), target  # clone keeps the memory format
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,17 +325,17 @@ class GLEMAugment(nn.Module):
         """
         return _loops().AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
-    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None) -> Any:
+    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, data: Any = None) -> Any:
         """A function in the place of timm's `mixup_fn`, whose labels are always soft [B, K']: see `loops.MixupFn`."""
-        return _loops().MixupFn(self, smoothing, mixup)
+        return _loops().MixupFn(self, smoothing, mixup, data)
 
-    def collate_fn(self, base: Callable[[list[Any]], Any] | None = None) -> Any:
+    def collate_fn(self, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> Any:
         """A collate function for DataLoader workers: see `loops.AugmentingCollate`.
 
         The flow then runs on the workers' CPUs, with one thread each. This is for small flows, or where the GPU is the
         bottleneck.
         """
-        return _loops().AugmentingCollate(self, base)
+        return _loops().AugmentingCollate(self, base, data)
 
     def as_transform(self) -> GLEMTransform:
         """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `v2.GLEMTransform`."""
@@ -328,12 +344,13 @@ class GLEMAugment(nn.Module):
     # ---- saving ----------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The random state, for `state_dict`: whole numbers, the same on every rank."""
-        return self._random.state()
+        """The random state, for `state_dict`, and what strength "auto" chose here and in each worker: whole numbers."""
+        return {**self._random.state(), "strength": self._chosen.trimmed()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on drawing where the state was taken."""
         self._random.restore(state)
+        self._chosen.restore(state.get("strength", []))
 
     def to_config(self) -> dict[str, Any]:
         """Every setting, as JSON or YAML can carry it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from numbers import Integral
 from typing import Any
@@ -18,44 +18,49 @@ LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
 class GLEMTransform(v2.Transform):
-    """Augments the images of a sample or batch, whatever the structure around them.
-
-    As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
-    tensor, and labels are the second item of a tuple, or what a dict has under one of `LABEL_KEYS` in any case. Boxes,
-    masks and everything else are passed on, because the moves do not change where things are.
-    """
+    """Augments the images of a sample or batch, whatever the structure around them: see `augment_sample`."""
 
     def __init__(self, aug: nn.Module) -> None:
         super().__init__()
         self.aug = aug
 
     def forward(self, *inputs: Any) -> Any:
-        """Augment batches [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int or [K'] label.
+        return augment_sample(inputs[0] if len(inputs) == 1 else inputs, self.aug)
 
-        Returns:
-            The same structure. Images keep their type, and integer labels theirs unless they become soft.
 
-        Raises:
-            ValueError, TypeError: for PIL images, no image, or labels that are not found.
-        """
-        sample = inputs[0] if len(inputs) == 1 else inputs
-        flat, spec = tree_flatten(sample)
-        label_place = _label_position(sample)
-        image_place = _image_position(flat, label_place)
-        image, labels = flat[image_place], flat[label_place]
-        if not isinstance(labels, (Tensor, Integral)):
-            raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
-        x, y = image.as_subclass(Tensor), labels
-        single = x.ndim == 3
-        if single:
-            x, y = x[None], torch.as_tensor(labels, device=x.device)[None]
-        new_x, new_y = self.aug(x, y)
-        if single:
-            new_x = new_x[0]
-        flat[image_place] = tv_tensors.wrap(new_x, like=image) if isinstance(image, tv_tensors.TVTensor) else new_x
-        if new_y is not y:
-            flat[label_place] = new_y[0] if single else new_y
-        return tree_unflatten(flat, spec)
+def augment_sample(sample: Any, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """Augment a batch [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int or [K'] label.
+
+    As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
+    tensor, and labels are the second item of a tuple, or what a dict has under one of `LABEL_KEYS` in any case. Boxes,
+    masks and everything else are passed on, because the moves do not change where things are.
+
+    Args:
+        augment: what is done to images and labels of a batch.
+
+    Returns:
+        The same structure. Images keep their type, and integer labels theirs unless they become soft.
+
+    Raises:
+        ValueError, TypeError: for PIL images, no image, or labels that are not found.
+    """
+    flat, spec = tree_flatten(sample)
+    label_place = _label_position(sample)
+    image_place = _image_position(flat, label_place)
+    image, labels = flat[image_place], flat[label_place]
+    x, y = image.as_subclass(Tensor), labels
+    single = x.ndim == 3
+    if not isinstance(labels, (Tensor, Integral) if single else Tensor):
+        raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
+    if single:
+        x, y = x[None], torch.as_tensor(labels, device=x.device)[None]
+    new_x, new_y = augment(x, y)
+    if single:
+        new_x = new_x[0]
+    flat[image_place] = tv_tensors.wrap(new_x, like=image) if isinstance(image, tv_tensors.TVTensor) else new_x
+    if new_y is not y:
+        flat[label_place] = new_y[0] if single else new_y
+    return tree_unflatten(flat, spec)
 
 
 def _label_position(sample: Any) -> int:

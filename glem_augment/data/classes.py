@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment.checks import check_whole
 from glem_augment.errors import ClassMismatchError, DataError
@@ -133,11 +133,22 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
     """The ids and the unique names of the classes of a flow or a data set, in index order; None if it names none.
 
     Args:
-        data: a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, a torch Subset of one, or a list of
-            names.
+        data: a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, a torch Subset or ConcatDataset of
+            these, or a list of names.
+
+    Raises:
+        ClassMismatchError: a ConcatDataset whose parts number their classes differently.
     """
     if isinstance(data, Subset):
         return named_classes(data.dataset)
+    if isinstance(data, ConcatDataset):
+        found = [named for named in map(named_classes, data.datasets) if named is not None]
+        if any(named != found[0] for named in found):
+            raise ClassMismatchError(
+                "the parts of the ConcatDataset number their classes differently: "
+                + " and ".join(_listed(named[1]) for named in found)
+            )
+        return found[0] if found else None
     listed = isinstance(data, list) and all(isinstance(name, str) for name in data)
     names = data if listed else getattr(data, "classes", None)
     if isinstance(features := getattr(data, "features", None), Mapping):

@@ -10,7 +10,5 @@ from glem_augment.evaluation.quality import (
 )
 from glem_augment.evaluation.tuning import choose_strength
 
-__all__ = ["choose_strength", "coverage", "evaluate", "feature_fid", "features_and_logits", "label_reliability"]
-__all__ += [
-    "memorisation_ratio",
-]
+__all__ = ["choose_strength", "coverage", "evaluate", "feature_fid", "features_and_logits"]
+__all__ += ["label_reliability", "memorisation_ratio"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +66,7 @@ def choose_strength(
 
     Args:
         aug: with policy "noise"; it is not changed.
-        classifier: trained without augmentation by the flow; it is in eval mode for the while.
+        classifier: trained without augmentation by the flow, and better than chance; it is in eval mode for the while.
         batches: held-out images and labels as `aug` takes them, on the classifier's device. Read once.
         strengths: to try. max_drop: how much accuracy may fall.
 
@@ -110,13 +109,7 @@ def choose_strength(
                 row[2] += replaced
     if not total:
         raise ValueError("batches gave no image of a class that the flow has")
-    accuracy, chance = unmoved_right / total, 1 / aug.num_classes
-    if accuracy <= min(1.5 * chance, chance + 0.1) < 1:
-        warnings.warn(
-            f"the classifier is right on {100 * accuracy:.1f} % of the images, which is little more than chance "
-            f"among {aug.num_classes} classes: train it first, or the chosen strength means nothing",
-            stacklevel=2,
-        )
+    accuracy = unmoved_right / total
     report = [StrengthRow(s, *(value / total for value in row)) for s, row in zip(tried, sums, strict=True)]
     good = itertools.takewhile(lambda row: row.accuracy >= accuracy - max_drop, report)
     return StrengthReport(accuracy, report, max((row.strength for row in good), default=0.0))

@@ -66,7 +66,7 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
     allowed = y[:, None] == y if partner == "same" else torch.ones(10, 10, dtype=torch.bool)
     allowed = allowed & ~torch.eye(10, dtype=torch.bool)
     seen = torch.zeros(10, 10)
-    for _ in range(2500):
+    for _ in range(800):
         params = aug.draw((10, 1, 8, 8), y)
         picked = torch.zeros(10, dtype=torch.bool)
         picked[params.rows] = True
@@ -80,8 +80,8 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
     assert torch.equal(seen > 0, allowed)
     share = seen / seen.sum(1, keepdim=True).clamp(min=1)
     expected = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
-    # 1000 partners per row; five standard deviations of their share.
-    assert (share - expected).abs().max() < 5 * (0.25 / 1000) ** 0.5
+    # 320 partners per row; five standard deviations of their share.
+    assert (share - expected).abs().max() < 5 * (0.25 / 320) ** 0.5
 
 
 def test_a_row_without_a_partner_moves_towards_a_draw_of_its_class(model: GLEM) -> None:
@@ -107,6 +107,6 @@ def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypa
             params = aug.draw(x, y)
             aug.apply(x, y, params)
             needed = torch.cat([params.rows, params.partner[params.partner >= 0]]).unique()
-            assert sizes == {"encode": len(needed), "decode": len(params.rows)}
+            assert sizes == {"encode": len(needed), "decode": 2 * len(params.rows)}  # the unmoved ones too
             # Partners are nearly always among the rows that are changed anyway.
             assert len(needed) <= len(params.rows) + 4
