@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
@@ -21,10 +21,13 @@ _FIX = (
 )
 
 
+ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
+
+
 def match_classes(
     flow: Any,
     data: Any,
-    class_map: Literal["order"] | Mapping[str, str] | None = None,
+    class_map: ClassMap = None,
     partial: bool = False,
     fix: str | None = None,
 ) -> np.ndarray:
@@ -152,7 +155,7 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
     listed = isinstance(data, list) and all(isinstance(name, str) for name in data)
     names = data if listed else getattr(data, "classes", None)
     if isinstance(features := getattr(data, "features", None), Mapping):
-        names = getattr(features[label_column(features)], "names", None)
+        names = getattr(features[feature_column(features, "ClassLabel")], "names", None)
     reader = getattr(data, "reader", None)  # of timm's ImageDataset
     lookup = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if names is None and lookup:
@@ -169,23 +172,15 @@ def unique_names(names: list[str], ids: list[str]) -> list[str]:
     return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]
 
 
-def label_column(features: Mapping[str, Any]) -> str:
-    """The column of class labels of a Hugging Face data set, given its features. DataError: none, or several."""
-    return _column(features, "ClassLabel", ("label", "labels"), "of labels (class_encode_column makes one)")
-
-
-def image_column(features: Mapping[str, Any]) -> str:
-    """The column of images of a Hugging Face data set, given its features. DataError: none, or several."""
-    return _column(features, "Image", (), "of images")
-
-
-def _column(features: Mapping[str, Any], kind: str, usual: tuple[str, ...], what: str) -> str:
+def feature_column(features: Mapping[str, Any], kind: Literal["ClassLabel", "Image"]) -> str:
+    """The column of images or of class labels of a Hugging Face data set. DataError: none, or several."""
     found = [name for name, feature in features.items() if type(feature).__name__ == kind]
-    found = found or [name for name in usual if name in features]
+    if kind == "ClassLabel" and not found:
+        found = [name for name in ("label", "labels") if name in features]
     if len(found) != 1:
         raise DataError(
-            f"a Hugging Face data set needs one column {what}; this one has {' and '.join(found) or 'none'} among "
-            f"{', '.join(features)}: keep one with select_columns"
+            f"a Hugging Face data set needs one {kind} column; this one has {' and '.join(found) or 'none'} among "
+            f"{', '.join(features)}: keep one with select_columns, or make one (class_encode_column)"
         )
     return found[0]
 

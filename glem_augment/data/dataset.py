@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.data.classes import match_classes
+from glem_augment.data.classes import ClassMap, match_classes
 from glem_augment.data.pixels import fit, in_threads
 from glem_augment.data.sources import ArraySource, Source, check_names, check_targets, open_source, tensor_source
 from glem_augment.errors import BadImageError, DataError
@@ -260,7 +260,7 @@ def as_image_data(
 def images_for(
     flow: Any,
     data: LabelledImages,
-    class_map: Literal["order"] | Mapping[str, str] | None = None,
+    class_map: ClassMap = None,
     fix: str | None = None,
 ) -> ImageData:
     """`data` as an ImageData of the flow's shape and under its classes (`match_classes`).

@@ -31,7 +31,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from glem_augment.data.classes import image_column, label_column, named_classes, unique_names
+from glem_augment.data.classes import feature_column, named_classes, unique_names
 from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_tensor
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
@@ -78,9 +78,9 @@ class Source(ABC):
         with self._checked(index) as image:
             return image.convert("L" if image.mode in GREY_MODES else "RGB"), int(self.targets[index])
 
-    @abstractmethod
     def where(self, index: int) -> str:
         """What an error message calls image `index`."""
+        return f"image {index} of {self.name}"
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
@@ -137,9 +137,6 @@ class ArraySource(Source):
 
     arrays: np.ndarray
 
-    def where(self, index: int) -> str:
-        return f"image {index} of {self.name}"
-
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.arrays[index])
 
@@ -151,9 +148,6 @@ class ItemSource(Source):
     items: Any
     key: int | str
     threads = 1  # its items may share one file handle
-
-    def where(self, index: int) -> str:
-        return f"image {index} of {self.name}"
 
     def open(self, index: int) -> Image.Image:
         image = self.items[index][self.key]
@@ -188,9 +182,9 @@ class ReaderSource(Source):
 
     def where(self, index: int) -> str:
         try:
-            return str(self.reader.filename(index) or f"image {index}")
+            return str(self.reader.filename(index) or super().where(index))
         except Exception:  # this is for error messages: it must not fail on what it reports
-            return f"image {index}"
+            return super().where(index)
 
     def open(self, index: int) -> Image.Image:
         with self.reader[index][0] as file:
@@ -423,8 +417,8 @@ def _data_set_source(data: Any, name: str) -> Source:
     """A data set of torchvision, timm or Hugging Face, or any other whose items are (image, label)."""
     ids, names = (getattr(data, "named", True) and named_classes(data)) or ([], [])
     if hasattr(data, "features"):  # of Hugging Face; a transform of its own may have renamed the columns
-        data, image, label = data.with_format(None), image_column(data.features), label_column(data.features)
-        return ItemSource(name, names, ids, np.asarray(data[label]), data, image)
+        data, label = data.with_format(None), feature_column(data.features, "ClassLabel")
+        return ItemSource(name, names, ids, np.asarray(data[label]), data, feature_column(data.features, "Image"))
     reader = getattr(data, "reader", None)
     if hasattr(reader, "dataset"):  # timm's, of Hugging Face
         return ReaderSource(name, names, ids, np.asarray(reader.dataset[reader.label_key]), reader)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from glem_augment.checks import check_number, check_whole
-from glem_augment.data.classes import match_classes
+from glem_augment.checks import check_number
+from glem_augment.data.classes import ClassMap, match_classes
 from glem_augment.data.dataset import ImageData, LabelledImages, open_data
 from glem_augment.data.sources import Source, open_source
 from glem_augment.errors import DataError
-from glem_augment.synthetic.balance import class_values
 from glem_augment.synthetic.dataset import SyntheticDataset, to_pil
-
-ClassMap = Mapping[Any, int | None] | Sequence[int | None]
 
 
 class RealAndSynthetic(Dataset):
@@ -40,9 +37,8 @@ class RealAndSynthetic(Dataset):
             ratio is None).
         ratio: synthetic images per real one: 1 doubles the data. They are taken class by class in turn, so that any
             ratio is balanced as `synthetic` is. None: all of them, as for per_class="balance".
-        class_map: the real data's label for each of the flow's classes, where names do not match: K labels, or a
-            mapping from class names, ids or indices. None, -1 or left out: the real data has no such class, and
-            `synthetic` must give no image of it.
+        class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
+            classes than the flow, and the flow more than the real data, if `synthetic` has no image of them.
 
     Attributes:
         transform: set here. targets: int labels of all items. classes, class_to_idx: those of the real data, if it
@@ -57,7 +53,7 @@ class RealAndSynthetic(Dataset):
         real: LabelledImages,
         synthetic: SyntheticDataset | ImageData | str | os.PathLike[str],
         ratio: float | None = 1.0,
-        class_map: ClassMap | None = None,
+        class_map: ClassMap = None,
     ) -> None:
         if isinstance(synthetic, str | os.PathLike):
             synthetic = open_data(synthetic)
@@ -85,10 +81,8 @@ class RealAndSynthetic(Dataset):
         labels = _labels(synthetic, source, class_map)[made[self.chosen]]
         missing = sorted({synthetic.classes[made[i]] for i in self.chosen[labels < 0]})
         if missing:
-            raise DataError(
-                f"the real data has no class for the synthetic {', '.join(missing[:10])}: give class_map a label for "
-                "them, or leave them out of per_class"
-            )
+            names = ", ".join(missing[:10])
+            raise DataError(f"the real data has no class for the synthetic {names}: give class_map, or draw none of it")
         self.targets: list[int] = source.targets.tolist() + labels.tolist()
 
     def __len__(self) -> int:
@@ -138,22 +132,13 @@ class RealAndSynthetic(Dataset):
         return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
 
 
-def _labels(synthetic: SyntheticDataset | ImageData, source: Source, class_map: ClassMap | None) -> np.ndarray:
+def _labels(synthetic: SyntheticDataset | ImageData, source: Source, class_map: ClassMap) -> np.ndarray:
     """The real data's label of every synthetic class, int64 [K]; -1 = none."""
-    classes = synthetic.classes
-    labels = np.full(len(classes), -1)
-    if class_map is None:
-        if not source.named:
-            return np.arange(len(classes))
-        index = match_classes(
-            synthetic, source, fix="Give class_map, the real data's label for every class of the flow."
-        )
-        labels[index] = np.arange(len(index))
-        return labels
-    for i, label in enumerate(class_values(synthetic, class_map, "class_map", None)):
-        labels[i] = -1 if label is None else check_whole(f"class_map for {classes[i]!r}", label, -1)
-    if source.named and labels.max() >= len(source.classes):
-        raise DataError(f"class_map gives label {labels.max()}; the real data has 0 to {len(source.classes) - 1}")
+    labels = np.arange(len(synthetic.classes))
+    if source.named or class_map is not None:
+        index = match_classes(synthetic, source, class_map, partial=True)
+        labels[:] = -1
+        labels[index[index >= 0]] = np.flatnonzero(index >= 0)
     return labels
 
 
