@@ -213,7 +213,8 @@ def open_source(data: Any, split: str = "train") -> Source:
             "data must be a name, an ImageData, (uint8 images, labels), or a data set that has a length and gives "
             f"(image, label) by index; got {type(data).__name__}"
         )
-    return _data_set_source(data, type(data).__name__)
+    recorded = getattr(getattr(data, "info", None), "dataset_name", None)  # of Hugging Face
+    return _data_set_source(data, recorded or type(data).__name__)
 
 
 def _named_source(spec: str, split: str) -> Source:
