@@ -1,5 +1,6 @@
 """The bijection between images and latents. Nothing here knows of classes."""
 
+from glem_augment.flows.custom import CustomFlow
 from glem_augment.flows.jet import JetFlow
 from glem_augment.flows.layers import Bijection, FlatIdentity, Flow
 from glem_augment.flows.matexp import expm_apply
@@ -9,6 +10,7 @@ from glem_augment.flows.presets import PRESETS, build_flow, create_flow, resolve
 __all__ = [
     "PRESETS",
     "Bijection",
+    "CustomFlow",
     "FlatIdentity",
     "Flow",
     "JetFlow",

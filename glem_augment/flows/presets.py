@@ -58,11 +58,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _PATCHES, _MOST_TOKENS = (2, 4, 6, 8), 128 * 128  # even: every level then has an even number of channels
-_COUPLINGS = ("matexp", "affine", "jet", "identity")
+_COUPLINGS = ("matexp", "affine", "jet", "identity", "custom")
 # What a flow saved before these keys existed was made with.
 _DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
 _KEYS = {
-    "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS
+    "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", "module",
+    *_DEFAULTS,
 }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def check_spec(spec: dict[str, Any]) -> None:
         )
     if spec.get("coupling") not in _COUPLINGS:
         raise ValueError(f"coupling must be one of {_COUPLINGS}, got {str(spec.get('coupling'))[:80]!r}")
-    if spec["coupling"] == "identity":
+    if spec["coupling"] in ("identity", "custom"):
         return
     lists = {key: spec.get(key) for key in ("depth", "blocks", "width")}
     for key, value in lists.items():
@@ -181,6 +182,8 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     channels, height, width = image_shape = tuple(spec["image_shape"])
     if spec["coupling"] == "identity":
         return FlatIdentity(image_shape)
+    if spec["coupling"] == "custom":
+        raise ValueError(f"its flow is a module of the user's ({str(spec.get('module'))[:80]}); pass it as module=")
     if spec["coupling"] == "jet":
         (depth,), (blocks,), (net_width,) = (spec[key] for key in ("depth", "blocks", "width"))
         return JetFlow(image_shape, depth, net_width, blocks, spec["heads"], spec["patch"])

@@ -7,26 +7,27 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from glem_augment.checks import check_number, check_whole
 from glem_augment.constants import DEFAULT_MODES
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError
-from glem_augment.flows import Flow, build_flow, resolve_preset
+from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
 from glem_augment.io import expand
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
+from glem_augment.model.jet_file import ONE_CLASS, load_jet
 from glem_augment.model.jet_file import PREFIX as JET
-from glem_augment.model.jet_file import load_jet
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
 
 
@@ -110,6 +111,7 @@ class GLEM(ImageFlow):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
+        module: nn.Module | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
@@ -122,6 +124,8 @@ class GLEM(ImageFlow):
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
+            module: for a model that `from_bijection` made: a module like the one that it was made with; a copy of it
+                gets the stored weights. No code is ever imported because a file names it.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
@@ -140,9 +144,51 @@ class GLEM(ImageFlow):
                 f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
                 "hf-hub:org/name"
             )
-        model = load_model(folder, cls).to(device).eval().requires_grad_(False)
+        model = load_model(folder, cls if module is None else partial(cls._around, module))
+        model = model.to(device).eval().requires_grad_(False)
         model.origin, model.origin_file = origin, folder / WEIGHTS
         return model
+
+    @classmethod
+    def from_bijection(
+        cls,
+        module: nn.Module,
+        image_shape: tuple[int, int, int],
+        classes: Sequence[str] | None = None,
+        class_ids: Sequence[str] | None = None,
+        bits: int = 8,
+    ) -> GLEM:
+        """A model around somebody else's flow, in eval mode, with the standard normal for every class; see `adapt`.
+
+        Args:
+            module: see `flows.custom.CustomFlow` for what is understood. It is used as it is, not copied.
+            image_shape: (C, H, W).
+            classes, class_ids, bits: see `create`; without classes there is one, "image".
+
+        Raises:
+            TypeError, ValueError: a module that is no such flow.
+        """
+        names = [str(c) for c in (classes or [ONE_CLASS])]
+        config = GLEMConfig(
+            flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
+            bits=bits,
+            psi=None,
+            class_ids=[str(c) for c in (class_ids or names)],
+            class_names=names,
+        )
+        gaussians = ClassGaussians(len(names), math.prod(image_shape), None, initial_variance=1.0)
+        return cls(config, CustomFlow(module, image_shape), gaussians).eval().requires_grad_(False)
+
+    @classmethod
+    def _around(cls, module: nn.Module, config: GLEMConfig) -> GLEM:
+        """The model that `config` describes, around a copy of `module`."""
+        if config.flow["coupling"] != "custom":
+            raise ModelFileError("this model holds a flow of the library's: leave module= out")
+        classes, dim = len(config.class_ids), math.prod(config.image_shape)
+        modes = None if config.modes_rank is None else ClassModes(classes, config.modes_rank, dim)
+        with torch.device("cpu"):  # A module that may make tensors of its own does not work without memory.
+            flow = CustomFlow(copy.deepcopy(module), config.image_shape)
+        return cls(config, flow, ClassGaussians(classes, dim, config.psi), modes)
 
     @classmethod
     def _from_jet(cls, text: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> GLEM:

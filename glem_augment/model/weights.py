@@ -28,7 +28,7 @@ from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMCon
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}}
+_EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
 # The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
 # point number has two bytes.
 _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
@@ -138,7 +138,9 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
             raise ModelFileError(f"{path} has a header of {header} bytes; {most} are more than its config can need")
         with safe_open(path, framework="pt") as file:
             _check_header(path, file, expected)
-            model.to_empty(device="cpu")
+            for part in model.children():
+                if any(tensor.is_meta for tensor in part.state_dict().values()):  # a module of the user's is whole
+                    part.to_empty(device="cpu")
             for name, target in model.state_dict().items():
                 plain_variance = name == "gaussians.s" and config.psi is None
                 lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
