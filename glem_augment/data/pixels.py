@@ -22,6 +22,9 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _LONGEST = 16  # how many times longer than needed an image may be when it is resized
 _BLOCK = 32  # images per task of the decoding threads
+# The constants of SplitMix64, as int64.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 # Resizing with antialias overshoots by rounding only; a wider range belongs to other images (0..255, normalised).
 _RANGE_TOLERANCE = 1e-3
 
@@ -115,30 +118,64 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
             )
 
 
-def to_levels(x: Tensor, bits: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """`(level + u) / 2^bits - 1/2` with u = 1/2, or uniform noise for uint8 images if a generator is given.
+def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: torch.Generator | int | None = None) -> Tensor:
+    """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
-    Of uint8 images `x` the top `bits` bits are kept; float ones in [0,1] are scaled to levels unrounded. The noise is
-    drawn on the generator's device and moved.
+    With noise, a float image whose pixels all lie on levels (k / (2^bits - 1) for whole k, up to rounding) is the uint8
+    image of these levels, to the last bit. Any other is a point between the levels; it gets no noise, and u = 1/2.
+
+    Args:
+        x: [B,C,H,W], uint8, of which the top `bits` bits are kept, or float in [0,1].
+        noise: where u in [0, 1) comes from. None: u = 1/2, the middle of the bin. A generator: it draws u, on its own
+            device. A seed: u is a function of the seed and the image alone, whatever the batch and the device.
     """
-    if x.dtype == torch.uint8:
-        h = (x if bits == 8 else x >> (8 - bits)).to(dtype)
-        h.add_(0.5 if generator is None else _dequantisation_noise(x, dtype, generator))
+    is_float = x.dtype != torch.uint8
+    levels = x.to(dtype) * (2**bits - 1) if is_float else (x >> (8 - bits)).to(dtype)
+    if noise is None:
+        u = 0.5
+    elif is_float:
+        gap = levels.detach().round() - levels.detach()
+        rounding = max(torch.finfo(x.dtype).eps, torch.finfo(dtype).eps) * 2**bits
+        on_levels = (gap.abs() <= min(8 * rounding, 0.25)).flatten(1).all(1)[:, None, None, None]
+        levels = levels + gap * on_levels
+        u = torch.where(on_levels, _dequantisation_noise(levels, noise), 0.5)
     else:
-        h = (x.to(dtype) * (2**bits - 1)).add_(0.5)
-    return h.mul_(2.0**-bits).sub_(0.5)
+        u = _dequantisation_noise(levels, noise)
+    return levels.add_(u).mul_(2.0**-bits).sub_(0.5)
 
 
-def _dequantisation_noise(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), in the shape of `x`: multiples of 2^-16, the same for every dtype.
+def _dequantisation_noise(levels: Tensor, source: torch.Generator | int) -> Tensor:
+    """Uniform in [0, 1), in the shape of `levels`: multiples of 2^-16, the same for every dtype.
 
     Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level. Four
     are drawn at once, which on a CPU takes a sixth of the time of `torch.rand`.
     """
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
-    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    noise = words.to(x.device).view(torch.int16)[: x.numel()].to(dtype)
-    return noise.mul_(2.0**-16).add_(0.5).view(x.shape)
+    if isinstance(source, int):
+        numbers = _words_of_images(levels.detach().flatten(1), source).view(torch.int16)
+        numbers = numbers[:, : levels.shape[1:].numel()]
+    else:
+        words = torch.empty((levels.numel() + 3) // 4, dtype=torch.int64, device=source.device)
+        words.random_(torch.iinfo(torch.int64).min, None, generator=source)
+        numbers = words.to(levels.device).view(torch.int16)[: levels.numel()]
+    return numbers.to(levels.dtype).mul_(2.0**-16).add_(0.5).reshape(levels.shape)
+
+
+def _words_of_images(levels: Tensor, seed: int) -> Tensor:
+    """Pseudo-random int64 [B, ceil(d / 4)], a function of the seed and of each row of `levels` [B, d].
+
+    They are SplitMix64's (Steele et al., OOPSLA 2014), from a hash of the row: a sum of its levels with random weights.
+    Whole numbers wrap alike on every device, and their sum does not depend on the order.
+    """
+    count = torch.arange(1, levels.shape[1] + 1, device=levels.device)
+    hashed = (levels.round().to(torch.int64) * _splitmix(count * _GOLDEN + seed)).sum(1, keepdim=True)
+    return _splitmix(_splitmix(hashed) + count[: (len(count) + 3) // 4] * _GOLDEN)
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    """SplitMix64's mixing of its counter, int64."""
+    for shift, factor in _SPLITMIX:
+        x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor  # the mask makes the shift a logical one
+    return x
 
 
 def from_levels(h: Tensor, bits: int) -> Tensor:

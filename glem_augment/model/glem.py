@@ -35,8 +35,9 @@ class GLEM(ImageFlow):
     """Class-conditional normalizing flow, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
     Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
-    bits/dim = -log_prob / (d ln 2), d = C H W. Likelihoods add uniform dequantisation noise to uint8 images, with seed
-    0 unless a generator is given; prediction and augmentation use the middle of the bin.
+    bits/dim = -log_prob / (d ln 2), d = C H W. Likelihoods add uniform dequantisation noise to images on levels, uint8
+    or float. By default it depends on the image alone, so an image has one likelihood, whatever the batch. A float
+    image between the levels is a point, whose density is given. Prediction and augmentation use the middle of the bin.
 
     Make one with `GLEM.create` (untrained) or `GLEM.from_pretrained`, and train it with `glem_augment.training`.
 
@@ -230,19 +231,21 @@ class GLEM(ImageFlow):
 
     # ---- densities and classification ----------------------------------------------------------------------------
 
-    def log_prob_per_class(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def log_prob_per_class(self, x: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
-        z, logdet = self.encode(x, generator or torch.Generator().manual_seed(0))
+        z, logdet = self.encode(x, 0 if generator is None else generator)
         return self.gaussians.log_prob(z) + logdet[:, None]
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | int | None = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
-        z, logdet = self.encode(x, generator or torch.Generator().manual_seed(0))
+        z, logdet = self.encode(x, 0 if generator is None else generator)
         if y is None:
             return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
         return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
 
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def bits_per_dim(
+        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | int | None = None
+    ) -> Tensor:
         """-log_prob / (d ln 2): [B]."""
         return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
 
@@ -251,7 +254,8 @@ class GLEM(ImageFlow):
         scores = self.gaussians.log_prob(z)
         if prior is not None:
             prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
-            if prior.shape != (self.num_classes,) or not bool((prior >= 0).all()) or not bool(prior.sum() > 0):
+            good = prior.shape == (self.num_classes,) and bool((prior.isfinite() & (prior >= 0)).all())
+            if not good or not bool(prior.any()):
                 raise ValueError(f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}")
             scores = scores + prior.log()
         return torch.softmax(scores, 1)
@@ -314,8 +318,7 @@ class GLEM(ImageFlow):
         Returns:
             [B, steps, C, H, W] float in [0,1]; `steps` is at least 2.
         """
-        if steps < 2:
-            raise ValueError(f"steps must be at least 2 to hold both ends, got {steps}")
+        check_whole("steps", steps, 2)
         z1, z2 = self.encode(x1)[0], self.encode(x2)[0]
         weight = torch.linspace(0, 1, steps, device=z1.device, dtype=z1.dtype)[:, None]
         lines = z1[:, None] * (1 - weight) + z2[:, None] * weight

@@ -77,12 +77,13 @@ class ImageFlow(nn.Module):
 
     # ---- image <-> latent ----------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, generator: torch.Generator | int | None = None) -> tuple[Tensor, Tensor]:
         """Image to latent.
 
         Args:
             x: [B,C,H,W], uint8 or float in [0,1].
-            generator: adds uniform dequantisation noise to uint8 images; without one the middle of the bin is taken.
+            generator: adds uniform dequantisation noise to images on levels, see `data.pixels.to_levels`; a whole
+                number is the seed of noise that depends on the image alone. None: the middle of the bin.
 
         Returns:
             z [B, d] and log|det dz/dlevels| [B] in nats.
@@ -113,16 +114,24 @@ class ImageFlow(nn.Module):
         return x.clamp(0, 1) if clamp else x
 
     @torch.no_grad()
+    def round_trip_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """|decode(encode(x)) - x| of every pixel in uint8 steps: [B,C,H,W], infinite where nothing finite came back.
+
+        Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
+        """
+        check_images(x, self.image_shape)
+        wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
+        back = self.decode(self.encode(x)[0] if z is None else z, clamp=False)
+        return (back.double() - wanted).abs().mul_(255).nan_to_num_(nan=math.inf)
+
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
-        """Encode the images `x` [B,C,H,W], decode them without clamping, and compare.
+        """What `round_trip_error` finds on the images `x` [B,C,H,W].
 
         Returns:
             `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels: of those
             `within_half_step`, which rounding gives back exactly, and of the `non_finite` ones.
         """
-        check_images(x, self.image_shape)
-        wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
-        error = (self.decode(self.encode(x)[0], clamp=False).double() - wanted).abs() * 255
+        error = self.round_trip_error(x)
         finite, count = error[torch.isfinite(error)], max(1, error.numel())
         return {
             "max_error": float(finite.max()) if finite.numel() else math.inf,
