@@ -103,16 +103,18 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
             "flow your classes in seconds with glem adapt"
         )
     try:
-        model = trainer.fit()
+        with warnings.catch_warnings():
+            # Returns after a divergence, for example, are said above the bar.
+            warnings.showwarning = lambda message, *about: tqdm.write(f"glem: {message}", file=sys.stderr)
+            model = trainer.fit()
     except TimeUpError as stop:
         print(f"glem: {stop}", file=sys.stderr)
         return EXIT_TIME_UP
-    print(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}")
-    bits = (model.config.training.get("held_out") or {}).get("val_bits_per_dim")
-    if bits is not None and bits >= model.bits:
+    print(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}", flush=True)
+    if model.config.training["worse_than_independent_pixels"]:
         note(
-            f"glem: {bits:.2f} bits/dim are worse than the {model.bits} of uniform noise: this flow has learned "
-            "nothing that could move or make images. Train for more --epochs"
+            f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f} bits/dim: "
+            "this flow has learned nothing that could move or make images. Train for more --epochs, or at a lower --lr"
         )
     return 0
 

@@ -242,7 +242,7 @@ Trained on {data}{images}. Samples derive from the training images and inherit t
 ## Evaluation
 
 {_evaluation(results)}
-
+{_warning(training)}
 Bits/dim are at {model.bits} bits per channel; lower is better.
 
 ## Intended use and limits
@@ -255,6 +255,16 @@ Bits/dim are at {model.bits} bits per channel; lower is better.
   before use, and compare with the `identity` preset, the control without a learned flow.
 - It was trained at {h}x{w}; other images are resized on the way in. The flow runs in float32.
 """
+
+
+def _warning(training: Mapping[str, Any]) -> str:
+    if training.get("worse_than_independent_pixels") is not True:
+        return ""
+    pixels = f"{training['independent_pixels']:.4g}" if _is_number(training.get("independent_pixels")) else "unknown"
+    return (
+        f"\n**At the end of its training this flow was a worse model of the images than independent pixels ({pixels} "
+        "bits/dim): it has learned nothing that could move or make images.**\n"
+    )
 
 
 def _evaluation(results: Sequence[EvalResult]) -> str:

@@ -334,6 +334,7 @@ class GLEM(ImageFlow):
         max_per_class: int | None = None,
         class_map: dict[str, str] | str | None = None,
         seed: int = 0,
+        count: Callable[[int], object] | None = None,
     ) -> ClassModes:
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
@@ -344,12 +345,13 @@ class GLEM(ImageFlow):
             max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
+            count: is told how many images were encoded, after each batch.
 
         Raises:
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
-        latents = self.class_latents(data, max_per_class, class_map, seed)
+        latents = self.class_latents(data, max_per_class, class_map, seed, count)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank = self.modes.rank
         return self.modes
@@ -424,6 +426,7 @@ class GLEM(ImageFlow):
         max_per_class: int | None = None,
         class_map: dict[str, str] | str | None = None,
         seed: int = 0,
+        count: Callable[[int], object] | None = None,
     ) -> Callable[[int], Tensor]:
         """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`.
 
@@ -432,7 +435,7 @@ class GLEM(ImageFlow):
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
         images = images_for(self, data, class_map)
-        return self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed)
+        return self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
 
     def checked_modes(self, modes: int | None) -> int:
         """How many modes to use: `modes` itself, or by default 64 or as many as are stored.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,11 +78,12 @@ class EM:
         self.m_rates = m_learning_rates(self.m_total * config.m_steps)
         self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
         self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
-        self.guard = LossGuard(config.bits, config.warmup_steps)
+        self.guard = LossGuard(config.bits)
         self.step = self.m_done = 0  # E-steps and M-steps taken
         self.bad_steps = self.rollbacks = 0  # E-steps skipped because they were not finite, and returns
         self.lr_scale = 1.0
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
+        self.image_seconds = self.latent_seconds = 0.0  # of encoding an image, and of a latent in a Gaussian step
         if begun is None:
             self._initialise(init_model)
         self.ema: ModelEmaV3 | None = None
@@ -210,21 +212,29 @@ class EM:
     def _latent_pass(
         self, round_index: int, rows: np.ndarray, keep: bool = False, model: GLEM | None = None
     ) -> LatentStatistics:
-        """One pass over the images `rows`, with the noise of the M-step `round_index`."""
-        model = model or self.model
+        """One pass over the images `rows`, with the noise of the M-step `round_index`; with a bar for another model."""
+        bar = self._bar("encoding for the refit", len(rows), "image", model is not None)
+        model, began = model or self.model, time.monotonic()
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self._generator(3, round_index + 1)
-        for x, y in self.images(rows, _EVAL_BATCH):
-            z, logdet = encode(model, self.augmented(x, generator), self.config, generator)
-            statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
+        with bar:
+            for x, y in self.images(rows, _EVAL_BATCH):
+                z, logdet = encode(model, self.augmented(x, generator), self.config, generator)
+                statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
+                bar.update(len(y))
+        self.image_seconds = (time.monotonic() - began) / len(rows)
         return statistics
+
+    def _bar(self, title: str, total: int, unit: str, show: bool = True) -> tqdm:
+        return tqdm(total=total, desc=title, unit=unit, disable=not (show and self.progress), dynamic_ncols=True)
 
     def m_step(self) -> None:
         """One pass over D_g and `m_steps` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
         beta, first = self.beta(), self.m_done * self.config.m_steps
-        statistics = self._latent_pass(self.m_done, self.split.g, keep=bool(beta))
+        statistics, began = self._latent_pass(self.m_done, self.split.g, keep=bool(beta)), time.monotonic()
         for rate in self.m_rates[first : first + self.config.m_steps]:
             self._gaussian_step(statistics, rate * self.lr_scale, beta)
+        self.latent_seconds = (time.monotonic() - began) / (self.config.m_steps * len(self.split.g))
         if self.m_done == 0:
             # As the authors do: the moments of the first, large gradients are forgotten.
             self.m_optimizer.state.clear()
@@ -252,28 +262,43 @@ class EM:
         self.model.gaussians.mu.requires_grad_(learn and self.config.learns("means"))
         self.model.gaussians.s.requires_grad_(learn and self.config.learns("variances"))
 
-    def refit(self, model: GLEM) -> bool:
-        """Fit the Gaussians to latents of all training images under `model`'s flow, since averaging has moved them.
+    # ---- the refit -----------------------------------------------------------------------------------------------
 
-        It is done in closed form if the loss is the likelihood alone, or by Adam for "hybrid". Returns whether there
-        was anything to refit.
-        """
-        config = self.config
-        exact, beta = config.objective == "mle" and not config.joint, config.refit_beta or 0.0
-        if config.learn == "none" or not (exact or beta):
-            return False
+    @property
+    def refit_steps(self) -> int:
+        """Adam steps of the refit: none where the loss is the likelihood alone, whose maximum has a closed form."""
+        return REFIT_STEPS if self.config.refit_beta else 0
+
+    def refit_rows(self) -> np.ndarray:
+        """Sorted indices of the images that the refit takes: all training images, or fewer of each class if it keeps
+        their latents in memory; none where nothing is refitted."""
+        config, model = self.config, self.model
+        if config.learn == "none" or not (self.refit_steps or config.objective == "mle" and not config.joint):
+            return np.empty(0, np.int64)
         rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
-        if not exact:
+        if self.refit_steps:
             most = max(REFIT_LEAST, REFIT_NUMBERS // (model.dim * model.num_classes))
             rows = np.concatenate([rows[self.data.targets[rows] == k][:most] for k in range(model.num_classes)])
-        statistics = self._latent_pass(self.m_total, np.sort(rows), keep=not exact, model=model)
-        if exact:
+        return np.sort(rows)
+
+    def refit(self, model: GLEM, rows: np.ndarray) -> None:
+        """Fit the Gaussians to the latents of `rows` under `model`'s flow, since averaging has moved them."""
+        config, steps = self.config, self.refit_steps
+        statistics = self._latent_pass(self.m_total, rows, keep=steps > 0, model=model)
+        if not steps:
             statistics.most_likely(self.model.gaussians, config.learns("means"), config.learns("variances"))
-            return True
+            return
         self.m_optimizer.state.clear()
-        for step in tqdm(range(REFIT_STEPS), desc="refit", disable=not self.progress, dynamic_ncols=True):
-            self._gaussian_step(statistics, REFIT_LR * (1 - step / REFIT_STEPS), beta)
-        return True
+        with self._bar("refit", steps, "step") as bar:
+            for step in range(steps):
+                self._gaussian_step(statistics, REFIT_LR * (1 - step / steps), config.refit_beta or 0.0)
+                bar.update()
+
+    def seconds_after(self) -> float:
+        """About how long the refit and the modes will take after the last step, as far as anything was timed so far."""
+        refit = len(self.refit_rows())
+        encoded = refit + (len(self.data) if self.config.modes_rank else 0)
+        return encoded * self.image_seconds + self.refit_steps * refit * self.latent_seconds
 
     # ---- measuring and state -------------------------------------------------------------------------------------
 
@@ -285,8 +310,9 @@ class EM:
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Held-out metrics (with none held out, of the images that fit the Gaussians), and the Gaussians' state."""
-        rows = self.split.val if len(self.split.val) else self.split.g
+        rows, began = self.split.val if len(self.split.val) else self.split.g, time.monotonic()
         metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH), self._generator(5))
+        self.image_seconds = (time.monotonic() - began) / len(rows)
         return {**metrics, **gaussian_state(self.model.gaussians)}
 
     def is_finite(self) -> bool:

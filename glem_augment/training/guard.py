@@ -7,8 +7,8 @@ is away while one of these holds:
 - its loss exceeds b + max(1, |b|, 10 v), where b is its best, the lowest median of the last `WINDOW` (500) steps, and
   v the median absolute difference from one loss to the next, a measure of noise that neither a trend nor a few spikes
   can raise;
-- its likelihood is worse than that of uniform noise, `GRACE` (500) steps after the warm-up; or worse than that of
-  independent pixels, though it was a tenth better before.
+- its likelihood is worse than that of uniform noise, from step `GRACE` (300) on; or, once it was better than that of
+  independent pixels, worse than halfway from there to uniform noise. Repulsion of the classes may cost some of it.
 
 A run that was away for `PATIENCE` (100) steps in a row has diverged, and so has one with `MAX_BAD_STEPS` (10) steps in
 a row that were not finite. It returns to its last good checkpoint and goes on at half the learning rates, at most
@@ -29,7 +29,7 @@ from torch import Tensor
 from glem_augment.errors import TrainingError
 
 MAX_BAD_STEPS, MAX_ROLLBACKS = 10, 3
-SPAN, WINDOW, GRACE, PATIENCE = 25, 500, 500, 100
+SPAN, WINDOW, GRACE, PATIENCE = 25, 500, 300, 100
 START = 5  # losses before the guard has something to compare with
 CALM = 10  # steps in a row that were not away make a checkpoint good
 
@@ -55,21 +55,18 @@ def independent_pixels(x: Tensor, bits: int) -> float:
 class LossGuard:
     """Watches the E-steps one by one.
 
-    Args:
-        bits: of the pixels, which is also what uniform noise costs, in bits/dim.
-        warmup: steps of the warm-up.
+    `uniform` and `pixels` are what uniform noise and independent pixels cost, in bits/dim; the first is the number of
+    `bits` of a channel, the second is infinite until it is set.
 
-    `pixels` is what independent pixels cost, in bits/dim; until it is set, nothing is compared with it.
-
-    >>> guard = LossGuard(bits=8, warmup=0)
+    >>> guard = LossGuard(bits=8)
     >>> for _ in range(300):
     ...     guard.see(2.0, 2.0 / math.log(2))
     >>> guard.limit()
     4.0
     """
 
-    def __init__(self, bits: int, warmup: int) -> None:
-        self.uniform, self.grace, self.pixels = float(bits), warmup + GRACE, math.inf
+    def __init__(self, bits: int) -> None:
+        self.uniform, self.pixels = float(bits), math.inf
         self.losses, self.medians = deque[float](maxlen=WINDOW), deque[float](maxlen=WINDOW)
         self.bits = deque[float](maxlen=SPAN)
         self.seen = self.away = 0  # steps in all, and steps in a row that were away
@@ -98,17 +95,17 @@ class LossGuard:
         if len(recent) < START:
             return
         now, limit, likelihood = _median(recent), self.limit(), _median(self.bits)
-        what, most = "uniform noise", self.uniform if self.seen > self.grace else math.inf
-        if self.learned and self.pixels < self.uniform:
-            what, most = "independent pixels", self.pixels
-        self.learned = self.learned or likelihood < 0.9 * self.pixels < math.inf
+        most = self.uniform if self.seen > GRACE else math.inf
+        if self.learned:
+            most = (self.pixels + self.uniform) / 2
+        self.learned = self.learned or likelihood < self.pixels < math.inf
         self.away = self.away + 1 if now > limit or likelihood > most else 0
         self.medians.append(now)
         if self.away >= PATIENCE:
+            if now > limit:
+                raise DivergenceError(f"the loss has left for good: {now:.4g} nats/dim, after {min(self.medians):.4g}")
             raise DivergenceError(
-                f"the loss has left for good: {now:.4g} nats/dim, after {min(self.medians):.4g}"
-                if now > limit
-                else f"the likelihood has become worse than that of {what}: {likelihood:.4g} bits/dim, not {most:.4g}"
+                f"the flow has become worse than independent pixels: {likelihood:.4g} bits/dim, not {self.pixels:.4g}"
             )
 
     @property

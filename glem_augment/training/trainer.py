@@ -51,6 +51,19 @@ class TimeUpError(GLEMError):
     """The run stopped, with a checkpoint, because `max_minutes` were over. Nothing went wrong: resume it."""
 
 
+class _Bar(tqdm):
+    """A bar whose remaining time includes the `after` seconds of what comes when it is full."""
+
+    after = 0.0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        facts = super().format_dict
+        done = self.n - self.initial
+        left = (self.total - self.n) * facts["elapsed"] / done + self.after if done else None
+        return {**facts, "left": "?" if left is None else self.format_interval(left)}
+
+
 class Trainer(EM):
     """Fits a GLEM to `data` and writes everything to `out`; `fit` does the work.
 
@@ -128,9 +141,10 @@ class Trainer(EM):
         if self.config.compile:
             self.model.flow.compile_steps()
         self.saved_at = time.monotonic()
-        self.bar = tqdm(
+        self.bar = _Bar(
             total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.progress,
             dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
         )  # fmt: skip
         with closing(self.bar), self._stop_between_steps():
             if self.step == 0:
@@ -183,8 +197,10 @@ class Trainer(EM):
             self.epoch_loss = total + loss, counted + 1
         self.bar.update(1)
         if self.step % _STEP_ROWS_EVERY == 0:
-            self.bar.set_postfix(loss=f"{loss:.3f}", bad=self.bad_steps, refresh=False)
-            self.log.add({"kind": "step", "step": self.step, "loss": loss, "bad_steps": self.bad_steps})
+            self.bar.after = self.seconds_after()
+            self.bar.set_postfix_str(f"loss {loss:.3f} nats/dim, {bits:.3f} bits/dim", refresh=False)
+            row = {"kind": "step", "step": self.step, "loss": loss, "bits_per_dim": bits, "bad_steps": self.bad_steps}
+            self.log.add(row)
 
     def _end_of_epoch(self, epochs: int, images_per_second: float) -> None:
         total, counted = self.epoch_loss
@@ -196,9 +212,13 @@ class Trainer(EM):
         }  # fmt: skip
         self.log.add(row)
         if self.progress:
+            bits, pixels = row["val_bits_per_dim"], self.guard.pixels
+            which = "held-out images" if len(self.split.val) else "images of the Gaussians"
+            worse = "" if bits < pixels else f" (independent pixels: {pixels:.3f})"
             self.bar.write(
-                f"epoch {epochs:3d}  loss {row['loss']:.3f}  bits/dim {row['val_bits_per_dim']:.3f}  "
-                f"NF accuracy {100 * row['val_accuracy']:.2f} %  {images_per_second:.0f} images/s"
+                f"epoch {epochs}/{self.config.epochs}: {bits:.3f} bits/dim{worse}, accuracy "
+                f"{100 * row['val_accuracy']:.1f} % on {which}; loss {row['loss']:.3f} nats/dim, "
+                f"{images_per_second:.0f} images/s"
             )
         self.save_checkpoint(good=self.guard.calm)
         self._draw_pictures(epochs)
@@ -287,14 +307,18 @@ class Trainer(EM):
 
     def _finish(self) -> GLEM:
         """What comes after the last step: the refit, the modes, and the model's files."""
-        config, model = self.config, self.evaluated()
-        try:
-            refitted = self.refit(model)
-        except DivergenceError as error:
-            raise TrainingError(f"the refit of the Gaussians failed: {error}; leave it out (refit_beta=0)") from error
-        if refitted and not any(row.get("kind") == "final" for row in self.log.rows):
-            self.log.add({"kind": "final", "step": self.step, **self.measure()})
+        config, model, pixels = self.config, self.evaluated(), self.guard.pixels
+        if len(rows := self.refit_rows()):
+            try:
+                self.refit(model, rows)
+            except DivergenceError as error:
+                raise TrainingError(
+                    f"the refit of the Gaussians failed: {error}; leave it out (refit_beta=0)"
+                ) from error
+            if not any(row.get("kind") == "final" for row in self.log.rows):
+                self.log.add({"kind": "final", "step": self.step, **self.measure()})
         final = next((row for row in reversed(self.log.rows) if row.get("kind") in ("epoch", "final")), {})
+        bits = final.get("val_bits_per_dim")  # None if it was not finite
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
@@ -306,6 +330,8 @@ class Trainer(EM):
                 for key in ("val_images", "val_accuracy", "val_bits_per_dim")
                 if key in final and len(self.split.val)
             },
+            "independent_pixels": pixels,  # bits/dim
+            "worse_than_independent_pixels": bits is None or bits >= pixels,
             **({} if self.init_from is None else {"init_from": self.init_from}),
             "bad_steps": self.bad_steps,
             "rollbacks": self.rollbacks,
@@ -314,6 +340,8 @@ class Trainer(EM):
         if config.modes_rank:
             # A class of n images has n - 1 modes; the others of small classes have length zero.
             largest = int(np.bincount(self.data.targets).max())
-            model.fit_modes(self.data, rank=max(1, min(config.modes_rank, largest - 1, model.dim)))
+            rank = max(1, min(config.modes_rank, largest - 1, model.dim))
+            with self._bar("modes", len(self.data), "image") as bar:
+                model.fit_modes(self.data, rank, count=bar.update)
         model.save(self.out)  # last: once it is there, nothing is left to be done
         return model

@@ -25,6 +25,7 @@ from torchvision.datasets import ImageFolder
 from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.cli import build_parser, main
 from glem_augment.cli.parsers import COMMANDS
+from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import TrainConfig
 from glem_augment.training.checkpoint import NEWEST, load_checkpoint
@@ -622,13 +623,17 @@ def test_help_and_slips_are_answered_without_torch() -> None:
 # ---- a run killed at any instant -----------------------------------------------------------------------------------
 
 
-def test_one_process_trains_in_a_folder_at_a_time(image_folder: Path, tmp_path: Path, output: Output) -> None:
+def test_one_process_trains_in_a_folder_at_a_time(
+    image_folder: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     argv = ["train", str(image_folder), "--out", str(run), "--epochs", "2000", *TINY, "--quiet", "--batch-size", "2"]
     process = subprocess.Popen([sys.executable, "-m", "glem_augment", *argv], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline().startswith("data ")
-        assert main([*argv, "--resume"]) == 2
+        with monkeypatch.context() as patch:
+            patch.delattr("glem_augment.cli.train.open_data")  # the lock is found before any image is decoded
+            assert main([*argv, "--resume"]) == 2
         assert "glem: error: another process is at work in" in output()[1]
         process.kill()  # its lock goes with it
         process.wait()
@@ -647,8 +652,13 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     out, err = output()
     assert "steps are few" in err and "glem adapt" in err
-    bits = float(re.search(r"bits/dim ([0-9.]+)", out)[1])  # type: ignore[index]
-    assert bits > 8 and "worse than the 8 of uniform noise" in err
+    line = (
+        r"epoch 1/1: ([0-9.]+) bits/dim \(independent pixels: ([0-9.]+)\), accuracy [0-9.]+ % on held-out images; loss"
+    )
+    bits, pixels = (float(number) for number in re.search(line, out).groups())  # type: ignore[union-attr]
+    assert bits > pixels and f"worse than independent pixels, {pixels} bits/dim" in err.splitlines()[-1]
+    model = GLEM.from_pretrained(tmp_path / "run")
+    assert f"worse model of the images than independent pixels ({pixels:.4g}" in model_card(model, "a/b").text
 
 
 def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:

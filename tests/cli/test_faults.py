@@ -108,6 +108,8 @@ def test_training_killed_at_random_moments(
     if poison:
         returns = [row for row in comparable(whole) if row["kind"] == "rollback"]
         assert [(row["step"], row["lr_scale"], row["number"]) for row in returns] == [(7, 0.5, 1)]
+        said = (whole.parent / f"{whole.name}.notes.log").read_text()
+        assert "glem: step 11: 3 steps in a row were not finite. Returned to step 7, at 0.5 times" in said
     killed, runs, out = 0, 0, tmp_path / "0"
     while killed < kills or out.exists():
         process = faulty.start(train_argv(images, out), notes, poison=poison)

@@ -94,7 +94,7 @@ def test_the_refits_learning_rate_falls_to_zero(tmp_path: Path, monkeypatch: pyt
     trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
     rates: list[float] = []
     monkeypatch.setattr(trainer, "_gaussian_step", lambda statistics, rate, beta: rates.append(rate))
-    assert trainer.refit(trainer.model)
+    trainer.refit(trainer.model, trainer.refit_rows())
     assert rates == pytest.approx([3e-3 * (1 - i / 200) for i in range(200)])
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
+from glem_augment.training import trainer as trainer_module
 from glem_augment.training.checkpoint import load_checkpoint
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -47,9 +49,14 @@ def tiny_config(**changes: Any) -> TrainConfig:
 
 
 def tiny_trainer(
-    out: Path, data: ImageData | None = None, resume: bool = False, every_step: bool = False, **changes: Any
+    out: Path,
+    data: ImageData | None = None,
+    resume: bool = False,
+    every_step: bool = False,
+    progress: bool = False,
+    **changes: Any,
 ) -> Trainer:
-    trainer = Trainer(data or toy_data(), tiny_config(**changes), out, resume=resume, device="cpu", progress=False)
+    trainer = Trainer(data or toy_data(), tiny_config(**changes), out, resume, device="cpu", progress=progress)
     trainer.checkpoint_seconds = 0.0 if every_step else math.inf
     return trainer
 
@@ -165,6 +172,38 @@ def test_a_stop_request_ends_between_two_steps_with_a_checkpoint(
     trainer.fit()
     assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert comparable(out) == comparable(whole)
+
+
+def test_a_run_tells_people_of_every_epoch_and_of_what_comes_after_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "_STEP_ROWS_EVERY", 1)
+    for name, progress in (("shown", True), ("silent", False)):
+        trainer = tiny_trainer(tmp_path / name, toy_data(300), epochs=2, objective="hybrid", progress=progress)
+        trainer.fit()
+        out, err = capsys.readouterr()
+        if not progress:
+            assert out == err == ""
+            continue
+        epochs = re.findall(r"epoch (\d)/2: [0-9.]+ bits/dim.*, accuracy [0-9.]+ % on held-out images", out)
+        assert epochs == ["1", "2"]
+        assert re.search(r"train: .*loss [0-9.]+ nats/dim, [0-9.]+ bits/dim", err)
+        assert all(f"{title}: 100%" in err for title in ("train", "encoding for the refit", "refit", "modes"))
+
+
+def test_the_estimate_includes_the_refit_and_the_modes(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
+    assert trainer.image_seconds > 0  # from the pass that starts a run
+    trainer.m_step()
+    assert trainer.latent_seconds > 0
+    trainer.image_seconds, trainer.latent_seconds = 2.0, 0.01
+    rows = len(trainer.split.nf) + len(trainer.split.g)
+    assert trainer.seconds_after() == pytest.approx((rows + 120) * 2 + 200 * rows * 0.01)
+    trainer.config.refit_beta = 0.0
+    assert trainer.seconds_after() == pytest.approx(120 * 2)  # the modes alone
+    bar = trainer_module._Bar(total=10, disable=True)
+    bar.n, bar.start_t, bar.after = 5, bar._time() - 10, 3600.0
+    assert bar.format_dict["left"] == "1:00:10"
 
 
 def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
@@ -360,7 +399,7 @@ def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) ->
     x, y = data.tensor(), torch.from_numpy(data.targets)
     before = trainer.model.bits_per_dim(x, y).mean()
     flow = {name: value.clone() for name, value in trainer.model.flow.state_dict().items()}
-    assert trainer.refit(trainer.model)
+    trainer.refit(trainer.model, trainer.refit_rows())
     assert trainer.model.bits_per_dim(x, y).mean() < before
     assert all(torch.equal(value, trainer.model.flow.state_dict()[name]) for name, value in flow.items())
 
