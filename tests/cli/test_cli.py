@@ -652,13 +652,11 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     out, err = output()
     assert "steps are few" in err and "glem adapt" in err
-    line = (
-        r"epoch 1/1: ([0-9.]+) bits/dim \(independent pixels: ([0-9.]+)\), accuracy [0-9.]+ % on held-out images; loss"
-    )
-    bits, pixels = (float(number) for number in re.search(line, out).groups())  # type: ignore[union-attr]
-    assert bits > pixels and f"worse than independent pixels, {pixels} bits/dim" in err.splitlines()[-1]
+    line = r"epoch 1/1: ([0-9.]+) bits/dim \(independent pixels: ([0-9.]+)\), accuracy [0-9.]+ % on held-out images"
+    bits, pixels = re.search(line, out).groups()  # type: ignore[union-attr]
+    assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels} bits/dim" in err.splitlines()[-1]
     model = GLEM.from_pretrained(tmp_path / "run")
-    assert f"worse model of the images than independent pixels ({pixels:.4g}" in model_card(model, "a/b").text
+    assert f"worse model of the images than independent pixels ({pixels[:4]}" in model_card(model, "a/b").text
 
 
 def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:
