@@ -174,17 +174,18 @@ class ConvSubnet(Subnet):
         return self.act(h)
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of every pixel, [B,C,H,W] in channels_last format."""
+class TokenLinear(nn.Conv2d):
+    """A 1x1 convolution, applied to tokens [B, T, c] as the linear map that it is, which trains faster on a CPU."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention over the pixels, then a pre-norm MLP of four times the width with GELU.
-
-    The linear maps are 1x1 convolutions: the same numbers, and in float32 on a CPU they take half the time.
+    """Pre-norm self-attention over tokens [B, T, c], then a pre-norm MLP of four times the width with GELU.
 
     Args:
         width: channels.
@@ -195,21 +196,17 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int, heads: int | None = None) -> None:
         super().__init__()
         self.heads = heads or next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
-        self.norm1 = ChannelNorm(width)
-        self.qkv = nn.Conv2d(width, 3 * width, 1)
-        self.attend = nn.Conv2d(width, width, 1)
-        self.norm2 = ChannelNorm(width)
-        self.expand = nn.Conv2d(width, 4 * width, 1)
-        self.project = nn.Conv2d(4 * width, width, 1)
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = TokenLinear(width, 3 * width)
+        self.attend = TokenLinear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.expand = TokenLinear(width, 4 * width)
+        self.project = TokenLinear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, width, rows, columns = x.shape
-        qkv = self.qkv(self.norm1(x)).permute(0, 2, 3, 1)
-        qkv = qkv.reshape(batch, rows * columns, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, heads, pixels, channels]
-        mixed = mixed.permute(0, 2, 1, 3).reshape(batch, rows, columns, width).permute(0, 3, 1, 2)
-        x = x + self.attend(mixed)
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, channels]
+        x = x + self.attend(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.project(F.gelu(self.expand(self.norm2(x))))
 
 
@@ -238,18 +235,19 @@ class TransformerSubnet(Subnet):
         self.position = nn.Parameter(torch.empty(1, width, *size))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(blocks))
-        self.norm = ChannelNorm(width)
+        self.norm = nn.LayerNorm(width)
         self.tail = zero_convolution(width, out_channels, 1)
         self.to(memory_format=torch.channels_last)
 
     def body(self, x: Tensor) -> Tensor:
-        h = self.head(x) + self.position
+        h = (self.head(x) + self.position).permute(0, 2, 3, 1)
+        tokens = h.flatten(1, 2)
         for block in self.blocks:
-            h = block(h)
-        return h
+            tokens = block(tokens)
+        return tokens.reshape(h.shape).permute(0, 3, 1, 2)
 
     def last(self, h: Tensor) -> Tensor:
-        return self.norm(h)
+        return self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def make_subnet(

@@ -72,8 +72,7 @@ def test_transformer_block_against_plain_attention() -> None:
     net = filled(make_subnet("transformer", 3, 5, 64, 1, (2, 3)))
     block = net.blocks[0]
     assert block.heads == 2
-    x = torch.randn(2, 64, 2, 3)
-    tokens = x.flatten(2).transpose(1, 2)  # [B, pixels, channels]
+    x = tokens = torch.randn(2, 6, 64)  # [B, pixels, channels]
 
     def linear(layer: nn.Conv2d, t: Tensor) -> Tensor:
         return F.linear(t, layer.weight[:, :, 0, 0], layer.bias)
@@ -88,7 +87,7 @@ def test_transformer_block_against_plain_attention() -> None:
         heads.append(scores.softmax(2) @ v[..., part])
     tokens = tokens + linear(block.attend, torch.cat(heads, 2))
     tokens = tokens + linear(block.project, F.gelu(linear(block.expand, norm(block.norm2, tokens))))
-    torch.testing.assert_close(block(x).flatten(2).transpose(1, 2), tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(x), tokens, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
