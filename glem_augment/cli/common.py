@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from glem_augment.data.classes import match_classes
+from glem_augment.data.classes import ClassMap, match_classes
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.sources import has_splits, tar_file
 from glem_augment.io import expand, json_text
@@ -57,7 +57,7 @@ def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageDat
 
 
 def open_for(
-    model: GLEM, spec: str, split: str, class_map: str | dict[str, str] | None = None, **options: Any
+    model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any
 ) -> tuple[ImageData, torch.Tensor]:
     """Data in the flow's shape with the flow's class indices as labels, and the flow class of each class of the data,
     int64 [K_data]. ClassMismatchError: see `match_classes`.
@@ -73,9 +73,11 @@ def without_splits(spec: str) -> bool:
     return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
 
 
-def read_class_map(text: str | None) -> str | dict[str, str] | None:
+def read_class_map(text: str | None) -> ClassMap:
     """The value of --class-map: None, "order", or the table in a file."""
-    return text if text is None or text == "order" else read_table(text, "--class-map", yaml.BaseLoader)
+    if text is None or text == "order":
+        return None if text is None else "order"
+    return read_table(text, "--class-map", yaml.BaseLoader)
 
 
 def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:

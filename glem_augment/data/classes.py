@@ -108,19 +108,17 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
                 "the flow class of every data class (-1 or None: not in the flow)"
             )
         return None
-    if hasattr(class_map, "tolist"):  # a tensor, or an array as match_classes gives it
-        class_map = class_map.tolist()
-    is_mapping = isinstance(class_map, Mapping)
-    if not is_mapping and (not isinstance(class_map, Sequence) or isinstance(class_map, str | bytes)):
-        raise TypeError(f"class_map must be a dict or a sequence, got {type(class_map).__name__}")
+    given = class_map.tolist() if hasattr(class_map, "tolist") else class_map  # an array, as match_classes gives it
+    if not isinstance(given, Mapping | Sequence):
+        raise TypeError(f"class_map must be a dict or a sequence, got {type(given).__name__}")
     flow_class = {
         check_whole("a data class in class_map", key, 0): (
             -1 if value is None else check_whole("a flow class in class_map", value, -1)
         )
-        for key, value in (class_map.items() if is_mapping else enumerate(class_map))
+        for key, value in (given.items() if isinstance(given, Mapping) else enumerate(given))
     }
     total = max(flow_class, default=-1) + 1 if num_classes is None else num_classes
-    if not is_mapping and len(flow_class) != total:
+    if not isinstance(given, Mapping) and len(flow_class) != total:
         raise ValueError(f"class_map has {len(flow_class)} entries, but num_classes={num_classes}")
     if max(flow_class, default=-1) >= total:
         raise ValueError(f"class_map has data class {max(flow_class)}, allowed are 0 to {total - 1}")

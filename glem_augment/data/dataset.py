@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ def open_data(
     data: LabelledImages,
     split: str = "train",
     image_size: int | tuple[int, int] | None = None,
-    channels: Literal[1, 3] | None = None,
+    channels: int | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
     skip_bad: bool = False,
@@ -211,7 +211,7 @@ def open_data(
     bad = _bad_images(source, progress) if skip_bad else {}
     rows = np.asarray([row for row in range(len(source)) if row not in bad])
     try:
-        shape = None if size is None or channels is None else (channels, *size)
+        shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
         if shape is None or len(rows) * math.prod(shape) > cache_bytes:
             found = _look_at_headers(source, rows, size is None, progress)
             shape = (channels or found[0], *(size or found[1:]))
@@ -242,7 +242,7 @@ def as_image_data(
     """
     channels, height, width = image_shape
     if not isinstance(data, ImageData):
-        wanted: Any = channels if channels in (1, 3) else None
+        wanted = channels if channels in (1, 3) else None
         data = open_data(data, split, image_size=(height, width), channels=wanted, progress=progress)
     names = None if classes is None else [str(name) for name in classes]
     if names is not None and names != data.classes:

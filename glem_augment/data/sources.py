@@ -175,8 +175,7 @@ class SubsetSource(Source):
 
 @dataclass
 class ReaderSource(Source):
-    """Images of one of timm's readers. timm's own `ImageDataset` is not used, because it replaces an image that it
-    cannot read by the next one, with the next one's label."""
+    """Images of one of timm's readers; its `ImageDataset` gives the next image in place of one that it can't read."""
 
     reader: Any
 
@@ -420,10 +419,10 @@ def _data_set_source(data: Any, name: str) -> Source:
     if hasattr(data, "features"):  # of Hugging Face; a transform of its own may have renamed the columns
         data, label = data.with_format(None), feature_column(data.features, "ClassLabel")
         return ItemSource(name, names, ids, np.asarray(data[label]), data, feature_column(data.features, "Image"))
-    reader = getattr(data, "reader", None)
+    reader: Any = getattr(data, "reader", None)
     if hasattr(reader, "dataset"):  # timm's, of Hugging Face
         return ReaderSource(name, names, ids, np.asarray(reader.dataset[reader.label_key]), reader)
-    if reader is not None:  # timm's own data set gives another image in place of one that it can't read
+    if reader is not None:  # timm's
         labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
         return ReaderSource(name, names, ids, np.asarray(labels), reader)
     if isinstance(data, VisionDataset):

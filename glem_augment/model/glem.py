@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.checks import check_number, check_whole
 from glem_augment.constants import DEFAULT_MODES
+from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
@@ -332,7 +333,7 @@ class GLEM(ImageFlow):
         data: LabelledImages,
         rank: int = 64,
         max_per_class: int | None = None,
-        class_map: dict[str, str] | str | None = None,
+        class_map: ClassMap = None,
         seed: int = 0,
         count: Callable[[int], object] | None = None,
     ) -> ClassModes:
@@ -424,7 +425,7 @@ class GLEM(ImageFlow):
         self,
         data: LabelledImages,
         max_per_class: int | None = None,
-        class_map: dict[str, str] | str | None = None,
+        class_map: ClassMap = None,
         seed: int = 0,
         count: Callable[[int], object] | None = None,
     ) -> Callable[[int], Tensor]:

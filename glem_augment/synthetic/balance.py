@@ -50,13 +50,6 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
     return counts
 
 
-def recorded(model: GLEM, per_class: PerClass) -> Any:
-    """`per_class` as JSON can carry it, classes by name: an index as text may be another class's name."""
-    if isinstance(per_class, Mapping):
-        return {model.classes[_find_class(model, key, "per_class")]: int(n) for key, n in per_class.items()}
-    return per_class if isinstance(per_class, str) else _as_list(per_class)
-
-
 def class_values(model: Any, values: Any, argument: str, default: Any) -> list[Any]:
     """A value for each of the K classes of a flow, or of its images.
 

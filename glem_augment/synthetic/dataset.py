@@ -27,7 +27,7 @@ from glem_augment.data.sources import open_source
 from glem_augment.devices import weights_key
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.balance import PerClass, class_counts, match_targets, recorded
+from glem_augment.synthetic.balance import PerClass, class_counts, match_targets
 from glem_augment.synthetic.export import InLabelOrder, export_imagefolder, warn_of_numbers
 from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle, rows_by_block
 
@@ -93,7 +93,6 @@ class SyntheticDataset(Dataset):
         if real is not None:
             order = match_targets(model, real)[1].tolist()
             self.label_order = [*order, *(i for i, count in enumerate(self.counts) if count and i not in order)]
-        self.per_class = recorded(model, per_class)
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.transform, self.target_transform = transform, target_transform
         self.model = model.on(device)
@@ -185,9 +184,9 @@ class SyntheticDataset(Dataset):
         }
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, beside weights and classes, as JSON can carry them."""
+        """The settings that decide what the images are, beside weights, classes and counts, as JSON can carry them."""
         self._check_model()
-        own = {key: getattr(self, key) for key in ("per_class", "temperature", "seed", "source", "block")}
+        own = {key: getattr(self, key) for key in ("temperature", "seed", "source", "block")}
         return own | self.sampler.settings()
 
     def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]:
@@ -267,8 +266,8 @@ class SyntheticDataset(Dataset):
 
     def __repr__(self) -> str:
         return (
-            f"SyntheticDataset({len(self)} images, {len(self.classes)} classes, per_class={self.per_class}, "
-            f"temperature={self.temperature}, seed={self.seed}, source={self.source!r})"
+            f"SyntheticDataset({len(self)} images, {len(self.classes)} classes, temperature={self.temperature}, "
+            f"seed={self.seed}, source={self.source!r})"
         )
 
     def _make_cache(self) -> None:

@@ -68,16 +68,16 @@ class InLabelOrder:
 
 
 class Shard(NamedTuple):
-    """Block `number` of a class: `count` images from number `first`, in the class's folder."""
+    """Block `number` of a class: so many `images`, numbered from `first`, in the class's folder."""
 
     cls: int
     number: int
     folder: str
     first: int
-    count: int
+    images: int
 
     def paths(self, root: Path) -> list[Path]:
-        return [root / self.folder / f"{i:06d}.png" for i in range(self.first, self.first + self.count)]
+        return [root / self.folder / f"{i:06d}.png" for i in range(self.first, self.first + self.images)]
 
 
 def export_imagefolder(
@@ -123,7 +123,7 @@ def export_imagefolder(
     labels, path = {entry["folder"]: entry["index"] for entry in manifest["classes"]}, folder / CLASS_FILE
     if not path.is_file() or path.read_bytes() != f"{json_text(labels)}\n".encode():
         write_json(path, labels)
-    saved, total = time.monotonic(), sum(shard.count for shard in missing)
+    saved, total = time.monotonic(), sum(shard.images for shard in missing)
     with (
         ThreadPoolExecutor(min(8, usable_cpus())) as pool,
         tqdm(total=total, unit="image", desc="export", disable=not (progress and missing)) as bar,
@@ -131,9 +131,9 @@ def export_imagefolder(
         for shard in missing:
             images, not_finite = dataset.decoded_block(shard.cls, shard.number)
             sha256 = hashlib.sha256(b"".join(pool.map(_write_png, images, shard.paths(folder)))).hexdigest()
-            where = {"folder": shard.folder, "first": shard.first, "count": shard.count}
+            where = {"folder": shard.folder, "first": shard.first, "count": shard.images}
             done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
-            bar.update(shard.count)
+            bar.update(shard.images)
             if time.monotonic() - saved >= SAVE_SECONDS:
                 save(complete=False)
                 saved = time.monotonic()
@@ -234,7 +234,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
 
     a, b = ({key: table.get(key) for key in ("generator", "count")} | table["settings"] for table in (old, new))
-    differ = [key for key in a | b if a.get(key) != b.get(key) and key != "per_class"]  # the classes have the counts
+    differ = [key for key in a | b if a.get(key) != b.get(key) and key != "per_class"]  # which version 0.1.0 kept
     found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in differ]
     if old.get("weights_sha256") != new["weights_sha256"]:
         found.append("weights")

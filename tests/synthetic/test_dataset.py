@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from glem_augment import GLEM, ImageData
-from glem_augment.errors import DataError
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.latents import as_probabilities
 
@@ -238,8 +237,6 @@ def test_mixup_with_few_real_images(model: GLEM) -> None:
     with pytest.warns(UserWarning, match="one real image of T-shirt/top, Bag: all synthetic ones will be copies"):
         alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
     assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
-    with pytest.raises(DataError, match=r"image_size=\(8, 8\), channels=1"):
-        SyntheticDataset(model, source="mixup", real=(pixels(6, (3, 4, 4)), torch.arange(6) % 3), modes=8)
 
 
 def test_the_posterior_rejects(model: GLEM) -> None:
