@@ -128,7 +128,9 @@ def model_facts(name: str) -> dict[str, Any]:
                 "gaussians": sum(p.numel() for p in model.gaussians.parameters()),
                 "modes": 0 if model.modes is None else sum(b.numel() for b in model.modes.buffers()),
             },
-            "files": {file: (folder / file).stat().st_size for file in (WEIGHTS, CONFIG)},
+            "files": {
+                file.name: file.stat().st_size for file in (model.origin_file, folder / CONFIG) if file.is_file()
+            },
             "psi": None if config.psi is None else list(config.psi),
             "num_classes": model.num_classes,
             "classes": model.classes,

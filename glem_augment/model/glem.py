@@ -200,7 +200,7 @@ class GLEM(ImageFlow):
 
             path, origin, licence = download_jet(text, revision=revision, cache_dir=cache_dir, token=token)
         model = load_jet(path, cls).eval().requires_grad_(False)
-        model.config.training = {"flow": "weights of jet-pytorch, " + (origin or path.name), "license": licence}
+        model.config.training = {"data": f"the images that {origin or path.name} was trained on", "license": licence}
         model.origin, model.origin_file = origin, path
         return model
 

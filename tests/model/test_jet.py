@@ -13,6 +13,7 @@ from jet_pytorch.util import bits_per_dim
 from safetensors.torch import save_file
 
 from glem_augment import GLEM, GLEMAugment, GLEMError, ModelFileError
+from glem_augment.cli.commands import model_facts
 from glem_augment.flows import JetFlow, create_flow
 
 
@@ -92,6 +93,7 @@ def test_the_published_size_has_the_published_parameters() -> None:
 
 def test_a_jet_knows_no_classes_until_it_is_adapted(weights: Path, tmp_path: Path) -> None:
     jet = GLEM.from_pretrained(f"jet:{weights}")
+    assert list(model_facts(f"jet:{weights}")["files"]) == ["jet.safetensors"]
     assert jet.classes == ["image"] and jet.sample(torch.zeros(2, dtype=torch.int64)).shape == (2, 3, 16, 16)
     images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
     assert jet.interpolate(images[:2], images[2:4], 3).shape == (2, 3, 3, 16, 16)
