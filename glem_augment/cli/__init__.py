@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for an error, which one line on stderr explains; 75 from `train --max-minutes`; 130 after
-        Ctrl-C. As usual with argparse, `--help`, `--version` and a command line that cannot be parsed raise
-        SystemExit.
+        Ctrl-C. As usual with argparse, `--help` and `--version` raise SystemExit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _no_memory(error: BaseException) -> int:
-    return _fail(f"out of memory ({_one_line(error)}); lower --batch-size, or take a smaller flow")
+    return _fail(f"out of memory ({_one_line(error)}); lower --batch-size, or take a smaller flow or smaller images")
 
 
 def _fail(message: str) -> int:

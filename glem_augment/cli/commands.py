@@ -15,7 +15,6 @@ from glem_augment.cli.common import (
     note,
     open_for,
     open_resized,
-    out_file,
     print_json,
     read_class_map,
     without_splits,
@@ -25,18 +24,17 @@ from glem_augment.evaluation import metrics
 from glem_augment.evaluation.preview import preview as draw_preview
 from glem_augment.hub.cards import CardFacts
 from glem_augment.hub.upload import write_repository
-from glem_augment.io import expand, save_png, write_json
+from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
 
 def adapt(args: argparse.Namespace) -> None:
-    folder = expand(args.out)
+    folder = args.out
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
     model = load_model(args)
     data = open_resized(model, args.data, args.split, skip_bad=args.skip_bad, progress=not args.quiet)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that can't be made costs none
     began = time.monotonic()
     names = ("rank", "shrinkage", "max_per_class", "seed")
     adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
@@ -64,7 +62,6 @@ def adapt(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    out = None if args.out is None else out_file(args.out)
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     whole_folder = without_splits(args.data)
@@ -80,14 +77,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.skip_bad:
         result["skipped"] = len(data.skipped)
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
-    if out is not None:  # before the result is printed to a pipe whose reader may have left
-        write_json(out, finite(result))
+    if args.out is not None:  # before the result is printed to a pipe whose reader may have left
+        write_json(args.out, finite(result))
     print_json(result)
 
 
 def preview(args: argparse.Namespace) -> None:
-    out = out_file(args.out)
-    if out.suffix.lower() != ".png":
+    if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     class_map = read_class_map(args.class_map)
     model = load_model(args)
@@ -97,8 +93,8 @@ def preview(args: argparse.Namespace) -> None:
     data, _ = open_for(model, args.data, args.split, class_map, **reading)
     policies = POLICIES if args.policy == "all" else (args.policy,)
     picture = draw_preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
-    save_png(picture, out)
-    note(f"wrote {out} ({picture.width}x{picture.height})")
+    save_png(picture, args.out)
+    note(f"wrote {args.out} ({picture.width}x{picture.height})")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -149,11 +145,11 @@ def push(args: argparse.Namespace) -> None:
     samples = not args.no_samples
     model = GLEM.from_pretrained(args.model)
     if args.dry_run is not None:
-        files = write_repository(model, expand(args.dry_run), args.repo, CardFacts(**facts), samples)
+        files = write_repository(model, args.dry_run, args.repo, CardFacts(**facts), samples)
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return
-    target = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
+    target = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr}
     commit = model.push_to_hub(args.repo, **facts, commit_message=args.message, samples=samples, **target)
     repo, oid = commit.repo_url.repo_id, commit.oid
     links = {"url": str(commit.commit_url), "pull_request": commit.pr_url}

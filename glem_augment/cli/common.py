@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import math
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -73,14 +71,12 @@ def without_splits(spec: str) -> bool:
     return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
 
 
-def read_class_map(text: str | None) -> ClassMap:
+def read_class_map(value: Path | Literal["order"] | None) -> ClassMap:
     """The value of --class-map: None, "order", or the table in a file."""
-    if text is None or text == "order":
-        return None if text is None else "order"
-    return read_table(text, "--class-map", yaml.BaseLoader)
+    return read_table(value, "--class-map", yaml.BaseLoader) if isinstance(value, Path) else value
 
 
-def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
+def read_table(path: Path, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
     """The table in a YAML or JSON file; JSON is YAML.
 
     Args:
@@ -88,13 +84,10 @@ def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[s
         loader: `yaml.BaseLoader` reads everything as text, since a class may be called 010, no or null.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it holds no table.
+        ValueError: the file holds no table.
     """
-    file = expand(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{option}: no such file: {path}")
     try:
-        table = yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506  (both loaders are safe)
+        table = yaml.load(path.read_text(encoding="utf-8"), loader)  # noqa: S506  (both loaders are safe)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{option}: {path} can't be read as YAML or JSON: {error}") from None
     if not isinstance(table, dict):
@@ -103,20 +96,6 @@ def read_table(path: str, option: str, loader: type = yaml.SafeLoader) -> dict[s
 
 
 # ---- output --------------------------------------------------------------------------------------------------------
-
-
-def out_file(path: str) -> Path:
-    """The file that a result goes to. A path that cannot be written is refused before the work. Raises OSError."""
-    file = expand(path)
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder; give a file name")
-    if not file.exists():
-        folder = next(parent for parent in file.parents if parent.exists())
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"cannot write {path}: {folder} is a file, not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"cannot write {path}: you may not write to {folder}")
-    return file
 
 
 def print_json(obj: dict[str, Any]) -> None:

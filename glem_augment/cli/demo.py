@@ -30,7 +30,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.evaluation.preview import contact_sheet, preview
-from glem_augment.io import atomic_write, expand, save_png, write_json
+from glem_augment.io import atomic_write, save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     base = QUICK if args.quick else DemoSize()
     size = DemoSize(**{**vars(base), "seeds": args.seeds or base.seeds, "epochs": args.epochs or base.epochs})
-    run_demo(expand(args.out), args.model, size, args.quick, progress=not args.quiet)
+    run_demo(args.out, args.model, size, args.quick, progress=not args.quiet)
 
 
 def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) -> None:

@@ -11,7 +11,6 @@ import yaml
 
 from glem_augment.cli.common import load_model, note, open_resized, print_json, read_class_map, read_table
 from glem_augment.data.classes import match_classes
-from glem_augment.io import expand
 from glem_augment.synthetic.balance import PerClass
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import check_folder
@@ -20,7 +19,7 @@ from glem_augment.synthetic.publish import check_shards_folder
 
 def run(args: argparse.Namespace) -> None:
     _check_together(args)
-    folder = expand(args.out)
+    folder = args.out
     # A folder that cannot be used is refused before any work.
     if args.format == "webdataset":
         check_shards_folder(folder, args.overwrite)
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         check_folder(folder)
     wanted: PerClass = args.per_class
     if isinstance(wanted, Path):
-        wanted = read_counts(str(wanted))
+        wanted = read_counts(wanted)
     class_map = read_class_map(args.class_map)
     model = load_model(args)
     real = None
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     print_json({**summary, "seconds": round(time.monotonic() - began, 3)})
 
 
-def read_counts(path: str) -> dict[str, Any]:
+def read_counts(path: Path) -> dict[str, Any]:
     """The table from class names to whole numbers in a file. Names are text, since a class may be called 010 or no."""
     table = read_table(path, "--per-class", yaml.BaseLoader)
     return {key: int(value) if str(value).strip().isdecimal() else value for key, value in table.items()}

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from glem_augment.checks import closest
 from glem_augment.constants import DEFAULT_MODES, FORMATS, POLICIES, SOURCES
+from glem_augment.errors import GLEMError
 
 # The function of a command, as module.function of this folder, and its line in the overview.
 COMMANDS = {
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, text)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"glem: error: {message} (see {self.prog} --help)\n")
+        raise GLEMError(f"{message} (see {self.prog} --help)")
 
 
 def new_parser(commands: Any, name: str, description: str, examples: str, exit_codes: str = EXIT_CODES) -> Parser:
@@ -94,6 +95,7 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test") -> Non
 def add_class_map(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--class-map",
+        type=lambda text: text if text == "order" else in_file(text),
         metavar="FILE|order",
         help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
         "(default: by id or name)",
@@ -102,6 +104,10 @@ def add_class_map(parser: argparse._ActionsContainer) -> None:
 
 def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+
+
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{what}; made if missing")
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
@@ -135,6 +141,33 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
     return parse
 
 
+def in_file(text: str) -> Path:
+    """An argparse type: the path of a file to read."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no home folder of that user") from None
+
+
+def out_path(text: str, folder: bool = False) -> Path:
+    """An argparse type: a file that can be written. A command that could not save its result must not begin."""
+    path = in_file(text)
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if there != path and not there.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} is a file, not a folder")
+    if there == path and folder != path.is_dir():
+        found = "is a file: give a folder" if folder else "is a folder: give a file name"
+        raise argparse.ArgumentTypeError(f"cannot write {text}: it {found}")
+    if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: you may not write to {there}")
+    return path
+
+
+def out_folder(text: str) -> Path:
+    """An argparse type: a folder that can be written."""
+    return out_path(text, folder=True)
+
+
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
     return number(low, high, int)
@@ -157,18 +190,10 @@ DEMO_EXAMPLES = """\
 
 def add_demo(commands: Any) -> None:
     parser = new_parser(commands, "demo", DEMO, DEMO_EXAMPLES)
-    parser.add_argument(
-        "--out", default="demo-out", metavar="DIR", help="folder for the results (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model",
-        default="bundled:fashion-mnist",
-        metavar="MODEL",
-        help="a flow for 1x28x28 images of Fashion-MNIST's classes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", type=whole(1), metavar="N", help="training runs per arm (default: 3; 1 with --quick)"
-    )
+    parser.add_argument("--out", type=out_folder, default="demo-out", metavar="DIR", help="(default: demo-out)")
+    flow = "a flow of Fashion-MNIST's classes (default: %(default)s)"
+    parser.add_argument("--model", default="bundled:fashion-mnist", metavar="MODEL", help=flow)
+    parser.add_argument("--seeds", type=whole(1), metavar="N", help="runs per arm (default: 3; 1 with --quick)")
     parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
 
@@ -192,19 +217,11 @@ def add_adapt(commands: Any) -> None:
     parser = new_parser(commands, "adapt", ADAPT, ADAPT_EXAMPLES)
     add_model(parser)
     add_data(parser, split="train")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the adapted model; made if missing")
+    add_out(parser, "folder for the adapted model")
     parser.add_argument("--rank", type=whole(1), default=64, metavar="K", help="modes per class (default: %(default)s)")
-    parser.add_argument(
-        "--shrinkage",
-        type=number(0),
-        default=10.0,
-        metavar="N",
-        help="of the variances: a class of N images takes half from its own, half from all classes' "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-per-class", type=whole(1), metavar="N", help="use at most N images of a class (default: all)"
-    )
+    half = "images at which a class's variances are half its own and half all classes' (default: %(default)g)"
+    parser.add_argument("--shrinkage", type=number(0), default=10.0, metavar="N", help=half)
+    parser.add_argument("--max-per-class", type=whole(1), metavar="N", help="images of a class at most (default: all)")
     add_seed(parser, "the dequantisation noise")
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     add_machine(parser)
@@ -235,20 +252,11 @@ def add_evaluate(commands: Any) -> None:
     add_model(parser)
     add_data(parser, split=None)
     add_class_map(parser)
-    parser.add_argument(
-        "--batch-size", type=whole(1), default=256, metavar="N", help="images at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--limit", type=whole(1), metavar="N", help="use N images, evenly spread over the data (default: all)"
-    )
-    parser.add_argument(
-        "--round-trip",
-        type=whole(0),
-        default=1000,
-        metavar="N",
-        help="images for the round trip, evenly spread; 0 for none (default: %(default)s)",
-    )
-    parser.add_argument("--out", metavar="FILE", help="write the JSON to FILE too")
+    parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="use N images, evenly spread (default: all)")
+    trip = "images for the round trip, evenly spread; 0 for none (default: %(default)s)"
+    parser.add_argument("--round-trip", type=whole(0), default=1000, metavar="N", help=trip)
+    parser.add_argument("--out", type=out_path, metavar="FILE", help="write the JSON to FILE too")
     add_machine(parser)
 
 
@@ -257,8 +265,8 @@ Draw new images of every class from a flow, and write them with glem-provenance.
 how. The same seed draws the same images, whichever classes and however many are asked for (pixels may differ by one
 step with another number, by rounding). Prints a JSON summary.
 
-  --format imagefolder   PNG files, a folder per class; classes without images get none. The same command again
-                         checks the files and writes what is missing, so that an export that was cut off goes on.
+  --format imagefolder   PNG files, a folder per class; classes without images get none, and classes.json says which
+                         label every class has. The same command again checks the files and writes what is missing.
   --format webdataset    data/train-*.tar with the classes mixed, and a card; they appear once all are finished.
 
   --per-class 100                    of each class
@@ -279,15 +287,11 @@ def add_generate(commands: Any) -> None:
     parser.add_argument(
         "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
+    add_out(parser, "folder to write to")
     add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0; it goes "
-        "into the provenance",
-    )
+    licence = "of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0"
+    parser.add_argument("--license", metavar="ID", help=licence)
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     add_machine(parser)
     source = parser.add_argument_group("what is drawn")
@@ -329,7 +333,7 @@ def per_class(text: str) -> Any:
     if text == "balance":
         return text
     if Path(text).suffix in (".yaml", ".yml", ".json"):
-        return Path(text)
+        return in_file(text)
     if "=" not in text:
         return whole(1)(text)
     counts: dict[str, int] = {}
@@ -361,18 +365,12 @@ def add_preview(commands: Any) -> None:
     add_model(parser)
     add_data(parser)
     add_class_map(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
+    parser.add_argument("--out", type=out_path, required=True, metavar="FILE.png", help="the picture")
+    parser.add_argument("--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: 6)")
+    moves = "mixup with an image of the same class, noise along the modes, or all (default: %(default)s)"
+    parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
     parser.add_argument(
-        "--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--policy",
-        choices=("all", *POLICIES),
-        default="all",
-        help="mixup with an image of the same class, noise along the modes, or all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--modes", type=whole(1), metavar="N", help="principal modes to move along (default: all that are stored)"
+        "--modes", type=whole(1), metavar="N", help="modes to move along (default: all that are stored)"
     )
     add_seed(parser)
     add_machine(parser)
@@ -413,29 +411,23 @@ def add_push(commands: Any) -> None:
     parser = new_parser(commands, "push", PUSH, PUSH_EXAMPLES)
     add_model(parser)
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
-    parser.add_argument(
-        "--private", action="store_const", const=True, help="a private repository; one that exists must be private"
-    )
+    parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if missing (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of committing")
     card = parser.add_argument_group("the card")
-    card.add_argument(
-        "--license", metavar="ID", help="of the training images, as the Hub names it: mit, cc-by-4.0, ..., other"
-    )
+    card.add_argument("--license", metavar="ID", help="of the training images, as the Hub names it: mit, other, ...")
     card.add_argument("--license-name", metavar="NAME", help="with --license other")
     card.add_argument("--license-link", metavar="URL", help="with --license other")
+    several = {"action": "append", "default": []}
     card.add_argument(
-        "--dataset",
-        dest="datasets",
-        metavar="ID",
-        action="append",
-        default=[],
-        help="training data on the Hub; may be given again",
+        "--dataset", dest="datasets", metavar="ID", help="training data on the Hub; repeatable", **several
     )
     card.add_argument(
-        "--metrics", metavar="FILE", action="append", default=[], help="written by glem eval --out; may be given again"
+        "--metrics", type=in_file, metavar="FILE", help="written by glem eval --out; repeatable", **several
     )
     card.add_argument("--no-samples", action="store_true", help="no picture of samples")
-    parser.add_argument("--dry-run", metavar="DIR", help="write what would be uploaded to DIR, and upload nothing")
+    parser.add_argument(
+        "--dry-run", type=out_folder, metavar="DIR", help="write what would be uploaded to DIR, and upload nothing"
+    )
     add_threads(parser)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from glem_augment.cli.parsers import DATA_HELP, add_device, new_parser, number, whole
+from glem_augment.cli.parsers import DATA_HELP, add_device, add_out, in_file, new_parser, number, whole
 from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
 from glem_augment.training.methods import METHODS
 
@@ -40,7 +40,7 @@ def add_train(commands: Any) -> None:
     # A usage line with all flags would fill half a screen.
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the run writes")
+    add_out(parser, "folder for everything that the run writes")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -48,6 +48,7 @@ def add_train(commands: Any) -> None:
     )
     parser.add_argument(
         "--config",
+        type=in_file,
         metavar="FILE",
         help="settings of the flow and its training from a YAML or JSON file: the names from --preset on, with _ for - "
         "(--flow is flow_options); flags win",

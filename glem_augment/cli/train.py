@@ -18,7 +18,7 @@ from glem_augment.cli.common import note, pick_device, read_table
 from glem_augment.cli.settings import checked, given
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.errors import ModelFileError
-from glem_augment.io import expand, lock_folder, write_json
+from glem_augment.io import lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
@@ -34,10 +34,10 @@ FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    device, out = pick_device(args.device), expand(args.out)
+    device, out = pick_device(args.device), args.out
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
-        settings = _over(checked(read_table(args.config, "--config"), args.config), settings)
+        settings = _over(checked(read_table(args.config, "--config"), str(args.config)), settings)
     if args.resume and not has_checkpoint(out):
         # A run can be killed before its first checkpoint. Whoever restarts it cannot know.
         print(f"glem: no checkpoint in {out}; starting from the beginning", file=sys.stderr)

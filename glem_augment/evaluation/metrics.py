@@ -61,20 +61,19 @@ def evaluate(
         raise DataError(f"{data.name} holds no images")
     confidence, right, right_top = [], [], 0
     nll = nll_marginal = seconds = 0.0
-    bar = tqdm(total=len(data), unit="image", desc="eval", disable=not progress, dynamic_ncols=True)
-    for x, y in data.batches(np.arange(len(data)), batch_size):
-        x, y = x.to(model.device), y.to(model.device)
-        began = time.perf_counter()
-        best = model.gaussians.log_prob(model.encode(x)[0]).log_softmax(1).topk(min(5, model.num_classes), 1)
-        right.append((best.indices[:, 0] == y).cpu())
-        seconds += time.perf_counter() - began
-        right_top += int((best.indices == y[:, None]).any(1).sum())
-        confidence.append(best.values[:, 0].exp().cpu())
-        scores = model.log_prob_per_class(x).double()
-        nll -= float(scores.gather(1, y[:, None]).sum())
-        nll_marginal -= float((scores.logsumexp(1) - math.log(model.num_classes)).sum())
-        bar.update(len(y))
-    bar.close()
+    with tqdm(total=len(data), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
+        for x, y in data.batches(np.arange(len(data)), batch_size):
+            x, y = x.to(model.device), y.to(model.device)
+            began = time.perf_counter()
+            best = model.gaussians.log_prob(model.encode(x)[0]).log_softmax(1).topk(min(5, model.num_classes), 1)
+            right.append((best.indices[:, 0] == y).cpu())
+            seconds += time.perf_counter() - began
+            right_top += int((best.indices == y[:, None]).any(1).sum())
+            confidence.append(best.values[:, 0].exp().cpu())
+            scores = model.log_prob_per_class(x).double()
+            nll -= float(scores.gather(1, y[:, None]).sum())
+            nll_marginal -= float((scores.logsumexp(1) - math.log(model.num_classes)).sum())
+            bar.update(len(y))
     invertibility = None
     if count := min(round_trip, len(data)):
         x = torch.cat([x for x, _ in data.batches(spread(len(data), count), batch_size)])

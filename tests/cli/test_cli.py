@@ -203,28 +203,6 @@ def test_tables_take_names_as_they_are_written(trained: Path, tmp_path: Path, ou
     assert json.loads(output()[0])["n"] == 6
 
 
-def test_an_out_that_cannot_be_written_is_refused_before_the_work(
-    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def not_yet(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the work has begun")
-
-    (tmp_path / "file").write_text("")
-    with monkeypatch.context() as patch:
-        patch.setattr("glem_augment.cli.commands.load_model", not_yet)
-        (tmp_path / "folder.png").mkdir()
-        for command in ("eval", "preview"):
-            argv = [command, str(trained), images_of(trained), "--out"]
-            fails([*argv, str(tmp_path / "folder.png")], output, "folder.png: it is a folder")
-            fails([*argv, str(tmp_path / "file" / "x.png")], output, "is a file, not a folder")
-            fails([*argv, "~nobody-here/x.png"], output, "no home folder of that user")
-    for argv in (["info"], ["eval", str(trained)]):
-        fails([*argv, "~nobody-here/x"], output, "no home folder of that user")
-    with pytest.raises(SystemExit):
-        main(["eval", "m", "d", "--threads", "100000"])
-    assert "at most" in output()[1]
-
-
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
     argv = ["eval", str(trained), images_of(trained), "--batch-size", "7", "--out", str(tmp_path / "e.json")]
     output()
@@ -441,13 +419,11 @@ def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Pat
     fails([*base, "cow=2"], output, "'cow'", "bird, cat, dog")
     fails([*base, "cat=0"], output, "no image at all")
     fails([*base, "balance", *real], output, "all classes have 6 images")
-    fails([*base, str(tmp_path / "none.json")], output, "--per-class", "none.json")
+    fails([*base, str(tmp_path / "none.json")], output, "none.json: No such file")
     (tmp_path / "many.yaml").write_text("cat: many\n")
     fails([*base, str(tmp_path / "many.yaml")], output, "per_class for 'cat'", "'many'")
     for text, word in (("cat=1,cat=2", "twice"), ("=2", "CLASS=N"), ("cat=x", "whole number"), ("0", "at least 1")):
-        with pytest.raises(SystemExit) as info:
-            main([*base, text])
-        assert info.value.code == 2 and word in output()[1]
+        fails([*base, text], output, word)
     assert not (tmp_path / "x").exists()
 
 
@@ -559,8 +535,7 @@ def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: 
     fails(["preview", str(trained), data, "--out", str(tmp_path / "p.jpg")], output, ".png")
     fails(["preview", str(trained), data, "--out", str(tmp_path / "p.png"), "--modes", "999"], output, "modes", "999")
     fails(["demo", "--model", str(trained), "--out", str(tmp_path / "d")], output, "no counterpart", "bird")
-    (tmp_path / "file").write_text("")
-    fails(["generate", str(trained), "--per-class", "1", "--out", str(tmp_path / "file")], output, "is a file")
+    fails(["info", "~nobody-here/x"], output, "no home folder of that user")
 
 
 def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,13 +565,16 @@ import sys
 from glem_augment.cli import main
 for argv in {}:
     try:
-        main(argv)
+        code = main(argv)
     except SystemExit as end:
-        print(end.code, "torch" in sys.modules)
+        code = end.code
+    print(code, "torch" in sys.modules)
 """
 
 
-def test_help_and_slips_are_answered_without_torch() -> None:
+def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
+    file = str(tmp_path / "file")
+    Path(file).write_text("")
     helps = [["--help"], ["--version"], ["train", "--help-all"], *([name, "--help"] for name in COMMANDS)]
     slips = {
         "unknown option --augmnet; did you mean --augment?": ["train", "x", "--augmnet", "flip"],
@@ -608,6 +586,11 @@ def test_help_and_slips_are_answered_without_torch() -> None:
         "did you mean webdataset?": ["generate", "m", "--format", "webdatset"],
         "the following arguments are required: --out (see glem train --help)": ["train", "x"],
         "the following arguments are required: COMMAND": [],
+        "argument --threads: must be at most ": ["eval", "m", "d", "--threads", "100000"],
+        f"argument --out: cannot write {file}: it is a file: give a folder": ["train", "x", "--out", file],
+        f"cannot write {file}/a/b: {file} is a file, not a folder": ["adapt", "m", "d", "--out", f"{file}/a/b"],
+        f"cannot write {tmp_path}: it is a folder: give a file name": ["eval", "m", "d", "--out", str(tmp_path)],
+        "~nobody-here/x: there is no home folder of that user": ["preview", "m", "d", "--out", "~nobody-here/x"],
     }
     code = WITHOUT_TORCH.format([*helps, *slips.values()])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
