@@ -51,6 +51,12 @@ def _fashion() -> str:
     return str(folder) if folder.is_dir() else f"{_GLEM_DATA}/fashion-mnist"
 
 
+# What the scales for GPUs share.
+_CIFAR: dict[str, Any] = dict(
+    main=DataSpec("cifar100", "torch/cifar100@data"), second=DataSpec("cifar10", "torch/cifar10@data"),
+    measured=10_000, seeds=1,
+)  # fmt: skip
+_PUBLISHED = dict(bits=5, augment=["flip", "crop", "rotate", "jitter"], warmup_steps=1000, modes_rank=0, sample_every=0)
 _CROP = ("crop",)  # not "flip" for the flow of clothes: shoes all point one way
 SCALES = {
     # Runs in seconds and shows that everything works; its numbers mean nothing.
@@ -86,33 +92,23 @@ SCALES = {
     ),
     # An hour or two per table on one data-centre GPU, in pieces of any length.
     "gpu": Scale(
-        main=DataSpec("cifar100", "torch/cifar100@data"),
-        second=DataSpec("cifar10", "torch/cifar10@data"),
-        flow=dict(
-            preset="mef_small", epochs=40, batch_size=256, bits=5, augment=["flip", "crop", "rotate", "jitter"],
-            warmup_steps=1000, m_rounds=2, modes_rank=0, sample_every=0,
-        ),
+        **_CIFAR,
+        flow=dict(**_PUBLISHED, preset="mef_small", epochs=40, batch_size=256, m_rounds=2),
         oracle=Recipe(epochs=60, bf16=True),
         cnn=Recipe(epochs=30, bf16=True),
         vit=Recipe.transformer(epochs=60, bf16=True),
-        measured=10_000,
         sizes=(1, 2, 5, 10, 20),
-        seeds=1,
     ),
     # The published setting.
     "paper": Scale(
-        main=DataSpec("cifar100", "torch/cifar100@data"),
-        second=DataSpec("cifar10", "torch/cifar10@data"),
+        **_CIFAR,
         flow=dict(
-            preset="mef_glem", epochs=500, batch_size=512, bits=5, augment=["flip", "crop", "rotate", "jitter"],
-            warmup_steps=1000, modes_rank=0, sample_every=0, val_fraction=0.0,
-            freeze_gaussians_at=0.2,  # the Gaussians move for 100 epochs
+            **_PUBLISHED, preset="mef_glem", epochs=500, batch_size=512, val_fraction=0.0,
+            m_steps=1, freeze_gaussians_at=0.2,  # one Adam step in each of 100 epochs
         ),
         oracle=Recipe(epochs=200),
         cnn=Recipe(epochs=200),
         vit=Recipe.transformer(epochs=200),
-        measured=10_000,
         sizes=(1, 2, 5, 10, 20, 50, 100),
-        seeds=1,
     ),
 }  # fmt: skip

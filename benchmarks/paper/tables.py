@@ -91,10 +91,7 @@ def _table3() -> list[Cell]:
     }
     names = (*ALL, "BPD", "ECE", "rho-distance", "rho-confusion")
     # Pixels in place of latents: how close classes are without any flow.
-    control = Cell(
-        "identity flow (control)", "main", "lambda0", ("NF-A", "BPD", "rho-distance", "rho-confusion"),
-        dict(preset="identity", flow_options={}),
-    )  # fmt: skip
+    control = Cell("identity flow (control)", "main", "pixels", ("NF-A", "BPD", "rho-distance", "rho-confusion"))
     cells = [
         Cell(
             f"lambda_0 = {weight}", "main", "glem", names, dict(kld_weight=float(weight)),

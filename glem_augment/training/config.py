@@ -113,7 +113,7 @@ class TrainConfig:
         False, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps", research=True
     )
     m_rounds: int = _setting(1, int, "M-steps per epoch, each with a pass over a tenth of the images", low=1)
-    m_steps: int = _setting(1, int, "Adam steps in each M-step", low=1)
+    m_steps: int = _setting(5, int, "Adam steps in each M-step", low=1)
     sigma_lr_scale: float = _setting(1.0, float, "factor of the variances' learning rate", research=True)
     freeze_gaussians_at: float = _setting(
         1.0, float, "share of the run after which the Gaussians stay and the flow trains on all images", above=0,

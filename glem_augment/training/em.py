@@ -75,7 +75,7 @@ class EM:
         m_steps = not config.joint and config.learn != "none"
         self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs) if m_steps else 0
         self.m_total = config.m_rounds * self.frozen_from
-        self.m_rates = m_learning_rates(self.m_total * config.m_steps)
+        self.m_rates = m_learning_rates(self.m_total, config.m_steps, self.frozen_from * self.steps_per_epoch)
         self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
         self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
         self.guard = LossGuard(config.bits)
@@ -146,9 +146,11 @@ class EM:
             gaussians.s.add_(config.random_init[1] * noise)
             gaussians.project()
             return
-        means, _ = self._latent_pass(-1, self.split.g).moments()
-        # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that.
+        statistics = self._latent_pass(-1, self.split.g)
+        # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that. The means of a
+        # few images are mostly noise, which would set classes hundreds of nats apart before anything is learned.
         # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
+        means = statistics.total / (statistics.count[:, None] + _SHRINKAGE)
         gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
     def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -62,7 +62,8 @@ METHODS: dict[str, Method] = {
         "Gaussian dequantisation noise, smoothed labels",
     ),
     "ulcgm": Method(
-        dict(objective="hybrid", beta=1.0, ce_scale=1.0, joint=True),
+        # Means of the latents themselves would begin with scores that are hundreds of nats apart.
+        dict(objective="hybrid", beta=1.0, ce_scale=1.0, joint=True, random_init=(0.01, 0.0)),
         "after Fetaya et al., ICLR 2020 (ULCGM): -log p(x|y) plus a classification loss, Gaussians learned with the "
         "flow; in all latent dimensions, where the original conditions only the deepest level's",
     ),

@@ -173,12 +173,16 @@ def m_step_loss(
     return loss
 
 
-def m_learning_rates(steps: int) -> list[float]:
-    """Adam's learning rate at each of `steps` M-steps; they sum to 1.45, which is how far a mean can move.
+def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:
+    """Adam's learning rates in `m_steps` M-steps of `each` steps; they sum to 1.45, which is how far a mean can move.
 
-    The sum keeps range-normalised repulsion finite. The authors take 0.1 for 10 epochs, then 0.01 falling geometrically
-    to 0.001 at epoch 100, one step each. Here the first tenth of the steps shares 1.0 of the sum.
+    The sum keeps range-normalised repulsion finite. The authors let a mean move by 0.1 in each of 10 epochs, 880
+    E-steps in all, then by 0.01 falling geometrically to 0.001 at epoch 100. Here the first tenth of the M-steps shares
+    1.0 of the sum. But the flow could not follow means that move faster than theirs, in a single M-step or over the
+    `e_steps` of the run: in short runs more of the M-steps share it, and the shortest do not spend all.
     """
-    early = max(1, round(0.1 * steps))
-    tail = [0.1 ** (i / max(1, steps - early - 1)) for i in range(steps - early)]
-    return [(1.0 if tail else 1.45) / early] * early + [0.45 * v / sum(tail) for v in tail]
+    early = max(10, round(0.1 * m_steps), math.ceil(880 * m_steps / max(1, e_steps)))
+    late = max(0, m_steps - early)
+    tail = [0.1 ** (i / max(1, late - 1)) for i in range(late)]
+    moves = [1.0 / early] * (m_steps - late) + [min(1.0 / early, 0.45 * v / sum(tail)) for v in tail]
+    return [move / each for move in moves for _ in range(each)]

@@ -14,11 +14,13 @@ import torch
 from benchmarks.paper import paper
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
 from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
-from benchmarks.paper.lab import Lab, Number, _method
+from benchmarks.paper.lab import FLOORS, Lab, Number, _method
 from benchmarks.paper.paper import check_tables, main
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, cells_of
-from glem_augment.training.methods import METHODS
+from glem_augment import ImageData
+from glem_augment.training.em import EM
+from glem_augment.training.methods import METHODS, method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -42,6 +44,22 @@ def test_every_cell_is_a_method_with_settings_that_exist(scale: str) -> None:
         assert len({(cell.label, cell.data, cell.setting) for cell in cells}) == len(cells) > 0
         used |= {cell.method for cell in cells}
     assert set(METHODS) - used == {"lambda0-psi", "saturating"}  # offered, in no table of the paper
+
+
+def test_lambda_is_halved_and_the_means_stop_where_the_published_gaussians_freeze(bundled_train: ImageData) -> None:
+    config = method("glem").config(**{**SCALES["paper"].flow, "preset": "identity"})
+    run = EM(bundled_train.subset(range(0, 1000, 20)), config, progress=False)
+    assert run.frozen_from == run.m_total == len(run.m_rates) == 100
+    run.m_done = 99
+    assert run.kld_weight() == 5.0
+
+
+def test_the_control_has_the_floor_that_is_best_for_held_out_images(tmp_path: Path) -> None:
+    lab = Lab(SCALES["smoke"], "smoke", tmp_path, "cpu")
+    (cell,) = (cell for cell in cells_of(3, (1,)) if cell.method == "pixels")
+    gaussians = lab.flow(cell, 0).model.gaussians
+    assert gaussians.lowest_variance in FLOORS and gaussians.lowest_variance < 0.03
+    assert float((gaussians.variance() < 0.03).float().mean()) > 0.2  # where a flow's Gaussians would be cut off
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------

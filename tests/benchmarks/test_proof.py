@@ -20,9 +20,10 @@ from benchmarks.proof import augmentation_ops as ops
 from benchmarks.proof import augmentation_plan as planning
 from benchmarks.proof import augmentation_report as reporting
 from benchmarks.proof import augmentation_settings as settings
+from benchmarks.proof import training_is_calm as calm
 from benchmarks.proof.augmentation_plan import Store
 from benchmarks.proof.augmentation_train import order_of
-from glem_augment import GLEM
+from glem_augment import GLEM, ImageData
 
 CLASSES, COUNT = 3, 24
 CIFAR = replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
@@ -229,3 +230,23 @@ def test_paired_gain_is_students_t() -> None:
     assert gain.half == pytest.approx(4.303 * 1.0 / math.sqrt(3), rel=1e-3)
     assert reporting.paired_gain({0: 0.5}, {1: 0.5}) is None
     assert math.isnan(reporting.paired_gain({0: 0.5}, {0: 0.4}).half)
+
+
+# ---- training by default ---------------------------------------------------------------------------------------------
+
+
+def test_training_is_calm_keeps_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled_train: ImageData
+) -> None:
+    monkeypatch.setattr(calm, "KINDS", {"tiny": ("12x12", lambda: bundled_train.subset(range(0, 1000, 20)))})
+    options = ["--presets", "identity", "--methods", "hybrid", "lambda0", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["training_is_calm.py", *options])
+    calm.main()
+    record = json.loads((tmp_path / "training_is_calm.json").read_text())
+    (row,) = record["rows"]
+    assert row["methods"] == 2 and [cell["method"] for cell in record["cells"]] == ["lambda0", "hybrid"]
+    assert all(cell["steps"] == 2 and cell["curve"][-1] == [2, cell["bits/dim"]] for cell in record["cells"])
+    assert (tmp_path / "training_is_calm.png").stat().st_size > 1000
+    monkeypatch.setattr(calm, "run_cell", None)  # nothing is measured again
+    calm.main()
+    assert json.loads((tmp_path / "training_is_calm.json").read_text())["cells"] == record["cells"]

@@ -67,13 +67,17 @@ def test_gaussian_dequantisation_has_its_spread_and_keeps_the_units() -> None:
 # ---- the M-step ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("total", [1, 2, 5, 10, 100, 333])
-def test_m_learning_rates_spend_the_budget(total: int) -> None:
-    rates = m_learning_rates(total)
-    assert len(rates) == total and sum(rates) == pytest.approx(1.45)
-    assert all(r > 0 for r in rates) and all(a >= b - 1e-12 for a, b in zip(rates[1:], rates[2:], strict=False))
-    if total == 100:
-        assert rates[:10] == pytest.approx([0.1] * 10) and rates[-1] == pytest.approx(rates[10] / 10)
+@pytest.mark.parametrize(
+    "m_steps, e_steps, moved", [(100, 8800, 1.45), (333, 10**5, 1.45), (5, 10**5, 0.5), (20, 88, 0.1)]
+)
+def test_m_learning_rates_move_the_means_no_faster_than_the_authors(m_steps: int, e_steps: int, moved: float) -> None:
+    rates = torch.tensor(m_learning_rates(m_steps, 5, e_steps), dtype=torch.float64).view(m_steps, 5)
+    moves = rates.sum(1)
+    assert sum(moves) == pytest.approx(moved) and torch.allclose(rates, rates[:, :1])
+    assert float(moves.max()) < 1e-9 + min(0.1, e_steps / m_steps / 880)
+    assert (moves.diff() < 1e-9).all() and float(moves.min()) > 0
+    if m_steps == 100:
+        assert moves[:10].tolist() == pytest.approx([0.1] * 10) and moves[-1] == pytest.approx(moves[10] / 10)
 
 
 def unbalanced(k: int = 3, d: int = 5) -> tuple[ClassGaussians, Tensor, Tensor, LatentStatistics]:

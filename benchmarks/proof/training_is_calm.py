@@ -1,0 +1,189 @@
+"""Whether training goes well by default: every preset with every named method on five kinds of data.
+
+    GLEM_DATA=... python benchmarks/proof/training_is_calm.py [--kinds K ...] [--presets P ...] [--methods M ...]
+
+Every cell is a run with the default settings but for its length: as many epochs as fit into --steps (at least one, at
+most the default), cut off after --seconds. A run goes well if its held-out images end below the bits/dim of independent
+pixels, or if it stops with a message. Cells that are there are not measured again (but with --again), so the same
+command goes on where it was stopped. $GLEM_DATA holds cifar10/ and imagenette128/.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+
+from benchmarks.common import find_images, parser, write_results
+from glem_augment import ImageData, open_data
+from glem_augment.errors import TrainingError
+from glem_augment.flows.presets import PRESETS
+from glem_augment.io import atomic_write
+from glem_augment.training import TimeUpError, TrainConfig, Trainer
+from glem_augment.training.logs import held_out
+from glem_augment.training.methods import METHODS, method
+
+NAME = "training_is_calm"
+POINTS, MEASURED = 12, 200  # of a curve; held-out images
+
+
+def photographs(size: int, channels: int, classes: int, per_class: int, parts: int = 1) -> ImageData:
+    """The first classes of CIFAR-10, then of Imagenette, each cut by brightness into `parts` classes."""
+    images: list[Tensor] = []
+    for name in ("cifar10", "imagenette128"):
+        data = open_data(find_images(NAME, name, name), "train", size, channels, cache_bytes=0, progress=False)
+        for rows in data.rows_of_classes(per_class * parts)[: classes - len(images) // parts]:
+            x = data.subset(rows).tensor()
+            images += x[x.float().mean((1, 2, 3)).argsort()].chunk(parts)
+    y = np.repeat(np.arange(len(images)), [len(x) for x in images])
+    return ImageData.from_tensors(torch.cat(images), y, [str(k) for k in range(len(images))])
+
+
+KINDS: dict[str, tuple[str, Callable[[], ImageData]]] = {
+    "clothes": ("grey 24x24, 10 classes x 100", lambda: open_data("bundled:fashion-mnist", "train", 24)),
+    "grey": ("grey 8x8, 2 classes x 5000", lambda: photographs(8, 1, 2, 5000)),
+    "few": ("colour 16x16, 100 classes x 5", lambda: photographs(16, 3, 20, 5, parts=5)),
+    "photos": ("colour 32x32, 20 classes x 400", lambda: photographs(32, 3, 20, 400)),
+    "large": ("colour 64x64, 5 classes x 50", lambda: photographs(64, 3, 5, 50)),
+}
+
+
+class Watched(Trainer):
+    """A run that notes, now and then, its step and the bits/dim of held-out images under the flow as it is."""
+
+    curve: list[tuple[int, float]]
+
+    def note(self) -> None:
+        rows = self.split.val[:: math.ceil(len(self.split.val) / MEASURED)]
+        found = held_out(self.model, self.images(rows, 64), self._generator(5))
+        self.curve.append((self.step, found["val_bits_per_dim"]))
+
+    def e_step(self, x: Tensor, y: Tensor) -> Any:
+        if self.step % max(1, self.total_steps // POINTS) == 0:
+            self.note()
+        return super().e_step(x, y)
+
+
+def run_cell(data: ImageData, preset: str, name: str, steps: int, seconds: float) -> dict[str, Any]:
+    """Train, and say how it went."""
+    default = TrainConfig()
+    config = method(name).config(
+        preset=preset, modes_rank=0, sample_every=0, max_minutes=seconds / 60,
+        epochs=min(default.epochs, max(1, steps * default.batch_size // len(data))),
+    )  # fmt: skip
+    began, message = time.monotonic(), ""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # returns after a divergence are counted below
+        trainer = Watched(data, config, folder, device="cpu", progress=False)
+        trainer.curve = []
+        try:
+            trainer.fit()
+        except TimeUpError:
+            pass
+        except TrainingError as error:
+            message = str(error)
+        trainer.note()
+    bits, pixels = [value for _, value in trainer.curve], trainer.guard.pixels
+    return {
+        "bits/dim": bits[-1], "independent pixels": pixels,
+        "below after": next((step for step, value in trainer.curve if value < pixels), None),
+        "steps": trainer.step, "of": trainer.total_steps, "returns": trainer.rollbacks, "message": message,
+        "seconds": time.monotonic() - began, "curve": trainer.curve,
+    }  # fmt: skip
+
+
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per kind of data and preset, over the methods."""
+    rows = []
+    for kind, preset in itertools.product(KINDS, PRESETS):
+        own = [cell for cell in cells if (cell["kind"], cell["preset"]) == (kind, preset)]
+        if not own:
+            continue
+        above = [cell for cell in own if not cell["bits/dim"] < cell["independent pixels"]]
+        bits, steps = [cell["bits/dim"] for cell in own], [cell["steps"] for cell in own]
+        rows.append(
+            {
+                "data": f"{kind}: {KINDS[kind][0]}", "preset": preset, "methods": len(own),
+                "independent pixels": own[0]["independent pixels"], "bits/dim": f"{min(bits):.2f} to {max(bits):.2f}",
+                "steps": f"{min(steps)} to {max(steps)}", "below independent pixels": len(own) - len(above),
+                "stopped with a message": ", ".join(cell["method"] for cell in above if cell["message"]),
+                "neither": ", ".join(cell["method"] for cell in above if not cell["message"]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def draw(cells: list[dict[str, Any]], path: Path) -> None:
+    """Small multiples: kinds of data by presets, a curve per method, and the line of independent pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in KINDS if any(cell["kind"] == kind for cell in cells)]
+    figure = Figure(figsize=(2.2 * len(PRESETS), 1.8 * len(kinds) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(kinds), len(PRESETS), squeeze=False)
+    for (i, kind), (j, preset) in itertools.product(enumerate(kinds), enumerate(PRESETS)):
+        axis, own = grid[i][j], [cell for cell in cells if (cell["kind"], cell["preset"]) == (kind, preset)]
+        for cell in own:
+            number = list(METHODS).index(cell["method"])
+            axis.plot(
+                *zip(*cell["curve"], strict=True),
+                f"C{number % 10}{'-' if number < 10 else ':'}",
+                lw=1,
+                label=cell["method"],
+            )
+        if own:
+            line = own[0]["independent pixels"]
+            axis.axhline(line, color="black", ls="--", lw=1, label="independent pixels")
+            axis.set_ylim(min(line, *(min(b for _, b in cell["curve"]) for cell in own)) - 0.2, line + 2)
+        axis.tick_params(labelsize=6)
+        axis.set_title(preset if i == 0 else "", fontsize=8)
+        axis.set_ylabel(f"{kind}\n{KINDS[kind][0].replace(', ', chr(10))}" if j == 0 else "", fontsize=6)
+    lines = {text: line for axis in grid.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=7, fontsize=7)
+    figure.supxlabel("training steps; vertical: bits/dim of held-out images", fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.set_defaults(threads=1)
+    for option, choices in (("--kinds", KINDS), ("--presets", PRESETS), ("--methods", METHODS)):
+        args.add_argument(option, nargs="+", choices=choices, default=list(choices), metavar="NAME")
+    args.add_argument("--steps", type=int, default=300, help="of a run (%(default)s)")
+    args.add_argument("--seconds", type=float, default=60, help="of a run, at most (%(default)s)")
+    args.add_argument("--again", action="store_true", help="measure the chosen cells anew")
+    args = args.parse_args()
+    torch.set_num_threads(args.threads)
+    path = args.out / f"{NAME}.json"
+    names = ("kind", "preset", "method")
+    stored = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    cells = {tuple(cell[name] for name in names): cell for cell in stored}
+    for kind in args.kinds:
+        keys = [key for key in itertools.product([kind], args.presets, args.methods) if args.again or key not in cells]
+        data = KINDS[kind][1]() if keys else None
+        for key in keys:
+            cells[key] = dict(zip(names, key, strict=True)) | run_cell(data, *key[1:], args.steps, args.seconds)
+            found = [cells[key] for key in itertools.product(KINDS, PRESETS, METHODS) if key in cells]
+            title = "Bits/dim of runs with default settings"
+            write_results(args.out, NAME, title, summary(found), {"cells": found}, show=False)
+            print(*key, *(f"{name} {cells[key][name]}" for name in ("bits/dim", "steps", "message")), flush=True)
+    draw(list(cells.values()), args.out / f"{NAME}.png")
+
+
+if __name__ == "__main__":
+    main()
