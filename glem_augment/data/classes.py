@@ -152,8 +152,8 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
         return found[0] if found else None
     listed = isinstance(data, list) and all(isinstance(name, str) for name in data)
     names = data if listed else getattr(data, "classes", None)
-    if isinstance(features := getattr(data, "features", None), Mapping):
-        names = getattr(features[feature_column(features, "ClassLabel")], "names", None)
+    if of_hugging_face(data):
+        names = getattr(data.features[feature_column(data.features, "ClassLabel")], "names", None)
     reader = getattr(data, "reader", None)  # of timm's ImageDataset
     lookup = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if names is None and lookup:
@@ -168,6 +168,11 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
 def unique_names(names: list[str], ids: list[str]) -> list[str]:
     """Names with the id where two are the same: "crane" and "maillot" each name two classes of ImageNet-1k."""
     return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]
+
+
+def of_hugging_face(data: Any) -> bool:
+    """Whether this is a data set of the library `datasets`, which need not be installed."""
+    return isinstance(getattr(data, "features", None), Mapping) and hasattr(data, "with_format")
 
 
 def feature_column(features: Mapping[str, Any], kind: Literal["ClassLabel", "Image"]) -> str:

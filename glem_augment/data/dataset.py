@@ -54,10 +54,7 @@ class ImageData(Dataset):
         class_ids: Sequence[str] | None = None,
         name: str = "tensors",
     ) -> ImageData:
-        """Wrap images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and identifiers).
-
-        TypeError: `x` is not uint8, or `y` holds no integers. DataError: no images, or see `with_targets`.
-        """
+        """Images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and ids)."""
         source = tensor_source(x, y, classes, class_ids, name)
         data = cls(source, (x.shape[1], x.shape[2], x.shape[3]))
         data._pixels = x.detach().cpu().contiguous()
@@ -76,10 +73,7 @@ class ImageData(Dataset):
         return f"ImageData({self.name!r}, {len(self)} images {self.image_shape}, {len(self.classes)} classes)"
 
     def tensor(self) -> torch.Tensor:
-        """All images as uint8 [N,C,H,W], in order. They may be shared, so do not write to them.
-
-        Images that are not kept in memory are decoded by the call.
-        """
+        """All images as uint8 [N,C,H,W], in order; do not write to them. What is not in memory is decoded now."""
         if self._pixels is None:
             return self._decode(progress=False)
         whole = len(self._pixels) == len(self) and bool((self._rows == np.arange(len(self))).all())

@@ -25,13 +25,13 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from glem_augment.data.classes import feature_column, named_classes, unique_names
+from glem_augment.data.classes import feature_column, named_classes, of_hugging_face, unique_names
 from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_tensor
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
@@ -53,7 +53,7 @@ TIMM_PREFIXES = ("torch/", "hfds/")
 
 
 @dataclass
-class Source(ABC):
+class Source(Dataset, ABC):
     """Labelled images that can be opened one by one; for the attributes see `ImageData`.
 
     Item i is (PIL image in mode L or RGB, int). Data that name no classes give empty lists, and get numbers as names.
@@ -147,7 +147,7 @@ class ItemSource(Source):
 
     items: Any
     key: int | str
-    threads = 1  # its items may share one file handle
+    threads = 1  # items may share one file handle
 
     def open(self, index: int) -> Image.Image:
         image = self.items[index][self.key]
@@ -157,20 +157,6 @@ class ItemSource(Source):
             found = getattr(image, "dtype", type(image).__name__)
             raise TypeError(f"it is {found}, no PIL image or uint8 tensor: give the data set without its transform")
         return image.copy()  # the caller closes it
-
-
-@dataclass
-class SubsetSource(Source):
-    """Some images of another source."""
-
-    source: Source
-    rows: np.ndarray
-
-    def where(self, index: int) -> str:
-        return self.source.where(int(self.rows[index]))
-
-    def open(self, index: int) -> Image.Image:
-        return self.source.open(int(self.rows[index]))
 
 
 @dataclass
@@ -199,9 +185,9 @@ def open_source(data: Any, split: str = "train") -> Source:
     if isinstance(data, Subset):
         whole, rows = open_source(data.dataset, split), np.asarray(data.indices, dtype=np.int64)
         names, ids = (whole.classes, whole.class_ids) if whole.named else ([], [])
-        subset = SubsetSource(whole.name, names, ids, whole.targets[rows], whole, rows)
-        subset.threads = whole.threads
-        return subset
+        source = ItemSource(whole.name, names, ids, whole.targets[rows], Subset(whole, rows.tolist()), 0)
+        source.threads = whole.threads
+        return source
     if isinstance(data, TensorDataset) and data.tensors[0].dtype == torch.uint8:
         data = data.tensors
     if isinstance(data, tuple) and len(data) == 2:
@@ -212,8 +198,8 @@ def open_source(data: Any, split: str = "train") -> Source:
             "data must be a name, an ImageData, (uint8 images, labels), or a data set that has a length and gives "
             f"(image, label) by index; got {type(data).__name__}"
         )
-    recorded = getattr(getattr(data, "info", None), "dataset_name", None)  # of Hugging Face
-    return _data_set_source(data, recorded or type(data).__name__)
+    name = getattr(getattr(data, "info", data), "dataset_name", None)  # of Hugging Face
+    return _data_set_source(data, name or type(data).__name__)
 
 
 def _named_source(spec: str, split: str) -> Source:
@@ -416,7 +402,7 @@ def _timm_source(spec: str, split: str) -> Source:
 def _data_set_source(data: Any, name: str) -> Source:
     """A data set of torchvision, timm or Hugging Face, or any other whose items are (image, label)."""
     ids, names = (getattr(data, "named", True) and named_classes(data)) or ([], [])
-    if hasattr(data, "features"):  # of Hugging Face; a transform of its own may have renamed the columns
+    if of_hugging_face(data):  # a transform of its own may have renamed the columns
         data, label = data.with_format(None), feature_column(data.features, "ClassLabel")
         return ItemSource(name, names, ids, np.asarray(data[label]), data, feature_column(data.features, "Image"))
     reader: Any = getattr(data, "reader", None)
@@ -433,7 +419,7 @@ def _data_set_source(data: Any, name: str) -> Source:
         rows = tqdm(range(len(data)), desc="looking for labels", unit="img", delay=2, leave=False)
         try:
             labels = [int(data[row][1]) for row in rows]
-        except (TypeError, ValueError, LookupError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise DataError(f"{name} has no `targets`, and its items are not (image, int): {error}") from error
     targets = np.asarray(labels)
     if isinstance(data, ImageFolder):

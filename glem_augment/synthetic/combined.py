@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from glem_augment.checks import check_number
-from glem_augment.data.classes import ClassMap, match_classes
+from glem_augment.data.classes import ClassMap, match_classes, of_hugging_face
 from glem_augment.data.dataset import ImageData, LabelledImages, open_data
 from glem_augment.data.sources import Source, open_source
 from glem_augment.errors import DataError
@@ -62,7 +62,7 @@ class RealAndSynthetic(Dataset):
         if isinstance(real, tuple):
             real = open_data(real)
         source = open_source(real)
-        if isinstance(real, str | os.PathLike) or hasattr(real, "features"):
+        if isinstance(real, str | os.PathLike) or of_hugging_face(real):
             real = source
         self.real, self.synthetic, self.ratio = real, synthetic, ratio
         self.transform: Callable[[Any], Any] | None = None

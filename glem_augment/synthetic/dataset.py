@@ -29,7 +29,7 @@ from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, class_counts, match_targets
 from glem_augment.synthetic.export import InLabelOrder, export_imagefolder, warn_of_numbers
-from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle, rows_by_block
+from glem_augment.synthetic.latents import Sampler, rows_by_block
 
 # Images that are decoded together, all of one class. Another number would change images in their last bits.
 BLOCK = 64
@@ -57,12 +57,9 @@ class SyntheticDataset(Dataset):
         cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images, see `open_data`, for "balance" and "mixup". Exports number the classes as they do.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
-        min_confidence: draw an item again, up to 20 times, until the probability of its class is at least this; the
-            best candidate is kept if none is. `acceptance()` reports. None: no rejection.
-        oracle: judges images in place of the flow's posterior, which judges latents and passes nearly all draws of its
-            own Gaussians: from float images [n, C, H, W] in [0, 1] to probabilities or logits [n, K]. A row with NaN
-            counts as confidence 0. A module judges in eval mode, and a later run may finish its export; another
-            function is known to this data set alone.
+        min_confidence: draw an item again, up to 20 times, until the flow's posterior gives its class at least this;
+            the best candidate is kept if none has that much. Nearly all draws of the class Gaussians pass, which are
+            the posterior's own. `acceptance()` reports. None: no rejection.
 
     Raises:
         ValueError, TypeError: for an argument out of range, naming it and what is allowed.
@@ -83,7 +80,6 @@ class SyntheticDataset(Dataset):
         modes: int | None = None,
         alpha: float = 1.0,
         min_confidence: float | None = None,
-        oracle: Oracle | None = None,
     ) -> None:
         model = as_model(model)
         if real is not None and not isinstance(real, ImageData):
@@ -97,10 +93,10 @@ class SyntheticDataset(Dataset):
         self.transform, self.target_transform = transform, target_transform
         self.model = model.on(device)
         wanted = np.asarray(self.counts) > 0
-        latents = LatentSource(self.model, source, seed, temperature, real, modes, alpha, wanted)
-        self.sampler = ImageSampler(latents, min_confidence, oracle)
-        self.source, self.seed, self.temperature = source, latents.seed, latents.temperature
-        self.real_name = None if latents.real is None else latents.real.name
+        drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
+        self.sampler = Sampler(self.model, *drawing, wanted)
+        self.source, self.seed, self.temperature = source, self.sampler.seed, self.sampler.temperature
+        self.real_name = None if self.sampler.real is None else self.sampler.real.name
         self.block = BLOCK
         self.image_shape: tuple[int, int, int] = model.image_shape
         self.classes, self.class_ids = list(model.classes), list(model.class_ids)
@@ -199,7 +195,7 @@ class SyntheticDataset(Dataset):
 
     def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
         self._check_model()
-        drawn = self.sampler.draw(*self._items(cls, number))
+        drawn = self.sampler.images(*self._items(cls, number))
         self._known[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
         return drawn.images, drawn.not_finite
 

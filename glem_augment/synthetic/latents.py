@@ -1,4 +1,4 @@
-"""Latents of synthetic images: three sources, and rejection of images whose class is in doubt.
+"""Synthetic images from latents: three sources of these, and rejection of those whose class is in doubt.
 
 A latent is a function of the seed, its class, its place within the class and the number of the attempt. It never
 depends on what else is drawn at the same time.
@@ -7,25 +7,22 @@ depends on what else is drawn at the same time.
 from __future__ import annotations
 
 import hashlib
-import secrets
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.constants import SOURCES, Source
 from glem_augment.data.dataset import ImageData, images_for
-from glem_augment.data.pixels import in_range, to_uint8
+from glem_augment.data.pixels import to_uint8
 from glem_augment.devices import check_worker_device, evaluating
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.balance import ADAPT
 
 # One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
@@ -33,8 +30,6 @@ NOISE_BLOCK = 16
 MAX_ATTEMPTS = 20  # candidates per item under rejection
 # The key in an export's settings that identifies the real images behind a mixup set.
 REAL_IMAGES = "real_images_sha256"
-
-Oracle = Callable[[Tensor], Tensor]
 
 
 class RealLatents:
@@ -55,8 +50,17 @@ class RealLatents:
         self.z, self.sha256 = torch.cat(parts), pixels.hexdigest()
 
 
-class LatentSource:
-    """Draws the latents of items, each given by its class and its place within the class.
+class Drawn(NamedTuple):
+    """Images uint8 [n, C, H, W] on the CPU; how many of them are not finite; what rejection did (zeros without it):
+    candidates drawn, items that never passed, and the sum of confidences."""
+
+    images: Tensor
+    not_finite: int
+    judged: tuple[int, int, float]
+
+
+class Sampler:
+    """From items, each given by its class and its place within the class, to latents and images.
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
@@ -64,6 +68,9 @@ class LatentSource:
 
     P keeps the first `modes` modes (None: 64, or as many as there are), and l ~ Beta(alpha, alpha) is folded to
     [1/2, 1]. `wanted`, bool [K], says which classes will be drawn.
+
+    Under rejection an item is drawn again until the flow's posterior gives its class at least `min_confidence`, at most
+    MAX_ATTEMPTS times; the best candidate is kept if none has that much.
     """
 
     def __init__(
@@ -75,12 +82,16 @@ class LatentSource:
         real: Any,
         modes: int | None,
         alpha: float,
+        min_confidence: float | None,
         wanted: np.ndarray,
     ) -> None:
         check_choice("source", source, SOURCES)
         self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
         self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
         self.alpha = check_number("alpha", alpha, 0.0, float("inf"), open_low=True)
+        if min_confidence is not None:
+            min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
+        self.min_confidence = min_confidence
         self.real: RealLatents | None = None
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
@@ -93,12 +104,46 @@ class LatentSource:
             self.real = RealLatents(model, images)
 
     def settings(self) -> dict[str, Any]:
-        """The settings of mixup, for the provenance."""
-        return {} if self.real is None else {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
+        """The settings that decide what the images are, beside those of every set, for the provenance."""
+        found: dict[str, Any] = {}
+        if self.real is not None:
+            found |= {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
+        if self.min_confidence is not None:
+            found |= {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": "posterior"}
+        return found
 
     @torch.no_grad()
-    def draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
-        """Latents float32 [n, d] on the model's device; cls, within: int64 [n]; attempt > 0 under rejection."""
+    def latents(self, cls: np.ndarray, within: np.ndarray) -> tuple[Tensor, tuple[int, int, float]]:
+        """Latents float32 [n, d] on the model's device, and what rejection did, see `Drawn`; cls, within: int64 [n]."""
+        z = self._draw(cls, within)
+        if self.min_confidence is None:
+            return z, (0, 0, 0.0)
+        confidence, candidates = self._confidence(z, cls), len(cls)
+        for attempt in range(1, MAX_ATTEMPTS):
+            rows = torch.nonzero(confidence < self.min_confidence)[:, 0]
+            if len(rows) == 0:
+                break
+            again = rows.numpy()
+            new = self._draw(cls[again], within[again], attempt)
+            new_confidence = self._confidence(new, cls[again])
+            candidates += len(rows)
+            better = torch.nonzero(new_confidence > confidence[rows])[:, 0]
+            confidence[rows[better]] = new_confidence[better]
+            z[rows[better].to(z.device)] = new[better.to(z.device)]
+        return z, (candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum()))
+
+    @torch.no_grad()
+    def images(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
+        """The images of items; cls, within: int64 [n]."""
+        z, judged = self.latents(cls, within)
+        with evaluating(self.model):
+            x = self.model.decode(z, clamp=False)
+        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
+        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
+        return Drawn(to_uint8(x).cpu(), not_finite, judged)
+
+    def _draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
+        """Latents float32 [n, d] on the model's device; attempt > 0 under rejection."""
         model = self.model
         check_worker_device(model.device)
         if self.source == "mixup":
@@ -140,6 +185,12 @@ class LatentSource:
             sequence = np.random.SeedSequence([self.seed, c, number, attempt])
             yield np.random.Generator(np.random.PCG64(sequence)), c, rows, within[rows] - number * NOISE_BLOCK
 
+    def _confidence(self, z: Tensor, cls: np.ndarray) -> Tensor:
+        """The posterior probability of the class, float32 [n] on the CPU; 0 where it is not finite."""
+        probability = self.model.posterior_from_latents(z)
+        y = torch.from_numpy(cls).to(probability.device)
+        return probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
+
 
 def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
     """Refuse wanted classes without a real image to mix, and warn of those with only one; counts: int64 [K]."""
@@ -163,109 +214,3 @@ def rows_by_block(cls: np.ndarray, within: np.ndarray, size: int) -> dict[tuple[
     for row, block in enumerate(zip(cls.tolist(), (within // size).tolist(), strict=True)):
         rows[block].append(row)
     return rows
-
-
-class Drawn(NamedTuple):
-    """Images uint8 [n, C, H, W] on the CPU; how many of them are not finite; what rejection did (zeros without it):
-    candidates drawn, items that never passed, and the sum of confidences."""
-
-    images: Tensor
-    not_finite: int
-    judged: tuple[int, int, float]
-
-
-class ImageSampler:
-    """From items (class, place within the class) to images: draw, judge, decode.
-
-    Under rejection an item is drawn again until its class has enough probability, at most MAX_ATTEMPTS times; the best
-    candidate is kept if none has.
-    """
-
-    def __init__(self, source: LatentSource, min_confidence: float | None, oracle: Oracle | None) -> None:
-        if min_confidence is not None:
-            min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
-        elif oracle is not None:
-            raise ValueError("an oracle judges by min_confidence: give one, such as 0.5")
-        if oracle is not None and not callable(oracle):
-            raise TypeError(f"oracle must take images and give probabilities, got {type(oracle).__name__}")
-        self.source, self.min_confidence, self.oracle = source, min_confidence, oracle
-        # A function cannot be told from another one by its name, so an export knows it by this random number.
-        self._token = secrets.token_hex(8)
-
-    def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, for the provenance."""
-        settings = self.source.settings()
-        if self.min_confidence is None:
-            return settings
-        judge = "posterior" if self.oracle is None else _identity(self.oracle, self._token)
-        return settings | {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": judge}
-
-    @torch.no_grad()
-    def latents(self, cls: np.ndarray, within: np.ndarray) -> tuple[Tensor, tuple[int, int, float]]:
-        """Latents float32 [n, d] on the model's device, and what rejection did, see `Drawn`; cls, within: int64 [n]."""
-        z = self.source.draw(cls, within)
-        if self.min_confidence is None:
-            return z, (0, 0, 0.0)
-        confidence, candidates = self._confidence(z, cls), len(cls)
-        for attempt in range(1, MAX_ATTEMPTS):
-            rows = torch.nonzero(confidence < self.min_confidence)[:, 0]
-            if len(rows) == 0:
-                break
-            again = rows.numpy()
-            new = self.source.draw(cls[again], within[again], attempt)
-            new_confidence = self._confidence(new, cls[again])
-            candidates += len(rows)
-            better = torch.nonzero(new_confidence > confidence[rows])[:, 0]
-            confidence[rows[better]] = new_confidence[better]
-            z[rows[better].to(z.device)] = new[better.to(z.device)]
-        return z, (candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum()))
-
-    @torch.no_grad()
-    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
-        """The images of items; cls, within: int64 [n]."""
-        z, judged = self.latents(cls, within)
-        x = self._decode(z)
-        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
-        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
-        return Drawn(to_uint8(x).cpu(), not_finite, judged)
-
-    def _confidence(self, z: Tensor, cls: np.ndarray) -> Tensor:
-        """The probability of the class, float32 [n] on the CPU; 0 where it or the image is not finite."""
-        if self.oracle is None:
-            probability = self.source.model.posterior_from_latents(z)
-        else:
-            images = self._decode(z)
-            with evaluating(self.oracle) if isinstance(self.oracle, nn.Module) else nullcontext():
-                output = self.oracle(in_range(images))
-            finite = torch.isfinite(images).flatten(1).all(dim=1, keepdim=True)
-            probability = as_probabilities(output, len(z), self.source.model.num_classes) * finite
-        y = torch.from_numpy(cls).to(probability.device)
-        return probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
-
-    def _decode(self, z: Tensor) -> Tensor:
-        with evaluating(self.source.model):
-            return self.source.model.decode(z, clamp=False)
-
-
-def as_probabilities(output: Tensor, n: int, num_classes: int) -> Tensor:
-    """An oracle's logits or probabilities [n, K] as probabilities float32; NaN in rows that hold NaN or +inf.
-
-    A row from 0 up that sums to 1 holds probabilities; any other row goes through a softmax.
-    """
-    if not isinstance(output, Tensor) or output.shape != (n, num_classes):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"the oracle must give [{n}, {num_classes}], one number per class of the flow; got {got}")
-    # A sum of rounded probabilities misses 1 by about the precision of their type: 8e-3 for bfloat16.
-    tolerance = max(1e-3, 4 * torch.finfo(output.dtype).eps) if output.is_floating_point() else 1e-3
-    output = output.float()
-    summed = ((output.sum(1) - 1).abs() < tolerance) & (output >= 0).all(dim=1)
-    return output.where(summed[:, None], output.softmax(1))
-
-
-def _identity(oracle: Oracle, token: str) -> str:
-    """The name of an oracle, with the SHA-256 of its weights if it is a module, else with the token."""
-    named = oracle if hasattr(oracle, "__qualname__") else type(oracle)
-    name = f"{named.__module__}.{named.__qualname__}"
-    if not isinstance(oracle, nn.Module):
-        return f"{name}, {token}"
-    return f"{name}, weights {weights_sha256(oracle)}"

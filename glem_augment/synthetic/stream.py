@@ -17,7 +17,7 @@ from glem_augment.constants import Source
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import class_values
 from glem_augment.synthetic.dataset import BLOCK, to_pil
-from glem_augment.synthetic.latents import ImageSampler, LatentSource, Oracle
+from glem_augment.synthetic.latents import Sampler
 
 
 class SyntheticStream(IterableDataset):
@@ -35,7 +35,7 @@ class SyntheticStream(IterableDataset):
         length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
         weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from class names, ids or
             indices (the others get no image); None: all the same.
-        temperature, seed, transform, target_transform, source, device, real, modes, alpha, min_confidence, oracle: as
+        temperature, seed, transform, target_transform, source, device, real, modes, alpha, min_confidence: as
             for `SyntheticDataset`.
 
     """
@@ -55,7 +55,6 @@ class SyntheticStream(IterableDataset):
         modes: int | None = None,
         alpha: float = 1.0,
         min_confidence: float | None = None,
-        oracle: Oracle | None = None,
     ) -> None:
         model = as_model(model)
         self.length = None if length is None else check_whole("length", length, 1)
@@ -66,8 +65,8 @@ class SyntheticStream(IterableDataset):
         self.probabilities = frequencies / frequencies.sum()
         self.transform, self.target_transform = transform, target_transform
         wanted = self.probabilities > 0
-        self.latents = LatentSource(model.on(device), source, seed, temperature, real, modes, alpha, wanted)
-        self.sampler = ImageSampler(self.latents, min_confidence, oracle)
+        drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
+        self.sampler = Sampler(model.on(device), *drawing, wanted)
         self.block = BLOCK
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self._sender: tuple[int, int] | None = None  # rank and number of ranks of the process that sent this copy
@@ -102,11 +101,11 @@ class SyntheticStream(IterableDataset):
 
     def _block(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
         """The first `count` items of a block."""
-        sequence = np.random.SeedSequence([self.latents.seed, epoch, number])
+        sequence = np.random.SeedSequence([self.sampler.seed, epoch, number])
         y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
         # Each place is used once over all blocks and epochs; 2^40 images are enough for an epoch.
         within = epoch * 2**40 + number * self.block + np.arange(self.block)
-        drawn = self.sampler.draw(y[:count], within[:count])
+        drawn = self.sampler.images(y[:count], within[:count])
         for picture, label in zip(to_pil(drawn.images), y[:count].tolist(), strict=True):
             yield (
                 picture if self.transform is None else self.transform(picture),

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from glem_augment import GLEM, ImageData
 from glem_augment.synthetic.dataset import SyntheticDataset
-from glem_augment.synthetic.latents import as_probabilities
 
 NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
 
@@ -189,8 +188,6 @@ def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
         ({"source": "vae"}, "'gaussian', 'rfcm', 'mixup'; got 'vae'"),
         ({"source": "mixup", "modes": 8}, "give real="),
         ({"min_confidence": 0.0}, "above 0|from 0"),
-        ({"oracle": len}, "give one, such as 0.5"),
-        ({"min_confidence": 0.5, "oracle": 3}, "oracle must take images"),
     ],
 )
 def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: str) -> None:
@@ -274,57 +271,3 @@ def test_the_best_candidate_stays_if_none_passes(model: GLEM, monkeypatch: pytes
         if attempts == 1:
             assert torch.equal(images, SyntheticDataset(model, **settings).images(range(24)))
     assert (found[3] >= found[1]).all() and (found[3] > found[1]).any()
-
-
-class Brightness(nn.Module):  # gives logits for dark, medium and bright images
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.min() >= 0 and x.max() <= 1 and not self.training
-        mean = x.flatten(1).mean(1, keepdim=True)
-        return -400 * (mean - torch.tensor([0.35, 0.5, 0.65])).abs()
-
-
-def test_an_oracle_rejects(model: GLEM) -> None:
-    net = Brightness().train()
-    data = SyntheticDataset(model, per_class=20, temperature=1.0, min_confidence=0.8, oracle=net)
-    images = data.images(range(60))
-    assert net.training  # as it was
-    confidence = Brightness().eval()(images / 255).softmax(1).gather(1, torch.tensor(data.targets)[:, None])
-    assert (confidence > 0.75).all()  # rounding to uint8 moves it a little
-    assert data.acceptance()["total"]["candidates"] > 60 and data.acceptance()["total"]["failed"] == 0
-    wrong = SyntheticDataset(model, min_confidence=0.5, oracle=lambda x: torch.zeros(len(x), 5))
-    with pytest.raises(ValueError, match=r"\[8, 3\].*got \(8, 5\)"):
-        wrong.images([0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_probabilities_and_logits_of_any_dtype(dtype: torch.dtype) -> None:
-    rows = torch.tensor(
-        [[0.3007, 0.3007, 0.3986], [2.0, 0.5, 0.0], [3.0, -torch.inf, 1.0], [1.2, -0.2, 0.0], [0.4, 0.4, 0.4]]
-    ).to(dtype)
-    found = as_probabilities(rows, 5, 3)
-    assert torch.equal(found[0], rows[0].float())
-    assert torch.equal(found[1:], rows[1:].float().softmax(1))
-    for bad in (torch.nan, torch.inf):
-        assert as_probabilities(torch.tensor([[bad, 0.5, 0.5]], dtype=dtype), 1, 3)[0].isnan().any()
-
-
-def test_what_is_not_finite_is_not_accepted(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", 1)
-    decode = GLEM.decode
-
-    def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
-        x = decode(self, z, clamp)
-        x[1, 0, 0] = torch.nan
-        return x
-
-    monkeypatch.setattr(GLEM, "decode", broken)
-
-    def oracle(x: Tensor) -> Tensor:
-        p = torch.tensor([0.7, 0.3, 0.0]).repeat(len(x), 1)
-        p[0, 2] = torch.nan
-        return p
-
-    data = SyntheticDataset(model, [8, 0, 0], min_confidence=0.5, oracle=oracle)
-    data.images(range(8))
-    total = data.acceptance()["total"]
-    assert total["failed"] == 2 and total["confidence"] == pytest.approx(6 * 0.7 / 8)

@@ -290,23 +290,6 @@ def test_settings_can_be_written_down(tmp_path: Path) -> None:
     assert len({settings[REAL_IMAGES], *hashes}) == 3
 
 
-def test_another_judge_is_another_export(tmp_path: Path) -> None:
-    """A lambda has a name but no identity, since what it calls may have been trained since; a module has weights."""
-
-    def judged(oracle: Callable[[torch.Tensor], torch.Tensor]) -> SyntheticDataset:
-        return make(per_class=4, min_confidence=0.1, oracle=oracle)
-
-    judged(lambda x: torch.zeros(len(x), 3)).export(tmp_path / "out", progress=False)
-    with pytest.raises(FileExistsError, match="other images.*oracle"):
-        judged(lambda x: torch.zeros(len(x), 3)).export(tmp_path / "out", progress=False)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-    for _ in range(2):
-        judged(net).export(tmp_path / "net", progress=False)
-    torch.nn.init.zeros_(net[1].bias)
-    with pytest.raises(FileExistsError, match="other images.*oracle"):
-        judged(net).export(tmp_path / "net", progress=False)
-
-
 def test_class_folders() -> None:
     assert class_folders(["n01440764", "n02102040"], ["tench", "spaniel"]) == ["n01440764", "n02102040"]
     assert class_folders(["0", "1"], ["0", "1"]) == ["0", "1"]
