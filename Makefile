@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CODE := $(wildcard glem_augment tests examples benchmarks)
 
-.PHONY: demo test slow lint format install clean
+.PHONY: demo test slow floor lint format dist install clean
 
 install: $(STAMP)
 
@@ -22,14 +22,34 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m slow
 
+# The tests with the lowest versions that pyproject.toml allows. They want a Python of their time: `PYTHON=python3.10`.
+floor:
+	$(PYTHON) -m venv .venv-floor
+	sed -nE 's/^ +"([A-Za-z-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > .venv-floor/floor.txt
+	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/floor.txt -e '.[test]'
+	.venv-floor/bin/python -m pytest -q -n 2
+
 lint: $(STAMP)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+# Wheel and sdist, tried in a fresh environment: the wheel outside of this folder, and the tests of the sdist.
+dist: $(STAMP)
+	rm -rf dist build .venv-dist
+	$(BIN)/python -m build
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet "$$(ls dist/*.whl)[test]"
+	tar -xzf dist/*.tar.gz -C .venv-dist --strip-components 1 --one-top-level=sdist
+	cd .venv-dist && bin/glem --help > help.txt
+	cd .venv-dist && bin/glem generate bundled:fashion-mnist --per-class 1 --out samples
+	cd .venv-dist/sdist && ../bin/python -m pytest -q --collect-only > ../collected.txt
+	cd .venv-dist/sdist && ../bin/python -m pytest -q tests/test_house.py tests/test_io.py tests/model
+
 clean:
-	rm -rf .venv demo-out build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-dist demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -320,4 +320,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Entry not found"}, headers)
         data = repo.commits[sha][path]
         etag = sha256(data) if path.endswith(LFS_ENDINGS) else git_sha(data)
-        self.send(200, data, {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"})
+        begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))  # a download goes on
+        part = data[int(begin[1]) :] if begin else data
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        if begin:
+            headers["Content-Range"] = f"bytes {begin[1]}-{len(data) - 1}/{len(data)}"
+        self.send(206 if begin else 200, part, headers)

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import HubServer
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, file_download
 from PIL import Image
 
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
@@ -23,6 +23,9 @@ from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
 TOKEN, READER = "hf_writer", "hf_reader"
+close_session = (
+    getattr(huggingface_hub.utils, "close_session", None) or huggingface_hub.utils.reset_sessions
+)  # before 1
 
 
 @pytest.fixture
@@ -31,15 +34,18 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     hub = HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # which has a copy of it before version 1
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     huggingface_hub.utils.disable_progress_bars()
+    close_session()
     yield hub
     hub.close()
+    close_session()
 
 
 def tiny_model(seed: int = 0, **training: object) -> GLEM:
@@ -151,6 +157,7 @@ def test_offline_from_the_cache(
     server, model, commit = pushed
     GLEM.from_pretrained("org/flow")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
     server.requests.clear()
     for name in ("org/flow", f"org/flow@{commit}"):
         assert same(GLEM.from_pretrained(name), model)
@@ -168,7 +175,7 @@ def test_a_hub_that_is_down(pushed: tuple[HubServer, GLEM, str], caplog: pytest.
         assert same(GLEM.from_pretrained("org/flow"), model)
     assert "using the cache" in caplog.text
     server.close()
-    huggingface_hub.utils.close_session()
+    close_session()
     assert same(GLEM.from_pretrained("org/flow"), model)
     refused("can't be reached", "HF_ENDPOINT", "no folder 'org/other'", name="org/other")
     with pytest.raises(HubError, match="can't be reached"):
@@ -186,8 +193,10 @@ def test_an_update_that_fails_leaves_the_earlier_model_for_offline_use(
     with server.faulty(broken, 403):
         refused("403")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
     assert same(GLEM.from_pretrained("org/flow"), old)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
     assert GLEM.from_pretrained("org/flow").origin == f"org/flow@{second}"
 
 
