@@ -21,6 +21,9 @@ from torch import Tensor
 from glem_augment.checks import check_number
 from glem_augment.latent.modes import REST_FLOOR, centred
 
+# With less, float64 can't tell the determinant of two images' covariance from zero.
+_LEAST_RIDGE = 1e-10
+
 __all__ = ["ThinCovariances", "fit_covariances"]
 
 
@@ -33,7 +36,7 @@ def fit_covariances(
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         num_classes: K.
-        ridge: variance that is added in every dimension, as a share of the class's mean variance.
+        ridge: variance that is added in every dimension, as a share of the class's mean variance, at least 1e-10.
 
     Raises:
         DataError: a class has fewer than two images, or latents that are not finite.
@@ -48,7 +51,7 @@ def fit_covariances(
         if len(rows) > rows.shape[1]:
             rows = torch.linalg.qr(rows, mode="r").R  # the same F^T F in d rows
         means.append(mean.float())
-        floor = max(REST_FLOOR, ridge * float(rows.square().sum(0).mean()))
+        floor = max(REST_FLOOR, max(ridge, _LEAST_RIDGE) * float(rows.square().sum(0).mean()))
         diagonals.append(torch.full_like(means[-1], floor))
         factors.append(rows.float())
     return ThinCovariances(torch.stack(means), torch.stack(diagonals), factors, torch.tensor(counts))

@@ -71,7 +71,7 @@ def test_weak_modes_stay_orthonormal() -> None:
     torch.testing.assert_close(v @ v.T, torch.eye(5), atol=1e-6, rtol=0)
 
 
-def test_rank_deficient_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_deficient_latents() -> None:
     """Two images, duplicates, constant dimensions, or nothing but one image over and over."""
     one, other = torch.randn(2, 1, 30).double().unbind()
     pairs = [torch.cat([one, other]), torch.cat([one, other] * 20), torch.cat([one] * 5), torch.full((5, 30), 0.25)]
@@ -84,15 +84,27 @@ def test_rank_deficient_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (modes.rest[2:] == REST_FLOOR).all()
     assert torch.isfinite(modes.sample(torch.arange(4))).all()
 
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e6])
+def test_two_images_per_class_whose_eigenvalues_repeat(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Unit vectors as latents, one class of one image twice (zero rows), and `eigh` that does not converge."""
+    latents = list(torch.eye(40).double().mul_(scale).unflatten(0, (20, 2)))
+    latents[3] = latents[3][:1].repeat(2, 1)
+    want = fit(latents, rank=6)
+    torch.testing.assert_close(want.scales[:, 0], torch.tensor([scale] * 3 + [0] + [scale] * 16))
+
     def fails(_: Tensor) -> None:
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
-    latents = make_latents([9, 60], dim=24)
-    want = fit(latents, rank=6)
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     found = fit(latents, rank=6)
-    torch.testing.assert_close(found.directions, want.directions, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.scales, want.scales)
+    for modes in (want, found):
+        assert modes.fewest_and_most == (0, 1)
+        torch.testing.assert_close(modes.directions[0, 0].abs(), torch.eye(40)[:2].sum(0) * 2**-0.5)
+        v = modes.shared_directions
+        torch.testing.assert_close(v @ v.T, torch.eye(6), atol=1e-6, rtol=0)
+        torch.testing.assert_close(modes.shared_scales, torch.full((6,), scale * 20**-0.5))
 
 
 @pytest.mark.parametrize(("counts", "dim"), [([30, 12, 50, 25], 20), ([30, 12, 50, 25], 150), ([40] * 20, 140)])

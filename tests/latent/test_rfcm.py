@@ -61,12 +61,13 @@ def test_woodbury_scores_equal_the_dense_density(count: int, ridge: float) -> No
         torch.testing.assert_close(scores[:, y], expected, rtol=1e-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e6])
 @pytest.mark.parametrize("ridge", [0.0, 1e-4])
-def test_rank_deficient_classes_can_be_sampled_and_scored(ridge: float) -> None:
+def test_rank_deficient_classes_can_be_sampled_and_scored(ridge: float, scale: float) -> None:
     """Two images, duplicates, and one image over and over."""
-    pair = torch.randn(2, 30)
-    thin = fit([pair, pair.repeat(20, 1), pair[:1].repeat(5, 1)], ridge)
-    z = thin.sample(torch.arange(3))
+    pairs = torch.randn(12, 2, 30) * scale
+    thin = fit([*pairs, pairs[0].repeat(20, 1), pairs[0, :1].repeat(5, 1)], ridge)
+    z = thin.sample(torch.arange(14))
     assert z.isfinite().all() and thin.log_prob(z).isfinite().all()
 
 

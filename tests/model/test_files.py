@@ -90,6 +90,10 @@ def test_bundled_models_classify_and_invert(name: str, bundled_test) -> None:
     assert float(model.bits_per_dim(x, y).mean()) < 4
     report = model.check_invertibility(x)
     assert report["within_half_step"] >= 0.9999 and report["non_finite"] == 0
+    # Images unlike the training data ask for float64.
+    board = ((torch.arange(28)[:, None] + torch.arange(28)) % 2 * 255).expand(1, 1, 28, 28)
+    odd = torch.cat([torch.randint(0, 256, (2, 1, 28, 28)), board, 255 - x[:2].long()]).to(torch.uint8)
+    assert model.round_trip_error(odd).amax() > 0.5 and model.double().round_trip_error(odd).amax() < 0.01
 
 
 # ---- files that do not -----------------------------------------------------------------------------------------------
