@@ -114,7 +114,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if model.config.training["worse_than_independent_pixels"]:
         note(
             f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f} bits/dim: "
-            "this flow has learned nothing that could move or make images. Train for more --epochs, or at a lower --lr"
+            "this flow is no model of the images yet. Train for more --epochs, or at a lower --lr"
         )
     return 0
 

@@ -263,7 +263,7 @@ def _warning(training: Mapping[str, Any]) -> str:
     pixels = f"{training['independent_pixels']:.4g}" if _is_number(training.get("independent_pixels")) else "unknown"
     return (
         f"\n**At the end of its training this flow was a worse model of the images than independent pixels ({pixels} "
-        "bits/dim): it has learned nothing that could move or make images.**\n"
+        "bits/dim): images drawn from it are noise.**\n"
     )
 
 

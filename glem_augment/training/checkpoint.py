@@ -1,7 +1,7 @@
 """The checkpoints in a run's folder, and whether one belongs to the run at hand.
 
-A checkpoint is one safetensors file that holds tensors and JSON, with a digest over both, which finds damage. Nothing
-in it is ever executed. There are two names, each always a whole file or absent:
+A checkpoint is a safetensors file of tensors and JSON, followed by a digest, which finds damage and other formats.
+Nothing in it is ever executed. There are two names, each always a whole file or absent:
 
 - `checkpoint.safetensors`: the newest state;
 - `checkpoint.good.safetensors`: the state that a diverged run returns to, and from which a run goes on whose newest is
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
@@ -34,7 +33,7 @@ from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training.config import TrainConfig
 
 NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
-_KEY, VERSION = "glem-augment-state", 4
+_KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4", 32
 # Settings in which the two halves of a run may differ. "threads", "memory" and "compile" change the order of additions,
 # and with it the last bits of the weights; "refit_beta" and "modes_rank" act after the last step.
 FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "refit_beta", "modes_rank"}
@@ -70,12 +69,10 @@ def to_bytes(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     Raises:
         ValueError, TypeError: `facts` holds something that JSON can't carry; NaN and infinity are refused.
     """
-    text = json.dumps(facts, sort_keys=True, allow_nan=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # The facts are text inside the JSON, so that the digest is over exactly what is read back. There is one entry of
-    # metadata because safetensors writes several in random order.
-    record = json.dumps({"version": VERSION, "sha256": _digest(text, plain), "facts": text})
-    return safetensors_save(plain, metadata={_KEY: record})
+    # There is one entry of metadata because safetensors writes several in random order.
+    data = safetensors_save(plain, metadata={_KEY: json.dumps(facts, sort_keys=True, allow_nan=False)})
+    return data + _digest(data)
 
 
 def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,35 +81,22 @@ def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Tensors can't be larger than the file that holds them, so the memory that this takes is bounded by `len(data)`.
 
     Raises:
-        TrainingError: truncated, changed or foreign bytes, or another version.
+        TrainingError: truncated, changed or foreign bytes, or those of another version.
     """
+    state, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if digest != _digest(state):
+        raise TrainingError("it is damaged, or was written by another version, which can finish that run")
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        record = json.loads(header["__metadata__"][_KEY])
-        version, text, digest = record["version"], record["facts"], record["sha256"]
-        tensors, facts = safetensors_load(data), json.loads(text)
-        intact = _digest(text, tensors) == digest
+        header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
+        return json.loads(header["__metadata__"][_KEY]), safetensors_load(state)
     except MemoryError:
         raise
     except Exception as error:  # safetensors, json and torch each have their own for bytes that make no sense
-        raise TrainingError(f"it is truncated, or no checkpoint ({str(error)[:200]})") from None
-    if version != VERSION:
-        raise TrainingError(
-            f"it has format {version!r}, this version reads {VERSION}; finish that run with the version that began it"
-        )
-    if not intact:
-        raise TrainingError("its contents do not match its checksum")
-    return facts, tensors
+        raise TrainingError(f"it is no checkpoint ({str(error)[:200]})") from None
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the JSON, and over the name, dtype, shape and bytes of every tensor."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _digest(state: bytes) -> bytes:
+    return hashlib.sha256(_FORMAT + state).digest()
 
 
 # ---- the folder --------------------------------------------------------------------------------------------------

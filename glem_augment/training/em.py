@@ -232,11 +232,11 @@ class EM:
 
     def m_step(self) -> None:
         """One pass over D_g and `m_steps` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
-        beta, first = self.beta(), self.m_done * self.config.m_steps
+        beta, steps = self.beta(), self.config.m_steps
         statistics, began = self._latent_pass(self.m_done, self.split.g, keep=bool(beta)), time.monotonic()
-        for rate in self.m_rates[first : first + self.config.m_steps]:
+        for rate in self.m_rates[self.m_done * steps : (self.m_done + 1) * steps]:
             self._gaussian_step(statistics, rate * self.lr_scale, beta)
-        self.latent_seconds = (time.monotonic() - began) / (self.config.m_steps * len(self.split.g))
+        self.latent_seconds = (time.monotonic() - began) / (steps * len(self.split.g))
         if self.m_done == 0:
             # As the authors do: the moments of the first, large gradients are forgotten.
             self.m_optimizer.state.clear()
