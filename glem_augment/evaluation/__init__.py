@@ -8,7 +8,7 @@ from glem_augment.evaluation.quality import (
     label_reliability,
     memorisation_ratio,
 )
-from glem_augment.evaluation.tuning import choose_strength
+from glem_augment.evaluation.tuning import choose_strength, moves_put_back
 
 __all__ = ["choose_strength", "coverage", "evaluate", "feature_fid", "features_and_logits"]
-__all__ += ["label_reliability", "memorisation_ratio"]
+__all__ += ["label_reliability", "memorisation_ratio", "moves_put_back"]

@@ -1,6 +1,6 @@
-"""Choosing the strength of moves on images held out of the training set, never on the test set.
+"""How strong moves may be: before they are put back, and before a trained classifier takes them for other classes.
 
-It takes seconds: a trained classifier tells how strong a move may be before labels become wrong.
+Both take seconds. Use images held out of the training set, never the test set.
 """
 
 from __future__ import annotations
@@ -8,19 +8,51 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from glem_augment.augment.labels import label_classes
+from glem_augment.augment.moves import LADDER, MOST_PUT_BACK, basis_of, put_back
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number
+from glem_augment.data.dataset import ImageData
 from glem_augment.devices import evaluating
+from glem_augment.evaluation.metrics import spread
+from glem_augment.model.glem import GLEM
 
-__all__ = ["StrengthReport", "StrengthRow", "choose_strength"]
+__all__ = ["StrengthReport", "StrengthRow", "choose_strength", "moves_put_back"]
+
+
+@torch.no_grad()
+def moves_put_back(model: GLEM, data: ImageData, images: int = 128) -> dict[str, Any]:
+    """Share of the moves that `GLEMAugment` puts back at its default settings, because the result is not plausible.
+
+    Args:
+        data: images of the flow's shape, labelled by its class indices. images: how many are moved, evenly spread.
+
+    Returns:
+        `mixup`: the share for policy "mixup" (images that the flow does not give back included); `noise`: that for
+        "noise" at each strength from which "auto" chooses; `strength`: what it chooses on these images.
+
+    Raises:
+        ValueError: a model without modes.
+    """
+    count = min(images, len(data))
+    x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
+    aug = GLEMAugment(model, p=1.0, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the result tells the same
+        aug(x, y)
+    z, basis = model.encode(x)[0], basis_of(model, aug.basis, aug.modes, y)
+    noise = {t: put_back(model, z, basis, t, aug.margin) for t in LADDER}
+    strength = next((t for t, share in noise.items() if share <= MOST_PUT_BACK), LADDER[-1])
+    return {"images": count, "mixup": aug.stats["replaced"] / count, "noise": noise, "strength": strength}
 
 
 @dataclass(frozen=True)

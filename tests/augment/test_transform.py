@@ -297,6 +297,70 @@ def test_implausible_images_are_replaced_with_their_labels(
     assert inside.stats["replaced"] == int(not abs(bad) < 3)
 
 
+def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images unlike those that a flow was trained on are not always given back by its inverse."""
+    flow = GLEM.from_pretrained("bundled:fashion-mnist")
+    noise = torch.randint(0, 256, (24, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.cat([noise, 255 - bundled_test.tensor()[::100]])
+    aug = GLEMAugment(flow, p=1.0, policy="noise", strength=0.0, seed=0)
+    assert torch.equal(aug(x, labels(len(x), 10))[0], x)
+    decode = GLEM.decode
+    # The last latent is that of the last image before its move.
+    monkeypatch.setattr(
+        GLEM, "decode", lambda *a, **k: decode(*a, **k) + 0.003 * (torch.arange(24) == 23)[:, None, None, None]
+    )
+    x, y = bundled_test.tensor()[:960:80], torch.from_numpy(bundled_test.targets[:960:80])
+    aug = GLEMAugment(flow, p=1.0, partner="any", seed=0)
+    out, target = aug(x, y)
+    assert (out != x).flatten(1).any(1).tolist() == [True] * 11 + [False] and aug.stats["replaced"] == 1
+    assert torch.equal(target[11], torch.eye(10)[y[11]]) and not torch.equal(target[:11], torch.eye(10)[y[:11]])
+
+
+def wild(factor: float) -> GLEM:
+    """A flow whose modes are so much longer, so that stronger moves leave the range."""
+    own = make_model()
+    own.modes.scales.mul_(factor)
+    return own
+
+
+def test_auto_is_the_largest_strength_that_the_first_images_allow(model: GLEM) -> None:
+    x, y = images(32) / 255, labels(32)
+    settings: dict[str, Any] = {"policy": "noise", "seed": 0}
+    for flow, strength in ((model, 0.5), (wild(20.0), 0.125), (wild(1e3), 0.0625)):
+        aug, fixed = GLEMAugment(flow, **settings), GLEMAugment(flow, **settings, strength=strength)
+        aug.p = fixed.p = 0.0
+        assert aug(x, y)[0] is x and fixed(x, y)[0] is x and aug.chosen_strength is None
+        aug.p = fixed.p = 0.5
+        params = aug.draw(x, y)
+        first = aug.apply(x, y, params)[0]
+        assert aug.strength == "auto" and aug.chosen_strength == strength == fixed.chosen_strength
+        assert torch.equal(first, fixed.apply(x, y, params)[0]) and torch.equal(first, aug.apply(x, y, params)[0])
+    assert GLEMAugment(model, **settings, p=1.0)(x, y)[0].shape == x.shape
+
+
+def test_what_auto_chose_is_kept_by_copies_states_and_workers(model: GLEM, tmp_path: Path) -> None:
+    x, y = images(32) / 255, labels(32)
+    settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "seed": 0}
+    aug = GLEMAugment(wild(20.0), **settings)
+    aug(x, y)
+    assert aug.stats["replaced"] <= 0.05 * 32 and aug.to_config()["strength"] == "auto"
+    torch.save(aug.state_dict(), tmp_path / "state.pt")
+    later = GLEMAugment(model, **settings)  # it would choose another
+    later.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    later(x, y)
+    for twin in (later, copy.deepcopy(aug), pickle.loads(pickle.dumps(aug))):
+        assert twin.chosen_strength == 0.125
+    before = GLEMAugment(model, **settings)
+    before.set_extra_state({"seed": 3, "calls": 2})  # as it was saved before there was "auto"
+    assert before.seed == 3 and before.chosen_strength is None
+    aug.strength = 0.3
+    assert aug.chosen_strength == 0.3
+    aug = GLEMAugment(wild(20.0), **settings)
+    samples = list(zip(x, y.tolist(), strict=True))
+    list(DataLoader(samples, 16, num_workers=2, collate_fn=aug.collate_fn()))
+    assert aug.get_extra_state()["strength"] == [1250, 1250] and aug.chosen_strength == 0.125
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -347,6 +411,7 @@ def test_settings_go_through_json(model: GLEM) -> None:
         ({"policy": "cutmix"}, "'mixup', 'noise', 'adversarial'; got 'cutmix'"),
         ({"partner": "near"}, "'same', 'any'; got 'near'"),
         ({"p": 1.5}, "p must be from 0 to 1, got 1.5"),
+        ({"strength": "strong"}, "strength must be a number, got 'strong'"),
         ({"alpha": 0.0}, "alpha must be finite and above 0"),
         ({"modes": 65}, "from 1 to 64.*got 65"),
         ({"mean": 0.5}, "mean and std together"),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment import GLEM, GLEMAugment
-from glem_augment.evaluation.tuning import choose_strength
+from glem_augment import GLEM, GLEMAugment, ImageData
+from glem_augment.evaluation.tuning import choose_strength, moves_put_back
 
 
 def images(n: int, seed: int = 0) -> Tensor:
@@ -37,6 +37,20 @@ class ByBrightness(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return -(x.flatten(1).mean(1, keepdim=True) - torch.tensor([0.2, 0.4, 0.6, 0.8])).abs()
+
+
+def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
+    own = flow(images(320), labels(320), 64)
+    own.modes.scales.mul_(20.0)  # the stronger moves leave the range
+    data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
+    found = moves_put_back(own, data, images=300)
+    assert found["images"] == 300 and found["mixup"] == 0.0 and found["strength"] == 0.125
+    x, y = data.tensor(), torch.from_numpy(data.targets)
+    for strength, share in found["noise"].items():
+        aug = GLEMAugment(own, p=1.0, policy="noise", strength=strength, seed=0)
+        aug(x, y)
+        assert share == pytest.approx(aug.stats["replaced"] / 400, abs=0.1)
+    assert found["noise"][0.5] > 0.9 > 0.05 >= found["noise"][0.125]
 
 
 def test_the_largest_strength_that_keeps_the_labels() -> None:
