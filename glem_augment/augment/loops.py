@@ -158,9 +158,9 @@ def _warn_unless_sharded(loader: Any) -> None:
         return
     if not any(hasattr(part, n) for part in (sampler, batches, data, state) for n in ("num_replicas", "num_processes")):
         warnings.warn(
-            f"each of the {world} processes goes through all {len(data)} images, since neither the sampler nor the "
-            "data set of this loader is shared out: give the DataLoader a DistributedSampler; with accelerate wrap "
-            "what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in "
+            f"each of the {world} processes goes through all {len(loader.dataset)} images, since neither the sampler "
+            "nor the data set of this loader is shared out: give the DataLoader a DistributedSampler; with accelerate "
+            "wrap what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in "
             "on_after_batch_transfer",
             stacklevel=3,
         )

@@ -115,9 +115,9 @@ class MoveCounts:
         if replaced + unmapped > self.MOST * selected:
             warnings.warn(
                 f"of the first {selected} images chosen {replaced} were kept as they were because the moved ones were "
-                f"not plausible, or the flow does not give the originals back, and {unmapped} because the flow does not "
-                "have their class (see aug.stats). Fit the flow to images like these (model.adapt), lower the strength, "
-                "or put the transform before strong crops, RandAugment and RandomErasing",
+                f"not plausible or the flow does not give the originals back, and {unmapped} because the flow does not "
+                "have their class (see aug.stats). Fit the flow to images like these (model.adapt), lower the "
+                "strength, or put the transform before strong crops, RandAugment and RandomErasing",
                 stacklevel=5,
             )
 

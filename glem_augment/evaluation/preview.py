@@ -10,6 +10,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from glem_augment.augment.transform import GLEMAugment
+from glem_augment.constants import POLICIES, Policy
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
@@ -59,7 +61,7 @@ def preview(
     model: GLEM,
     data: ImageData,
     rows: int = 6,
-    policies: Sequence[str] = ("mixup", "noise"),
+    policies: Sequence[Literal["mixup", "noise"]] = POLICIES,
     modes: int | None = None,
     seed: int = 0,
 ) -> Image.Image:
@@ -69,7 +71,6 @@ def preview(
         model: without stored class modes, augmentations and RFCM samples are left out.
         data: real images of the flow's shape, labelled by the flow's class indices.
         rows: real images to augment, of as many classes as possible.
-        policies: "mixup", "noise" or both.
         modes: principal modes to move along; by default all that are stored.
         seed: the same call gives the same picture.
 
@@ -109,7 +110,7 @@ def contact_sheet(
 # ---- the sections ------------------------------------------------------------------------------------------------
 
 
-def _augmentations(model: GLEM, data: ImageData, rows: int, policy: str, modes: int, seed: int) -> Section:
+def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int) -> Section:
     """Real images and what GLEMAugment makes of them at rising strength, with the same draw all along a row."""
     chosen, partners = _pairs(data, rows, seed)
     x, y = _load(data, np.concatenate([chosen, partners]), model.device)

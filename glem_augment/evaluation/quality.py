@@ -6,6 +6,8 @@ paper's oracle, Sec. 5.1), or from any timm network.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,14 +35,15 @@ def features_and_logits(
         features [N, m] and logits [N, K], on the CPU.
     """
     device = next(network.parameters()).device
+    net: Any = network  # type checkers know nothing of timm's methods
     features, logits = [], []
     with evaluating(network):
         for part in x.split(batch_size):
             part = part.to(device)
             part = part.float() / 255 if part.dtype == torch.uint8 else part
-            pooled = network.forward_head(network.forward_features((part - mean) / std), pre_logits=True)
+            pooled = net.forward_head(net.forward_features((part - mean) / std), pre_logits=True)
             features.append(pooled.cpu())
-            logits.append(network.get_classifier()(pooled).cpu())
+            logits.append(net.get_classifier()(pooled).cpu())
     return torch.cat(features), torch.cat(logits)
 
 
