@@ -419,7 +419,7 @@ def add_push(commands: Any) -> None:
     card.add_argument("--license", metavar="ID", help="of the training images, as the Hub names it: mit, other, ...")
     card.add_argument("--license-name", metavar="NAME", help="with --license other")
     card.add_argument("--license-link", metavar="URL", help="with --license other")
-    several = {"action": "append", "default": []}
+    several: dict[str, Any] = {"action": "append", "default": []}
     card.add_argument(
         "--dataset", dest="datasets", metavar="ID", help="training data on the Hub; repeatable", **several
     )

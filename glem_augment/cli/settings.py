@@ -137,14 +137,15 @@ def _parsing(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
     kind = about["kind"]
     if isinstance(kind, tuple):
         return {"choices": kind}
-    return {
+    parsing: dict[Any, dict[str, Any]] = {
         bool: {"action": argparse.BooleanOptionalAction},
         int: {"type": whole(0), "metavar": "N"},
         float: {"type": number(), "metavar": "X"},
         "numbers": {"nargs": "+", "metavar": "X"},
         "names": {"type": _names, "metavar": "LIST"},
         "table": {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"},
-    }[kind]
+    }
+    return parsing[kind]
 
 
 def _flow_option(text: str) -> tuple[str, Any]:

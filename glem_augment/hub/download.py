@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -46,12 +47,13 @@ def download_model(
     # A mistyped folder looks like a name on the Hub.
     hint = "" if os.fspath(text).startswith(PREFIX) else f" (and there is no folder {os.fspath(text)!r} here)"
     cache = None if cache_dir is None else str(expand(cache_dir))
+    client: dict[str, Any] = {"cache_dir": cache, "token": token, "library_name": LIBRARY}
     with hub_errors(name, hint=hint):
         files = _ask(name, cache, token)
 
         def fetch(file: str, revision: str | None) -> Path:
-            options = dict(cache_dir=cache, token=token, local_files_only=files is None, library_name=LIBRARY)
-            return Path(hf_hub_download(name.repo_id, file, revision=revision, **options))
+            options: dict[str, Any] = {**client, "local_files_only": files is None}
+            return Path(str(hf_hub_download(name.repo_id, file, revision=revision, **options)))
 
         if files is not None:
             _check_listing(name, files)
@@ -86,10 +88,11 @@ def download_jet(
         ModelFileError, HubError: as `download_model`.
     """
     name = _name(text, revision)
-    options = dict(cache_dir=None if cache_dir is None else str(expand(cache_dir)), token=token, library_name=LIBRARY)
+    cache = None if cache_dir is None else str(expand(cache_dir))
+    options: dict[str, Any] = {"cache_dir": cache, "token": token, "library_name": LIBRARY}
     with hub_errors(name):
         wanted = ["*.safetensors", "README.md"]
-        folder = Path(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **options))
+        folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **options)))
         found = HubName(name.repo_id, folder.name)
         files, card = sorted(folder.glob("*.safetensors")), folder / "README.md"
         if len(files) != 1:
@@ -126,9 +129,9 @@ def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInf
     if cached and re.fullmatch(r"[0-9a-f]{40}", name.revision or ""):
         return None
     try:
-        options = dict(token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return HfApi(library_name=LIBRARY).model_info(
-            name.repo_id, revision=name.revision, files_metadata=True, **options
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return HfApi(library_name=LIBRARY, token=token).model_info(
+            name.repo_id, revision=name.revision, files_metadata=True, timeout=timeout
         )
     except Exception as error:  # see `hub_errors`
         if not cached or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):

@@ -100,7 +100,7 @@ def _draw_samples(model: GLEM, path: Path) -> None:
 
 def write_card(card: RepoCard, folder: Path) -> None:
     """Write a card to `folder`, marked as generated; warn if it has to say that the licence is unknown."""
-    if card.data.license is None:
+    if card.data.get("license") is None:
         _log.warning(
             "no licence is given, so the card says that it is unknown. Samples inherit the licence of the images that "
             "the flow was trained on: state it with license= (--license)"
