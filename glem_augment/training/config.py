@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from glem_augment.checks import check_choice, check_number, check_whole
+from glem_augment.checks import check_choice, check_number, check_whole, closest
 from glem_augment.constants import PRESET_NAMES
 
 OBJECTIVES = ("glem", "saturating", "mle", "hybrid", "ib")
@@ -201,7 +201,8 @@ def check_names(settings: Mapping[str, Any], where: str = "") -> None:
     """ValueError, beginning with `where`, if there is no setting of one of these names."""
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
-        raise ValueError(f"{where}unknown training settings {unknown}; known are {', '.join(sorted(SETTINGS))}")
+        known = f"known are {', '.join(sorted(SETTINGS))}{closest(unknown[0], SETTINGS)}"
+        raise ValueError(f"{where}unknown training settings {unknown}; {known}")
 
 
 def check_setting(name: str, value: Any) -> Any:

@@ -125,7 +125,7 @@ def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("epoch: 3\n", ["unknown training settings", "epoch", "epochs"]),
+        ("epoch: 3\n", ["unknown training settings", "did you mean epochs?"]),
         ("epochs: many\n", ["epochs can't be 'many'"]),
         ("lr: [1]\n", ["lr must be a number"]),
         ("- a\n", ["must hold a table"]),
@@ -284,7 +284,9 @@ def pixels_of(folder: Path) -> list[tuple[str, bytes]]:
     return [(data.classes[label], image.tobytes()) for image, label in data]
 
 
-def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output) -> None:
+def test_generate_counts_by_class(
+    trained: Path, tmp_path: Path, output: Output, caplog: pytest.LogCaptureFixture
+) -> None:
     base = [str(trained), "--seed", "5", "--per-class"]
     summary = generated([*base, "dog=2, bird=1", "--out", str(tmp_path / "a")], output)
     assert summary["per_class"] == {"bird": 1, "dog": 2} and summary["images"] == 3
@@ -297,18 +299,20 @@ def test_generate_counts_by_class(trained: Path, tmp_path: Path, output: Output)
     # Real images of another size and other names; one class of the flow is not among them.
     write_images(tmp_path / "real", ("felix", "hond"), (20, 12), 4)
     for i in range(3):
-        (tmp_path / "real" / "felix" / f"{i}.png").unlink()
+        (tmp_path / "real" / "hond" / f"{i}.png").unlink()
     (tmp_path / "map.json").write_text('{"felix": "cat", "hond": "dog"}')
     argv = [*base, "balance", "--real", str(tmp_path / "real"), "--class-map", str(tmp_path / "map.json")]
     summary = generated([*argv, "--out", str(tmp_path / "c")], output)
-    assert summary["per_class"] == {"cat": 3}
-    # Shards have numbers alone: those of the real images, of which felix is the first.
+    assert summary["per_class"] == {"dog": 3}
+    assert f"{tmp_path / 'c'} has no folder for 1 of 2 classes" in caplog.text and "classes.json" in caplog.text
+    assert json.loads((tmp_path / "c" / "classes.json").read_text()) == {"cat": 0, "dog": 1}
+    # Shards have numbers alone: those of the real images, of which hond is the second.
     generated([*argv, "--out", str(tmp_path / "e"), "--format", "webdataset"], output)
     with tarfile.open(tmp_path / "e" / "data" / "train-00000-of-00001.tar") as archive:
         found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]
-    assert found == [b"0"] * 3
+    assert found == [b"1"] * 3
     classes = json.loads((tmp_path / "e" / "glem-provenance.json").read_text())["classes"]
-    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 3), (1, "dog", 0)]
+    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 0), (1, "dog", 3)]
 
 
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
