@@ -84,10 +84,10 @@ class ImageData(Dataset):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches (uint8 [B,C,H,W], int64 [B]) in the order of `indices`; the last one may be smaller.
 
-        Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes. Wrong indices (see
-        `subset`) and a `batch_size` below 1 (ValueError) are refused at the call.
+        Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes. Wrong indices and a
+        `batch_size` below 1 (ValueError) are refused at the call.
         """
-        chosen = _check_indices(indices, len(self))
+        chosen = check_indices(indices, len(self))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if self._pixels is None:
@@ -97,11 +97,8 @@ class ImageData(Dataset):
         return ((self._pixels[part], y) for part, y in zip(rows, labels, strict=True) if len(part))
 
     def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageData:
-        """The images at `indices`, in that order, sharing the pixels in memory.
-
-        IndexError: an index outside 0..N-1. TypeError: indices that are not integers.
-        """
-        chosen = _check_indices(indices, len(self))
+        """The images at `indices`, in that order, sharing the pixels in memory; errors as in `check_indices`."""
+        chosen = check_indices(indices, len(self))
         other = copy.copy(self)
         other._rows, other.targets = self._rows[chosen], self.targets[chosen]
         return other
@@ -339,14 +336,12 @@ def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-def _check_indices(indices: Sequence[int] | np.ndarray | torch.Tensor, count: int) -> np.ndarray:
+def check_indices(indices: Sequence[int] | np.ndarray | torch.Tensor, count: int) -> np.ndarray:
+    """Indices as int64 [n]; negative ones count from the end. TypeError: no integers. IndexError: out of range."""
     chosen = np.asarray(indices)
     if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
         raise TypeError(f"indices must be integers, got {chosen.dtype}")
-    chosen = chosen.astype(np.int64).reshape(-1)
-    if chosen.size and (chosen.min() < 0 or chosen.max() >= count):
-        raise IndexError(f"indices must lie in 0..{count - 1}, got {chosen.min()}..{chosen.max()}")
-    return chosen
+    return np.arange(count)[chosen.astype(np.int64).reshape(-1)]
 
 
 def _printable(text: str) -> str:

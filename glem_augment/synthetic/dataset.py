@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from glem_augment.checks import check_choice, check_whole
 from glem_augment.constants import FORMATS, Format, Source
-from glem_augment.data.dataset import ImageData
+from glem_augment.data.dataset import ImageData, check_indices
 from glem_augment.data.sources import open_source
 from glem_augment.devices import weights_key
 from glem_augment.io import expand
@@ -282,10 +282,7 @@ class SyntheticDataset(Dataset):
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Class and place within the class of every index, int64 [n] each."""
-        index = np.asarray(indices)
-        if index.size and not np.issubdtype(index.dtype, np.integer):
-            raise TypeError(f"indices must be integers, got {index.dtype}")
-        index = np.arange(len(self))[index.astype(np.int64)]  # negative ones count from the end
+        index = check_indices(indices, len(self))
         cls = np.searchsorted(self._starts, index, side="right") - 1
         return cls, index - self._starts[cls]
 
