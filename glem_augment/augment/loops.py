@@ -153,10 +153,12 @@ def _warn_unless_sharded(loader: Any) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     world = torch.distributed.get_world_size()
-    sampler, batches, data, state = (getattr(loader, n, None) for n in ("sampler", "batch_sampler", "dataset", "state"))
+    names = ("sampler", "batch_sampler", "dataset", "state")
+    parts: list[Any] = [getattr(loader, name, None) for name in names]
+    sampler, _, data, _ = parts
     if world == 1 or sampler is None or isinstance(data, IterableDataset):
         return
-    if not any(hasattr(part, n) for part in (sampler, batches, data, state) for n in ("num_replicas", "num_processes")):
+    if not any(hasattr(part, n) for part in parts for n in ("num_replicas", "num_processes")):
         warnings.warn(
             f"each of the {world} processes goes through all {len(loader.dataset)} images, since neither the sampler "
             "nor the data set of this loader is shared out: give the DataLoader a DistributedSampler; with accelerate "

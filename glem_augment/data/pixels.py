@@ -131,8 +131,9 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: torch.Generator |
     """
     is_float = x.dtype != torch.uint8
     levels = x.to(dtype) * (2**bits - 1) if is_float else (x >> (8 - bits)).to(dtype)
+    u: Tensor | float = 0.5
     if noise is None:
-        u = 0.5
+        pass
     elif is_float:
         gap = levels.detach().round() - levels.detach()
         rounding = max(torch.finfo(x.dtype).eps, torch.finfo(dtype).eps) * 2**bits

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment.devices import evaluating
 from glem_augment.errors import DataError
@@ -22,7 +22,7 @@ _CHUNK = 512
 
 @torch.no_grad()
 def features_and_logits(
-    network: nn.Module, x: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0, batch_size: int = 256
+    network: Any, x: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Penultimate features and logits of a timm network, in eval mode.
 

@@ -23,7 +23,7 @@ class Coupling(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
+        self.n = channels // 2
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """The map of the second half.
@@ -40,7 +40,7 @@ class Coupling(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves."""
-        first, second = x.split(self.half)
+        first, second = x.split(self.n)
         return first, second
 
     def merge(self, x1: Tensor, x2: Tensor) -> Tensor:
@@ -72,10 +72,10 @@ class AffineCoupling(Coupling):
     def __init__(self, channels: int, subnet: SubnetFactory, bound: float = 2.0) -> None:
         super().__init__(channels)
         self.bound = float(bound)
-        self.net = subnet(self.half, 2 * self.half)
+        self.net = subnet(self.n, 2 * self.n)
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        raw, shift = params.transpose(0, 1).contiguous().split(self.half)
+        raw, shift = params.transpose(0, 1).contiguous().split(self.n)
         # bound * tanh(raw / bound), by way of the sigmoid: on many processors tanh takes several times as long.
         log_scale = torch.sigmoid(raw * (2 / self.bound)).sub(0.5).mul_(2 * self.bound)
         logdet = log_scale.sum((0, 2, 3))
@@ -125,7 +125,7 @@ class MatExpCoupling(Coupling):
 
     def __init__(self, channels: int, subnet: SubnetFactory, bound: float = 1.0, rank: int = 3) -> None:
         super().__init__(channels)
-        n = self.half
+        n = self.n
         self.bound, self.rank = float(bound), int(rank)
         self.low_rank = n > FULL_MATRIX_UP_TO
         outputs = 2 * n * self.rank if self.low_rank else n * n
@@ -136,7 +136,7 @@ class MatExpCoupling(Coupling):
 
     @torch.compiler.disable  # Code fused through an unrolled series would compute its terms over and over.
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        n, q, r = self.half, self.rank, self.bound
+        n, q, r = self.n, self.rank, self.bound
         if n <= PLANES_UP_TO:  # Each parameter becomes a plane of pixels.
             params = params.transpose(0, 1).contiguous().transpose(0, 1)
         raw, shift = params.split([params.shape[1] - n, n], 1)

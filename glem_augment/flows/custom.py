@@ -35,7 +35,7 @@ class CustomFlow(Flow):
             self.kind = "FrEIA"
         else:
             raise TypeError(f"{type(module).__name__} has no `inverse`, and is no flow of FrEIA or normflows")
-        self.module = module
+        self.module: Any = module
         reference = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
         with torch.no_grad():
             z, logdet = self._encode(torch.zeros(2, *image_shape, dtype=reference.dtype, device=reference.device))

@@ -8,6 +8,8 @@ free half becomes `(x2 + b(x1)) * 2 sigmoid(a(x1))`, which is the identity at th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ class JetCoupling(Coupling):
         super().__init__(channels)
         self.over = over
         self.register_buffer("order", order)
-        self.net = TransformerSubnet(self.half, channels, width, blocks, (tokens, 1), heads)
+        self.net = TransformerSubnet(self.n, channels, width, blocks, (tokens, 1), heads)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, c] -> two of [B, T, c/2]."""
@@ -52,14 +54,14 @@ class JetCoupling(Coupling):
             first, second = x[..., self.order].chunk(2, -1)
             return first, second
         first, second = x[:, self.order].chunk(2, 1)
-        return first.reshape(len(x), -1, self.half), second.reshape(len(x), -1, self.half)
+        return first.reshape(len(x), -1, self.n), second.reshape(len(x), -1, self.n)
 
     def merge(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Undoes `split`."""
         back = self.order.argsort()
         if self.over == "channels":
             return torch.cat([x1, x2], -1)[..., back]
-        return torch.cat([x.reshape(len(x), -1, 2 * self.half) for x in (x1, x2)], 1)[:, back]
+        return torch.cat([x.reshape(len(x), -1, 2 * self.n) for x in (x1, x2)], 1)[:, back]
 
     def params(self, x1: Tensor) -> Tensor:
         """[B, T, c/2] -> b and a, [B, T, c]."""
@@ -94,7 +96,7 @@ class JetFlow(Flow):
         size = image_shape[0] * patch * patch
         generator = torch.Generator("cpu").manual_seed(0)
         patterns = iter(_PATTERNS)
-        self.couplings = nn.ModuleList()
+        self.couplings: Any = nn.ModuleList()  # of JetCouplings
         for index in range(depth):
             over = KINDS[index % len(KINDS)]
             if over == "channels":

@@ -91,6 +91,8 @@ class ActNorm(nn.Module):
             Kingma & Dhariwal 2018, Sec. 3.1).
     """
 
+    initialised: Tensor
+
     def __init__(self, channels: int, height: int, width: int, per: str = "element") -> None:
         super().__init__()
         shape = (channels, height, width) if per == "element" else (channels, 1, 1)

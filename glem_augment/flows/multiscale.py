@@ -27,9 +27,11 @@ class MultiscaleFlow(Flow):
         patch: side of the pixel blocks that the first level's squeeze makes channels; later levels: 2.
     """
 
+    levels: list[Level]
+
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
         super().__init__(image_shape)
-        self.levels = torch.nn.ModuleList()
+        self.levels = torch.nn.ModuleList()  # type: ignore[assignment]  # which torch does not type by its items
         channels, height, width = image_shape
         self.part_shapes: list[tuple[int, int, int]] = []
         for index, steps in enumerate(levels):

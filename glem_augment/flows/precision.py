@@ -25,8 +25,8 @@ def _newer_switches() -> list[Any]:
     """The switches of matrix products and convolutions that came with torch 2.9. Kernels go by these."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return []
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
+    has: Any = torch.backends  # its types do not know them
+    return [has.cuda.matmul, has.cudnn.conv, has.cudnn.rnn, has.mkldnn.matmul, has.mkldnn.conv]
 
 
 def _older_settings() -> tuple[str, bool] | None:

@@ -113,7 +113,7 @@ def check_spec(spec: dict[str, Any]) -> None:
         raise ValueError(f"coupling must be one of {_COUPLINGS}, got {str(spec.get('coupling'))[:80]!r}")
     if spec["coupling"] in ("identity", "custom"):
         return
-    lists = {key: spec.get(key) for key in ("depth", "blocks", "width")}
+    lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
     for key, value in lists.items():
         good = isinstance(value, list | tuple) and value and all(_is_whole(v, 1, _LARGEST[key]) for v in value)
         if not good or len(value) > _LARGEST["levels"]:

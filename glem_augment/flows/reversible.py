@@ -60,8 +60,10 @@ class _ReversibleSteps(torch.autograd.Function):
                 y, g, found = _coupling_backward(level.couplings[index], y, g, g_logdet)
                 grads.update(zip(level.couplings[index].parameters(), found, strict=True))
                 y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
-                outputs += [t for t, grad in zip(mixings[index], found, strict=True) if grad is not None]
-                upstream += [grad for grad in found if grad is not None]
+                for tensor, grad in zip(mixings[index], found, strict=True):
+                    if tensor is not None and grad is not None:
+                        outputs.append(tensor)
+                        upstream.append(grad)
             if shared.requires_grad:
                 rest = level.mixing_weights()
                 grads.update(zip(rest, _gradients(outputs, upstream, rest), strict=True))
@@ -77,7 +79,7 @@ class _ReversibleCouplings(torch.autograd.Function):
     """See `_ReversibleSteps`."""
 
     @staticmethod
-    def forward(ctx: Any, couplings: nn.ModuleList, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, couplings: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         logdet = x.new_zeros(len(x))
         for coupling in couplings:
             x, change = coupling.couple(x)
@@ -104,9 +106,7 @@ def _versions(weights: Any) -> list[int]:
     return [0 if w.is_inference() else w._version for w in weights]
 
 
-def _gradients(
-    outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of some outputs, one per input; None for an input that is None or needs none."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
@@ -134,6 +134,6 @@ def _mixing_backward(mixing: Mixing, undo: Mixing, y: Tensor, g: Tensor) -> tupl
     """The same for ActNorm and 1x1 mixing; `undo` is the mixing made for the inverse."""
     x = undo.inverse(y).requires_grad_()
     with torch.enable_grad():
-        used = Mixing(*(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in mixing))
+        used = Mixing._make(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in mixing)
         g_x, *found = _gradients([used.forward(x)], [g], [x, *used])
     return x.detach(), g_x, found

@@ -48,8 +48,8 @@ class Activation(nn.Module):
 def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:
     """A convolution that keeps the size and starts with all weights at zero."""
     layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
     return layer
 
 
@@ -162,7 +162,7 @@ class ConvSubnet(Subnet):
 
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     def body(self, x: Tensor) -> Tensor:
         h = self.head(x)
@@ -237,7 +237,7 @@ class TransformerSubnet(Subnet):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.tail = zero_convolution(width, out_channels, 1)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     def body(self, x: Tensor) -> Tensor:
         h = (self.head(x) + self.position).permute(0, 2, 3, 1)

@@ -48,7 +48,7 @@ def adapt_classes(
     """
     modes = fit_class_modes(latents_of_class, num_classes, rank, dim, borrow=True)
     variance = shrunk_variance(modes.variance().double(), modes.counts, shrinkage)
-    gaussians = ClassGaussians(*variance.shape, psi=psi_that_holds(variance, psi))
+    gaussians = ClassGaussians(num_classes, dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(modes.mean)
     gaussians.set_variance(variance, inner=(0.0, 1.0))
     return gaussians, modes

@@ -58,7 +58,8 @@ class GLEMConfig:
             good = isinstance(self.psi, list | tuple) and len(self.psi) == 3
             if not (good and all(type(v) in (int, float) and LOWEST_VARIANCE < v < HIGHEST_VARIANCE for v in self.psi)):
                 raise ModelFileError(f"psi must be null or three positive numbers below 1e6, got {_short(self.psi)}")
-            self.psi = tuple(float(v) for v in self.psi)
+            a, b, c = self.psi
+            self.psi = float(a), float(b), float(c)
         if self.modes_rank is not None and not (type(self.modes_rank) is int and 1 <= self.modes_rank <= MAX_MODES):
             raise ModelFileError(f"modes_rank must be from 1 to {MAX_MODES} or null, got {_short(self.modes_rank)}")
         if not isinstance(self.training, dict):

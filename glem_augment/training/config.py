@@ -76,14 +76,14 @@ class TrainConfig:
         group="objective",
     )  # fmt: skip
     kld_weight: float = _setting(3.0, float, "lambda, weight of the repulsion at the start")
-    beta: float | None = _setting(
+    beta: float = _setting(
         None, float, "weight of the cross-entropy, per nat, against NLL per dimension", shown="0.3 for hybrid and ib"
     )
     beta_anneal: tuple[float, float] | None = _setting(
         None, "numbers", "from this share of the run on, beta falls geometrically to this multiple of itself", count=2,
         shown="no annealing", research=True,
     )  # fmt: skip
-    ce_scale: float | None = _setting(
+    ce_scale: float = _setting(
         None, float, "factor of the class scores in the cross-entropy", above=0, shown="0.2 for hybrid and ib",
         research=True,
     )  # fmt: skip
@@ -119,7 +119,7 @@ class TrainConfig:
         1.0, float, "share of the run after which the Gaussians stay and the flow trains on all images", above=0,
         high=1, research=True,
     )  # fmt: skip
-    refit_beta: float | None = _setting(
+    refit_beta: float = _setting(
         None, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit",
         shown="beta, or 0 with --joint", research=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,7 +153,7 @@ class EM:
         means = statistics.total / (statistics.count[:, None] + _SHRINKAGE)
         gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
-    def images(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def images(self, indices: np.ndarray, batch_size: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of `indices`."""
         for x, y in self.data.batches(indices, batch_size, self.config.workers):
             yield x.to(self.device), y.to(self.device)

@@ -8,6 +8,7 @@ per-sample NLL and, with a cross-entropy term, the latents themselves; both are 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class LatentStatistics:
     def __init__(
         self, num_classes: int, dim: int, keep_latents: bool = False, device: torch.device | str = "cpu"
     ) -> None:
-        zeros = dict(dtype=torch.float64, device=device)
+        zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
         self.count = torch.zeros(num_classes, **zeros)
         self.total = torch.zeros(num_classes, dim, **zeros)
         self.square = torch.zeros(num_classes, dim, **zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
@@ -23,7 +24,7 @@ def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tu
     """
     optimizer = torch.optim.Adamax([{"params": list(flow.parameters())}], lr=config.lr)
     warmup = min(config.warmup_steps, total_steps // 2)
-    common = dict(warmup_t=warmup, warmup_lr_init=config.lr / max(1, warmup), t_in_epochs=False)
+    common: dict[str, Any] = dict(warmup_t=warmup, warmup_lr_init=config.lr / max(1, warmup), t_in_epochs=False)
     scheduler: Scheduler
     if config.schedule == "cosine":
         span, low = max(1, total_steps - warmup), COSINE_END * config.lr

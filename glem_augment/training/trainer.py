@@ -317,7 +317,9 @@ class Trainer(EM):
                 ) from error
             if not any(row.get("kind") == "final" for row in self.log.rows):
                 self.log.add({"kind": "final", "step": self.step, **self.measure()})
-        final = next((row for row in reversed(self.log.rows) if row.get("kind") in ("epoch", "final")), {})
+        final: dict[str, Any] = next(
+            (row for row in reversed(self.log.rows) if row.get("kind") in ("epoch", "final")), {}
+        )
         bits = final.get("val_bits_per_dim")  # None if it was not finite
         model.config.training = {
             "data": self.data.name,

@@ -60,7 +60,7 @@ def test_logdet_and_inverse(name: str) -> None:
     x = torch.rand(2, *FLOWS[name]["image_shape"], dtype=torch.float64) - 0.5
     for layer in module.modules():
         if isinstance(layer, MatExpCoupling):
-            assert layer.low_rank == (layer.half > 24)
+            assert layer.low_rank == (layer.n > 24)
     if name == "patches":  # the first level is coarser
         assert module.part_shapes[0] == (8, 2, 4)
     z, logdet = module(x)
