@@ -71,13 +71,11 @@ class Adversary:
         labels: Tensor,
         flow: nn.Module,
     ) -> Tensor:
-        """`start` and one step up the loss.
+        """`start` [n, k], in units of the modes' standard deviations, and one step up the loss.
 
         Args:
-            start: [n, k], coefficients in units of the modes' standard deviations.
-            strength: t; basis: the modes of each row.
+            strength: t; basis: the modes of each row; labels: int64 [n] or soft [n, K'].
             render: differentiable, from coefficients to images for the classifier.
-            labels: int64 [n] or soft [n, K'].
             flow: the model that `render` decodes with; it is frozen meanwhile, like the classifier.
 
         Returns:

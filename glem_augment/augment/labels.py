@@ -112,8 +112,7 @@ def mixed_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, share: 
     """Labels [B, K'] after principal-mode mixup: w y_i + (1 - w) y_j with the weight w = 1 - (1 - l) share.
 
     Args:
-        soft: [B, K'], the labels before it.
-        share: [n], the part of |z_j - z_i|^2 that the projection kept.
+        soft: [B, K'], the labels before it. share: [n], the part of |z_j - z_i|^2 that the projection kept.
         keep: bool [n], the rows that were moved after all.
     """
     device = soft.device

@@ -63,11 +63,9 @@ def _augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device 
 class AugmentedLoader:
     """A loader whose batches are augmented; in everything else it is the loader that it wraps.
 
-    Batches are tuples, lists or dicts of images and labels, as `as_transform` takes them; the rest is passed on.
-
     Args:
-        loader: anything that gives such batches: timm's `PrefetchLoader` (normalised, on the GPU), a DataLoader, ...
-            accelerate and Lightning shard DataLoaders only, so wrap what accelerate has prepared.
+        loader: of batches as `as_transform` takes them: timm's `PrefetchLoader` (the best place on a GPU), a
+            DataLoader, or what accelerate has prepared (it shards DataLoaders, and not this class).
         aug: the transform.
         device: where images and labels are brought first; None: they stay where they are.
         off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, as the loss expects.

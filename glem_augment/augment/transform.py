@@ -168,15 +168,14 @@ class GLEMAugment(nn.Module):
     ) -> GLEMAugment:
         """Give policy "adversarial" the classifier whose loss chooses the move, and return the transform itself.
 
-        As a rule it is the one in training. Its parameters, gradients, buffers (BatchNorm's statistics) and training
-        mode stay as they are. It is no sub-module of the transform, and not part of its copies and pickles.
+        Its parameters, gradients, buffers and training mode stay as they are. Copies of the transform are without it.
 
         Args:
             classifier: from images as this transform returns them (uint8 ones as floats in [0, 1]) to logits. All
                 networks that it calls must be registered in it.
             loss: a function of (output, labels); None: cross-entropy of the output, or of its `logits`.
-            autocast: dtype of that pass (torch.bfloat16, torch.float16); None: autocast as it is set where the
-                transform is called, which for a wrapped loader is outside a loop's `with autocast()`.
+            autocast: torch.bfloat16 or torch.float16 for that pass; None: as it is set where the transform is called,
+                which for a wrapped loader is outside a loop's `with autocast()`.
         """
         if self.policy != "adversarial":
             raise ValueError(f"attach is for policy='adversarial', this transform has policy={self.policy!r}")
@@ -319,10 +318,7 @@ class GLEMAugment(nn.Module):
     # ---- ways into a training loop ---------------------------------------------------------------------------
 
     def wrap(self, loader: Any, device: torch.device | str | None = None, off_epoch: int | None = None) -> Any:
-        """The loader with its batches augmented, on `device` or where they are: see `loops.AugmentedLoader`.
-
-        The best place on a GPU is after timm's prefetching loader, on the training device.
-        """
+        """The loader with its batches augmented, on `device` or where they are: see `loops.AugmentedLoader`."""
         return _loops().AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
     def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, data: Any = None) -> Any:
@@ -330,11 +326,7 @@ class GLEMAugment(nn.Module):
         return _loops().MixupFn(self, smoothing, mixup, data)
 
     def collate_fn(self, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> Any:
-        """A collate function for DataLoader workers: see `loops.AugmentingCollate`.
-
-        The flow then runs on the workers' CPUs, with one thread each. This is for small flows, or where the GPU is the
-        bottleneck.
-        """
+        """A collate function for workers, on whose CPUs the flow then runs: see `loops.AugmentingCollate`."""
         return _loops().AugmentingCollate(self, base, data)
 
     def as_transform(self) -> GLEMTransform:
@@ -353,11 +345,7 @@ class GLEMAugment(nn.Module):
         self._chosen.restore(state.get("strength", []))
 
     def to_config(self) -> dict[str, Any]:
-        """Every setting, as JSON or YAML can carry it.
-
-        `model` is where a model from the Hub came from, or the name or folder that the transform was made with; None
-        for a model that was given as an object.
-        """
+        """Every setting, as JSON or YAML can carry it; `model` is its name, None for a model given as an object."""
         found = {"model": self.model.origin or self._name, **{name: getattr(self, name, None) for name in SETTINGS}}
         found.update(mean=self.pixels.mean, std=self.pixels.std)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

@@ -146,35 +146,35 @@ def test_classifier_flow_and_random_state_are_left_alone(model: GLEM) -> None:
         assert aug.attach(wrapped)._adversary.classifier is net
 
 
-@pytest.mark.parametrize("where", ["around", "attached", "nowhere"])
-def test_mixed_precision_is_the_classifiers_alone(model: GLEM, where: str) -> None:
-    net, seen = network(), {}
-    net[7].register_forward_hook(lambda m, inputs, out: seen.update(out=out.dtype))
-    aug = make(model).attach(net, autocast=torch.bfloat16 if where == "attached" else None)
-    x, y = images(8) / 255, labels(8)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around"):
-        out, _ = aug(x, y)
-        assert torch.is_autocast_enabled("cpu") == (where == "around")
-    assert seen["out"] == (torch.float32 if where == "nowhere" else torch.bfloat16)
-    full = make(model).attach(net)(x, y)[0]
-    assert out.dtype == torch.float32
-    # bf16 turns the direction by a few per cent, not more; the flow's own arithmetic must not be in it.
-    moved, wanted = (out - x).flatten(1), (full - x).flatten(1)
-    assert F.cosine_similarity(moved, wanted).min() > (0.9999 if where == "nowhere" else 0.97)
-
-
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_half_precision_keeps_the_direction(model: GLEM, weights: torch.dtype) -> None:
-    """Small losses in float16; and weights that timm's train.py --model-dtype casts, as it casts its batches later."""
+@pytest.mark.parametrize(
+    ("weights", "around", "attached", "seen"),
+    [
+        ("float32", None, None, "float32"),
+        ("float32", "bfloat16", None, "bfloat16"),
+        ("float32", None, "float16", "float16"),
+        ("bfloat16", None, None, "bfloat16"),  # as timm's train.py --model-dtype casts them, and its batches later
+    ],
+)
+def test_mixed_precision_is_the_classifiers_alone(
+    model: GLEM, weights: str, around: str | None, attached: str | None, seen: str
+) -> None:
+    """The loss is small, so that its gradients underflow in float16 unless they are scaled."""
     x, y = images(8) / 255, labels(8)
     start = make(model, policy="noise")(x, y)[0]  # of the same draws
     steps = []
-    for dtype, autocast in ((torch.float32, None), (weights, torch.float16 if weights == torch.float32 else None)):
-        aug = make(model).attach(
-            network().to(dtype), lambda logits, t: 1e-5 * F.cross_entropy(logits.float(), t), autocast=autocast
-        )
-        steps.append((aug(x, y)[0] - start).flatten(1))
-    assert steps[1].dtype == torch.float32 and F.cosine_similarity(*steps).min() > 0.9
+    for kind, autocast in (("float32", None), (weights, attached and getattr(torch, attached))):
+        net, found = network().to(getattr(torch, kind)), {}
+        net[7].register_forward_hook(lambda m, inputs, out, found=found: found.update(dtype=out.dtype))
+        aug = make(model).attach(net, lambda out, t: 1e-5 * F.cross_entropy(out.float(), t), autocast=autocast)
+        mixed = around if steps else None
+        with torch.autocast("cpu", dtype=getattr(torch, mixed or "bfloat16"), enabled=mixed is not None):
+            out, _ = aug(x, y)
+            assert torch.is_autocast_enabled("cpu") == (mixed is not None)
+        assert out.dtype == torch.float32
+        steps.append((out - start).flatten(1))
+    assert found["dtype"] == getattr(torch, seen)
+    # Half precision turns the direction by a little; the flow's own arithmetic must not be in it.
+    assert F.cosine_similarity(*steps).min() > (0.9999 if seen == "float32" else 0.9)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])

@@ -95,16 +95,6 @@ def test_the_flow_is_not_part_of_the_transform() -> None:
     assert model.training and not model.flow.training  # left as they were
 
 
-def test_new_modes_are_used_and_fewer_are_refused() -> None:
-    own = make_model()
-    aug = GLEMAugment(own, p=1.0, policy="noise", seed=0)
-    own.modes.scales.zero_()
-    assert torch.allclose(aug(images(4) / 255, labels(4))[0], images(4) / 255, atol=1e-6)
-    own.fit_modes((images(40), labels(40)), rank=8)
-    with pytest.raises(ValueError, match="from 1 to 8"):
-        aug(images(4), labels(4))
-
-
 def test_a_copy_on_another_device_follows_its_original() -> None:
     model = make_model(rank=4)
     aug = GLEMAugment(model, p=1.0, seed=0)
@@ -272,15 +262,18 @@ def test_data_classes_that_share_a_flow_class() -> None:
     assert (out != x[:4]).flatten(1).any(1).all() and torch.equal(target, torch.eye(4)[y])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.5, -1.5])
-def test_implausible_images_are_replaced_with_their_labels(
-    model: GLEM, bad: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("row", "bad"), [(0, float("nan")), (0, float("inf")), (0, 2.5), (0, -1.5), (6, float("nan")), (6, 0.1)]
+)
+def test_bad_images_are_replaced_with_their_labels(
+    model: GLEM, row: int, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Row 0 of six is not plausible after its move. Row 6 is the same image unmoved, which does not come back."""
     decode = GLEM.decode
 
     def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
         out = decode(self, z, clamp)
-        out[0, 0, 3, 3] = bad
+        out[row, 0, 3, 3] = bad
         return out
 
     x, y = images(6) / 255, labels(6)
@@ -294,26 +287,16 @@ def test_implausible_images_are_replaced_with_their_labels(
     assert aug.stats["replaced"] == 1
     inside = GLEMAugment(model, p=1.0, partner="any", seed=0, margin=2.5)
     inside.apply(x, y, params)
-    assert inside.stats["replaced"] == int(not abs(bad) < 3)
+    assert inside.stats["replaced"] == int(row == 6 or not abs(bad) < 3)
 
 
-def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any) -> None:
     """Images unlike those that a flow was trained on are not always given back by its inverse."""
     flow = GLEM.from_pretrained("bundled:fashion-mnist")
     noise = torch.randint(0, 256, (24, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     x = torch.cat([noise, 255 - bundled_test.tensor()[::100]])
     aug = GLEMAugment(flow, p=1.0, policy="noise", strength=0.0, seed=0)
     assert torch.equal(aug(x, labels(len(x), 10))[0], x)
-    decode = GLEM.decode
-    # The last latent is that of the last image before its move.
-    monkeypatch.setattr(
-        GLEM, "decode", lambda *a, **k: decode(*a, **k) + 0.003 * (torch.arange(24) == 23)[:, None, None, None]
-    )
-    x, y = bundled_test.tensor()[:960:80], torch.from_numpy(bundled_test.targets[:960:80])
-    aug = GLEMAugment(flow, p=1.0, partner="any", seed=0)
-    out, target = aug(x, y)
-    assert (out != x).flatten(1).any(1).tolist() == [True] * 11 + [False] and aug.stats["replaced"] == 1
-    assert torch.equal(target[11], torch.eye(10)[y[11]]) and not torch.equal(target[:11], torch.eye(10)[y[:11]])
 
 
 def wild(factor: float) -> GLEM:
@@ -384,7 +367,6 @@ def test_settings_go_through_json(model: GLEM) -> None:
     settings: list[dict[str, Any]] = [
         {"p": 0.25, "policy": "noise", "strength": 0.3, "modes": 7, "basis": "shared", "labels": "posterior"},
         {"partner": "any", "alpha": 0.4, "mean": [0.5], "std": [0.25], "seed": -5, "class_map": [0, None, 3]},
-        {"policy": "adversarial", "class_map": {0: 2, 3: 1}, "margin": 2.0},
         {"p": np.float32(0.5), "strength": np.float64(0.5), "modes": np.int64(8), "seed": np.int32(4)},
     ]
     for given in settings:
@@ -396,7 +378,6 @@ def test_settings_go_through_json(model: GLEM) -> None:
     assert bundled["model"] == "bundled:fashion-mnist" and GLEMAugment.from_config(bundled).to_config() == bundled
     for config, message in (
         ({"rescale": True}, r"unknown settings \['rescale'\]"),
-        ({"basis": "near"}, "basis must be one of 'class', 'shared'; got 'near'"),
         ({"mode": 3}, "unknown settings .'mode'."),
     ):
         with pytest.raises(ValueError, match=message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MulticlassCalibrationError
@@ -65,8 +64,3 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
     assert calibration_error(confidence, predicted == y) == pytest.approx(float(reference), abs=1e-6)
     certain = torch.ones(3, dtype=torch.float64)
     assert calibration_error(certain, torch.tensor([True, True, False])) == pytest.approx(1 / 3)
-
-
-def test_spread_indices_reach_all_classes_of_sorted_data() -> None:
-    assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(3, 3).tolist() == [0, 1, 2]
-    assert set(np.repeat(np.arange(5), 20)[spread(100, 5)]) == set(range(5))
