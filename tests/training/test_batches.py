@@ -108,13 +108,12 @@ def test_jitter_changes_little() -> None:
     assert (values == values[:, :1]).all() and values.min() >= 89 and values.max() <= 111
 
 
-@pytest.mark.parametrize("names", [["flip"], ["crop"], ["rotate"], ["jitter"], ["flip", "crop", "rotate", "jitter"]])
 @pytest.mark.parametrize("shape", [(6, 1, 8, 8), (6, 3, 8, 12), (1, 5, 6, 4)])
-def test_augmentation_is_deterministic_uint8_and_pure(names: list[str], shape: tuple[int, ...]) -> None:
+def test_augmentation_is_deterministic_uint8_and_pure(shape: tuple[int, ...]) -> None:
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
     before = x.clone()
-    out = augment_batch(x, names, generator(1))
-    assert torch.equal(x, before)
-    assert out.dtype == torch.uint8 and out.shape == x.shape and out.is_contiguous()
-    assert torch.equal(out, augment_batch(x, names, generator(1)))
-    assert torch.equal(augment_batch(x, [], generator()), x)
+    for names in ([], ["flip"], ["crop"], ["rotate"], ["jitter"], ["flip", "crop", "rotate", "jitter"]):
+        out = augment_batch(x, names, generator(1))
+        assert torch.equal(x, before) and (names or torch.equal(out, x))
+        assert out.dtype == torch.uint8 and out.shape == x.shape and out.is_contiguous()
+        assert torch.equal(out, augment_batch(x, names, generator(1)))

@@ -77,6 +77,7 @@ def test_learning_rates_of_m_steps_halve_after_a_return(tmp_path: Path) -> None:
     for scale in (1.0, 1.0, 0.5):
         trainer.set_lr_scale(scale)
         trainer.m_step()
+        assert bool(trainer.m_optimizer.state) == (trainer.m_done > 1)  # the moments of the first are forgotten
     means, variances = zip(*rates, strict=True)
     assert means == pytest.approx([means[0]] * 4 + [means[0] / 2] * 2) and means[0] > 0
     assert variances == pytest.approx([3 * rate for rate in means])
@@ -90,22 +91,6 @@ def test_an_m_step_of_a_short_run_does_not_throw_the_scores_off(tmp_path: Path, 
     after = trainer.measure()
     assert abs(after["val_bits_per_dim"] - before["val_bits_per_dim"]) < 0.05
     assert after["kld_mean"] < before["kld_mean"] + 0.1 * trainer.model.dim
-
-
-def test_moments_of_the_first_m_step_are_forgotten(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run")
-    trainer.m_step()
-    assert not trainer.m_optimizer.state
-    trainer.m_step()
-    assert len(trainer.m_optimizer.state) == 2
-
-
-def test_the_refits_learning_rate_falls_to_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
-    rates: list[float] = []
-    monkeypatch.setattr(trainer, "_gaussian_step", lambda statistics, rate, beta: rates.append(rate))
-    trainer.refit(trainer.model, trainer.refit_rows())
-    assert rates == pytest.approx([3e-3 * (1 - i / 200) for i in range(200)])
 
 
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])

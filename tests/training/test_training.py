@@ -287,8 +287,7 @@ def test_learning_rates_warm_up_and_fall_to_their_floor(
         rates.append(trainer.flow_optimizer.param_groups[0]["lr"] / 1e-2)
         trainer.scheduler.step_update(step + 1)
     assert len(rates) == 40 and rates[0] == pytest.approx(1 / 8) and rates[9] == pytest.approx(1, rel=0.01)
-    assert all(b > a for a, b in zip(rates[:8], rates[1:9], strict=True))
-    assert all(b <= a + 1e-12 for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert (np.diff(rates[:9]) > 0).all() and (np.diff(rates[9:]) <= 1e-12).all()
     assert [rates[15], rates[25], rates[35]] == pytest.approx(shares, abs=0.06)
     assert rates[-1] >= 0.01
     if shares == [1, 0.5, 0.25]:  # halved after a half and three quarters of the steps
@@ -298,47 +297,13 @@ def test_learning_rates_warm_up_and_fall_to_their_floor(
 # ---- things that go wrong --------------------------------------------------------------------------------------------
 
 
-def poisoned(trainer: Trainer, steps: set[int]) -> None:
-    """Make the latents of these E-steps NaN."""
-    encode = trainer.model.encode
-
-    def bad(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        z, logdet = encode(x, generator)
-        return (z * math.nan if trainer.step in steps and torch.is_grad_enabled() else z), logdet
-
-    trainer.model.encode = bad
-
-
-def test_a_nan_step_is_skipped_and_counted(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run")
-    x, y = next(iter(trainer.data.batches(trainer.split.nf, 24)))
-    trainer.e_step(x, y)
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    average = {k: v.clone() for k, v in trainer.ema.state_dict().items()}
-    poisoned(trainer, {0})
-    for count in (1, 2):
-        assert math.isnan(trainer.e_step(x, y)[0])
-        assert trainer.bad_steps == count
-        assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
-        assert all(torch.equal(v, average[k]) for k, v in trainer.ema.state_dict().items())
-    trainer.step = 1  # a good step again
-    assert math.isfinite(trainer.e_step(x, y)[0]) and trainer.bad_steps == 2
-    assert all(v.isfinite().all() for v in trainer.model.state_dict().values())
-
-
 def test_a_run_that_ends_badly_can_still_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Infinite held-out bits are no JSON."""
     trainer = tiny_trainer(tmp_path / "run", epochs=1)
     real = trainer.measure
     monkeypatch.setattr(trainer, "measure", lambda: {**real(), "val_bits_per_dim": math.inf})
     trainer.fit()
-    assert GLEM.from_pretrained(tmp_path / "run").num_classes == 2
-
-
-def test_sizes_that_do_not_divide_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="divisible by 4, got 6x6"):
-        tiny_trainer(tmp_path / "run", toy_data(shape=(1, 6, 6)))
-    assert not (tmp_path / "run").exists()
+    assert GLEM.from_pretrained(tmp_path / "run").config.training["worse_than_independent_pixels"] is True
 
 
 def test_fine_tuning_starts_from_the_given_flow(tmp_path: Path) -> None:
@@ -372,26 +337,16 @@ def test_a_small_class_leaves_the_others_their_modes(tmp_path: Path) -> None:
     y = np.array([0] * 60 + [1] * 40 + [2] * 3)
     whole = toy_data(180, k=3)
     rows = [i for k in range(3) for i in np.flatnonzero(whole.targets == k)[: int(np.sum(y == k))]]
-    model = tiny_trainer(tmp_path / "run", whole.subset(rows), epochs=1, modes_rank=8).fit()
-    assert model.modes.rank == 8
+    model = tiny_trainer(tmp_path / "run", whole.subset(rows), epochs=1, modes_rank=8, val_fraction=0.0).fit()
+    assert model.modes.rank == 8 and model.config.training["held_out"] == {}
     assert (model.modes.scales > 0).sum(1).tolist() == [8, 8, 2]
 
 
-def test_what_was_not_held_out_is_not_called_held_out(tmp_path: Path) -> None:
-    model = tiny_trainer(tmp_path / "none", epochs=1, val_fraction=0.0).fit()
-    assert model.config.training["held_out"] == {}
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 8), (5, 8, 4)])
-def test_other_shapes_and_class_counts_train(tmp_path: Path, shape: tuple[int, int, int]) -> None:
-    data = toy_data(60, k=3, shape=shape)
-    model = tiny_trainer(
-        tmp_path / "run", data, epochs=1, preset="mef_tiny",
-        flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), precision="bf16", sample_every=1,
-    ).fit()  # fmt: skip
-    assert model.image_shape == shape and model.check_invertibility(data.tensor())["within_half_step"] == 1
-    assert (tmp_path / "run" / "samples" / "epoch_0001.png").stat().st_size > 0
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")) == []
+def test_images_of_five_channels_train_and_are_drawn(tmp_path: Path) -> None:
+    data, mef = toy_data(60, k=3, shape=(5, 8, 4)), dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
+    trainer = tiny_trainer(tmp_path, data, epochs=1, preset="mef_tiny", flow_options=mef, sample_every=1)
+    assert trainer.fit().check_invertibility(data.tensor())["within_half_step"] == 1
+    assert (tmp_path / "samples" / "epoch_0001.png").stat().st_size > 0
 
 
 def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) -> None:
@@ -402,6 +357,7 @@ def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) ->
     flow = {name: value.clone() for name, value in trainer.model.flow.state_dict().items()}
     trainer.refit(trainer.model, trainer.refit_rows())
     assert trainer.model.bits_per_dim(x, y).mean() < before
+    assert trainer.m_optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 / 200)  # it has fallen nearly to zero
     assert all(torch.equal(value, trainer.model.flow.state_dict()[name]) for name, value in flow.items())
 
 
