@@ -63,7 +63,7 @@ class GLEM(ImageFlow):
         self.config = config
         self.flow = build_flow(config.flow) if flow is None else flow
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
-        if modes is None and flow is None and config.modes_rank is not None:
+        if modes is None and config.modes_rank is not None:
             modes = ClassModes(classes, config.modes_rank, dim)
         self.modes = None if modes is None else modes.to(self.dtype)
         self.origin: str | None = None
@@ -186,11 +186,9 @@ class GLEM(ImageFlow):
         """The model that `config` describes, around a copy of `module`."""
         if config.flow["coupling"] != "custom":
             raise ModelFileError("this model holds a flow of the library's: leave module= out")
-        classes, dim = len(config.class_ids), math.prod(config.image_shape)
-        modes = None if config.modes_rank is None else ClassModes(classes, config.modes_rank, dim)
         with torch.device("cpu"):  # A module that may make tensors of its own does not work without memory.
             flow = CustomFlow(copy.deepcopy(module), config.image_shape)
-        return cls(config, flow, ClassGaussians(classes, dim, config.psi), modes)
+        return cls(config, flow)
 
     @classmethod
     def _from_jet(cls, text: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> GLEM:
@@ -212,11 +210,7 @@ class GLEM(ImageFlow):
     save_pretrained = save  # as users of the Hub's libraries call it
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
-
-        The options (`private`, `token`, `revision`, `license`, ...), the result and the errors are those of
-        `hub.upload.push_to_hub`.
-        """
+        """Upload the model, its card and a picture of samples to the Hugging Face Hub; see `hub.upload.push_to_hub`."""
         from glem_augment.hub.upload import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
@@ -311,19 +305,6 @@ class GLEM(ImageFlow):
     ) -> Tensor:
         """Images of the classes `y`: [B,C,H,W] float in [0,1], decoded from `sample_latents`."""
         return self.decode(self.sample_latents(y, temperature, generator, source))
-
-    @torch.no_grad()
-    def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
-        """Straight lines in latent space from the images x1 to x2 [B,C,H,W], both ends included.
-
-        Returns:
-            [B, steps, C, H, W] float in [0,1]; `steps` is at least 2.
-        """
-        check_whole("steps", steps, 2)
-        z1, z2 = self.encode(x1)[0], self.encode(x2)[0]
-        weight = torch.linspace(0, 1, steps, device=z1.device, dtype=z1.dtype)[:, None]
-        lines = z1[:, None] * (1 - weight) + z2[:, None] * weight
-        return self.decode(lines.flatten(0, 1)).unflatten(0, (x1.shape[0], steps))
 
     # ---- what labelled images tell -------------------------------------------------------------------------------
 

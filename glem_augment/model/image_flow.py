@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glem_augment.checks import check_whole
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import check_images, from_levels, to_levels
 from glem_augment.flows import Flow
@@ -112,6 +113,19 @@ class ImageFlow(nn.Module):
         z = z.to(self.device, self.dtype)
         x = torch.cat([from_levels(self.flow.inverse(chunk)[0], self.bits) for chunk in z.split(_CHUNK)])
         return x.clamp(0, 1) if clamp else x
+
+    @torch.no_grad()
+    def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
+        """Straight lines in latent space from the images x1 to x2 [B,C,H,W], both ends included.
+
+        Returns:
+            [B, steps, C, H, W] float in [0,1]; `steps` is at least 2.
+        """
+        check_whole("steps", steps, 2)
+        z1, z2 = self.encode(x1)[0], self.encode(x2)[0]
+        weight = torch.linspace(0, 1, steps, device=z1.device, dtype=z1.dtype)[:, None]
+        lines = z1[:, None] * (1 - weight) + z2[:, None] * weight
+        return self.decode(lines.flatten(0, 1)).unflatten(0, (x1.shape[0], steps))
 
     @torch.no_grad()
     def round_trip_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:

@@ -156,13 +156,11 @@ def test_what_is_kept_of_frozen_weights_follows_every_change() -> None:
 
     check()
     ema = ModelEmaV3(flow, decay=0.5)
-    for optimizer in (torch.optim.SGD(weights, lr=0.01), torch.optim.Adam(weights, lr=0.01, fused=True)):
-        optimizer.zero_grad()
-        flow(x)[0].square().sum().backward()
-        optimizer.step()  # A fused step leaves the version of the weights as it was.
-        check()
-        ema.update(flow)
-        check(ema.module)
+    flow(x)[0].square().sum().backward()
+    torch.optim.Adam(weights, lr=0.01, fused=True).step()  # It leaves the version of the weights as it was.
+    check()
+    ema.update(flow)
+    check(ema.module)
     flow.load_state_dict(perturbed(copy.deepcopy(flow), 0.1).state_dict())
     check()
 

@@ -114,15 +114,6 @@ def test_threads_share_one_change() -> None:
     assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
 
 
-def test_autocast_of_the_caller_changes_nothing() -> None:
-    flow, x = flow_and_images(*TWO_SEGMENTS, bound=2.0)
-    want = *flow(x), *flow.inverse(flow(x)[0])
-    with torch.autocast("cpu", torch.bfloat16):
-        found = *flow(x), *flow.inverse(flow(x)[0])
-        assert (x.flatten(1) @ x.flatten(1).T).dtype == torch.bfloat16  # still on for the caller
-    assert all(map(torch.equal, found, want))
-
-
 @pytest.mark.parametrize("memory", ["stored", "reversible"])
 def test_a_backward_pass_under_autocast_is_that_of_float32(memory: str) -> None:
     flow, x = flow_and_images(*TWO_SEGMENTS, bound=2.0)

@@ -36,7 +36,7 @@ def reference(gaussians: ClassGaussians, z: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("psi", PSIS)
-@pytest.mark.parametrize(("k", "d"), [(1, 1), (2, 7), (5, 40)])
+@pytest.mark.parametrize(("k", "d"), [(1, 1), (5, 40)])
 def test_densities_and_their_gradients_are_those_of_torch_distributions(k: int, d: int, psi: Psi) -> None:
     """Eq. 2."""
     gaussians, z = random_gaussians(k, d, psi), torch.randn(9, d, dtype=torch.float64, requires_grad=True)
