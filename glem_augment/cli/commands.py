@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.cli.common import (
     finite,
     load_model,
@@ -20,7 +21,8 @@ from glem_augment.cli.common import (
     without_splits,
 )
 from glem_augment.constants import POLICIES
-from glem_augment.evaluation import metrics
+from glem_augment.data.dataset import ImageData
+from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview
 from glem_augment.hub.cards import CardFacts
 from glem_augment.hub.upload import write_repository
@@ -56,6 +58,7 @@ def adapt(args: argparse.Namespace) -> None:
         "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
         "psi": adapted.config.psi,
         "psi_is_the_flows": adapted.config.psi == model.config.psi,
+        "moves_put_back": moves(adapted, data),
         "seconds": round(time.monotonic() - began, 3),
     }
     print_json(result)
@@ -77,9 +80,25 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.skip_bad:
         result["skipped"] = len(data.skipped)
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
+    result["moves_put_back"] = moves(model, data)
     if args.out is not None:  # before the result is printed to a pipe whose reader may have left
         write_json(args.out, finite(result))
     print_json(result)
+
+
+def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
+    """See `moves_put_back`; None without modes. A sentence on stderr says so where more than a few are put back."""
+    if model.modes is None:
+        return None
+    found = moves_put_back(model, data)
+    mixup, strongest = found["mixup"], max(found["noise"])
+    noise = found["noise"][strongest]
+    if max(mixup, noise) > MOST_PUT_BACK:
+        note(
+            f"glem: of its moves of these images, GLEMAugment would put back {100 * mixup:.0f} % by mixup and "
+            f'{100 * noise:.0f} % by noise of strength {strongest:g}; strength="auto" takes {found["strength"]:g}'
+        )
+    return found
 
 
 def preview(args: argparse.Namespace) -> None:

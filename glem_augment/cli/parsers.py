@@ -204,7 +204,8 @@ variances (shrunk towards those of all classes together, so that a class may hav
 modes. The flow itself is not trained, so this takes one pass over the images: seconds to minutes. DIR then holds a
 model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow too.
 Images are resized to the flow's size, and converted to its channels. Prints a JSON summary; images_per_class and
-modes_per_class are the fewest and the most: n images have at most n - 1 modes, and one image gets those of all classes.
+modes_per_class are the fewest and the most: n images have at most n - 1 modes, and one image gets those of all classes;
+moves_put_back says how far these images can be moved (glem eval --help).
 """
 ADAPT_EXAMPLES = """\
   glem adapt bundled:fashion-mnist photos/ --out runs/photos
@@ -235,6 +236,8 @@ Classify labelled images with a flow, and measure how well it models them. Print
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
+  moves_put_back      share of the moves of 128 images that GLEMAugment would put back by default, as implausible: by
+                      mixup, and by noise of several strengths, of which "strength" is what strength="auto" takes
   images_per_second   classification alone
   skipped             images left out, with --skip-bad
 
