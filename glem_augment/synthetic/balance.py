@@ -50,39 +50,26 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
     return counts
 
 
-def class_values(model: Any, values: Any, argument: str, default: Any) -> list[Any]:
-    """A value for each of the K classes of a flow, or of its images.
+def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
+    """A value for each of the flow's K classes.
 
     `values` holds K of them, or maps class names, ids or indices to them; other classes get `default`.
     """
     if not isinstance(values, Mapping):
-        given = _as_list(values)
-        if not isinstance(given, list) or len(given) != len(model.classes):
-            raise ValueError(f"{argument} must be {len(model.classes)} values, one per class of the flow: {given!r}")
+        given = values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
+        if not isinstance(given, list) or len(given) != model.num_classes:
+            raise ValueError(f"{argument} must be {model.num_classes} values, one per class of the flow; got {given!r}")
         return given
-    found: dict[int, Any] = {}
-    for key, value in values.items():
-        index = _find_class(model, key, argument)
-        if index in found:
-            raise ValueError(f"{argument} has the class {model.classes[index]!r} twice: leave one of them out")
-        found[index] = value
-    return [found.get(i, default) for i in range(len(model.classes))]
-
-
-def _find_class(model: Any, key: Any, argument: str) -> int:
-    if isinstance(key, str):
-        for names in (model.classes, model.class_ids):
-            if key in names:
-                return names.index(key)
-        raise ValueError(f"{argument} names {key!r}; the flow has {', '.join(model.classes[:20])}")
-    if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < len(model.classes):
-        raise ValueError(f"{argument} names class {key!r}; the flow has 0 to {len(model.classes) - 1}")
-    return int(key)
-
-
-def _as_list(values: Any) -> Any:
-    """A number, sequence, array or tensor in Python's own types."""
-    return values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
+    index = {
+        key: i for keys in (range(model.num_classes), model.class_ids, model.classes) for i, key in enumerate(keys)
+    }
+    unknown = [key for key in values if key not in index]
+    if unknown:
+        raise ValueError(f"{argument} names {unknown[0]!r}; the flow has {', '.join(model.classes[:20])}")
+    found = {index[key]: value for key, value in values.items()}
+    if len(found) < len(values):
+        raise ValueError(f"{argument} has a class twice, under two of its names: {list(values)[:20]}")
+    return [found.get(i, default) for i in range(model.num_classes)]
 
 
 def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
