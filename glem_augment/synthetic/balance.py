@@ -60,9 +60,8 @@ def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[
         if not isinstance(given, list) or len(given) != model.num_classes:
             raise ValueError(f"{argument} must be {model.num_classes} values, one per class of the flow; got {given!r}")
         return given
-    index = {
-        key: i for keys in (range(model.num_classes), model.class_ids, model.classes) for i, key in enumerate(keys)
-    }
+    known = (range(model.num_classes), model.class_ids, model.classes)  # a name comes before an id
+    index = {key: i for keys in known for i, key in enumerate(keys)}
     unknown = [key for key in values if key not in index]
     if unknown:
         raise ValueError(f"{argument} names {unknown[0]!r}; the flow has {', '.join(model.classes[:20])}")
