@@ -95,8 +95,8 @@ def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
     noise = found["noise"][strongest]
     if max(mixup, noise) > MOST_PUT_BACK:
         note(
-            f"glem: of its moves of these images, GLEMAugment would put back {100 * mixup:.0f} % by mixup and "
-            f'{100 * noise:.0f} % by noise of strength {strongest:g}; strength="auto" takes {found["strength"]:g}'
+            f"glem: GLEMAugment would put back {100 * mixup:.0f} % of these images after mixup and {100 * noise:.0f} % "
+            f"after noise of strength {strongest:g}, as implausible; strength='auto' takes {found['strength']:g}"
         )
     return found
 
