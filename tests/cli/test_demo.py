@@ -21,18 +21,8 @@ def test_the_demo_writes_its_report_and_pictures(
     model.fit_modes(bundled_train, rank=4)
     model.save(tmp_path / "model")
     out = tmp_path / "out"
-    argv = [
-        "demo",
-        "--model",
-        str(tmp_path / "model"),
-        "--out",
-        str(out),
-        "--quick",
-        "--quiet",
-        "--epochs",
-        "1",
-        "--seeds",
-    ]
+    argv = ["demo", "--model", str(tmp_path / "model"), "--out", str(out), "--quick", "--quiet"]
+    argv += ["--epochs", "1", "--seeds"]
     assert main([*argv, "2"]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["flow"]["round_trip"]["within_half_step"] == 1.0 and report["quick"] is True
