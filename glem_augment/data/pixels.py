@@ -121,8 +121,8 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: torch.Generator | int | None = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
-    With noise, a float image whose pixels all lie on levels (k / (2^bits - 1) for whole k, up to rounding) is the uint8
-    image of these levels, to the last bit. Any other is a point between the levels; it gets no noise, and u = 1/2.
+    With noise, a float image whose pixels all are k / 255, or all k / (2^bits - 1), for whole k up to rounding is the
+    uint8 image of these levels, to the last bit. Any other is a point between the levels: it gets no noise, u = 1/2.
 
     Args:
         x: [B,C,H,W], uint8, of which the top `bits` bits are kept, or float in [0,1].
@@ -131,18 +131,29 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: torch.Generator |
     """
     is_float = x.dtype != torch.uint8
     levels = x.to(dtype) * (2**bits - 1) if is_float else (x >> (8 - bits)).to(dtype)
-    u: Tensor | float = 0.5
     if noise is None:
-        pass
+        u: Tensor | float = 0.5
     elif is_float:
-        gap = levels.detach().round() - levels.detach()
-        rounding = max(torch.finfo(x.dtype).eps, torch.finfo(dtype).eps) * 2**bits
-        on_levels = (gap.abs() <= min(8 * rounding, 0.25)).flatten(1).all(1)[:, None, None, None]
-        levels = levels + gap * on_levels
+        levels, on_levels = _snapped(levels, x.detach().to(dtype), bits, torch.finfo(x.dtype).eps)
         u = torch.where(on_levels, _dequantisation_noise(levels, noise), 0.5)
     else:
         u = _dequantisation_noise(levels, noise)
     return levels.add_(u).mul_(2.0**-bits).sub_(0.5)
+
+
+def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Float `levels` of images x, rounded where all of an image lies on levels; and where that is, bool [B,1,1,1].
+
+    `eps` is the precision in which the images came. The rounding passes gradients on.
+    """
+    on_levels = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
+    for highest in {255, 2**bits - 1}:
+        whole = (x * highest).round()
+        tolerance = min(8 * max(eps, torch.finfo(x.dtype).eps) * highest, 0.25)
+        on = ((x * highest - whole).abs() <= tolerance).flatten(1).all(1)[:, None, None, None]
+        wanted = (whole * (2**bits / (highest + 1))).floor()
+        levels, on_levels = levels + torch.where(on, wanted - levels.detach(), 0.0), on_levels | on
+    return levels, on_levels
 
 
 def _dequantisation_noise(levels: Tensor, source: torch.Generator | int) -> Tensor:

@@ -75,7 +75,7 @@ def test_an_image_has_one_likelihood_whatever_its_batch_and_dtype(bits: int) -> 
     # Floats on levels are the same images, to the last bit; also of half precision, and after a normalisation.
     floats = levels.double() / (2**bits - 1)
     normalised = (floats.float() - 0.4914) / 0.2023
-    for same in (floats, floats.float(), floats.half(), normalised * 0.2023 + 0.4914):
+    for same in (floats, floats.float(), floats.half(), normalised * 0.2023 + 0.4914, x.float() / 255):
         assert torch.equal(model.log_prob(same), want)
         assert torch.equal(model.encode(same, seeded())[0], model.encode(x, seeded())[0])
 
@@ -206,19 +206,6 @@ def test_check_invertibility_reports_errors_in_uint8_steps() -> None:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-def test_samples_of_well_separated_classes_are_recognised() -> None:
-    model = tiny_model("identity")
-    with torch.no_grad():
-        model.gaussians.mu.copy_(torch.tensor([-0.3, 0.0, 0.3])[:, None].expand(3, 16))
-        model.gaussians.set_variance(torch.full((3, 16), 0.055))
-    y = torch.arange(3).repeat(100)
-    x = model.sample(y, 0.5, seeded())
-    assert x.shape == (300, 1, 4, 4) and x.min() >= 0 and x.max() <= 1
-    assert (model.predict(x) == y).float().mean() > 0.99
-    assert torch.equal(x, model.sample(y, 0.5, seeded()))
-    assert torch.equal(model.sample_latents(y, 0.0), model.gaussians.mu[y])
-
-
 def test_interpolation_is_a_straight_line_between_the_images() -> None:
     model, a, b = tiny_model(), images(3), images(3)
     lines = model.interpolate(a, b, 5)
@@ -254,8 +241,7 @@ def test_classes_of_other_data_are_matched_by_name() -> None:
     data = ImageData.from_tensors(x, torch.arange(60) % 3, ["c", "a", "b"])
     modes = model.fit_modes(data, rank=2)
     assert torch.equal(modes.mean, model.fit_modes((x, (torch.arange(60) + 2) % 3), rank=2).mean)
-    thin = fit_covariances(model.class_latents(data), 3)
-    torch.testing.assert_close(thin.mean.float(), modes.mean, rtol=0, atol=1e-5)
+    assert torch.equal(fit_covariances(model.class_latents(data), 3).mean, modes.mean)
     other = data.with_targets(data.targets, ["c", "a", "fox"])
     with pytest.raises(ClassMismatchError, match="'fox'"):
         model.fit_modes(other)
