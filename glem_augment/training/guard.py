@@ -7,8 +7,9 @@ is away while one of these holds:
 - its loss exceeds b + max(1, |b|, 10 v), where b is its best, the lowest median of the last `WINDOW` (500) steps, and
   v the median absolute difference from one loss to the next, a measure of noise that neither a trend nor a few spikes
   can raise;
-- its likelihood is worse than that of uniform noise, from step `GRACE` (300) on; or, once it was better than that of
-  independent pixels, worse than halfway from there to uniform noise. Repulsion of the classes may cost some of it.
+- its likelihood is worse, by a bit per dimension, than those of uniform noise and of the untrained flow; or, once it
+  was better than that of independent pixels, worse than halfway from there to uniform noise. Repulsion of the classes
+  may cost some of it.
 
 A run that was away for `PATIENCE` (100) steps in a row has diverged, and so has one with `MAX_BAD_STEPS` (10) steps in
 a row that were not finite. It returns to its last good checkpoint and goes on at half the learning rates, at most
@@ -29,7 +30,7 @@ from torch import Tensor
 from glem_augment.errors import TrainingError
 
 MAX_BAD_STEPS, MAX_ROLLBACKS = 10, 3
-SPAN, WINDOW, GRACE, PATIENCE = 25, 500, 300, 100
+SPAN, WINDOW, PATIENCE = 25, 500, 100
 START = 5  # losses before the guard has something to compare with
 CALM = 10  # steps in a row that were not away make a checkpoint good
 
@@ -69,7 +70,8 @@ class LossGuard:
         self.uniform, self.pixels = float(bits), math.inf
         self.losses, self.medians = deque[float](maxlen=WINDOW), deque[float](maxlen=WINDOW)
         self.bits = deque[float](maxlen=SPAN)
-        self.seen = self.away = 0  # steps in all, and steps in a row that were away
+        self.start = 0.0  # bits/dim of the untrained flow, once they are known
+        self.away = 0  # steps in a row
         self.learned = False  # whether the likelihood was better than independent pixels
 
     def limit(self) -> float:
@@ -88,16 +90,15 @@ class LossGuard:
         good = math.isfinite(loss)
         self.losses.append(loss if good else math.inf)
         self.bits.append(bits if good else math.inf)
-        self.seen += 1
         recent = list(self.losses)[-SPAN:]
         if recent[-MAX_BAD_STEPS:] == [math.inf] * MAX_BAD_STEPS:
             raise DivergenceError(f"{MAX_BAD_STEPS} steps in a row were not finite")
         if len(recent) < START:
             return
         now, limit, likelihood = _median(recent), self.limit(), _median(self.bits)
-        most = self.uniform if self.seen > GRACE else math.inf
-        if self.learned:
-            most = (self.pixels + self.uniform) / 2
+        if not self.start and likelihood < math.inf:
+            self.start = likelihood
+        most = (self.pixels + self.uniform) / 2 if self.learned else max(self.uniform, self.start) + 1
         self.learned = self.learned or likelihood < self.pixels < math.inf
         self.away = self.away + 1 if now > limit or likelihood > most else 0
         self.medians.append(now)
@@ -128,7 +129,7 @@ class LossGuard:
             values.extend(series[name].tolist())
 
 
-_FACTS, _SERIES = ("pixels", "seen", "away", "learned"), ("losses", "medians", "bits")
+_FACTS, _SERIES = ("pixels", "start", "away", "learned"), ("losses", "medians", "bits")
 
 
 def _median(values: Iterable[float]) -> float:

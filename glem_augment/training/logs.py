@@ -36,7 +36,7 @@ class MetricsLog:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict) and _step(row) <= keep_through_step:
+                if isinstance(row, dict) and row.get("step", math.inf) <= keep_through_step:
                     self.rows.append(row)
         self._rewrite()
 
@@ -50,7 +50,7 @@ class MetricsLog:
         self.rows = [
             old
             for old in self.rows
-            if _step(old) <= keep_through_step and any(old.get(key) != row[key] for key in same)
+            if old["step"] <= keep_through_step and any(old.get(key) != row[key] for key in same)
         ]  # fmt: skip
         self.rows.append(row)
         self._rewrite()
@@ -71,11 +71,6 @@ class MetricsLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}; the checkpoint stays") from error
-
-
-def _step(row: dict[str, Any]) -> float:
-    step = row.get("step", 0)
-    return step if isinstance(step, int | float) else math.inf
 
 
 @torch.no_grad()

@@ -84,11 +84,14 @@ def test_the_guard_notices_a_run_that_falls_back_behind_independent_pixels() -> 
         assert at in range(600, 626) if noticed else at is None
 
 
-def test_the_guard_notices_a_run_that_stays_behind_uniform_noise() -> None:
-    """With no better days to compare with: losses that fall, but remain above 8 bits/dim."""
-    losses = [12 - i / 1000 for i in range(1000)]
-    assert until_divergence(new_guard(), losses) == guard.GRACE + guard.PATIENCE
-    assert until_divergence(new_guard(), losses, [7.9] * 1000) is None
+@pytest.mark.parametrize(("start", "limit"), [(7.5, 9.0), (8.5, 9.5)])
+def test_the_guard_notices_a_run_that_only_gets_worse_than_untrained(start: float, limit: float) -> None:
+    """With no better days to compare with: losses that fall, but bits/dim behind those of noise and of the start."""
+    losses = [12 - i / 1000 for i in range(400)]
+    for later, noticed in ((limit - 0.1, False), (limit + 0.1, True)):
+        watch = new_guard()
+        at = until_divergence(watch, losses, [start] * 10 + [later] * 390)
+        assert (at is not None and 0 <= at - 10 - guard.PATIENCE <= guard.SPAN) == noticed != watch.calm
 
 
 def test_the_guard_notices_steps_that_are_not_finite() -> None:
