@@ -71,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
-    data, _ = open_for(model, args.data, args.split or "test", class_map, **reading)
+    data = open_for(model, args.data, args.split or "test", class_map, **reading)
     if whole_folder and data.name == model.config.training.get("data"):
         note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
     if args.limit is not None and args.limit < len(data):
@@ -109,7 +109,7 @@ def preview(args: argparse.Namespace) -> None:
     if args.modes is not None and model.modes is None:
         raise ValueError(f"{args.model} has no modes stored; leave --modes out, or train with --modes-rank")
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
-    data, _ = open_for(model, args.data, args.split, class_map, **reading)
+    data = open_for(model, args.data, args.split, class_map, **reading)
     policies = POLICIES if args.policy == "all" else (args.policy,)
     picture = draw_preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
     save_png(picture, args.out)

@@ -54,15 +54,11 @@ def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageDat
     return data
 
 
-def open_for(
-    model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any
-) -> tuple[ImageData, torch.Tensor]:
-    """Data in the flow's shape with the flow's class indices as labels, and the flow class of each class of the data,
-    int64 [K_data]. ClassMismatchError: see `match_classes`.
-    """
+def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
+    """Data in the flow's shape with the flow's class indices as labels; see `open_resized` and `match_classes`."""
     data = open_resized(model, spec, split, **options)
     match = match_classes(model, data, class_map)
-    return data.with_targets(match[data.targets], model.classes, model.class_ids), torch.from_numpy(match)
+    return data.with_targets(match[data.targets], model.classes, model.class_ids)
 
 
 def without_splits(spec: str) -> bool:

@@ -156,7 +156,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) 
 
 def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
     """Bundled images, with the flow's class indices as labels."""
-    data, _ = open_for(model, DATA, split)
+    data = open_for(model, DATA, split)
     per_class = max(2, count // len(model.classes))
     rows = [np.flatnonzero(data.targets == index)[:per_class] for index in np.unique(data.targets)]
     return data.subset(np.sort(np.concatenate(rows)))
