@@ -10,6 +10,7 @@ Preset = Literal[
 Source = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
 Format = Literal["imagefolder", "webdataset"]  # of an export
 Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
+Memory = Literal["stored", "reversible"]  # what becomes of a flow's activations in training
 
 PRESET_NAMES, SOURCES, FORMATS = get_args(Preset), get_args(Source), get_args(Format)
 # These need nothing but images and labels; "adversarial" needs a classifier too.

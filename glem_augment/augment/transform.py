@@ -156,9 +156,9 @@ class GLEMAugment(nn.Module):
     @property
     def chosen_strength(self) -> float | None:
         """The strength that "auto" chose in this process, or the number that was set; None before the first move."""
-        if self.strength != "auto":
-            return self.strength
-        return int(self._chosen.own()) / 10_000 or None
+        if isinstance(self.strength, str):
+            return int(self._chosen.own()) / 10_000 or None
+        return self.strength
 
     def attach(
         self,

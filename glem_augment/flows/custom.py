@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glem_augment.constants import Memory
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
 
@@ -77,7 +78,7 @@ class CustomFlow(Flow):
             # A module that gives no log-determinant on the way back has it from the way there.
             return x, -self._encode(x)[1] if logdet is None else logdet
 
-    def set_memory(self, memory: str) -> None:
+    def set_memory(self, memory: Memory) -> None:
         if memory != "stored":
             raise ValueError("memory='reversible' needs a flow of this library")
         super().set_memory(memory)

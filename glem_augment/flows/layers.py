@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
+from glem_augment.checks import check_choice
+from glem_augment.constants import Memory
 from glem_augment.flows.subnets import Subnet
 
-MEMORY = ("stored", "reversible")
 # An element that is almost constant in the first batch has almost no spread, and dividing by that would blow up the
 # first image that uses it. Its spread is taken to be at least this share of its channel's, and above the floor.
 _MIN_SHARE, _MIN_STD = 0.1, 1e-3
@@ -37,13 +40,13 @@ class Flow(Bijection):
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
-        self.memory: str = "stored"
+        self.memory: Memory = "stored"
         self.autocast: torch.dtype | None = None
 
     def initialise(self, x: Tensor) -> None:
         """Set what depends on the first batch `x` [B,C,H,W], once."""
 
-    def set_memory(self, memory: str) -> None:
+    def set_memory(self, memory: Memory) -> None:
         """How a backward pass gets the activations.
 
         Args:
@@ -53,8 +56,7 @@ class Flow(Bijection):
         Raises:
             ValueError: another word.
         """
-        if memory not in MEMORY:
-            raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
+        check_choice("memory", memory, get_args(Memory))
         self.memory = memory
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:

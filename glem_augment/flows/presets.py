@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from glem_augment.constants import Preset
 from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
 from glem_augment.flows.jet import JetFlow
 from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1
@@ -204,7 +205,7 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     return MultiscaleFlow(image_shape, levels, patch)
 
 
-def create_flow(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> Flow:
+def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: Any) -> Flow:
     """A new flow of a named size.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from glem_augment.checks import check_number, check_whole
-from glem_augment.constants import DEFAULT_MODES
+from glem_augment.constants import DEFAULT_MODES, Preset
 from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError
@@ -74,7 +74,7 @@ class GLEM(ImageFlow):
     @classmethod
     def create(
         cls,
-        preset: str,
+        preset: Preset,
         image_shape: tuple[int, int, int],
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,

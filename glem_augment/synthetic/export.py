@@ -88,7 +88,7 @@ def export_imagefolder(
     progress: bool = True,
 ) -> Path:
     """Write folder/<class>/NNNNNN.png and the manifest; see `SyntheticDataset.export`."""
-    manifest = provenance(dataset) | {"license": licence_note(license, dataset.source)}
+    manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset.source)}
     old = check_folder(folder)
     if old is not None and (found := differences(old, manifest)):
         if not overwrite:

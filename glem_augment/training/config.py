@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from glem_augment.checks import check_choice, check_number, check_whole, closest
-from glem_augment.constants import PRESET_NAMES
+from glem_augment.constants import PRESET_NAMES, Memory, Preset
 
-OBJECTIVES = ("glem", "saturating", "mle", "hybrid", "ib")
+Objective = Literal["glem", "saturating", "mle", "hybrid", "ib"]
+OBJECTIVES = get_args(Objective)
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
@@ -61,7 +62,7 @@ class TrainConfig:
         ValueError, TypeError: a setting that does not exist (any more), or a value that makes no sense.
     """
 
-    preset: str = _setting(
+    preset: Preset = _setting(
         "mef_tiny", PRESET_NAMES, "size of the flow: mef_tiny (2.0 M parameters for 3x32x32), mef_small (8.1 M), "
         "mef_cifar (37.6 M, as published), mef_glem (42.8 M); with affine couplings glow_tiny (1.2 M) and glow_fast "
         "(0.6 M, the best for its time on a CPU); identity (none: the pixels)", group="flow",
@@ -70,7 +71,7 @@ class TrainConfig:
         dict, "table", "change a number of the preset, e.g. --flow depth=[4,4]; see create_flow; repeatable"
     )
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
-    objective: str = _setting(
+    objective: Objective = _setting(
         "glem", OBJECTIVES, "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: "
         "likelihood alone; hybrid: likelihood and cross-entropy, beyond the paper; ib: IB-INN's kind of hybrid",
         group="objective",
@@ -94,7 +95,7 @@ class TrainConfig:
     batch_size: int = _setting(64, int, "images per step", low=1)
     lr: float = _setting(1e-2, float, "learning rate of Adamax", above=0)
     warmup_steps: int = _setting(1000, int, "steps of linear warm-up, at most half the run")
-    schedule: str = _setting(
+    schedule: Literal["multistep", "cosine"] = _setting(
         "multistep", ("multistep", "cosine"), "halvings after a half and three quarters of the run, or a cosine to a "
         "hundredth", research=True,
     )  # fmt: skip
@@ -130,9 +131,11 @@ class TrainConfig:
     )  # fmt: skip
     val_fraction: float = _setting(0.05, float, "share of each class held out, at most 2,000 images in all", high=0.99)
     seed: int = _setting(0, int, "seed of everything random", high=2**63 - 1, group="run")
-    precision: str = _setting("fp32", ("fp32", "bf16"), "of the subnets in training; the bijection is float32")
-    memory: str = _setting(
-        "stored", ("stored", "reversible"), "reversible: rebuild activations in the backward pass; memory does not "
+    precision: Literal["fp32", "bf16"] = _setting(
+        "fp32", ("fp32", "bf16"), "of the subnets in training; the bijection is float32"
+    )
+    memory: Memory = _setting(
+        "stored", get_args(Memory), "reversible: rebuild activations in the backward pass; memory does not "
         "grow with the flow's depth, and steps are slower",
     )  # fmt: skip
     compile: bool = _setting(False, bool, "torch.compile the flow's steps: a slow start, then faster steps")
