@@ -95,13 +95,14 @@ class AugmentedLoader:
         self.device = device
         self.epoch = 0
         self._enabled = True
+        self._shares_checked = _warn_unless_sharded(loader)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if self.epoch == 0:  # a process group may have been made after the wrapper
-            _warn_unless_sharded(self.loader)
+        if not self._shares_checked:  # a process group may have been made after the wrapper, as by Lightning
+            self._shares_checked = _warn_unless_sharded(self.loader)
         on = self.off_epoch is None or self.epoch < self.off_epoch
         self.epoch += 1
         for batch in self.loader:
@@ -142,28 +143,29 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
         )
 
 
-def _warn_unless_sharded(loader: Any) -> None:
-    """Warn where several processes go through the same images.
+def _warn_unless_sharded(loader: Any) -> bool:
+    """Warn where several processes go through the same images. False: there is no process group yet.
 
     Samplers of torch and timm know the number of processes as `num_replicas`, what accelerate prepares knows it as
     `num_processes`. An IterableDataset may share out its images by itself.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
+        return False
     world = torch.distributed.get_world_size()
     names = ("sampler", "batch_sampler", "dataset", "state")
     parts: list[Any] = [getattr(loader, name, None) for name in names]
     sampler, _, data, _ = parts
     if world == 1 or sampler is None or isinstance(data, IterableDataset):
-        return
+        return True
     if not any(hasattr(part, n) for part in parts for n in ("num_replicas", "num_processes")):
         warnings.warn(
             f"each of the {world} processes goes through all {len(loader.dataset)} images, since neither the sampler "
             "nor the data set of this loader is shared out: give the DataLoader a DistributedSampler; with accelerate "
             "wrap what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in "
             "on_after_batch_transfer",
-            stacklevel=3,
+            stacklevel=4,
         )
+    return True
 
 
 # ---- as timm's mixup_fn --------------------------------------------------------------------------------------
