@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glem_augment.constants import PRESET_NAMES
+from glem_augment.checks import PRESET_NAMES
 from glem_augment.flows import PRESETS
 
 ROOT = Path(__file__).parents[1]

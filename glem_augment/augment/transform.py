@@ -45,8 +45,7 @@ from glem_augment.augment.moves import (
 from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.v2 import GLEMTransform
-from glem_augment.checks import check_choice, check_number
-from glem_augment.constants import Policy
+from glem_augment.checks import Policy, check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
 from glem_augment.devices import check_worker_device, evaluating, weights_key

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from glem_augment.augment.moves import MOST_PUT_BACK
+from glem_augment.checks import POLICIES
 from glem_augment.cli.common import (
     finite,
     load_model,
@@ -20,7 +21,6 @@ from glem_augment.cli.common import (
     read_class_map,
     without_splits,
 )
-from glem_augment.constants import POLICIES
 from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview

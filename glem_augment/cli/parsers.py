@@ -11,8 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glem_augment.checks import closest
-from glem_augment.constants import DEFAULT_MODES, FORMATS, POLICIES, SOURCES
+from glem_augment.checks import DEFAULT_MODES, FORMATS, POLICIES, SOURCES, closest
 from glem_augment.errors import GLEMError
 
 # The function of a command, as module.function of this folder, and its line in the overview.

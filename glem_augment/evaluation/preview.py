@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.constants import POLICIES, Policy
+from glem_augment.checks import POLICIES, Policy
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM

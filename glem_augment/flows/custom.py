@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glem_augment.constants import Memory
+from glem_augment.checks import Memory
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
 

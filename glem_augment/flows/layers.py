@@ -7,8 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import check_choice
-from glem_augment.constants import Memory
+from glem_augment.checks import Memory, check_choice
 from glem_augment.flows.subnets import Subnet
 
 # An element that is almost constant in the first batch has almost no spread, and dividing by that would blow up the

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from glem_augment.constants import Preset
+from glem_augment.checks import Preset
 from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
 from glem_augment.flows.jet import JetFlow
 from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import INNER, ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glem_augment.constants import INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.flows.precision import full_precision
 from glem_augment.latent.kld import kld_class_sums, kld_matrix
 

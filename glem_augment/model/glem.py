@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import check_number, check_whole
-from glem_augment.constants import DEFAULT_MODES, Preset
+from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
 from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError

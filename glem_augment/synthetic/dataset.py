@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from glem_augment.checks import check_choice, check_whole
-from glem_augment.constants import FORMATS, Format, Source
+from glem_augment.checks import FORMATS, Format, Source, check_choice, check_whole
 from glem_augment.data.dataset import ImageData, check_indices
 from glem_augment.data.sources import open_source
 from glem_augment.devices import weights_key

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.constants import SOURCES, Source
+from glem_augment.checks import SOURCES, Source, check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import to_uint8
 from glem_augment.devices import check_worker_device, evaluating

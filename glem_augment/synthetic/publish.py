@@ -21,8 +21,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 from tqdm import tqdm
 
-from glem_augment.checks import check_choice
-from glem_augment.constants import FORMATS, Format
+from glem_augment.checks import FORMATS, Format, check_choice
 from glem_augment.errors import DataError
 from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY

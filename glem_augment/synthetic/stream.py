@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from glem_augment.checks import check_number, check_whole
-from glem_augment.constants import Source
+from glem_augment.checks import Source, check_number, check_whole
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import class_values
 from glem_augment.synthetic.dataset import BLOCK, to_pil

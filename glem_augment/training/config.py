@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from glem_augment.checks import check_choice, check_number, check_whole, closest
-from glem_augment.constants import PRESET_NAMES, Memory, Preset
+from glem_augment.checks import PRESET_NAMES, Memory, Preset, check_choice, check_number, check_whole, closest
 
 Objective = Literal["glem", "saturating", "mle", "hybrid", "ib"]
 OBJECTIVES = get_args(Objective)
