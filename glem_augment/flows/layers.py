@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from glem_augment.checks import Memory, check_choice
 from glem_augment.flows.subnets import Subnet
 
-# An element that is almost constant in the first batch has almost no spread, and dividing by that would blow up the
-# first image that uses it. Its spread is taken to be at least this share of its channel's, and above the floor.
-_MIN_SHARE, _MIN_STD = 0.1, 1e-3
+# An element's spread in a few images is mostly noise, and dividing by one that is too small would blow up other images,
+# once more in every step. So its channel's spread counts as that of so many more images, and there is a floor.
+_PRIOR, _MIN_STD = 30, 1e-3
 
 
 class Bijection(nn.Module):
@@ -108,11 +108,9 @@ class ActNorm(nn.Module):
         """Set bias and scale from the batch `x` [B,C,H,W], in float64, with dead channels guarded."""
         dims = (0,) if self.per == "element" else (0, 2, 3)
         x = x.double()
-        mean = x.mean(dims).reshape(self.bias.shape)
-        std = x.std(dims, unbiased=False).reshape(self.bias.shape)
-        channel = x.std((0, 2, 3), unbiased=False)[:, None, None]
-        std = torch.maximum(std, _MIN_SHARE * channel).clamp_min(_MIN_STD)
-        self.bias.copy_(-mean)
+        own, channel = (x.var(over, unbiased=False, keepdim=True)[0] for over in (dims, (0, 2, 3)))
+        std = torch.lerp(own, channel, _PRIOR / (_PRIOR + len(x))).sqrt().clamp_min(_MIN_STD)
+        self.bias.copy_(-x.mean(dims, keepdim=True)[0])
         self.log_scale.copy_(-std.log())
         self.initialised.fill_(True)
 

@@ -81,13 +81,15 @@ def test_actnorm_starts_from_the_data_and_dead_channels_get_a_finite_scale(per: 
     z = (x + layer.bias) * layer.log_scale.exp()
     dims = (0,) if per == "element" else (0, 2, 3)
     torch.testing.assert_close(z.mean(dims), torch.zeros_like(z.mean(dims)), rtol=0, atol=1e-4)
-    torch.testing.assert_close(z.std(dims, unbiased=False), torch.ones_like(z.std(dims)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(z.std(dims, unbiased=False), torch.ones_like(z.std(dims)), rtol=0.02, atol=0)
     x = torch.randn(64, 3, 4, 4)
     x[:, 0] = 0.25  # a dead channel
     x[:, 1, 0, 0] = -0.5  # a dead element of a live channel
     layer.initialise(x)
     assert layer.log_scale.max().item() == pytest.approx(math.log(1e3))
-    assert layer.log_scale[1].max() < math.log(1 / 0.09)  # no more than ten times its channel's scale
+    assert layer.log_scale[1].max() < math.log(2)  # not far above its channel's
+    layer.initialise(x[:4])
+    assert ((x + layer.bias) * layer.log_scale.exp())[:, 2].std(0).max() < 2  # of images that it has not seen
 
 
 def test_initialisation_happens_once_and_is_stored() -> None:
@@ -98,7 +100,7 @@ def test_initialisation_happens_once_and_is_stored() -> None:
     z, _ = flow(x)  # the couplings do nothing yet, and the mixings are rotations
     torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), rtol=0, atol=1e-4)
     last = z[:, -math.prod(flow.part_shapes[-1]) :]
-    assert last.square().mean().item() == pytest.approx(1, rel=1e-2)
+    assert last.square().mean().item() == pytest.approx(1, rel=0.05)
     before = {k: v.clone() for k, v in flow.state_dict().items()}
     loaded = create_flow("mef_tiny", (2, 4, 4), **{**TINY, "depth": [1, 2]})
     loaded.load_state_dict(before)
