@@ -27,8 +27,7 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.latent.gaussians import ClassGaussians
     from glem_augment.model.glem import GLEM
     from glem_augment.synthetic.combined import RealAndSynthetic
-    from glem_augment.synthetic.dataset import SyntheticDataset
-    from glem_augment.synthetic.stream import SyntheticStream
+    from glem_augment.synthetic.dataset import SyntheticDataset, SyntheticStream
 
 __version__ = "0.1.0"
 
@@ -60,8 +59,7 @@ _MODULES = {
     "latent.gaussians": "ClassGaussians",
     "model.glem": "GLEM",
     "synthetic.combined": "RealAndSynthetic",
-    "synthetic.dataset": "SyntheticDataset",
-    "synthetic.stream": "SyntheticStream",
+    "synthetic.dataset": "SyntheticDataset SyntheticStream",
 }
 
 

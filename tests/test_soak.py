@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.errors import DataError
-from glem_augment.synthetic.stream import SyntheticStream
+from glem_augment.synthetic.dataset import SyntheticStream
 
 CLASSES = ["ant", "bee", "cat"]
 PROC = Path("/proc/self")

@@ -53,9 +53,7 @@ def match_classes(
             is not there, or a side without names. It lists both sides and the fix. TypeError: another `class_map`.
     """
     flow, data = _Side("flow", flow), _Side("data", data)
-    if isinstance(class_map, str):
-        if class_map != "order":
-            raise ClassMismatchError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
+    if isinstance(class_map, str) and class_map == "order":
         if len(flow.ids) != len(data.ids):
             raise ClassMismatchError(
                 f"class_map='order' needs equally many classes: the data has {len(data.ids)}, the flow "
@@ -63,7 +61,7 @@ def match_classes(
             )
         return np.arange(len(data.ids), dtype=np.int64)
     if class_map is not None and not isinstance(class_map, Mapping):
-        raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {type(class_map).__name__}")
+        raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
 
     found: dict[int, int] = {}
     for source, target in (class_map or {}).items():
@@ -118,10 +116,8 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
         for key, value in (given.items() if isinstance(given, Mapping) else enumerate(given))
     }
     total = max(flow_class, default=-1) + 1 if num_classes is None else num_classes
-    if not isinstance(given, Mapping) and len(flow_class) != total:
-        raise ValueError(f"class_map has {len(flow_class)} entries, but num_classes={num_classes}")
-    if max(flow_class, default=-1) >= total:
-        raise ValueError(f"class_map has data class {max(flow_class)}, allowed are 0 to {total - 1}")
+    if max(flow_class, default=-1) >= total or (not isinstance(given, Mapping) and len(flow_class) < total):
+        raise ValueError(f"class_map must be of data classes 0 to {total - 1}, got {list(flow_class)[:20]}")
     highest = max(flow_class.values(), default=-1)
     if highest >= flow_classes:
         raise ValueError(f"class_map has flow class {highest}; allowed are 0 to {flow_classes - 1}, -1 and None")

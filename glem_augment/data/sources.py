@@ -9,13 +9,12 @@ import copy
 import gzip
 import io
 import json
-import math
 import os
 import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -107,11 +106,8 @@ class Source(Dataset, ABC):
         except BadImageError:
             raise
         except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
-            if os.path.isfile(where) and os.path.getsize(where) == 0:
-                raise BadImageError(f"{where} is an empty file; remove or replace it") from error
-            said = str(error).replace(f": {where!r}", "").replace(f" {where!r}", "")
             raise BadImageError(
-                f"{where} cannot be read as an image ({type(error).__name__}: {said}); remove or replace it"
+                f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it"
             ) from error
 
 
@@ -166,10 +162,7 @@ class ReaderSource(Source):
     reader: Any
 
     def where(self, index: int) -> str:
-        try:
-            return str(self.reader.filename(index) or super().where(index))
-        except Exception:  # this is for error messages: it must not fail on what it reports
-            return super().where(index)
+        return str(self.reader.filename(index) or super().where(index))
 
     def open(self, index: int) -> Image.Image:
         with self.reader[index][0] as file:
@@ -222,9 +215,9 @@ def _bundled_source(name: str, split: str) -> ArraySource:
     """Fashion-MNIST, 100 real images per class and split: one PNG with a row per class and a column per image."""
     if name != "fashion-mnist":
         raise DataError(f"no bundled data set {name!r}; there is 'bundled:fashion-mnist'")
-    part = "train" if split in _TRAIN else "test" if split in _TEST + _VAL else None
-    if part is None:
+    if split not in _SPLIT_FOLDERS:
         raise DataError(f"bundled:{name} has no split {split!r}; choose 'train' or 'test'")
+    part = "train" if split in _TRAIN else "test"
     file = resources.files("glem_augment").joinpath("bundled", "data", f"{name}-{part}.png")
     with file.open("rb") as stream, Image.open(stream) as image:
         sheet = np.asarray(image.convert("L"))
@@ -251,11 +244,9 @@ def _image_folder(folder: Path) -> FolderSource:
     exported = (folder / PROVENANCE).is_file() and (folder / CLASS_FILE).is_file()
     class_ids = _exported_classes(folder) if exported else _folders(folder)
     if not class_ids:
-        raise DataError(
-            f"{folder} is not an ImageFolder: it must hold one folder of images per class, but has no folders"
-        )
+        raise DataError(f"{folder} has no folders: it must be an ImageFolder, with one folder of images per class")
+    labels = {name: index for index, name in enumerate(class_ids)}
     try:
-        labels = {name: index for index, name in enumerate(class_ids)}
         samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=exported)
     except FileNotFoundError as error:  # classes without images
         raise DataError(f"{folder}: {error}; add images or remove the folders") from None
@@ -265,13 +256,11 @@ def _image_folder(folder: Path) -> FolderSource:
 
 def _exported_classes(folder: Path) -> list[str]:
     """The folders of an export in the order of their labels. DataError: classes.json is damaged, or lacks a folder."""
-    try:
+    with suppress(ValueError, TypeError, AttributeError):
         labels = json.loads((folder / CLASS_FILE).read_text(encoding="utf-8"))
         names = sorted(labels, key=labels.__getitem__)
         if [labels[name] for name in names] == list(range(len(names))) and set(_folders(folder)) <= set(names):
             return names
-    except (ValueError, TypeError, AttributeError):
-        pass
     raise DataError(f"{folder / CLASS_FILE} does not give each class folder a label: run the export again")
 
 
@@ -330,9 +319,7 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
     for kind, rank in (("images", 3), ("labels", 1)):
         matches = [name for name in names if re.fullmatch(rf"{prefix}-{kind}[-.]idx{rank}-ubyte(\.gz)?", name)]
         if not matches:
-            raise DataError(
-                f"{folder} has no idx file of the {kind} of split {split!r}; it holds {', '.join(names[:12])}"
-            )
+            raise DataError(f"{folder} has no idx file of the {kind} of split {split!r}; it holds {names[:12]}")
         found[kind] = _read_idx(folder / matches[0], rank)
     images, labels = found["images"], found["labels"]
     if len(images) != len(labels):
@@ -349,18 +336,13 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
     """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data."""
-    try:
+    with suppress(gzip.BadGzipFile, EOFError, zlib.error, ValueError):  # all of them: it is damaged
         with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
             data = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); it may be truncated: fetch it again") from error
-    header = 4 + 4 * rank
-    if len(data) < header or data[:4] != bytes((0, 0, 8, rank)):
-        raise DataError(f"{path} is not an idx file of unsigned bytes with {rank} dimension(s)")
-    shape = [int(size) for size in np.frombuffer(data, ">u4", rank, offset=4)]
-    if len(data) - header != math.prod(shape):
-        raise DataError(f"{path} holds {len(data) - header} bytes instead of {shape}; it is damaged: fetch it again")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+        if data[:4] == bytes((0, 0, 8, rank)):
+            shape = np.frombuffer(data, ">u4", rank, offset=4).tolist()
+            return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    raise DataError(f"{path} is damaged, or not an idx file of unsigned bytes with {rank} dimension(s): fetch it again")
 
 
 # ---- other libraries' data sets, and tensors -----------------------------------------------------------------------
@@ -394,9 +376,7 @@ def _timm_source(spec: str, split: str) -> Source:
     except DataError:
         raise
     except (Exception, SystemExit) as error:
-        # torchvision advises an option of its own.
-        why = str(error).replace("You can use download=True to download it", f"download it to {root!r} first")
-        raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {why}") from error
+        raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {error}") from error
 
 
 def _data_set_source(data: Any, name: str) -> Source:

@@ -1,7 +1,7 @@
-"""SyntheticDataset: class-balanced images drawn from the classes of a GLEM, reproducible item by item.
+"""SyntheticDataset and SyntheticStream: images drawn from the classes of a GLEM, by index or new ones in every epoch.
 
-Images are decoded in fixed aligned blocks of one class, since convolutions and matrix products change in their last
-bits with the batch size. So item i is the same image whatever the batch, the order and the worker.
+Images are decoded in fixed aligned blocks, since convolutions and matrix products change in their last bits with the
+batch size. So item i is the same image whatever the batch, the order and the worker.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from glem_augment.checks import FORMATS, Format, Source, check_choice, check_whole
+from glem_augment.checks import FORMATS, Format, Source, check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData, check_indices
 from glem_augment.data.sources import open_source
 from glem_augment.devices import weights_key
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.balance import PerClass, class_counts, match_targets
+from glem_augment.synthetic.balance import PerClass, class_counts, class_values, match_targets
 from glem_augment.synthetic.export import InLabelOrder, export_imagefolder, warn_of_numbers
 from glem_augment.synthetic.latents import Sampler, rows_by_block
 
-# Images that are decoded together, all of one class. Another number would change images in their last bits.
+# Images that are decoded together, in a SyntheticDataset all of one class. Another number would change their last bits.
 BLOCK = 64
 
 
@@ -91,9 +91,8 @@ class SyntheticDataset(Dataset):
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.transform, self.target_transform = transform, target_transform
         self.model = model.on(device)
-        wanted = np.asarray(self.counts) > 0
         drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
-        self.sampler = Sampler(self.model, *drawing, wanted)
+        self.sampler = Sampler(self.model, *drawing, wanted=np.asarray(self.counts) > 0)
         self.source, self.seed, self.temperature = source, self.sampler.seed, self.sampler.temperature
         self.real_name = None if self.sampler.real is None else self.sampler.real.name
         self.block = BLOCK
@@ -230,15 +229,14 @@ class SyntheticDataset(Dataset):
         export that was killed is finished by running it again.
 
         Args:
-            folder: made if missing. format: "imagefolder" (folder/<class>/NNNNNN.png, see `class_folders`), or
-                "webdataset" (data/train-*.tar, which timm and the Hub read; made in one step at the end). progress:
-                show a bar. overwrite: replace an export of other images. license: of the images that the flow was
-                trained on, which its samples inherit, for the provenance.
+            format: "imagefolder" (folder/<class>/NNNNNN.png, see `class_folders`), or "webdataset" (data/train-*.tar,
+                which timm and the Hub read; made in one step at the end).
+            overwrite: replace an export of other images.
+            license: of the images that the flow was trained on, which its samples inherit, for the provenance.
 
         Raises:
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
             OSError: if the disk is full or cannot be written, naming the path.
-            ValueError: for another format, or a flow of neither 1 nor 3 channels.
         """
         from glem_augment.synthetic.publish import export_shards  # it loads the Hub's client
 
@@ -258,12 +256,6 @@ class SyntheticDataset(Dataset):
 
         self._check_pil()
         return push_dataset(InLabelOrder(self), repo_id, **options)
-
-    def __repr__(self) -> str:
-        return (
-            f"SyntheticDataset({len(self)} images, {len(self.classes)} classes, temperature={self.temperature}, "
-            f"seed={self.seed}, source={self.source!r})"
-        )
 
     def _make_cache(self) -> None:
         blocks = max(1, self.cache_bytes // (self.block * math.prod(self.image_shape)))
@@ -288,6 +280,101 @@ class SyntheticDataset(Dataset):
     def _check_pil(self) -> None:
         if self.image_shape[0] not in (1, 3):
             raise ValueError(f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices)")
+
+
+class SyntheticStream(IterableDataset):
+    """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
+
+    Images are made in blocks; block number b is a function of seed, epoch and b alone. The workers of all ranks share
+    the blocks out among themselves, so how many workers there are decides the order of an epoch's images, but not what
+    they are. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch.
+
+    As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
+    timm's train.py does so by itself. Without a `length` there is one epoch without an end.
+
+    Args:
+        model: a GLEM or its name.
+        length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
+        weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from class names, ids or
+            indices (the others get no image); None: all the same.
+        temperature, seed, transform, target_transform, source, device, real, modes, alpha, min_confidence: as for
+            `SyntheticDataset`.
+    """
+
+    def __init__(
+        self,
+        model: GLEM | str | os.PathLike[str],
+        length: int | None = None,
+        weights: Sequence[float] | Mapping[Any, float] | None = None,
+        temperature: float = 0.8,
+        seed: int = 0,
+        transform: Callable[[Image.Image], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+        source: Source = "gaussian",
+        device: torch.device | str | None = None,
+        real: Any = None,
+        modes: int | None = None,
+        alpha: float = 1.0,
+        min_confidence: float | None = None,
+    ) -> None:
+        model = as_model(model)
+        self.length = None if length is None else check_whole("length", length, 1)
+        given = [1.0] * model.num_classes if weights is None else class_values(model, weights, "weights", 0.0)
+        frequencies = np.array([check_number(f"weights[{i}]", w, 0.0, math.inf) for i, w in enumerate(given)])
+        if frequencies.sum() <= 0:
+            raise ValueError("weights must not all be 0")
+        self.probabilities = frequencies / frequencies.sum()
+        self.transform, self.target_transform = transform, target_transform
+        drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
+        self.sampler = Sampler(model.on(device), *drawing, wanted=self.probabilities > 0)
+        self.block = BLOCK
+        self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
+        self._sender: tuple[int, int] | None = None  # rank and number of ranks of the process that sent this copy
+        # In shared memory, so that persistent DataLoader workers see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, before its iterator is made. It holds for the workers of a DataLoader too."""
+        self._epoch.fill_(check_whole("epoch", epoch, 0))
+
+    def __len__(self) -> int:
+        """Images per epoch on this rank. Every worker of a DataLoader may end with a short batch of its own."""
+        if self.length is None:
+            raise TypeError("this SyntheticStream has no end, and so no length: give length=")
+        return -(-self.length // self._ranks()[1])
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        own, ranks = self._ranks()
+        epoch, share = int(self._epoch), None if self.length is None else len(self)
+        local = worker  # number of the block among those of this rank
+        while share is None or local * self.block < share:
+            count = self.block if share is None else min(self.block, share - local * self.block)
+            yield from self._block(epoch, local * ranks + own, count)
+            local += workers
+
+    def _block(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
+        """The first `count` items of a block."""
+        sequence = np.random.SeedSequence([self.sampler.seed, epoch, number])
+        y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
+        # Each place is used once over all blocks and epochs; 2^40 images are enough for an epoch.
+        within = epoch * 2**40 + number * self.block + np.arange(self.block)
+        drawn = self.sampler.images(y[:count], within[:count])
+        for picture, label in zip(to_pil(drawn.images), y[:count].tolist(), strict=True):
+            yield (
+                picture if self.transform is None else self.transform(picture),
+                label if self.target_transform is None else self.target_transform(label),
+            )
+
+    def _ranks(self) -> tuple[int, int]:
+        if self._sender is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self._sender or (0, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned, rather than forked, is not part of the process group.
+        return self.__dict__ | {"_sender": self._ranks()}
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

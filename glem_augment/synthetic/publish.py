@@ -1,7 +1,8 @@
 """Publishing synthetic images: a data set on the Hub for `datasets.load_dataset`, or WebDataset shards in a folder.
 
-Small sets are an image folder (`data/train/<class>/NNNNNN.png` with `metadata.jsonl`). The Hub takes at most 10,000
-files in a folder and 25,000 in a commit, so larger ones are WebDataset shards (`data/train-*.tar`).
+On the Hub they are an image folder (`data/train/<class>/NNNNNN.png` with `metadata.jsonl`). It takes at most 10,000
+files in a folder and 25,000 in a commit. Shards (`data/train-*.tar`) have no such limit; they get a card too, so that
+their folder can be uploaded as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 from tqdm import tqdm
 
-from glem_augment.checks import FORMATS, Format, check_choice
 from glem_augment.errors import DataError
 from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY
@@ -55,7 +55,6 @@ def push_dataset(
     dataset: InLabelOrder,
     repo_id: str,
     *,
-    format: Format | None = None,  # noqa: A002  (the word users expect)
     license: str | None = None,  # noqa: A002  (the Hub's word)
     license_name: str | None = None,
     license_link: str | None = None,
@@ -65,9 +64,8 @@ def push_dataset(
     """Upload all images of `dataset` with a data card, in one commit that removes what an earlier push left in `data/`.
 
     Args:
-        dataset: its classes become the names of the column `label` (`cls` in shards), in index order.
+        dataset: its classes become the names of the column `label`, in index order.
         repo_id: `org/name` of a data set, which is made if it does not exist.
-        format: "imagefolder" or "webdataset"; None chooses by the number of images.
         license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
             inherit; an identifier of the Hub. Without it there is a warning, and the card says that it is unknown.
         commit_message: by default one that gives the number of images.
@@ -75,15 +73,19 @@ def push_dataset(
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        DataError: too many images for the format. ValueError: another format. OSError: no space for temporary files.
+        DataError: more images than the Hub takes as single files. OSError: no space for temporary files.
     """
-    chosen = _format(dataset, format)
+    if max(dataset.counts) > MAX_FILES_IN_FOLDER or len(dataset) > MAX_FILES - 100:  # there are a few other files
+        raise DataError(
+            f"{len(dataset)} images are more than the Hub takes as single files: export them with format='webdataset', "
+            f"and upload that folder (hf upload {repo_id} FOLDER --repo-type dataset)"
+        )
     facts = CardFacts(license, license_name, license_link)
     message = commit_message or f"Upload {len(dataset)} synthetic images with {LIBRARY}"
     return upload(
         repo_id,
         "dataset",
-        lambda name, folder: write_dataset(dataset, folder, name, facts, chosen),
+        lambda name, folder: write_dataset(dataset, folder, name, facts, "imagefolder"),
         message,
         replace="data/*",
         **target,
@@ -93,7 +95,7 @@ def push_dataset(
 def write_dataset(
     dataset: InLabelOrder, folder: Path, repo_id: str, facts: CardFacts, layout: str, progress: bool = True
 ) -> None:
-    """Write what a push would upload to an empty folder: images with their labels, provenance, card."""
+    """Write a data set of the Hub to an empty folder: images with their labels, provenance, card."""
     write = _write_imagefolder if layout == "imagefolder" else _write_shards
     written = write(dataset, folder, progress)
     # The model's config is left out: it may name private folders.
@@ -104,17 +106,6 @@ def write_dataset(
     }
     write_json(folder / PROVENANCE, manifest)
     write_card(_card(dataset, repo_id, facts, manifest), folder)
-
-
-def _format(dataset: InLabelOrder, format: str | None) -> str:  # noqa: A002
-    most = max(dataset.counts)
-    fits = most <= MAX_FILES_IN_FOLDER and len(dataset) <= MAX_FILES - 100  # there are a few other files
-    if format is None:
-        return "imagefolder" if fits else "webdataset"
-    check_choice("format", format, FORMATS)
-    if format == "imagefolder" and not fits:
-        raise DataError(f"{len(dataset)} images are more than the Hub takes as single files: use format='webdataset'")
-    return format
 
 
 def _origin(model: GLEM) -> str | None:

@@ -221,7 +221,7 @@ def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
     for form, name in (("PNG", "cut.png"), ("JPEG", "cut.jpg"), ("WEBP", "cut.webp"), ("TIFF", "cut.tif")):
         whole = encoded(large, form)
         add(name, whole[: len(whole) // 2], "cannot be read")
-    add("empty.jpg", b"", "empty file")
+    add("empty.jpg", b"", "cannot be read")
     add("page.jpg", b"<html>404</html>", "cannot be read")
     add("text.png", b"hello\n" * 100, "cannot be read")
     add("deep.png", encoded(Image.fromarray(np.full((8, 8), 4000, np.uint16)), "PNG"), "more than 8 bits")
@@ -289,7 +289,7 @@ def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
         open_data(image_folder)
     (tmp_path / "nothing").mkdir()
     for path, error, message in (
-        (tmp_path / "nothing", DataError, "not an ImageFolder"),
+        (tmp_path / "nothing", DataError, "must be an ImageFolder"),
         (tmp_path / "nowhere", FileNotFoundError, "no such data: .*nowhere"),
         (image_folder / "cat" / "0.png", DataError, "is a file"),
     ):

@@ -26,8 +26,8 @@ PROVENANCE = "glem-provenance.json"
 server, pushed = test_hub.server, test_hub.pushed  # fixtures
 
 
-def push(dataset: SyntheticDataset, server: HubServer, **options: object) -> dict[str, bytes]:
-    commit = dataset.push_to_hub("org/images", license="mit", **options)
+def push(dataset: SyntheticDataset, server: HubServer) -> dict[str, bytes]:
+    commit = dataset.push_to_hub("org/images", license="mit")
     return server.repo("org/images", "dataset").commits[commit.oid]
 
 
@@ -72,16 +72,14 @@ def test_a_data_set_is_pushed_as_an_image_folder(pushed: tuple[HubServer, GLEM, 
     assert json.loads(push(SyntheticDataset(loaded, per_class=1), server)[PROVENANCE])["loaded_from"] is None
 
 
-def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    server, model, _ = pushed
+def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "MIN_SHARD", 4)
     monkeypatch.setattr(publish, "MAX_FILES_IN_FOLDER", 2)
     monkeypatch.setattr(publish, "_BLOCK", 2)
-    assert "data/train/metadata.jsonl" in push(SyntheticDataset(model, per_class=2), server)
-    dataset = SyntheticDataset(model, per_class=3)
-    with pytest.raises(DataError, match="webdataset"):
-        push(dataset, server, format="imagefolder")
-    tree = push(dataset, server)
+    dataset = SyntheticDataset(tiny_model(), per_class=3)
+    with pytest.raises(DataError, match="format='webdataset'.*hf upload org/images"):
+        dataset.push_to_hub("org/images")
+    tree = files(dataset.export(tmp_path / "a" / "out", "webdataset", progress=False))
     shards = read_shards([tree[f"data/train-{i:05d}-of-00003.tar"] for i in range(3)])
     for i in range(9):
         image, label = dataset[i]
@@ -89,7 +87,8 @@ def test_many_images_become_shards(pushed: tuple[HubServer, GLEM, str], monkeypa
         assert Image.open(io.BytesIO(shards[i % 3][f"{i:08d}.png"])).tobytes() == image.tobytes()
     assert [len(shard) for shard in shards] == [6, 6, 6]
     assert json.loads(tree["data/_info.json"])["splits"]["train"]["shard_lengths"] == [3, 3, 3]
-    assert push(dataset, server) == tree  # the same bytes again
+    again = dataset.export(tmp_path / "b" / "out", "webdataset", progress=False)
+    assert files(again) == tree  # the same bytes again
 
 
 def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:

@@ -37,8 +37,7 @@ def pixels(n: int, seed: int = 0, shape: tuple[int, int, int] = (3, 8, 8)) -> Te
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("dataset", "stream"):
-        monkeypatch.setattr(f"glem_augment.synthetic.{module}.BLOCK", 8)
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 8)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +246,6 @@ def test_the_images_of_an_epoch_are_the_same_for_any_number_of_workers(model: GL
         found = []
         for epoch in range(3):
             stream.set_epoch(epoch)
-            assert stream.epoch == epoch
             found.append(as_rows(loader))
         return found
 
