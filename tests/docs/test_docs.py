@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import test_hub
 import torch
+from safetensors.torch import save
 from test_cli import TINY, write_images
+from test_custom import Own
+from test_jet import published
 
 import glem_augment
 from benchmarks.paper.codes import CODED_METHODS
@@ -47,6 +50,7 @@ SMALLER: dict[str, dict[str, str]] = {
         '"train")': '"train").subset(range(0, 1000, 40))',
         "epochs=30": 'arch="resnet18_quarter", epochs=1',
     },
+    "docs/adapt.md": {"(3, 32, 32)": "(3, 8, 8)"},
     "README.md": {"--per-class 500": "--per-class 5"},
 }
 OPTIONS = {"train": [*TINY, "--epochs", "1", "--quiet"]}
@@ -57,7 +61,7 @@ def test_the_code_of_a_page_runs(
     name: str, server: test_hub.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python and glem commands, in order, on small images and flows under the names that the pages use. (The code of
-    docs/plugin.md is run in test_plugin.py.)"""
+    docs/plugin.md is run in tests/augment/test_loops.py.)"""
     monkeypatch.chdir(tmp_path)
     for folder in ("photos", "photos-test"):
         write_images(tmp_path / folder, ("ant", "cat", "dog"), (20, 24), 6)
@@ -66,10 +70,12 @@ def test_the_code_of_a_page_runs(
     model.fit_modes((torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3), rank=4)
     for repo in ("org/flow", "org/name"):
         server.repo(repo).tags["v1.0"] = server.put(repo, test_hub.files_of(model, tmp_path / repo))
+    jet, card = save({k: t.contiguous() for k, t in published().state_dict().items()}), b"---\nlicense: mit\n---\n"
+    server.put("btrude/jet_imagenet64x64_200m", {"jet.safetensors": jet, "README.md": card})
     if name == "docs/hub.md":  # the other pages make this one
         model.save(tmp_path / "runs" / "photos")
     shutil.rmtree(tmp_path / "org")  # a folder would win over the Hub
-    space: dict[str, Any] = {}
+    space: dict[str, Any] = {"module": Own()}  # for docs/adapt.md
     ran = 0
     for language, text in blocks(ROOT / name):
         for old, new in SMALLER.get(name, {}).items():
@@ -82,7 +88,7 @@ def test_the_code_of_a_page_runs(
             if words[:1] == ["glem"] and "NAME" not in words:
                 assert main([*words[1:], *OPTIONS.get(words[1], [])]) == 0, line
                 ran += 1
-    assert ran >= {"README.md": 7, "docs/adapt.md": 2, "docs/hub.md": 9, "docs/reproduction.md": 1}[name]
+    assert ran >= {"README.md": 7, "docs/adapt.md": 4, "docs/hub.md": 9, "docs/reproduction.md": 1}[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
