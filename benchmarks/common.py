@@ -116,7 +116,7 @@ def write_results(
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["nothing"]
-    columns = list(rows[0])
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]  # no curves
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return lines + ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
 

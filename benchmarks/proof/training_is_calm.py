@@ -132,11 +132,13 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in KINDS if any(cell["kind"] == kind for cell in cells)]
-    figure = Figure(figsize=(2.2 * len(PRESETS), 1.8 * len(kinds) + 1), layout="constrained")
+    kinds, presets = (
+        [v for v in all_ if any(v in (c["kind"], c["preset"]) for c in cells)] for all_ in (KINDS, PRESETS)
+    )
+    figure = Figure(figsize=(max(9, 2.2 * len(presets)), 1.8 * len(kinds) + 1.3), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(kinds), len(PRESETS), squeeze=False)
-    for (i, kind), (j, preset) in itertools.product(enumerate(kinds), enumerate(PRESETS)):
+    grid = figure.subplots(len(kinds), len(presets), squeeze=False)
+    for (i, kind), (j, preset) in itertools.product(enumerate(kinds), enumerate(presets)):
         axis, own = grid[i][j], [cell for cell in cells if (cell["kind"], cell["preset"]) == (kind, preset)]
         for cell in own:
             number = list(METHODS).index(cell["method"])
@@ -155,7 +157,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel(f"{kind}\n{KINDS[kind][0].replace(', ', chr(10))}" if j == 0 else "", fontsize=6)
     lines = {text: line for axis in grid.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=7, fontsize=7)
-    figure.supxlabel("training steps; vertical: bits/dim of held-out images", fontsize=8)
+    figure.suptitle("bits/dim of held-out images, over training steps", fontsize=9)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
