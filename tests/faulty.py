@@ -31,7 +31,7 @@ from glem_augment.training import Trainer, em, guard
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
-_CONTEXT.set_forkserver_preload(["pytest", "glem_augment.cli.generate", "glem_augment.cli.train"])
+_CONTEXT.set_forkserver_preload(["pytest", "glem_augment.cli.commands", "glem_augment.cli.train"])
 DIED = 9
 
 

@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on the loopback interface, for the real, unpatched client.
 
-It speaks the part of the Hub's HTTP protocol that pushing and pulling needs: repositories, branches, tags and pull
-requests, `preupload`, the LFS batch API, commits as ndjson, listings of files, and `resolve` with the headers that the
-client's cache relies on. Faults are injected by rules.
+It speaks the part of the Hub's HTTP protocol that pushing and pulling needs: repositories, branches and tags,
+`preupload`, the LFS batch API, commits as ndjson, listings of files, and `resolve` with the headers that the client's
+cache relies on. Faults are injected by rules.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def api(self, kind: str, name: str, what: str = "", *rest: str) -> None:
-        repo = self.open(kind, name, what in ("commit", "preupload", "branch") and "create_pr" not in self.query)
+        repo = self.open(kind, name, what in ("commit", "preupload", "branch"))
         if repo is None:
             return None
         if what == "branch":
@@ -297,12 +297,9 @@ class _Handler(BaseHTTPRequestHandler):
                     tree[value["path"]] = self.hub.lfs[value["oid"]]
                 case "deletedFile":
                     del tree[value["path"]]
-        pull = "create_pr" in self.query
-        number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
-        sha = repo.commit(tree, f"refs/pr/{number}" if pull else revision, summary)
+        sha = repo.commit(tree, revision, summary)
         page = f"{self.hub.endpoint}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
-        answer = {"commitUrl": f"{page}/commit/{sha}", "commitOid": sha, "success": True}
-        self.answer(200, {**answer, "pullRequestUrl": f"{page}/discussions/{number}"} if pull else answer)
+        self.answer(200, {"commitUrl": f"{page}/commit/{sha}", "commitOid": sha, "success": True})
 
     # ---- reading -----------------------------------------------------------------------------------------------
 

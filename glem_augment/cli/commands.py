@@ -1,12 +1,12 @@
-"""The commands `adapt`, `eval`, `preview`, `info` and `push`."""
+"""The commands `adapt`, `eval`, `generate`, `preview`, `info` and `push`."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from glem_augment.augment.moves import MOST_PUT_BACK
@@ -19,8 +19,10 @@ from glem_augment.cli.common import (
     open_resized,
     print_json,
     read_class_map,
+    read_table,
     without_splits,
 )
+from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview
@@ -29,6 +31,10 @@ from glem_augment.hub.upload import write_repository
 from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.synthetic.balance import PerClass
+from glem_augment.synthetic.dataset import SyntheticDataset
+from glem_augment.synthetic.export import check_folder
+from glem_augment.synthetic.publish import check_shards_folder
 
 
 def adapt(args: argparse.Namespace) -> None:
@@ -48,16 +54,12 @@ def adapt(args: argparse.Namespace) -> None:
         "model_sha256": record["adapted_from"]["weights_sha256"],
         "data": args.data,
         "split": args.split,
-    }
-    if args.skip_bad:
-        result["skipped"] = len(data.skipped)
-    result |= {
+        "skipped": len(data.skipped),
         "images": record["images"],
         "images_per_class": record["images_per_class"],
         "classes": adapted.classes,
         "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
         "psi": adapted.config.psi,
-        "psi_is_the_flows": adapted.config.psi == model.config.psi,
         "moves_put_back": moves(adapted, data),
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -76,9 +78,8 @@ def evaluate(args: argparse.Namespace) -> None:
         note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(metrics.spread(len(data), args.limit))
-    result = {"model": args.model, "data": args.data, "split": None if whole_folder else args.split or "test"}
-    if args.skip_bad:
-        result["skipped"] = len(data.skipped)
+    split = None if whole_folder else args.split or "test"
+    result = {"model": args.model, "data": args.data, "split": split, "skipped": len(data.skipped)}
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
     result["moves_put_back"] = moves(model, data)
     if args.out is not None:  # before the result is printed to a pipe whose reader may have left
@@ -101,13 +102,79 @@ def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
     return found
 
 
+def generate(args: argparse.Namespace) -> None:
+    _check_together(args)
+    # A folder that cannot be used is refused before any work.
+    if args.format == "webdataset":
+        check_shards_folder(args.out, args.overwrite)
+    else:
+        check_folder(args.out)
+    wanted: PerClass = read_counts(args.per_class) if isinstance(args.per_class, Path) else args.per_class
+    class_map = read_class_map(args.class_map)
+    model = load_model(args)
+    real = None
+    if args.real is not None:
+        data = open_resized(model, args.real, args.split or "train", progress=not args.quiet)
+        match = match_classes(model, data, class_map)
+        names, ids = ([values[i] for i in match] for values in (model.classes, model.class_ids))
+        real = data.with_targets(data.targets, names, ids)
+    given = ("temperature", "modes", "alpha", "min_confidence")
+    options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    dataset = SyntheticDataset(model, wanted, seed=args.seed, source=args.source, real=real, **options)
+    began = time.monotonic()
+    dataset.export(args.out, args.format, progress=not args.quiet, overwrite=args.overwrite, license=args.license)
+    result = {
+        "out": str(args.out),
+        "format": args.format,
+        "images": len(dataset),
+        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.label_order if dataset.counts[i]},
+        "model": args.model,
+        "source": args.source,
+        "temperature": None if args.source == "mixup" else dataset.temperature,
+        "seed": args.seed,
+        "real": args.real,
+        "not_finite": dataset.non_finite,
+    }
+    if args.min_confidence is not None:
+        result["acceptance"] = dataset.acceptance()
+        total = result["acceptance"]["total"]
+        if total["failed"]:
+            note(
+                f"{total['failed']} of {total['items']} images never reached --min-confidence {args.min_confidence:g}; "
+                "the best candidate of each was kept"
+            )
+    print_json({**result, "seconds": round(time.monotonic() - began, 3)})
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would have no effect, or that lacks another one."""
+    balance, mixup = args.per_class == "balance", args.source == "mixup"
+    if (balance or mixup) and args.real is None:
+        option = "--per-class balance" if balance else "--source mixup"
+        raise ValueError(f"{option} needs real images: give --real DATA")
+    for name, needed, there in (
+        ("real", "--per-class balance or --source mixup", balance or mixup),
+        ("temperature", "--source gaussian or rfcm", not mixup),
+        ("modes", "--source mixup", mixup),
+        ("alpha", "--source mixup", mixup),
+        ("split", "--real", args.real is not None),
+        ("class_map", "--real", args.real is not None),
+    ):
+        if getattr(args, name) is not None and not there:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
+
+
+def read_counts(path: Path) -> dict[str, Any]:
+    """The table from class names to whole numbers in a file. Names are text, since a class may be called 010 or no."""
+    table = read_table(path, "--per-class", yaml.BaseLoader)
+    return {key: int(value) if str(value).strip().isdecimal() else value for key, value in table.items()}
+
+
 def preview(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     class_map = read_class_map(args.class_map)
     model = load_model(args)
-    if args.modes is not None and model.modes is None:
-        raise ValueError(f"{args.model} has no modes stored; leave --modes out, or train with --modes-rank")
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
     data = open_for(model, args.data, args.split, class_map, **reading)
     policies = POLICIES if args.policy == "all" else (args.policy,)
@@ -157,8 +224,6 @@ def model_facts(name: str) -> dict[str, Any]:
 
 
 def push(args: argparse.Namespace) -> None:
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     names = ("license", "license_name", "license_link", "datasets", "metrics")
     facts: dict[str, Any] = {name: getattr(args, name) for name in names}
     samples = not args.no_samples
@@ -168,8 +233,7 @@ def push(args: argparse.Namespace) -> None:
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return
-    target = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr}
+    target = {"private": args.private or None, "revision": args.revision}
     commit = model.push_to_hub(args.repo, **facts, commit_message=args.message, samples=samples, **target)
     repo, oid = commit.repo_url.repo_id, commit.oid
-    links = {"url": str(commit.commit_url), "pull_request": commit.pr_url}
-    print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", **links})
+    print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", "url": str(commit.commit_url)})

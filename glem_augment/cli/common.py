@@ -17,8 +17,6 @@ from glem_augment.data.sources import has_splits, tar_file
 from glem_augment.io import expand, json_text
 from glem_augment.model.glem import GLEM
 
-# ---- models and data -----------------------------------------------------------------------------------------------
-
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, by default CUDA where it is present. Raises ValueError if it cannot be used."""
@@ -41,16 +39,11 @@ def load_model(args: argparse.Namespace) -> GLEM:
 
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
-    """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr.
-
-    The options, `skip_bad` and `progress`, and the errors are those of `open_data`.
-    """
+    """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr."""
     channels, *size = model.image_shape
     data = open_data(spec, split, (size[0], size[1]), channels if channels in (1, 3) else None, **options)
-    for where, reason in data.skipped[:5]:
+    for where, reason in data.skipped:
         note(f"left out: {where} {' '.join(reason.split())[:200]}")
-    if len(data.skipped) > 5:
-        note(f"left out: {len(data.skipped)} images in all")
     return data
 
 
@@ -73,14 +66,9 @@ def read_class_map(value: Path | Literal["order"] | None) -> ClassMap:
 
 
 def read_table(path: Path, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
-    """The table in a YAML or JSON file; JSON is YAML.
+    """The table in a YAML or JSON file; JSON is YAML. A ValueError names the option that gave the file.
 
-    Args:
-        path: the file. option: its option, for the error message.
-        loader: `yaml.BaseLoader` reads everything as text, since a class may be called 010, no or null.
-
-    Raises:
-        ValueError: the file holds no table.
+    `yaml.BaseLoader` reads everything as text, since a class may be called 010, no or null.
     """
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), loader)  # noqa: S506  (both loaders are safe)
@@ -89,9 +77,6 @@ def read_table(path: Path, option: str, loader: type = yaml.SafeLoader) -> dict[
     if not isinstance(table, dict):
         raise ValueError(f"{option}: {path} must hold a table (key: value), got {type(table).__name__}")
     return table
-
-
-# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def print_json(obj: dict[str, Any]) -> None:

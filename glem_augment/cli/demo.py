@@ -11,8 +11,7 @@ import math
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,19 +60,12 @@ QUICK = DemoSize(seeds=1, epochs=2, views=1, per_class=2, images=100)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the report, and write report.md, report.json, preview.png, synthetic/ and synthetic.png."""
     # Flow and network are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
     base = QUICK if args.quick else DemoSize()
-    size = DemoSize(**{**vars(base), "seeds": args.seeds or base.seeds, "epochs": args.epochs or base.epochs})
-    run_demo(args.out, args.model, size, args.quick, progress=not args.quiet)
-
-
-def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) -> None:
-    """Run the demo: print the report, and write report.md, report.json, preview.png, synthetic/ and synthetic.png.
-
-    Raises:
-        GLEMError, OSError: the model can't be read or does not fit the data, or `out` can't be written.
-    """
+    size = replace(base, seeds=args.seeds or base.seeds, epochs=args.epochs or base.epochs)
+    out, name, progress = args.out, args.model, not args.quiet
     began = time.monotonic()
     model = GLEM.from_pretrained(name)
     train, test = (bundled_images(model, split, size.images) for split in ("train", "test"))
@@ -87,7 +79,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) 
         print(text, flush=True)
 
     say(f"# glem demo\n\n## The flow on {len(test)} bundled test images\n\n`{model!r}`\n")
-    if quick:
+    if args.quick:
         say("**A quick run: these numbers mean little.**\n")
     measured = evaluate(model, test, progress=progress)
     trip = measured["round_trip"]
@@ -145,7 +137,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) 
         "steps": steps,
         "size": vars(size),
         "arms": arms,
-        "quick": quick,
+        "quick": args.quick,
         "seconds": seconds,
     }
     write_json(out / "report.json", report)
@@ -155,7 +147,7 @@ def run_demo(out: Path, name: str, size: DemoSize, quick: bool, progress: bool) 
 
 
 def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
-    """Bundled images, with the flow's class indices as labels."""
+    """About `count` bundled images, evenly over the classes, with the flow's class indices as labels."""
     data = open_for(model, DATA, split)
     per_class = max(2, count // len(model.classes))
     rows = [np.flatnonzero(data.targets == index)[:per_class] for index in np.unique(data.targets)]
@@ -168,7 +160,7 @@ def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
 def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize, progress: bool) -> dict[str, Any]:
     """The accuracies of every arm. All arms share network, steps, batches and the seeds of both."""
     identity = GLEM.create("identity", model.image_shape, model.classes, model.class_ids, bits=model.bits)
-    smallest = int(np.bincount(train.targets)[np.unique(train.targets)].min())
+    smallest = int(np.unique(train.targets, return_counts=True)[1].min())
     rank = min(model.modes.rank if model.modes is not None else 1, smallest - 1)
     identity.fit_modes(train, rank=rank)
     pools: dict[str, Tensor | None] = {"no augmentation": None}
@@ -212,9 +204,7 @@ def train_classifier(
 ) -> float:
     """Train one network from scratch, and return its accuracy on `test` after the last step.
 
-    Args:
-        pool: uint8 [views, N, C, H, W], augmented copies of the training images; None trains on the originals alone.
-            No other augmentation is used, in any arm.
+    `pool` holds the augmented copies, see `augmented_copies`. No other augmentation is used, in any arm.
     """
     torch.manual_seed(seed)
     network = create_model(NETWORK, num_classes=len(train.classes), in_chans=train.image_shape[0])

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ COMMANDS = {
     "train": ("train.run", "fit a flow to your images"),
     "adapt": ("commands.adapt", "serve your classes with a flow trained on others"),
     "eval": ("commands.evaluate", "accuracy, bits/dim, calibration and round trip, as JSON"),
-    "generate": ("generate.run", "draw a synthetic data set from a flow"),
+    "generate": ("commands.generate", "draw a synthetic data set from a flow"),
     "preview": ("commands.preview", "a picture of augmentations, samples, interpolations"),
     "info": ("commands.info", "what a model is and how it was trained"),
     "push": ("commands.push", "upload a flow to the Hugging Face Hub"),
@@ -86,9 +87,8 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test") -> Non
     """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out images that cannot be read, and name them (default: stop)"
-    )
+    skip = "leave out images that cannot be read, and name them (default: stop)"
+    parser.add_argument("--skip-bad", action="store_true", help=skip)
 
 
 def add_class_map(parser: argparse._ActionsContainer) -> None:
@@ -109,18 +109,14 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{what}; made if missing")
 
 
-def add_threads(parser: argparse._ActionsContainer) -> None:
-    # Far more threads than there are cores crash the process.
-    most = max(1024, os.cpu_count() or 1)
-    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
-
-
-def add_device(parser: argparse._ActionsContainer) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
 
 
-def add_machine(parser: argparse._ActionsContainer) -> None:
-    add_threads(parser)
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    # Far more threads than there are cores crash the process.
+    most = max(1024, os.cpu_count() or 1)
+    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
     add_device(parser)
 
 
@@ -152,19 +148,15 @@ def out_path(text: str, folder: bool = False) -> Path:
     """An argparse type: a file that can be written. A command that could not save its result must not begin."""
     path = in_file(text)
     there = next(each for each in (path, *path.parents) if each.exists())
-    if there != path and not there.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} is a file, not a folder")
-    if there == path and folder != path.is_dir():
-        found = "is a file: give a folder" if folder else "is a folder: give a file name"
-        raise argparse.ArgumentTypeError(f"cannot write {text}: it {found}")
+    if there.is_dir() != (folder or there != path):
+        found = "is a folder, not a file" if there.is_dir() else "is a file, not a folder"
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} {found}")
     if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"cannot write {text}: you may not write to {there}")
     return path
 
 
-def out_folder(text: str) -> Path:
-    """An argparse type: a folder that can be written."""
-    return out_path(text, folder=True)
+out_folder = partial(out_path, folder=True)
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -286,9 +278,8 @@ GENERATE_EXAMPLES = """\
 def add_generate(commands: Any) -> None:
     parser = new_parser(commands, "generate", GENERATE, GENERATE_EXAMPLES)
     add_model(parser)
-    parser.add_argument(
-        "--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help="how many images; see above"
-    )
+    counts = "how many images; see above"
+    parser.add_argument("--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help=counts)
     add_out(parser, "folder to write to")
     add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
@@ -311,9 +302,8 @@ def add_generate(commands: Any) -> None:
         metavar="T",
         help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.8)",
     )
-    source.add_argument(
-        "--modes", type=whole(1), metavar="N", help=f"of mixup: modes (default: {DEFAULT_MODES}, or all there are)"
-    )
+    modes = f"of mixup: modes (default: {DEFAULT_MODES}, or all there are)"
+    source.add_argument("--modes", type=whole(1), metavar="N", help=modes)
     source.add_argument("--alpha", type=number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
     judge = parser.add_argument_group("what is kept")
     judge.add_argument(
@@ -342,11 +332,7 @@ def per_class(text: str) -> Any:
     for entry in text.split(","):
         name, _, count = entry.rpartition("=")
         if not name.strip():
-            raise argparse.ArgumentTypeError(
-                f"{entry!r} is not CLASS=N (names with commas or = go into a YAML or JSON file)"
-            )
-        if name.strip() in counts:
-            raise argparse.ArgumentTypeError(f"class {name.strip()!r} is named twice")
+            raise argparse.ArgumentTypeError(f"{entry!r} is not CLASS=N (names with commas go into a file)")
         counts[name.strip()] = whole(0)(count)
     return counts
 
@@ -371,9 +357,8 @@ def add_preview(commands: Any) -> None:
     parser.add_argument("--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: 6)")
     moves = "mixup with an image of the same class, noise along the modes, or all (default: %(default)s)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
-    parser.add_argument(
-        "--modes", type=whole(1), metavar="N", help="modes to move along (default: all that are stored)"
-    )
+    modes = "modes to move along (default: all that are stored)"
+    parser.add_argument("--modes", type=whole(1), metavar="N", help=modes)
     add_seed(parser)
     add_machine(parser)
 
@@ -416,20 +401,15 @@ def add_push(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if missing (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of committing")
     card = parser.add_argument_group("the card")
     card.add_argument("--license", metavar="ID", help="of the training images, as the Hub names it: mit, other, ...")
     card.add_argument("--license-name", metavar="NAME", help="with --license other")
     card.add_argument("--license-link", metavar="URL", help="with --license other")
     several: dict[str, Any] = {"action": "append", "default": []}
-    card.add_argument(
-        "--dataset", dest="datasets", metavar="ID", help="training data on the Hub; repeatable", **several
-    )
-    card.add_argument(
-        "--metrics", type=in_file, metavar="FILE", help="written by glem eval --out; repeatable", **several
-    )
+    datasets = "training data on the Hub; repeatable"
+    card.add_argument("--dataset", dest="datasets", metavar="ID", help=datasets, **several)
+    metrics = "written by glem eval --out; repeatable"
+    card.add_argument("--metrics", type=in_file, metavar="FILE", help=metrics, **several)
     card.add_argument("--no-samples", action="store_true", help="no picture of samples")
-    parser.add_argument(
-        "--dry-run", type=out_folder, metavar="DIR", help="write what would be uploaded to DIR, and upload nothing"
-    )
-    add_threads(parser)
+    dry = "write what would be uploaded to DIR, and upload nothing"
+    parser.add_argument("--dry-run", type=out_folder, metavar="DIR", help=dry)

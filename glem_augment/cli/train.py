@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         settings = _over(checked(read_table(args.config, "--config"), str(args.config)), settings)
     if args.resume and not has_checkpoint(out):
         # A run can be killed before its first checkpoint. Whoever restarts it cannot know.
-        print(f"glem: no checkpoint in {out}; starting from the beginning", file=sys.stderr)
+        note(f"glem: no checkpoint in {out}; starting from the beginning")
         args.resume = False
     if args.resume:
         # The checkpoint is read before the data, because opening the data may take minutes.
@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
             warnings.showwarning = lambda message, *about: tqdm.write(f"glem: {message}", file=sys.stderr)
             model = trainer.fit()
     except TimeUpError as stop:
-        print(f"glem: {stop}", file=sys.stderr)
+        note(f"glem: {stop}")
         return EXIT_TIME_UP
     print(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}", flush=True)
     if model.config.training["worse_than_independent_pixels"]:
@@ -155,7 +155,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
-        *([("skipped", f"{len(data.skipped)} images that can't be used: {_first(data)}")] if data.skipped else []),
+        *([("skipped", f"{len(data.skipped)} images that can't be used, see {SKIPPED_FILE}")] if data.skipped else []),
         ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, beta {config.beta:g}"),
@@ -163,12 +163,6 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ("out", str(trainer.out)),
     ]
     return "\n".join(f"{key:<11}{value}" for key, value in rows)
-
-
-def _first(data: ImageData) -> str:
-    where, reason = data.skipped[0]
-    more = f"; all are in {SKIPPED_FILE}" if len(data.skipped) > 1 else ""
-    return f"{where} {' '.join(reason.split())[:120]}{more}"
 
 
 def _held_out(model: GLEM) -> str:

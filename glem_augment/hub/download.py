@@ -16,12 +16,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.hf_api import ModelInfo
 
 from glem_augment.errors import HubError, ModelFileError
 from glem_augment.hub.files import LIBRARY, PREFIX, HubName, hub_errors, parse_name
 from glem_augment.io import expand
-from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 
 _log = logging.getLogger(__name__)
@@ -44,28 +43,30 @@ def download_model(
             damaged, or are not those of a model that this library can read.
     """
     name = _name(text, revision)
+    client = _client(cache_dir, token)
     # A mistyped folder looks like a name on the Hub.
     hint = "" if os.fspath(text).startswith(PREFIX) else f" (and there is no folder {os.fspath(text)!r} here)"
-    cache = None if cache_dir is None else str(expand(cache_dir))
-    client: dict[str, Any] = {"cache_dir": cache, "token": token, "library_name": LIBRARY}
     with hub_errors(name, hint=hint):
-        files = _ask(name, cache, token)
+        listed = _ask(name, client["cache_dir"], token)
 
         def fetch(file: str, revision: str | None) -> Path:
-            options: dict[str, Any] = {**client, "local_files_only": files is None}
-            return Path(str(hf_hub_download(name.repo_id, file, revision=revision, **options)))
+            here = listed is None
+            return Path(str(hf_hub_download(name.repo_id, file, revision=revision, local_files_only=here, **client)))
 
-        if files is not None:
-            _check_listing(name, files)
-        config = fetch(CONFIG, name.revision if files is None else files.sha)
+        if listed is not None:
+            names = [entry.rfilename for entry in listed.siblings or ()]
+            if not {CONFIG, WEIGHTS} <= set(names):
+                has = ", ".join(sorted(names)[:8]) or "no files"
+                raise HubError(f"{name} has no {CONFIG} with {WEIGHTS}, so it holds no model of {LIBRARY} ({has})")
+        config = fetch(CONFIG, name.revision if listed is None else listed.sha)
         found = HubName(name.repo_id, config.parent.name)
         try:
             read_config(config.parent)
         except ModelFileError as error:
             raise HubError(f"{found} can't be used: {error}") from None
         weights = fetch(WEIGHTS, found.revision)
-        if files is not None:
-            _check_weights(found, weights, _entry(files, WEIGHTS))
+        if listed is not None:
+            _check_digest(found, weights)
             # Only now does the name stand for this commit in the cache. An update that fails half-way leaves the
             # earlier model there for offline use.
             fetch(CONFIG, name.revision)
@@ -87,20 +88,15 @@ def download_jet(
     Raises:
         ModelFileError, HubError: as `download_model`.
     """
-    name = _name(text, revision)
-    cache = None if cache_dir is None else str(expand(cache_dir))
-    options: dict[str, Any] = {"cache_dir": cache, "token": token, "library_name": LIBRARY}
+    name, client = _name(text, revision), _client(cache_dir, token)
     with hub_errors(name):
         wanted = ["*.safetensors", "README.md"]
-        folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **options)))
+        folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
         found = HubName(name.repo_id, folder.name)
         files, card = sorted(folder.glob("*.safetensors")), folder / "README.md"
         if len(files) != 1:
             raise HubError(f"{found} has {len(files)} safetensors files, so which one holds a Jet is not clear")
-        # The cache names large files by the SHA-256 that the Hub states.
-        stated = files[0].resolve().name
-        if re.fullmatch(r"[0-9a-f]{64}", stated):
-            _check_digest(found, files[0], stated)
+        _check_digest(found, files[0])
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
     return files[0], str(found), licence if isinstance(licence, str) else None
 
@@ -117,8 +113,13 @@ def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
     return HubName(name.repo_id, revision or name.revision)
 
 
+def _client(cache_dir: str | os.PathLike[str] | None, token: str | bool | None) -> dict[str, Any]:
+    cache = None if cache_dir is None else str(expand(cache_dir))
+    return {"cache_dir": cache, "token": token, "library_name": LIBRARY}
+
+
 def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInfo | None:
-    """The commit of the revision, with sizes and checksums of its files; None if the model is to come from the cache.
+    """The commit of the revision, with the names of its files; None if the model is to come from the cache.
 
     A commit never changes, so one that is in the cache needs no question. Otherwise the cache stands in for a Hub that
     can't be reached or fails.
@@ -129,10 +130,8 @@ def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInf
     if cached and re.fullmatch(r"[0-9a-f]{40}", name.revision or ""):
         return None
     try:
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        return HfApi(library_name=LIBRARY, token=token).model_info(
-            name.repo_id, revision=name.revision, files_metadata=True, timeout=timeout
-        )
+        api, timeout = HfApi(library_name=LIBRARY, token=token), constants.HF_HUB_ETAG_TIMEOUT
+        return api.model_info(name.repo_id, revision=name.revision, timeout=timeout)
     except Exception as error:  # see `hub_errors`
         if not cached or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
             raise
@@ -141,34 +140,16 @@ def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInf
         return None
 
 
-def _entry(files: ModelInfo, filename: str) -> RepoSibling | None:
-    return next((entry for entry in files.siblings or () if entry.rfilename == filename), None)
-
-
-def _check_listing(name: HubName, files: ModelInfo) -> None:
-    """Refuse what is no model of this library before anything is downloaded."""
-    config, weights = _entry(files, CONFIG), _entry(files, WEIGHTS)
-    if config is None or weights is None:
-        has = ", ".join(sorted(entry.rfilename for entry in files.siblings or ())[:8]) or "no files"
-        raise HubError(f"{name} has no {CONFIG} with {WEIGHTS}, so it holds no model of {LIBRARY} ({has})")
-    if config.size is not None and config.size > MAX_CONFIG_BYTES:
-        raise HubError(f"{name}: {CONFIG} has {config.size} bytes, more than a model's config can need")
-
-
-def _check_weights(found: HubName, weights: Path, entry: RepoSibling | None) -> None:
-    """Compare the weights with the SHA-256 that the Hub states for large files."""
-    stated = None if entry is None or entry.lfs is None else entry.lfs.sha256
-    if stated is not None:
-        _check_digest(found, weights, stated)
-
-
-def _check_digest(found: HubName, weights: Path, stated: str) -> None:
+def _check_digest(found: HubName, weights: Path) -> None:
+    """Compare the weights with the SHA-256 that the Hub states; the cache names large files by it."""
+    stated = weights.resolve().name
+    if not re.fullmatch(r"[0-9a-f]{64}", stated):
+        return
     digest = hashlib.sha256()
     with weights.open("rb") as file:
         while part := file.read(2**24):
             digest.update(part)
-    if digest.hexdigest() == stated:
-        return
-    weights.resolve().unlink()  # the snapshot holds a link to it
-    weights.unlink(missing_ok=True)
-    raise HubError(f"{weights.name} of {found} arrived damaged and was removed from the cache: load it again")
+    if digest.hexdigest() != stated:
+        weights.resolve().unlink()  # the snapshot holds a link to it
+        weights.unlink()
+        raise HubError(f"{weights.name} of {found} arrived damaged and was removed from the cache: load it again")

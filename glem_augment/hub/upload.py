@@ -51,7 +51,7 @@ def push_to_hub(
         license, license_name, license_link, datasets, metrics: facts for the card, see `CardFacts`.
         samples: draw the picture of samples, which takes seconds to minutes, depending on the size of the flow.
         commit_message: by default one that names the library.
-        target: `private`, `token`, `revision` and `create_pr`, see `upload`.
+        target: `private`, `token` and `revision`, see `upload`.
 
     Returns:
         The commit; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
@@ -118,7 +118,6 @@ def upload(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     replace: str | None = None,
 ) -> CommitInfo:
     """Commit the files that `write(repository, folder)` makes, all at once; after a HubError nothing was committed.
@@ -130,24 +129,20 @@ def upload(
         private: the visibility of a new repository; an existing one must have it already. None accepts either.
         token: a token with write access; None means the stored one.
         revision: the branch to commit to, which starts from `main` if it is new; None means `main`.
-        create_pr: open a pull request instead of committing to the branch.
         replace: a pattern such as "data/*"; files of the repository that match it and are not written are deleted.
     """
     asked = HubName(repo_id, revision)
     with hub_errors(asked, repo_type):
         # Before the files are written, which may take hours: a missing permission should show first.
         api = HfApi(token=token, library_name=LIBRARY)
-        if not create_pr:
-            repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
-        info = api.repo_info(repo_id, repo_type=repo_type)
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         # The client leaves an existing repository as it is. Private files must not end up in a public one.
-        if private is not None and bool(info.private) != private:
-            there, wanted = ("public", "private") if private else ("private", "public")
+        if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
             raise HubError(
-                f"{repo_id!r} exists and is {there}, not {wanted} as asked: change that in the settings on its page, "
-                "or choose another name; nothing was uploaded"
+                f"{repo_id!r} exists and is {'public' if private else 'private'}: change that in the settings on its "
+                "page, or choose another name; nothing was uploaded"
             )
-        if not create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        if revision not in (None, constants.DEFAULT_REVISION):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="glem-push-") as folder:
         write(repo_id, Path(folder))
@@ -161,7 +156,6 @@ def upload(
                 folder_path=folder,
                 commit_message=message,
                 revision=revision,
-                create_pr=create_pr,
                 ignore_patterns=[CARD] if keep_card else None,
                 delete_patterns=replace,
             )

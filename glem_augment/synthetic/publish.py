@@ -69,7 +69,7 @@ def push_dataset(
         license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
             inherit; an identifier of the Hub. Without it there is a warning, and the card says that it is unknown.
         commit_message: by default one that gives the number of images.
-        target: `private`, `token`, `revision` and `create_pr`, see `hub.upload.upload`.
+        target: `private`, `token` and `revision`, see `hub.upload.upload`.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.

@@ -158,7 +158,7 @@ def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys:
     assert main(command) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["classes"] == ["bird", "cat", "dog"] and summary["images_per_class"] == [1, 4]
-    assert summary["psi_is_the_flows"] is False and summary["modes_per_class"] == [3, 3]
+    assert summary["modes_per_class"] == [3, 3]
     assert main(["eval", str(tmp_path / "new"), str(image_folder), "--round-trip", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
     assert main([*command, "--overwrite", "--max-per-class", "2"]) == 0
