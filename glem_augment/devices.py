@@ -6,17 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
-import torch
 from torch import nn
-
-
-def check_worker_device(device: torch.device) -> None:
-    """Raise a RuntimeError in a forked process that was given a model on CUDA, which it cannot use."""
-    if device.type == "cuda" and not torch.cuda.is_initialized():
-        raise RuntimeError(
-            f"the flow is on {device}, which a forked DataLoader worker cannot use: move it first with "
-            "model.to('cpu'), or use num_workers=0, or multiprocessing_context='spawn'"
-        )
 
 
 @contextmanager

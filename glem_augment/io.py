@@ -56,13 +56,10 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
     (`mode="w"`) is UTF-8.
 
     Raises:
-        IsADirectoryError: `path` is a folder.
         OSError: the disk is full, the folder is not writable, ...; the message names `path`, and `errno` is kept, so a
             refused permission still arrives as `PermissionError`.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder; give a file name")
     try:
         before = path.stat()
     except OSError:  # there is no such file, or the attempt to write it will explain why
@@ -95,28 +92,19 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        failure = raw.failure if raw is not None and isinstance(error, Exception) else None
-        explained = _explained(failure or error, path, temporary)
-        if explained is None:
-            raise
-        raise explained from error
+        failure = (raw.failure if raw is not None and isinstance(error, Exception) else None) or error
+        if isinstance(failure, OSError) and failure.errno in _HINTS:
+            # An error about another file came from something else inside the `with` block.
+            ours = {str(temporary), str(path), *map(str, path.parents)}
+            if failure.filename is None or str(failure.filename) in ours:
+                raise OSError(failure.errno, f"cannot write {path}: {_HINTS[failure.errno]}") from error
+        raise
     with suppress(OSError):  # makes the rename itself durable; Windows cannot sync folders
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _explained(error: BaseException, path: Path, temporary: Path) -> OSError | None:
-    """An error that names `path` if the system refused to write it; None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in _HINTS:
-        return None
-    # An error about another file came from something else inside the `with` block.
-    ours = {str(temporary), str(path), *(str(parent) for parent in path.parents)}
-    if error.filename is not None and str(error.filename) not in ours:
-        return None
-    return OSError(error.errno, f"cannot write {path}: {_HINTS[error.errno]}")
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -91,7 +91,7 @@ def test_errors_about_other_files_are_not_relabelled_and_bad_targets_are_named(t
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/b.bin")
     assert caught.value.filename == "/elsewhere/b.bin"
     (tmp_path / "file").write_text("")
-    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "a", "is a file, not a folder")):
+    for path, message in ((tmp_path, "Is a directory"), (tmp_path / "file" / "a", "is a file, not a folder")):
         with pytest.raises(OSError, match=message), atomic_write(path):
             pass
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import glem_augment
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.devices import check_worker_device, evaluating, weights_key
+from glem_augment.devices import evaluating, weights_key
 from glem_augment.io import lock_folder
 from glem_augment.random_state import RandomState, WorkerCounts
 
@@ -106,9 +106,6 @@ def test_states_are_saved_restored_and_checked() -> None:
     later = RandomState(9)
     later.restore(random.state())
     assert torch.equal(torch.rand(3, generator=later.generator()), torch.rand(3, generator=random.generator()))
-    for bad in ({"seed": 1}, [], {"seed": "x", "calls": 0}, {"seed": 0, "calls": 0, "workers": [1] * 2000}):
-        with pytest.raises(ValueError, match="'seed' and 'calls'"):
-            later.restore(bad)  # type: ignore[arg-type]
     for seed in (0.5, True, "1"):
         with pytest.raises(TypeError, match="seed must be an int"):
             RandomState(seed)  # type: ignore[arg-type]
@@ -186,13 +183,6 @@ def test_a_key_of_weights_notices_writes_and_replacements() -> None:
         seen.append(weights_key(model))
     with torch.inference_mode():
         assert len(weights_key(nn.Linear(2, 3), model)) == 2 + len(weights_key(model))
-
-
-def test_devices() -> None:
-    check_worker_device(torch.device("cpu"))
-    if not torch.cuda.is_initialized():
-        with pytest.raises(RuntimeError, match="the flow is on cuda:0, which a forked DataLoader worker cannot use"):
-            check_worker_device(torch.device("cuda", 0))
 
 
 def test_eval_mode_for_a_while_leaves_every_module_as_it_was() -> None:

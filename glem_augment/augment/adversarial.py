@@ -55,8 +55,6 @@ class Adversary:
     ) -> None:
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
-        if autocast not in (None, torch.float16, torch.bfloat16):
-            raise ValueError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
         from timm.utils import unwrap_model  # timm takes a second to import
 
         self.classifier: nn.Module = unwrap_model(classifier)
@@ -86,8 +84,6 @@ class Adversary:
                 "policy='adversarial' cannot run in a DataLoader worker, which has an old copy of the classifier at "
                 "best: use it after the loader, with aug.wrap(loader)"
             )
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("policy='adversarial' needs gradients, which torch.inference_mode() rules out")
         kind = start.device.type
         with torch.enable_grad(), evaluating(self.classifier), frozen(self.classifier, flow):
             c = start.detach().clone().requires_grad_(True)
@@ -100,9 +96,7 @@ class Adversary:
                 used = torch.get_autocast_dtype(kind) if mixed else images.dtype
                 loss = self.loss(self.classifier(images), labels).sum()
             if not loss.requires_grad:
-                raise RuntimeError(
-                    "no gradient reaches the images: the classifier or the loss detaches them, or runs in no_grad"
-                )
+                raise RuntimeError("no gradient reaches the images: is there a detach, no_grad or inference_mode?")
             scale = HALF_SCALE if used == torch.float16 else 1.0
             with torch.autocast(kind, enabled=False):  # a backward pass under autocast would be in half precision
                 (gradient,) = torch.autograd.grad(loss * scale, c)
@@ -114,12 +108,12 @@ class Adversary:
 
 
 def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    logits = getattr(output, "logits", output)
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    wanted = (len(labels), labels.shape[1] if labels.ndim == 2 else "classes")
-    if len(got) != 2 or got[0] != wanted[0] or (labels.ndim == 2 and got[1] != wanted[1]):
+    logits = getattr(output, "logits", output).float()
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels.long(), reduction="sum")
+    if logits.shape != labels.shape:
         raise ValueError(
-            f"the classifier must give logits {wanted}, got {got}: give the transform num_classes and class_map, or "
-            "give attach a loss, a function of the classifier's output and the labels"
+            f"the classifier gives {tuple(logits.shape)}, the labels are {tuple(labels.shape)}: give the transform "
+            "num_classes and class_map, or give attach a loss"
         )
-    return F.cross_entropy(logits.float(), labels.float() if labels.ndim == 2 else labels.long(), reduction="sum")
+    return F.cross_entropy(logits, labels.float(), reduction="sum")

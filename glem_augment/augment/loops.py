@@ -79,22 +79,13 @@ class AugmentedLoader:
     """
 
     def __init__(
-        self,
-        loader: Any,
-        aug: GLEMAugment,
-        device: torch.device | str | None = None,
-        off_epoch: int | None = None,
+        self, loader: Any, aug: GLEMAugment, device: torch.device | str | None = None, off_epoch: int | None = None
     ) -> None:
-        if not hasattr(loader, "__iter__"):
-            raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
         check_classes(aug, getattr(loader, "dataset", None))
-        self.loader = loader
-        self.aug = aug
-        self.device = device
-        self.epoch = 0
-        self._enabled = True
+        self.loader, self.aug, self.device = loader, aug, device
+        self.epoch, self._enabled = 0, True
         self._shares_checked = _warn_unless_sharded(loader)
 
     def __len__(self) -> int:
@@ -185,11 +176,8 @@ class MixupFn:
     """
 
     def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, data: Any = None) -> None:
-        if mixup is not None and (not isinstance(mixup, Mixup) or isinstance(mixup, FastCollateMixup)):
-            raise TypeError(
-                f"mixup must be a timm.data.Mixup, got {type(mixup).__name__}; a FastCollateMixup goes to the "
-                "DataLoader, as aug.collate_fn(base=FastCollateMixup(...))"
-            )
+        if isinstance(mixup, FastCollateMixup):
+            raise TypeError("a FastCollateMixup goes to the DataLoader, as aug.collate_fn(base=FastCollateMixup(...))")
         check_classes(aug, data)
         self.aug, self.mixup = aug, mixup
         self.label_smoothing = check_number("smoothing", smoothing, 0.0, 1.0)
@@ -239,17 +227,13 @@ class AugmentingCollate(FastCollateMixup):
     """
 
     def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
-        if base is not None and not callable(base):
-            raise TypeError(f"base must be a collate function, got {type(base).__name__}")
         check_classes(aug, data)
         self._checked = False
         self.aug, self.base = aug, base or default_collate
         # Shared memory lets workers that live through several epochs see a change of the switch.
         with torch.inference_mode(False):
             self._on = torch.ones(1, dtype=torch.bool, device="cpu").share_memory_()
-        enabled = getattr(base, "mixup_enabled", True)
         super().__init__(num_classes=aug.num_classes)  # which switches it on
-        self.mixup_enabled = enabled
 
     @property
     def mixup_enabled(self) -> bool:
@@ -264,7 +248,6 @@ class AugmentingCollate(FastCollateMixup):
         """A batch of the type that `base` gives.
 
         Raises:
-            TypeError, ValueError: for samples that `base` can't collate, or batches without images and labels.
             ClassMismatchError: in a worker whose data set has other classes than the flow, for want of a class_map.
         """
         worker = get_worker_info()

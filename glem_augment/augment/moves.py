@@ -140,15 +140,10 @@ def draw_mixup(
     keys = torch.rand(n, batch, generator=generator, dtype=torch.float32, device="cpu")
     keys[:, rows] += 1.0
     best, other = keys.masked_fill(~allowed, -1.0).max(dim=1)
+    eps = normal(n, model.modes.rank + model.dim, generator)
     found = best >= 0
-    return AugmentParams(
-        rows,
-        cls,
-        normal(n, model.modes.rank + model.dim, generator),
-        torch.where(found, other, -1),
-        torch.where(found, flow_cls[other], drawn_cls),
-        l,
-    )
+    partner_cls = torch.where(found, flow_cls[other], drawn_cls)
+    return AugmentParams(rows, cls, eps, torch.where(found, other, -1), partner_cls, l)
 
 
 def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:

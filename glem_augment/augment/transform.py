@@ -48,7 +48,7 @@ from glem_augment.augment.v2 import GLEMTransform
 from glem_augment.checks import Policy, check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
-from glem_augment.devices import check_worker_device, evaluating, weights_key
+from glem_augment.devices import evaluating, weights_key
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import RandomState, WorkerCounts
 
@@ -88,9 +88,6 @@ class GLEMAugment(nn.Module):
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
             explodes goes far beyond 1. So is an image that the flow does not give back within half a uint8 step.
-
-    Raises:
-        ValueError, TypeError: for an argument out of range; the message names it and what is allowed.
     """
 
     model: GLEM
@@ -125,11 +122,6 @@ class GLEMAugment(nn.Module):
         self.policy, self.basis, self.partner, self.labels = policy, basis, partner, labels
         self._name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         model = as_model(model)
-        if model.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the flow's weights are {model.dtype}, in which it is not invertible: use flow.float(); its "
-                "subnets alone may run in less (flow.flow.set_autocast)"
-            )
         self.__dict__["model"] = model  # nn.Module would register it as a sub-module
         self.modes = model.checked_modes(modes)
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std)
@@ -196,9 +188,6 @@ class GLEMAugment(nn.Module):
         Returns:
             (x', y') with x' of x's dtype, device and memory format; rows that were not selected are those of x bit for
             bit. y' is y itself, or float [B, K'].
-
-        Raises:
-            ValueError, TypeError: for a wrong shape, dtype, value range or label.
         """
         self._check(x, y)
         return self._augmented(x, y, self._draw(y, self._random.generator()))
@@ -287,7 +276,6 @@ class GLEMAugment(nn.Module):
 
     def _model_on(self, device: torch.device) -> GLEM:
         """The user's model, or a copy of it on another device, which is made again when the weights have changed."""
-        check_worker_device(self.model.device)
         if self.model.device == device:
             return self.model
         version = weights_key(self.model)
@@ -358,13 +346,7 @@ class GLEMAugment(nn.Module):
             model: a GLEM or its name; None: the one that config["model"] names.
         """
         given = {name: value for name, value in config.items() if name != "model"}
-        unknown = set(given) - set(SETTINGS)
-        if unknown:
-            raise ValueError(f"unknown settings {sorted(unknown)}; there are {', '.join(SETTINGS)}")
-        model = model if model is not None else config.get("model")
-        if model is None:
-            raise ValueError("the config names no model: give one, GLEMAugment.from_config(config, model)")
-        return cls(model, **given)
+        return cls(config["model"] if model is None else model, **given)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the flow are made again where they are needed, and the classifier is not the transform's to send.

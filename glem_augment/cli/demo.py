@@ -28,7 +28,7 @@ from glem_augment.cli.common import open_for
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import evaluate
-from glem_augment.evaluation.preview import contact_sheet, preview
+from glem_augment.evaluation.preview import Section, compose, preview
 from glem_augment.io import atomic_write, save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
@@ -97,13 +97,9 @@ def run(args: argparse.Namespace) -> None:
     save_png(preview(model, test), out / "preview.png")
     synthetic = SyntheticDataset(model, per_class=size.per_class, temperature=0.8, seed=0)
     synthetic.export(out / "synthetic", progress=progress, overwrite=True)
-    sheet = contact_sheet(
-        synthetic.images(range(len(synthetic))),
-        synthetic.targets,
-        synthetic.classes,
-        "Synthetic images",
-        f"{size.per_class} of each class from {name}, temperature 0.8, seed 0",
-    )
+    cells = synthetic.images(range(len(synthetic))).unflatten(0, (-1, size.per_class))
+    drawn = f"{size.per_class} of each class from {name}, temperature 0.8, seed 0"
+    sheet = compose("Synthetic images", drawn, [Section("", cells, rows=synthetic.classes)])
     save_png(sheet, out / "synthetic.png")
     say("- `preview.png`: augmentations, samples and interpolations")
     say(f"- `synthetic/`: {size.per_class} images of each class, drawn together in `synthetic.png`")

@@ -1,4 +1,4 @@
-"""Labelled pictures: what a flow does with real images, and sheets of images by class.
+"""Labelled pictures of what a flow does with real images.
 
 A picture is a column of sections. A section is one grid of equal cells with a title and labels above its columns and
 beside its rows.
@@ -26,7 +26,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
-__all__ = ["Section", "compose", "contact_sheet", "preview"]
+__all__ = ["Section", "compose", "preview"]
 
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
@@ -88,23 +88,6 @@ def preview(
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
     title = f"{model.config.flow['preset']} flow, {c}x{h}x{w}, {model.num_classes} classes"
     return compose(title, f"real images from {data.name}.{missing}", sections)
-
-
-def contact_sheet(
-    images: Tensor, targets: Sequence[int], classes: Sequence[str], title: str, note: str = "", columns: int = 20
-) -> Image.Image:
-    """Images by class, one row for each of the first 20 classes that have any, with at most `columns` images.
-
-    Args:
-        images: [N,C,H,W] with N > 0, uint8 or float in [0, 1]. targets: N class indices. classes: K names.
-    """
-    labels = np.asarray(targets)
-    kept = [c for c in range(len(classes)) if (labels == c).any()][:MAX_CLASSES]
-    cells = torch.ones(len(kept), columns, *images.shape[1:])
-    for row, index in enumerate(kept):
-        members = np.flatnonzero(labels == index)[:columns]
-        cells[row, : len(members)] = _unit(images[torch.from_numpy(members)])
-    return compose(title, note, [Section("", cells, rows=[classes[c] for c in kept])])
 
 
 # ---- the sections ------------------------------------------------------------------------------------------------

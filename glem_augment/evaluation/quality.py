@@ -88,13 +88,11 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
         real, generated: features [N, m] and [M, m]. k: neighbours, 1 <= k < N.
 
     Returns:
-        `coverage` in [0, 1], `density` >= 0, `k`, `real` (N) and `generated` (M).
+        `coverage` in [0, 1] and `density` >= 0.
 
     Raises:
-        ValueError: other shapes, or k < 1. DataError: too few rows, or values that are not finite.
+        ValueError: other shapes. DataError: too few rows, or values that are not finite.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
     real, generated = _check_features(real, generated, least=k + 1)
     covered = inside = 0
     for part in real.split(_CHUNK):
@@ -103,13 +101,7 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
         near = _squared_distances(part, generated) < radius
         covered += int(near.any(1).sum())
         inside += int(near.sum())
-    return {
-        "coverage": covered / len(real),
-        "density": inside / (k * len(generated)),
-        "k": k,
-        "real": len(real),
-        "generated": len(generated),
-    }
+    return {"coverage": covered / len(real), "density": inside / (k * len(generated))}
 
 
 def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict[str, float]:
@@ -124,7 +116,6 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
     Returns:
         `ratio`: median over samples of d(train) / d(held-out), each the distance to the nearest image.
         `share_nearer_train`: share of samples that are nearer to a training image; a tie counts half.
-        `images`: the size of both real sets.
     """
     count = min(len(train), len(held_out))
     g = torch.Generator().manual_seed(seed)
@@ -136,7 +127,6 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
     return {
         "ratio": float((to_train.clamp_min(tiny) / to_held_out.clamp_min(tiny)).quantile(0.5)),
         "share_nearer_train": float(nearer.mean()),
-        "images": count,
     }
 
 

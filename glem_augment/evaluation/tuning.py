@@ -10,15 +10,14 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from glem_augment.augment.labels import label_classes
-from glem_augment.augment.moves import LADDER, MOST_PUT_BACK, basis_of, put_back
+from glem_augment.augment.moves import LADDER, basis_of, put_back, strongest_plausible
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number
 from glem_augment.data.dataset import ImageData
@@ -26,7 +25,7 @@ from glem_augment.devices import evaluating
 from glem_augment.evaluation.metrics import spread
 from glem_augment.model.glem import GLEM
 
-__all__ = ["StrengthReport", "StrengthRow", "choose_strength", "moves_put_back"]
+__all__ = ["StrengthReport", "choose_strength", "moves_put_back"]
 
 
 @torch.no_grad()
@@ -51,32 +50,15 @@ def moves_put_back(model: GLEM, data: ImageData, images: int = 128) -> dict[str,
         aug(x, y)
     z, basis = model.encode(x)[0], basis_of(model, aug.basis, aug.modes, y)
     noise = {t: put_back(model, z, basis, t, aug.margin) for t in LADDER}
-    strength = next((t for t, share in noise.items() if share <= MOST_PUT_BACK), LADDER[-1])
+    strength = strongest_plausible(model, z, basis, aug.margin)
     return {"images": count, "mixup": aug.stats["replaced"] / count, "noise": noise, "strength": strength}
 
 
-@dataclass(frozen=True)
-class StrengthRow:
-    """What moves of one strength do to held-out images of the flow's classes.
-
-    Attributes:
-        accuracy: share of images that were moved and that the classifier still recognises, in [0, 1].
-        change: mean absolute change of a pixel, in uint8 steps.
-        replaced: share of images that were kept as they were, because the moved image was not plausible.
-    """
-
-    strength: float
-    accuracy: float
-    change: float
-    replaced: float
-
-
-@dataclass(frozen=True)
-class StrengthReport:
-    """Accuracy on the unmoved images, one row per strength (rising), and the chosen strength (0: none will do)."""
+class StrengthReport(NamedTuple):
+    """Accuracy on the unmoved images, on the moved ones by strength (rising), and the chosen strength (0: none)."""
 
     accuracy: float
-    rows: list[StrengthRow]
+    moved: dict[float, float]
     strength: float
 
 
@@ -93,8 +75,8 @@ def choose_strength(
     An image that is kept because the moved one is not plausible counts as not recognised. Images of classes that the
     flow does not have are left out.
 
-    This is an upper bound: only `search` can tell whether moves of that strength help. The adversarial policy moves
-    images like "noise" and then fools this very classifier, so choose the strength with policy "noise".
+    This is an upper bound: only training runs can tell whether moves of that strength help. The adversarial policy
+    moves images like "noise" and then fools this very classifier, so choose the strength with policy "noise".
 
     Args:
         aug: with policy "noise"; it is not changed.
@@ -106,18 +88,13 @@ def choose_strength(
         ValueError: another policy, no images of the flow's classes, or an argument out of range.
     """
     if aug.policy != "noise":
-        raise ValueError(f"choose_strength needs policy='noise', got {aug.policy!r}: see `search` for the others")
+        raise ValueError(f"choose_strength needs policy='noise', got {aug.policy!r}")
     max_drop = check_number("max_drop", max_drop, 0.0, 1.0)
-    tried = sorted(check_number("strengths", s, 0.0, math.inf, open_low=True) for s in strengths)
-    if not tried:
-        raise ValueError("strengths is empty")
+    right = dict.fromkeys(sorted(check_number("strengths", s, 0.0, math.inf, open_low=True) for s in strengths), 0)
     trial = copy.deepcopy(aug, {id(aug.model): aug.model})  # the flow is shared
     trial.p, trial.labels = 1.0, "hard"
     classifier = unwrap_model(classifier)
-    std = torch.tensor([1.0] if aug.pixels.std is None else list(aug.pixels.std)).view(-1, 1, 1)
     unmoved_right = total = 0
-    # Sums over images of the accuracy, change and replaced of each row.
-    sums = [[0.0, 0.0, 0.0] for _ in tried]
     with evaluating(classifier):
         for x, y in batches:
             rows = aug.moved_rows(y)
@@ -125,26 +102,19 @@ def choose_strength(
                 continue
             x, y = x[rows.to(x.device)], y[rows]
             classes = label_classes(y)
-            steps = 1.0 if x.dtype == torch.uint8 else 255.0 * std.to(x.device)
             total += len(y)
             unmoved_right += int(_is_right(classifier, x, classes).sum())
             drawn = trial.draw(x, y)  # one draw for all strengths
-            for strength, row in zip(tried, sums, strict=True):
-                trial.strength, before = strength, trial.stats["replaced"]
+            for strength in right:
+                trial.strength = strength
                 moved = trial.apply(x, y, drawn)[0]
-                replaced = trial.stats["replaced"] - before
-                is_right = _is_right(classifier, moved, classes)
-                if replaced:
-                    is_right &= (moved != x).flatten(1).any(1)
-                row[0] += int(is_right.sum())
-                row[1] += float(((moved.float() - x.float()).abs() * steps).flatten(1).mean(1).sum())
-                row[2] += replaced
+                put_back = (moved == x).flatten(1).all(1)
+                right[strength] += int((_is_right(classifier, moved, classes) & ~put_back).sum())
     if not total:
         raise ValueError("batches gave no image of a class that the flow has")
-    accuracy = unmoved_right / total
-    report = [StrengthRow(s, *(value / total for value in row)) for s, row in zip(tried, sums, strict=True)]
-    good = itertools.takewhile(lambda row: row.accuracy >= accuracy - max_drop, report)
-    return StrengthReport(accuracy, report, max((row.strength for row in good), default=0.0))
+    accuracy, of_moved = unmoved_right / total, {strength: count / total for strength, count in right.items()}
+    good = itertools.takewhile(lambda strength: of_moved[strength] >= accuracy - max_drop, of_moved)
+    return StrengthReport(accuracy, of_moved, max(good, default=0.0))
 
 
 def _is_right(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from glem_augment.checks import SOURCES, Source, check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import to_uint8
-from glem_augment.devices import check_worker_device, evaluating
+from glem_augment.devices import evaluating
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.balance import ADAPT
@@ -144,7 +144,6 @@ class Sampler:
     def _draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
         """Latents float32 [n, d] on the model's device; attempt > 0 under rejection."""
         model = self.model
-        check_worker_device(model.device)
         if self.source == "mixup":
             return self._mix(cls, within, attempt)
         modes = model.modes if self.source == "rfcm" else None

@@ -204,8 +204,6 @@ def test_a_loss_takes_whatever_the_classifier_gives_and_may_reduce(model: GLEM) 
             return x.flatten(1), super().forward(x)
 
     net, x, y = network(), images(8), labels(8)
-    with pytest.raises(ValueError, match="got tuple: give .*attach a loss"):
-        make(model).attach(Two(net))(x, y)
     plain = make(model).attach(net)(x, y)[0]
     for reduction in ("mean", "sum", "none"):
         loss = lambda out, y, r=reduction: F.cross_entropy(out[1], y, reduction=r)  # noqa: E731
@@ -217,10 +215,6 @@ def attack(aug: GLEMAugment, samples: list[Any]) -> Any:
 
 
 def test_errors_say_what_to_do(model: GLEM) -> None:
-    class Detached(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.detach().flatten(1)[:, :4]
-
     x, y = images(4) / 255, labels(4)
     aug = make(model)
     for lost in (aug, copy.deepcopy(make(model).attach(network()))):
@@ -230,13 +224,9 @@ def test_errors_say_what_to_do(model: GLEM) -> None:
         make(model, policy="noise").attach(network())
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         aug.attach(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="autocast must be"):
-        aug.attach(network(), autocast=torch.float32)
-    with pytest.raises(ValueError, match=r"logits \(4, 4\), got \(4, 7\)"):
+    with pytest.raises(ValueError, match=r"gives \(4, 7\), the labels are \(4, 4\)"):
         aug.attach(network(classes=7))(x, F.one_hot(y, 4).float())
-    with pytest.raises(RuntimeError, match="no gradient reaches"):
-        aug.attach(Detached())(x, y)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no gradient reaches.*inference_mode"):
         aug.attach(network())(x, y)
     with pytest.raises(RuntimeError, match="cannot run in a DataLoader worker"):
         next(iter(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=partial(attack, aug))))

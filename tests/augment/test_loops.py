@@ -178,8 +178,6 @@ def test_every_way_in_checks_the_names_of_the_classes(image_folder: Path) -> Non
 
 def test_bad_loaders(model: GLEM) -> None:
     aug = make(model)
-    with pytest.raises(TypeError, match="must be iterable"):
-        aug.wrap(3)
     for batch, message in ((images(2), "without a label"), ((images(2), [0, 1]), "labels must be a tensor")):
         for off_epoch in (None, 0):
             with pytest.raises(ValueError, match=message):
@@ -257,13 +255,10 @@ def test_what_collate_and_mixup_fn_take(model: GLEM) -> None:
     assert collate(samples)[1].shape == (4, 3)
     collate.mixup_enabled = False  # stops both
     assert torch.equal(collate(samples)[0], x) and not mixup.mixup_enabled
-    assert not make(model).collate_fn(mixup).mixup_enabled  # one that is off stays off
-    for other in (v2.MixUp(num_classes=3), mixup):
-        with pytest.raises(TypeError, match=r"timm\.data\.Mixup.*aug\.collate_fn"):
-            make(model).as_mixup_fn(mixup=other)
-    for base, message in (("default", "collate function"), (lambda _: {"x": 1}, "no labels found")):
-        with pytest.raises((TypeError, ValueError), match=message):
-            make(model).collate_fn(base)(samples)
+    with pytest.raises(TypeError, match=r"aug\.collate_fn"):
+        make(model).as_mixup_fn(mixup=mixup)
+    with pytest.raises(ValueError, match="no labels found"):
+        make(model).collate_fn(lambda _: {"x": 1})(samples)
 
 
 def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,5 +268,5 @@ def test_the_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) 
     space: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block.replace("[::10]", "[::50]"), "docs/plugin.md", "exec"), space)  # a fifth of the images
-    assert "(0.5, " in capsys.readouterr().out  # a row of the strengths that were tried
+    assert "0.5: " in capsys.readouterr().out  # the strengths that were tried
     assert space["soft"].shape == (20, 10) and space["sample"]["label"] == 3

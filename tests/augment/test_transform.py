@@ -376,14 +376,6 @@ def test_settings_go_through_json(model: GLEM) -> None:
         assert again.to_config() == config and repr(again) == repr(GLEMAugment(model, **{**given, "seed": again.seed}))
     bundled = GLEMAugment("bundled:fashion-mnist", seed=1).to_config()
     assert bundled["model"] == "bundled:fashion-mnist" and GLEMAugment.from_config(bundled).to_config() == bundled
-    for config, message in (
-        ({"rescale": True}, r"unknown settings \['rescale'\]"),
-        ({"mode": 3}, "unknown settings .'mode'."),
-    ):
-        with pytest.raises(ValueError, match=message):
-            GLEMAugment.from_config(config, model)
-    with pytest.raises(ValueError, match="names no model"):
-        GLEMAugment.from_config(GLEMAugment(model).to_config())
 
 
 @pytest.mark.parametrize(
@@ -397,7 +389,6 @@ def test_settings_go_through_json(model: GLEM) -> None:
         ({"modes": 65}, "from 1 to 64.*got 65"),
         ({"mean": 0.5}, "mean and std together"),
         ({"mean": 0.5, "std": 0.0}, "std must be positive"),
-        ({"mean": "x", "std": "y"}, "must be a number"),
         ({"class_map": [0, 4]}, "flow class 4"),
     ],
 )
@@ -406,14 +397,11 @@ def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], message: s
         GLEMAugment(model, **settings)
 
 
-def test_models_are_checked(model: GLEM) -> None:
-    for given, message in (
-        (GLEM.create("identity", (1, 8, 8), classes=CLASSES), r"model\.fit_modes\(data\)"),
-        (torch.nn.Linear(2, 2), "must be a GLEM"),
-        (copy.deepcopy(model).half(), r"the flow's weights are .*float16, in which it is not invertible"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            GLEMAugment(given)  # type: ignore[arg-type]
+def test_models_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"model\.fit_modes\(data\)"):
+        GLEMAugment(GLEM.create("identity", (1, 8, 8), classes=CLASSES))
+    with pytest.raises(TypeError, match="must be a GLEM"):
+        GLEMAugment(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

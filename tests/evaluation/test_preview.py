@@ -9,7 +9,7 @@ from PIL import Image
 
 from glem_augment import GLEM, DataError, ImageData
 from glem_augment.evaluation import preview as preview_module
-from glem_augment.evaluation.preview import LARGEST, SMALLEST, Section, compose, contact_sheet, preview
+from glem_augment.evaluation.preview import LARGEST, SMALLEST, Section, compose, preview
 
 
 def small(
@@ -85,11 +85,3 @@ def test_cells_are_enlarged_by_whole_factors_and_large_ones_shrunk() -> None:
     assert (drawn(torch.zeros(3, 512, 256)) == 0).all(2).sum() == LARGEST * LARGEST // 2
     grey = drawn(torch.full((1, 56, 56), float("nan")))
     assert ((grey == 127) | (grey == 128)).all(2).sum() >= 56 * 56
-
-
-def test_a_contact_sheet_has_a_row_for_each_class() -> None:
-    x = torch.zeros(7, 1, 56, 56, dtype=torch.uint8)
-    sheet = pixels(contact_sheet(x, [0, 0, 0, 2, 2, 2, 2], ["a", "b", "c"], "t", columns=4))
-    assert (sheet == 0).all(2).sum() == 7 * 56 * 56
-    late = pixels(contact_sheet(x, [30, 30, 31, 31, 32, 33, 34], list(map(str, range(40))), "t", columns=2))
-    assert (late == 0).all(2).sum() == 7 * 56 * 56

@@ -42,7 +42,6 @@ def test_coverage_and_density_are_those_of_prdc(k: int, shift: float) -> None:
     got = coverage(real, generated, k)
     assert got["coverage"] == pytest.approx(wanted["coverage"], abs=1e-9)
     assert got["density"] == pytest.approx(wanted["density"], rel=1e-9)
-    assert (got["k"], got["real"], got["generated"]) == (k, 700, 430)
     real = features(40, 5, 0, 1e3)
     assert coverage(real, real)["coverage"] == 1.0
     # The nearest neighbour of every image is its copy, at distance 0, and no image is nearer than that.
@@ -80,7 +79,7 @@ def test_features_are_what_the_last_layer_sees(arch: str) -> None:
 def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     train, held_out, fresh = features(300, 6, 0), features(200, 6, 1), features(150, 6, 2)
     honest = memorisation_ratio(fresh, train, held_out)
-    assert honest["images"] == 200 and 0.9 < honest["ratio"] < 1.1 and 0.4 < honest["share_nearer_train"] < 0.6
+    assert 0.9 < honest["ratio"] < 1.1 and 0.4 < honest["share_nearer_train"] < 0.6
     copies = memorisation_ratio(train[:150] + 1e-3, train, held_out)
     assert copies["ratio"] < 0.1 and copies["share_nearer_train"] > 0.6
     two = memorisation_ratio(torch.tensor([[1.0, 0], [2.0, 0]]), torch.zeros(1, 2), torch.tensor([[3.0, 0]]))

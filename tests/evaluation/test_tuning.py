@@ -1,35 +1,15 @@
-"""Choosing strength and p: the largest strength that keeps labels right, and a search over training runs."""
+"""Which moves are put back, and the largest strength that keeps labels right."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from augment_cases import images, labels, make_model
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, ImageData
 from glem_augment.evaluation.tuning import choose_strength, moves_put_back
-
-
-def images(n: int, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(60, 196, (n, 1, 8, 8), generator=g, dtype=torch.uint8)
-
-
-def labels(n: int) -> Tensor:
-    return torch.arange(n) % 4
-
-
-def flow(x: Tensor, y: Tensor, rank: int) -> GLEM:
-    """An identity flow of four classes."""
-    model = GLEM.create("identity", (1, 8, 8), classes=["ant", "bee", "cat", "dog"])
-    model.fit_modes((x, y), rank=rank)
-    return model.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def model() -> GLEM:
-    return flow(images(320), labels(320), 64)
 
 
 class ByBrightness(nn.Module):
@@ -40,7 +20,7 @@ class ByBrightness(nn.Module):
 
 
 def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
-    own = flow(images(320), labels(320), 64)
+    own = make_model()
     own.modes.scales.mul_(20.0)  # the stronger moves leave the range
     data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
     found = moves_put_back(own, data, images=300)
@@ -58,20 +38,22 @@ def test_the_largest_strength_that_keeps_the_labels() -> None:
     g = torch.Generator().manual_seed(0)
     level = 0.2 + 0.2 * y[:, None, None, None] + 0.02 * torch.randn(200, 1, 1, 1, generator=g)
     x = (level + 0.02 * torch.randn(200, 1, 8, 8, generator=g)).clamp(0, 1)
-    aug = GLEMAugment(flow((x * 255).to(torch.uint8), y, 8), policy="noise", modes=8, seed=0)
+    flow = GLEM.create("identity", (1, 8, 8), classes=["ant", "bee", "cat", "dog"])
+    flow.fit_modes(((x * 255).to(torch.uint8), y), rank=8)
+    aug = GLEMAugment(flow, policy="noise", seed=0)
     batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, 200, 50)]
     net = ByBrightness().train()
     report = choose_strength(aug, net, batches, strengths=(0.5, 1.0, 2.0, 4.0, 8.0), max_drop=0.02)
     assert net.training and aug.strength == "auto" and aug.stats["selected"] == 0 and aug._random.calls == 0
-    assert report.accuracy == 1.0 and [row.strength for row in report.rows] == [0.5, 1.0, 2.0, 4.0, 8.0]
-    accuracies, changes = [r.accuracy for r in report.rows], [r.change for r in report.rows]
-    assert accuracies[0] > 0.98 and accuracies[-1] < 0.7 and changes == sorted(changes)
-    assert report.strength == max(row.strength for row in report.rows if row.accuracy >= 0.98) < 8.0
+    assert report.accuracy == 1.0 and list(report.moved) == [0.5, 1.0, 2.0, 4.0, 8.0]
+    assert report.moved[0.5] > 0.98 and report.moved[8.0] < 0.7
+    assert report.strength == max(strength for strength, kept in report.moved.items() if kept >= 0.98) < 8.0
     eight = choose_strength(aug, net, [((v * 255).round().to(torch.uint8), t) for v, t in batches], strengths=(0.5,))
-    assert eight.rows[0].change == pytest.approx(changes[0], rel=0.1)
+    assert eight.moved[0.5] == pytest.approx(report.moved[0.5], abs=0.02)
 
 
-def test_choose_strength_judges_what_was_moved(model: GLEM) -> None:
+def test_choose_strength_judges_what_was_moved() -> None:
+    model = make_model()
     x, y = images(400, seed=3).float() / 255, labels(400)
 
     class Nearest(nn.Module):
@@ -93,10 +75,10 @@ def test_choose_strength_judges_what_was_moved(model: GLEM) -> None:
     never = GLEMAugment(model, policy="noise", seed=0, margin=0.0)
     with pytest.warns(UserWarning, match="were not plausible"):
         report = choose_strength(never, Nearest(), [(x, y)], strengths=(50.0,))
-    assert report.rows[0].replaced == report.accuracy == 1.0 and report.rows[0].accuracy == report.strength == 0
+    assert report == (1.0, {50.0: 0.0}, 0.0)
 
 
-def test_a_strength_beyond_one_that_is_too_strong_is_not_chosen(model: GLEM) -> None:
+def test_a_strength_beyond_one_that_is_too_strong_is_not_chosen() -> None:
     x, y = images(8) / 255, labels(8)
     answers = iter([True, True, True, False, True])  # as the images are, and then moved at each strength
 
@@ -104,20 +86,8 @@ def test_a_strength_beyond_one_that_is_too_strong_is_not_chosen(model: GLEM) -> 
         def forward(self, batch: Tensor) -> Tensor:
             return F.one_hot(y if next(answers) else (y + 1) % 4, 4).float()
 
+    model = make_model()
     report = choose_strength(GLEMAugment(model, policy="noise"), Scripted(), [(x, y)], (0.5, 0.1, 0.2, 0.05))
-    assert [row.accuracy for row in report.rows] == [1.0, 1.0, 0.0, 1.0] and report.strength == 0.1
-
-
-def test_changes_are_in_steps_of_uint8(model: GLEM) -> None:
-    x, y = images(16) / 255, labels(16)
-    plain = GLEMAugment(model, policy="noise", seed=0)
-    normalised = GLEMAugment(model, policy="noise", seed=0, mean=0.4, std=0.2)
-    moved = GLEMAugment(model, p=1.0, policy="noise", strength=0.1, seed=0)(x, y)[0]
-    for aug, batch in ((plain, x), (normalised, (x - 0.4) / 0.2)):
-        (row,) = choose_strength(aug, ByBrightness(), [(batch, y)], (0.1,), max_drop=1.0).rows
-        assert row.change == pytest.approx(float((moved - x).abs().mean()) * 255, rel=1e-3)
-    for wanted, wrong in (("empty", {"strengths": ()}), ("max_drop", {"max_drop": -0.1})):
-        with pytest.raises(ValueError, match=wanted):
-            choose_strength(plain, ByBrightness(), [(x, y)], **wrong)
+    assert report == (1.0, {0.05: 1.0, 0.1: 1.0, 0.2: 0.0, 0.5: 1.0}, 0.1)
     with pytest.raises(ValueError, match="policy='noise'"):
         choose_strength(GLEMAugment(model), ByBrightness(), [(x, y)])
