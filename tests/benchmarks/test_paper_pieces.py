@@ -124,7 +124,7 @@ def test_a_classifier_learns_repeatably_and_comes_back_from_its_file(
 # ---- continuum, out of distribution, averaging -----------------------------------------------------------------------
 
 
-def test_mantel_finds_structure_and_only_structure() -> None:
+def test_continuum_correlations_find_structure_and_only_structure() -> None:
     g = torch.Generator().manual_seed(0)
     points = torch.randn(12, 3, generator=g, dtype=torch.float64)
     near = torch.cdist(points, points)
@@ -136,10 +136,7 @@ def test_mantel_finds_structure_and_only_structure() -> None:
     assert value > 0.8 and p == 0.001 and mantel(near, -noisy) == (pytest.approx(-value), 0.001)
     other = torch.cdist(*[torch.randn(12, 3, generator=g, dtype=torch.float64)] * 2)
     assert mantel(near, other)[1] > 0.05
-
-
-def test_continuum_correlation_has_the_signs_of_the_claim() -> None:
-    g = torch.Generator().manual_seed(0)
+    # Of flows it has the signs of the claim.
     centres, y = torch.randn(8, 4, generator=g), torch.arange(400) % 8
     x = centres[y] + 0.3 * torch.randn(400, 4, generator=g)
     kld = 0.5 * torch.cdist(centres, centres).square()  # of unit Gaussians at the classes' centres

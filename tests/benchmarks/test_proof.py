@@ -195,8 +195,7 @@ def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_pat
     tuning = json.loads((tmp_path / "augmentation_tuning.json").read_text())
     assert all("accuracy" not in row and row["seed"] in settings.TUNING_SEEDS for row in tuning)
 
-
-def test_a_lucky_first_seed_does_not_decide(tmp_path: Path) -> None:
+    # A lucky first seed does not decide.
     def value(cell: planning.Cell) -> float:
         lucky = 0.025 * (cell.seed == settings.TUNING_SEED)
         return made_up(cell) + (lucky - 0.02) * (cell.method == "noise")

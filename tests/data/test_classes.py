@@ -24,9 +24,7 @@ def test_match_by_id_name_and_form() -> None:
     assert match_classes(flow, side(["0", "1"], ["golden_retriever", "TENCH"])).tolist() == [1, 0]
     result = match_classes(flow, flow)
     assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
-
-
-def test_names_of_torchvisions_imagenet() -> None:
+    # Names of torchvision's ImageNet.
     real = SimpleNamespace(classes=[("tench", "Tinca"), ("crane",), ("crane", "bird")], wnids=["n1", "n2", "n3"])
     assert named_classes(real) == (["n1", "n2", "n3"], ["tench", "crane (n2)", "crane (n3)"])
 
@@ -38,9 +36,7 @@ def test_numbers_identify_only_without_names() -> None:
     assert match_classes(flow, side(digits, ["coat", "shirt", "bag"])).tolist() == [2, 0, 1]
     with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
         match_classes(flow, side(digits, ["cat", "dog", "eel"]))
-
-
-def test_numbered_ids_are_left_out_where_ids_and_names_are_compared_across() -> None:
+    # Numbered ids are left out where ids and names are compared across.
     numbers = ["0", "1"]
     flow, named = side(numbers, ["cat", "dog"]), side(["cat", "dog"], ["Katze", "Hund"])
     assert match_classes(flow, side(["dog", "cat"], ["Hund", "Katze"])).tolist() == [1, 0]
@@ -84,9 +80,7 @@ def test_mismatch_lists_both_sides_and_the_fix() -> None:
     text = str(caught.value)
     assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
     assert "class_map" in text and isinstance(caught.value, ValueError)
-
-
-def test_partial_match_leaves_out_what_the_flow_lacks() -> None:
+    # A partial match leaves out what the flow lacks.
     flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
     assert match_classes(flow, data, partial=True).tolist() == [1, -1, 2]
     with pytest.raises(ClassMismatchError, match="no counterpart"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,13 +155,12 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["Bag/20240101.png", "Bag/000010.png", "Bag/0000001.png", "Bag/notes.txt", "more/000000.png"]
 )
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_files_of_others_are_never_touched(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_files_of_others_are_never_touched(tmp_path: Path, name: str) -> None:
     folder = make().export(tmp_path / "out", progress=False)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"mine")
     before = files(folder)
-    for options in [{}, {"per_class": 20}]:  # the last would have an image 10
+    for options, overwrite in itertools.product([{}, {"per_class": 20}], [False, True]):  # 20 would have an image 10
         with pytest.raises(FileExistsError, match=f"it holds '{name[:4]}.*which no export wrote"):
             make(**options).export(folder, progress=False, overwrite=overwrite)
         assert files(folder) == before
@@ -187,27 +186,23 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mine").iterdir())) == 10
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: "[" * 100_000,
-        lambda text: text.replace('"settings"', '"settings_"'),
-        lambda text: text.replace('"model": {', '"model": 5, "others": {'),
-        lambda text: text.replace('"folder": "Bag"', '"folder": "../Bag"'),
-        lambda text: text.replace('"count": 10', '"count": "10"'),
-        lambda text: json.dumps({**json.loads(text), "shards": [1, None]}),
-    ],
-)
-def test_damaged_manifests_are_no_manifests(tmp_path: Path, change: Callable[[str], str]) -> None:
+def test_damaged_manifests_are_no_manifests(tmp_path: Path) -> None:
     folder = make().export(tmp_path / "out", progress=False)
-    path = folder / PROVENANCE
-    changed = change(path.read_text())
-    assert changed != path.read_text()
-    path.write_text(changed)
-    damaged = files(folder)
-    with pytest.raises(FileExistsError, match="holds no earlier export"):
-        make().export(folder, progress=False, overwrite=True)
-    assert files(folder) == damaged
+    text = (folder / PROVENANCE).read_text()
+    for changed in (
+        "[" * 100_000,
+        text.replace('"settings"', '"settings_"'),
+        text.replace('"model": {', '"model": 5, "others": {'),
+        text.replace('"folder": "Bag"', '"folder": "../Bag"'),
+        text.replace('"count": 10', '"count": "10"'),
+        json.dumps({**json.loads(text), "shards": [1, None]}),
+    ):
+        assert changed != text
+        (folder / PROVENANCE).write_text(changed)
+        damaged = files(folder)
+        with pytest.raises(FileExistsError, match="holds no earlier export"):
+            make().export(folder, progress=False, overwrite=True)
+        assert files(folder) == damaged
 
 
 @pytest.mark.parametrize("point", ["removal", "images"])
@@ -219,19 +214,14 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
     folder = make().export(tmp_path / "out", progress=False)
     data = make(per_class=[5, 0, 5], seed=2)
 
-    def cut(*_: object) -> None:
+    def cut(*arguments: Any) -> None:
+        if point == "removal":
+            (arguments[0] / "000000.png").unlink()
         raise KeyboardInterrupt
 
-    def cut_removal(path: Path) -> None:
-        (path / "000000.png").unlink()
-        cut()
-
-    owner, name, fault = {
-        "removal": (shutil, "rmtree", cut_removal),
-        "images": (data, "decoded_block", cut),
-    }[point]
+    owner, name = (shutil, "rmtree") if point == "removal" else (data, "decoded_block")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(owner, name, fault)
+        patch.setattr(owner, name, cut)
         data.export(folder, progress=False, overwrite=True)
     make(per_class=[5, 0, 5], seed=2).export(folder, progress=False, overwrite=point != "images")
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
