@@ -38,7 +38,7 @@ def match_classes(
     of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
-        flow, data: what names its classes (a GLEM, and any data set that `named_classes` knows), or a list of names.
+        flow, data: what names its classes, see `named_classes`.
         class_map: None; `"order"`: class i is class i (both sides must have equally many); or a mapping from data names
             (or ids) to flow names (or ids). Classes that it leaves out are matched as usual.
         partial: allow classes of the data that the flow does not have, but not all of them.
@@ -93,9 +93,6 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
         class_map: a mapping from data class to flow class, a sequence, an array or a tensor; -1 and None both mean that
             the flow does not have the class. None: the classes are the same.
         num_classes, flow_classes: numbers of classes of the data, if it is known, and of the flow.
-
-    Raises:
-        ValueError, TypeError: a class out of range, nothing mapped, or a `num_classes` that does not fit.
     """
     if num_classes is not None:
         num_classes = check_whole("num_classes", num_classes, 1)

@@ -84,12 +84,9 @@ class ImageData(Dataset):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches (uint8 [B,C,H,W], int64 [B]) in the order of `indices`; the last one may be smaller.
 
-        Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes. Wrong indices and a
-        `batch_size` below 1 (ValueError) are refused at the call.
+        Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes.
         """
         chosen = check_indices(indices, len(self))
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if self._pixels is None:
             return iter(DataLoader(self, batch_size=batch_size, sampler=chosen.tolist(), num_workers=workers))
         rows = torch.from_numpy(self._rows[chosen]).split(batch_size)
@@ -109,10 +106,7 @@ class ImageData(Dataset):
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
     ) -> ImageData:
-        """The same images under other labels, for example a flow's.
-
-        DataError: not one label per image, a label outside 0..K-1, repeated names. TypeError: no integers.
-        """
+        """The same images under other labels, for example a flow's; errors as in `check_targets`."""
         other = copy.copy(self)
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
         check_names(other.classes, other.class_ids)
@@ -124,10 +118,9 @@ class ImageData(Dataset):
         rows = [np.flatnonzero(self.targets == index)[:max_per_class] for index in range(len(self.classes))]
         empty = [self.classes[index] for index, found in enumerate(rows) if not len(found)]
         if empty:
-            names = ", ".join(map(repr, empty[:10])) + (", ..." if len(empty) > 10 else "")
             raise DataError(
-                f"{self.name} has no images of {len(empty)} of its {len(rows)} classes ({names}): add some, or name "
-                "only the classes that it has (data.with_targets)"
+                f"{self.name} has no images of {len(empty)} of its {len(rows)} classes ({', '.join(empty[:10])}): add "
+                "some, or name only the classes that it has (data.with_targets)"
             )
         return rows
 
@@ -235,25 +228,18 @@ def as_image_data(
     if not isinstance(data, ImageData):
         wanted = channels if channels in (1, 3) else None
         data = open_data(data, split, image_size=(height, width), channels=wanted, progress=progress)
-    names = None if classes is None else [str(name) for name in classes]
-    if names is not None and names != data.classes:
-        ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None
-        data = data.with_targets(data.targets, names, ids)
+    if classes is not None and list(classes) != data.classes:
+        ids = data.class_ids if data.named and len(classes) == len(data.class_ids) else None
+        data = data.with_targets(data.targets, classes, ids)
     if data.image_shape != image_shape:
         raise DataError(
-            f"{data.name} has images of {' x '.join(map(str, data.image_shape))} (channels x height x width), the flow "
-            f"takes {channels} x {height} x {width}: open the data with open_data(..., image_size=({height}, {width}), "
-            f"channels={channels})"
+            f"{data.name} has images of shape {data.image_shape}, the flow takes {image_shape}: open the data with "
+            f"open_data(..., image_size=({height}, {width}), channels={channels})"
         )
     return data
 
 
-def images_for(
-    flow: Any,
-    data: LabelledImages,
-    class_map: ClassMap = None,
-    fix: str | None = None,
-) -> ImageData:
+def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, fix: str | None = None) -> ImageData:
     """`data` as an ImageData of the flow's shape and under its classes (`match_classes`).
 
     Labels of data that name no classes are the flow's indices. `flow`: a GLEM.
@@ -283,10 +269,7 @@ def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
     if len(empty):
         where, why = next(reason for row, reason in bad.items() if source.targets[row] in empty)
         names = ", ".join(source.classes[index] for index in empty[:10])
-        raise DataError(
-            f"no image of {len(empty)} of the {len(source.classes)} classes of {source.name} can be used ({names}): "
-            f"{where}: {why}"
-        )
+        raise DataError(f"{source.name} has no usable image of {names}: {where}: {why}")
     return bad
 
 

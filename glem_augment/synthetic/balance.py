@@ -74,13 +74,7 @@ def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[
 def match_targets(model: GLEM, real: Any) -> tuple[np.ndarray, np.ndarray]:
     """The flow's class of every image of a real data set, int64 [N], and of every class of it, int64.
 
-    Classes are matched by name; labels of data without class names are the flow's indices.
-
-    Args:
-        real: see `open_data`; no image is read.
-
-    Raises:
-        DataError: labels that cannot be matched, or are out of range.
+    Classes are matched by name; labels of data without class names are the flow's indices. No image is read.
     """
     source = open_source(real)
     if source.named:

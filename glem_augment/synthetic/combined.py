@@ -43,9 +43,6 @@ class RealAndSynthetic(Dataset):
     Attributes:
         transform: set here. targets: int labels of all items. classes, class_to_idx: those of the real data, if it
             names any.
-
-    Raises:
-        DataError: classes that do not match, or too few synthetic images. ValueError, TypeError: another bad argument.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class RealAndSynthetic(Dataset):
         source = open_source(real)
         if isinstance(real, str | os.PathLike) or of_hugging_face(real):
             real = source
-        self.real, self.synthetic, self.ratio = real, synthetic, ratio
+        self.real, self.synthetic = real, synthetic
         self.transform: Callable[[Any], Any] | None = None
         if source.named:
             self.classes = list(source.classes)
@@ -127,9 +124,6 @@ class RealAndSynthetic(Dataset):
         """The mode of the real PIL images, as the first of them has it; None for other images."""
         first = self.real[0][0] if self._real_count else None
         return first.mode if isinstance(first, Image.Image) else None
-
-    def __repr__(self) -> str:
-        return f"RealAndSynthetic({self._real_count} real, {len(self.chosen)} synthetic, ratio={self.ratio})"
 
 
 def _labels(synthetic: SyntheticDataset | ImageData, source: Source, class_map: ClassMap) -> np.ndarray:

@@ -59,9 +59,6 @@ class SyntheticDataset(Dataset):
         min_confidence: draw an item again, up to 20 times, until the flow's posterior gives its class at least this;
             the best candidate is kept if none has that much. Nearly all draws of the class Gaussians pass, which are
             the posterior's own. `acceptance()` reports. None: no rejection.
-
-    Raises:
-        ValueError, TypeError: for an argument out of range, naming it and what is allowed.
     """
 
     def __init__(
@@ -116,7 +113,7 @@ class SyntheticDataset(Dataset):
         return sum(not_finite for _, not_finite, _ in self._known.values())
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Item `index`: (image, label) after the transforms; ValueError for a flow of neither 1 nor 3 channels."""
+        """Item `index`: (image, label) after the transforms."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:

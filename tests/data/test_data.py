@@ -83,10 +83,9 @@ def test_items_batches_and_subsets(bundled_train: ImageData) -> None:
     assert torch.equal(subset.tensor()[7], x[7])
 
     assert torch.equal(bundled_train.subset([-1]).tensor()[0], bundled_train.tensor()[999])
-    wrong = ((IndexError, [1000], 2), (IndexError, [-1001], 2), (TypeError, [0.5], 2), (ValueError, [0], 0))
-    for error, indices, size in wrong:
-        with pytest.raises(error, match="size 1000|integers|batch_size"):
-            bundled_train.batches(indices, size)
+    for error, indices in ((IndexError, [1000]), (IndexError, [-1001]), (TypeError, [0.5])):
+        with pytest.raises(error, match="size 1000|integers"):
+            bundled_train.batches(indices, 2)
 
 
 def test_from_tensors() -> None:
@@ -268,7 +267,7 @@ def test_broken_images_among_good_ones(tmp_path: Path, cache_bytes: int) -> None
 def test_a_class_of_broken_images_alone(image_folder: Path) -> None:
     for path in (image_folder / "cat").iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no image of 1 of the 3 classes.*\(cat\).*cat/0.png: cannot be read"):
+    with pytest.raises(DataError, match=r"no usable image of cat: .*cat/0.png: cannot be read"):
         open_data(image_folder, skip_bad=True)
 
 

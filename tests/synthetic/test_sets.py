@@ -137,7 +137,7 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
             drawn, flow_label = synthetic[int(both.chosen[i - 12])]
             assert np.array_equal(np.asarray(image), np.asarray(drawn)) and NAMES[flow_label] == both.classes[label]
     assert [label for _, label in both.__getitems__([13, 2, 17])] == [both.targets[i] for i in (13, 2, 17)]
-    assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12 and "12 real, 6 synthetic" in repr(both)
+    assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12
     with pytest.raises(IndexError):
         both[18]
     with pytest.raises(DataError, match="ratio=3.0 needs 36 synthetic images, there are 30"):
