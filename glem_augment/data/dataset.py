@@ -228,9 +228,10 @@ def as_image_data(
     if not isinstance(data, ImageData):
         wanted = channels if channels in (1, 3) else None
         data = open_data(data, split, image_size=(height, width), channels=wanted, progress=progress)
-    if classes is not None and list(classes) != data.classes:
-        ids = data.class_ids if data.named and len(classes) == len(data.class_ids) else None
-        data = data.with_targets(data.targets, classes, ids)
+    names = data.classes if classes is None else [str(name) for name in classes]
+    if names != data.classes:
+        ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None
+        data = data.with_targets(data.targets, names, ids)
     if data.image_shape != image_shape:
         raise DataError(
             f"{data.name} has images of shape {data.image_shape}, the flow takes {image_shape}: open the data with "

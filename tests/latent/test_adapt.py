@@ -114,11 +114,11 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
 
 def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> None:
     model, (x, y) = random_flow(), images(3, 3)
-    with pytest.raises(DataError, match=r"1 of its 3 classes \('c'\)"):
+    with pytest.raises(DataError, match=r"1 of its 3 classes \(c\)"):
         model.adapt((x, y), classes=["a", "b", "c"])
     with pytest.raises(DataError, match="no class has two images"):
         model.adapt((x[:2], torch.tensor([0, 1])))
-    with pytest.raises(DataError, match="the flow takes 1 x 8 x 8"):
+    with pytest.raises(DataError, match="the flow takes .1, 8, 8."):
         model.adapt(open_data(image_folder, progress=False))
     for bad in ({"shrinkage": -1.0}, {"rank": 0}, {"max_per_class": 0}, {"max_per_class": 1}, {"max_per_class": 2.5}):
         with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
