@@ -57,13 +57,3 @@ def image_folder(tmp_path: Path) -> Path:
             pixels[..., index] += 150
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return tmp_path / "images"
-
-
-@pytest.fixture(scope="session")
-def glem_data() -> Path:
-    """A folder of real image folders, cifar10/{train,test} and imagenette128/{train,val}, named by
-    GLEM_DATA."""
-    folder = os.environ.get("GLEM_DATA")
-    if not folder:
-        pytest.skip("GLEM_DATA is not set: it names a folder with cifar10/ and imagenette128/ image folders")
-    return Path(folder)

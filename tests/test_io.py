@@ -8,13 +8,11 @@ import os
 import stat
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from glem_augment import io as glem_io
-from glem_augment.io import atomic_write, expand, json_text, save_png, write_json
+from glem_augment.io import atomic_write, expand, json_text, write_json
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX files")
 
@@ -123,12 +121,6 @@ def test_json_refuses_what_others_cannot_read(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     assert json_text("é\udcff") == '"é\\udcff"'  # a file name that is not UTF-8
     write_json(tmp_path / ("猫" * 80 + ".json"), [1])  # 245 bytes of the 255 that file systems take
-
-
-def test_save_png(tmp_path: Path) -> None:
-    colour = np.arange(36, dtype=np.uint8).reshape(3, 4, 3) * 7
-    save_png(Image.fromarray(colour), tmp_path / "a")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a")), colour)
 
 
 def test_homes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

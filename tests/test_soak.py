@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from augment_cases import images as pixels
+from augment_cases import labels as any_labels
 from test_data import broken_folder, png
 from test_training import tiny_trainer
 from timm.data import Mixup
@@ -31,6 +34,7 @@ from glem_augment.errors import DataError
 from glem_augment.synthetic.dataset import SyntheticStream
 
 CLASSES = ["ant", "bee", "cat"]
+labels = partial(any_labels, classes=len(CLASSES))
 PROC = Path("/proc/self")
 MIB = 2**20
 
@@ -44,15 +48,6 @@ def _frozen_garbage() -> Iterator[None]:
     gc.freeze()  # objects of earlier tests need not be looked through again and again
     yield
     gc.unfreeze()
-
-
-def pixels(n: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(60, 196, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
-
-
-def labels(n: int) -> Tensor:
-    return torch.arange(n) % len(CLASSES)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, ImageData
 
-
-def images(n: int, size: int = 8, seed: int = 0) -> Tensor:
-    return any_images(n, 3, size, seed)
+images = partial(any_images, channels=3)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +182,7 @@ def test_the_classifier_sees_what_the_transform_gives(model: GLEM, dtype: torch.
     seen: list[Tensor] = []
     whole = dtype == torch.uint8
     settings = {} if whole else {"mean": 0.4, "std": 0.2}
-    x, y = images(6, size) if whole else ((images(6, size) / 255 - 0.4) / 0.2).to(dtype), labels(6)
+    x, y = images(6, size=size) if whole else ((images(6, size=size) / 255 - 0.4) / 0.2).to(dtype), labels(6)
     net = network().to(torch.float32 if whole else dtype)
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     aug = make(model, **settings).attach(net)

@@ -113,7 +113,7 @@ def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
     assert torch.equal(aug(x, y)[0], other(x, y)[0])  # a given generator leaves the own one alone
     for twin in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)):
         assert twin.stats == aug.stats and twin.stats["selected"] == 8
-        assert torch.equal(twin(x, y)[0], copy.deepcopy(aug)(x, y)[0])
+        assert torch.equal(twin(x, y)[0], copy.deepcopy(aug)(x, y)[0]) and aug.stats["selected"] == 8
     torch.save(aug.state_dict(), tmp_path / "state.pt")
     wanted = [aug(x, y)[0] for _ in range(2)]
     later = GLEMAugment(model, seed=99)
@@ -318,7 +318,6 @@ def test_auto_is_the_largest_strength_that_the_first_images_allow(model: GLEM) -
         first = aug.apply(x, y, params)[0]
         assert aug.strength == "auto" and aug.chosen_strength == strength == fixed.chosen_strength
         assert torch.equal(first, fixed.apply(x, y, params)[0]) and torch.equal(first, aug.apply(x, y, params)[0])
-    assert GLEMAugment(model, **settings, p=1.0)(x, y)[0].shape == x.shape
 
 
 def test_what_auto_chose_is_kept_by_copies_states_and_workers(model: GLEM, tmp_path: Path) -> None:
@@ -382,10 +381,8 @@ def test_settings_go_through_json(model: GLEM) -> None:
     ("settings", "message"),
     [
         ({"policy": "cutmix"}, "'mixup', 'noise', 'adversarial'; got 'cutmix'"),
-        ({"partner": "near"}, "'same', 'any'; got 'near'"),
         ({"p": 1.5}, "p must be from 0 to 1, got 1.5"),
         ({"strength": "strong"}, "strength must be a number, got 'strong'"),
-        ({"alpha": 0.0}, "alpha must be finite and above 0"),
         ({"modes": 65}, "from 1 to 64.*got 65"),
         ({"mean": 0.5}, "mean and std together"),
         ({"mean": 0.5, "std": 0.0}, "std must be positive"),
@@ -407,7 +404,7 @@ def test_models_are_checked() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
-        (images(4)[0], labels(4), r"\[B, C, H, W\]"),
+        (images(4)[0], labels(4), r"\[B, C, H, W\].*aug\.as_transform\(\)"),
         (images(4, 2), labels(4), "2 channels"),
         (images(4).int(), labels(4), "uint8 or floating"),
         (images(4).float(), labels(4), "must be in .*mean and std"),
@@ -421,10 +418,9 @@ def test_models_are_checked() -> None:
         (images(4), [0, 1, 2, 3], "must be a tensor"),
     ],
 )
-@pytest.mark.parametrize("p", [0.0, 1.0])
-def test_batches_are_checked(model: GLEM, x: Tensor, y: Tensor, message: str, p: float) -> None:
+def test_batches_are_checked(model: GLEM, x: Tensor, y: Tensor, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        GLEMAugment(model, p=p)(x, y)
+        GLEMAugment(model, p=0.0)(x, y)
 
 
 @pytest.mark.parametrize("settings", ALL)

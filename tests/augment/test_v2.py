@@ -78,6 +78,3 @@ def test_samples_that_cannot_be_used(rgb: GLEM) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             transform(sample)
-    for call in (lambda: make(rgb)((x, y)), lambda: make(rgb)(x[0])):
-        with pytest.raises(ValueError, match=r"aug\.as_transform\(\)"):
-            call()

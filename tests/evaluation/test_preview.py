@@ -70,13 +70,6 @@ def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_sho
     assert torch.allclose(same, real, atol=0.01) and not torch.allclose(moved, real, atol=0.01)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_interpolations_go_within_a_class_and_between_two(classes: int) -> None:
-    within, between = preview_module._interpolations(*small(classes=classes), seed=0)
-    assert len(within.rows) == len(between.rows) == 4
-    assert all(" - " not in row for row in within.rows) and all(" - " in row for row in between.rows)
-
-
 def test_cells_are_enlarged_by_whole_factors_and_large_ones_shrunk() -> None:
     def drawn(cell: torch.Tensor) -> np.ndarray:
         return pixels(compose("t", "", [Section("", cell[None, None])]))
