@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the Trainer loads it again and warns of damage
             earlier = load_checkpoint(out)
         # max_minutes limited the part of the run before, not the whole run.
-        settings = _over({**checked(earlier.config, str(earlier.path)), "max_minutes": None}, settings)
+        settings = _over({**checked(earlier.facts["config"], str(earlier.path)), "max_minutes": None}, settings)
         before = _earlier_view(out)
         for name in ("method", "init"):
             if name in view and view[name] != before.get(name):

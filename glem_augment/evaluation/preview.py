@@ -26,7 +26,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
-__all__ = ["Section", "compose", "preview"]
+__all__ = ["Section", "class_samples", "compose", "preview"]
 
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
@@ -83,7 +83,7 @@ def preview(
     if model.modes is not None:
         used = model.modes.rank if modes is None else modes
         sections += [_augmentations(model, data, rows, policy, used, seed) for policy in policies]
-    sections += [_samples(model, seed), *_interpolations(model, data, seed)]
+    sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     c, h, w = model.image_shape
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
     title = f"{model.config.flow['preset']} flow, {c}x{h}x{w}, {model.num_classes} classes"
@@ -119,7 +119,7 @@ def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, mode
     return Section(f"Augmentations of real images: {policy}", cells, list(columns), names, note)
 
 
-def _samples(model: GLEM, seed: int, each: int = 3) -> Section:
+def class_samples(model: GLEM, seed: int, each: int = 3) -> Section:
     """Samples of the first 20 classes at several temperatures, from the class Gaussian and from the RFCM."""
     k = min(model.num_classes, MAX_CLASSES)
     y = torch.arange(k, device=model.device).repeat_interleave(each)

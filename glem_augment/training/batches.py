@@ -20,8 +20,7 @@ PAD_SHARE, ROTATION_DEGREES, JITTER = 1 / 8, 12.0, 0.1
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint, sorted int64 indices of the images that train the flow (D_nf), fit the Gaussians (D_g) and only
-    measure."""
+    """Disjoint, sorted indices of the images that train the flow (D_nf), fit the Gaussians (D_g) and only measure."""
 
     nf: np.ndarray
     g: np.ndarray
@@ -33,14 +32,7 @@ def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float,
 
     Every class keeps at least one image in `nf` and `g`, and has one in `val` if it has three images.
 
-    Args:
-        targets: int64 [N] class indices.
-        num_classes: K.
-        val_fraction: share of each class for `val`, lowered so that `val` has about `MAX_HELD_OUT` images at most.
-        seed: the same seed gives the same split.
-
-    Raises:
-        DataError: a class has fewer than two images.
+    `val_fraction`, the share of each class for `val`, is lowered so that `val` has about `MAX_HELD_OUT` images at most.
     """
     rng = np.random.default_rng([seed, 0x5EED])
     counts = np.bincount(targets, minlength=num_classes)
@@ -73,15 +65,13 @@ def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> 
 
 
 def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
-    """The paper's training augmentations, with parameters of its own for every image.
+    """The paper's training augmentations of uint8 images [B,C,H,W], with parameters of its own for every image.
 
     This is own code because torchvision's transforms draw one set of parameters per call, hence one per batch here.
 
     Args:
-        x: uint8 [B,C,H,W]; not changed.
         names: any of "flip" (horizontal), "crop" (shift by up to an eighth of the side, edges repeated), "rotate"
             (up to 12 degrees) and "jitter" (brightness, contrast and, for RGB, saturation by up to 10 %).
-        generator: CPU generator of all parameters.
 
     Returns:
         uint8 [B,C,H,W]; rounded, so that what dequantisation assumes stays true.

@@ -43,32 +43,18 @@ _LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: `facts` (JSON: settings, counters) and `tensors` (on the CPU)."""
+    """What a checkpoint holds: `facts` (JSON: settings, counters) and `tensors`, on the CPU."""
 
     path: Path
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The settings of the run, as `TrainConfig.to_dict` returned them."""
-        return self.facts["config"]
-
-    @property
-    def step(self) -> int:
-        """Number of E-steps taken."""
-        return self.facts["step"]
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
 
 
 def to_bytes(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """Serialise a state; equal states give equal bytes.
-
-    Raises:
-        ValueError, TypeError: `facts` holds something that JSON can't carry; NaN and infinity are refused.
-    """
+    """Serialise a state; equal states give equal bytes. ValueError for facts that are NaN or infinite."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # There is one entry of metadata because safetensors writes several in random order.
     data = safetensors_save(plain, metadata={_KEY: json.dumps(facts, sort_keys=True, allow_nan=False)})
@@ -76,12 +62,9 @@ def to_bytes(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
 
 
 def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The facts and the tensors (on the CPU) that `to_bytes` was given.
+    """The facts and the tensors that `to_bytes` was given. TrainingError for truncated, changed or foreign bytes.
 
     Tensors can't be larger than the file that holds them, so the memory that this takes is bounded by `len(data)`.
-
-    Raises:
-        TrainingError: truncated, changed or foreign bytes, or those of another version.
     """
     state, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if digest != _digest(state):
@@ -117,11 +100,7 @@ def require_unused(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], good: bool = False) -> None:
-    """Write the newest checkpoint; with `good`, write that one too.
-
-    Raises:
-        OSError: full disk, vanished folder and the like, naming the path; the newest checkpoint stays as it was.
-    """
+    """Write the newest checkpoint; with `good`, write that one too."""
     require_folder(folder)
     data = to_bytes(facts, tensors)
     # The good one is first: a kill between the two leaves one that is ahead of the newest, and the run that goes on
@@ -137,7 +116,6 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
     Raises:
         FileNotFoundError: there is none.
         TrainingError: there is none that can be read: all are damaged, foreign, or of another version.
-        OSError: one can't be opened (permissions, for example).
     """
     problems: list[str] = []
     for path in (folder / name for name in ((GOOD, NEWEST) if good else (NEWEST, GOOD))):
@@ -149,7 +127,7 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
             problems.append(f"{path} can't be used: {error}")
             continue
         if problems:
-            going_on = f"Going on from {path} (step {checkpoint.step})"
+            going_on = f"Going on from {path} (step {checkpoint.facts['step']})"
             warnings.warn(f"{'; '.join(problems)}. {going_on}", stacklevel=3)
         return checkpoint
     if problems:
@@ -188,7 +166,7 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str
     folder = checkpoint.path.parent
     now = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
     try:
-        then = TrainConfig(**checkpoint.config).to_dict()
+        then = TrainConfig(**checkpoint.facts["config"]).to_dict()
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{checkpoint.path} holds settings that this version can't use: {error}") from None
     changed = [key for key in now if key not in FREE and then[key] != now[key]]

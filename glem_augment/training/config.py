@@ -20,16 +20,15 @@ def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
     """A field of `TrainConfig`.
 
     Args:
-        default: its default, or the function `dict`, which makes it.
         kind: int, float, bool, a tuple of allowed words, "numbers", "names" or "table".
         more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `shown`, the
             default in words; `group`, the title of the settings from here on; `research=True` for settings that only
             `--help-all` shows.
     """
     metadata = {"kind": kind, "help": text, "optional": default is None, **more}
-    return (
-        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
-    )
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -58,7 +57,7 @@ class TrainConfig:
     in closed form for "mle", by 200 steps of Adam with the cross-entropy's weight `refit_beta` for "hybrid".
 
     Raises:
-        ValueError, TypeError: a setting that does not exist (any more), or a value that makes no sense.
+        ValueError, TypeError: a value that makes no sense.
     """
 
     preset: Preset = _setting(
@@ -148,10 +147,6 @@ class TrainConfig:
         shown="no limit",
     )  # fmt: skip
 
-    def __new__(cls, *args: Any, **settings: Any) -> TrainConfig:
-        check_names(settings)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         for name in SETTINGS:
             setattr(self, name, check_setting(name, getattr(self, name)))
@@ -199,7 +194,7 @@ class TrainConfig:
 SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
 
 
-def check_names(settings: Mapping[str, Any], where: str = "") -> None:
+def check_names(settings: Mapping[str, Any], where: str) -> None:
     """ValueError, beginning with `where`, if there is no setting of one of these names."""
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:

@@ -29,13 +29,15 @@ from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import augment_batch, stratified_split
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.guard import DivergenceError, LossGuard, independent_pixels
 from glem_augment.training.logs import gaussian_state, held_out
 from glem_augment.training.objective import LatentStatistics, e_step_loss, encode, m_learning_rates, m_step_loss
 from glem_augment.training.optim import (
     CLIP_NORM,
+    DivergenceError,
+    LossGuard,
     flow_optimizer,
     gaussian_optimizer,
+    independent_pixels,
     load_optimizer_tensors,
     optimizer_tensors,
 )
@@ -177,8 +179,7 @@ class EM:
     def e_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         """One step of Adamax on the flow (Eq. 3); with `joint`, one of Adam on the Gaussians too.
 
-        Returns the loss, nats per dimension, and the likelihood, bits/dim; NaN for a step that was skipped because its
-        loss or gradient was not finite.
+        Returns the loss, nats per dimension, and the likelihood, bits/dim; NaN if the step was skipped.
         """
         config, model = self.config, self.model
         self._let_gaussians_learn(config.joint)
@@ -214,7 +215,7 @@ class EM:
     def _latent_pass(
         self, round_index: int, rows: np.ndarray, keep: bool = False, model: GLEM | None = None
     ) -> LatentStatistics:
-        """One pass over the images `rows`, with the noise of the M-step `round_index`; with a bar for another model."""
+        """One pass over the images `rows` with the noise of an M-step; with a bar for the refit's model."""
         bar = self._bar("encoding for the refit", len(rows), "image", model is not None)
         model, began = model or self.model, time.monotonic()
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
@@ -260,7 +261,7 @@ class EM:
         self.model.gaussians.project()
 
     def _let_gaussians_learn(self, learn: bool) -> None:
-        """Whether the next loss has gradients with respect to the Gaussians, and for which of their parameters."""
+        """Whether the next loss has gradients with respect to those Gaussian parameters that are learned at all."""
         self.model.gaussians.mu.requires_grad_(learn and self.config.learns("means"))
         self.model.gaussians.s.requires_grad_(learn and self.config.learns("variances"))
 
@@ -272,8 +273,7 @@ class EM:
         return REFIT_STEPS if self.config.refit_beta else 0
 
     def refit_rows(self) -> np.ndarray:
-        """Sorted indices of the images that the refit takes: all training images, or fewer of each class if it keeps
-        their latents in memory; none where nothing is refitted."""
+        """Sorted indices of the images to refit on: all training images, or as many as memory holds the latents of."""
         config, model = self.config, self.model
         if config.learn == "none" or not (self.refit_steps or config.objective == "mle" and not config.joint):
             return np.empty(0, np.int64)
@@ -311,7 +311,7 @@ class EM:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Held-out metrics (with none held out, of the images that fit the Gaussians), and the Gaussians' state."""
+        """Metrics of the held-out images, or without any of those that fit the Gaussians; and the Gaussians' state."""
         rows, began = self.split.val if len(self.split.val) else self.split.g, time.monotonic()
         metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH), self._generator(5))
         self.image_seconds = (time.monotonic() - began) / len(rows)
@@ -357,11 +357,7 @@ class EM:
         return facts, {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `state` was taken by a run with the same settings and data.
-
-        Raises:
-            TrainingError: the checkpoint is not that of such a run.
-        """
+        """Go on where `state` was taken. Raises TrainingError for a checkpoint that does not fit this run."""
         facts, parts = checkpoint.facts, defaultdict[str, dict[str, Tensor]](dict)
         for name, tensor in checkpoint.tensors.items():
             group, _, rest = name.partition("/")

@@ -1,4 +1,4 @@
-"""What a training run measures and writes for people: a JSONL of metrics, curves, and samples of each class."""
+"""What a training run measures, and the JSONL of metrics that it writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
 from glem_augment.io import atomic_write
 from glem_augment.latent.gaussians import ClassGaussians
@@ -46,21 +45,13 @@ class MetricsLog:
 
     def rewind(self, keep_through_step: int, row: dict[str, Any]) -> None:
         """Atomically drop the rows beyond a step and older ones of the same `kind` and `number`, and add `row`."""
-        same = ("kind", "number")
-        self.rows = [
-            old
-            for old in self.rows
-            if old["step"] <= keep_through_step and any(old.get(key) != row[key] for key in same)
-        ]  # fmt: skip
-        self.rows.append(row)
+        same = (row["kind"], row["number"])
+        kept = [old for old in self.rows if (old["kind"], old.get("number")) != same]
+        self.rows = [*(old for old in kept if old["step"] <= keep_through_step), row]
         self._rewrite()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers that are not finite become null, which JSON can carry.
-
-        Raises:
-            OSError: full disk and the like, naming the file.
-        """
+        """Append one row; numbers that are not finite become null, which JSON can carry."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
         require_folder(self.path.parent)
@@ -97,42 +88,3 @@ def gaussian_state(gaussians: ClassGaussians) -> dict[str, float]:
         "kld_mean": float(pairs.mean()),
         "saturated_variances": float(gaussians.saturated_share()),
     }
-
-
-def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Curves of the epoch rows as one PNG. Without matplotlib there is none."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    epochs = [row for row in rows if row.get("kind") == "epoch"]
-    panels = {
-        "bits/dim, held-out images": "val_bits_per_dim",
-        "NF accuracy, held-out images": "val_accuracy",
-        "E-step loss": "loss",
-        "smallest pairwise KLD, nats": "kld_min",
-        "largest |mu|": "mu_max",
-        "learning rate": "lr",
-    }
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (title, key) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        axis.plot([row["epoch"] for row in epochs], [row.get(key) for row in epochs], marker=".")
-        axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def sample_grid(model: GLEM, path: Path, per_class: int = 8, temperature: float = 0.8, max_classes: int = 20) -> None:
-    """A PNG with one row of samples per class (the first `max_classes`), always from the same noise."""
-    y = torch.arange(min(model.num_classes, max_classes)).repeat_interleave(per_class)
-    images = model.sample(y, temperature, torch.Generator().manual_seed(0)).float().cpu()
-    if images.shape[1] not in (1, 3):
-        images = images.mean(1, keepdim=True)
-    images = torch.nan_to_num(images)
-    scale = max(1, 48 // images.shape[-1])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    with atomic_write(path) as file:
-        save_image(images, file, format="png", nrow=per_class, padding=2, pad_value=0.5)

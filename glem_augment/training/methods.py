@@ -32,8 +32,7 @@ METHODS: dict[str, Method] = {
         dict(objective="glem", kld_weight=10.0), "GLEM (Eq. 5), the paper's main setting lambda_0 = 10 (Table 2)"
     ),
     "lambda0": Method(
-        dict(objective="mle", psi=None),
-        "Baseline 2 = configuration 1 of Table 6: Gaussians by likelihood alone",
+        dict(objective="mle", psi=None), "Baseline 2 = configuration 1 of Table 6: Gaussians by likelihood alone"
     ),
     "lambda0-psi": Method(dict(objective="mle"), "likelihood alone, with the reparametrisation psi"),
     "no-psi": Method(

@@ -39,13 +39,7 @@ def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generat
 def e_step_loss(
     gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, config: TrainConfig, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """`mean NLL / d + beta * cross-entropy` and its first term, in nats per dimension; see `TrainConfig`.
-
-    Args:
-        gaussians: the class Gaussians, which get a gradient only where their parameters ask for one.
-        z: latents [B,d]; `logdet` [B] nats; `y` int64 [B].
-        beta: weight of the cross-entropy at this step.
-    """
+    """`mean NLL / d + beta * cross-entropy` and its first term, in nats per dimension; see `TrainConfig`."""
     if config.beta or config.objective == "ib":
         scores = gaussians.log_prob(z)
         own = scores.gather(1, y[:, None])[:, 0]
@@ -68,7 +62,6 @@ class LatentStatistics:
     Attributes:
         count [K], total [K,d], square [K,d]: number of images, sum z and sum z^2 per class.
         nll_low, nll_high: range of the per-sample NLL in nats, log-determinant included.
-        latents, labels: the latents [B,d] and labels [B] of each batch, kept if `keep_latents`.
     """
 
     def __init__(

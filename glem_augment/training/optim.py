@@ -1,8 +1,11 @@
-"""Optimizers and learning-rate schedules, torch's and timm's own."""
+"""Optimizers and learning-rate schedules, torch's and timm's own, and the guard that notices a divergence."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import defaultdict, deque
+from itertools import pairwise
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -10,11 +13,19 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from glem_augment.errors import TrainingError
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training.config import TrainConfig
 
 CLIP_NORM = 1.0
 MILESTONES, COSINE_END = (0.5, 0.75), 0.01  # shares of the run, and of the learning rate
+SPAN, WINDOW = 25, 500  # losses of a median, and medians whose lowest is the best
+MAX_BAD_STEPS, PATIENCE = 10, 100  # steps in a row, not finite or away, that make a divergence
+START = 5  # losses before the guard has something to compare with
+CALM = 10  # steps in a row that were not away make a checkpoint good
+
+
+# ---- the optimizers ----------------------------------------------------------------------------------------------
 
 
 def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tuple[torch.optim.Optimizer, Scheduler]:
@@ -65,3 +76,108 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             tensor = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(tensor)
         state[int(index)][key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ---- the guard ---------------------------------------------------------------------------------------------------
+
+
+class DivergenceError(TrainingError):
+    """The run has diverged; a return to the last good checkpoint may help."""
+
+
+def independent_pixels(x: Tensor, bits: int) -> float:
+    """Bits/dim of a model whose pixels are independent draws from their channel's histogram: its mean entropy.
+
+    One histogram serves all positions of a channel. One per position would be a better model of aligned images, but
+    takes more images than many sets have. x is uint8 [N,C,H,W], and its top `bits` bits count.
+    """
+    channels = (x >> (8 - bits)).transpose(0, 1).flatten(1).long()
+    shares = torch.stack([channel.bincount(minlength=2**bits) for channel in channels]) / channels.shape[1]
+    return float(torch.special.entr(shares.double()).sum(1).mean() / math.log(2))
+
+
+class LossGuard:
+    """Notices that a run has diverged.
+
+    It judges by medians of the last 25 steps, which a few spikes can't move. A step that is not finite counts as
+    infinite. A run is away while one of these holds:
+
+    - its loss exceeds b + max(1, |b|, 10 v), where b is its best, the lowest median of the last 500 steps, and v the
+      median absolute difference from one loss to the next, a measure of noise that neither a trend nor a few spikes
+      can raise;
+    - its likelihood is worse, by a bit per dimension, than those of uniform noise and of the untrained flow; or, once
+      it was better than that of independent pixels, worse than halfway from there to uniform noise. Repulsion of the
+      classes may cost some of it.
+
+    A run that was away for 100 steps in a row has diverged, and so has one with 10 steps in a row that were not
+    finite. The rule is on the side of patience: neither noise nor a slow rise can meet it.
+
+    >>> guard = LossGuard(bits=8)
+    >>> for _ in range(300):
+    ...     guard.see(2.0, 2.0 / math.log(2))
+    >>> guard.limit()
+    4.0
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.uniform, self.pixels = float(bits), math.inf  # bits/dim of uniform noise, of independent pixels once known
+        self.losses, self.medians = deque[float](maxlen=WINDOW), deque[float](maxlen=WINDOW)
+        self.bits = deque[float](maxlen=SPAN)
+        self.start = 0.0  # bits/dim of the untrained flow, once they are known
+        self.away = 0  # steps in a row
+        self.learned = False  # whether the likelihood was better than independent pixels
+
+    def limit(self) -> float:
+        """Median losses above this are away, nats per dimension; infinite while there is nothing to compare with."""
+        if not self.medians:
+            return math.inf
+        best, finite = min(self.medians), [loss for loss in self.losses if loss < math.inf]
+        changes = [abs(after - before) for before, after in pairwise(finite)] or [0.0]
+        return best + max(1.0, abs(best), 10 * median_high(changes))
+
+    def see(self, loss: float, bits: float) -> None:
+        """Take in one E-step: its loss, nats per dimension, and its likelihood, bits/dim. NaN and infinity are allowed.
+
+        Raises:
+            DivergenceError: the run has diverged.
+        """
+        good = math.isfinite(loss)
+        self.losses.append(loss if good else math.inf)
+        self.bits.append(bits if good else math.inf)
+        recent = list(self.losses)[-SPAN:]
+        if recent[-MAX_BAD_STEPS:] == [math.inf] * MAX_BAD_STEPS:
+            raise DivergenceError(f"{MAX_BAD_STEPS} steps in a row were not finite")
+        if len(recent) < START:
+            return
+        now, limit, likelihood = median_high(recent), self.limit(), median_high(self.bits)
+        if not self.start and likelihood < math.inf:
+            self.start = likelihood
+        most = (self.pixels + self.uniform) / 2 if self.learned else max(self.uniform, self.start) + 1
+        self.learned = self.learned or likelihood < self.pixels < math.inf
+        self.away = self.away + 1 if now > limit or likelihood > most else 0
+        self.medians.append(now)
+        if self.away >= PATIENCE:
+            if now > limit:
+                raise DivergenceError(f"the loss has left for good: {now:.4g} nats/dim, after {min(self.medians):.4g}")
+            raise DivergenceError(
+                f"the flow has become worse than independent pixels: {likelihood:.4g} bits/dim, not {self.pixels:.4g}"
+            )
+
+    @property
+    def calm(self) -> bool:
+        """Whether a diverged run may return to a checkpoint that is written now."""
+        return not self.away and all(loss <= self.limit() for loss in list(self.losses)[-CALM:] if self.medians)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """For a checkpoint: facts as JSON, and series, which may hold infinity, as float64 tensors."""
+        facts = {name: getattr(self, name) for name in ("pixels", "start", "away", "learned")}
+        series = {"losses": self.losses, "medians": self.medians, "bits": self.bits}
+        return facts, {name: torch.tensor(values, dtype=torch.float64) for name, values in series.items()}
+
+    def load(self, facts: dict[str, Any], series: dict[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+        self.pixels, self.start = facts["pixels"], facts["start"]
+        self.away, self.learned = facts["away"], facts["learned"]
+        self.losses = deque(series["losses"].tolist(), WINDOW)
+        self.medians = deque(series["medians"].tolist(), WINDOW)
+        self.bits = deque(series["bits"].tolist(), SPAN)

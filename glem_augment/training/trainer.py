@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import GLEMError, TrainingError
-from glem_augment.io import expand
+from glem_augment.evaluation.preview import class_samples, compose
+from glem_augment.io import expand, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.training import guard
 from glem_augment.training.batches import epoch_order
 from glem_augment.training.checkpoint import (
     check_same_run,
@@ -38,13 +38,13 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
-from glem_augment.training.guard import DivergenceError
-from glem_augment.training.logs import MetricsLog, plot_curves, sample_grid
+from glem_augment.training.logs import MetricsLog
+from glem_augment.training.optim import DivergenceError
 
 # What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
 EXIT_TIME_UP = 75
 _STEP_ROWS_EVERY = 50
-ROLLBACK_FACTOR = 0.5
+ROLLBACK_FACTOR, MAX_ROLLBACKS = 0.5, 3
 
 
 class TimeUpError(GLEMError):
@@ -65,23 +65,18 @@ class _Bar(tqdm):
 
 
 class Trainer(EM):
-    """Fits a GLEM to `data` and writes everything to `out`; `fit` does the work.
+    """Fits a GLEM to `data`; `fit` does the work.
 
     Args:
-        data: training images.
-        config: all settings.
         out: folder for the checkpoints, the logs and, at the end, the model.
         resume: go on from the checkpoint in `out`.
-        init_model: start from this model's flow instead of a new one (fine-tuning); `preset` and `flow_options` then
-            have no effect. A resumed run does not need it.
+        init_model: start from this model's flow (fine-tuning); `preset` and `flow_options` then have no effect. A
+            resumed run does not need it.
         device: "cpu", "cuda", or None for CUDA where there is one.
-        progress: show a bar on stderr.
-        began: when this piece of the run began, on the clock of `time.monotonic` (default: now); `max_minutes` counts
-            from there.
+        began: where `max_minutes` counts from, on the clock of `time.monotonic`; by default now.
 
     Raises:
-        DataError: data that can't be trained on. TrainingError: a checkpoint of another run. OSError: `out` can't be
-        written. All before any work is done.
+        DataError: data that can't be trained on. TrainingError: a checkpoint of another run, or a folder in use.
     """
 
     checkpoint_seconds = 120.0  # between checkpoints within an epoch
@@ -108,7 +103,7 @@ class Trainer(EM):
             self._clock -= begun.facts["seconds"]
         else:
             require_unused(self.out)
-            self.init_from = None  # for the record
+            self.init_from = None
             if init_model is not None:
                 self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
         super().__init__(data, config, init_model, begun, device, progress)
@@ -133,10 +128,8 @@ class Trainer(EM):
         Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
 
         Raises:
-            KeyboardInterrupt: the run was stopped; go on with `resume`.
-            TimeUpError: `max_minutes` are over; go on with `resume`.
+            KeyboardInterrupt, TimeUpError: the run was stopped, or `max_minutes` are over; go on with `resume`.
             TrainingError: the run diverged, and returns to the last good checkpoint did not help.
-            OSError: a file can't be written; the last checkpoint stays.
         """
         if self.config.compile:
             self.model.flow.compile_steps()
@@ -188,7 +181,7 @@ class Trainer(EM):
         self._end_of_epoch(epoch + 1, max(1, self.step - first) * order.shape[1] / seconds)
 
     def _count(self, loss: float, bits: float) -> None:
-        """Count one more step with its loss in nats per dimension and its likelihood in bits/dim."""
+        """Count one more step; its loss is in nats per dimension, its likelihood in bits/dim."""
         self.guard.see(loss, bits)
         self.step += 1
         self.scheduler.step_update(self.step)
@@ -225,22 +218,18 @@ class Trainer(EM):
         self._stop_if_due(save=False)
 
     def save_checkpoint(self, good: bool = False) -> None:
-        """Write the whole state of the run to `out`, atomically; a diverged run may return to a `good` one.
-
-        Raises:
-            DivergenceError: weights that nobody could go on from are not written.
-        """
+        """Write the state of the run, unless its weights diverged; a diverged run may return to a `good` one."""
         if not self.is_finite():
             raise DivergenceError("weights are no longer finite")
         save_checkpoint(self.out, *self.state(), good=good)
         self.saved_at = time.monotonic()
 
     def _draw_pictures(self, epochs: int) -> None:
-        """Draw samples and curves, if they are due after this epoch."""
+        """Draw samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
         if every and (epochs % every == 0 or epochs == self.config.epochs):
-            sample_grid(self.evaluated(), self.out / "samples" / f"epoch_{epochs:04d}.png")
-            plot_curves(self.log.rows, self.out / "curves.png")
+            picture = compose(f"After epoch {epochs}", "", [class_samples(self.evaluated(), seed=0)])
+            save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
 
     # ---- stops and returns ---------------------------------------------------------------------------------------
 
@@ -248,7 +237,7 @@ class Trainer(EM):
     def _stop_between_steps(self) -> Iterator[None]:
         """Turn Ctrl-C and SIGTERM into a request, so that a checkpoint never holds half an optimizer step.
 
-        Outside the main thread Python allows no signal handlers, and only the deadline is observed.
+        Outside the main thread Python allows no signal handlers.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -280,9 +269,9 @@ class Trainer(EM):
         )
 
     def _roll_back(self, error: DivergenceError) -> None:
-        """Return to the last good checkpoint with lower learning rates. Raises TrainingError after too many times."""
+        """Return to the last good checkpoint with lower learning rates, a few times."""
         config, number, bad = self.config, self.rollbacks + 1, self.bad_steps
-        if number > guard.MAX_ROLLBACKS:
+        if number > MAX_ROLLBACKS:
             raise TrainingError(
                 f"the run diverged again after {self.rollbacks} returns to the last good checkpoint: at step "
                 f"{self.step}, {error}. Lower lr ({config.lr:g}) or raise warmup_steps ({config.warmup_steps}), in "
@@ -296,7 +285,7 @@ class Trainer(EM):
         self.log.rewind(self.step, {**row, "why": str(error)})
         warnings.warn(
             f"step {step}: {error}. Returned to step {self.step}, at {scale:g} times the learning rates of the "
-            f"settings ({number} of at most {guard.MAX_ROLLBACKS} times)",
+            f"settings ({number} of at most {MAX_ROLLBACKS} times)",
             stacklevel=2,
         )
         self.save_checkpoint()
@@ -309,29 +298,20 @@ class Trainer(EM):
         """What comes after the last step: the refit, the modes, and the model's files."""
         config, model, pixels = self.config, self.evaluated(), self.guard.pixels
         if len(rows := self.refit_rows()):
-            try:
-                self.refit(model, rows)
-            except DivergenceError as error:
-                raise TrainingError(
-                    f"the refit of the Gaussians failed: {error}; leave it out (refit_beta=0)"
-                ) from error
-            if not any(row.get("kind") == "final" for row in self.log.rows):
+            self.refit(model, rows)
+            if not any(row["kind"] == "final" for row in self.log.rows):
                 self.log.add({"kind": "final", "step": self.step, **self.measure()})
-        final: dict[str, Any] = next(
-            (row for row in reversed(self.log.rows) if row.get("kind") in ("epoch", "final")), {}
-        )
+        measured = [row for row in self.log.rows if row["kind"] in ("epoch", "final")]
+        final = measured[-1] if measured else {}
+        # Without images held out, those that fit the Gaussians were measured, which is not worth recording.
+        recorded = ("val_images", "val_accuracy", "val_bits_per_dim") if len(self.split.val) else ()
         bits = final.get("val_bits_per_dim")  # None if it was not finite
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
             # How a run was cut into pieces says nothing about the model, and must not show in its file.
             "config": {key: value for key, value in config.to_dict().items() if key != "max_minutes"},
-            # Without images held out, those that fit the Gaussians were measured, which is not worth recording.
-            "held_out": {
-                key: final[key]
-                for key in ("val_images", "val_accuracy", "val_bits_per_dim")
-                if key in final and len(self.split.val)
-            },
+            "held_out": {key: final[key] for key in recorded if key in final},
             "independent_pixels": pixels,  # bits/dim
             "worse_than_independent_pixels": bits is None or bits >= pixels,
             **({} if self.init_from is None else {"init_from": self.init_from}),

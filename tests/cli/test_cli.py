@@ -652,4 +652,4 @@ def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("glem: stopped at step") and "--resume" in errors and len(errors.splitlines()) == 1
-    assert load_checkpoint(tmp_path / "run").step > 0
+    assert load_checkpoint(tmp_path / "run").facts["step"] > 0

@@ -127,7 +127,7 @@ def test_training_killed_at_random_moments(
         if (last := faulty.steps_noted(notes)) >= 0:
             # Nothing is lost but the step at hand; unless the run had just returned to an earlier one.
             checkpoint = load_checkpoint(out)
-            assert checkpoint.step >= last or checkpoint.facts["rollbacks"] > 0
+            assert checkpoint.facts["step"] >= last or checkpoint.facts["rollbacks"] > 0
     assert runs >= 1
 
 
@@ -242,7 +242,7 @@ def test_with_a_damaged_newest_checkpoint_a_run_goes_on_from_the_end_of_an_epoch
 ) -> None:
     out = tmp_path / "run"
     cut_off(out)
-    assert load_checkpoint(out).step == 6
+    assert load_checkpoint(out).facts["step"] == 6
     damage(out / NEWEST, how)
     said = rf"{out / NEWEST} can't be used: .*Going on from {out / GOOD} \(step 4\)"
     with pytest.warns(UserWarning, match=said):

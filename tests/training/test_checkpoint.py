@@ -18,13 +18,7 @@ from torch import Tensor
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.training import checkpoint as checkpoint_module
-from glem_augment.training.checkpoint import (
-    NEWEST,
-    data_fingerprint,
-    from_bytes,
-    load_checkpoint,
-    to_bytes,
-)
+from glem_augment.training.checkpoint import NEWEST, data_fingerprint, from_bytes, load_checkpoint, to_bytes
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,16 +28,11 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     path = out / NEWEST
     assert sorted(p.name for p in out.iterdir()) == [NEWEST, "metrics.jsonl"]
     whole = path.read_bytes()
-    for length in (0, 1, 4, 100, *range(0, len(whole), len(whole) // 25), len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(TrainingError, match=NEWEST):
-            load_checkpoint(out)
-    for place in (0, 9, 100, *range(8, len(whole), len(whole) // 25), len(whole) - 1):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(TrainingError, match=NEWEST):
-            load_checkpoint(out)
-    for foreign in (b"hello", b"\x80\x04\x95", os.urandom(1000)):
-        path.write_bytes(foreign)
+    places = (0, 1, 4, 9, 100, *range(8, len(whole), len(whole) // 25), len(whole) - 1)
+    cut = [whole[:place] for place in places]
+    flipped = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in places]
+    for damaged in (*cut, *flipped, b"hello", b"\x80\x04\x95", os.urandom(1000)):
+        path.write_bytes(damaged)
         with pytest.raises(TrainingError, match=NEWEST):
             load_checkpoint(out)
     with monkeypatch.context() as patch:
@@ -102,13 +91,10 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> N
 
 
 def test_a_state_file_is_a_function_of_the_state(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run")
-    facts, tensors = trainer.state()
+    facts, tensors = tiny_trainer(tmp_path / "run").state()
     data = to_bytes(facts, tensors)
     again, values = from_bytes(data)
     assert again == json.loads(json.dumps(facts)) and values.keys() == tensors.keys()
-    assert all(torch.equal(value, tensors[name]) for name, value in values.items())
     assert to_bytes(again, dict(reversed(values.items()))) == data
     with pytest.raises(ValueError, match="JSON"):
         to_bytes({"loss": math.nan}, {})
-    assert trainer.config.to_dict() == again["config"]

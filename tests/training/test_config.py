@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import pytest
 import torch
 from test_training import rows, tiny_trainer, toy_data
 
-from glem_augment import GLEM
 from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.training import TrainConfig
 from glem_augment.training.config import SETTINGS
-from glem_augment.training.methods import METHODS, method
+from glem_augment.training.methods import METHODS
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
@@ -26,7 +24,6 @@ from glem_augment.training.methods import METHODS, method
     [
         (dict(objective="gan"), "objective must be one of 'glem', 'saturating', 'mle', 'hybrid', 'ib'"),
         (dict(compile=1), "compile must be True or False"),
-        (dict(max_minutes=0), "max_minutes"),
         (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
         (dict(joint=True), "joint=True has no M-step"),
         (dict(augment=("cutmix",)), "cutmix"),
@@ -38,19 +35,12 @@ from glem_augment.training.methods import METHODS, method
         (dict(psi=(1, 2, 0)), "psi must be three positive numbers"),
         (dict(beta_anneal=(1.0, 0.5)), "beta_anneal must be a share of the run"),
         (dict(flow_options=[1]), "flow_options must be a table"),
-        (dict(clip_norm=1.0), r"unknown training settings \['clip_norm'\]; known are .*beta_anneal"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
 def test_bad_settings_are_refused_by_name(bad: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         TrainConfig(**bad)
-
-
-def test_settings_survive_json() -> None:
-    config = TrainConfig(objective="hybrid", augment=("flip",), psi=(5, 0.2, 0.05), beta_anneal=(0.3, 0.5))
-    again = TrainConfig(**json.loads(json.dumps(config.to_dict())))
-    assert again == config and again.psi == (5.0, 0.2, 0.05) and again.augment == ("flip",)
 
 
 def test_defaults_follow_the_objective() -> None:
@@ -107,32 +97,21 @@ LEARNS = {
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("preset", ["mef_tiny", "identity"])
 def test_every_method_trains_and_learns_what_it_says(name: str, preset: str, tmp_path: Path) -> None:
-    """Also on the identity flow, which has no weights: Gaussians that are learned jointly move there too."""
+    """Also on the identity flow, which has no weights."""
     options = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]) if preset == "mef_tiny" else {}
-    data = toy_data(120, k=3)
     settings = {**METHODS[name].settings, "epochs": 1, "preset": preset, "flow_options": options, "modes_rank": 0}
-    trainer = tiny_trainer(tmp_path / "run", data, **settings)
+    trainer = tiny_trainer(tmp_path / "run", toy_data(k=3), **settings)
     mu, s = trainer.model.gaussians.mu.clone(), trainer.model.gaussians.s.clone()
     weights = [p.clone() for p in trainer.model.flow.parameters()]
-    model = trainer.fit()
-    gaussians = model.gaussians
+    gaussians = trainer.fit().gaussians
     assert (not torch.equal(gaussians.mu, mu), not torch.equal(gaussians.s, s)) == LEARNS.get(name, (True, True))
-    assert all(
-        not torch.equal(a, b) for a, b in zip(weights[-2:], list(trainer.model.flow.parameters())[-2:], strict=True)
-    )
+    after = list(trainer.model.flow.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(weights[-2:], after[-2:], strict=True))
     if name in ("flowgmm", "ib-inn"):
         assert torch.equal(gaussians.variance(), torch.ones_like(gaussians.s))  # identity covariance
     if name == "flowgmm":
         assert float(mu.detach().std()) == pytest.approx(1.0, abs=0.15)  # N(0, I)
     if name == "random":
-        assert float(gaussians.variance().std()) > 0.05
-    assert trainer.m_done == (0 if METHODS[name].config().joint or METHODS[name].config().learn == "none" else 1)
-    again, x = GLEM.from_pretrained(tmp_path / "run"), data.tensor()[:5]
-    assert torch.allclose(again.log_prob_per_class(x), model.log_prob_per_class(x))
+        assert float(gaussians.s.std()) == pytest.approx(5.0, abs=0.75)
+    assert trainer.m_done == (0 if trainer.config.joint or trainer.config.learn == "none" else 1)
     assert all(math.isfinite(v) for row in rows(tmp_path / "run") for v in row.values() if isinstance(v, float))
-
-
-def test_methods_give_way_to_explicit_settings() -> None:
-    assert (method("glem").config().kld_weight, method("glem").config(kld_weight=3.0).kld_weight) == (10.0, 3.0)
-    with pytest.raises(ValueError, match="one of 'glem', .*'flowgmm'.*got 'vae'"):
-        method("vae")

@@ -31,8 +31,8 @@ def test_e_step_losses_equal_their_definitions(learns: bool, objective: str, bet
     g = torch.Generator().manual_seed(0)
     gaussians = ClassGaussians(4, 6)
     with torch.no_grad():
-        gaussians.mu.copy_(torch.randn(4, 6, generator=g))
-        gaussians.s.copy_(torch.randn(4, 6, generator=g))
+        gaussians.mu.normal_(generator=g)
+        gaussians.s.normal_(generator=g)
     gaussians.requires_grad_(learns)
     z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
     config = TrainConfig(objective=objective, beta=beta, refit_beta=0.0, label_smoothing=0.1, ce_scale=0.5)
@@ -97,19 +97,6 @@ def unbalanced(k: int = 3, d: int = 5) -> tuple[ClassGaussians, Tensor, Tensor, 
 def balanced(gaussians: ClassGaussians, z: Tensor, y: Tensor) -> Tensor:
     nll = -gaussians.log_prob_of(z, y)
     return torch.stack([nll[y == k].mean() for k in y.unique()]).mean()
-
-
-def test_statistics_give_the_class_balanced_nll_of_the_samples() -> None:
-    gaussians, z, y, statistics = unbalanced()
-    torch.testing.assert_close(statistics.balanced_nll(gaussians), balanced(gaussians, z, y), rtol=1e-12, atol=1e-12)
-    got = torch.autograd.grad(statistics.balanced_nll(gaussians), (gaussians.mu, gaussians.s))
-    want = torch.autograd.grad(balanced(gaussians, z, y), (gaussians.mu, gaussians.s))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    with torch.no_grad():
-        nll = -gaussians.log_prob_of(z, y) + 7
-    assert float(statistics.nll_low) == pytest.approx(float(nll.min()))
-    assert float(statistics.nll_high) == pytest.approx(float(nll.max()))
 
 
 @pytest.mark.parametrize("means", [True, False])
@@ -187,12 +174,9 @@ def test_identical_gaussians_leave_the_step_to_the_likelihood() -> None:
     with torch.no_grad():
         gaussians.mu.fill_(0.3)
         gaussians.s.zero_()
-    m_step_loss(gaussians, statistics, TrainConfig(objective="glem"), 5.0, 0.0).backward()
-    got = gaussians.mu.grad
-    assert got.isfinite().all() and got.abs().max() > 0
-    (want,) = torch.autograd.grad(balanced(gaussians, z, y), gaussians.mu)
-    cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0)
-    assert cosine.item() == pytest.approx(1, abs=1e-9)
+    loss = m_step_loss(gaussians, statistics, TrainConfig(objective="glem"), 5.0, 0.0)
+    got, want = (torch.autograd.grad(value, gaussians.mu)[0] for value in (loss, balanced(gaussians, z, y)))
+    assert F.cosine_similarity(got.flatten(), want.flatten(), 0).item() == pytest.approx(1, abs=1e-9)
 
 
 def test_saturating_repulsion_is_bounded_and_harmless_far_out() -> None:
