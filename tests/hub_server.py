@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -175,9 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.tokens.get(self.token)
 
     def route(self) -> None:
-        url = urlsplit(self.path)
-        self.query = parse_qs(url.query)
-        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         match parts:
             case ["api", "repos", "create"]:
                 self.create()
@@ -224,22 +221,13 @@ class _Handler(BaseHTTPRequestHandler):
         if sha is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         tree = repo.commits[sha]
-        folders = {str(parent) for path in tree for parent in PurePosixPath(path).parents} - {"."}
         entries = [self.entry(path, data) for path, data in sorted(tree.items())]
-        listed = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + entries
         if what in ("", "revision"):
             siblings = [{"rfilename": e["path"], "blobId": e["oid"], **e} for e in entries]
             facts = {"id": repo.name, "sha": sha, "private": repo.private, "siblings": siblings}
             return self.answer(200, {**facts, "gated": "manual" if repo.gated else False})
         if what == "tree":
-            folder, deep = "/".join(rest[1:]), self.query.get("recursive", ["false"])[0].lower() == "true"
-            if folder and folder not in folders:
-                return self.error(404, "EntryNotFound", f"{folder} does not exist")
-            inside = [e for e in listed if not folder or e["path"].startswith(f"{folder}/")]
-            return self.answer(200, [e for e in inside if deep or "/" not in e["path"][len(folder) :].strip("/")])
-        if what == "paths-info":
-            wanted = parse_qs(self.body.decode()).get("paths", [])
-            return self.answer(200, [e for e in listed if e["path"] in wanted])
+            return self.answer(200, entries)
         if what == "preupload":
             paths = [file["path"] for file in json.loads(self.body)["files"]]
             modes = {path: "lfs" if path.endswith(LFS_ENDINGS) else "regular" for path in paths}

@@ -44,9 +44,8 @@ class CardFacts:
     """What the publisher of a model has to add, because the model does not know it.
 
     Attributes:
-        license: the Hub's identifier ("mit", "cc-by-4.0", ..., or "other" with `license_name` and `license_link`).
-            Samples derive from the training images, so this is the licence of those images; by default the one that
-            the record of the training names, as that of the bundled flow does.
+        license: the licence of the training images, from which samples derive: the Hub's identifier ("mit", ..., or
+            "other" with `license_name` and `license_link`); by default the one in the record of the training.
         datasets: identifiers of the training data on the Hub.
         metrics: results of `glem eval`, as tables or as paths of JSON files; they may hold `fid` as well.
     """

@@ -49,11 +49,9 @@ def parse_name(text: str) -> HubName | None:
 
 @contextmanager
 def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Iterator[None]:
-    """Turn any error of the Hub's client inside the `with` block into a HubError of one sentence.
+    """Turn any error of the Hub's client inside the `with` block into a HubError of one sentence that names `name`.
 
-    Args:
-        name, repo_type: the repository and revision in question; the message names them.
-        hint: text to add where the name may have been meant for something else than a repository.
+    `hint` is added where the name may have been meant for something else than a repository.
     """
     try:
         yield

@@ -8,8 +8,9 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faulty
 import pytest
@@ -21,13 +22,7 @@ from glem_augment import GLEM, SyntheticDataset
 from glem_augment.errors import TrainingError
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.synthetic.export import PROVENANCE, read_manifest
-from glem_augment.training.checkpoint import (
-    GOOD,
-    NEWEST,
-    from_bytes,
-    has_checkpoint,
-    load_checkpoint,
-)
+from glem_augment.training.checkpoint import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
 
 # In the fast suite, and in the slow one.
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
@@ -47,6 +42,13 @@ def train_argv(images: Path, out: Path, *options: str) -> list[str]:
     argv += ["--warmup-steps", "5", "--objective", "hybrid", "--modes-rank", "2"]
     # The flow's settings in no order of the alphabet, which is that of the checkpoint.
     return [*argv, "--flow", "blocks=[1,1]", "--sample-every", "2", *options]
+
+
+def run(argv: list[str], notes: Path, *codes: int, **how: Any) -> int:
+    """The exit code of a command in a process of its own: one of `codes`, or 0. See `faulty.start`."""
+    code = faulty.finish(faulty.start(argv, notes, **how))
+    assert code in (0, *codes), Path(f"{notes}.log").read_text()
+    return code
 
 
 class Undisturbed:
@@ -141,13 +143,11 @@ def test_training_killed_before_operations_on_files(
     whole, notes, deaths = undisturbed.run(*options, **how), tmp_path / "notes", 0
     for at in range(0, 10_000, stride):
         out = tmp_path / str(at)
-        code = faulty.finish(faulty.start(train_argv(images, out, *options), notes, die_at=at, **how))
-        assert code in (0, faulty.DIED), Path(f"{notes}.log").read_text()
+        code = run(train_argv(images, out, *options), notes, faulty.DIED, die_at=at, **how)
         all_whole(out)
         if code == faulty.DIED:
             deaths += 1
-            again = faulty.start(train_argv(images, out, *options), notes, **how)
-            assert faulty.finish(again) == 0, Path(f"{notes}.log").read_text()
+            run(train_argv(images, out, *options), notes, **how)
         same_end(out, whole)
         shutil.rmtree(out)
         if code == 0:
@@ -184,19 +184,16 @@ def test_an_export_killed_in_the_middle_of_operations_on_files(
     tmp_path: Path, undisturbed: Undisturbed, stride: int
 ) -> None:
     model, notes, deaths = undisturbed.run(), tmp_path / "notes", 0
-    assert faulty.finish(faulty.start(export_argv(model, tmp_path / "whole", 10), notes)) == 0
+    run(export_argv(model, tmp_path / "whole", 10), notes)
     whole = exported(tmp_path / "whole")
     for at in range(0, 10_000, stride):
         out = tmp_path / str(at)
-        code = faulty.finish(faulty.start(export_argv(model, out, 10), notes, die_at=at))
-        assert code in (0, faulty.DIED), Path(f"{notes}.log").read_text()
+        code = run(export_argv(model, out, 10), notes, faulty.DIED, die_at=at)
         whole_or_absent(out, whole)
         if code == faulty.DIED:
             deaths += 1
             kept = finished(out)
-            assert faulty.finish(faulty.start(export_argv(model, out, 10), notes)) == 0, Path(
-                f"{notes}.log"
-            ).read_text()
+            run(export_argv(model, out, 10), notes)
             assert all(path.stat().st_ino == number for path, number in kept.items())
         assert exported(out) == whole and names(out) == names(tmp_path / "whole")
         if code == 0:
@@ -258,41 +255,44 @@ def test_with_a_damaged_newest_checkpoint_a_run_goes_on_from_the_end_of_an_epoch
 # ---- disks -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def disk_full_at(at: int) -> Iterator[Callable[[], int]]:
-    """In the block, operation number `at` finds no space; what is given says how many there have been."""
+def full_disks(tmp_path: Path, stride: int, work: Callable[[Path], object]) -> Iterator[tuple[Path, bool]]:
+    """Folders in which `work` found the disk full at operation 0, `stride`, 2 `stride`, ..., and whether it failed."""
 
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in faulty.writing_operations():
-            patch.setattr(owner, name, getattr(owner, name))  # to be undone
-        yield faulty.die_before(at, full, faulty.writing_operations())
+    for at in range(0, 10_000, stride):
+        out, failed = tmp_path / str(at), False
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in faulty.writing_operations():
+                patch.setattr(owner, name, getattr(owner, name))  # to be undone
+            done = faulty.die_before(at, full, faulty.writing_operations())
+            try:
+                work(out)
+            except OSError as error:
+                failed = True
+                assert error.errno == errno.ENOSPC and str(out) in str(error), error
+        yield out, failed
+        if done() <= at:
+            return
 
 
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=SLOW)])
 def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
     tmp_path: Path, toy_run: Path, stride: int
 ) -> None:
+    def train(out: Path) -> None:
+        tiny_trainer(out, resume=has_checkpoint(out)).fit()
+
     failures = 0
-    for at in range(0, 10_000, stride):
-        out = tmp_path / str(at)
-        with disk_full_at(at) as done:
-            try:
-                tiny_trainer(out, resume=has_checkpoint(out)).fit()
-            except OSError as error:
-                failures += 1
-                assert error.errno == errno.ENOSPC and str(out) in str(error), error
-            enough = done() <= at
+    for out, failed in full_disks(tmp_path, stride, train):
+        failures += failed
         assert not list(out.glob(".*tmp"))
         all_whole(out)
         # A failure need not end a run: a folder that can't be synced, or a link in place of which a file is written.
-        tiny_trainer(out, resume=has_checkpoint(out)).fit()
+        train(out)
         assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
         assert comparable(out) == comparable(toy_run)
-        if enough:
-            break
     assert failures >= 20 // stride
 
 
@@ -304,20 +304,11 @@ def test_an_export_where_any_operation_on_a_file_may_find_the_disk_full(
     data = SyntheticDataset(GLEM.from_pretrained(toy_run), per_class=10, seed=1)
     whole = exported(data.export(tmp_path / "whole", progress=False))
     failures = 0
-    for at in range(0, 10_000, stride):
-        out = tmp_path / str(at)
-        with disk_full_at(at) as done:
-            try:
-                data.export(out, progress=False)
-            except OSError as error:
-                failures += 1
-                assert error.errno == errno.ENOSPC and str(out) in str(error), error
-            enough = done() <= at
+    for out, failed in full_disks(tmp_path, stride, partial(data.export, progress=False)):
+        failures += failed
         whole_or_absent(out, whole)
         data.export(out, progress=False)
         assert exported(out) == whole and names(out) == names(tmp_path / "whole")
-        if enough:
-            break
     assert failures >= 50 // stride
 
 

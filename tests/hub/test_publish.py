@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import test_hub
@@ -14,7 +15,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import DatasetCard
 from PIL import Image
-from test_hub import tiny_model
+from test_hub import Pushed, tiny_model
 
 from glem_augment import GLEM, SyntheticDataset
 from glem_augment.data.dataset import ImageData
@@ -43,7 +44,7 @@ def read_shards(shards: list[bytes]) -> list[dict[str, bytes]]:
     return found
 
 
-def test_a_data_set_is_pushed_as_an_image_folder(pushed: tuple[HubServer, GLEM, str]) -> None:
+def test_a_data_set_is_pushed_as_an_image_folder(pushed: Pushed) -> None:
     server, model, commit = pushed
     loaded = GLEM.from_pretrained("org/flow")
     dataset = SyntheticDataset(loaded, per_class={"cat": 3, "ant": 2}, temperature=0.5, seed=4)
@@ -149,11 +150,8 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
     with pytest.raises(FileExistsError, match="not empty"):
         export(folder, seed=2)
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("tarfile.TarFile.addfile", full_disk)
+        patch.setattr("tarfile.TarFile.addfile", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="cannot write .*data: No space left"):
             export(folder, seed=2, overwrite=True)
     assert files(folder) == before
