@@ -7,6 +7,7 @@ depends on what else is drawn at the same time.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -190,12 +191,18 @@ class Sampler:
 
 
 def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
-    """Refuse wanted classes without a real image to mix; counts: int64 [K]."""
-    empty = [model.classes[i] for i in np.flatnonzero(wanted & (counts == 0))]
+    """Refuse wanted classes without a real image to mix, and warn of those with only one; counts: int64 [K]."""
+    empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (counts == n))] for n in (0, 1))
     if empty:
         raise ValueError(
             f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
             "mapping, or weight 0), or take another source"
+        )
+    if single:
+        warnings.warn(
+            f"source='mixup' has one real image of {', '.join(single[:10])}: all synthetic ones will be copies of it; "
+            "give more, or take another source",
+            stacklevel=5,
         )
 
 

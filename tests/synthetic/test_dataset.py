@@ -221,7 +221,8 @@ def test_mixup_with_few_real_images(model: GLEM) -> None:
     with pytest.raises(ValueError, match=r"no real image of Bag: leave these classes out \(per_class as a mapping"):
         SyntheticDataset(model, source="mixup", real=few, modes=8)
     one = (pixels(3), torch.tensor([0, 1, 2]))  # a class of one image is mixed with itself
-    alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
+    with pytest.warns(UserWarning, match="one real image of T-shirt/top, Bag: all synthetic ones will be copies"):
+        alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
     assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
 
 
