@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from glem_augment.checks import check_whole
@@ -253,3 +254,28 @@ def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, int]:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (f", ... ({len(names) - 20} more)" if len(names) > 20 else "")
+
+
+def check_names(classes: Sequence[str], class_ids: Sequence[str]) -> None:
+    """Raise DataError unless there are as many ids as names, and no name or id twice."""
+    if len(class_ids) != len(classes):
+        raise DataError(f"there are {len(classes)} class names but {len(class_ids)} class ids")
+    for names in (classes, class_ids):
+        if len(set(names)) != len(names):
+            raise DataError(f"class names and ids must be unique, got {list(names)[:12]}")
+
+
+def check_targets(
+    y: torch.Tensor | np.ndarray | Sequence[int], count: int, num_classes: int | None = None
+) -> np.ndarray:
+    """Labels as int64 [count], in 0..num_classes - 1. TypeError: no integers. DataError: anything else."""
+    targets = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+    if targets.shape != (count,):
+        raise DataError(f"there must be one label for each of the {count} images, got shape {targets.shape}")
+    if count and not np.issubdtype(targets.dtype, np.integer):
+        raise TypeError(f"labels must be integers, got {targets.dtype}")
+    low, high = (int(targets.min()), int(targets.max())) if count else (0, -1)
+    limit = high + 1 if num_classes is None else num_classes
+    if low < 0 or high >= limit:
+        raise DataError(f"labels must lie in 0..{limit - 1}, got {low}..{high}")
+    return np.ascontiguousarray(targets, dtype=np.int64)

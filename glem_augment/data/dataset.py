@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.data.classes import ClassMap, match_classes
+from glem_augment.data.classes import ClassMap, check_names, check_targets, match_classes
 from glem_augment.data.pixels import fit, in_threads
-from glem_augment.data.sources import ArraySource, Source, check_names, check_targets, open_source, tensor_source
+from glem_augment.data.sources import ArraySource, Source, open_source, tensor_source
 from glem_augment.errors import BadImageError, DataError
 
 CACHE_BYTES = 2 * 2**30

@@ -30,7 +30,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from glem_augment.data.classes import feature_column, named_classes, of_hugging_face, unique_names
+from glem_augment.data.classes import (
+    check_names,
+    check_targets,
+    feature_column,
+    named_classes,
+    of_hugging_face,
+    unique_names,
+)
 from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_tensor
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
@@ -429,28 +436,3 @@ def tensor_source(
     arrays = x.detach().cpu().movedim(1, -1).numpy()
     targets = check_targets(y, len(x))
     return ArraySource(name, list(classes), ids, targets, arrays[..., 0] if arrays.shape[-1] == 1 else arrays)
-
-
-def check_names(classes: Sequence[str], class_ids: Sequence[str]) -> None:
-    """Raise DataError unless there are as many ids as names, and no name or id twice."""
-    if len(class_ids) != len(classes):
-        raise DataError(f"there are {len(classes)} class names but {len(class_ids)} class ids")
-    for names in (classes, class_ids):
-        if len(set(names)) != len(names):
-            raise DataError(f"class names and ids must be unique, got {list(names)[:12]}")
-
-
-def check_targets(
-    y: torch.Tensor | np.ndarray | Sequence[int], count: int, num_classes: int | None = None
-) -> np.ndarray:
-    """Labels as int64 [count], in 0..num_classes - 1. TypeError: no integers. DataError: anything else."""
-    targets = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
-    if targets.shape != (count,):
-        raise DataError(f"there must be one label for each of the {count} images, got shape {targets.shape}")
-    if count and not np.issubdtype(targets.dtype, np.integer):
-        raise TypeError(f"labels must be integers, got {targets.dtype}")
-    low, high = (int(targets.min()), int(targets.max())) if count else (0, -1)
-    limit = high + 1 if num_classes is None else num_classes
-    if low < 0 or high >= limit:
-        raise DataError(f"labels must lie in 0..{limit - 1}, got {low}..{high}")
-    return np.ascontiguousarray(targets, dtype=np.int64)

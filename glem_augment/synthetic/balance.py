@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from glem_augment.checks import check_whole
-from glem_augment.data.classes import match_classes
-from glem_augment.data.sources import check_targets, open_source
+from glem_augment.data.classes import check_targets, match_classes
+from glem_augment.data.sources import open_source
 from glem_augment.model.glem import GLEM
 
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]

@@ -88,3 +88,26 @@ def gaussian_state(gaussians: ClassGaussians) -> dict[str, float]:
         "kld_mean": float(pairs.mean()),
         "saturated_variances": float(gaussians.saturated_share()),
     }
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of the epoch rows as one PNG. Without matplotlib there is none."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    panels = {
+        "bits/dim, held-out images": "val_bits_per_dim",
+        "NF accuracy, held-out images": "val_accuracy",
+        "E-step loss, nats/dim": "loss",
+    }
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axis.plot([row["epoch"] for row in epochs], [row.get(key) for row in epochs], marker=".")
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)

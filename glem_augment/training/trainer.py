@@ -38,7 +38,7 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
-from glem_augment.training.logs import MetricsLog
+from glem_augment.training.logs import MetricsLog, plot_curves
 from glem_augment.training.optim import DivergenceError
 
 # What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
@@ -225,11 +225,12 @@ class Trainer(EM):
         self.saved_at = time.monotonic()
 
     def _draw_pictures(self, epochs: int) -> None:
-        """Draw samples of each class, always from the same noise, if they are due after this epoch."""
+        """Draw curves, and samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
         if every and (epochs % every == 0 or epochs == self.config.epochs):
             picture = compose(f"After epoch {epochs}", "", [class_samples(self.evaluated(), seed=0)])
             save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
+            plot_curves(self.log.rows, self.out / "curves.png")
 
     # ---- stops and returns ---------------------------------------------------------------------------------------
 
