@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.proof import augmentation
@@ -20,6 +23,7 @@ from benchmarks.proof import augmentation_ops as ops
 from benchmarks.proof import augmentation_plan as planning
 from benchmarks.proof import augmentation_report as reporting
 from benchmarks.proof import augmentation_settings as settings
+from benchmarks.proof import jet_beside_conv as beside
 from benchmarks.proof import training_is_calm as calm
 from benchmarks.proof.augmentation_plan import Store
 from benchmarks.proof.augmentation_train import order_of
@@ -249,3 +253,33 @@ def test_training_is_calm_keeps_its_cells(
     monkeypatch.setattr(calm, "run_cell", None)  # nothing is measured again
     calm.main()
     assert json.loads((tmp_path / "training_is_calm.json").read_text())["cells"] == record["cells"]
+
+
+def test_jet_beside_conv_goes_on_and_tests_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, name in itertools.product(("train", "test"), "ab"):
+        folder = tmp_path / "cifar10" / split / name
+        folder.mkdir(parents=True)
+        for i in range(40):
+            pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    monkeypatch.setenv("GLEM_DATA", str(tmp_path))
+    monkeypatch.setattr(beside, "TRIAL_STEPS", 3)
+    options = ["--minutes", "0.001", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["jet_beside_conv.py", *options, "--flows", "glow_fast", "--rates", "0.001"])
+    beside.main()
+    assert "'lr': 0.001" in capsys.readouterr().out and not (tmp_path / "jet_beside_conv.json").exists()
+    monkeypatch.setattr(sys, "argv", ["jet_beside_conv.py", *options])
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(beside.CPUTrainer, "_finish", Mock(side_effect=KeyboardInterrupt))
+        beside.main()
+    plan = (tmp_path / "runs" / "plan.json").read_text()
+    beside.main()
+    rows = json.loads((tmp_path / "jet_beside_conv.json").read_text())["rows"]
+    assert [(row["flow"], row["test bits/dim"] > 0) for row in rows] == [("jet_tiny", True), ("glow_fast", True)]
+    assert all(len(row["curve"]) == row["epochs"] and row["curve"][-1][0] > 0 for row in rows)
+    monkeypatch.setattr(beside, "make_trainer", None)  # nothing is trained again
+    beside.main()
+    assert json.loads((tmp_path / "jet_beside_conv.json").read_text())["rows"] == rows
+    assert (tmp_path / "runs" / "plan.json").read_text() == plan
