@@ -17,15 +17,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from glem_augment.checks import check_whole
+from glem_augment.distributed import rank
 
 WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w modulo this
-
-
-def rank(otherwise: int = 0) -> int:
-    """This process's rank, or `otherwise` if nothing is distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return otherwise
 
 
 class WorkerCounts:

@@ -1,0 +1,108 @@
+"""Several processes under torchrun: who am I, which share is mine, sums over all. One process needs none of it.
+
+Everything is torch.distributed's: gloo between CPUs, nccl between GPUs. A function that says "all ranks" must be called
+by all of them, in the same order.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from glem_augment.errors import GLEMError
+
+_T = TypeVar("_T")
+
+
+class Share(NamedTuple):
+    """The things from `start` up to `stop`, of `total`, that are one rank's."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def rows(self) -> slice:
+        """What takes the share out of the whole."""
+        return slice(self.start, self.stop)
+
+
+# ---- who am I --------------------------------------------------------------------------------------------------------
+
+
+def start(device: str) -> torch.device:
+    """Join the processes that torchrun (or SLURM) started, if it did; returns this rank's own device of that kind."""
+    from timm.utils import init_distributed_device, is_distributed_env
+
+    if not is_distributed_env() or dist.is_initialized():
+        return torch.device(device)
+    return init_distributed_device(Namespace(device=device))
+
+
+def world_size() -> int:
+    """The number of processes; 1 if nothing is distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(otherwise: int = 0) -> int:
+    """This process's number, or `otherwise` if nothing is distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else otherwise
+
+
+def is_primary() -> bool:
+    """Whether this process writes the files and speaks to people."""
+    return rank() == 0
+
+
+def share(total: int) -> Share:
+    """This rank's part of `total` things in a row; the parts of the first ranks have one more if it does not divide."""
+    each, more = divmod(total, world_size())
+    begin = rank() * each + min(rank(), more)
+    return Share(begin, begin + each + (rank() < more), total)
+
+
+# ---- all ranks together ----------------------------------------------------------------------------------------------
+
+
+def _together(call: Callable[[], _T]) -> _T:
+    try:
+        return call()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise GLEMError(
+            f"rank {rank()} has lost the other processes ({reason}): one of them has ended, and said why. What was "
+            "written is whole; start the same command again, for a training run with --resume"
+        ) from error
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace tensors of one dtype and device by their sums over all ranks, in place and in one reduction.
+
+    The sums are the same to the last bit on every rank, and in every run with as many ranks.
+    """
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    moved = flat.cuda() if dist.get_backend() == "nccl" else flat
+    _together(lambda: dist.all_reduce(moved))
+    for tensor, part in zip(tensors, moved.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
+
+
+def gather(thing: _T) -> list[_T]:
+    """The things of all ranks, which may differ in size, in the order of the ranks; tensors must be on the CPU."""
+    if world_size() == 1:
+        return [thing]
+    things: list[Any] = [None] * world_size()
+    _together(lambda: dist.all_gather_object(things, thing))
+    return things
+
+
+def wait() -> None:
+    """Go on when all ranks have come here."""
+    gather(None)
