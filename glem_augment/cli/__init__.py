@@ -17,6 +17,7 @@ from glem_augment.cli.parsers import (
     add_evaluate,
     add_generate,
     add_info,
+    add_list,
     add_preview,
     add_push,
 )
@@ -55,7 +56,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="glem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for add in (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_info, add_push):
+    adders = (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_info, add_list, add_push)
+    for add in adders:
         add(commands)
     return parser
 

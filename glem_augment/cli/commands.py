@@ -1,8 +1,9 @@
-"""The commands `adapt`, `eval`, `generate`, `preview`, `info` and `push`."""
+"""The commands `adapt`, `eval`, `generate`, `preview`, `info`, `list` and `push`."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview
-from glem_augment.hub.cards import CardFacts
+from glem_augment.hub.cards import CardFacts, summary
+from glem_augment.hub.download import flows_on_hub
 from glem_augment.hub.upload import write_repository
 from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, local_folder, read_config
 from glem_augment.synthetic.balance import PerClass
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import check_folder
@@ -221,6 +223,36 @@ def model_facts(name: str) -> dict[str, Any]:
             "training": config.training,
         }
     )
+
+
+def list_flows(args: argparse.Namespace) -> None:
+    flows = []
+    for name in (f"bundled:{each}" for each in bundled_models()):
+        folder = local_folder(name)
+        assert folder is not None
+        flows.append(summary(name, read_config(folder), (folder / WEIGHTS).stat().st_size))
+    if args.hub:
+        flows += flows_on_hub(progress=not args.quiet)
+    if args.json:
+        print_json({"flows": flows})
+        return
+    table = [("model", "images", "size", "accuracy", "bits/dim", "licence", "classes")]
+    for flow in flows:
+        size, accuracy, bits = flow["bytes"], flow["accuracy"], flow["bits_per_dim"]
+        table.append(
+            (
+                flow["model"],
+                "x".join(map(str, flow["image_shape"])),
+                "-" if size is None else f"{size / 2**20:.1f} MiB",
+                "-" if accuracy is None else f"{100 * accuracy:.1f} %",
+                "-" if bits is None else f"{bits:.2f}" + ("" if flow["bits"] == 8 else f" ({flow['bits']} bits)"),
+                flow["license"] or "not stated",
+                f"{len(flow['classes'])}: " + textwrap.shorten(", ".join(flow["classes"]), 60, placeholder=" ..."),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def push(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": ("commands.generate", "draw a synthetic data set from a flow"),
     "preview": ("commands.preview", "a picture of augmentations, samples, interpolations"),
     "info": ("commands.info", "what a model is and how it was trained"),
+    "list": ("commands.list_flows", "the flows that ship, and those on the Hugging Face Hub"),
     "push": ("commands.push", "upload a flow to the Hugging Face Hub"),
 }
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
@@ -378,6 +379,23 @@ def add_info(commands: Any) -> None:
     parser = new_parser(commands, "info", INFO, INFO_EXAMPLES)
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of YAML")
+
+
+LIST = """\
+List the flows inside the package and, with --hub, those on the Hugging Face Hub that carry the tag glem-augment (the
+first 100). Accuracy and bits/dim are those on the held-out part of the training images, as the training recorded them;
+size is that of the weights; the licence is that of the training images, which samples inherit.
+"""
+LIST_EXAMPLES = """\
+  glem list
+  glem list --hub --json
+"""
+
+
+def add_list(commands: Any) -> None:
+    parser = new_parser(commands, "list", LIST, LIST_EXAMPLES)
+    parser.add_argument("--hub", action="store_true", help="those on the Hub too")
+    parser.add_argument("--json", action="store_true", help="one JSON object, with the names of all classes")
 
 
 PUSH = """\

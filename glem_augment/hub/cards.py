@@ -18,9 +18,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.hub.files import LIBRARY, PREFIX, parse_name
 from glem_augment.io import expand
+from glem_augment.model.config import GLEMConfig, licence_id
 from glem_augment.model.glem import GLEM
 
-__all__ = ["SAMPLES", "CardFacts", "data_name", "escape", "licence_of", "model_card", "records", "trained_on"]
+__all__ = ["SAMPLES", "CardFacts", "data_name", "escape", "licence_of", "model_card", "records", "summary"]
+__all__ += ["trained_on"]
 
 SAMPLES = "samples.png"
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
@@ -73,9 +75,8 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     Raises:
         ValueError, FileNotFoundError: metrics that `glem eval` did not write, or of another bit depth.
     """
-    facts, recorded = facts or CardFacts(), str(model.config.training.get("license"))
-    if facts.license is None and re.fullmatch(r"[a-z0-9.-]+", recorded):
-        facts = replace(facts, license=recorded)
+    facts = facts or CardFacts()
+    facts = replace(facts, license=facts.license or licence_id(model.config.training.get("license")))
     results = [result for table in _measured(model, facts) for result in _eval_results(table, facts)]
     data = ModelCardData(
         **facts.licence(),
@@ -94,15 +95,37 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
+def summary(name: str, config: GLEMConfig, size: int | None, licence: object = None) -> dict[str, Any]:
+    """What `glem list` says of a flow, as JSON can hold it.
+
+    Args:
+        size: bytes of the weights. licence: of the training images, by default the one in the record of the training.
+    """
+    return {
+        "model": name,
+        "image_shape": list(config.image_shape),
+        "bits": config.bits,
+        "classes": config.class_names,
+        "bytes": size,
+        **_held_out(config.training),
+        "license": licence_id(licence) or licence_id(config.training.get("license")),
+    }
+
+
+def _held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
+    """Accuracy and bits/dim on the held-out part of the training images, which the trainer recorded."""
+    found = training.get("held_out")
+    values = {key: found.get(f"val_{key}") if isinstance(found, dict) else None for key in ("accuracy", "bits_per_dim")}
+    return {key: value if _is_number(value) else None for key, value in values.items()}
+
+
 def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
     """Tables with data, split and metrics: the one of the held-out part of the training images first."""
     tables = []
     training = model.config.training
-    held_out = training.get("held_out")
-    if isinstance(held_out, dict):
-        values = {key: held_out.get(f"val_{key}") for key in ("accuracy", "bits_per_dim")}
-        if any(_is_number(value) for value in values.values()):
-            tables.append({"data": training.get("data"), "split": "train (held out)", **values})
+    held_out = _held_out(training)
+    if any(value is not None for value in held_out.values()):
+        tables.append({"data": training.get("data"), "split": "train (held out)", **held_out})
     for given in facts.metrics:
         table = dict(given) if isinstance(given, Mapping) else _read_table(expand(given))
         if not any(_is_number(table.get(key)) for key in _METRICS):

@@ -1,4 +1,4 @@
-"""Downloading a model: `config.json` and `model.safetensors` as of one commit, checked on arrival.
+"""Downloading a model: `config.json` and `model.safetensors` as of one commit, checked on arrival. Listing models.
 
 The client `huggingface_hub` provides the cache, tokens, retries and offline mode. Two checks are added. The config is
 judged before the weights are fetched, so that nobody waits for the weights of another library. The weights are
@@ -17,8 +17,11 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import get_session
+from tqdm import tqdm
 
 from glem_augment.errors import HubError, ModelFileError
+from glem_augment.hub.cards import summary
 from glem_augment.hub.files import LIBRARY, PREFIX, HubName, hub_errors, parse_name
 from glem_augment.io import expand
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
@@ -99,6 +102,29 @@ def download_jet(
         _check_digest(found, files[0])
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
     return files[0], str(found), licence if isinstance(licence, str) else None
+
+
+def flows_on_hub(limit: int = 100, progress: bool = True) -> list[dict[str, Any]]:
+    """What `cards.summary` says of the models on the Hub that carry the library's tag, of the first `limit`.
+
+    A model that can't be read is left out, with a warning. HubError: the Hub can't be asked.
+    """
+    api, found = HfApi(library_name=LIBRARY), []
+    with hub_errors(HubName("")):
+        # The client would ask for the list six times, with a warning each, where there is no network.
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        names = [model.id for model in api.list_models(filter=LIBRARY, limit=limit)]
+    for name in tqdm(names, unit="model", desc="configs", delay=2, disable=not progress):
+        try:
+            with hub_errors(HubName(name)):
+                listed = api.model_info(name, files_metadata=True)
+                config = Path(str(hf_hub_download(name, CONFIG, revision=listed.sha, library_name=LIBRARY)))
+            size = next((entry.size for entry in listed.siblings or () if entry.rfilename == WEIGHTS), None)
+            licence = None if listed.card_data is None else listed.card_data.get("license")
+            found.append(summary(name, read_config(config.parent), size, licence))
+        except ModelFileError as error:
+            _log.warning("%s is left out: %s", name, error)
+    return found
 
 
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:

@@ -63,7 +63,7 @@ def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Itera
 
 def _explain(error: Exception, name: HubName, repo_type: str, hint: str) -> str:
     host, revision = constants.ENDPOINT, name.revision or "main"
-    at = f"{name.repo_id!r} at revision {revision!r}"
+    at = f"{name.repo_id!r} at revision {revision!r}" if name.repo_id else "the list of models"
     causes = list(_causes(error))
 
     def caused_by(*kinds: type[BaseException]) -> bool:

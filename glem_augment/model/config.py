@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -132,6 +133,11 @@ class GLEMConfig:
             raise ModelFileError(f"it has unknown fields {_short(unknown[:5])} and lacks {missing}")
         _check_readable(values, "it")
         return cls(**values)
+
+
+def licence_id(value: object) -> str | None:
+    """The identifier of a licence, as the Hub writes it, in a stranger's record; None for anything else."""
+    return value if isinstance(value, str) and re.fullmatch(r"[a-z0-9.-]{1,50}", value) else None
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -229,7 +229,8 @@ class SyntheticDataset(Dataset):
             format: "imagefolder" (folder/<class>/NNNNNN.png, see `class_folders`), or "webdataset" (data/train-*.tar,
                 which timm and the Hub read; made in one step at the end).
             overwrite: replace an export of other images.
-            license: of the images that the flow was trained on, which its samples inherit, for the provenance.
+            license: of the images that the flow was trained on, which its samples inherit, for the provenance; by
+                default the one in the flow's record (not for mixtures, whose real images may have another).
 
         Raises:
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.

@@ -33,6 +33,7 @@ from glem_augment import __version__
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.io import json_text, write_json
+from glem_augment.model.config import licence_id
 from glem_augment.model.weights import weights_sha256
 
 # Seconds between two saves of the manifest: after a kill, the shards since the last one are drawn again.
@@ -88,7 +89,7 @@ def export_imagefolder(
     progress: bool = True,
 ) -> Path:
     """Write folder/<class>/NNNNNN.png and the manifest; see `SyntheticDataset.export`."""
-    manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset.source)}
+    manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset)}
     old = check_folder(folder)
     if old is not None and (found := differences(old, manifest)):
         if not overwrite:
@@ -287,10 +288,18 @@ def provenance(dataset: InLabelOrder) -> dict[str, Any]:
     }
 
 
-def licence_note(licence: str | None, source: str) -> str:
-    """The licence that was stated, or a note that it is not known."""
-    mixed = ", and of the real images that were mixed" if source == "mixup" else ""
-    return licence or f"not stated; samples inherit the licence of the images that the flow was trained on{mixed}"
+def stated_licence(licence: str | None, dataset: InLabelOrder) -> str | None:
+    """The licence, by default that of the flow's training images in its record. A mixture needs one to be stated: the
+    real images that were mixed may have another."""
+    recorded = licence_id(dataset.model.config.training.get("license"))
+    return licence or (None if dataset.source == "mixup" else recorded)
+
+
+def licence_note(licence: str | None, dataset: InLabelOrder) -> str:
+    """The licence for the provenance, or a note that it is not known."""
+    mixed = ", and of the real images that were mixed" if dataset.source == "mixup" else ""
+    unknown = f"not stated; samples inherit the licence of the images that the flow was trained on{mixed}"
+    return stated_licence(licence, dataset) or unknown
 
 
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ import os
 import shutil
 import tarfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from glem_augment.synthetic.export import (
     naming,
     provenance,
     read_manifest,
+    stated_licence,
 )
 
 # Limits of the Hub for one commit, and for one folder of a repository.
@@ -67,7 +69,8 @@ def push_dataset(
         dataset: its classes become the names of the column `label`, in index order.
         repo_id: `org/name` of a data set, which is made if it does not exist.
         license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
-            inherit; an identifier of the Hub. Without it there is a warning, and the card says that it is unknown.
+            inherit; an identifier of the Hub. By default the one in the flow's record; where there is none either, the
+            card says that it is unknown, with a warning.
         commit_message: by default one that gives the number of images.
         target: `private`, `token` and `revision`, see `hub.upload.upload`.
 
@@ -96,13 +99,14 @@ def write_dataset(
     dataset: InLabelOrder, folder: Path, repo_id: str, facts: CardFacts, layout: str, progress: bool = True
 ) -> None:
     """Write a data set of the Hub to an empty folder: images with their labels, provenance, card."""
+    facts = replace(facts, license=stated_licence(facts.license, dataset))
     write = _write_imagefolder if layout == "imagefolder" else _write_shards
     written = write(dataset, folder, progress)
     # The model's config is left out: it may name private folders.
     manifest = {key: value for key, value in written.items() if key != "model"} | {
         "format": layout,
         "loaded_from": _origin(dataset.model),
-        "license": licence_note(facts.license_name or facts.license, dataset.source),
+        "license": licence_note(facts.license_name or facts.license, dataset),
     }
     write_json(folder / PROVENANCE, manifest)
     write_card(_card(dataset, repo_id, facts, manifest), folder)

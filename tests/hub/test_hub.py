@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -15,6 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, file_download
 from PIL import Image
 
+import glem_augment
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
 from glem_augment.cli import main
 from glem_augment.hub.cards import CardFacts, data_name, model_card, trained_on
@@ -22,6 +25,7 @@ from glem_augment.hub.files import HubName, hub_errors
 from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
+BUNDLED = Path(glem_augment.__file__).parent / "bundled" / "models"
 TOKEN, READER = "hf_writer", "hf_reader"
 Pushed = tuple[HubServer, GLEM, str]
 # The second name is that of versions before 1.
@@ -407,11 +411,60 @@ def test_the_card_of_a_flow_that_was_made_from_another(server: HubServer) -> Non
     assert model_card(model, "org/mine").data.base_model is None
 
 
-def test_the_bundled_flow_names_its_licence() -> None:
+def test_the_bundled_flow_names_its_licence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundled = GLEM.from_pretrained("bundled:fashion-mnist")
     card = model_card(bundled, "org/fashion")
     assert card.data.license == "mit" and "The publisher states: mit." in card.text
     assert model_card(bundled, "org/fashion", CardFacts("cc-by-4.0")).data.license == "cc-by-4.0"
+    for layout in ("imagefolder", "webdataset"):  # its samples inherit it
+        drawn = SyntheticDataset(tiny_model(license="mit"), per_class=1)
+        folder = drawn.export(tmp_path / layout, layout, progress=False)
+        assert json.loads((folder / "glem-provenance.json").read_text())["license"] == "mit"
+        folder = drawn.export(tmp_path / f"{layout}-cc", layout, progress=False, license="cc0-1.0")
+        assert json.loads((folder / "glem-provenance.json").read_text())["license"] == "cc0-1.0"
+    assert ModelCard.load(tmp_path / "webdataset" / "README.md").data.license == "mit" and not caplog.text
+
+
+def test_the_list_of_flows(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    bundled = {path.name for path in BUNDLED.iterdir()}
+    shutil.copytree(BUNDLED / "fashion-mnist", tmp_path / "models" / "another")
+    other = tiny_model(held_out={"val_accuracy": 0.5, "val_bits_per_dim": float(4)}, license="cc0-1.0")
+    other.push_to_hub("org/flow", license="mit", samples=False)
+    tiny_model().push_to_hub("org/plain", samples=False)
+    server.put("org/foreign", {"README.md": b"---\ntags:\n- glem-augment\n---\n", CONFIG: b"{}"})
+    server.put("org/bert", {CONFIG: b"{}"})
+
+    def listed(*options: str) -> dict[str, dict[str, Any]]:
+        assert main(["list", "--json", *options]) == 0
+        return {flow.pop("model"): flow for flow in json.loads(capsys.readouterr().out)["flows"]}
+
+    assert listed().keys() == {f"bundled:{name}" for name in bundled}
+    flows = listed("--hub")
+    assert flows.keys() == {*(f"bundled:{name}" for name in bundled), "org/flow", "org/plain"}
+    assert "org/foreign is left out" in caplog.text and "can't be used" not in caplog.text
+    size = len(server.repo("org/flow").commits[server.repo("org/flow").refs["main"]][WEIGHTS])
+    assert flows["org/flow"] == {
+        "image_shape": [1, 8, 8], "bits": 8, "classes": ["cat", "dog", "ant"], "bytes": size,
+        "accuracy": 0.5, "bits_per_dim": 4.0, "license": "cc0-1.0",
+    }  # fmt: skip
+    assert flows["org/plain"]["accuracy"] is None and flows["org/plain"]["license"] is None
+    record = json.loads((BUNDLED / "fashion-mnist" / CONFIG).read_text())["training"]
+    assert flows["bundled:fashion-mnist"]["accuracy"] == record["held_out"]["val_accuracy"]
+
+    monkeypatch.setattr("glem_augment.model.weights._BUNDLED", tmp_path / "models")
+    assert main(["list"]) == 0  # a folder in there is all that a flow needs
+    assert "bundled:another  1x28x28  6.6 MiB  91.8 %    3.40      mit" in capsys.readouterr().out
+    server.close()
+    close_session()
+    assert main(["list", "--hub"]) == 2
+    assert "can't be reached for the list of models" in capsys.readouterr().err and main(["list"]) == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
+    assert main(["list", "--hub"]) == 2
+    assert "offline mode is on, and the list of models" in capsys.readouterr().err
 
 
 def test_nothing_is_invented_where_nothing_is_known(caplog: pytest.LogCaptureFixture, server: HubServer) -> None:
