@@ -66,6 +66,12 @@ def add_train(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="settings of a published method, under all others that are given (docs/reproduction.md describes each)",
     )
+    parser.add_argument(
+        "--log-to",
+        choices=("tensorboard", "wandb"),
+        default=argparse.SUPPRESS,
+        help="send the rows of metrics.jsonl there as well: to DIR/tensorboard, or to the W&B project WANDB_PROJECT",
+    )
     add_device(parser)
     view = parser.add_argument_group("images")
     view.add_argument("--split", default=argparse.SUPPRESS, help="of the data (default: train)")

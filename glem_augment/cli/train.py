@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
 from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint, require_unused
+from glem_augment.training.logs import TRACKERS
 from glem_augment.training.methods import METHODS
 
 RUN_FILE = "run.json"
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
-_VIEW = {"split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None}
+_VIEW = {
+    "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,
+    "log_to": None,
+}  # fmt: skip
 SKIPPED_FILE = "skipped.json"
 FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
@@ -60,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         require_unused(out)  # before any image is read; the Trainer checks it again
     view = {**_VIEW, **view}
+    if view["log_to"] and find_spec(view["log_to"]) is None:
+        raise ValueError(f"--log-to {view['log_to']} needs that package: pip install {view['log_to']}")
     # The run takes image size and bits from the model that it starts from, unless others are asked for. A resumed run
     # needs its checkpoint alone, and that model may be gone.
     init_model = None if view["init"] is None or args.resume else GLEM.from_pretrained(view["init"])
@@ -96,6 +103,8 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if view["skip_bad"]:
         listed = [{"image": where, "reason": reason} for where, reason in data.skipped]
         write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
+    if view["log_to"]:
+        trainer.log.callbacks.append(TRACKERS[view["log_to"]](out, trainer.step))
     print(summary(trainer, data), flush=True)
     if trainer.total_steps < FEW_STEPS and not args.quiet:
         note(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from glem_augment.model.glem import GLEM
 from glem_augment.training.checkpoint import require_folder
 
 METRICS = "metrics.jsonl"
+# Called with every row of metrics.jsonl: "kind" is "step", "epoch", "rollback" or "final", and "step" counts E-steps.
+Callback = Callable[[dict[str, Any]], None]
 
 
 class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl`.
 
     A resumed run drops the lines beyond its checkpoint (and a half-written last one), so no step appears twice.
+    Every row also goes to the `callbacks`.
     """
 
-    def __init__(self, folder: Path, keep_through_step: int) -> None:
-        self.path = folder / METRICS
+    def __init__(self, folder: Path, keep_through_step: int, callbacks: Iterable[Callback] = ()) -> None:
+        self.path, self.callbacks = folder / METRICS, list(callbacks)
         self.rows: list[dict[str, Any]] = []
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -49,6 +52,11 @@ class MetricsLog:
         kept = [old for old in self.rows if (old["kind"], old.get("number")) != same]
         self.rows = [*(old for old in kept if old["step"] <= keep_through_step), row]
         self._rewrite()
+        self._tell(row)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback(dict(row))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, which JSON can carry."""
@@ -62,6 +70,36 @@ class MetricsLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}; the checkpoint stays") from error
+        self._tell(row)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {f"{row['kind']}/{key}": v for key, v in row.items() if isinstance(v, int | float) and key != "step"}
+
+
+def tensorboard(folder: Path, step: int) -> Callback:
+    """A callback that writes the rows to `folder`/tensorboard; what an earlier run wrote beyond `step` is dropped."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(row: dict[str, Any]) -> None:
+        for name, value in _numbers(row).items():
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return write
+
+
+def wandb(folder: Path, step: int) -> Callback:
+    """A callback that sends the rows to Weights & Biases, in the project of WANDB_PROJECT; a resumed run goes on."""
+    import wandb as client
+
+    run = client.init(dir=str(folder), name=folder.name, resume="auto" if step else None)
+    return lambda row: run.log(_numbers(row), step=row["step"])
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 @torch.no_grad()

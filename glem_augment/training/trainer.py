@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
-from glem_augment.training.logs import MetricsLog, plot_curves
+from glem_augment.training.logs import Callback, MetricsLog, plot_curves
 from glem_augment.training.optim import DivergenceError
 
 # What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
@@ -74,6 +74,8 @@ class Trainer(EM):
             resumed run does not need it.
         device: "cpu", "cuda", or None for CUDA where there is one.
         began: where `max_minutes` counts from, on the clock of `time.monotonic`; by default now.
+        callbacks: functions that are called with every row of metrics.jsonl as it is written, a dict with "kind" and
+            "step". One that sets the trainer's `stop_requested` ends the run after the current step, resumably.
 
     Raises:
         DataError: data that can't be trained on. TrainingError: a checkpoint of another run, or a folder in use.
@@ -91,6 +93,7 @@ class Trainer(EM):
         device: str | torch.device | None = None,
         progress: bool = True,
         began: float | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         began = time.monotonic() if began is None else began
         self.deadline = math.inf if config.max_minutes is None else began + 60 * config.max_minutes
@@ -109,7 +112,7 @@ class Trainer(EM):
         super().__init__(data, config, init_model, begun, device, progress)
         self.out.mkdir(parents=True, exist_ok=True)
         remove_left_overs(self.out)
-        self.log = MetricsLog(self.out, self.step)
+        self.log = MetricsLog(self.out, self.step, callbacks)
 
     def seconds(self) -> float:
         """Wall-clock seconds spent on the run so far, over all its pieces, without what was lost to kills."""

@@ -22,6 +22,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training import trainer as trainer_module
+from glem_augment.training.logs import tensorboard
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
@@ -287,3 +288,34 @@ def test_likelihood_alone_ends_at_its_maximum(tmp_path: Path) -> None:
     mean, variance = trainer._latent_pass(trainer.m_total, np.sort(rows), model=model).moments()
     torch.testing.assert_close(model.gaussians.mu, mean.float())
     torch.testing.assert_close(model.gaussians.variance(), variance.clamp_min(0.03).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_callbacks_see_the_rows_of_the_log_and_may_stop_the_run(tmp_path: Path) -> None:
+    trainer, seen = tiny_trainer(tmp_path), []
+
+    def stop_after_the_second_epoch(row: dict[str, Any]) -> None:
+        seen.append(row)
+        trainer.stop_requested = row["kind"] == "epoch" and row["epoch"] == 2
+
+    trainer.log.callbacks.append(stop_after_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        trainer.fit()
+    assert [row["kind"] for row in seen] == ["epoch", "epoch"] and seen == rows(tmp_path)
+
+
+def test_tensorboard_gets_every_number_of_the_log_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cut = tiny_trainer(tmp_path, every_step=True)
+    cut.log.callbacks.append(tensorboard(tmp_path, 0))
+    cut.log.callbacks.append(lambda row: setattr(cut, "stop_requested", row["epoch"] == 2))
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    resumed = tiny_trainer(tmp_path, resume=True)
+    resumed.log.callbacks.append(tensorboard(tmp_path, resumed.step))
+    resumed.fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("epoch/val_bits_per_dim")]
+    assert told == [(row["step"], pytest.approx(row["val_bits_per_dim"])) for row in rows(tmp_path)]
