@@ -19,9 +19,7 @@ Format = Literal["imagefolder", "webdataset"]  # of an export
 Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
 Memory = Literal["stored", "reversible"]  # what becomes of a flow's activations in training
 
-PRESET_NAMES, SOURCES, FORMATS = get_args(Preset), get_args(Source), get_args(Format)
-# These need nothing but images and labels; "adversarial" needs a classifier too.
-POLICIES: tuple[Literal["mixup", "noise"], ...] = ("mixup", "noise")
+PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, Source, Format, Policy))
 DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1

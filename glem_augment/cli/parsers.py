@@ -356,7 +356,7 @@ def add_preview(commands: Any) -> None:
     add_class_map(parser)
     parser.add_argument("--out", type=out_path, required=True, metavar="FILE.png", help="the picture")
     parser.add_argument("--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: 6)")
-    moves = "mixup with an image of the same class, noise along the modes, or all (default: %(default)s)"
+    moves = "mixup with an image of the class, noise along the modes, adversarial to the flow itself (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
     modes = "modes to move along (default: all that are stored)"
     parser.add_argument("--modes", type=whole(1), metavar="N", help=modes)

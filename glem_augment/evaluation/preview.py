@@ -10,23 +10,23 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import POLICIES, Policy
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
-__all__ = ["Section", "class_samples", "compose", "preview"]
+__all__ = ["FlowClassifier", "Section", "class_samples", "compose", "preview"]
 
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
@@ -36,7 +36,7 @@ MAX_CLASSES = 20
 SMALLEST, LARGEST = 56, 96
 _PADDING, _MARGIN, _GAP = 2, 18, 26
 _TITLE, _LABEL, _NOTE = 20, 14, 13
-_INK, _GREY, _PAPER = (20, 20, 20), (105, 105, 105), (255, 255, 255)
+_INK, _GREY, _PAPER, _RED = (20, 20, 20), (105, 105, 105), (255, 255, 255), (215, 0, 0)
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Section:
         cells: images [R, N, C, H, W], uint8 or float in [0, 1]: R rows of N columns.
         columns: a label above each column, "" for none. rows: a label beside each row.
         note: a line of small text below the title.
+        marked: bool [R, N], cells that get a red frame.
     """
 
     title: str
@@ -54,6 +55,21 @@ class Section:
     columns: Sequence[str] = ()
     rows: Sequence[str] = ()
     note: str = ""
+    marked: Tensor | None = None
+
+
+class FlowClassifier(nn.Module):
+    """The flow's own classifier as a network, from images of any size to the log-densities of their latents [B, K].
+
+    Adversarial moves need a classifier, and this one is always there. The softmax of its output is the posterior.
+    """
+
+    def __init__(self, model: GLEM) -> None:
+        super().__init__()
+        self.model, self.pixels = model, PixelAdapter(model.image_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.gaussians.log_prob(self.model.encode(self.pixels.to_flow(x))[0])
 
 
 @torch.no_grad()
@@ -61,7 +77,7 @@ def preview(
     model: GLEM,
     data: ImageData,
     rows: int = 6,
-    policies: Sequence[Literal["mixup", "noise"]] = POLICIES,
+    policies: Sequence[Policy] = POLICIES,
     modes: int | None = None,
     seed: int = 0,
 ) -> Image.Image:
@@ -94,29 +110,42 @@ def preview(
 
 
 def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int) -> Section:
-    """Real images and what GLEMAugment makes of them at rising strength, with the same draw all along a row."""
+    """Real images and what GLEMAugment makes of them at rising strength, with the same draw all along a row.
+
+    Adversarial moves are against the flow's own posterior. Images are floats, in which only those that were put back
+    are the originals bit for bit.
+    """
     chosen, partners = _pairs(data, rows, seed)
     x, y = _load(data, np.concatenate([chosen, partners]), model.device)
-    n = len(chosen)
+    x, n = _unit(x).to(model.device), len(chosen)
     aug = GLEMAugment(model, p=1.0, policy=policy, strength=1.0, modes=modes, seed=seed)
+    if policy == "adversarial":
+        aug.attach(FlowClassifier(model))
     drawn = aug.draw(x, y)
     if policy == "mixup":
         # Images are mixed with their partners in the last column, where the class has two images at all.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
         drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
-        moves = {f"l = {share:g}": replace(drawn, l=torch.full_like(drawn.l, share)) for share in MIX_SHARES}
+        moves = [(f"l = {share:g}", 1.0, replace(drawn, l=torch.full_like(drawn.l, share))) for share in MIX_SHARES]
         what = "a share l of the image is kept along them"
     else:
-        moves = {f"s = {strength:g}": replace(drawn, eps=strength * drawn.eps) for strength in NOISE_STRENGTHS}
+        moves = [(f"s = {strength:g}", strength, drawn) for strength in NOISE_STRENGTHS]
         what = "noise of s standard deviations is added along them"
-    columns = {"real": x[:n], **{label: aug.apply(x, y, params)[0][:n] for label, params in moves.items()}}
+        if policy == "adversarial":
+            what += ", and a step that lowers the flow's posterior of the class"
+    columns = {"real": x[:n]}
+    for label, aug.strength, params in moves:
+        columns[label] = aug.apply(x, y, params)[0][:n]
+    marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1)
+    marked[:, 0] = False
     if policy == "mixup":
         columns["partner"] = x[n:]
-    note = f"{modes} principal modes of the class; {what}; where the result is not plausible, the original is kept"
+        marked = F.pad(marked, (0, 1))
+    note = f"{modes} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
     cells = torch.stack([_unit(images) for images in columns.values()], 1)
     names = [model.classes[i] for i in y[:n].tolist()]
-    return Section(f"Augmentations of real images: {policy}", cells, list(columns), names, note)
+    return Section(f"Augmentations of real images: {policy}", cells, list(columns), names, note, marked)
 
 
 def class_samples(model: GLEM, seed: int, each: int = 3) -> Section:
@@ -200,6 +229,9 @@ def _draw(section: Section) -> Image.Image:
         draw.text((left - 8, top + row * height + height / 2), text, _INK, ImageFont.load_default(_LABEL), anchor="rm")
     for column, text in enumerate(section.columns):
         draw.text((left + _PADDING + column * width, top - 4), text, _INK, ImageFont.load_default(_LABEL), anchor="ls")
+    for row, column in [] if section.marked is None else section.marked.nonzero().tolist():
+        x, y = left + column * width, top + row * height
+        draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_RED, width=4)
     return _stack([*_heading((section.title, _TITLE, _INK), (section.note, _NOTE, _GREY)), grid])
 
 

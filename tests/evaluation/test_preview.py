@@ -50,7 +50,7 @@ def test_a_preview_shows_what_there_is() -> None:
     single, one = small(classes=1)
     assert preview(single, one.subset([0])).height < height
     many, images = small((1, 4, 4), classes=30, count=3)
-    assert preview(many, images, rows=40).height < 8000
+    assert preview(many, images, rows=40).height < 10_000
     with pytest.raises(DataError, match="no images"):
         preview(model, data.subset([]))
     with pytest.raises(ValueError, match="modes"):
@@ -68,6 +68,25 @@ def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_sho
     assert not torch.allclose(real, partner, atol=0.01)
     real, same, moved = preview_module._augmentations(model, data, 4, "noise", 4, 0).cells.unbind(1)
     assert torch.allclose(same, real, atol=0.01) and not torch.allclose(moved, real, atol=0.01)
+
+
+def test_adversarial_moves_lower_the_posterior_and_moves_that_are_put_back_are_framed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = small((1, 2, 2), count=40)
+    model = model.adapt(data, rank=4, progress=False)  # classes of their own
+    monkeypatch.setattr(preview_module, "NOISE_STRENGTHS", (0.3, 100.0))
+    y = torch.tensor([model.classes.index(f"class {i}") for i in (0, 0, 1, 2)])
+    confidence = {}
+    for policy in ("noise", "adversarial"):
+        section = preview_module._augmentations(model, data, 4, policy, 4, 0)
+        real, moved, kept = section.cells.unbind(1)
+        assert torch.equal(kept, real) and not torch.equal(moved, real)
+        assert section.marked is not None and section.marked.tolist() == [[False, False, True]] * 4
+        confidence[policy] = model.posterior(moved).gather(1, y[:, None])
+        drawn = pixels(compose("", "", [section]))
+        assert ((drawn == (215, 0, 0)).all(2)).any(0).sum() == SMALLEST + 4  # one framed column
+    assert (confidence["adversarial"] < confidence["noise"]).all()
 
 
 def test_cells_are_enlarged_by_whole_factors_and_large_ones_shrunk() -> None:
