@@ -125,7 +125,7 @@ class FlowRecipe:
 
 
 FLOW_SETTINGS: dict[str, Any] = dict(
-    preset="mef_tiny", objective="hybrid", beta=0.3, ce_scale=0.2, batch_size=48, lr=0.01,
+    preset="mef_tiny", objective="hybrid", joint=False, beta=0.3, ce_scale=0.2, batch_size=48, lr=0.01,
     warmup_steps=200, schedule="cosine", m_steps=20, sigma_lr_scale=5.0, augment=("flip",), precision="bf16",
     sample_every=0, val_fraction=0.02,
 )  # fmt: skip

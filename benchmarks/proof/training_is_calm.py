@@ -68,7 +68,7 @@ class Watched(Trainer):
 
     def note(self) -> None:
         rows = self.split.val[:: math.ceil(len(self.split.val) / MEASURED)]
-        found = held_out(self.model, self.images(rows, 64), self._generator(5))
+        found = held_out(self.model, self.images(rows, 64))
         self.curve.append((self.step, found["val_bits_per_dim"]))
 
     def e_step(self, x: Tensor, y: Tensor) -> Any:

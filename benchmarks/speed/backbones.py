@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "depth 16 =": {"depth": [16, 16], "width": [32, 40]},
 }
 RECIPE: dict[str, Any] = dict(
-    preset="mef_tiny", objective="hybrid", beta=0.3, ce_scale=0.2, batch_size=32, lr=0.01,
+    preset="mef_tiny", objective="hybrid", joint=False, beta=0.3, ce_scale=0.2, batch_size=32, lr=0.01,
     schedule="cosine", m_rounds=4, m_steps=20, sigma_lr_scale=5.0, refit_beta=0.0, modes_rank=0, val_fraction=0.0,
     sample_every=0, threads=1, precision="bf16",
 )  # fmt: skip

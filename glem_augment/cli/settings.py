@@ -27,8 +27,8 @@ A run that diverges returns to its last good checkpoint and goes on at half the 
 """
 TRAIN_EXAMPLES = """\
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
-  glem train bundled:fashion-mnist --objective hybrid --epochs 5 --out runs/quick
-  glem train torch/cifar10@data --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
+  glem train bundled:fashion-mnist --epochs 5 --out runs/quick
+  glem train torch/cifar10@data --method glem --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
@@ -64,7 +64,8 @@ def add_train(commands: Any) -> None:
         "--method",
         choices=tuple(METHODS),
         default=argparse.SUPPRESS,
-        help="settings of a published method, under all others that are given (docs/reproduction.md describes each)",
+        help="settings of a published method, under all others that are given (docs/reproduction.md describes each; "
+        "glem is the paper's; default: hybrid-joint, this library's)",
     )
     parser.add_argument(
         "--log-to",

@@ -77,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
         channels, *side = init_model.image_shape
         view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
-    # Settings are checked before the data is opened.
-    method = view["method"]
-    config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
+    # Settings are checked before the data is opened. A checkpoint has all of them, whatever its method means today.
+    config = (
+        TrainConfig(**settings) if args.resume or not view["method"] else METHODS[view["method"]].config(**settings)
+    )
     size = view["image_size"]
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
@@ -162,10 +163,13 @@ def summary(trainer: Trainer, data: ImageData) -> str:
     parameters = sum(p.numel() for p in model.flow.parameters())
     where = f" on {trainer.device}" + (f", from step {trainer.step}" if trainer.step else "")
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+    learners = f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians"
+    if not trainer.frozen_from:  # there are no M-steps
+        learners = f"{len(split.nf) + len(split.g)} for the flow{' and the Gaussians' if config.joint else ''}"
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
         *([("skipped", f"{len(data.skipped)} images that can't be used, see {SKIPPED_FILE}")] if data.skipped else []),
-        ("split", f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians, {len(split.val)} held out"),
+        ("split", f"{learners}, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, beta {config.beta:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),

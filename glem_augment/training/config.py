@@ -14,6 +14,12 @@ OBJECTIVES = get_args(Objective)
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
+# The default of settings whose value follows from the objective: this library's method, or what the others share.
+BY_OBJECTIVE: Any = "by objective"
+HYBRID_JOINT: dict[str, Any] = dict(
+    objective="hybrid", beta=0.3, ce_scale=0.1, joint=True, label_smoothing=0.05, random_init=(0.1, 0.0), psi=None
+)
+PAPER: dict[str, Any] = dict(joint=False, label_smoothing=0.0, random_init=None, psi=(0.5, 0.2, 0.05))
 
 
 def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
@@ -21,9 +27,9 @@ def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
 
     Args:
         kind: int, float, bool, a tuple of allowed words, "numbers", "names" or "table".
-        more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `shown`, the
-            default in words; `group`, the title of the settings from here on; `research=True` for settings that only
-            `--help-all` shows.
+        more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `optional=True`
+            where None is a value; `shown`, the default in words; `group`, the title of the settings from here on;
+            `research=True` for settings that only `--help-all` shows.
     """
     metadata = {"kind": kind, "help": text, "optional": default is None, **more}
     if default is dict:
@@ -33,7 +39,7 @@ def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
 
 @dataclass
 class TrainConfig:
-    """How a GLEM is fitted. Defaults follow the paper where it says (Sec. 4.3 and 5.2) and its public code elsewhere.
+    """How a GLEM is fitted. By default it is this library's "hybrid-joint"; `methods` has the paper's by name.
 
     The loss of the E-step on the flow, with d the number of dimensions and NLL in nats per image (Eq. 3), is
 
@@ -42,8 +48,10 @@ class TrainConfig:
     where the cross-entropy is that of the flow's own posterior, with class scores multiplied by `ce_scale`. A sum
     over d dimensions is far too sure of itself, so with a scale below 1 wider margins are learned. `beta` is 0 unless
     the objective is "hybrid" or "ib". "ib" is IB-INN's: as "hybrid", with -log p(x) = -log mean_y p(x|y) in place of
-    -log p(x|y), and Gaussian dequantisation noise. The M-step on the Gaussians weighs classes equally and adds
-    repulsion (Eq. 5):
+    -log p(x|y), and Gaussian dequantisation noise.
+
+    With `joint`, the default of "hybrid", the same loss teaches the Gaussians, and there is no M-step. Otherwise the
+    M-step on the Gaussians weighs classes equally and adds repulsion (Eq. 5):
 
     - "glem" combines range-normalised gradients as the authors do,
       `mean NLL / R_nf - lambda * sum KLD / (K d R_kld)`, where the sum runs over ordered pairs of classes and
@@ -53,8 +61,8 @@ class TrainConfig:
     - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
     - "mle" (the paper's Baseline 2), "hybrid" and "ib" (beyond the paper) have no repulsion.
 
-    After the last E-step the Gaussians are fitted once more to latents of the training images under the averaged flow:
-    in closed form for "mle", by 200 steps of Adam with the cross-entropy's weight `refit_beta` for "hybrid".
+    After M-steps, the Gaussians are fitted once more at the end to latents of the training images under the averaged
+    flow: in closed form for "mle", by 200 steps of Adam with the cross-entropy's weight `refit_beta` for "hybrid".
 
     Raises:
         ValueError, TypeError: a value that makes no sense.
@@ -70,23 +78,27 @@ class TrainConfig:
     )
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: Objective = _setting(
-        "glem", OBJECTIVES, "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: "
-        "likelihood alone; hybrid: likelihood and cross-entropy, beyond the paper; ib: IB-INN's kind of hybrid",
-        group="objective",
+        "hybrid", OBJECTIVES, "hybrid: likelihood and cross-entropy, with Gaussians learned jointly, beyond the paper; "
+        "glem: the paper's, with repulsion by the KLD; saturating: with bounded repulsion; mle: likelihood alone; "
+        "ib: IB-INN's kind of hybrid", group="objective",
     )  # fmt: skip
-    kld_weight: float = _setting(3.0, float, "lambda, weight of the repulsion at the start")
+    kld_weight: float = _setting(3.0, float, "lambda, weight of the repulsion of glem and saturating at the start")
     beta: float = _setting(
-        None, float, "weight of the cross-entropy, per nat, against NLL per dimension", shown="0.3 for hybrid and ib"
-    )
+        BY_OBJECTIVE, float, "weight of the cross-entropy, per nat, against NLL per dimension",
+        shown="0.3 for hybrid and ib",
+    )  # fmt: skip
     beta_anneal: tuple[float, float] | None = _setting(
         None, "numbers", "from this share of the run on, beta falls geometrically to this multiple of itself", count=2,
         shown="no annealing", research=True,
     )  # fmt: skip
     ce_scale: float = _setting(
-        None, float, "factor of the class scores in the cross-entropy", above=0, shown="0.2 for hybrid and ib",
-        research=True,
+        BY_OBJECTIVE, float, "factor of the class scores in the cross-entropy", above=0,
+        shown="0.1 for hybrid with --joint, 0.2 for hybrid without it and for ib", research=True,
     )  # fmt: skip
-    label_smoothing: float = _setting(0.0, float, "label smoothing of the cross-entropy", high=0.99, research=True)
+    label_smoothing: float = _setting(
+        BY_OBJECTIVE, float, "label smoothing of the cross-entropy", high=0.99,
+        shown="0.05 for hybrid with --joint, else 0", research=True,
+    )  # fmt: skip
     epochs: int = _setting(
         20, int, "passes over the images", low=1, high=10**6, group="optimisation of the flow (E-step)"
     )
@@ -99,18 +111,20 @@ class TrainConfig:
     )  # fmt: skip
     averaging: str = _setting("ema", ("ema", "none"), "moving average of the flow's weights", research=True)
     random_init: tuple[float, float] | None = _setting(
-        None, "numbers", "standard deviations at the start of the means, about 0, and of the variances' free "
-        "parameters (which are centred on a variance of 1 without psi)", count=2,
-        shown="class means of the initial latents, equal variances", research=True, group="class Gaussians (M-step)",
+        BY_OBJECTIVE, "numbers", "standard deviations at the start of the means, about 0, and of the variances' free "
+        "parameters (which are centred on a variance of 1 without psi); none: class means of the initial latents, "
+        "equal variances", count=2, optional=True, shown="0.1 0 for hybrid with --joint, else none", research=True,
+        group="class Gaussians",
     )  # fmt: skip
     psi: tuple[float, float, float] | None = _setting(
-        (0.5, 0.2, 0.05), "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
-        research=True,
+        BY_OBJECTIVE, "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
+        shown="none for hybrid with --joint, else 0.5 0.2 0.05", research=True,
     )  # fmt: skip
     learn: str = _setting("both", ("both", "means", "variances", "none"), "what is learned", research=True)
     joint: bool = _setting(
-        False, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps", research=True
-    )
+        BY_OBJECTIVE, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps",
+        shown="for hybrid alone", research=True,
+    )  # fmt: skip
     m_rounds: int = _setting(1, int, "M-steps per epoch, each with a pass over a tenth of the images", low=1)
     m_steps: int = _setting(5, int, "Adam steps in each M-step", low=1)
     sigma_lr_scale: float = _setting(1.0, float, "factor of the variances' learning rate", research=True)
@@ -119,7 +133,7 @@ class TrainConfig:
         high=1, research=True,
     )  # fmt: skip
     refit_beta: float = _setting(
-        None, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit",
+        BY_OBJECTIVE, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit",
         shown="beta, or 0 with --joint", research=True,
     )  # fmt: skip
     modes_rank: int = _setting(64, int, "principal modes per class, fitted at the end; 0 for none", high=4096)
@@ -148,17 +162,18 @@ class TrainConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        hybrid = self.objective in ("hybrid", "ib")
+        shared = PAPER | (dict(beta=0.3, ce_scale=0.2) if hybrid else dict(beta=0.0, ce_scale=1.0))
+        ours = self.objective == "hybrid" and self.joint is not False
+        for name, value in (HYBRID_JOINT if ours else shared).items():
+            if getattr(self, name) == BY_OBJECTIVE:
+                setattr(self, name, value)
+        if self.refit_beta == BY_OBJECTIVE:
+            self.refit_beta = 0.0 if self.joint else self.beta
         for name in SETTINGS:
             setattr(self, name, check_setting(name, getattr(self, name)))
         # A resumed run has lost the order in which they were given.
         self.flow_options = dict(sorted(self.flow_options.items()))
-        hybrid = self.objective in ("hybrid", "ib")
-        if self.beta is None:
-            self.beta = 0.3 if hybrid else 0.0
-        if self.ce_scale is None:
-            self.ce_scale = 0.2 if hybrid else 1.0
-        if self.refit_beta is None:
-            self.refit_beta = 0.0 if self.joint else self.beta
         if not hybrid and (self.beta or self.refit_beta):
             raise ValueError(
                 f"objective={self.objective!r} has no cross-entropy, got beta={self.beta} and "

@@ -55,6 +55,8 @@ _COUNTERS = ("step", "m_done", "bad_steps", "rollbacks")
 class EM:
     """A GLEM in training: the model, its optimizers, and the two steps; `Trainer` runs them."""
 
+    whole_epochs = True  # an epoch without M-steps is a pass over D_g too; otherwise it has the steps of one with them
+
     def __init__(
         self,
         data: ImageData,
@@ -70,11 +72,14 @@ class EM:
             torch.set_num_threads(config.threads)
         self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
         self.model = self._new_model(init_model, begun).to(self.device)
-        batch = min(config.batch_size, len(self.split.nf))
-        self.steps_per_epoch = max(1, len(self.split.nf) // batch)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        # Gaussians that are learned jointly, or not at all, need no images of their own.
+        # Gaussians that are learned jointly, or not at all, need no images of their own. Earlier versions nevertheless
+        # ended an epoch when it had as many images as D_nf, and a run that they began goes on like that.
         m_steps = not config.joint and config.learn != "none"
+        if begun is not None:
+            self.whole_epochs = begun.facts.get("whole_epochs", False)
+        images = len(self.split.nf) + (0 if m_steps or not self.whole_epochs else len(self.split.g))
+        self.steps_per_epoch = max(1, images // config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.epochs
         self.frozen_from = math.ceil(config.freeze_gaussians_at * config.epochs) if m_steps else 0
         self.m_total = config.m_rounds * self.frozen_from
         self.m_rates = m_learning_rates(self.m_total, config.m_steps, self.frozen_from * self.steps_per_epoch)
@@ -311,9 +316,9 @@ class EM:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Metrics of the held-out images, or without any of those that fit the Gaussians; and the Gaussians' state."""
+        """Metrics of the held-out images, or without any of those in D_g; and the Gaussians' state."""
         rows, began = self.split.val if len(self.split.val) else self.split.g, time.monotonic()
-        metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH), self._generator(5))
+        metrics = held_out(self.evaluated(), self.images(rows, _EVAL_BATCH))
         self.image_seconds = (time.monotonic() - began) / len(rows)
         return {**metrics, **gaussian_state(self.model.gaussians)}
 
@@ -345,6 +350,7 @@ class EM:
             "lr_scale": self.lr_scale,
             "epoch_loss": list(self.epoch_loss),
             "guard": guard,
+            "whole_epochs": self.whole_epochs,
         }
         groups = {
             "model": self.model.state_dict(),

@@ -209,7 +209,7 @@ class Trainer(EM):
         self.log.add(row)
         if self.progress:
             bits, pixels = row["val_bits_per_dim"], self.guard.pixels
-            which = "held-out images" if len(self.split.val) else "images of the Gaussians"
+            which = "held-out images" if len(self.split.val) else "training images"
             worse = "" if bits < pixels else f" (independent pixels: {pixels:.3f})"
             self.bar.write(
                 f"epoch {epochs}/{self.config.epochs}: {bits:.3f} bits/dim{worse}, accuracy "
@@ -307,7 +307,7 @@ class Trainer(EM):
                 self.log.add({"kind": "final", "step": self.step, **self.measure()})
         measured = [row for row in self.log.rows if row["kind"] in ("epoch", "final")]
         final = measured[-1] if measured else {}
-        # Without images held out, those that fit the Gaussians were measured, which is not worth recording.
+        # Without images held out, training images were measured, which is not worth recording.
         recorded = ("val_images", "val_accuracy", "val_bits_per_dim") if len(self.split.val) else ()
         bits = final.get("val_bits_per_dim")  # None if it was not finite
         model.config.training = {

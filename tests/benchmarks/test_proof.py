@@ -242,12 +242,12 @@ def test_training_is_calm_keeps_its_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled_train: ImageData
 ) -> None:
     monkeypatch.setattr(calm, "KINDS", {"tiny": ("12x12", lambda: bundled_train.subset(range(0, 1000, 20)))})
-    options = ["--presets", "identity", "--methods", "hybrid", "lambda0", "--steps", "2", "--out", str(tmp_path)]
+    options = ["--presets", "identity", "--methods", "hybrid-joint", "lambda0", "--steps", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["training_is_calm.py", *options])
     calm.main()
     record = json.loads((tmp_path / "training_is_calm.json").read_text())
     (row,) = record["rows"]
-    assert row["methods"] == 2 and [cell["method"] for cell in record["cells"]] == ["lambda0", "hybrid"]
+    assert row["methods"] == 2 and [cell["method"] for cell in record["cells"]] == ["lambda0", "hybrid-joint"]
     assert all(cell["steps"] == 2 and cell["curve"][-1] == [2, cell["bits/dim"]] for cell in record["cells"])
     assert (tmp_path / "training_is_calm.png").stat().st_size > 1000
     monkeypatch.setattr(calm, "run_cell", None)  # nothing is measured again

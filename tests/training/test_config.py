@@ -25,7 +25,7 @@ from glem_augment.training.methods import METHODS
         (dict(objective="gan"), "objective must be one of 'glem', 'saturating', 'mle', 'hybrid', 'ib'"),
         (dict(compile=1), "compile must be True or False"),
         (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
-        (dict(joint=True), "joint=True has no M-step"),
+        (dict(objective="glem", joint=True), "joint=True has no M-step"),
         (dict(augment=("cutmix",)), "cutmix"),
         (dict(epochs=0), "epochs must be at least 1"),
         (dict(m_steps=10**6, epochs=11), "m_steps must be such that there are at most 10000000 in all"),
@@ -46,12 +46,16 @@ def test_bad_settings_are_refused_by_name(bad: dict[str, Any], message: str) -> 
 def test_defaults_follow_the_objective() -> None:
     def resolved(**settings: Any) -> tuple[Any, ...]:
         config = TrainConfig(**settings)
-        return config.beta, config.ce_scale, config.refit_beta, config.repels
+        return config.beta, config.ce_scale, config.refit_beta, config.joint, config.random_init, config.psi
 
-    assert resolved() == resolved(objective="saturating") == (0.0, 1.0, 0.0, True)
-    assert resolved(objective="mle") == (0.0, 1.0, 0.0, False)
-    assert resolved(objective="hybrid") == (0.3, 0.2, 0.3, False)
-    assert resolved(objective="hybrid", beta=0.8, joint=True) == (0.8, 0.2, 0.0, False)
+    paper = (False, None, (0.5, 0.2, 0.05))
+    assert TrainConfig() == TrainConfig(objective="hybrid") == METHODS["hybrid-joint"].config()
+    assert resolved() == (0.3, 0.1, 0.0, True, (0.1, 0.0), None)
+    assert resolved(beta=0.8, random_init=None, psi=(1, 1, 1)) == (0.8, 0.1, 0.0, True, None, (1.0, 1.0, 1.0))
+    assert resolved(objective="hybrid", joint=False) == (0.3, 0.2, 0.3, *paper)
+    assert resolved(objective="ib") == (0.3, 0.2, 0.3, *paper)
+    assert all(resolved(objective=name) == (0.0, 1.0, 0.0, *paper) for name in ("glem", "saturating", "mle"))
+    assert TrainConfig(**TrainConfig(objective="glem").to_dict()) == TrainConfig(objective="glem")  # a checkpoint's
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_training import tiny_config, tiny_trainer, toy_data
 
+from glem_augment.cli.train import summary
 from glem_augment.errors import DataError
-from glem_augment.training import Trainer
+from glem_augment.model.weights import WEIGHTS
+from glem_augment.training import TimeUpError, Trainer
 
 
 def latents(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,12 +50,42 @@ def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_
     torch.testing.assert_close(gaussians.variance().double(), want, rtol=1e-4, atol=1e-5)
 
 
-def test_jointly_learned_gaussians_follow_the_flows_schedule_and_see_all_images(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", objective="hybrid", joint=True)
-    assert trainer.frozen_from == 0
+def test_jointly_learned_gaussians_follow_the_flows_schedule(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
     trainer.e_step(*next(iter(trainer.images(trainer.split.nf, 24))))
     rate = trainer.m_optimizer.param_groups[0]["lr"]
     assert rate == pytest.approx(1e-2 * trainer.flow_optimizer.param_groups[0]["lr"] / 5e-3) and rate < 1e-2
+
+
+def test_an_epoch_of_a_joint_run_has_all_images_and_a_run_of_an_earlier_version_goes_on_as_it_began(
+    tmp_path: Path,
+) -> None:
+    """6 are held out, and M-steps would have 12 of the others; earlier versions ended a joint epoch after 102."""
+    options = dict(objective="hybrid", batch_size=19, epochs=2, modes_rank=0)
+    new, em = tiny_trainer(tmp_path / "new", **options), tiny_trainer(tmp_path / "em", joint=False, **options)
+    assert (new.steps_per_epoch, em.steps_per_epoch) == (6, 5)
+    assert "114 for the flow and the Gaussians, 6 held out" in summary(new, new.data)
+    assert "102 for the flow, 12 for the Gaussians, 6 held out" in summary(em, em.data)
+    seen: list[torch.Tensor] = []
+    new.e_step = lambda x, y: (seen.append(x), (0.0, 0.0))[1]
+    new.fit()
+    assert len(torch.cat(seen[:6]).unique(dim=0)) == 114
+
+    class Old(Trainer):
+        whole_epochs = False
+
+        def state(self) -> Any:
+            facts, tensors = super().state()
+            return {name: value for name, value in facts.items() if name != "whole_epochs"}, tensors
+
+    data, config = toy_data(), tiny_config(**options)
+    Old(data, config, tmp_path / "whole", device="cpu", progress=False).fit()
+    with pytest.raises(TimeUpError):
+        Old(data, dataclasses.replace(config, max_minutes=1e-9), tmp_path / "cut", device="cpu", progress=False).fit()
+    going_on = tiny_trainer(tmp_path / "cut", resume=True, **options)
+    assert going_on.total_steps == 10
+    going_on.fit()
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 def test_learning_rates_of_m_steps_halve_after_a_return(tmp_path: Path) -> None:
@@ -74,7 +108,7 @@ def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
     model, gaussians = trainer.model, trainer.model.gaussians
     x, y = next(iter(trainer.images(trainer.split.val if val_fraction else trainer.split.g, 256)))
     found = trainer.measure()
-    scores = model.log_prob_per_class(x, trainer._generator(5)).detach()
+    scores = torch.cat([model.log_prob_per_class(part).detach() for part in x.split(5)])  # whatever the batches
     own = scores.gather(1, y[:, None])
     pairs = gaussians.kld_matrix()[~torch.eye(3, dtype=torch.bool)]
     want = {

@@ -35,7 +35,7 @@ def test_e_step_losses_equal_their_definitions(learns: bool, objective: str, bet
         gaussians.s.normal_(generator=g)
     gaussians.requires_grad_(learns)
     z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
-    config = TrainConfig(objective=objective, beta=beta, refit_beta=0.0, label_smoothing=0.1, ce_scale=0.5)
+    config = TrainConfig(objective=objective, beta=beta, joint=False, refit_beta=0.0, label_smoothing=0.1, ce_scale=0.5)
     loss, nll = e_step_loss(gaussians, z, logdet, y, config, beta)
     mu, std = gaussians.mu, gaussians.variance().sqrt()
     scores = torch.distributions.Normal(mu, std).log_prob(z[:, None]).sum(2)

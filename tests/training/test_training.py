@@ -43,7 +43,7 @@ def toy_data(n: int = 120, k: int = 2, shape: tuple[int, int, int] = (1, 8, 8), 
 def tiny_config(**changes: Any) -> TrainConfig:
     settings: dict[str, Any] = dict(
         preset="glow_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]), epochs=3, batch_size=24,
-        warmup_steps=3, lr=5e-3, modes_rank=2, sample_every=0, seed=1,
+        warmup_steps=3, lr=5e-3, modes_rank=2, sample_every=0, seed=1, objective="glem",
     )  # fmt: skip
     return TrainConfig(**{**settings, **changes})
 
@@ -68,7 +68,9 @@ def rows(out: Path) -> list[dict[str, Any]]:
 RUNS = {
     "glem": dict(),
     "mle": dict(schedule="cosine", epochs=4, objective="mle", psi=None, random_init=(0.3, 0.0)),
-    "hybrid": dict(objective="hybrid", beta=0.2, beta_anneal=(0.3, 0.5), averaging="none", m_rounds=2, m_steps=2),
+    "hybrid": dict(
+        objective="hybrid", joint=False, beta=0.2, beta_anneal=(0.3, 0.5), averaging="none", m_rounds=2, m_steps=2,
+    ),
     "saturating-frozen": dict(
         objective="saturating", freeze_gaussians_at=0.6, augment=("crop", "jitter"), memory="reversible",
     ),
@@ -136,7 +138,7 @@ def test_a_run_tells_people_of_every_epoch_and_of_what_comes_after_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "_STEP_ROWS_EVERY", 1)
-    tiny_trainer(tmp_path, toy_data(300), epochs=2, objective="hybrid", progress=True).fit()
+    tiny_trainer(tmp_path, toy_data(300), epochs=2, objective="hybrid", joint=False, progress=True).fit()
     out, err = capsys.readouterr()
     epochs = re.findall(r"epoch (\d)/2: [0-9.]+ bits/dim.*, accuracy [0-9.]+ % on held-out images", out)
     assert epochs == ["1", "2"]
@@ -145,7 +147,7 @@ def test_a_run_tells_people_of_every_epoch_and_of_what_comes_after_the_last(
 
 
 def test_the_estimate_includes_the_refit_and_the_modes(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
+    trainer = tiny_trainer(tmp_path / "run", objective="hybrid", joint=False)
     assert trainer.image_seconds > 0  # from the pass that starts a run
     trainer.m_step()
     assert trainer.latent_seconds > 0
@@ -161,7 +163,7 @@ def test_the_estimate_includes_the_refit_and_the_modes(tmp_path: Path) -> None:
 
 def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
     data = toy_data(300)
-    trainer = tiny_trainer(tmp_path / "run", data, epochs=5, objective="hybrid", beta=0.3, val_fraction=0.2)
+    trainer = tiny_trainer(tmp_path / "run", data, epochs=5, objective="hybrid", joint=False, val_fraction=0.2)
     before = trainer.measure()
     model = trainer.fit()
     history = [row for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
@@ -271,7 +273,7 @@ def test_images_of_five_channels_train_and_are_drawn(tmp_path: Path) -> None:
 
 
 def test_the_refit_improves_the_gaussians_and_leaves_the_flow(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, objective="hybrid", epochs=1)
+    trainer = tiny_trainer(tmp_path, objective="hybrid", joint=False, epochs=1)
     model, x, y = trainer.model, trainer.data.tensor(), torch.from_numpy(trainer.data.targets)
     before, flow = model.bits_per_dim(x, y).mean(), copy.deepcopy(model.flow.state_dict())
     trainer.refit(model, trainer.refit_rows())
