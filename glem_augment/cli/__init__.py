@@ -46,6 +46,7 @@ examples:
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
   glem preview runs/photos photos/ --out preview.png
 
+Completion with the Tab key (after pip install argcomplete): eval "$(register-python-argcomplete glem)"
 GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 a training run that stopped at
 --max-minutes and continues with --resume, 130 interrupted.
 """
@@ -74,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        with suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)  # answers the shell and exits, if the shell asks
+        args = parser.parse_args(argv)
         args.argv = argv
         if args.quiet:
             from huggingface_hub.utils import disable_progress_bars

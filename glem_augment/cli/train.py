@@ -112,6 +112,8 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
             f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
             "flow your classes in seconds with glem adapt"
         )
+    if trainer.config.sample_every and find_spec("matplotlib") is None:
+        note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
     try:
         with warnings.catch_warnings():
             # Returns after a divergence, for example, are said above the bar.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -620,3 +621,17 @@ def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> 
     assert process.returncode == 130
     assert errors.startswith("glem: stopped at step") and "--resume" in errors and len(errors.splitlines()) == 1
     assert load_checkpoint(tmp_path / "run").facts["step"] > 0
+
+
+def test_the_tab_key_completes_options() -> None:
+    environment = {
+        **os.environ,
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": " ",
+        "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout",
+    }
+    line = {"COMP_LINE": "glem train --pre", "COMP_POINT": "16"}
+    run = subprocess.run(
+        [sys.executable, "-m", "glem_augment"], env={**environment, **line}, capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["--preset", "--precision"], run.stderr
