@@ -12,6 +12,7 @@ Source: Enescu & Sahbi, ACCV 2024.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,19 +90,22 @@ def comes_back(decoded: Tensor, images: Tensor) -> Tensor:
     return (decoded - images).abs().flatten(1).amax(dim=1) < 0.5 / 255  # NaN compares false
 
 
-def put_back(model: GLEM, z: Tensor, basis: Basis, strength: float, margin: float) -> float:
-    """Share of the latents z [n, d] whose images are not plausible any more after noise, the same in every call."""
-    eps = normal(len(z), basis.directions.shape[1], torch.Generator("cpu").manual_seed(0)).to(z.device)
-    decoded = model.decode(z + along_modes(basis, strength * eps), clamp=False)
-    return 1.0 - float(plausible(decoded, margin).float().mean())
+def shares_put_back(model: GLEM, z: Tensor, basis: Basis, margin: float) -> Iterator[tuple[float, float]]:
+    """Each strength of LADDER, and the share of the latents z [n, d] whose images noise of it makes implausible.
 
-
-def strongest_plausible(model: GLEM, z: Tensor, basis: Basis, margin: float) -> float:
-    """The strength that "auto" stands for on images with the latents z [n, d], each of which is moved several times."""
+    Of few latents each is moved several times. The noise is the same in every call.
+    """
     times = -(-TRIALS // len(z))
-    basis = basis._replace(cls=basis.cls.repeat(times))
-    tried = (t for t in LADDER if put_back(model, z.repeat(times, 1), basis, t, margin) <= MOST_PUT_BACK)
-    return next(tried, LADDER[-1])
+    z, basis = z.repeat(times, 1), basis._replace(cls=basis.cls.repeat(times))
+    eps = normal(len(z), basis.directions.shape[1], torch.Generator("cpu").manual_seed(0)).to(z.device)
+    for strength in LADDER:
+        decoded = model.decode(z + along_modes(basis, strength * eps), clamp=False)
+        yield strength, 1.0 - float(plausible(decoded, margin).float().mean())
+
+
+def strongest_plausible(shares: Iterable[tuple[float, float]]) -> float:
+    """The strength that "auto" stands for, from `shares_put_back`."""
+    return next((strength for strength, share in shares if share <= MOST_PUT_BACK), LADDER[-1])
 
 
 # ---- partners ------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from glem_augment.augment.moves import (
     partner_latents,
     plausible,
     rows_to_encode,
+    shares_put_back,
     strongest_plausible,
 )
 from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
@@ -246,7 +247,7 @@ class GLEMAugment(nn.Module):
             else:
                 strength = self.chosen_strength
                 if strength is None:
-                    strength = strongest_plausible(model, z, basis, self.margin)
+                    strength = strongest_plausible(shares_put_back(model, z, basis, self.margin))
                     self._chosen.own().fill_(round(10_000 * strength))
                 c = strength * here.eps
                 if self._adversary is not None:

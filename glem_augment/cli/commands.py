@@ -62,6 +62,7 @@ def adapt(args: argparse.Namespace) -> None:
         "classes": adapted.classes,
         "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
         "psi": adapted.config.psi,
+        "posterior_temperature": adapted.config.posterior_temperature,
         "moves_put_back": moves(adapted, data),
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -216,6 +217,7 @@ def model_facts(name: str) -> dict[str, Any]:
                 file.name: file.stat().st_size for file in (model.origin_file, folder / CONFIG) if file.is_file()
             },
             "psi": None if config.psi is None else list(config.psi),
+            "posterior_temperature": config.posterior_temperature,
             "num_classes": model.num_classes,
             "classes": model.classes,
             "class_ids": model.class_ids,

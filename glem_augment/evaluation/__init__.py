@@ -1,6 +1,6 @@
-"""Measuring a flow (`metrics`), what it generates (`quality`), and which augmentation to use (`tuning`)."""
+"""Measuring a flow (`metrics`), and what it generates (`quality`)."""
 
-from glem_augment.evaluation.metrics import evaluate
+from glem_augment.evaluation.metrics import calibrate, evaluate, moves_put_back
 from glem_augment.evaluation.quality import (
     coverage,
     feature_fid,
@@ -8,7 +8,6 @@ from glem_augment.evaluation.quality import (
     label_reliability,
     memorisation_ratio,
 )
-from glem_augment.evaluation.tuning import choose_strength, moves_put_back
 
-__all__ = ["choose_strength", "coverage", "evaluate", "feature_fid", "features_and_logits"]
+__all__ = ["calibrate", "coverage", "evaluate", "feature_fid", "features_and_logits"]
 __all__ += ["label_reliability", "memorisation_ratio", "moves_put_back"]

@@ -1,9 +1,10 @@
-"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip."""
+"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, moves that would be put back."""
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.data.dataset import ImageData
+from glem_augment.augment.moves import basis_of, shares_put_back, strongest_plausible
+from glem_augment.augment.transform import GLEMAugment
+from glem_augment.data.dataset import ImageData, LabelledImages, images_for
 from glem_augment.errors import DataError
+from glem_augment.latent.gaussians import fit_temperature
 from glem_augment.model.glem import GLEM
 
-__all__ = ["calibration_error", "evaluate", "spread"]
+__all__ = ["calibrate", "calibration_error", "evaluate", "moves_put_back", "spread"]
 
 CALIBRATION_BINS = 15
 
@@ -38,6 +42,55 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
     gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=confidence.device)
     gap.index_add_(0, bins, right.double() - confidence.double())
     return float(gap.abs().sum()) / len(confidence)
+
+
+@torch.no_grad()
+def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float:
+    """Fit the temperature of the model's posterior to images that it was not trained on, see `fit_temperature`.
+
+    `adapt` and the trainer do so by themselves. Accuracy and densities stay as they are; `model.save` keeps the result.
+
+    Args:
+        data: see `GLEM.fit_modes`; some hundred images, but none of the test images.
+
+    Returns:
+        T >= 1, which `model.config.posterior_temperature` holds from now on.
+    """
+    images = images_for(model, data)
+    scores, labels = [], []
+    with tqdm(total=len(images), unit="image", desc="calibrate", disable=not progress, dynamic_ncols=True) as bar:
+        for x, y in images.batches(np.arange(len(images)), 256):
+            scores.append(model.gaussians.log_prob(model.encode(x)[0]).cpu())
+            labels.append(y)
+            bar.update(len(y))
+    model.config.posterior_temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
+    return model.config.posterior_temperature
+
+
+@torch.no_grad()
+def moves_put_back(model: GLEM, data: ImageData, images: int = 128) -> dict[str, Any]:
+    """Share of the moves that `GLEMAugment` puts back at its default settings, because the result is not plausible.
+
+    Args:
+        data: images of the flow's shape, labelled by its class indices. images: how many are moved, evenly spread.
+
+    Returns:
+        `mixup`: the share for policy "mixup" (images that the flow does not give back included); `noise`: that for
+        "noise" at each strength from which "auto" chooses; `strength`: what it chooses on these images.
+
+    Raises:
+        ValueError: a model without modes.
+    """
+    count = min(images, len(data))
+    x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
+    aug = GLEMAugment(model, p=1.0, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the result tells the same
+        aug(x, y)
+    z, basis = model.encode(x)[0], basis_of(model, aug.basis, aug.modes, y)
+    noise = dict(shares_put_back(model, z, basis, aug.margin))
+    strength = strongest_plausible(noise.items())
+    return {"images": count, "mixup": aug.stats["replaced"] / count, "noise": noise, "strength": strength}
 
 
 @torch.no_grad()
@@ -65,7 +118,8 @@ def evaluate(
         for x, y in data.batches(np.arange(len(data)), batch_size):
             x, y = x.to(model.device), y.to(model.device)
             began = time.perf_counter()
-            best = model.gaussians.log_prob(model.encode(x)[0]).log_softmax(1).topk(min(5, model.num_classes), 1)
+            scores = model.gaussians.log_prob(model.encode(x)[0]) / model.config.posterior_temperature
+            best = scores.log_softmax(1).topk(min(5, model.num_classes), 1)
             right.append((best.indices[:, 0] == y).cpu())
             seconds += time.perf_counter() - began
             right_top += int((best.indices == y[:, None]).any(1).sum())

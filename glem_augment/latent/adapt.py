@@ -7,10 +7,18 @@ variance, per dimension,
 
 so a class of one image gets the pooled variance, and a class of many its own. k (`shrinkage`) counts as k more images
 whose spread is v: sigma_y^2 is the posterior mode under a conjugate prior at v, up to a constant in k.
+
+The posterior's temperature is fitted to the same latents, each left out of its own class's Gaussian. Without z a class
+of n latents with mean m has
+
+    m'  =  m - (z - m) / (n - 1),        SS'  =  SS - (z - m)^2 n / (n - 1),
+
+so the fit costs no second pass. v keeps the influence of z, one image among all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,11 +26,13 @@ from torch import Tensor
 
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
-from glem_augment.latent.gaussians import INNER, ClassGaussians
-from glem_augment.latent.modes import ClassModes, fit_class_modes
+from glem_augment.latent.gaussians import INNER, ClassGaussians, fit_temperature
+from glem_augment.latent.modes import REST_FLOOR, ClassModes, fit_class_modes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
+# At most about so many latents, evenly spread over the classes, are kept to fit the temperature.
+_LEFT_OUT = 2000
 
 Psi = tuple[float, float, float] | None
 
@@ -30,8 +40,8 @@ Psi = tuple[float, float, float] | None
 @torch.no_grad()
 def adapt_classes(
     latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int, rank: int, shrinkage: float, psi: Psi
-) -> tuple[ClassGaussians, ClassModes]:
-    """The Gaussians and the modes of new classes. A class of one image borrows what all classes have together.
+) -> tuple[ClassGaussians, ClassModes, float]:
+    """Gaussians, modes and temperature of new classes. A class of one image borrows what all classes have together.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
@@ -41,27 +51,47 @@ def adapt_classes(
         psi: of the flow's own Gaussians; the new ones get a wider psi where this one can't hold their variances.
 
     Returns:
-        Both on the CPU.
+        The first two on the CPU, and the temperature of the posterior.
 
     Raises:
         DataError: a class has no image, no class has two, latents are not finite, or their variances exceed 1e5.
     """
-    modes = fit_class_modes(latents_of_class, num_classes, rank, dim, borrow=True)
-    variance = shrunk_variance(modes.variance().double(), modes.counts, shrinkage)
+    kept: list[Tensor] = []
+
+    def latents(y: int) -> Tensor:
+        z = latents_of_class(y)
+        count = min(len(z), max(1, _LEFT_OUT // num_classes)) if len(z) > 1 else 0
+        kept.append(z[torch.arange(count) * len(z) // max(1, count)])
+        return z
+
+    modes = fit_class_modes(latents, num_classes, rank, dim, borrow=True)
+    freedom = (modes.counts - 1)[:, None].double()
+    scatter = freedom * modes.variance()
+    pooled = scatter.sum(0) / freedom.sum()
+    variance = shrunk_variance(scatter, freedom, pooled, shrinkage)
     gaussians = ClassGaussians(num_classes, dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(modes.mean)
     gaussians.set_variance(variance, inner=(0.0, 1.0))
-    return gaussians, modes
+    scores = gaussians.log_prob(torch.cat(kept).to(gaussians.mu)).double()
+    y = torch.repeat_interleave(torch.tensor([len(z) for z in kept]))
+    classes = zip(kept, modes.mean, scatter, modes.counts.tolist(), strict=True)
+    scores[torch.arange(len(y)), y] = torch.cat([_left_out(*facts, pooled, shrinkage) for facts in classes])
+    return gaussians, modes, fit_temperature(scores, y)
 
 
-def shrunk_variance(variance: Tensor, counts: Tensor, shrinkage: float) -> Tensor:
-    """sigma_y^2 [K, d] from the unbiased variances [K, d] of classes of `counts` [K] latents, see above."""
-    freedom = (counts - 1)[:, None].double()
-    pooled = (freedom * variance).sum(0) / freedom.sum()
+def _left_out(z: Tensor, mean: Tensor, scatter: Tensor, n: int, pooled: Tensor, shrinkage: float) -> Tensor:
+    """log N(z; m', sigma'^2) of latents z [.., d] of a class of n, each under the Gaussian of the others, see above."""
+    share, deviation = n / max(1, n - 1), z.double() - mean
+    left = (scatter - share * deviation.square()).clamp_min(0)
+    variance = shrunk_variance(left, torch.tensor(n - 2.0), pooled, shrinkage).clamp_min(REST_FLOOR)
+    return -0.5 * ((share * deviation).square() / variance + variance.log() + math.log(2 * math.pi)).sum(1)
+
+
+def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage: float) -> Tensor:
+    """sigma_y^2 [.., d] of summed squares [.., d] with so many degrees of freedom, see above; pooled: v [d]."""
     # Without shrinkage the quotient is 0 / 0 for a class of one image.
-    return torch.where(
-        freedom + shrinkage > 0, (freedom * variance + shrinkage * pooled) / (freedom + shrinkage), pooled
-    )
+    total = freedom + shrinkage
+    return torch.where(total > 0, (scatter + shrinkage * pooled) / total, pooled)
 
 
 def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.flows.precision import full_precision
 from glem_augment.latent.kld import kld_class_sums, kld_matrix
 
@@ -40,6 +40,29 @@ def log_densities(z: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
         scaled = mu * inverse
         constants = -0.5 * ((variance.log() + mu * scaled).sum(1) + mu.shape[1] * _LOG_2PI)
         return torch.addmm(torch.addmm(constants, z, scaled.T), z * z, inverse.T, alpha=-0.5)
+
+
+@torch.no_grad()
+def fit_temperature(scores: Tensor, y: Tensor) -> float:
+    """The T >= 1 at which softmax(scores / T) gives the classes y the highest likelihood (Guo et al. 2017).
+
+    The mean of -log softmax(b s)_y is convex in b = 1/T; bisection finds where its slope, the mean of
+    sum_k p_k s_k - s_y, is zero. T = 1 is the floor because a few images that are all recognised would ask for T = 0.
+
+    Args:
+        scores: [N, K], log p(x|y) up to a constant per image, in nats, of images that the densities were not fitted to.
+        y: int64 [N].
+    """
+    scores = scores.double()
+    scores = scores - scores.gather(1, y[:, None])
+    low, high = 1 / HIGHEST_TEMPERATURE, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if float(((middle * scores).softmax(1) * scores).sum()) > 0:
+            high = middle
+        else:
+            low = middle
+    return 1 / high
 
 
 def bounded_variance(s: Tensor, psi: tuple[float, float, float]) -> Tensor:

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from glem_augment.checks import HIGHEST_TEMPERATURE
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec
 
@@ -33,6 +34,7 @@ class GLEMConfig:
         class_ids: folder names, WordNet ids or digits, in index order.
         class_names: names for people, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
+        posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -46,6 +48,7 @@ class GLEMConfig:
     class_ids: list[str]
     class_names: list[str]
     modes_rank: int | None = None
+    posterior_temperature: float = 1.0
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -63,6 +66,10 @@ class GLEMConfig:
             self.psi = float(a), float(b), float(c)
         if self.modes_rank is not None and not (type(self.modes_rank) is int and 1 <= self.modes_rank <= MAX_MODES):
             raise ModelFileError(f"modes_rank must be from 1 to {MAX_MODES} or null, got {_short(self.modes_rank)}")
+        t = self.posterior_temperature
+        if type(t) not in (int, float) or not 1 <= t <= HIGHEST_TEMPERATURE:
+            raise ModelFileError(f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}, got {_short(t)}")
+        self.posterior_temperature = float(t)
         if not isinstance(self.training, dict):
             raise ModelFileError(f"training must be a table, got {type(self.training).__name__}")
 
@@ -99,7 +106,10 @@ class GLEMConfig:
     def to_json(self) -> bytes:
         """The bytes of `config.json`. TypeError, ValueError: a training record that could not be read again."""
         try:
-            data = (json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            values = asdict(self)
+            if self.posterior_temperature == 1:  # so that files from before keep their bytes
+                del values["posterior_temperature"]
+            data = (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
             self.from_json(data)
         except (UnicodeEncodeError, ModelFileError) as error:
             raise ModelFileError(f"the model's config can't be saved: {error}") from None

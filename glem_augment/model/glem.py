@@ -244,8 +244,11 @@ class GLEM(ImageFlow):
         return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
 
     def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | z) [B, K] of latents z [B, d]. `prior` [K] >= 0 is uniform by default; it need not sum to one."""
-        scores = self.gaussians.log_prob(z)
+        """p(y | z) [B, K] of latents z [B, d], proportional to prior_y p(z | y)^(1/T) with the fitted temperature T.
+
+        `prior` [K] >= 0 is uniform by default; it need not sum to one.
+        """
+        scores = self.gaussians.log_prob(z) / self.config.posterior_temperature
         if prior is not None:
             prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
             good = prior.shape == (self.num_classes,) and bool((prior.isfinite() & (prior >= 0)).all())
@@ -255,7 +258,7 @@ class GLEM(ImageFlow):
         return torch.softmax(scores, 1)
 
     def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | x) of the generative classifier: [B, K]. Deterministic."""
+        """p(y | x) of the generative classifier, see `posterior_from_latents`: [B, K]. Deterministic."""
         return self.posterior_from_latents(self.encode(x)[0], prior)
 
     def predict(self, x: Tensor) -> Tensor:
@@ -353,7 +356,7 @@ class GLEM(ImageFlow):
         """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
 
         Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones, and its
-        principal modes, in one pass over `data`.
+        principal modes, in one pass over `data`. The posterior's temperature is fitted to latents that are left out.
 
         Args:
             data: see `fit_modes`.
@@ -379,13 +382,15 @@ class GLEM(ImageFlow):
         counts = [len(found) for found in rows]
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            gaussians, modes = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi)
+            found = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi)
+        gaussians, modes, temperature = found
         config = replace(
             copy.deepcopy(self.config),
             psi=gaussians.psi,
             class_ids=list(images.class_ids),
             class_names=list(images.classes),
             modes_rank=modes.rank,
+            posterior_temperature=temperature,
             training={
                 "data": images.name,
                 "images": sum(counts),

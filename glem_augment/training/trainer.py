@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import GLEMError, TrainingError
+from glem_augment.evaluation.metrics import calibrate
 from glem_augment.evaluation.preview import class_samples, compose
 from glem_augment.io import expand, save_png
 from glem_augment.model.glem import GLEM
@@ -323,6 +324,8 @@ class Trainer(EM):
             "rollbacks": self.rollbacks,
         }
         model.eval().requires_grad_(False)
+        if len(self.split.val):
+            calibrate(model, self.data.subset(self.split.val), self.progress)
         if config.modes_rank:
             # A class of n images has n - 1 modes; the others of small classes have length zero.
             largest = int(np.bincount(self.data.targets).max())

@@ -1,16 +1,18 @@
-"""Accuracy, bits/dim, calibration and round trip of a flow."""
+"""Accuracy, bits/dim, calibration and round trip of a flow, and which moves are put back."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from augment_cases import images, labels, make_model
 from torchmetrics.classification import MulticlassCalibrationError
 
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM, GLEMAugment, ImageData
 from glem_augment.errors import DataError
-from glem_augment.evaluation import evaluate
+from glem_augment.evaluation import calibrate, evaluate, moves_put_back
 from glem_augment.evaluation.metrics import calibration_error, spread
 
 
@@ -64,3 +66,42 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
     assert calibration_error(confidence, predicted == y) == pytest.approx(float(reference), abs=1e-6)
     certain = torch.ones(3, dtype=torch.float64)
     assert calibration_error(certain, torch.tensor([True, True, False])) == pytest.approx(1 / 3)
+
+
+def test_adapting_and_calibrating_make_the_posterior_honest(
+    bundled_train: ImageData, bundled_test: ImageData, tmp_path: Path
+) -> None:
+    """784 pixels as if they were independent are far too sure of a class."""
+    GLEM.create("identity", (1, 28, 28), ["image"], psi=None).adapt(
+        bundled_train, max_per_class=20, progress=False
+    ).save(tmp_path)
+    model, test = GLEM.from_pretrained(tmp_path), bundled_test.subset(range(0, 1000, 4))
+    fitted, x = model.config.posterior_temperature, test.tensor()
+    honest, densities = evaluate(model, test, round_trip=0, progress=False), model.log_prob_per_class(x)
+    prior, z = torch.arange(10.0), model.encode(x)[0]
+    wanted = (model.gaussians.log_prob(z) / fitted + prior.log()).softmax(1)
+    torch.testing.assert_close(model.posterior(x, prior), wanted)
+    model.config.posterior_temperature = 1.0
+    sure = evaluate(model, test, round_trip=0, progress=False)
+    assert honest["ece"] < 0.15 < 0.25 < sure["ece"]
+    same = ("accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal")
+    assert all(honest[name] == sure[name] for name in same)
+    assert torch.equal(model.log_prob_per_class(x), densities)
+    # Images that were held out say the same, nearly, as those left out one by one.
+    again = calibrate(model, test, progress=False)
+    assert again == model.config.posterior_temperature == pytest.approx(fitted, rel=0.5)
+    assert evaluate(model, test, round_trip=0, progress=False)["ece"] < 0.15
+
+
+def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
+    own = make_model()
+    own.modes.scales.mul_(20.0)  # the stronger moves leave the range
+    data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
+    found = moves_put_back(own, data, images=300)
+    assert found["images"] == 300 and found["mixup"] == 0.0 and found["strength"] == 0.125
+    x, y = data.tensor(), torch.from_numpy(data.targets)
+    for strength, share in found["noise"].items():
+        aug = GLEMAugment(own, p=1.0, policy="noise", strength=strength, seed=0)
+        aug(x, y)
+        assert share == pytest.approx(aug.stats["replaced"] / 400, abs=0.1)
+    assert found["noise"][0.5] > 0.9 > 0.05 >= found["noise"][0.125]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.latent.adapt import adapt_classes, psi_that_holds
-from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.latent.gaussians import ClassGaussians, fit_temperature
 from glem_augment.latent.modes import REST_FLOOR
 
 Psi = tuple[float, float, float] | None
@@ -25,7 +26,7 @@ PAPER: Psi = (0.5, 0.2, 0.05)
 @pytest.mark.parametrize("shrinkage", [0.0, 5.0, 1e9])
 def test_means_and_variances_are_the_closed_form(shrinkage: float) -> None:
     latents = [0.5 * torch.randn(n, 6) + 0.3 * y for y, n in enumerate((12, 3, 1, 40))]
-    gaussians, modes = adapt_classes(latents.__getitem__, 4, 6, 4, shrinkage, PAPER)
+    gaussians, modes, _ = adapt_classes(latents.__getitem__, 4, 6, 4, shrinkage, PAPER)
     z = [part.double().numpy() for part in latents]
     squares = [((c - c.mean(0)) ** 2).sum(0) for c in z]
     pooled = sum(squares) / sum(len(c) - 1 for c in z)
@@ -35,6 +36,23 @@ def test_means_and_variances_are_the_closed_form(shrinkage: float) -> None:
         np.testing.assert_allclose(gaussians.variance()[y].detach().numpy(), wanted, rtol=2e-5)
         np.testing.assert_allclose(gaussians.mu[y].detach().numpy(), c.mean(0), rtol=0, atol=1e-6)
     assert modes.counts.tolist() == [12, 3, 1, 40]
+
+
+def test_the_temperature_is_that_of_latents_left_out() -> None:
+    """Without shrinkage nothing is pooled, so this is exact: for each latent all Gaussians are fitted without it."""
+    latents = [torch.randn(n, 12, dtype=torch.float64) for n in (8, 5, 11)]
+    scores, labels = [], []
+    for y, own in enumerate(latents):
+        for i in range(len(own)):
+            rest = [torch.cat([own[:i], own[i + 1 :]]) if c == y else z for c, z in enumerate(latents)]
+            fitted = [Normal(z.mean(0), z.std(0)) for z in rest]
+            scores.append(torch.stack([each.log_prob(own[i]).sum() for each in fitted]))
+            labels.append(y)
+    wanted = fit_temperature(torch.stack(scores), torch.tensor(labels))
+    assert wanted > 2
+    assert adapt_classes(latents.__getitem__, 3, 12, 4, 0.0, PAPER)[2] == pytest.approx(wanted, rel=1e-3)
+    single = [*latents, torch.randn(1, 12)]  # which can't be left out, and stands in the way of others
+    assert 1 < adapt_classes(single.__getitem__, 4, 12, 4, 10.0, PAPER)[2] < 100
 
 
 @pytest.mark.parametrize("psi", [PAPER, None])

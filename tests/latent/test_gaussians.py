@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from glem_augment.latent.gaussians import ClassGaussians, bounded_variance
+from glem_augment.latent.gaussians import ClassGaussians, bounded_variance, fit_temperature
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)
@@ -63,6 +63,22 @@ def test_densities_in_float32_at_a_real_size() -> None:
     assert (gaussians.log_prob_of(z, y) - own).abs().max() < 1e-2
     assert (gaussians.log_prob(z)[torch.arange(20), y] - own).abs().max() < 2e-2
     assert torch.equal(gaussians.log_prob(z).argmax(1), y)
+
+
+def test_the_temperature_is_the_likeliest_of_all_from_one_on() -> None:
+    """Against a grid, on scores that are too sure, about right, not sure enough, useless, and those of one class."""
+    g = torch.Generator().manual_seed(0)
+    truth = 2 * torch.randn(400, 5, generator=g)
+    y = torch.multinomial(truth.softmax(1), 1, generator=g)[:, 0]
+    grid = torch.logspace(0, 4, 401, dtype=torch.float64)
+    for factor in (0.1, 1.0, 3.0, 70.0, -1.0):
+        scores = factor * truth - 1e4  # a constant per image says nothing of its class
+        nll = torch.stack([-(scores.double() / t).log_softmax(1)[torch.arange(400), y].mean() for t in grid])
+        found = fit_temperature(scores, y)
+        assert found == pytest.approx(float(grid[nll.argmin()]), rel=0.02)
+        assert found == 1.0 or factor < 0 or found == pytest.approx(factor, rel=0.2)
+    assert fit_temperature(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64)) == 1.0
+    assert fit_temperature(torch.eye(3), torch.arange(3)) == 1.0  # the likeliest T is 0
 
 
 @pytest.mark.parametrize("psi", PSIS[:3])

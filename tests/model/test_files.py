@@ -58,6 +58,7 @@ def test_save_and_load_give_the_same_bits(tmp_path: Path, preset: str, psi: Any)
     if preset != "glow_tiny":
         model.fit_modes((images(12), torch.arange(12) % 3), rank=5)  # more than four images have
     model.config.training = {"note": "é", "numbers": [1, 2.5]}
+    model.config.posterior_temperature = 3.25
     model.save(tmp_path / "m")
     loaded = GLEM.from_pretrained(tmp_path / "m")
     assert loaded.config == model.config and not loaded.training
@@ -66,7 +67,7 @@ def test_save_and_load_give_the_same_bits(tmp_path: Path, preset: str, psi: Any)
     assert state.keys() == model.state_dict().keys() == load_file(tmp_path / "m" / "model.safetensors").keys()
     assert all(torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in model.state_dict().items())
     x = images()
-    assert torch.equal(loaded.log_prob(x), model.log_prob(x))
+    assert torch.equal(loaded.log_prob(x), model.log_prob(x)) and torch.equal(loaded.posterior(x), model.posterior(x))
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
     assert weights_sha256(loaded) == weights_sha256(model) != weights_sha256(tiny_model())
 
@@ -164,6 +165,7 @@ HOSTILE = (
     {"flow": dict(depth=[256] * 2, blocks=[64] * 2, width=[4096] * 2)},  # all at their limits
     dict(class_ids=MANY, class_names=MANY),
     dict(modes_rank=4096),
+    *(dict(posterior_temperature=t) for t in (0, 0.5, -3, 1e5, 10**400, True, "2", None, [2.0], {})),
     dict(exec="rm -rf /"),
     dict(training={"data": "\x1b[2J"}),  # clears the screen
     dict(training=functools.reduce(lambda inner, _: {"a": inner}, range(21), {})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -245,6 +246,12 @@ def test_the_posterior_rejects(model: GLEM) -> None:
     assert total["rate"] == pytest.approx(120 / total["candidates"])
     assert total["confidence"] == pytest.approx(float(after.mean()), abs=1e-4)
     assert sum(row["candidates"] for row in data.acceptance()["classes"].values()) == total["candidates"]
+    # A posterior that is never sure of a class lets nothing pass.
+    doubtful = copy.deepcopy(model)
+    doubtful.config.posterior_temperature = 1e4
+    data = SyntheticDataset(doubtful, per_class=1, temperature=1.0, min_confidence=0.6)
+    data.images(range(3))
+    assert data.acceptance()["total"]["failed"] == 3
 
 
 def test_the_best_candidate_stays_if_none_passes(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:

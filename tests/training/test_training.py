@@ -19,6 +19,7 @@ from torch import Tensor
 
 from glem_augment import GLEM
 from glem_augment.data.dataset import ImageData
+from glem_augment.evaluation import calibrate
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training import trainer as trainer_module
@@ -178,6 +179,20 @@ def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
     assert loaded.check_invertibility(x)["within_half_step"] == 1
     # How the run was cut into pieces is not part of it.
     assert loaded.config.training["config"] == {k: v for k, v in trainer.config.to_dict().items() if k != "max_minutes"}
+
+
+@pytest.mark.parametrize("held_out", [0.3, 0.0])
+def test_the_temperature_is_that_of_the_images_held_out(tmp_path: Path, held_out: float) -> None:
+    data = toy_data(200)
+    wrong = np.random.default_rng(0).random(200) < 0.2  # or nothing would be wrong about being sure
+    data = data.with_targets(data.targets ^ wrong, data.classes)
+    options = dict(preset="identity", flow_options={}, epochs=1, val_fraction=held_out)
+    trainer = tiny_trainer(tmp_path / "run", data, **options)
+    trainer.fit()
+    model = GLEM.from_pretrained(tmp_path / "run")
+    found = model.config.posterior_temperature
+    assert found == (calibrate(model, data.subset(trainer.split.val), progress=False) if held_out else 1.0)
+    assert held_out == 0.0 or found > 1.5
 
 
 @pytest.mark.parametrize("name", ["glem", "hybrid"])
