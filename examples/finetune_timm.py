@@ -323,6 +323,8 @@ def run(args: argparse.Namespace, root: Path) -> None:
             if ema is not None:
                 ema.update(net, step=done)
             scheduler.step_update(done)
+        if args.distributed:  # BatchNorm's statistics, which each process has of its own images
+            utils.distribute_bn(model, args.world_size, reduce=True)
         if primary:
             scores = final = evaluate(net, val_loader, val, device, dtype)
             if ema is not None:

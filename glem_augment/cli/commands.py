@@ -25,6 +25,7 @@ from glem_augment.cli.common import (
 )
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
+from glem_augment.distributed import is_primary
 from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview
 from glem_augment.hub.cards import CardFacts, summary
@@ -108,16 +109,14 @@ def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
 def generate(args: argparse.Namespace) -> None:
     _check_together(args)
     # A folder that cannot be used is refused before any work.
-    if args.format == "webdataset":
-        check_shards_folder(args.out, args.overwrite)
-    else:
-        check_folder(args.out)
+    (check_shards_folder if args.format == "webdataset" else check_folder)(args.out)
     wanted: PerClass = read_counts(args.per_class) if isinstance(args.per_class, Path) else args.per_class
     class_map = read_class_map(args.class_map)
     model = load_model(args)
+    progress = is_primary() and not args.quiet
     real = None
     if args.real is not None:
-        data = open_resized(model, args.real, args.split or "train", progress=not args.quiet)
+        data = open_resized(model, args.real, args.split or "train", progress=progress)
         match = match_classes(model, data, class_map)
         names, ids = ([values[i] for i in match] for values in (model.classes, model.class_ids))
         real = data.with_targets(data.targets, names, ids)
@@ -125,7 +124,10 @@ def generate(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     dataset = SyntheticDataset(model, wanted, seed=args.seed, source=args.source, real=real, **options)
     began = time.monotonic()
-    dataset.export(args.out, args.format, progress=not args.quiet, overwrite=args.overwrite, license=args.license)
+    writing = {"overwrite": args.overwrite, "license": args.license, "distributed": True}
+    dataset.export(args.out, args.format, progress, **writing)
+    if not is_primary():
+        return
     result = {
         "out": str(args.out),
         "format": args.format,

@@ -14,16 +14,19 @@ import yaml
 from glem_augment.data.classes import ClassMap, match_classes
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.sources import has_splits, tar_file
+from glem_augment.distributed import start
 from glem_augment.io import expand, json_text
 from glem_augment.model.glem import GLEM
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, by default CUDA where it is present. Raises ValueError if it cannot be used."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name, by default CUDA where it is present; under torchrun, this rank's own, in their group.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     try:
-        device = torch.device(name)
+        device = start(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,6 +24,7 @@ from glem_augment.checks import FORMATS, Format, Source, check_choice, check_num
 from glem_augment.data.dataset import ImageData, check_indices
 from glem_augment.data.sources import open_source
 from glem_augment.devices import weights_key
+from glem_augment.distributed import rank, world_size
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, class_counts, class_values, match_targets
@@ -100,7 +101,7 @@ class SyntheticDataset(Dataset):
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._preloaded: Tensor | None = None
         # For each block (class, number) decoded so far: images, images that are not finite, and `Drawn.judged`.
-        self._known: dict[tuple[int, int], tuple[int, int, tuple[int, int, float]]] = {}
+        self.decoded: dict[tuple[int, int], tuple[int, int, tuple[int, int, float]]] = {}
         self._weights_key: tuple[tuple[int, int], ...] | None = None
         self._make_cache()
 
@@ -110,7 +111,7 @@ class SyntheticDataset(Dataset):
     @property
     def non_finite(self) -> int:
         """The number of images decoded so far in this process whose values were not finite (shown grey, 0 or 255)."""
-        return sum(not_finite for _, not_finite, _ in self._known.values())
+        return sum(not_finite for _, not_finite, _ in self.decoded.values())
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index`: (image, label) after the transforms."""
@@ -166,7 +167,7 @@ class SyntheticDataset(Dataset):
         if self.sampler.min_confidence is None:
             raise ValueError("nothing is rejected without min_confidence")
         rows = np.zeros((len(self.classes), 4))
-        for (cls, _), (items, _, judged) in self._known.items():
+        for (cls, _), (items, _, judged) in self.decoded.items():
             rows[cls] += (items, *judged)
         return {
             "min_confidence": self.sampler.min_confidence,
@@ -186,12 +187,12 @@ class SyntheticDataset(Dataset):
             return self._cached_block(cls, number)
         start = int(self._starts[cls]) + number * self.block
         stop = min(start + self.block, int(self._starts[cls + 1]))
-        return self._preloaded[start:stop], self._known[cls, number][1]
+        return self._preloaded[start:stop], self.decoded[cls, number][1]
 
     def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
         self._check_model()
         drawn = self.sampler.images(*self._items(cls, number))
-        self._known[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
+        self.decoded[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
         return drawn.images, drawn.not_finite
 
     def _items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -214,6 +215,7 @@ class SyntheticDataset(Dataset):
         progress: bool = True,
         overwrite: bool = False,
         license: str | None = None,  # noqa: A002  (the Hub's word)
+        distributed: bool = False,
     ) -> Path:
         """Write all images, without the transforms, and glem-provenance.json; every file appears whole or not at all.
 
@@ -223,14 +225,16 @@ class SyntheticDataset(Dataset):
         folder, and `open_data` and `RealAndSynthetic` go by that.
 
         Exporting the same images to the same folder again checks them, and writes what is missing or damaged, so an
-        export that was killed is finished by running it again.
+        export that was killed is finished by running it again, on any number of ranks.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png, see `class_folders`), or "webdataset" (data/train-*.tar,
-                which timm and the Hub read; made in one step at the end).
+                which timm and the Hub read; packed at the end from an ImageFolder in a hidden folder).
             overwrite: replace an export of other images.
             license: of the images that the flow was trained on, which its samples inherit, for the provenance; by
                 default the one in the flow's record (not for mixtures, whose real images may have another).
+            distributed: share the blocks out among all ranks of the process group, which must all make this call and
+                see the same folder. The files are the same for any number of them, with as many threads.
 
         Raises:
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
@@ -241,11 +245,14 @@ class SyntheticDataset(Dataset):
         check_choice("format", format, FORMATS)
         folder = expand(folder)
         self._check_pil()
-        numbered = InLabelOrder(self)
+        numbered = InLabelOrder(self, distributed)
+        progress = progress and numbered.rank == 0
         if format == "webdataset":
-            return export_shards(numbered, folder, overwrite, license, progress)
-        export_imagefolder(numbered, folder, overwrite, license, progress)
-        warn_of_numbers(numbered, folder)
+            export_shards(numbered, folder, overwrite, license, progress)
+        else:
+            export_imagefolder(numbered, folder, overwrite, license, progress)
+            if numbered.rank == 0:
+                warn_of_numbers(numbered, folder)
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
@@ -261,9 +268,9 @@ class SyntheticDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a cache and counts of its own, and other tensors with the same weights.
-        known = {} if self._preloaded is None else self._known
+        known = {} if self._preloaded is None else self.decoded
         state = {key: value for key, value in self.__dict__.items() if key != "_cached_block"}
-        return state | {"_known": known, "_weights_key": None}
+        return state | {"decoded": known, "_weights_key": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -327,7 +334,7 @@ class SyntheticStream(IterableDataset):
         self.sampler = Sampler(model.on(device), *drawing, wanted=self.probabilities > 0)
         self.block = BLOCK
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
-        self._sender: tuple[int, int] | None = None  # rank and number of ranks of the process that sent this copy
+        self._sender = (0, 1)  # rank and number of ranks of the process that sent this copy
         # In shared memory, so that persistent DataLoader workers see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -366,9 +373,7 @@ class SyntheticStream(IterableDataset):
             )
 
     def _ranks(self) -> tuple[int, int]:
-        if self._sender is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return self._sender or (0, 1)
+        return (rank(), world_size()) if world_size() > 1 else self._sender
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, rather than forked, is not part of the process group.

@@ -1,9 +1,10 @@
 """Writing synthetic images to an ImageFolder, with a manifest that says where they came from.
 
 The manifest, glem-provenance.json, holds the settings and a SHA-256 for every shard, a block of images of one class:
-what `cat 000064.png 000065.png ... | sha256sum` prints. While an export is under way, the manifest is saved every few
-seconds with "complete": false. Running an export again checks every shard and writes what is missing or damaged.
-classes.json beside it maps every class's folder, there or not, to its label.
+what `cat 000064.png 000065.png ... | sha256sum` prints. While an export is under way, every rank saves the shards that
+it has written every few seconds: rank 0 in the manifest, with "complete": false, the others in hidden files beside it.
+Running an export again, on any number of ranks, checks every shard and writes what is missing or damaged. classes.json
+beside it maps every class's folder, there or not, to its label.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import shutil
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 from torchvision.io import encode_png
@@ -32,25 +33,33 @@ from tqdm import tqdm
 from glem_augment import __version__
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
+from glem_augment.distributed import gather, rank, world_size
 from glem_augment.io import json_text, write_json
 from glem_augment.model.config import licence_id
 from glem_augment.model.weights import weights_sha256
 
 # Seconds between two saves of the manifest: after a kill, the shards since the last one are drawn again.
 SAVE_SECONDS = 5.0
-# Files that a kill left under their temporary names, and the journal that exports of version 0.1.0 kept meanwhile.
+# Files that a kill left under their temporary names, what ranks beside the first have written, and the journal that
+# exports of version 0.1.0 kept meanwhile.
 _LEFT_OVER = re.compile(
-    r"\.((\d{6,}\.png|glem-provenance\.json|classes\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp|glem-export\.jsonl)"
+    r"\.((\d{6,}\.png|(\.\d+-)?glem-provenance\.json|classes\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp"
+    r"|\d+-glem-provenance\.json|glem-export\.jsonl)"
 )
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class InLabelOrder:
-    """A `SyntheticDataset` (whose module imports this one) for the writers of files: classes in its `label_order`."""
+    """A `SyntheticDataset` (whose module imports this one) for the writers of files: classes in its `label_order`.
 
-    def __init__(self, dataset: Any) -> None:
+    `distributed`: all ranks write together, and this one takes every `ranks`-th shard from number `rank` on.
+    """
+
+    def __init__(self, dataset: Any, distributed: bool = False) -> None:
         self._dataset, self._order = dataset, dataset.label_order
+        self.rank, self.ranks = (rank(), world_size()) if distributed else (0, 1)
         self.classes = [dataset.classes[i] for i in self._order]
         self.class_ids = [dataset.class_ids[i] for i in self._order]
         self.counts = [dataset.counts[i] for i in self._order]
@@ -66,6 +75,10 @@ class InLabelOrder:
 
     def decoded_block(self, label: int, number: int) -> tuple[Tensor, int]:
         return self._dataset.decoded_block(self._order[label], number)
+
+    def gather(self, thing: _T) -> list[_T]:
+        """The things of all ranks that write together. None of them goes on before all have come here."""
+        return gather(thing) if self.ranks > 1 else [thing]
 
 
 class Shard(NamedTuple):
@@ -87,47 +100,28 @@ def export_imagefolder(
     overwrite: bool = False,
     license: str | None = None,  # noqa: A002  (the Hub's word)
     progress: bool = True,
-) -> Path:
-    """Write folder/<class>/NNNNNN.png and the manifest; see `SyntheticDataset.export`."""
-    manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset)}
-    old = check_folder(folder)
-    if old is not None and (found := differences(old, manifest)):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
-                "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
-            )
-        # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
-        for entry in old["classes"]:
-            if (folder / entry["folder"]).is_dir():
-                shutil.rmtree(folder / entry["folder"])  # `check_folder` has seen that there are only its images
-        old = None
-    if license is None and old is not None:
-        manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
+) -> dict[str, Any]:
+    """Write folder/<class>/NNNNNN.png and the manifest, which is returned; see `SyntheticDataset.export`."""
+    if dataset.rank == 0:
+        _begin(dataset, folder, overwrite, license)
+    dataset.gather(None)
+    begun = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     shards = [
         Shard(cls, number, entry["folder"], first, min(dataset.block, entry["count"] - first))
-        for cls, entry in enumerate(manifest["classes"])
+        for cls, entry in enumerate(begun["classes"])
         for number, first in enumerate(range(0, entry["count"], dataset.block))
     ]
-    done = _intact(folder, shards, old)
-    missing = [shard for shard in shards if shard not in done]
-
-    def save(complete: bool) -> None:
-        entries = [done[shard] for shard in shards if shard in done]
-        not_finite = sum(entry["not_finite"] for entry in entries)
-        new = {**manifest, "complete": complete, "images_not_finite": not_finite, "shards": entries}
-        if missing or new != old:
-            write_json(folder / PROVENANCE, new)
-
-    if missing:
-        save(complete=False)
-    labels, path = {entry["folder"]: entry["index"] for entry in manifest["classes"]}, folder / CLASS_FILE
-    if not path.is_file() or path.read_bytes() != f"{json_text(labels)}\n".encode():
-        write_json(path, labels)
+    own = shards[dataset.rank :: dataset.ranks]
+    done = _intact(folder, own, begun["shards"])
+    missing = [shard for shard in own if shard not in done]
+    path, earlier = folder / PROVENANCE, begun["shards"]
+    if dataset.rank:
+        path, earlier = folder / f".{dataset.rank}-{PROVENANCE}", []
     saved, total = time.monotonic(), sum(shard.images for shard in missing)
+    of = f" of rank 0 of {dataset.ranks}" if dataset.ranks > 1 else ""
     with (
         ThreadPoolExecutor(min(8, usable_cpus())) as pool,
-        tqdm(total=total, unit="image", desc="export", disable=not (progress and missing)) as bar,
+        tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
         for shard in missing:
             images, not_finite = dataset.decoded_block(shard.cls, shard.number)
@@ -136,13 +130,46 @@ def export_imagefolder(
             done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
             bar.update(shard.images)
             if time.monotonic() - saved >= SAVE_SECONDS:
-                save(complete=False)
+                write_json(path, {**begun, "complete": False, "shards": [*earlier, *done.values()]})
                 saved = time.monotonic()
-    save(complete=True)
-    for path in folder.rglob(".*"):
-        if _LEFT_OVER.fullmatch(path.name):
-            path.unlink()
-    return folder
+    for others, decoded in dataset.gather((done, dataset.decoded)):
+        done |= others
+        dataset.decoded.update(decoded)
+    manifest = {**begun, "complete": True, **_results([done[shard] for shard in shards])}
+    if dataset.rank == 0:
+        if manifest != begun:
+            write_json(folder / PROVENANCE, manifest)
+        for path in folder.rglob(".*"):
+            if _LEFT_OVER.fullmatch(path.name):
+                path.unlink()
+    dataset.gather(None)
+    return manifest
+
+
+def _begin(dataset: InLabelOrder, folder: Path, overwrite: bool, license: str | None) -> None:  # noqa: A002
+    """Make the folder ready: no images of another export, a manifest with the shards of earlier runs, classes.json."""
+    manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset)}
+    old = check_folder(folder)
+    if old is not None and not holds_same(folder, old, manifest, overwrite):
+        # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
+        for entry in old["classes"]:
+            if (folder / entry["folder"]).is_dir():
+                shutil.rmtree(folder / entry["folder"])  # `check_folder` has seen that there are only its images
+        old = None
+    if license is None and old is not None:
+        manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
+    parts = [old, *map(read_manifest, sorted(folder.glob(f".*-{PROVENANCE}")))]
+    parts = [part for part in parts if part is not None and not differences(part, manifest)]
+    manifest |= _results(list(_by_place(entry for part in parts for entry in part.get("shards", [])).values()))
+    if old is None or manifest != old | {"complete": False}:
+        write_json(folder / PROVENANCE, manifest)
+    labels, path = {entry["folder"]: entry["index"] for entry in manifest["classes"]}, folder / CLASS_FILE
+    if not path.is_file() or path.read_bytes() != f"{json_text(labels)}\n".encode():
+        write_json(path, labels)
+
+
+def _results(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"images_not_finite": sum(entry["not_finite"] for entry in entries), "shards": entries}
 
 
 def warn_of_numbers(dataset: InLabelOrder, folder: Path) -> None:
@@ -159,7 +186,7 @@ def warn_of_numbers(dataset: InLabelOrder, folder: Path) -> None:
 
 def _write_png(image: Tensor, path: Path) -> bytes:
     """Write an image as a PNG file; its bytes."""
-    data = as_png(image)
+    data = encode_png(image).numpy().tobytes()
     # `io.atomic_write` would sync every one of these small files to the disk, which takes longer than all the rest.
     # What a power cut took is found by the hashes when the export is run again.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -171,11 +198,6 @@ def _write_png(image: Tensor, path: Path) -> bytes:
         finally:
             temporary.unlink(missing_ok=True)
     return data
-
-
-def as_png(image: Tensor) -> bytes:
-    """A PNG of uint8 [1 or 3, H, W]."""
-    return encode_png(image).numpy().tobytes()
 
 
 @contextlib.contextmanager
@@ -231,6 +253,17 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest if inside and well_formed else None
 
 
+def holds_same(folder: Path, old: dict[str, Any], new: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the manifest of an earlier export describes the same images. FileExistsError if not, unless overwrite."""
+    found = differences(old, new)
+    if found and not overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
+            "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
+        )
+    return not found
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
 
@@ -249,10 +282,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def _intact(folder: Path, shards: Sequence[Shard], old: dict[str, Any] | None) -> dict[Shard, dict[str, Any]]:
+def _intact(folder: Path, shards: list[Shard], entries: list[dict[str, Any]]) -> dict[Shard, dict[str, Any]]:
     """The manifest entries of the shards whose files are all there, with the hash that the manifest gives."""
-    entries = [] if old is None else old.get("shards", [])
-    known = {(entry["folder"], entry["first"], entry["count"]): entry for entry in entries}
+    known = _by_place(entries)
 
     def is_intact(shard: Shard) -> bool:
         try:
@@ -264,6 +296,11 @@ def _intact(folder: Path, shards: Sequence[Shard], old: dict[str, Any] | None) -
     listed = [shard for shard in shards if shard[2:] in known]
     with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
         return {s: known[s[2:]] for s, intact in zip(listed, pool.map(is_intact, listed), strict=True) if intact}
+
+
+def _by_place(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Entries of a manifest by folder, first image and number of images; the last of several for one shard."""
+    return {(entry["folder"], entry["first"], entry["count"]): entry for entry in entries}
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------

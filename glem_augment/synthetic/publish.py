@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tarfile
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from glem_augment.synthetic.export import (
     CLASS_FILE,
     PROVENANCE,
     InLabelOrder,
-    as_png,
     export_imagefolder,
+    holds_same,
     licence_note,
     naming,
     provenance,
@@ -47,7 +47,6 @@ from glem_augment.synthetic.export import (
 MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
 # A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.
 MAX_SHARDS, MIN_SHARD = 64, 32
-_BLOCK = 1_000  # images decoded at a time
 # A description of the shards for timm's reader. The Hub's loaders read *.tar alone.
 _SHARDS_INFO = "data/_info.json"
 _UNFINISHED = ".glem-unfinished"  # the folder inside an export in which its files are made
@@ -102,6 +101,8 @@ def write_dataset(
     facts = replace(facts, license=stated_licence(facts.license, dataset))
     write = _write_imagefolder if layout == "imagefolder" else _write_shards
     written = write(dataset, folder, progress)
+    if dataset.rank:
+        return
     # The model's config is left out: it may name private folders.
     manifest = {key: value for key, value in written.items() if key != "model"} | {
         "format": layout,
@@ -126,8 +127,7 @@ def _origin(model: GLEM) -> str | None:
 def _write_imagefolder(dataset: InLabelOrder, folder: Path, progress: bool) -> dict[str, Any]:
     """Export the images, and add the table of labels that `datasets` reads. Returns the manifest of the export."""
     images = folder / "data" / "train"
-    export_imagefolder(dataset, images, progress=progress)
-    manifest = json.loads((images / PROVENANCE).read_text(encoding="utf-8"))
+    manifest = export_imagefolder(dataset, images, progress=progress)
     (images / PROVENANCE).unlink()
     (images / CLASS_FILE).unlink()
     index = itertools.count()
@@ -140,29 +140,43 @@ def _write_imagefolder(dataset: InLabelOrder, folder: Path, progress: bool) -> d
 
 
 def _write_shards(dataset: InLabelOrder, folder: Path, progress: bool) -> dict[str, Any]:
-    """Write image i to shard i mod S, so that every shard holds every class. Returns the manifest."""
-    count = min(MAX_SHARDS, -(-len(dataset) // MIN_SHARD))
-    data = folder / "data"
-    paths = [data / f"train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
+    """Write image i to shard i mod S, so that every shard holds every class. Returns the manifest.
+
+    Each shard has images of nearly all blocks. So the images are made first, as an ImageFolder in folder/images.
+    """
+    images, data = folder / "images", folder / "data"
+    if dataset.rank == 0:
+        shutil.rmtree(data, ignore_errors=True)  # from a run that was killed, perhaps of other images
+    manifest = export_imagefolder(dataset, images, overwrite=True, progress=progress)
+    folders = [entry["folder"] for entry in manifest["classes"]]
+    paths = [
+        images / folders[label] / f"{i:06d}.png"
+        for label in dict.fromkeys(dataset.targets)
+        for i in range(dataset.counts[label])
+    ]
+    names = shard_names(dataset)
+    count = len(names)
     data.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(dataset), unit="image", desc="export", disable=not progress)
-    with bar, naming(data), ExitStack() as stack:
-        shards = [stack.enter_context(tarfile.open(path, "w")) for path in paths]
-        for start in range(0, len(dataset), _BLOCK):
-            indices = range(start, min(len(dataset), start + _BLOCK))
-            for index, image in zip(indices, dataset.images(indices), strict=True):
-                shard = shards[index % count]
-                _add_file(shard, f"{index:08d}.png", as_png(image))
+    for number in tqdm(range(dataset.rank, count, dataset.ranks), unit="shard", desc="pack", disable=not progress):
+        with naming(data), tarfile.open(data / names[number], "w") as shard:
+            for index in range(number, len(paths), count):
+                _add_file(shard, f"{index:08d}.png", paths[index].read_bytes())
                 _add_file(shard, f"{index:08d}.cls", str(dataset.targets[index]).encode())
-                bar.update()
     split = {
         "name": "train",
         "num_samples": len(dataset),
-        "filenames": [path.name for path in paths],
+        "filenames": names,
         "shard_lengths": [len(range(i, len(dataset), count)) for i in range(count)],
     }
-    write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
-    return {**provenance(dataset), "complete": True, "images_not_finite": dataset.non_finite}
+    if dataset.rank == 0:
+        write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
+    dataset.gather(None)
+    return {key: value for key, value in manifest.items() if key != "shards"}
+
+
+def shard_names(dataset: InLabelOrder) -> list[str]:
+    count = min(MAX_SHARDS, -(-len(dataset) // MIN_SHARD))
+    return [f"train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
 
 
 def _add_file(shard: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -180,34 +194,53 @@ def export_shards(
     overwrite: bool = False,
     license: str | None = None,  # noqa: A002
     progress: bool = True,
-) -> Path:
+) -> None:
     """Write WebDataset shards, card and provenance to `folder`. They appear there together, once all are finished."""
-    check_shards_folder(folder, overwrite)
     unfinished = folder / _UNFINISHED
-    with lock_folder(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)  # an earlier export may have been killed
-        try:
+    with lock_folder(folder) if dataset.rank == 0 else nullcontext():
+        finished = dataset.rank == 0 and _is_finished(dataset, folder, overwrite, license)
+        if not dataset.gather(finished)[0]:
             write_dataset(dataset, unfinished, folder.resolve().name, CardFacts(license), "webdataset", progress)
-            for path in folder.glob("data/train-*-of-*.tar"):  # of an earlier export
-                path.unlink()
-            (folder / "data").mkdir(exist_ok=True)
-            for path in sorted(unfinished.rglob("*.*")):  # the provenance comes last
-                os.replace(path, folder / path.relative_to(unfinished))
-        finally:
+            if dataset.rank == 0:
+                # A run that is killed from here on goes on without a manifest, and thus without `overwrite`.
+                (folder / PROVENANCE).unlink(missing_ok=True)
+                for path in folder.glob("data/train-*-of-*.tar"):  # of an earlier export
+                    path.unlink()
+                (folder / "data").mkdir(exist_ok=True)
+                for path in [*unfinished.glob("data/*"), unfinished / "README.md", unfinished / PROVENANCE]:
+                    os.replace(path, folder / path.relative_to(unfinished))
+        if dataset.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    dataset.gather(None)
 
 
-def check_shards_folder(folder: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless `folder` is new, empty, or holds shards that `overwrite` allows to replace."""
+def _is_finished(dataset: InLabelOrder, folder: Path, overwrite: bool, license: str | None) -> bool:  # noqa: A002
+    """Whether all shards of these images are there. FileExistsError if there are others, unless overwrite."""
+    new, old = provenance(dataset), check_shards_folder(folder)
+    if old is None or not holds_same(folder, old | {"model": new["model"]}, new, overwrite):
+        return False
+    same_licence = license is None or license == old.get("license")
+    return same_licence and all((folder / "data" / name).is_file() for name in shard_names(dataset))
+
+
+def check_shards_folder(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier export of shards; None if the folder is missing, empty or has only an unfinished one.
+
+    Raises:
+        FileExistsError: the folder is a file, or holds anything else.
+    """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder to export to")
-    if not folder.exists() or all(path.name in (_UNFINISHED, ".lock") for path in folder.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} is not empty: give another folder, or --overwrite")
-    if (read_manifest(folder / PROVENANCE) or {}).get("format") != "webdataset":
-        raise FileExistsError(f"{folder} holds no earlier export of shards and is left alone: give another folder")
+    old = read_manifest(folder / PROVENANCE) or {}
+    if old.get("format") == "webdataset":
+        return old
+    there = {path.name for path in folder.iterdir()} - {".lock"} if folder.exists() else set()
+    if there and not (_UNFINISHED in there and there <= {_UNFINISHED, "data", "README.md"}):
+        raise FileExistsError(
+            f"{folder} is not empty, it holds no earlier export of shards, the only thing that overwrite=True "
+            "(--overwrite) replaces: give another folder"
+        )
+    return None
 
 
 # ---- the card ----------------------------------------------------------------------------------------------------

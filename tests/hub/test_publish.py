@@ -22,6 +22,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import publish
+from glem_augment.synthetic.export import InLabelOrder
 
 PROVENANCE = "glem-provenance.json"
 server, pushed = test_hub.server, test_hub.pushed  # fixtures
@@ -76,7 +77,6 @@ def test_a_data_set_is_pushed_as_an_image_folder(pushed: Pushed) -> None:
 def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "MIN_SHARD", 4)
     monkeypatch.setattr(publish, "MAX_FILES_IN_FOLDER", 2)
-    monkeypatch.setattr(publish, "_BLOCK", 2)
     dataset = SyntheticDataset(tiny_model(), per_class=3)
     with pytest.raises(DataError, match="format='webdataset'.*hf upload org/images"):
         dataset.push_to_hub("org/images")
@@ -94,13 +94,15 @@ def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:
     """`datasets` reads these fields of the card."""
-    dataset = SyntheticDataset(tiny_model(), per_class=1)
+    dataset = InLabelOrder(SyntheticDataset(tiny_model(), per_class=1))
     names = {"0": "cat", "1": "dog", "2": "ant"}
     for kind, image, label, path in (
         ("imagefolder", "image", "label", "data/train/**"),
         ("webdataset", "png", "cls", "data/train-*.tar"),
     ):
-        publish.write_dataset(dataset, tmp_path / kind, "org/x", test_hub.CardFacts("mit"), kind, progress=False)
+        publish.write_dataset(
+            InLabelOrder(dataset), tmp_path / kind, "org/x", test_hub.CardFacts("mit"), kind, progress=False
+        )
         data = DatasetCard((tmp_path / kind / "README.md").read_text()).data.to_dict()
         features = data["dataset_info"]["features"]
         assert features[0] == {"name": image, "dtype": "image"}
@@ -154,6 +156,14 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
         patch.setattr("tarfile.TarFile.addfile", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="cannot write .*data: No space left"):
             export(folder, seed=2, overwrite=True)
-    assert files(folder) == before
+    left = files(folder)
+    assert {name: left[name] for name in left if not name.startswith(publish._UNFINISHED)} == before
     fresh = files(export(tmp_path / "fresh" / "out", seed=2))
-    assert files(export(folder, seed=2, overwrite=True)) == {**fresh, "data/val-00000.tar": b"mine"}
+    whole = {**fresh, "data/val-00000.tar": b"mine"}
+    with monkeypatch.context() as patch:  # the images were all made, and then there is nothing to do
+        patch.setattr(SyntheticDataset, "decoded_block", None)
+        assert files(export(folder, seed=2, overwrite=True)) == files(export(folder, seed=2)) == whole
+    # As a kill leaves it while shards are moved into place.
+    (folder / PROVENANCE).unlink()
+    (folder / publish._UNFINISHED).mkdir()
+    assert files(export(folder, seed=2)) == whole

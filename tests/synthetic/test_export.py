@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import on_ranks
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment.checks import FORMATS
 from glem_augment.data.classes import match_classes
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import export as _export
@@ -122,6 +126,35 @@ def test_running_it_again_checks_and_repairs(tmp_path: Path, monkeypatch: pytest
     again([(cls, number) for cls in range(3) for number in range(3)])
     make().export(folder, progress=False, license="cc0-1.0")
     assert manifest_of(folder)["license"] == "cc0-1.0"
+
+
+def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 images in 9 blocks, and in 4 shards; a rank is killed, and another number of ranks goes on."""
+    monkeypatch.setattr("glem_augment.synthetic.publish.MIN_SHARD", 8)
+    monkeypatch.setattr(_export, "SAVE_SECONDS", 0.0)
+    alone = make(min_confidence=0.34)
+    whole = {form: files(alone.export(tmp_path / "alone" / form, form, progress=False)) for form in FORMATS}
+
+    def export(form: str, blocks: int = 9) -> Any:
+        data, drawn = make(min_confidence=0.34), itertools.count()
+        decode = data.decoded_block
+
+        def decoded_block(cls: int, number: int) -> Any:
+            if next(drawn) == blocks and torch.distributed.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return decode(cls, number)
+
+        data.decoded_block = decoded_block
+        data.export(tmp_path / form, form, progress=False, distributed=True)
+        return data.acceptance(), next(drawn)
+
+    found = on_ranks(2, lambda: export("imagefolder"))
+    assert found == [(alone.acceptance(), 5), (alone.acceptance(), 4)]
+    lost, killed = on_ranks(2, lambda: export("webdataset", blocks=2))
+    assert killed is None and "lost" in str(lost)
+    assert [drawn for _, drawn in on_ranks(3, lambda: export("webdataset"))] == [0, 1, 1]
+    for form in FORMATS:
+        assert files(tmp_path / form) == whole[form]
 
 
 def test_other_settings_are_never_mixed(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import on_ranks
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from glem_augment import (
@@ -260,21 +261,33 @@ def test_every_epoch_of_a_stream_has_classes_in_an_order_of_its_own(model: GLEM)
     assert len(late) > 100 and not late & as_rows(item for item in alone._block(1, 0, 8))
 
 
-def test_ranks_share_a_stream_out(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_a_stream_and_a_data_set_out(model: GLEM, ranks: int) -> None:
+    """50 and 26 images, which neither number of ranks divides."""
     whole = as_rows(SyntheticStream(model, length=48))  # six blocks
-    streams = []
-    for number in range(3):
-        with monkeypatch.context() as patch:
-            for name, value in (("is_initialized", True), ("get_rank", number), ("get_world_size", 3)):
-                patch.setattr(torch.distributed, name, lambda value=value: value)
-            # As a worker that is spawned gets it: it knows its rank, but is not part of the process group.
-            streams.append(pickle.loads(pickle.dumps(SyntheticStream(model, length=50))))
-    parts = [as_rows(stream) for stream in streams]
-    # Equally many, or the rank with fewer would leave the others waiting at the end of the epoch.
-    assert [len(p) for p in parts] == [len(s) for s in streams] == [17] * 3
-    union = set.union(*parts)
-    assert len(union) == 51 and whole <= union
-    assert as_rows(DataLoader(streams[1], batch_size=None, num_workers=3)) == parts[1]
+    data = SyntheticDataset(model, per_class=[9, 9, 8])
+    items = [(label, image.tobytes()) for image, label in data]
+    sent = pickle.dumps(SyntheticStream(model, length=50))  # as to processes that form a group later
+
+    def seen() -> Any:
+        stream, again = SyntheticStream(model, length=50), pickle.loads(sent)
+        parts = [as_rows(s) for s in (stream, again, DataLoader(stream, batch_size=None, num_workers=3))]
+        sampler = DistributedSampler(data, shuffle=True, seed=1)
+        drawn = [item for batch in DataLoader(data, 4, sampler=sampler, collate_fn=list) for item in batch]
+        return parts, len(stream), pickle.dumps(stream), [(label, image.tobytes()) for image, label in drawn]
+
+    found = on_ranks(ranks, seen)
+    share = -(-50 // ranks)  # equally many, or the rank with fewer would leave the others waiting
+    streamed: set[tuple[int, bytes]] = set()
+    for rank, (parts, length, to_worker, drawn) in enumerate(found):
+        # A worker that is spawned knows its rank, but is not part of the process group.
+        assert parts == 3 * [as_rows(pickle.loads(to_worker))] and len(parts[0]) == length == share
+        assert not streamed & parts[0]
+        streamed |= parts[0]
+        sampler = DistributedSampler(data, ranks, rank, shuffle=True, seed=1)
+        assert drawn == [items[i] for i in sampler]
+    assert whole <= streamed
+    assert {item for *_, drawn in found for item in drawn} == set(items)
 
 
 def test_weights_of_a_stream(model: GLEM, tail: ImageData) -> None:
