@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import two_ranks
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     for folder in ("train/Bag", "train/Coat", "val/Bag", "val/Coat"):
         (tmp_path / "data" / folder).mkdir(parents=True)

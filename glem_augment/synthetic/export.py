@@ -158,8 +158,8 @@ def _begin(dataset: InLabelOrder, folder: Path, overwrite: bool, license: str | 
         old = None
     if license is None and old is not None:
         manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
-    parts = [old, *map(read_manifest, sorted(folder.glob(f".*-{PROVENANCE}")))]
-    parts = [part for part in parts if part is not None and not differences(part, manifest)]
+    found = [old, *map(read_manifest, sorted(folder.glob(f".*-{PROVENANCE}")))]
+    parts = [part for part in found if part is not None and not differences(part, manifest)]
     manifest |= _results(list(_by_place(entry for part in parts for entry in part.get("shards", [])).values()))
     if old is None or manifest != old | {"complete": False}:
         write_json(folder / PROVENANCE, manifest)
