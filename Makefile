@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-CODE := $(wildcard glem_augment tests examples benchmarks)
+CODE := $(wildcard glem_augment tests examples benchmarks docs)
 
-.PHONY: demo test slow floor lint format dist install clean
+.PHONY: demo test slow floor lint format dist docs install clean
 
 install: $(STAMP)
 
@@ -50,6 +50,14 @@ dist: $(STAMP)
 	cd .venv-dist/sdist && ../bin/python -m pytest -q --collect-only > ../collected.txt
 	cd .venv-dist/sdist && ../bin/python -m pytest -q tests/test_house.py tests/test_io.py tests/model
 
+# The documentation as a site. Once installed it builds without a network.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+.venv/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-dist demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf site .venv .venv-floor .venv-dist demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

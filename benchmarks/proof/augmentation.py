@@ -16,7 +16,7 @@ A cell is one classifier trained with one stack of augmentations. For every sett
 Validation images are training images that no seed draws, the same for all; the test images are read in "final" alone,
 when everything is fixed. All cells of a setting have the same steps, and those of a seed the same images, order and
 start. Every finished cell is stored at once, in augmentation_tuning.json or (final) augmentation.json, a list of rows;
-a rerun goes on with what is missing. See docs/augmentation.md.
+a rerun goes on with what is missing. See docs/protocol.md.
 
 Data is looked for in $GLEM_DATA (fashion-mnist, cifar10, imagenette128, mnist), trained flows in --flows.
 """

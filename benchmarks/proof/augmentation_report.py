@@ -175,7 +175,7 @@ def markdown(results: list[Result]) -> list[str]:
         "",
         "`python benchmarks/proof/augmentation.py --report`, from "
         f"`{FINAL}` (test images, read once, after all settings were fixed) and `{TUNING}` (validation images). "
-        "The protocol is in docs/augmentation.md. Gains are paired over seeds, in points, with 95 % intervals "
+        "The protocol is in docs/protocol.md. Gains are paired over seeds, in points, with 95 % intervals "
         f"(Student's t); a row counts with at least {LEAST_SEEDS} seeds. The control is the same method with the modes "
         "of the pixels; the control's best, the method that validation put first with these.",
         "",

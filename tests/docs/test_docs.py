@@ -52,11 +52,32 @@ SMALLER: dict[str, dict[str, str]] = {
     },
     "docs/adapt.md": {"(3, 32, 32)": "(3, 8, 8)"},
     "README.md": {"--per-class 500": "--per-class 5"},
+    "docs/index.md": {
+        "--per-class 100": "--per-class 1",
+        "batch_size=64": "batch_size=4",
+        "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",  # README.md runs one
+    },
+    "docs/synthetic.md": {"--per-class 500": "--per-class 1"},
+    "docs/train.md": {'"train")': '"train").subset(range(0, 1000, 40))', "epochs=20": "epochs=1"},
 }
-OPTIONS = {"train": [*TINY, "--epochs", "1", "--quiet"]}
+OPTIONS = {
+    "train": [*TINY, "--epochs", "1", "--quiet"],
+    "eval": ["--limit", "9", "--round-trip", "3"],
+    "preview": ["--rows", "1", "--policy", "noise"],
+}
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/adapt.md", "docs/hub.md", "docs/reproduction.md"])
+PYTHON_AND_COMMANDS = {
+    "README.md": 7,
+    "docs/adapt.md": 4,
+    "docs/hub.md": 9,
+    "docs/index.md": 7,
+    "docs/reproduction.md": 1,
+}
+PYTHON_AND_COMMANDS |= {"docs/synthetic.md": 6, "docs/train.md": 8}
+
+
+@pytest.mark.parametrize("name", PYTHON_AND_COMMANDS)
 def test_the_code_of_a_page_runs(
     name: str, server: test_hub.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,13 +87,14 @@ def test_the_code_of_a_page_runs(
     for folder in ("photos", "photos-test"):
         write_images(tmp_path / folder, ("ant", "cat", "dog"), (20, 24), 6)
     (tmp_path / "photos" / "dog" / "0.png").unlink()  # so that there is something to balance
+    write_images(tmp_path / "unlabelled", ("images",), (20, 24), 20)
     model = test_hub.tiny_model(data="photos", images=17)
     model.fit_modes((torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3), rank=4)
     for repo in ("org/flow", "org/name"):
         server.repo(repo).tags["v1.0"] = server.put(repo, test_hub.files_of(model, tmp_path / repo))
     jet, card = save({k: t.contiguous() for k, t in published().state_dict().items()}), b"---\nlicense: mit\n---\n"
     server.put("btrude/jet_imagenet64x64_200m", {"jet.safetensors": jet, "README.md": card})
-    if name == "docs/hub.md":  # the other pages make this one
+    if name in ("docs/hub.md", "docs/synthetic.md"):  # the other pages make this one
         model.save(tmp_path / "runs" / "photos")
     shutil.rmtree(tmp_path / "org")  # a folder would win over the Hub
     space: dict[str, Any] = {"module": Own()}  # for docs/adapt.md
@@ -88,7 +110,7 @@ def test_the_code_of_a_page_runs(
             if words[:1] == ["glem"] and "NAME" not in words:
                 assert main([*words[1:], *OPTIONS.get(words[1], [])]) == 0, line
                 ran += 1
-    assert ran >= {"README.md": 7, "docs/adapt.md": 4, "docs/hub.md": 9, "docs/reproduction.md": 1}[name]
+    assert ran >= PYTHON_AND_COMMANDS[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -111,6 +133,34 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_gains_are_those_of_the_results() -> None:
+    """The tables of docs/evidence.md, to a tenth of a point, and what README.md repeats of them."""
+    results = (ROOT / "benchmarks" / "results" / "augmentation.md").read_text().split("## Never counted")[0]
+    rows = [line.strip("| ").split(" | ") for line in results.splitlines() if line.count("|") == 11]
+    gains = {}
+    for setting, classifier, base, opponent, ours, _, *over, seeds in rows[2:]:
+        flow = ours[ours.index("(") :].strip("()").split(", ")[1]
+        numbers = [float(n) for cell in (base, opponent) for n in re.findall(r"\d+\.\d+", cell)[:1]]
+        numbers += [float(n) for cell in over for n in re.findall(r"[+-]?\d+\.\d+", cell)]
+        gains[setting, classifier, flow] = [*numbers, int(seeds)]
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    seen = []
+    for part in text.split("\n## "):
+        kind = "own" if part.startswith("With a flow of the few") else "unlabelled"
+        for line in re.findall(r"^\| `.*\|$", part, flags=re.M):
+            setting, classifier, *cells = line.strip("| ").replace("`", "").replace("*", "").split(" | ")
+            keys = [key for key in gains if key[:2] == (setting, classifier) and key[2] in (cells[0], "own")[:1]]
+            keys = keys or [key for key in gains if key[:2] == (setting, classifier) and kind in key[2]]
+            (key,) = keys
+            given = [float(n) for cell in cells for n in re.findall(r"(?<![\w-])[+-]?\d+(?:\.\d+)?(?![\w-])", cell)]
+            assert given == pytest.approx(gains[key], abs=0.051), line
+            seen.append(key)
+    assert sorted(seen) == sorted(gains)
+
+
 # ---- lists that are complete ---------------------------------------------------------------------------------------
 
 
@@ -120,9 +170,9 @@ def test_every_room_and_page_is_listed() -> None:
     assert {name for name in re.findall(r"^\| `(\w+)/` \|", text, flags=re.M)} == rooms
     folders = {path.name for path in (ROOT / "benchmarks").iterdir() if path.is_dir() and path.name != "results"}
     assert {name for name in re.findall(r"^\| `benchmarks/(\w+)/` \|", text, flags=re.M)} == folders - {"__pycache__"}
-    readme = (ROOT / "README.md").read_text()
+    site = (ROOT / "mkdocs.yml").read_text()
     for page in PAGES:
-        assert page.name == "README.md" or f"]({page.relative_to(ROOT)})" in readme, page.name
+        assert page.name == "README.md" or f": {page.name}\n" in site, page.name
 
 
 def test_every_method_and_preset_is_described() -> None:
@@ -131,6 +181,20 @@ def test_every_method_and_preset_is_described() -> None:
     names = sorted(name for cell in cells for name in re.findall(r"`([\w-]+)`", cell))
     assert names == sorted([*METHODS, *CODED_METHODS])
     assert all(f"`{name}`" in (ROOT / "CHANGELOG.md").read_text() for name in PRESETS)
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """As `make docs` does, with warnings as errors; nothing in it is loaded from elsewhere."""
+    for module in ("material", "mkdocstrings_handlers.python", "latex2mathml"):
+        pytest.importorskip(module, reason=f"the extra [docs] is not installed: no {module}")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path / "site"): path.read_text() for path in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > len(PAGES) and "<math" in pages[Path("method.html")]
+    assert "GLEMAugment" in pages[Path("api.html")] and Path("benchmarks/results/augmentation.html") in pages
+    for path, text in pages.items():
+        assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(?:https?:)?//", text), path
 
 
 # ---- the public names ----------------------------------------------------------------------------------------------
