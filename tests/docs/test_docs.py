@@ -74,7 +74,7 @@ PYTHON_AND_COMMANDS = {
     "docs/index.md": 7,
     "docs/reproduction.md": 1,
 }
-PYTHON_AND_COMMANDS |= {"docs/synthetic.md": 6, "docs/train.md": 8}
+PYTHON_AND_COMMANDS |= {"docs/synthetic.md": 6, "docs/train.md": 7}
 
 
 @pytest.mark.parametrize("name", PYTHON_AND_COMMANDS)
