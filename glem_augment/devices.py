@@ -6,7 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
+import torch
 from torch import nn
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether `device` is a CPU that computes in bfloat16 some ten times more slowly than in float32.
+
+    Older versions of torch can't be asked for AVX512-BF16 and AMX; without AVX512 there is neither.
+    """
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if "avx512_bf16" in known:
+        fast = known["avx512_bf16"] or known["amx_bf16"]
+    else:
+        fast = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return device.type == "cpu" and not fast
 
 
 @contextmanager

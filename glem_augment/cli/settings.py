@@ -12,8 +12,9 @@ from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, c
 from glem_augment.training.methods import METHODS
 
 TRAIN = """\
-Fit a class-conditional flow to labelled images. DIR gets the model (model.safetensors, config.json), the checkpoint,
-metrics.jsonl and samples/. A run that was stopped, even killed, goes on with
+Fit a class-conditional flow to labelled images, or a flow to images without classes (--unlabelled). DIR gets the model
+(model.safetensors, config.json), the checkpoint, metrics.jsonl and samples/. A run that was stopped, even killed, goes
+on with
 
   glem train DATA --out DIR --resume
 
@@ -30,6 +31,7 @@ TRAIN_EXAMPLES = """\
   glem train bundled:fashion-mnist --epochs 5 --out runs/quick
   glem train torch/cifar10@data --method glem --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
+  glem train --unlabelled unsorted/ --image-size 32 --out runs/any    # then glem adapt runs/any photos/ --out runs/mine
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
 EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
@@ -87,6 +89,13 @@ def add_train(commands: Any) -> None:
     )
     view.add_argument(
         "--channels", type=int, choices=(1, 3), default=argparse.SUPPRESS, help="grey or RGB (default: what they are)"
+    )
+    view.add_argument(
+        "--unlabelled",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="DATA has no classes: all images below the folder, however nested, train by likelihood alone; glem adapt "
+        "gives the flow classes (default: classes)",
     )
     view.add_argument(
         "--skip-bad",

@@ -31,7 +31,7 @@ RUN_FILE = "run.json"
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
 _VIEW = {
     "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,
-    "log_to": None,
+    "log_to": None, "unlabelled": False,
 }  # fmt: skip
 SKIPPED_FILE = "skipped.json"
 FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
@@ -77,16 +77,17 @@ def run(args: argparse.Namespace) -> int:
         channels, *side = init_model.image_shape
         view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
+    if view["unlabelled"] and not (view["method"] or "objective" in settings):
+        view["method"] = "unlabelled"
     # Settings are checked before the data is opened. A checkpoint has all of them, whatever its method means today.
-    config = (
-        TrainConfig(**settings) if args.resume or not view["method"] else METHODS[view["method"]].config(**settings)
-    )
+    method = None if args.resume else view["method"]
+    config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
     size = view["image_size"]
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
     size = None if size is None else (size[0], size[-1])
     with lock_folder(out):  # before the images are decoded, which may take minutes
-        reading = {"skip_bad": view["skip_bad"], "progress": not args.quiet}
+        reading = {"progress": not args.quiet, **{name: view[name] for name in ("skip_bad", "unlabelled")}}
         data = open_data(args.data, view["split"], size, view["channels"], **reading)
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
         return _train(args, trainer, view)

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, Subset
 from glem_augment.checks import check_whole
 from glem_augment.errors import ClassMismatchError, DataError
 
+ONE_CLASS = "image"  # of images without classes, and of flows that know none
 _FIX = (
     "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
     "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."

@@ -150,8 +150,9 @@ def open_data(
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
     skip_bad: bool = False,
+    unlabelled: bool = False,
 ) -> ImageData:
-    """Open labelled images.
+    """Open labelled images, or images without classes.
 
     Args:
         data: one of
@@ -176,6 +177,8 @@ def open_data(
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
             before anything else.
+        unlabelled: leave out all classes: the images get one, called "image". A folder may then nest its images in any
+            way (in those named train, test, ... lie the splits), and a tensor, uint8 [N,C,H,W], needs no labels.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
@@ -189,7 +192,7 @@ def open_data(
     size = _pair(image_size)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
-    source = open_source(data, split)
+    source = open_source(data, split, unlabelled)
     if len(source) == 0:
         raise DataError(f"{source.name} holds no images")
     bad = _bad_images(source, progress) if skip_bad else {}

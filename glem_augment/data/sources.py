@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from glem_augment.data.classes import (
+    ONE_CLASS,
     check_names,
     check_targets,
     feature_column,
@@ -176,8 +177,10 @@ class ReaderSource(Source):
             return open_image(io.BytesIO(file.read()))
 
 
-def open_source(data: Any, split: str = "train") -> Source:
+def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> Source:
     """Open what `open_data` takes. No image is decoded, unless that is the only way to its label."""
+    if unlabelled:
+        return _unlabelled_source(data, split)
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
@@ -200,6 +203,22 @@ def open_source(data: Any, split: str = "train") -> Source:
         )
     name = getattr(getattr(data, "info", data), "dataset_name", None)  # of Hugging Face
     return _data_set_source(data, name or type(data).__name__)
+
+
+def _unlabelled_source(data: Any, split: str) -> Source:
+    """The images of what `open_source` takes, of a folder of any nesting, or of a tensor, as one class."""
+    folder = expand(data) if isinstance(data, str | os.PathLike) else Path()
+    if isinstance(data, torch.Tensor):
+        source: Source = tensor_source(data, np.zeros(len(data), np.int64))
+    elif isinstance(data, str | os.PathLike) and folder.is_dir() and not _is_idx(folder):
+        whole = _split_folder(folder, split, classes=False)
+        paths = [path for path, _ in make_dataset(whole, {"": 0}, IMG_EXTENSIONS, allow_empty=True)]
+        source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
+    else:
+        source = copy.copy(open_source(data, split))
+    source.classes, source.class_ids, source.named = [ONE_CLASS], [ONE_CLASS], True
+    source.targets = np.zeros_like(source.targets)
+    return source
 
 
 def _named_source(spec: str, split: str) -> Source:
@@ -291,18 +310,22 @@ def _files(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
 
 
-def _split_folders(folder: Path, split: str = "") -> dict[str, Path]:
+def _split_folders(folder: Path, split: str = "", classes: bool = True) -> dict[str, Path]:
     """The folders that are named after a usual split or `split`, by their names in lower case.
 
-    A class may be called "test" too, so a folder counts only if it holds visible folders itself.
+    A class may be called "test" too, so where there are `classes` a folder counts only if it holds visible folders.
     """
     named = [name for name in _folders(folder) if name.lower() in (*_SPLIT_FOLDERS, split)]
-    return {n.lower(): folder / n for n in named if any(not c.startswith(".") for c in _folders(folder / n))}
+    return {
+        name.lower(): folder / name
+        for name in named
+        if not classes or any(not inside.startswith(".") for inside in _folders(folder / name))
+    }
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    """The ImageFolder of a split, which is the folder itself if it has no splits."""
-    inside = _split_folders(folder, split.lower())
+def _split_folder(folder: Path, split: str, classes: bool = True) -> Path:
+    """The folder of a split, which is the folder itself if it has no splits."""
+    inside = _split_folders(folder, split.lower(), classes)
     if not _SPLIT_FOLDERS.keys() & inside:
         return folder
     for name in _SPLIT_FOLDERS.get(split.lower(), (split.lower(),)):

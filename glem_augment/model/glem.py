@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
-from glem_augment.data.classes import ClassMap
+from glem_augment.data.classes import ONE_CLASS, ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.errors import ClassMismatchError, ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
@@ -26,8 +26,8 @@ from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
-from glem_augment.model.jet_file import ONE_CLASS, load_jet
 from glem_augment.model.jet_file import PREFIX as JET
+from glem_augment.model.jet_file import load_jet
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from glem_augment.data.classes import ONE_CLASS
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.jet import KINDS
 from glem_augment.flows.presets import resolve_preset
@@ -25,7 +26,6 @@ from glem_augment.model.config import GLEMConfig
 from glem_augment.model.weights import Model
 
 PREFIX = "jet:"
-ONE_CLASS = "image"
 # Names of the projections there, by what a coupling splits.
 _SPLITS = {"channels": "channel", "tokens": "spatial"}
 _HEAD, _MOST_HEADER = 64, 2**22

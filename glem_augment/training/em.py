@@ -47,8 +47,9 @@ _INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's s
 _SHRINKAGE = 10  # images
 KLD_WEIGHT_END, EMA_DECAY = 0.5, 0.999
 JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
-# The refit by Adam keeps about so many numbers of latents in memory (60,000 of 784 are 190 MB), as many of each class.
-REFIT_STEPS, REFIT_LR, REFIT_NUMBERS, REFIT_LEAST = 200, 3e-3, 60_000 * 784, 8
+REFIT_STEPS, REFIT_LR = 200, 3e-3
+# So many numbers of latents fit in memory (60,000 of 784 are 190 MB); the least number of images of each class.
+MOST_NUMBERS, LEAST_IMAGES = 60_000 * 784, 8
 _COUNTERS = ("step", "m_done", "bad_steps", "rollbacks")
 
 
@@ -282,11 +283,20 @@ class EM:
         config, model = self.config, self.model
         if config.learn == "none" or not (self.refit_steps or config.objective == "mle" and not config.joint):
             return np.empty(0, np.int64)
-        rows = np.random.default_rng([config.seed, 0x2EF17]).permutation(np.concatenate([self.split.nf, self.split.g]))
-        if self.refit_steps:
-            most = max(REFIT_LEAST, REFIT_NUMBERS // (model.dim * model.num_classes))
-            rows = np.concatenate([rows[self.data.targets[rows] == k][:most] for k in range(model.num_classes)])
-        return np.sort(rows)
+        rows = np.concatenate([self.split.nf, self.split.g])
+        return self._some_of_each_class(rows, model.num_classes) if self.refit_steps else np.sort(rows)
+
+    def mode_rows(self) -> np.ndarray:
+        """Sorted indices of the images that the modes are fitted to, for which latents are held a class at a time."""
+        return self._some_of_each_class(np.arange(len(self.data)), 1)
+
+    def _some_of_each_class(self, rows: np.ndarray, classes: int) -> np.ndarray:
+        """Those of `rows`, chosen at random and sorted, of which memory holds the latents of `classes` classes."""
+        rows = np.random.default_rng([self.config.seed, 0x2EF17]).permutation(rows)
+        most = max(LEAST_IMAGES, MOST_NUMBERS // (self.model.dim * classes))
+        return np.sort(
+            np.concatenate([rows[self.data.targets[rows] == k][:most] for k in range(self.model.num_classes)])
+        )
 
     def refit(self, model: GLEM, rows: np.ndarray) -> None:
         """Fit the Gaussians to the latents of `rows` under `model`'s flow, since averaging has moved them."""

@@ -104,14 +104,18 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 @torch.no_grad()
 def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Number of images, NF accuracy, and bits/dim given the class, with each image's own dequantisation noise."""
+    """Number of images, NF accuracy unless there is one class, and bits/dim given the class.
+
+    Each image has dequantisation noise of its own, whatever its batch.
+    """
     images, right, bits = 0, 0, 0.0
     for x, y in batches:
         scores = model.log_prob_per_class(x)
         right += int((scores.argmax(1) == y).sum())
         bits += float(-scores.gather(1, y[:, None]).double().sum()) / (model.dim * math.log(2))
         images += len(y)
-    return {"val_images": images, "val_accuracy": right / images, "val_bits_per_dim": bits / images}
+    accuracy = {"val_accuracy": right / images} if model.num_classes > 1 else {}
+    return {"val_images": images, **accuracy, "val_bits_per_dim": bits / images}
 
 
 @torch.no_grad()

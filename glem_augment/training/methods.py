@@ -70,6 +70,10 @@ METHODS: dict[str, Method] = {
         HYBRID_JOINT, "this library's default: likelihood and the cross-entropy of the flow's posterior, with wide "
         "margins, the means and variances learned at every step of the flow",
     ),
+    "unlabelled": Method(
+        HYBRID_JOINT | dict(objective="mle", beta=0.0), "for images without classes: likelihood alone, of the flow and "
+        "one Gaussian, learned together",
+    ),
     "saturating": Method(dict(objective="saturating", kld_weight=0.3), "this library's bounded repulsion"),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
+from glem_augment.devices import lacks_bf16
 from glem_augment.errors import GLEMError, TrainingError
 from glem_augment.evaluation.metrics import calibrate
 from glem_augment.evaluation.preview import class_samples, compose
@@ -137,6 +138,11 @@ class Trainer(EM):
         """
         if self.config.compile:
             self.model.flow.compile_steps()
+        if self.config.precision == "bf16" and lacks_bf16(self.device):
+            warnings.warn(
+                "this CPU has neither AVX512-BF16 nor AMX, so steps in bf16 take several times as long as in float32: "
+                "leave out precision='bf16' (--precision bf16)", stacklevel=2,
+            )  # fmt: skip
         self.saved_at = time.monotonic()
         self.bar = _Bar(
             total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.progress,
@@ -212,9 +218,10 @@ class Trainer(EM):
             bits, pixels = row["val_bits_per_dim"], self.guard.pixels
             which = "held-out images" if len(self.split.val) else "training images"
             worse = "" if bits < pixels else f" (independent pixels: {pixels:.3f})"
+            right = f", accuracy {100 * row['val_accuracy']:.1f} %" if "val_accuracy" in row else ""
             self.bar.write(
-                f"epoch {epochs}/{self.config.epochs}: {bits:.3f} bits/dim{worse}, accuracy "
-                f"{100 * row['val_accuracy']:.1f} % on {which}; loss {row['loss']:.3f} nats/dim, "
+                f"epoch {epochs}/{self.config.epochs}: {bits:.3f} bits/dim{worse}{right} "
+                f"on {which}; loss {row['loss']:.3f} nats/dim, "
                 f"{images_per_second:.0f} images/s"
             )
         self.save_checkpoint(good=self.guard.calm)
@@ -328,9 +335,10 @@ class Trainer(EM):
             calibrate(model, self.data.subset(self.split.val), self.progress)
         if config.modes_rank:
             # A class of n images has n - 1 modes; the others of small classes have length zero.
-            largest = int(np.bincount(self.data.targets).max())
+            data = self.data.subset(self.mode_rows())
+            largest = int(np.bincount(data.targets).max())
             rank = max(1, min(config.modes_rank, largest - 1, model.dim))
-            with self._bar("modes", len(self.data), "image") as bar:
-                model.fit_modes(self.data, rank, count=bar.update)
+            with self._bar("modes", len(data), "image") as bar:
+                model.fit_modes(data, rank, count=bar.update)
         model.save(self.out)  # last: once it is there, nothing is left to be done
         return model

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, SyntheticDataset, open_data
+from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.cli import build_parser, main
 from glem_augment.cli.parsers import COMMANDS
 from glem_augment.evaluation import moves_put_back
@@ -468,6 +468,25 @@ def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: P
     assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
     again = GLEM.from_pretrained(run)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in after.state_dict().items())
+
+
+def test_a_flow_of_images_without_classes_is_given_some(image_folder: Path, tmp_path: Path, output: Output) -> None:
+    mixed, run, mine = tmp_path / "mixed", str(tmp_path / "run"), str(tmp_path / "mine")
+    shutil.copytree(image_folder, mixed / "deep" / "er")
+    shutil.copy(image_folder / "cat" / "0.png", mixed)
+    few = ["--batch-size", "4", "--val-fraction", "0.2", "--max-minutes", "1e-9"]
+    assert main(["train", "--unlabelled", str(mixed), "--out", run, "--epochs", "2", *few, *TINY]) == 75
+    assert main(["train", str(mixed), "--out", run, "--resume"]) == 0
+    text = output()[0]
+    assert "13 images, 3x8x8, 1 classes (image)" in text and "objective  mle" in text and "accuracy" not in text
+    model = GLEM.from_pretrained(run)
+    assert model.classes == ["image"] and set(model.config.training["held_out"]) == {"val_images", "val_bits_per_dim"}
+    assert float(model.gaussians.mu.abs().max()) > 0  # learned with the flow
+    assert main(["adapt", run, str(image_folder), "--rank", "2", "--out", mine, "--quiet"]) == 0
+    data = open_data(image_folder)
+    aug = GLEMAugment(GLEM.from_pretrained(mine), p=1.0)
+    x, y = aug(data.tensor(), torch.from_numpy(data.targets))
+    assert x.shape == (12, 3, 8, 8) and aug.model.classes == ["bird", "cat", "dog"]
 
 
 def test_an_existing_run_is_not_overwritten(trained: Path, image_folder: Path, tmp_path: Path, output: Output) -> None:

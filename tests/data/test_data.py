@@ -137,6 +137,29 @@ def test_splits(tmp_path: Path) -> None:
         open_data(tmp_path, "test")
 
 
+def test_images_without_classes(image_folder: Path, tmp_path: Path) -> None:
+    labelled = open_data(image_folder)
+    for folder in ("mixed/a/b", "mixed/test", "flat/train", "flat/test", "none/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, target in (("bird", "flat/train"), ("cat", "flat/test"), ("dog", "flat/test")):
+        shutil.copytree(image_folder / name, tmp_path / target, dirs_exist_ok=True)
+    with pytest.raises(DataError, match="holds no images"):
+        open_data(tmp_path / "none", unlabelled=True)
+    (image_folder / "dog" / "0.png").write_bytes(b"no image")
+    for i in (1, 2, 3):
+        (image_folder / "dog" / f"{i}.png").unlink()
+    found = [
+        open_data(image_folder, unlabelled=True, skip_bad=True),  # though a class has no usable image
+        open_data(labelled.subset(range(8)), unlabelled=True),
+        open_data(labelled.tensor()[:8], unlabelled=True),
+    ]
+    for data in found:
+        assert torch.equal(data.tensor(), labelled.tensor()[:8]) and data.targets.tolist() == [0] * 8
+        assert data.named and data.classes == data.class_ids == ["image"]
+    # In a folder that names splits, images of the others are not trained on, though they lie in no folder of a class.
+    assert torch.equal(open_data(tmp_path / "flat", "train", unlabelled=True).tensor(), labelled.tensor()[:4])
+
+
 def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9\r")
     for i in range(2):

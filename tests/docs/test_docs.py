@@ -50,7 +50,11 @@ SMALLER: dict[str, dict[str, str]] = {
         '"train")': '"train").subset(range(0, 1000, 40))',
         "epochs=30": 'arch="resnet18_quarter", epochs=1',
     },
-    "docs/adapt.md": {"(3, 32, 32)": "(3, 8, 8)"},
+    "docs/adapt.md": {
+        "(3, 32, 32)": "(3, 8, 8)",
+        "unsorted/": "photos/",
+        "epochs=20": 'epochs=1, preset="identity"',
+    },
     "README.md": {"--per-class 500": "--per-class 5"},
     "docs/index.md": {
         "--per-class 100": "--per-class 1",
