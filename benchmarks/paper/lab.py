@@ -23,6 +23,7 @@ from benchmarks.common import machine
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from benchmarks.paper.codes import CODED_METHODS, ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation
+from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from benchmarks.paper.scales import SCALES, DataSpec, Scale
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, ImageData, open_data
@@ -31,7 +32,6 @@ from glem_augment.evaluation import coverage, evaluate, feature_fid, label_relia
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json
 from glem_augment.latent.gaussians import LOWEST_SHARE
-from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training.batches import stratified_split
 from glem_augment.training.checkpoint import has_checkpoint
@@ -408,6 +408,7 @@ class Lab:
         if fitted.codes is not None:
             coded = fitted.codes.append_random(test.tensor(), torch.Generator().manual_seed(0))
             test = ImageData.from_tensors(coded, test.targets, test.classes, test.class_ids, test.name)
+        fitted.model.config.posterior_temperature = 1.0  # methods are compared by the posteriors that they give
         found = evaluate(fitted.model, test, round_trip=0, progress=False)
         accuracy = found["accuracy"]
         if cell.source == "rfcm":

@@ -414,10 +414,7 @@ class GLEM(ImageFlow):
         seed: int = 0,
         count: Callable[[int], object] | None = None,
     ) -> Callable[[int], Tensor]:
-        """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`.
-
-        `latent.rfcm.fit_covariances(model.class_latents(data), model.num_classes)` fits full covariances (RFCM).
-        """
+        """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`."""
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
         images = images_for(self, data, class_map)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_modes import make_latents
 from torch import Tensor
 
+from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from glem_augment.errors import DataError
-from glem_augment.latent.rfcm import ThinCovariances, fit_covariances
 
 
 def fit(latents: list[Tensor], ridge: float = 1e-4) -> ThinCovariances:
     return fit_covariances(latents.__getitem__, len(latents), ridge)
+
+
+def make_latents(counts: list[int], dim: int) -> list[Tensor]:
+    """Correlated latents with another mean for every class."""
+    return [torch.randn(n, dim).double() @ torch.randn(dim, dim).double() + torch.randn(dim).double() for n in counts]
 
 
 def dense(thin: ThinCovariances, y: int) -> Tensor:

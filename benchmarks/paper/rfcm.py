@@ -5,8 +5,8 @@ A class of n images in d dimensions has (Enescu & Sahbi, ACCV 2024, Table 5: "Re
     Cov_y  =  F_y^T F_y + diag(D_y),        F_y = X_y / sqrt(n - 1),
 
 with its centred latents X_y [n, d] themselves and a ridge D_y. A class is sampled by mu + T (F^T e + sqrt(D) e') and
-scored with Woodbury's identity, without a d x d matrix. `modes.ClassModes` is the truncated form, which keeps k modes
-and, in D_y, the variance that they leave over.
+scored with Woodbury's identity, without a d x d matrix. The library's `ClassModes` is the truncated form, which
+keeps k modes and, in D_y, the variance that they leave over.
 """
 
 from __future__ import annotations
