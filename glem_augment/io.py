@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -10,13 +11,14 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 from PIL import Image
 
-__all__ = ["atomic_write", "expand", "json_text", "lock_folder", "save_png", "write_json"]
+__all__ = ["atomic_write", "expand", "file_sha256", "json_text", "lock_folder", "save_png", "write_json"]
 
 _HINTS = {
     errno.ENOSPC: "no space left on the disk; free some, or choose another folder",
@@ -105,6 +107,12 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it, in little memory. ValueError: an empty file."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -1,7 +1,7 @@
 """A small Jet beside the convolutional flow, after the same CPU time of training on CIFAR-10, one thread each.
 
     GLEM_DATA=... python benchmarks/proof/jet_beside_conv.py [--minutes 60] [--flows jet_tiny glow_fast] [--runs FOLDER]
-    GLEM_DATA=... python benchmarks/proof/jet_beside_conv.py --minutes 2 --flows jet_tiny --rates 0.001 0.002 0.004
+    GLEM_DATA=... python benchmarks/proof/jet_beside_conv.py --minutes 2 --flows jet_tiny --rates 0.001 0.003 0.01
 
 Both have the same method, augmentation, batch size and budget in CPU seconds of the process, so other work on the
 machine matters little. The cost of their steps is measured first, one flow right after the other, and sets the number

@@ -88,7 +88,7 @@ def our_sides(flow: nn.Module, x: torch.Tensor, compiled: bool) -> list[Side]:
     sides = [Side(OURS, flow, x)]
     sides.append(Side(REVERSIBLE, flow, x, lambda module: module.set_memory("reversible"), training_only=True))
     if compiled:
-        sides.append(Side(COMPILED, flow, x, lambda module: module.compile_steps(True)))
+        sides.append(Side(COMPILED, flow, x, lambda module: module.compile_steps()))
     return sides
 
 

@@ -49,7 +49,7 @@ def adapt(args: argparse.Namespace) -> None:
     began = time.monotonic()
     names = ("rank", "shrinkage", "max_per_class", "seed")
     adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
-    adapted.save(folder)
+    adapted.save(folder, args.weights)
     record = adapted.config.training
     result = {
         "out": str(folder),
@@ -210,6 +210,7 @@ def model_facts(name: str) -> dict[str, Any]:
             "image_shape": list(model.image_shape),
             "bits": model.bits,
             "flow": config.flow,
+            "base": config.base,
             "parameters": {
                 "flow": sum(p.numel() for p in model.flow.parameters()),
                 "gaussians": sum(p.numel() for p in model.gaussians.parameters()),

@@ -216,6 +216,8 @@ def add_adapt(commands: Any) -> None:
     parser.add_argument("--shrinkage", type=number(0), default=10.0, metavar="N", help=half)
     parser.add_argument("--max-per-class", type=whole(1), metavar="N", help="images of a class at most (default: all)")
     add_seed(parser, "the dequantisation noise")
+    where = "reference: the folder gets no copy of a Jet's flow, which is loaded from MODEL each time (default: copy)"
+    parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     add_machine(parser)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import Memory
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
 
@@ -77,12 +76,3 @@ class CustomFlow(Flow):
             x = self._parts(x)[0]
             # A module that gives no log-determinant on the way back has it from the way there.
             return x, -self._encode(x)[1] if logdet is None else logdet
-
-    def set_memory(self, memory: Memory) -> None:
-        if memory != "stored":
-            raise ValueError("memory='reversible' needs a flow of this library")
-        super().set_memory(memory)
-
-    def set_autocast(self, dtype: torch.dtype | None) -> None:
-        if dtype is not None:
-            raise ValueError("reduced precision needs a flow of this library")

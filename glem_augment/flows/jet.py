@@ -126,6 +126,12 @@ class JetFlow(Flow):
                 logdet = logdet + change
             return (self._image(h) - _SHIFT) / _SCALE, logdet
 
+    def compile_steps(self, backend: str = "inductor") -> None:
+        config = torch._dynamo.config  # All couplings share what is compiled for one kind of input.
+        config.cache_size_limit = max(config.cache_size_limit, 32)
+        for coupling in self.couplings:
+            coupling.net.compile(backend=backend)
+
     def _tokens(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, T, c], the channels of a token in the order row, column, colour."""
         rows, columns = self.grid

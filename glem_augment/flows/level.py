@@ -40,26 +40,18 @@ def unsqueeze(x: Tensor, side: int = 2) -> Tensor:
 
 
 class Mixing(NamedTuple):
-    """ActNorm and 1x1 mixing of one step: `y = matrix (x * scale + shift)`.
+    """ActNorm and 1x1 mixing of a step: `y = matrix (x * scale + shift)`; inverse: `x = (matrix y) * scale + shift`."""
 
-    For the inverse, `x = (matrix y) * scale + shift`. With ActNorm per channel all is folded into a matrix and a shift
-    [C, 1] after it, and scale is None.
-    """
-
-    scale: Tensor | None  # [C, 1, H, W] or [C, H, W] per element
+    scale: Tensor  # [C, 1, H, W], or ones for H and W
     shift: Tensor
     matrix: Tensor  # [C, C]
 
     def forward(self, x: Tensor) -> Tensor:
         """[C, B, H, W] -> [C, B, H, W]."""
-        if self.scale is None:
-            return torch.addmm(self.shift, self.matrix, x.flatten(1)).view(x.shape)
         return (self.matrix @ torch.addcmul(self.shift, x, self.scale).flatten(1)).view(x.shape)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Undoes `forward`; for a mixing that `Level.mixings` made for the inverse."""
-        if self.scale is None:
-            return torch.addmm(self.shift, self.matrix, y.flatten(1)).view(y.shape)
         return torch.addcmul(self.shift, (self.matrix @ y.flatten(1)).view(y.shape), self.scale)
 
 
@@ -136,14 +128,7 @@ class Level(Bijection):
         sign = -1.0 if inverse else 1.0
         matrix, scale = exp_of_generators(generators, sign), (sign * log_scale).exp()
         shift = -bias if inverse else bias * scale
-        if self.norms[0].per == "element":
-            return [Mixing(*each) for each in zip(scale, shift, matrix, strict=True)], sign * logdet
-        scale, shift = scale.flatten(2), shift.flatten(2)  # [S, C, 1]
-        if inverse:
-            matrix = scale * matrix
-        else:
-            matrix, shift = matrix * scale.transpose(1, 2), matrix @ shift
-        return [Mixing(None, *each) for each in zip(shift, matrix, strict=True)], sign * logdet
+        return [Mixing(*each) for each in zip(scale, shift, matrix, strict=True)], sign * logdet
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:

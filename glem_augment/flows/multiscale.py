@@ -78,18 +78,9 @@ class MultiscaleFlow(Flow):
                 h = level.initialise(h)
                 h = h[: len(h) // 2]
 
-    def compile_steps(self, on: bool = True, backend: str = "inductor") -> None:
-        """Compile the steps with `torch.compile`, for training, encoding and decoding; needs a C++ compiler.
-
-        The first passes take up to a minute per direction. Results agree with the ordinary ones within rounding.
-        Copies of the flow and models that are loaded start uncompiled.
-
-        Args:
-            on: False goes back to ordinary code.
-            backend: of `torch.compile`.
-        """
+    def compile_steps(self, backend: str = "inductor") -> None:
         config = torch._dynamo.config
         config.cache_size_limit = max(config.cache_size_limit, _COMPILATIONS_PER_LEVEL * len(self.levels))
         for level in self.levels:
-            level.step_forward = torch.compile(step_forward, backend=backend) if on else step_forward
-            level.step_inverse = torch.compile(step_inverse, backend=backend) if on else step_inverse
+            level.step_forward = torch.compile(step_forward, backend=backend)
+            level.step_inverse = torch.compile(step_inverse, backend=backend)

@@ -61,7 +61,7 @@ class _ReversibleSteps(torch.autograd.Function):
                 grads.update(zip(level.couplings[index].parameters(), found, strict=True))
                 y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
                 for tensor, grad in zip(mixings[index], found, strict=True):
-                    if tensor is not None and grad is not None:
+                    if grad is not None:
                         outputs.append(tensor)
                         upstream.append(grad)
             if shared.requires_grad:
@@ -106,11 +106,11 @@ def _versions(weights: Any) -> list[int]:
     return [0 if w.is_inference() else w._version for w in weights]
 
 
-def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Any]:
-    """Gradients of some outputs, one per input; None for an input that is None or needs none."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
+def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
+    """Gradients of some outputs, one per input; None for an input that needs none."""
+    wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+    return [next(found) if t.requires_grad else None for t in inputs]
 
 
 def _coupling_backward(
@@ -134,6 +134,6 @@ def _mixing_backward(mixing: Mixing, undo: Mixing, y: Tensor, g: Tensor) -> tupl
     """The same for ActNorm and 1x1 mixing; `undo` is the mixing made for the inverse."""
     x = undo.inverse(y).requires_grad_()
     with torch.enable_grad():
-        used = Mixing._make(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in mixing)
+        used = Mixing._make(t.detach().requires_grad_(t.requires_grad) for t in mixing)
         g_x, *found = _gradients([used.forward(x)], [g], [x, *used])
     return x.detach(), g_x, found

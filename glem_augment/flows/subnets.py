@@ -36,8 +36,6 @@ class Activation(nn.Module):
 
     def __init__(self, name: str = "elu") -> None:
         super().__init__()
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
         self.name = name
         self.options = {"inplace": True} if name in _IN_PLACE else {}
 
@@ -139,16 +137,8 @@ class ConvSubnet(Subnet):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        width: int,
-        blocks: int,
-        kind: str = "residual",
-        activation: str = "elu",
+        self, in_channels: int, out_channels: int, width: int, blocks: int, kind: str, activation: str = "elu"
     ) -> None:
-        if kind not in CONV_SUBNETS:
-            raise ValueError(f"kind must be one of {', '.join(CONV_SUBNETS)}, got {kind!r}")
         super().__init__()
         self.act = Activation(activation)
         self.head = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -222,13 +212,7 @@ class TransformerSubnet(Subnet):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        width: int,
-        blocks: int,
-        size: tuple[int, int],
-        heads: int | None = None,
+        self, in_channels: int, out_channels: int, width: int, blocks: int, size: tuple[int, int], heads: int | None
     ) -> None:
         super().__init__()
         self.head = nn.Conv2d(in_channels, width, 1)
@@ -251,15 +235,9 @@ class TransformerSubnet(Subnet):
 
 
 def make_subnet(
-    kind: str,
-    in_channels: int,
-    out_channels: int,
-    width: int,
-    blocks: int,
-    size: tuple[int, int],
-    activation: str = "elu",
+    kind: str, in_channels: int, out_channels: int, width: int, blocks: int, size: tuple[int, int], activation: str
 ) -> Subnet:
     """A subnet of one of the `SUBNETS`; the classes say what the arguments are. ValueError: an unknown name."""
     if kind == "transformer":
-        return TransformerSubnet(in_channels, out_channels, width, blocks, size)
+        return TransformerSubnet(in_channels, out_channels, width, blocks, size, None)
     return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation)

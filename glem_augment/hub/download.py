@@ -7,7 +7,6 @@ compared with the SHA-256 that the Hub states, since the client compares sizes o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from glem_augment.errors import HubError, ModelFileError
 from glem_augment.hub.cards import summary
 from glem_augment.hub.files import LIBRARY, PREFIX, HubName, hub_errors, parse_name
-from glem_augment.io import expand
+from glem_augment.io import expand, file_sha256
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 
 _log = logging.getLogger(__name__)
@@ -171,11 +170,7 @@ def _check_digest(found: HubName, weights: Path) -> None:
     stated = weights.resolve().name
     if not re.fullmatch(r"[0-9a-f]{64}", stated):
         return
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    if digest.hexdigest() != stated:
+    if file_sha256(weights) != stated:
         weights.resolve().unlink()  # the snapshot holds a link to it
         weights.unlink()
         raise HubError(f"{weights.name} of {found} arrived damaged and was removed from the cache: load it again")

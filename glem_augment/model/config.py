@@ -35,6 +35,7 @@ class GLEMConfig:
         class_names: names for people, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
+        base: what `model.jet_file.reference` says of a flow that is stored elsewhere, or None.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -49,6 +50,7 @@ class GLEMConfig:
     class_names: list[str]
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
+    base: dict[str, str] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -70,6 +72,10 @@ class GLEMConfig:
         if type(t) not in (int, float) or not 1 <= t <= HIGHEST_TEMPERATURE:
             raise ModelFileError(f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}, got {_short(t)}")
         self.posterior_temperature = float(t)
+        if self.base is not None:
+            named = isinstance(self.base, dict) and set(self.base) == {"jet", "sha256"}
+            if not (named and all(isinstance(text, str) and len(text) <= 1000 for text in self.base.values())):
+                raise ModelFileError(f"base must be null, or have a jet and its sha256, got {_short(self.base)}")
         if not isinstance(self.training, dict):
             raise ModelFileError(f"training must be a table, got {type(self.training).__name__}")
 
@@ -109,6 +115,8 @@ class GLEMConfig:
             values = asdict(self)
             if self.posterior_temperature == 1:  # so that files from before keep their bytes
                 del values["posterior_temperature"]
+            if self.base is None:
+                del values["base"]
             data = (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
             self.from_json(data)
         except (UnicodeEncodeError, ModelFileError) as error:

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
+from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
 from glem_augment.data.classes import ONE_CLASS, ClassMap
-from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
-from glem_augment.errors import ClassMismatchError, ModelFileError
+from glem_augment.data.dataset import LabelledImages, as_image_data
+from glem_augment.errors import ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
-from glem_augment.io import expand
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.image_flow import ImageFlow
 from glem_augment.model.jet_file import PREFIX as JET
-from glem_augment.model.jet_file import load_jet
-from glem_augment.model.weights import WEIGHTS, load_model, local_folder, weights_sha256, write_model
+from glem_augment.model.jet_file import open_base, open_jet, reference
+from glem_augment.model.weights import WEIGHTS, load_model, local_folder, read_config, weights_sha256, write_model
 
 
 class GLEM(ImageFlow):
@@ -48,6 +47,7 @@ class GLEM(ImageFlow):
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
         origin_file: the weights file that it was loaded from, or None.
+        jet: the name (after "jet:") and the file that its flow was loaded from, or None.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class GLEM(ImageFlow):
         self.modes = None if modes is None else modes.to(self.dtype)
         self.origin: str | None = None
         self.origin_file: Path | None = None
+        self.jet: tuple[str, Path] | None = None
 
     # ---- making, loading and saving ------------------------------------------------------------------------------
 
@@ -132,22 +133,24 @@ class GLEM(ImageFlow):
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
-        text = os.fspath(name)
+        text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
         if text.startswith(JET):
-            return cls._from_jet(text.removeprefix(JET), revision, cache_dir, token).to(device)
+            return open_jet(text.removeprefix(JET), cls, revision=revision, **client).to(device)
         folder, origin = local_folder(name), None
         if folder is None:
             from glem_augment.hub.download import download_model
 
-            folder, origin = download_model(name, revision=revision, cache_dir=cache_dir, token=token)
+            folder, origin = download_model(name, revision=revision, **client)
         elif revision is not None:
             raise ModelFileError(
                 f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
                 "hf-hub:org/name"
             )
-        model = load_model(folder, cls if module is None else partial(cls._around, module))
+        jet = open_base(read_config(folder), cls, **client)
+        build = partial(cls, flow=jet and jet.flow) if module is None else partial(cls._around, module)
+        model = load_model(folder, build)
         model = model.to(device).eval().requires_grad_(False)
-        model.origin, model.origin_file = origin, folder / WEIGHTS
+        model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
         return model
 
     @classmethod
@@ -189,20 +192,18 @@ class GLEM(ImageFlow):
             flow = CustomFlow(copy.deepcopy(module), config.image_shape)
         return cls(config, flow)
 
-    @classmethod
-    def _from_jet(cls, text: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> GLEM:
-        path, origin, licence = expand(text), None, None
-        if not path.is_file():
-            from glem_augment.hub.download import download_jet
+    def save(self, folder: str | os.PathLike[str], weights: str = "copy") -> None:
+        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
 
-            path, origin, licence = download_jet(text, revision=revision, cache_dir=cache_dir, token=token)
-        model = load_jet(path, cls).eval().requires_grad_(False)
-        model.config.training = {"data": f"the images that {origin or path.name} was trained on", "license": licence}
-        model.origin, model.origin_file = origin, path
-        return model
+        Args:
+            weights: "reference" leaves out the flow of an adapted Jet: `config.json` names the Jet and the SHA-256 of
+                its file, and loading takes the flow from there.
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
+        Raises:
+            ValueError: "reference" for another flow, or one that has changed since it was loaded.
+        """
+        check_choice("weights", weights, ("copy", "reference"))
+        self.config.base = reference(self, GLEM) if weights == "reference" else None
         self.config.modes_rank = None if self.modes is None else self.modes.rank
         write_model(folder, self.config, self.state_dict())
 
@@ -264,17 +265,6 @@ class GLEM(ImageFlow):
     def predict(self, x: Tensor) -> Tensor:
         """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
         return self.gaussians.log_prob(self.encode(x)[0]).argmax(1)
-
-    def _check_labels(self, y: Tensor, batch: int | None = None) -> Tensor:
-        y = torch.as_tensor(y)
-        if y.ndim != 1 or y.is_floating_point() or batch not in (None, len(y)):
-            raise ValueError(f"labels must be whole numbers of shape [{batch or 'B'}], got {y.dtype} {list(y.shape)}")
-        if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) < self.num_classes):
-            raise ClassMismatchError(
-                f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the flow has classes 0 to "
-                f"{self.num_classes - 1} ({', '.join(self.classes[:5])}{', ...' if self.num_classes > 5 else ''})"
-            )
-        return y.to(self.device, torch.int64)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -404,21 +394,8 @@ class GLEM(ImageFlow):
             },
         )
         adapted = GLEM(config, copy.deepcopy(self.flow), gaussians.to(self.dtype), modes)
+        adapted.jet = self.jet
         return adapted.to(self.device).eval().requires_grad_(False)
-
-    def class_latents(
-        self,
-        data: LabelledImages,
-        max_per_class: int | None = None,
-        class_map: ClassMap = None,
-        seed: int = 0,
-        count: Callable[[int], object] | None = None,
-    ) -> Callable[[int], Tensor]:
-        """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`."""
-        if max_per_class is not None:
-            check_whole("max_per_class", max_per_class, 1)
-        images = images_for(self, data, class_map)
-        return self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
 
     def checked_modes(self, modes: int | None) -> int:
         """How many modes to use: `modes` itself, or by default 64 or as many as are stored.

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import check_whole
-from glem_augment.data.dataset import ImageData
+from glem_augment.data.classes import ClassMap
+from glem_augment.data.dataset import ImageData, LabelledImages, images_for
 from glem_augment.data.pixels import check_images, from_levels, to_levels
+from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
 from glem_augment.model.config import GLEMConfig
 
@@ -179,6 +181,31 @@ class ImageFlow(nn.Module):
             return torch.cat(parts)
 
         return latents
+
+    def class_latents(
+        self,
+        data: LabelledImages,
+        max_per_class: int | None = None,
+        class_map: ClassMap = None,
+        seed: int = 0,
+        count: Callable[[int], object] | None = None,
+    ) -> Callable[[int], Tensor]:
+        """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`."""
+        if max_per_class is not None:
+            check_whole("max_per_class", max_per_class, 1)
+        images = images_for(self, data, class_map)
+        return self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
+
+    def _check_labels(self, y: Tensor, batch: int | None = None) -> Tensor:
+        y = torch.as_tensor(y)
+        if y.ndim != 1 or y.is_floating_point() or batch not in (None, len(y)):
+            raise ValueError(f"labels must be whole numbers of shape [{batch or 'B'}], got {y.dtype} {list(y.shape)}")
+        if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) < self.num_classes):
+            raise ClassMismatchError(
+                f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the flow has classes 0 to "
+                f"{self.num_classes - 1} ({', '.join(self.classes[:5])}{', ...' if self.num_classes > 5 else ''})"
+            )
+        return y.to(self.device, torch.int64)
 
     def on(self: _Flow, device: torch.device | str | None) -> _Flow:
         """This model if it is on `device` already, or `device` is None; otherwise a copy of it there."""

@@ -22,6 +22,7 @@ from glem_augment.data.classes import ONE_CLASS
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.jet import KINDS
 from glem_augment.flows.presets import resolve_preset
+from glem_augment.io import expand, file_sha256
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.weights import Model
 
@@ -37,13 +38,50 @@ _NAMES = {
 }  # fmt: skip
 
 
-def load_jet(path: Path, build: Callable[[GLEMConfig], Model], heads: int | None = None) -> Model:
+def open_jet(text: str, build: Callable[[GLEMConfig], Any], **client: Any) -> Any:
+    """The model with the flow in the file `text` or on the Hub. `client`: cache_dir, token and revision."""
+    path, origin, licence = expand(text), None, None
+    if not path.is_file():
+        from glem_augment.hub.download import download_jet
+
+        path, origin, licence = download_jet(text, **client)
+    model: Any = load_jet(path, build).eval().requires_grad_(False)
+    model.config.training = {"data": f"the images that {origin or path.name} was trained on", "license": licence}
+    model.origin, model.origin_file, model.jet = origin, path, (origin or str(path.absolute()), path)
+    return model
+
+
+def reference(model: Any, build: Callable[[GLEMConfig], Any]) -> dict[str, str]:
+    """For `GLEMConfig.base`: the Jet that has the flow of `model`, as it is now. ValueError: none has."""
+    if model.jet is None:
+        raise ValueError("weights='reference' is for flows that were loaded as jet:...; this one is not: save a copy")
+    name, path = model.jet
+    stored = load_jet(path, build).flow.state_dict()
+    if not all(torch.equal(tensor.to(stored[key]), stored[key]) for key, tensor in model.flow.state_dict().items()):
+        raise ValueError(f"weights='reference': the flow is no longer that of jet:{name}; save a copy")
+    return {"jet": name, "sha256": file_sha256(path)}
+
+
+def open_base(config: GLEMConfig, build: Callable[[GLEMConfig], Any], **client: Any) -> Any:
+    """The Jet that `config` refers to, if it does. ModelFileError: it is not there, or has changed."""
+    if config.base is None:
+        return None
+    name, digest = config.base["jet"], config.base["sha256"]
+    try:
+        model = open_jet(name, build, **client)
+        if (file_sha256(model.origin_file), model.config.flow) != (digest, config.flow):
+            raise ModelFileError("it has changed since, or never had this flow")
+    except (ValueError, OSError) as error:
+        raise ModelFileError(f"the flow is stored in jet:{name} alone, which can't be used: {error}") from None
+    return model
+
+
+def load_jet(path: Path, build: Callable[[GLEMConfig], Model]) -> Model:
     """A model with the flow in `path`, on the CPU, with one class, N(0, I).
 
     Args:
         path: a safetensors file with the `state_dict` of `jet_pytorch.Jet`.
         build: makes the model that a config describes.
-        heads: of the attention; None: one for every 64 channels.
 
     Raises:
         ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
@@ -54,7 +92,7 @@ def load_jet(path: Path, build: Callable[[GLEMConfig], Model], heads: int | None
         with safe_open(path, framework="pt") as file:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
             with torch.device("meta"):  # shapes without memory
-                model = build(_config(shapes, heads))
+                model = build(_config(shapes))
             _check(path, shapes, model.state_dict())
             model.to_empty(device="cpu")
             target = model.state_dict()
@@ -72,7 +110,7 @@ def load_jet(path: Path, build: Callable[[GLEMConfig], Model], heads: int | None
         raise ModelFileError(f"{os.fspath(path)} can't be read as weights of jet-pytorch: {error}") from None
 
 
-def _config(shapes: dict[str, list[int]], heads: int | None) -> GLEMConfig:
+def _config(shapes: dict[str, list[int]]) -> GLEMConfig:
     """The configuration that the shapes imply. Raises KeyError or ValueError where they imply none."""
     depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d{1,3})\.", name)))
     blocks = 1 + max(
@@ -83,7 +121,7 @@ def _config(shapes: dict[str, list[int]], heads: int | None) -> GLEMConfig:
     patch, side = math.isqrt(size // 3), math.isqrt(tokens)
     if 3 * patch * patch != size or side * side != tokens:
         raise ValueError(f"{tokens} tokens of {size} numbers are no square image in colour")
-    options = dict(depth=[depth], blocks=[blocks], width=[width], heads=heads or max(1, width // _HEAD), patch=patch)
+    options = dict(depth=[depth], blocks=[blocks], width=[width], heads=max(1, width // _HEAD), patch=patch)
     flow = resolve_preset("jet_imagenet64", (3, side * patch, side * patch), **options)
     return GLEMConfig(flow=flow, bits=8, psi=None, class_ids=[ONE_CLASS], class_names=[ONE_CLASS])
 

@@ -83,13 +83,18 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
         TypeError, ValueError: a config that could not be read again. OSError: it names the path.
     """
     folder = expand(folder)
-    text, weights = config.to_json(), weights_bytes(state)
+    text, weights = config.to_json(), weights_bytes(stored(config, state))
     with atomic_write(folder / CONFIG) as config_file:
         config_file.write(text)
         config_file.flush()
         os.fsync(config_file.fileno())
         with atomic_write(folder / WEIGHTS) as weights_file:
             weights_file.write(weights)
+
+
+def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` that a model's own file holds: without the flow's, where the config refers to another."""
+    return {name: tensor for name, tensor in state.items() if config.base is None or not name.startswith("flow.")}
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -132,7 +137,7 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
         header = _check_size(path, config)
         with torch.device("meta"):  # shapes without memory
             model = build(config)
-        expected = model.state_dict()
+        expected = stored(config, model.state_dict())
         most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
         if header > most:
             raise ModelFileError(f"{path} has a header of {header} bytes; {most} are more than its config can need")
@@ -141,7 +146,7 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
             for part in model.children():
                 if any(tensor.is_meta for tensor in part.state_dict().values()):  # a module of the user's is whole
                     part.to_empty(device="cpu")
-            for name, target in model.state_dict().items():
+            for name, target in stored(config, model.state_dict()).items():
                 plain_variance = name == "gaussians.s" and config.psi is None
                 lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
                 _copy(path, name, file.get_tensor(name), target, lowest)
@@ -161,7 +166,8 @@ def _check_size(path: Path, config: GLEMConfig) -> int:
         raise ModelFileError(f"{path} can't be read: its {size} bytes are truncated, or no safetensors file")
     classes, dim, rank = len(config.class_ids), math.prod(config.image_shape), config.modes_rank
     numbers = 2 * classes * dim + (0 if rank is None else (classes + 1) * rank * dim)
-    tensors = 2 + sum(d * b for d, b in zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True))
+    levels = [] if config.base else zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
+    tensors = 2 + sum(depth * blocks for depth, blocks in levels)
     if size < _LEAST_WIDTH * numbers or header < _LEAST_ENTRY * tensors:
         raise ModelFileError(
             f"{path} has {size} bytes, too few for the {numbers} numbers in {tensors} tensors of its config: "

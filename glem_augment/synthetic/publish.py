@@ -8,7 +8,6 @@ their folder can be uploaded as it is.
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import itertools
 import json
@@ -27,7 +26,7 @@ from glem_augment.errors import DataError
 from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY
 from glem_augment.hub.upload import upload, write_card
-from glem_augment.io import atomic_write, lock_folder, write_json
+from glem_augment.io import atomic_write, file_sha256, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.export import (
@@ -117,7 +116,7 @@ def _origin(model: GLEM) -> str | None:
     """`org/name@commit`, if the model is still as it was loaded from there."""
     if model.origin is None or model.origin_file is None or not model.origin_file.is_file():
         return None
-    unchanged = hashlib.sha256(model.origin_file.read_bytes()).hexdigest() == weights_sha256(model)
+    unchanged = file_sha256(model.origin_file) == weights_sha256(model)
     return model.origin if unchanged else None
 
 

@@ -50,7 +50,7 @@ def test_gradients_in_float64(kind: str, activation: str) -> None:
 
 def test_the_published_block_is_unchanged() -> None:
     """The formula written out, with the names under which saved models hold the weights."""
-    net = filled(ConvSubnet(3, 5, 8, 2))
+    net = filled(ConvSubnet(3, 5, 8, 2, "residual"))
     w = net.state_dict()
 
     def conv(name: str, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def test_the_published_block_is_unchanged() -> None:
 
 
 def test_transformer_block_against_plain_attention() -> None:
-    net = filled(make_subnet("transformer", 3, 5, 64, 1, (2, 3)))
+    net = filled(make_subnet("transformer", 3, 5, 64, 1, (2, 3), "elu"))
     block = net.blocks[0]
     assert block.heads == 2
     x = tokens = torch.randn(2, 6, 64)  # [B, pixels, channels]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from jet_pytorch.util import bits_per_dim
 from safetensors.torch import save_file
 
 from glem_augment import GLEM, GLEMAugment, GLEMError, ModelFileError
+from glem_augment.cli import main
 from glem_augment.cli.commands import model_facts
 from glem_augment.flows import JetFlow, create_flow
 
@@ -104,6 +107,71 @@ def test_a_jet_knows_no_classes_until_it_is_adapted(weights: Path, tmp_path: Pat
     assert again.config.flow["coupling"] == "jet" and again.num_classes == 4
     moved, _ = GLEMAugment(again, p=1.0, seed=0)(images, labels)
     assert moved.shape == images.shape and bool((moved != images).any())
+
+
+def test_an_adapted_jet_may_refer_to_the_weights(weights: Path, tmp_path: Path) -> None:
+    jet, folder = GLEM.from_pretrained(f"jet:{weights}"), tmp_path / "adapted"
+    images, labels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12) % 3
+    adapted = jet.adapt((images, labels.numpy()), rank=2, progress=False)
+    adapted.save(tmp_path / "whole")
+    adapted.save(folder, weights="reference")
+    size = (folder / "model.safetensors").stat().st_size
+    assert size < (tmp_path / "whole" / "model.safetensors").stat().st_size - sum(
+        4 * p.numel() for p in jet.flow.parameters()
+    )
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    text = (folder / "config.json").read_text()
+    assert json.loads(text)["base"] == {"jet": str(weights), "sha256": digest} == model_facts(str(folder))["base"]
+    again = GLEM.from_pretrained(folder)
+    assert torch.equal(again.log_prob(images), adapted.log_prob(images))
+    # It can be adapted and saved in both ways again.
+    options = ["--max-per-class", "2", "--rank", "1", "--weights", "reference", "--quiet"]
+    assert main(["adapt", str(folder), "bundled:fashion-mnist", "--out", str(tmp_path / "third"), *options]) == 0
+    assert json.loads((tmp_path / "third" / "config.json").read_text())["base"]["jet"] == str(weights)
+    again.save(tmp_path / "copy")
+    assert "base" not in json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+    with torch.no_grad():
+        adapted.flow.couplings[0].net.tail.bias.add_(1e-3)
+    with pytest.raises(ValueError, match="no longer that of jet:.*save a copy"):
+        adapted.save(folder, weights="reference")
+    with pytest.raises(ValueError, match="weights must be one of 'copy', 'reference'"):
+        adapted.save(folder, weights="link")
+    with pytest.raises(ValueError, match="this one is not"):
+        GLEM.create("jet_tiny", (3, 8, 8), ["a"], depth=[1]).save(folder, weights="reference")
+    assert (folder / "config.json").read_text() == text
+
+    def changed(**values: object) -> None:
+        config = {**json.loads(text), **values}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+    flow = {**json.loads(text)["flow"], "depth": [2048], "blocks": [1]}
+    larger = {**json.loads(text)["flow"], "image_shape": [3, 24, 24]}
+    for change in (
+        {"base": {"jet": str(weights), "sha256": digest[:-1] + "g"}},
+        {"base": {"jet": str(folder), "sha256": digest}},
+        {"base": {"jet": "x" * 5000, "sha256": digest}},
+        {"base": {"jet": "x" * 900, "sha256": digest}},
+        {"base": {"jet": "~nobody-here/x", "sha256": digest}},
+        {"base": {"jet": "/dev/zero", "sha256": digest}},
+        {"base": {"jet": str(tmp_path / "whole" / "model.safetensors"), "sha256": digest}},
+        {"base": {"jet": str(weights)}},
+        {"base": {"jet": 1, "sha256": digest}},
+        {"base": [str(weights), digest]},
+        {"base": ...},
+        {"flow": flow},
+        {"flow": larger},
+    ):
+        changed(**change)
+        with pytest.raises(ModelFileError) as caught:
+            GLEM.from_pretrained(folder)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 2500
+    (folder / "config.json").write_text(text)
+    GLEM.from_pretrained(folder)
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ModelFileError, match=f"stored in jet:{weights} alone, which can't be used"):
+        GLEM.from_pretrained(folder)
 
 
 def test_every_damaged_file_is_one_error(weights: Path, tmp_path: Path) -> None:
