@@ -50,19 +50,20 @@ SMALLER: dict[str, dict[str, str]] = {
         '"train")': '"train").subset(range(0, 1000, 40))',
         "epochs=30": 'arch="resnet18_quarter", epochs=1',
     },
-    "docs/adapt.md": {
-        "(3, 32, 32)": "(3, 8, 8)",
-        "unsorted/": "photos/",
-        "epochs=20": 'epochs=1, preset="identity"',
+    "docs/adapt.md": {"(3, 32, 32)": "(3, 8, 8)"},
+    "README.md": {
+        "--per-class 500": "--per-class 5",
+        '"train")': '"train").subset(range(0, 1000, 50))',
+        "batch_size=64": "batch_size=10",
+        "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",  # docs/train.md runs one
     },
-    "README.md": {"--per-class 500": "--per-class 5"},
     "docs/index.md": {
         "--per-class 100": "--per-class 1",
         "batch_size=64": "batch_size=4",
-        "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",  # README.md runs one
+        "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",
     },
     "docs/synthetic.md": {"--per-class 500": "--per-class 1"},
-    "docs/train.md": {'"train")': '"train").subset(range(0, 1000, 40))', "epochs=20": "epochs=1"},
+    "docs/train.md": {'"train")': '"train").subset(range(0, 1000, 40))', "epochs=20": 'epochs=1, preset="identity"'},
 }
 OPTIONS = {
     "train": [*TINY, "--epochs", "1", "--quiet"],
@@ -72,7 +73,7 @@ OPTIONS = {
 
 
 PYTHON_AND_COMMANDS = {
-    "README.md": 7,
+    "README.md": 5,
     "docs/adapt.md": 4,
     "docs/hub.md": 9,
     "docs/index.md": 7,
@@ -91,7 +92,7 @@ def test_the_code_of_a_page_runs(
     for folder in ("photos", "photos-test"):
         write_images(tmp_path / folder, ("ant", "cat", "dog"), (20, 24), 6)
     (tmp_path / "photos" / "dog" / "0.png").unlink()  # so that there is something to balance
-    write_images(tmp_path / "unlabelled", ("images",), (20, 24), 20)
+    write_images(tmp_path / "unsorted", ("images",), (20, 24), 20)
     model = test_hub.tiny_model(data="photos", images=17)
     model.fit_modes((torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3), rank=4)
     for repo in ("org/flow", "org/name"):
@@ -163,6 +164,20 @@ def test_the_gains_are_those_of_the_results() -> None:
             assert given == pytest.approx(gains[key], abs=0.051), line
             seen.append(key)
     assert sorted(seen) == sorted(gains)
+    readme = (ROOT / "README.md").read_text()
+    for key, row in (
+        (("fashion-10", "cnn", "fashion-unlabelled"), "Gain of a small CNN"),
+        (("imagenette32-50", "cnn", "cifar10"), "The same on Imagenette"),
+    ):
+        cell = re.search(rf"^\| {row}.*? \| (.*?) \|", readme, flags=re.M)[1]  # type: ignore[index]
+        given = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", cell)]
+        assert given == pytest.approx(gains[key][2:6], abs=0.051)
+
+
+def test_the_readme_is_short() -> None:
+    """A screen and a half: at most 900 words outside code."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert len(text.split()) <= 900
 
 
 # ---- lists that are complete ---------------------------------------------------------------------------------------
