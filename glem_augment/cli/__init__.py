@@ -15,6 +15,7 @@ from glem_augment.cli.parsers import (
     add_adapt,
     add_demo,
     add_evaluate,
+    add_explore,
     add_generate,
     add_info,
     add_list,
@@ -57,8 +58,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="glem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    adders = (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_info, add_list, add_push)
-    for add in adders:
+    adders = (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_explore, add_info, add_list)
+    for add in (*adders, add_push):
         add(commands)
     return parser
 

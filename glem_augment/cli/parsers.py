@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": ("commands.evaluate", "accuracy, bits/dim, calibration and round trip, as JSON"),
     "generate": ("commands.generate", "draw a synthetic data set from a flow"),
     "preview": ("commands.preview", "a picture of augmentations, samples, interpolations"),
+    "explore": ("explore.run", "a page on this machine: samples, moves, lines, surprising images"),
     "info": ("commands.info", "what a model is and how it was trained"),
     "list": ("commands.list_flows", "the flows that ship, and those on the Hugging Face Hub"),
     "push": ("commands.push", "upload a flow to the Hugging Face Hub"),
@@ -80,13 +81,13 @@ MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISIO
 # ---- arguments that commands share -----------------------------------------------------------------------------------
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+def add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **optional)
 
 
-def add_data(parser: argparse.ArgumentParser, split: str | None = "test") -> None:
+def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
     """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
     skip = "leave out images that cannot be read, and name them (default: stop)"
     parser.add_argument("--skip-bad", action="store_true", help=skip)
@@ -363,6 +364,30 @@ def add_preview(commands: Any) -> None:
     modes = "modes to move along (default: all that are stored)"
     parser.add_argument("--modes", type=whole(1), metavar="N", help=modes)
     add_seed(parser)
+    add_machine(parser)
+
+
+EXPLORE = """\
+Serve a page on this machine, http://127.0.0.1:7860, in which one sees what a flow knows: samples of its classes, real
+or uploaded images moved along the modes of their classes, straight lines between two images, and how the flow sees
+DATA: accuracy, calibration, the images that surprise it most, and the real images nearest to its samples. It needs
+pip install 'glem-augment[explore]', and no network. Ctrl-C ends it. Nothing is written outside a temporary folder.
+"""
+EXPLORE_EXAMPLES = """\
+  glem explore
+  glem explore runs/photos photos/ --split val
+"""
+
+
+def add_explore(commands: Any) -> None:
+    parser = new_parser(commands, "explore", EXPLORE, EXPLORE_EXAMPLES)
+    add_model(parser, nargs="?", default="bundled:fashion-mnist")
+    add_data(parser, split=None, nargs="?")
+    add_class_map(parser)
+    limit = "use N images of each split, evenly spread (default: %(default)s)"
+    parser.add_argument("--limit", type=whole(1), default=1000, metavar="N", help=limit)
+    port = "of the page (default: the first free one from 7860 on)"
+    parser.add_argument("--port", type=whole(1, 65535), metavar="N", help=port)
     add_machine(parser)
 
 

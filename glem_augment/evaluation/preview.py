@@ -26,7 +26,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
-__all__ = ["FlowClassifier", "Section", "class_samples", "compose", "preview"]
+__all__ = ["FlowClassifier", "Section", "class_samples", "compose", "preview", "visible"]
 
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
@@ -216,7 +216,7 @@ def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
 
 
 def _draw(section: Section) -> Image.Image:
-    cells = _visible(section.cells.flatten(0, 1))
+    cells = visible(section.cells.flatten(0, 1))
     picture = to_pil_image(make_grid(cells, section.cells.shape[1], _PADDING, pad_value=1.0))
     height, width = (side + _PADDING for side in cells.shape[-2:])
     labels = [_short(text) for text in section.rows]
@@ -256,15 +256,15 @@ def _stack(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     return sheet
 
 
-def _visible(images: Tensor) -> Tensor:
+def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) -> Tensor:
     """RGB cells of a size that people can see: float [N,3,h,w] in [0, 1]."""
     images = _unit(images)
     images = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     longest = max(images.shape[-2:])
-    if longest < SMALLEST:
-        return F.interpolate(images, scale_factor=-(-SMALLEST // longest), mode="nearest")
-    if longest > LARGEST:
-        size = [max(1, round(side * LARGEST / longest)) for side in images.shape[-2:]]
+    if longest < smallest:
+        return F.interpolate(images, scale_factor=-(-smallest // longest), mode="nearest")
+    if longest > largest:
+        size = [max(1, round(side * largest / longest)) for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
     return images
 

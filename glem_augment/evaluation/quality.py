@@ -14,7 +14,7 @@ from torch import Tensor
 from glem_augment.devices import evaluating
 from glem_augment.errors import DataError
 
-__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "memorisation_ratio"]
+__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "memorisation_ratio", "nearest"]
 
 # Rows of a distance matrix that are computed at a time.
 _CHUNK = 512
@@ -119,8 +119,8 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
     """
     count = min(len(train), len(held_out))
     g = torch.Generator().manual_seed(seed)
-    to_train = _nearest_distances(samples, train[torch.randperm(len(train), generator=g)[:count]])
-    to_held_out = _nearest_distances(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]])
+    to_train, _ = nearest(samples, train[torch.randperm(len(train), generator=g)[:count]])
+    to_held_out, _ = nearest(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]])
     tiny = torch.finfo(torch.float64).tiny
     tie = torch.isclose(to_train, to_held_out, rtol=1e-9, atol=0)
     nearer = torch.where(tie, 0.5, (to_train < to_held_out).double())
@@ -130,10 +130,11 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, seed: i
     }
 
 
-def _nearest_distances(x: Tensor, others: Tensor) -> Tensor:
-    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m]: [N] float64."""
+def nearest(x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m], float64 [N], and which it is."""
     x, others = _check_features(x, others)
-    return torch.cat([_squared_distances(part, others).amin(1) for part in x.split(_CHUNK)]).sqrt()
+    found = [_squared_distances(part, others).min(1) for part in x.split(_CHUNK)]
+    return torch.cat([part.values for part in found]).sqrt(), torch.cat([part.indices for part in found])
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,222 @@
+"""`glem explore`: a page on this machine in which one sees what a flow knows. Gradio is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+from collections.abc import Callable
+from functools import wraps
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from glem_augment.checks import POLICIES
+from glem_augment.cli.common import load_model, note, open_for, read_class_map, without_splits
+from glem_augment.errors import GLEMError
+from glem_augment.evaluation.explorer import LONGEST, Explorer
+from glem_augment.evaluation.metrics import calibration_error, spread
+from glem_augment.evaluation.preview import visible
+
+MOST_BYTES = "20mb"  # of an upload
+MODES = 8  # that have a slider
+SURPRISES = 12  # images shown as surprising
+SHOWN = 256  # pixels to which small images are enlarged
+CSS = ".image-frame {padding-top: 1.7rem}"  # labels stand above their pictures, not on them
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C. What is uploaded or drawn lies in a temporary folder, which is then removed."""
+    if args.data is None and not args.model.startswith("bundled:"):
+        raise ValueError(f"DATA is missing: name images to look at, for example glem explore {args.model} photos/")
+    name, split = args.data or args.model, args.split or "test"
+    # Gradio reads these when it is imported. It would ask for newer versions of itself, and keep a history.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    with TemporaryDirectory(prefix="glem-explore-") as folder:
+        os.environ.update(GRADIO_TEMP_DIR=folder, MPLCONFIGDIR=folder)
+        try:
+            import gradio as gr
+        except ImportError:
+            raise GLEMError("glem explore needs Gradio: pip install 'glem-augment[explore]'") from None
+        model, class_map = load_model(args), read_class_map(args.class_map)
+        sets = []
+        for each in [split] if split == "train" or without_splits(name) else [split, "train"]:
+            data = open_for(model, name, each, class_map, skip_bad=args.skip_bad, progress=not args.quiet)
+            sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
+        page = build_page(gr, Explorer(model, sets, progress=not args.quiet))
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
+        served: dict[str, Any] = {"server_name": "127.0.0.1", "server_port": args.port, "share": False}
+        served |= {"max_file_size": MOST_BYTES, "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
+        _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], **served)
+        note(f"glem explore is at {url} (Ctrl-C ends it)")
+        page.block_thread()
+
+
+def build_page(gr: Any, explorer: Explorer) -> Any:
+    """The page as a `gradio.Blocks`. A model without modes has no tab for moves."""
+    model = explorer.model
+    with gr.Blocks(title="glem explore", analytics_enabled=False, delete_cache=(600, 600)) as page:
+        gr.Markdown(f"# What this flow knows\n\n`{model!r}`, and {len(explorer.data)} images of `{explorer.data.name}`")
+        with gr.Tab("Samples"), gr.Row():
+            inputs = sample_controls(gr, explorer)
+            with gr.Column(scale=2):
+                sheet = picture(gr, "Samples")
+            redraw(gr, page, explorer.sample_sheet, inputs, [sheet], "samples")
+        if model.modes is not None:
+            with gr.Tab("Move"), gr.Row():
+                move_tab(gr, page, explorer, min(MODES, model.modes.rank))
+        with gr.Tab("Between"), gr.Row():
+            between_tab(gr, page, explorer)
+        with gr.Tab("Data"):
+            data_tab(gr, explorer)
+    return page.queue(default_concurrency_limit=1, max_size=64)
+
+
+# ---- tabs ------------------------------------------------------------------------------------------------------------
+
+
+def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
+    names = explorer.model.classes
+
+    def show(number: int, file: str | None, cls: int, policy: str, strength: float, seed: int, *sliders: float) -> Any:
+        image, own = explorer.picked(number, file)
+        cls = own if cls < 0 else cls
+        by_hand = ("noise", strength, seed, [strength * value for value in sliders])
+        moved = explorer.move(image, cls, *(by_hand if policy == "sliders" else (policy, strength, seed)))
+        change = moved.image.float() - image.float()
+        largest = float(change.abs().max())
+        fate = "**would be put back**, since it is not plausible" if moved.put_back else "would be kept"
+        facts = (
+            f"A move along the modes of {names[cls]}, which {fate}. Bits/dim given that class: {moved.bits[0]:.3f} "
+            f"before, {moved.bits[1]:.3f} after. The largest change of a pixel is {largest:.0f} of 255."
+        )
+        pictures = (image, moved.image, 0.5 + 0.5 * change / max(1.0, largest))
+        bars = (dict(zip(names, row, strict=True)) for row in moved.posterior.tolist())
+        return *map(shown, pictures), facts, *bars
+
+    with gr.Column(scale=1):
+        inputs = image_controls(gr, explorer, "Image")
+        choices = [("its own; of a file, the likeliest", -1), *zip(names, range(len(names)), strict=True)]
+        inputs.append(gr.Dropdown(choices, value=-1, label="Class along whose modes it moves"))
+        policies = [("sliders below", "sliders"), *((name, name) for name in POLICIES)]
+        inputs.append(gr.Radio(policies, value="sliders", label="Policy: what chooses the move"))
+        inputs.append(gr.Slider(0, 2, 1, step=0.05, label="Strength", info="of mixup: twice the partner's share"))
+        inputs.append(gr.Number(0, label="Seed", minimum=0, precision=0))
+        label = "Mode {}, in standard deviations"
+        inputs += [gr.Slider(-3, 3, 0, step=0.1, label=label.format(number + 1)) for number in range(modes)]
+    with gr.Column(scale=2):
+        with gr.Row():
+            outputs = [picture(gr, label) for label in ("Original", "Moved", "Difference (grey: none)")]
+        outputs.append(gr.Markdown())
+        with gr.Row():
+            outputs += [gr.Label(label=f"Posterior {when}", num_top_classes=10) for when in ("before", "after")]
+    redraw(gr, page, show, inputs, outputs, "move")
+
+
+def between_tab(gr: Any, page: Any, explorer: Explorer) -> None:
+    names = explorer.model.classes
+
+    def show(first: int, first_file: str | None, second: int, second_file: str | None, share: float) -> Any:
+        import pandas  # which Gradio brings
+
+        start, end = explorer.picked(first, first_file)[0], explorer.picked(second, second_file)[0]
+        middle, shares, posterior = explorer.between(start, end, share)
+        likeliest = posterior.amax(0).argsort(descending=True)[:5].tolist()
+        rows = [(x, float(posterior[i, k]), names[k]) for k in likeliest for i, x in enumerate(shares.tolist())]
+        curve = pandas.DataFrame(rows, columns=["share", "probability", "class"])
+        return *map(shown, (start, middle, end)), curve
+
+    with gr.Column(scale=1):
+        inputs = image_controls(gr, explorer, "First image")
+        inputs += image_controls(gr, explorer, "Second image", len(explorer.data) - 1)
+        inputs.append(gr.Slider(0, 1, 0.5, step=0.01, label="Share of the second image"))
+    with gr.Column(scale=2):
+        with gr.Row():
+            outputs = [picture(gr, label) for label in ("First", "Between", "Second")]
+        axes = {"x": "share", "y": "probability", "color": "class", "y_lim": [0, 1]}
+        outputs.append(gr.LinePlot(label="Posterior along the line", **axes))
+    redraw(gr, page, show, inputs, outputs, "between")
+
+
+def data_tab(gr: Any, explorer: Explorer) -> None:
+    names, data, bar = explorer.model.classes, explorer.data, gr.Progress(track_tqdm=True)
+
+    def measure(progress: Any = bar) -> Any:
+        posterior, bits, y = explorer.measured
+        (confidence, best), own = posterior.max(1), posterior.gather(1, y[:, None])[:, 0]
+        right = best == y
+        facts = f"Accuracy {100 * float(right.double().mean()):.2f} %, expected calibration error "
+        facts += f"{calibration_error(confidence, right):.4f}, {float(bits.mean()):.3f} bits/dim given the class"
+        unlikely, odd = (order[:SURPRISES].tolist() for order in (bits.argsort(descending=True), own.argsort()))
+        first = [(shown(data[i][0]), f"{names[y[i]]}, {bits[i]:.2f} bits/dim") for i in unlikely]
+        second = [(shown(data[i][0]), f"{names[y[i]]}? {names[best[i]]}, {100 * confidence[i]:.0f} %") for i in odd]
+        return facts, first, second
+
+    button = gr.Button(f"Measure the flow on {len(data)} images", variant="primary")
+    outputs = [gr.Markdown()]
+    for title in ("The least likely images", "The images whose classes surprise the flow most"):
+        outputs.append(gr.Gallery(label=title, columns=6, interactive=False, format="png", buttons=["download"]))
+    button.click(told(gr, measure), None, outputs, api_name="measure")
+    gr.Markdown("## Are samples copies of real images?")
+    with gr.Row():
+        inputs = sample_controls(gr, explorer)
+        with gr.Column(scale=2):
+            compare = gr.Button("Find the real images nearest to samples")
+            outputs = [picture(gr, "Samples and the real images nearest to them"), gr.Markdown()]
+    compare.click(told(gr, explorer.neighbours), inputs, outputs, api_name="neighbours")
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def sample_controls(gr: Any, explorer: Explorer) -> list[Any]:
+    choices = [(name, index) for index, name in enumerate(explorer.model.classes)]
+    sources = ["gaussian"] if explorer.model.modes is None else ["rfcm", "gaussian"]
+    with gr.Column(scale=1):
+        return [
+            gr.Dropdown(choices, value=0, label="Class"),
+            gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature", info="factor on the standard deviation"),
+            gr.Radio(sources, value=sources[0], label="Source", info="rfcm: mean and covariance of real latents"),
+            gr.Number(0, label="Seed", minimum=0, precision=0),
+        ]
+
+
+def image_controls(gr: Any, explorer: Explorer, name: str, value: int = 0) -> list[Any]:
+    return [
+        gr.Slider(0, len(explorer.data) - 1, value, step=1, label=f"{name}: number in the data"),
+        gr.File(label=f"{name}: a file instead, {MOST_BYTES} at most", file_types=["image"], height=140),
+    ]
+
+
+def picture(gr: Any, label: str) -> Any:
+    # Gradio's share button would send the picture to the Hub.
+    return gr.Image(label=label, format="png", type="pil", interactive=False, buttons=["download", "fullscreen"])
+
+
+def shown(image: Tensor) -> Image.Image:
+    """An image [C, H, W], uint8 or float in [0, 1], in a size that people can see."""
+    return to_pil_image(visible(image[None], SHOWN, LONGEST)[0])
+
+
+def told(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with errors as one sentence on the page."""
+
+    @wraps(function)
+    def call(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except (GLEMError, ValueError, TypeError, OSError) as error:
+            sentence = html.escape(" ".join(str(error).split()), quote=False)
+            raise gr.Error(sentence, print_exception=False) from None
+
+    return call
+
+
+def redraw(gr: Any, page: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str) -> None:
+    """Draw the outputs when the page opens and whenever an input changes; of quick changes the last one counts."""
+    triggers = [page.load, *(control.change for control in inputs)]
+    settings = {"show_progress": "hidden", "trigger_mode": "always_last", "api_name": name}
+    gr.on(triggers, told(gr, function), inputs, outputs, **settings)

@@ -1,0 +1,197 @@
+"""What `glem explore` shows of a flow, without its page.
+
+Nothing is drawn or moved in a way of its own: samples are those of `SyntheticDataset`, moves those of `GLEMAugment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+from glem_augment.augment.resize import PixelAdapter
+from glem_augment.augment.transform import GLEMAugment
+from glem_augment.checks import Policy, Source
+from glem_augment.data.dataset import ImageData
+from glem_augment.data.pixels import to_uint8
+from glem_augment.data.sources import FolderSource
+from glem_augment.errors import BadImageError, DataError
+from glem_augment.evaluation.preview import FlowClassifier, Section, compose
+from glem_augment.evaluation.quality import memorisation_ratio, nearest
+from glem_augment.model.glem import GLEM
+from glem_augment.synthetic.dataset import SyntheticDataset
+
+__all__ = ["Explorer", "Measured", "Moved", "read_upload"]
+
+# An upload of more pixels than a camera takes is refused; one of more than a screen shows is reduced.
+MOST_PIXELS, LONGEST = 50_000_000, 1024
+NEIGHBOURS = 12  # samples that are compared with real images
+# A move that would be put back is shown all the same, unless it is not even finite.
+ANY_RANGE = 1e6
+
+
+class Moved(NamedTuple):
+    """The moved image, uint8 [C, H, W] like the original; posterior [2, K] and bits/dim [2] given the class, of the
+    original and the moved image; whether `GLEMAugment` would put the move back."""
+
+    image: Tensor
+    posterior: Tensor
+    bits: Tensor
+    put_back: bool
+
+
+class Measured(NamedTuple):
+    """Posterior [N, K] of the images of a data set, and their bits/dim [N] given their classes y [N]."""
+
+    posterior: Tensor
+    bits: Tensor
+    y: Tensor
+
+
+class Explorer:
+    """What the page asks of a flow and of real images. Images are uint8 [C, H, W] on the CPU, uploads of any size.
+
+    Args:
+        model: modes are needed to move images.
+        sets: images to look at, of the flow's shape and labelled by its class indices; and training images like them,
+            if there are some.
+        progress: show a bar on stderr while images are measured.
+    """
+
+    def __init__(self, model: GLEM, sets: Sequence[ImageData], progress: bool = True) -> None:
+        self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
+        self.pixels = PixelAdapter(model.image_shape)
+        if not len(self.data):
+            raise DataError(f"{self.data.name} holds no images")
+
+    def samples(self, cls: int, temperature: float, source: Source, seed: int, count: int = 32) -> Tensor:
+        """The first samples [count, C, H, W] that `glem generate` draws of a class."""
+        return SyntheticDataset(self.model, {cls: count}, temperature, seed, source=source).images(range(count))
+
+    def sample_sheet(self, cls: int, temperature: float, source: Source, seed: int) -> Image.Image:
+        """A picture of samples that says what they are."""
+        cells = self.samples(cls, temperature, source, seed).unflatten(0, (-1, 8))
+        note = f"source {source}, temperature {temperature:g}, seed {seed}"
+        return compose(f"Samples: {self.model.classes[cls]}", note, [Section("", cells)])
+
+    def neighbours(self, cls: int, temperature: float, source: Source, seed: int) -> tuple[Image.Image, str]:
+        """Samples above the real images that are nearest to them in pixels, and what that says of memorisation."""
+        samples = self.samples(cls, temperature, source, seed, NEIGHBOURS)
+        flat, sections = samples.flatten(1), [Section("Samples", samples[None])]
+        real = [data.tensor() for data in self.sets]
+        for images, kind in zip(real, ("held-out", "training") if len(real) > 1 else ("real",), strict=True):
+            distance, index = nearest(flat, images.flatten(1))
+            labels = [f"{value:.0f}" for value in (distance / self.model.dim**0.5).tolist()]
+            sections.append(Section(f"The nearest of {len(images)} {kind} images", images[index][None], labels))
+        text = "Data with a train split would tell whether samples are nearer to training images than to others."
+        if len(real) > 1:
+            held_out, train = (images.flatten(1) for images in real)
+            nearer = NEIGHBOURS * memorisation_ratio(flat, train, held_out)["share_nearer_train"]
+            text = (
+                f"{nearer:g} of {NEIGHBOURS} samples are nearer to a training image than to any of as many held-out "
+                "ones; about half are if the flow has memorised nothing."
+            )
+        note = "the numbers are root mean squares of the pixels' differences, of 255"
+        return compose(f"Nearest real images: {self.model.classes[cls]}", note, sections), text
+
+    def picked(self, index: int, upload: str | None = None) -> tuple[Tensor, int]:
+        """An uploaded file and the class that the flow gives it, or else image `index` of the data and its class."""
+        if upload is None:
+            return self.data[index]
+        image = read_upload(upload)
+        return image, int(self.model.predict(self._small(image)))
+
+    def _small(self, *images: Tensor) -> Tensor:
+        """The images as the flow sees them, uint8 [n, C, H, W]."""
+        for image in images:
+            self.pixels.check(image[None])
+        return torch.cat([to_uint8(self.pixels.to_flow(self.pixels.to_unit(image[None]))) for image in images])
+
+    @torch.no_grad()
+    def move(
+        self,
+        image: Tensor,
+        cls: int,
+        policy: Policy,
+        strength: float,
+        seed: int = 0,
+        coefficients: Sequence[float] | None = None,
+    ) -> Moved:
+        """Move an image along the modes of class `cls`.
+
+        Args:
+            policy: "mixup" takes a partner drawn from the class, "adversarial" is against the flow's own posterior.
+            strength: in standard deviations; of mixup, twice the partner's share.
+            coefficients: of the top modes, in the place of what policy "noise" draws.
+        """
+        modes = None if coefficients is None else len(coefficients)
+        aug = GLEMAugment(self.model, p=1.0, policy=policy, strength=strength, modes=modes, seed=seed)
+        if policy == "adversarial":
+            aug.attach(FlowClassifier(self.model))
+        x, y = image[None].to(self.model.device), torch.tensor([cls])
+        drawn = aug.draw(x, y)
+        if coefficients is not None:
+            drawn = replace(drawn, eps=torch.tensor([coefficients], dtype=torch.float32))
+        elif policy == "mixup":
+            drawn = replace(drawn, l=torch.tensor([1 - strength / 2]))
+        moved = aug.apply(x, y, drawn)[0]
+        put_back = aug.stats["replaced"] > 0
+        if put_back:
+            aug.margin = ANY_RANGE
+            moved = aug.apply(x, y, drawn)[0]
+        small = self._small(image, moved[0].cpu())
+        bits = self.model.bits_per_dim(small, y.expand(2))
+        return Moved(moved[0].cpu(), self.model.posterior(small).cpu(), bits.cpu(), put_back)
+
+    @torch.no_grad()
+    def between(self, first: Tensor, second: Tensor, share: float, points: int = 41) -> tuple[Tensor, Tensor, Tensor]:
+        """The straight line in latent space between two images.
+
+        Returns:
+            The image with that share of the second one, in the flow's size; `points` shares from 0 to 1, and the
+            posterior [points, K] at each.
+        """
+        start, end = self.model.encode(self._small(first, second))[0]
+        shares = torch.linspace(0, 1, points)
+        line = torch.lerp(start, end, torch.cat([shares, torch.tensor([share])])[:, None].to(start))
+        image = to_uint8(self.model.decode(line[-1:]))[0].cpu()
+        return image, shares, self.model.posterior_from_latents(line[:-1]).cpu()
+
+    @cached_property
+    @torch.no_grad()
+    def measured(self) -> Measured:
+        """The flow on all images of the data, computed once."""
+        parts = []
+        with tqdm(total=len(self.data), unit="image", desc="measuring", disable=not self.progress) as bar:
+            for x, y in self.data.batches(np.arange(len(self.data)), 64):
+                parts.append((self.model.posterior(x).cpu(), self.model.bits_per_dim(x, y).cpu(), y))
+                bar.update(len(y))
+        return Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class _Upload(FolderSource):
+    def where(self, index: int) -> str:
+        return Path(self.paths[index]).name
+
+
+def read_upload(path: str) -> Tensor:
+    """An image file that may be hostile: uint8 [C, H, W], one channel if it is grey, at most 1024 pixels a side.
+
+    Raises:
+        BadImageError: it is no image, is damaged, or has too many pixels, which shows before they are decoded.
+    """
+    file = _Upload("upload", [], [], np.zeros(1, dtype=np.int64), [path])
+    grey, *size = file.header(0)
+    if size[0] * size[1] > MOST_PIXELS:
+        raise BadImageError(f"{file.where(0)} has {size[1]} x {size[0]} pixels, more than {MOST_PIXELS}: reduce it")
+    pixels, scale = file.pixels(0, 1 if grey else 3), LONGEST / max(size)
+    return pixels if scale >= 1 else resize(pixels, [max(1, round(side * scale)) for side in size], antialias=True)

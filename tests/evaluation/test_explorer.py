@@ -1,0 +1,98 @@
+"""What the explorer computes: the same samples, moves and numbers as the library's own, and no hostile file decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from glem_augment import GLEM, BadImageError, DataError, GLEMAugment, ImageData, SyntheticDataset
+from glem_augment.evaluation import evaluate
+from glem_augment.evaluation.explorer import LONGEST, Explorer, read_upload
+from glem_augment.evaluation.metrics import calibration_error
+
+
+@pytest.fixture
+def explorer() -> Explorer:
+    """A linear flow of three classes of 3x8x8 images, whose colours differ."""
+    means = torch.tensor([[110, 120, 120], [120, 110, 120], [120, 120, 110]]).repeat_interleave(12, 0)[:, :, None, None]
+    x = (means + torch.randint(-40, 40, (36, 3, 8, 8))).to(torch.uint8)
+    data = ImageData.from_tensors(x, torch.arange(3).repeat_interleave(12), ["red", "green", "blue"])
+    train, held_out = data.subset(range(0, 36, 2)), data.subset(range(1, 36, 2))
+    model = GLEM.create("identity", (3, 8, 8), data.classes).adapt(train, rank=4, progress=False)
+    return Explorer(model, [held_out, train], progress=False)
+
+
+def test_samples_are_those_of_a_data_set_and_neighbours_are_the_nearest(explorer: Explorer) -> None:
+    found = explorer.samples(1, 0.7, "rfcm", 5, 4)
+    assert torch.equal(found, SyntheticDataset(explorer.model, 9, 0.7, 5, source="rfcm").images(range(9, 13)))
+    sheet, again = (explorer.sample_sheet(1, 0.7, "rfcm", 5) for _ in range(2))
+    assert sheet == again != explorer.sample_sheet(1, 0.7, "rfcm", 6)
+    # At temperature 0 all samples are the class's mean, which is the mean of its training images, not of the others.
+    picture, text = explorer.neighbours(1, 0.0, "gaussian", 0)
+    assert picture.width > 700 and text.startswith("12 of 12 samples are nearer to a training image")
+    assert "train split" in Explorer(explorer.model, [explorer.data]).neighbours(1, 0.0, "gaussian", 0)[1]
+    with pytest.raises(DataError, match="no images"):
+        Explorer(explorer.model, [explorer.data.subset([])])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 50, 40)])
+def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape: tuple[int, int, int]) -> None:
+    model, image = explorer.model, torch.randint(60, 120, shape, dtype=torch.uint8)
+    still = explorer.move(image, 2, "noise", 1.0, coefficients=[0.0] * 4)
+    assert torch.equal(still.image, image) and not still.put_back
+    assert torch.equal(still.posterior[0], still.posterior[1]) and torch.equal(still.bits[0], still.bits[1])
+    # One mode by one standard deviation.
+    assert model.modes is not None
+    change = (model.modes.scales[2, 1] * model.modes.directions[2, 1]).view(1, 3, 8, 8) * 256 / 255
+    aug = GLEMAugment(model)
+    x = aug.pixels.to_unit(image[None])
+    small = aug.pixels.to_flow(x)
+    wanted = aug.pixels.from_unit(aug.pixels.from_flow(x, small, small + change), torch.uint8)[0]
+    moved = explorer.move(image, 2, "noise", 1.0, coefficients=[0.0, 1.0, 0.0, 0.0])
+    assert (moved.image.int() - wanted.int()).abs().max() <= 1 and not torch.equal(wanted, image)
+    # The policies move as they do elsewhere, and what would be put back is shown all the same.
+    y = torch.tensor([2])
+    noise = GLEMAugment(model, p=1.0, policy="noise", strength=0.3, seed=7)(image[None], y)[0][0]
+    assert torch.equal(explorer.move(image, 2, "noise", 0.3, 7).image, noise)
+    assert torch.equal(explorer.move(image, 2, "mixup", 0.0, 7).image, image)
+    calm, fooled = (explorer.move(image, 2, policy, 0.3, 7) for policy in ("noise", "adversarial"))
+    assert fooled.posterior[1, 2] < calm.posterior[1, 2]
+    wild = explorer.move(image, 2, "noise", 100.0)
+    assert wild.put_back and not torch.equal(wild.image, image)
+
+
+def test_lines_run_from_the_first_image_to_the_second(explorer: Explorer) -> None:
+    first, second = (explorer.data[i][0] for i in (0, 8))
+    for share, wanted in ((0.0, first), (1.0, second)):
+        image, shares, posterior = explorer.between(first, second, share)
+        assert (image.int() - wanted.int()).abs().max() <= 1
+    assert shares[0] == 0 and shares[-1] == 1
+    assert torch.allclose(posterior[[0, -1]], explorer.model.posterior(torch.stack([first, second])), atol=1e-5)
+
+
+def test_a_data_set_is_measured_as_eval_does(explorer: Explorer) -> None:
+    posterior, bits, y = explorer.measured
+    wanted = evaluate(explorer.model, explorer.data, round_trip=0, progress=False)
+    confidence, best = posterior.max(1)
+    assert wanted["accuracy"] == (best == y).double().mean()
+    assert wanted["ece"] == pytest.approx(calibration_error(confidence, best == y))
+    assert wanted["bits_per_dim"] == pytest.approx(bits.double().mean().item(), rel=1e-5)
+
+
+def test_uploads_are_reduced_and_hostile_ones_refused(explorer: Explorer, tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 1500), (90, 130, 130)).save(tmp_path / "photo.jpg")
+    image, cls = explorer.picked(0, str(tmp_path / "photo.jpg"))
+    assert image.shape == (3, LONGEST // 2, LONGEST) and cls == 0
+    assert explorer.picked(17)[1] == 2
+    assert explorer.move(image, cls, "noise", 0.2).image.shape == image.shape
+    Image.new("L", (5, 9)).save(tmp_path / "grey.png")
+    assert read_upload(str(tmp_path / "grey.png")).shape == (1, 9, 5)
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:5000])
+    Image.new("1", (8000, 8000)).save(tmp_path / "large.png")
+    Image.new("1", (11_000, 9100)).save(tmp_path / "bomb.png")
+    for name, words in {"broken.jpg": "cannot be read", "large.png": "8000 x 8000 pixels", "bomb.png": "limit"}.items():
+        with pytest.raises(BadImageError, match=f"^{name} .*{words}"):
+            read_upload(str(tmp_path / name))
