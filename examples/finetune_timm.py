@@ -343,7 +343,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
 
 @torch.inference_mode()
 def evaluate(net: nn.Module, loader: Any, data: Any, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Top-1 and top-5 in per cent, and ImageNet-ReaL where the 50,000 validation images are all there."""
+    """Top-1 and top-5 in per cent, and both by ImageNet-ReaL where the 50,000 validation images are all there."""
     net.eval()
     files = [os.path.basename(name) for name in data.filenames(basename=True)]
     # ReaL finds the labels of an image by its original name.
@@ -360,7 +360,9 @@ def evaluate(net: nn.Module, loader: Any, data: Any, device: torch.device, dtype
         if real is not None:
             real.add_result(output)
     scores = {"top1": round(top1.avg, 3), "top5": round(top5.avg, 3)}
-    return scores if real is None else {**scores, "real": round(real.get_accuracy(k=1), 3)}
+    if real is not None:
+        scores |= {f"real{k}": round(real.get_accuracy(k=k), 3) for k in (1, 5)}
+    return scores
 
 
 def save(folder: Path | None, state: dict[str, Any], epoch: int) -> None:

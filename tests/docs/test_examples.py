@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,51 @@ def test_the_recipe_for_eva02(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe: dict[str, Any] = yaml.safe_load((EXAMPLES / "eva02_imagenet.yaml").read_text())
     assert set(recipe) <= set(finetune.DEFAULTS)
     published = dict(
-        model="eva02_base_patch14_448.mim_in22k_ft_in22k", opt="adamw", lr=5e-5, layer_decay=0.8, weight_decay=0.05,
-        epochs=15, warmup_epochs=2, drop_path=0.15, smoothing=0.2, aa="rand-m9-mstd0.5-inc1", ema_decay=0.9999,
-        img_size=448, crop_mode="squash",
+        model="eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", opt="adamw", lr=5e-5, layer_decay=0.8,
+        weight_decay=0.05, epochs=15, warmup_epochs=2, drop_path=0.15, smoothing=0.2, aa="rand-m9-mstd0.5-inc1",
+        ema_decay=0.9999, img_size=448, crop_mode="squash",
     )  # fmt: skip
     assert {name: recipe[name] for name in published} == published
     assert recipe["batch_size"] * recipe["accumulate"] * 8 == 512
     assert tuple(recipe["mean"]) == OPENAI_CLIP_MEAN and tuple(recipe["std"]) == OPENAI_CLIP_STD
     GLEMAugment.from_config(recipe["augment"], GLEM.from_pretrained("bundled:fashion-mnist"))
+    text = (EXAMPLES / "eva02_imagenet.yaml").read_text()
+    assert "mim_in22k_ft_in22k." in text and "glem adapt jet:btrude/jet_imagenet64x64_200m imagenet/ --rank 8" in text
+
+
+def test_imagenets_names_are_scored_by_real_labels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.data import RealLabelsImagenet
+
+    finetune = load("finetune_timm", monkeypatch)
+    files = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]
+    labels = [RealLabelsImagenet(files).real_labels[name] for name in files[:4]]
+    logits = torch.zeros(4, 1000)
+    other = [next(k for k in range(1000) if k not in found) for found in labels]
+    counted = [row for row, found in enumerate(labels) if found]  # those without real labels are left out
+    for row, (found, wrong) in enumerate(zip(labels, other, strict=True)):
+        logits[row, found] = 2.0
+        logits[row, wrong] = 1.0 if row == counted[0] else 3.0  # one is right, the others are among five
+    data = SimpleNamespace(filenames=lambda basename: files)
+    batches = [(logits[:2], torch.tensor(other[:2])), (logits[2:], torch.tensor(other[2:]))]
+    scores = finetune.evaluate(torch.nn.Identity(), batches, data, torch.device("cpu"), None)
+    assert scores == {"top1": 75.0, "top5": 100.0, "real1": round(100 / len(counted), 3), "real5": 100.0}
+    files[0] = "renamed.JPEG"
+    assert set(finetune.evaluate(torch.nn.Identity(), batches, data, torch.device("cpu"), None)) == {"top1", "top5"}
+
+
+def test_the_recipe_runs_with_a_small_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    finetune = load("finetune_timm", monkeypatch)
+    root = folders(tmp_path / "data", train="a b", val="a b")
+    GLEM.create("identity", (3, 8, 8), ["image"]).adapt(str(root), rank=8, progress=False).save(tmp_path / "pixels")
+    small = ["--model", "test_vit", "--num-classes", "null", "--img-size", "160", "--epochs", "1", "--workers", "0"]
+    small = ["--device", "cpu", "--pretrained", "false", "--batch-size", "2", "--amp", "null", *small]
+    fixed = ["finetune_timm.py", "--config", str(EXAMPLES / "eva02_imagenet.yaml"), "--data", str(root), *small]
+    for arm in ([], ["--augment", "{p: 0}"], ["--augment", "{policy: mixup, p: 0.5, modes: 1}"]):
+        monkeypatch.setattr(sys, "argv", [*fixed, "--flow", str(tmp_path / "pixels"), *arm])
+        finetune.main()
+        assert '"top1_ema": ' in capsys.readouterr().out
 
 
 def test_options_come_from_the_command_line_over_the_file(
