@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.distributed import is_primary
 from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview
+from glem_augment.evaluation.quality import quality_report
 from glem_augment.hub.cards import CardFacts, summary
 from glem_augment.hub.download import flows_on_hub
 from glem_augment.hub.upload import write_repository
@@ -124,6 +124,10 @@ def generate(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     dataset = SyntheticDataset(model, wanted, seed=args.seed, source=args.source, real=real, **options)
     began = time.monotonic()
+    report = None
+    if args.report is not None and is_primary():
+        unseen = None if without_splits(args.real) else open_resized(model, args.real, "test", progress=progress)
+        report = quality_report(dataset, real, unseen, args.report, progress=progress)
     writing = {"overwrite": args.overwrite, "license": args.license, "distributed": True}
     dataset.export(args.out, args.format, progress, **writing)
     if not is_primary():
@@ -139,6 +143,7 @@ def generate(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "real": args.real,
         "not_finite": dataset.non_finite,
+        "report": report,
     }
     if args.min_confidence is not None:
         result["acceptance"] = dataset.acceptance()
@@ -154,11 +159,11 @@ def generate(args: argparse.Namespace) -> None:
 def _check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for an option that would have no effect, or that lacks another one."""
     balance, mixup = args.per_class == "balance", args.source == "mixup"
-    if (balance or mixup) and args.real is None:
-        option = "--per-class balance" if balance else "--source mixup"
+    if (balance or mixup or args.report) and args.real is None:
+        option = "--per-class balance" if balance else "--source mixup" if mixup else "--report"
         raise ValueError(f"{option} needs real images: give --real DATA")
     for name, needed, there in (
-        ("real", "--per-class balance or --source mixup", balance or mixup),
+        ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),
         ("temperature", "--source gaussian or rfcm", not mixup),
         ("modes", "--source mixup", mixup),
         ("alpha", "--source mixup", mixup),
@@ -189,11 +194,7 @@ def preview(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    facts = model_facts(args.model)
-    if args.json:
-        print_json(facts)
-    else:
-        print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None), end="")
+    show(model_facts(args.model), args.json)
 
 
 def model_facts(name: str) -> dict[str, Any]:
@@ -231,33 +232,19 @@ def model_facts(name: str) -> dict[str, Any]:
 
 
 def list_flows(args: argparse.Namespace) -> None:
-    flows = []
+    flows = {}
     for name in (f"bundled:{each}" for each in bundled_models()):
-        folder = local_folder(name)
-        assert folder is not None
-        flows.append(summary(name, read_config(folder), (folder / WEIGHTS).stat().st_size))
-    if args.hub:
-        flows += flows_on_hub(progress=not args.quiet)
-    if args.json:
-        print_json({"flows": flows})
-        return
-    table = [("model", "images", "size", "accuracy", "bits/dim", "licence", "classes")]
-    for flow in flows:
-        size, accuracy, bits = flow["bytes"], flow["accuracy"], flow["bits_per_dim"]
-        table.append(
-            (
-                flow["model"],
-                "x".join(map(str, flow["image_shape"])),
-                "-" if size is None else f"{size / 2**20:.1f} MiB",
-                "-" if accuracy is None else f"{100 * accuracy:.1f} %",
-                "-" if bits is None else f"{bits:.2f}" + ("" if flow["bits"] == 8 else f" ({flow['bits']} bits)"),
-                flow["license"] or "not stated",
-                f"{len(flow['classes'])}: " + textwrap.shorten(", ".join(flow["classes"]), 60, placeholder=" ..."),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        if folder := local_folder(name):
+            flows[name] = summary(read_config(folder), (folder / WEIGHTS).stat().st_size)
+    show(flows | (flows_on_hub(progress=not args.quiet) if args.hub else {}), args.json)
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts as YAML for people, or as JSON."""
+    if as_json:
+        print_json(facts)
+    else:
+        print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None), end="")
 
 
 def push(args: argparse.Namespace) -> None:

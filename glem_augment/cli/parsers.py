@@ -318,7 +318,15 @@ def add_generate(commands: Any) -> None:
         'does. Nearly all of the class Gaussians\' own pass: it is for the other sources. "acceptance" in the summary '
         "counts, over the images that this run drew (default: keep all)",
     )
-    real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
+    judge.add_argument(
+        "--report",
+        type=out_folder,
+        metavar="DIR",
+        help="compare up to 5000 of the images with as many of --real, which the flow was trained on: FID, coverage, "
+        "label reliability and memorisation, by a small classifier trained on these for about a minute; writes "
+        "report.json and report.png, a picture of nearest pairs. Memorisation needs DATA with test images",
+    )
+    real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
     real.add_argument("--real", metavar="DATA", help=DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
     add_class_map(real)
@@ -415,7 +423,8 @@ size is that of the weights; the licence is that of the training images, which s
 """
 LIST_EXAMPLES = """\
   glem list
-  glem list --hub --json
+  glem list --json
+  glem list --hub
 """
 
 

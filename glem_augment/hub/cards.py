@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ class CardFacts:
             "other" with `license_name` and `license_link`); by default the one in the record of the training.
         datasets: identifiers of the training data on the Hub.
         metrics: results of `glem eval`, as tables or as paths of JSON files; they may hold `fid` as well.
+        report: of a synthetic set, the folder that `evaluation.quality_report` wrote.
     """
 
     license: str | None = None
@@ -57,6 +59,7 @@ class CardFacts:
     license_link: str | None = None
     datasets: Sequence[str] = ()
     metrics: Sequence[Mapping[str, Any] | str | Path] = ()
+    report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("datasets", "metrics"):
@@ -95,14 +98,9 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
-def summary(name: str, config: GLEMConfig, size: int | None, licence: object = None) -> dict[str, Any]:
-    """What `glem list` says of a flow, as JSON can hold it.
-
-    Args:
-        size: bytes of the weights. licence: of the training images, by default the one in the record of the training.
-    """
+def summary(config: GLEMConfig, size: int | None, licence: object = None) -> dict[str, Any]:
+    """What `glem list` says of a flow with weights of `size` bytes; the licence is by default the recorded one."""
     return {
-        "model": name,
         "image_shape": list(config.image_shape),
         "bits": config.bits,
         "classes": config.class_names,

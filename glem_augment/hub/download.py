@@ -103,12 +103,12 @@ def download_jet(
     return files[0], str(found), licence if isinstance(licence, str) else None
 
 
-def flows_on_hub(limit: int = 100, progress: bool = True) -> list[dict[str, Any]]:
+def flows_on_hub(limit: int = 100, progress: bool = True) -> dict[str, Any]:
     """What `cards.summary` says of the models on the Hub that carry the library's tag, of the first `limit`.
 
     A model that can't be read is left out, with a warning. HubError: the Hub can't be asked.
     """
-    api, found = HfApi(library_name=LIBRARY), []
+    api, found = HfApi(library_name=LIBRARY), {}
     with hub_errors(HubName("")):
         # The client would ask for the list six times, with a warning each, where there is no network.
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -120,7 +120,7 @@ def flows_on_hub(limit: int = 100, progress: bool = True) -> list[dict[str, Any]
                 config = Path(str(hf_hub_download(name, CONFIG, revision=listed.sha, library_name=LIBRARY)))
             size = next((entry.size for entry in listed.siblings or () if entry.rfilename == WEIGHTS), None)
             licence = None if listed.card_data is None else listed.card_data.get("license")
-            found.append(summary(name, read_config(config.parent), size, licence))
+            found[name] = summary(read_config(config.parent), size, licence)
         except ModelFileError as error:
             _log.warning("%s is left out: %s", name, error)
     return found

@@ -26,7 +26,7 @@ from glem_augment.errors import DataError
 from glem_augment.hub.cards import CardFacts, data_name, escape, licence_of, trained_on
 from glem_augment.hub.files import LIBRARY
 from glem_augment.hub.upload import upload, write_card
-from glem_augment.io import atomic_write, file_sha256, lock_folder, write_json
+from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.export import (
@@ -48,6 +48,15 @@ MAX_FILES, MAX_FILES_IN_FOLDER = 25_000, 10_000
 MAX_SHARDS, MIN_SHARD = 64, 32
 # A description of the shards for timm's reader. The Hub's loaders read *.tar alone.
 _SHARDS_INFO = "data/_info.json"
+# Keys of a report of `evaluation.quality_report`, and words for people.
+_REPORTED = {
+    "fid": "FID",
+    "coverage": "coverage",
+    "density": "density",
+    "label_reliability": "share of images that a classifier of real images gives their class",
+    "network_accuracy": "the same of held-out real images",
+    "ratio": "distance to the nearest training image, over that to the nearest held-out one (copies: near 0)",
+}
 _UNFINISHED = ".glem-unfinished"  # the folder inside an export in which its files are made
 
 
@@ -58,6 +67,7 @@ def push_dataset(
     license: str | None = None,  # noqa: A002  (the Hub's word)
     license_name: str | None = None,
     license_link: str | None = None,
+    report: str | os.PathLike[str] | None = None,
     commit_message: str | None = None,
     **target: Any,
 ) -> CommitInfo:
@@ -69,6 +79,7 @@ def push_dataset(
         license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
             inherit; an identifier of the Hub. By default the one in the flow's record; where there is none either, the
             card says that it is unknown, with a warning.
+        report: a folder that `evaluation.quality_report` wrote, for the card.
         commit_message: by default one that gives the number of images.
         target: `private`, `token` and `revision`, see `hub.upload.upload`.
 
@@ -81,7 +92,7 @@ def push_dataset(
             f"{len(dataset)} images are more than the Hub takes as single files: export them with format='webdataset', "
             f"and upload that folder (hf upload {repo_id} FOLDER --repo-type dataset)"
         )
-    facts = CardFacts(license, license_name, license_link)
+    facts = CardFacts(license, license_name, license_link, report=report)
     message = commit_message or f"Upload {len(dataset)} synthetic images with {LIBRARY}"
     return upload(
         repo_id,
@@ -108,6 +119,9 @@ def write_dataset(
         "loaded_from": _origin(dataset.model),
         "license": licence_note(facts.license_name or facts.license, dataset),
     }
+    if facts.report is not None:
+        manifest["quality"] = json.loads((expand(facts.report) / "report.json").read_text(encoding="utf-8"))
+        shutil.copy(expand(facts.report) / "report.png", folder)
     write_json(folder / PROVENANCE, manifest)
     write_card(_card(dataset, repo_id, facts, manifest), folder)
 
@@ -273,6 +287,24 @@ def _card(dataset: InLabelOrder, repo_id: str, facts: CardFacts, manifest: dict[
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{_body(dataset, repo_id, facts, columns, manifest)}")
 
 
+def _quality(report: dict[str, Any]) -> str:
+    """The section on a report of `evaluation.quality_report`."""
+    found = report | (report["memorisation"] or {})
+    rows = "\n".join(f"| {words} | {found[key]:.3g} |" for key, words in _REPORTED.items() if key in found)
+    images = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in report["images"].items())
+    return f"""
+## Quality
+
+| | |
+|---|---|
+{rows}
+
+Measured on {images} images; features of {escape(report["features"])}.
+
+![Synthetic images beside the nearest real ones](report.png)
+"""
+
+
 def _body(
     dataset: InLabelOrder, repo_id: str, facts: CardFacts, columns: tuple[str, str], manifest: dict[str, Any]
 ) -> str:
@@ -309,7 +341,7 @@ image, label = data[0]["{columns[0]}"], data[0]["{columns[1]}"]
 {settings}
 
 With these settings of `SyntheticDataset`, the same flow, version and kind of machine, they can be drawn again.
-
+{_quality(manifest["quality"]) if "quality" in manifest else ""}
 ## Licence
 
 {derived} from the images that the flow was trained on, and inherit their licence. {licence_of(facts)}

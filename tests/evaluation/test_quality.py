@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import prdc
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
     coverage,
@@ -16,6 +23,8 @@ from glem_augment.evaluation import (
     features_and_logits,
     label_reliability,
     memorisation_ratio,
+    quality,
+    quality_report,
 )
 
 
@@ -89,3 +98,67 @@ def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     ratios = torch.cdist(many, train[:200]).amin(1) / torch.cdist(many, held_out).amin(1)
     assert memorisation_ratio(many, train[:200], held_out)["ratio"] == pytest.approx(float(ratios.median()), rel=0.01)
     assert memorisation_ratio(fresh, train[:50], train[:50])["share_nearer_train"] == 0.5
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_tells_copies_and_wrong_labels_from_new_images(
+    bundled_train: ImageData, bundled_test: ImageData, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    real = train, _ = [data.subset(range(0, 1000, 2)) for data in (bundled_train, bundled_test)]
+    network = quality.train_network(quality._batches(train), 60, 1, 10)
+    copies = train.subset(range(0, 500, 4))
+    wrong = copies.with_targets((copies.targets + 1) % 10, copies.classes)
+    flow = GLEM.from_pretrained("bundled:fashion-mnist")
+    new = SyntheticDataset(flow, per_class=15, source="rfcm")
+    found = {
+        name: quality_report(data, *real, tmp_path / name, network, progress=False)
+        for name, data in (("copies", copies), ("wrong", wrong), ("new", new))
+    }
+    assert torch.equal(before, torch.get_rng_state())
+    assert found["new"]["images"] == {"synthetic": 150, "real": 500, "held_out": 500}
+    for name in ("copies", "wrong"):
+        assert found[name]["memorisation"] == {"ratio": pytest.approx(0, abs=1e-9), "share_nearer_train": 1.0}
+    assert 0.9 < found["new"]["memorisation"]["ratio"] < 1.1
+    assert 0.35 < found["new"]["memorisation"]["share_nearer_train"] < 0.65
+    right = [found[name]["label_reliability"] for name in ("copies", "new", "wrong")]
+    assert right[0] > 0.5 and right[1] > 0.5 and right[2] < 0.25 and found["new"]["network_accuracy"] > 0.5
+    assert found["copies"]["fid"] < found["new"]["fid"] and 0 < found["new"]["coverage"] < found["copies"]["coverage"]
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == found["new"]
+    few = quality_report(new, *real, network=network, mean=0.4, max_images=60, progress=False)
+    assert few["images"] == {"synthetic": 60, "real": 60, "held_out": 60}
+    # In the picture of copies every image stands beside itself.
+    pixels = np.asarray(Image.open(tmp_path / "copies" / "report.png")).astype(int)
+    rows_of_cells = [pixels[top : top + 56] for top in range(len(pixels) - 56)]
+    twins = sum((strip[:, 20:76] == strip[:, 78:134]).all() and strip[:, 20:76].std() > 20 for strip in rows_of_cells)
+    assert twins >= 16
+
+
+def test_a_report_of_colour_images_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality, "ORACLE_STEPS", 2)
+    for split in ("train", "test"):
+        for name in ("bee", "owl"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(15):
+                Image.fromarray(np.random.default_rng([i, len(split)]).integers(0, 256, (20, 24, 3), np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+    model = GLEM.create("identity", (3, 16, 16), ["owl", "bee"])
+    model.fit_modes(str(tmp_path / "photos"), rank=2)
+    model.save(tmp_path / "flow")
+    base = ["generate", str(tmp_path / "flow"), "--per-class", "6", "--quiet", "--out"]
+    report = ["--report", str(tmp_path / "report"), "--real"]
+    assert main([*base, str(tmp_path / "a"), *report, str(tmp_path / "photos")]) == 0
+    found = json.loads(capsys.readouterr().out)["report"]
+    assert found == json.loads((tmp_path / "report" / "report.json").read_text()) and found["memorisation"]
+    assert found["images"] == {"synthetic": 12, "real": 30, "held_out": 30} and (tmp_path / "a" / "owl").is_dir()
+    assert main([*base, str(tmp_path / "b"), *report, str(tmp_path / "photos" / "train")]) == 0
+    found = json.loads(capsys.readouterr().out)["report"]
+    assert found["images"] == {"synthetic": 12, "real": 24, "held_out": 6} and found["memorisation"] is None
+    assert main([*base, str(tmp_path / "c"), *report[:2]]) == 2
+    assert "--report needs real images" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from test_hub import Pushed, tiny_model
 from glem_augment import GLEM, SyntheticDataset
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
+from glem_augment.evaluation.quality import quality_report, train_network
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import publish
 from glem_augment.synthetic.export import InLabelOrder
@@ -28,8 +29,8 @@ PROVENANCE = "glem-provenance.json"
 server, pushed = test_hub.server, test_hub.pushed  # fixtures
 
 
-def push(dataset: SyntheticDataset, server: HubServer) -> dict[str, bytes]:
-    commit = dataset.push_to_hub("org/images", license="mit")
+def push(dataset: SyntheticDataset, server: HubServer, report: Path | None = None) -> dict[str, bytes]:
+    commit = dataset.push_to_hub("org/images", license="mit", report=report)
     return server.repo("org/images", "dataset").commits[commit.oid]
 
 
@@ -72,6 +73,27 @@ def test_a_data_set_is_pushed_as_an_image_folder(pushed: Pushed) -> None:
     # A model that was changed is no longer the one on the Hub.
     loaded.gaussians.mu.add_(0.1)
     assert json.loads(push(SyntheticDataset(loaded, per_class=1), server)[PROVENANCE])["loaded_from"] is None
+
+
+def test_the_card_shows_the_report_of_the_images(server: HubServer, tmp_path: Path) -> None:
+    model = tiny_model()
+    x, y = torch.randint(0, 255, (90, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 30
+    train, test = (ImageData.from_tensors(images, y[:45], model.classes) for images in x.split(45))
+    network, dataset = train_network([], 1, 1, 3), SyntheticDataset(model, per_class=5)
+    found = quality_report(dataset, train, test, tmp_path, network, progress=False)
+    tree = push(dataset, server, tmp_path)
+    assert tree["report.png"] == (tmp_path / "report.png").read_bytes()
+    assert json.loads(tree[PROVENANCE])["quality"] == found == json.loads((tmp_path / "report.json").read_text())
+    card = tree["README.md"].decode()
+    for words in (
+        f"| FID | {found['fid']:.3g} |",
+        "(copies: near 0)",
+        "15 synthetic, 45 real, 45 held-out",
+        "report.png",
+    ):
+        assert words in card
+    quality_report(dataset, train, None, tmp_path, network, progress=False)
+    assert "copies: near 0" not in push(dataset, server, tmp_path)["README.md"].decode()
 
 
 def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
