@@ -48,14 +48,14 @@ class _RawFile(io.FileIO):
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", sync: bool = True) -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears complete or not at all.
 
     The content goes to a temporary file in the same folder (a rename is atomic only within one file system), is flushed
-    to the disk with `fsync`, and takes the final name with `os.replace`. On any error in the `with` block the temporary
-    file is removed and the old file at `path` stays untouched. Missing parent folders are made. A file that is replaced
-    hands on its permissions. A link is replaced itself; a device or a pipe (`/dev/stdout`) is written to directly. Text
-    (`mode="w"`) is UTF-8.
+    to the disk with `fsync` (unless `sync` is False), and takes the final name with `os.replace`. On any error in the
+    `with` block the temporary file is removed and the old file at `path` stays untouched. Missing parent folders are
+    made. A file that is replaced hands on its permissions. A link is replaced itself; a device or a pipe
+    (`/dev/stdout`) is written to directly. Text (`mode="w"`) is UTF-8.
 
     Raises:
         OSError: the disk is full, the folder is not writable, ...; the message names `path`, and `errno` is kept, so a
@@ -82,7 +82,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         finally:
             # A full disk can show itself again in the implicit flush, but the first error is the one to report.
             with suppress(OSError):
@@ -101,6 +102,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") 
             if failure.filename is None or str(failure.filename) in ours:
                 raise OSError(failure.errno, f"cannot write {path}: {_HINTS[failure.errno]}") from error
         raise
+    if not sync:
+        return
     with suppress(OSError):  # makes the rename itself durable; Windows cannot sync folders
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:

@@ -307,15 +307,21 @@ class GLEMAugment(nn.Module):
 
     def wrap(self, loader: Any, device: torch.device | str | None = None, off_epoch: int | None = None) -> Any:
         """The loader with its batches augmented, on `device` or where they are: see `loops.AugmentedLoader`."""
-        return _loops().AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
+        from glem_augment.augment.loops import AugmentedLoader  # which stands above this module, as those below
+
+        return AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
     def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, data: Any = None) -> Any:
         """A function in the place of timm's `mixup_fn`, whose labels are always soft [B, K']: see `loops.MixupFn`."""
-        return _loops().MixupFn(self, smoothing, mixup, data)
+        from glem_augment.augment.loops import MixupFn
+
+        return MixupFn(self, smoothing, mixup, data)
 
     def collate_fn(self, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> Any:
         """A collate function for workers, on whose CPUs the flow then runs: see `loops.AugmentingCollate`."""
-        return _loops().AugmentingCollate(self, base, data)
+        from glem_augment.augment.loops import AugmentingCollate
+
+        return AugmentingCollate(self, base, data)
 
     def as_transform(self) -> GLEMTransform:
         """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `v2.GLEMTransform`."""
@@ -355,10 +361,3 @@ class GLEMAugment(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.to_config().items() if name != "model")
-
-
-def _loops() -> Any:
-    """The module of the loops, which stands above this one."""
-    from glem_augment.augment import loops
-
-    return loops

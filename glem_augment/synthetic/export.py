@@ -1,27 +1,24 @@
 """Writing synthetic images to an ImageFolder, with a manifest that says where they came from.
 
 The manifest, glem-provenance.json, holds the settings and a SHA-256 for every shard, a block of images of one class:
-what `cat 000064.png 000065.png ... | sha256sum` prints. While an export is under way, every rank saves the shards that
-it has written every few seconds: rank 0 in the manifest, with "complete": false, the others in hidden files beside it.
-Running an export again, on any number of ranks, checks every shard and writes what is missing or damaged. classes.json
-beside it maps every class's folder, there or not, to its label.
+what `cat 000064.png 000065.png ... | sha256sum` prints. While an export is under way, it says "complete": false, and
+every few seconds each rank lists the shards that it has written in a hidden file beside it. Running an export again, on
+any number of ranks, checks every shard and writes what is missing or damaged. classes.json maps every class's folder,
+there or not, to its label.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
-import secrets
 import shutil
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,14 +31,14 @@ from glem_augment import __version__
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.io import json_text, write_json
+from glem_augment.io import atomic_write, json_text, write_json
 from glem_augment.model.config import licence_id
 from glem_augment.model.weights import weights_sha256
 
 # Seconds between two saves of the manifest: after a kill, the shards since the last one are drawn again.
 SAVE_SECONDS = 5.0
-# Files that a kill left under their temporary names, what ranks beside the first have written, and the journal that
-# exports of version 0.1.0 kept meanwhile.
+# Files that a kill left under their temporary names, the lists of ranks, and the journal that exports of version 0.1.0
+# kept meanwhile.
 _LEFT_OVER = re.compile(
     r"\.((\d{6,}\.png|(\.\d+-)?glem-provenance\.json|classes\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp"
     r"|\d+-glem-provenance\.json|glem-export\.jsonl)"
@@ -114,9 +111,6 @@ def export_imagefolder(
     own = shards[dataset.rank :: dataset.ranks]
     done = _intact(folder, own, begun["shards"])
     missing = [shard for shard in own if shard not in done]
-    path, earlier = folder / PROVENANCE, begun["shards"]
-    if dataset.rank:
-        path, earlier = folder / f".{dataset.rank}-{PROVENANCE}", []
     saved, total = time.monotonic(), sum(shard.images for shard in missing)
     of = f" of rank 0 of {dataset.ranks}" if dataset.ranks > 1 else ""
     with (
@@ -130,7 +124,7 @@ def export_imagefolder(
             done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
             bar.update(shard.images)
             if time.monotonic() - saved >= SAVE_SECONDS:
-                write_json(path, {**begun, "complete": False, "shards": [*earlier, *done.values()]})
+                write_json(folder / f".{dataset.rank}-{PROVENANCE}", {**begun, "shards": list(done.values())})
                 saved = time.monotonic()
     for others, decoded in dataset.gather((done, dataset.decoded)):
         done |= others
@@ -187,26 +181,11 @@ def warn_of_numbers(dataset: InLabelOrder, folder: Path) -> None:
 def _write_png(image: Tensor, path: Path) -> bytes:
     """Write an image as a PNG file; its bytes."""
     data = encode_png(image).numpy().tobytes()
-    # `io.atomic_write` would sync every one of these small files to the disk, which takes longer than all the rest.
-    # What a power cut took is found by the hashes when the export is run again.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with naming(path):
-        path.parent.mkdir(exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    # To sync every one of these small files takes longer than all the rest. What a power cut took is found by the
+    # hashes when the export is run again.
+    with atomic_write(path, sync=False) as file:
+        file.write(data)
     return data
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Make OSErrors inside name `path`, which the message of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
 # ---- what is in the folder already -----------------------------------------------------------------------------------

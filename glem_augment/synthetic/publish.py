@@ -36,7 +36,6 @@ from glem_augment.synthetic.export import (
     export_imagefolder,
     holds_same,
     licence_note,
-    naming,
     provenance,
     read_manifest,
     stated_licence,
@@ -169,9 +168,8 @@ def _write_shards(dataset: InLabelOrder, folder: Path, progress: bool) -> dict[s
     ]
     names = shard_names(dataset)
     count = len(names)
-    data.mkdir(parents=True, exist_ok=True)
     for number in tqdm(range(dataset.rank, count, dataset.ranks), unit="shard", desc="pack", disable=not progress):
-        with naming(data), tarfile.open(data / names[number], "w") as shard:
+        with atomic_write(data / names[number]) as file, tarfile.open(fileobj=file, mode="w") as shard:
             for index in range(number, len(paths), count):
                 _add_file(shard, f"{index:08d}.png", paths[index].read_bytes())
                 _add_file(shard, f"{index:08d}.cls", str(dataset.targets[index]).encode())
@@ -240,10 +238,8 @@ def check_shards_folder(folder: Path) -> dict[str, Any] | None:
     """The manifest of an earlier export of shards; None if the folder is missing, empty or has only an unfinished one.
 
     Raises:
-        FileExistsError: the folder is a file, or holds anything else.
+        FileExistsError: the folder holds anything else. NotADirectoryError: it is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder to export to")
     old = read_manifest(folder / PROVENANCE) or {}
     if old.get("format") == "webdataset":
         return old
