@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -61,7 +62,7 @@ def test_a_data_set_is_pushed_as_an_image_folder(pushed: Pushed) -> None:
     assert origin["synthetic"] is True and origin["settings"]["temperature"] == 0.5 and origin["settings"]["seed"] == 4
     assert origin["loaded_from"] == f"org/flow@{commit}" and "model" not in origin
     weights = server.repo("org/flow").commits[commit][WEIGHTS]
-    assert origin["weights_sha256"] == publish.hashlib.sha256(weights).hexdigest()
+    assert origin["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     card = DatasetCard(tree["README.md"].decode())
     assert {"synthetic", "glem-augment"} <= set(card.data.tags) and card.data.license == "mit"
     assert "These images are synthetic" in card.text and f"org/flow@{commit}" in card.text
