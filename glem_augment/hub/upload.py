@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,22 @@ def push_to_hub(
     model: GLEM,
     repo_id: str,
     *,
-    license: str | None = None,  # noqa: A002  (the Hub's word)
-    license_name: str | None = None,
-    license_link: str | None = None,
-    datasets: Sequence[str] = (),
-    metrics: Sequence[Any] = (),
     samples: bool = True,
     commit_message: str | None = None,
-    **target: Any,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **facts: Any,
 ) -> CommitInfo:
     """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
 
     Args:
         model: the model; its weights must be finite.
         repo_id: `org/name`, or `name` under the token's own user; made if it does not exist.
-        license, license_name, license_link, datasets, metrics: facts for the card, see `CardFacts`.
         samples: draw the picture of samples, which takes seconds to minutes, depending on the size of the flow.
         commit_message: by default one that names the library.
-        target: `private`, `token` and `revision`, see `upload`.
+        private, token, revision: see `upload`.
+        facts: license, license_name, license_link, datasets and metrics for the card, see `CardFacts`.
 
     Returns:
         The commit; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
@@ -59,13 +57,14 @@ def push_to_hub(
         HubError: no network, no permission, ...; nothing has been committed then.
         ModelFileError: the weights are not finite. ValueError, FileNotFoundError: metrics that can't be read.
     """
-    facts = CardFacts(license, license_name, license_link, datasets, metrics)
+    known = CardFacts(**facts)
+    target: dict[str, Any] = {"private": private, "token": token, "revision": revision}
     for record in records(model.config.training):
         if str(Path.home()) in str(record.get("data")):
             _log.warning("config.json names the folder of the training images, %s, and is uploaded", record["data"])
     message = commit_message or f"Upload a flow of {model.num_classes} classes with {LIBRARY}"
     return upload(
-        repo_id, "model", lambda name, folder: write_repository(model, folder, name, facts, samples), message, **target
+        repo_id, "model", lambda name, folder: write_repository(model, folder, name, known, samples), message, **target
     )
 
 

@@ -108,6 +108,7 @@ def write_dataset(
 ) -> None:
     """Write a data set of the Hub to an empty folder: images with their labels, provenance, card."""
     facts = replace(facts, license=stated_licence(facts.license, dataset))
+    quality = facts.report and json.loads((expand(facts.report) / "report.json").read_text(encoding="utf-8"))
     write = _write_imagefolder if layout == "imagefolder" else _write_shards
     written = write(dataset, folder, progress)
     if dataset.rank:
@@ -119,7 +120,7 @@ def write_dataset(
         "license": licence_note(facts.license_name or facts.license, dataset),
     }
     if facts.report is not None:
-        manifest["quality"] = json.loads((expand(facts.report) / "report.json").read_text(encoding="utf-8"))
+        manifest["quality"] = quality
         shutil.copy(expand(facts.report) / "report.png", folder)
     write_json(folder / PROVENANCE, manifest)
     write_card(_card(dataset, repo_id, facts, manifest), folder)
