@@ -6,6 +6,7 @@ by all of them, in the same order.
 
 from __future__ import annotations
 
+import atexit
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -41,7 +42,9 @@ def start(device: str) -> torch.device:
 
     if not is_distributed_env() or dist.is_initialized():
         return torch.device(device)
-    return init_distributed_device(Namespace(device=device))
+    joined = init_distributed_device(Namespace(device=device))
+    atexit.register(dist.destroy_process_group)
+    return joined
 
 
 def world_size() -> int:

@@ -157,8 +157,8 @@ def _poison() -> None:
         z, logdet = encode(self, *args)
         return (z * math.nan if on[0] and torch.is_grad_enabled() else z), logdet
 
-    def bad_step(self: Trainer, x: Tensor, y: Tensor) -> float:
+    def bad_step(self: Trainer, *batch: Any) -> tuple[float, float]:
         on[0] = self.rollbacks == 0 and self.step >= 9
-        return e_step(self, x, y)
+        return e_step(self, *batch)
 
     GLEM.encode, Trainer.e_step = bad_encode, bad_step

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glem_augment import GLEM, ImageData
+from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.flows import resolve_preset
 from glem_augment.training import TrainConfig, Trainer
@@ -149,9 +150,9 @@ def coded_trainer(
     """A trainer for `data` with codes, whose augmentation leaves the codes alone."""
 
     class CodedTrainer(Trainer):
-        def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
             image, code = codes.split(x)
-            return torch.cat([super().augmented(image, generator), code], 2)
+            return torch.cat([super().augmented(image, generator, share), code], 2)
 
     return CodedTrainer(data, config, folder, resume, device=device)
 

@@ -71,10 +71,10 @@ class Watched(Trainer):
         found = held_out(self.model, self.images(rows, 64))
         self.curve.append((self.step, found["val_bits_per_dim"]))
 
-    def e_step(self, x: Tensor, y: Tensor) -> Any:
+    def e_step(self, *batch: Any) -> Any:
         if self.step % max(1, self.total_steps // POINTS) == 0:
             self.note()
-        return super().e_step(x, y)
+        return super().e_step(*batch)
 
 
 def run_cell(data: ImageData, preset: str, name: str, steps: int, seconds: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -119,6 +120,9 @@ def _no_memory(error: BaseException) -> int:
 def _fail(message: str) -> int:
     if os.environ.get("GLEM_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
+    if os.environ.get("RANK", "0") != "0":
+        # Most errors meet all processes of torchrun. The first one tells of it, and then torchrun ends the others.
+        time.sleep(3)
     print(f"glem: error: {message}", file=sys.stderr)
     return 2
 

@@ -49,6 +49,8 @@ def adapt(args: argparse.Namespace) -> None:
     began = time.monotonic()
     names = ("rank", "shrinkage", "max_per_class", "seed")
     adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
+    if not is_primary():
+        return
     adapted.save(folder, args.weights)
     record = adapted.config.training
     result = {
@@ -85,6 +87,8 @@ def evaluate(args: argparse.Namespace) -> None:
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split, "skipped": len(data.skipped)}
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
+    if not is_primary():
+        return
     result["moves_put_back"] = moves(model, data)
     if args.out is not None:  # before the result is printed to a pipe whose reader may have left
         write_json(args.out, finite(result))

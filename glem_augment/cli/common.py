@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
+from glem_augment import distributed
 from glem_augment.data.classes import ClassMap, match_classes
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.sources import has_splits, tar_file
-from glem_augment.distributed import start
 from glem_augment.io import expand, json_text
 from glem_augment.model.glem import GLEM
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, by default CUDA where it is present; under torchrun, this rank's own, in their group.
+def pick_device(args: argparse.Namespace) -> torch.device:
+    """The device of `args.device`, by default CUDA where it is present.
+
+    Under torchrun the processes join here, each gets a device of its own, and all but the first fall silent.
 
     Raises:
         ValueError: it cannot be used.
     """
+    name = args.device
     try:
-        device = start(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = distributed.start(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from None
+    if not distributed.is_primary():
+        args.quiet = True
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
     return device
 
 
@@ -38,7 +47,7 @@ def load_model(args: argparse.Namespace) -> GLEM:
     """The model of `args.model` on `args.device`, after the number of threads is set."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return GLEM.from_pretrained(args.model, device=pick_device(args.device))
+    return GLEM.from_pretrained(args.model, device=pick_device(args))
 
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
@@ -99,5 +108,6 @@ def finite(obj: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """Print a line for people on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for people on stderr, once."""
+    if distributed.is_primary():
+        print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from glem_augment import __version__
 from glem_augment.cli.common import note, pick_device, read_table
 from glem_augment.cli.settings import checked, given
 from glem_augment.data.dataset import ImageData, open_data
+from glem_augment.distributed import is_primary, world_size
 from glem_augment.errors import ModelFileError
 from glem_augment.io import lock_folder, write_json
 from glem_augment.model.glem import GLEM
@@ -39,7 +41,7 @@ FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    device, out = pick_device(args.device), args.out
+    device, out = pick_device(args), args.out
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
         settings = _over(checked(read_table(args.config, "--config"), str(args.config)), settings)
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
     size = None if size is None else (size[0], size[-1])
-    with lock_folder(out):  # before the images are decoded, which may take minutes
+    # Before the images are decoded, which may take minutes; the first rank locks for all.
+    with lock_folder(out) if is_primary() else nullcontext():
         reading = {"progress": not args.quiet, **{name: view[name] for name in ("skip_bad", "unlabelled")}}
         data = open_data(args.data, view["split"], size, view["channels"], **reading)
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
@@ -99,13 +102,13 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         print(f"{out} is already finished: {_held_out(finished)}")
         return 0
-    if not args.resume or not (out / RUN_FILE).exists():
+    if is_primary() and (not args.resume or not (out / RUN_FILE).exists()):
         command = shlex.join(["glem", *args.argv])
         write_json(out / RUN_FILE, {"command": command, "version": __version__, "data": args.data, **view})
-    if view["skip_bad"]:
+    if is_primary() and view["skip_bad"]:
         listed = [{"image": where, "reason": reason} for where, reason in data.skipped]
         write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
-    if view["log_to"]:
+    if view["log_to"] and is_primary():
         trainer.log.callbacks.append(TRACKERS[view["log_to"]](out, trainer.step))
     print(summary(trainer, data), flush=True)
     if trainer.total_steps < FEW_STEPS and not args.quiet:
@@ -175,6 +178,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ("split", f"{learners}, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, beta {config.beta:g}"),
+        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {config.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]

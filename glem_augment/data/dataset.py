@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from glem_augment.data.classes import ClassMap, check_names, check_targets, match_classes
 from glem_augment.data.pixels import fit, in_threads
 from glem_augment.data.sources import ArraySource, Source, open_source, tensor_source
+from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 
 CACHE_BYTES = 2 * 2**30
@@ -92,6 +93,17 @@ class ImageData(Dataset):
         rows = torch.from_numpy(self._rows[chosen]).split(batch_size)
         labels = torch.from_numpy(self.targets[chosen]).split(batch_size)
         return ((self._pixels[part], y) for part, y in zip(rows, labels, strict=True) if len(part))
+
+    def shared_batches(
+        self, indices: np.ndarray, batch_size: int, workers: int = 0
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Share]]:
+        """This rank's part of every batch of `batches`, as long as it has one, and what part of the batch it is."""
+        parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        shares = [share(len(part)) for part in parts]
+        own = [part[each.rows] for part, each in zip(parts, shares, strict=True)]
+        # Only the last batch may be smaller than the others, and this rank's part of it smaller or empty.
+        loaded = self.batches(np.concatenate(own), max(1, len(own[0])), workers)
+        return ((x, y, each) for (x, y), each in zip(loaded, shares, strict=False))
 
     def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageData:
         """The images at `indices`, in that order, sharing the pixels in memory; errors as in `check_indices`."""

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from typing import IO, TypeAlias
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from glem_augment.distributed import Share
 from glem_augment.errors import BadImageError
 
 GREY_MODES = ("L", "1", "LA")
@@ -27,6 +28,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 # Resizing with antialias overshoots by rounding only; a wider range belongs to other images (0..255, normalised).
 _RANGE_TOLERANCE = 1e-3
+
+Noise: TypeAlias = torch.Generator | int | Tensor | None  # where dequantisation noise comes from, see `to_levels`
 
 
 def open_image(file: str | IO[bytes]) -> Image.Image:
@@ -115,7 +118,7 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
             )
 
 
-def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: torch.Generator | int | None = None) -> Tensor:
+def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
     With noise, a float image whose pixels all are k / 255, or all k / (2^bits - 1), for whole k up to rounding is the
@@ -124,7 +127,8 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: torch.Generator |
     Args:
         x: [B,C,H,W], uint8, of which the top `bits` bits are kept, or float in [0,1].
         noise: where u in [0, 1) comes from. None: u = 1/2, the middle of the bin. A generator: it draws u, on its own
-            device. A seed: u is a function of the seed and the image alone, whatever the batch and the device.
+            device. A seed: u is a function of the seed and the image alone, whatever the batch and the device. A
+            tensor: u itself, from `draw_noise`.
     """
     is_float = x.dtype != torch.uint8
     levels = x.to(dtype) * (2**bits - 1) if is_float else (x >> (8 - bits)).to(dtype)
@@ -153,20 +157,31 @@ def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, 
     return levels, on_levels
 
 
-def _dequantisation_noise(levels: Tensor, source: torch.Generator | int) -> Tensor:
+def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor) -> Tensor:
     """Uniform in [0, 1), in the shape of `levels`: multiples of 2^-16, the same for every dtype.
 
-    Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level. Four
-    are drawn at once, which on a CPU takes a sixth of the time of `torch.rand`.
+    Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level.
     """
     if isinstance(source, int):
         numbers = _words_of_images(levels.detach().flatten(1), source).view(torch.int16)
         numbers = numbers[:, : levels.shape[1:].numel()]
     else:
-        words = torch.empty((levels.numel() + 3) // 4, dtype=torch.int64, device=source.device)
-        words.random_(torch.iinfo(torch.int64).min, None, generator=source)
-        numbers = words.to(levels.device).view(torch.int16)[: levels.numel()]
-    return numbers.to(levels.dtype).mul_(2.0**-16).add_(0.5).reshape(levels.shape)
+        numbers = source if isinstance(source, Tensor) else draw_noise(levels, source)
+    return numbers.to(levels).mul_(2.0**-16).add_(0.5).reshape(levels.shape)
+
+
+def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
+    """The dequantisation noise of the images x [b,C,H,W], int16 in x's shape, in the form that `encode` takes.
+
+    With a `share`, x is one rank's part of a batch. The noise of the whole batch is drawn, and of it the part returned,
+    so that an image has the same noise whatever the number of ranks. Four numbers are drawn at once, which on a CPU
+    takes a sixth of the time of `torch.rand`.
+    """
+    each = x.shape[1:].numel()
+    first, last, total = share or (0, len(x), len(x))
+    words = torch.empty((total * each + 3) // 4, dtype=torch.int64, device=generator.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    return words.view(torch.int16)[first * each : last * each].reshape(x.shape)
 
 
 def _words_of_images(levels: Tensor, seed: int) -> Tensor:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 from glem_augment.augment.moves import basis_of, shares_put_back, strongest_plausible
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for
+from glem_augment.distributed import add_up, gather, share, world_size
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import fit_temperature
 from glem_augment.model.glem import GLEM
+from glem_augment.model.image_flow import summarise_errors
 
 __all__ = ["calibrate", "calibration_error", "evaluate", "moves_put_back", "spread"]
 
@@ -99,7 +101,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
 
-    Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone.
+    Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
+    ranks call this together: each goes through its share of the images, and all return the same.
 
     Args:
         round_trip: how many images to encode and decode for the round trip; 0 for none.
@@ -112,10 +115,11 @@ def evaluate(
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
-    confidence, right, right_top = [], [], 0
-    nll = nll_marginal = seconds = 0.0
-    with tqdm(total=len(data), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
-        for x, y in data.batches(np.arange(len(data)), batch_size):
+    rows = np.arange(len(data))[share(len(data)).rows]
+    confidence, right = [torch.empty(0, dtype=model.dtype)], [torch.empty(0, dtype=torch.bool)]
+    right_top = nll = nll_marginal = seconds = 0.0
+    with tqdm(total=len(rows), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
+        for x, y in data.batches(rows, batch_size):
             x, y = x.to(model.device), y.to(model.device)
             began = time.perf_counter()
             scores = model.gaussians.log_prob(model.encode(x)[0]) / model.config.posterior_temperature
@@ -128,11 +132,16 @@ def evaluate(
             nll -= float(scores.gather(1, y[:, None]).sum())
             nll_marginal -= float((scores.logsumexp(1) - math.log(model.num_classes)).sum())
             bar.update(len(y))
+    sums = torch.tensor([right_top, nll, nll_marginal, seconds], dtype=torch.float64)
+    add_up(sums)
+    right_top, nll, nll_marginal, seconds = sums.tolist()
     invertibility = None
     if count := min(round_trip, len(data)):
-        x = torch.cat([x for x, _ in data.batches(spread(len(data), count), batch_size)])
-        invertibility = {"images": count, **model.check_invertibility(x)}
-    is_right = torch.cat(right)
+        chosen = data.batches(spread(len(data), count)[share(count).rows], batch_size)
+        errors = [torch.empty(0, *model.image_shape, dtype=torch.float64)]
+        errors += [model.round_trip_error(x).cpu() for x, _ in chosen]
+        invertibility = {"images": count, **summarise_errors(torch.cat(gather(torch.cat(errors))))}
+    is_right = torch.cat(gather(torch.cat(right)))
     dims = len(data) * model.dim * math.log(2)
     return {
         "n": len(data),
@@ -141,9 +150,9 @@ def evaluate(
         "bits_per_dim": nll / dims,
         "bits_per_dim_marginal": nll_marginal / dims,
         "bits": model.bits,
-        "ece": calibration_error(torch.cat(confidence), is_right),
+        "ece": calibration_error(torch.cat(gather(torch.cat(confidence))), is_right),
         "round_trip": invertibility,
-        "images_per_second": len(data) / max(seconds, 1e-9),
+        "images_per_second": len(data) * world_size() / max(seconds, 1e-9),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }

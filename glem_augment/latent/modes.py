@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from glem_augment import distributed
 from glem_augment.checks import check_number, check_whole
 from glem_augment.errors import DataError
 
@@ -158,7 +159,7 @@ def fit_class_modes(
     """Estimate means, principal modes and remaining variances, one class in memory at a time.
 
     Covariances are unbiased (n - 1) and computed in float64. A class keeps min(rank, n - 1, d) modes, fewer where its
-    latents span fewer directions.
+    latents span fewer directions. All ranks call this together; each decomposes some of the classes.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
@@ -181,20 +182,25 @@ def fit_class_modes(
     modes = ClassModes(num_classes, rank, dim)
     pooled = torch.zeros(0, dim, dtype=torch.float64)  # rows F with F^T F = the summed scatter, nearly
     scatter = torch.zeros(dim, dtype=torch.float64)  # the exact diagonal of that sum
-    for y in range(num_classes):
-        mean, rows = centred(latents_of_class(y), f"class {y}", least=1 if borrow else 2)
-        freedom = len(rows) - 1
-        modes.mean[y], modes.counts[y] = mean, len(rows)
-        if not freedom:
-            continue
-        directions, values = leading_modes(rows, handed)
-        variance = rows.square().sum(0)
-        _store(modes, y, directions, values / math.sqrt(freedom), variance / freedom)
-        pooled = torch.cat([pooled, values[:, None] * directions])
-        scatter += variance
-        if len(pooled) > 5 * handed:  # one decomposition for several classes
-            directions, values = leading_modes(pooled, handed)
-            pooled = values[:, None] * directions
+    for first in range(0, num_classes, distributed.world_size()):
+        group, own = range(num_classes)[first : first + distributed.world_size()], None
+        for y in group:
+            latents = latents_of_class(y)
+            if y - first == distributed.rank():
+                mean, rows = centred(latents, f"class {y}", least=1 if borrow else 2)
+                own = mean, len(rows), *leading_modes(rows, handed), rows.square().sum(0)
+        for y, found in zip(group, distributed.gather(own), strict=False):
+            assert found is not None
+            mean, count, directions, values, variance = found
+            modes.mean[y], modes.counts[y] = mean, count
+            if count == 1:
+                continue
+            _store(modes, y, directions, values / math.sqrt(count - 1), variance / (count - 1))
+            pooled = torch.cat([pooled, values[:, None] * directions])
+            scatter += variance
+            if len(pooled) > 5 * handed:  # one decomposition for several classes
+                directions, values = leading_modes(pooled, handed)
+                pooled = values[:, None] * directions
     freedom = int((modes.counts - 1).sum())
     if not freedom:
         raise DataError("no class has two images, so nothing is known of how images of one class differ: add some")

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
 from glem_augment.data.classes import ONE_CLASS, ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data
+from glem_augment.data.pixels import Noise
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
@@ -226,7 +227,7 @@ class GLEM(ImageFlow):
 
     # ---- densities and classification ----------------------------------------------------------------------------
 
-    def log_prob_per_class(self, x: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
+    def log_prob_per_class(self, x: Tensor, generator: Noise = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         return self.gaussians.log_prob(z) + logdet[:, None]
@@ -321,6 +322,8 @@ class GLEM(ImageFlow):
             seed: of the dequantisation noise.
             count: is told how many images were encoded, after each batch.
 
+        In a distributed run all ranks call this together. Each encodes its share of the images, and all get the modes.
+
         Raises:
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
@@ -346,7 +349,8 @@ class GLEM(ImageFlow):
         """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
 
         Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones, and its
-        principal modes, in one pass over `data`. The posterior's temperature is fitted to latents that are left out.
+        principal modes, in one pass over `data`. The posterior's temperature is fitted to latents that are left out. In
+        a distributed run all ranks call this together.
 
         Args:
             data: see `fit_modes`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from glem_augment.checks import check_whole
 from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for
-from glem_augment.data.pixels import check_images, from_levels, to_levels
+from glem_augment.data.pixels import Noise, check_images, draw_noise, from_levels, to_levels
+from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
 from glem_augment.model.config import GLEMConfig
@@ -80,13 +82,14 @@ class ImageFlow(nn.Module):
 
     # ---- image <-> latent ----------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, generator: torch.Generator | int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, generator: Noise = None) -> tuple[Tensor, Tensor]:
         """Image to latent.
 
         Args:
             x: [B,C,H,W], uint8 or float in [0,1].
             generator: adds uniform dequantisation noise to images on levels, see `data.pixels.to_levels`; a whole
-                number is the seed of noise that depends on the image alone. None: the middle of the bin.
+                number is the seed of noise that depends on the image alone. A tensor is the noise itself, from
+                `data.pixels.draw_noise`. None: the middle of the bin.
 
         Returns:
             z [B, d] and log|det dz/dlevels| [B] in nats.
@@ -96,7 +99,9 @@ class ImageFlow(nn.Module):
         """
         check_images(x, self.image_shape)
         chunks = x.to(self.device).split(_CHUNK)
-        parts = [self.flow(to_levels(chunk, self.bits, self.dtype, generator)) for chunk in chunks]
+        noise = generator.split(_CHUNK) if isinstance(generator, Tensor) else [generator] * len(chunks)
+        levels = (to_levels(chunk, self.bits, self.dtype, each) for chunk, each in zip(chunks, noise, strict=True))
+        parts = [self.flow(each) for each in levels]
         z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
         return z, logdet - self.dim * self.bits * math.log(2)
 
@@ -147,14 +152,7 @@ class ImageFlow(nn.Module):
             `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels: of those
             `within_half_step`, which rounding gives back exactly, and of the `non_finite` ones.
         """
-        error = self.round_trip_error(x)
-        finite, count = error[torch.isfinite(error)], max(1, error.numel())
-        return {
-            "max_error": float(finite.max()) if finite.numel() else math.inf,
-            "mean_error": float(finite.sum()) / max(1, finite.numel()),
-            "within_half_step": float((finite < 0.5).sum()) / count,
-            "non_finite": 1 - finite.numel() / count,
-        }
+        return summarise_errors(self.round_trip_error(x))
 
     @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
@@ -168,17 +166,19 @@ class ImageFlow(nn.Module):
         """A function from the class index y to the latents of the images `rows[y]`, float32 [n, d] on the CPU.
 
         The dequantisation noise of a class depends on `seed` and y alone. `count` is told how many images were encoded.
+        All ranks call the function together: each encodes its share, and all get all latents.
         """
 
         @torch.no_grad()
         def latents(index: int) -> Tensor:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-            parts = []
-            for x, _ in data.batches(rows[index], _CHUNK):
-                parts.append(self.encode(x, generator)[0].cpu())
+            nothing, parts = torch.empty(0, self.dim, dtype=self.dtype), []
+            for x, _, share in data.shared_batches(rows[index], _CHUNK):
+                parts.append(self.encode(x, draw_noise(x, generator, share))[0].cpu())
                 if count is not None:
-                    count(len(x))
-            return torch.cat(parts)
+                    count(share.total)
+            batches = zip_longest(*gather(parts), fillvalue=nothing)  # in the order of the images
+            return torch.cat([part for batch in batches for part in batch])
 
         return latents
 
@@ -213,3 +213,14 @@ class ImageFlow(nn.Module):
         if device is None or torch.empty(0, device=device).device == self.device:
             return self
         return copy.deepcopy(self).to(device)
+
+
+def summarise_errors(error: Tensor) -> dict[str, float]:
+    """What `ImageFlow.check_invertibility` returns, from the errors of all pixels."""
+    finite, count = error[torch.isfinite(error)], max(1, error.numel())
+    return {
+        "max_error": float(finite.max()) if finite.numel() else math.inf,
+        "mean_error": float(finite.sum()) / max(1, finite.numel()),
+        "within_half_step": float((finite < 0.5).sum()) / count,
+        "non_finite": 1 - finite.numel() / count,
+    }

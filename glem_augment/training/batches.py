@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 
 G_FRACTION, MAX_HELD_OUT = 0.1, 2000
@@ -64,7 +65,7 @@ def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> 
     return order[: steps * batch].reshape(steps, batch)
 
 
-def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, share: Share | None = None) -> Tensor:
     """The paper's training augmentations of uint8 images [B,C,H,W], with parameters of its own for every image.
 
     This is own code because torchvision's transforms draw one set of parameters per call, hence one per batch here.
@@ -72,6 +73,7 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -
     Args:
         names: any of "flip" (horizontal), "crop" (shift by up to an eighth of the side, edges repeated), "rotate"
             (up to 12 degrees) and "jitter" (brightness, contrast and, for RGB, saturation by up to 10 %).
+        share: what part x is of a batch, see `draw_noise`.
 
     Returns:
         uint8 [B,C,H,W]; rounded, so that what dequantisation assumes stays true.
@@ -79,14 +81,15 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -
     if not names:
         return x
     batch, _, height, width = x.shape
+    first, last, total = share or (0, batch, batch)
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(x.device) * 2 - 1
+        return torch.rand(*shape, total, generator=generator)[..., first:last].to(x.device) * 2 - 1
 
     if "flip" in names:
-        x = torch.where((draw(batch) > 0)[:, None, None, None], x.flip(3), x)
+        x = torch.where((draw() > 0)[:, None, None, None], x.flip(3), x)
     if "crop" in names:
-        shift_y, shift_x = draw(batch) * height * PAD_SHARE, draw(batch) * width * PAD_SHARE
+        shift_y, shift_x = draw() * height * PAD_SHARE, draw() * width * PAD_SHARE
         rows = (torch.arange(height, device=x.device) + shift_y.round().long()[:, None]).clamp(0, height - 1)
         columns = (torch.arange(width, device=x.device) + shift_x.round().long()[:, None]).clamp(0, width - 1)
         index = torch.arange(batch, device=x.device)[:, None, None]
@@ -95,14 +98,14 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator) -
         return x.contiguous()
     y = x.float()
     if "rotate" in names:
-        angle = draw(batch) * math.radians(ROTATION_DEGREES)
+        angle = draw() * math.radians(ROTATION_DEGREES)
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
         aspect = height / width
         theta = torch.stack([torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)], 1)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         y = F.grid_sample(y, grid, mode="bilinear", padding_mode="border", align_corners=False)
     if "jitter" in names:
-        factors = 1 + JITTER * draw(3, batch)[:, :, None, None, None]
+        factors = 1 + JITTER * draw(3)[:, :, None, None, None]
         y = y * factors[0]
         mean = y.mean((1, 2, 3), keepdim=True)
         y = mean + (y - mean) * factors[1]

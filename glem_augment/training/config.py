@@ -102,7 +102,7 @@ class TrainConfig:
     epochs: int = _setting(
         20, int, "passes over the images", low=1, high=10**6, group="optimisation of the flow (E-step)"
     )
-    batch_size: int = _setting(64, int, "images per step", low=1)
+    batch_size: int = _setting(64, int, "images per step, of all processes together", low=1)
     lr: float = _setting(1e-2, float, "learning rate of Adamax", above=0)
     warmup_steps: int = _setting(1000, int, "steps of linear warm-up, at most half the run")
     schedule: Literal["multistep", "cosine"] = _setting(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
+from glem_augment.distributed import Share, add_up, is_primary, world_size
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import Flow, resolve_preset
 from glem_augment.model.config import GLEMConfig
@@ -67,7 +68,7 @@ class EM:
         device: str | torch.device | None = None,
         progress: bool = True,
     ) -> None:
-        self.data, self.config, self.progress = data, config, progress
+        self.data, self.config, self.progress = data, config, progress and is_primary()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -131,7 +132,7 @@ class EM:
         """Data-dependent ActNorms, then the Gaussians: a function of the seed and the data."""
         config, gaussians = self.config, self.model.gaussians
         rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
-        x = torch.cat([x for x, _ in self.images(rows, _EVAL_BATCH)])
+        x = torch.cat([x for x, _ in self.data.batches(rows, _EVAL_BATCH, config.workers)]).to(self.device)
         self.guard.pixels = independent_pixels(x, config.bits)
         self.model.initialise(x, self._generator(1))
         if init_model is not None:
@@ -161,14 +162,14 @@ class EM:
         means = statistics.total / (statistics.count[:, None] + _SHRINKAGE)
         gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
-    def images(self, indices: np.ndarray, batch_size: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Batches of images uint8 [B,C,H,W] and labels int64 [B] on the device, in the order of `indices`."""
-        for x, y in self.data.batches(indices, batch_size, self.config.workers):
-            yield x.to(self.device), y.to(self.device)
+    def images(self, indices: np.ndarray, batch_size: int) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
+        """What `ImageData.shared_batches` gives, on the device."""
+        for x, y, share in self.data.shared_batches(indices, batch_size, self.config.workers):
+            yield x.to(self.device), y.to(self.device), share
 
-    def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """`x` uint8 [B,C,H,W] under the run's augmentation; a subclass may keep parts of the images as they are."""
-        return augment_batch(x, self.config.augment, generator)
+    def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+        """`x` uint8 [b,C,H,W] under the run's augmentation; a subclass may keep parts of the images as they are."""
+        return augment_batch(x, self.config.augment, generator, share)
 
     def _generator(self, *key: int) -> torch.Generator:
         seed = np.random.SeedSequence([self.config.seed, *key]).generate_state(1, np.uint64)[0]
@@ -182,23 +183,34 @@ class EM:
         late = max(0.0, self.step / self.total_steps - start) / (1 - start)
         return (self.config.beta or 0.0) * end**late
 
-    def e_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+    def e_step(self, x: Tensor, y: Tensor, share: Share | None = None) -> tuple[float, float]:
         """One step of Adamax on the flow (Eq. 3); with `joint`, one of Adam on the Gaussians too.
 
-        Returns the loss, nats per dimension, and the likelihood, bits/dim; NaN if the step was skipped.
+        Args:
+            x, y: this rank's images uint8 [b,C,H,W] and labels int64 [b]; b may be 0.
+            share: what part of the batch they are; by default all of it.
+
+        Returns:
+            The loss, nats per dimension, and the likelihood, bits/dim, of the whole batch; NaN if the step was skipped.
         """
-        config, model = self.config, self.model
+        config, model, share = self.config, self.model, share or Share(0, len(x), len(x))
         self._let_gaussians_learn(config.joint)
         generator = self._generator(4, self.step)
-        z, logdet = encode(model, self.augmented(x, generator), config, generator)
-        loss, nll = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
         self.flow_optimizer.zero_grad(set_to_none=True)
         self.m_optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
-            loss.backward()
+        loss = nll = torch.zeros((), dtype=model.dtype, device=self.device)
+        if len(x):
+            z, logdet = encode(model, self.augmented(x, generator, share), config, generator, share)
+            # Means over the batch are sums of the ranks' means, each times its part of the images.
+            means = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
+            loss, nll = (len(x) / share.total * mean for mean in means)
+            if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
+                loss.backward()
+        loss, nll = loss.detach().clone(), nll.detach().clone()
+        self._add_up_gradients(loss, nll)
         norm = nn.utils.clip_grad_norm_(list(model.flow.parameters()), CLIP_NORM)
         # One read per step, of all numbers at once: a bad step has to be known before the weights move.
-        value, bits, norm_value = torch.stack([loss.detach(), nll.detach() / math.log(2), norm.to(loss)]).tolist()
+        value, bits, norm_value = torch.stack([loss, nll / math.log(2), norm.to(loss)]).tolist()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
             self.bad_steps += 1
             return math.nan, math.nan
@@ -209,6 +221,14 @@ class EM:
         if self.ema is not None:
             self.ema.update(model.flow, step=self.step + 1)
         return value, bits
+
+    def _add_up_gradients(self, *values: Tensor) -> None:
+        """Sum the gradients, and `values`, over all ranks. One without images has none, which counts as zero."""
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        if world_size() > 1:
+            for p in learned:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            add_up(*values, *(p.grad for p in learned if p.grad is not None))
 
     # ---- the M-step ----------------------------------------------------------------------------------------------
 
@@ -227,10 +247,11 @@ class EM:
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self._generator(3, round_index + 1)
         with bar:
-            for x, y in self.images(rows, _EVAL_BATCH):
-                z, logdet = encode(model, self.augmented(x, generator), self.config, generator)
+            for x, y, share in self.images(rows, _EVAL_BATCH):
+                z, logdet = encode(model, self.augmented(x, generator, share), self.config, generator, share)
                 statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
-                bar.update(len(y))
+                bar.update(share.total)
+        statistics.add_ranks()
         self.image_seconds = (time.monotonic() - began) / len(rows)
         return statistics
 
@@ -256,6 +277,9 @@ class EM:
         self.m_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grads = [p.grad for p in gaussians.parameters() if p.grad is not None]
+        if beta:
+            loss = loss.detach().to(grads[0])
+            add_up(loss, *grads)
         if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
             raise DivergenceError(f"the M-step's loss or its gradient is not finite (loss {loss.item():.4g})")
         self._adam_step(rate)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glem_augment.distributed import Share, add_up, is_primary
 from glem_augment.io import atomic_write
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
@@ -26,7 +27,7 @@ class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl`.
 
     A resumed run drops the lines beyond its checkpoint (and a half-written last one), so no step appears twice.
-    Every row also goes to the `callbacks`.
+    Every row also goes to the `callbacks`. Of several ranks, only the first writes and tells.
     """
 
     def __init__(self, folder: Path, keep_through_step: int, callbacks: Iterable[Callback] = ()) -> None:
@@ -43,6 +44,8 @@ class MetricsLog:
         self._rewrite()
 
     def _rewrite(self) -> None:
+        if not is_primary():
+            return
         with atomic_write(self.path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
@@ -55,13 +58,15 @@ class MetricsLog:
         self._tell(row)
 
     def _tell(self, row: dict[str, Any]) -> None:
-        for callback in self.callbacks:
+        for callback in self.callbacks if is_primary() else ():
             callback(dict(row))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, which JSON can carry."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
+        if not is_primary():
+            return
         require_folder(self.path.parent)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -103,19 +108,21 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 @torch.no_grad()
-def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
     """Number of images, NF accuracy unless there is one class, and bits/dim given the class.
 
-    Each image has dequantisation noise of its own, whatever its batch.
+    Each image has dequantisation noise of its own, whatever its batch. `batches` are those of
+    `ImageData.shared_batches`, and the numbers those of all ranks' images.
     """
-    images, right, bits = 0, 0, 0.0
-    for x, y in batches:
+    sums = torch.zeros(3, dtype=torch.float64)
+    for x, y, _ in batches:
         scores = model.log_prob_per_class(x)
-        right += int((scores.argmax(1) == y).sum())
-        bits += float(-scores.gather(1, y[:, None]).double().sum()) / (model.dim * math.log(2))
-        images += len(y)
+        bits = float(-scores.gather(1, y[:, None]).double().sum()) / (model.dim * math.log(2))
+        sums += torch.tensor([len(y), int((scores.argmax(1) == y).sum()), bits], dtype=torch.float64)
+    add_up(sums)
+    images, right, bits = sums.tolist()
     accuracy = {"val_accuracy": right / images} if model.num_classes > 1 else {}
-    return {"val_images": images, **accuracy, "val_bits_per_dim": bits / images}
+    return {"val_images": int(images), **accuracy, "val_bits_per_dim": bits / images}
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.data.pixels import to_levels
+from glem_augment.data.pixels import draw_noise, to_levels
+from glem_augment.distributed import Share, add_up, rank, world_size
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
@@ -26,12 +27,17 @@ NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
 # ---- the E-step -------------------------------------------------------------------------------------------------
 
 
-def encode(model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib"."""
+def encode(
+    model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator, share: Share
+) -> tuple[Tensor, Tensor]:
+    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib".
+
+    `share` says what part x is of a batch, see `draw_noise`.
+    """
     if config.objective != "ib":
-        return model.encode(x, generator)
+        return model.encode(x, draw_noise(x, generator, share))
     h = to_levels(x, config.bits, model.gaussians.mu.dtype)
-    noise = torch.randn(h.shape, generator=generator, dtype=h.dtype).to(h.device)
+    noise = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows].to(h.device)
     z, logdet = model.flow(h + noise * (NOISE_STD * 2.0**-config.bits))
     return z, logdet - model.dim * config.bits * math.log(2)
 
@@ -74,8 +80,8 @@ class LatentStatistics:
         self.nll_low = torch.full((), math.inf, **zeros)
         self.nll_high = torch.full((), -math.inf, **zeros)
         self.keep_latents = keep_latents
-        self.latents: list[Tensor] = []
-        self.labels: list[Tensor] = []
+        self.latents = [torch.empty(0, dim, device=device)]
+        self.labels = [torch.empty(0, dtype=torch.int64, device=device)]
 
     def add(self, z: Tensor, y: Tensor, nll: Tensor) -> None:
         """Take in a batch: z [B,d], y int64 [B], nll [B] nats."""
@@ -89,8 +95,15 @@ class LatentStatistics:
             self.latents.append(z)
             self.labels.append(y)
 
+    def add_ranks(self) -> None:
+        """Make the sums and the range those of all ranks' images. Latents stay on the rank that kept them."""
+        ranges = torch.zeros(2, world_size(), dtype=torch.float64, device=self.count.device)
+        ranges[:, rank()] = torch.stack([self.nll_low, self.nll_high])
+        add_up(self.count, self.total, self.square, ranges)
+        self.nll_low, self.nll_high = ranges[0].min(), ranges[1].max()
+
     def kept(self) -> tuple[Tensor, Tensor]:
-        """The kept latents [N,d] and labels [N], joined once."""
+        """The latents [N,d] and labels [N] that this rank kept, joined once."""
         if len(self.latents) > 1:
             self.latents, self.labels = [torch.cat(self.latents)], [torch.cat(self.labels)]
         return self.latents[0], self.labels[0]
@@ -138,7 +151,10 @@ def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
 def m_step_loss(
     gaussians: ClassGaussians, statistics: LatentStatistics, config: TrainConfig, kld_weight: float, beta: float
 ) -> Tensor:
-    """The M-step's loss with the given lambda and beta; `TrainConfig` has the formula and the units."""
+    """The M-step's loss with the given lambda and beta; `TrainConfig` has the formula and the units.
+
+    With beta it is this rank's part of the loss, since each has latents of its own.
+    """
     dim, k = gaussians.dim, gaussians.num_classes
     nll = statistics.balanced_nll(gaussians)
     repel = kld_weight > 0 and k > 1
@@ -163,7 +179,9 @@ def m_step_loss(
         each = F.cross_entropy(
             config.ce_scale * gaussians.log_prob(z), y, label_smoothing=config.label_smoothing, reduction="none"
         )
-        loss = loss + beta * ((weight * each).sum() / weight.sum()).double()
+        whole = weight.sum()
+        add_up(whole)
+        loss = loss / world_size() + beta * ((weight * each).sum() / whole).double()
     return loss
 
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.devices import lacks_bf16
+from glem_augment.distributed import Share, add_up, is_primary, wait
 from glem_augment.errors import GLEMError, TrainingError
 from glem_augment.evaluation.metrics import calibrate
 from glem_augment.evaluation.preview import class_samples, compose
@@ -67,7 +68,7 @@ class _Bar(tqdm):
 
 
 class Trainer(EM):
-    """Fits a GLEM to `data`; `fit` does the work.
+    """Fits a GLEM to `data`; `fit` does the work. Of several ranks, each has a Trainer, and the first writes the files.
 
     Args:
         out: folder for the checkpoints, the logs and, at the end, the model.
@@ -111,9 +112,11 @@ class Trainer(EM):
             self.init_from = None
             if init_model is not None:
                 self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
+        wait()  # before the first rank writes anything, all have looked
         super().__init__(data, config, init_model, begun, device, progress)
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(self.out)
+        if is_primary():
+            self.out.mkdir(parents=True, exist_ok=True)
+            remove_left_overs(self.out)
         self.log = MetricsLog(self.out, self.step, callbacks)
 
     def seconds(self) -> float:
@@ -175,18 +178,17 @@ class Trainer(EM):
         due = [r * per_epoch // config.m_rounds for r in range(config.m_rounds)]
         began, first = time.monotonic(), self.step
         batches = self.images(order[offset:].reshape(-1), order.shape[1])
+        x = torch.empty(0, *self.data.image_shape, dtype=torch.uint8)
+        nothing = x, torch.empty(0, dtype=torch.int64), Share(0, 0, order.shape[1])  # of more ranks than images
         with closing(batches), training_mode(self.model.flow, config):
             for position in range(offset, per_epoch):
                 for r, before in enumerate(due):
                     if before == position and not frozen and epoch * config.m_rounds + r == self.m_done:
                         self.m_step()
-                x, y = next(batches)
-                self._count(*self.e_step(x, y))
+                self._count(*self.e_step(*next(batches, nothing)))
                 # The last step of an epoch is saved with the epoch's metrics, below.
                 if position < per_epoch - 1:
-                    self._stop_if_due(save=True)
-                    if time.monotonic() - self.saved_at > self.checkpoint_seconds:
-                        self.save_checkpoint()
+                    self._save_or_stop(saved=False)
         seconds = max(1e-9, time.monotonic() - began)
         self._end_of_epoch(epoch + 1, max(1, self.step - first) * order.shape[1] / seconds)
 
@@ -226,19 +228,21 @@ class Trainer(EM):
             )
         self.save_checkpoint(good=self.guard.calm)
         self._draw_pictures(epochs)
-        self._stop_if_due(save=False)
+        self._save_or_stop(saved=True)
 
     def save_checkpoint(self, good: bool = False) -> None:
         """Write the state of the run, unless its weights diverged; a diverged run may return to a `good` one."""
         if not self.is_finite():
             raise DivergenceError("weights are no longer finite")
-        save_checkpoint(self.out, *self.state(), good=good)
+        if is_primary():
+            save_checkpoint(self.out, *self.state(), good=good)
+        wait()
         self.saved_at = time.monotonic()
 
     def _draw_pictures(self, epochs: int) -> None:
         """Draw curves, and samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
-        if every and (epochs % every == 0 or epochs == self.config.epochs):
+        if is_primary() and every and (epochs % every == 0 or epochs == self.config.epochs):
             picture = compose(f"After epoch {epochs}", "", [class_samples(self.evaluated(), seed=0)])
             save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
             plot_curves(self.log.rows, self.out / "curves.png")
@@ -267,14 +271,23 @@ class Trainer(EM):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stop_if_due(self, save: bool) -> None:
-        """End the run if the user or the clock asks for it; `save`: with a checkpoint, which is not there yet."""
-        if not self.stop_requested and time.monotonic() < self.deadline:
-            return
-        if save:
+    def _save_or_stop(self, saved: bool) -> None:
+        """Write a checkpoint if it is time, and end the run if the user or the clock asks for it.
+
+        `saved`: there is a checkpoint of this step already. Clocks and signals differ between ranks, so one that goes
+        off on any counts for all.
+        """
+        now = time.monotonic()
+        votes = torch.tensor([self.stop_requested, now >= self.deadline, now - self.saved_at > self.checkpoint_seconds])
+        votes = votes.float()
+        add_up(votes)
+        stop, late, due = votes.bool().tolist()
+        if (stop or late or due) and not saved:
             self.save_checkpoint()
+        if not (stop or late):
+            return
         where = f"stopped at step {self.step} of {self.total_steps}"
-        if self.stop_requested:
+        if stop:
             raise KeyboardInterrupt(f"{where}; go on from the checkpoint with --resume")
         raise TimeUpError(
             f"{where}: the {self.config.max_minutes:g} minutes are over; run the same command with --resume to go on"
@@ -340,5 +353,7 @@ class Trainer(EM):
             rank = max(1, min(config.modes_rank, largest - 1, model.dim))
             with self._bar("modes", len(data), "image") as bar:
                 model.fit_modes(data, rank, count=bar.update)
-        model.save(self.out)  # last: once it is there, nothing is left to be done
+        if is_primary():
+            model.save(self.out)  # last: once it is there, nothing is left to be done
+        wait()
         return model

@@ -17,6 +17,7 @@ from benchmarks.paper.continuum import continuum_correlation, mantel
 from benchmarks.paper.pareto import averaged_posterior
 from benchmarks.paper.trust import auroc, ood_scores, outside_images
 from glem_augment import GLEM, ImageData
+from glem_augment.distributed import share
 from glem_augment.errors import DataError
 from glem_augment.training import TrainConfig
 
@@ -74,7 +75,7 @@ def test_coded_images_are_read_and_their_codes_left_alone_in_training(tmp_path: 
     assert 0.15 < float((made.read(blank) == y).float().mean()) < 0.55
     config = TrainConfig(preset="identity", augment=("flip", "crop"), epochs=1, modes_rank=0)
     trainer = coded_trainer(made, coded, config, tmp_path, False, torch.device("cpu"))
-    out = trainer.augmented(coded.tensor(), torch.Generator().manual_seed(0))
+    out = trainer.augmented(coded.tensor(), torch.Generator().manual_seed(0), share(len(coded)))
     assert torch.equal(made.split(out)[1], code) and not torch.equal(made.split(out)[0], image)
 
 

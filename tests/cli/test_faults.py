@@ -209,10 +209,10 @@ def cut_off(out: Path, at: int = 6, **options: object) -> None:
     trainer = tiny_trainer(out, every_step=True, **options)
     e_step = trainer.e_step
 
-    def stopping(x: torch.Tensor, y: torch.Tensor) -> float:
+    def stopping(*batch: Any) -> tuple[float, float]:
         if trainer.step == at:
             raise KeyboardInterrupt
-        return e_step(x, y)
+        return e_step(*batch)
 
     trainer.e_step = stopping
     with pytest.raises(KeyboardInterrupt):
@@ -319,10 +319,10 @@ def test_a_folder_that_vanishes(tmp_path: Path, how: str, every_step: bool) -> N
     trainer = tiny_trainer(out, every_step=every_step)
     e_step = trainer.e_step
 
-    def vanishing(x: torch.Tensor, y: torch.Tensor) -> float:
+    def vanishing(*batch: Any) -> tuple[float, float]:
         if trainer.step == 6:
             shutil.rmtree(out) if how == "removed" else out.rename(tmp_path / "elsewhere")
-        return e_step(x, y)
+        return e_step(*batch)
 
     trainer.e_step = vanishing
     with pytest.raises(FileNotFoundError, match=rf"output folder {out} has vanished"):

@@ -106,7 +106,7 @@ def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
     trainer = tiny_trainer(tmp_path / "run", toy_data(120, k=3), val_fraction=val_fraction)
     trainer.m_step()
     model, gaussians = trainer.model, trainer.model.gaussians
-    x, y = next(iter(trainer.images(trainer.split.val if val_fraction else trainer.split.g, 256)))
+    x, y, _ = next(iter(trainer.images(trainer.split.val if val_fraction else trainer.split.g, 256)))
     found = trainer.measure()
     scores = torch.cat([model.log_prob_per_class(part).detach() for part in x.split(5)])  # whatever the batches
     own = scores.gather(1, y[:, None])

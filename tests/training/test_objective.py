@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment import GLEM
+from glem_augment.distributed import share
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
 from glem_augment.training.objective import (
@@ -57,10 +58,10 @@ def test_gaussian_dequantisation_has_its_spread_and_keeps_the_units() -> None:
     model = GLEM.create("identity", (1, 8, 8), ["a", "b"])
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (60, 1, 8, 8), generator=g, dtype=torch.uint8)
-    noisy, volume = encode(model, x, TrainConfig(objective="ib"), g)
+    noisy, volume = encode(model, x, TrainConfig(objective="ib"), g, share(len(x)))
     middle, same = model.encode(x)
     assert float((noisy - middle).std()) == pytest.approx(0.5 / 256, rel=0.05) and torch.allclose(volume, same)
-    uniform, _ = encode(model, x, TrainConfig(), g)
+    uniform, _ = encode(model, x, TrainConfig(), g, share(len(x)))
     assert 0.4 / 256 < float((uniform - middle).abs().max()) <= 0.5 / 256 + 1e-7
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from glem_augment import GLEM
 from glem_augment.data.dataset import ImageData
@@ -97,8 +96,8 @@ class Dying(Trainer):
     checkpoint_seconds = 0.0  # after every step
     dies = ("E-step", 0)
 
-    def e_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        loss = super().e_step(x, y)  # the weights have moved, the step is not counted yet
+    def e_step(self, *batch: Any) -> tuple[float, float]:
+        loss = super().e_step(*batch)  # the weights have moved, the step is not counted yet
         if self.dies == ("E-step", self.step + 1):
             raise Killed
         return loss
@@ -215,7 +214,7 @@ def test_rounds_of_m_steps_are_spread_over_an_epoch_until_the_gaussians_freeze(t
     trainer = tiny_trainer(tmp_path, m_rounds=m_rounds, epochs=3, freeze_gaussians_at=0.6, modes_rank=0)
     at, losses, m_step, e_step = [], [], trainer.m_step, trainer.e_step
     trainer.m_step = lambda: (at.append(trainer.step), m_step())
-    trainer.e_step = lambda x, y: losses.append(e_step(x, y)) or losses[-1]
+    trainer.e_step = lambda *batch: losses.append(e_step(*batch)) or losses[-1]
     trainer.fit()
     assert at == [4 * epoch + 4 * r // m_rounds for epoch in range(2) for r in range(m_rounds)]
     found = [row["loss"] for row in rows(tmp_path) if row["kind"] == "epoch"]

@@ -1,0 +1,209 @@
+"""Runs on several ranks: they end as a run on one does, whatever the shares, and a rank that dies ends all of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_training import comparable, tiny_trainer, toy_data
+from torch import Tensor
+
+from glem_augment import GLEM
+from glem_augment.data.dataset import ImageData
+from glem_augment.distributed import share
+from glem_augment.errors import GLEMError
+from glem_augment.evaluation.metrics import evaluate
+from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.training.checkpoint import NEWEST, load_checkpoint
+from glem_augment.training.trainer import Trainer
+
+# Processes that are forked from a server that has imported torch start at once, and can run backward passes.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_ranks"])
+
+
+def _process(work: Callable[..., Any], rank: int, ranks: int, folder: Path, args: tuple[Any, ...], pipe: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        result = work(*args)
+    except GLEMError as error:
+        result = error
+    # As bytes, because tensors that are sent as such live no longer than this process.
+    pipe.send_bytes(pickle.dumps(result))
+
+
+def on_ranks(ranks: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(*args)` gives on every rank, or its error; None for a rank that is killed."""
+    folder.mkdir()
+    pipes = [SERVER.Pipe(duplex=False) for _ in range(ranks)]
+    started = [
+        SERVER.Process(target=_process, args=(work, rank, ranks, folder, args, send))
+        for rank, (_, send) in enumerate(pipes)
+    ]
+    for one, (_, send) in zip(started, pipes, strict=True):
+        one.start()
+        send.close()
+    found = []
+    for one, (receive, _) in zip(started, pipes, strict=True):
+        try:
+            found.append(pickle.loads(receive.recv_bytes()))
+        except EOFError:
+            found.append(None)
+        one.join()
+    return found
+
+
+def test_shares_are_whole_and_fall_with_the_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ranks in (1, 2, 3, 7):
+        monkeypatch.setattr("glem_augment.distributed.world_size", lambda ranks=ranks: ranks)
+        sizes = []
+        for total in range(20):
+            parts = []
+            for rank in range(ranks):
+                monkeypatch.setattr("glem_augment.distributed.rank", lambda rank=rank: rank)
+                parts.append(share(total))
+            assert [i for part in parts for i in range(total)[part.rows]] == list(range(total))
+            sizes.append([part.stop - part.start for part in parts])
+        assert (np.diff(sizes, axis=0) >= 0).all()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+RUNS: dict[str, dict[str, Any]] = {
+    # 100 steps. Five images of a batch on three ranks, and one rank without an image in the pass over 10 of D_g.
+    "glem": dict(batch_size=5, epochs=5, augment=("flip", "crop", "rotate", "jitter"), memory="reversible"),
+    # More ranks than images in a batch: the third one has none, ever.
+    "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2, m_rounds=2),
+    "ib-joint": dict(batch_size=9, epochs=2, objective="ib", joint=True, refit_beta=0.1),
+    "mle-frozen": dict(batch_size=50, epochs=6, objective="mle", freeze_gaussians_at=0.5, random_init=(0.3, 0.0)),
+}
+
+
+def data(name: str) -> ImageData:
+    return toy_data(30 if name == "hybrid" else 119, k=2)
+
+
+class Noting(Trainer):
+    """Notes the loss and the likelihood of every step."""
+
+    def e_step(self, *batch: Any) -> tuple[float, float]:
+        self.losses = [*getattr(self, "losses", []), super().e_step(*batch)]
+        return self.losses[-1]
+
+
+def noting(out: Path, name: str, **more: Any) -> Noting:
+    trainer = tiny_trainer(out, data(name), **RUNS[name], **more)
+    trainer.__class__ = Noting
+    return trainer  # type: ignore[return-value]
+
+
+def runs(folder: Path) -> dict[str, Any]:
+    found = {}
+    for name in RUNS:
+        trainer = noting(folder / name, name)
+        model = trainer.fit()
+        found[name] = trainer.losses, {key: value.clone() for key, value in model.state_dict().items()}
+    return found
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """Whether two models are the same but for rounding; modes that are as long as each other may be mixed."""
+    for key, value in wanted.items():
+        if "directions" not in key:
+            torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: k + m)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return runs(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_runs_on_several_ranks_are_those_on_one(tmp_path: Path, alone: dict[str, Any], ranks: int) -> None:
+    first, *others = on_ranks(ranks, tmp_path / "ranks", runs, tmp_path)
+    for name, (losses, state) in alone.items():
+        np.testing.assert_allclose(first[name][0], losses, rtol=1e-4, atol=1e-5, err_msg=name)
+        close(first[name][1], state, 2e-3)
+        for other in others:  # to the last bit
+            assert other[name][0] == first[name][0]
+            assert all(torch.equal(value, first[name][1][key]) for key, value in other[name][1].items())
+        written = comparable(tmp_path / name)
+        assert len([row for row in written if row["kind"] == "epoch"]) == RUNS[name]["epochs"]
+        saved = GLEM.from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(saved[key], value) for key, value in first[name][1].items())
+    assert len(alone["glem"][0]) == 100
+
+
+# ---- deaths ----------------------------------------------------------------------------------------------------------
+
+
+def run_until(out: Path, dies: int | None, step: int, resume: bool) -> Any:
+    trainer = tiny_trainer(out, data("glem"), resume, every_step=True, batch_size=25)
+    e_step = trainer.e_step
+
+    def stepping(*batch: Any) -> tuple[float, float]:
+        if (torch.distributed.get_rank(), trainer.step) == (dies, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return e_step(*batch)
+
+    trainer.e_step = stepping  # type: ignore[method-assign]
+    trainer.fit()
+    return trainer.step
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, dies: int) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    ends = on_ranks(2, tmp_path / "a", run_until, out, dies, 6, False)
+    assert ends[dies] is None and f"rank {1 - dies} has lost the other processes" in str(ends[1 - dies])
+    assert load_checkpoint(out).facts["step"] == 6
+    os.rename(out / NEWEST, tmp_path / "at-6")
+    for ranks in (3, 1, 2):  # the state is whole for another number of ranks too
+        out.mkdir(exist_ok=True)
+        (out / NEWEST).write_bytes((tmp_path / "at-6").read_bytes())
+        assert on_ranks(ranks, tmp_path / f"b{ranks}", run_until, out, None, 0, True) == [12] * ranks
+        if ranks != 2:
+            for file in out.iterdir():
+                file.unlink()
+    on_ranks(2, tmp_path / "c", run_until, whole, None, 0, False)
+    for file in (WEIGHTS, CONFIG):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+
+
+# ---- what needs no training ------------------------------------------------------------------------------------------
+
+
+def measured(model: GLEM, images: ImageData) -> tuple[dict[str, Any], GLEM, GLEM]:
+    adapted = model.adapt(images, rank=3, progress=False)
+    found = evaluate(adapted, images, batch_size=8, round_trip=10, progress=False)
+    model.fit_modes(images, rank=3, max_per_class=6)
+    return found, adapted, model
+
+
+@pytest.mark.parametrize(("n", "k"), [(41, 5), (7, 2)])
+def test_evaluating_adapting_and_modes_on_several_ranks(tmp_path: Path, n: int, k: int) -> None:
+    """With a rank that has no image of a class, more ranks than classes, and a number that nothing divides."""
+    images = toy_data(n, k)
+    torch.manual_seed(0)
+    model = GLEM.create("glow_tiny", (1, 8, 8), images.classes, depth=[1, 1], blocks=[1, 1], width=[6, 6])
+    model.initialise(images.tensor())
+    model.eval().requires_grad_(False)
+    wanted, *models = measured(model, images)
+    for ranks in (2, 3):
+        for found, *theirs in on_ranks(ranks, tmp_path / str(ranks), measured, model, images):
+            for key in ("n", "accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal", "ece"):
+                assert found[key] == pytest.approx(wanted[key], rel=1e-6), key
+            assert found["round_trip"] == pytest.approx(wanted["round_trip"], rel=1e-3, abs=1e-3)
+            for one, other in zip(theirs, models, strict=True):
+                close(one.state_dict(), other.state_dict(), 1e-4)
+                torch.testing.assert_close(one.modes.variance(), other.modes.variance(), rtol=1e-4, atol=1e-5)
+                assert torch.equal(one.modes.counts, other.modes.counts)
