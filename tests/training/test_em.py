@@ -67,7 +67,7 @@ def test_an_epoch_of_a_joint_run_has_all_images_and_a_run_of_an_earlier_version_
     assert "114 for the flow and the Gaussians, 6 held out" in summary(new, new.data)
     assert "102 for the flow, 12 for the Gaussians, 6 held out" in summary(em, em.data)
     seen: list[torch.Tensor] = []
-    new.e_step = lambda x, y: (seen.append(x), (0.0, 0.0))[1]
+    new.e_step = lambda x, *_: (seen.append(x), (0.0, 0.0))[1]
     new.fit()
     assert len(torch.cat(seen[:6]).unique(dim=0)) == 114
 
