@@ -97,12 +97,12 @@ def add_up(*tensors: Tensor) -> None:
         tensor.detach().copy_(part.view_as(tensor))
 
 
-def gather(thing: _T) -> list[_T]:
+def gather(thing: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
     """The things of all ranks, which may differ in size, in the order of the ranks; tensors must be on the CPU."""
     if world_size() == 1:
         return [thing]
     things: list[Any] = [None] * world_size()
-    _together(lambda: dist.all_gather_object(things, thing))
+    _together(lambda: dist.all_gather_object(things, thing, group))
     return things
 
 

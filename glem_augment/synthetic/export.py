@@ -20,9 +20,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torchvision.io import encode_png
 from tqdm import tqdm
@@ -57,6 +59,8 @@ class InLabelOrder:
     def __init__(self, dataset: Any, distributed: bool = False) -> None:
         self._dataset, self._order = dataset, dataset.label_order
         self.rank, self.ranks = (rank(), world_size()) if distributed else (0, 1)
+        if self.ranks > 1:  # the first to finish may wait for hours, longer than a group does by default
+            self._group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
         self.classes = [dataset.classes[i] for i in self._order]
         self.class_ids = [dataset.class_ids[i] for i in self._order]
         self.counts = [dataset.counts[i] for i in self._order]
@@ -75,7 +79,7 @@ class InLabelOrder:
 
     def gather(self, thing: _T) -> list[_T]:
         """The things of all ranks that write together. None of them goes on before all have come here."""
-        return gather(thing) if self.ranks > 1 else [thing]
+        return gather(thing, self._group) if self.ranks > 1 else [thing]
 
 
 class Shard(NamedTuple):
