@@ -109,15 +109,15 @@ class GLEMConfig:
         channels, height, width = self.flow["image_shape"]
         return channels, height, width
 
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `config.json`, without what earlier versions did not know where it says nothing."""
+        newer = {"posterior_temperature": 1.0, "base": None}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
+
     def to_json(self) -> bytes:
         """The bytes of `config.json`. TypeError, ValueError: a training record that could not be read again."""
         try:
-            values = asdict(self)
-            if self.posterior_temperature == 1:  # so that files from before keep their bytes
-                del values["posterior_temperature"]
-            if self.base is None:
-                del values["base"]
-            data = (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            data = (json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
             self.from_json(data)
         except (UnicodeEncodeError, ModelFileError) as error:
             raise ModelFileError(f"the model's config can't be saved: {error}") from None

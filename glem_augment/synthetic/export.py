@@ -9,7 +9,6 @@ there or not, to its label.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -304,7 +303,7 @@ def provenance(dataset: InLabelOrder) -> dict[str, Any]:
             for i, (class_id, name, folder, count) in enumerate(classes)
         ],
         "weights_sha256": weights_sha256(dataset.model),
-        "model": json.loads(json.dumps(dataclasses.asdict(dataset.model.config), default=str)),
+        "model": json.loads(json.dumps(dataset.model.config.to_dict(), default=str)),
     }
 
 
