@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> None:
     trip = measured["round_trip"]
     say(f"- accuracy {100 * measured['accuracy']:.2f} % (top 5: {100 * measured['top5']:.2f} %)")
     say(f"- {measured['bits_per_dim']:.3f} bits/dim at {measured['bits']} bits, given the class")
-    ece = "not measured (torchmetrics)" if measured["ece"] is None else f"{measured['ece']:.4f}"
-    say(f"- calibration error {ece}")
+    say(f"- calibration error {measured['ece']:.4f}")
     say(
         f"- round trip: {100 * trip['within_half_step']:.4f} % of the pixels within half a uint8 step, largest error "
         f"{trip['max_error']:.2g} steps"

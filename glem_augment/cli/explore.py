@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
             sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
         page = build_page(gr, Explorer(model, sets, progress=not args.quiet))
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
-        served: dict[str, Any] = {"server_name": "127.0.0.1", "server_port": args.port, "share": False}
+        served: dict[str, Any] = {"server_name": "127.0.0.1", "share": False}
         served |= {"max_file_size": MOST_BYTES, "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
         _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], **served)
         note(f"glem explore is at {url} (Ctrl-C ends it)")
@@ -193,7 +193,8 @@ def image_controls(gr: Any, explorer: Explorer, name: str, value: int = 0) -> li
 
 def picture(gr: Any, label: str) -> Any:
     # Gradio's share button would send the picture to the Hub.
-    return gr.Image(label=label, format="png", type="pil", interactive=False, buttons=["download", "fullscreen"])
+    buttons = ["download", "fullscreen"]
+    return gr.Image(label=label, alt_text=label, format="png", type="pil", interactive=False, buttons=buttons)
 
 
 def shown(image: Tensor) -> Image.Image:

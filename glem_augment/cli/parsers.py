@@ -89,8 +89,7 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **opti
     """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
-    skip = "leave out images that cannot be read, and name them (default: stop)"
-    parser.add_argument("--skip-bad", action="store_true", help=skip)
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and name images that cannot be read")
 
 
 def add_class_map(parser: argparse._ActionsContainer) -> None:
@@ -176,7 +175,6 @@ accuracies, whichever is higher. Needs no network and no GPU; a few minutes on 2
 """
 DEMO_EXAMPLES = """\
   glem demo
-  glem demo --out demo-out --seeds 5
   glem demo --model runs/my-flow --quick
 """
 
@@ -306,8 +304,7 @@ def add_generate(commands: Any) -> None:
         metavar="T",
         help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.8)",
     )
-    modes = f"of mixup: modes (default: {DEFAULT_MODES}, or all there are)"
-    source.add_argument("--modes", type=whole(1), metavar="N", help=modes)
+    source.add_argument("--modes", type=whole(1), metavar="N", help=f"of mixup (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
     judge = parser.add_argument_group("what is kept")
     judge.add_argument(
@@ -369,22 +366,17 @@ def add_preview(commands: Any) -> None:
     parser.add_argument("--rows", type=whole(1), default=6, metavar="N", help="real images to augment (default: 6)")
     moves = "mixup with an image of the class, noise along the modes, adversarial to the flow itself (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
-    modes = "modes to move along (default: all that are stored)"
-    parser.add_argument("--modes", type=whole(1), metavar="N", help=modes)
+    parser.add_argument("--modes", type=whole(1), metavar="N", help="modes to move along (default: all stored ones)")
     add_seed(parser)
     add_machine(parser)
 
 
 EXPLORE = """\
-Serve a page on this machine, http://127.0.0.1:7860, in which one sees what a flow knows: samples of its classes, real
-or uploaded images moved along the modes of their classes, straight lines between two images, and how the flow sees
-DATA: accuracy, calibration, the images that surprise it most, and the real images nearest to its samples. It needs
-pip install 'glem-augment[explore]', and no network. Ctrl-C ends it. Nothing is written outside a temporary folder.
+Serve a page on this machine in which one sees what a flow knows: samples, images of DATA or uploaded ones moved along
+the modes of their classes, lines between two images, and how the flow sees DATA. Needs pip install
+'glem-augment[explore]', and no network. Ctrl-C ends it.
 """
-EXPLORE_EXAMPLES = """\
-  glem explore
-  glem explore runs/photos photos/ --split val
-"""
+EXPLORE_EXAMPLES = "  glem explore\n  glem explore runs/photos photos/ --split val\n"
 
 
 def add_explore(commands: Any) -> None:
@@ -392,10 +384,7 @@ def add_explore(commands: Any) -> None:
     add_model(parser, nargs="?", default="bundled:fashion-mnist")
     add_data(parser, split=None, nargs="?")
     add_class_map(parser)
-    limit = "use N images of each split, evenly spread (default: %(default)s)"
-    parser.add_argument("--limit", type=whole(1), default=1000, metavar="N", help=limit)
-    port = "of the page (default: the first free one from 7860 on)"
-    parser.add_argument("--port", type=whole(1, 65535), metavar="N", help=port)
+    parser.add_argument("--limit", type=whole(1), default=1000, metavar="N", help="images per split (default: 1000)")
     add_machine(parser)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,16 +24,16 @@ from glem_augment.checks import Policy, Source
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import to_uint8
 from glem_augment.data.sources import FolderSource
-from glem_augment.errors import BadImageError, DataError
+from glem_augment.errors import BadImageError
 from glem_augment.evaluation.preview import FlowClassifier, Section, compose
 from glem_augment.evaluation.quality import memorisation_ratio, nearest
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-__all__ = ["Explorer", "Measured", "Moved", "read_upload"]
+__all__ = ["Explorer", "Moved", "read_upload"]
 
 # An upload of more pixels than a camera takes is refused; one of more than a screen shows is reduced.
-MOST_PIXELS, LONGEST = 50_000_000, 1024
+MOST_PIXELS, LONGEST = 50_000_000, 768
 NEIGHBOURS = 12  # samples that are compared with real images
 # A move that would be put back is shown all the same, unless it is not even finite.
 ANY_RANGE = 1e6
@@ -49,29 +49,18 @@ class Moved(NamedTuple):
     put_back: bool
 
 
-class Measured(NamedTuple):
-    """Posterior [N, K] of the images of a data set, and their bits/dim [N] given their classes y [N]."""
-
-    posterior: Tensor
-    bits: Tensor
-    y: Tensor
-
-
 class Explorer:
     """What the page asks of a flow and of real images. Images are uint8 [C, H, W] on the CPU, uploads of any size.
 
     Args:
         model: modes are needed to move images.
-        sets: images to look at, of the flow's shape and labelled by its class indices; and training images like them,
-            if there are some.
+        sets: images of the flow's shape, labelled by its class indices; and training images like them, if there are.
         progress: show a bar on stderr while images are measured.
     """
 
     def __init__(self, model: GLEM, sets: Sequence[ImageData], progress: bool = True) -> None:
         self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
         self.pixels = PixelAdapter(model.image_shape)
-        if not len(self.data):
-            raise DataError(f"{self.data.name} holds no images")
 
     def samples(self, cls: int, temperature: float, source: Source, seed: int, count: int = 32) -> Tensor:
         """The first samples [count, C, H, W] that `glem generate` draws of a class."""
@@ -92,7 +81,7 @@ class Explorer:
             distance, index = nearest(flat, images.flatten(1))
             labels = [f"{value:.0f}" for value in (distance / self.model.dim**0.5).tolist()]
             sections.append(Section(f"The nearest of {len(images)} {kind} images", images[index][None], labels))
-        text = "Data with a train split would tell whether samples are nearer to training images than to others."
+        text = "With a train split, this tells whether samples are nearer to training images than to others."
         if len(real) > 1:
             held_out, train = (images.flatten(1) for images in real)
             nearer = NEIGHBOURS * memorisation_ratio(flat, train, held_out)["share_nearer_train"]
@@ -168,14 +157,14 @@ class Explorer:
 
     @cached_property
     @torch.no_grad()
-    def measured(self) -> Measured:
-        """The flow on all images of the data, computed once."""
+    def measured(self) -> tuple[Tensor, ...]:
+        """Posterior [N, K] of the data's images, their bits/dim [N] given their classes, and these: computed once."""
         parts = []
         with tqdm(total=len(self.data), unit="image", desc="measuring", disable=not self.progress) as bar:
             for x, y in self.data.batches(np.arange(len(self.data)), 64):
                 parts.append((self.model.posterior(x).cpu(), self.model.bits_per_dim(x, y).cpu(), y))
                 bar.update(len(y))
-        return Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 class _Upload(FolderSource):
@@ -183,8 +172,9 @@ class _Upload(FolderSource):
         return Path(self.paths[index]).name
 
 
+@lru_cache(maxsize=4)  # a slider asks for the same file again and again
 def read_upload(path: str) -> Tensor:
-    """An image file that may be hostile: uint8 [C, H, W], one channel if it is grey, at most 1024 pixels a side.
+    """An image file that may be hostile: uint8 [C, H, W], one channel if it is grey, at most 768 pixels a side.
 
     Raises:
         BadImageError: it is no image, is damaged, or has too many pixels, which shows before they are decoded.
