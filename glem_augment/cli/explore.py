@@ -81,14 +81,15 @@ def build_page(gr: Any, explorer: Explorer) -> Any:
 def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
     names = explorer.model.classes
 
-    def show(number: int, file: str | None, cls: int, policy: str, strength: float, seed: int, *sliders: float) -> Any:
+    def show(number: int, file: str | None, cls: int, policy: Any, strength: float, seed: int, *sliders: float) -> Any:
         image, own = explorer.picked(number, file)
         cls = own if cls < 0 else cls
-        by_hand = ("noise", strength, seed, [strength * value for value in sliders])
-        moved = explorer.move(image, cls, *(by_hand if policy == "sliders" else (policy, strength, seed)))
+        by_hand = policy == "sliders"
+        moved = explorer.move(image, cls, "noise" if by_hand else policy, strength, seed, sliders if by_hand else None)
         change = moved.image.float() - image.float()
         largest = float(change.abs().max())
-        fate = "**would be put back**, since it is not plausible" if moved.put_back else "would be kept"
+        why = "it is not plausible, or the flow does not give the image itself back"
+        fate = f"**would be put back**: {why}" if moved.put_back else "would be kept"
         facts = (
             f"A move along the modes of {names[cls]}, which {fate}. Bits/dim given that class: {moved.bits[0]:.3f} "
             f"before, {moved.bits[1]:.3f} after. The largest change of a pixel is {largest:.0f} of 255."

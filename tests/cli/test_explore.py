@@ -80,6 +80,9 @@ def test_every_tab_answers(
         assert Image.open(original).size == Image.open(moved).size
         assert "modes of dog, which would be kept" in facts and len(bars) == 2
         assert sum(entry["confidence"] for entry in bars[0]["confidences"]) == pytest.approx(1, abs=1e-4)
+        slid = (ask(0, None, -1, "sliders", s, 0, c, *[0] * 4, name="move")[1] for s, c in ((1, 1), (0.5, 2), (1, 2)))
+        once, same, twice = (Image.open(path).tobytes() for path in slid)
+        assert once == same != twice
         *_, curve = ask(0, None, 17, None, 0.25, name="between")
         assert len(curve["data"] if "data" in curve else curve["value"]["data"]) == 3 * 41
         facts, *galleries = ask(name="measure")

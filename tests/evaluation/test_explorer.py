@@ -49,7 +49,7 @@ def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape:
     x = aug.pixels.to_unit(image[None])
     small = aug.pixels.to_flow(x)
     wanted = aug.pixels.from_unit(aug.pixels.from_flow(x, small, small + change), torch.uint8)[0]
-    moved = explorer.move(image, 2, "noise", 1.0, coefficients=[0.0, 1.0, 0.0, 0.0])
+    moved = explorer.move(image, 2, "noise", 0.5, coefficients=[0.0, 2.0, 0.0, 0.0])
     assert (moved.image.int() - wanted.int()).abs().max() <= 1 and not torch.equal(wanted, image)
     # The policies move as they do elsewhere, and what would be put back is shown all the same.
     y = torch.tensor([2])
