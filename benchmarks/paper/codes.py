@@ -24,11 +24,10 @@ from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.methods import Method
 
 CODED_METHODS = {
-    "ce": Method(
-        dict(objective="mle", psi=None, learn="none", random_init=(0.0, 0.0)),
-        "Baseline 1: a monomodal flow, N(0, I), on images with class codes",
-    ),
-    "ceglem": Method(dict(objective="glem", kld_weight=10.0), "Baseline 3: GLEM on images with class codes"),
+    # Baseline 1: a monomodal flow, N(0, I), on images with class codes.
+    "ce": Method(dict(objective="mle", psi=None, learn="none", random_init=(0.0, 0.0))),
+    # Baseline 3: GLEM on images with class codes.
+    "ceglem": Method(dict(objective="glem", kld_weight=10.0)),
 }
 # The L2 term's weight and the noise, as a share of the largest that cannot change a label. The paper gives neither.
 _REGULARISATION, _NOISE, _LR, _SEED = 0.05, 0.5, 0.05, 0xC0DE
@@ -144,12 +143,18 @@ class ClassCodes:
         return ImageData.from_tensors(coded, y, data.classes, data.class_ids, name=f"{data.name} with codes")
 
 
+class EqualSteps(Trainer):
+    """Methods without M-steps, to which an epoch gives more images, take as many steps as the others."""
+
+    whole_epochs = False
+
+
 def coded_trainer(
     codes: ClassCodes, data: ImageData, config: TrainConfig, folder: Path, resume: bool, device: torch.device
 ) -> Trainer:
     """A trainer for `data` with codes, whose augmentation leaves the codes alone."""
 
-    class CodedTrainer(Trainer):
+    class CodedTrainer(EqualSteps):
         def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
             image, code = codes.split(x)
             return torch.cat([super().augmented(image, generator, share), code], 2)

@@ -15,7 +15,7 @@ import yaml
 
 from glem_augment import distributed
 from glem_augment.data.classes import ClassMap, match_classes
-from glem_augment.data.dataset import ImageData, open_data
+from glem_augment.data.dataset import ImageData, as_image_data
 from glem_augment.data.sources import has_splits, tar_file
 from glem_augment.io import expand, json_text
 from glem_augment.model.glem import GLEM
@@ -52,8 +52,7 @@ def load_model(args: argparse.Namespace) -> GLEM:
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
     """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr."""
-    channels, *size = model.image_shape
-    data = open_data(spec, split, (size[0], size[1]), channels if channels in (1, 3) else None, **options)
+    data = as_image_data(spec, model.image_shape, split=split, **options)
     for where, reason in data.skipped:
         note(f"left out: {where} {' '.join(reason.split())[:200]}")
     return data

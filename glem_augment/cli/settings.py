@@ -31,7 +31,7 @@ TRAIN_EXAMPLES = """\
   glem train bundled:fashion-mnist --epochs 5 --out runs/quick
   glem train torch/cifar10@data --method glem --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
-  glem train --unlabelled unsorted/ --image-size 32 --out runs/any    # then glem adapt runs/any photos/ --out runs/mine
+  glem train --unlabelled unsorted/ --image-size 32 --out runs/unsorted
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
 EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
@@ -126,7 +126,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     for name, about in SETTINGS.items():
         if "group" in about:
             group = parser.add_argument_group(about["group"])
-        text = f"{about['help']}{_default(name, about, defaults[name])}".replace("%", "%%")
+        text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
         action = group.add_argument(
             "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}",
             dest=name,
@@ -136,16 +136,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         )
         if about.get("research"):
             hidden[action] = text
-
-
-def _default(name: str, about: Mapping[str, Any], default: Any) -> str:
-    if "shown" in about:
-        return f" (default: {about['shown']})"
-    if name == "flow_options":
-        return ""
-    if isinstance(default, list):
-        return f" (default: {' '.join(f'{v:g}' for v in default) or 'none'})"
-    return f" (default: {default})"
 
 
 def _parsing(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,12 +196,12 @@ def _typed(name: str, value: Any, where: str) -> Any:
     kind = about["kind"]
     try:
         if kind == "numbers" and about["optional"] and value in ("none", ["none"]):
-            return None
-        if kind == "names" and isinstance(value, str):
-            value = _names(value)
-        if kind == "numbers" and isinstance(value, list):
+            value = None
+        elif kind == "numbers" and isinstance(value, list):
             value = [float(v) for v in value]
-        if isinstance(value, str) and kind in (int, float):
+        elif kind == "names" and isinstance(value, str):
+            value = _names(value)
+        elif kind in (int, float) and isinstance(value, str):
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)

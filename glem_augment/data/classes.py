@@ -99,21 +99,19 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
     if num_classes is not None:
         num_classes = check_whole("num_classes", num_classes, 1)
     if class_map is None:
-        if num_classes not in (None, flow_classes):
-            raise ValueError(
-                f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map, "
-                "the flow class of every data class (-1 or None: not in the flow)"
-            )
-        return None
+        if num_classes in (None, flow_classes):
+            return None
+        raise ValueError(
+            f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map, the flow class of "
+            "every data class (-1 or None: not in the flow)"
+        )
     given = class_map.tolist() if hasattr(class_map, "tolist") else class_map  # an array, as match_classes gives it
     if not isinstance(given, Mapping | Sequence):
         raise TypeError(f"class_map must be a dict or a sequence, got {type(given).__name__}")
-    flow_class = {
-        check_whole("a data class in class_map", key, 0): (
-            -1 if value is None else check_whole("a flow class in class_map", value, -1)
-        )
-        for key, value in (given.items() if isinstance(given, Mapping) else enumerate(given))
-    }
+    flow_class: dict[int, int] = {}
+    for key, value in given.items() if isinstance(given, Mapping) else enumerate(given):
+        index = check_whole("a data class in class_map", key, 0)
+        flow_class[index] = -1 if value is None else check_whole("a flow class in class_map", value, -1)
     total = max(flow_class, default=-1) + 1 if num_classes is None else num_classes
     if max(flow_class, default=-1) >= total or (not isinstance(given, Mapping) and len(flow_class) < total):
         raise ValueError(f"class_map must be of data classes 0 to {total - 1}, got {list(flow_class)[:20]}")

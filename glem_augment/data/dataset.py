@@ -231,18 +231,16 @@ def as_image_data(
     data: LabelledImages,
     image_shape: tuple[int, int, int],
     classes: Sequence[str] | None = None,
-    split: str = "train",
-    progress: bool = True,
+    **options: Any,
 ) -> ImageData:
     """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
-    Whatever is not opened yet is opened by `open_data`, resized and converted. `classes` are names to use instead of
-    the data's. DataError: opened images of another shape.
+    Whatever is not opened yet is opened by `open_data`, with its `options`, resized and converted. `classes` are names
+    to use instead of the data's. DataError: opened images of another shape.
     """
     channels, height, width = image_shape
     if not isinstance(data, ImageData):
-        wanted = channels if channels in (1, 3) else None
-        data = open_data(data, split, image_size=(height, width), channels=wanted, progress=progress)
+        data = open_data(data, image_size=(height, width), channels=channels if channels in (1, 3) else None, **options)
     names = data.classes if classes is None else [str(name) for name in classes]
     if names != data.classes:
         ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None

@@ -207,13 +207,13 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
 
 def _unlabelled_source(data: Any, split: str) -> Source:
     """The images of what `open_source` takes, of a folder of any nesting, or of a tensor, as one class."""
-    folder = expand(data) if isinstance(data, str | os.PathLike) else Path()
     if isinstance(data, torch.Tensor):
-        source: Source = tensor_source(data, np.zeros(len(data), np.int64))
-    elif isinstance(data, str | os.PathLike) and folder.is_dir() and not _is_idx(folder):
-        whole = _split_folder(folder, split, classes=False)
-        paths = [path for path, _ in make_dataset(whole, {"": 0}, IMG_EXTENSIONS, allow_empty=True)]
-        source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
+        data = data, np.zeros(len(data), np.int64)
+    folder = expand(data) if isinstance(data, str | os.PathLike) else None
+    if folder is not None and folder.is_dir() and not _is_idx(folder):
+        inside = _split_folder(folder, split, classes=False)
+        paths = [path for path, _ in make_dataset(inside, {"": 0}, IMG_EXTENSIONS, allow_empty=True)]
+        source: Source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
     else:
         source = copy.copy(open_source(data, split))
     source.classes, source.class_ids, source.named = [ONE_CLASS], [ONE_CLASS], True
@@ -316,11 +316,8 @@ def _split_folders(folder: Path, split: str = "", classes: bool = True) -> dict[
     A class may be called "test" too, so where there are `classes` a folder counts only if it holds visible folders.
     """
     named = [name for name in _folders(folder) if name.lower() in (*_SPLIT_FOLDERS, split)]
-    return {
-        name.lower(): folder / name
-        for name in named
-        if not classes or any(not inside.startswith(".") for inside in _folders(folder / name))
-    }
+    visible = [n for n in named if not classes or any(not c.startswith(".") for c in _folders(folder / n))]
+    return {name.lower(): folder / name for name in visible}
 
 
 def _split_folder(folder: Path, split: str, classes: bool = True) -> Path:

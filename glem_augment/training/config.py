@@ -74,8 +74,9 @@ class TrainConfig:
         "(0.6 M, the best for its time on a CPU); identity (none: the pixels)", group="flow",
     )  # fmt: skip
     flow_options: dict[str, Any] = _setting(
-        dict, "table", "change a number of the preset, e.g. --flow depth=[4,4]; see create_flow; repeatable"
-    )
+        dict, "table", "change a number of the preset, e.g. --flow depth=[4,4]; see create_flow; repeatable",
+        shown="none",
+    )  # fmt: skip
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: Objective = _setting(
         "hybrid", OBJECTIVES, "hybrid: likelihood and cross-entropy, with Gaussians learned jointly, beyond the paper; "
@@ -125,7 +126,7 @@ class TrainConfig:
         BY_OBJECTIVE, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps",
         shown="for hybrid alone", research=True,
     )  # fmt: skip
-    m_rounds: int = _setting(1, int, "M-steps per epoch, each with a pass over a tenth of the images", low=1)
+    m_rounds: int = _setting(1, int, "M-steps per epoch (none with --joint), each on a tenth of the images", low=1)
     m_steps: int = _setting(5, int, "Adam steps in each M-step", low=1)
     sigma_lr_scale: float = _setting(1.0, float, "factor of the variances' learning rate", research=True)
     freeze_gaussians_at: float = _setting(
@@ -139,7 +140,8 @@ class TrainConfig:
     modes_rank: int = _setting(64, int, "principal modes per class, fitted at the end; 0 for none", high=4096)
     augment: tuple[str, ...] = _setting(
         (), "names", f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all "
-        "four; none. Digits must not flip, and a flow learns whatever the augmentation adds", group="data",
+        "four; none. Digits must not flip, and a flow learns whatever the augmentation adds", shown="none",
+        group="data",
     )  # fmt: skip
     val_fraction: float = _setting(0.05, float, "share of each class held out, at most 2,000 images in all", high=0.99)
     seed: int = _setting(0, int, "seed of everything random", high=2**63 - 1, group="run")

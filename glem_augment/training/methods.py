@@ -1,8 +1,8 @@
 """The paper's methods, ablations and baselines by name, and related published ones, on one backbone.
 
 A method is a set of training settings, and whoever asks for one may change any of them. What this library adds to the
-paper ("hybrid-joint", which is the default, and "saturating") is in the same table. No method sets the flow's size, the
-epochs, the batch size or the learning rate.
+paper ("hybrid-joint", which is the default, "unlabelled" and "saturating") is in the same table. No method sets the
+flow's size, the epochs, the batch size or the learning rate. docs/reproduction.md has a sentence about each.
 """
 
 from __future__ import annotations
@@ -17,64 +17,42 @@ from glem_augment.training.config import HYBRID_JOINT, PAPER, TrainConfig
 
 @dataclass(frozen=True)
 class Method:
-    """A published method as settings of `TrainConfig`, with one sentence about it that names the source."""
+    """A published method as settings of `TrainConfig`."""
 
     settings: Mapping[str, Any]
-    about: str
 
     def config(self, **changes: Any) -> TrainConfig:
         """The method's settings, with `changes` winning over them."""
         return TrainConfig(**{**self.settings, **changes})
 
 
+_GLEM: dict[str, Any] = dict(objective="glem", kld_weight=10.0)  # Eq. 5 with the main setting of Table 2
+_IDENTITY: dict[str, Any] = dict(random_init=(1.0, 0.0), psi=None)  # means N(0, I), identity covariance
 METHODS: dict[str, Method] = {
-    "glem": Method(
-        dict(objective="glem", kld_weight=10.0), "GLEM (Eq. 5), the paper's main setting lambda_0 = 10 (Table 2)"
-    ),
-    "lambda0": Method(
-        dict(objective="mle", psi=None), "Baseline 2 = configuration 1 of Table 6: Gaussians by likelihood alone"
-    ),
-    "lambda0-psi": Method(dict(objective="mle"), "likelihood alone, with the reparametrisation psi"),
-    "no-psi": Method(
-        dict(objective="glem", kld_weight=10.0, psi=None), "configuration 2 of Table 6: KLD without psi"
-    ),
-    "only-mu": Method(dict(objective="glem", kld_weight=10.0, learn="means"), "Table 7: only the means learned"),
-    "only-sigma": Method(
-        dict(objective="glem", kld_weight=10.0, learn="variances", random_init=(1.0, 0.0)),
-        "Table 7: only the variances learned, the means random, N(0, I) as FlowGMM's, and fixed",
-    ),
-    "random": Method(
-        dict(objective="mle", learn="none", random_init=(1.0, 5.0)),
-        "Table 7: means, N(0, I), and variances random and fixed",
-    ),
-    "flowgmm": Method(
-        dict(objective="mle", learn="none", random_init=(1.0, 0.0), psi=None),
-        "FlowGMM (Izmailov et al., ICML 2020), all images labelled: random fixed means N(0, I), identity covariance",
-    ),
-    # Small initial means were the best of a few on held-out training images of a 14x14 Fashion-MNIST.
+    "glem": Method(_GLEM),
+    "lambda0": Method(dict(objective="mle", psi=None)),  # Baseline 2 = configuration 1 of Table 6
+    "lambda0-psi": Method(dict(objective="mle")),
+    "no-psi": Method(_GLEM | dict(psi=None)),  # configuration 2 of Table 6
+    # Table 7; what is not learned is random.
+    "only-mu": Method(_GLEM | dict(learn="means")),
+    "only-sigma": Method(_GLEM | dict(learn="variances", random_init=(1.0, 0.0))),
+    "random": Method(dict(objective="mle", learn="none", random_init=(1.0, 5.0))),
+    # Izmailov et al., ICML 2020, with all images labelled.
+    "flowgmm": Method(_IDENTITY | dict(objective="mle", learn="none")),
+    # Ardizzone et al., NeurIPS 2020. Small initial means were the best of a few on held-out training images of a 14x14
+    # Fashion-MNIST.
     "ib-inn": Method(
-        dict(
+        _IDENTITY | dict(
             objective="ib", beta=1.0, joint=True, label_smoothing=0.05, ce_scale=1.0, random_init=(0.1, 0.0),
-            learn="means", psi=None,
-        ),
-        "IB-INN (Ardizzone et al., NeurIPS 2020): learned means, identity covariance, -log p(x) + beta cross-entropy, "
-        "Gaussian dequantisation noise, smoothed labels",
+            learn="means",
+        )
     ),
-    "ulcgm": Method(
-        # Means of the latents themselves would begin with scores that are hundreds of nats apart.
-        PAPER | dict(objective="hybrid", beta=1.0, ce_scale=1.0, joint=True, random_init=(0.01, 0.0)),
-        "after Fetaya et al., ICLR 2020 (ULCGM): -log p(x|y) plus a classification loss, Gaussians learned with the "
-        "flow; in all latent dimensions, where the original conditions only the deepest level's",
-    ),
-    "hybrid-joint": Method(
-        HYBRID_JOINT, "this library's default: likelihood and the cross-entropy of the flow's posterior, with wide "
-        "margins, the means and variances learned at every step of the flow",
-    ),
-    "unlabelled": Method(
-        HYBRID_JOINT | dict(objective="mle", beta=0.0), "for images without classes: likelihood alone, of the flow and "
-        "one Gaussian, learned together",
-    ),
-    "saturating": Method(dict(objective="saturating", kld_weight=0.3), "this library's bounded repulsion"),
+    # After Fetaya et al., ICLR 2020, in all latent dimensions, where the original conditions only the deepest level's.
+    # Means of the latents themselves would begin with scores that are hundreds of nats apart.
+    "ulcgm": Method(PAPER | dict(objective="hybrid", beta=1.0, ce_scale=1.0, joint=True, random_init=(0.01, 0.0))),
+    "hybrid-joint": Method(HYBRID_JOINT),
+    "unlabelled": Method(HYBRID_JOINT | dict(objective="mle", beta=0.0)),
+    "saturating": Method(dict(objective="saturating", kld_weight=0.3)),
 }  # fmt: skip
 
 
