@@ -373,10 +373,9 @@ def add_preview(commands: Any) -> None:
 
 EXPLORE = """\
 Serve a page on this machine in which one sees what a flow knows: samples, images of DATA or uploaded ones moved along
-the modes of their classes, lines between two images, and how the flow sees DATA. Needs pip install
-'glem-augment[explore]', and no network. Ctrl-C ends it.
+the modes of their classes, lines between two images, and how the flow sees DATA. Needs the extra "explore", no network.
 """
-EXPLORE_EXAMPLES = "  glem explore\n  glem explore runs/photos photos/ --split val\n"
+EXPLORE_EXAMPLES = "  glem explore bundled:fashion-mnist\n  glem explore runs/photos photos/ --split val\n"
 
 
 def add_explore(commands: Any) -> None:
