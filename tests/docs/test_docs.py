@@ -62,7 +62,12 @@ SMALLER: dict[str, dict[str, str]] = {
         "batch_size=64": "batch_size=4",
         "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",
     },
-    "docs/synthetic.md": {"--per-class 500": "--per-class 1"},
+    "docs/synthetic.md": {
+        "--per-class 500": "--per-class 1",
+        "--per-class 100": "--per-class 1",
+        "--real photos/ --report report/ ": "",  # trains a classifier for a minute
+        "--out synthetic/": "--out synthetic/ --overwrite",
+    },
     "docs/train.md": {'"train")': '"train").subset(range(0, 1000, 40))', "epochs=20": 'epochs=1, preset="identity"'},
 }
 OPTIONS = {
