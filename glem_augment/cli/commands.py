@@ -252,8 +252,9 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    names = ("license", "license_name", "license_link", "datasets", "metrics")
+    names = ("license", "license_name", "license_link", "datasets")
     facts: dict[str, Any] = {name: getattr(args, name) for name in names}
+    facts["metrics"] = [read_table(path, "--metrics") for path in args.metrics]
     samples = not args.no_samples
     model = GLEM.from_pretrained(args.model)
     if args.dry_run is not None:

@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
         f"- round trip: {100 * trip['within_half_step']:.4f} % of the pixels within half a uint8 step, largest error "
         f"{trip['max_error']:.2g} steps"
     )
-    say(f"- {measured['images_per_second']:.0f} images/s classified on {measured['threads']} thread(s)")
 
     say("\n## Pictures and a synthetic data set\n")
     save_png(preview(model, test), out / "preview.png")

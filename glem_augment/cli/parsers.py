@@ -231,7 +231,6 @@ Classify labelled images with a flow, and measure how well it models them. Print
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
   moves_put_back      share of the moves of 128 images that GLEMAugment would put back by default, as implausible: by
                       mixup, and by noise of several strengths, of which "strength" is what strength="auto" takes
-  images_per_second   classification alone
   skipped             images left out, with --skip-bad
 
 Images are resized to the flow's size, and converted to its channels.

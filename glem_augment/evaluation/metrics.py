@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from typing import Any
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from glem_augment.augment.moves import basis_of, shares_put_back, strongest_plausible
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for
-from glem_augment.distributed import add_up, gather, share, world_size
+from glem_augment.distributed import gather, share
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import fit_temperature
 from glem_augment.model.glem import GLEM
@@ -38,7 +37,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
     Args:
         confidence: [N], the probability given to the predicted class.
-        right: bool [N], whether that class is the true one.
+        right: [N], whether that class is the true one.
     """
     bins = (confidence.double() * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
     gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=confidence.device)
@@ -116,43 +115,32 @@ def evaluate(
     if not len(data):
         raise DataError(f"{data.name} holds no images")
     rows = np.arange(len(data))[share(len(data)).rows]
-    confidence, right = [torch.empty(0, dtype=model.dtype)], [torch.empty(0, dtype=torch.bool)]
-    right_top = nll = nll_marginal = seconds = 0.0
+    found = [torch.empty(0, 5, dtype=torch.float64)]
     with tqdm(total=len(rows), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
         for x, y in data.batches(rows, batch_size):
             x, y = x.to(model.device), y.to(model.device)
-            began = time.perf_counter()
             scores = model.gaussians.log_prob(model.encode(x)[0]) / model.config.posterior_temperature
             best = scores.log_softmax(1).topk(min(5, model.num_classes), 1)
-            right.append((best.indices[:, 0] == y).cpu())
-            seconds += time.perf_counter() - began
-            right_top += int((best.indices == y[:, None]).any(1).sum())
-            confidence.append(best.values[:, 0].exp().cpu())
-            scores = model.log_prob_per_class(x).double()
-            nll -= float(scores.gather(1, y[:, None]).sum())
-            nll_marginal -= float((scores.logsumexp(1) - math.log(model.num_classes)).sum())
+            hits = best.indices == y[:, None]
+            density = model.log_prob_per_class(x).double()
+            own, any_class = density.gather(1, y[:, None])[:, 0], density.logsumexp(1) - math.log(model.num_classes)
+            found.append(torch.stack([best.values[:, 0].exp(), hits[:, 0], hits.any(1), own, any_class], 1).cpu())
             bar.update(len(y))
-    sums = torch.tensor([right_top, nll, nll_marginal, seconds], dtype=torch.float64)
-    add_up(sums)
-    right_top, nll, nll_marginal, seconds = sums.tolist()
+    confidence, right, right_top, own, any_class = torch.cat(gather(torch.cat(found))).unbind(1)
     invertibility = None
     if count := min(round_trip, len(data)):
         chosen = data.batches(spread(len(data), count)[share(count).rows], batch_size)
         errors = [torch.empty(0, *model.image_shape, dtype=torch.float64)]
         errors += [model.round_trip_error(x).cpu() for x, _ in chosen]
         invertibility = {"images": count, **summarise_errors(torch.cat(gather(torch.cat(errors))))}
-    is_right = torch.cat(gather(torch.cat(right)))
-    dims = len(data) * model.dim * math.log(2)
+    bit = -model.dim * math.log(2)
     return {
         "n": len(data),
-        "accuracy": float(is_right.double().mean()),
-        "top5": right_top / len(data),
-        "bits_per_dim": nll / dims,
-        "bits_per_dim_marginal": nll_marginal / dims,
+        "accuracy": float(right.mean()),
+        "top5": float(right_top.mean()),
+        "bits_per_dim": float(own.mean()) / bit,
+        "bits_per_dim_marginal": float(any_class.mean()) / bit,
         "bits": model.bits,
-        "ece": calibration_error(torch.cat(gather(torch.cat(confidence))), is_right),
+        "ece": calibration_error(confidence, right),
         "round_trip": invertibility,
-        "images_per_second": len(data) * world_size() / max(seconds, 1e-9),
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
     }

@@ -5,20 +5,18 @@ The card states only what is known. Whoever pushes the model adds what it does n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.hub.files import LIBRARY, PREFIX, parse_name
-from glem_augment.io import expand
 from glem_augment.model.config import GLEMConfig, licence_id
 from glem_augment.model.glem import GLEM
 
@@ -50,7 +48,7 @@ class CardFacts:
         license: the licence of the training images, from which samples derive: the Hub's identifier ("mit", ..., or
             "other" with `license_name` and `license_link`); by default the one in the record of the training.
         datasets: identifiers of the training data on the Hub.
-        metrics: results of `glem eval`, as tables or as paths of JSON files; they may hold `fid` as well.
+        metrics: tables that `glem eval` printed; they may hold `fid` as well.
         report: of a synthetic set, the folder that `evaluation.quality_report` wrote.
     """
 
@@ -58,14 +56,8 @@ class CardFacts:
     license_name: str | None = None
     license_link: str | None = None
     datasets: Sequence[str] = ()
-    metrics: Sequence[Mapping[str, Any] | str | Path] = ()
+    metrics: Sequence[Mapping[str, Any]] = ()
     report: str | os.PathLike[str] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("datasets", "metrics"):
-            value = getattr(self, name)
-            if isinstance(value, str | Path | Mapping):  # one of them, not in a list
-                object.__setattr__(self, name, (value,))
 
     def licence(self) -> dict[str, Any]:
         """The licence as metadata of a card."""
@@ -76,11 +68,11 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     """The card of `model` for the repository `repo_id`; `samples`: whether `samples.png` lies beside it.
 
     Raises:
-        ValueError, FileNotFoundError: metrics that `glem eval` did not write, or of another bit depth.
+        ValueError: metrics that `glem eval` did not write, or of another bit depth.
     """
     facts = facts or CardFacts()
     facts = replace(facts, license=facts.license or licence_id(model.config.training.get("license")))
-    results = [result for table in _measured(model, facts) for result in _eval_results(table, facts)]
+    results = [result for table in _measured(model, facts) for result in _eval_results(table)]
     data = ModelCardData(
         **facts.licence(),
         library_name=LIBRARY,
@@ -124,8 +116,7 @@ def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
     held_out = _held_out(training)
     if any(value is not None for value in held_out.values()):
         tables.append({"data": training.get("data"), "split": "train (held out)", **held_out})
-    for given in facts.metrics:
-        table = dict(given) if isinstance(given, Mapping) else _read_table(expand(given))
+    for table in (dict(given) for given in facts.metrics):
         if not any(_is_number(table.get(key)) for key in _METRICS):
             raise ValueError(f"metrics must be what glem eval writes, with one of {', '.join(_METRICS)}; got {table}")
         if table.get("bits", model.bits) != model.bits:
@@ -134,25 +125,18 @@ def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
     return tables
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no table of metrics ({error}): write it with glem eval ... --out FILE") from None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _eval_results(table: Mapping[str, Any], facts: CardFacts) -> list[EvalResult]:
+def _eval_results(table: Mapping[str, Any]) -> list[EvalResult]:
     name = data_name(table.get("data"))
     slug = re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-.") or "unknown"
     return [
         EvalResult(
             task_type=task,
             task_name=task.replace("-", " "),
-            dataset_type=facts.datasets[0] if len(facts.datasets) == 1 else slug,
+            dataset_type=slug,
             dataset_name=name,
             dataset_split=None if table.get("split") is None else str(table["split"]),
             metric_type=metric,
@@ -280,11 +264,7 @@ Bits/dim are at {model.bits} bits per channel; lower is better.
 def _warning(training: Mapping[str, Any]) -> str:
     if training.get("worse_than_independent_pixels") is not True:
         return ""
-    pixels = f"{training['independent_pixels']:.4g}" if _is_number(training.get("independent_pixels")) else "unknown"
-    return (
-        f"\n**At the end of its training this flow was a worse model of the images than independent pixels ({pixels} "
-        "bits/dim): images drawn from it are noise.**\n"
-    )
+    return "\n**After its training this flow was worse than independent pixels: images drawn from it are noise.**\n"
 
 
 def _evaluation(results: Sequence[EvalResult]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ __all__ = ["LIBRARY", "PREFIX", "HubName", "hub_errors", "parse_name"]
 
 LIBRARY, PREFIX = "glem-augment", "hf-hub:"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
-_LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 
 
 @dataclass(frozen=True)
@@ -62,43 +60,19 @@ def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Itera
 
 
 def _explain(error: Exception, name: HubName, repo_type: str, hint: str) -> str:
-    host, revision = constants.ENDPOINT, name.revision or "main"
-    at = f"{name.repo_id!r} at revision {revision!r}" if name.repo_id else "the list of models"
-    causes = list(_causes(error))
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    # The order matters: a gated repository is also "not found", and offline mode is also a connection error.
-    if caused_by(client.GatedRepoError):
-        return f"{at} is gated: ask for access at {host}/{name.repo_id}, then {_LOG_IN}"
-    if caused_by(client.RepositoryNotFoundError):
-        return (
-            f"there is no {repo_type} repository {name.repo_id!r} on {host}, or it is private and the token, if any, "
-            f"does not open it: check the name, or {_LOG_IN}{hint}"
-        )
-    if caused_by(client.RevisionNotFoundError):
-        return f"{name.repo_id!r} has no revision {revision!r}: give a branch, a tag or a full commit hash"
-    if caused_by(client.OfflineModeIsEnabled):
-        return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE{hint}"
-    if caused_by(client.HFValidationError):
+    host, at = constants.ENDPOINT, f"the {repo_type} {str(name)!r}" if name.repo_id else "the list of models"
+    if isinstance(error, client.HFValidationError):
         return f"{name.repo_id!r} is no name of a repository: {error}"
-    if any("consistency check failed" in str(cause).lower() for cause in causes):
-        return f"the transfer of {at} was cut off: try again"
-    for cause in causes:
+    if constants.HF_HUB_OFFLINE:
+        return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE{hint}"
+    cause: BaseException | None = error
+    while cause is not None:
         if status := getattr(getattr(cause, "response", None), "status_code", None):
-            access = f"; use a token with access, or {_LOG_IN}" if status in (401, 403) else ""
-            return f"{host} answered {status} for {at}: {getattr(cause, 'server_message', None) or cause}{access}"
-    if caused_by(ConnectionError, TimeoutError, socket.gaierror):
-        return f"{host} can't be reached for {at} ({error}): check the connection, the proxy and HF_ENDPOINT{hint}"
-    return f"{host} failed for {at}: {error}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from or while handling, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+            fix = "check the name, and log in with `hf auth login`, set HF_TOKEN, or pass token="
+            fix = f"; {fix} for a token with access{hint}" if status in (401, 403, 404) else ""
+            return f"{host} answered {status} for {at}: {getattr(cause, 'server_message', None) or cause}{fix}"
+        cause = cause.__cause__ or cause.__context__
+    return f"{at} can't be had from {host} ({error}): check the connection, the proxy and HF_ENDPOINT{hint}"
 
 
 def _without_secrets(text: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, RepoCard, constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torchvision.utils import save_image
 
 from glem_augment.devices import evaluating
@@ -34,11 +33,12 @@ def push_to_hub(
     repo_id: str,
     *,
     samples: bool = True,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    **facts: Any,
+    license: str | None = None,  # noqa: A002  (the Hub's word)
+    license_name: str | None = None,
+    license_link: str | None = None,
+    datasets: Sequence[str] = (),
+    metrics: Sequence[Mapping[str, Any]] = (),
+    **target: Any,
 ) -> CommitInfo:
     """Upload weights, config, a model card and a picture of samples to the Hugging Face Hub, in one commit.
 
@@ -46,25 +46,22 @@ def push_to_hub(
         model: the model; its weights must be finite.
         repo_id: `org/name`, or `name` under the token's own user; made if it does not exist.
         samples: draw the picture of samples, which takes seconds to minutes, depending on the size of the flow.
-        commit_message: by default one that names the library.
-        private, token, revision: see `upload`.
-        facts: license, license_name, license_link, datasets and metrics for the card, see `CardFacts`.
+        license, license_name, license_link, datasets, metrics: for the card, see `CardFacts`.
+        target: `commit_message`, `private`, `token` and `revision`, see `upload`.
 
     Returns:
         The commit; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        ModelFileError: the weights are not finite. ValueError, FileNotFoundError: metrics that can't be read.
+        ModelFileError: the weights are not finite. ValueError: metrics that `glem eval` did not write.
     """
-    known = CardFacts(**facts)
-    target: dict[str, Any] = {"private": private, "token": token, "revision": revision}
+    facts = CardFacts(license, license_name, license_link, datasets, metrics)
     for record in records(model.config.training):
         if str(Path.home()) in str(record.get("data")):
             _log.warning("config.json names the folder of the training images, %s, and is uploaded", record["data"])
-    message = commit_message or f"Upload a flow of {model.num_classes} classes with {LIBRARY}"
     return upload(
-        repo_id, "model", lambda name, folder: write_repository(model, folder, name, known, samples), message, **target
+        repo_id, "model", lambda name, folder: write_repository(model, folder, name, facts, samples), **target
     )
 
 
@@ -110,8 +107,8 @@ def upload(
     repo_id: str,
     repo_type: str,
     write: Callable[[str, Path], object],
-    message: str,
     *,
+    commit_message: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -122,7 +119,8 @@ def upload(
     A card that somebody wrote or edited by hand is kept, with a warning.
 
     Args:
-        repo_id, repo_type, message: `org/name` or `name`, "model" or "dataset", and the commit's message.
+        repo_id, repo_type: `org/name` or `name`, and "model" or "dataset".
+        commit_message: by default one that names the library.
         private: the visibility of a new repository; an existing one must have it already. None accepts either.
         token: a token with write access; None means the stored one.
         revision: the branch to commit to, which starts from `main` if it is new; None means `main`.
@@ -144,27 +142,20 @@ def upload(
     with tempfile.TemporaryDirectory(prefix="glem-push-") as folder:
         write(repo_id, Path(folder))
         with hub_errors(asked, repo_type):
-            keep_card = _has_own_card(api, repo_id, repo_type, revision)
+            card: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
+            keep_card = False
+            if api.file_exists(repo_id, CARD, **card):
+                # The user's cache may hold an older one.
+                path = api.hf_hub_download(repo_id, CARD, **card, force_download=True)
+                keep_card = _GENERATED not in Path(path).read_text(encoding="utf-8", errors="replace")
             if keep_card:
                 _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
             return api.upload_folder(
                 repo_id=repo_id,
                 repo_type=repo_type,
                 folder_path=folder,
-                commit_message=message,
+                commit_message=commit_message or f"Upload with {LIBRARY}",
                 revision=revision,
                 ignore_patterns=[CARD] if keep_card else None,
                 delete_patterns=replace,
             )
-
-
-def _has_own_card(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
-    # With a cache of its own: from the user's cache the client would return an older card if the Hub fails.
-    with tempfile.TemporaryDirectory(prefix="glem-card-") as cache:
-        try:
-            path = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=revision, cache_dir=cache)
-        except LocalEntryNotFoundError:  # a kind of EntryNotFoundError: the Hub gave no answer
-            raise
-        except EntryNotFoundError:
-            return False
-        return _GENERATED not in Path(path).read_text(encoding="utf-8", errors="replace")

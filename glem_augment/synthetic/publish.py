@@ -67,7 +67,6 @@ def push_dataset(
     license_name: str | None = None,
     license_link: str | None = None,
     report: str | os.PathLike[str] | None = None,
-    commit_message: str | None = None,
     **target: Any,
 ) -> CommitInfo:
     """Upload all images of `dataset` with a data card, in one commit that removes what an earlier push left in `data/`.
@@ -79,8 +78,7 @@ def push_dataset(
             inherit; an identifier of the Hub. By default the one in the flow's record; where there is none either, the
             card says that it is unknown, with a warning.
         report: a folder that `evaluation.quality_report` wrote, for the card.
-        commit_message: by default one that gives the number of images.
-        target: `private`, `token` and `revision`, see `hub.upload.upload`.
+        target: `commit_message`, `private`, `token` and `revision`, see `hub.upload.upload`.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
@@ -92,12 +90,10 @@ def push_dataset(
             f"and upload that folder (hf upload {repo_id} FOLDER --repo-type dataset)"
         )
     facts = CardFacts(license, license_name, license_link, report=report)
-    message = commit_message or f"Upload {len(dataset)} synthetic images with {LIBRARY}"
     return upload(
         repo_id,
         "dataset",
         lambda name, folder: write_dataset(dataset, folder, name, facts, "imagefolder"),
-        message,
         replace="data/*",
         **target,
     )

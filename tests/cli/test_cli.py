@@ -146,9 +146,9 @@ def test_help_teaches(command: str, output: Output) -> None:
         main([command, "--help"])
     text = output()[0]
     examples = text.split("examples:\n")[1].split("\n\n")[0].splitlines()
-    assert sum(line.startswith(f"  glem {command} ") for line in examples) >= 2 or command == "demo"
+    assert sum(line.startswith(f"  glem {command}") for line in examples) >= 2 or command == "demo"
     for line in examples:
-        module, function = build_parser().parse_args(shlex.split(line)[1:]).run.split(".")
+        module, function = build_parser().parse_args(shlex.split(line, comments=True)[1:]).run.split(".")
         assert callable(getattr(import_module(f"glem_augment.cli.{module}"), function))
     assert "Exit codes: 0 " in text.split("examples:\n")[1]
 
@@ -184,7 +184,7 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     result = json.loads(out)
     assert result["n"] == 18 and result["split"] is None and result["bits"] == 8
     assert 0 <= result["accuracy"] <= result["top5"] == 1.0
-    assert result["images_per_second"] > 0 and result["model"] == str(trained)
+    assert result["model"] == str(trained)
     assert result["bits_per_dim_marginal"] > 0 and np.isfinite(result["bits_per_dim"])
     assert result["round_trip"]["images"] == 18 and result["round_trip"]["within_half_step"] == 1.0
     assert json.loads((tmp_path / "e.json").read_text()) == result
