@@ -99,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        # The trainer's message says where the run stopped.
-        print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
+        # The trainer's message says where the run stopped; of torchrun's processes, the first one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
     except MemoryError as error:
         return _no_memory(error)

@@ -100,8 +100,8 @@ class ImageFlow(nn.Module):
         check_images(x, self.image_shape)
         chunks = x.to(self.device).split(_CHUNK)
         noise = generator.split(_CHUNK) if isinstance(generator, Tensor) else [generator] * len(chunks)
-        levels = (to_levels(chunk, self.bits, self.dtype, each) for chunk, each in zip(chunks, noise, strict=True))
-        parts = [self.flow(each) for each in levels]
+        pairs = zip(chunks, noise, strict=True)
+        parts = [self.flow(to_levels(chunk, self.bits, self.dtype, each)) for chunk, each in pairs]
         z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
         return z, logdet - self.dim * self.bits * math.log(2)
 

@@ -207,7 +207,11 @@ class EM:
             if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
                 loss.backward()
         loss, nll = loss.detach().clone(), nll.detach().clone()
-        self._add_up_gradients(loss, nll)
+        if world_size() > 1:
+            learned = [p for p in model.parameters() if p.requires_grad]
+            for p in learned:  # a rank without images has no gradients
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            add_up(loss, nll, *(p.grad for p in learned if p.grad is not None))
         norm = nn.utils.clip_grad_norm_(list(model.flow.parameters()), CLIP_NORM)
         # One read per step, of all numbers at once: a bad step has to be known before the weights move.
         value, bits, norm_value = torch.stack([loss, nll / math.log(2), norm.to(loss)]).tolist()
@@ -221,14 +225,6 @@ class EM:
         if self.ema is not None:
             self.ema.update(model.flow, step=self.step + 1)
         return value, bits
-
-    def _add_up_gradients(self, *values: Tensor) -> None:
-        """Sum the gradients, and `values`, over all ranks. One without images has none, which counts as zero."""
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        if world_size() > 1:
-            for p in learned:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            add_up(*values, *(p.grad for p in learned if p.grad is not None))
 
     # ---- the M-step ----------------------------------------------------------------------------------------------
 

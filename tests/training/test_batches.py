@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from glem_augment.data.pixels import draw_noise, to_levels
+from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.training.batches import augment_batch, epoch_order, stratified_split
 
@@ -115,3 +117,8 @@ def test_augmentation_is_deterministic_uint8_and_pure(shape: tuple[int, ...]) ->
         assert torch.equal(x, before) and (names or torch.equal(out, x))
         assert out.dtype == torch.uint8 and out.shape == x.shape and out.is_contiguous()
         assert torch.equal(out, augment_batch(x, names, generator(1)))
+        parts = [augment_batch(x[a:b], names, generator(1), Share(a, b, len(x))) for a, b in ((0, 1), (1, len(x)))]
+        assert torch.equal(torch.cat(parts), out)
+    noise = [draw_noise(x[a:b], generator(1), Share(a, b, len(x))) for a, b in ((0, 1), (1, len(x)))]
+    wanted = to_levels(x, 8, torch.float32, generator(1))
+    assert torch.equal(to_levels(x, 8, torch.float32, torch.cat(noise)), wanted)
