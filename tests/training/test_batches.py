@@ -111,14 +111,14 @@ def test_jitter_changes_little() -> None:
 @pytest.mark.parametrize("shape", [(6, 1, 8, 8), (6, 3, 8, 12), (1, 5, 6, 4)])
 def test_augmentation_is_deterministic_uint8_and_pure(shape: tuple[int, ...]) -> None:
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
-    before = x.clone()
+    before, shares = x.clone(), [Share(i, i + 1, len(x)) for i in range(len(x))]
     for names in ([], ["flip"], ["crop"], ["rotate"], ["jitter"], ["flip", "crop", "rotate", "jitter"]):
         out = augment_batch(x, names, generator(1))
         assert torch.equal(x, before) and (names or torch.equal(out, x))
         assert out.dtype == torch.uint8 and out.shape == x.shape and out.is_contiguous()
         assert torch.equal(out, augment_batch(x, names, generator(1)))
-        parts = [augment_batch(x[a:b], names, generator(1), Share(a, b, len(x))) for a, b in ((0, 1), (1, len(x)))]
+        parts = [augment_batch(x[part.rows], names, generator(1), part) for part in shares]
         assert torch.equal(torch.cat(parts), out)
-    noise = [draw_noise(x[a:b], generator(1), Share(a, b, len(x))) for a, b in ((0, 1), (1, len(x)))]
+    noise = [draw_noise(x[part.rows], generator(1), part) for part in shares]
     wanted = to_levels(x, 8, torch.float32, generator(1))
     assert torch.equal(to_levels(x, 8, torch.float32, torch.cat(noise)), wanted)
