@@ -180,7 +180,6 @@ def features_and_logits(
     """Penultimate features and logits of a timm network, in eval mode.
 
     Args:
-        network: a timm classifier.
         x: images [N,C,H,W] of the network's size, uint8 or float in [0, 1].
         mean, std: what the network expects its input to be normalised with, broadcast to [B,C,H,W].
 
@@ -188,15 +187,14 @@ def features_and_logits(
         features [N, m] and logits [N, K], on the CPU.
     """
     device = next(network.parameters()).device
-    net: Any = network  # type checkers know nothing of timm's methods
     features, logits = [], []
     with evaluating(network):
         for part in x.split(batch_size):
             part = part.to(device)
             part = part.float() / 255 if part.dtype == torch.uint8 else part
-            pooled = net.forward_head(net.forward_features((part - mean) / std), pre_logits=True)
+            pooled = network.forward_head(network.forward_features((part - mean) / std), pre_logits=True)
             features.append(pooled.cpu())
-            logits.append(net.get_classifier()(pooled).cpu())
+            logits.append(network.get_classifier()(pooled).cpu())
     return torch.cat(features), torch.cat(logits)
 
 

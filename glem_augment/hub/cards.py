@@ -80,7 +80,6 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         tags=[*_TAGS, str(model.config.flow.get("preset", "flow"))],
         base_model=base_model(model.config.training),
         datasets=list(facts.datasets) or None,
-        metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
@@ -135,7 +134,6 @@ def _eval_results(table: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task,
-            task_name=task.replace("-", " "),
             dataset_type=slug,
             dataset_name=name,
             dataset_split=None if table.get("split") is None else str(table["split"]),
@@ -202,15 +200,11 @@ def _body(model: GLEM, repo_id: str, facts: CardFacts, results: Sequence[EvalRes
     images = f", {training['images']:,} images" if isinstance(training.get("images"), int) else ""
     first = records(training)[-1].get("config")
     settings = first if isinstance(first, dict) else {}
-    trained = ", ".join(
-        f"{key.replace('_', ' ')} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None
-    )
-    classes = ", ".join(escape(text) for text in model.classes)
+    trained = ", ".join(f"{key} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None)
+    classes = ", ".join(map(escape, model.classes))
     picture = f"![Samples, one row for each class]({SAMPLES})\n\n" if samples else ""
     augment = "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n" if model.modes is not None else ""
     parameters = sum(p.numel() for p in model.flow.parameters())
-    modes = "none stored" if model.modes is None else f"{model.modes.rank} per class"
-    variances = "plain" if config.psi is None else "{:g} sigmoid({:g} s) + {:g}".format(*config.psi)
     return f"""# {escape(repo_id)}
 
 A class-conditional normalizing flow for {c}x{h}x{w} images (channels x height x width) of {model.num_classes} classes,
@@ -238,8 +232,6 @@ Trained on {data}{images}. Samples derive from the training images and inherit t
 |---|---|
 | preset | `{config.flow.get("preset", "flow")}`, {parameters:,} parameters in the flow |
 | images | {c}x{h}x{w}, {model.bits} bits per channel |
-| class Gaussians | diagonal, variances {variances} |
-| principal modes | {modes} |
 | classes | {classes} |
 | training | {escape(trained) or "no record"} |
 

@@ -124,10 +124,9 @@ def write_dataset(
 
 def _origin(model: GLEM) -> str | None:
     """`org/name@commit`, if the model is still as it was loaded from there."""
-    if model.origin is None or model.origin_file is None or not model.origin_file.is_file():
+    if model.origin is None or model.origin_file is None:
         return None
-    unchanged = file_sha256(model.origin_file) == weights_sha256(model)
-    return model.origin if unchanged else None
+    return model.origin if file_sha256(model.origin_file) == weights_sha256(model) else None
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
