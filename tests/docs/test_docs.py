@@ -56,6 +56,7 @@ SMALLER: dict[str, dict[str, str]] = {
         '"train")': '"train").subset(range(0, 1000, 50))',
         "batch_size=64": "batch_size=10",
         "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",  # docs/train.md runs one
+        "glem explore": "# glem explore",  # serves a page until it is stopped
     },
     "docs/index.md": {
         "--per-class 100": "--per-class 1",
@@ -75,7 +76,6 @@ OPTIONS = {
     "eval": ["--limit", "9", "--round-trip", "3"],
     "preview": ["--rows", "1", "--policy", "noise"],
 }
-
 
 PYTHON_AND_COMMANDS = {
     "README.md": 5,
