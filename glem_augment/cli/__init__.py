@@ -11,8 +11,8 @@ from contextlib import suppress
 from importlib import import_module
 
 from glem_augment import __version__
+from glem_augment.cli.arguments import Parser
 from glem_augment.cli.parsers import (
-    Parser,
     add_adapt,
     add_demo,
     add_evaluate,

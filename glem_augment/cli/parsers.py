@@ -1,19 +1,26 @@
-"""The options and the help of every command. Nothing here imports torch, so that `--help` answers at once."""
+"""The commands, their options and their help. Nothing here imports torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
-import shutil
-from collections.abc import Callable
-from functools import partial
-from itertools import takewhile
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from glem_augment.checks import DEFAULT_MODES, FORMATS, POLICIES, SOURCES, closest
-from glem_augment.errors import GLEMError
+from glem_augment.checks import DEFAULT_MODES, FORMATS, POLICIES, SOURCES
+from glem_augment.cli.arguments import (
+    DATA_HELP,
+    Parser,
+    add_class_map,
+    add_data,
+    add_machine,
+    add_model,
+    add_out,
+    add_seed,
+    in_file,
+    number,
+    out_folder,
+    out_path,
+    per_class,
+    whole,
+)
 
 # The function of a command, as module.function of this folder, and its line in the overview.
 COMMANDS = {
@@ -31,39 +38,6 @@ COMMANDS = {
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and examples."""
-
-    def __init__(self, prog: str) -> None:
-        columns = max(60, shutil.get_terminal_size().columns - 2)
-        super().__init__(prog, max_help_position=32, width=min(110, columns))
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers what it can't parse in one line, and a mistyped word with the closest one that it knows."""
-
-    def __init__(self, **settings: Any) -> None:
-        # An abbreviation that works today would change its meaning with the next option.
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **settings)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # argparse would first name the options that are missing because of the slip. Those after a command are its own.
-        for arg in takewhile(lambda arg: arg != "--" and (not self._subparsers or arg.startswith("-")), args):
-            option = arg.partition("=")[0]
-            if option.startswith("--") and option not in self._option_string_actions:
-                self.error(f"unknown option {option}{closest(option, self._option_string_actions)}")
-        return super().parse_known_args(args, namespace)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            text = f"{value!r} is none of {', '.join(known)}{closest(value, known)}"
-            raise argparse.ArgumentError(action, text)
-
-    def error(self, message: str) -> NoReturn:
-        raise GLEMError(f"{message} (see {self.prog} --help)")
-
-
 def new_parser(commands: Any, name: str, description: str, examples: str, exit_codes: str = EXIT_CODES) -> Parser:
     """The parser of one command."""
     run, summary = COMMANDS[name]
@@ -72,100 +46,6 @@ def new_parser(commands: Any, name: str, description: str, examples: str, exit_c
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
     return parser
-
-
-DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
-MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
-
-
-# ---- arguments that commands share -----------------------------------------------------------------------------------
-
-
-def add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **optional)
-
-
-def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
-    """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
-    parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and name images that cannot be read")
-
-
-def add_class_map(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--class-map",
-        type=lambda text: text if text == "order" else in_file(text),
-        metavar="FILE|order",
-        help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
-        "(default: by id or name)",
-    )
-
-
-def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
-
-
-def add_out(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{what}; made if missing")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
-
-
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    # Far more threads than there are cores crash the process.
-    most = max(1024, os.cpu_count() or 1)
-    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add_device(parser)
-
-
-def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
-    """An argparse type: a finite number from `low` to `high`."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not math.isfinite(value) or not low <= value <= high:
-            bound = f"at least {low:g}" if value < low else f"at most {high:g}" if value > high else "finite"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    return parse
-
-
-def in_file(text: str) -> Path:
-    """An argparse type: the path of a file to read."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: there is no home folder of that user") from None
-
-
-def out_path(text: str, folder: bool = False) -> Path:
-    """An argparse type: a file that can be written. A command that could not save its result must not begin."""
-    path = in_file(text)
-    there = next(each for each in (path, *path.parents) if each.exists())
-    if there.is_dir() != (folder or there != path):
-        found = "is a folder, not a file" if there.is_dir() else "is a file, not a folder"
-        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} {found}")
-    if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: you may not write to {there}")
-    return path
-
-
-out_folder = partial(out_path, folder=True)
-
-
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`."""
-    return number(low, high, int)
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 DEMO = """\
@@ -326,23 +206,6 @@ def add_generate(commands: Any) -> None:
     real.add_argument("--real", metavar="DATA", help=DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
     add_class_map(real)
-
-
-def per_class(text: str) -> Any:
-    """An argparse type: a number, `balance`, `A=N,B=M`, or the path of a table."""
-    if text == "balance":
-        return text
-    if Path(text).suffix in (".yaml", ".yml", ".json"):
-        return in_file(text)
-    if "=" not in text:
-        return whole(1)(text)
-    counts: dict[str, int] = {}
-    for entry in text.split(","):
-        name, _, count = entry.rpartition("=")
-        if not name.strip():
-            raise argparse.ArgumentTypeError(f"{entry!r} is not CLASS=N (names with commas go into a file)")
-        counts[name.strip()] = whole(0)(count)
-    return counts
 
 
 PREVIEW = """\

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from glem_augment.cli.parsers import DATA_HELP, add_device, add_out, in_file, new_parser, number, whole
+from glem_augment.cli.arguments import DATA_HELP, add_device, add_out, in_file, number, whole
+from glem_augment.cli.parsers import new_parser
 from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
 from glem_augment.training.methods import METHODS
 
