@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, write_results
 from benchmarks.speed import speed_peers
-from benchmarks.speed.speed_measure import FORMS, Bare, Floor, Side, Tasks, fastest, held_for_backward, measure, met
+from benchmarks.speed.speed_measure import FORMS, Floor, Side, Tasks, bare, fastest, held_for_backward, measure, met
 from benchmarks.speed.speed_published import PublishedFlow
 from benchmarks.speed.speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, plot, rows_of, verdicts
 from glem_augment.flows import create_flow, resolve_preset
@@ -117,7 +117,7 @@ def opponent(
     inside: dict[str, Callable[[nn.Module], nn.Module]] = {
         "channels_last": lambda net: net,
         "mixed": _ContiguousOutput,
-        "contiguous": lambda net: Bare(net).to(memory_format=torch.contiguous_format),
+        "contiguous": lambda net: bare(net).to(memory_format=torch.contiguous_format),
     }
     sides = []
     for form, wrap in inside.items():

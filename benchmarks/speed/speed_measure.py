@@ -65,15 +65,9 @@ class Side:
         return {(self.name, operation): getattr(self, operation) for operation in operations}
 
 
-class Bare(nn.Module):
-    """A subnet without its conversions of memory format."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.tail(self.net.last(self.net.body(x)))
+def bare(net: nn.Module) -> nn.Module:
+    """A convolutional subnet without its conversions of memory format."""
+    return nn.Sequential(net.head, *net.blocks, net.act, net.tail)
 
 
 class Floor:
@@ -87,7 +81,7 @@ class Floor:
     def __init__(self, form: str, nets: list[nn.Module], inputs: list[Tensor], gradients: list[Tensor]) -> None:
         self.name = f"floor: {form}"
         layout = torch.channels_last if form == "channels_last" else torch.contiguous_format
-        nets = [copy.deepcopy(net) if form == "as built" else Bare(copy.deepcopy(net)).to(memory_format=layout)
+        nets = [copy.deepcopy(net) if form == "as built" else bare(copy.deepcopy(net)).to(memory_format=layout)
                 for net in nets]  # fmt: skip
         self.nets = [net.train() for net in nets]
         self.frozen = [copy.deepcopy(net).eval().requires_grad_(False) for net in nets]

@@ -8,6 +8,7 @@ free half becomes `(x2 + b(x1)) * 2 sigmoid(a(x1))`, which is the identity at th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.layers import Flow
+from glem_augment.flows.level import Mixing
 from glem_augment.flows.precision import full_precision
-from glem_augment.flows.reversible import reversible_couplings
-from glem_augment.flows.subnets import TransformerSubnet
+from glem_augment.flows.reversible import reversible
+from glem_augment.flows.subnets import Subnet
 
 # Four couplings of channels, then one of tokens, and so on. The couplings of tokens take the next of these patterns,
 # and checkerboards when they have all been used.
@@ -46,7 +48,7 @@ class JetCoupling(Coupling):
         super().__init__(channels)
         self.over = over
         self.register_buffer("order", order)
-        self.net = TransformerSubnet(self.n, channels, width, blocks, (tokens, 1), heads)
+        self.net = Subnet("transformer", self.n, channels, width, blocks, (tokens, 1), heads=heads)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, c] -> two of [B, T, c/2]."""
@@ -70,7 +72,7 @@ class JetCoupling(Coupling):
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         shift, raw = params.chunk(2, -1)
         # log(2 sigmoid(a)) is 0 where a is.
-        log_scale = nn.functional.logsigmoid(raw) + torch.log(raw.new_tensor(2.0))
+        log_scale = nn.functional.logsigmoid(raw) + math.log(2)
         logdet = log_scale.sum((1, 2))
         if inverse:
             return x2 * (-log_scale).exp() - shift, -logdet
@@ -108,19 +110,26 @@ class JetFlow(Flow):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device.type):
             h = self._tokens(x * _SCALE + _SHIFT)
-            logdet = x.new_full((len(x),), x[0].numel()) * torch.log(x.new_tensor(_SCALE))
-            if self.memory == "reversible" and torch.is_grad_enabled():
-                h, change = reversible_couplings(self.couplings, h)
-                return h.flatten(1), logdet + change
-            for coupling in self.couplings:
-                h, change = coupling.couple(h)
-                logdet = logdet + change
-            return h.flatten(1), logdet
+            rebuild = self.memory == "reversible" and torch.is_grad_enabled()
+            h, logdet = reversible(self, h) if rebuild else self.run_steps(h)
+            return h.flatten(1), logdet + h[0].numel() * math.log(_SCALE)
+
+    def run_steps(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The couplings alone, on tokens [B, T, c]."""
+        logdet = h.new_zeros(len(h))
+        for coupling in self.couplings:
+            h, change = coupling.couple(h)
+            logdet = logdet + change
+        return h, logdet
+
+    def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
+        """There are none, and so they have no log|det|; for `reversible`."""
+        return [], torch.zeros(())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
             h = z.unflatten(1, (self.grid[0] * self.grid[1], -1))
-            logdet = -z.new_full((len(z),), z.shape[1]) * torch.log(z.new_tensor(_SCALE))
+            logdet = z.new_full((len(z),), -z.shape[1] * math.log(_SCALE))
             for coupling in reversed(self.couplings):
                 h, change = coupling.couple(h, inverse=True)
                 logdet = logdet + change

@@ -142,17 +142,16 @@ class Level(Bijection):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats."""
-        mixings, shared = self.mixings(inverse=False)
-        y, logdet = self.run_steps(squeeze(x, self.side), mixings)
-        return y, logdet + shared
+        return self.run_steps(squeeze(x, self.side))
 
-    def run_steps(self, x: Tensor, mixings: list[Mixing]) -> tuple[Tensor, Tensor]:
-        """The steps alone, on squeezed x, with the log-determinants of the couplings."""
+    def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps alone, on squeezed x."""
+        mixings, shared = self.mixings(inverse=False)
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
             x, change = self.step_forward(x, mixing, coupling)
             logdet = logdet + change
-        return x, logdet
+        return x, logdet + shared
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Undoes `forward`, with the log-determinant of this direction."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from glem_augment.flows.layers import Flow
-from glem_augment.flows.level import Level, Step, step_forward, step_inverse
+from glem_augment.flows.level import Level, Step, squeeze, step_forward, step_inverse
 from glem_augment.flows.precision import full_precision
-from glem_augment.flows.reversible import reversible_level
+from glem_augment.flows.reversible import reversible
 
 # How often torch.compile may compile a step for each level: with and without gradients, in training and eval mode, in
 # reduced precision, for a batch of another size, and the first step, whose input needs no gradient.
@@ -48,7 +48,7 @@ class MultiscaleFlow(Flow):
             h = x.transpose(0, 1)  # Channel-major, see `level`.
             rebuild = self.memory == "reversible" and torch.is_grad_enabled()
             for index, level in enumerate(self.levels):
-                h, change = reversible_level(level, h) if rebuild else level(h)
+                h, change = reversible(level, squeeze(h, level.side)) if rebuild else level(h)
                 logdet = logdet + change
                 if index < len(self.levels) - 1:
                     h, out = h.chunk(2)

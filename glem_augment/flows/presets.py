@@ -11,7 +11,7 @@ from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
 from glem_augment.flows.jet import JetFlow
 from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1
 from glem_augment.flows.multiscale import MultiscaleFlow
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, make_subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -178,7 +178,7 @@ def build_flow(spec: dict[str, Any]) -> Flow:
         channels, height, width = side * side * channels, height // side, width // side
         side = 2
         net = dict(width=net_width, blocks=blocks, size=(height, width), activation=full["activation"])
-        subnet = partial(make_subnet, full["subnet"], **net)
+        subnet = partial(Subnet, full["subnet"], **net)
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
         coupling: Callable[[], Coupling] = partial(MatExpCoupling, channels, subnet, spec["bound"], spec.get("rank", 3))
         if spec["coupling"] == "affine":

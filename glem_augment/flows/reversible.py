@@ -11,95 +11,66 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.level import Level, Mixing, squeeze
+from glem_augment.flows.level import Mixing
 from glem_augment.flows.precision import full_precision
 
-_CHANGED = "a weight of the flow was changed between the forward and the backward pass"
 
+def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`steps(x)` with activation memory that does not grow with their number.
 
-def reversible_level(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`level(x)` with activation memory that does not grow with the number of its steps.
+    Args:
+        steps: a `Level`, or something else with its `run_steps`, `couplings`, `mixings` and `mixing_weights`.
+        x: what `run_steps` takes.
 
     Returns:
-        The level's output and log|det| [B]. They can be differentiated once; gradients equal the ordinary ones up to
-        the rounding of the rebuilt activations.
+        The result and log|det| [B]. They can be differentiated once; gradients equal the ordinary ones up to the
+        rounding of the rebuilt activations.
     """
-    return _ReversibleSteps.apply(level, squeeze(x, level.side), *level.parameters())
+    return _ReversibleSteps.apply(steps, x, *steps.parameters())
 
 
 class _ReversibleSteps(torch.autograd.Function):
-    """The steps of a level. Saves only the result. The weights are inputs so that autograd asks for their gradients."""
+    """Saves only the result. The weights are inputs so that autograd asks for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, level: Level, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        mixings, shared = level.mixings(inverse=False)
-        y, logdet = level.run_steps(x, mixings)
-        ctx.level, ctx.versions = level, _versions(weights)
+    def forward(ctx: Any, steps: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        y, logdet = steps.run_steps(x)
+        ctx.steps, ctx.versions = steps, _versions(weights)
         ctx.save_for_backward(y)
-        return y, logdet + shared
+        return y, logdet
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, g_logdet: Tensor) -> tuple[Tensor | None, ...]:
-        level: Level = ctx.level
-        if _versions(level.parameters()) != ctx.versions:
-            raise RuntimeError(_CHANGED)
+        steps = ctx.steps
+        if _versions(steps.parameters()) != ctx.versions:
+            raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
         (y,) = ctx.saved_tensors
         grads: dict[Tensor, Tensor | None] = {}
         with full_precision(y.device.type):
-            undo, _ = level.mixings(inverse=True)
+            undo, _ = steps.mixings(inverse=True)
             with torch.enable_grad():
-                mixings, shared = level.mixings(inverse=False)
+                mixings, shared = steps.mixings(inverse=False)
             # The exponentials behind the mixings are differentiated once, after all steps.
             outputs, upstream = [shared], [g_logdet.sum()]
-            for index in reversed(range(len(mixings))):
-                y, g, found = _coupling_backward(level.couplings[index], y, g, g_logdet)
-                grads.update(zip(level.couplings[index].parameters(), found, strict=True))
+            for index, coupling in reversed(list(enumerate(steps.couplings))):
+                y, g, found = _coupling_backward(coupling, y, g, g_logdet)
+                grads.update(zip(coupling.parameters(), found, strict=True))
+                if not mixings:
+                    continue
                 y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
                 for tensor, grad in zip(mixings[index], found, strict=True):
                     if grad is not None:
                         outputs.append(tensor)
                         upstream.append(grad)
             if shared.requires_grad:
-                rest = level.mixing_weights()
+                rest = steps.mixing_weights()
                 grads.update(zip(rest, _gradients(outputs, upstream, rest), strict=True))
-        return None, g, *(grads.get(w) for w in level.parameters())
-
-
-def reversible_couplings(couplings: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for couplings with nothing between them: their result and log|det| [B]."""
-    return _ReversibleCouplings.apply(couplings, x, *couplings.parameters())
-
-
-class _ReversibleCouplings(torch.autograd.Function):
-    """See `_ReversibleSteps`."""
-
-    @staticmethod
-    def forward(ctx: Any, couplings: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        logdet = x.new_zeros(len(x))
-        for coupling in couplings:
-            x, change = coupling.couple(x)
-            logdet = logdet + change
-        ctx.couplings, ctx.versions = couplings, _versions(weights)
-        ctx.save_for_backward(x)
-        return x, logdet
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, g_logdet: Tensor) -> tuple[Tensor | None, ...]:
-        if _versions(ctx.couplings.parameters()) != ctx.versions:
-            raise RuntimeError(_CHANGED)
-        (y,) = ctx.saved_tensors
-        found: list[Tensor | None] = []
-        with full_precision(y.device.type):
-            for coupling in reversed(ctx.couplings):
-                y, g, grads = _coupling_backward(coupling, y, g, g_logdet)
-                found = [*grads, *found]
-        return None, g, *found
+        return None, g, *(grads.get(w) for w in steps.parameters())
 
 
 def _versions(weights: Any) -> list[int]:

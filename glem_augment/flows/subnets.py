@@ -1,6 +1,6 @@
 """The networks inside couplings: from the half that passes unchanged to the parameters for the other half.
 
-All keep one contract (`Subnet`), so a coupling need not know which one it holds:
+There are four kinds of blocks:
 
 - "residual": the published block, 3x3, 1x1, 3x3 convolutions at full width (Xiao & Liu 2020);
 - "bottleneck": 1x1 down to half the width, 3x3, 1x1 up, pre-activation (He et al. 2016, arXiv:1603.05027);
@@ -28,62 +28,15 @@ _HEAD = 32
 
 
 class Activation(nn.Module):
-    """An elementwise nonlinearity of the convolutional subnets. It may overwrite its input.
+    """An elementwise nonlinearity, one of `ACTIVATIONS`. It may overwrite its input."""
 
-    Args:
-        name: one of `ACTIVATIONS`.
-    """
-
-    def __init__(self, name: str = "elu") -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
         self.options = {"inplace": True} if name in _IN_PLACE else {}
 
     def forward(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.name](x, **self.options)
-
-
-def zero_convolution(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:
-    """A convolution that keeps the size and starts with all weights at zero."""
-    layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
-    for weight in layer.parameters():
-        nn.init.zeros_(weight)
-    return layer
-
-
-class Subnet(nn.Module):
-    """What every subnet promises.
-
-    `forward(x)` takes [B, in_channels, H, W], float32 (or float64), in any memory format, and returns
-    [B, out_channels, H, W] of the same dtype in channels_last format. The last convolution, `tail`, runs in the
-    input's dtype and starts at zero, so that a coupling starts as the identity.
-
-    `autocast` (a dtype or None) runs the rest in reduced precision. It is a switch for training. Encoding and
-    decoding must use the same value, and only float32 meets the library's round-trip promise, so models are loaded
-    with it off.
-
-    Subclasses make `tail` with `zero_convolution`, after their other weights.
-    """
-
-    tail: nn.Conv2d
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.autocast: torch.dtype | None = None
-
-    def body(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> features [B, width, H, W]."""
-        raise NotImplementedError
-
-    def last(self, h: Tensor) -> Tensor:
-        """What stands before the last convolution, in its precision. May overwrite the features."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            h = self.body(x)
-        return self.tail(self.last(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):
@@ -96,7 +49,7 @@ class ResidualBlock(nn.Module):
         activation: see `Activation`.
     """
 
-    def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str = "elu") -> None:
+    def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str) -> None:
         super().__init__()
         first, second, third = kernels
         self.act = Activation(activation)
@@ -113,7 +66,7 @@ class ResidualBlock(nn.Module):
 class DepthwiseBlock(nn.Module):
     """`x + conv1x1(act(conv1x1(depthwise3x3(x))))`, twice the width in between."""
 
-    def __init__(self, width: int, activation: str = "elu") -> None:
+    def __init__(self, width: int, activation: str) -> None:
         super().__init__()
         self.act = Activation(activation)
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
@@ -122,46 +75,6 @@ class DepthwiseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.act(self.expand(self.depthwise(x)))) + x
-
-
-class ConvSubnet(Subnet):
-    """conv3x3, residual blocks, activation, last convolution.
-
-    Args:
-        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
-        width: channels of the residual stream.
-        blocks: how many.
-        kind: of the blocks, one of `CONV_SUBNETS`. The last convolution is 3x3 for "residual", as published, and
-            1x1 for the others, where a 3x3 one would cost more than all the blocks.
-        activation: one of `ACTIVATIONS`.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, width: int, blocks: int, kind: str, activation: str = "elu"
-    ) -> None:
-        super().__init__()
-        self.act = Activation(activation)
-        self.head = nn.Conv2d(in_channels, width, 3, padding=1)
-
-        def block() -> ResidualBlock | DepthwiseBlock:
-            if kind == "residual":
-                return ResidualBlock(width, width, (3, 1, 3), activation)
-            if kind == "bottleneck":
-                return ResidualBlock(width, max(1, width // 2), (1, 3, 1), activation)
-            return DepthwiseBlock(width, activation)
-
-        self.blocks = nn.ModuleList(block() for _ in range(blocks))
-        self.tail = zero_convolution(width, out_channels, 3 if kind == "residual" else 1)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-
-    def body(self, x: Tensor) -> Tensor:
-        h = self.head(x)
-        for block in self.blocks:
-            h = block(h)
-        return h
-
-    def last(self, h: Tensor) -> Tensor:
-        return self.act(h)
 
 
 class TokenLinear(nn.Conv2d):
@@ -175,7 +88,7 @@ class TokenLinear(nn.Conv2d):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention over tokens [B, T, c], then a pre-norm MLP of four times the width with GELU.
+    """Pre-norm self-attention over the pixels of x, then a pre-norm MLP of four times the width with GELU.
 
     Args:
         width: channels.
@@ -194,50 +107,78 @@ class TransformerBlock(nn.Module):
         self.project = TokenLinear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        qkv = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, channels]
-        x = x + self.attend(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.project(F.gelu(self.expand(self.norm2(x))))
+        tokens = tokens + self.attend(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        tokens = tokens + self.project(F.gelu(self.expand(self.norm2(tokens))))
+        return tokens.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
-class TransformerSubnet(Subnet):
-    """A small vision transformer whose tokens are the level's pixels, with learned position embedding.
+class Subnet(nn.Module):
+    """A convolution, residual blocks, and a last convolution that starts at zero: a coupling starts as the identity.
+
+    `forward(x)` takes [B, in_channels, H, W], float32 (or float64), in any memory format, and returns
+    [B, out_channels, H, W] of the same dtype in channels_last format.
+
+    `autocast` (a dtype or None) runs the first convolution and the blocks in reduced precision; the rest runs in the
+    input's dtype. It is a switch for training. Encoding and decoding must use the same value, and only float32 meets
+    the library's round-trip promise, so models are loaded with it off.
 
     Args:
+        kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published, and 1x1 for
+            the others, where a 3x3 one would cost more than all the blocks.
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
-        width: channels of a token.
+        width: channels of the residual stream.
         blocks: how many.
-        size: (H, W) of the level; it works for no other.
+        size: (H, W) of the level; a transformer, which learns where its pixels are, works for no other.
+        activation: of the convolutional kinds, one of `ACTIVATIONS`.
         heads: see `TransformerBlock`.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, width: int, blocks: int, size: tuple[int, int], heads: int | None
+        self,
+        kind: str,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        blocks: int,
+        size: tuple[int, int],
+        activation: str = "elu",
+        heads: int | None = None,
     ) -> None:
         super().__init__()
-        self.head = nn.Conv2d(in_channels, width, 1)
-        self.position = nn.Parameter(torch.empty(1, width, *size))
-        nn.init.trunc_normal_(self.position, std=0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.tail = zero_convolution(width, out_channels, 1)
+        self.autocast: torch.dtype | None = None
+        self.transformer = kind == "transformer"
+        self.head = nn.Conv2d(in_channels, width, 1) if self.transformer else nn.Conv2d(in_channels, width, 3, padding=1)
+        if self.transformer:
+            self.position = nn.Parameter(torch.empty(1, width, *size))
+            nn.init.trunc_normal_(self.position, std=0.02)
+
+        def block() -> nn.Module:
+            if kind == "residual":
+                return ResidualBlock(width, width, (3, 1, 3), activation)
+            if kind == "bottleneck":
+                return ResidualBlock(width, max(1, width // 2), (1, 3, 1), activation)
+            return TransformerBlock(width, heads) if self.transformer else DepthwiseBlock(width, activation)
+
+        self.blocks = nn.ModuleList(block() for _ in range(blocks))
+        if self.transformer:
+            self.norm = nn.LayerNorm(width)
+        else:
+            self.act = Activation(activation)
+        side = 3 if kind == "residual" else 1
+        self.tail = nn.Conv2d(width, out_channels, side, padding=side // 2)
+        for weight in self.tail.parameters():
+            nn.init.zeros_(weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
-    def body(self, x: Tensor) -> Tensor:
-        h = (self.head(x) + self.position).permute(0, 2, 3, 1)
-        tokens = h.flatten(1, 2)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return tokens.reshape(h.shape).permute(0, 3, 1, 2)
-
-    def last(self, h: Tensor) -> Tensor:
-        return self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def make_subnet(
-    kind: str, in_channels: int, out_channels: int, width: int, blocks: int, size: tuple[int, int], activation: str
-) -> Subnet:
-    """A subnet of one of the `SUBNETS`; the classes say what the arguments are. ValueError: an unknown name."""
-    if kind == "transformer":
-        return TransformerSubnet(in_channels, out_channels, width, blocks, size, None)
-    return ConvSubnet(in_channels, out_channels, width, blocks, kind, activation)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            h = self.head(x) + self.position if self.transformer else self.head(x)
+            for block in self.blocks:
+                h = block(h)
+        h = h.to(x.dtype)
+        h = self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.transformer else self.act(h)
+        return self.tail(h).contiguous(memory_format=torch.channels_last)

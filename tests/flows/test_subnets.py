@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.flows import create_flow
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, ConvSubnet, make_subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
@@ -24,7 +24,7 @@ def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def small(kind: str, activation: str = "elu", size: tuple[int, int] = (4, 6)) -> nn.Module:
-    return make_subnet(kind, 3, 5, 8, 2, size, activation)
+    return Subnet(kind, 3, 5, 8, 2, size, activation)
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
@@ -43,14 +43,14 @@ def test_shape_format_and_start(kind: str, activation: str) -> None:
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
 def test_gradients_in_float64(kind: str, activation: str) -> None:
-    net = filled(make_subnet(kind, 2, 2, 4, 1, (3, 2), activation)).double()
+    net = filled(Subnet(kind, 2, 2, 4, 1, (3, 2), activation)).double()
     x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: net(x), (x, *net.parameters()))
 
 
 def test_the_published_block_is_unchanged() -> None:
     """The formula written out, with the names under which saved models hold the weights."""
-    net = filled(ConvSubnet(3, 5, 8, 2, "residual"))
+    net = filled(small("residual"))
     w = net.state_dict()
 
     def conv(name: str, x: Tensor) -> Tensor:
@@ -69,10 +69,11 @@ def test_the_published_block_is_unchanged() -> None:
 
 
 def test_transformer_block_against_plain_attention() -> None:
-    net = filled(make_subnet("transformer", 3, 5, 64, 1, (2, 3), "elu"))
+    net = filled(Subnet("transformer", 3, 5, 64, 1, (2, 3)))
     block = net.blocks[0]
     assert block.heads == 2
-    x = tokens = torch.randn(2, 6, 64)  # [B, pixels, channels]
+    x = torch.randn(2, 64, 2, 3)
+    tokens = x.flatten(2).mT  # [B, pixels, channels]
 
     def linear(layer: nn.Conv2d, t: Tensor) -> Tensor:
         return F.linear(t, layer.weight[:, :, 0, 0], layer.bias)
@@ -87,7 +88,7 @@ def test_transformer_block_against_plain_attention() -> None:
         heads.append(scores.softmax(2) @ v[..., part])
     tokens = tokens + linear(block.attend, torch.cat(heads, 2))
     tokens = tokens + linear(block.project, F.gelu(linear(block.expand, norm(block.norm2, tokens))))
-    torch.testing.assert_close(block(x), tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(x).flatten(2).mT, tokens, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
