@@ -9,12 +9,13 @@ free half becomes `(x2 + b(x1)) * 2 sigmoid(a(x1))`, which is the identity at th
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.coupling import Coupling
+from glem_augment.flows.coupling import Coupling, SubnetFactory
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.level import Mixing
 from glem_augment.flows.precision import full_precision
@@ -33,22 +34,20 @@ class JetCoupling(Coupling):
     """`y2 = (x2 + b(x1)) * 2 sigmoid(a(x1))` on tokens [B, T, c]; log|det| = sum of log(2 sigmoid(a)).
 
     Args:
-        tokens, channels: T and c.
+        channels: c.
+        subnet: factory of the network c/2 -> c on the T tokens as a column of pixels.
         order: int64 [c] or [T], the channels or tokens in the order in which they are halved.
         over: "channels" or "tokens". The network always sees T tokens of c/2 channels; half as many whole tokens are
             each cut in two.
-        width, blocks, heads: of the transformer.
     """
 
     order: Tensor
 
-    def __init__(
-        self, tokens: int, channels: int, order: Tensor, over: str, width: int, blocks: int, heads: int
-    ) -> None:
+    def __init__(self, channels: int, subnet: SubnetFactory, order: Tensor, over: str) -> None:
         super().__init__(channels)
         self.over = over
         self.register_buffer("order", order)
-        self.net = Subnet("transformer", self.n, channels, width, blocks, (tokens, 1), heads=heads)
+        self.net = subnet(self.n, channels)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, c] -> two of [B, T, c/2]."""
@@ -96,6 +95,7 @@ class JetFlow(Flow):
         self.patch = patch
         self.grid = rows, columns = image_shape[1] // patch, image_shape[2] // patch
         size = image_shape[0] * patch * patch
+        subnet = partial(Subnet, "transformer", width=width, blocks=blocks, size=(rows * columns, 1), heads=heads)
         generator = torch.Generator("cpu").manual_seed(0)
         patterns = iter(_PATTERNS)
         self.couplings: Any = nn.ModuleList()  # of JetCouplings
@@ -105,7 +105,7 @@ class JetFlow(Flow):
                 order = torch.randperm(size, generator=generator, device="cpu")
             else:
                 order = _order_of_tokens(rows, columns, next(patterns, "checkerboard"))
-            self.couplings.append(JetCoupling(rows * columns, size, order, over, width, blocks, heads))
+            self.couplings.append(JetCoupling(size, subnet, order, over))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device.type):

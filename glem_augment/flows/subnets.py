@@ -150,7 +150,8 @@ class Subnet(nn.Module):
         super().__init__()
         self.autocast: torch.dtype | None = None
         self.transformer = kind == "transformer"
-        self.head = nn.Conv2d(in_channels, width, 1) if self.transformer else nn.Conv2d(in_channels, width, 3, padding=1)
+        first, last = 1 if self.transformer else 3, 3 if kind == "residual" else 1
+        self.head = nn.Conv2d(in_channels, width, first, padding=first // 2)
         if self.transformer:
             self.position = nn.Parameter(torch.empty(1, width, *size))
             nn.init.trunc_normal_(self.position, std=0.02)
@@ -167,8 +168,7 @@ class Subnet(nn.Module):
             self.norm = nn.LayerNorm(width)
         else:
             self.act = Activation(activation)
-        side = 3 if kind == "residual" else 1
-        self.tail = nn.Conv2d(width, out_channels, side, padding=side // 2)
+        self.tail = nn.Conv2d(width, out_channels, last, padding=last // 2)
         for weight in self.tail.parameters():
             nn.init.zeros_(weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
