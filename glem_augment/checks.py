@@ -49,13 +49,12 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     value = float(value)
-    inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
-    if not inside:
-        if high < math.inf:
-            allowed = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        raise ValueError(f"{name} must be finite and {'above' if open_low else 'at least'} {low:g}, got {value!r}")
-    return value
+    if (low < value if open_low else low <= value) and value <= high and math.isfinite(value):
+        return value
+    allowed = f"finite and {'above' if open_low else 'at least'} {low:g}"
+    if high < math.inf:
+        allowed = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_whole(name: str, value: object, low: int) -> int:

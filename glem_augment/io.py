@@ -18,8 +18,6 @@ from typing import IO, Any, Literal
 from filelock import FileLock, Timeout
 from PIL import Image
 
-__all__ = ["atomic_write", "expand", "file_sha256", "json_text", "lock_folder", "save_png", "write_json"]
-
 _HINTS = {
     errno.ENOSPC: "no space left on the disk; free some, or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space, or choose another folder",

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, seconds, write_results
 from benchmarks.speed.speed_published import expm
-from glem_augment.flows import expm_apply
+from glem_augment.flows.matexp import expm_apply
 
 OURS = "glem-augment"
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, write_results
-from glem_augment.flows import Bijection, create_flow
+from glem_augment.flows import Flow, create_flow
 from glem_augment.flows.subnets import Subnet
 
 
-def trained_like(steps: int, image_shape: tuple[int, int, int], width: int, seed: int) -> tuple[Bijection, Tensor]:
+def trained_like(steps: int, image_shape: tuple[int, int, int], width: int, seed: int) -> tuple[Flow, Tensor]:
     """A flow of one level whose couplings do something, and a batch of images in [-1/2, 1/2)."""
     torch.manual_seed(seed)
     flow = create_flow("mef_tiny", image_shape, depth=[steps], blocks=[1], width=[width])
@@ -37,7 +37,7 @@ def trained_like(steps: int, image_shape: tuple[int, int, int], width: int, seed
     return flow, x
 
 
-def gradients(flow: Bijection, x: Tensor, memory: str) -> list[Tensor]:
+def gradients(flow: Flow, x: Tensor, memory: str) -> list[Tensor]:
     flow.set_memory(memory)
     flow.zero_grad()
     z, logdet = flow(x)

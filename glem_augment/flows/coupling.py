@@ -26,15 +26,9 @@ class Coupling(nn.Module):
         self.n = channels // 2
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """The map of the second half.
+        """The map of the second half x2 [c/2, B, H, W], channel-major (see `level`), or its inverse.
 
-        Args:
-            x2: [c/2, B, H, W], channel-major (see `level`).
-            params: [B, m, H, W], what the network made of the first half.
-            inverse: undo it.
-
-        Returns:
-            [c/2, B, H, W] and log|det| [B] in nats.
+        `params` [B, m, H, W] is what the network made of the first half. Returns the result and log|det| [B] in nats.
         """
         raise NotImplementedError
 

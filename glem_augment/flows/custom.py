@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class CustomFlow(Flow):
             z, logdet = self._encode(torch.zeros(2, *image_shape, dtype=reference.dtype, device=reference.device))
         self.single, parts = isinstance(z, Tensor), self._parts(z)
         self.shapes = [tuple(part.shape[1:]) for part in parts]
-        size, wanted = sum(part[0].numel() for part in parts), reference.new_zeros(image_shape).numel()
+        size, wanted = sum(part[0].numel() for part in parts), math.prod(image_shape)
         if size != wanted or not isinstance(logdet, Tensor) or logdet.shape != (2,):
             raise ValueError(
                 f"two images of {wanted} numbers must give z of as many numbers each and logdet of shape [2]; "
@@ -69,7 +70,7 @@ class CustomFlow(Flow):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
-            sizes = [torch.Size(shape).numel() for shape in self.shapes]
+            sizes = [math.prod(shape) for shape in self.shapes]
             parts = [part.unflatten(1, shape) for part, shape in zip(z.split(sizes, 1), self.shapes, strict=True)]
             found = self._decode(parts[0] if self.single else parts)
             x, logdet = (found, None) if isinstance(found, Tensor) else found

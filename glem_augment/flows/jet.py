@@ -123,7 +123,7 @@ class JetFlow(Flow):
         return h, logdet
 
     def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
-        """There are none, and so they have no log|det|; for `reversible`."""
+        """There are none between the couplings; see `reversible`."""
         return [], torch.zeros(())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,22 +15,11 @@ from glem_augment.flows.subnets import Subnet
 _PRIOR, _MIN_STD = 30, 1e-3
 
 
-class Bijection(nn.Module):
-    """An invertible map with a tractable log-determinant.
+class Flow(nn.Module):
+    """An invertible map with a tractable log-determinant: x [B,C,H,W] <-> flat z [B, C*H*W].
 
     `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are in nats, of
     shape [B], and belong to the direction that was computed, so the two of a round trip cancel.
-    """
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-
-class Flow(Bijection):
-    """A whole flow: x [B,C,H,W] <-> flat z [B, C*H*W].
 
     Args:
         image_shape: (C, H, W).
@@ -41,6 +30,9 @@ class Flow(Bijection):
         self.image_shape = tuple(image_shape)
         self.memory: Memory = "stored"
         self.autocast: torch.dtype | None = None
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def initialise(self, x: Tensor) -> None:
         """Set what depends on the first batch `x` [B,C,H,W], once."""
@@ -126,9 +118,6 @@ class Mixing1x1(nn.Module):
     random rotation (A skew-symmetric), as in Glow.
 
     Source: Xiao & Liu 2020, Sec. 4.1.
-
-    Args:
-        channels: c.
     """
 
     def __init__(self, channels: int) -> None:

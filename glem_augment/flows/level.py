@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Bijection, Mixing1x1
+from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.matexp import exp_of_generators
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
@@ -66,17 +66,7 @@ def step_inverse(y: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor,
     return mixing.inverse(x), logdet
 
 
-def _frozen_state(weights: list[nn.Parameter]) -> tuple | None:
-    """A key that changes whenever one of `weights` does, or None if one of them is trained.
-
-    Fused optimizers change a weight without raising its version, and a weight made under inference_mode has none.
-    """
-    if any(w.requires_grad or w.is_inference() for w in weights):
-        return None
-    return tuple((w._version, w.data_ptr(), w.device, w.dtype) for w in weights)
-
-
-class Level(Bijection):
+class Level(nn.Module):
     """A squeeze and its steps.
 
     Args:
@@ -107,10 +97,12 @@ class Level(Bijection):
 
     def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
         """ActNorm and mixing of every step, and their log|det| in nats, which all images share. Differentiable."""
-        state = _frozen_state(self.mixing_weights())
-        if state is None:
+        weights = self.mixing_weights()
+        # Fused optimizers change a weight without raising its version, and one made under inference_mode has none.
+        if any(w.requires_grad or w.is_inference() for w in weights):
             self._cache = {}
             return self._mixings(inverse)
+        state = [(w._version, w.data_ptr(), w.device, w.dtype) for w in weights]
         cache = self._cache  # Another thread may put a new one in its place at any time.
         if cache.get("state") != state:
             cache = self._cache = {"state": state}

@@ -54,6 +54,8 @@ def taylor_plan(bound: float, dtype: torch.dtype) -> tuple[int, int]:
 class _Planes:
     """The layout for small n: matrices [n, n, ...] and vectors [n, ...], each entry a plane of all pixels."""
 
+    rows_and_columns = 0, 1
+
     @staticmethod
     def multiply_add(base: Tensor, s: Tensor, v: Tensor, factor: float) -> Tensor:
         """`base + factor * S v`, one fused multiply-add per column of S."""
@@ -61,10 +63,6 @@ class _Planes:
         for j in range(1, len(v)):
             out.addcmul_(s[:, j], v[j], value=factor)
         return out
-
-    @staticmethod
-    def transpose(s: Tensor) -> Tensor:
-        return s.transpose(0, 1)
 
     @staticmethod
     def sum_of_outer_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -78,13 +76,11 @@ class _Planes:
 class _Pixels:
     """The layout for larger n: matrices [P, n, n] and row vectors [P, 1, n], for batched products. See `_Planes`."""
 
+    rows_and_columns = 1, 2
+
     @staticmethod
     def multiply_add(base: Tensor, s: Tensor, v: Tensor, factor: float) -> Tensor:
         return torch.baddbmm(base, v, s.transpose(1, 2), alpha=factor)
-
-    @staticmethod
-    def transpose(s: Tensor) -> Tensor:
-        return s.transpose(1, 2)
 
     @staticmethod
     def sum_of_outer_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -123,7 +119,7 @@ class _ExpmApply(torch.autograd.Function):
         left, right = [], []
         with full_precision(g.device.type):  # A backward pass may be called under autocast.
             g = g.contiguous()  # Batched products of rows with a stride run one by one.
-            transposed, zero = layout.transpose(s), g.new_zeros((1,) * g.ndim)
+            transposed, zero = s.transpose(*layout.rows_and_columns), g.new_zeros((1,) * g.ndim)
             for start in reversed(starts):
                 series = [start]
                 for k in range(1, terms):
@@ -165,17 +161,8 @@ def expm_apply_low_rank(u: Tensor, w: Tensor, v: Tensor, bound: float = 1.0, inv
     """exp(U W) v for every pixel, through q x q matrices only.
 
     `exp(UW) v = v + U phi(WU) W v` with `phi(M) = sum_k M^k / (k+1)!`, so the series runs in the q-dimensional space
-    of W.
-
-    Args:
-        u: [B, n, q, H, W] and
-        w: [B, q, n, H, W] with `||U||_inf ||W||_inf <= bound`.
-        v: [B, n, H, W].
-        bound: r.
-        inverse: apply exp(-U W).
-
-    Returns:
-        [B, n, H, W]; log|det| is trace(W U).
+    of W. u is [B, n, q, H, W] and w [B, q, n, H, W], with `||U||_inf ||W||_inf <= bound`; the rest is as in
+    `expm_apply`, and log|det| is trace(W U).
     """
     segments, terms = taylor_plan(float(bound), v.dtype)
     scale = (-1.0 if inverse else 1.0) / segments

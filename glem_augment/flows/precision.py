@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -29,23 +29,12 @@ def _newer_switches() -> list[Any]:
     return [has.cuda.matmul, has.cudnn.conv, has.cudnn.rnn, has.mkldnn.matmul, has.mkldnn.conv]
 
 
-def _older_settings() -> tuple[str, bool] | None:
-    """The settings before torch 2.9, which stand for several newer ones each; None if the caller uses the newer ones.
-
-    Reading an older setting is an error where the newer ones contradict it.
-    """
-    try:
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        return None
-
-
 def _make_exact() -> None:
     """Make float32 exact, and note how to undo it."""
     newer = [(switch, switch.fp32_precision) for switch in _newer_switches()]
-    older = _older_settings()
-    if older is not None:
-        matmul, tf32 = older
+    # The settings before torch 2.9 stand for several newer ones each, and can't be read where these contradict them.
+    with suppress(RuntimeError):
+        matmul, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         if matmul != "highest":
             torch.set_float32_matmul_precision("highest")
             _undo.append(partial(torch.set_float32_matmul_precision, matmul))

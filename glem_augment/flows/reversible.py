@@ -23,7 +23,7 @@ def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """`steps(x)` with activation memory that does not grow with their number.
 
     Args:
-        steps: a `Level`, or something else with its `run_steps`, `couplings`, `mixings` and `mixing_weights`.
+        steps: a `Level` or a `JetFlow`.
         x: what `run_steps` takes.
 
     Returns:

@@ -15,31 +15,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE, check_number
 from glem_augment.flows.precision import full_precision
 from glem_augment.latent.kld import kld_class_sums, kld_matrix
 
 # Between these shares of its range psi represents variances well; nearer to the ends s runs away.
 INNER = (0.01, 0.99)
 _LOG_2PI = math.log(2 * math.pi)
-
-
-def log_densities(z: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
-    """log N(z; mu_y, sigma_y^2) of every latent under every class, the first factor of Eq. 2.
-
-    Args:
-        z: [B, d] latents.
-        mu, variance: [K, d].
-
-    Returns:
-        [B, K] nats, differentiable in all arguments.
-    """
-    # The sums have thousands of terms that nearly cancel, so neither TF32 nor bf16 (autocast) is enough.
-    with full_precision(z.device.type):
-        inverse = 1 / variance
-        scaled = mu * inverse
-        constants = -0.5 * ((variance.log() + mu * scaled).sum(1) + mu.shape[1] * _LOG_2PI)
-        return torch.addmm(torch.addmm(constants, z, scaled.T), z * z, inverse.T, alpha=-0.5)
 
 
 @torch.no_grad()
@@ -65,16 +47,11 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     return 1 / high
 
 
-def bounded_variance(s: Tensor, psi: tuple[float, float, float]) -> Tensor:
-    """psi(s) = a sigmoid(b s) + c, entry by entry: every real s gives a variance in (c, a + c) (Eq. 6)."""
-    a, b, c = psi
-    return a * torch.sigmoid(b * s) + c
-
-
 class ClassGaussians(nn.Module):
     """N(mu_y, diag(sigma_y^2)) for K classes in d dimensions.
 
-    With `psi = (a, b, c)` the variances are psi(s) for free parameters s (Eq. 6). With `psi = None` the parameters are
+    With `psi = (a, b, c)` the variances are psi(s) = a sigmoid(b s) + c for free parameters s (Eq. 6): every real s
+    gives a variance in (c, a + c). With `psi = None` the parameters are
     the variances themselves, and `project` keeps them above a tenth of their initial value after every step; this is
     the paper's ablation without reparametrisation.
 
@@ -85,7 +62,7 @@ class ClassGaussians(nn.Module):
         initial_variance: used with `psi=None` only; with psi the start is s = 0, a variance of a/2 + c.
 
     Raises:
-        ValueError: K or d is below 1, or psi is not three positive numbers.
+        ValueError: psi is not three positive numbers.
     """
 
     def __init__(
@@ -96,16 +73,12 @@ class ClassGaussians(nn.Module):
         initial_variance: float = INITIAL_VARIANCE,
     ) -> None:
         super().__init__()
-        if num_classes < 1 or dim < 1:
-            raise ValueError(f"need at least one class and one dimension, got K={num_classes}, d={dim}")
         if psi is not None and (len(psi) != 3 or not all(math.isfinite(v) and v > 0 for v in psi)):
             raise ValueError(f"psi must be three positive numbers (a, b, c), got {psi}")
-        if not initial_variance > 0:
-            raise ValueError(f"initial_variance must be positive, got {initial_variance}")
         self.psi = None if psi is None else (float(psi[0]), float(psi[1]), float(psi[2]))
-        self.initial_variance = float(initial_variance)
+        self.initial_variance = initial_variance
         self.mu = nn.Parameter(torch.zeros(num_classes, dim))
-        self.s = nn.Parameter(torch.full((num_classes, dim), 0.0 if psi is not None else self.initial_variance))
+        self.s = nn.Parameter(torch.full((num_classes, dim), 0.0 if psi is not None else initial_variance))
 
     @property
     def num_classes(self) -> int:
@@ -126,7 +99,10 @@ class ClassGaussians(nn.Module):
 
     def variance(self) -> Tensor:
         """sigma^2 [K, d], differentiable in `s`."""
-        return self.s.clamp_min(self.lowest_variance) if self.psi is None else bounded_variance(self.s, self.psi)
+        if self.psi is None:
+            return self.s.clamp_min(self.lowest_variance)
+        a, b, c = self.psi
+        return a * torch.sigmoid(b * self.s) + c
 
     @torch.no_grad()
     def set_variance(
@@ -165,8 +141,14 @@ class ClassGaussians(nn.Module):
     # ---- densities and samples -----------------------------------------------------------------------------------
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """The log-density of every latent z [B, d] under every class: [B, K] nats."""
-        return log_densities(z, self.mu, self.variance())
+        """The log-density of every latent z [B, d] under every class, the first factor of Eq. 2: [B, K] nats."""
+        # The sums have thousands of terms that nearly cancel, so neither TF32 nor bf16 (autocast) is enough.
+        with full_precision(z.device.type):
+            mu, variance = self.mu, self.variance()
+            inverse = 1 / variance
+            scaled = mu * inverse
+            constants = -0.5 * ((variance.log() + mu * scaled).sum(1) + self.dim * _LOG_2PI)
+            return torch.addmm(torch.addmm(constants, z, scaled.T), z * z, inverse.T, alpha=-0.5)
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
         """The log-density of each latent z [B, d] under its own class y, int64 [B]: [B] nats."""
@@ -175,20 +157,12 @@ class ClassGaussians(nn.Module):
 
     @torch.no_grad()
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """z = mu_y + temperature * sigma_y * eps, with eps standard normal.
+        """z = mu_y + temperature * sigma_y * eps [B, d], with eps standard normal, of the classes y, int64 [B].
 
-        The temperature multiplies the standard deviation, as in Glow (Kingma & Dhariwal 2018, Sec. 6).
-
-        Args:
-            y: int64 [B], classes.
-            temperature: >= 0; 0 gives the means.
-            generator: on the CPU, so that one seed gives the same latents on every device.
-
-        Returns:
-            [B, d].
+        The temperature, >= 0, multiplies the standard deviation, as in Glow (Kingma & Dhariwal 2018, Sec. 6). The
+        generator is on the CPU, so that one seed gives the same latents on every device.
         """
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be a number >= 0, got {temperature}")
+        check_number("temperature", temperature, 0.0, math.inf)
         noise = torch.randn(len(y), self.dim, generator=generator, dtype=self.mu.dtype).to(self.mu.device)
         y = y.to(self.mu.device)
         return self.mu[y] + temperature * self.variance()[y].sqrt() * noise

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,15 +135,10 @@ class ClassModes(nn.Module):
         return self.mean[y] + temperature * spread
 
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Samples of the classes y from their mean and full covariance (RFCM).
+        """Samples [B, d] of the classes y, int64 [B], from their mean and full covariance (RFCM).
 
-        Args:
-            y: int64 [B].
-            temperature: factor on the standard deviation, >= 0.
-            generator: on the CPU, so that one seed gives the same latents on every device.
-
-        Returns:
-            z [B, d] on the device of the modes.
+        The temperature, >= 0, multiplies the standard deviation. The generator is on the CPU, so that one seed gives
+        the same latents on every device.
         """
         check_number("temperature", temperature, 0.0, math.inf)
         noise = torch.randn(len(y), self.rank + self.dim, generator=generator).to(self.mean)
@@ -183,14 +179,14 @@ def fit_class_modes(
     pooled = torch.zeros(0, dim, dtype=torch.float64)  # rows F with F^T F = the summed scatter, nearly
     scatter = torch.zeros(dim, dtype=torch.float64)  # the exact diagonal of that sum
     for first in range(0, num_classes, distributed.world_size()):
-        group, own = range(num_classes)[first : first + distributed.world_size()], None
+        group = range(num_classes)[first : first + distributed.world_size()]
+        own: Any = None
         for y in group:
             latents = latents_of_class(y)
             if y - first == distributed.rank():
                 mean, rows = centred(latents, f"class {y}", least=1 if borrow else 2)
                 own = mean, len(rows), *leading_modes(rows, handed), rows.square().sum(0)
         for y, found in zip(group, distributed.gather(own), strict=False):
-            assert found is not None
             mean, count, directions, values, variance = found
             modes.mean[y], modes.counts[y] = mean, count
             if count == 1:

@@ -12,14 +12,14 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from glem_augment.flows import Bijection, create_flow
+from glem_augment.flows import Flow, create_flow
 from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling, row_bounded
 from glem_augment.flows.layers import ActNorm
 
 TINY = dict(depth=[2, 1], blocks=[1, 1], width=[6, 6])
 
 
-def perturbed(module: Bijection, scale: float = 0.15) -> Bijection:
+def perturbed(module: Flow, scale: float = 0.15) -> Flow:
     """Every parameter moved at random, so that nothing is zero or symmetric any more."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_what_is_kept_of_frozen_weights_follows_every_change() -> None:
     weights = flow.levels[0].mixing_weights()
     seen: list[Tensor] = []
 
-    def check(target: Bijection = flow) -> None:
+    def check(target: Flow = flow) -> None:
         """Frozen, twice, as an inference loop uses it, against a copy that has kept nothing."""
         fresh = copy.deepcopy(target)
         assert not any(level._cache for level in fresh.levels)
