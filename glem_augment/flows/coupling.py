@@ -82,10 +82,7 @@ def row_bounded(raw: Tensor, bound: float, dim: int) -> tuple[Tensor, Tensor]:
     """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`: absolute row sums stay below `bound`.
 
     The slope at 0 is `bound`. Unlike an entrywise bound of r/n this lets a single entry use the whole budget of its
-    row, so a diagonal S can scale by e^(+-r) whatever n.
-
-    Returns:
-        S, and the denominators `1 + sum |raw|`.
+    row, so a diagonal S can scale by e^(+-r) whatever n. Returns S and the denominators.
     """
     denominators = 1 + raw.abs().sum(dim, keepdim=True)
     return raw * (bound / denominators), denominators

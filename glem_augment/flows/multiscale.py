@@ -62,8 +62,7 @@ class MultiscaleFlow(Flow):
                 part.unflatten(1, shape).transpose(0, 1)
                 for part, shape in zip(z.split(sizes, 1), self.part_shapes, strict=True)
             ]
-            h, logdet = parts.pop().contiguous(), z.new_zeros(len(z))
-            h, logdet = self.levels[-1].inverse(h)
+            h, logdet = self.levels[-1].inverse(parts.pop().contiguous())
             for level, part in zip(reversed(self.levels[:-1]), reversed(parts), strict=True):
                 h, change = level.inverse(torch.cat([h, part]))
                 logdet = logdet + change

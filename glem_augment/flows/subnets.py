@@ -90,10 +90,7 @@ class TokenLinear(nn.Conv2d):
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention over the pixels of x, then a pre-norm MLP of four times the width with GELU.
 
-    Args:
-        width: channels.
-        heads: of the attention. None: heads of 32 channels where 32 divides the width, else of the next larger size
-            that does.
+    Without a number of heads each has 32 channels where 32 divides the width, else the next larger size that does.
     """
 
     def __init__(self, width: int, heads: int | None = None) -> None:
