@@ -69,15 +69,12 @@ class Adversary:
         labels: Tensor,
         flow: nn.Module,
     ) -> Tensor:
-        """`start` [n, k], in units of the modes' standard deviations, and one step up the loss.
+        """`start` [n, k] and one step up the loss; rows whose gradient is zero or not finite stay at their start.
 
         Args:
-            strength: t; basis: the modes of each row; labels: int64 [n] or soft [n, K'].
+            labels: int64 [n] or soft [n, K'].
             render: differentiable, from coefficients to images for the classifier.
             flow: the model that `render` decodes with; it is frozen meanwhile, like the classifier.
-
-        Returns:
-            [n, k]. Rows whose gradient is zero or not finite stay at their start.
         """
         if get_worker_info() is not None:
             raise RuntimeError(

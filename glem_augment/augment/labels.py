@@ -80,10 +80,7 @@ def label_classes(y: Tensor) -> Tensor:
 
 
 def label_kind(labels: str, policy: str, partner: str, soft_in: bool) -> str:
-    """What becomes of labels in a call: "hard" (unchanged), "soft" (made soft), "mix" or "posterior".
-
-    The settings are those of GLEMAugment; `soft_in` says whether soft labels came in.
-    """
+    """What becomes of labels in a call: "hard" (unchanged), "soft" (made soft), "mix" or "posterior"."""
     if labels == "auto":
         return "mix" if policy == "mixup" and (partner == "any" or soft_in) else "hard"
     if labels == "mix" and policy != "mixup":
@@ -96,18 +93,6 @@ def soft_labels(y: Tensor, num_classes: int) -> Tensor:
     return y if y.ndim == 2 else torch.nn.functional.one_hot(y.long(), num_classes).to(torch.float32)
 
 
-def smoothed_like(cls: Tensor, soft: Tensor) -> Tensor:
-    """Labels [n, K'] of pure images of the classes cls int64 [n], smoothed as those of the batch `soft` [B, K'] are.
-
-    Label smoothing gives the same share to every class, which is the least entry of the batch. (A single row may be a
-    mixture of all classes.)
-    """
-    classes = soft.shape[1]
-    least = soft.amin().clamp(min=0.0)
-    floor = torch.where(least * classes > MOST_SMOOTHING, 0.0, least)
-    return floor + (1.0 - classes * floor) * soft_labels(cls, classes).to(soft.dtype)
-
-
 def mixed_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, share: Tensor, keep: Tensor) -> Tensor:
     """Labels [B, K'] after principal-mode mixup: w y_i + (1 - w) y_j with the weight w = 1 - (1 - l) share.
 
@@ -117,9 +102,14 @@ def mixed_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, share: 
     """
     device = soft.device
     own = soft.index_select(0, params.rows.to(device))
+    # Label smoothing gives the same share to every class, which is the least entry of the batch. (A single row may be a
+    # mixture of all classes.)
+    num_classes, least = soft.shape[1], soft.amin().clamp(min=0.0)
+    floor = torch.where(least * num_classes > MOST_SMOOTHING, 0.0, least)
     # A drawn partner brings the label of its class: the row's own data class, or the first one of another flow class.
     drawn_cls = torch.where(params.partner_cls == params.cls, label_classes(own), classes.to_data[params.partner_cls])
-    drawn = smoothed_like(drawn_cls.clamp(min=0).to(device), soft)
+    pure = soft_labels(drawn_cls.clamp(min=0).to(device), num_classes).to(soft.dtype)
+    drawn = floor + (1.0 - num_classes * floor) * pure
     in_batch = soft.index_select(0, params.partner.clamp(min=0).to(device))
     other = torch.where((params.partner < 0).to(device)[:, None], drawn, in_batch)
     away = ((1.0 - params.l.to(device)) * share.to(device))[:, None].to(soft.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.augment.v2 import augment_sample
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes, named_classes
+from glem_augment.distributed import world_size
 from glem_augment.errors import ClassMismatchError
 
 _MAP = (
@@ -37,9 +39,8 @@ def check_classes(aug: GLEMAugment, data: Any) -> None:
     if aug.class_map is not None or (named := named_classes(data)) is None:
         return
     index = match_classes(aug.model, data, fix=_MAP).tolist()
-    wrong = [i for i, j in enumerate(index) if j != i]
-    if wrong:
-        i = wrong[0]
+    i = next((i for i, j in enumerate(index) if j != i), None)
+    if i is not None:
         raise ClassMismatchError(
             f"the data set's class {i} is {named[1][i]!r}, the flow's {aug.model.classes[i]!r}: make the transform "
             f"with class_map=match_classes(flow, data), which begins {index[:20]}"
@@ -121,13 +122,11 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
     """ValueError where a PrefetchLoader's mean and std are not those that the transform takes back."""
     if not isinstance(loader, PrefetchLoader):
         return
-    theirs = [[v / 255 for v in values.float().flatten().tolist()] for values in (loader.mean, loader.std)]
-    ours = [for_channels(values or (), len(theirs[0])) for values in (aug.pixels.mean, aug.pixels.std)]
+    theirs = [(values.float() / 255).flatten().numpy(force=True) for values in (loader.mean, loader.std)]
+    ours = [for_channels(values or (math.nan,), len(theirs[0])) for values in (aug.pixels.mean, aug.pixels.std)]
     # A loader in half precision holds its constants in half precision.
-    if not all(
-        len(a) in (1, len(b)) and np.allclose(a, b, rtol=0, atol=5e-3) for a, b in zip(ours, theirs, strict=True)
-    ):
-        mean, std = (tuple(round(v, 4) for v in values) for values in theirs)
+    if not all(np.allclose(a, b, rtol=0, atol=5e-3) for a, b in zip(ours, theirs, strict=True)):
+        mean, std = (tuple(round(float(v), 4) for v in values) for values in theirs)
         raise ValueError(
             f"this loader normalises its images with mean={mean}, std={std}; the transform has mean={aug.pixels.mean}, "
             f"std={aug.pixels.std}: make it with GLEMAugment(..., mean={mean}, std={std})"
@@ -135,25 +134,22 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
 
 
 def _warn_unless_sharded(loader: Any) -> bool:
-    """Warn where several processes go through the same images. False: there is no process group yet.
+    """Warn where several processes go through the same images. False: there are not several yet.
 
     Samplers of torch and timm know the number of processes as `num_replicas`, what accelerate prepares knows it as
     `num_processes`. An IterableDataset may share out its images by itself.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if world_size() == 1:
         return False
-    world = torch.distributed.get_world_size()
-    names = ("sampler", "batch_sampler", "dataset", "state")
-    parts: list[Any] = [getattr(loader, name, None) for name in names]
-    sampler, _, data, _ = parts
-    if world == 1 or sampler is None or isinstance(data, IterableDataset):
+    if getattr(loader, "sampler", None) is None or isinstance(loader.dataset, IterableDataset):
         return True
-    if not any(hasattr(part, n) for part in parts for n in ("num_replicas", "num_processes")):
+    parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "state")]
+    if not any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes")):
         warnings.warn(
-            f"each of the {world} processes goes through all {len(loader.dataset)} images, since neither the sampler "
-            "nor the data set of this loader is shared out: give the DataLoader a DistributedSampler; with accelerate "
-            "wrap what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in "
-            "on_after_batch_transfer",
+            f"each of the {world_size()} processes goes through all {len(loader.dataset)} images, since neither the "
+            "sampler nor the data set of this loader is shared out: give the DataLoader a DistributedSampler; with "
+            "accelerate wrap what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the "
+            "transform in on_after_batch_transfer",
             stacklevel=4,
         )
     return True

@@ -59,14 +59,9 @@ def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:
 
 
 def mix(basis: Basis, z: Tensor, partner: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Principal-mode mixup.
+    """Principal-mode mixup z' = z + (1 - l) P (partner - z) of latents [n, d], with l [n] in [1/2, 1].
 
-    Args:
-        z, partner: latents [n, d]; l: [n], the share of z along the modes.
-
-    Returns:
-        z' = z + (1 - l) P (partner - z), [n, d], and the share of |partner - z|^2 that P keeps, [n] (0 for no
-        difference).
+    The second result, [n], is the share of |partner - z|^2 that P keeps (0 for no difference).
     """
     delta = partner - z
     with full_precision(z.device.type):
@@ -120,12 +115,7 @@ def draw_mixup(
     model: GLEM,
     generator: torch.Generator,
 ) -> AugmentParams:
-    """Draw partners and shares for the chosen rows of a batch.
-
-    Args:
-        partner, alpha: as given to GLEMAugment.
-        rows: int64 [n], the chosen rows; data_cls: int64 [B], the data class of every row, -1 for none.
-    """
+    """Draw partners and shares for the chosen rows int64 [n] of a batch of data classes int64 [B], -1 for none."""
     assert model.modes is not None
     n, batch = len(rows), len(data_cls)
     flow_cls = class_map.flow_class(data_cls)

@@ -23,12 +23,7 @@ RANGE_SLACK = 0.1
 
 
 class PixelAdapter:
-    """Converts images to those of a flow, and carries the flow's changes back.
-
-    Args:
-        shape: (C, H, W) of the flow's images.
-        mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1].
-    """
+    """Converts images to those of a flow, of `shape` (C, H, W), and carries the flow's changes back."""
 
     def __init__(
         self,
@@ -132,15 +127,10 @@ class PixelAdapter:
         return small.clamp(0.0, 1.0).expand(-1, self.shape[0], -1, -1)
 
     def from_flow(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
-        """Carry the change of the flow's images over to the originals.
+        """Carry the change from `small`, what `to_flow` made of `images`, to `moved` over to `images` [n, C, H, W].
 
-        Args:
-            images: float [n, C, H, W] in [0, 1], the originals; small: what `to_flow` made of them.
-            moved: float [n, C_flow, h, w] in [0, 1], the changed versions of `small`.
-
-        Returns:
-            float [n, C, H, W]. Pixels lie in [0, 1]; those whose original lies outside (RandomErasing fills with
-            N(0, 1)) leave the range no further than it does.
+        Pixels then lie in [0, 1]; those whose original lies outside (RandomErasing fills with N(0, 1)) leave the range
+        no further than it does.
         """
         change = moved - small
         if change.shape[1] != images.shape[1]:

@@ -9,7 +9,6 @@ Source: Enescu & Sahbi, ACCV 2024 (principal-mode mixup).
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from glem_augment.augment import moves
 from glem_augment.augment.adversarial import Adversary
 from glem_augment.augment.labels import (
     ClassMap,
@@ -28,20 +28,6 @@ from glem_augment.augment.labels import (
     mixed_labels,
     posterior_labels,
     soft_labels,
-)
-from glem_augment.augment.moves import (
-    Modes,
-    Partner,
-    along_modes,
-    basis_of,
-    comes_back,
-    draw_mixup,
-    mix,
-    partner_latents,
-    plausible,
-    rows_to_encode,
-    shares_put_back,
-    strongest_plausible,
 )
 from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
 from glem_augment.augment.resize import PixelAdapter
@@ -101,8 +87,8 @@ class GLEMAugment(nn.Module):
         alpha: float = 1.0,
         strength: float | Literal["auto"] = "auto",
         modes: int | None = None,
-        basis: Modes = "class",
-        partner: Partner = "same",
+        basis: moves.Modes = "class",
+        partner: moves.Partner = "same",
         labels: Labels = "auto",
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
@@ -113,8 +99,8 @@ class GLEMAugment(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("policy", policy, get_args(Policy))
-        check_choice("basis", basis, get_args(Modes))
-        check_choice("partner", partner, get_args(Partner))
+        check_choice("basis", basis, get_args(moves.Modes))
+        check_choice("partner", partner, get_args(moves.Partner))
         check_choice("labels", labels, get_args(Labels))
         self.p = check_number("p", p, 0.0, 1.0)
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
@@ -217,7 +203,7 @@ class GLEMAugment(nn.Module):
         data_cls = label_classes(y)
         rows = choose_rows(len(data_cls), self.p, generator)
         if self.policy == "mixup" and len(rows):
-            return draw_mixup(self.partner, self.alpha, rows, data_cls, self._classes, self.model, generator)
+            return moves.draw_mixup(self.partner, self.alpha, rows, data_cls, self._classes, self.model, generator)
         none = rows.new_empty(0)
         cls = self._classes.flow_class(data_cls[rows])
         return AugmentParams(rows, cls, normal(len(rows), self.modes, generator), none, none, none)
@@ -232,36 +218,38 @@ class GLEMAugment(nn.Module):
             self._counts.add(selected, selected, torch.zeros((), dtype=torch.int64, device="cpu"))
             return x, target
         model = self._model_on(x.device)
-        index, place = rows_to_encode(params, len(x))
+        index, place = moves.rows_to_encode(params, len(x))
         originals = x.index_select(0, index.to(x.device))
         images = self.pixels.to_unit(originals)
         small = self.pixels.to_flow(images)
         here = params.to(x.device)
-        basis = basis_of(model, self.basis, self.modes, here.cls)
+        basis = moves.basis_of(model, self.basis, self.modes, here.cls)
         with evaluating(model):
             encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
             if self.policy == "mixup":
-                partner = partner_latents(model, encoded[place.to(x.device)], params)
-                z, share = mix(basis, z, partner, here.l)
+                partner = moves.partner_latents(model, encoded[place.to(x.device)], params)
+                z, share = moves.mix(basis, z, partner, here.l)
             else:
                 strength = self.chosen_strength
                 if strength is None:
-                    strength = strongest_plausible(shares_put_back(model, z, basis, self.margin))
+                    strength = moves.strongest_plausible(moves.shares_put_back(model, z, basis, self.margin))
                     self._chosen.own().fill_(round(10_000 * strength))
                 c = strength * here.eps
                 if self._adversary is not None:
                     shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
 
                     def render(c: Tensor) -> Tensor:
-                        return self._images(model.decode(z + along_modes(basis, c), clamp=False), images, small, shown)
+                        return self._images(
+                            model.decode(z + moves.along_modes(basis, c), clamp=False), images, small, shown
+                        )
 
                     labels = y.to(x.device).index_select(0, here.rows)
                     c = self._adversary.coefficients(c, strength, basis, render, labels, model)
-                z, share = z + along_modes(basis, c), None
+                z, share = z + moves.along_modes(basis, c), None
             decoded, unmoved = model.decode(torch.cat([z, encoded[:n]]), clamp=False).split(n)
             # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
-            good = plausible(decoded, self.margin) & comes_back(unmoved, small)
+            good = moves.plausible(decoded, self.margin) & moves.comes_back(unmoved, small)
             if kind == "mix" and share is not None:
                 target = mixed_labels(target, params, self._classes, share, good)
             elif kind == "posterior":
@@ -282,7 +270,7 @@ class GLEMAugment(nn.Module):
         version = weights_key(self.model)
         if device not in self._copies or self._copies[device][0] != version:
             with torch.inference_mode(False):  # a later call may need gradients through the copy
-                self._copies[device] = version, copy.deepcopy(self.model).to(device)
+                self._copies[device] = version, self.model.on(device)
         return self._copies[device][1]
 
     def _check(self, x: Tensor, y: Tensor) -> None:
@@ -298,10 +286,6 @@ class GLEMAugment(nn.Module):
         check_labels(y, len(y), self.num_classes)
         hard = label_kind(self.labels, self.policy, self.partner, y.ndim == 2) == "hard"
         return y if hard else soft_labels(y, self.num_classes)
-
-    def moved_rows(self, y: Tensor) -> Tensor:
-        """The rows of a batch whose class the flow has, so that they can be changed: int64 [n] on y's device."""
-        return (self._classes.flow_class(label_classes(y)) >= 0).nonzero()[:, 0].to(y.device)
 
     # ---- ways into a training loop ---------------------------------------------------------------------------
 

@@ -22,12 +22,9 @@ ADAPT = (
 
 
 def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int]:
-    """The number of images to make of each of the flow's K classes.
+    """The number of images to make of each of the flow's K classes; the arguments are those of `SyntheticDataset`.
 
-    Args:
-        per_class: a number for all; K numbers; a mapping from class names, ids or indices (the others get none); or
-            "balance": as many as fill each class of `real` up to its largest, none of a class that `real` lacks.
-        real: the data set to balance, see `match_targets`.
+    "balance" makes none of a class that `real` does not name.
     """
     k = model.num_classes
     if isinstance(per_class, str):
@@ -51,10 +48,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Any = None) -> list[int
 
 
 def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
-    """A value for each of the flow's K classes.
-
-    `values` holds K of them, or maps class names, ids or indices to them; other classes get `default`.
-    """
+    """K values, one for each of the flow's classes; a mapping gives `default` to the classes that it leaves out."""
     if not isinstance(values, Mapping):
         given = values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
         if not isinstance(given, list) or len(given) != model.num_classes:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from glem_augment.checks import check_number
 from glem_augment.data.classes import ClassMap, match_classes, of_hugging_face
 from glem_augment.data.dataset import ImageData, LabelledImages, open_data
-from glem_augment.data.sources import Source, open_source
+from glem_augment.data.sources import open_source
 from glem_augment.errors import DataError
 from glem_augment.synthetic.dataset import SyntheticDataset, to_pil
 
@@ -75,7 +75,12 @@ class RealAndSynthetic(Dataset):
             if count > len(made):
                 raise DataError(f"{ratio=} needs {count} synthetic images, there are {len(made)}: raise per_class")
             self.chosen = np.sort(_in_turn(made)[:count])
-        labels = _labels(synthetic, source, class_map)[made[self.chosen]]
+        label_of = np.arange(len(synthetic.classes))  # the real data's label of every synthetic class
+        if source.named or class_map is not None:
+            index = match_classes(synthetic, source, class_map, partial=True)
+            label_of[:] = -1
+            label_of[index[index >= 0]] = np.flatnonzero(index >= 0)
+        labels = label_of[made[self.chosen]]
         missing = sorted({synthetic.classes[made[i]] for i in self.chosen[labels < 0]})
         if missing:
             names = ", ".join(missing[:10])
@@ -124,16 +129,6 @@ class RealAndSynthetic(Dataset):
         """The mode of the real PIL images, as the first of them has it; None for other images."""
         first = self.real[0][0] if self._real_count else None
         return first.mode if isinstance(first, Image.Image) else None
-
-
-def _labels(synthetic: SyntheticDataset | ImageData, source: Source, class_map: ClassMap) -> np.ndarray:
-    """The real data's label of every synthetic class, int64 [K]; -1 = none."""
-    labels = np.arange(len(synthetic.classes))
-    if source.named or class_map is not None:
-        index = match_classes(synthetic, source, class_map, partial=True)
-        labels[:] = -1
-        labels[index[index >= 0]] = np.flatnonzero(index >= 0)
-    return labels
 
 
 def _innermost(real: Any) -> Any:

@@ -143,8 +143,7 @@ class SyntheticDataset(Dataset):
         cls, within = self._locate(indices)
         out = torch.empty(len(cls), self.model.dim, device=self.model.device)
         for (c, number), rows in rows_by_block(cls, within, self.block).items():
-            places = torch.from_numpy(within[rows] - number * self.block).to(out.device)
-            out[torch.tensor(rows, device=out.device)] = self.sampler.latents(*self._items(c, number))[0][places]
+            out[rows] = self.sampler.latents(*self._items(c, number))[0][within[rows] - number * self.block]
         return out
 
     def preload(self, progress: bool = True) -> None:

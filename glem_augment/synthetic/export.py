@@ -16,7 +16,6 @@ import re
 import shutil
 import time
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -32,7 +31,7 @@ from glem_augment import __version__
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.io import atomic_write, json_text, write_json
+from glem_augment.io import atomic_write, write_json
 from glem_augment.model.config import licence_id
 from glem_augment.model.weights import weights_sha256
 
@@ -134,8 +133,7 @@ def export_imagefolder(
         dataset.decoded.update(decoded)
     manifest = {**begun, "complete": True, **_results([done[shard] for shard in shards])}
     if dataset.rank == 0:
-        if manifest != begun:
-            write_json(folder / PROVENANCE, manifest)
+        write_json(folder / PROVENANCE, manifest)
         for path in folder.rglob(".*"):
             if _LEFT_OVER.fullmatch(path.name):
                 path.unlink()
@@ -158,11 +156,8 @@ def _begin(dataset: InLabelOrder, folder: Path, overwrite: bool, license: str | 
     found = [old, *map(read_manifest, sorted(folder.glob(f".*-{PROVENANCE}")))]
     parts = [part for part in found if part is not None and not differences(part, manifest)]
     manifest |= _results(list(_by_place(entry for part in parts for entry in part.get("shards", [])).values()))
-    if old is None or manifest != old | {"complete": False}:
-        write_json(folder / PROVENANCE, manifest)
-    labels, path = {entry["folder"]: entry["index"] for entry in manifest["classes"]}, folder / CLASS_FILE
-    if not path.is_file() or path.read_bytes() != f"{json_text(labels)}\n".encode():
-        write_json(path, labels)
+    write_json(folder / PROVENANCE, manifest)
+    write_json(folder / CLASS_FILE, {entry["folder"]: entry["index"] for entry in manifest["classes"]})
 
 
 def _results(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -198,10 +193,8 @@ def check_folder(folder: Path) -> dict[str, Any] | None:
     """The manifest of an earlier export in the folder, finished or not; None if the folder is empty or missing.
 
     Raises:
-        FileExistsError: the folder is a file, or holds anything that no export wrote, or without its manifest.
+        FileExistsError: the folder holds anything that no export wrote, or without its manifest.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder to export to")
     old = read_manifest(folder / PROVENANCE)
     counts = {} if old is None else {entry["folder"]: entry["count"] for entry in old["classes"]}
     for path in sorted(folder.rglob("*")):
@@ -225,14 +218,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         classes, shards = manifest["classes"], manifest.get("shards", [])
         # Folders lie inside that of the export: what is in them may be replaced.
-        inside = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in [*classes, *shards])
-        numbers = [entry["count"] for entry in classes]
-        numbers += [entry[key] for entry in shards for key in ("first", "count", "not_finite")]
-        tables = manifest["settings"], manifest.get("model", {})
+        good = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in [*classes, *shards])
+        good &= all(type(entry["count"]) is int for entry in classes)
+        good &= all(type(entry[key]) is int for entry in shards for key in ("first", "count", "not_finite"))
+        good &= all(isinstance(table, dict) for table in (manifest["settings"], manifest.get("model", {})))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    well_formed = all(type(number) is int for number in numbers) and all(isinstance(table, dict) for table in tables)
-    return manifest if inside and well_formed else None
+    return manifest if good else None
 
 
 def holds_same(folder: Path, old: dict[str, Any], new: dict[str, Any], overwrite: bool) -> bool:
@@ -248,7 +240,6 @@ def holds_same(folder: Path, old: dict[str, Any], new: dict[str, Any], overwrite
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
-
     a, b = ({key: table.get(key) for key in ("generator", "count")} | table["settings"] for table in (old, new))
     differ = [key for key in a | b if a.get(key) != b.get(key) and key != "per_class"]  # which version 0.1.0 kept
     found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in differ]
@@ -325,25 +316,17 @@ def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
     """A folder name for every class: its id if that can be one as it is, else a slug of its name.
 
     A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug has the
-    letters and digits of the name, so that the classes are matched again when the folder is opened as data. Classes
-    whose folders would be the same get their index appended.
+    letters and digits of the name, so that the classes are matched again when the folder is opened as data. Where two
+    would be the same, all have the class's index in front, which the matching leaves out.
     """
     numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
     folders = [
         class_id if _slug(class_id) == class_id and not numbered else _slug(name) or f"class_{index}"
         for index, (class_id, name) in enumerate(zip(class_ids, names, strict=True))
     ]
-    # Some file systems do not tell capitals apart.
-    uses = Counter(folder.casefold() for folder in folders)
-    taken = {folder for folder, count in uses.items() if count == 1}
-    for index, folder in enumerate(folders):
-        if uses[folder.casefold()] > 1:
-            folder = f"{folder}_{index}"
-            while folder.casefold() in taken:  # it is another class's name
-                folder += "_"
-            taken.add(folder.casefold())
-            folders[index] = folder
-    return folders
+    if len({folder.casefold() for folder in folders}) == len(folders):  # some file systems do not tell capitals apart
+        return folders
+    return [f"{index}_{folder}" for index, folder in enumerate(folders)]
 
 
 def _slug(text: str) -> str:

@@ -50,8 +50,8 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Images uint8 [n, C, H, W] on the CPU; how many of them are not finite; what rejection did (zeros without it):
-    candidates drawn, items that never passed, and the sum of confidences."""
+    """Images uint8 [n, C, H, W] on the CPU; how many are not finite; what rejection did (zeros without it): candidates
+    drawn, items that never passed, and the sum of confidences."""
 
     images: Tensor
     not_finite: int
@@ -65,11 +65,8 @@ class Sampler:
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
     - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
 
-    P keeps the first `modes` modes (None: 64, or as many as there are), and l ~ Beta(alpha, alpha) is folded to
-    [1/2, 1]. `wanted`, bool [K], says which classes will be drawn.
-
-    Under rejection an item is drawn again until the flow's posterior gives its class at least `min_confidence`, at most
-    MAX_ATTEMPTS times; the best candidate is kept if none has that much.
+    l ~ Beta(alpha, alpha) is folded to [1/2, 1]. The arguments are those of `SyntheticDataset`; `wanted`, bool [K],
+    says which classes will be drawn.
     """
 
     def __init__(
@@ -119,16 +116,15 @@ class Sampler:
             return z, (0, 0, 0.0)
         confidence, candidates = self._confidence(z, cls), len(cls)
         for attempt in range(1, MAX_ATTEMPTS):
-            rows = torch.nonzero(confidence < self.min_confidence)[:, 0]
+            rows = np.flatnonzero(confidence < self.min_confidence)
             if len(rows) == 0:
                 break
-            again = rows.numpy()
-            new = self._draw(cls[again], within[again], attempt)
-            new_confidence = self._confidence(new, cls[again])
+            new = self._draw(cls[rows], within[rows], attempt)
+            new_confidence = self._confidence(new, cls[rows])
             candidates += len(rows)
-            better = torch.nonzero(new_confidence > confidence[rows])[:, 0]
+            better = new_confidence > confidence[rows]
             confidence[rows[better]] = new_confidence[better]
-            z[rows[better].to(z.device)] = new[better.to(z.device)]
+            z[rows[better]] = new[better]
         return z, (candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum()))
 
     @torch.no_grad()
@@ -169,7 +165,7 @@ class Sampler:
             mix = generator.beta(self.alpha, self.alpha, size=NOISE_BLOCK)
             first[rows], second[rows] = real.starts[c] + i[places], real.starts[c] + j[places]
             share[rows] = np.minimum(mix, 1 - mix)[places]
-        z, other = (real.z[torch.from_numpy(rows)].to(device) for rows in (first, second))
+        z, other = (real.z[rows].to(device) for rows in (first, second))
         delta = torch.from_numpy(share).to(device)[:, None] * (other - z)
         return z + project_on_modes(delta, torch.from_numpy(cls).to(device), fitted.directions[:, : self.modes])
 
@@ -183,11 +179,10 @@ class Sampler:
             sequence = np.random.SeedSequence([self.seed, c, number, attempt])
             yield np.random.Generator(np.random.PCG64(sequence)), c, rows, within[rows] - number * NOISE_BLOCK
 
-    def _confidence(self, z: Tensor, cls: np.ndarray) -> Tensor:
-        """The posterior probability of the class, float32 [n] on the CPU; 0 where it is not finite."""
-        probability = self.model.posterior_from_latents(z)
-        y = torch.from_numpy(cls).to(probability.device)
-        return probability.gather(1, y[:, None])[:, 0].nan_to_num(nan=0.0).float().cpu()
+    def _confidence(self, z: Tensor, cls: np.ndarray) -> np.ndarray:
+        """The posterior probability of the class, float32 [n]; 0 where it is not finite."""
+        probability = self.model.posterior_from_latents(z)[np.arange(len(cls)), cls]
+        return probability.nan_to_num(nan=0.0).float().numpy(force=True)
 
 
 def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:

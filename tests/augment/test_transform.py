@@ -224,7 +224,6 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
     assert torch.equal(out[absent], x[absent]) and torch.equal(target, torch.eye(5)[y])
     assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
     assert aug.stats == {"selected": 20, "replaced": 0, "unmapped": 8}
-    assert torch.equal(aug.moved_rows(y), (~absent).nonzero()[:, 0])
     # A batch of one has no other row: its partner is then drawn, from any of the classes that the data has.
     aug = GLEMAugment(model, p=1.0, partner="any", modes=64, class_map=given, seed=0)
     seen = set()
