@@ -239,10 +239,9 @@ def run(args: argparse.Namespace, root: Path) -> None:
 
     # Augmentation (*)
     flow = GLEM.from_pretrained(args.flow, device=device)
-    class_map = match_classes(flow, names, partial=True).tolist()
+    class_map = match_classes(flow, names, partial=True)
     augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
     # The classifier may have more classes than the data, such as ImageNet's 1000 for a few of them.
-    class_map = dict(enumerate(class_map))
     aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": net.num_classes}, flow)
     train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
     soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2

@@ -67,10 +67,9 @@ class GLEMAugment(nn.Module):
             the flow, at the moved latent), or "auto": "mix" where the label may change (partners "any", or soft labels
             with "mixup"), else "hard".
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1] or uint8.
-        num_classes: K', the width of soft labels; by default the length of `class_map` (of a dict: its largest key plus
-            one), or else the flow's K.
-        class_map: the flow class of every data class, a sequence or a dict. None, -1 or a missing key: the flow does
-            not have the class, and its images are passed through and counted.
+        num_classes: K', the width of soft labels; by default the length of `class_map`, or else the flow's K.
+        class_map: the flow class of every data class, see `match_classes`. None, -1 or a missing one at the end: the
+            flow does not have the class, and its images are passed through and counted.
         seed: of the transform's own random state; None: drawn from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
@@ -93,7 +92,7 @@ class GLEMAugment(nn.Module):
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         num_classes: int | None = None,
-        class_map: Mapping[int, int | None] | Sequence[int | None] | None = None,
+        class_map: Sequence[int | None] | None = None,
         seed: int | None = None,
         margin: float = 1.0,
     ) -> None:

@@ -21,8 +21,6 @@ _FIX = (
     "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
     "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."
 )
-
-
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
 
 
@@ -89,38 +87,24 @@ def match_classes(
 
 
 def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) -> tuple[int, ...] | None:
-    """The flow's class of every data class, -1 for none; None if data and flow have the same classes.
+    """`GLEMAugment`'s class_map as a tuple, with -1 for classes that the flow does not have; None for None.
 
-    Args:
-        class_map: a mapping from data class to flow class, a sequence, an array or a tensor; -1 and None both mean that
-            the flow does not have the class. None: the classes are the same.
-        num_classes, flow_classes: numbers of classes of the data, if it is known, and of the flow.
+    `num_classes` is the number of the data's classes; those that a shorter class_map leaves out are not in the flow.
     """
-    if num_classes is not None:
-        num_classes = check_whole("num_classes", num_classes, 1)
     if class_map is None:
-        if num_classes in (None, flow_classes):
-            return None
-        raise ValueError(
-            f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map, the flow class of "
-            "every data class (-1 or None: not in the flow)"
-        )
+        if num_classes not in (None, flow_classes):
+            raise ValueError(f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map")
+        return None
     given = class_map.tolist() if hasattr(class_map, "tolist") else class_map  # an array, as match_classes gives it
-    if not isinstance(given, Mapping | Sequence):
-        raise TypeError(f"class_map must be a dict or a sequence, got {type(given).__name__}")
-    flow_class: dict[int, int] = {}
-    for key, value in given.items() if isinstance(given, Mapping) else enumerate(given):
-        index = check_whole("a data class in class_map", key, 0)
-        flow_class[index] = -1 if value is None else check_whole("a flow class in class_map", value, -1)
-    total = max(flow_class, default=-1) + 1 if num_classes is None else num_classes
-    if max(flow_class, default=-1) >= total or (not isinstance(given, Mapping) and len(flow_class) < total):
-        raise ValueError(f"class_map must be of data classes 0 to {total - 1}, got {list(flow_class)[:20]}")
-    highest = max(flow_class.values(), default=-1)
-    if highest >= flow_classes:
-        raise ValueError(f"class_map has flow class {highest}; allowed are 0 to {flow_classes - 1}, -1 and None")
-    if highest < 0:
-        raise ValueError("class_map maps no class to the flow: no image could be augmented")
-    return tuple(flow_class.get(index, -1) for index in range(total))
+    if not isinstance(given, Sequence):
+        raise TypeError(f"class_map must be a sequence of flow classes, got {type(given).__name__}")
+    found = [-1 if value is None else check_whole("a flow class in class_map", value, -1) for value in given]
+    total = len(found) if num_classes is None else check_whole("num_classes", num_classes, len(found))
+    if not 0 <= max(found, default=-1) < flow_classes:
+        raise ValueError(
+            f"class_map must hold classes of the flow, 0 to {flow_classes - 1}, beside None and -1; got {given[:20]}"
+        )
+    return (*found, *[-1] * (total - len(found)))
 
 
 def named_classes(data: Any) -> tuple[list[str], list[str]] | None:

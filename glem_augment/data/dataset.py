@@ -205,10 +205,10 @@ def open_data(
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
     source = open_source(data, split, unlabelled)
-    if len(source) == 0:
-        raise DataError(f"{source.name} holds no images")
     bad = _bad_images(source, progress) if skip_bad else {}
     rows = np.asarray([row for row in range(len(source)) if row not in bad])
+    if len(rows) == 0:
+        raise DataError(f"{source.name} holds no images{' that can be used' if bad else ''}")
     try:
         shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
         if shape is None or len(rows) * math.prod(shape) > cache_bytes:
@@ -266,7 +266,7 @@ def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, fix:
 
 
 def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
-    """Where and why of every image that can't be decoded, by row. DataError: a class without any that can."""
+    """Where and why of every image that can't be decoded, by row."""
     found: dict[int, tuple[str, str]] = {}
 
     def one(row: int) -> None:
@@ -277,14 +277,7 @@ def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
             found[row] = (where, str(error).removeprefix(where).strip())
 
     in_threads(one, len(source), f"checking {source.name}", progress, source.threads)
-    bad = dict(sorted(found.items()))
-    left = np.delete(source.targets, list(bad))
-    empty = np.setdiff1d(source.targets, left)
-    if len(empty):
-        where, why = next(reason for row, reason in bad.items() if source.targets[row] in empty)
-        names = ", ".join(source.classes[index] for index in empty[:10])
-        raise DataError(f"{source.name} has no usable image of {names}: {where}: {why}")
-    return bad
+    return dict(sorted(found.items()))
 
 
 def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress: bool) -> tuple[int, int, int]:

@@ -287,10 +287,10 @@ def test_broken_images_among_good_ones(tmp_path: Path, cache_bytes: int) -> None
         assert np.array_equal(batches[i].permute(1, 2, 0).numpy(), expected), name
 
 
-def test_a_class_of_broken_images_alone(image_folder: Path) -> None:
-    for path in (image_folder / "cat").iterdir():
+def test_broken_images_alone(image_folder: Path) -> None:
+    for path in image_folder.glob("*/*"):
         path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no usable image of cat: .*cat/0.png: cannot be read"):
+    with pytest.raises(DataError, match="holds no images that can be used"):
         open_data(image_folder, skip_bad=True)
 
 
