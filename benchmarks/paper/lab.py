@@ -281,7 +281,9 @@ class Lab:
         """The exact covariances of the latents of all training images, kept beside the model."""
         path = fitted.folder / f"rfcm-{fitted.weights[:16]}.pt"
         if not path.exists():
-            thin = fit_covariances(fitted.model.class_latents(self.data(cell.data)[0]), fitted.model.num_classes)
+            data, model = self.data(cell.data)[0], fitted.model
+            latents = model.latents_of_classes(data, data.rows_of_classes(), seed=0)
+            thin = fit_covariances(latents, model.num_classes)
             with atomic_write(path) as file:
                 torch.save(vars(thin), file)
         return ThinCovariances(**torch.load(path, weights_only=True)).to(self.device)

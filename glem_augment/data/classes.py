@@ -22,14 +22,11 @@ _FIX = (
     "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."
 )
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
+Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or indices of images
 
 
 def match_classes(
-    flow: Any,
-    data: Any,
-    class_map: ClassMap = None,
-    partial: bool = False,
-    fix: str | None = None,
+    flow: Any, data: Any, class_map: ClassMap = None, partial: bool = False, fix: str | None = None
 ) -> np.ndarray:
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
@@ -248,9 +245,7 @@ def check_names(classes: Sequence[str], class_ids: Sequence[str]) -> None:
             raise DataError(f"class names and ids must be unique, got {list(names)[:12]}")
 
 
-def check_targets(
-    y: torch.Tensor | np.ndarray | Sequence[int], count: int, num_classes: int | None = None
-) -> np.ndarray:
+def check_targets(y: Integers, count: int, num_classes: int | None = None) -> np.ndarray:
     """Labels as int64 [count], in 0..num_classes - 1. TypeError: no integers. DataError: anything else."""
     targets = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
     if targets.shape != (count,):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.data.classes import ClassMap, check_names, check_targets, match_classes
+from glem_augment.data.classes import ClassMap, Integers, check_names, check_targets, match_classes
 from glem_augment.data.pixels import fit, in_threads
 from glem_augment.data.sources import ArraySource, Source, open_source, tensor_source
 from glem_augment.distributed import Share, share
@@ -50,7 +50,7 @@ class ImageData(Dataset):
     def from_tensors(
         cls,
         x: torch.Tensor,
-        y: torch.Tensor | np.ndarray | Sequence[int],
+        y: Integers,
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
         name: str = "tensors",
@@ -81,7 +81,7 @@ class ImageData(Dataset):
         return self._pixels if whole else self._pixels[torch.from_numpy(self._rows)]
 
     def batches(
-        self, indices: Sequence[int] | np.ndarray | torch.Tensor, batch_size: int, workers: int = 0
+        self, indices: Integers, batch_size: int, workers: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches (uint8 [B,C,H,W], int64 [B]) in the order of `indices`; the last one may be smaller.
 
@@ -105,7 +105,7 @@ class ImageData(Dataset):
         loaded = self.batches(np.concatenate(own), max(1, len(own[0])), workers)
         return ((x, y, each) for (x, y), each in zip(loaded, shares, strict=False))
 
-    def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageData:
+    def subset(self, indices: Integers) -> ImageData:
         """The images at `indices`, in that order, sharing the pixels in memory; errors as in `check_indices`."""
         chosen = check_indices(indices, len(self))
         other = copy.copy(self)
@@ -113,10 +113,7 @@ class ImageData(Dataset):
         return other
 
     def with_targets(
-        self,
-        targets: torch.Tensor | np.ndarray | Sequence[int],
-        classes: Sequence[str],
-        class_ids: Sequence[str] | None = None,
+        self, targets: Integers, classes: Sequence[str], class_ids: Sequence[str] | None = None
     ) -> ImageData:
         """The same images under other labels, for example a flow's; errors as in `check_targets`."""
         other = copy.copy(self)
@@ -228,10 +225,7 @@ def open_data(
 
 
 def as_image_data(
-    data: LabelledImages,
-    image_shape: tuple[int, int, int],
-    classes: Sequence[str] | None = None,
-    **options: Any,
+    data: LabelledImages, image_shape: tuple[int, int, int], classes: Sequence[str] | None = None, **options: Any
 ) -> ImageData:
     """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
@@ -326,7 +320,7 @@ def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-def check_indices(indices: Sequence[int] | np.ndarray | torch.Tensor, count: int) -> np.ndarray:
+def check_indices(indices: Integers, count: int) -> np.ndarray:
     """Indices as int64 [n]; negative ones count from the end. TypeError: no integers. IndexError: out of range."""
     chosen = np.asarray(indices)
     if chosen.size and not np.issubdtype(chosen.dtype, np.integer):

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from glem_augment.data.classes import (
     ONE_CLASS,
+    Integers,
     check_names,
     check_targets,
     feature_column,
@@ -440,7 +441,7 @@ def _data_set_source(data: Any, name: str) -> Source:
 
 def tensor_source(
     x: torch.Tensor | np.ndarray,
-    y: torch.Tensor | np.ndarray | Sequence[int],
+    y: Integers,
     classes: Sequence[str] = (),
     class_ids: Sequence[str] | None = None,
     name: str = "tensors",

@@ -149,7 +149,7 @@ class GLEMConfig:
         unknown, missing = sorted(set(values) - {f.name for f in fields(cls)}), sorted(required - set(values))
         if unknown or missing:
             raise ModelFileError(f"it has unknown fields {_short(unknown[:5])} and lacks {missing}")
-        _check_readable(values, "it")
+        _check_readable(values)
         return cls(**values)
 
 
@@ -172,18 +172,17 @@ def _short(value: Any) -> str:
     return ascii(value)[:80]
 
 
-def _check_readable(value: Any, where: str, depth: int = 0) -> None:
+def _check_readable(value: Any, depth: int = 0) -> None:
     """Check that a parsed config can be shown and saved again: it is finite, not too deep, and has neither control
     characters, which a terminal would obey, nor lone surrogates, which JSON can hold and UTF-8 can't."""
     if depth > MAX_DEPTH:
-        raise ModelFileError(f"{where} is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str) and not value.isprintable():
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in value if c not in "\n\t"):
-            raise ModelFileError(f"{where} holds characters that can't be printed: {_short(value)}")
+        raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value if c not in "\n\t"):
+        raise ModelFileError(f"it holds characters that can't be printed: {_short(value)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ModelFileError(f"{where} holds a number that is not finite")
+        raise ModelFileError("it holds a number that is not finite")
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list):
         for part in value:
-            _check_readable(part, where, depth + 1)
+            _check_readable(part, depth + 1)

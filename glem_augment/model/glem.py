@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
 from glem_augment.data.classes import ONE_CLASS, ClassMap
-from glem_augment.data.dataset import LabelledImages, as_image_data
+from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.data.pixels import Noise
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
@@ -204,7 +204,7 @@ class GLEM(ImageFlow):
             ValueError: "reference" for another flow, or one that has changed since it was loaded.
         """
         check_choice("weights", weights, ("copy", "reference"))
-        self.config.base = reference(self, GLEM) if weights == "reference" else None
+        self.config.base = reference(self) if weights == "reference" else None
         self.config.modes_rank = None if self.modes is None else self.modes.rank
         write_model(folder, self.config, self.state_dict())
 
@@ -232,16 +232,14 @@ class GLEM(ImageFlow):
         z, logdet = self.encode(x, 0 if generator is None else generator)
         return self.gaussians.log_prob(z) + logdet[:, None]
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | int | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         if y is None:
             return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
         return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
 
-    def bits_per_dim(
-        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | int | None = None
-    ) -> Tensor:
+    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
         """-log_prob / (d ln 2): [B]."""
         return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
 
@@ -283,14 +281,13 @@ class GLEM(ImageFlow):
         Raises:
             ValueError: wrong labels (ClassMismatchError), a negative temperature, another source, "rfcm" without modes.
         """
+        check_choice("source", source, ("gaussian", "rfcm"))
         y = self._check_labels(y)
         if source == "gaussian":
             return self.gaussians.sample(y, temperature, generator)
-        if source == "rfcm":
-            if self.modes is None:
-                raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
-            return self.modes.sample(y, temperature, generator)
-        raise ValueError(f"source must be 'gaussian' or 'rfcm', got {source!r}")
+        if self.modes is None:
+            raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
+        return self.modes.sample(y, temperature, generator)
 
     @torch.no_grad()
     def sample(
@@ -328,7 +325,10 @@ class GLEM(ImageFlow):
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
-        latents = self.class_latents(data, max_per_class, class_map, seed, count)
+        if max_per_class is not None:
+            check_whole("max_per_class", max_per_class, 1)
+        images = images_for(self, data, class_map)
+        latents = self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank = self.modes.rank
         return self.modes

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import check_whole
-from glem_augment.data.classes import ClassMap
-from glem_augment.data.dataset import ImageData, LabelledImages, images_for
+from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import Noise, check_images, draw_noise, from_levels, to_levels
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
@@ -181,20 +180,6 @@ class ImageFlow(nn.Module):
             return torch.cat([part for batch in batches for part in batch])
 
         return latents
-
-    def class_latents(
-        self,
-        data: LabelledImages,
-        max_per_class: int | None = None,
-        class_map: ClassMap = None,
-        seed: int = 0,
-        count: Callable[[int], object] | None = None,
-    ) -> Callable[[int], Tensor]:
-        """A function from each class of the model to the latents [n, d] of its images in `data`, see `fit_modes`."""
-        if max_per_class is not None:
-            check_whole("max_per_class", max_per_class, 1)
-        images = images_for(self, data, class_map)
-        return self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
 
     def _check_labels(self, y: Tensor, batch: int | None = None) -> Tensor:
         y = torch.as_tensor(y)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from glem_augment.data.classes import ONE_CLASS
 from glem_augment.errors import ModelFileError
+from glem_augment.flows import Flow, build_flow, resolve_preset
 from glem_augment.flows.jet import KINDS
-from glem_augment.flows.presets import resolve_preset
 from glem_augment.io import expand, file_sha256
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.weights import Model
+from glem_augment.model.weights import copy_checked
 
 PREFIX = "jet:"
 # Names of the projections there, by what a coupling splits.
@@ -38,31 +39,33 @@ _NAMES = {
 }  # fmt: skip
 
 
-def open_jet(text: str, build: Callable[[GLEMConfig], Any], **client: Any) -> Any:
+def open_jet(text: str, build: Callable[[GLEMConfig, Flow, ClassGaussians], Any], **client: Any) -> Any:
     """The model with the flow in the file `text` or on the Hub. `client`: cache_dir, token and revision."""
     path, origin, licence = expand(text), None, None
     if not path.is_file():
         from glem_augment.hub.download import download_jet
 
         path, origin, licence = download_jet(text, **client)
-    model: Any = load_jet(path, build).eval().requires_grad_(False)
-    model.config.training = {"data": f"the images that {origin or path.name} was trained on", "license": licence}
+    config, flow = load_jet(path)
+    config.training = {"data": f"the images that {origin or path.name} was trained on", "license": licence}
+    gaussians = ClassGaussians(1, math.prod(config.image_shape), None, initial_variance=1.0)
+    model = build(config, flow, gaussians).eval().requires_grad_(False)
     model.origin, model.origin_file, model.jet = origin, path, (origin or str(path.absolute()), path)
     return model
 
 
-def reference(model: Any, build: Callable[[GLEMConfig], Any]) -> dict[str, str]:
+def reference(model: Any) -> dict[str, str]:
     """For `GLEMConfig.base`: the Jet that has the flow of `model`, as it is now. ValueError: none has."""
     if model.jet is None:
         raise ValueError("weights='reference' is for flows that were loaded as jet:...; this one is not: save a copy")
     name, path = model.jet
-    stored = load_jet(path, build).flow.state_dict()
+    stored = load_jet(path)[1].state_dict()
     if not all(torch.equal(tensor.to(stored[key]), stored[key]) for key, tensor in model.flow.state_dict().items()):
         raise ValueError(f"weights='reference': the flow is no longer that of jet:{name}; save a copy")
     return {"jet": name, "sha256": file_sha256(path)}
 
 
-def open_base(config: GLEMConfig, build: Callable[[GLEMConfig], Any], **client: Any) -> Any:
+def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> Any:
     """The Jet that `config` refers to, if it does. ModelFileError: it is not there, or has changed."""
     if config.base is None:
         return None
@@ -76,12 +79,8 @@ def open_base(config: GLEMConfig, build: Callable[[GLEMConfig], Any], **client: 
     return model
 
 
-def load_jet(path: Path, build: Callable[[GLEMConfig], Model]) -> Model:
-    """A model with the flow in `path`, on the CPU, with one class, N(0, I).
-
-    Args:
-        path: a safetensors file with the `state_dict` of `jet_pytorch.Jet`.
-        build: makes the model that a config describes.
+def load_jet(path: Path) -> tuple[GLEMConfig, Flow]:
+    """The flow in a safetensors file with the `state_dict` of `jet_pytorch.Jet`, on the CPU, and its config.
 
     Raises:
         ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
@@ -91,19 +90,14 @@ def load_jet(path: Path, build: Callable[[GLEMConfig], Model]) -> Model:
             raise ModelFileError(f"{path} is no safetensors file with a Jet: its header can't be that long")
         with safe_open(path, framework="pt") as file:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+            config = _config(shapes)
             with torch.device("meta"):  # shapes without memory
-                model = build(_config(shapes))
-            _check(path, shapes, model.state_dict())
-            model.to_empty(device="cpu")
-            target = model.state_dict()
-            with torch.no_grad():
-                for name, tensor in _tensors(file, shapes):
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise ModelFileError(f"{path}: values behind {name} are not finite")
-                    target[f"flow.{name}"].copy_(tensor)
-                target["gaussians.mu"].zero_()
-                target["gaussians.s"].fill_(1.0)
-        return model
+                flow = build_flow(config.flow)
+            _check(path, shapes, flow.state_dict())
+            target = flow.to_empty(device="cpu").state_dict()
+            for name, tensor in _tensors(file, shapes):
+                copy_checked(path, name, tensor, target[name])
+        return config, flow
     except ModelFileError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, OverflowError) as error:
@@ -128,9 +122,8 @@ def _config(shapes: dict[str, list[int]]) -> GLEMConfig:
 
 def _check(path: Path, shapes: dict[str, list[int]], expected: dict[str, Tensor]) -> None:
     """Compare the header with the model, before memory is taken."""
-    wanted = {name.removeprefix("flow."): tensor.numel() for name, tensor in expected.items() if "order" not in name}
+    wanted = {name: tensor.numel() for name, tensor in expected.items() if "order" not in name}
     numbers = {_ours(name): math.prod(shape) for name, shape in shapes.items() if not name.endswith("_projections")}
-    numbers |= {name: count for name, count in wanted.items() if name.startswith("gaussians.")}
     if numbers != wanted:
         differ = sorted(name for name in {*numbers, *wanted} if numbers.get(name) != wanted.get(name))
         raise ModelFileError(f"{path} is no Jet of jet-pytorch: {len(differ)} tensors differ, {differ[:3]}")

@@ -149,7 +149,7 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
             for name, target in stored(config, model.state_dict()).items():
                 plain_variance = name == "gaussians.s" and config.psi is None
                 lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
-                _copy(path, name, file.get_tensor(name), target, lowest)
+                copy_checked(path, name, file.get_tensor(name), target, lowest)
         return model
     except ModelFileError:
         raise
@@ -195,7 +195,7 @@ def _check_header(path: Path, file: Any, expected: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _copy(path: Path, name: str, source: Tensor, target: Tensor, lowest: float) -> None:
+def copy_checked(path: Path, name: str, source: Tensor, target: Tensor, lowest: float = -math.inf) -> None:
     """Copy `source`, a view of the mapped file that takes no memory of its own, and check the values."""
     if source.dtype is torch.bool and bool((source.view(torch.uint8) > 1).any()):
         raise ModelFileError(f"{path}: {name} holds bytes that are neither true nor false")
