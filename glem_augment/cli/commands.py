@@ -20,10 +20,10 @@ from glem_augment.cli.common import (
     print_json,
     read_class_map,
     read_table,
-    without_splits,
 )
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
+from glem_augment.data.sources import without_splits
 from glem_augment.distributed import is_primary
 from glem_augment.evaluation import metrics, moves_put_back
 from glem_augment.evaluation.preview import preview as draw_preview

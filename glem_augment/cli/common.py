@@ -16,8 +16,7 @@ import yaml
 from glem_augment import distributed
 from glem_augment.data.classes import ClassMap, match_classes
 from glem_augment.data.dataset import ImageData, as_image_data
-from glem_augment.data.sources import has_splits, tar_file
-from glem_augment.io import expand, json_text
+from glem_augment.io import json_text
 from glem_augment.model.glem import GLEM
 
 
@@ -63,12 +62,6 @@ def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **o
     data = open_resized(model, spec, split, **options)
     match = match_classes(model, data, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids)
-
-
-def without_splits(spec: str) -> bool:
-    """Whether DATA is one ImageFolder or archive, whose images stand for every split."""
-    folder = expand(spec)
-    return tar_file(spec) is not None or (folder.is_dir() and not has_splits(folder))
 
 
 def read_class_map(value: Path | Literal["order"] | None) -> ClassMap:

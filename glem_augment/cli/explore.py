@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from glem_augment.checks import POLICIES
-from glem_augment.cli.common import load_model, note, open_for, read_class_map, without_splits
+from glem_augment.cli.common import load_model, note, open_for, read_class_map
+from glem_augment.data.sources import without_splits
 from glem_augment.errors import GLEMError
 from glem_augment.evaluation.explorer import LONGEST, Explorer
 from glem_augment.evaluation.metrics import calibration_error, spread

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
@@ -44,16 +44,11 @@ from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_te
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
 
-# Names of the sub-folders that hold a split, the preferred one first. A set with only one held-out part serves it under
-# all names of held-out parts.
+# Names of the folders that hold a split, the preferred one first. A held-out part without the other stands in for it.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "validation", "valid", "eval")
-_SPLIT_FOLDERS = {
-    **dict.fromkeys(_TRAIN, _TRAIN),
-    **dict.fromkeys(_TEST, _TEST + _VAL),
-    **dict.fromkeys(_VAL, _VAL + _TEST),
-}
+_SPLIT_FOLDERS = dict.fromkeys(_TRAIN, _TRAIN) | dict.fromkeys(_TEST, _TEST + _VAL) | dict.fromkeys(_VAL, _VAL + _TEST)
 _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Files of `SyntheticDataset.export`: the manifest, and the label of every folder, there or not.
 PROVENANCE, CLASS_FILE = "glem-provenance.json", "classes.json"
@@ -192,8 +187,6 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
         source = ItemSource(whole.name, names, ids, whole.targets[rows], Subset(whole, rows.tolist()), 0)
         source.threads = whole.threads
         return source
-    if isinstance(data, TensorDataset) and data.tensors[0].dtype == torch.uint8:
-        data = data.tensors
     if isinstance(data, tuple) and len(data) == 2:
         return tensor_source(*data)
     by_index = hasattr(data, "__len__") and hasattr(data, "__getitem__")
@@ -233,8 +226,7 @@ def _named_source(spec: str, split: str) -> Source:
     if path.exists():
         raise DataError(f"{spec} is a file; give a folder of images (one folder per class) or a .tar file")
     raise FileNotFoundError(
-        f"no such data: {spec}. Give a folder, 'bundled:fashion-mnist', or a timm data set as NAME@ROOT "
-        f"with NAME starting with {' or '.join(TIMM_PREFIXES)}"
+        f"no such data: {spec}; give a folder, 'bundled:fashion-mnist', or a timm data set: torch/NAME@ROOT, hfds/NAME"
     )
 
 
@@ -257,10 +249,10 @@ def _bundled_source(name: str, split: str) -> ArraySource:
 # ---- image folders -----------------------------------------------------------------------------------------------
 
 
-def has_splits(folder: Path) -> bool:
-    """Whether a folder tells training from test images: by idx files, or ImageFolders named after splits. Otherwise it
-    is one ImageFolder, which stands for every split."""
-    return _is_idx(folder) or bool(_split_folders(folder))
+def without_splits(spec: str) -> bool:
+    """Whether `spec` is one ImageFolder or archive, whose images stand for every split."""
+    folder = expand(spec)
+    return tar_file(spec) is not None or (folder.is_dir() and not _is_idx(folder) and not _split_folders(folder))
 
 
 def _image_folder(folder: Path) -> FolderSource:
@@ -349,9 +341,7 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
         if not matches:
             raise DataError(f"{folder} has no idx file of the {kind} of split {split!r}; it holds {names[:12]}")
         found[kind] = _read_idx(folder / matches[0], rank)
-    images, labels = found["images"], found["labels"]
-    if len(images) != len(labels):
-        raise DataError(f"{folder}: split {split!r} has {len(images)} images but {len(labels)} labels")
+    labels = check_targets(found["labels"], len(found["images"]))
     present, targets = np.unique(labels, return_inverse=True)
     class_ids = [str(label) for label in present]
     # The clothes of Fashion-MNIST are known by the name of the folder, or of the one above torchvision's "raw".
@@ -359,7 +349,7 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
     name = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
     fashion = re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
     classes = [_FASHION_CLASSES[label] for label in present] if fashion else class_ids
-    return ArraySource(str(folder), classes, class_ids, targets.reshape(-1), images)
+    return ArraySource(str(folder), classes, class_ids, targets.reshape(-1), found["images"])
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
@@ -386,18 +376,18 @@ def _timm_source(spec: str, split: str) -> Source:
     """Open `NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, with `timm.data.create_dataset`."""
     from timm.data import create_dataset
 
-    archive = tar_file(spec)
-    address, _, query = spec.partition("?") if archive is None else ("", "", "")
-    name, _, root = address.partition("@")
-    options: dict[str, Any] = dict(parse_qsl(query))
-    if set(options) - {"input_key", "target_key"}:
-        raise DataError(f"{spec!r}: after '?' only input_key and target_key can be given, got {query!r}")
-    if archive is not None:
+    options: dict[str, Any]
+    if root := tar_file(spec):
         # Threads and forked workers would share the position of a handle that is kept open.
-        root, options = archive, {"cache_tarfiles": False}
-    if name.lower().startswith("torch/") and not root:
-        raise DataError(f"{spec!r} needs the folder of the data: write {name}@FOLDER")
-    root = os.path.expanduser(root)
+        name, options = "", {"cache_tarfiles": False}
+    else:
+        address, _, query = spec.partition("?")
+        name, _, root = address.partition("@")
+        root, options = os.path.expanduser(root), dict(parse_qsl(query))
+        if set(options) - {"input_key", "target_key"}:
+            raise DataError(f"{spec!r}: after '?' only input_key and target_key can be given, got {query!r}")
+        if name.lower().startswith("torch/") and not root:
+            raise DataError(f"{spec!r} needs the folder of the data: write {name}@FOLDER")
     try:
         dataset = create_dataset(name, root=root or None, split=split, download=False, input_img_mode="", **options)
         return _data_set_source(dataset, spec)

@@ -143,10 +143,7 @@ class GLEM(ImageFlow):
 
             folder, origin = download_model(name, revision=revision, **client)
         elif revision is not None:
-            raise ModelFileError(
-                f"{text!r} is a folder on this machine and has no revision {revision!r}; for the Hub write "
-                "hf-hub:org/name"
-            )
+            raise ModelFileError(f"{text!r} is a folder and has no revision {revision!r}; for the Hub write hf-hub:...")
         jet = open_base(read_config(folder), cls, **client)
         build = partial(cls, flow=jet and jet.flow) if module is None else partial(cls._around, module)
         model = load_model(folder, build)
@@ -409,14 +406,12 @@ class GLEM(ImageFlow):
         """
         if self.modes is None:
             raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")
-        if modes is None:
-            return min(DEFAULT_MODES, self.modes.rank)
-        if check_whole("modes", modes, 1) > self.modes.rank:
+        modes = min(DEFAULT_MODES, self.modes.rank) if modes is None else check_whole("modes", modes, 1)
+        if modes > self.modes.rank:
             raise ValueError(
-                f"modes must be from 1 to {self.modes.rank}, the number stored with the model; got {modes} (for more: "
-                "model.fit_modes(data, rank=...))"
+                f"modes must be from 1 to {self.modes.rank}, got {modes}; for more call model.fit_modes(data, rank)"
             )
-        return int(modes)
+        return modes
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:
