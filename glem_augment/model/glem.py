@@ -144,10 +144,14 @@ class GLEM(ImageFlow):
             folder, origin = download_model(name, revision=revision, **client)
         elif revision is not None:
             raise ModelFileError(f"{text!r} is a folder and has no revision {revision!r}; for the Hub write hf-hub:...")
-        jet = open_base(read_config(folder), cls, **client)
-        build = partial(cls, flow=jet and jet.flow) if module is None else partial(cls._around, module)
-        model = load_model(folder, build)
-        model = model.to(device).eval().requires_grad_(False)
+        config = read_config(folder)
+        jet = open_base(config, cls, **client)
+        flow = jet and jet.flow
+        if module is not None:
+            if config.flow["coupling"] != "custom":
+                raise ModelFileError("this model holds a flow of the library's: leave module= out")
+            flow = CustomFlow(copy.deepcopy(module), config.image_shape)
+        model = load_model(folder, partial(cls, flow=flow)).to(device).eval().requires_grad_(False)
         model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
         return model
 
@@ -180,15 +184,6 @@ class GLEM(ImageFlow):
         )
         gaussians = ClassGaussians(len(names), math.prod(image_shape), None, initial_variance=1.0)
         return cls(config, CustomFlow(module, image_shape), gaussians).eval().requires_grad_(False)
-
-    @classmethod
-    def _around(cls, module: nn.Module, config: GLEMConfig) -> GLEM:
-        """The model that `config` describes, around a copy of `module`."""
-        if config.flow["coupling"] != "custom":
-            raise ModelFileError("this model holds a flow of the library's: leave module= out")
-        with torch.device("cpu"):  # A module that may make tensors of its own does not work without memory.
-            flow = CustomFlow(copy.deepcopy(module), config.image_shape)
-        return cls(config, flow)
 
     def save(self, folder: str | os.PathLike[str], weights: str = "copy") -> None:
         """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
