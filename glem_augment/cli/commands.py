@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from glem_augment.evaluation.preview import preview as draw_preview
 from glem_augment.evaluation.quality import quality_report
 from glem_augment.hub.cards import CardFacts, summary
 from glem_augment.hub.download import flows_on_hub
-from glem_augment.hub.upload import write_repository
+from glem_augment.hub.upload import upload, write_repository, write_space
 from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, local_folder, read_config
@@ -255,14 +256,20 @@ def push(args: argparse.Namespace) -> None:
     names = ("license", "license_name", "license_link", "datasets")
     facts: dict[str, Any] = {name: getattr(args, name) for name in names}
     facts["metrics"] = [read_table(path, "--metrics") for path in args.metrics]
-    samples = not args.no_samples
     model = GLEM.from_pretrained(args.model)
+    if args.space and (args.metrics or args.no_samples or model.origin is None or model.jet is not None):
+        raise ValueError("--space takes a MODEL by its name on the Hub (push it first), no --metrics, no --no-samples")
+    writer = write_space if args.space else partial(write_repository, samples=not args.no_samples)
+    write = partial(writer, model, CardFacts(**facts))
     if args.dry_run is not None:
-        files = write_repository(model, args.dry_run, args.repo, CardFacts(**facts), samples)
+        if args.dry_run.exists() and any(args.dry_run.iterdir()):
+            raise FileExistsError(f"{args.dry_run} is not empty: give a new folder, so that nothing is lost")
+        files = write(args.repo, args.dry_run)
         note("nothing was uploaded")
         print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
         return
-    target = {"private": args.private or None, "revision": args.revision}
-    commit = model.push_to_hub(args.repo, **facts, commit_message=args.message, samples=samples, **target)
+    target = {"private": args.private or None, "revision": args.revision, "commit_message": args.message}
+    commit = upload(args.repo, "space" if args.space else "model", write, **target)
     repo, oid = commit.repo_url.repo_id, commit.oid
-    print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", "url": str(commit.commit_url)})
+    pinned = model.origin if args.space else f"{repo}@{oid}"
+    print_json({"repo": repo, "commit": oid, "pinned": pinned, "url": str(commit.commit_url)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import html
 import os
+import signal
 from collections.abc import Callable
 from functools import wraps
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from glem_augment.checks import POLICIES
 from glem_augment.cli.common import load_model, note, open_for, read_class_map
 from glem_augment.data.sources import without_splits
 from glem_augment.errors import GLEMError
-from glem_augment.evaluation.explorer import LONGEST, Explorer
+from glem_augment.evaluation.explorer import LONGEST, Explorer, drawn
 from glem_augment.evaluation.metrics import calibration_error, spread
 from glem_augment.evaluation.preview import visible
 
@@ -31,8 +32,10 @@ CSS = ".image-frame {padding-top: 1.7rem}"  # labels stand above their pictures,
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C. What is uploaded or drawn lies in a temporary folder, which is then removed."""
-    if args.data is None and not args.model.startswith("bundled:"):
-        raise ValueError(f"DATA is missing: name images to look at, for example glem explore {args.model} photos/")
+    real = args.data is not None or args.model.startswith("bundled:")
+    if not real and (args.split or args.class_map or args.skip_bad):
+        raise ValueError(f"DATA is missing: name its images, for example glem explore {args.model} photos/")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command as Ctrl-C does
     name, split = args.data or args.model, args.split or "test"
     # Gradio reads these when it is imported. It would ask for newer versions of itself, and keep a history.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
@@ -43,24 +46,25 @@ def run(args: argparse.Namespace) -> None:
         except ImportError:
             raise GLEMError("glem explore needs Gradio: pip install 'glem-augment[explore]'") from None
         model, class_map = load_model(args), read_class_map(args.class_map)
-        sets = []
-        for each in [split] if split == "train" or without_splits(name) else [split, "train"]:
+        sets = [] if real else [drawn(model, args.limit)]
+        splits = [split] if split == "train" or without_splits(name) else [split, "train"]
+        for each in splits if real else []:
             data = open_for(model, name, each, class_map, skip_bad=args.skip_bad, progress=not args.quiet)
             sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
-        page = build_page(gr, Explorer(model, sets, progress=not args.quiet))
+        page = build_page(gr, Explorer(model, sets, progress=not args.quiet), real)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
-        served: dict[str, Any] = {"server_name": "127.0.0.1", "share": False}
-        served |= {"max_file_size": MOST_BYTES, "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
-        _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], **served)
+        served: dict[str, Any] = {"share": False, "max_file_size": MOST_BYTES, "ssr_mode": False, "quiet": True}
+        # Gradio serves 127.0.0.1 alone, unless GRADIO_SERVER_NAME says otherwise, as in a Space.
+        _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], prevent_thread_lock=True, **served)
         note(f"glem explore is at {url} (Ctrl-C ends it)")
         page.block_thread()
 
 
-def build_page(gr: Any, explorer: Explorer) -> Any:
-    """The page as a `gradio.Blocks`. A model without modes has no tab for moves."""
-    model = explorer.model
+def build_page(gr: Any, explorer: Explorer, real: bool) -> Any:
+    """The page as a `gradio.Blocks`. A model without modes has no tab for moves; without real images, none for data."""
+    model, images = explorer.model, f"images of `{explorer.data.name}`" if real else "of its samples"
     with gr.Blocks(title="glem explore", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# What this flow knows\n\n`{model!r}`, and {len(explorer.data)} images of `{explorer.data.name}`")
+        gr.Markdown(f"# What this flow knows\n\n`{model!r}`, and {len(explorer.data)} {images}")
         with gr.Tab("Samples"), gr.Row():
             inputs = sample_controls(gr, explorer)
             with gr.Column(scale=2):
@@ -71,8 +75,9 @@ def build_page(gr: Any, explorer: Explorer) -> Any:
                 move_tab(gr, page, explorer, min(MODES, model.modes.rank))
         with gr.Tab("Between"), gr.Row():
             between_tab(gr, page, explorer)
-        with gr.Tab("Data"):
-            data_tab(gr, explorer)
+        if real:
+            with gr.Tab("Data"):
+                data_tab(gr, explorer)
     return page.queue(default_concurrency_limit=1, max_size=64)
 
 

@@ -234,8 +234,8 @@ def add_preview(commands: Any) -> None:
 
 
 EXPLORE = """\
-Serve a page on this machine in which one sees what a flow knows: samples, images of DATA or uploaded ones moved along
-the modes of their classes, lines between two images, and how the flow sees DATA. Needs the extra "explore", no network.
+Serve a page on this machine in which one sees what a flow knows: samples, images of DATA (without it: samples) or files
+moved along the modes of their classes, lines between two images, and how the flow sees DATA. Needs the extra "explore".
 """
 EXPLORE_EXAMPLES = "  glem explore bundled:fashion-mnist\n  glem explore runs/photos photos/ --split val\n"
 
@@ -294,6 +294,7 @@ The token comes from HF_TOKEN, or from hf auth login. HF_ENDPOINT chooses anothe
 PUSH_EXAMPLES = """\
   glem push runs/photos org/photos-flow --license cc-by-4.0 --private
   glem push runs/photos org/photos-flow --license cc-by-4.0 --metrics eval.json --message "Trained longer"
+  glem push org/photos-flow org/photos-page --space
   glem push bundled:fashion-mnist org/fashion --license mit --dataset zalando-datasets/fashion_mnist --dry-run look/
 """
 
@@ -305,6 +306,7 @@ def add_push(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if missing (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--space", action="store_true", help="a Space: the page of glem explore for a MODEL on the Hub")
     card = parser.add_argument_group("the card")
     card.add_argument("--license", metavar="ID", help="of the training images, as the Hub names it: mit, other, ...")
     card.add_argument("--license-name", metavar="NAME", help="with --license other")

@@ -21,16 +21,17 @@ from tqdm import tqdm
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import Policy, Source
-from glem_augment.data.dataset import ImageData
+from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import to_uint8
 from glem_augment.data.sources import FolderSource
 from glem_augment.errors import BadImageError
+from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import FlowClassifier, Section, compose
 from glem_augment.evaluation.quality import memorisation_ratio, nearest
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-__all__ = ["Explorer", "Moved", "read_upload"]
+__all__ = ["Explorer", "Moved", "drawn", "read_upload"]
 
 # An upload of more pixels than a camera takes is refused; one of more than a screen shows is reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
@@ -165,6 +166,13 @@ class Explorer:
                 parts.append((self.model.posterior(x).cpu(), self.model.bits_per_dim(x, y).cpu(), y))
                 bar.update(len(y))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def drawn(model: GLEM, most: int) -> ImageData:
+    """Samples of evenly spread classes, at most 64, in the place of real images."""
+    classes = spread(model.num_classes, min(model.num_classes, most, 64)).tolist()
+    samples = SyntheticDataset(model, dict.fromkeys(classes, min(most, 64) // len(classes)))
+    return images_for(model, (samples.images(range(len(samples))).cpu(), samples.targets))
 
 
 class _Upload(FolderSource):

@@ -5,26 +5,42 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, RepoCard, constants
+from huggingface_hub import CommitInfo, HfApi, RepoCard, SpaceCard, SpaceCardData, constants
 from torchvision.utils import save_image
 
+from glem_augment import __version__
 from glem_augment.devices import evaluating
 from glem_augment.errors import HubError
-from glem_augment.hub.cards import SAMPLES, CardFacts, model_card, records
+from glem_augment.hub.cards import SAMPLES, CardFacts, escape, licence_of, model_card, records
 from glem_augment.hub.files import LIBRARY, HubName, hub_errors
 from glem_augment.io import atomic_write
+from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 
-__all__ = ["CARD", "push_to_hub", "upload", "write_card", "write_repository"]
+__all__ = ["CARD", "push_to_hub", "upload", "write_card", "write_repository", "write_space"]
 
 CARD = "README.md"
 # A card with this line was generated and is replaced by the next push. One without it was edited by somebody.
 _GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
+_NEW_SPACES_CARD = "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference"
 _ROWS, _COLUMNS = 16, 8  # of the picture of samples
+_GRADIO = "6.31.0"  # of a Space; the extra "explore" allows it
+_APP = """\
+\"\"\"The page of `glem explore` for a flow on the Hub.\"\"\"
+
+import os
+
+from glem_augment.cli import main
+
+os.environ["GRADIO_SERVER_NAME"] = "0.0.0.0"  # a Space is opened from other machines
+raise SystemExit(main(["explore", "{}"]))
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -57,30 +73,35 @@ def push_to_hub(
         ModelFileError: the weights are not finite. ValueError: metrics that `glem eval` did not write.
     """
     facts = CardFacts(license, license_name, license_link, datasets, metrics)
-    for record in records(model.config.training):
-        if str(Path.home()) in str(record.get("data")):
-            _log.warning("config.json names the folder of the training images, %s, and is uploaded", record["data"])
-    return upload(
-        repo_id, "model", lambda name, folder: write_repository(model, folder, name, facts, samples), **target
-    )
+    return upload(repo_id, "model", partial(write_repository, model, facts, samples=samples), **target)
 
 
 def write_repository(
-    model: GLEM, folder: Path, repo_id: str, facts: CardFacts, samples: bool = True
+    model: GLEM, facts: CardFacts, repo_id: str, folder: Path, samples: bool = True
 ) -> dict[str, Path]:
-    """Write what a push would upload to an empty folder; see `push_to_hub`. Returns names and paths of the files.
-
-    Raises:
-        FileExistsError: the folder is not empty.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give a new folder, so that nothing is lost")
+    """Write what a push would upload to an empty folder; see `push_to_hub`. Returns names and paths of the files."""
+    for record in records(model.config.training):
+        if str(Path.home()) in str(record.get("data")):
+            _log.warning("config.json names the folder of the training images, %s, and is uploaded", record["data"])
     card = model_card(model, repo_id, facts, samples)
     model.save(folder)
     GLEM.from_pretrained(folder)  # weights that can't be loaded again are refused
     if samples:
         _draw_samples(model, folder / SAMPLES)
     write_card(card, folder)
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def write_space(model: GLEM, facts: CardFacts, repo_id: str, folder: Path) -> dict[str, Path]:
+    """Write a Space to an empty folder: the page of `glem explore` for a model that came from the Hub."""
+    facts = replace(facts, license=facts.license or licence_id(model.config.training.get("license")))
+    about: dict[str, Any] = {"models": [str(model.origin).partition("@")[0]], "datasets": list(facts.datasets) or None}
+    about |= {"title": repo_id.split("/")[-1], "sdk": "gradio", "sdk_version": _GRADIO, "app_file": "app.py"}
+    metadata = SpaceCardData(**about, **facts.licence(), tags=[LIBRARY]).to_yaml()
+    text = f"# {escape(repo_id)}\n\nWhat the flow `{model.origin}` knows. {licence_of(facts)}"
+    write_card(SpaceCard(f"---\n{metadata}\n---\n\n{text}\n"), folder)
+    (folder / "app.py").write_text(_APP.format(model.origin), encoding="utf-8")
+    (folder / "requirements.txt").write_text(f"{LIBRARY}[explore]=={__version__}\n", encoding="utf-8")
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
@@ -119,7 +140,7 @@ def upload(
     A card that somebody wrote or edited by hand is kept, with a warning.
 
     Args:
-        repo_id, repo_type: `org/name` or `name`, and "model" or "dataset".
+        repo_id, repo_type: `org/name` or `name`, and "model", "dataset" or "space".
         commit_message: by default one that names the library.
         private: the visibility of a new repository; an existing one must have it already. None accepts either.
         token: a token with write access; None means the stored one.
@@ -130,7 +151,8 @@ def upload(
     with hub_errors(asked, repo_type):
         # Before the files are written, which may take hours: a missing permission should show first.
         api = HfApi(token=token, library_name=LIBRARY)
-        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        sdk = "gradio" if repo_type == "space" else None
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk).repo_id
         # The client leaves an existing repository as it is. Private files must not end up in a public one.
         if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
             raise HubError(
@@ -147,7 +169,8 @@ def upload(
             if api.file_exists(repo_id, CARD, **card):
                 # The user's cache may hold an older one.
                 path = api.hf_hub_download(repo_id, CARD, **card, force_download=True)
-                keep_card = _GENERATED not in Path(path).read_text(encoding="utf-8", errors="replace")
+                text = Path(path).read_text(encoding="utf-8", errors="replace")
+                keep_card = _GENERATED not in text and text.split("---\n")[-1].strip() != _NEW_SPACES_CARD
             if keep_card:
                 _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
             return api.upload_folder(

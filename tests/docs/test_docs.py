@@ -80,7 +80,7 @@ OPTIONS = {
 PYTHON_AND_COMMANDS = {
     "README.md": 5,
     "docs/adapt.md": 4,
-    "docs/hub.md": 9,
+    "docs/hub.md": 10,
     "docs/index.md": 7,
     "docs/reproduction.md": 1,
 }
