@@ -25,6 +25,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarn
 Visit = Callable[[str], None]
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command sets is undone; matplotlib would make the folder that it removed again."""
+    for name in ("GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
 def test_what_explore_needs(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     fails(["explore", str(trained), "--split", "test"], output, "DATA is missing", "photos/")
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -33,10 +42,6 @@ def test_what_explore_needs(trained: Path, output: Output, monkeypatch: pytest.M
 
 def visited(argv: list[str], visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `glem explore` in an empty folder, with a call of `visit` in the place of the wait for Ctrl-C."""
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")  # undone afterwards, as are those that the command sets
-    for name in ("GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR", "MPLCONFIGDIR"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     gradio = pytest.importorskip("gradio", reason="Gradio is not installed (extra explore)")
 
     def wait(page: Any) -> None:
