@@ -73,9 +73,10 @@ def make_plan(flow: str, data: ImageData, minutes: float, **changes: Any) -> dic
     times = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(flow, data, Path(folder), plan)
-        for x, y in trainer.images(trainer.split.nf[: TRIAL_STEPS * RECIPE["batch_size"]], RECIPE["batch_size"]):
+        rows = trainer.split.nf[: TRIAL_STEPS * RECIPE["batch_size"]]
+        for x, y, share in trainer.images(rows, RECIPE["batch_size"]):
             began = time.process_time()
-            trainer.e_step(x, y)
+            trainer.e_step(x, y, share)
             times.append(time.process_time() - began)
     step = statistics.median(times[2:])
     steps, full = max(1, round(60 * minutes / step)), trainer.steps_per_epoch

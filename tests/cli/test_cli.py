@@ -627,7 +627,7 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     bits, pixels = re.search(line, out).groups()  # type: ignore[union-attr]
     assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels} bits/dim" in err.splitlines()[-1]
     model = GLEM.from_pretrained(tmp_path / "run")
-    assert f"worse model of the images than independent pixels ({pixels[:4]}" in model_card(model, "a/b").text
+    assert "this flow was worse than independent pixels" in model_card(model, "a/b").text
 
 
 def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:
