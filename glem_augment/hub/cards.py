@@ -55,7 +55,7 @@ class CardFacts:
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
-    datasets: Sequence[str] = ()
+    datasets: str | Sequence[str] = ()
     metrics: Sequence[Mapping[str, Any]] = ()
     report: str | os.PathLike[str] | None = None
 
@@ -79,7 +79,7 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         pipeline_tag=PIPELINE,
         tags=[*_TAGS, str(model.config.flow.get("preset", "flow"))],
         base_model=base_model(model.config.training),
-        datasets=list(facts.datasets) or None,
+        datasets=[facts.datasets] if isinstance(facts.datasets, str) else list(facts.datasets) or None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
