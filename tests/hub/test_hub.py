@@ -384,7 +384,7 @@ def test_the_card_says_what_is_known() -> None:
     )
     measured = {"data": "bundled:fashion-mnist", "split": "test", "n": 100, "accuracy": 0.5, "fid": 12.5, "bits": 8}
     metrics = [measured, {**measured, "accuracy": 0.25}]
-    facts = CardFacts("other", "Photo licence", "https://example.com/l", ["org/photos"], metrics)
+    facts = CardFacts("other", "Photo licence", "https://example.com/l", "org/photos", metrics)
     text = str(model_card(model, "org/flow", facts))
     card = ModelCard(text)
     data = card.data.to_dict()
