@@ -2,15 +2,17 @@
 
     python benchmarks/speed/ranks.py [--ranks 2] [--rounds 5] [--preset glow_fast] [--seconds 20]
 
-Each rank has one thread; give the machine a quiet core for every rank. One rank and several take turns, each time as
-processes of torchrun, whose start is not measured; a ratio is that of two neighbours, and the table has the medians.
-Both sides train on the same batches, and write the same images. Communication includes waiting for the slower ranks.
+Each rank has one thread and one core, to which it is bound; give the machine a quiet core for every rank. One rank and
+several take turns, each time as processes of torchrun, whose start is not measured; a ratio is that of two neighbours,
+and the table has the medians. Both sides train on the same batches, and write the same images. Communication includes
+waiting for the slower ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -92,6 +94,8 @@ def work(args: argparse.Namespace) -> None:
     """One measurement, in a process that torchrun started; the first rank prints it."""
     torch.set_num_threads(1)
     distributed.start("cpu")
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[distributed.rank() % len(cores)]})
     rate, share = {"train": train, "generate": generate}[args.work](args, args.out, Communication())
     if distributed.is_primary():
         print(json.dumps([rate, share]))

@@ -110,7 +110,8 @@ def export_imagefolder(
         for cls, entry in enumerate(begun["classes"])
         for number, first in enumerate(range(0, entry["count"], dataset.block))
     ]
-    own = shards[dataset.rank :: dataset.ranks]
+    # Large shards first, so that no rank gets all the small ones at the ends of the classes.
+    own = sorted(shards, key=lambda shard: -shard.images)[dataset.rank :: dataset.ranks]
     done = _intact(folder, own, begun["shards"])
     missing = [shard for shard in own if shard not in done]
     saved, total = time.monotonic(), sum(shard.images for shard in missing)
