@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.model.glem import GLEM
     from glem_augment.synthetic.combined import RealAndSynthetic
     from glem_augment.synthetic.dataset import SyntheticDataset, SyntheticStream
+    from glem_augment.training import TrainConfig, Trainer
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _MODULES = {
     "model.glem": "GLEM",
     "synthetic.combined": "RealAndSynthetic",
     "synthetic.dataset": "SyntheticDataset SyntheticStream",
+    "training": "TrainConfig Trainer",  # not in __all__, because they import timm
 }
 
 
