@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.model.glem import GLEM
     from glem_augment.synthetic.combined import RealAndSynthetic
     from glem_augment.synthetic.dataset import SyntheticDataset, SyntheticStream
-    from glem_augment.training import TrainConfig, Trainer
+    from glem_augment.training import TrainConfig as TrainConfig
+    from glem_augment.training import Trainer as Trainer
 
 __version__ = "0.1.0"
 
