@@ -28,7 +28,6 @@ from glem_augment.distributed import rank, world_size
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.balance import PerClass, class_counts, class_values, match_targets
-from glem_augment.synthetic.export import InLabelOrder, export_imagefolder, warn_of_numbers
 from glem_augment.synthetic.latents import Sampler, rows_by_block
 
 # Images that are decoded together, in a SyntheticDataset all of one class. Another number would change their last bits.
@@ -92,7 +91,6 @@ class SyntheticDataset(Dataset):
         drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
         self.sampler = Sampler(self.model, *drawing, wanted=np.asarray(self.counts) > 0)
         self.source, self.seed, self.temperature = source, self.sampler.seed, self.sampler.temperature
-        self.real_name = None if self.sampler.real is None else self.sampler.real.name
         self.block = BLOCK
         self.image_shape: tuple[int, int, int] = model.image_shape
         self.classes, self.class_ids = list(model.classes), list(model.class_ids)
@@ -239,27 +237,28 @@ class SyntheticDataset(Dataset):
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
             OSError: if the disk is full or cannot be written, naming the path.
         """
-        from glem_augment.synthetic.publish import export_shards  # it loads the Hub's client
+        from glem_augment.synthetic.export import ALONE, Ranks, export_imagefolder, warn_of_numbers
+        from glem_augment.synthetic.publish import CardFacts, export_shards  # both modules import this one
 
         check_choice("format", format, FORMATS)
         folder = expand(folder)
         self._check_pil()
-        numbered = InLabelOrder(self, distributed)
-        progress = progress and numbered.rank == 0
+        ranks = Ranks.all() if distributed else ALONE
+        progress = progress and ranks.rank == 0
         if format == "webdataset":
-            export_shards(numbered, folder, overwrite, license, progress)
+            export_shards(self, folder, CardFacts(license), overwrite, progress, ranks)
         else:
-            export_imagefolder(numbered, folder, overwrite, license, progress)
-            if numbered.rank == 0:
-                warn_of_numbers(numbered, folder)
+            manifest = export_imagefolder(self, folder, overwrite, license, progress, ranks)
+            if ranks.rank == 0:
+                warn_of_numbers(manifest["classes"], folder)
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload all images to the data set `org/name` on the Hub in one commit; see `publish.push_dataset`."""
-        from glem_augment.synthetic.publish import push_dataset  # it loads the Hub's client
+        from glem_augment.synthetic.publish import push_dataset  # which imports this module
 
         self._check_pil()
-        return push_dataset(InLabelOrder(self), repo_id, **options)
+        return push_dataset(self, repo_id, **options)
 
     def _make_cache(self) -> None:
         blocks = max(1, self.cache_bytes // (self.block * math.prod(self.image_shape)))

@@ -18,6 +18,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,56 +35,48 @@ from glem_augment.distributed import gather, rank, world_size
 from glem_augment.io import atomic_write, write_json
 from glem_augment.model.config import licence_id
 from glem_augment.model.weights import weights_sha256
+from glem_augment.synthetic.dataset import SyntheticDataset
 
 # Seconds between two saves of the manifest: after a kill, the shards since the last one are drawn again.
 SAVE_SECONDS = 5.0
-# Files that a kill left under their temporary names, the lists of ranks, and the journal that exports of version 0.1.0
-# kept meanwhile.
+# Files that a kill left under their temporary names, and the lists of ranks.
 _LEFT_OVER = re.compile(
-    r"\.((\d{6,}\.png|(\.\d+-)?glem-provenance\.json|classes\.json|\.glem-export\.jsonl)\.\d+-[0-9a-f]{8}\.tmp"
-    r"|\d+-glem-provenance\.json|glem-export\.jsonl)"
+    r"\.(\d{6,}\.png|(\.\d+-)?glem-provenance\.json|classes\.json)\.\d+-[0-9a-f]{8}\.tmp|\.\d+-glem-provenance\.json"
 )
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class InLabelOrder:
-    """A `SyntheticDataset` (whose module imports this one) for the writers of files: classes in its `label_order`.
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that write together: this one takes every `count`-th shard from number `rank` on."""
 
-    `distributed`: all ranks write together, and this one takes every `ranks`-th shard from number `rank` on.
-    """
+    rank: int = 0
+    count: int = 1
+    group: torch.distributed.ProcessGroup | None = None
 
-    def __init__(self, dataset: Any, distributed: bool = False) -> None:
-        self._dataset, self._order = dataset, dataset.label_order
-        self.rank, self.ranks = (rank(), world_size()) if distributed else (0, 1)
-        if self.ranks > 1:  # the first to finish may wait for hours, longer than a group does by default
-            self._group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
-        self.classes = [dataset.classes[i] for i in self._order]
-        self.class_ids = [dataset.class_ids[i] for i in self._order]
-        self.counts = [dataset.counts[i] for i in self._order]
-        label_of = {index: label for label, index in enumerate(self._order)}
-        # Classes without images take no place among the images: image i is image i of the data set.
-        self.targets = [label_of[index] for index in dataset.targets]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataset, name)
-
-    def decoded_block(self, label: int, number: int) -> tuple[Tensor, int]:
-        return self._dataset.decoded_block(self._order[label], number)
+    @classmethod
+    def all(cls) -> Ranks:
+        """All ranks of the process group, which must all make this call."""
+        if world_size() == 1:
+            return cls()
+        # The first to finish may wait for hours, longer than a group does by default.
+        group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
+        return cls(rank(), world_size(), group)
 
     def gather(self, thing: _T) -> list[_T]:
         """The things of all ranks that write together. None of them goes on before all have come here."""
-        return gather(thing, self._group) if self.ranks > 1 else [thing]
+        return gather(thing, self.group) if self.count > 1 else [thing]
+
+
+ALONE = Ranks()
 
 
 class Shard(NamedTuple):
-    """Block `number` of a class: so many `images`, numbered from `first`, in the class's folder."""
+    """Block `number` of the class with this label: so many `images`, numbered from `first`, in the class's folder."""
 
-    cls: int
+    label: int
     number: int
     folder: str
     first: int
@@ -94,55 +87,56 @@ class Shard(NamedTuple):
 
 
 def export_imagefolder(
-    dataset: InLabelOrder,
+    dataset: SyntheticDataset,
     folder: Path,
     overwrite: bool = False,
     license: str | None = None,  # noqa: A002  (the Hub's word)
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Write folder/<class>/NNNNNN.png and the manifest, which is returned; see `SyntheticDataset.export`."""
-    if dataset.rank == 0:
+    if ranks.rank == 0:
         _begin(dataset, folder, overwrite, license)
-    dataset.gather(None)
+    ranks.gather(None)
     begun = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     shards = [
-        Shard(cls, number, entry["folder"], first, min(dataset.block, entry["count"] - first))
-        for cls, entry in enumerate(begun["classes"])
+        Shard(label, number, entry["folder"], first, min(dataset.block, entry["count"] - first))
+        for label, entry in enumerate(begun["classes"])
         for number, first in enumerate(range(0, entry["count"], dataset.block))
     ]
     # Large shards first, so that no rank gets all the small ones at the ends of the classes.
-    own = sorted(shards, key=lambda shard: -shard.images)[dataset.rank :: dataset.ranks]
+    own = sorted(shards, key=lambda shard: -shard.images)[ranks.rank :: ranks.count]
     done = _intact(folder, own, begun["shards"])
     missing = [shard for shard in own if shard not in done]
     saved, total = time.monotonic(), sum(shard.images for shard in missing)
-    of = f" of rank 0 of {dataset.ranks}" if dataset.ranks > 1 else ""
+    of = f" of rank 0 of {ranks.count}" if ranks.count > 1 else ""
     with (
         ThreadPoolExecutor(min(8, usable_cpus())) as pool,
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
         for shard in missing:
-            images, not_finite = dataset.decoded_block(shard.cls, shard.number)
+            images, not_finite = dataset.decoded_block(dataset.label_order[shard.label], shard.number)
             sha256 = hashlib.sha256(b"".join(pool.map(_write_png, images, shard.paths(folder)))).hexdigest()
             where = {"folder": shard.folder, "first": shard.first, "count": shard.images}
             done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
             bar.update(shard.images)
             if time.monotonic() - saved >= SAVE_SECONDS:
-                write_json(folder / f".{dataset.rank}-{PROVENANCE}", {**begun, "shards": list(done.values())})
+                write_json(folder / f".{ranks.rank}-{PROVENANCE}", {**begun, "shards": list(done.values())})
                 saved = time.monotonic()
-    for others, decoded in dataset.gather((done, dataset.decoded)):
+    for others, decoded in ranks.gather((done, dataset.decoded)):
         done |= others
         dataset.decoded.update(decoded)
     manifest = {**begun, "complete": True, **_results([done[shard] for shard in shards])}
-    if dataset.rank == 0:
+    if ranks.rank == 0:
         write_json(folder / PROVENANCE, manifest)
         for path in folder.rglob(".*"):
             if _LEFT_OVER.fullmatch(path.name):
                 path.unlink()
-    dataset.gather(None)
+    ranks.gather(None)
     return manifest
 
 
-def _begin(dataset: InLabelOrder, folder: Path, overwrite: bool, license: str | None) -> None:  # noqa: A002
+def _begin(dataset: SyntheticDataset, folder: Path, overwrite: bool, license: str | None) -> None:  # noqa: A002
     """Make the folder ready: no images of another export, a manifest with the shards of earlier runs, classes.json."""
     manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset)}
     old = check_folder(folder)
@@ -165,10 +159,10 @@ def _results(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {"images_not_finite": sum(entry["not_finite"] for entry in entries), "shards": entries}
 
 
-def warn_of_numbers(dataset: InLabelOrder, folder: Path) -> None:
+def warn_of_numbers(classes: list[dict[str, Any]], folder: Path) -> None:
     """Say so where torchvision's ImageFolder, which numbers the folders that exist, would give another label."""
-    folders = class_folders(dataset.class_ids, dataset.classes)
-    there = sorted(name for name, count in zip(folders, dataset.counts, strict=True) if count)
+    folders = [entry["folder"] for entry in classes]
+    there = sorted(entry["folder"] for entry in classes if entry["count"])
     if len(there) < len(folders) and there != folders[: len(there)]:
         _log.warning(
             "%s has no folder for %d of %d classes, which get no images, so torchvision's ImageFolder would number the "
@@ -242,18 +236,17 @@ def holds_same(folder: Path, old: dict[str, Any], new: dict[str, Any], overwrite
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
     a, b = ({key: table.get(key) for key in ("generator", "count")} | table["settings"] for table in (old, new))
-    differ = [key for key in a | b if a.get(key) != b.get(key) and key != "per_class"]  # which version 0.1.0 kept
-    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in differ]
-    if old.get("weights_sha256") != new["weights_sha256"]:
-        found.append("weights")
+    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in a | b if a.get(key) != b.get(key)]
     # A class without images, the label of a class and the record of the training make no image.
-    drawn = [{entry["folder"]: entry["count"] for entry in table["classes"] if entry["count"]} for table in (old, new)]
-    if drawn[0] != drawn[1]:
-        found.append("classes")
-    a, b = old.get("model", {}), new["model"]
-    if not a or any(a[key] != b[key] for key in a.keys() & b.keys() - {"training"}):
-        found.append("model")
-    return found
+    a, b = (
+        {
+            "weights": table.get("weights_sha256"),
+            "classes": {entry["folder"]: entry["count"] for entry in table["classes"] if entry["count"]},
+            "model": {key: value for key, value in table.get("model", {}).items() if key != "training"},
+        }
+        for table in (old, new)
+    )
+    return found + [key for key in a if a[key] != b[key]]
 
 
 def _intact(folder: Path, shards: list[Shard], entries: list[dict[str, Any]]) -> dict[Shard, dict[str, Any]]:
@@ -280,10 +273,11 @@ def _by_place(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int, int], d
 # ---- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def provenance(dataset: InLabelOrder) -> dict[str, Any]:
+def provenance(dataset: SyntheticDataset) -> dict[str, Any]:
     """The manifest without results: which flow draws the images, and with which settings."""
-    folders = class_folders(dataset.class_ids, dataset.classes)
-    classes = zip(dataset.class_ids, dataset.classes, folders, dataset.counts, strict=True)
+    order, model = dataset.label_order, dataset.model
+    ids, names = ([values[i] for i in order] for values in (model.class_ids, model.classes))
+    classes = zip(ids, names, class_folders(ids, names), (dataset.counts[i] for i in order), strict=True)
     return {
         "synthetic": True,
         "complete": False,
@@ -291,22 +285,22 @@ def provenance(dataset: InLabelOrder) -> dict[str, Any]:
         "count": len(dataset),
         "settings": dataset.settings(),
         "classes": [
-            {"index": i, "id": class_id, "name": name, "folder": folder, "count": count}
-            for i, (class_id, name, folder, count) in enumerate(classes)
+            {"index": label, "id": class_id, "name": name, "folder": folder, "count": count}
+            for label, (class_id, name, folder, count) in enumerate(classes)
         ],
-        "weights_sha256": weights_sha256(dataset.model),
-        "model": json.loads(json.dumps(dataset.model.config.to_dict(), default=str)),
+        "weights_sha256": weights_sha256(model),
+        "model": json.loads(json.dumps(model.config.to_dict(), default=str)),
     }
 
 
-def stated_licence(licence: str | None, dataset: InLabelOrder) -> str | None:
+def stated_licence(licence: str | None, dataset: SyntheticDataset) -> str | None:
     """The licence, by default that of the flow's training images in its record. A mixture needs one to be stated: the
     real images that were mixed may have another."""
     recorded = licence_id(dataset.model.config.training.get("license"))
     return licence or (None if dataset.source == "mixup" else recorded)
 
 
-def licence_note(licence: str | None, dataset: InLabelOrder) -> str:
+def licence_note(licence: str | None, dataset: SyntheticDataset) -> str:
     """The licence for the provenance, or a note that it is not known."""
     mixed = ", and of the real images that were mixed" if dataset.source == "mixup" else ""
     unknown = f"not stated; samples inherit the licence of the images that the flow was trained on{mixed}"

@@ -1,4 +1,4 @@
-"""Synthetic data sets on the Hub, and the same layout as an export to a folder."""
+"""Synthetic sets as shards with a card: as a data set on the Hub, and in a folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from test_hub import Pushed, tiny_model
 
 from glem_augment import GLEM, SyntheticDataset
 from glem_augment.data.dataset import ImageData
-from glem_augment.errors import DataError
 from glem_augment.evaluation.quality import quality_report, train_network
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import publish
-from glem_augment.synthetic.export import InLabelOrder
 
 PROVENANCE = "glem-provenance.json"
 server, pushed = test_hub.server, test_hub.pushed  # fixtures
@@ -47,30 +45,35 @@ def read_shards(shards: list[bytes]) -> list[dict[str, bytes]]:
     return found
 
 
-def test_a_data_set_is_pushed_as_an_image_folder(pushed: Pushed) -> None:
+def test_a_data_set_is_pushed_as_shards(pushed: Pushed, tmp_path: Path) -> None:
     server, model, commit = pushed
     loaded = GLEM.from_pretrained("org/flow")
     dataset = SyntheticDataset(loaded, per_class={"cat": 3, "ant": 2}, temperature=0.5, seed=4)
     tree = push(dataset, server)
-    rows = [json.loads(line) for line in tree["data/train/metadata.jsonl"].splitlines()]
-    assert [row["label"] for row in rows] == dataset.targets == [0, 0, 0, 2, 2]
-    assert [row["index"] for row in rows] == list(range(5))
-    for row in rows:
-        image = Image.open(io.BytesIO(tree[f"data/train/{row['file_name']}"]))
-        assert image.tobytes() == dataset[row["index"]][0].tobytes()
+    folder = dataset.export(tmp_path / "org" / "images", "webdataset", progress=False, license="mit")
+    same = {name: tree.get(name) for name in files(folder) if name != "README.md"}
+    assert tree.keys() == {*files(folder), ".gitattributes"} and same.items() <= files(folder).items()
     origin = json.loads(tree[PROVENANCE])
     assert origin["synthetic"] is True and origin["settings"]["temperature"] == 0.5 and origin["settings"]["seed"] == 4
     assert origin["loaded_from"] == f"org/flow@{commit}" and "model" not in origin
     weights = server.repo("org/flow").commits[commit][WEIGHTS]
     assert origin["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     card = DatasetCard(tree["README.md"].decode())
+    # `datasets` reads these fields.
+    data = card.data.to_dict()
+    assert data["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.tar"}]
+    names = {"class_label": {"names": {"0": "cat", "1": "dog", "2": "ant"}}}
+    features = [{"name": "png", "dtype": "image"}, {"name": "cls", "dtype": names}]
+    assert data["dataset_info"]["features"][:2] == features
     assert {"synthetic", "glem-augment"} <= set(card.data.tags) and card.data.license == "mit"
     assert "These images are synthetic" in card.text and f"org/flow@{commit}" in card.text
-    # With fewer images than before, the others go. Files that are not part of the data stay.
+    # What an earlier push left in data/ goes, such as further shards. Files that are not part of the data stay.
     mine = {"data-notes/a.txt": b"mine", "database.txt": b"mine"}
-    server.put("org/images", mine, "dataset")
+    server.put(
+        "org/images", {**mine, "data/train-00001-of-00002.tar": b"", "data/train/cat/000000.png": b""}, "dataset"
+    )
     now = push(SyntheticDataset(model, per_class=1), server)
-    assert len(now) == len(tree) - 2 + len(mine) and mine.items() <= now.items()
+    assert now.keys() == {*tree, *mine} and mine.items() <= now.items()
     # A model that was changed is no longer the one on the Hub.
     loaded.gaussians.mu.add_(0.1)
     assert json.loads(push(SyntheticDataset(loaded, per_class=1), server)[PROVENANCE])["loaded_from"] is None
@@ -99,10 +102,7 @@ def test_the_card_shows_the_report_of_the_images(server: HubServer, tmp_path: Pa
 
 def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "MIN_SHARD", 4)
-    monkeypatch.setattr(publish, "MAX_FILES_IN_FOLDER", 2)
     dataset = SyntheticDataset(tiny_model(), per_class=3)
-    with pytest.raises(DataError, match="format='webdataset'.*hf upload org/images"):
-        dataset.push_to_hub("org/images")
     tree = files(dataset.export(tmp_path / "a" / "out", "webdataset", progress=False))
     shards = read_shards([tree[f"data/train-{i:05d}-of-00003.tar"] for i in range(3)])
     for i in range(9):
@@ -113,25 +113,6 @@ def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads(tree["data/_info.json"])["splits"]["train"]["shard_lengths"] == [3, 3, 3]
     again = dataset.export(tmp_path / "b" / "out", "webdataset", progress=False)
     assert files(again) == tree  # the same bytes again
-
-
-def test_the_metadata_of_both_formats_name_the_classes(tmp_path: Path) -> None:
-    """`datasets` reads these fields of the card."""
-    dataset = InLabelOrder(SyntheticDataset(tiny_model(), per_class=1))
-    names = {"0": "cat", "1": "dog", "2": "ant"}
-    for kind, image, label, path in (
-        ("imagefolder", "image", "label", "data/train/**"),
-        ("webdataset", "png", "cls", "data/train-*.tar"),
-    ):
-        publish.write_dataset(
-            InLabelOrder(dataset), tmp_path / kind, "org/x", test_hub.CardFacts("mit"), kind, progress=False
-        )
-        data = DatasetCard((tmp_path / kind / "README.md").read_text()).data.to_dict()
-        features = data["dataset_info"]["features"]
-        assert features[0] == {"name": image, "dtype": "image"}
-        assert features[1] == {"name": label, "dtype": {"class_label": {"names": names}}}
-        assert data["configs"][0]["data_files"] == [{"split": "train", "path": path}]
-        assert data["configs"][0].get("features", features) == features
 
 
 def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> None:

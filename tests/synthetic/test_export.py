@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,32 +257,6 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
         data.export(folder, progress=False, overwrite=True)
     make(per_class=[5, 0, 5], seed=2).export(folder, progress=False, overwrite=point != "images")
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
-
-
-def test_exports_of_version_0_1_0_are_checked_and_finished(tmp_path: Path) -> None:
-    """One that was finished and one that was killed, with the journal that was kept beside the manifest."""
-    with zipfile.ZipFile(Path(__file__).parent / "before" / "exports.zip") as archive:
-        archive.extractall(tmp_path)
-    for name in ("finished", "killed"):  # written by the same version, as far as these tests are concerned
-        path = tmp_path / name / PROVENANCE
-        path.write_text(path.read_text().replace("glem-augment 0.1.0", f"glem-augment {_export.__version__}"))
-    whole = files(tmp_path / "finished")
-    manifest = json.loads(whole.pop(PROVENANCE))
-    del manifest["settings"]["per_class"]  # the counts say as much
-    whole["classes.json"] = b'{\n  "cat_dog": 0,\n  "bird": 1\n}\n'  # which is new
-    model = GLEM.create("identity", (1, 4, 4), classes=["cat/dog", "bird"], class_ids=["0", "1"])
-    with torch.no_grad():
-        model.gaussians.mu.copy_(torch.linspace(-0.2, 0.2, 32).reshape(2, 16))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glem_augment.synthetic.dataset.BLOCK", 64)
-        data = SyntheticDataset(model.eval(), per_class=[66, 2], seed=7, min_confidence=0.5)
-    assert data.export(tmp_path / "finished", progress=False) and data.acceptance()["total"]["items"] == 0
-    data.export(tmp_path / "killed", progress=False, license="mit")
-    for name in ("finished", "killed"):
-        found = files(tmp_path / name)
-        now = json.loads(found.pop(PROVENANCE))
-        now["model"] = {key: now["model"][key] for key in manifest["model"]}  # later versions have more settings
-        assert now == manifest and found == whole
 
 
 def test_images_that_are_not_finite_are_counted_once(tmp_path: Path) -> None:
