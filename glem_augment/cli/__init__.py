@@ -121,8 +121,12 @@ def _no_memory(error: BaseException) -> int:
 def _fail(message: str) -> int:
     if os.environ.get("GLEM_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
-    if os.environ.get("RANK", "0") != "0":
-        # Most errors meet all processes of torchrun. The first one tells of it, and then torchrun ends the others.
+    distributed = sys.modules.get("glem_augment.distributed")  # it imports torch, which most errors come before
+    if distributed is not None and distributed.world_size() > 1:
+        if not distributed.first_to_fail():
+            return 2
+    elif os.environ.get("RANK", "0") != "0":
+        # The processes of torchrun have not met yet. The first one tells of it, and then torchrun ends the others.
         time.sleep(3)
     print(f"glem: error: {message}", file=sys.stderr)
     return 2
@@ -130,7 +134,7 @@ def _fail(message: str) -> int:
 
 def _one_line(error: BaseException) -> str:
     """The message without the "[Errno 2]" that str(OSError) puts before it."""
-    text = str(error)
+    text = str(error).rpartition(f"{type(error).__name__}: ")[2]  # a DataLoader's worker puts its traceback before it
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(text.split()) or type(error).__name__

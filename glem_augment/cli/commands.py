@@ -129,14 +129,15 @@ def generate(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     dataset = SyntheticDataset(model, wanted, seed=args.seed, source=args.source, real=real, **options)
     began = time.monotonic()
-    report = None
-    if args.report is not None and is_primary():
-        unseen = None if without_splits(args.real) else open_resized(model, args.real, "test", progress=progress)
-        report = quality_report(dataset, real, unseen, args.report, progress=progress)
+    unseen = None
+    if args.report is not None and is_primary() and not without_splits(args.real):
+        unseen = open_resized(model, args.real, "test", progress=progress)
     writing = {"overwrite": args.overwrite, "license": args.license, "distributed": True}
     dataset.export(args.out, args.format, progress, **writing)
     if not is_primary():
         return
+    # At the end, when no other rank waits any more: how long the report takes is not limited.
+    report = None if args.report is None else quality_report(dataset, real, unseen, args.report, progress=progress)
     result = {
         "out": str(args.out),
         "format": args.format,

@@ -379,6 +379,17 @@ def test_too_little_memory_is_told(error: Exception, output: Output, monkeypatch
     fails(["info", "bundled:fashion-mnist"], output, "lower --batch-size")
 
 
+def test_an_image_that_a_worker_cannot_read_is_told(
+    image_folder: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(image_folder, cache_bytes=0)
+    (image_folder / "cat" / "2.png").write_text("text")
+    read = Mock(side_effect=lambda name: list(data.batches(range(len(data)), 3, workers=1)))
+    monkeypatch.setattr("glem_augment.cli.commands.model_facts", read)
+    line = fails(["info", "bundled:fashion-mnist"], output, "2.png cannot be read as an image")
+    assert line.startswith(f"glem: error: {image_folder}")
+
+
 def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Path, output: Output) -> None:
     base = ["generate", str(trained), "--out", str(tmp_path / "x"), "--per-class"]
     real = ["--real", images_of(trained)]

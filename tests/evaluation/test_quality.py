@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import prdc
@@ -153,6 +154,12 @@ def test_a_report_of_colour_images_from_the_command_line(
     model.save(tmp_path / "flow")
     base = ["generate", str(tmp_path / "flow"), "--per-class", "6", "--quiet", "--out"]
     report = ["--report", str(tmp_path / "report"), "--real"]
+
+    def after_the_export(*given: Any, **options: Any) -> Any:  # of several ranks, none waits for the report
+        assert json.loads((tmp_path / "a" / "glem-provenance.json").read_text())["complete"]
+        return quality_report(*given, **options)
+
+    monkeypatch.setattr("glem_augment.cli.commands.quality_report", after_the_export)
     assert main([*base, str(tmp_path / "a"), *report, str(tmp_path / "photos")]) == 0
     found = json.loads(capsys.readouterr().out)["report"]
     assert found == json.loads((tmp_path / "report" / "report.json").read_text()) and found["memorisation"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from test_training import comparable, tiny_trainer, toy_data
 from torch import Tensor
 
 from glem_augment import GLEM
+from glem_augment.cli import main
 from glem_augment.data.dataset import ImageData
 from glem_augment.distributed import share
 from glem_augment.errors import GLEMError
@@ -176,6 +180,20 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> No
         assert on_ranks(ranks, tmp_path / f"again{ranks}", run_until, out, None, 0, True) == [12] * ranks
     for file in (WEIGHTS, CONFIG):
         assert (out / file).read_bytes() == (whole / file).read_bytes()
+
+
+def mistaken(ranks: tuple[int, ...]) -> tuple[int, str]:
+    """The exit code and the words of a command that these ranks can't find the images of."""
+    data = "/nowhere" if torch.distributed.get_rank() in ranks else "bundled:fashion-mnist"
+    options = ["--limit", "4", "--round-trip", "0", "--device", "cpu", "--quiet"]
+    with redirect_stderr(io.StringIO()) as told:
+        return main(["eval", "bundled:fashion-mnist", data, *options]), told.getvalue()
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)])
+def test_one_rank_tells_what_is_wrong(tmp_path: Path, ranks: tuple[int, ...]) -> None:
+    codes, words = zip(*on_ranks(2, tmp_path / "ranks", mistaken, ranks), strict=True)
+    assert codes == (2, 2) and re.fullmatch("glem: error: .*/nowhere.*\n", "".join(words))
 
 
 # ---- what needs no training ------------------------------------------------------------------------------------------
