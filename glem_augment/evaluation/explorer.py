@@ -9,20 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import Policy, Source
 from glem_augment.data.dataset import ImageData, images_for
-from glem_augment.data.pixels import to_uint8
+from glem_augment.data.pixels import to_tensor, to_uint8
 from glem_augment.data.sources import FolderSource
 from glem_augment.errors import BadImageError
 from glem_augment.evaluation.metrics import spread
@@ -36,8 +35,6 @@ __all__ = ["Explorer", "Moved", "drawn", "read_upload"]
 # An upload of more pixels than a camera takes is refused; one of more than a screen shows is reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
 NEIGHBOURS = 12  # samples that are compared with real images
-# A move that would be put back is shown all the same, unless it is not even finite.
-ANY_RANGE = 1e6
 
 
 class Moved(NamedTuple):
@@ -48,6 +45,14 @@ class Moved(NamedTuple):
     posterior: Tensor
     bits: Tensor
     put_back: bool
+
+
+class _Shown(GLEMAugment):
+    """The transform, which also has its last moved images [n, C, H, W] in `moved`, those that it puts back too."""
+
+    def _images(self, *values: Any) -> Tensor:
+        self.moved = super()._images(*values)
+        return self.moved
 
 
 class Explorer:
@@ -124,7 +129,7 @@ class Explorer:
             coefficients: of the top modes, in the place of what policy "noise" draws.
         """
         modes = None if coefficients is None else len(coefficients)
-        aug = GLEMAugment(self.model, p=1.0, policy=policy, strength=strength, modes=modes, seed=seed)
+        aug = _Shown(self.model, p=1.0, policy=policy, strength=strength, modes=modes, seed=seed)
         if policy == "adversarial":
             aug.attach(FlowClassifier(self.model))
         x, y = image[None].to(self.model.device), torch.tensor([cls])
@@ -133,14 +138,11 @@ class Explorer:
             drawn = replace(drawn, eps=torch.tensor([coefficients], dtype=torch.float32))
         elif policy == "mixup":
             drawn = replace(drawn, l=torch.tensor([1 - strength / 2]))
-        moved = aug.apply(x, y, drawn)[0]
-        put_back = aug.stats["replaced"] > 0
-        if put_back:
-            aug.margin = ANY_RANGE
-            moved = aug.apply(x, y, drawn)[0]
-        small = self._small(image, moved[0].cpu())
+        aug.apply(x, y, drawn)
+        moved = aug.moved[0].cpu()
+        small = self._small(image, moved)
         bits = self.model.bits_per_dim(small, y.expand(2))
-        return Moved(moved[0].cpu(), self.model.posterior(small).cpu(), bits.cpu(), put_back)
+        return Moved(moved, self.model.posterior(small).cpu(), bits.cpu(), aug.stats["replaced"] > 0)
 
     @torch.no_grad()
     def between(self, first: Tensor, second: Tensor, share: float, points: int = 41) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +181,14 @@ class _Upload(FolderSource):
     def where(self, index: int) -> str:
         return Path(self.paths[index]).name
 
+    def open(self, index: int) -> Image.Image:
+        image = super().open(index)
+        if image.width * image.height > MOST_PIXELS:
+            size = f"{image.width} x {image.height}"
+            raise BadImageError(f"{self.where(index)} has {size} pixels, more than {MOST_PIXELS}: reduce it")
+        image.thumbnail((LONGEST, LONGEST))  # a JPEG is decoded at about that size
+        return image
+
 
 @lru_cache(maxsize=4)  # a slider asks for the same file again and again
 def read_upload(path: str) -> Tensor:
@@ -187,9 +197,5 @@ def read_upload(path: str) -> Tensor:
     Raises:
         BadImageError: it is no image, is damaged, or has too many pixels, which shows before they are decoded.
     """
-    file = _Upload("upload", [], [], np.zeros(1, dtype=np.int64), [path])
-    grey, *size = file.header(0)
-    if size[0] * size[1] > MOST_PIXELS:
-        raise BadImageError(f"{file.where(0)} has {size[1]} x {size[0]} pixels, more than {MOST_PIXELS}: reduce it")
-    pixels, scale = file.pixels(0, 1 if grey else 3), LONGEST / max(size)
-    return pixels if scale >= 1 else resize(pixels, [max(1, round(side * scale)) for side in size], antialias=True)
+    image = _Upload("upload", [], [], np.zeros(1, dtype=np.int64), [path])[0][0]
+    return to_tensor(image, len(image.getbands()))
