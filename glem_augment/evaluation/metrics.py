@@ -101,7 +101,8 @@ def evaluate(
     """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
 
     Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
-    ranks call this together: each goes through its share of the images, and all return the same.
+    ranks call this together: each goes through its share of the batches, and all return the same, which is to the last
+    bit what one process returns.
 
     Args:
         round_trip: how many images to encode and decode for the round trip; 0 for none.
@@ -114,7 +115,12 @@ def evaluate(
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
-    rows = np.arange(len(data))[share(len(data)).rows]
+
+    def mine(rows: np.ndarray) -> np.ndarray:  # whole batches, since the rounding of an image depends on its batch
+        first, last, _ = share(math.ceil(len(rows) / batch_size))
+        return rows[first * batch_size : last * batch_size]
+
+    rows = mine(np.arange(len(data)))
     found = [torch.empty(0, 5, dtype=torch.float64)]
     with tqdm(total=len(rows), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
         for x, y in data.batches(rows, batch_size):
@@ -129,7 +135,7 @@ def evaluate(
     confidence, right, right_top, own, any_class = torch.cat(gather(torch.cat(found))).unbind(1)
     invertibility = None
     if count := min(round_trip, len(data)):
-        chosen = data.batches(spread(len(data), count)[share(count).rows], batch_size)
+        chosen = data.batches(mine(spread(len(data), count)), batch_size)
         errors = [torch.empty(0, *model.image_shape, dtype=torch.float64)]
         errors += [model.round_trip_error(x).cpu() for x, _ in chosen]
         invertibility = {"images": count, **summarise_errors(torch.cat(gather(torch.cat(errors))))}

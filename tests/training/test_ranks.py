@@ -200,26 +200,25 @@ def test_one_rank_tells_what_is_wrong(tmp_path: Path, ranks: tuple[int, ...]) ->
 
 
 def measured(n: int, k: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """What is measured of an adapted model, the model, and another with modes."""
+    """What is measured of a model, an adapted one, and the model with modes."""
     images = toy_data(n, k)
     torch.manual_seed(0)
     model = GLEM.create("glow_tiny", (1, 8, 8), images.classes, depth=[1, 1], blocks=[1, 1], width=[6, 6])
     model.initialise(images.tensor())
+    model.gaussians.randomise(0.3, torch.Generator().manual_seed(0))
     adapted = model.eval().requires_grad_(False).adapt(images, rank=3, progress=False)
     model.fit_modes(images, rank=3, max_per_class=6)
     blurred = ImageData.from_tensors(images.tensor() // 4 + 90, images.targets, images.classes)
-    found = evaluate(adapted, blurred, batch_size=8, round_trip=10, progress=False)
+    found = evaluate(model, blurred, batch_size=8, round_trip=10, progress=False)
     return found, adapted.state_dict(), model.state_dict()
 
 
 @pytest.mark.parametrize(("n", "k"), [(41, 5), (7, 2)])
 def test_evaluating_adapting_and_modes_on_several_ranks(tmp_path: Path, n: int, k: int) -> None:
     """With a rank that has no image of a class, more ranks than classes, and a number that nothing divides."""
-    wanted, *models = measured(n, k)
+    [(wanted, *models)] = on_ranks(1, tmp_path / "1", measured, n, k)
     for ranks in (2, 3):
         for found, *theirs in on_ranks(ranks, tmp_path / str(ranks), measured, n, k):
-            for key in ("n", "accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal", "ece"):
-                assert found[key] == pytest.approx(wanted[key], rel=1e-6), key
-            assert found["round_trip"] == pytest.approx(wanted["round_trip"], rel=0.5)  # a few roundings
+            assert found == wanted  # to the last bit
             for one, other in zip(theirs, models, strict=True):
                 close(one, other, 1e-4)
