@@ -76,10 +76,10 @@ def _together(call: Callable[[], _T]) -> _T:
     try:
         return call()
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2]  # without the place in gloo
         raise GLEMError(
-            f"rank {rank()} has lost the other processes ({reason}): one of them has ended, and said why. What was "
-            "written is whole; start the same command again, for a training run with --resume"
+            f"rank {rank()} has lost the other processes ({reason}): one of them was killed, or said why it ended. "
+            "What was written is whole; start the same command again, for a training run with --resume"
         ) from error
 
 
