@@ -59,9 +59,10 @@ class Section:
 
 
 class FlowClassifier(nn.Module):
-    """The flow's own classifier as a network, from images of any size to the log-densities of their latents [B, K].
+    """The flow's own classifier as a network, from images of any size to logits [B, K], whose softmax is the posterior.
 
-    Adversarial moves need a classifier, and this one is always there. The softmax of its output is the posterior.
+    Adversarial moves need a classifier, and this one is always there. Without the posterior's temperature, the softmax
+    of log-densities that are hundreds of nats apart is 0 or 1 in float32 and leaves no gradient.
     """
 
     def __init__(self, model: GLEM) -> None:
@@ -69,7 +70,8 @@ class FlowClassifier(nn.Module):
         self.model, self.pixels = model, PixelAdapter(model.image_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.gaussians.log_prob(self.model.encode(self.pixels.to_flow(x))[0])
+        scores = self.model.gaussians.log_prob(self.model.encode(self.pixels.to_flow(x))[0])
+        return scores / self.model.config.posterior_temperature
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def preview(
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     c, h, w = model.image_shape
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
-    title = f"{model.config.flow['preset']} flow, {c}x{h}x{w}, {model.num_classes} classes"
+    title = f"{model.config.flow.get('preset', 'custom')} flow, {c}x{h}x{w}, {model.num_classes} classes"
     return compose(title, f"real images from {data.name}.{missing}", sections)
 
 

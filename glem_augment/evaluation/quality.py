@@ -78,7 +78,7 @@ def quality_report(
           trained on unlike others. None without `held_out`.
 
     Raises:
-        DataError: fewer than six images. ClassMismatchError: classes of `real` that `synthetic` does not name.
+        DataError: fewer than six images of a kind. ClassMismatchError: classes of `real` that `synthetic` does not name.
     """
     made = _some(synthetic, max_images, progress)
     trained = images_for(made, _some(real, max_images, progress, made.image_shape))
@@ -87,6 +87,9 @@ def quality_report(
         trained, unseen = (trained.subset(np.flatnonzero(rows)) for rows in (~fifth, fifth))
     else:
         unseen = images_for(made, _some(held_out, max_images, progress, made.image_shape, "test"))
+    counts = {"synthetic": len(made), "real": len(trained), "held_out": len(unseen)}
+    if min(counts.values()) <= NEIGHBOURS:
+        raise DataError(f"there are too few images, {counts}: at least {NEIGHBOURS + 1} of each are needed")
     what = "the classifier that was given"
     if network is None:
         bar = tqdm(_batches(trained), total=ORACLE_STEPS, desc="classifier", delay=2, disable=not progress)
@@ -96,7 +99,7 @@ def quality_report(
     (x, logits), (reference, judged) = (features_and_logits(network, data.tensor(), mean, std) for data in sets)
     pixels, seen, others = (data.tensor().flatten(1).float() / 255 for data in (made, trained, unseen))
     numbers = {
-        "images": {"synthetic": len(made), "real": len(trained), "held_out": len(unseen)},
+        "images": counts,
         "features": what,
         "fid": feature_fid(reference, x),
         **coverage(reference, x, NEIGHBOURS),

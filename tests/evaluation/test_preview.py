@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from glem_augment import GLEM, DataError, ImageData
 from glem_augment.evaluation import preview as preview_module
-from glem_augment.evaluation.preview import LARGEST, SMALLEST, Section, compose, preview
+from glem_augment.evaluation.preview import LARGEST, SMALLEST, FlowClassifier, Section, compose, preview
 
 
 def small(
@@ -46,6 +47,8 @@ def test_a_preview_shows_what_there_is() -> None:
     without, _ = small(rank=0)
     assert max(preview(without, data).height, preview(model, data, rows=1).height) < height
     assert preview(model, data, policies=("noise",)).height < height
+    del model.config.flow["preset"]  # as of somebody else's bijection
+    assert preview(model, data).height == height
     # One class: nothing to interpolate between. One image of it: its own partner.
     single, one = small(classes=1)
     assert preview(single, one.subset([0])).height < height
@@ -87,6 +90,19 @@ def test_adversarial_moves_lower_the_posterior_and_moves_that_are_put_back_are_f
         drawn = pixels(compose("", "", [section]))
         assert ((drawn == (215, 0, 0)).all(2)).any(0).sum() == SMALLEST + 4  # one framed column
     assert (confidence["adversarial"] < confidence["noise"]).all()
+
+
+def test_the_flows_own_classifier_has_gradients_in_float32(bundled_test: ImageData) -> None:
+    model = GLEM.from_pretrained("bundled:fashion-mnist")
+    x, y = bundled_test.tensor()[::100], torch.arange(10)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        images = (x.to(dtype) / 255).requires_grad_()
+        logits = FlowClassifier(model.to(dtype))(images)
+        torch.testing.assert_close(logits.softmax(1), model.posterior(images))
+        return torch.autograd.grad(cross_entropy(logits, y), images)[0].flatten(1).double()
+
+    assert cosine_similarity(gradient(torch.float32), gradient(torch.float64)).min() > 0.99
 
 
 def test_cells_are_enlarged_by_whole_factors_and_large_ones_shrunk() -> None:

@@ -68,6 +68,13 @@ def test_features_that_cannot_be_used_are_named() -> None:
         coverage(good[:5], good, 5)
 
 
+@pytest.mark.parametrize("real", [1, 20])
+def test_too_few_images_are_named_before_a_network_is_trained(bundled_test: ImageData, real: int) -> None:
+    made, some = bundled_test.subset(range(30)), bundled_test.subset(range(real))
+    with pytest.raises(DataError, match=f"'held_out': {real // 5}}}: at least 6"):
+        quality_report(made, some, progress=False)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
 def test_features_are_what_the_last_layer_sees(arch: str) -> None:
     sized = {} if arch == "resnet18" else {"img_size": 32}
