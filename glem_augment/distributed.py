@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class Share(NamedTuple):
-    """The things from `start` up to `stop`, of `total`, that are one rank's."""
+    """One rank's part of `total` items: those from `start` up to, not including, `stop`."""
 
     start: int
     stop: int
@@ -29,7 +29,7 @@ class Share(NamedTuple):
 
     @property
     def rows(self) -> slice:
-        """What takes the share out of the whole."""
+        """The slice that selects this part."""
         return slice(self.start, self.stop)
 
 

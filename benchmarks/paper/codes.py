@@ -21,13 +21,12 @@ from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.flows import resolve_preset
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.methods import Method
 
 CODED_METHODS = {
     # Baseline 1: a monomodal flow, N(0, I), on images with class codes.
-    "ce": Method(dict(objective="mle", psi=None, learn="none", random_init=(0.0, 0.0))),
+    "ce": dict(objective="mle", psi=None, learn="none", random_init=(0.0, 0.0)),
     # Baseline 3: GLEM on images with class codes.
-    "ceglem": Method(dict(objective="glem", kld_weight=10.0)),
+    "ceglem": dict(objective="glem", kld_weight=10.0),
 }
 # The L2 term's weight and the noise, as a share of the largest that cannot change a label. The paper gives neither.
 _REGULARISATION, _NOISE, _LR, _SEED = 0.05, 0.5, 0.05, 0xC0DE

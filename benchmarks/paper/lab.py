@@ -43,16 +43,16 @@ from glem_augment.training import TimeUpError, TrainConfig
 from glem_augment.training.batches import stratified_split
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.config import PAPER
-from glem_augment.training.methods import Method, method
+from glem_augment.training.methods import METHODS
 from glem_augment.training.objective import LatentStatistics
 
 # Part of every name. Raise it when the same settings come to mean something else.
 _VERSION = 1
 _CHUNK = 256
 # The control of Table 3. Its variances have the best of these lower bounds, since pixels vary less than latents.
-PIXELS = Method(dict(objective="mle", psi=None))
+PIXELS = dict(objective="mle", psi=None)
 # This library's first objective, whose Gaussians are moved by M-steps; `hybrid-joint` took its place.
-HYBRID = Method(PAPER | dict(objective="hybrid"))
+HYBRID = PAPER | dict(objective="hybrid")
 FLOORS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 # Generated sets that stay in memory between epochs of one classifier; further ones are drawn again.
 _KEEP_BYTES = 4 * 2**30
@@ -195,7 +195,7 @@ class Lab:
     def _settings(self, cell: Cell, seed: int) -> dict[str, Any]:
         """The settings of the cell's flow beyond those of its method."""
         settings = {**self.scale.flow, **cell.changes, "seed": seed}
-        own = _method(cell.method).settings
+        own = method_settings(cell.method)
         return {name: value for name, value in settings.items() if name not in own or own[name] != value}
 
     def flow(self, cell: Cell, seed: int) -> Fitted:
@@ -204,7 +204,7 @@ class Lab:
         settings = self._settings(cell, seed)
         name = version_of(cell.method, settings, asdict(self.spec(cell.data)))
         folder = self.work / "flows" / f"{cell.data}-{cell.method}-{name}"
-        config = _method(cell.method).config(**settings)
+        config = TrainConfig(**{**method_settings(cell.method), **settings})
         if cell.method == "pixels":
             return self._control(train, config, folder)
         codes = ClassCodes.for_flow(train, config) if cell.method in CODED_METHODS else None
@@ -422,10 +422,9 @@ class Lab:
         return {"NF-A": 100 * accuracy, "BPD": found["bits_per_dim"], "ECE": 100 * found["ece"]}
 
 
-def _method(name: str) -> Method:
-    """One of the library's methods, a baseline with class codes, the control, or the first hybrid."""
-    own = {"pixels": PIXELS, "hybrid": HYBRID, **CODED_METHODS}
-    return own[name] if name in own else method(name)
+def method_settings(name: str) -> dict[str, Any]:
+    """Of one of the library's methods, a baseline with class codes, the control, or the first hybrid."""
+    return {**METHODS, "pixels": PIXELS, "hybrid": HYBRID, **CODED_METHODS}[name]
 
 
 def _groups(cell: Cell) -> list[tuple[str, list[str]]]:

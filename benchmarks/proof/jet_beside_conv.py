@@ -33,7 +33,7 @@ from glem_augment import GLEM, ImageData, open_data
 from glem_augment.evaluation import evaluate
 from glem_augment.io import write_json
 from glem_augment.model.weights import WEIGHTS
-from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training import Trainer
 from glem_augment.training.checkpoint import NEWEST
 from glem_augment.training.logs import METRICS
 from glem_augment.training.methods import method
@@ -59,8 +59,8 @@ class CPUTrainer(Trainer):
 def make_trainer(flow: str, data: ImageData, folder: Path, plan: dict[str, Any]) -> CPUTrainer:
     """The run of `flow` as planned, from its checkpoint if there is one."""
     rows = np.random.default_rng(0).permutation(len(data))[: plan["images"]]
-    config: TrainConfig = method(METHOD).config(
-        preset=flow, epochs=plan["epochs"], warmup_steps=plan["warmup"], **RECIPE, **plan["settings"]
+    config = method(
+        METHOD, preset=flow, epochs=plan["epochs"], warmup_steps=plan["warmup"], **RECIPE, **plan["settings"]
     )
     resume = (folder / NEWEST).is_file()
     began = time.process_time()

@@ -80,8 +80,8 @@ class Watched(Trainer):
 def run_cell(data: ImageData, preset: str, name: str, steps: int, seconds: float) -> dict[str, Any]:
     """Train, and say how it went."""
     default = TrainConfig()
-    config = method(name).config(
-        preset=preset, modes_rank=0, sample_every=0, max_minutes=seconds / 60,
+    config = method(
+        name, preset=preset, modes_rank=0, sample_every=0, max_minutes=seconds / 60,
         epochs=min(default.epochs, max(1, steps * default.batch_size // len(data))),
     )  # fmt: skip
     began, message = time.monotonic(), ""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ITU-R BT.601, the weights with which PIL turns RGB into "L".
-LUMA = (0.299, 0.587, 0.114)
+from glem_augment.data.pixels import LUMA
+
 # Resizing with bicubic filters overshoots a little; more than this means that the input was normalised.
 RANGE_SLACK = 0.1
 

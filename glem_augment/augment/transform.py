@@ -73,7 +73,8 @@ class GLEMAugment(nn.Module):
         seed: of the transform's own random state; None: drawn from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
-            explodes goes far beyond 1. So is an image that the flow does not give back within half a uint8 step.
+            explodes goes far beyond 1. An image that the flow does not give back within half a uint8 step is replaced
+            too.
     """
 
     model: GLEM

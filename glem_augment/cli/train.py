@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         view["method"] = "unlabelled"
     # Settings are checked before the data is opened. A checkpoint has all of them, whatever its method means today.
     method = None if args.resume else view["method"]
-    config = TrainConfig(**settings) if method is None else METHODS[method].config(**settings)
+    config = TrainConfig(**settings) if method is None else TrainConfig(**{**METHODS[method], **settings})
     size = view["image_size"]
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")

@@ -21,6 +21,7 @@ GREY_MODES = ("L", "1", "LA")
 # PIL goes by content rather than by extension, and some of its formats run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
 _LONGEST = 16  # how many times longer than needed an image may be when it is resized
 _BLOCK = 32  # images per task of the decoding threads
 # The constants of SplitMix64, as int64.

@@ -44,13 +44,13 @@ from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_te
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.io import expand
 
-# Names of the folders that hold a split, the preferred one first. A held-out part without the other stands in for it.
+# Names of the folders of a split, the preferred one first. If only one of test and val exists, it serves for both.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "validation", "valid", "eval")
 _SPLIT_FOLDERS = dict.fromkeys(_TRAIN, _TRAIN) | dict.fromkeys(_TEST, _TEST + _VAL) | dict.fromkeys(_VAL, _VAL + _TEST)
 _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-# Files of `SyntheticDataset.export`: the manifest, and the label of every folder, there or not.
+# Files of `SyntheticDataset.export`: the manifest, and the label of every class, even one whose folder is missing.
 PROVENANCE, CLASS_FILE = "glem-provenance.json", "classes.json"
 TIMM_PREFIXES = ("torch/", "hfds/")
 
@@ -140,6 +140,10 @@ class ArraySource(Source):
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.arrays[index])
 
+    def pixels(self, index: int, channels: int) -> torch.Tensor:
+        array = np.atleast_3d(self.arrays[index])  # PIL has no images of most numbers of channels
+        return torch.tensor(array).movedim(2, 0) if array.shape[2] == channels else super().pixels(index, channels)
+
 
 @dataclass
 class ItemSource(Source):
@@ -195,8 +199,11 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
             "data must be a name, an ImageData, (uint8 images, labels), or a data set that has a length and gives "
             f"(image, label) by index; got {type(data).__name__}"
         )
-    name = getattr(getattr(data, "info", data), "dataset_name", None)  # of Hugging Face
-    return _data_set_source(data, name or type(data).__name__)
+    return _data_set_source(data, _name(data))
+
+
+def _name(data: Any) -> str:
+    return getattr(getattr(data, "info", data), "dataset_name", None) or type(data).__name__  # Hugging Face, others
 
 
 def _unlabelled_source(data: Any, split: str) -> Source:
@@ -208,6 +215,9 @@ def _unlabelled_source(data: Any, split: str) -> Source:
         inside = _split_folder(folder, split, classes=False)
         paths = [path for path, _ in make_dataset(inside, {"": 0}, IMG_EXTENSIONS, allow_empty=True)]
         source: Source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
+    elif of_hugging_face(data) and hasattr(data, "__len__"):
+        image = feature_column(data.features, "Image")
+        source = ItemSource(_name(data), [], [], np.zeros(len(data), np.int64), data.with_format(None), image)
     else:
         source = copy.copy(open_source(data, split))
     source.classes, source.class_ids, source.named = [ONE_CLASS], [ONE_CLASS], True
@@ -269,6 +279,8 @@ def _image_folder(folder: Path) -> FolderSource:
         samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=exported)
     except FileNotFoundError as error:  # classes without images
         raise DataError(f"{folder}: {error}; add images or remove the folders") from None
+    if not samples:
+        raise DataError(f"{folder} holds no images")
     paths, targets = zip(*samples, strict=True)
     return FolderSource(str(folder), _class_names(class_ids), class_ids, np.asarray(targets), paths)
 

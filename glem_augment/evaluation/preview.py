@@ -23,6 +23,7 @@ from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import POLICIES, Policy
 from glem_augment.data.dataset import ImageData
+from glem_augment.data.pixels import in_range
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
@@ -274,8 +275,7 @@ def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) ->
 def _unit(images: Tensor) -> Tensor:
     """float32 in [0, 1] on the CPU; values that are not finite become grey."""
     images = images.detach().cpu()
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return images.nan_to_num(0.5, 1.0, 0.0).clamp(0, 1)
+    return in_range(images.float() / 255 if images.dtype == torch.uint8 else images.float())
 
 
 def _width(text: str, size: int) -> int:

@@ -78,7 +78,7 @@ def quality_report(
           trained on unlike others. None without `held_out`.
 
     Raises:
-        DataError: fewer than six images of a kind. ClassMismatchError: classes of `real` that `synthetic` does not name.
+        DataError: fewer than six images in a set. ClassMismatchError: classes of `real` that `synthetic` does not name.
     """
     made = _some(synthetic, max_images, progress)
     trained = images_for(made, _some(real, max_images, progress, made.image_shape))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glem_augment.checks import Memory
+from glem_augment.devices import evaluating
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
 
@@ -38,7 +40,7 @@ class CustomFlow(Flow):
             raise TypeError(f"{type(module).__name__} has no `inverse`, and is no flow of FrEIA or normflows")
         self.module: Any = module
         reference = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):  # in training mode, BatchNorm would learn from these images
             z, logdet = self._encode(torch.zeros(2, *image_shape, dtype=reference.dtype, device=reference.device))
         self.single, parts = isinstance(z, Tensor), self._parts(z)
         self.shapes = [tuple(part.shape[1:]) for part in parts]
@@ -75,5 +77,13 @@ class CustomFlow(Flow):
             found = self._decode(parts[0] if self.single else parts)
             x, logdet = (found, None) if isinstance(found, Tensor) else found
             x = self._parts(x)[0]
-            # A module that gives no log-determinant on the way back has it from the way there.
+            # If the inverse gives no log-determinant, take minus that of encoding its result.
             return x, -self._encode(x)[1] if logdet is None else logdet
+
+    def set_memory(self, memory: Memory) -> None:
+        if memory != "stored":
+            raise ValueError(f"a module of the user's keeps its activations; leave out memory={memory!r}")
+
+    def set_autocast(self, dtype: torch.dtype | None) -> None:
+        if dtype is not None:
+            raise ValueError(f"a module of the user's runs in its own precision; leave out {dtype} (precision)")

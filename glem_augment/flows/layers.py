@@ -77,7 +77,7 @@ class FlatIdentity(Flow):
 
 
 class ActNorm(nn.Module):
-    """`z = (x + bias) * exp(log_scale)`, initialised so that z has zero mean and unit variance on the first batch.
+    """`z = (x + bias) * exp(log_scale)`, initialised so that z has mean 0 and a variance of about 1 on the first batch.
 
     The initialisation happens once, in `initialise`. That it was done is stored in the buffer `initialised`, so loading
     a model never repeats it.

@@ -49,6 +49,7 @@ _KEYS = {
     "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", "module",
     *_DEFAULTS,
 }  # fmt: skip
+_KEYS_OF_OTHERS = {"preset", "image_shape", "coupling", "module"}  # of the identity and custom flows
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
@@ -87,14 +88,15 @@ def check_spec(spec: dict[str, Any]) -> None:
         if not good:
             raise ValueError(f"{demand}, got {str(value)[:80]!r}")
 
-    unknown = sorted(str(key)[:40] for key in set(spec) - _KEYS)
+    coupling = spec.get("coupling")
+    require(coupling in _COUPLINGS, f"coupling must be one of {_COUPLINGS}", coupling)
+    known = _KEYS_OF_OTHERS if coupling in ("identity", "custom") else _KEYS
+    unknown = sorted(str(key)[:40] for key in set(spec) - known)
     if unknown:
-        raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(_KEYS)}")
+        raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(known)}")
     shape, side = spec.get("image_shape"), _LARGEST["side"]
     good = isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_whole(v, 1, side) for v in shape)
     require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
-    coupling = spec.get("coupling")
-    require(coupling in _COUPLINGS, f"coupling must be one of {_COUPLINGS}", coupling)
     if coupling in ("identity", "custom"):
         return
     lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
@@ -135,9 +137,11 @@ def check_spec(spec: dict[str, Any]) -> None:
     require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
     require(type(bound) in (int, float) and 0 < bound <= 8, "bound must lie in (0, 8]", bound)
     require(_is_whole(rank, 1, _LARGEST["rank"]), f"rank must be a whole number from 1 to {_LARGEST['rank']}", rank)
-    for key, known in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
+    for key, choices in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
         value = spec.get(key, _DEFAULTS[key])
-        require(value in known, f"{key} must be one of {', '.join(known)}", value)
+        require(value in choices, f"{key} must be one of {', '.join(choices)}", value)
+    given = spec.get("activation") if spec.get("subnet") == "transformer" else None
+    require(given is None, "the transformer always has GELU: leave activation out", given)
 
 
 def build_flow(spec: dict[str, Any]) -> Flow:
@@ -148,10 +152,10 @@ def build_flow(spec: dict[str, Any]) -> Flow:
         return FlatIdentity(image_shape)
     if spec["coupling"] == "custom":
         raise ValueError(f"its flow is a module of the user's ({str(spec.get('module'))[:80]}); pass it as module=")
+    full = {**_DEFAULTS, **spec}
     if spec["coupling"] == "jet":
         (depth,), (blocks,), (net_width,) = (spec[key] for key in ("depth", "blocks", "width"))
-        return JetFlow(image_shape, depth, net_width, blocks, spec["heads"], spec["patch"])
-    full = {**_DEFAULTS, **spec}
+        return JetFlow(image_shape, depth, net_width, blocks, spec["heads"], full["patch"])
     couple: Callable[..., Coupling] = AffineCoupling
     if spec["coupling"] == "matexp":
         couple = partial(MatExpCoupling, rank=spec.get("rank", 3))

@@ -33,10 +33,12 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
 
     Args:
         scores: [N, K], log p(x|y) up to a constant per image, in nats, of images that the densities were not fitted to.
+            Images whose scores are not all finite are left out.
         y: int64 [N].
     """
     scores = scores.double()
     scores = scores - scores.gather(1, y[:, None])
+    scores = scores[scores.isfinite().all(1)]
     low, high = 1 / HIGHEST_TEMPERATURE, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -173,11 +175,6 @@ class ClassGaussians(nn.Module):
         """[K, K] float64, nats: entry (y, y') is KL(y || y')."""
         return kld_matrix(self.mu, self.variance())
 
-    def kld_sum(self) -> Tensor:
-        """The sum of KL(y || y') over all ordered pairs, the negative of Eq. 4: a scalar in nats, in O(K d)."""
-        return kld_class_sums(self.mu, self.variance()).sum().to(self.mu.dtype)
-
-    @torch.no_grad()
-    def kld_class_means(self) -> Tensor:
-        """[K] float64, nats: the mean divergence of each class from the others. No gradient."""
-        return kld_class_sums(self.mu, self.variance()) / max(1, self.num_classes - 1)
+    def kld_class_sums(self) -> Tensor:
+        """[K] float64, nats: the sum of KL(y || y') over y', in O(K d). Their sum is the negative of Eq. 4."""
+        return kld_class_sums(self.mu, self.variance())

@@ -63,6 +63,7 @@ class GLEM(ImageFlow):
         self.config = config
         self.flow = build_flow(config.flow) if flow is None else flow
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
+        self.gaussians.to(self.dtype)  # that of the flow, if it has any parameters
         if modes is None and config.modes_rank is not None:
             modes = ClassModes(classes, config.modes_rank, dim)
         self.modes = None if modes is None else modes.to(self.dtype)
@@ -389,7 +390,7 @@ class GLEM(ImageFlow):
                 },
             },
         )
-        adapted = GLEM(config, copy.deepcopy(self.flow), gaussians.to(self.dtype), modes)
+        adapted = GLEM(config, copy.deepcopy(self.flow), gaussians, modes)
         adapted.jet = self.jet
         return adapted.to(self.device).eval().requires_grad_(False)
 

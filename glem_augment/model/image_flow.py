@@ -162,7 +162,7 @@ class ImageFlow(nn.Module):
     def latents_of_classes(
         self, data: ImageData, rows: Sequence[np.ndarray], seed: int, count: Callable[[int], object] | None = None
     ) -> Callable[[int], Tensor]:
-        """A function from the class index y to the latents of the images `rows[y]`, float32 [n, d] on the CPU.
+        """A function from the class y to the latents of the images `rows[y]`, [n, d] on the CPU, of the model's dtype.
 
         The dequantisation noise of a class depends on `seed` and y alone. `count` is told how many images were encoded.
         All ranks call the function together: each encodes its share, and all get all latents.

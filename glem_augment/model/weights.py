@@ -153,7 +153,9 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
         return model
     except ModelFileError:
         raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+    except ValueError as error:  # of the flow that the config describes
+        raise ModelFileError(f"{folder} can't be read: {error}") from None
+    except (SafetensorError, OSError, RuntimeError, OverflowError) as error:
         raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glem_augment.data.pixels import LUMA
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 
@@ -110,6 +111,6 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, s
         mean = y.mean((1, 2, 3), keepdim=True)
         y = mean + (y - mean) * factors[1]
         if x.shape[1] == 3:
-            grey = (y * y.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+            grey = (y * y.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
             y = grey + (y - grey) * factors[2]
     return y.round_().clamp_(0, 255).to(torch.uint8)

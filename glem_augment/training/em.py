@@ -57,7 +57,9 @@ _COUNTERS = ("step", "m_done", "bad_steps", "rollbacks")
 class EM:
     """A GLEM in training: the model, its optimizers, and the two steps; `Trainer` runs them."""
 
-    whole_epochs = True  # an epoch without M-steps is a pass over D_g too; otherwise it has the steps of one with them
+    # True: an epoch without M-steps covers D_nf and D_g. False (runs begun by earlier versions): it has only as many
+    # steps as D_nf.
+    whole_epochs = True
 
     def __init__(
         self,

@@ -101,7 +101,8 @@ def wandb(folder: Path, step: int) -> Callback:
     import wandb as client
 
     run = client.init(dir=str(folder), name=folder.name, resume="auto" if step else None)
-    return lambda row: run.log(_numbers(row), step=row["step"])
+    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a run does after a divergence
+    return lambda row: run.log({**_numbers(row), "step": row["step"]})
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}

@@ -161,12 +161,14 @@ def m_step_loss(
     if config.objective == "glem":
         unit = value_range(float(statistics.nll_low), float(statistics.nll_high))
         loss = nll / unit
-        means = gaussians.kld_class_means()
+        sums = gaussians.kld_class_sums()
+        means = sums.detach() / max(1, k - 1)
         spread = value_range(float(means.min()), float(means.max()))
         # Identical Gaussians have neither a gradient nor a range, so this step is the likelihood's alone.
         if repel and spread > 1e-9 * dim:
-            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
-            loss = loss - kld_weight * gaussians.kld_sum().double() / (k * dim) / spread
+            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range. Rounding to
+            # float32 keeps what earlier versions computed, to the bit.
+            loss = loss - kld_weight * sums.sum().to(gaussians.mu.dtype).double() / (k * dim) / spread
         return loss
     loss = nll / dim
     if config.objective == "saturating" and repel:

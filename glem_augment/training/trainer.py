@@ -314,6 +314,8 @@ class Trainer(EM):
             stacklevel=2,
         )
         self.save_checkpoint()
+        if not self.bar.disable:  # otherwise it lacks what follows
+            self.bar.initial = min(self.bar.initial, self.step)
         self.bar.update(self.step - self.bar.n)  # setting n would leave the bar still until it is passed again
         self.bar.refresh()
 

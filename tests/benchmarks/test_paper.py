@@ -14,11 +14,12 @@ import torch
 from benchmarks.paper import paper
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
 from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
-from benchmarks.paper.lab import FLOORS, Lab, Number, _method
+from benchmarks.paper.lab import FLOORS, Lab, Number, method_settings
 from benchmarks.paper.paper import check_tables, main
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, cells_of
 from glem_augment import ImageData
+from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM
 from glem_augment.training.methods import METHODS, method
 
@@ -38,7 +39,7 @@ def test_every_cell_is_a_method_with_settings_that_exist(scale: str) -> None:
     for table in TITLES:
         cells = cells_of(table, SCALES[scale].sizes)
         for cell in cells:
-            _method(cell.method).config(**{**SCALES[scale].flow, **cell.changes})
+            TrainConfig(**{**method_settings(cell.method), **SCALES[scale].flow, **cell.changes})
             assert cell.data in ("main", "second") and set(cell.paper) <= set(cell.metrics)
             assert cell.method != "ce" or "NF-A" not in cell.metrics  # one Gaussian can't classify
         assert len({(cell.label, cell.data, cell.setting) for cell in cells}) == len(cells) > 0
@@ -47,7 +48,7 @@ def test_every_cell_is_a_method_with_settings_that_exist(scale: str) -> None:
 
 
 def test_lambda_is_halved_and_the_means_stop_where_the_published_gaussians_freeze(bundled_train: ImageData) -> None:
-    config = method("glem").config(**{**SCALES["paper"].flow, "preset": "identity"})
+    config = method("glem", **{**SCALES["paper"].flow, "preset": "identity"})
     run = EM(bundled_train.subset(range(0, 1000, 20)), config, progress=False)
     assert run.frozen_from == run.m_total == len(run.m_rates) == 100
     run.m_done = 99

@@ -28,6 +28,7 @@ from glem_augment import GLEM
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.data.pixels import fit
+from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.errors import BadImageError, DataError
 
 
@@ -310,7 +311,11 @@ def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(DataError, match="no valid file for the classes eel.*add images"):
         open_data(image_folder)
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / PROVENANCE).write_text("{}")
+    (tmp_path / "export" / CLASS_FILE).write_text('{"a": 0}')
     for path, error, message in (
+        (tmp_path / "export", DataError, "export holds no images"),
         (tmp_path / "nothing", DataError, "must be an ImageFolder"),
         (tmp_path / "nowhere", FileNotFoundError, "no such data: .*nowhere"),
         (image_folder / "cat" / "0.png", DataError, "is a file"),
@@ -396,6 +401,8 @@ def test_tensors() -> None:
         assert torch.equal(data.tensor(), x) and data.targets.tolist() == y.tolist() and not data.named
         assert torch.equal(open_data(given, image_size=4)[3][0], fit(x[3], 4, 4))
     assert torch.equal(open_data((x[:, :2], y)).tensor(), x[:, :2])
+    many = torch.cat([x, x[:, :2]], 1)  # channels
+    assert torch.equal(open_data((many, y), image_size=4)[3][0], fit(many[3], 4, 4))
     for given, message in (
         ((x.float(), y), "images must be uint8"),
         ([(x[0].float(), 0)], "image 0 of list cannot be read.*torch.float32, no PIL image.*without its transform"),
@@ -423,6 +430,8 @@ def test_data_sets_of_hugging_face(image_folder: Path) -> None:
     assert match_classes(["dog", "cat", "bird"], whole).tolist() == [2, 1, 0]
     numbers = open_data(whole.cast_column("kind", datasets.Value("int32")).rename_column("kind", "label"))
     assert numbers.classes == ["0", "1", "2"] and not numbers.named
+    images = open_data(whole.remove_columns("kind"), unlabelled=True)
+    assert torch.equal(images.tensor(), reference.tensor()) and images.classes == ["image"]
     for wrong, message in (
         (whole.remove_columns("kind"), "one ClassLabel column; this one has none among img, id"),
         (whole.add_column("fine", items.targets, feature=features["kind"]), "has kind and fine among"),

@@ -54,6 +54,8 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"image_shape": [3, 8192, 8]}, "image_shape must be"),
     ({"image_shape": [3, 6, 10]}, "divisible by 4, got 6x10; resize to 8x8"),
     ({"expansion": 10**9}, r"unknown settings \['expansion'\]"),
+    ({"subnet": "transformer", "activation": "relu"}, "always has GELU: leave activation out, got 'relu'"),
+    ({"coupling": "identity"}, r"unknown settings \['activation', .*; this version knows \['coupling', 'image_shape'"),
 ]
 
 
@@ -66,6 +68,11 @@ def test_hostile_specs_are_refused(change: dict[str, Any], message: str) -> None
         with pytest.raises(ValueError, match=message) as caught:
             refuse(spec)
         assert len(str(caught.value)) < 500
+
+
+def test_a_jet_without_a_patch_has_the_usual_one() -> None:
+    spec = resolve_preset("jet_tiny", (3, 8, 8), depth=[1], width=[8], patch=2)
+    assert build_flow({key: value for key, value in spec.items() if key != "patch"}).patch == 2
 
 
 def test_a_transformer_on_too_many_pixels_is_refused() -> None:

@@ -76,6 +76,8 @@ def test_the_temperature_is_the_likeliest_of_all_from_one_on() -> None:
         nll = torch.stack([-(scores.double() / t).log_softmax(1)[torch.arange(400), y].mean() for t in grid])
         found = fit_temperature(scores, y)
         assert found == pytest.approx(float(grid[nll.argmin()]), rel=0.02)
+        unseen = torch.cat([scores, torch.full((1, 5), math.nan)])  # an image that the flow can't encode
+        assert fit_temperature(unseen, torch.cat([y, y[:1]])) == pytest.approx(found)
         assert found == 1.0 or factor < 0 or found == pytest.approx(factor, rel=0.2)
     assert fit_temperature(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64)) == 1.0
     assert fit_temperature(torch.eye(3), torch.arange(3)) == 1.0  # the likeliest T is 0

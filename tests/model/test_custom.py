@@ -74,7 +74,7 @@ def test_a_foreign_flow_is_adapted_and_augments(make: Callable[[], nn.Module], t
 
     adapted = model.adapt((images, labels.numpy()), rank=4, progress=False)
     adapted.save(tmp_path)
-    with pytest.raises(ModelFileError, match="module="):
+    with pytest.raises(ModelFileError, match="pass it as module=$"):
         GLEM.from_pretrained(tmp_path)
     torch.manual_seed(1)
     again = GLEM.from_pretrained(tmp_path, module=make())
@@ -82,6 +82,28 @@ def test_a_foreign_flow_is_adapted_and_augments(make: Callable[[], nn.Module], t
     moved, _ = GLEMAugment(again, p=1.0, seed=0)(images, labels)
     assert moved.shape == images.shape and bool((moved != images).any())
     assert SyntheticDataset(again, per_class=2, seed=0)[5][1] == 2
+
+
+def test_a_module_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None:
+    class Normed(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x + 0 * self.norm(x))
+
+    module = Normed().double()
+    model = GLEM.from_bijection(module, SHAPE)
+    assert module.norm.num_batches_tracked == 0
+    x = torch.rand(2, *SHAPE)
+    assert model.log_prob(x).dtype == torch.float64
+    model.save(tmp_path)
+    again = GLEM.from_pretrained(tmp_path, module=Normed().double())
+    assert torch.equal(again.log_prob(x), model.log_prob(x))
+    for refused in (lambda: model.flow.set_memory("reversible"), lambda: model.flow.set_autocast(torch.bfloat16)):
+        with pytest.raises(ValueError, match="leave out"):
+            refused()
 
 
 def test_what_is_no_flow_is_refused(tmp_path: Path) -> None:

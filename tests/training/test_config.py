@@ -15,7 +15,7 @@ from glem_augment.cli.common import read_table
 from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.training import TrainConfig
 from glem_augment.training.config import SETTINGS
-from glem_augment.training.methods import METHODS
+from glem_augment.training.methods import METHODS, method
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def test_defaults_follow_the_objective() -> None:
         return config.beta, config.ce_scale, config.refit_beta, config.joint, config.random_init, config.psi
 
     paper = (False, None, (0.5, 0.2, 0.05))
-    assert TrainConfig() == TrainConfig(objective="hybrid") == METHODS["hybrid-joint"].config()
+    assert TrainConfig() == TrainConfig(objective="hybrid") == method("hybrid-joint")
     assert resolved() == (0.3, 0.1, 0.0, True, (0.1, 0.0), None)
     assert resolved(beta=0.8, random_init=None, psi=(1, 1, 1)) == (0.8, 0.1, 0.0, True, None, (1.0, 1.0, 1.0))
     assert resolved(objective="hybrid", joint=False) == (0.3, 0.2, 0.3, *paper)
@@ -110,7 +110,7 @@ LEARNS = {
 def test_every_method_trains_and_learns_what_it_says(name: str, preset: str, tmp_path: Path) -> None:
     """Also on the identity flow, which has no weights."""
     options = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]) if preset == "mef_tiny" else {}
-    settings = {**METHODS[name].settings, "epochs": 1, "preset": preset, "flow_options": options, "modes_rank": 0}
+    settings = {**METHODS[name], "epochs": 1, "preset": preset, "flow_options": options, "modes_rank": 0}
     trainer = tiny_trainer(tmp_path / "run", toy_data(k=3), **settings)
     mu, s = trainer.model.gaussians.mu.clone(), trainer.model.gaussians.s.clone()
     weights = [p.clone() for p in trainer.model.flow.parameters()]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -17,9 +20,10 @@ from torch import Tensor
 from glem_augment import GLEM
 from glem_augment.errors import TrainingError
 from glem_augment.flows import MultiscaleFlow
-from glem_augment.training import Trainer, optim
+from glem_augment.training import TimeUpError, Trainer, optim
 from glem_augment.training import em as em_module
 from glem_augment.training import trainer as trainer_module
+from glem_augment.training.logs import wandb
 from glem_augment.training.optim import DivergenceError, LossGuard
 
 
@@ -166,6 +170,28 @@ def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_p
     assert all(v.isfinite().all() for v in model.state_dict().values())
     assert model.config.training["rollbacks"] == 1 and model.config.training["bad_steps"] == 2
     assert [row["epoch"] for row in rows(tmp_path) if row["kind"] == "epoch"] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_that_returns_beyond_its_start_has_time_left(tmp_path: Path) -> None:
+    with pytest.raises(TimeUpError, match="step 1 of"):
+        tiny_trainer(tmp_path, epochs=1, max_minutes=1e-9).fit()
+    trainer, left = tiny_trainer(tmp_path, resume=True, epochs=1, progress=True), []
+    until_returned(trainer, BAD["nan in the loss"], {1, 2})
+    trainer.log.callbacks.append(lambda row: left.append(trainer.bar.format_dict["left"]))
+    with pytest.warns(UserWarning, match="Returned to step 0"):
+        trainer.fit()
+    assert trainer.bar.initial == 0 and "-" not in "".join(left)
+
+
+def test_weights_and_biases_gets_the_rows_after_a_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ignores what is logged at a lower step than before, unless the step is a metric."""
+    run = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    tell = wandb(tmp_path, 0)
+    for step in (8, 4):
+        tell({"kind": "step", "step": step, "loss": 0.5})
+    run.define_metric.assert_called_once_with("*", step_metric="step")
+    assert run.log.call_args_list == [call({"step/loss": 0.5, "step": step}) for step in (8, 4)]
 
 
 def test_exploded_losses_return_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
