@@ -1,7 +1,8 @@
 """`glem demo`: the library's main job on the bundled Fashion-MNIST images, in a few minutes.
 
 The flow is measured and pictured, draws a small synthetic data set, and then augments the images that a small timm
-network is trained on. The identity control does the same along the modes of the pixels.
+network is trained on. The identity control does the same along the modes of the pixels. At the end the flow of colour
+images draws its classes, and moves the user's photographs.
 """
 
 from __future__ import annotations
@@ -9,27 +10,29 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.cli.common import open_for
+from glem_augment.cli.common import open_for, open_resized
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
-from glem_augment.evaluation.metrics import evaluate
+from glem_augment.evaluation.metrics import evaluate, moves_put_back
 from glem_augment.evaluation.preview import Section, compose, preview
 from glem_augment.evaluation.quality import NETWORK, train_network
 from glem_augment.io import atomic_write, save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-DATA = "bundled:fashion-mnist"
+DATA, COLOUR = "bundled:fashion-mnist", "bundled:cifar10"
 BATCH = 50
 
 
@@ -84,10 +87,7 @@ def run(args: argparse.Namespace) -> None:
     save_png(preview(model, test), out / "preview.png")
     synthetic = SyntheticDataset(model, per_class=size.per_class, temperature=0.8, seed=0)
     synthetic.export(out / "synthetic", progress=progress, overwrite=True)
-    cells = synthetic.images(range(len(synthetic))).unflatten(0, (-1, size.per_class))
-    drawn = f"{size.per_class} of each class from {name}, temperature 0.8, seed 0"
-    sheet = compose("Synthetic images", drawn, [Section("", cells, rows=synthetic.classes)])
-    save_png(sheet, out / "synthetic.png")
+    save_png(sheet(synthetic, name, size), out / "synthetic.png")
     say("- `preview.png`: augmentations, samples and interpolations")
     say(f"- `synthetic/`: {size.per_class} images of each class, drawn together in `synthetic.png`")
 
@@ -113,8 +113,16 @@ def run(args: argparse.Namespace) -> None:
         "do not hold. The identity arm has no such help: the same transform, along the modes of the images' pixels."
     )
 
+    say(f"\n## Colour: `{COLOUR}`\n")
+    colour = GLEM.from_pretrained(COLOUR)
+    drawn = SyntheticDataset(colour, per_class=size.per_class, temperature=0.8, source="rfcm")
+    save_png(sheet(drawn, COLOUR, size), out / "synthetic-colour.png")
+    say(f"- `synthetic-colour.png`: {size.per_class} images of each class")
+    put_back = None if args.photos is None else adapted_to(args.photos, colour, out, say, progress)
+
     seconds = round(time.monotonic() - began, 1)
     report = {"model": name, "flow": measured, "size": vars(size), "arms": arms, "quick": args.quick}
+    report["photos"] = None if put_back is None else {"folder": args.photos, "moves_put_back": put_back}
     write_json(out / "report.json", {**report, "seconds": seconds})
     with atomic_write(out / "report.md", "w") as file:
         file.write("\n".join(lines) + "\n")
@@ -127,6 +135,26 @@ def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
     per_class = max(2, count // len(model.classes))
     rows = [np.flatnonzero(data.targets == index)[:per_class] for index in np.unique(data.targets)]
     return data.subset(np.sort(np.concatenate(rows)))
+
+
+def sheet(data: SyntheticDataset, name: str, size: DemoSize) -> Image.Image:
+    """A picture of all images, one row for each class."""
+    cells = data.images(range(len(data))).unflatten(0, (-1, size.per_class))
+    drawn = f"{size.per_class} of each class from {name}, temperature {data.temperature}, seed {data.seed}"
+    return compose("Synthetic images", drawn, [Section("", cells, rows=data.classes)])
+
+
+def adapted_to(photos: str, flow: GLEM, out: Path, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
+    """Adapt the flow to photographs, draw its moves of them, and say how many would be put back; see
+    `moves_put_back`."""
+    data = open_resized(flow, photos, "train", progress=progress)
+    model = flow.adapt(data, progress=progress)
+    save_png(preview(model, data), out / "preview-photos.png")
+    found = moves_put_back(model, data)
+    say(f"- `preview-photos.png`: {COLOUR} adapted to the {len(data)} photographs in {photos}, and its moves of them")
+    share, strength = 100 * found["mixup"], found["strength"]
+    say(f"- {share:.0f} % of the mixup moves are put back; noise moves go as far as {strength:g} standard deviations")
+    return found
 
 
 # ---- the classifier ------------------------------------------------------------------------------------------------

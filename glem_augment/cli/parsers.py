@@ -51,11 +51,13 @@ def new_parser(commands: Any, name: str, description: str, examples: str, exit_c
 DEMO = """\
 Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
 then train a small timm network on 1000 images with and without GLEMAugment, with several seeds, and print both
-accuracies, whichever is higher. Needs no network and no GPU; a few minutes on 2 cores.
+accuracies, whichever is higher. Then draw images of the colour flow, and with --photos adapt it to photographs of yours
+and draw moves of them. Needs no network and no GPU; a few minutes on 2 cores.
 """
 DEMO_EXAMPLES = """\
   glem demo
   glem demo --model runs/my-flow --quick
+  glem demo --photos my-photos/
 """
 
 
@@ -64,6 +66,8 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--out", type=out_folder, default="demo-out", metavar="DIR", help="(default: demo-out)")
     flow = "a flow of Fashion-MNIST's classes (default: %(default)s)"
     parser.add_argument("--model", default="bundled:fashion-mnist", metavar="MODEL", help=flow)
+    photos = "a folder of class folders with photographs, or another name of images as for glem adapt"
+    parser.add_argument("--photos", metavar="DATA", help=photos)
     parser.add_argument("--seeds", type=whole(1), metavar="N", help="runs per arm (default: 3; 1 with --quick)")
     parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")

@@ -17,8 +17,9 @@ from model_cases import images, tiny_model
 from safetensors.torch import load_file, save_file
 
 from glem_augment import GLEM
+from glem_augment.data.pixels import to_uint8
 from glem_augment.errors import ModelFileError
-from glem_augment.model.weights import bundled_models, weights_sha256
+from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, weights_sha256
 
 BEFORE = Path(__file__).parent / "before"
 
@@ -83,9 +84,8 @@ def test_half_precision_weights_and_configs_without_optional_fields_are_read(sav
     assert model.check_invertibility(images())["within_half_step"] == 1
 
 
-@pytest.mark.parametrize("name", bundled_models())
-def test_bundled_models_classify_and_invert(name: str, bundled_test) -> None:
-    model = GLEM.from_pretrained(f"bundled:{name}")
+def test_the_flow_of_clothes_classifies_and_inverts(bundled_test) -> None:
+    model = GLEM.from_pretrained("bundled:fashion-mnist")
     x, y = bundled_test.tensor()[::8], torch.as_tensor(bundled_test.targets)[::8]
     assert (model.predict(x) == y).float().mean() > 0.85
     assert float(model.bits_per_dim(x, y).mean()) < 4
@@ -97,13 +97,28 @@ def test_bundled_models_classify_and_invert(name: str, bundled_test) -> None:
     assert model.round_trip_error(odd).amax() > 0.5 and model.double().round_trip_error(odd).amax() < 0.01
 
 
+def test_the_flow_of_colour_knows_its_own_samples() -> None:
+    model = GLEM.from_pretrained("bundled:cifar10")
+    y = torch.arange(10).repeat(3)
+    x = to_uint8(model.sample(y, 0.8, torch.Generator().manual_seed(0), "rfcm"))
+    assert (model.predict(x) == y).float().mean() > 0.7 and x.unique().numel() > 200
+    assert float(model.bits_per_dim(x, y).mean()) < 5
+    assert model.check_invertibility(x)["within_half_step"] == 1
+
+
+def test_the_bundled_flows_are_small() -> None:
+    files = [folder / WEIGHTS for name in bundled_models() if (folder := local_folder(f"bundled:{name}"))]
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == 2 and max(sizes) <= 8 * 2**20 and sum(sizes) <= 14 * 2**20
+
+
 # ---- files that do not -----------------------------------------------------------------------------------------------
 
 
 def test_missing_folders_and_files_say_what_is_there(tmp_path: Path, saved: Path) -> None:
     for name, message in (
         (tmp_path / "nowhere", "no model at"),
-        ("bundled:mnist", "no bundled model 'mnist'; bundled are: fashion-mnist"),
+        ("bundled:mnist", "no bundled model 'mnist'; bundled are: cifar10, fashion-mnist"),
         ("bundled:../../tests", "no bundled model"),
         (saved / "config.json", "is a file; give its folder"),
     ):
