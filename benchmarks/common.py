@@ -80,6 +80,7 @@ def write_results(
     rows: list[dict[str, Any]],
     tables: dict[str, list[dict[str, Any]]] | None = None,
     show: bool = True,
+    record: Any = None,
     **facts: Any,
 ) -> None:
     """Write `name.json` and `name.md` (columns in the first row's order), and print the table.
@@ -91,16 +92,17 @@ def write_results(
         rows: the results.
         tables: more of them, by heading; in the JSON under the same words.
         show: print the table too.
+        record: what the JSON holds instead of all this.
         facts: what else is worth recording, as JSON can carry it.
     """
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     command = "python " + " ".join(shlex.quote(a) for a in [str(shown), *sys.argv[1:]])
     tables = tables or {}
-    record = {"title": title, "command": command, "machine": machine(), **facts, "rows": rows, **tables}
-    write_json(folder / f"{name}.json", record)
+    info = machine()
+    whole = {"title": title, "command": command, "machine": info, **facts, "rows": rows, **tables}
+    write_json(folder / f"{name}.json", whole if record is None else record)
     lines = [f"# {title}", "", f"`{command}`", "", *_table(rows)]
-    info = record["machine"]
     lines += ["", f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; "]
     lines[-1] += ", ".join(f"{key} {value}" for key, value in info["versions"].items()) + "."
     lines += [f"{key}: {value}" for key, value in facts.items()]

@@ -32,6 +32,7 @@ from glem_augment.training.batches import augment_batch
 
 # Channels per stage of the residual networks. "resnet18" is the paper's, the others are for CPUs.
 _RESNETS = {"resnet18": (64, 128, 256, 512), "resnet18_quarter": (16, 32, 64, 128)}
+_HALF = "_half"  # after such a name: the first convolution halves the image, for a quarter of the time
 # Gani et al. 2022 (patch 4, 9 layers, width 192), and one that a CPU can train.
 _VITS: dict[str, dict[str, Any]] = {
     "vit_small": dict(patch_size=4, embed_dim=192, depth=9, num_heads=12, mlp_ratio=2.0),
@@ -116,14 +117,14 @@ def _network(arch: str, image_shape: tuple[int, ...], num_classes: int) -> nn.Mo
     channels, height, width = image_shape
     if arch in _VITS:
         return VisionTransformer(img_size=(height, width), in_chans=channels, num_classes=num_classes, **_VITS[arch])
-    widths = _RESNETS[arch]
+    widths = _RESNETS[arch.removesuffix(_HALF)]
     # timm adapts the width of what follows the stem only if the stem is a "deep" one, which the next lines replace.
     net = timm.create_model(
         "resnet18", num_classes=num_classes, in_chans=channels, channels=widths, stem_type="deep",
         stem_width=widths[0] // 2,
     )  # fmt: skip
     # Small images: a 7x7 convolution of stride 2 and a pooling would leave 8x8 of 32x32 pixels.
-    net.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+    net.conv1 = nn.Conv2d(channels, widths[0], 3, 2 if arch.endswith(_HALF) else 1, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
     return net

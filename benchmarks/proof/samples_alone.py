@@ -1,0 +1,242 @@
+"""Classifiers that never see a real image: how far do samples of a flow alone carry them?
+
+    GLEM_DATA=... python benchmarks/proof/samples_alone.py search --data fashion-mnist cifar10
+    GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data fashion-mnist cifar10 --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data cifar10 --cells "identity: rfcm T=0.8"
+
+A row is one classifier: a ResNet18 with a quarter of the channels that halves the image first, trained on 20,000 images
+drawn from the flow; the method "real" trains it for as many steps on all training images. `search` measures every tenth
+training image, which "real" then leaves out, with samples of one seed. `final` measures the test images, with new
+samples for every seed, and by default the settings that were best in `search`, one for each source and its options.
+Rows that are there are not measured again.
+
+The control is "identity": the pixels' own Gaussians, by the same code. A setting is a source of `SyntheticDataset` and
+options:
+
+    T=          temperature of the draws, 1 by default
+    rank=       modes of rfcm, or "full"; by default those that ship, and 64 of the pixels
+    min=        least posterior of a sample for its class
+    best=       the oracle's best out of so many times as many samples; it is a classifier of the real images
+    labels=     "posterior": of the flow, "oracle": of that classifier, both soft
+    x=          so many times 20,000 images, each of them shown less often
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+
+from benchmarks.common import ROOT, find_images, parser, write_results
+from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
+from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
+from glem_augment.data.dataset import images_for
+from glem_augment.evaluation import coverage, feature_fid, label_reliability, memorisation_ratio
+from glem_augment.evaluation.metrics import spread
+from glem_augment.io import write_json
+
+NAME = "samples_alone"
+FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist", "cifar10": None}
+PER_CLASS, EPOCHS = 2000, 8
+SEARCH_SEED, ORACLE_SEED, ORACLE_EPOCHS = 1000, 2000, 16
+MEASURED = 5000  # samples, for the quality of a set
+AUGMENT = {"fashion-mnist": ("crop",), "cifar10": ("flip", "crop")}  # shoes all point one way
+FLOW = "hybrid-joint"
+SEARCH = [
+    ("real", ""),
+    *(("identity", f"{source} T={t}") for source in ("gaussian", "rfcm rank=full") for t in (0.6, 0.8, 1)),
+    *((FLOW, f"{source} T={t}") for source in ("gaussian", "rfcm", "rfcm rank=full") for t in (0.7, 0.85, 1)),
+]
+
+
+class Images:
+    """The images of one data set, the flows of it, and the samples of these, which stay in `work`."""
+
+    def __init__(self, data: str, work: Path, flow: str) -> None:
+        self.name, self.work, self.flow_name = data, work / data, flow
+        self.flows: dict[tuple[str, str], GLEM] = {}
+        self.folder = find_images(NAME, data, data, FOLDERS[data])
+        self.work.mkdir(parents=True, exist_ok=True)
+        model = self.flow(FLOW)
+        self.train, self.test = (
+            images_for(model, open_data(self.folder, split, progress=False)) for split in ("train", "test")
+        )
+        val = np.arange(len(self.train)) % 10 == 9
+        self.fit, self.val = (self.train.subset(np.flatnonzero(rows)) for rows in (~val, val))
+
+    def flow(self, method: str, rank: str = "") -> GLEM:
+        """The flow that ships for these images, or the pixels' own Gaussians; `rank` as in a setting."""
+        if (method, rank) not in self.flows:
+            self.flows[method, rank] = self._flow(method, rank)
+        return self.flows[method, rank]
+
+    def _flow(self, method: str, rank: str) -> GLEM:
+        model, place = GLEM.from_pretrained(self.flow_name), self.work / f"{method} {rank}"
+        modes = 10**6 if rank == "full" else int(rank or 64)  # no more than there are dimensions
+        if method == "identity":
+            pixels = GLEM.create("identity", model.image_shape, model.classes)
+            return pixels.adapt(self.train, rank=modes, progress=False)
+        if rank and not place.is_dir():
+            model.fit_modes(self.train, modes)
+            model.save(place)
+        return GLEM.from_pretrained(place) if rank else model
+
+    def oracle(self) -> Classifier:
+        """A classifier of the real images, trained for twice as long."""
+        path = self.work / "oracle.safetensors"
+        if not path.is_file():
+            self.classifier(*labelled(self.fit), ORACLE_SEED, ORACLE_EPOCHS).save(path)
+        return Classifier.load(path)
+
+    def classifier(self, x: Tensor, y: Tensor, seed: int, epochs: int = EPOCHS) -> Classifier:
+        """A classifier that sees each 20,000 images in turn."""
+        arch, size = "resnet18_quarter_half", PER_CLASS * 10
+        g = torch.Generator().manual_seed(seed)
+        order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(-(-epochs * size // len(x)))])
+        parts = order.split(size)
+        recipe = Recipe(arch=arch, epochs=epochs, augment=AUGMENT[self.name], seed=seed)
+        return train_classifier(lambda epoch: (x[parts[epoch]], y[parts[epoch]]), 10, recipe, progress=False)
+
+    def samples(self, method: str, setting: str, seed: int) -> tuple[Tensor, Tensor]:
+        """Images uint8 [N, C, H, W], and labels int64 [N] or float32 [N, 10], as in the setting."""
+        source, *pairs = setting.split()
+        options = dict(pair.split("=") for pair in pairs)
+        labels, best, sets = options.pop("labels", "hard"), int(options.pop("best", 1)), int(options.pop("x", 1))
+        count = PER_CLASS * best * sets
+        drawn = " ".join([source, *(f"{k}={v}" for k, v in options.items())])
+        path = self.work / f"{method} {drawn} {count} {seed}.npz"
+        if not path.is_file():
+            x, z, y = self.draw(method, source, options, count, seed)
+            p = self.flow(method, options.get("rank", "")).posterior_from_latents(z)
+            with path.open("wb") as file:
+                np.savez(file, x=x.numpy(), y=y.numpy(), p=p.numpy())
+        with np.load(path) as file:
+            x, y, p = (torch.from_numpy(file[name]) for name in "xyp")
+        if best > 1:
+            score = self.oracle().run(x)[1].log_softmax(1)[torch.arange(len(y)), y]
+            kept = [rows[score[rows].argsort(descending=True)[: PER_CLASS * sets]] for rows in rows_of(y)]
+            x, y, p = (values[torch.cat(kept)] for values in (x, y, p))
+        if labels == "oracle":
+            y = self.oracle().run(x)[1].softmax(1)
+        return x, p.float() if labels == "posterior" else y
+
+    def draw(self, method: str, source: str, options: dict[str, str], n: int, seed: int) -> tuple[Tensor, ...]:
+        model = self.flow(method, options.get("rank", ""))
+        least = float(options["min"]) if "min" in options else None
+        real = self.train if source == "mixup" else None
+        drawing: dict[str, Any] = dict(per_class=n, seed=seed, temperature=float(options.get("T", 1)), source=source)
+        data = SyntheticDataset(model, real=real, min_confidence=least, **drawing)
+        return data.images(range(len(data))), data.latents(range(len(data))), torch.tensor(data.targets)
+
+    def measure(self, method: str, setting: str, seed: int, search: bool) -> dict[str, float]:
+        """Accuracies in percent, and, for the first seed of a final setting, the quality of the set."""
+        judged = self.val if search else self.test
+        real = labelled(self.fit if search else self.train)
+        x, y = real if method == "real" else self.samples(method, setting, seed)
+        found = self.classifier(x, y, seed)
+        accuracy = found.accuracy(*labelled(judged))
+        result = {"validation CNN-A" if search else "CNN-A": 100 * accuracy}
+        if search or method == "real" or seed:
+            return result
+        rows = torch.from_numpy(spread(len(x), MEASURED))
+        x, y = x[rows], self.samples(method, setting.partition(" labels=")[0], seed)[1][rows]
+        (features, logits), (reference, _) = (self.oracle().run(images) for images in (x, judged.tensor()[:MEASURED]))
+        pixels = [images.flatten(1).float() / 255 for images in (x[::2], self.train.tensor(), judged.tensor())]
+        return result | {
+            "FID": feature_fid(reference, features),
+            "Coverage": 100 * coverage(reference, features, 5)["coverage"],
+            "Label reliability": 100 * label_reliability(logits, y),
+            "Memorisation ratio": memorisation_ratio(*pixels)["ratio"],
+        }
+
+
+def labelled(images: ImageData) -> tuple[Tensor, Tensor]:
+    return images.tensor(), torch.from_numpy(images.targets)
+
+
+def rows_of(y: Tensor) -> list[Tensor]:
+    return [(y == k).nonzero()[:, 0] for k in range(10)]
+
+
+def best_settings(rows: list[dict[str, Any]], data: str) -> list[tuple[str, str]]:
+    """Of every method and source, the setting that was best on the validation images."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["data"] == data and row["metric"] == "validation CNN-A":
+            key = (row["method"], *(word for word in row["setting"].split() if not word.startswith("T=")))
+            found[key] = max(found.get(key, row), row, key=lambda r: r["value"])
+    return [(row["method"], row["setting"]) for row in found.values()]
+
+
+def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]]:
+    """One line for every setting: mean and standard deviation over seeds, and the share of the accuracy on "real"."""
+    metric = "validation CNN-A" if validation else "CNN-A"
+    table = []
+    for data in FOLDERS:
+        own = [row for row in rows if row["data"] == data]
+        values: dict[tuple[str, str], list[float]] = {}
+        for row in own:
+            if row["metric"] == metric:
+                values.setdefault((row["method"], row["setting"]), []).append(row["value"])
+        real = statistics.mean(values.get(("real", ""), [float("nan")]))
+        for (method, setting), found in values.items():
+            line = {"data": data, "method": method, "setting": setting, "seeds": len(found)}
+            line |= {metric: statistics.mean(found), "sd": statistics.stdev(found) if len(found) > 1 else None}
+            line |= {"share of real": statistics.mean(found) / real}
+            if not validation:
+                more = {r["metric"]: r["value"] for r in own if (r["method"], r["setting"]) == (method, setting)}
+                names = ("FID", "Coverage", "Label reliability", "Memorisation ratio")
+                line |= {name: more.get(name) for name in names}
+            table.append(line)
+    return table
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.set_defaults(threads=1)
+    args.add_argument("stage", choices=("search", "final"))
+    args.add_argument("--data", nargs="+", choices=FOLDERS, default=list(FOLDERS))
+    args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `final` (0 1 2)")
+    args.add_argument("--cells", nargs="+", help='"method: setting" to measure (default: see above)')
+    args.add_argument("--flow", default="bundled:{data}", help="flow of each data set (%(default)s)")
+    args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for samples (%(default)s)")
+    args = args.parse_args()
+    torch.set_num_threads(args.threads)
+    path, search = args.out / f"{NAME}.json", args.stage == "search"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for data in args.data:
+        images = Images(data, args.work, args.flow.format(data=data))
+        named = [cell.partition(":") for cell in args.cells or ()]
+        cells = [(method.strip(), setting.strip()) for method, _, setting in named] or (
+            SEARCH if search else best_settings(rows, data)
+        )
+        for seed in [SEARCH_SEED] if search else args.seeds:
+            for method, setting in cells:
+                known = {
+                    "data": data,
+                    "size": images.train.image_shape[1],
+                    "method": method,
+                    "setting": setting,
+                    "seed": seed,
+                }
+                metric = "validation CNN-A" if search else "CNN-A"
+                if any(known.items() | {("metric", metric)} <= row.items() for row in rows):
+                    continue
+                for name, value in images.measure(method, setting, seed, search).items():
+                    rows.append(known | {"metric": name, "value": value})
+                    print(*rows[-1].values(), flush=True)
+                write_json(path, rows)
+    tables = {"Settings, on held-out training images": summary(rows, True)}
+    write_results(args.out, NAME, "Classifiers trained on samples alone", summary(rows, False), tables, record=rows)
+
+
+if __name__ == "__main__":
+    main()
