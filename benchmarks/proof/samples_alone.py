@@ -81,13 +81,16 @@ class Images:
     def _flow(self, method: str, rank: str) -> GLEM:
         model, place = GLEM.from_pretrained(self.flow_name), self.work / f"{method} {rank}"
         modes = 10**6 if rank == "full" else int(rank or 64)  # no more than there are dimensions
-        if method == "identity":
-            pixels = GLEM.create("identity", model.image_shape, model.classes)
-            return pixels.adapt(self.train, rank=modes, progress=False)
-        if rank and not place.is_dir():
-            model.fit_modes(self.train, modes)
+        if method != "identity" and not rank:
+            return model
+        if not place.is_dir():
+            if method == "identity":
+                pixels = GLEM.create("identity", model.image_shape, model.classes)
+                model = pixels.adapt(self.train, rank=modes, progress=False)
+            else:
+                model.fit_modes(self.train, modes)
             model.save(place)
-        return GLEM.from_pretrained(place) if rank else model
+        return GLEM.from_pretrained(place)
 
     def oracle(self) -> Classifier:
         """A classifier of the real images, trained for twice as long."""
