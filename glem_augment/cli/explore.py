@@ -100,9 +100,8 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
             f"A move along the modes of {names[cls]}, which {fate}. Bits/dim given that class: {moved.bits[0]:.3f} "
             f"before, {moved.bits[1]:.3f} after. The largest change of a pixel is {largest:.0f} of 255."
         )
-        pictures = (image, moved.image, 0.5 + 0.5 * change / max(1.0, largest))
         bars = (dict(zip(names, row, strict=True)) for row in moved.posterior.tolist())
-        return *map(shown, pictures), facts, *bars
+        return *map(shown, (image, moved.image, 0.5 + 0.5 * change / max(1.0, largest))), facts, *bars
 
     with gr.Column(scale=1):
         inputs = image_controls(gr, explorer, "Image")
@@ -112,8 +111,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         inputs.append(gr.Radio(policies, value="sliders", label="Policy: what chooses the move"))
         inputs.append(gr.Slider(0, 2, 1, step=0.05, label="Strength", info="of mixup: twice the partner's share"))
         inputs.append(gr.Number(0, label="Seed", minimum=0, precision=0))
-        label = "Mode {}, in standard deviations"
-        inputs += [gr.Slider(-3, 3, 0, step=0.1, label=label.format(number + 1)) for number in range(modes)]
+        inputs += [gr.Slider(-3, 3, 0, step=0.1, label=f"Mode {i + 1}, in standard deviations") for i in range(modes)]
     with gr.Column(scale=2):
         with gr.Row():
             outputs = [picture(gr, label) for label in ("Original", "Moved", "Difference (grey: none)")]
@@ -180,11 +178,10 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
 
 
 def sample_controls(gr: Any, explorer: Explorer) -> list[Any]:
-    choices = [(name, index) for index, name in enumerate(explorer.model.classes)]
     sources = ["gaussian"] if explorer.model.modes is None else ["rfcm", "gaussian"]
     with gr.Column(scale=1):
         return [
-            gr.Dropdown(choices, value=0, label="Class"),
+            gr.Dropdown([(name, i) for i, name in enumerate(explorer.model.classes)], value=0, label="Class"),
             gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature", info="factor on the standard deviation"),
             gr.Radio(sources, value=sources[0], label="Source", info="rfcm: mean and covariance of real latents"),
             gr.Number(0, label="Seed", minimum=0, precision=0),
@@ -199,8 +196,7 @@ def image_controls(gr: Any, explorer: Explorer, name: str, value: int = 0) -> li
 
 
 def picture(gr: Any, label: str) -> Any:
-    # Gradio's share button would send the picture to the Hub.
-    buttons = ["download", "fullscreen"]
+    buttons = ["download", "fullscreen"]  # and not "share", which would send the picture to the Hub
     return gr.Image(label=label, alt_text=label, format="png", type="pil", interactive=False, buttons=buttons)
 
 
@@ -217,8 +213,7 @@ def told(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except (GLEMError, ValueError, TypeError, OSError) as error:
-            sentence = html.escape(" ".join(str(error).split()), quote=False)
-            raise gr.Error(sentence, print_exception=False) from None
+            raise gr.Error(html.escape(" ".join(str(error).split()), quote=False), print_exception=False) from None
 
     return call
 
