@@ -12,18 +12,7 @@ from importlib import import_module
 
 from glem_augment import __version__
 from glem_augment.cli.arguments import Parser
-from glem_augment.cli.parsers import (
-    add_adapt,
-    add_demo,
-    add_evaluate,
-    add_explore,
-    add_generate,
-    add_info,
-    add_list,
-    add_preview,
-    add_push,
-)
-from glem_augment.cli.settings import add_train
+from glem_augment.cli.parsers import add_commands
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
@@ -58,10 +47,7 @@ def build_parser() -> Parser:
     """The parser of `glem`. Nothing that it imports imports torch, so that `--help` answers at once."""
     parser = Parser(prog="glem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    adders = (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_explore, add_info, add_list)
-    for add in (*adders, add_push):
-        add(commands)
+    add_commands(parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands"))
     return parser
 
 
@@ -103,19 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
-    except MemoryError as error:
-        return _no_memory(error)
     except (GLEMError, ValueError, TypeError, OSError) as error:
         return _fail(_one_line(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError is compared by name, since torch may not be imported. On a CPU torch has no such class.
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError") and "allocate memory" not in str(error):
             raise
-        return _no_memory(error)
-
-
-def _no_memory(error: BaseException) -> int:
-    return _fail(f"out of memory ({_one_line(error)}); lower --batch-size, or take a smaller flow or smaller images")
+        reason = _one_line(error)
+        return _fail(f"out of memory ({reason}); lower --batch-size, or take a smaller flow or smaller images")
 
 
 def _fail(message: str) -> int:

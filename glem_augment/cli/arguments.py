@@ -5,23 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from glem_augment.checks import closest
 from glem_augment.errors import GLEMError
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and examples."""
-
-    def __init__(self, prog: str) -> None:
-        columns = max(60, shutil.get_terminal_size().columns - 2)
-        super().__init__(prog, max_help_position=32, width=min(110, columns))
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         # An abbreviation that works today would change its meaning with the next option.
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+        formatter = argparse.RawDescriptionHelpFormatter  # it keeps the line breaks of descriptions and examples
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         # argparse would first name the options that are missing because of the slip. Those after a command are its own.
@@ -47,6 +41,32 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise GLEMError(f"{message} (see {self.prog} --help)")
+
+
+# The function of a command, as module.function of this folder, and its line in the overview.
+COMMANDS = {
+    "demo": ("demo.run", "the whole job on bundled images, in minutes"),
+    "train": ("train.run", "fit a flow to your images"),
+    "adapt": ("commands.adapt", "serve your classes with a flow trained on others"),
+    "eval": ("commands.evaluate", "accuracy, bits/dim, calibration and round trip, as JSON"),
+    "generate": ("commands.generate", "draw a synthetic data set from a flow"),
+    "preview": ("commands.preview", "a picture of augmentations, samples, interpolations"),
+    "explore": ("explore.run", "a page on this machine: samples, moves, lines, surprising images"),
+    "info": ("commands.info", "what a model is and how it was trained"),
+    "list": ("commands.list_flows", "the flows that ship, and those on the Hugging Face Hub"),
+    "push": ("commands.push", "upload a flow to the Hugging Face Hub"),
+}
+EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
+
+
+def new_parser(commands: Any, name: str, description: str, examples: str, exit_codes: str = EXIT_CODES) -> Parser:
+    """The parser of one command."""
+    run, summary = COMMANDS[name]
+    epilog = f"examples:\n{examples}\n{exit_codes}"
+    parser: Parser = commands.add_parser(name, help=summary, description=description, epilog=epilog)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+    return parser
 
 
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
@@ -70,7 +90,7 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **opti
 def add_class_map(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--class-map",
-        type=lambda text: text if text == "order" else in_file(text),
+        type=lambda text: text if text == "order" else table(text, as_text=True),
         metavar="FILE|order",
         help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
         "(default: by id or name)",
@@ -113,11 +133,26 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
 
 
 def in_file(text: str) -> Path:
-    """An argparse type: the path of a file to read."""
+    """An argparse type: the path of a file."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text}: there is no home folder of that user") from None
+
+
+def table(text: str, as_text: bool = False) -> dict[str, Any]:
+    """An argparse type: the table in a YAML or JSON file (JSON is YAML), with keys and values `as_text` on request.
+
+    Names of classes are text, since a class may be called 010, no or null.
+    """
+    try:
+        content = in_file(text).read_text(encoding="utf-8")
+        found = yaml.load(content, yaml.BaseLoader if as_text else yaml.SafeLoader)  # noqa: S506  (both are safe)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be read as YAML or JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} must hold a table (key: value), got {type(found).__name__}")
+    return found
 
 
 def out_path(text: str, folder: bool = False) -> Path:
@@ -141,14 +176,15 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
 
 
 def per_class(text: str) -> Any:
-    """An argparse type: a number, `balance`, `A=N,B=M`, or the path of a table."""
+    """An argparse type: a number, `balance`, or a table, as `A=N,B=M` or in a file."""
     if text == "balance":
         return text
     if Path(text).suffix in (".yaml", ".yml", ".json"):
-        return in_file(text)
+        counts = table(text, as_text=True)
+        return {name: int(n) if str(n).strip().isdecimal() else n for name, n in counts.items()}
     if "=" not in text:
         return whole(1)(text)
-    counts: dict[str, int] = {}
+    counts = {}
     for entry in text.split(","):
         name, _, count = entry.rpartition("=")
         if not name.strip():

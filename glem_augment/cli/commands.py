@@ -5,23 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.checks import POLICIES
-from glem_augment.cli.common import (
-    finite,
-    load_model,
-    note,
-    open_for,
-    open_resized,
-    print_json,
-    read_class_map,
-    read_table,
-)
+from glem_augment.cli.common import finite, load_model, note, open_for, open_resized, print_json
 from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.sources import without_splits
@@ -35,7 +25,6 @@ from glem_augment.hub.upload import upload, write_repository, write_space
 from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, local_folder, read_config
-from glem_augment.synthetic.balance import PerClass
 from glem_augment.synthetic.dataset import SyntheticDataset
 from glem_augment.synthetic.export import check_folder
 from glem_augment.synthetic.publish import check_shards_folder
@@ -74,13 +63,12 @@ def adapt(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    class_map = read_class_map(args.class_map)
     model = load_model(args)
     whole_folder = without_splits(args.data)
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
-    data = open_for(model, args.data, args.split or "test", class_map, **reading)
+    data = open_for(model, args.data, args.split or "test", args.class_map, **reading)
     if whole_folder and data.name == model.config.training.get("data"):
         note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
     if args.limit is not None and args.limit < len(data):
@@ -115,19 +103,17 @@ def generate(args: argparse.Namespace) -> None:
     _check_together(args)
     # A folder that cannot be used is refused before any work.
     (check_shards_folder if args.format == "webdataset" else check_folder)(args.out)
-    wanted: PerClass = read_counts(args.per_class) if isinstance(args.per_class, Path) else args.per_class
-    class_map = read_class_map(args.class_map)
     model = load_model(args)
     progress = is_primary() and not args.quiet
     real = None
     if args.real is not None:
         data = open_resized(model, args.real, args.split or "train", progress=progress)
-        match = match_classes(model, data, class_map)
+        match = match_classes(model, data, args.class_map)
         names, ids = ([values[i] for i in match] for values in (model.classes, model.class_ids))
         real = data.with_targets(data.targets, names, ids)
     given = ("temperature", "modes", "alpha", "min_confidence")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    dataset = SyntheticDataset(model, wanted, seed=args.seed, source=args.source, real=real, **options)
+    dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, real=real, **options)
     began = time.monotonic()
     unseen = None
     if args.report is not None and is_primary() and not without_splits(args.real):
@@ -180,19 +166,12 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
 
 
-def read_counts(path: Path) -> dict[str, Any]:
-    """The table from class names to whole numbers in a file. Names are text, since a class may be called 010 or no."""
-    table = read_table(path, "--per-class", yaml.BaseLoader)
-    return {key: int(value) if str(value).strip().isdecimal() else value for key, value in table.items()}
-
-
 def preview(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
-    class_map = read_class_map(args.class_map)
     model = load_model(args)
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
-    data = open_for(model, args.data, args.split, class_map, **reading)
+    data = open_for(model, args.data, args.split, args.class_map, **reading)
     policies = POLICIES if args.policy == "all" else (args.policy,)
     picture = draw_preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
     save_png(picture, args.out)
@@ -254,20 +233,19 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    names = ("license", "license_name", "license_link", "datasets")
-    facts: dict[str, Any] = {name: getattr(args, name) for name in names}
-    facts["metrics"] = [read_table(path, "--metrics") for path in args.metrics]
+    facts = CardFacts(args.license, args.license_name, args.license_link, args.datasets, args.metrics)
     model = GLEM.from_pretrained(args.model)
     if args.space and (args.metrics or args.no_samples or model.origin is None or model.jet is not None):
         raise ValueError("--space takes a MODEL by its name on the Hub (push it first), no --metrics, no --no-samples")
     writer = write_space if args.space else partial(write_repository, samples=not args.no_samples)
-    write = partial(writer, model, CardFacts(**facts))
+    write = partial(writer, model, facts)
     if args.dry_run is not None:
         if args.dry_run.exists() and any(args.dry_run.iterdir()):
             raise FileExistsError(f"{args.dry_run} is not empty: give a new folder, so that nothing is lost")
-        files = write(args.repo, args.dry_run)
+        write(args.repo, args.dry_run)
         note("nothing was uploaded")
-        print_json({"repo": args.repo, "files": {name: path.stat().st_size for name, path in files.items()}})
+        files = {path.name: path.stat().st_size for path in sorted(args.dry_run.iterdir())}
+        print_json({"repo": args.repo, "files": files})
         return
     target = {"private": args.private or None, "revision": args.revision, "commit_message": args.message}
     commit = upload(args.repo, "space" if args.space else "model", write, **target)

@@ -7,11 +7,9 @@ import math
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 
 from glem_augment import distributed
 from glem_augment.data.classes import ClassMap, match_classes
@@ -62,25 +60,6 @@ def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **o
     data = open_resized(model, spec, split, **options)
     match = match_classes(model, data, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids)
-
-
-def read_class_map(value: Path | Literal["order"] | None) -> ClassMap:
-    """The value of --class-map: None, "order", or the table in a file."""
-    return read_table(value, "--class-map", yaml.BaseLoader) if isinstance(value, Path) else value
-
-
-def read_table(path: Path, option: str, loader: type = yaml.SafeLoader) -> dict[str, Any]:
-    """The table in a YAML or JSON file; JSON is YAML. A ValueError names the option that gave the file.
-
-    `yaml.BaseLoader` reads everything as text, since a class may be called 010, no or null.
-    """
-    try:
-        table = yaml.load(path.read_text(encoding="utf-8"), loader)  # noqa: S506  (both loaders are safe)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option}: {path} can't be read as YAML or JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{option}: {path} must hold a table (key: value), got {type(table).__name__}")
-    return table
 
 
 def print_json(obj: dict[str, Any]) -> None:

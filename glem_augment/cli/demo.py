@@ -11,7 +11,8 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.cli.common import open_for, open_resized
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
-from glem_augment.evaluation.metrics import evaluate, moves_put_back
+from glem_augment.evaluation.metrics import evaluate, moves_put_back, spread
 from glem_augment.evaluation.preview import Section, compose, preview
 from glem_augment.evaluation.quality import NETWORK, train_network
-from glem_augment.io import atomic_write, save_png, write_json
+from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
@@ -52,24 +53,19 @@ QUICK = DemoSize(seeds=1, epochs=2, views=1, per_class=2, images=100)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report, and write report.md, report.json, preview.png, synthetic/ and synthetic.png."""
+    """Print the report, and write report.json, preview.png, synthetic/ and synthetic.png."""
     # Flow and network are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
-    base = QUICK if args.quick else DemoSize()
-    size = replace(base, seeds=args.seeds or base.seeds, epochs=args.epochs or base.epochs)
+    size = QUICK if args.quick else DemoSize()
     out, name, progress = args.out, args.model, not args.quiet
     began = time.monotonic()
     model = GLEM.from_pretrained(name)
-    train, test = (bundled_images(model, split, size.images) for split in ("train", "test"))
+    train, test = (open_for(model, DATA, split, progress=progress) for split in ("train", "test"))
+    train, test = (data.subset(spread(len(data), size.images)) for data in (train, test))
     if model.modes is None:
         raise DataError(f"{name} has no class modes; train it with --modes-rank above 0")
     out.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-
-    def say(text: str) -> None:
-        lines.append(text)
-        print(text, flush=True)
-
+    say = partial(print, flush=True)
     say(f"# glem demo\n\n## The flow on {len(test)} bundled test images\n\n`{model!r}`\n")
     if args.quick:
         say("**A quick run: these numbers mean little.**\n")
@@ -103,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
     )
     for arm, result in arms.items():
         each = ", ".join(f"{100 * value:.1f}" for value in result["accuracies"])
-        spread = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
-        say(f"- {arm}: {100 * result['mean']:.2f}{spread} % ({each})")
+        deviation = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
+        say(f"- {arm}: {100 * result['mean']:.2f}{deviation} % ({each})")
     trained_on = model.config.training.get("images", "an unknown number")
     say(
         f"\n{verdict(arms)}\n\n"
@@ -124,17 +120,7 @@ def run(args: argparse.Namespace) -> None:
     report = {"model": name, "flow": measured, "size": vars(size), "arms": arms, "quick": args.quick}
     report["photos"] = None if put_back is None else {"folder": args.photos, "moves_put_back": put_back}
     write_json(out / "report.json", {**report, "seconds": seconds})
-    with atomic_write(out / "report.md", "w") as file:
-        file.write("\n".join(lines) + "\n")
-    print(f"\nDone in {seconds:.0f} s; this report is in {out / 'report.md'}", flush=True)
-
-
-def bundled_images(model: GLEM, split: str, count: int) -> ImageData:
-    """About `count` bundled images, evenly over the classes, with the flow's class indices as labels."""
-    data = open_for(model, DATA, split)
-    per_class = max(2, count // len(model.classes))
-    rows = [np.flatnonzero(data.targets == index)[:per_class] for index in np.unique(data.targets)]
-    return data.subset(np.sort(np.concatenate(rows)))
+    say(f"\nDone in {seconds:.0f} s; the numbers are in {out / 'report.json'}")
 
 
 def sheet(data: SyntheticDataset, name: str, size: DemoSize) -> Image.Image:
@@ -166,15 +152,17 @@ def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize, prog
     smallest = int(np.unique(train.targets, return_counts=True)[1].min())
     rank = min(model.modes.rank if model.modes is not None else 1, smallest - 1)
     identity.fit_modes(train, rank=rank)
-    pools: dict[str, Tensor | None] = {"no augmentation": None}
+    originals = train.tensor()[None]
+    pools = {"no augmentation": originals}
     for name, source in (("GLEMAugment", model), ("identity control", identity)):
         aug = GLEMAugment(source.eval(), p=1.0, modes=rank, seed=0)
-        pools[name] = augmented_copies(aug, train, size.views, f"{name}: augmenting", progress)
+        copies = augmented_copies(aug, train, size.views, f"{name}: augmenting", progress)
+        pools[name] = torch.cat([originals, copies])
     found: dict[str, list[float]] = {name: [] for name in pools}
     with tqdm(total=len(pools) * size.seeds * size.epochs, unit="epoch", desc="training", disable=not progress) as bar:
         for seed in range(size.seeds):
             for name, pool in pools.items():
-                found[name].append(train_classifier(train, test, pool, seed, size, bar))
+                found[name].append(train_classifier(pool, train, test, seed, size, bar))
     return {
         name: {
             "accuracies": values,
@@ -202,37 +190,33 @@ def augmented_copies(aug: GLEMAugment, data: ImageData, views: int, desc: str, p
     return out
 
 
-def train_classifier(
-    train: ImageData, test: ImageData, pool: Tensor | None, seed: int, size: DemoSize, bar: tqdm
-) -> float:
+def train_classifier(pool: Tensor, train: ImageData, test: ImageData, seed: int, size: DemoSize, bar: tqdm) -> float:
     """Train one network from scratch, and return its accuracy on `test` after the last step.
 
-    `pool` holds the augmented copies, see `augmented_copies`. No other augmentation is used, in any arm.
+    `pool` holds the training images, and behind them the copies of all, if any: uint8 [1 + views, N, C, H, W]. No other
+    augmentation is used, in any arm.
     """
-    x, y = normalised(train.tensor()), torch.from_numpy(train.targets)
-    copies = x[None] if pool is None else normalised(pool)
+    x, y = normalised(pool), torch.from_numpy(train.targets)
     batch = min(BATCH, len(train))
-    steps = size.epochs * (len(train) // batch)
-    views = 0 if pool is None else len(pool)
+    steps_per_epoch = len(train) // batch
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for step, (rows, view) in enumerate(epoch_batches(len(train), batch, seed, size, views), 1):
-            yield torch.where((view >= 0)[:, None, None, None], copies[view.clamp_min(0), rows], x[rows]), y[rows]
-            bar.update(step % (len(train) // batch) == 0)
+        for step, (rows, view) in enumerate(epoch_batches(len(train), batch, seed, size, len(pool)), 1):
+            yield x[view, rows], y[rows]
+            bar.update(step % steps_per_epoch == 0)
 
-    network = train_network(batches(), steps, train.image_shape[0], len(train.classes), seed)
+    network = train_network(batches(), size.epochs * steps_per_epoch, train.image_shape[0], len(train.classes), seed)
     with torch.no_grad():
         predicted = torch.cat([network(part).argmax(1) for part in normalised(test.tensor()).split(250)])
     return float((predicted == torch.from_numpy(test.targets)).float().mean())
 
 
 def epoch_batches(count: int, batch: int, seed: int, size: DemoSize, views: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows, and the copy that stands for each (-1: the original). The rows depend on the seed, not on the arm."""
+    """Rows, and which of `views` views stands for each (0: the original). The rows depend on the seed alone."""
     for epoch in range(size.epochs):
         rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(count)
-        replaced = rng.random(count) < (size.p if views else 0)
-        view = np.where(replaced, rng.integers(0, max(1, views), count), -1)
+        order, replaced = rng.permutation(count), rng.random(count) < size.p
+        view = np.where(replaced, rng.integers(min(1, views - 1), views, count), 0)
         for start in range(0, count - batch + 1, batch):
             yield torch.from_numpy(order[start : start + batch]), torch.from_numpy(view[start : start + batch])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from glem_augment.checks import POLICIES
-from glem_augment.cli.common import load_model, note, open_for, read_class_map
+from glem_augment.cli.common import load_model, note, open_for
 from glem_augment.data.sources import without_splits
 from glem_augment.errors import GLEMError
 from glem_augment.evaluation.explorer import LONGEST, Explorer, drawn
@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> None:
             import gradio as gr
         except ImportError:
             raise GLEMError("glem explore needs Gradio: pip install 'glem-augment[explore]'") from None
-        model, class_map = load_model(args), read_class_map(args.class_map)
+        model = load_model(args)
         sets = [] if real else [drawn(model, args.limit)]
         splits = [split] if split == "train" or without_splits(name) else [split, "train"]
         for each in splits if real else []:
-            data = open_for(model, name, each, class_map, skip_bad=args.skip_bad, progress=not args.quiet)
+            data = open_for(model, name, each, args.class_map, skip_bad=args.skip_bad, progress=not args.quiet)
             sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
         page = build_page(gr, Explorer(model, sets, progress=not args.quiet), real)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts

@@ -7,46 +7,21 @@ from typing import Any
 from glem_augment.checks import DEFAULT_MODES, FORMATS, POLICIES, SOURCES
 from glem_augment.cli.arguments import (
     DATA_HELP,
-    Parser,
     add_class_map,
     add_data,
     add_machine,
     add_model,
     add_out,
     add_seed,
-    in_file,
+    new_parser,
     number,
     out_folder,
     out_path,
     per_class,
+    table,
     whole,
 )
-
-# The function of a command, as module.function of this folder, and its line in the overview.
-COMMANDS = {
-    "demo": ("demo.run", "the whole job on bundled images, in minutes"),
-    "train": ("train.run", "fit a flow to your images"),
-    "adapt": ("commands.adapt", "serve your classes with a flow trained on others"),
-    "eval": ("commands.evaluate", "accuracy, bits/dim, calibration and round trip, as JSON"),
-    "generate": ("commands.generate", "draw a synthetic data set from a flow"),
-    "preview": ("commands.preview", "a picture of augmentations, samples, interpolations"),
-    "explore": ("explore.run", "a page on this machine: samples, moves, lines, surprising images"),
-    "info": ("commands.info", "what a model is and how it was trained"),
-    "list": ("commands.list_flows", "the flows that ship, and those on the Hugging Face Hub"),
-    "push": ("commands.push", "upload a flow to the Hugging Face Hub"),
-}
-EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
-
-
-def new_parser(commands: Any, name: str, description: str, examples: str, exit_codes: str = EXIT_CODES) -> Parser:
-    """The parser of one command."""
-    run, summary = COMMANDS[name]
-    epilog = f"examples:\n{examples}\n{exit_codes}"
-    parser: Parser = commands.add_parser(name, help=summary, description=description, epilog=epilog)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=run)
-    return parser
-
+from glem_augment.cli.settings import add_train
 
 DEMO = """\
 Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
@@ -68,8 +43,6 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--model", default="bundled:fashion-mnist", metavar="MODEL", help=flow)
     photos = "a folder of class folders with photographs, or another name of images as for glem adapt"
     parser.add_argument("--photos", metavar="DATA", help=photos)
-    parser.add_argument("--seeds", type=whole(1), metavar="N", help="runs per arm (default: 3; 1 with --quick)")
-    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of each run (default: 40; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
 
 
@@ -319,7 +292,14 @@ def add_push(commands: Any) -> None:
     datasets = "training data on the Hub; repeatable"
     card.add_argument("--dataset", dest="datasets", metavar="ID", help=datasets, **several)
     metrics = "written by glem eval --out; repeatable"
-    card.add_argument("--metrics", type=in_file, metavar="FILE", help=metrics, **several)
+    card.add_argument("--metrics", type=table, metavar="FILE", help=metrics, **several)
     card.add_argument("--no-samples", action="store_true", help="no picture of samples")
     dry = "write what would be uploaded to DIR, and upload nothing"
     parser.add_argument("--dry-run", type=out_folder, metavar="DIR", help=dry)
+
+
+def add_commands(commands: Any) -> None:
+    """All commands, in the order of the overview."""
+    adders = (add_demo, add_train, add_adapt, add_evaluate, add_generate, add_preview, add_explore, add_info, add_list)
+    for add in (*adders, add_push):
+        add(commands)

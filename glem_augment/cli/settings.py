@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from glem_augment.cli.arguments import DATA_HELP, add_device, add_out, in_file, number, whole
-from glem_augment.cli.parsers import new_parser
+from glem_augment.cli.arguments import DATA_HELP, add_device, add_out, new_parser, number, table, whole
 from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
 from glem_augment.training.methods import METHODS
 
@@ -51,57 +50,50 @@ def add_train(commands: Any) -> None:
     )
     parser.add_argument(
         "--config",
-        type=in_file,
+        type=table,
         metavar="FILE",
         help="settings of the flow and its training from a YAML or JSON file: the names from --preset on, with _ for - "
         "(--flow is flow_options); flags win",
     )
+    add_device(parser)
+    parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
     parser.add_argument(
         "--init",
         metavar="MODEL",
-        default=argparse.SUPPRESS,
         help="start from this model's flow (fine-tuning) in place of a new one; images are resized and converted to "
         "its own, and bits and psi are its own where none are given",
     )
     parser.add_argument(
         "--method",
         choices=tuple(METHODS),
-        default=argparse.SUPPRESS,
         help="settings of a published method, under all others that are given (docs/reproduction.md describes each; "
         "glem is the paper's; default: hybrid-joint, this library's)",
     )
     parser.add_argument(
         "--log-to",
         choices=("tensorboard", "wandb"),
-        default=argparse.SUPPRESS,
         help="send the rows of metrics.jsonl there as well: to DIR/tensorboard, or to the W&B project WANDB_PROJECT",
     )
-    add_device(parser)
     view = parser.add_argument_group("images")
-    view.add_argument("--split", default=argparse.SUPPRESS, help="of the data (default: train)")
+    view.add_argument("--split", help="of the data (default: train)")
     view.add_argument(
         "--image-size",
         nargs="+",
         type=whole(1),
         metavar="N",
-        default=argparse.SUPPRESS,
         help="height and width in pixels, or one number for both; images are resized, then cropped at the centre "
         "(default: the size that they share)",
     )
-    view.add_argument(
-        "--channels", type=int, choices=(1, 3), default=argparse.SUPPRESS, help="grey or RGB (default: what they are)"
-    )
+    view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: what they are)")
     view.add_argument(
         "--unlabelled",
         action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
         help="DATA has no classes: all images below the folder, however nested, train by likelihood alone; glem adapt "
         "gives the flow classes (default: classes)",
     )
     view.add_argument(
         "--skip-bad",
         action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
         help="leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)",
     )
     add_settings(parser)

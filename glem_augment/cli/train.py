@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glem_augment import __version__
-from glem_augment.cli.common import note, pick_device, read_table
+from glem_augment.cli.common import note, pick_device
 from glem_augment.cli.settings import checked, given
 from glem_augment.data.dataset import ImageData, open_data
 from glem_augment.distributed import is_primary, world_size
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     device, out = pick_device(args), args.out
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
-        settings = _over(checked(read_table(args.config, "--config"), str(args.config)), settings)
+        settings = _over(checked(args.config, "--config"), settings)
     if args.resume and not has_checkpoint(out):
         # A run can be killed before its first checkpoint. Whoever restarts it cannot know.
         note(f"glem: no checkpoint in {out}; starting from the beginning")

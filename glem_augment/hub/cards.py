@@ -20,9 +20,6 @@ from glem_augment.hub.files import LIBRARY, PREFIX, parse_name
 from glem_augment.model.config import GLEMConfig, licence_id
 from glem_augment.model.glem import GLEM
 
-__all__ = ["SAMPLES", "CardFacts", "data_name", "escape", "licence_of", "model_card", "records", "summary"]
-__all__ += ["trained_on"]
-
 SAMPLES = "samples.png"
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
 # "image-classification" would promise the Hub's widgets a classifier that they can run.

@@ -12,8 +12,6 @@ from huggingface_hub import errors as client
 
 from glem_augment.errors import GLEMError, HubError
 
-__all__ = ["LIBRARY", "PREFIX", "HubName", "hub_errors", "parse_name"]
-
 LIBRARY, PREFIX = "glem-augment", "hf-hub:"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 

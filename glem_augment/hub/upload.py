@@ -23,8 +23,6 @@ from glem_augment.io import atomic_write
 from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 
-__all__ = ["CARD", "push_to_hub", "upload", "write_card", "write_repository", "write_space"]
-
 CARD = "README.md"
 # A card with this line was generated and is replaced by the next push. One without it was edited by somebody.
 _GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
@@ -76,10 +74,8 @@ def push_to_hub(
     return upload(repo_id, "model", partial(write_repository, model, facts, samples=samples), **target)
 
 
-def write_repository(
-    model: GLEM, facts: CardFacts, repo_id: str, folder: Path, samples: bool = True
-) -> dict[str, Path]:
-    """Write what a push would upload to an empty folder; see `push_to_hub`. Returns names and paths of the files."""
+def write_repository(model: GLEM, facts: CardFacts, repo_id: str, folder: Path, samples: bool = True) -> None:
+    """Write what a push would upload to an empty folder; see `push_to_hub`."""
     for record in records(model.config.training):
         if str(Path.home()) in str(record.get("data")):
             _log.warning("config.json names the folder of the training images, %s, and is uploaded", record["data"])
@@ -89,10 +85,9 @@ def write_repository(
     if samples:
         _draw_samples(model, folder / SAMPLES)
     write_card(card, folder)
-    return {path.name: path for path in sorted(folder.iterdir())}
 
 
-def write_space(model: GLEM, facts: CardFacts, repo_id: str, folder: Path) -> dict[str, Path]:
+def write_space(model: GLEM, facts: CardFacts, repo_id: str, folder: Path) -> None:
     """Write a Space to an empty folder: the page of `glem explore` for a model that came from the Hub."""
     facts = replace(facts, license=facts.license or licence_id(model.config.training.get("license")))
     about: dict[str, Any] = {"models": [str(model.origin).partition("@")[0]], "datasets": list(facts.datasets) or None}
@@ -102,7 +97,6 @@ def write_space(model: GLEM, facts: CardFacts, repo_id: str, folder: Path) -> di
     write_card(SpaceCard(f"---\n{metadata}\n---\n\n{text}\n"), folder)
     (folder / "app.py").write_text(_APP.format(model.origin), encoding="utf-8")
     (folder / "requirements.txt").write_text(f"{LIBRARY}[explore]=={__version__}\n", encoding="utf-8")
-    return {path.name: path for path in sorted(folder.iterdir())}
 
 
 def _draw_samples(model: GLEM, path: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
+from torchvision.transforms.functional import to_pil_image
 
 from glem_augment.checks import check_number
 from glem_augment.data.classes import ClassMap, match_classes, of_hugging_face
 from glem_augment.data.dataset import ImageData, LabelledImages, open_data
 from glem_augment.data.sources import open_source
 from glem_augment.errors import DataError
-from glem_augment.synthetic.dataset import SyntheticDataset, to_pil
+from glem_augment.synthetic.dataset import SyntheticDataset
 
 
 class RealAndSynthetic(Dataset):
@@ -116,7 +117,7 @@ class RealAndSynthetic(Dataset):
         drawn, as_tensors = self.synthetic, isinstance(_innermost(self.real), ImageData)
         if isinstance(drawn, ImageData):
             images = drawn.subset(indices).tensor()
-            pictures = images if as_tensors else to_pil(images)
+            pictures: Iterable[Any] = images if as_tensors else map(to_pil_image, images)
         elif as_tensors and drawn.transform is None:
             return drawn.images(indices)
         else:

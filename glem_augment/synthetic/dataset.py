@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from glem_augment.checks import FORMATS, Format, Source, check_choice, check_number, check_whole
@@ -125,8 +126,8 @@ class SyntheticDataset(Dataset):
     def pictures(self, indices: Sequence[int]) -> list[Any]:
         """The images of several items, after the transform. See `__getitem__`."""
         self._check_pil()
-        pictures = to_pil(self.images(indices))
-        return pictures if self.transform is None else [self.transform(picture) for picture in pictures]
+        pictures = map(to_pil_image, self.images(indices))
+        return [picture if self.transform is None else self.transform(picture) for picture in pictures]
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images of several items, uint8 [n, C, H, W] on the CPU, any number of channels."""
@@ -237,8 +238,9 @@ class SyntheticDataset(Dataset):
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
             OSError: if the disk is full or cannot be written, naming the path.
         """
+        from glem_augment.hub.cards import CardFacts  # it loads the Hub's client
         from glem_augment.synthetic.export import ALONE, Ranks, export_imagefolder, warn_of_numbers
-        from glem_augment.synthetic.publish import CardFacts, export_shards  # both modules import this one
+        from glem_augment.synthetic.publish import export_shards  # both modules import this one
 
         check_choice("format", format, FORMATS)
         folder = expand(folder)
@@ -364,7 +366,8 @@ class SyntheticStream(IterableDataset):
         # Each place is used once over all blocks and epochs; 2^40 images are enough for an epoch.
         within = epoch * 2**40 + number * self.block + np.arange(self.block)
         drawn = self.sampler.images(y[:count], within[:count])
-        for picture, label in zip(to_pil(drawn.images), y[:count].tolist(), strict=True):
+        for image, label in zip(drawn.images, y[:count].tolist(), strict=True):
+            picture = to_pil_image(image)
             yield (
                 picture if self.transform is None else self.transform(picture),
                 label if self.target_transform is None else self.target_transform(label),
@@ -376,12 +379,6 @@ class SyntheticStream(IterableDataset):
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, rather than forked, is not part of the process group.
         return self.__dict__ | {"_sender": self._ranks()}
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Uint8 tensors [n, 1 or 3, H, W] on the CPU as PIL images, mode "L" or "RGB"."""
-    rows = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return [Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in rows]
 
 
 def _rates(items: float, candidates: float, failed: float, confidence: float) -> dict[str, Any]:

@@ -302,9 +302,7 @@ def stated_licence(licence: str | None, dataset: SyntheticDataset) -> str | None
 
 def licence_note(licence: str | None, dataset: SyntheticDataset) -> str:
     """The licence for the provenance, or a note that it is not known."""
-    mixed = ", and of the real images that were mixed" if dataset.source == "mixup" else ""
-    unknown = f"not stated; samples inherit the licence of the images that the flow was trained on{mixed}"
-    return stated_licence(licence, dataset) or unknown
+    return stated_licence(licence, dataset) or "not stated; samples inherit the licence of the real images"
 
 
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -124,13 +124,15 @@ def test_the_code_of_a_page_runs(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_page_exist(page: Path) -> None:
+def test_the_commands_of_a_page_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
     for argv in commands(page):
         if argv[0] == "make":
             assert argv[1] in targets, argv
         elif argv[0] == "glem":
-            assert build_parser().parse_args(argv[1:]).run
+            with monkeypatch.context() as patch:  # tables in files are read at once
+                patch.setattr(Path, "read_text", lambda *_, **__: "{}")
+                assert build_parser().parse_args(argv[1:]).run
         elif argv[0] == "python":
             source = (ROOT / argv[1]).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
             for option in argv[2:]:

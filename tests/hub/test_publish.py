@@ -134,7 +134,7 @@ def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> No
     assert "None is a photograph" not in cards[1]
     assert "each is a real image, moved" in cards[1] and "derive from real images (photos) and from" in cards[1]
     note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
-    assert "and of the real images that were mixed" in note
+    assert "not stated; samples inherit" in note
 
 
 # ---- shards in a folder ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_training import rows, tiny_trainer, toy_data
 
-from glem_augment.cli.common import read_table
+from glem_augment.cli.arguments import table
 from glem_augment.cli.settings import add_settings, checked, given
 from glem_augment.training import TrainConfig
 from glem_augment.training.config import SETTINGS
@@ -92,7 +92,7 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
 
 def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:
     for path in sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml")):
-        recipe = checked(read_table(path, "--config"), str(path))
+        recipe = checked(table(str(path)), str(path))
         assert TrainConfig(**recipe).joint == ("m_steps" not in recipe), path.name
 
 
