@@ -130,7 +130,7 @@ def generate(args: argparse.Namespace) -> None:
         "images": len(dataset),
         "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.label_order if dataset.counts[i]},
         "model": args.model,
-        "source": args.source,
+        "source": dataset.source,
         "temperature": None if args.source == "mixup" else dataset.temperature,
         "seed": args.seed,
         "real": args.real,

@@ -127,7 +127,7 @@ step with another number, by rounding). Prints a JSON summary.
 """
 GENERATE_EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
-  glem generate runs/photos --per-class 1000 --temperature 0.9 --source rfcm --format webdataset --out synthetic/
+  glem generate runs/photos --per-class 1000 --temperature 0.9 --format webdataset --out synthetic/
   glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
   glem generate runs/photos --per-class cat=50,dog=50 --min-confidence 0.9 --seed 1 --out pets/
 """
@@ -149,9 +149,8 @@ def add_generate(commands: Any) -> None:
     source.add_argument(
         "--source",
         choices=SOURCES,
-        default="gaussian",
         help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
-        "mixup: two images of --real mixed along the class's modes (default: %(default)s)",
+        "mixup: two images of --real mixed along the class's modes (default: rfcm, or gaussian without modes)",
     )
     # None as the default tells whether an option was given, so that one without effect is refused.
     source.add_argument(

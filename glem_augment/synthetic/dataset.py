@@ -52,7 +52,7 @@ class SyntheticDataset(Dataset):
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
             "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; their latents are kept in
-            memory, N * d * 4 bytes).
+            memory, N * d * 4 bytes). None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images, see `open_data`, for "balance" and "mixup". Exports number the classes as they do.
@@ -70,7 +70,7 @@ class SyntheticDataset(Dataset):
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
-        source: Source = "gaussian",
+        source: Source | None = None,
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
@@ -91,7 +91,7 @@ class SyntheticDataset(Dataset):
         self.model = model.on(device)
         drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
         self.sampler = Sampler(self.model, *drawing, wanted=np.asarray(self.counts) > 0)
-        self.source, self.seed, self.temperature = source, self.sampler.seed, self.sampler.temperature
+        self.source, self.seed, self.temperature = self.sampler.source, self.sampler.seed, self.sampler.temperature
         self.block = BLOCK
         self.image_shape: tuple[int, int, int] = model.image_shape
         self.classes, self.class_ids = list(model.classes), list(model.class_ids)
@@ -315,7 +315,7 @@ class SyntheticStream(IterableDataset):
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
-        source: Source = "gaussian",
+        source: Source | None = None,
         device: torch.device | str | None = None,
         real: Any = None,
         modes: int | None = None,

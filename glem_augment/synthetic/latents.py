@@ -72,7 +72,7 @@ class Sampler:
     def __init__(
         self,
         model: GLEM,
-        source: Source,
+        source: Source | None,
         seed: int,
         temperature: float,
         real: Any,
@@ -81,6 +81,7 @@ class Sampler:
         min_confidence: float | None,
         wanted: np.ndarray,
     ) -> None:
+        source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
         self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
         self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
