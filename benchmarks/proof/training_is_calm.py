@@ -43,9 +43,12 @@ CUT_OFF = "cut off"
 
 
 def photographs(size: int, channels: int, classes: int, per_class: int, parts: int = 1) -> ImageData:
-    """The first classes of CIFAR-10, then of Imagenette, each cut by brightness into `parts` classes."""
+    """The first classes of CIFAR-10, then of Imagenette, each cut by brightness into `parts` classes.
+
+    Enlarged images are no photographs, so those above 32x32 are of Imagenette alone.
+    """
     images: list[Tensor] = []
-    for name in ("cifar10", "imagenette128"):
+    for name in ("cifar10", "imagenette128")[size > 32 :]:
         data = open_data(find_images(NAME, name, name), "train", size, channels, cache_bytes=0, progress=False)
         for rows in data.rows_of_classes(per_class * parts)[: classes - len(images) // parts]:
             x = data.subset(rows).tensor()

@@ -139,6 +139,18 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
     return ids, unique_names(names, ids)
 
 
+def readable_names(class_ids: list[str]) -> list[str]:
+    """Readable names: first words of the descriptions for ids of ImageNet-1k, otherwise the ids themselves."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in class_ids):
+        return class_ids
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    if not set(info.label_names()).issuperset(class_ids):
+        return class_ids
+    return unique_names([info.label_name_to_description(name).split(",")[0] for name in class_ids], class_ids)
+
+
 def unique_names(names: list[str], ids: list[str]) -> list[str]:
     """Names with the id where two are the same: "crane" and "maillot" each name two classes of ImageNet-1k."""
     return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]

@@ -38,7 +38,7 @@ from glem_augment.data.classes import (
     feature_column,
     named_classes,
     of_hugging_face,
-    unique_names,
+    readable_names,
 )
 from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_tensor
 from glem_augment.errors import BadImageError, DataError
@@ -282,7 +282,7 @@ def _image_folder(folder: Path) -> FolderSource:
     if not samples:
         raise DataError(f"{folder} holds no images")
     paths, targets = zip(*samples, strict=True)
-    return FolderSource(str(folder), _class_names(class_ids), class_ids, np.asarray(targets), paths)
+    return FolderSource(str(folder), readable_names(class_ids), class_ids, np.asarray(targets), paths)
 
 
 def _exported_classes(folder: Path) -> list[str]:
@@ -293,18 +293,6 @@ def _exported_classes(folder: Path) -> list[str]:
         if [labels[name] for name in names] == list(range(len(names))) and set(_folders(folder)) <= set(names):
             return names
     raise DataError(f"{folder / CLASS_FILE} does not give each class folder a label: run the export again")
-
-
-def _class_names(class_ids: list[str]) -> list[str]:
-    """Readable names: first words of the descriptions for ids of ImageNet-1k, otherwise the ids themselves."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in class_ids):
-        return class_ids
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    if not set(info.label_names()).issuperset(class_ids):
-        return class_ids
-    return unique_names([info.label_name_to_description(name).split(",")[0] for name in class_ids], class_ids)
 
 
 def _folders(folder: Path) -> list[str]:

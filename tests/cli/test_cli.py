@@ -257,8 +257,8 @@ def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, t
     (tmp_path / "all" / "cat" / "000001.png").unlink()
     assert main([*base, "--out", str(tmp_path / "all")]) == 0
     assert (tmp_path / "all" / "cat" / "000001.png").is_file()
-    other = [*base, "--out", str(tmp_path / "all"), "--source", "rfcm"]
-    fails(other, output, "not empty", "source gaussian (not rfcm)", "--overwrite")
+    other = [*base, "--out", str(tmp_path / "all"), "--source", "gaussian"]
+    fails(other, output, "not empty", "source rfcm (not gaussian)", "--overwrite")
     assert main([*other, "--overwrite"]) == 0
 
 
