@@ -41,7 +41,7 @@ from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.data.dataset import images_for
 from glem_augment.evaluation import coverage, feature_fid, label_reliability, memorisation_ratio
 from glem_augment.evaluation.metrics import spread
-from glem_augment.io import write_json
+from glem_augment.io import atomic_write, write_json
 
 NAME = "samples_alone"
 FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist", "cifar10": None}
@@ -202,6 +202,27 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
     return table
 
 
+def draw(table: list[dict[str, Any]], path: Path) -> None:
+    """Accuracies on the test images, with a bar for every setting."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(line["data"] for line in table))
+    figure = Figure(figsize=(10, 1 + 0.35 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, data in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        own = [line for line in table if line["data"] == data][::-1]
+        colours = [
+            "C7" if line["method"] == "identity" else "black" if line["method"] == "real" else "C0" for line in own
+        ]
+        labels = [f"{line['method']}: {line['setting']}".removesuffix(": ") for line in own]
+        bars = axis.barh(labels, [line["CNN-A"] for line in own], xerr=[line["sd"] or 0 for line in own], color=colours)
+        axis.bar_label(bars, [f" {line['CNN-A']:.1f} ({line['seeds']})" for line in own])
+        axis.set(title=data, xlabel="test accuracy in % (seeds)", xlim=(0, 100))
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -238,7 +259,9 @@ def main() -> None:
                     print(*rows[-1].values(), flush=True)
                 write_json(path, rows)
     tables = {"Settings, on held-out training images": summary(rows, True)}
-    write_results(args.out, NAME, "Classifiers trained on samples alone", summary(rows, False), tables, record=rows)
+    table = summary(rows, False)
+    write_results(args.out, NAME, "Classifiers trained on samples alone", table, tables, record=rows)
+    draw(table, args.out / f"{NAME}.png")
 
 
 if __name__ == "__main__":
