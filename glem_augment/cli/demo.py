@@ -42,8 +42,8 @@ class DemoSize:
     """How much the demo does."""
 
     seeds: int = 3  # training runs per arm
-    epochs: int = 40  # of each run
-    views: int = 6  # augmented copies of every training image
+    epochs: int = 30  # of each run
+    views: int = 4  # augmented copies of every training image
     p: float = 0.5  # how often a copy replaces the original
     per_class: int = 20  # synthetic images to write
     images: int = 1000  # real images used of the bundled 1000 per split, evenly over the classes
