@@ -20,6 +20,7 @@ Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves laten
 Memory = Literal["stored", "reversible"]  # what becomes of a flow's activations in training
 
 PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, Source, Format, Policy))
+BUNDLED_IMAGES = "bundled:fashion-mnist"
 DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1

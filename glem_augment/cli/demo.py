@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glem_augment.augment.transform import GLEMAugment
+from glem_augment.checks import BUNDLED_IMAGES
 from glem_augment.cli.common import open_for, open_resized
 from glem_augment.data.dataset import ImageData
 from glem_augment.errors import DataError
@@ -33,7 +34,7 @@ from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-DATA, COLOUR = "bundled:fashion-mnist", "bundled:cifar10"
+COLOUR = "bundled:cifar10"
 BATCH = 50
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     out, name, progress = args.out, args.model, not args.quiet
     began = time.monotonic()
     model = GLEM.from_pretrained(name)
-    train, test = (open_for(model, DATA, split, progress=progress) for split in ("train", "test"))
+    train, test = (open_for(model, BUNDLED_IMAGES, split, progress=progress) for split in ("train", "test"))
     train, test = (data.subset(spread(len(data), size.images)) for data in (train, test))
     if model.modes is None:
         raise DataError(f"{name} has no class modes; train it with --modes-rank above 0")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from glem_augment.checks import POLICIES
+from glem_augment.checks import BUNDLED_IMAGES, POLICIES
 from glem_augment.cli.common import load_model, note, open_for
 from glem_augment.data.sources import without_splits
 from glem_augment.errors import GLEMError
@@ -32,7 +32,7 @@ CSS = ".image-frame {padding-top: 1.7rem}"  # labels stand above their pictures,
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C. What is uploaded or drawn lies in a temporary folder, which is then removed."""
-    real = args.data is not None or args.model.startswith("bundled:")
+    real = args.data is not None or args.model == BUNDLED_IMAGES
     if not real and (args.split or args.class_map or args.skip_bad):
         raise ValueError(f"DATA is missing: name its images, for example glem explore {args.model} photos/")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command as Ctrl-C does

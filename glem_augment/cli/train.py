@@ -27,7 +27,7 @@ from glem_augment.model.weights import CONFIG
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
 from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint, require_unused
 from glem_augment.training.logs import TRACKERS
-from glem_augment.training.methods import METHODS
+from glem_augment.training.methods import method
 
 RUN_FILE = "run.json"
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if view["unlabelled"] and not (view["method"] or "objective" in settings):
         view["method"] = "unlabelled"
     # Settings are checked before the data is opened. A checkpoint has all of them, whatever its method means today.
-    method = None if args.resume else view["method"]
-    config = TrainConfig(**settings) if method is None else TrainConfig(**{**METHODS[method], **settings})
+    chosen = None if args.resume else view["method"]
+    config = TrainConfig(**settings) if chosen is None else method(chosen, **settings)
     size = view["image_size"]
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")

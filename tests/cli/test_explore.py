@@ -36,6 +36,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_explore_needs(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     fails(["explore", str(trained), "--split", "test"], output, "DATA is missing", "photos/")
+    fails(["explore", "bundled:cifar10", "--split", "test"], output, "DATA is missing")  # it ships without images
     monkeypatch.setitem(sys.modules, "gradio", None)
     fails(["explore"], output, "pip install 'glem-augment[explore]'")
 
