@@ -178,7 +178,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ("split", f"{learners}, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
         ("objective", f"{config.objective}, beta {config.beta:g}"),
-        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {config.lr:g}"),
+        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]

@@ -105,7 +105,9 @@ class TrainConfig:
     )
     batch_size: int = _setting(64, int, "images per step, of all processes together", low=1)
     lr: float = _setting(1e-2, float, "learning rate of Adamax", above=0)
-    warmup_steps: int = _setting(1000, int, "steps of linear warm-up, at most half the run")
+    warmup_steps: int = _setting(
+        1000, int, "steps of linear warm-up, at most half the run; below 200 steps the rate stays lower"
+    )  # fmt: skip
     schedule: Literal["multistep", "cosine"] = _setting(
         "multistep", ("multistep", "cosine"), "halvings after a half and three quarters of the run, or a cosine to a "
         "hundredth", research=True,

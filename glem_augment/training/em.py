@@ -88,6 +88,7 @@ class EM:
         self.m_total = config.m_rounds * self.frozen_from
         self.m_rates = m_learning_rates(self.m_total, config.m_steps, self.frozen_from * self.steps_per_epoch)
         self.flow_optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
+        self.lr = float(self.scheduler.base_values[0])  # at the end of the warm-up
         self.m_optimizer = gaussian_optimizer(self.model.gaussians, config)
         self.guard = LossGuard(config.bits)
         self.step = self.m_done = 0  # E-steps and M-steps taken
@@ -223,7 +224,7 @@ class EM:
         self.flow_optimizer.step()
         if config.joint:
             # The share of the schedule includes the return after a divergence.
-            self._adam_step(JOINT_LR * self.flow_optimizer.param_groups[0]["lr"] / config.lr)
+            self._adam_step(JOINT_LR * self.flow_optimizer.param_groups[0]["lr"] / self.lr)
         if self.ema is not None:
             self.ema.update(model.flow, step=self.step + 1)
         return value, bits

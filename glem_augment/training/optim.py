@@ -18,6 +18,8 @@ from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training.config import TrainConfig
 
 CLIP_NORM = 1.0
+# A wide flow jumped above uniform noise where a short run's rate rose faster (`benchmarks/proof/training_is_calm.py`).
+MOST_RISE = 1e-4  # of the learning rate, per step of a warm-up that had to be cut short
 MILESTONES, COSINE_END = (0.5, 0.75), 0.01  # shares of the run, and of the learning rate
 SPAN, WINDOW = 25, 500  # losses of a median, and medians whose lowest is the best
 MAX_BAD_STEPS, PATIENCE = 10, 100  # steps in a row, not finite or away, that make a divergence
@@ -31,14 +33,16 @@ CALM = 10  # steps in a row that were not away make a checkpoint good
 def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tuple[torch.optim.Optimizer, Scheduler]:
     """Adamax with linear warm-up, then two halvings or a cosine (GLEM, Sec. 5.2).
 
-    A flow without weights has the same schedule, which jointly learned Gaussians follow.
+    A run that is too short for its warm-up has a lower rate, which it reaches at half of its steps. A flow without
+    weights has the same schedule, which jointly learned Gaussians follow.
     """
-    optimizer = torch.optim.Adamax([{"params": list(flow.parameters())}], lr=config.lr)
     warmup = min(config.warmup_steps, total_steps // 2)
-    common: dict[str, Any] = dict(warmup_t=warmup, warmup_lr_init=config.lr / max(1, warmup), t_in_epochs=False)
+    lr = config.lr if warmup == config.warmup_steps else min(config.lr, MOST_RISE * max(1, warmup))
+    optimizer = torch.optim.Adamax([{"params": list(flow.parameters())}], lr=lr)
+    common: dict[str, Any] = dict(warmup_t=warmup, warmup_lr_init=lr / max(1, warmup), t_in_epochs=False)
     scheduler: Scheduler
     if config.schedule == "cosine":
-        span, low = max(1, total_steps - warmup), COSINE_END * config.lr
+        span, low = max(1, total_steps - warmup), COSINE_END * lr
         scheduler = CosineLRScheduler(optimizer, t_initial=span, lr_min=low, warmup_prefix=True, **common)
     else:
         halvings = [round(share * total_steps) for share in MILESTONES]

@@ -247,6 +247,19 @@ def test_learning_rates_warm_up_and_fall_to_their_floor(tmp_path: Path, schedule
         assert [rates[i] for i in (18, 19, 28, 29)] == pytest.approx([1, 0.5, 0.5, 0.25])
 
 
+def test_a_run_too_short_for_its_warm_up_has_a_lower_rate(tmp_path: Path) -> None:
+    """A wide flow would jump: its first steps move every weight by as much as the rate, all in one direction."""
+    trainer = tiny_trainer(tmp_path / "run", epochs=10, warmup_steps=1000, lr=1e-2)
+    rates = []
+    for step in range(trainer.total_steps):
+        trainer.scheduler.step_update(step)
+        rates.append(trainer.flow_optimizer.param_groups[0]["lr"])
+    assert rates[:3] == pytest.approx([1e-4, 1.95e-4, 2.9e-4]) and max(rates) == pytest.approx(20e-4, rel=0.05)
+    assert trainer.lr == pytest.approx(20e-4)  # and the Gaussians' rate is relative to this
+    longer = tiny_trainer(tmp_path / "longer", epochs=100, warmup_steps=1000, lr=1e-2)
+    assert longer.lr == 1e-2  # its warm-up is cut short, too, but is slow enough
+
+
 # ---- things that go wrong --------------------------------------------------------------------------------------------
 
 
