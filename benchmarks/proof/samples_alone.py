@@ -14,7 +14,8 @@ The control is "identity": the pixels' own Gaussians, by the same code. A settin
 options:
 
     T=          temperature of the draws, 1 by default
-    rank=       modes of rfcm, or "full"; by default those that ship, and 64 of the pixels
+    rank=       modes of rfcm, or "full"; by default those that ship, and 64 of the pixels and with parts=
+    parts=      so many Gaussians for each class, of groups of its images that k-means finds among their latents
     min=        least posterior of a sample for its class
     best=       the oracle's best out of so many times as many samples; it is a classifier of the real images
     labels=     "posterior": of the flow, "oracle": of that classifier, both soft
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
@@ -62,7 +64,7 @@ class Images:
 
     def __init__(self, data: str, work: Path, flow: str) -> None:
         self.name, self.work, self.flow_name = data, work / data, flow
-        self.flows: dict[tuple[str, str], GLEM] = {}
+        self.flows: dict[tuple[str, str, int], GLEM] = {}
         self.folder = find_images(NAME, data, data, FOLDERS[data])
         self.work.mkdir(parents=True, exist_ok=True)
         model = self.flow(FLOW)
@@ -72,25 +74,44 @@ class Images:
         val = np.arange(len(self.train)) % 10 == 9
         self.fit, self.val = (self.train.subset(np.flatnonzero(rows)) for rows in (~val, val))
 
-    def flow(self, method: str, rank: str = "") -> GLEM:
-        """The flow that ships for these images, or the pixels' own Gaussians; `rank` as in a setting."""
-        if (method, rank) not in self.flows:
-            self.flows[method, rank] = self._flow(method, rank)
-        return self.flows[method, rank]
+    def flow(self, method: str, rank: str = "", parts: int = 1) -> GLEM:
+        """The flow that ships for these images, or the pixels' own Gaussians; `rank` and `parts` as in a setting."""
+        key = method, rank, parts
+        if key not in self.flows:
+            self.flows[key] = self._flow(*key)
+        return self.flows[key]
 
-    def _flow(self, method: str, rank: str) -> GLEM:
-        model, place = GLEM.from_pretrained(self.flow_name), self.work / f"{method} {rank}"
+    def _flow(self, method: str, rank: str, parts: int) -> GLEM:
+        place = self.work / (f"{method} {rank}" + f" {parts}" * (parts > 1))
         modes = 10**6 if rank == "full" else int(rank or 64)  # no more than there are dimensions
-        if method != "identity" and not rank:
-            return model
+        if method != "identity" and not rank and parts == 1:
+            return GLEM.from_pretrained(self.flow_name)
         if not place.is_dir():
-            if method == "identity":
+            if parts > 1:
+                model = self.flow(method, rank)
+                groups = self.grouped(model, parts)
+                model = model.adapt(groups, rank=modes, progress=False)
+                model.config.training["group_sizes"] = np.bincount(groups.targets).tolist()
+            elif method == "identity":
+                model = GLEM.from_pretrained(self.flow_name)
                 pixels = GLEM.create("identity", model.image_shape, model.classes)
                 model = pixels.adapt(self.train, rank=modes, progress=False)
             else:
+                model = GLEM.from_pretrained(self.flow_name)
                 model.fit_modes(self.train, modes)
             model.save(place)
         return GLEM.from_pretrained(place)
+
+    def grouped(self, model: GLEM, parts: int) -> ImageData:
+        """The training images with `parts` classes in place of each; number k * parts + j is the j-th of class k."""
+        x, classes = labelled(self.train)
+        y = classes.clone()
+        with torch.inference_mode():
+            z = torch.cat([model.encode(images)[0] for images in x.split(500)])
+        for k, rows in enumerate(rows_of(classes)):
+            group = kmeans2(z[rows].numpy(), parts, minit="++", rng=0)[1]
+            y[rows] = k * parts + torch.from_numpy(group).long()
+        return ImageData.from_tensors(x, y, [f"{name} {j}" for name in self.train.classes for j in range(parts)])
 
     def oracle(self) -> Classifier:
         """A classifier of the real images, trained for twice as long."""
@@ -113,12 +134,13 @@ class Images:
         source, *pairs = setting.split()
         options = dict(pair.split("=") for pair in pairs)
         labels, best, sets = options.pop("labels", "hard"), int(options.pop("best", 1)), int(options.pop("x", 1))
-        count = PER_CLASS * best * sets
+        count, parts = PER_CLASS * best * sets, int(options.get("parts", 1))
         drawn = " ".join([source, *(f"{k}={v}" for k, v in options.items())])
         path = self.work / f"{method} {drawn} {count} {seed}.npz"
         if not path.is_file():
             x, z, y = self.draw(method, source, options, count, seed)
-            p = self.flow(method, options.get("rank", "")).posterior_from_latents(z)
+            p = self.flow(method, options.get("rank", ""), parts).posterior_from_latents(z)
+            y, p = y // parts, p.unflatten(1, (10, parts)).sum(2)
             with path.open("wb") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), p=p.numpy())
         with np.load(path) as file:
@@ -132,11 +154,15 @@ class Images:
         return x, p.float() if labels == "posterior" else y
 
     def draw(self, method: str, source: str, options: dict[str, str], n: int, seed: int) -> tuple[Tensor, ...]:
-        model = self.flow(method, options.get("rank", ""))
+        parts = int(options.get("parts", 1))
+        model, counts = self.flow(method, options.get("rank", ""), parts), np.full(10, n)
+        if parts > 1:  # of each group as large a share as it is of its class
+            upto = np.cumsum([[0] * 10, *np.array(model.config.training["group_sizes"]).reshape(10, parts).T], 0)
+            counts = np.diff((n * upto / upto[-1]).round().astype(int), axis=0).T.ravel()
         least = float(options["min"]) if "min" in options else None
         real = self.train if source == "mixup" else None
-        drawing: dict[str, Any] = dict(per_class=n, seed=seed, temperature=float(options.get("T", 1)), source=source)
-        data = SyntheticDataset(model, real=real, min_confidence=least, **drawing)
+        drawing: dict[str, Any] = dict(seed=seed, temperature=float(options.get("T", 1)), source=source)
+        data = SyntheticDataset(model, counts, real=real, min_confidence=least, **drawing)
         return data.images(range(len(data))), data.latents(range(len(data))), torch.tensor(data.targets)
 
     def measure(self, method: str, setting: str, seed: int, search: bool) -> dict[str, float]:

@@ -1,0 +1,163 @@
+"""Long tails: are rare classes better filled up with samples of a flow, or drawn more often?
+
+    GLEM_DATA=... python benchmarks/proof/long_tails.py [--data cifar10] [--imbalance 100 10] [--seeds 0 1 2 3 4]
+
+The largest class has 500 labelled images, the others geometrically fewer, down to a hundredth or a tenth of it. A flow
+is trained on these images alone. A small CNN is trained for the same number of steps
+
+    re-sampled  on the real images, those of all classes equally often
+    identity    on these and samples that fill up every class to the largest, of the pixels' own RFCM
+    flow        the same with the flow's RFCM
+
+each with crop and flip, and with the best of some stacks on top. The stack (with re-sampling) and the temperatures of
+the samples are chosen on validation images with seed 1000; each seed then draws other training images, and is measured
+on the test images once. These are balanced, so accuracy is balanced accuracy. Rows and flows that are there are not
+made again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+
+from benchmarks.common import ROOT, parser, write_results
+from benchmarks.proof.augmentation_data import Task, make_task
+from benchmarks.proof.augmentation_ops import Component
+from benchmarks.proof.augmentation_settings import LONG, Setting
+from benchmarks.proof.augmentation_train import accuracy, train
+from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment.io import write_json
+from glem_augment.training import Trainer
+from glem_augment.training.methods import method
+
+NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
+SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3)}
+PLAIN = "crop + flip"
+# The best single ones of `augmentation.py` on such data, at the values that were best there, and pairs of these.
+JITTER, MIXUP, CUTMIX = ("jitter", {"strength": 0.4}), ("mixup", {"alpha": 1.0}), ("cutmix", {"alpha": 1.0, "p": 0.5})
+TRIVIAL = ("trivial", {"p": 0.75})
+STACKS: dict[str, tuple[Component, ...]] = {
+    " + ".join([PLAIN, *(name for name, _ in extra)]): (("cropflip", {}), *extra)
+    for extra in [(), (JITTER,), (MIXUP,), (CUTMIX,), (TRIVIAL,), (JITTER, MIXUP), (JITTER, CUTMIX), (TRIVIAL, MIXUP)]
+}
+TEMPERATURES, SOURCES, BATCH, FLOW_IMAGES = (0.5, 0.75, 1.0), ("identity", "flow"), 64, 60_000
+
+
+class LongTail:
+    """One data set and imbalance; flows stay in `work`."""
+
+    def __init__(self, data: str, imbalance: int, work: Path) -> None:
+        size, channels = SHAPES[data]
+        name = f"{data}-long-tail-{imbalance}"
+        self.setting = Setting(name, data, LARGEST, size, channels, (), imbalance=imbalance, steps=LONG)
+        self.work = work
+
+    def flow(self, source: str, task: Task, seed: int) -> GLEM:
+        """The pixels or a flow, with the RFCM of the task's training images."""
+        images = ImageData.from_tensors(*task.train, task.classes, name=self.setting.name)
+        if source == "identity":
+            return GLEM.create("identity", images.image_shape, task.classes).adapt(images, progress=False)
+        place = self.work / f"{self.setting.name}-{seed}"
+        if not (place / "model.safetensors").is_file():
+            config = method(
+                "hybrid-joint", preset="glow_fast", epochs=FLOW_IMAGES // len(images), batch_size=32, lr=0.005,
+                schedule="cosine", augment=("flip", "crop"), val_fraction=0.0, sample_every=0, threads=1, seed=seed,
+            )  # fmt: skip
+            Trainer(images, config, place, resume=place.is_dir(), device="cpu", progress=False).fit()
+        return GLEM.from_pretrained(place)
+
+    def measure(self, source: str, temperature: float | None, stack: str, seed: int) -> float:
+        """Percent, of the test images, or of those for validation with the seed for tuning."""
+        task = make_task(self.setting, seed)
+        x, y = task.train
+        if source != "re-sampled":
+            real = ImageData.from_tensors(x, y, task.classes)
+            model = self.flow(source, task, seed)
+            fill = SyntheticDataset(model, "balance", temperature, seed, source="rfcm", real=real)
+            x = torch.cat([x, fill.images(range(len(fill)))])
+            y = torch.cat([y, torch.tensor(fill.targets)])
+        steps, components = self.setting.steps["cnn"], list(STACKS[stack])
+        network = train("cnn", (x, y), len(task.classes), components, _no_flow, steps, BATCH, seed, bf16=True)[0]
+        return 100 * accuracy(network, task.val if seed == TUNING_SEED else task.test)
+
+
+def _no_flow(name: str) -> GLEM:
+    raise AssertionError("no stack here goes through a flow")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds, and gains over the best stack with re-sampling and over the pixels' samples, paired by seed."""
+    table = []
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name and row["seed"] != TUNING_SEED]
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for row in own:
+            found.setdefault((row["source"], row["stack"]), {})[row["seed"]] = row["value"]
+        best = found.get(("re-sampled", next((s for _, s in found if s != PLAIN), PLAIN)), {})
+        for (source, stack), values in found.items():
+            line: dict[str, Any] = {"setting": name, "training images": source, "stack": stack, "seeds": len(values)}
+            line["temperature"] = next(row["temperature"] for row in own if row["source"] == source)
+            line |= {"balanced accuracy %": statistics.mean(values.values()), "sd": _spread(list(values.values()))}
+            pixels = found.get(("identity", stack), {}) if source == "flow" else {}
+            for heading, other in (("over the best re-sampled", best), ("over identity", pixels)):
+                gains = [values[seed] - other[seed] for seed in values if seed in other]
+                if gains and other is not values:
+                    line |= {heading: statistics.mean(gains), f"{heading}, sd": _spread(gains)}
+                else:
+                    line |= {heading: None, f"{heading}, sd": None}
+            table.append(line)
+    return table
+
+
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.set_defaults(threads=1)
+    args.add_argument("--data", nargs="+", choices=SHAPES, default=list(SHAPES))
+    args.add_argument("--imbalance", nargs="+", type=int, default=[100, 10])
+    args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for flows (%(default)s)")
+    args = args.parse_args()
+    torch.set_num_threads(args.threads)
+    path = args.out / f"{NAME}.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for data in args.data:
+        for imbalance in args.imbalance:
+            task = LongTail(data, imbalance, args.work)
+
+            def value(source: str, temperature: float | None, stack: str, seed: int, task: LongTail = task) -> float:
+                known = {"setting": task.setting.name, "source": source, "temperature": temperature, "stack": stack}
+                known["seed"] = seed
+                found = next((row for row in rows if known.items() <= row.items()), None)
+                if found is None:
+                    found = known | {"value": task.measure(source, temperature, stack, seed)}
+                    rows.append(found)
+                    print(*found.values(), flush=True)
+                    write_json(path, rows)
+                return found["value"]
+
+            best = max(STACKS, key=lambda stack: value("re-sampled", None, stack, TUNING_SEED))
+            heat: dict[str, float | None] = {"re-sampled": None}
+            for source in SOURCES:
+                heat[source] = max(TEMPERATURES, key=lambda t: value(source, t, PLAIN, TUNING_SEED))
+            for seed in args.seeds:
+                for source, temperature in heat.items():
+                    for stack in dict.fromkeys((PLAIN, best)):
+                        value(source, temperature, stack, seed)
+    validation = [row for row in rows if row["seed"] == TUNING_SEED]
+    tables = {"Choices, on validation images": validation}
+    write_results(args.out, NAME, "Long tails, filled up or re-sampled", summary(rows), tables, record=rows)
+
+
+if __name__ == "__main__":
+    main()
