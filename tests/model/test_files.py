@@ -99,7 +99,7 @@ def test_the_flow_of_clothes_classifies_and_inverts(bundled_test) -> None:
 
 def test_the_flow_of_colour_knows_its_own_samples() -> None:
     model = GLEM.from_pretrained("bundled:cifar10")
-    y = torch.arange(10).repeat(3)
+    y = torch.arange(10).repeat(10)
     x = to_uint8(model.sample(y, 0.8, torch.Generator().manual_seed(0), "rfcm"))
     assert (model.predict(x) == y).float().mean() > 0.7 and x.unique().numel() > 200
     assert float(model.bits_per_dim(x, y).mean()) < 5
