@@ -146,21 +146,24 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes that lock the same folder out of it; the folder is made if it is missing.
 
-    The system releases the lock of a process that is killed. A folder that is still empty at the end is removed.
+    This process may lock it again inside. The system releases the lock of a process that is killed. A folder that is
+    still empty at the end is removed.
 
     Raises:
         BlockingIOError: another process has locked the folder. OSError: the folder can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
+    lock = FileLock(path, timeout=0, is_singleton=True)
     try:
-        with FileLock(path, timeout=0):
+        with lock:
             try:
                 yield
             finally:
-                with suppress(OSError):
-                    path.unlink()
-                    folder.rmdir()  # succeeds only if the folder is empty
+                if lock.lock_counter == 1:
+                    with suppress(OSError):
+                        path.unlink()
+                        folder.rmdir()  # succeeds only if the folder is empty
     except Timeout:
         raise BlockingIOError(
             f"another process is at work in {folder}: wait for it, or choose another folder"

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from glem_augment.distributed import Share, add_up, is_primary, wait
 from glem_augment.errors import GLEMError, TrainingError
 from glem_augment.evaluation.metrics import calibrate
 from glem_augment.evaluation.preview import class_samples, compose
-from glem_augment.io import expand, save_png
+from glem_augment.io import expand, lock_folder, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.training.batches import epoch_order
@@ -81,7 +81,8 @@ class Trainer(EM):
             "step". One that sets the trainer's `stop_requested` ends the run after the current step, resumably.
 
     Raises:
-        DataError: data that can't be trained on. TrainingError: a checkpoint of another run, or a folder in use.
+        DataError: data that can't be trained on. TrainingError: a checkpoint of another run, or `out` has one
+            and `resume` is false. BlockingIOError: another process is at work in `out`.
     """
 
     checkpoint_seconds = 120.0  # between checkpoints within an epoch
@@ -102,6 +103,8 @@ class Trainer(EM):
         self.deadline = math.inf if config.max_minutes is None else began + 60 * config.max_minutes
         self.out, self.fingerprint, self._clock = expand(out), data_fingerprint(data), began
         self.stop_requested = False
+        with self._locked():  # or else an error, before anything is read or written
+            pass
         begun = load_checkpoint(self.out) if resume else None
         if begun is not None:
             check_same_run(begun, config, self.fingerprint, data.name)
@@ -138,13 +141,21 @@ class Trainer(EM):
         Raises:
             KeyboardInterrupt, TimeUpError: the run was stopped, or `max_minutes` are over; go on with `resume`.
             TrainingError: the run diverged, and returns to the last good checkpoint did not help.
+            BlockingIOError: another process is at work in `out`.
         """
+        with self._locked():
+            return self._fit()
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return lock_folder(self.out) if is_primary() else nullcontext()
+
+    def _fit(self) -> GLEM:
         if self.config.compile:
             self.model.flow.compile_steps()
         if self.config.precision == "bf16" and lacks_bf16(self.device):
             warnings.warn(
                 "this CPU has neither AVX512-BF16 nor AMX, so steps in bf16 take several times as long as in float32: "
-                "leave out precision='bf16' (--precision bf16)", stacklevel=2,
+                "leave out precision='bf16' (--precision bf16)", stacklevel=3,
             )  # fmt: skip
         self.saved_at = time.monotonic()
         self.bar = _Bar(

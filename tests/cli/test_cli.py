@@ -30,7 +30,7 @@ from glem_augment.cli.arguments import COMMANDS
 from glem_augment.evaluation import moves_put_back
 from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training import TrainConfig
+from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import NEWEST, load_checkpoint
 from glem_augment.training.config import SETTINGS
 
@@ -618,6 +618,8 @@ def test_one_process_trains_in_a_folder_at_a_time(
             patch.delattr("glem_augment.cli.train.open_data")  # the lock is found before any image is decoded
             assert main([*argv, "--resume"]) == 2
         assert "glem: error: another process is at work in" in output()[1]
+        with pytest.raises(BlockingIOError, match="another process is at work in"):
+            Trainer(open_data(str(image_folder), progress=False), TrainConfig(), run, progress=False)
         process.kill()  # its lock goes with it
         process.wait()
         assert main([*argv, "--resume", "--max-minutes", "0.01"]) == 75
