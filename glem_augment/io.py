@@ -143,24 +143,29 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes that lock the same folder out of it; the folder is made if it is missing.
+def lock_folder(folder: Path, again: bool = False) -> Iterator[None]:
+    """Keep others who lock the same folder out of it; the folder is made if it is missing.
 
-    This process may lock it again inside. The system releases the lock of a process that is killed. A folder that is
-    still empty at the end is removed.
+    The system releases the lock of a process that is killed. A folder that is still empty at the end is removed.
+
+    Args:
+        again: this thread may have locked it already.
 
     Raises:
-        BlockingIOError: another process has locked the folder. OSError: the folder can't be written.
+        BlockingIOError: the folder is locked. OSError: the folder can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     lock = FileLock(path, timeout=0, is_singleton=True)
+    outer = lock.is_locked
     try:
+        if outer and not again:
+            raise Timeout(str(path))
         with lock:
             try:
                 yield
             finally:
-                if lock.lock_counter == 1:
+                if not outer:
                     with suppress(OSError):
                         path.unlink()
                         folder.rmdir()  # succeeds only if the folder is empty

@@ -341,12 +341,12 @@ def test_generate_rejects_and_reports(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", 3)
-    argv = [str(trained), "--per-class", "cat=4,dog=4", "--temperature", "300", "--min-confidence", "1"]
+    argv = [str(trained), "--per-class", "cat=4,dog=4", "--temperature", "30", "--min-confidence", "1"]
     output()
     assert main(["generate", *argv, "--out", str(tmp_path / "a")]) == 0
     out, err = output()
     report = json.loads(out)["acceptance"]
-    data = SyntheticDataset(GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=300.0, min_confidence=1.0)
+    data = SyntheticDataset(GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=30.0, min_confidence=1.0)
     data.images(range(len(data)))
     expected = data.acceptance()
     assert report == json.loads(json.dumps(expected)) and report["total"]["items"] == 8
