@@ -6,13 +6,13 @@ The largest class has 500 labelled images, the others geometrically fewer, down 
 is trained on these images alone. A small CNN is trained for the same number of steps
 
     re-sampled  on the real images, those of all classes equally often
-    identity    on these and samples that fill up every class to the largest, of the pixels' own RFCM
-    flow        the same with the flow's RFCM
+    identity    on these and as many samples as fill up every class to the largest, made by the pixels' own modes
+    flow        the same, made by the flow
 
-each with crop and flip, and with the best of some stacks on top. The stack (with re-sampling) and the temperatures of
-the samples are chosen on validation images with seed 1000; each seed then draws other training images, and is measured
-on the test images once. These are balanced, so accuracy is balanced accuracy. Rows and flows that are there are not
-made again.
+each with crop and flip, and with the best of some stacks on top. The stack (with re-sampling) and the fill (RFCM at
+three temperatures, or real images mixed) are chosen on validation images with seed 1000; each seed then draws other
+training images, and is measured on the test images once. These are balanced, so accuracy is balanced accuracy. Rows and
+flows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import ROOT, parser, write_results
 from benchmarks.proof.augmentation_data import Task, make_task
 from benchmarks.proof.augmentation_ops import Component
-from benchmarks.proof.augmentation_settings import LONG, Setting
+from benchmarks.proof.augmentation_settings import Setting
 from benchmarks.proof.augmentation_train import accuracy, train
 from glem_augment import GLEM, ImageData, SyntheticDataset
 from glem_augment.io import write_json
@@ -38,7 +38,7 @@ from glem_augment.training import Trainer
 from glem_augment.training.methods import method
 
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
-SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3)}
+SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3), "imagenette": (32, 3)}
 PLAIN = "crop + flip"
 # The best single ones of `augmentation.py` on such data, at the values that were best there, and pairs of these.
 JITTER, MIXUP, CUTMIX = ("jitter", {"strength": 0.4}), ("mixup", {"alpha": 1.0}), ("cutmix", {"alpha": 1.0, "p": 0.5})
@@ -47,7 +47,11 @@ STACKS: dict[str, tuple[Component, ...]] = {
     " + ".join([PLAIN, *(name for name, _ in extra)]): (("cropflip", {}), *extra)
     for extra in [(), (JITTER,), (MIXUP,), (CUTMIX,), (TRIVIAL,), (JITTER, MIXUP), (JITTER, CUTMIX), (TRIVIAL, MIXUP)]
 }
-TEMPERATURES, SOURCES, BATCH, FLOW_IMAGES = (0.5, 0.75, 1.0), ("identity", "flow"), 64, 60_000
+FILLS: dict[str, dict[str, Any]] = {
+    **{f"rfcm T={t}": {"source": "rfcm", "temperature": t} for t in (0.5, 0.75, 1.0)},
+    "mixup": {"source": "mixup"},
+}
+SOURCES, BATCH, FLOW_IMAGES = ("identity", "flow"), 64, 30_000
 
 
 class LongTail:
@@ -56,7 +60,7 @@ class LongTail:
     def __init__(self, data: str, imbalance: int, work: Path) -> None:
         size, channels = SHAPES[data]
         name = f"{data}-long-tail-{imbalance}"
-        self.setting = Setting(name, data, LARGEST, size, channels, (), imbalance=imbalance, steps=LONG)
+        self.setting = Setting(name, data, LARGEST, size, channels, (), imbalance=imbalance)
         self.work = work
 
     def flow(self, source: str, task: Task, seed: int) -> GLEM:
@@ -73,18 +77,18 @@ class LongTail:
             Trainer(images, config, place, resume=place.is_dir(), device="cpu", progress=False).fit()
         return GLEM.from_pretrained(place)
 
-    def measure(self, source: str, temperature: float | None, stack: str, seed: int) -> float:
+    def measure(self, source: str, fill: str, stack: str, seed: int) -> float:
         """Percent, of the test images, or of those for validation with the seed for tuning."""
         task = make_task(self.setting, seed)
         x, y = task.train
         if source != "re-sampled":
             real = ImageData.from_tensors(x, y, task.classes)
             model = self.flow(source, task, seed)
-            fill = SyntheticDataset(model, "balance", temperature, seed, source="rfcm", real=real)
-            x = torch.cat([x, fill.images(range(len(fill)))])
-            y = torch.cat([y, torch.tensor(fill.targets)])
+            made = SyntheticDataset(model, "balance", seed=seed, real=real, **FILLS[fill])
+            x = torch.cat([x, made.images(range(len(made)))])
+            y = torch.cat([y, torch.tensor(made.targets)])
         steps, components = self.setting.steps["cnn"], list(STACKS[stack])
-        network = train("cnn", (x, y), len(task.classes), components, _no_flow, steps, BATCH, seed, bf16=True)[0]
+        network = train("cnn", (x, y), len(task.classes), components, _no_flow, steps, BATCH, seed, bf16=False)[0]
         return 100 * accuracy(network, task.val if seed == TUNING_SEED else task.test)
 
 
@@ -103,7 +107,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         best = found.get(("re-sampled", next((s for _, s in found if s != PLAIN), PLAIN)), {})
         for (source, stack), values in found.items():
             line: dict[str, Any] = {"setting": name, "training images": source, "stack": stack, "seeds": len(values)}
-            line["temperature"] = next(row["temperature"] for row in own if row["source"] == source)
+            line["fill"] = next(row["fill"] for row in own if row["source"] == source)
             line |= {"balanced accuracy %": statistics.mean(values.values()), "sd": _spread(list(values.values()))}
             pixels = found.get(("identity", stack), {}) if source == "flow" else {}
             for heading, other in (("over the best re-sampled", best), ("over identity", pixels)):
@@ -123,7 +127,7 @@ def _spread(values: list[float]) -> float | None:
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
-    args.add_argument("--data", nargs="+", choices=SHAPES, default=list(SHAPES))
+    args.add_argument("--data", nargs="+", choices=SHAPES, default=["fashion-mnist", "cifar10"])
     args.add_argument("--imbalance", nargs="+", type=int, default=[100, 10])
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for flows (%(default)s)")
@@ -135,25 +139,25 @@ def main() -> None:
         for imbalance in args.imbalance:
             task = LongTail(data, imbalance, args.work)
 
-            def value(source: str, temperature: float | None, stack: str, seed: int, task: LongTail = task) -> float:
-                known = {"setting": task.setting.name, "source": source, "temperature": temperature, "stack": stack}
+            def value(source: str, fill: str, stack: str, seed: int, task: LongTail = task) -> float:
+                known = {"setting": task.setting.name, "source": source, "fill": fill, "stack": stack}
                 known["seed"] = seed
                 found = next((row for row in rows if known.items() <= row.items()), None)
                 if found is None:
-                    found = known | {"value": task.measure(source, temperature, stack, seed)}
+                    found = known | {"value": task.measure(source, fill, stack, seed)}
                     rows.append(found)
                     print(*found.values(), flush=True)
                     write_json(path, rows)
                 return found["value"]
 
-            best = max(STACKS, key=lambda stack: value("re-sampled", None, stack, TUNING_SEED))
-            heat: dict[str, float | None] = {"re-sampled": None}
+            best = max(STACKS, key=lambda stack: value("re-sampled", "", stack, TUNING_SEED))
+            fills = {"re-sampled": ""}
             for source in SOURCES:
-                heat[source] = max(TEMPERATURES, key=lambda t: value(source, t, PLAIN, TUNING_SEED))
+                fills[source] = max(FILLS, key=lambda fill: value(source, fill, PLAIN, TUNING_SEED))
             for seed in args.seeds:
-                for source, temperature in heat.items():
+                for source, fill in fills.items():
                     for stack in dict.fromkeys((PLAIN, best)):
-                        value(source, temperature, stack, seed)
+                        value(source, fill, stack, seed)
     validation = [row for row in rows if row["seed"] == TUNING_SEED]
     tables = {"Choices, on validation images": validation}
     write_results(args.out, NAME, "Long tails, filled up or re-sampled", summary(rows), tables, record=rows)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -187,6 +187,7 @@ class _Upload(FolderSource):
             size = f"{image.width} x {image.height}"
             raise BadImageError(f"{self.where(index)} has {size} pixels, more than {MOST_PIXELS}: reduce it")
         image.thumbnail((LONGEST, LONGEST))  # a JPEG is decoded at about that size
+        ImageOps.exif_transpose(image, in_place=True)  # telephones turn portraits by a tag alone
         return image
 
 

@@ -344,11 +344,12 @@ class Trainer(EM):
         # Without images held out, training images were measured, which is not worth recording.
         recorded = ("val_images", "val_accuracy", "val_bits_per_dim") if len(self.split.val) else ()
         bits = final.get("val_bits_per_dim")  # None if it was not finite
+        # How a run was cut into pieces says nothing about the model, and must not show in its file.
+        unrecorded = {"max_minutes", *(("preset", "flow_options") if self.init_from else ())}
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
-            # How a run was cut into pieces says nothing about the model, and must not show in its file.
-            "config": {key: value for key, value in config.to_dict().items() if key != "max_minutes"},
+            "config": {key: value for key, value in config.to_dict().items() if key not in unrecorded},
             "held_out": {key: final[key] for key in recorded if key in final},
             "independent_pixels": pixels,  # bits/dim
             "worse_than_independent_pixels": bits is None or bits >= pixels,

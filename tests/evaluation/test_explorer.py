@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, SyntheticDataset
 from glem_augment.evaluation import evaluate
@@ -86,6 +86,10 @@ def test_uploads_are_reduced_and_hostile_ones_refused(explorer: Explorer, tmp_pa
     assert image.shape == (3, LONGEST // 2, LONGEST) and cls == 0
     assert explorer.picked(17)[1] == 2
     assert explorer.move(image, cls, "noise", 0.2).image.shape == image.shape
+    on_its_side = Image.Exif()
+    on_its_side[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "portrait.jpg", exif=on_its_side)
+    assert read_upload(str(tmp_path / "portrait.jpg")).shape == (3, 60, 40)
     Image.new("L", (5, 9)).save(tmp_path / "grey.png")
     assert read_upload(str(tmp_path / "grey.png")).shape == (1, 9, 5)
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:5000])

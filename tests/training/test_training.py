@@ -298,6 +298,7 @@ def test_a_resumed_run_needs_no_model_to_start_from_and_keeps_its_record(tmp_pat
     for file in (WEIGHTS, CONFIG):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert tuned.config.training["init_from"]["weights_sha256"] == weights_sha256(first)
+    assert not {"preset", "flow_options"} & tuned.config.training["config"].keys()  # of no effect there
 
 
 def test_a_small_class_leaves_the_others_their_modes(tmp_path: Path) -> None:
