@@ -1,11 +1,10 @@
-"""Fill up the rare classes of a long-tailed data set with synthetic images, and see what the tail gains.
+"""Fill up the rare classes of a long-tailed data set with synthetic images, or with their own images repeated.
 
     python examples/long_tail.py --data photos/ --flow runs/photos        # photos/{train,test}/<class>/*
 
 The bundled images, or with --imbalance above 1 those of --data, are made long-tailed first. The bundled flow has seen
-all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing:
-benchmarks/proof/augmentation.py compares
-fairly.
+all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: with a flow of the long-tailed
+images alone, repetition was better (benchmarks/proof/long_tails.py, docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -24,6 +23,13 @@ def long_tailed(data: ImageData, imbalance: float) -> ImageData:
     k, head = len(data.classes), int(np.bincount(data.targets).min())
     kept = [max(2, round(head * imbalance ** (-c / max(1, k - 1)))) for c in range(k)]
     return data.subset(np.concatenate([np.flatnonzero(data.targets == c)[: kept[c]] for c in range(k)]))
+
+
+def repeated(data: ImageData) -> ImageData:
+    """The images of each class as often as it takes to have as many as of the largest."""
+    classes = [np.flatnonzero(data.targets == c) for c in range(len(data.classes))]
+    largest = max(map(len, classes))
+    return data.subset(np.concatenate([np.resize(rows, largest) for rows in classes if len(rows)]))
 
 
 def rarest_third(trained: np.ndarray, tested: np.ndarray) -> np.ndarray:
@@ -89,9 +95,10 @@ def main() -> None:
 
     x, y = test.tensor().float() / 255, torch.from_numpy(label_of[test.targets])
     rare = torch.from_numpy(rarest_third(tail.targets, y.numpy()))
-    for name, data in (("long tail", AsFloat(tail)), ("filled up", balanced)):
+    arms = {"long tail": AsFloat(tail), "repeated": AsFloat(repeated(tail)), "filled up": balanced}
+    for name, data in arms.items():
         print(name, flush=True)
-        # The same number of steps for both: the larger set is gone through fewer times.
+        # The same number of steps for all: a larger set is gone through fewer times.
         epochs = max(1, round(args.epochs * len(balanced) / len(data)))
         net = train(batches(data, args.batch_size, args.seed), len(tail.classes), x.shape[1], epochs, args.seed)
         right = predictions(net, x) == y

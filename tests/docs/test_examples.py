@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, GLEMAugment, ImageData
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -203,11 +203,14 @@ def test_long_tail_with_a_class_that_is_not_tested(
     monkeypatch.setattr(sys, "argv", ["long_tail.py", "--data", str(root), *options])
     example.main()
     out = capsys.readouterr().out
-    assert out.count("accuracy 100.0 %, of the rarest third of the classes 100.0 %") == 2
+    assert out.count("accuracy 100.0 %, of the rarest third of the classes 100.0 %") == 3
     folders(root, test="Shirt")
     with pytest.raises(SystemExit, match="without training images: Shirt"):
         example.main()
     labels = np.repeat(np.arange(6), [6, 5, 4, 3, 2, 1])
+    tail = ImageData.from_tensors(torch.arange(21, dtype=torch.uint8).view(21, 1, 1, 1), labels, list("abcdef"))
+    again = example.repeated(tail)
+    assert np.bincount(again.targets).tolist() == [6] * 6 and set(again.tensor().flatten().tolist()) == {*range(21)}
     assert example.rarest_third(labels, np.arange(6)).tolist() == [5, 4]
     assert example.rarest_third(labels, np.array([0, 1, 1])).tolist() == [1]
 
@@ -252,7 +255,7 @@ def test_long_tail_and_synthetic_only(tmp_path: Path) -> None:
     counts = "341 real images, [100, 72, 51, 37, 26, 19, 14, 10, 7, 5] per class; 659 synthetic ones"
     assert any(counts in line for line in lines)
     accuracy = [float(line.split("accuracy ")[1].split(" ")[0]) for line in lines if "accuracy" in line]
-    assert len(accuracy) == 2 and accuracy[1] > 40
+    assert len(accuracy) == 3 and accuracy[1] > 40 and accuracy[2] > 40
     lines = smoke("synthetic_only", "--export", str(tmp_path / "images"))
     assert float(lines[-1].split(": ")[1].split(" ")[0]) > 50
     assert len(list((tmp_path / "images").rglob("*.png"))) == 600
