@@ -57,9 +57,7 @@ _COUNTERS = ("step", "m_done", "bad_steps", "rollbacks")
 class EM:
     """A GLEM in training: the model, its optimizers, and the two steps; `Trainer` runs them."""
 
-    # True: an epoch without M-steps covers D_nf and D_g. False (runs begun by earlier versions): it has only as many
-    # steps as D_nf.
-    whole_epochs = True
+    whole_epochs = True  # an epoch without M-steps covers D_nf and D_g; False: it has only as many steps as D_nf
 
     def __init__(
         self,
@@ -76,11 +74,8 @@ class EM:
             torch.set_num_threads(config.threads)
         self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
         self.model = self._new_model(init_model, begun).to(self.device)
-        # Gaussians that are learned jointly, or not at all, need no images of their own. Earlier versions nevertheless
-        # ended an epoch when it had as many images as D_nf, and a run that they began goes on like that.
+        # Gaussians that are learned jointly, or not at all, need no images of their own.
         m_steps = not config.joint and config.learn != "none"
-        if begun is not None:
-            self.whole_epochs = begun.facts.get("whole_epochs", False)
         images = len(self.split.nf) + (0 if m_steps or not self.whole_epochs else len(self.split.g))
         self.steps_per_epoch = max(1, images // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -383,7 +378,6 @@ class EM:
             "lr_scale": self.lr_scale,
             "epoch_loss": list(self.epoch_loss),
             "guard": guard,
-            "whole_epochs": self.whole_epochs,
         }
         groups = {
             "model": self.model.state_dict(),

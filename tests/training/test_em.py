@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +11,7 @@ from test_training import tiny_config, tiny_trainer, toy_data
 
 from glem_augment.cli.train import summary
 from glem_augment.errors import DataError
-from glem_augment.model.weights import WEIGHTS
-from glem_augment.training import TimeUpError, Trainer
+from glem_augment.training import Trainer
 
 
 def latents(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,10 +54,8 @@ def test_jointly_learned_gaussians_follow_the_flows_schedule(tmp_path: Path) -> 
     assert rate == pytest.approx(1e-2 * trainer.flow_optimizer.param_groups[0]["lr"] / 5e-3) and rate < 1e-2
 
 
-def test_an_epoch_of_a_joint_run_has_all_images_and_a_run_of_an_earlier_version_goes_on_as_it_began(
-    tmp_path: Path,
-) -> None:
-    """6 are held out, and M-steps would have 12 of the others; earlier versions ended a joint epoch after 102."""
+def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
+    """6 are held out, and M-steps would have 12 of the others."""
     options = dict(objective="hybrid", batch_size=19, epochs=2, modes_rank=0)
     new, em = tiny_trainer(tmp_path / "new", **options), tiny_trainer(tmp_path / "em", joint=False, **options)
     assert (new.steps_per_epoch, em.steps_per_epoch) == (6, 5)
@@ -70,22 +65,6 @@ def test_an_epoch_of_a_joint_run_has_all_images_and_a_run_of_an_earlier_version_
     new.e_step = lambda x, *_: (seen.append(x), (0.0, 0.0))[1]
     new.fit()
     assert len(torch.cat(seen[:6]).unique(dim=0)) == 114
-
-    class Old(Trainer):
-        whole_epochs = False
-
-        def state(self) -> Any:
-            facts, tensors = super().state()
-            return {name: value for name, value in facts.items() if name != "whole_epochs"}, tensors
-
-    data, config = toy_data(), tiny_config(**options)
-    Old(data, config, tmp_path / "whole", device="cpu", progress=False).fit()
-    with pytest.raises(TimeUpError):
-        Old(data, dataclasses.replace(config, max_minutes=1e-9), tmp_path / "cut", device="cpu", progress=False).fit()
-    going_on = tiny_trainer(tmp_path / "cut", resume=True, **options)
-    assert going_on.total_steps == 10
-    going_on.fit()
-    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 def test_learning_rates_of_m_steps_halve_after_a_return(tmp_path: Path) -> None:
