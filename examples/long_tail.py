@@ -59,7 +59,7 @@ def main() -> None:
         "--imbalance", type=float, help="make the data long-tailed: size of the head / size of the tail"
     )
     parser.add_argument("--source", default="mixup", choices=("gaussian", "rfcm", "mixup"))
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--min-confidence", type=float, default=0.5, help="of the flow's posterior; 0: no rejection")
     args = parser.parse_args()
     if args.smoke:

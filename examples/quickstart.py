@@ -24,7 +24,7 @@ def main() -> None:
     changed = (moved != x[:64]).flatten(1).any(1).sum()
     print(f"{aug}\nmoved {changed} of 64 images; labels are unchanged: {torch.equal(labels, y[:64])}")
 
-    synthetic = SyntheticDataset(model, per_class=10, temperature=0.8, seed=0)
+    synthetic = SyntheticDataset(model, per_class=10, seed=0)
     image, label = synthetic[0]
     print(f"{len(synthetic)} synthetic images; the first: {image.size} {image.mode}, {synthetic.classes[label]}")
 

@@ -29,7 +29,7 @@ def main() -> None:
     aug = GLEMAugment(model, p=0.5, policy="mixup", strength=0.5, modes=64)
     loader = DataLoader(TensorDataset(images, labels), batch_size=32)
     loss: float = train(nn.Flatten(), loader, aug)
-    synthetic = SyntheticDataset(model, per_class=10, temperature=0.8, seed=0)
+    synthetic = SyntheticDataset(model, per_class=10, seed=0)
     try:
         synthetic.export("folder", format="imagefolder")
     except GLEMError as error:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
     say("\n## Pictures and a synthetic data set\n")
     save_png(preview(model, test), out / "preview.png")
-    synthetic = SyntheticDataset(model, per_class=size.per_class, temperature=0.8, seed=0)
+    synthetic = SyntheticDataset(model, per_class=size.per_class, seed=0)
     synthetic.export(out / "synthetic", progress=progress, overwrite=True)
     save_png(sheet(synthetic, name, size), out / "synthetic.png")
     say("- `preview.png`: augmentations, samples and interpolations")
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 
     say(f"\n## Colour: `{COLOUR}`\n")
     colour = GLEM.from_pretrained(COLOUR)
-    drawn = SyntheticDataset(colour, per_class=size.per_class, temperature=0.8, source="rfcm")
+    drawn = SyntheticDataset(colour, per_class=size.per_class)
     save_png(sheet(drawn, COLOUR, size), out / "synthetic-colour.png")
     say(f"- `synthetic-colour.png`: {size.per_class} images of each class")
     put_back = None if args.photos is None else adapted_to(args.photos, colour, out, say, progress)

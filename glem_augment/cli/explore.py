@@ -182,7 +182,7 @@ def sample_controls(gr: Any, explorer: Explorer) -> list[Any]:
     with gr.Column(scale=1):
         return [
             gr.Dropdown([(name, i) for i, name in enumerate(explorer.model.classes)], value=0, label="Class"),
-            gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature", info="factor on the standard deviation"),
+            gr.Slider(0, 1.5, 0.9, step=0.05, label="Temperature", info="factor on the standard deviation"),
             gr.Radio(sources, value=sources[0], label="Source", info="rfcm: mean and covariance of real latents"),
             gr.Number(0, label="Seed", minimum=0, precision=0),
         ]

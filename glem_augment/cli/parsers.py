@@ -127,7 +127,7 @@ step with another number, by rounding). Prints a JSON summary.
 """
 GENERATE_EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
-  glem generate runs/photos --per-class 1000 --temperature 0.9 --format webdataset --out synthetic/
+  glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
   glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
   glem generate runs/photos --per-class cat=50,dog=50 --min-confidence 0.9 --seed 1 --out pets/
 """
@@ -157,7 +157,7 @@ def add_generate(commands: Any) -> None:
         "--temperature",
         type=number(0),
         metavar="T",
-        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.8)",
+        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.9)",
     )
     source.add_argument("--modes", type=whole(1), metavar="N", help=f"of mixup (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")

@@ -371,7 +371,7 @@ def test_generate_shards(trained: Path, tmp_path: Path, output: Output) -> None:
         (names.index(name), pixels) for name, pixels in found
     )
     assert generated(shards, output)["images"] == 5  # which are there already
-    fails(["generate", *shards, "--temperature", "1"], output, "not empty", "temperature 0.8 (not 1.0)", "--overwrite")
+    fails(["generate", *shards, "--temperature", "1"], output, "not empty", "temperature 0.9 (not 1.0)", "--overwrite")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
