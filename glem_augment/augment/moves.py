@@ -29,6 +29,7 @@ Modes = Literal["class", "shared"]
 # What strength "auto" tries, the share of moves that it lets be put back, and how many moves it makes at least.
 LADDER = (0.5, 0.25, 0.125, 0.0625)
 MOST_PUT_BACK, TRIALS = 0.05, 128
+MARGIN = 1.0  # images that leave [0, 1] by more are not plausible
 
 
 class Basis(NamedTuple):

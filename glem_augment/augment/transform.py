@@ -95,7 +95,7 @@ class GLEMAugment(nn.Module):
         num_classes: int | None = None,
         class_map: Sequence[int | None] | None = None,
         seed: int | None = None,
-        margin: float = 1.0,
+        margin: float = moves.MARGIN,
     ) -> None:
         super().__init__()
         check_choice("policy", policy, get_args(Policy))

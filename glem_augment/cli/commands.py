@@ -134,7 +134,7 @@ def generate(args: argparse.Namespace) -> None:
         "temperature": None if args.source == "mixup" else dataset.temperature,
         "seed": args.seed,
         "real": args.real,
-        "not_finite": dataset.non_finite,
+        "implausible": dataset.implausible,
         "report": report,
     }
     if args.min_confidence is not None:

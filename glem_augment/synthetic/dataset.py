@@ -99,7 +99,7 @@ class SyntheticDataset(Dataset):
         self.targets: list[int] = np.repeat(np.arange(model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._preloaded: Tensor | None = None
-        # For each block (class, number) decoded so far: images, images that are not finite, and `Drawn.judged`.
+        # For each block (class, number) decoded so far: images, images that are not plausible, and `Drawn.judged`.
         self.decoded: dict[tuple[int, int], tuple[int, int, tuple[int, int, float]]] = {}
         self._weights_key: tuple[tuple[int, int], ...] | None = None
         self._make_cache()
@@ -108,9 +108,9 @@ class SyntheticDataset(Dataset):
         return len(self.targets)
 
     @property
-    def non_finite(self) -> int:
-        """The number of images decoded so far in this process whose values were not finite (shown grey, 0 or 255)."""
-        return sum(not_finite for _, not_finite, _ in self.decoded.values())
+    def implausible(self) -> int:
+        """Images decoded so far in this process whose values leave [0, 1] by more than 1, or are not finite."""
+        return sum(count for _, count, _ in self.decoded.values())
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index`: (image, label) after the transforms."""
@@ -180,7 +180,7 @@ class SyntheticDataset(Dataset):
         return own | self.sampler.settings()
 
     def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]:
-        """Images number * block ... of a class, uint8 [m, C, H, W], and how many of them are not finite."""
+        """Images number * block ... of a class, uint8 [m, C, H, W], and how many of them are not plausible."""
         if self._preloaded is None:
             return self._cached_block(cls, number)
         start = int(self._starts[cls]) + number * self.block
@@ -190,8 +190,8 @@ class SyntheticDataset(Dataset):
     def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
         self._check_model()
         drawn = self.sampler.images(*self._items(cls, number))
-        self.decoded[cls, number] = (len(drawn.images), drawn.not_finite, drawn.judged)
-        return drawn.images, drawn.not_finite
+        self.decoded[cls, number] = (len(drawn.images), drawn.implausible, drawn.judged)
+        return drawn.images, drawn.implausible
 
     def _items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Class and place within the class of a block's items, int64 [m] each."""
@@ -239,7 +239,7 @@ class SyntheticDataset(Dataset):
             OSError: if the disk is full or cannot be written, naming the path.
         """
         from glem_augment.hub.cards import CardFacts  # it loads the Hub's client
-        from glem_augment.synthetic.export import ALONE, Ranks, export_imagefolder, warn_of_numbers
+        from glem_augment.synthetic.export import ALONE, Ranks, export_imagefolder, warn_of_implausible, warn_of_numbers
         from glem_augment.synthetic.publish import export_shards  # both modules import this one
 
         check_choice("format", format, FORMATS)
@@ -253,6 +253,8 @@ class SyntheticDataset(Dataset):
             manifest = export_imagefolder(self, folder, overwrite, license, progress, ranks)
             if ranks.rank == 0:
                 warn_of_numbers(manifest["classes"], folder)
+        if ranks.rank == 0:
+            warn_of_implausible(self)
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:

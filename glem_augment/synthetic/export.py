@@ -29,6 +29,7 @@ from torchvision.io import encode_png
 from tqdm import tqdm
 
 from glem_augment import __version__
+from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
@@ -115,10 +116,10 @@ def export_imagefolder(
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
         for shard in missing:
-            images, not_finite = dataset.decoded_block(dataset.label_order[shard.label], shard.number)
+            images, implausible = dataset.decoded_block(dataset.label_order[shard.label], shard.number)
             sha256 = hashlib.sha256(b"".join(pool.map(_write_png, images, shard.paths(folder)))).hexdigest()
             where = {"folder": shard.folder, "first": shard.first, "count": shard.images}
-            done[shard] = {**where, "sha256": sha256, "not_finite": not_finite}
+            done[shard] = {**where, "sha256": sha256, "implausible": implausible}
             bar.update(shard.images)
             if time.monotonic() - saved >= SAVE_SECONDS:
                 write_json(folder / f".{ranks.rank}-{PROVENANCE}", {**begun, "shards": list(done.values())})
@@ -156,7 +157,7 @@ def _begin(dataset: SyntheticDataset, folder: Path, overwrite: bool, license: st
 
 
 def _results(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"images_not_finite": sum(entry["not_finite"] for entry in entries), "shards": entries}
+    return {"images_implausible": sum(entry["implausible"] for entry in entries), "shards": entries}
 
 
 def warn_of_numbers(classes: list[dict[str, Any]], folder: Path) -> None:
@@ -168,6 +169,16 @@ def warn_of_numbers(classes: list[dict[str, Any]], folder: Path) -> None:
             "%s has no folder for %d of %d classes, which get no images, so torchvision's ImageFolder would number the "
             "others differently: open it with open_data or RealAndSynthetic, or take the labels from its %s",
             *(folder, len(folders) - len(there), len(folders), CLASS_FILE),
+        )
+
+
+def warn_of_implausible(dataset: SyntheticDataset) -> None:
+    """Say so where many of the images that were drawn are not plausible."""
+    if dataset.implausible > MOST_PUT_BACK * len(dataset):
+        fix = "adapt the flow to the real images" if dataset.source == "mixup" else "lower the temperature"
+        _log.warning(
+            "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s",
+            *(dataset.implausible, len(dataset), fix),
         )
 
 
@@ -215,7 +226,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         # Folders lie inside that of the export: what is in them may be replaced.
         good = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in [*classes, *shards])
         good &= all(type(entry["count"]) is int for entry in classes)
-        good &= all(type(entry[key]) is int for entry in shards for key in ("first", "count", "not_finite"))
+        good &= all(type(entry[key]) is int for entry in shards for key in ("first", "count", "implausible"))
         good &= all(isinstance(table, dict) for table in (manifest["settings"], manifest.get("model", {})))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None

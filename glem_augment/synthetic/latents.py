@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glem_augment.augment.moves import MARGIN, plausible
 from glem_augment.checks import SOURCES, Source, check_choice, check_number, check_whole
 from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import to_uint8
@@ -50,11 +51,11 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Images uint8 [n, C, H, W] on the CPU; how many are not finite; what rejection did (zeros without it): candidates
-    drawn, items that never passed, and the sum of confidences."""
+    """Images uint8 [n, C, H, W] on the CPU; how many are not plausible; what rejection did (zeros without it):
+    candidates drawn, items that never passed, and the sum of confidences."""
 
     images: Tensor
-    not_finite: int
+    implausible: int
     judged: tuple[int, int, float]
 
 
@@ -134,9 +135,8 @@ class Sampler:
         z, judged = self.latents(cls, within)
         with evaluating(self.model):
             x = self.model.decode(z, clamp=False)
-        # Images that are not finite stay: drawn again, item i would no longer be a function of the seed alone.
-        not_finite = len(x) - int(torch.isfinite(x).flatten(1).all(dim=1).sum())
-        return Drawn(to_uint8(x).cpu(), not_finite, judged)
+        # Images that are not plausible stay: drawn again, item i would no longer be a function of the seed alone.
+        return Drawn(to_uint8(x).cpu(), int((~plausible(x, MARGIN)).sum()), judged)
 
     def _draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
         """Latents float32 [n, d] on the model's device; attempt > 0 under rejection."""

@@ -285,7 +285,7 @@ image, label = data[0]["png"], data[0]["cls"]
 | generator | {manifest["generator"]} |
 | flow | {loaded}, weights with SHA-256 `{manifest["weights_sha256"]}` |
 | the flow was trained on | {trained_on(dataset.model.config.training)} |
-| images whose values were not finite and were replaced | {manifest["images_not_finite"]} |
+| images that are not plausible (values off [0, 1] by more than 1, or not finite) | {manifest["images_implausible"]} |
 {settings}
 
 With these settings of `SyntheticDataset`, the same flow, version and kind of machine, they can be drawn again.

@@ -259,16 +259,16 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
 
 
-def test_images_that_are_not_finite_are_counted_once(tmp_path: Path) -> None:
+def test_images_that_are_not_plausible_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = GLEM.create("identity", (1, 8, 8), NAMES).eval().requires_grad_(False)
-    model.gaussians.mu[1] = 3e38
-    folder = make(model).export(tmp_path / "out", progress=False)
+    model.gaussians.mu.copy_(torch.tensor([0.0, 3e38, 0.0])[:, None])
+    folder = make(model, temperature=0.1).export(tmp_path / "out", progress=False)
     manifest = manifest_of(folder)
-    assert manifest["images_not_finite"] == 10
+    assert manifest["images_implausible"] == 10 and "10 of 30 images are not plausible" in caplog.text
     (folder / "T-shirt_top" / "000005.png").unlink()
-    data = make(model)
+    data = make(model, temperature=0.1)
     data.images(range(12))  # some of it has been looked at before
-    assert data.non_finite == 4  # of the block that was decoded
+    assert data.implausible == 4  # of the block that was decoded
     data.export(folder, progress=False)
     assert manifest_of(folder) == manifest
 
