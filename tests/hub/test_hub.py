@@ -452,7 +452,7 @@ def test_the_bundled_flow_names_its_licence(tmp_path: Path, caplog: pytest.LogCa
     assert card.data.license == "mit" and "The publisher states: mit." in card.text
     assert model_card(bundled, "org/fashion", CardFacts("cc-by-4.0")).data.license == "cc-by-4.0"
     for layout in ("imagefolder", "webdataset"):  # its samples inherit it
-        drawn = SyntheticDataset(tiny_model(license="mit"), per_class=1)
+        drawn = SyntheticDataset(tiny_model(license="mit"), per_class=1, temperature=0)
         folder = drawn.export(tmp_path / layout, layout, progress=False)
         assert json.loads((folder / "glem-provenance.json").read_text())["license"] == "mit"
         folder = drawn.export(tmp_path / f"{layout}-cc", layout, progress=False, license="cc0-1.0")
