@@ -105,6 +105,11 @@ class ImageData(Dataset):
         loaded = self.batches(np.concatenate(own), max(1, len(own[0])), workers)
         return ((x, y, each) for (x, y), each in zip(loaded, shares, strict=False))
 
+    def some(self, count: int) -> torch.Tensor:
+        """Up to `count` images, evenly spread, as uint8 [n,C,H,W]."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
+        return torch.cat([x for x, _ in self.batches(chosen, count)])
+
     def subset(self, indices: Integers) -> ImageData:
         """The images at `indices`, in that order, sharing the pixels in memory; errors as in `check_indices`."""
         chosen = check_indices(indices, len(self))

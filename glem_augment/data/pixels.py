@@ -208,6 +208,11 @@ def from_levels(h: Tensor, bits: int) -> Tensor:
     return ((h + 0.5) * 2.0**bits - 0.5) / (2**bits - 1)
 
 
+def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images, uint8 or float in [0,1], as floats of `dtype` in [0,1]."""
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+
+
 def in_range(x: Tensor) -> Tensor:
     """Decoded images as they can be shown: NaN becomes grey, all else is clamped to [0,1]. Differentiable."""
     return x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)

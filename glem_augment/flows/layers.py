@@ -1,13 +1,15 @@
-"""The contract of a flow, the identity, and the two layers that have no network inside; `level` applies these."""
+"""The contract of a flow, the identity, and the layers that have no network inside."""
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory, check_choice
+from glem_augment.flows.precision import full_precision
 from glem_augment.flows.subnets import Subnet
 
 # An element's spread in a few images is mostly noise, and dividing by one that is too small would blow up other images,
@@ -27,7 +29,7 @@ class Flow(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.image_shape = tuple(image_shape)
+        self.image_shape: tuple[int, int, int] = image_shape
         self.memory: Memory = "stored"
         self.autocast: torch.dtype | None = None
 
@@ -74,6 +76,93 @@ class FlatIdentity(Flow):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z.reshape(z.shape[0], *self.image_shape), z.new_zeros(z.shape[0])
+
+
+class Whiten(nn.Module):
+    """A fixed linear map that makes a covariance V^T diag(s^2) V + diag(r) the identity, with V [k, d] orthonormal.
+
+    With D = diag(r)^(1/2), and U, g from the thin SVD of diag(s) V D^-1 = Q diag(t) U, g = (1 + t^2)^(-1/2),
+
+        z = (I + U^T diag(g - 1) U) D^-1 (x - mean),        log|det| = sum log g - sum log D.
+
+    Where V is a whole basis, k = d, there is no rest: D = I, U = V and g = 1/s, and z is the ZCA whitening of x. It is
+    the best linear flow for Gaussian classes with one covariance, hence where a flow should start.
+
+    Args:
+        dim: d.
+        rank: k, at most d.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    directions: Tensor
+    gain: Tensor
+    initialised: Tensor
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("directions", torch.zeros(rank, dim))
+        self.register_buffer("gain", torch.ones(rank))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def fit(self, mean: Tensor, directions: Tensor, scales: Tensor, rest: Tensor) -> None:
+        """Set the map from a mean [d], V [j, d], s [j] and r [d], float64, with j <= k."""
+        k, d = self.directions.shape
+        if len(scales) == d:
+            scale, gain = torch.ones_like(rest), 1 / scales
+        else:
+            scale = rest.clamp_min(_MIN_STD**2).rsqrt()
+            _, length, directions = torch.linalg.svd(scales[:, None] * directions * scale, full_matrices=False)
+            gain = (1 + length.square()).rsqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+        self.directions[: len(gain)], self.gain[: len(gain)] = directions.to(self.mean), gain.to(self.mean)
+        self.initialised.fill_(True)
+
+    def logdet(self) -> Tensor:
+        """log|det dz/dx| in nats, the same for all x."""
+        return self.scale.log().sum() + self.gain.log().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d] -> [B, d]."""
+        z = (x - self.mean) * self.scale
+        return z + (z @ self.directions.T * (self.gain - 1)) @ self.directions
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undoes `forward`."""
+        x = z + (z @ self.directions.T * (1 / self.gain - 1)) @ self.directions
+        return x / self.scale + self.mean
+
+
+class WhitenedFlow(Flow):
+    """A flow behind a `Whiten` of rank `rank`."""
+
+    def __init__(self, flow: Flow, rank: int) -> None:
+        super().__init__(flow.image_shape)
+        self.whiten, self.flow = Whiten(math.prod(flow.image_shape), rank), flow
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(x.device.type):
+            h = self.whiten(x.flatten(1)).view(x.shape)
+            z, logdet = self.flow(h)
+            return z, logdet + self.whiten.logdet()
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(z.device.type):
+            h, logdet = self.flow.inverse(z)
+            return self.whiten.inverse(h.flatten(1)).view(h.shape), logdet - self.whiten.logdet()
+
+    def initialise(self, x: Tensor) -> None:
+        self.flow.initialise(self.whiten(x.flatten(1)).view(x.shape))
+
+    def set_memory(self, memory: Memory) -> None:
+        self.flow.set_memory(memory)
+
+    def compile_steps(self, backend: str = "inductor") -> None:
+        self.flow.compile_steps(backend)
 
 
 class ActNorm(nn.Module):

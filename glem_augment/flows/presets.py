@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from glem_augment.checks import Preset, check_choice
 from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
 from glem_augment.flows.jet import JetFlow
-from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1
+from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1, WhitenedFlow
 from glem_augment.flows.multiscale import MultiscaleFlow
 from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
 
@@ -41,15 +42,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
-_PATCHES, _MOST_TOKENS = (2, 4, 6, 8), 128 * 128  # even: every level then has an even number of channels
+_PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
 _COUPLINGS = ("matexp", "affine", "jet", "identity", "custom")
 # What a flow saved before these keys existed was made with.
 _DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
-_KEYS = {
-    "preset", "image_shape", "coupling", "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", "module",
-    *_DEFAULTS,
-}  # fmt: skip
-_KEYS_OF_OTHERS = {"preset", "image_shape", "coupling", "module"}  # of the identity and custom flows
+_KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
+_KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS}
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
@@ -64,7 +62,7 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
             divide; the message names the sizes that would work.
     """
     check_choice("preset", name, tuple(PRESETS))
-    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
+    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], "whiten": 0, **PRESETS[name]}
     if spec["coupling"] == "matexp":
         spec.setdefault("rank", 3)
     if spec["coupling"] in ("matexp", "affine"):
@@ -90,13 +88,15 @@ def check_spec(spec: dict[str, Any]) -> None:
 
     coupling = spec.get("coupling")
     require(coupling in _COUPLINGS, f"coupling must be one of {_COUPLINGS}", coupling)
-    known = _KEYS_OF_OTHERS if coupling in ("identity", "custom") else _KEYS
+    known = {"identity": _KEYS_OF_ALL, "custom": _KEYS_OF_ALL | {"module"}}.get(coupling, _KEYS)
     unknown = sorted(str(key)[:40] for key in set(spec) - known)
     if unknown:
         raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(known)}")
     shape, side = spec.get("image_shape"), _LARGEST["side"]
     good = isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_whole(v, 1, side) for v in shape)
     require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
+    whiten = spec.get("whiten", 0)
+    require(_is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
     if coupling in ("identity", "custom"):
         return
     lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
@@ -111,7 +111,8 @@ def check_spec(spec: dict[str, Any]) -> None:
     require(total <= limit, f"depth times blocks, summed over the levels, may be at most {limit}", total)
     patch = spec.get("patch", _DEFAULTS["patch"])
     require(type(patch) is int and patch in _PATCHES, f"patch must be one of {_PATCHES}", patch)
-    count, (_, height, width) = len(lists["depth"]), spec["image_shape"]
+    count, (channels, height, width) = len(lists["depth"]), spec["image_shape"]
+    require(patch * channels % 2 == 0, "without a squeeze (patch 1) the number of channels must be even", channels)
     jet = coupling == "jet"
     require(not jet or count == 1, "a Jet has no levels: depth, blocks and width hold one number each", lists)
     # Halves of a Jet's tokens are equal where rows and columns of patches are even.
@@ -147,6 +148,8 @@ def check_spec(spec: dict[str, Any]) -> None:
 def build_flow(spec: dict[str, Any]) -> Flow:
     """Build the flow that `spec` (see `resolve_preset`) describes. Raises ValueError where it cannot be."""
     check_spec(spec)
+    if spec.get("whiten"):
+        return WhitenedFlow(build_flow({**spec, "whiten": 0}), spec["whiten"])
     channels, height, width = image_shape = tuple(spec["image_shape"])
     if spec["coupling"] == "identity":
         return FlatIdentity(image_shape)

@@ -103,6 +103,30 @@ def download_jet(
     return files[0], str(found), licence if isinstance(licence, str) else None
 
 
+def download_autoencoder(
+    text: str, *, cache_dir: str | os.PathLike[str] | None = None, token: str | bool | None = None
+) -> tuple[Path, str]:
+    """Download an autoencoder `org/name[@revision]`, or find it in the cache.
+
+    Returns:
+        The weights file, with config.json beside it if there is one, and `org/name@commit`.
+
+    Raises:
+        ModelFileError, HubError: as `download_model`.
+    """
+    name = _name(text, None)
+    with hub_errors(name):
+        client, wanted = _client(cache_dir, token), ["*.safetensors", "config.json"]
+        folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
+        found = HubName(name.repo_id, folder.name)
+        files = sorted(folder.glob("*.safetensors"))
+        main = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
+        if len(main) != 1:
+            raise HubError(f"{found} has {len(files)} safetensors files, so which one holds an autoencoder is not clear")
+        _check_digest(found, main[0])
+    return main[0], str(found)
+
+
 def flows_on_hub(limit: int = 100, progress: bool = True) -> dict[str, Any]:
     """What `cards.summary` says of the models on the Hub that carry the library's tag, of the first `limit`.
 

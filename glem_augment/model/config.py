@@ -17,7 +17,7 @@ from glem_augment.flows.presets import check_spec
 FORMAT_VERSION = 1
 # These limits are far above any real use. They keep a hostile config from asking for absurd amounts of memory.
 MAX_CLASSES, MAX_MODES = 200_000, 4096
-MAX_DEPTH = 20
+MAX_DEPTH, LARGEST_SIDE = 20, 2**14
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
@@ -36,6 +36,8 @@ class GLEMConfig:
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         base: what `model.jet_file.reference` says of a flow that is stored elsewhere, or None.
+        autoencoder: of a flow in an autoencoder's latents, its `name` and `sha256` (see `open_autoencoder`; "custom" and
+            "" for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -51,6 +53,7 @@ class GLEMConfig:
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
     base: dict[str, str] | None = None
+    autoencoder: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -76,6 +79,8 @@ class GLEMConfig:
             named = isinstance(self.base, dict) and set(self.base) == {"jet", "sha256"}
             if not (named and all(isinstance(text, str) and len(text) <= 1000 for text in self.base.values())):
                 raise ModelFileError(f"base must be null, or have a jet and its sha256, got {_short(self.base)}")
+        if self.autoencoder is not None:
+            self._check_autoencoder()
         if not isinstance(self.training, dict):
             raise ModelFileError(f"training must be a table, got {type(self.training).__name__}")
 
@@ -88,6 +93,16 @@ class GLEMConfig:
             check_spec(self.flow)
         except (ValueError, TypeError) as error:  # TypeError: a list where a name belongs
             raise ModelFileError(f"the flow's description is not valid: {error}") from None
+
+    def _check_autoencoder(self) -> None:
+        found = self.autoencoder
+        good = isinstance(found, dict) and set(found) == {"name", "sha256", "image_shape"}
+        if not (good and all(isinstance(found[key], str) and len(found[key]) <= 1000 for key in ("name", "sha256"))):
+            raise ModelFileError(f"autoencoder must be null, or have name, sha256 and image_shape, got {_short(found)}")
+        shape = found["image_shape"]
+        good = isinstance(shape, list | tuple) and len(shape) == 3 and shape[0] == 3
+        if not (good and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)):
+            raise ModelFileError(f"the autoencoder's image_shape must be [3, height, width], got {_short(shape)}")
 
     def _check_classes(self) -> None:
         for name in ("class_ids", "class_names"):
@@ -105,13 +120,24 @@ class GLEMConfig:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of the images."""
+        channels, height, width = (self.autoencoder or self.flow)["image_shape"]
+        return channels, height, width
+
+    @property
+    def flow_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the numbers that the flow models: the images, or their latents in the autoencoder."""
         channels, height, width = self.flow["image_shape"]
         return channels, height, width
 
+    @property
+    def dim(self) -> int:
+        """d, how many numbers the flow models."""
+        return math.prod(self.flow_shape)
+
     def to_dict(self) -> dict[str, Any]:
-        """The contents of `config.json`, without what earlier versions did not know where it says nothing."""
-        newer = {"posterior_temperature": 1.0, "base": None}
+        """The contents of `config.json`. Fields that have their default are left out where readers allow it."""
+        newer = {"posterior_temperature": 1.0, "base": None, "autoencoder": None}
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from glem_augment.autoencoders import StandardisedAutoencoder, latent_shape, open_autoencoder
 from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
 from glem_augment.data.classes import ONE_CLASS, ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
@@ -30,12 +31,16 @@ from glem_augment.model.jet_file import PREFIX as JET
 from glem_augment.model.jet_file import open_base, open_jet, reference
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, read_config, weights_sha256, write_model
 
+CUSTOM = "custom"  # the name of a user's module in a config
+STANDARDISED_BY = 64  # images from which an autoencoder's latents are standardised; each has many positions
+
 
 class GLEM(ImageFlow):
     """Class-conditional normalizing flow, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
     Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
-    bits/dim = -log_prob / (d ln 2), d = C H W. Likelihoods add uniform dequantisation noise to images on levels, uint8
+    bits/dim = -log_prob / (d ln 2), d = C H W. With an autoencoder E they are over E(x), the numbers of its latents, which
+    have no levels, hence no bits/dim. Likelihoods of pixels add uniform dequantisation noise to images on levels, uint8
     or float. By default it depends on the image alone, so an image has one likelihood, whatever the batch. A float
     image between the levels is a point, whose density is given. Prediction and augmentation use the middle of the bin.
 
@@ -43,7 +48,8 @@ class GLEM(ImageFlow):
 
     Args:
         config: what the model is.
-        flow, gaussians, modes: the parts; those that are left out are made untrained, as the config describes them.
+        flow, gaussians, modes, autoencoder: the parts. A part that is left out is made as the config describes it:
+            untrained, or the autoencoder that it names.
 
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
@@ -57,9 +63,10 @@ class GLEM(ImageFlow):
         flow: Flow | None = None,
         gaussians: ClassGaussians | None = None,
         modes: ClassModes | None = None,
+        autoencoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        classes, dim = len(config.class_ids), math.prod(config.image_shape)
+        classes, dim = len(config.class_ids), config.dim
         self.config = config
         self.flow = build_flow(config.flow) if flow is None else flow
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
@@ -67,6 +74,11 @@ class GLEM(ImageFlow):
         if modes is None and config.modes_rank is not None:
             modes = ClassModes(classes, config.modes_rank, dim)
         self.modes = None if modes is None else modes.to(self.dtype)
+        if autoencoder is None and config.autoencoder is not None:
+            autoencoder = named_autoencoder(config.autoencoder)
+        if autoencoder is not None and not isinstance(autoencoder, StandardisedAutoencoder):
+            autoencoder = StandardisedAutoencoder(autoencoder, config.flow_shape[0])
+        self.autoencoder = autoencoder
         self.origin: str | None = None
         self.origin_file: Path | None = None
         self.jet: tuple[str, Path] | None = None
@@ -82,9 +94,14 @@ class GLEM(ImageFlow):
         class_ids: Sequence[str] | None = None,
         bits: int = 8,
         psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05),
+        autoencoder: str | nn.Module | None = None,
         **overrides: Any,
     ) -> GLEM:
         """An untrained model.
+
+        >>> photos = GLEM.create("identity", (3, 64, 64), ["cat", "dog"], autoencoder="taef2")
+        >>> photos.image_shape, photos.dim
+        ((3, 64, 64), 2048)
 
         Args:
             preset: name of a flow size, see `flows.PRESETS`.
@@ -92,19 +109,31 @@ class GLEM(ImageFlow):
             classes, class_ids: names and identifiers in index order, by default the same.
             bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
             psi: (a, b, c) of the variances, None for plain variances.
+            autoencoder: the flow then models its latents in place of pixels: "taef2", which ships with the package;
+                "hub:org/name[@revision]", see `open_autoencoder`; or a module with `encode` and `decode`, see
+                `Autoencoder`. It is frozen.
             overrides: numbers of the preset to change.
 
         Raises:
-            ValueError: anything that does not describe a model.
+            ValueError: anything that does not describe a model, such as a size that the autoencoder does not divide.
+            TypeError: a module that is no autoencoder. ModelFileError: see `open_autoencoder`.
         """
+        shape, facts = image_shape, None
+        if isinstance(autoencoder, str):
+            autoencoder, facts = open_autoencoder(autoencoder, fetch_autoencoder)
+        elif autoencoder is not None:
+            facts = {"name": CUSTOM, "sha256": ""}
+        if autoencoder is not None:
+            shape = latent_shape(autoencoder, image_shape)
         config = GLEMConfig(
-            flow=resolve_preset(preset, image_shape, **overrides),
+            flow=resolve_preset(preset, shape, **overrides),
             bits=bits,
             psi=psi,
             class_ids=[str(c) for c in (classes if class_ids is None else class_ids)],
             class_names=[str(c) for c in classes],
+            autoencoder=None if facts is None else {**facts, "image_shape": [int(side) for side in image_shape]},
         )
-        return cls(config)
+        return cls(config, autoencoder=autoencoder)
 
     @classmethod
     def from_pretrained(
@@ -116,6 +145,7 @@ class GLEM(ImageFlow):
         token: str | bool | None = None,
         revision: str | None = None,
         module: nn.Module | None = None,
+        autoencoder: nn.Module | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
@@ -130,6 +160,7 @@ class GLEM(ImageFlow):
             revision: branch, tag or commit hash on the Hub.
             module: for a model that `from_bijection` made: a module like the one that it was made with; a copy of it
                 gets the stored weights. No code is ever imported because a file names it.
+            autoencoder: for a model that was made with an autoencoder of the user's: that module.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
@@ -152,7 +183,9 @@ class GLEM(ImageFlow):
             if config.flow["coupling"] != "custom":
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
             flow = CustomFlow(copy.deepcopy(module), config.image_shape)
-        model = load_model(folder, partial(cls, flow=flow)).to(device).eval().requires_grad_(False)
+        if autoencoder is None and config.autoencoder is not None:
+            autoencoder = named_autoencoder(config.autoencoder, **client)
+        model = load_model(folder, partial(cls, flow=flow, autoencoder=autoencoder)).to(device).eval().requires_grad_(False)
         model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
         return model
 
@@ -214,9 +247,15 @@ class GLEM(ImageFlow):
         parameters = sum(p.numel() for p in self.flow.parameters())
         modes = "no modes" if self.modes is None else f"{self.modes.rank} modes per class"
         return (
-            f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} at {self.bits} bits, "
+            f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self._numbers_are}, "
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
+
+    @property
+    def _numbers_are(self) -> str:
+        """What the flow models, in words."""
+        named = self.config.autoencoder
+        return f"at {self.bits} bits" if named is None else f"through {named['name']}"
 
     # ---- densities and classification ----------------------------------------------------------------------------
 
@@ -233,7 +272,12 @@ class GLEM(ImageFlow):
         return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
-        """-log_prob / (d ln 2): [B]."""
+        """-log_prob / (d ln 2): [B]. ValueError: the flow models an autoencoder's latents, which have no levels."""
+        if self.autoencoder is not None:
+            raise ValueError(
+                "bits/dim are of pixel levels, and this flow models an autoencoder's latents: use "
+                "-model.log_prob(x) / model.dim, in nats per number"
+            )
         return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
 
     def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
@@ -366,6 +410,9 @@ class GLEM(ImageFlow):
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
         rows = images.rows_of_classes(max_per_class)
+        if self.autoencoder is not None and not self.autoencoder.fitted:
+            self = copy.deepcopy(self)
+            self.initialise(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
@@ -390,7 +437,7 @@ class GLEM(ImageFlow):
                 },
             },
         )
-        adapted = GLEM(config, copy.deepcopy(self.flow), gaussians, modes)
+        adapted = GLEM(config, copy.deepcopy(self.flow), gaussians, modes, copy.deepcopy(self.autoencoder))
         adapted.jet = self.jet
         return adapted.to(self.device).eval().requires_grad_(False)
 
@@ -408,6 +455,20 @@ class GLEM(ImageFlow):
                 f"modes must be from 1 to {self.modes.rank}, got {modes}; for more call model.fit_modes(data, rank)"
             )
         return modes
+
+
+def fetch_autoencoder(text: str, **client: Any) -> tuple[Path, str]:
+    """Download an autoencoder from the Hub; see `hub.download.download_autoencoder`."""
+    from glem_augment.hub.download import download_autoencoder
+
+    return download_autoencoder(text, **client)
+
+
+def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
+    """The autoencoder that a config names. ModelFileError: it can't be had, has changed, or is a module of a user's."""
+    if named["name"] == CUSTOM:
+        raise ModelFileError("this model was made with an autoencoder of the user's: pass that module as autoencoder=")
+    return open_autoencoder(named["name"], partial(fetch_autoencoder, **client), named["sha256"])[0]
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:

@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glem_augment.autoencoders import StandardisedAutoencoder
 from glem_augment.checks import check_whole
 from glem_augment.data.dataset import ImageData
-from glem_augment.data.pixels import Noise, check_images, draw_noise, from_levels, to_levels
+from glem_augment.data.pixels import Noise, check_images, draw_noise, from_levels, to_levels, to_unit
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
 from glem_augment.model.config import GLEMConfig
 
-# Images per pass through the flow in the calls that take any number of them, which bounds the memory of activations.
-_CHUNK = 256
+# Images per pass through the flow in the calls that take any number of them, and their pixels per pass through an
+# autoencoder, which bound the memory of activations.
+_CHUNK, _CHUNK_PIXELS = 256, 2**19
 
 _Flow = TypeVar("_Flow", bound="ImageFlow")
 
@@ -29,11 +31,13 @@ _Flow = TypeVar("_Flow", bound="ImageFlow")
 class ImageFlow(nn.Module):
     """A flow for images of one shape, with the facts about it.
 
-    Images are [B,C,H,W], uint8 or float in [0,1]; float input is taken as it is, not rounded.
+    Images are [B,C,H,W], uint8 or float in [0,1]; float input is taken as it is, not rounded. The flow models their
+    pixels or, with an autoencoder, their standardised latents there. The flow is exact, an autoencoder is not.
     """
 
     config: GLEMConfig
     flow: Flow
+    autoencoder: StandardisedAutoencoder | None
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -52,8 +56,14 @@ class ImageFlow(nn.Module):
 
     @property
     def dim(self) -> int:
-        """d = C H W."""
-        return math.prod(self.image_shape)
+        """d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents."""
+        return self.config.dim
+
+    @property
+    def _chunk(self) -> int:
+        if self.autoencoder is None:
+            return _CHUNK
+        return max(1, min(_CHUNK, _CHUNK_PIXELS // math.prod(self.image_shape[1:])))
 
     @property
     def bits(self) -> int:
@@ -81,6 +91,19 @@ class ImageFlow(nn.Module):
 
     # ---- image <-> latent ----------------------------------------------------------------------------------------
 
+    def numbers(self, x: Tensor, noise: Noise = None) -> Tensor:
+        """What the flow sees of images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
+
+        `noise` dequantises pixels on levels, see `data.pixels.to_levels`. An autoencoder's latents get none.
+        """
+        if self.autoencoder is None:
+            return to_levels(x, self.bits, self.dtype, noise)
+        return self.autoencoder.encode(to_unit(x, self.dtype))
+
+    def images(self, h: Tensor) -> Tensor:
+        """Images [B,C,H,W], float and not clamped, of what `numbers` returns."""
+        return from_levels(h, self.bits) if self.autoencoder is None else self.autoencoder.decode(h)
+
     def encode(self, x: Tensor, generator: Noise = None) -> tuple[Tensor, Tensor]:
         """Image to latent.
 
@@ -88,21 +111,28 @@ class ImageFlow(nn.Module):
             x: [B,C,H,W], uint8 or float in [0,1].
             generator: adds uniform dequantisation noise to images on levels, see `data.pixels.to_levels`; a whole
                 number is the seed of noise that depends on the image alone. A tensor is the noise itself, from
-                `data.pixels.draw_noise`. None: the middle of the bin.
+                `data.pixels.draw_noise`. None: the middle of the bin. Without effect on an autoencoder's latents.
 
         Returns:
-            z [B, d] and log|det dz/dlevels| [B] in nats.
+            z [B, d] and log|det| [B] in nats, of dz/dlevels or, with an autoencoder E, of dz/dE(x).
 
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
         check_images(x, self.image_shape)
-        chunks = x.to(self.device).split(_CHUNK)
-        noise = generator.split(_CHUNK) if isinstance(generator, Tensor) else [generator] * len(chunks)
+        chunks = x.to(self.device).split(self._chunk)
+        noise = generator.split(self._chunk) if isinstance(generator, Tensor) else [generator] * len(chunks)
         pairs = zip(chunks, noise, strict=True)
-        parts = [self.flow(to_levels(chunk, self.bits, self.dtype, each)) for chunk, each in pairs]
+        parts = [self.encode_numbers(self.numbers(chunk, each)) for chunk, each in pairs]
         z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
-        return z, logdet - self.dim * self.bits * math.log(2)
+        return z, logdet
+
+    def encode_numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode` for what `numbers` returns."""
+        z, logdet = self.flow(h)
+        if self.autoencoder is None:
+            return z, logdet - self.dim * self.bits * math.log(2)
+        return z, logdet + self.autoencoder.logdet(h.shape[2] * h.shape[3])
 
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
         """Latent to image.
@@ -112,12 +142,12 @@ class ImageFlow(nn.Module):
             clamp: cut the result to [0,1]; without it the exact inverse comes back, whatever its range.
 
         Returns:
-            [B,C,H,W] float; bin middles of uint8 images come back as value / 255.
+            [B,C,H,W] float; bin middles of uint8 images come back as value / 255, if there is no autoencoder.
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
         z = z.to(self.device, self.dtype)
-        x = torch.cat([from_levels(self.flow.inverse(chunk)[0], self.bits) for chunk in z.split(_CHUNK)])
+        x = torch.cat([self.images(self.flow.inverse(chunk)[0]) for chunk in z.split(self._chunk)])
         return x.clamp(0, 1) if clamp else x
 
     @torch.no_grad()
@@ -140,24 +170,50 @@ class ImageFlow(nn.Module):
         Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
         """
         check_images(x, self.image_shape)
-        wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
-        back = self.decode(self.encode(x)[0] if z is None else z, clamp=False)
+        if self.autoencoder is None:
+            wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
+        else:
+            wanted = to_unit(x.to(self.device), torch.float64)
+        back = self.decode(self.encode(x)[0] if z is None else z, clamp=self.autoencoder is not None)
         return (back.double() - wanted).abs().mul_(255).nan_to_num_(nan=math.inf)
+
+    @torch.no_grad()
+    def flow_error(self, x: Tensor) -> Tensor:
+        """The largest |inverse(f(h)) - h| of each image's numbers h: [B], infinite where nothing finite came back.
+
+        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
+        """
+        check_images(x, self.image_shape)
+        h = torch.cat([self.numbers(chunk) for chunk in x.to(self.device).split(self._chunk)])
+        back = torch.cat([self.flow.inverse(self.flow(chunk)[0])[0] for chunk in h.split(_CHUNK)])
+        return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
 
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
         """What `round_trip_error` finds on the images `x` [B,C,H,W].
 
         Returns:
             `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels: of those
-            `within_half_step`, which rounding gives back exactly, and of the `non_finite` ones.
+            `within_half_step`, which rounding gives back exactly, and of the `non_finite` ones. With an autoencoder,
+            whose error these are, also its `psnr` in dB and the flow's own `flow_error`, see the method.
         """
-        return summarise_errors(self.round_trip_error(x))
+        error = self.round_trip_error(x)
+        found = summarise_errors(error)
+        if self.autoencoder is not None:
+            found["psnr"] = psnr(error)
+            found["flow_error"] = float(self.flow_error(x).max())
+        return found
 
     @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Initialise the flow's ActNorms from the images `x` [B,C,H,W]; those that are initialised stay as they are."""
+        """Initialise the standardisation of latents, and the flow's ActNorms, from the images `x` [B,C,H,W].
+
+        What was initialised before stays as it is.
+        """
         check_images(x, self.image_shape)
-        self.flow.initialise(to_levels(x.to(self.device), self.bits, self.dtype, generator))
+        x = x.to(self.device)
+        if self.autoencoder is not None:
+            self.autoencoder.fit(to_unit(x, self.dtype))
+        self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in x.split(self._chunk)]))
 
     def latents_of_classes(
         self, data: ImageData, rows: Sequence[np.ndarray], seed: int, count: Callable[[int], object] | None = None
@@ -198,6 +254,11 @@ class ImageFlow(nn.Module):
         if device is None or torch.empty(0, device=device).device == self.device:
             return self
         return copy.deepcopy(self).to(device)
+
+
+def psnr(error: Tensor) -> float:
+    """The peak signal-to-noise ratio, in dB, of errors in uint8 steps."""
+    return 20 * math.log10(255) - 10 * math.log10(max(1e-12, float(error.square().mean())))
 
 
 def summarise_errors(error: Tensor) -> dict[str, float]:

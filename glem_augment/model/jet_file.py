@@ -25,7 +25,7 @@ from glem_augment.flows.jet import KINDS
 from glem_augment.io import expand, file_sha256
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.weights import copy_checked
+from glem_augment.tensor_files import copy_checked
 
 PREFIX = "jet:"
 # Names of the projections there, by what a coupling splits.

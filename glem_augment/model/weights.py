@@ -1,9 +1,8 @@
-"""Model folders, `model.safetensors` beside `config.json`: written whole, and read with suspicion.
+"""Model folders, `model.safetensors` beside `config.json`: written atomically, validated on load.
 
-The files may come from a stranger. A config is a few hundred bytes and can describe a model of any size; the weights
-are honest about theirs, because the bytes have to be there. So the sizes that the config implies are compared with the
-size of the weights file, then with its header, and only then is memory taken: at most twice the size of the files and
-a few MiB of Python objects.
+The files may come from a stranger. A config of a few hundred bytes can describe a model of any size, but a weights file
+cannot lie about its size. So the sizes that the config implies are compared with the size of the weights file, then
+with its header, and only then is memory taken: at most twice the size of the files and a few MiB of Python objects.
 """
 
 from __future__ import annotations
@@ -14,21 +13,19 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write, expand
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
+from glem_augment.tensor_files import check_header, copy_checked, header_bytes, open_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
 # The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
 # point number has two bytes.
 _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
@@ -36,7 +33,6 @@ _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
 _MOST_ENTRY, _MOST_METADATA = 320, 2**16
 _NOT_NEGATIVE = {"modes.scales", "modes.rest", "modes.counts", "modes.shared_scales"}
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
-_CHUNK = 2**18  # numbers that are checked together, which bounds the memory of a check
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,8 +89,9 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` that a model's own file holds: without the flow's, where the config refers to another."""
-    return {name: tensor for name, tensor in state.items() if config.base is None or not name.startswith("flow.")}
+    """The tensors of `state` that the model's file holds: those of parts that the config only names are left out."""
+    named = ("autoencoder.autoencoder.",) + (("flow.",) if config.base else ())
+    return {name: tensor for name, tensor in state.items() if not name.startswith(named)}
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -134,40 +131,32 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
     """
     config, path = read_config(folder), folder / WEIGHTS
     try:
-        header = _check_size(path, config)
+        _check_size(path, config)
         with torch.device("meta"):  # shapes without memory
             model = build(config)
-        expected = stored(config, model.state_dict())
-        most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
-        if header > most:
-            raise ModelFileError(f"{path} has a header of {header} bytes; {most} are more than its config can need")
-        with safe_open(path, framework="pt") as file:
-            _check_header(path, file, expected)
-            for part in model.children():
-                if any(tensor.is_meta for tensor in part.state_dict().values()):  # a module of the user's is whole
-                    part.to_empty(device="cpu")
-            for name, target in stored(config, model.state_dict()).items():
-                plain_variance = name == "gaussians.s" and config.psi is None
-                lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
-                copy_checked(path, name, file.get_tensor(name), target, lowest)
-        return model
-    except ModelFileError:
-        raise
-    except ValueError as error:  # of the flow that the config describes
+    except (ValueError, OSError) as error:  # of the file, or of the flow that the config describes
+        if isinstance(error, ModelFileError):
+            raise
         raise ModelFileError(f"{folder} can't be read: {error}") from None
-    except (SafetensorError, OSError, RuntimeError, OverflowError) as error:
-        raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
+    expected = stored(config, model.state_dict())
+    most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
+    with open_tensors(path, most) as file:
+        check_header(path, file, expected)
+        for module in model.modules():  # of which modules of the user's, and autoencoders, are whole
+            if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                module.to_empty(device="cpu", recurse=False)
+        for name, target in stored(config, model.state_dict()).items():
+            plain_variance = name == "gaussians.s" and config.psi is None
+            lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
+            copy_checked(path, name, file.get_tensor(name), target, lowest)
+    return model
 
 
-def _check_size(path: Path, config: GLEMConfig) -> int:
-    """Compare the file with lower bounds that need no model, and return the length of its header in bytes."""
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if size < 10 or header > size - 8:
-        raise ModelFileError(f"{path} can't be read: its {size} bytes are truncated, or no safetensors file")
-    classes, dim, rank = len(config.class_ids), math.prod(config.image_shape), config.modes_rank
-    numbers = 2 * classes * dim + (0 if rank is None else (classes + 1) * rank * dim)
+def _check_size(path: Path, config: GLEMConfig) -> None:
+    """Compare the file with lower bounds that need no model."""
+    size, header = os.stat(path).st_size, header_bytes(path)
+    classes, rank = len(config.class_ids), config.modes_rank
+    numbers = (2 * classes + (0 if rank is None else (classes + 1) * rank)) * config.dim
     levels = [] if config.base else zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
     tensors = 2 + sum(depth * blocks for depth, blocks in levels)
     if size < _LEAST_WIDTH * numbers or header < _LEAST_ENTRY * tensors:
@@ -175,36 +164,3 @@ def _check_size(path: Path, config: GLEMConfig) -> int:
             f"{path} has {size} bytes, too few for the {numbers} numbers in {tensors} tensors of its config: "
             "the two files do not belong together, or one of them is damaged"
         )
-    return header
-
-
-def _check_header(path: Path, file: Any, expected: dict[str, Tensor]) -> None:
-    """Compare names, shapes and types in an open safetensors file with those of `expected`."""
-    names = set(file.keys())
-    missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
-    if missing or extra:
-        raise ModelFileError(
-            f"{path} does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(extra)} unknown {[name[:80] for name in extra[:3]]}"
-        )
-    for name, wanted in expected.items():
-        entry, allowed = file.get_slice(name), _EXACT.get(wanted.dtype, _FLOATS)
-        shape, dtype = list(entry.get_shape()), entry.get_dtype()
-        if shape != list(wanted.shape) or dtype not in allowed:
-            raise ModelFileError(
-                f"{path}: {name} is {dtype} {shape}, its config asks for {'/'.join(sorted(allowed))} {[*wanted.shape]}"
-            )
-
-
-@torch.no_grad()
-def copy_checked(path: Path, name: str, source: Tensor, target: Tensor, lowest: float = -math.inf) -> None:
-    """Copy `source`, a view of the mapped file that takes no memory of its own, and check the values."""
-    if source.dtype is torch.bool and bool((source.view(torch.uint8) > 1).any()):
-        raise ModelFileError(f"{path}: {name} holds bytes that are neither true nor false")
-    target.copy_(source)
-    # The target is checked, because a finite float64 may have become an infinite float32.
-    for part in target.reshape(-1).split(_CHUNK):
-        if not bool(torch.isfinite(part).all()):
-            raise ModelFileError(f"{path}: {name} holds values that are not finite")
-        if lowest > -math.inf and bool((part < lowest).any()):
-            raise ModelFileError(f"{path}: {name} holds values below {lowest:g}, but variances can't be negative")
