@@ -12,7 +12,16 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 Preset = Literal[
-    "mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "jet_tiny", "jet_imagenet64", "identity"
+    "mef_tiny",
+    "mef_small",
+    "mef_cifar",
+    "mef_glem",
+    "glow_tiny",
+    "glow_fast",
+    "jet_tiny",
+    "jet_imagenet64",
+    "latent",
+    "identity",
 ]
 Source = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
 Format = Literal["imagefolder", "webdataset"]  # of an export

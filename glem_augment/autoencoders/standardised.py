@@ -55,9 +55,13 @@ class StandardisedAutoencoder(nn.Module):
         """Stay in eval mode: the autoencoder is frozen."""
         return super().train(False)
 
+    def raw(self, x: Tensor) -> Tensor:
+        """RGB images [B,3,H,W] in [0, 1] to latents [B,C,h,w] as the autoencoder gives them; differentiable."""
+        return self.autoencoder.encode(x)  # type: ignore[operator]
+
     def encode(self, x: Tensor) -> Tensor:
         """RGB images [B,3,H,W] in [0, 1] to standardised latents [B,C,h,w]; differentiable."""
-        return (self.autoencoder.encode(x) - self.mean) / self.std  # type: ignore[operator]
+        return (self.raw(x) - self.mean) / self.std
 
     def decode(self, h: Tensor) -> Tensor:
         """Standardised latents [B,C,h,w] to RGB images [B,3,H,W]; differentiable."""
@@ -68,10 +72,10 @@ class StandardisedAutoencoder(nn.Module):
         return -self.std.log().sum() * pixels
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> None:
-        """Set mean and standard deviation from the images x [B,3,H,W] in [0, 1], unless that was done before."""
+    def fit(self, h: Tensor) -> None:
+        """Set mean and standard deviation from latents h [B,C,h,w] as they come, unless that was done before."""
         if not self.fitted:
-            h = self.autoencoder.encode(x).double()  # type: ignore[operator]
+            h = h.double()
             self.mean.copy_(h.mean((0, 2, 3))[:, None, None])
             self.std.copy_(h.std((0, 2, 3)).clamp_min(_MIN_STD)[:, None, None])
             self.fitted.fill_(True)

@@ -142,6 +142,7 @@ def _parsing(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
         float: {"type": number(), "metavar": "X"},
         "numbers": {"nargs": "+", "metavar": "X"},
         "names": {"type": _names, "metavar": "LIST"},
+        "text": {"metavar": "NAME"},
         "table": {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"},
     }
     return parsing[kind]

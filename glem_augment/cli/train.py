@@ -129,7 +129,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     print(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}", flush=True)
     if model.config.training["worse_than_independent_pixels"]:
         note(
-            f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f} bits/dim: "
+            f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f}: "
             "this flow is no model of the images yet. Train for more --epochs, or at a lower --lr"
         )
     return 0
@@ -164,7 +164,7 @@ def _finished(out: Path) -> GLEM | None:
 
 def summary(trainer: Trainer, data: ImageData) -> str:
     """A table for people of what is about to be trained."""
-    model, split, config = trainer.model, trainer.split, trainer.config
+    model, split, config = trainer.whole(trainer.model), trainer.split, trainer.config
     shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())
     where = f" on {trainer.device}" + (f", from step {trainer.step}" if trainer.step else "")
@@ -176,7 +176,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
         *([("skipped", f"{len(data.skipped)} images that can't be used, see {SKIPPED_FILE}")] if data.skipped else []),
         ("split", f"{learners}, {len(split.val)} held out"),
-        ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.bits} bits"),
+        ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.numbers_are}"),
         ("objective", f"{config.objective}, beta {config.beta:g}"),
         ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
@@ -187,8 +187,9 @@ def summary(trainer: Trainer, data: ImageData) -> str:
 
 def _held_out(model: GLEM) -> str:
     held_out = model.config.training.get("held_out") or {}
-    bits, accuracy = held_out.get("val_bits_per_dim"), held_out.get("val_accuracy")
-    if bits is None:
+    key, unit, _ = model.likelihood
+    likelihood, accuracy = held_out.get(f"val_{key}"), held_out.get("val_accuracy")
+    if likelihood is None:
         return repr(model)
     right = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
-    return f"bits/dim {bits:.3f}{right} on {held_out['val_images']} held-out images"
+    return f"{likelihood:.3f} {unit}{right} on {held_out['val_images']} held-out images"

@@ -127,6 +127,13 @@ class ImageData(Dataset):
         other.targets, other.named = check_targets(targets, len(self), len(classes)), True
         return other
 
+    def with_numbers(self, numbers: torch.Tensor) -> ImageData:
+        """The same labels with other tensors [N, ...] in the place of images, for example latents of these."""
+        other = copy.copy(self)
+        other._pixels, other._rows = numbers, np.arange(len(self))
+        other.image_shape = (numbers.shape[-3], numbers.shape[-2], numbers.shape[-1])
+        return other
+
     def rows_of_classes(self, max_per_class: int | None = None) -> list[np.ndarray]:
         """Indices of each class's images, or of the first `max_per_class` of them. DataError: a class without any."""
         rows = [np.flatnonzero(self.targets == index)[:max_per_class] for index in range(len(self.classes))]

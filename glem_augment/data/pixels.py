@@ -98,10 +98,11 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
 # ---- pixels and the flow's levels --------------------------------------------------------------------------------
 
 
-def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
+def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool = False) -> None:
     """Raise TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
 
-    The value range of float images is checked on the CPU only, because on an accelerator the check would wait for it.
+    The value range of float images is checked on the CPU only, because on an accelerator the check would wait for it;
+    with `any_range` not at all.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a torch.Tensor [B,C,H,W], got {type(x).__name__}")
@@ -110,7 +111,7 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
         raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
-    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
+    if x.is_floating_point() and not any_range and x.device.type == "cpu" and x.numel():
         low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
             raise ValueError(

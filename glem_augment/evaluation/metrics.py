@@ -18,7 +18,7 @@ from glem_augment.distributed import gather, share
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import fit_temperature
 from glem_augment.model.glem import GLEM
-from glem_augment.model.image_flow import summarise_errors
+from glem_augment.model.image_flow import psnr, summarise_errors
 
 __all__ = ["calibrate", "calibration_error", "evaluate", "moves_put_back", "spread"]
 
@@ -61,7 +61,7 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
     scores, labels = [], []
     with tqdm(total=len(images), unit="image", desc="calibrate", disable=not progress, dynamic_ncols=True) as bar:
         for x, y in images.batches(np.arange(len(images)), 256):
-            scores.append(model.gaussians.log_prob(model.encode(x)[0]).cpu())
+            scores.append(model.class_scores(model.encode(x)[0]).cpu())
             labels.append(y)
             bar.update(len(y))
     model.config.posterior_temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
@@ -125,10 +125,13 @@ def evaluate(
     with tqdm(total=len(rows), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
         for x, y in data.batches(rows, batch_size):
             x, y = x.to(model.device), y.to(model.device)
-            scores = model.gaussians.log_prob(model.encode(x)[0]) / model.config.posterior_temperature
-            best = scores.log_softmax(1).topk(min(5, model.num_classes), 1)
+            z, logdet = model.encode(x)
+            scores = model.class_scores(z)
+            best = (scores / model.config.posterior_temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
             hits = best.indices == y[:, None]
-            density = model.log_prob_per_class(x).double()
+            # Of pixels, likelihoods have dequantisation noise.
+            density = model.log_prob_per_class(x) if model.autoencoder is None else scores + logdet[:, None]
+            density = density.double()
             own, any_class = density.gather(1, y[:, None])[:, 0], density.logsumexp(1) - math.log(model.num_classes)
             found.append(torch.stack([best.values[:, 0].exp(), hits[:, 0], hits.any(1), own, any_class], 1).cpu())
             bar.update(len(y))
@@ -137,15 +140,22 @@ def evaluate(
     if count := min(round_trip, len(data)):
         chosen = data.batches(mine(spread(len(data), count)), batch_size)
         errors = [torch.empty(0, *model.image_shape, dtype=torch.float64)]
-        errors += [model.round_trip_error(x).cpu() for x, _ in chosen]
-        invertibility = {"images": count, **summarise_errors(torch.cat(gather(torch.cat(errors))))}
-    bit = -model.dim * math.log(2)
+        flow_errors = [torch.empty(0)]
+        for x, _ in chosen:
+            errors.append(model.round_trip_error(x).cpu())
+            flow_errors += [] if model.autoencoder is None else [model.flow_error(x).cpu()]
+        error = torch.cat(gather(torch.cat(errors)))
+        invertibility = {"images": count, **summarise_errors(error)}
+        if model.autoencoder is not None:
+            invertibility["psnr"] = psnr(error)
+            invertibility["flow_error"] = float(torch.cat(gather(torch.cat(flow_errors))).max())
+    key, _, unit = model.likelihood
     return {
         "n": len(data),
         "accuracy": float(right.mean()),
         "top5": float(right_top.mean()),
-        "bits_per_dim": float(own.mean()) / bit,
-        "bits_per_dim_marginal": float(any_class.mean()) / bit,
+        key: -float(own.mean()) / unit,
+        f"{key}_marginal": -float(any_class.mean()) / unit,
         "bits": model.bits,
         "ece": calibration_error(confidence, right),
         "round_trip": invertibility,

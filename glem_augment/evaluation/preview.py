@@ -71,7 +71,7 @@ class FlowClassifier(nn.Module):
         self.model, self.pixels = model, PixelAdapter(model.image_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.model.gaussians.log_prob(self.model.encode(self.pixels.to_flow(x))[0])
+        scores = self.model.class_scores(self.model.encode(self.pixels.to_flow(x))[0])
         return scores / self.model.config.posterior_temperature
 
 

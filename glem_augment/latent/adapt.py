@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch import Tensor
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import INNER, ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR, ClassModes, fit_class_modes
+from glem_augment.latent.modes import REST_FLOOR, SHRUNK, ClassModes, fit_class_modes, fit_covariances
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
@@ -39,14 +40,19 @@ Psi = tuple[float, float, float] | None
 
 @torch.no_grad()
 def adapt_classes(
-    latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int, rank: int, shrinkage: float, psi: Psi
+    latents_of_class: Callable[[int], Tensor],
+    num_classes: int,
+    dim: int,
+    rank: int | Literal["full"],
+    shrinkage: float,
+    psi: Psi,
 ) -> tuple[ClassGaussians, ClassModes, float]:
     """Gaussians, modes and temperature of new classes. A class of one image borrows what all classes have together.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         num_classes, dim: K and d.
-        rank: modes per class.
+        rank: modes per class. "full": all of them, and the temperature is fitted for full covariances.
         shrinkage: k, in images, >= 0.
         psi: of the flow's own Gaussians; the new ones get a wider psi where this one can't hold their variances.
 
@@ -64,7 +70,10 @@ def adapt_classes(
         kept.append(z[torch.arange(count) * len(z) // max(1, count)])
         return z
 
-    modes = fit_class_modes(latents, num_classes, rank, dim, borrow=True)
+    if rank == "full":
+        modes = fit_covariances(latents, num_classes, dim)
+    else:
+        modes = fit_class_modes(latents, num_classes, rank, dim, borrow=True)
     freedom = (modes.counts - 1)[:, None].double()
     scatter = freedom * modes.variance()
     pooled = scatter.sum(0) / freedom.sum()
@@ -72,8 +81,12 @@ def adapt_classes(
     gaussians = ClassGaussians(num_classes, dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(modes.mean)
     gaussians.set_variance(variance, inner=(0.0, 1.0))
-    scores = gaussians.log_prob(torch.cat(kept).to(gaussians.mu)).double()
+    found = modes if rank == "full" else gaussians
+    scores = found.log_prob(torch.cat(kept).to(gaussians.mu)).double()
     y = torch.repeat_interleave(torch.tensor([len(z) for z in kept]))
+    if rank == "full":
+        own = _left_out_of_covariance(scores.gather(1, y[:, None])[:, 0], modes, y)
+        return gaussians, modes, fit_temperature(scores.scatter(1, y[:, None], own[:, None]), y)
     classes = zip(kept, modes.mean, scatter, modes.counts.tolist(), strict=True)
     scores[torch.arange(len(y)), y] = torch.cat([_left_out(*facts, pooled, shrinkage) for facts in classes])
     return gaussians, modes, fit_temperature(scores, y)
@@ -85,6 +98,20 @@ def _left_out(z: Tensor, mean: Tensor, scatter: Tensor, n: int, pooled: Tensor, 
     left = (scatter - share * deviation.square()).clamp_min(0)
     variance = shrunk_variance(left, torch.tensor(n - 2.0), pooled, shrinkage).clamp_min(REST_FLOOR)
     return -0.5 * ((share * deviation).square() / variance + variance.log() + math.log(2 * math.pi)).sum(1)
+
+
+def _left_out_of_covariance(score: Tensor, modes: ClassModes, y: Tensor) -> Tensor:
+    """log N of latents, each under its class's mean and full covariance C without it, from the `score` [N] with it.
+
+    With d = z - m and q = d C^-1 d, the mean without z is m - d / (n - 1), and C loses c d d^T, where
+    c = (1 - a) n / ((n - 1) (n - 2)), so that q' = (n / (n - 1))^2 q / (1 - c q) and log det C' = log det C +
+    log(1 - c q) (Sherman & Morrison).
+    """
+    n = modes.counts[y].double().clamp_min(3)
+    constant = modes.scales.double().log().sum(1)[y] + 0.5 * modes.dim * math.log(2 * math.pi)
+    q = -2 * (score + constant)
+    left = (1 - (1 - SHRUNK) * n / ((n - 1) * (n - 2)) * q).clamp_min(1e-6)
+    return -0.5 * ((n / (n - 1)).square() * q / left + left.log()) - constant
 
 
 def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage: float) -> Tensor:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment import distributed
-from glem_augment.checks import check_number, check_whole
+from glem_augment.checks import DEFAULT_MODES, check_number, check_whole
 from glem_augment.errors import DataError
+from glem_augment.flows.precision import full_precision
 
 # The least variance of a dimension outside the modes. It keeps densities finite, and its root is far below one uint8
 # step (4e-3), so nobody can see it in a decoded image.
@@ -29,6 +30,8 @@ REST_FLOOR = 1e-8
 RELATIVE_TOLERANCE = 1e-10
 # Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
 MAX_EIGH = 4096
+# How far a class's full covariance is shrunk to the pooled one: the best of 0, 0.2, 0.5, 0.8 and 1 for held-out images.
+SHRUNK = 0.2
 # When every row of a batch brings its own [k, d] modes, this many floats are gathered at a time (16 MiB).
 GATHER_FLOATS = 2**22
 
@@ -125,6 +128,16 @@ class ClassModes(nn.Module):
         """The variance of every dimension, along the modes and outside them: [K, d]."""
         return (self.scales[..., None] * self.directions).square().sum(1) + self.rest
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; m_y, V_y^T diag(s_y^2) V_y) of latents z [B, d] under every class, [B, K] nats; see `fit_covariances`.
+
+        For modes that span the whole space: k = d, and nothing is left over.
+        """
+        with full_precision(z.device.type):
+            facts = zip(self.mean, self.directions, self.scales, strict=True)
+            scores = [-0.5 * (((z - m) @ v.T) / s).square().sum(1) - s.log().sum() for m, v, s in facts]
+        return torch.stack(scores, 1) - 0.5 * self.dim * math.log(2 * math.pi)
+
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
@@ -173,11 +186,7 @@ def fit_class_modes(
         ValueError: the rank is below 1.
     """
     rank = min(check_whole("rank", rank, 1), dim)
-    # Classes hand on more modes than they keep, so that the top modes of the pooled covariance lose little.
-    handed = min(dim, max(4 * rank, 128))
-    modes = ClassModes(num_classes, rank, dim)
-    pooled = torch.zeros(0, dim, dtype=torch.float64)  # rows F with F^T F = the summed scatter, nearly
-    scatter = torch.zeros(dim, dtype=torch.float64)  # the exact diagonal of that sum
+    modes, pool = ClassModes(num_classes, rank, dim), _Pool(dim, rank)
     for first in range(0, num_classes, distributed.world_size()):
         group = range(num_classes)[first : first + distributed.world_size()]
         own: Any = None
@@ -185,27 +194,104 @@ def fit_class_modes(
             latents = latents_of_class(y)
             if y - first == distributed.rank():
                 mean, rows = centred(latents, f"class {y}", least=1 if borrow else 2)
-                own = mean, len(rows), *leading_modes(rows, handed), rows.square().sum(0)
+                own = mean, len(rows), *leading_modes(rows, pool.handed), rows.square().sum(0)
         for y, found in zip(group, distributed.gather(own), strict=False):
             mean, count, directions, values, variance = found
             modes.mean[y], modes.counts[y] = mean, count
             if count == 1:
                 continue
             _store(modes, y, directions, values / math.sqrt(count - 1), variance / (count - 1))
-            pooled = torch.cat([pooled, values[:, None] * directions])
-            scatter += variance
-            if len(pooled) > 5 * handed:  # one decomposition for several classes
-                directions, values = leading_modes(pooled, handed)
-                pooled = values[:, None] * directions
-    freedom = int((modes.counts - 1).sum())
-    if not freedom:
-        raise DataError("no class has two images, so nothing is known of how images of one class differ: add some")
-    directions, values = leading_modes(pooled, rank)
-    values = values / math.sqrt(freedom)
+            pool.add(count, directions, values, variance)
+    directions, values, variance = pool.covariance()
     modes.shared_directions[: len(values)] = directions.float()
     modes.shared_scales[: len(values)] = values.float()
     for y in (modes.counts == 1).nonzero()[:, 0].tolist():
-        _store(modes, y, directions, values, scatter / freedom)
+        _store(modes, y, directions, values, variance)
+    return modes
+
+
+class _Pool:
+    """The pooled within-class covariance, by its leading modes and its exact diagonal."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        # Classes hand on more modes than are kept, so that the top modes of the pooled covariance lose little.
+        self.rank, self.handed = rank, min(dim, max(4 * rank, 128))
+        self.rows = torch.zeros(0, dim, dtype=torch.float64)  # F with F^T F = the summed scatter, nearly
+        self.scatter = torch.zeros(dim, dtype=torch.float64)  # the exact diagonal of that sum
+        self.freedom = 0
+
+    def add(self, count: int, directions: Tensor, values: Tensor, scatter: Tensor) -> None:
+        """Add a class of `count` images: the leading modes of its centred latents, and their summed squares [d]."""
+        self.rows = torch.cat([self.rows, values[:, None] * directions])
+        self.scatter += scatter
+        self.freedom += count - 1
+        if len(self.rows) > 5 * self.handed:  # one decomposition for several classes
+            directions, values = leading_modes(self.rows, self.handed)
+            self.rows = values[:, None] * directions
+
+    def covariance(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Directions [k, d], their standard deviations [k], and the variance of every dimension [d]; float64."""
+        if not self.freedom:
+            raise DataError("no class has two images, so nothing is known of how images of one class differ: add some")
+        directions, values = leading_modes(self.rows, self.rank)
+        return directions, values / math.sqrt(self.freedom), self.scatter / self.freedom
+
+
+@torch.no_grad()
+def pooled_covariance(
+    rows_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `flows.layers.Whiten.fit` takes: the classes' mean, and their pooled covariance as modes and a rest.
+
+    Args:
+        rows_of_class: gives numbers [n, d] of class y = 0 .. K - 1, n >= 2; called once for each.
+        num_classes, dim: K and d. rank: modes to keep, at most d.
+
+    Returns:
+        mean [d], directions [k, d], standard deviations [k] and the remaining variance [d]; float64 on the CPU.
+    """
+    mean, pool = torch.zeros(dim, dtype=torch.float64), _Pool(dim, rank)
+    for y in range(num_classes):
+        own, rows = centred(rows_of_class(y), f"class {y}")
+        mean += own / num_classes
+        pool.add(len(rows), *leading_modes(rows, pool.handed), rows.square().sum(0))
+    directions, values, variance = pool.covariance()
+    return mean, directions, values, (variance - (values[:, None] * directions).square().sum(0)).clamp_min(0)
+
+
+@torch.no_grad()
+def fit_covariances(latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int) -> ClassModes:
+    """Means and full covariances of classes with many images: modes that span the whole space.
+
+    The unbiased covariance S_y of a class is shrunk to the pooled one W, as `(1 - a) S_y + a W` with a = `SHRUNK`
+    (regularised discriminant analysis, Friedman 1989).
+
+    Args:
+        latents_of_class, num_classes, dim: see `fit_class_modes`.
+
+    Raises:
+        DataError: too few images for W to have full rank, or latents that are not finite.
+    """
+    modes = ClassModes(num_classes, dim, dim)
+    scatter = torch.zeros(num_classes, dim, dim, dtype=torch.float64)
+    for y in range(num_classes):
+        mean, rows = centred(latents_of_class(y), f"class {y}")
+        modes.mean[y], modes.counts[y], scatter[y] = mean, len(rows), rows.T @ rows
+    freedom = modes.counts.double() - 1
+    if freedom.sum() < 2 * dim:
+        raise DataError(
+            f"full covariances of {dim} dimensions need at least {2 * dim + num_classes} images, there are "
+            f"{int(modes.counts.sum())}: give a number of modes as rank, such as {DEFAULT_MODES}"
+        )
+    pooled = scatter.sum(0) / freedom.sum()
+    for y in range(num_classes + 1):
+        own = pooled if y == num_classes else (1 - SHRUNK) * scatter[y] / freedom[y] + SHRUNK * pooled
+        values, vectors = torch.linalg.eigh(own)
+        scales, directions = values.flip(0).clamp_min(REST_FLOOR).sqrt().float(), vectors.flip(1).T.float()
+        if y == num_classes:
+            modes.shared_scales[:], modes.shared_directions[:] = scales, directions
+        else:
+            modes.scales[y], modes.directions[y] = scales, directions
     return modes
 
 

@@ -35,6 +35,7 @@ class GLEMConfig:
         class_names: names for people, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
+        covariance: "diagonal" (the class densities are the Gaussians'), or "full" (mean and covariance of the modes).
         base: what `model.jet_file.reference` says of a flow that is stored elsewhere, or None.
         autoencoder: of a flow in an autoencoder's latents, its `name` and `sha256` (see `open_autoencoder`; "custom" and
             "" for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
@@ -52,6 +53,7 @@ class GLEMConfig:
     class_names: list[str]
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
+    covariance: str = "diagonal"
     base: dict[str, str] | None = None
     autoencoder: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +77,10 @@ class GLEMConfig:
         if type(t) not in (int, float) or not 1 <= t <= HIGHEST_TEMPERATURE:
             raise ModelFileError(f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}, got {_short(t)}")
         self.posterior_temperature = float(t)
+        if self.covariance not in ("diagonal", "full"):
+            raise ModelFileError(f"covariance must be 'diagonal' or 'full', got {_short(self.covariance)}")
+        if self.covariance == "full" and self.modes_rank != self.dim:
+            raise ModelFileError(f"full covariances have {self.dim} modes, got modes_rank {self.modes_rank}")
         if self.base is not None:
             named = isinstance(self.base, dict) and set(self.base) == {"jet", "sha256"}
             if not (named and all(isinstance(text, str) and len(text) <= 1000 for text in self.base.values())):
@@ -100,9 +106,9 @@ class GLEMConfig:
         if not (good and all(isinstance(found[key], str) and len(found[key]) <= 1000 for key in ("name", "sha256"))):
             raise ModelFileError(f"autoencoder must be null, or have name, sha256 and image_shape, got {_short(found)}")
         shape = found["image_shape"]
-        good = isinstance(shape, list | tuple) and len(shape) == 3 and shape[0] == 3
+        good = isinstance(shape, list | tuple) and len(shape) == 3
         if not (good and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)):
-            raise ModelFileError(f"the autoencoder's image_shape must be [3, height, width], got {_short(shape)}")
+            raise ModelFileError(f"the autoencoder's image_shape must be three sizes, got {_short(shape)}")
 
     def _check_classes(self) -> None:
         for name in ("class_ids", "class_names"):
@@ -137,7 +143,7 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Fields that have their default are left out where readers allow it."""
-        newer = {"posterior_temperature": 1.0, "base": None, "autoencoder": None}
+        newer = {"posterior_temperature": 1.0, "covariance": "diagonal", "base": None, "autoencoder": None}
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,9 @@ class GLEM(ImageFlow):
             flow = CustomFlow(copy.deepcopy(module), config.image_shape)
         if autoencoder is None and config.autoencoder is not None:
             autoencoder = named_autoencoder(config.autoencoder, **client)
-        model = load_model(folder, partial(cls, flow=flow, autoencoder=autoencoder)).to(device).eval().requires_grad_(False)
+        model = (
+            load_model(folder, partial(cls, flow=flow, autoencoder=autoencoder)).to(device).eval().requires_grad_(False)
+        )
         model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
         return model
 
@@ -247,29 +249,45 @@ class GLEM(ImageFlow):
         parameters = sum(p.numel() for p in self.flow.parameters())
         modes = "no modes" if self.modes is None else f"{self.modes.rank} modes per class"
         return (
-            f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self._numbers_are}, "
+            f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self.numbers_are}, "
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
 
     @property
-    def _numbers_are(self) -> str:
+    def likelihood(self) -> tuple[str, str, float]:
+        """How likelihoods are reported: a key, its unit in words, and what to divide nats per image by."""
+        if self.autoencoder is None:
+            return "bits_per_dim", "bits/dim", self.dim * math.log(2)
+        return "nats_per_number", "nats per number", self.dim
+
+    @property
+    def numbers_are(self) -> str:
         """What the flow models, in words."""
         named = self.config.autoencoder
         return f"at {self.bits} bits" if named is None else f"through {named['name']}"
 
     # ---- densities and classification ----------------------------------------------------------------------------
 
+    def class_scores(self, z: Tensor) -> Tensor:
+        """log p(z | y) of latents z [B, d] under every class: [B, K] nats. With full covariances, those of the modes."""
+        if self.config.covariance == "full" and self.modes is not None:
+            return self.modes.log_prob(z)
+        return self.gaussians.log_prob(z)
+
     def log_prob_per_class(self, x: Tensor, generator: Noise = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
-        return self.gaussians.log_prob(z) + logdet[:, None]
+        return self.class_scores(z) + logdet[:, None]
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         if y is None:
-            return torch.logsumexp(self.gaussians.log_prob(z), 1) - math.log(self.num_classes) + logdet
-        return self.gaussians.log_prob_of(z, self._check_labels(y, x.shape[0])) + logdet
+            return torch.logsumexp(self.class_scores(z), 1) - math.log(self.num_classes) + logdet
+        y = self._check_labels(y, x.shape[0])
+        if self.config.covariance == "full":
+            return self.class_scores(z).gather(1, y[:, None])[:, 0] + logdet
+        return self.gaussians.log_prob_of(z, y) + logdet
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
         """-log_prob / (d ln 2): [B]. ValueError: the flow models an autoencoder's latents, which have no levels."""
@@ -285,7 +303,7 @@ class GLEM(ImageFlow):
 
         `prior` [K] >= 0 is uniform by default; it need not sum to one.
         """
-        scores = self.gaussians.log_prob(z) / self.config.posterior_temperature
+        scores = self.class_scores(z) / self.config.posterior_temperature
         if prior is not None:
             prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
             good = prior.shape == (self.num_classes,) and bool((prior.isfinite() & (prior >= 0)).all())
@@ -300,7 +318,7 @@ class GLEM(ImageFlow):
 
     def predict(self, x: Tensor) -> Tensor:
         """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
-        return self.gaussians.log_prob(self.encode(x)[0]).argmax(1)
+        return self.class_scores(self.encode(x)[0]).argmax(1)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -367,7 +385,7 @@ class GLEM(ImageFlow):
         images = images_for(self, data, class_map)
         latents = self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
-        self.config.modes_rank = self.modes.rank
+        self.config.modes_rank, self.config.covariance = self.modes.rank, "diagonal"
         return self.modes
 
     @torch.no_grad()
@@ -377,7 +395,7 @@ class GLEM(ImageFlow):
         *,
         classes: Sequence[str] | None = None,
         split: str = "train",
-        rank: int = 64,
+        rank: int | Literal["full"] = 64,
         shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
@@ -393,7 +411,8 @@ class GLEM(ImageFlow):
             data: see `fit_modes`.
             classes: names to use instead of the data's (of a pair: "0", "1", ...).
             split: split to open, for data given by name.
-            rank, max_per_class, seed: see `fit_modes`.
+            rank, max_per_class, seed: see `fit_modes`. With rank "full" every class has a full covariance, for
+                densities and samples: for thousands of images and some hundred dimensions.
             shrinkage: number of images at which a class's variances are half its own, half pooled.
             progress: show a bar on stderr.
 
@@ -412,7 +431,7 @@ class GLEM(ImageFlow):
         rows = images.rows_of_classes(max_per_class)
         if self.autoencoder is not None and not self.autoencoder.fitted:
             self = copy.deepcopy(self)
-            self.initialise(images.some(STANDARDISED_BY))
+            self.standardise(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
@@ -424,6 +443,7 @@ class GLEM(ImageFlow):
             class_ids=list(images.class_ids),
             class_names=list(images.classes),
             modes_rank=modes.rank,
+            covariance="full" if rank == "full" else "diagonal",
             posterior_temperature=temperature,
             training={
                 "data": images.name,

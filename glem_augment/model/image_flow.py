@@ -60,6 +60,11 @@ class ImageFlow(nn.Module):
         return self.config.dim
 
     @property
+    def takes_latents(self) -> bool:
+        """Whether the "images" are latents of an autoencoder already, as in training."""
+        return self.autoencoder is not None and self.image_shape == self.config.flow_shape
+
+    @property
     def _chunk(self) -> int:
         if self.autoencoder is None:
             return _CHUNK
@@ -119,7 +124,7 @@ class ImageFlow(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
-        check_images(x, self.image_shape)
+        check_images(x, self.image_shape, self.takes_latents)
         chunks = x.to(self.device).split(self._chunk)
         noise = generator.split(self._chunk) if isinstance(generator, Tensor) else [generator] * len(chunks)
         pairs = zip(chunks, noise, strict=True)
@@ -169,7 +174,7 @@ class ImageFlow(nn.Module):
 
         Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
         """
-        check_images(x, self.image_shape)
+        check_images(x, self.image_shape, self.takes_latents)
         if self.autoencoder is None:
             wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
         else:
@@ -183,7 +188,7 @@ class ImageFlow(nn.Module):
 
         The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
         """
-        check_images(x, self.image_shape)
+        check_images(x, self.image_shape, self.takes_latents)
         h = torch.cat([self.numbers(chunk) for chunk in x.to(self.device).split(self._chunk)])
         back = torch.cat([self.flow.inverse(self.flow(chunk)[0])[0] for chunk in h.split(_CHUNK)])
         return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
@@ -204,16 +209,18 @@ class ImageFlow(nn.Module):
         return found
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Initialise the standardisation of latents, and the flow's ActNorms, from the images `x` [B,C,H,W].
+    def standardise(self, x: Tensor) -> None:
+        """Standardise an autoencoder's latents by the images `x` [B,C,H,W], unless that was done before."""
+        if self.autoencoder is not None and not self.autoencoder.fitted:
+            chunks = to_unit(x.to(self.device), self.dtype).split(self._chunk)
+            self.autoencoder.fit(torch.cat([self.autoencoder.raw(chunk) for chunk in chunks]))
 
-        What was initialised before stays as it is.
-        """
-        check_images(x, self.image_shape)
-        x = x.to(self.device)
-        if self.autoencoder is not None:
-            self.autoencoder.fit(to_unit(x, self.dtype))
-        self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in x.split(self._chunk)]))
+    @torch.no_grad()
+    def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        """Initialise the flow's ActNorms from the images `x` [B,C,H,W]; those that are initialised stay as they are."""
+        check_images(x, self.image_shape, self.takes_latents)
+        chunks = x.to(self.device).split(self._chunk)
+        self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in chunks]))
 
     def latents_of_classes(
         self, data: ImageData, rows: Sequence[np.ndarray], seed: int, count: Callable[[int], object] | None = None

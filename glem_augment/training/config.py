@@ -26,7 +26,7 @@ def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
     """A field of `TrainConfig`.
 
     Args:
-        kind: int, float, bool, a tuple of allowed words, "numbers", "names" or "table".
+        kind: int, float, bool, a tuple of allowed words, "numbers", "names", "text" or "table".
         more: `low`, `high` and `above` (an excluded lower limit) of a number; `count` of "numbers"; `optional=True`
             where None is a value; `shown`, the default in words; `group`, the title of the settings from here on;
             `research=True` for settings that only `--help-all` shows.
@@ -76,6 +76,13 @@ class TrainConfig:
     flow_options: dict[str, Any] = _setting(
         dict, "table", "change a number of the preset, e.g. --flow depth=[4,4]; see create_flow; repeatable",
         shown="none",
+    )  # fmt: skip
+    autoencoder: str | None = _setting(
+        None, "text", "model the latents of this autoencoder in place of pixels: taef2 ships with the package; "
+        "hub:org/name[@revision]", shown="none",
+    )  # fmt: skip
+    latent_noise: float = _setting(
+        0.0, float, "standard deviation of the noise on an autoencoder's latents in training, in units of theirs"
     )  # fmt: skip
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: Objective = _setting(
@@ -183,6 +190,10 @@ class TrainConfig:
                 f"objective={self.objective!r} has no cross-entropy, got beta={self.beta} and "
                 f"refit_beta={self.refit_beta}; use 'hybrid'"
             )
+        if self.latent_noise and self.autoencoder is None:
+            raise ValueError(
+                "latent_noise is for training in an autoencoder's latents: give autoencoder, or leave it out"
+            )
         if self.joint and self.repels:
             raise ValueError(
                 f"joint=True has no M-step for the repulsion of objective={self.objective!r}; use 'mle' or 'hybrid'"
@@ -244,6 +255,8 @@ def check_setting(name: str, value: Any) -> Any:
         if not isinstance(value, list | tuple) or len(value) != about["count"]:
             raise TypeError(f"{name} must be a list of {about['count']} numbers, got {value!r}")
         return tuple(check_number(name, v, -math.inf, math.inf) for v in value)
+    elif kind == "text" and not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {value!r}")
     elif kind == "names":
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name} must be a list of names, got {value!r}")

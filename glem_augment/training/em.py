@@ -7,12 +7,14 @@ killed and resumed takes exactly the steps of one that was not.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from glem_augment.autoencoders import StandardisedAutoencoder
 from glem_augment.data.dataset import ImageData
 from glem_augment.distributed import Share, add_up, is_primary, world_size
 from glem_augment.errors import DataError, GLEMError, TrainingError
-from glem_augment.flows import Flow, resolve_preset
+from glem_augment.flows import Flow
+from glem_augment.latent.modes import pooled_covariance
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import augment_batch, stratified_split
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
+from glem_augment.training.latents import AlreadyEncoded, choose_views, latent_views
 from glem_augment.training.logs import gaussian_state, held_out
 from glem_augment.training.objective import LatentStatistics, e_step_loss, encode, m_learning_rates, m_step_loss
 from glem_augment.training.optim import (
@@ -38,6 +43,7 @@ from glem_augment.training.optim import (
     LossGuard,
     flow_optimizer,
     gaussian_optimizer,
+    independent_latents,
     independent_pixels,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -69,11 +75,15 @@ class EM:
         progress: bool = True,
     ) -> None:
         self.data, self.config, self.progress = data, config, progress and is_primary()
+        self.views = data  # what the steps see: with an autoencoder, several latents of each image
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
         self.model = self._new_model(init_model, begun).to(self.device)
+        self.saved_as, self.codec = self.model.config, self.model.autoencoder
+        if self.codec is not None:
+            self._take_latents(self.codec)
         # Gaussians that are learned jointly, or not at all, need no images of their own.
         m_steps = not config.joint and config.learn != "none"
         images = len(self.split.nf) + (0 if m_steps or not self.whole_epochs else len(self.split.g))
@@ -107,23 +117,47 @@ class EM:
         if begun is not None:
             # All weights are in the checkpoint: the model that the run started from need not be there any more.
             try:
-                return self._build(json.loads(begun.facts["flow"]))
+                return self._build(json.loads(begun.facts["flow"]), begun.facts.get("autoencoder"))
             except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
                 raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
         if init_model is None:
-            return self._build(resolve_preset(config.preset, data.image_shape, **config.flow_options))
+            named = dict(class_ids=data.class_ids, bits=config.bits, psi=config.psi, autoencoder=config.autoencoder)
+            return GLEM.create(config.preset, data.image_shape, data.classes, **named, **config.flow_options)
         if (init_model.bits, init_model.image_shape) != (config.bits, tuple(data.image_shape)):
             raise DataError(
                 f"the model to start from takes images {init_model.image_shape} at {init_model.bits} bits, this run "
                 f"has {data.image_shape} at {config.bits} bits: use the same"
             )
-        model = self._build(init_model.config.flow)
+        model = self._build(init_model.config.flow, init_model.config.autoencoder, init_model.autoencoder)
         model.flow.load_state_dict(init_model.flow.state_dict())
         return model
 
-    def _build(self, flow: dict[str, Any]) -> GLEM:
-        ids, names = list(self.data.class_ids), list(self.data.classes)
-        return GLEM(GLEMConfig(flow, bits=self.config.bits, psi=self.config.psi, class_ids=ids, class_names=names))
+    def _build(
+        self, flow: dict[str, Any], autoencoder: dict[str, Any] | None = None, module: nn.Module | None = None
+    ) -> GLEM:
+        names = dict(class_ids=list(self.data.class_ids), class_names=list(self.data.classes), autoencoder=autoencoder)
+        config = GLEMConfig(flow, bits=self.config.bits, psi=self.config.psi, **names)
+        return GLEM(config, autoencoder=copy.deepcopy(module))
+
+    def _take_latents(self, codec: StandardisedAutoencoder) -> None:
+        """Let the images be their latents for the run, so that they are encoded only once; `whole` undoes it."""
+        config, data = self.config, self.data
+        x = data.some(_INIT_IMAGES)
+        self.model.standardise(x)
+        views = latent_views(codec.autoencoder, data, config.augment, config.seed, self.device, self.progress)
+        self.data, self.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
+        stand_in = StandardisedAutoencoder(AlreadyEncoded(), len(codec.mean)).to(self.device)
+        stand_in.load_state_dict({name: codec.state_dict()[name] for name in stand_in.state_dict()})
+        named = {"name": "latents", "sha256": "", "image_shape": list(self.saved_as.flow_shape)}
+        config_of_latents = replace(self.saved_as, autoencoder=named)
+        self.model = GLEM(config_of_latents, self.model.flow, self.model.gaussians, autoencoder=stand_in)
+
+    def whole(self, model: GLEM) -> GLEM:
+        """`model` for images, where it is one for latents."""
+        if self.codec is None:
+            return model
+        config = replace(model.config, autoencoder=self.saved_as.autoencoder)
+        return GLEM(config, model.flow, model.gaussians, model.modes, self.codec)
 
     @torch.no_grad()
     def _initialise(self, init_model: GLEM | None) -> None:
@@ -131,7 +165,15 @@ class EM:
         config, gaussians = self.config, self.model.gaussians
         rows = np.random.default_rng([config.seed, 0x1217]).permutation(self.split.nf)[:_INIT_IMAGES]
         x = torch.cat([x for x, _ in self.data.batches(rows, _EVAL_BATCH, config.workers)]).to(self.device)
-        self.guard.pixels = independent_pixels(x, config.bits)
+        if self.codec is None:
+            self.guard.pixels = independent_pixels(x, config.bits)
+        else:
+            self.guard.pixels = independent_latents(self.codec.std)
+            self.guard.uniform = self.guard.pixels + 2
+        whiten = getattr(self.model.flow, "whiten", None)
+        if whiten is not None and not whiten.initialised:
+            facts = pooled_covariance(self._numbers_of_class, self.model.num_classes, len(whiten.gain), self.model.dim)
+            whiten.fit(*facts)
         self.model.initialise(x, self._generator(1))
         if init_model is not None:
             if (init_model.class_ids, init_model.config.psi) == (self.model.class_ids, config.psi):
@@ -160,13 +202,27 @@ class EM:
         means = statistics.total / (statistics.count[:, None] + _SHRINKAGE)
         gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
-    def images(self, indices: np.ndarray, batch_size: int) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
-        """What `ImageData.shared_batches` gives, on the device."""
-        for x, y, share in self.data.shared_batches(indices, batch_size, self.config.workers):
+    def _numbers_of_class(self, y: int) -> Tensor:
+        """What the flow sees of training images of class y, as many as memory holds: [n, d]."""
+        rows = self.split.nf[self.data.targets[self.split.nf] == y]
+        rows = rows[: max(LEAST_IMAGES, MOST_NUMBERS // self.model.dim)]
+        batches = self.data.batches(rows, _EVAL_BATCH, self.config.workers)
+        return torch.cat([self.model.numbers(x.to(self.device)).flatten(1).cpu() for x, _ in batches])
+
+    def images(
+        self, indices: np.ndarray, batch_size: int, data: ImageData | None = None
+    ) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
+        """What `ImageData.shared_batches` gives of `data`, by default the run's, on the device."""
+        for x, y, share in (data or self.data).shared_batches(indices, batch_size, self.config.workers):
             yield x.to(self.device), y.to(self.device), share
 
     def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
-        """`x` uint8 [b,C,H,W] under the run's augmentation; a subclass may keep parts of the images as they are."""
+        """`x` uint8 [b,C,H,W] under the run's augmentation, or one of the views of latents [b,V,C,h,w].
+
+        A subclass may keep parts of the images as they are.
+        """
+        if x.ndim == 5:
+            return choose_views(x, generator, share)
         return augment_batch(x, self.config.augment, generator, share)
 
     def _generator(self, *key: int) -> torch.Generator:
@@ -198,7 +254,8 @@ class EM:
         self.m_optimizer.zero_grad(set_to_none=True)
         loss = nll = torch.zeros((), dtype=model.dtype, device=self.device)
         if len(x):
-            z, logdet = encode(model, self.augmented(x, generator, share), config, generator, share)
+            shown = self.augmented(x, generator, share)
+            z, logdet = encode(model, shown, config, generator, share, config.latent_noise)
             # Means over the batch are sums of the ranks' means, each times its part of the images.
             means = e_step_loss(model.gaussians, z, logdet, y, config, self.beta())
             loss, nll = (len(x) / share.total * mean for mean in means)
@@ -241,7 +298,7 @@ class EM:
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self._generator(3, round_index + 1)
         with bar:
-            for x, y, share in self.images(rows, _EVAL_BATCH):
+            for x, y, share in self.images(rows, _EVAL_BATCH, self.views):
                 z, logdet = encode(model, self.augmented(x, generator, share), self.config, generator, share)
                 statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
                 bar.update(share.total)
@@ -340,7 +397,7 @@ class EM:
     def evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow, current Gaussians."""
         flow = self.model.flow if self.ema is None else self.ema.module
-        return GLEM(self.model.config, flow, self.model.gaussians, self.model.modes)
+        return GLEM(self.model.config, flow, self.model.gaussians, self.model.modes, self.model.autoencoder)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -374,6 +431,7 @@ class EM:
         facts = {
             "config": self.config.to_dict(),
             "flow": json.dumps(self.model.config.flow),  # as text, which keeps the order of the keys
+            "autoencoder": self.saved_as.autoencoder,
             **{name: getattr(self, name) for name in _COUNTERS},
             "lr_scale": self.lr_scale,
             "epoch_loss": list(self.epoch_loss),

@@ -110,20 +110,20 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 @torch.no_grad()
 def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
-    """Number of images, NF accuracy unless there is one class, and bits/dim given the class.
+    """Number of images, NF accuracy unless there is one class, and the likelihood given the class.
 
     Each image has dequantisation noise of its own, whatever its batch. `batches` are those of
     `ImageData.shared_batches`, and the numbers those of all ranks' images.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, (key, _, unit) = torch.zeros(3, dtype=torch.float64), model.likelihood
     for x, y, _ in batches:
         scores = model.log_prob_per_class(x)
-        bits = float(-scores.gather(1, y[:, None]).double().sum()) / (model.dim * math.log(2))
-        sums += torch.tensor([len(y), int((scores.argmax(1) == y).sum()), bits], dtype=torch.float64)
+        nll = float(-scores.gather(1, y[:, None]).double().sum()) / unit
+        sums += torch.tensor([len(y), int((scores.argmax(1) == y).sum()), nll], dtype=torch.float64)
     add_up(sums)
-    images, right, bits = sums.tolist()
+    images, right, nll = sums.tolist()
     accuracy = {"val_accuracy": right / images} if model.num_classes > 1 else {}
-    return {"val_images": int(images), **accuracy, "val_bits_per_dim": bits / images}
+    return {"val_images": int(images), **accuracy, f"val_{key}": nll / images}
 
 
 @torch.no_grad()
@@ -150,12 +150,16 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     epochs = [row for row in rows if row.get("kind") == "epoch"]
     panels = {
         "bits/dim, held-out images": "val_bits_per_dim",
+        "nats per number, held-out images": "val_nats_per_number",
         "NF accuracy, held-out images": "val_accuracy",
         "E-step loss, nats/dim": "loss",
     }
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = {title: key for title, key in panels.items() if any(key in row for row in epochs)}
+    if not panels:
+        return
+    figure = Figure(figsize=(3.7 * len(panels), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (title, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axis, (title, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axis.plot([row["epoch"] for row in epochs], [row.get(key) for row in epochs], marker=".")
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)

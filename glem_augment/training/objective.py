@@ -28,12 +28,19 @@ NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
 
 
 def encode(
-    model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator, share: Share
+    model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator, share: Share, noise: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib".
 
-    `share` says what part x is of a batch, see `draw_noise`.
+    Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share` says what part x is
+    of a batch, see `draw_noise`.
     """
+    if model.autoencoder is not None:
+        h = model.numbers(x)
+        if noise:
+            drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
+            h = h + noise * drawn.to(h.device)
+        return model.encode_numbers(h)
     if config.objective != "ib":
         return model.encode(x, draw_noise(x, generator, share))
     h = to_levels(x, config.bits, model.gaussians.mu.dtype)

@@ -100,6 +100,11 @@ def independent_pixels(x: Tensor, bits: int) -> float:
     return float(torch.special.entr(shares.double()).sum(1).mean() / math.log(2))
 
 
+def independent_latents(std: Tensor) -> float:
+    """The same for an autoencoder's latents that are independent Gaussians of their channel's `std`: bits per number."""
+    return float((0.5 * math.log2(2 * math.pi * math.e) + std.double().log2()).mean())
+
+
 class LossGuard:
     """Notices that a run has diverged.
 
@@ -174,13 +179,13 @@ class LossGuard:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """For a checkpoint: facts as JSON, and series, which may hold infinity, as float64 tensors."""
-        facts = {name: getattr(self, name) for name in ("pixels", "start", "away", "learned")}
+        facts = {name: getattr(self, name) for name in ("uniform", "pixels", "start", "away", "learned")}
         series = {"losses": self.losses, "medians": self.medians, "bits": self.bits}
         return facts, {name: torch.tensor(values, dtype=torch.float64) for name, values in series.items()}
 
     def load(self, facts: dict[str, Any], series: dict[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        self.pixels, self.start = facts["pixels"], facts["start"]
+        self.uniform, self.pixels, self.start = facts["uniform"], facts["pixels"], facts["start"]
         self.away, self.learned = facts["away"], facts["learned"]
         self.losses = deque(series["losses"].tolist(), WINDOW)
         self.medians = deque(series["medians"].tolist(), WINDOW)

@@ -188,7 +188,7 @@ class Trainer(EM):
         # Before which batch each round of M-steps comes; several before one where rounds outnumber batches.
         due = [r * per_epoch // config.m_rounds for r in range(config.m_rounds)]
         began, first = time.monotonic(), self.step
-        batches = self.images(order[offset:].reshape(-1), order.shape[1])
+        batches = self.images(order[offset:].reshape(-1), order.shape[1], self.views)
         x = torch.empty(0, *self.data.image_shape, dtype=torch.uint8)
         nothing = x, torch.empty(0, dtype=torch.int64), Share(0, 0, order.shape[1])  # of more ranks than images
         with closing(batches), training_mode(self.model.flow, config):
@@ -214,9 +214,15 @@ class Trainer(EM):
         self.bar.update(1)
         if self.step % _STEP_ROWS_EVERY == 0:
             self.bar.after = self.seconds_after()
-            self.bar.set_postfix_str(f"loss {loss:.3f} nats/dim, {bits:.3f} bits/dim", refresh=False)
-            row = {"kind": "step", "step": self.step, "loss": loss, "bits_per_dim": bits, "bad_steps": self.bad_steps}
+            key, unit, likelihood = self._reported(bits)
+            self.bar.set_postfix_str(f"loss {loss:.3f} nats/dim, {likelihood:.3f} {unit}", refresh=False)
+            row = {"kind": "step", "step": self.step, "loss": loss, key: likelihood, "bad_steps": self.bad_steps}
             self.log.add(row)
+
+    def _reported(self, bits: float) -> tuple[str, str, float]:
+        """A likelihood of `bits` per number as it is reported: its key, unit and value."""
+        key, unit, divisor = self.model.likelihood
+        return key, unit, bits * math.log(2) * self.model.dim / divisor
 
     def _end_of_epoch(self, epochs: int, images_per_second: float) -> None:
         total, counted = self.epoch_loss
@@ -228,12 +234,13 @@ class Trainer(EM):
         }  # fmt: skip
         self.log.add(row)
         if self.progress:
-            bits, pixels = row["val_bits_per_dim"], self.guard.pixels
+            key, unit, pixels = self._reported(self.guard.pixels)
+            likelihood, what = row[f"val_{key}"], "pixels" if self.codec is None else "latents"
             which = "held-out images" if len(self.split.val) else "training images"
-            worse = "" if bits < pixels else f" (independent pixels: {pixels:.3f})"
+            worse = "" if likelihood < pixels else f" (independent {what}: {pixels:.3f})"
             right = f", accuracy {100 * row['val_accuracy']:.1f} %" if "val_accuracy" in row else ""
             self.bar.write(
-                f"epoch {epochs}/{self.config.epochs}: {bits:.3f} bits/dim{worse}{right} "
+                f"epoch {epochs}/{self.config.epochs}: {likelihood:.3f} {unit}{worse}{right} "
                 f"on {which}; loss {row['loss']:.3f} nats/dim, "
                 f"{images_per_second:.0f} images/s"
             )
@@ -254,7 +261,7 @@ class Trainer(EM):
         """Draw curves, and samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
         if is_primary() and every and (epochs % every == 0 or epochs == self.config.epochs):
-            picture = compose(f"After epoch {epochs}", "", [class_samples(self.evaluated(), seed=0)])
+            picture = compose(f"After epoch {epochs}", "", [class_samples(self.whole(self.evaluated()), seed=0)])
             save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
             plot_curves(self.log.rows, self.out / "curves.png")
 
@@ -334,7 +341,8 @@ class Trainer(EM):
 
     def _finish(self) -> GLEM:
         """What comes after the last step: the refit, the modes, and the model's files."""
-        config, model, pixels = self.config, self.evaluated(), self.guard.pixels
+        config, model = self.config, self.evaluated()
+        key, _, independent = self._reported(self.guard.pixels)
         if len(rows := self.refit_rows()):
             self.refit(model, rows)
             if not any(row["kind"] == "final" for row in self.log.rows):
@@ -342,8 +350,8 @@ class Trainer(EM):
         measured = [row for row in self.log.rows if row["kind"] in ("epoch", "final")]
         final = measured[-1] if measured else {}
         # Without images held out, training images were measured, which is not worth recording.
-        recorded = ("val_images", "val_accuracy", "val_bits_per_dim") if len(self.split.val) else ()
-        bits = final.get("val_bits_per_dim")  # None if it was not finite
+        recorded = ("val_images", "val_accuracy", f"val_{key}") if len(self.split.val) else ()
+        likelihood = final.get(f"val_{key}")  # None if it was not finite
         # How a run was cut into pieces says nothing about the model, and must not show in its file.
         unrecorded = {"max_minutes", *(("preset", "flow_options") if self.init_from else ())}
         model.config.training = {
@@ -351,8 +359,8 @@ class Trainer(EM):
             "images": len(self.data),
             "config": {key: value for key, value in config.to_dict().items() if key not in unrecorded},
             "held_out": {key: final[key] for key in recorded if key in final},
-            "independent_pixels": pixels,  # bits/dim
-            "worse_than_independent_pixels": bits is None or bits >= pixels,
+            "independent_pixels": independent,  # in the unit of the likelihood; of latents, where these are modelled
+            "worse_than_independent_pixels": likelihood is None or likelihood >= independent,
             **({} if self.init_from is None else {"init_from": self.init_from}),
             "bad_steps": self.bad_steps,
             "rollbacks": self.rollbacks,
@@ -367,6 +375,7 @@ class Trainer(EM):
             rank = max(1, min(config.modes_rank, largest - 1, model.dim))
             with self._bar("modes", len(data), "image") as bar:
                 model.fit_modes(data, rank, count=bar.update)
+        model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)  # last: once it is there, nothing is left to be done
         wait()

@@ -1,0 +1,211 @@
+"""Published autoencoders: the TAESD family against a reference, files that lie, names, and modules of the user's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import glem_augment
+from glem_augment.autoencoders import TAESD, StandardisedAutoencoder, latent_shape, open_autoencoder
+from glem_augment.autoencoders.taesd import load_taesd
+from glem_augment.errors import ModelFileError
+from glem_augment.io import file_sha256
+
+TAEF2 = Path(glem_augment.__file__).parent / "bundled" / "autoencoders" / "taef2" / "model.safetensors"
+
+
+def no_hub(name: str) -> tuple[Path, str]:
+    raise AssertionError("nothing is downloaded here")
+
+
+def reference_block(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    """A block as published, from its weights."""
+    if f"{name}.pool.0.weight" in w:
+        h = F.group_norm(
+            F.conv2d(x, w[f"{name}.pool.0.weight"]), 4, w[f"{name}.pool.1.weight"], w[f"{name}.pool.1.bias"]
+        )
+        x = x + F.conv2d(h.relu(), w[f"{name}.pool.3.weight"])
+    h = x
+    for index in (0, 2, 4):
+        h = F.conv2d(h, w[f"{name}.conv.{index}.weight"], w[f"{name}.conv.{index}.bias"], padding=1)
+        h = h.relu() if index < 4 else h
+    return (h + x).relu()
+
+
+def reference(x: Tensor, w: dict[str, Tensor], part: str) -> Tensor:
+    """The encoder or decoder, layer by layer, from the names of its weights alone."""
+    decoder = part == "decoder"
+    if decoder:
+        x = torch.tanh(x / 3) * 3
+    last = max(int(name.split(".")[2]) for name in w if name.startswith(part))
+    for index in range(last + 1):
+        name = f"{part}.layers.{index}"
+        if f"{name}.conv.0.weight" in w:
+            x = reference_block(x, w, name)
+        elif f"{name}.weight" in w:
+            halves = not decoder and index > 0 and f"{name}.bias" not in w
+            x = F.conv2d(x, w[f"{name}.weight"], w.get(f"{name}.bias"), padding=1, stride=2 if halves else 1)
+        elif index == 1:
+            x = x.relu()
+        else:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+@pytest.mark.parametrize(("channels", "pooled"), [(4, False), (16, False), (32, True)])
+def test_the_family_equals_a_reference_forward_pass(channels: int, pooled: bool, tmp_path: Path) -> None:
+    save_file(
+        {k: v.half().contiguous() for k, v in TAESD(channels, pooled).state_dict().items()},
+        tmp_path / "weights.safetensors",
+    )
+    model = load_taesd(tmp_path / "weights.safetensors")
+    weights = {name: tensor.float() for name, tensor in load_file(tmp_path / "weights.safetensors").items()}
+    x = torch.rand(2, 3, 16, 24)
+    h = model.encode(x)
+    assert h.shape == (2, channels, 2, 3)
+    assert torch.allclose(h, reference(x, weights, "encoder"), atol=1e-5)
+    assert torch.allclose(model.decode(5 * h), reference(5 * h, weights, "decoder"), atol=1e-5)
+
+
+def test_taef2_ships_works_offline_and_shows_what_it_encodes() -> None:
+    model, facts = open_autoencoder("taef2", no_hub)
+    assert facts == {"name": "taef2", "sha256": file_sha256(TAEF2)}
+    assert (TAEF2.parent / "LICENSE").read_text().startswith("MIT License")
+    yy, xx = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    x = torch.stack([yy, xx, (8 * xx).sin() * 0.5 + 0.5])[None].requires_grad_()
+    back = model.decode(model.encode(x))
+    assert float((back - x).detach().square().mean()) < 10**-2.4  # 24 dB
+    back.sum().backward()
+    assert x.grad is not None and bool((x.grad != 0).any())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def broken(path: Path, kind: str) -> None:
+    """A copy of TAEF2's file at `path` with one thing wrong."""
+    weights = load_file(TAEF2)
+    if kind == "truncated":
+        path.write_bytes(TAEF2.read_bytes()[:-100])
+    elif kind == "header":
+        path.write_bytes((2**40).to_bytes(8, "little") + TAEF2.read_bytes()[8:])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        name = "encoder.layers.5.conv.0.weight"
+        tensor = weights.pop(name)
+        if kind == "renamed":
+            weights["encoder.layers.5.conv.00.weight"] = tensor
+        elif kind == "oversized":
+            weights[name] = torch.zeros(64, 64, 3, 5)
+        elif kind == "nan":
+            weights[name] = torch.full_like(tensor, float("nan"))
+        save_file(weights, path)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "header", "empty", "renamed", "oversized", "nan", "missing"])
+def test_damaged_weights_are_one_error(kind: str, tmp_path: Path) -> None:
+    broken(tmp_path / "weights.safetensors", kind)
+    with pytest.raises(ModelFileError):
+        load_taesd(tmp_path / "weights.safetensors")
+
+
+def test_names_that_are_none_and_files_that_have_changed(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="taef2"):
+        open_autoencoder("taef3", no_hub)
+    with pytest.raises(ModelFileError, match="changed"):
+        open_autoencoder("taef2", no_hub, sha256="0" * 64)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
+    with pytest.raises(ModelFileError, match="UNet2DModel"):
+        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
+
+
+class Halving(nn.Module):
+    """An autoencoder of the user's, which counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(()))
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.calls.data += 1
+        return F.avg_pool2d(x, 2)
+
+    def decode(self, h: Tensor) -> Tensor:
+        return F.interpolate(h, scale_factor=2)
+
+
+def test_latent_shapes_of_named_and_own_autoencoders() -> None:
+    taesd, own = TAESD(4, pooled=False), Halving()
+    assert latent_shape(taesd, (3, 64, 32)) == (4, 8, 4)
+    assert latent_shape(own, (3, 6, 8)) == (3, 3, 4)
+    assert float(own.calls.detach()) == 0  # a copy was tried
+    with pytest.raises(ValueError, match="resize to 96x96"):
+        latent_shape(taesd, (3, 100, 99))
+    with pytest.raises(ValueError, match="image size"):
+        latent_shape(own, (3, 7, 8))
+    with pytest.raises(ValueError, match="3 channels"):
+        latent_shape(taesd, (1, 64, 64))
+    with pytest.raises(TypeError):
+        latent_shape(nn.Identity(), (3, 64, 64))
+
+
+def test_standardised_latents_have_mean_0_and_variance_1_and_exact_densities() -> None:
+    codec, x = (
+        StandardisedAutoencoder(Halving(), 3),
+        torch.rand(50, 3, 4, 4) * torch.tensor([1.0, 3.0, 9.0])[:, None, None],
+    )
+    codec.fit(codec.raw(x))
+    h = codec.encode(x)
+    assert torch.allclose(h.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(h.std((0, 2, 3)), torch.ones(3), atol=1e-5)
+    assert torch.allclose(codec.decode(h), F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), atol=1e-5)
+    assert float(codec.logdet(4)) == pytest.approx(-4 * float(codec.std.log().sum()))
+    before = codec.std.clone()
+    codec.fit(codec.raw(2 * x))  # it happens once
+    assert torch.equal(codec.std, before)
+    assert not codec.train().training
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])
+def test_autoencoders_of_diffusers(kind: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    options = {
+        "AutoencoderKL": dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
+                              down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
+        "AutoencoderTiny": dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                                num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4),
+        "AutoencoderDC": dict(latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(8, 8),
+                              decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
+                              decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
+                              decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()),
+                              decoder_qkv_multiscales=((), ())),
+    }  # fmt: skip
+    theirs = getattr(diffusers, kind)(**options[kind]).eval()
+    theirs.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    model, facts = open_autoencoder("hub:a/b", lambda name: (weights, f"{name}@abc"))
+    assert facts["name"] == "hub:a/b@abc"
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        h = model.encode(x)
+        assert h.shape[1:] == latent_shape(model, (3, 16, 16))
+        found = theirs.encode(2 * x - 1)
+        raw = (
+            found.latent_dist.mean
+            if kind == "AutoencoderKL"
+            else found.latents
+            if kind == "AutoencoderTiny"
+            else found.latent
+        )
+        shift, scale = theirs.config.get("shift_factor") or 0.0, theirs.config.get("scaling_factor") or 1.0
+        assert torch.allclose(h, (raw - shift) * scale, atol=1e-5)
+        assert torch.allclose(model.decode(h), (theirs.decode(raw).sample + 1) / 2, atol=1e-4)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ModelFileError):
+        open_autoencoder("hub:a/b", lambda name: (weights, f"{name}@abc"))

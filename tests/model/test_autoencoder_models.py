@@ -1,0 +1,142 @@
+"""A GLEM in an autoencoder's latents: what it promises, what it refuses, and its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from glem_augment import GLEM, GLEMAugment
+from glem_augment.errors import ModelFileError
+from glem_augment.model.weights import CONFIG, WEIGHTS
+
+
+class Blocks(nn.Module):
+    """A lossy autoencoder that is fast: averages of 2x2 pixels."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+    def decode(self, h: Tensor) -> Tensor:
+        return F.interpolate(h, scale_factor=2)
+
+
+@pytest.fixture(scope="module")
+def photos() -> tuple[Tensor, Tensor]:
+    """40 smooth colour images uint8 [40,3,16,16] of two classes."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(40, 3, 4, 4, generator=g)
+    y = torch.arange(40) % 2
+    coarse[:, 0] = (coarse[:, 0] + y[:, None, None]) / 2
+    return (F.interpolate(coarse, size=16, mode="bilinear") * 255).to(torch.uint8), y
+
+
+@pytest.fixture(scope="module")
+def model(photos: tuple[Tensor, Tensor]) -> GLEM:
+    created = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
+    return created.adapt(photos, rank=8, progress=False)
+
+
+def test_its_facts_and_its_likelihoods(model: GLEM, photos: tuple[Tensor, Tensor]) -> None:
+    x, y = photos
+    assert (model.image_shape, model.config.flow_shape, model.dim) == ((3, 16, 16), (32, 2, 2), 128)
+    with pytest.raises(ValueError, match="nats per number"):
+        model.bits_per_dim(x)
+    # The density is over E(x) itself: the standardisation and the flow's determinant are in it.
+    codec, g = model.autoencoder, model.gaussians
+    assert codec is not None
+    h = codec.raw(x.float() / 255)
+    std, mean = codec.std.expand(h.shape[1:]), codec.mean.expand(h.shape[1:])
+    mu = g.mu[y].view_as(h) * std + mean
+    normal = torch.distributions.Normal(mu, g.variance()[y].view_as(h).sqrt() * std)
+    assert torch.allclose(model.log_prob(x, y), normal.log_prob(h).flatten(1).sum(1), rtol=1e-4)
+    assert float((model.predict(x) == y).float().mean()) > 0.9
+
+
+def test_the_round_trip_has_the_errors_of_flow_and_autoencoder(model: GLEM, photos: tuple[Tensor, Tensor]) -> None:
+    found = model.check_invertibility(photos[0])
+    assert found["flow_error"] < 1e-4 and found["psnr"] > 10
+    assert found["max_error"] > 0.5
+    assert torch.allclose(model.decode(model.encode(photos[0])[0], clamp=False),
+                          model.images(model.numbers(photos[0])), atol=1e-4)  # fmt: skip
+
+
+def test_its_file_names_the_autoencoder_and_does_not_hold_it(
+    model: GLEM, photos: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    model.save(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert not [name for name in file.keys() if name.startswith("autoencoder.autoencoder")]
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["autoencoder"]["name"] == "taef2" and config["autoencoder"]["image_shape"] == [3, 16, 16]
+    again = GLEM.from_pretrained(tmp_path)
+    assert torch.equal(again.log_prob(photos[0]), model.log_prob(photos[0]))
+    config["autoencoder"]["sha256"] = "0" * 64
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match="changed"):
+        GLEM.from_pretrained(tmp_path)
+    for wrong in ({"name": "taef2"}, [1], {**config["autoencoder"], "image_shape": [3, 0, 16]}):
+        (tmp_path / CONFIG).write_text(json.dumps({**config, "autoencoder": wrong}))
+        with pytest.raises(ModelFileError, match="autoencoder"):
+            GLEM.from_pretrained(tmp_path)
+
+
+def test_an_autoencoder_of_the_users_is_asked_for(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    own = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder=Blocks()).adapt(photos, rank=4, progress=False)
+    own.save(tmp_path)
+    with pytest.raises(ModelFileError, match="autoencoder="):
+        GLEM.from_pretrained(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path, autoencoder=Blocks()).predict(photos[0]), own.predict(photos[0]))
+
+
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="resize to 16x24"):
+        GLEM.create("identity", (3, 17, 23), ["a"], autoencoder="taef2")
+
+
+def test_full_covariances_classify_and_stay_in_the_file(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    x, y = photos
+    g = torch.Generator().manual_seed(1)
+    many = (x.repeat(10, 1, 1, 1).float() + 12 * torch.randn(400, 3, 16, 16, generator=g)).clamp(0, 255).to(torch.uint8)
+    full = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
+    full = full.adapt((many, y.repeat(10)), rank="full", progress=False)
+    assert full.modes is not None and full.modes.rank == full.dim and full.config.covariance == "full"
+    scores = full.log_prob_per_class(x)
+    z, logdet = full.encode(x)
+    for k in range(2):
+        v, s = full.modes.directions[k].double(), full.modes.scales[k].double()
+        normal = torch.distributions.MultivariateNormal(full.modes.mean[k].double(), v.T @ (s.square()[:, None] * v))
+        assert torch.allclose(scores[:, k].double(), normal.log_prob(z.double()) + logdet, rtol=1e-3)
+    assert torch.equal(full.log_prob(x, y), scores.gather(1, y[:, None])[:, 0])
+    full.save(tmp_path)
+    again = GLEM.from_pretrained(tmp_path)
+    assert torch.equal(again.posterior(x), full.posterior(x))
+    again.fit_modes((x, y), rank=3)
+    assert again.config.covariance == "diagonal"
+
+
+@pytest.mark.parametrize("policy", ["mixup", "noise", "adversarial"])
+def test_augmentation_adds_the_change_and_leaves_the_rest(
+    model: GLEM, photos: tuple[Tensor, Tensor], policy: str
+) -> None:
+    x, y = photos
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
+    for p, strength in ((0.0, 0.5), (1.0, 0.0)):
+        aug = GLEMAugment(model, p=p, policy=policy, strength=strength, alpha=1.0, seed=0)  # type: ignore[arg-type]
+        if policy == "adversarial":
+            aug.attach(net)
+        if policy == "mixup" and p:
+            continue  # its strength is the partner's share
+        assert torch.equal(aug(x, y)[0], x)  # bit for bit, though decoding loses detail
+    aug = GLEMAugment(model, p=1.0, policy=policy, strength=0.5, seed=0)  # type: ignore[arg-type]
+    if policy == "adversarial":
+        aug.attach(net)
+    large = F.interpolate(x.float() / 255, scale_factor=4, mode="bilinear")
+    moved, _ = aug(large, y)
+    change = (moved - large).abs().mean()
+    assert 0.002 < float(change) < 0.3 and aug.stats["replaced"] < 20
