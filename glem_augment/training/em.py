@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
+from glem_augment.devices import send
 from glem_augment.distributed import Share, add_up, is_primary, world_size
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import Flow, resolve_preset
@@ -163,7 +164,7 @@ class EM:
     def images(self, indices: np.ndarray, batch_size: int) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
         """What `ImageData.shared_batches` gives, on the device."""
         for x, y, share in self.data.shared_batches(indices, batch_size, self.config.workers):
-            yield x.to(self.device), y.to(self.device), share
+            yield send(x, self.device), send(y, self.device), share
 
     def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
         """`x` uint8 [b,C,H,W] under the run's augmentation; a subclass may keep parts of the images as they are."""
