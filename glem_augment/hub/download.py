@@ -122,7 +122,9 @@ def download_autoencoder(
         files = sorted(folder.glob("*.safetensors"))
         main = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
         if len(main) != 1:
-            raise HubError(f"{found} has {len(files)} safetensors files, so which one holds an autoencoder is not clear")
+            raise HubError(
+                f"{found} has {len(files)} safetensors files, so which one holds an autoencoder is not clear"
+            )
         _check_digest(found, main[0])
     return main[0], str(found)
 

@@ -185,7 +185,9 @@ class GLEM(ImageFlow):
             flow = CustomFlow(copy.deepcopy(module), config.image_shape)
         if autoencoder is None and config.autoencoder is not None:
             autoencoder = named_autoencoder(config.autoencoder, **client)
-        model = load_model(folder, partial(cls, flow=flow, autoencoder=autoencoder)).to(device).eval().requires_grad_(False)
+        model = (
+            load_model(folder, partial(cls, flow=flow, autoencoder=autoencoder)).to(device).eval().requires_grad_(False)
+        )
         model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
         return model
 
