@@ -17,6 +17,7 @@ ROOMS = (
     "model",
     "latent",
     "data",
+    "autoencoders",
     "flows",
 )
 MAX_MODULES, MAX_LINES, MAX_FILE = 82, 13_700, 450

@@ -104,8 +104,8 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
     probe = copy.deepcopy(autoencoder)  # a user's module may change when it is called
     some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
     with torch.no_grad(), evaluating(probe):
-        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))  # type: ignore[operator]
-        back = probe.decode(h)  # type: ignore[operator]
+        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
+        back = probe.decode(h)
     if h.ndim != 4 or back.shape != (1, *image_shape):
         raise ValueError(
             f"the autoencoder turns an image {list(image_shape)} into {list(h.shape[1:])} and back into "

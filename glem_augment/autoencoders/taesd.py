@@ -40,20 +40,19 @@ class TAESD(nn.Module):
         for level in range(_HALVINGS):
             blocks = [Block(pooled and level == 0) for _ in range(_BLOCKS)]
             decoder += [*blocks, nn.Upsample(scale_factor=2), _conv(_WIDTH, _WIDTH, bias=False)]
-        # The published files call the layers so.
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        self.encoder.layers = nn.Sequential(*encoder, _conv(_WIDTH, channels))
-        self.decoder.layers = nn.Sequential(*decoder, Block(), _conv(_WIDTH, 3))
+        # In the published files the layers are called encoder.layers.0 and so on.
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*encoder, _conv(_WIDTH, channels))})
+        self.decoder = nn.ModuleDict({"layers": nn.Sequential(*decoder, Block(), _conv(_WIDTH, 3))})
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     def encode(self, x: Tensor) -> Tensor:
         """RGB images [B,3,H,W] in [0, 1] to latents [B,C,H/8,W/8]."""
-        return self.encoder.layers(x.contiguous(memory_format=torch.channels_last))
+        return self.encoder["layers"](x.contiguous(memory_format=torch.channels_last))
 
     def decode(self, h: Tensor) -> Tensor:
         """Latents [B,C,h,w] to RGB images [B,3,8h,8w], which may leave [0, 1] a little."""
         h = torch.tanh(h / 3) * 3  # as published: latents beyond 3 are brought back
-        return self.decoder.layers(h.contiguous(memory_format=torch.channels_last))
+        return self.decoder["layers"](h.contiguous(memory_format=torch.channels_last))
 
 
 class Block(nn.Module):

@@ -103,13 +103,14 @@ def check_spec(spec: dict[str, Any]) -> None:
         if not good:
             raise ValueError(f"{demand}, got {str(value)[:80]!r}")
 
-    coupling = spec.get("coupling")
+    coupling: Any = spec.get("coupling")
     require(coupling in _COUPLINGS, f"coupling must be one of {_COUPLINGS}", coupling)
     known = {"identity": _KEYS_OF_ALL, "custom": _KEYS_OF_ALL | {"module"}}.get(coupling, _KEYS)
     unknown = sorted(str(key)[:40] for key in set(spec) - known)
     if unknown:
         raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(known)}")
-    shape, side = spec.get("image_shape"), _LARGEST["side"]
+    shape: Any = spec.get("image_shape")
+    side = _LARGEST["side"]
     good = isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_whole(v, 1, side) for v in shape)
     require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
     whiten = spec.get("whiten", 0)

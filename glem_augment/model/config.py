@@ -37,8 +37,8 @@ class GLEMConfig:
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (mean and covariance of the modes).
         base: what `model.jet_file.reference` says of a flow that is stored elsewhere, or None.
-        autoencoder: of a flow in an autoencoder's latents, its `name` and `sha256` (see `open_autoencoder`; "custom" and
-            "" for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
+        autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
+            for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -101,7 +101,7 @@ class GLEMConfig:
             raise ModelFileError(f"the flow's description is not valid: {error}") from None
 
     def _check_autoencoder(self) -> None:
-        found = self.autoencoder
+        found: Any = self.autoencoder
         good = isinstance(found, dict) and set(found) == {"name", "sha256", "image_shape"}
         if not (good and all(isinstance(found[key], str) and len(found[key]) <= 1000 for key in ("name", "sha256"))):
             raise ModelFileError(f"autoencoder must be null, or have name, sha256 and image_shape, got {_short(found)}")

@@ -39,10 +39,12 @@ class GLEM(ImageFlow):
     """Class-conditional normalizing flow, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
     Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
-    bits/dim = -log_prob / (d ln 2), d = C H W. With an autoencoder E they are over E(x), the numbers of its latents, which
-    have no levels, hence no bits/dim. Likelihoods of pixels add uniform dequantisation noise to images on levels, uint8
-    or float. By default it depends on the image alone, so an image has one likelihood, whatever the batch. A float
-    image between the levels is a point, whose density is given. Prediction and augmentation use the middle of the bin.
+    bits/dim = -log_prob / (d ln 2), d = C H W. With an autoencoder E they are over E(x), the numbers of its latents,
+    which have no levels, hence no bits/dim.
+
+    Likelihoods of pixels add uniform dequantisation noise to images on levels, uint8 or float. By default it depends on
+    the image alone, so an image has one likelihood, whatever the batch. A float image between the levels is a point,
+    whose density is given. Prediction and augmentation use the middle of the bin.
 
     Make one with `GLEM.create` (untrained) or `GLEM.from_pretrained`, and train it with `glem_augment.training`.
 
@@ -269,7 +271,7 @@ class GLEM(ImageFlow):
     # ---- densities and classification ----------------------------------------------------------------------------
 
     def class_scores(self, z: Tensor) -> Tensor:
-        """log p(z | y) of latents z [B, d] under every class: [B, K] nats. With full covariances, those of the modes."""
+        """log p(z | y) of latents z [B, d] under every class, [B, K] nats; full covariances are those of the modes."""
         if self.config.covariance == "full" and self.modes is not None:
             return self.modes.log_prob(z)
         return self.gaussians.log_prob(z)

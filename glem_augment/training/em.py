@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.autoencoders import StandardisedAutoencoder
 from glem_augment.data.dataset import ImageData
+from glem_augment.devices import send
 from glem_augment.distributed import Share, add_up, is_primary, world_size
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import Flow
@@ -121,8 +122,8 @@ class EM:
             except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
                 raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
         if init_model is None:
-            named = dict(class_ids=data.class_ids, bits=config.bits, psi=config.psi, autoencoder=config.autoencoder)
-            return GLEM.create(config.preset, data.image_shape, data.classes, **named, **config.flow_options)
+            about = data.image_shape, data.classes, data.class_ids, config.bits, config.psi, config.autoencoder
+            return GLEM.create(config.preset, *about, **config.flow_options)
         if (init_model.bits, init_model.image_shape) != (config.bits, tuple(data.image_shape)):
             raise DataError(
                 f"the model to start from takes images {init_model.image_shape} at {init_model.bits} bits, this run "
@@ -135,8 +136,8 @@ class EM:
     def _build(
         self, flow: dict[str, Any], autoencoder: dict[str, Any] | None = None, module: nn.Module | None = None
     ) -> GLEM:
-        names = dict(class_ids=list(self.data.class_ids), class_names=list(self.data.classes), autoencoder=autoencoder)
-        config = GLEMConfig(flow, bits=self.config.bits, psi=self.config.psi, **names)
+        ids, names, bits, psi = list(self.data.class_ids), list(self.data.classes), self.config.bits, self.config.psi
+        config = GLEMConfig(flow, bits, psi, class_ids=ids, class_names=names, autoencoder=autoencoder)
         return GLEM(config, autoencoder=copy.deepcopy(module))
 
     def _take_latents(self, codec: StandardisedAutoencoder) -> None:
@@ -214,7 +215,7 @@ class EM:
     ) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
         """What `ImageData.shared_batches` gives of `data`, by default the run's, on the device."""
         for x, y, share in (data or self.data).shared_batches(indices, batch_size, self.config.workers):
-            yield x.to(self.device), y.to(self.device), share
+            yield send(x, self.device), send(y, self.device), share
 
     def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
         """`x` uint8 [b,C,H,W] under the run's augmentation, or one of the views of latents [b,V,C,h,w].

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.data.pixels import draw_noise, to_levels
+from glem_augment.data.pixels import draw_noise
 from glem_augment.distributed import Share, add_up, rank, world_size
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
@@ -35,18 +35,14 @@ def encode(
     Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share` says what part x is
     of a batch, see `draw_noise`.
     """
-    if model.autoencoder is not None:
-        h = model.numbers(x)
-        if noise:
-            drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
-            h = h + noise * drawn.to(h.device)
-        return model.encode_numbers(h)
-    if config.objective != "ib":
+    if model.autoencoder is None and config.objective != "ib":
         return model.encode(x, draw_noise(x, generator, share))
-    h = to_levels(x, config.bits, model.gaussians.mu.dtype)
-    noise = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows].to(h.device)
-    z, logdet = model.flow(h + noise * (NOISE_STD * 2.0**-config.bits))
-    return z, logdet - model.dim * config.bits * math.log(2)
+    h = model.numbers(x)
+    std = noise if model.autoencoder is not None else NOISE_STD * 2.0**-config.bits
+    if std:
+        drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
+        h = h + std * drawn.to(h.device)
+    return model.encode_numbers(h)
 
 
 def e_step_loss(

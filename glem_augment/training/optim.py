@@ -101,7 +101,7 @@ def independent_pixels(x: Tensor, bits: int) -> float:
 
 
 def independent_latents(std: Tensor) -> float:
-    """The same for an autoencoder's latents that are independent Gaussians of their channel's `std`: bits per number."""
+    """The same for latents that are independent Gaussians of their channel's `std`: bits per number."""
     return float((0.5 * math.log2(2 * math.pi * math.e) + std.double().log2()).mean())
 
 

@@ -135,7 +135,7 @@ def test_augmentation_adds_the_change_and_leaves_the_rest(
         assert torch.equal(aug(x, y)[0], x)  # bit for bit, though decoding loses detail
     aug = GLEMAugment(model, p=1.0, policy=policy, strength=0.5, seed=0)  # type: ignore[arg-type]
     if policy == "adversarial":
-        aug.attach(net)
+        aug.attach(nn.Sequential(nn.AvgPool2d(4), net))
     large = F.interpolate(x.float() / 255, scale_factor=4, mode="bilinear")
     moved, _ = aug(large, y)
     change = (moved - large).abs().mean()
