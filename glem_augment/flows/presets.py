@@ -76,7 +76,7 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
             divide; the message names the sizes that would work.
     """
     check_choice("preset", name, tuple(PRESETS))
-    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], "whiten": 0, **PRESETS[name]}
+    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
     if spec["coupling"] == "matexp":
         spec.setdefault("rank", 3)
     if spec["coupling"] in ("matexp", "affine"):
@@ -84,12 +84,12 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
             spec.setdefault(key, value)
     if overrides.get("subnet") == "transformer":  # It always has GELU.
         spec.pop("activation", None)
-    unknown = set(overrides) - set(spec)
+    unknown = set(overrides) - set(spec) - {"whiten"}
     if unknown:
-        allowed = sorted(set(spec) - {"preset", "image_shape"})
+        allowed = sorted((set(spec) | {"whiten"}) - {"preset", "image_shape"})
         raise ValueError(f"preset {name!r} has no option {sorted(unknown)}; it has {allowed}")
     spec.update(overrides)
-    if spec["whiten"] is None:
+    if "whiten" in spec and spec["whiten"] is None:
         dim = math.prod(spec["image_shape"])
         spec["whiten"] = dim if dim <= _DENSE_UP_TO else _FEW
     check_spec(spec)

@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(saved: Path, tmp_path: P
     for change, message in (
         ({mu: None}, "1 tensors missing.*gaussians.mu"),
         ({"extra": torch.zeros(3)}, "1 unknown.*extra"),
-        ({mu: state[mu][:2]}, r"gaussians.mu is F32 \[2, 16\], its config asks for .* \[3, 16\]"),
+        ({mu: state[mu][:2]}, r"gaussians.mu is F32 \[2, 16\], its model asks for .* \[3, 16\]"),
         ({mu: nan}, "gaussians.mu holds values that are not finite"),
         ({mu: state[mu].double() + 1e300}, "gaussians.mu holds values that are not finite"),
         ({mu: state[mu].long()}, "gaussians.mu is I64"),
