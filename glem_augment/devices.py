@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def lacks_bf16(device: torch.device) -> bool:
@@ -21,6 +21,13 @@ def lacks_bf16(device: torch.device) -> bool:
     else:
         fast = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
     return device.type == "cpu" and not fast
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A GPU copies from pinned memory, so the host does not wait for what the GPU has to do."""
+    if tensor.device.type == "cpu" and device.type == "cuda" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

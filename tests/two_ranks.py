@@ -79,7 +79,7 @@ def classify(data: TensorDataset, flow: GLEM, epochs: range, file: Path) -> list
         if distributed.get_rank() == 0:
             torch.save({name: part.state_dict() for name, part in parts.items()}, file)
             # One rank alone moves images, as for a picture: no other one is waited for.
-            aug.apply(x, y, aug.draw(x, y, torch.Generator().manual_seed(0)))
+            aug.replay(x, y, aug.draw(x, y, torch.Generator().manual_seed(0)))
         distributed.barrier()
     seen.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     return seen

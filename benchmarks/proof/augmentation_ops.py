@@ -145,7 +145,7 @@ class Stack:
         if params["policy"] == "adversarial":
             aug.attach(self.network)
         # All rows may be partners; only those of the mask are decoded.
-        return Reused(lambda x, y, mask: aug.apply(x, y, aug.draw(x, y).where(mask)), p, count)
+        return Reused(lambda x, y, mask: aug.replay(x, y, aug.draw(x, y).where(mask)), p, count)
 
     def _latent_noise(self, model: GLEM, strength: float) -> Change:
         """Gaussian noise in all dimensions of the latent, in standard deviations of the image's class."""

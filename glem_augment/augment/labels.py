@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.augment.params import AugmentParams
+from glem_augment.devices import send
 
 Labels = Literal["auto", "hard", "mix", "posterior"]
 # Labels are not smoothed by more than this. If the least entry of a batch is larger, its labels are mixtures.
@@ -44,39 +45,41 @@ class ClassMap:
         several = torch.bincount(self.to_flow[self.mapped], minlength=len(self.to_data))
         index = self.to_flow.clamp(min=0)
         weight = (self.to_flow >= 0).to(p.dtype) / several[index].clamp(min=1)
-        q = p[:, index.to(p.device)] * weight.to(p.device)
+        q = p[:, send(index, p.device)] * send(weight, p.device)
         total = q.sum(dim=1, keepdim=True)
         return q / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0] > 0
 
 
-def check_labels(y: object, batch: int, num_classes: int) -> None:
-    """Raise TypeError or ValueError unless y holds labels of a batch: integers [batch], or floats [batch, K']."""
+def check_labels(y: object, batch: int, num_classes: int) -> Tensor:
+    """The class of each row of a batch's labels, integers [batch] or floats [batch, K']: int64 [batch].
+
+    The classes of integers are on the CPU, where their range is checked. The class of a soft label is the strongest
+    one, or -1 for a row of zeros. Raises TypeError or ValueError for anything else.
+    """
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
     if y.ndim not in (1, 2) or y.shape[0] != batch:
         raise ValueError(f"y must be int64 [{batch}] or soft [{batch}, {num_classes}], got {tuple(y.shape)}")
+    if y.shape[1:] == (1,) and num_classes > 1:
+        raise ValueError(f"y has shape {tuple(y.shape)}: give int64 [{batch}], as y[:, 0]")
     if y.ndim == 2:
         if not y.is_floating_point():
             raise TypeError(f"soft labels must be floating point, got {y.dtype}")
         if y.shape[1] != num_classes:
             raise ValueError(f"soft labels have {y.shape[1]} classes, not {num_classes}: give class_map")
-    elif y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        strongest = y.detach().max(dim=1)
+        return strongest.indices.masked_fill(strongest.values <= 0, -1)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"labels must be integers (int64), got {y.dtype}")
-    elif batch:
-        low, high = (int(v) for v in torch.aminmax(y))
+    classes = y.long().cpu()
+    if batch:
+        low, high = (int(v) for v in torch.aminmax(classes))
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"label {low if low < 0 else high} is out of range: this transform knows classes 0 to "
                 f"{num_classes - 1}; give num_classes and class_map if the data has other classes than the flow"
             )
-
-
-def label_classes(y: Tensor) -> Tensor:
-    """The class of each row of hard or soft labels, int64 [B] on the CPU: the strongest one; -1 for a row of zeros."""
-    if y.ndim == 1:
-        return y.long().cpu()
-    strongest = y.detach().max(dim=1)
-    return strongest.indices.masked_fill(strongest.values <= 0, -1).cpu()
+    return classes
 
 
 def label_kind(labels: str, policy: str, partner: str, soft_in: bool) -> str:
@@ -93,26 +96,30 @@ def soft_labels(y: Tensor, num_classes: int) -> Tensor:
     return y if y.ndim == 2 else torch.nn.functional.one_hot(y.long(), num_classes).to(torch.float32)
 
 
-def mixed_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, share: Tensor, keep: Tensor) -> Tensor:
+def mixed_labels(
+    soft: Tensor, data_cls: Tensor, params: AugmentParams, classes: ClassMap, share: Tensor, keep: Tensor
+) -> Tensor:
     """Labels [B, K'] after principal-mode mixup: w y_i + (1 - w) y_j with the weight w = 1 - (1 - l) share.
 
     Args:
-        soft: [B, K'], the labels before it. share: [n], the part of |z_j - z_i|^2 that the projection kept.
+        soft: [B, K'], the labels before it; data_cls: int64 [B] on the CPU, their classes.
+        share: [n], the part of |z_j - z_i|^2 that the projection kept.
         keep: bool [n], the rows that were moved after all.
     """
     device = soft.device
-    own = soft.index_select(0, params.rows.to(device))
+    own = soft.index_select(0, send(params.rows, device))
     # Label smoothing gives the same share to every class, which is the least entry of the batch. (A single row may be a
     # mixture of all classes.)
     num_classes, least = soft.shape[1], soft.amin().clamp(min=0.0)
     floor = torch.where(least * num_classes > MOST_SMOOTHING, 0.0, least)
     # A drawn partner brings the label of its class: the row's own data class, or the first one of another flow class.
-    drawn_cls = torch.where(params.partner_cls == params.cls, label_classes(own), classes.to_data[params.partner_cls])
-    pure = soft_labels(drawn_cls.clamp(min=0).to(device), num_classes).to(soft.dtype)
+    own_cls, other_cls = data_cls[params.rows], classes.to_data[params.partner_cls]
+    drawn_cls = torch.where(params.partner_cls == params.cls, own_cls, other_cls).clamp(min=0)
+    pure = soft_labels(send(drawn_cls, device), num_classes).to(soft.dtype)
     drawn = floor + (1.0 - num_classes * floor) * pure
-    in_batch = soft.index_select(0, params.partner.clamp(min=0).to(device))
-    other = torch.where((params.partner < 0).to(device)[:, None], drawn, in_batch)
-    away = ((1.0 - params.l.to(device)) * share.to(device))[:, None].to(soft.dtype)
+    partner = send(params.partner, device)
+    other = torch.where((partner < 0)[:, None], drawn, soft.index_select(0, partner.clamp(min=0)))
+    away = ((1.0 - send(params.l, device)) * share.to(device))[:, None].to(soft.dtype)
     return _with_rows(soft, params, own + away * (other - own), keep)
 
 
@@ -123,6 +130,6 @@ def posterior_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, p: 
 
 
 def _with_rows(soft: Tensor, params: AugmentParams, new: Tensor, keep: Tensor) -> Tensor:
-    rows = params.rows.to(soft.device)
+    rows = send(params.rows, soft.device)
     own = soft.index_select(0, rows)
     return soft.index_copy(0, rows, torch.where(keep.to(soft.device)[:, None], new.to(soft.dtype), own))

@@ -1,29 +1,39 @@
-"""The ways to put GLEMAugment into a training loop: around a loader, as timm's `mixup_fn`, as a collate function."""
+"""The ways to put GLEMAugment into a training loop.
+
+They are: a torchvision transform, a wrapper around a loader, timm's `mixup_fn`, and a collate function.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import FastCollateMixup, Mixup
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # torchvision's own transforms use it too
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from glem_augment.augment.labels import check_labels, soft_labels
 from glem_augment.augment.resize import for_channels
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.augment.v2 import augment_sample
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes, named_classes
+from glem_augment.devices import send
 from glem_augment.distributed import world_size
 from glem_augment.errors import ClassMismatchError
 
+LABEL_KEYS = ("labels", "label", "targets", "target")
 _MAP = (
     "Give the transform class_map=match_classes(flow, data, partial=True), which passes images of other classes "
     "through; or class_map=range(K) if both list the same K classes in the same order; or adapt the flow to the data "
@@ -52,10 +62,88 @@ def _augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device 
 
     def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if device is not None:
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x, y = send(x, torch.device(device)), send(y, torch.device(device))
         return aug(x, y) if on else (x, aug.target(y))
 
     return augment_sample(batch, augment)
+
+
+# ---- on samples of any structure ------------------------------------------------------------------------------
+
+
+class GLEMTransform(v2.Transform):
+    """Augments the images of a sample or batch, whatever the structure around them: see `augment_sample`."""
+
+    def __init__(self, aug: nn.Module) -> None:
+        super().__init__()
+        self.aug = aug
+
+    def forward(self, *inputs: Any) -> Any:
+        return augment_sample(inputs[0] if len(inputs) == 1 else inputs, self.aug)
+
+
+def augment_sample(sample: Any, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """Augment a batch [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int or [K'] label.
+
+    As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
+    tensor, and labels are the second item of a tuple, or what a dict has under one of `LABEL_KEYS` in any case. Boxes,
+    masks and everything else are passed on, because the moves do not change where things are.
+
+    Args:
+        augment: what is done to images and labels of a batch.
+
+    Returns:
+        The same structure. Images keep their type, and integer labels theirs unless they become soft.
+
+    Raises:
+        ValueError, TypeError: for PIL images, no image, or labels that are not found.
+    """
+    flat, spec = tree_flatten(sample)
+    label_place = _label_position(sample)
+    image_place = _image_position(flat, label_place)
+    image, labels = flat[image_place], flat[label_place]
+    x, y = image.as_subclass(Tensor), labels
+    single = x.ndim == 3
+    if not isinstance(labels, (Tensor, Integral) if single else Tensor):
+        raise ValueError(f"labels must be a tensor (or an int, for one image) of the sample, got {labels!r}")
+    if single:
+        x, y = x[None], torch.as_tensor(labels, device=x.device)[None]
+    new_x, new_y = augment(x, y)
+    if single:
+        new_x = new_x[0]
+    flat[image_place] = tv_tensors.wrap(new_x, like=image) if isinstance(image, tv_tensors.TVTensor) else new_x
+    if new_y is not y:
+        flat[label_place] = new_y[0] if single else new_y
+    return tree_unflatten(flat, spec)
+
+
+def _label_position(sample: Any) -> int:
+    """Where the labels are among the leaves of a sample, by torchvision's convention."""
+    if isinstance(sample, Mapping):
+        names = {str(key).lower(): key for key in sample}
+        found = next((names[name] for name in LABEL_KEYS if name in names), None)
+        if found is not None:
+            return sum(len(tree_leaves(sample[key])) for key in takewhile(lambda key: key != found, sample))
+    elif isinstance(sample, (tuple, list)) and len(sample) > 1:
+        return len(tree_leaves(sample[0])) + (_label_position(sample[1]) if isinstance(sample[1], Mapping) else 0)
+    elif isinstance(sample, Tensor):
+        raise ValueError(
+            "the transform got an image without a label, as a data set's transform= does; it needs both: augment "
+            "batches, with aug.wrap(loader) or collate_fn=aug.collate_fn(), or give (image, label)"
+        )
+    raise ValueError(f"no labels found in {type(sample).__name__}: give (images, labels) or a dict with a key 'labels'")
+
+
+def _image_position(flat: list[Any], label_place: int) -> int:
+    if any(isinstance(item, Image.Image) for item in flat):
+        raise TypeError("PIL images can't be moved: put v2.ToImage() before this transform")
+    images = [i for i, item in enumerate(flat) if isinstance(item, tv_tensors.Image)]
+    plain = [i for i, item in enumerate(flat) if type(item) is Tensor and i != label_place]
+    if not images and not plain:
+        raise ValueError("no image found: a sample needs a tv_tensors.Image or a tensor besides its labels")
+    if len(images) > 1:
+        raise ValueError(f"the sample has {len(images)} images, but one tensor of labels: augment them one by one")
+    return (images or plain)[0]
 
 
 # ---- around a loader -----------------------------------------------------------------------------------------

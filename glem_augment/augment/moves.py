@@ -12,21 +12,21 @@ Source: Enescu & Sahbi, ACCV 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glem_augment.augment.labels import ClassMap
 from glem_augment.augment.params import AugmentParams, draw_shares, normal
-from glem_augment.flows.precision import full_precision
-from glem_augment.latent.modes import combine_modes, project_on_modes
+from glem_augment.devices import send, weights_key
+from glem_augment.latent.modes import combine_modes
 from glem_augment.model.glem import GLEM
 
 Partner = Literal["same", "any"]
 Modes = Literal["class", "shared"]
-# What strength "auto" tries, the share of moves that it lets be put back, and how many moves it makes at least.
+# What strength "auto" tries, the share of moves that it lets be put back, and how often it moves a few images in all.
 LADDER = (0.5, 0.25, 0.125, 0.0625)
 MOST_PUT_BACK, TRIALS = 0.05, 128
 MARGIN = 1.0  # images that leave [0, 1] by more are not plausible
@@ -55,21 +55,27 @@ def basis_of(model: GLEM, kind: str, k: int, cls: Tensor) -> Basis:
 
 def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:
     """sum_m s_m c_m v_m, [n, d], for coefficients [n, k] in units of the modes' standard deviations."""
-    with full_precision(coefficients.device.type):
-        return combine_modes(coefficients * basis.scales[basis.cls], basis.cls, basis.directions)
+    return combine_modes(coefficients * basis.scales[basis.cls], basis.cls, basis.directions)
 
 
-def mix(basis: Basis, z: Tensor, partner: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Principal-mode mixup z' = z + (1 - l) P (partner - z) of latents [n, d], with l [n] in [1/2, 1].
+class Rows(NamedTuple):
+    """What a move of n rows starts from.
 
-    The second result, [n], is the share of |partner - z|^2 that P keeps (0 for no difference).
+    z: latents [n, d]. images: at full size, float in [0, 1]. base: images at the flow's size, of which the moved ones
+    are changes. labels: int64 [n] or soft [n, K'], on the device.
     """
-    delta = partner - z
-    with full_precision(z.device.type):
-        projected = project_on_modes(delta, basis.cls, basis.directions)
-    total = delta.square().sum(dim=1)
-    share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
+
+    z: Tensor
+    basis: Basis
+    images: Tensor
+    base: Tensor
+    labels: Tensor
+
+    def repeated(self, times: int) -> Rows:
+        """The rows so many times, one after the other."""
+        basis = self.basis._replace(cls=self.basis.cls.repeat(times))
+        z, images, base, labels = (torch.cat([t] * times) for t in (self.z, self.images, self.base, self.labels))
+        return Rows(z, basis, images, base, labels)
 
 
 # ---- which moves are good --------------------------------------------------------------------------------------
@@ -81,26 +87,48 @@ def plausible(decoded: Tensor, margin: float) -> Tensor:
     return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
 
 
-def comes_back(decoded: Tensor, images: Tensor) -> Tensor:
-    """Which images [n, C, H, W] in [0, 1] their decoded latents show again, within half a uint8 step: bool [n]."""
-    return (decoded - images).abs().flatten(1).amax(dim=1) < 0.5 / 255  # NaN compares false
+def comes_back(model: GLEM, z: Tensor, images: Tensor, unmoved: Tensor) -> Tensor:
+    """Which images [n, C, H, W] in [0, 1] the flow gives back, from their latents z and `unmoved`, z decoded: bool [n].
 
-
-def shares_put_back(model: GLEM, z: Tensor, basis: Basis, margin: float) -> Iterator[tuple[float, float]]:
-    """Each strength of LADDER, and the share of the latents z [n, d] whose images noise of it makes implausible.
-
-    Of few latents each is moved several times. The noise is the same in every call.
+    Those of a flow on pixels come back within half a uint8 step. An autoencoder gives no image back exactly, so with
+    one the flow alone is asked, whether its inverse finds the same numbers for the latents and for those found again.
     """
-    times = -(-TRIALS // len(z))
-    z, basis = z.repeat(times, 1), basis._replace(cls=basis.cls.repeat(times))
-    eps = normal(len(z), basis.directions.shape[1], torch.Generator("cpu").manual_seed(0)).to(z.device)
-    for strength in LADDER:
-        decoded = model.decode(z + along_modes(basis, strength * eps), clamp=False)
-        yield strength, 1.0 - float(plausible(decoded, margin).float().mean())
+    if getattr(model, "autoencoder", None) is None:
+        found, wanted = unmoved, images
+    else:
+        wanted = model.flow.inverse(z)[0]
+        found = model.flow.inverse(model.flow(wanted)[0])[0]
+    return (found - wanted).abs().flatten(1).amax(dim=1) < 0.5 / 255  # NaN compares false
 
 
-def strongest_plausible(shares: Iterable[tuple[float, float]]) -> float:
-    """The strength that "auto" stands for, from `shares_put_back`."""
+class InverseTest:
+    """In which calls the unmoved latents are decoded too, to see whether the flow gives the images back.
+
+    That is in every call until FIRST in a row lost no image, then in one of EVERY, and again from the start when the
+    flow's weights have changed.
+    """
+
+    FIRST, EVERY = 8, 32
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._calls = self._good = 0
+
+    def due(self, flow: nn.Module) -> bool:
+        """Whether the call that begins now tests the inverse."""
+        key = weights_key(flow)
+        if key != self._key:
+            self._key, self._good = key, 0
+        self._calls += 1
+        return self._good < self.FIRST or self._calls % self.EVERY == 0
+
+    def saw(self, back: Tensor) -> None:
+        """Take in what a test found, bool [n]; this waits for the device."""
+        self._good = self._good + 1 if bool(back.all()) else 0
+
+
+def strongest(shares: Iterable[tuple[float, float]]) -> float:
+    """The strength that "auto" stands for, from strengths of LADDER and the shares of moves that each loses."""
     return next((strength for strength, share in shares if share <= MOST_PUT_BACK), LADDER[-1])
 
 
@@ -113,11 +141,9 @@ def draw_mixup(
     rows: Tensor,
     data_cls: Tensor,
     class_map: ClassMap,
-    model: GLEM,
     generator: torch.Generator,
 ) -> AugmentParams:
     """Draw partners and shares for the chosen rows int64 [n] of a batch of data classes int64 [B], -1 for none."""
-    assert model.modes is not None
     n, batch = len(rows), len(data_cls)
     flow_cls = class_map.flow_class(data_cls)
     cls = flow_cls[rows]
@@ -135,10 +161,10 @@ def draw_mixup(
     keys = torch.rand(n, batch, generator=generator, dtype=torch.float32, device="cpu")
     keys[:, rows] += 1.0
     best, other = keys.masked_fill(~allowed, -1.0).max(dim=1)
-    eps = normal(n, model.modes.rank + model.dim, generator)
+    seeds = torch.randint(2**62, (n,), generator=generator, device="cpu")
     found = best >= 0
     partner_cls = torch.where(found, flow_cls[other], drawn_cls)
-    return AugmentParams(rows, cls, eps, torch.where(found, other, -1), partner_cls, l)
+    return AugmentParams(rows, cls, l.new_empty(0), torch.where(found, other, -1), partner_cls, l, seeds)
 
 
 def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
@@ -156,11 +182,13 @@ def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
 
 def partner_latents(model: GLEM, in_batch: Tensor, params: AugmentParams) -> Tensor:
     """The partners' latents [n, d]: `in_batch` [n, d] where the partner is a row of the batch, RFCM draws elsewhere."""
-    drawn = params.partner < 0
-    if not drawn.any():
+    drawn = (params.partner < 0).nonzero()[:, 0]
+    if not len(drawn):
         return in_batch
     assert model.modes is not None
     device = in_batch.device
-    with full_precision(device.type):
-        draws = model.modes.sample_from_noise(params.partner_cls[drawn].to(device), params.eps[drawn].to(device))
-    return in_batch.index_copy(0, drawn.nonzero()[:, 0].to(device), draws.to(in_batch.dtype))
+    # Each row has a seed of its own, so that its partner does not depend on which other rows need one.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in params.seeds[drawn].tolist()]
+    noise = torch.cat([normal(1, model.modes.rank + model.dim, generator) for generator in generators])
+    draws = model.modes.sample_from_noise(send(params.partner_cls[drawn], device), send(noise, device))
+    return in_batch.index_copy(0, send(drawn, device), draws.to(in_batch.dtype))

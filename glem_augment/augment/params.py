@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glem_augment.devices import send
 from glem_augment.random_state import WorkerCounts
 
 __all__ = ["AugmentParams"]
@@ -24,13 +25,13 @@ class AugmentParams:
         rows: int64 [n], the rows to change, rising.
         cls: int64 [n], the flow class of each row, whose modes are used; -1: the flow does not have the class, and the
             row is passed through.
-        eps: float32 [n, m], standard normal. For policies "noise" and "adversarial" these are coefficients of m modes.
-            For "mixup" they are what partners are drawn from, with m = k + d.
-        partner: int64 [n], the partner's row in the batch; -1: the partner is drawn from `eps`.
+        eps: float32 [n, k], standard normal: the coefficients of k modes.
+        partner: int64 [n], the partner's row in the batch; -1: the partner is drawn from the RFCM of its class.
         partner_cls: int64 [n], the flow class of the partner; -1: a row of a class that the flow does not have.
         l: float32 [n] in [1/2, 1], the share of the own image along the modes.
+        seeds: int64 [n], of the numbers from which a partner is drawn, where one is.
 
-    partner, partner_cls and l are empty unless the policy is "mixup".
+    Policies "noise" and "adversarial" have only rows, cls and eps; "mixup" has all but eps. The rest is empty.
     """
 
     rows: Tensor
@@ -39,10 +40,11 @@ class AugmentParams:
     partner: Tensor
     partner_cls: Tensor
     l: Tensor  # noqa: E741  (the paper's letter)
+    seeds: Tensor
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """The same parameters on another device."""
-        return AugmentParams(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return AugmentParams(**{f.name: send(getattr(self, f.name), torch.device(device)) for f in fields(self)})
 
     def where(self, mask: Tensor) -> AugmentParams:
         """The parameters of those selected rows for which `mask`, bool [n], holds."""

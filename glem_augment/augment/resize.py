@@ -8,18 +8,22 @@ moved there, and the change is resized back and added, so that the fine detail o
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.data.pixels import LUMA
 
-# Resizing with bicubic filters overshoots a little; more than this means that the input was normalised.
-RANGE_SLACK = 0.1
+# Resizing with bicubic filters overshoots a little; more than the first number means that the input was normalised.
+# After `mean` and `std` are taken back, few values leave [0, 1] by the second: those that timm's RandomErasing drew.
+RANGE_SLACK, UNIT_SLACK, FEW = 0.1, 0.05, 0.05
 
 
 class PixelAdapter:
@@ -38,6 +42,8 @@ class PixelAdapter:
         self.std = None if std is None else _numbers(std)
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {std!r}")
+        if self.mean is not None and max(self.mean) > 1.5:
+            raise ValueError(f"mean and std are for images in [0, 1], got mean={mean!r}: divide both by 255")
         self._seen: set[torch.dtype] = set()
 
     # ---- checks ----------------------------------------------------------------------------------------------
@@ -48,11 +54,11 @@ class PixelAdapter:
         The value range is checked in the first batch of each dtype only, since that makes an accelerator wait.
         """
         if not isinstance(x, Tensor) or x.ndim != 4:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"x must be a batch of images [B, C, H, W], got {got}: for single images, tuples and dicts use "
-                "aug.as_transform()"
-            )
+            got, fix = type(x).__name__, "give it as torch.from_numpy(x)" if isinstance(x, np.ndarray) else ""
+            if isinstance(x, Tensor):
+                got = str(tuple(x.shape))
+            fix = fix or "for single images, tuples and dicts use aug.as_transform()"
+            raise ValueError(f"x must be a tensor of images [B, C, H, W], got {got}: {fix}")
         channels = x.shape[1]
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
             raise ValueError(
@@ -73,20 +79,28 @@ class PixelAdapter:
             self._seen.add(x.dtype)
 
     def _check_range(self, x: Tensor) -> None:
-        low, high = (float(v) for v in torch.aminmax(x.detach().float()))
+        x = x.detach().float()
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not math.isfinite(high - low):
+            raise ValueError("images must be finite, but some of their values are NaN or infinite")
         if self.mean is None or self.std is None:
             if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
                 raise ValueError(
-                    f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; "
-                    "give mean and std if they are normalised"
+                    f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; give mean and std if "
+                    "they are normalised, and divide images of 0 to 255 by 255"
                 )
             return
-        # RandomErasing fills with N(0, 1) after normalisation, so values within 10 of 0 can be right in any case.
-        if not max(-low, high) <= max(10, 2 / min(self.std)):
-            raise ValueError(
-                f"with mean and std, images must be normalised by them, got values from {low:.4g} to {high:.4g}; for "
-                "images in [0, 1] leave mean and std out, for 0 to 255 give uint8"
-            )
+        unit = self.to_unit(x)
+        share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
+        if share:
+            range_ = "from {:.3g} to {:.3g}".format(*(float(v) for v in torch.aminmax(unit)))
+            text = f"with mean and std taken back, {100 * share:.3g} % of the values lie outside [0, 1], {range_}"
+            if share > FEW:
+                raise ValueError(
+                    f"{text}: give the mean and std by which the images were normalised; for images in [0, 1] leave "
+                    "them out, for 0 to 255 give uint8"
+                )
+            warnings.warn(f"{text}: this is right after RandomErasing, otherwise check mean and std", stacklevel=4)
         changes = min(self.mean) > 0 or max(self.std) < 1  # mean 0 and std 1 leave images as they are
         if changes and x.numel() >= 1000 and 0 <= low < high <= 1:
             warnings.warn(
@@ -102,20 +116,15 @@ class PixelAdapter:
         if x.dtype == torch.uint8:
             return x.to(torch.float32) / 255
         x = x if x.dtype == torch.float64 else x.float()
-        return x if self.std is None else x * self._per_channel(self.std, x) + self._per_channel(self.mean, x)
+        return x if self.std is None else x * _per_channel(self.std, x) + _per_channel(self.mean, x)
 
     def from_unit(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `to_unit` in the dtype that came in; uint8 is rounded to the nearest level."""
         if dtype == torch.uint8:
             return (x * 255).round().clamp(0, 255).to(torch.uint8)
         if self.std is not None:
-            x = (x - self._per_channel(self.mean, x)) / self._per_channel(self.std, x)
+            x = (x - _per_channel(self.mean, x)) / _per_channel(self.std, x)
         return x.to(dtype)
-
-    @staticmethod
-    def _per_channel(values: tuple[float, ...] | None, x: Tensor) -> Tensor:
-        assert values is not None
-        return torch.tensor(for_channels(values, x.shape[1]), dtype=torch.float32, device=x.device)[:, None, None]
 
     # ---- size and channels -----------------------------------------------------------------------------------
 
@@ -123,7 +132,7 @@ class PixelAdapter:
         """Images [n, C, H, W] in [0, 1] at the flow's size and with its channels."""
         small = resized(images, self.shape[1:])
         if small.shape[1] == 3 and self.shape[0] == 1:
-            small = (small * self._per_channel(LUMA, small)).sum(dim=1, keepdim=True)
+            small = (small * _per_channel(LUMA, small)).sum(dim=1, keepdim=True)
         return small.clamp(0.0, 1.0).expand(-1, self.shape[0], -1, -1)
 
     def from_flow(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
@@ -151,6 +160,18 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
 def for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """A mean or std for images of so many channels. For grey images the three of RGB are averaged, as timm does."""
     return (sum(values) / 3,) if channels == 1 and len(values) == 3 else values
+
+
+def _per_channel(values: tuple[float, ...] | None, x: Tensor) -> Tensor:
+    """The values for the channels of x [n, C, H, W], float32 [C, 1, 1] on its device."""
+    assert values is not None
+    return _constant(for_channels(values, x.shape[1]), x.device)[:, None, None]
+
+
+@lru_cache(maxsize=64)  # a GPU would wait for each copy
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a later call may need gradients
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _numbers(value: float | Sequence[float]) -> tuple[float, ...]:

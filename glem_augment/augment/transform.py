@@ -1,8 +1,8 @@
 """GLEMAugment: move real images along the principal modes of their class, in the latent space of a flow.
 
 A batch is encoded, its latents are moved (`moves`, `adversarial`), and the change is carried over to the images
-(`resize`) and labels (`labels`). Drawing the random parameters (`draw`) is separate from using them (`apply`), so a
-call can be replayed.
+(`resize`) and labels (`labels`). Drawing the random parameters (`draw`) is separate from using them (`replay`), so a
+call can be repeated.
 
 Source: Enescu & Sahbi, ACCV 2024 (principal-mode mixup).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +23,6 @@ from glem_augment.augment.labels import (
     ClassMap,
     Labels,
     check_labels,
-    label_classes,
     label_kind,
     mixed_labels,
     posterior_labels,
@@ -31,11 +30,11 @@ from glem_augment.augment.labels import (
 )
 from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
 from glem_augment.augment.resize import PixelAdapter
-from glem_augment.augment.v2 import GLEMTransform
 from glem_augment.checks import Policy, check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import in_range
-from glem_augment.devices import evaluating, weights_key
+from glem_augment.devices import evaluating, send, weights_key
+from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.random_state import RandomState, WorkerCounts
 
@@ -56,9 +55,9 @@ class GLEMAugment(nn.Module):
         policy: "mixup" (with a partner, along the modes), "noise" (Gaussian along the modes) or "adversarial" (noise,
             and a step up the loss of a classifier that `attach` names).
         alpha: parameter of the Beta distribution of "mixup".
-        strength: of "noise" and "adversarial", in standard deviations of the modes. "auto": 1/2, or else the largest of
-            1/4, 1/8 and 1/16 at which at most 5 % of the images of the first call would be put back as implausible. It
-            is part of `state_dict`, see `chosen_strength`.
+        strength: of "noise" and "adversarial", in standard deviations of the modes. "auto": the largest of 1/2, 1/4 and
+            1/8 at which at most 5 % of the first call's images are put back, for whatever reason, or else 1/16. It is
+            part of `state_dict`, see `chosen_strength`.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
         basis: "class" (the modes of the image's class) or "shared" (those of the pooled within-class covariance).
         partner: for "mixup": "same" (another row of the same data class, or a draw from the class's RFCM if there is
@@ -74,7 +73,7 @@ class GLEMAugment(nn.Module):
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
             explodes goes far beyond 1. An image that the flow does not give back within half a uint8 step is replaced
-            too.
+            too, in the calls that test this: the first ones, all as long as they find such images, and one in 32.
     """
 
     model: GLEM
@@ -118,6 +117,7 @@ class GLEMAugment(nn.Module):
         self._random = RandomState(seed)
         self._counts = MoveCounts()
         self._chosen = WorkerCounts()  # what "auto" chose, in units of 1e-4; 0: nothing yet
+        self._inverse = moves.InverseTest()
         self._adversary: Adversary | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}
 
@@ -176,8 +176,8 @@ class GLEMAugment(nn.Module):
             (x', y') with x' of x's dtype, device and memory format; rows that were not selected are those of x bit for
             bit. y' is y itself, or float [B, K'].
         """
-        self._check(x, y)
-        return self._augmented(x, y, self._draw(y, self._random.generator()))
+        data_cls = self._check(x, y)
+        return self._augmented(x, y, data_cls, self._draw(data_cls, self._random.generator()))
 
     def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
         """Draw the random parameters of one call.
@@ -187,29 +187,23 @@ class GLEMAugment(nn.Module):
             y: int64 [B] or soft [B, K'].
             generator: a CPU generator, in place of the transform's own.
         """
-        check_labels(y, int(x.shape[0] if isinstance(x, Tensor) else x[0]), self.num_classes)
-        return self._draw(y, self._random.generator() if generator is None else generator)
+        data_cls = check_labels(y, int(x.shape[0] if isinstance(x, Tensor) else x[0]), self.num_classes)
+        return self._draw(data_cls.cpu(), self._random.generator() if generator is None else generator)
 
-    def apply(self, x: Any, y: Any = None, params: AugmentParams | None = None) -> Any:
-        """Augment with given parameters, deterministically; arguments and results are those of `forward`."""
-        if y is None and callable(x):
-            return super().apply(x)  # nn.Module.apply(fn), which a parent module calls on its children
-        if params is None:
-            raise TypeError("apply needs the parameters of the call: params = aug.draw(x, y)")
-        self._check(x, y)
-        return self._augmented(x, y, params)
+    def replay(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        """Augment with the parameters that `draw` gave; other arguments and results are those of `forward`."""
+        return self._augmented(x, y, self._check(x, y), params)
 
-    def _draw(self, y: Tensor, generator: torch.Generator) -> AugmentParams:
-        data_cls = label_classes(y)
+    def _draw(self, data_cls: Tensor, generator: torch.Generator) -> AugmentParams:
         rows = choose_rows(len(data_cls), self.p, generator)
         if self.policy == "mixup" and len(rows):
-            return moves.draw_mixup(self.partner, self.alpha, rows, data_cls, self._classes, self.model, generator)
+            return moves.draw_mixup(self.partner, self.alpha, rows, data_cls, self._classes, generator)
         none = rows.new_empty(0)
         cls = self._classes.flow_class(data_cls[rows])
-        return AugmentParams(rows, cls, normal(len(rows), self.modes, generator), none, none, none)
+        return AugmentParams(rows, cls, normal(len(rows), self.modes, generator), none, none, none, none)
 
     @torch.no_grad()
-    def _augmented(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+    def _augmented(self, x: Tensor, y: Tensor, data_cls: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
         kind = label_kind(self.labels, self.policy, self.partner, y.ndim == 2)
         target = y if kind == "hard" else soft_labels(y, self.num_classes)
         selected, params = len(params.rows), params.where(params.cls >= 0)
@@ -219,45 +213,83 @@ class GLEMAugment(nn.Module):
             return x, target
         model = self._model_on(x.device)
         index, place = moves.rows_to_encode(params, len(x))
-        originals = x.index_select(0, index.to(x.device))
+        here = params.to(x.device)
+        originals = x.index_select(0, send(index, x.device))
         images = self.pixels.to_unit(originals)
         small = self.pixels.to_flow(images)
-        here = params.to(x.device)
         basis = moves.basis_of(model, self.basis, self.modes, here.cls)
         with evaluating(model):
             encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
+            base, back = self._unmoved(model, z, small)
             if self.policy == "mixup":
-                partner = moves.partner_latents(model, encoded[place.to(x.device)], params)
-                z, share = moves.mix(basis, z, partner, here.l)
+                partner = moves.partner_latents(model, encoded[send(place, x.device)], params)
+                moved, share = mix_along_modes(z, partner, here.l, basis.cls, basis.directions)
             else:
+                shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
+                labels = send(y, x.device).index_select(0, here.rows)
+                rows = moves.Rows(z, basis, images, base, labels)
                 strength = self.chosen_strength
                 if strength is None:
-                    strength = moves.strongest_plausible(moves.shares_put_back(model, z, basis, self.margin))
+                    strength = moves.strongest(self._shares_lost(model, rows, back, shown))
                     self._chosen.own().fill_(round(10_000 * strength))
-                c = strength * here.eps
-                if self._adversary is not None:
-                    shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
-
-                    def render(c: Tensor) -> Tensor:
-                        return self._images(
-                            model.decode(z + moves.along_modes(basis, c), clamp=False), images, small, shown
-                        )
-
-                    labels = y.to(x.device).index_select(0, here.rows)
-                    c = self._adversary.coefficients(c, strength, basis, render, labels, model)
-                z, share = z + moves.along_modes(basis, c), None
-            decoded, unmoved = model.decode(torch.cat([z, encoded[:n]]), clamp=False).split(n)
-            # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
-            good = moves.plausible(decoded, self.margin) & moves.comes_back(unmoved, small)
+                moved, share = self._noised(model, rows, here.eps, strength, shown), None
+            decoded = model.decode(moved, clamp=False)
+            good = moves.plausible(decoded, self.margin) & back
             if kind == "mix" and share is not None:
-                target = mixed_labels(target, params, self._classes, share, good)
+                target = mixed_labels(target, data_cls, params, self._classes, share, good)
             elif kind == "posterior":
-                target = posterior_labels(target, params, self._classes, model.posterior_from_latents(z), good)
+                target = posterior_labels(target, params, self._classes, model.posterior_from_latents(moved), good)
         self._counts.add(selected, selected - n, (~good).sum())
-        moved = self._images(decoded, images, small, x.dtype)
-        moved = torch.where(good[:, None, None, None], moved, originals)
-        return x.clone().index_copy_(0, here.rows, moved), target  # clone keeps the memory format
+        changed = good & (moved != z).any(dim=1)
+        out = torch.where(changed[:, None, None, None], self._images(decoded, images, base, x.dtype), originals)
+        return x.clone().index_copy_(0, here.rows, out), target  # clone keeps the memory format
+
+    def _unmoved(self, model: GLEM, z: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
+        """The images that moved ones are compared with, like `small`, and which of them the flow gives back, bool [n].
+
+        A flow on pixels decodes z to `small` itself, which is taken for granted where no test is due. What an
+        autoencoder makes of an image differs from it, and the difference must not get into the change.
+        """
+        lossy = getattr(model, "autoencoder", None) is not None
+        back, test = torch.ones(len(z), dtype=torch.bool, device=z.device), self._inverse.due(self.model.flow)
+        if not (lossy or test):
+            return small, back
+        # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
+        unmoved = model.decode(z, clamp=False)
+        if test:
+            back = moves.comes_back(model, z, small, unmoved)
+            self._inverse.saw(back)
+        return in_range(unmoved) if lossy else small, back
+
+    def _noised(self, model: GLEM, rows: moves.Rows, eps: Tensor, strength: float, shown: torch.dtype) -> Tensor:
+        """Latents [n, d] moved by noise along the modes; with a classifier, by a step up its loss as well.
+
+        The classifier gets images of the dtype `shown`.
+        """
+        c = strength * eps
+        if self._adversary is not None:
+
+            def render(c: Tensor) -> Tensor:
+                decoded = model.decode(rows.z + moves.along_modes(rows.basis, c), clamp=False)
+                return self._images(decoded, rows.images, rows.base, shown)
+
+            c = self._adversary.coefficients(c, strength, rows.basis, render, rows.labels, model)
+        return rows.z + moves.along_modes(rows.basis, c)
+
+    def _shares_lost(
+        self, model: GLEM, rows: moves.Rows, back: Tensor, shown: torch.dtype
+    ) -> Iterator[tuple[float, float]]:
+        """Each strength that "auto" tries, and the share of the rows that it puts back.
+
+        Of few rows each is moved several times. The noise is the same in every call.
+        """
+        times = max(1, moves.TRIALS // len(back))
+        rows, back = rows.repeated(times), back.repeat(times)
+        eps = normal(len(back), self.modes, torch.Generator("cpu").manual_seed(0)).to(back.device)
+        for strength in moves.LADDER:
+            decoded = model.decode(self._noised(model, rows, eps, strength, shown), clamp=False)
+            yield strength, 1.0 - float((moves.plausible(decoded, self.margin) & back).float().mean())
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images as the user gets them, from decoded ones at the flow's size; differentiable."""
@@ -273,11 +305,12 @@ class GLEMAugment(nn.Module):
                 self._copies[device] = version, self.model.on(device)
         return self._copies[device][1]
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
+    def _check(self, x: Tensor, y: Tensor) -> Tensor:
+        """Check a batch; returns its labels' classes, int64 [B] on the CPU."""
         self.pixels.check(x)
-        check_labels(y, len(x), self.num_classes)
         if self.policy == "adversarial" and self._adversary is None:
             raise ValueError("policy='adversarial' needs a classifier: call aug.attach(classifier), on a copy again")
+        return check_labels(y, len(x), self.num_classes).cpu()
 
     # ---- labels without a move -------------------------------------------------------------------------------
 
@@ -307,8 +340,10 @@ class GLEMAugment(nn.Module):
 
         return AugmentingCollate(self, base, data)
 
-    def as_transform(self) -> GLEMTransform:
-        """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `v2.GLEMTransform`."""
+    def as_transform(self) -> Any:
+        """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `loops.GLEMTransform`."""
+        from glem_augment.augment.loops import GLEMTransform
+
         return GLEMTransform(self)
 
     # ---- saving ----------------------------------------------------------------------------------------------

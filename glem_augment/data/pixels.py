@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from glem_augment.devices import send
 from glem_augment.distributed import Share
 from glem_augment.errors import BadImageError
 
@@ -169,7 +170,7 @@ def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor
         numbers = numbers[:, : levels.shape[1:].numel()]
     else:
         numbers = source if isinstance(source, Tensor) else draw_noise(levels, source)
-    return numbers.to(levels).mul_(2.0**-16).add_(0.5).reshape(levels.shape)
+    return send(numbers, levels.device).to(levels).mul_(2.0**-16).add_(0.5).reshape(levels.shape)
 
 
 def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:

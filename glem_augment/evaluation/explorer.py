@@ -138,7 +138,7 @@ class Explorer:
             drawn = replace(drawn, eps=torch.tensor([coefficients], dtype=torch.float32))
         elif policy == "mixup":
             drawn = replace(drawn, l=torch.tensor([1 - strength / 2]))
-        aug.apply(x, y, drawn)
+        aug.replay(x, y, drawn)
         moved = aug.moved[0].cpu()
         small = self._small(image, moved)
         bits = self.model.bits_per_dim(small, y.expand(2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.moves import basis_of, shares_put_back, strongest_plausible
+from glem_augment.augment.moves import LADDER, strongest
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for
 from glem_augment.distributed import gather, share
@@ -70,28 +70,32 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 @torch.no_grad()
 def moves_put_back(model: GLEM, data: ImageData, images: int = 128) -> dict[str, Any]:
-    """Share of the moves that `GLEMAugment` puts back at its default settings, because the result is not plausible.
+    """Share of the moves that `GLEMAugment` puts back at its default settings.
+
+    The result is not plausible, or the flow does not give the original back.
 
     Args:
         data: images of the flow's shape, labelled by its class indices. images: how many are moved, evenly spread.
 
     Returns:
-        `mixup`: the share for policy "mixup" (images that the flow does not give back included); `noise`: that for
-        "noise" at each strength from which "auto" chooses; `strength`: what it chooses on these images.
+        `mixup`: the share for policy "mixup"; `noise`: that for "noise" at each strength from which "auto" chooses;
+        `strength`: what it chooses where these are the shares.
 
     Raises:
         ValueError: a model without modes.
     """
     count = min(images, len(data))
     x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
-    aug = GLEMAugment(model, p=1.0, seed=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the result tells the same
-        aug(x, y)
-    z, basis = model.encode(x)[0], basis_of(model, aug.basis, aug.modes, y)
-    noise = dict(shares_put_back(model, z, basis, aug.margin))
-    strength = strongest_plausible(noise.items())
-    return {"images": count, "mixup": aug.stats["replaced"] / count, "noise": noise, "strength": strength}
+
+    def lost(**settings: Any) -> float:
+        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the result tells the same
+            aug(x, y)
+        return aug.stats["replaced"] / count
+
+    noise = {strength: lost(policy="noise", strength=strength) for strength in LADDER}
+    return {"images": count, "mixup": lost(), "noise": noise, "strength": strongest(noise.items())}
 
 
 @torch.no_grad()

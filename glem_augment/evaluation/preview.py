@@ -139,7 +139,7 @@ def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, mode
             what += ", and a step that lowers the flow's posterior of the class"
     columns = {"real": x[:n]}
     for label, aug.strength, params in moves:
-        columns[label] = aug.apply(x, y, params)[0][:n]
+        columns[label] = aug.replay(x, y, params)[0][:n]
     marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1)
     marked[:, 0] = False
     if policy == "mixup":

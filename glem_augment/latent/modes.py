@@ -61,8 +61,27 @@ def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
 def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     """Apply `function` to rows [m, 1, *] and their own modes [m, k, d]: one product per row, a few rows at a time."""
     step = max(1, GATHER_FLOATS // directions[0].numel())
-    parts = [function(r[:, None], directions[c])[:, 0] for r, c in zip(rows.split(step), y.split(step), strict=True)]
-    return torch.cat(parts)
+    pairs = zip(rows.split(step), y.split(step), strict=True)
+    with full_precision(rows.device.type):
+        return torch.cat([function(r[:, None], directions[c])[:, 0] for r, c in pairs])
+
+
+def mix_along_modes(z: Tensor, partner: Tensor, l: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Principal-mode mixup z' = z + (1 - l) P (partner - z), with the projection P of `project_on_modes`.
+
+    Args:
+        z, partner: [n, d].
+        l: [n], the share of z that is kept along the modes.
+        y, directions: see `project_on_modes`.
+
+    Returns:
+        z' [n, d], and the share [n] of |partner - z|^2 that P keeps (0 for no difference).
+    """
+    delta = partner - z
+    projected = project_on_modes(delta, y, directions)
+    total = delta.square().sum(dim=1)
+    share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
 
 
 # ---- modes and samples of all classes --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.data.pixels import LUMA
+from glem_augment.devices import send
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 
@@ -85,7 +86,7 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, s
     first, last, total = share or (0, batch, batch)
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, total, generator=generator)[..., first:last].to(x.device) * 2 - 1
+        return send(torch.rand(*shape, total, generator=generator)[..., first:last] * 2 - 1, x.device)
 
     if "flip" in names:
         x = torch.where((draw() > 0)[:, None, None, None], x.flip(3), x)

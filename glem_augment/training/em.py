@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.autoencoders import StandardisedAutoencoder
 from glem_augment.data.dataset import ImageData
+from glem_augment.devices import send
 from glem_augment.distributed import Share, add_up, is_primary, world_size
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import Flow
@@ -214,7 +215,7 @@ class EM:
     ) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
         """What `ImageData.shared_batches` gives of `data`, by default the run's, on the device."""
         for x, y, share in (data or self.data).shared_batches(indices, batch_size, self.config.workers):
-            yield x.to(self.device), y.to(self.device), share
+            yield send(x, self.device), send(y, self.device), share
 
     def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
         """`x` uint8 [b,C,H,W] under the run's augmentation, or one of the views of latents [b,V,C,h,w].

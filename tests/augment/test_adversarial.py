@@ -66,7 +66,7 @@ def test_the_step_is_the_gradient_of_the_loss_in_the_coefficients(model: GLEM, b
     aug = make(exact, p=0.7, strength=t, modes=k, basis=basis).attach(net)
     params = aug.draw(x, y)
     assert torch.equal(params.eps, make(exact, p=0.7, policy="noise", modes=k).draw(x, y).eps)
-    out, target = aug.apply(x, y, params)
+    out, target = aug.replay(x, y, params)
     z = exact.encode(x)[0]
     weight, bias = net[1].weight, net[1].bias
     assert 4 <= len(params.rows) < 6
@@ -91,7 +91,7 @@ def test_the_step_counts_the_modes_that_a_class_of_few_images_has() -> None:
     aug = make(few, modes=16, strength=0.2).attach(network(classes=2))
     noise = make(few, modes=16, strength=0.2, policy="noise")
     params = aug.draw(x, y)
-    step = few.encode(aug.apply(x, y, params)[0])[0] - few.encode(noise.apply(x, y, params)[0])[0]
+    step = few.encode(aug.replay(x, y, params)[0])[0] - few.encode(noise.replay(x, y, params)[0])[0]
     v, s = few.modes.directions[y], few.modes.scales[y]
     length = torch.where(s > 0, torch.einsum("nd,nkd->nk", step, v) / s, 0.0).norm(dim=1)
     assert (s > 0).sum(1).tolist() == [4, 16]
@@ -103,12 +103,27 @@ def test_it_raises_the_loss_of_a_real_flow_and_network(bundled_train: ImageData)
     x, y = bundled_train.tensor()[:16].float() / 255, torch.from_numpy(bundled_train.targets[:16])
     aug = make(model, modes=None).attach(net)
     params = aug.draw(x, y)
-    plain, worst = (one.apply(x, y, params)[0] for one in (make(model, policy="noise", modes=None), aug))
-    assert torch.equal(worst, aug.apply(x, y, params)[0])  # a call can be replayed
+    plain, worst = (one.replay(x, y, params)[0] for one in (make(model, policy="noise", modes=None), aug))
+    assert torch.equal(worst, aug.replay(x, y, params)[0])  # a call can be replayed
     with torch.no_grad():
         before, after = (F.cross_entropy(net.eval()(v), y, reduction="none") for v in (plain, worst))
     assert (after > before).float().mean() > 0.8 and after.mean() > before.mean()
     assert aug.stats["replaced"] <= 6 and not worst.requires_grad
+
+
+def test_auto_keeps_its_promise_for_what_the_user_gets(model: GLEM) -> None:
+    """Noise alone stays in the range at a strength at which the step after it leaves it."""
+    own = make_model(3, rank=32)
+    own.modes.scales.mul_(11.0)
+    x, y = images(128) / 255, labels(128)
+    noise, aug = make(own, policy="noise", modes=None), make(own, modes=None).attach(network())
+    noise(x, y)
+    aug(x, y)
+    assert aug.chosen_strength == noise.chosen_strength / 2 > 0.0625
+    assert aug.stats["replaced"] <= 0.05 * 128
+    more = make(own, modes=None, strength=noise.chosen_strength).attach(network())
+    more(x, y)
+    assert more.stats["replaced"] > 0.05 * 128
 
 
 def test_strength_zero_and_dead_gradients_leave_the_start(model: GLEM) -> None:
@@ -187,11 +202,11 @@ def test_the_classifier_sees_what_the_transform_gives(model: GLEM, dtype: torch.
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     aug = make(model, **settings).attach(net)
     params, before = aug.draw(x, y), x.clone()
-    out, _ = aug.apply(x, y, params)
-    start = make(model, policy="noise", **settings).apply(x, y, params)[0]
+    out, _ = aug.replay(x, y, params)
+    start = make(model, policy="noise", **settings).replay(x, y, params)[0]
     assert torch.equal(x, before) and out.dtype == dtype
-    assert seen[0].dtype == (torch.float32 if whole else dtype)
-    shown, atol = (seen[0] * 255, 0.51) if whole else (seen[0], 1e-5)
+    assert seen[-1].dtype == (torch.float32 if whole else dtype)
+    shown, atol = (seen[-1] * 255, 0.51) if whole else (seen[-1], 1e-5)
     assert torch.allclose(shown.double(), start.double(), atol=atol)
     assert (out.double() - start.double()).abs().max() > 0.01
 
@@ -222,7 +237,7 @@ def test_errors_say_what_to_do(model: GLEM) -> None:
         make(model, policy="noise").attach(network())
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         aug.attach(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"gives \(4, 7\), the labels are \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"gives \(128, 7\), the labels are \(128, 4\)"):
         aug.attach(network(classes=7))(x, F.one_hot(y, 4).float())
     with torch.inference_mode(), pytest.raises(RuntimeError, match="no gradient reaches.*inference_mode"):
         aug.attach(network())(x, y)
@@ -236,7 +251,7 @@ def test_cuda_gives_what_the_cpu_gives(model: GLEM, half: torch.dtype | None) ->
     net, x, y = network(), images(16) / 255, labels(16)
     aug = make(model, p=0.6).attach(net)
     params = aug.draw(x, y)
-    host, _ = aug.apply(x, y, params)
-    out, _ = aug.attach(net.cuda(), autocast=half).apply(x.cuda(), y.cuda(), params)
+    host, _ = aug.replay(x, y, params)
+    out, _ = aug.attach(net.cuda(), autocast=half).replay(x.cuda(), y.cuda(), params)
     moved, wanted = (out.cpu() - x).flatten(1)[params.rows], (host - x).flatten(1)[params.rows]
     assert F.cosine_similarity(moved, wanted).min() > (0.9999 if half is None else 0.95)

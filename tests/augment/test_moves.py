@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from augment_cases import images, labels
+from augment_cases import images, labels, make_model
 from torch import Tensor
 
 from glem_augment import GLEM, GLEMAugment
+from glem_augment.augment.moves import InverseTest
 from glem_augment.augment.params import draw_shares
 
 
@@ -27,7 +28,7 @@ def test_mixup_is_interpolation_along_the_modes(model: GLEM, basis: str, partner
     exact = copy.deepcopy(model).double()
     aug = GLEMAugment(exact, p=1.0, partner=partner, modes=modes, basis=basis, seed=0)
     params = aug.draw(x, y)
-    out, _ = aug.apply(x, y, params)
+    out, _ = aug.replay(x, y, params)
     z = exact.encode(x)[0]
     for i in range(12):
         v = modes_of(exact, basis, y[i])[0][:modes]
@@ -43,7 +44,7 @@ def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM, bas
     x, y = (images(1) / 255).expand(n, -1, -1, -1), torch.full((n,), 1)
     aug = GLEMAugment(model, p=1.0, policy="noise", strength=strength, modes=6, basis=basis, seed=0)
     params = aug.draw(x, y)
-    moved = model.encode(aug.apply(x, y, params)[0])[0] - model.encode(x)[0]
+    moved = model.encode(aug.replay(x, y, params)[0])[0] - model.encode(x)[0]
     v, s = modes_of(model, basis, 1)
     c = moved @ v.T
     assert torch.allclose(c[:, :6], strength * s[:6] * params.eps, atol=1e-5) and c[:, 6:].abs().max() < 1e-5
@@ -88,25 +89,84 @@ def test_a_row_without_a_partner_moves_towards_a_draw_of_its_class(model: GLEM) 
     x, y = images(3) / 255, torch.tensor([2, 0, 1])
     aug = GLEMAugment(model, p=1.0, modes=64, alpha=1e6, seed=0, margin=9.0)  # l = 1/2
     params = aug.draw(x, y)
-    assert params.partner.tolist() == [-1, -1, -1] and params.eps.shape == (3, 64 + 64)
-    z = model.encode(x)[0]
-    wanted = (z + model.modes.sample_from_noise(y, params.eps)) / 2
-    assert torch.allclose(model.encode(aug.apply(x, y, params)[0])[0], wanted, atol=3e-3)
+    assert params.partner.tolist() == [-1, -1, -1] and not params.eps.numel()
+    z, out = model.encode(x)[0], aug.replay(x, y, params)[0]
+    noise = torch.stack([torch.randn(128, generator=torch.Generator().manual_seed(s)) for s in params.seeds.tolist()])
+    wanted = (z + model.modes.sample_from_noise(y, noise)) / 2
+    assert torch.allclose(model.encode(out)[0], wanted, atol=3e-3)
+    # It is the same draw when the other rows of the batch are left alone.
+    alone = aug.replay(x, y, params.where(params.rows == 1))[0]
+    assert torch.equal(alone[1], out[1]) and torch.equal(alone[0], x[0])
 
 
 def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: dict[str, int] = {}
+    sizes: list[int] = []
     encode, decode = GLEM.encode, GLEM.decode
-    monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: sizes.update(encode=len(x)) or encode(m, x, *a))
-    monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: sizes.update(decode=len(z)) or decode(m, z, **k))
+    monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: sizes.append(len(x)) or encode(m, x, *a))
+    monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: sizes.append(len(z)) or decode(m, z, **k))
     x, y = images(64), labels(64)
-    settings: list[dict[str, Any]] = [{}, {"partner": "any"}, {"policy": "noise"}]
+    settings: list[dict[str, Any]] = [{}, {"partner": "any"}, {"policy": "noise", "strength": 0.1}]
     for setting in settings:
         aug = GLEMAugment(model, p=0.2, seed=0, **setting)
-        for _ in range(5):
+        for call in range(1, 41):
             params = aug.draw(x, y)
-            aug.apply(x, y, params)
+            sizes.clear()
+            aug.replay(x, y, params)
             needed = torch.cat([params.rows, params.partner[params.partner >= 0]]).unique()
-            assert sizes == {"encode": len(needed), "decode": 2 * len(params.rows)}  # the unmoved ones too
+            # The unmoved ones are decoded too in the first calls and in one of 32.
+            assert sizes == [len(needed)] + [len(params.rows)] * (2 if call <= 8 or call == 32 else 1)
             # Partners are nearly always among the rows that are changed anyway.
             assert len(needed) <= len(params.rows) + 4
+
+
+def test_the_inverse_is_tested_until_it_holds_and_when_the_weights_change() -> None:
+    test, flow, good = InverseTest(), torch.nn.Linear(2, 2), torch.ones(3, dtype=torch.bool)
+
+    def due(calls: int, found: Tensor = good) -> list[int]:
+        tested = []
+        for call in range(calls):
+            if test.due(flow):
+                tested.append(call)
+                test.saw(found)
+        return tested
+
+    assert due(20, torch.tensor([True, False, True])) == list(range(20))  # it never held
+    assert due(50) == [*range(8), 11, 43]  # calls 32 and 64 in all
+    with torch.no_grad():
+        flow.weight.add_(1.0)
+    assert due(20) == list(range(8))
+
+
+class Blurred(torch.nn.Module):
+    """Stands for an autoencoder, which does not give images back."""
+
+
+def test_behind_an_autoencoder_the_change_is_the_difference_of_two_decodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, decode = make_model(), GLEM.decode
+    x, y = images(6) / 255, labels(6)
+    settings: list[dict[str, Any]] = [{"partner": "any"}, {"policy": "noise", "strength": 0.2}]
+    for setting in settings:
+        aug = GLEMAugment(own, p=1.0, seed=0, **setting)
+        params = aug.draw(x, y)
+        wanted = aug.replay(x, y, params)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(own, "autoencoder", Blurred(), raising=False)
+            # What it decodes is darker than the images by so much that they do not come back.
+            patch.setattr(GLEM, "decode", lambda m, z, clamp=True: decode(m, z, clamp) - 0.1)
+            out = aug.replay(x, y, params)[0]
+            assert aug.stats["replaced"] == 0
+        torch.testing.assert_close(out, wanted)
+
+
+def test_an_image_whose_latent_does_not_move_is_kept_to_the_bit(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = GLEM.decode
+    monkeypatch.setattr(GLEM, "decode", lambda m, z, clamp=True: decode(m, z, clamp) + 1e-4)  # rounding, say
+    x, y = images(6) / 255, labels(6)
+    aug = GLEMAugment(model, p=1.0, partner="any", seed=0)
+    params = aug.draw(x, y)
+    params.l[:3] = 1.0
+    out = aug.replay(x, y, params)[0]
+    assert torch.equal(out[:3], x[:3]) and not (out[3:] == x[3:]).flatten(1).all(1).any()
+    assert aug.stats == {"selected": 6, "replaced": 0, "unmapped": 0}

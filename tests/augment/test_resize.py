@@ -26,12 +26,12 @@ def test_other_sizes_and_channels(model: GLEM, rgb: GLEM, size: tuple[int, int],
     x = F.interpolate(images(8, channels, 40) / 255, size=size)
     aug = GLEMAugment(model if flow == 1 else rgb, p=1.0, seed=0)
     params = aug.draw(x, labels(8))
-    out, _ = aug.apply(x, labels(8), params)
+    out, _ = aug.replay(x, labels(8), params)
     assert out.shape == x.shape and out.min() >= 0 and out.max() <= 1
     assert (out - x).abs().mean() > 0.002
     still = copy.copy(params)
     still.l = torch.ones_like(params.l)  # a move of nothing
-    same, _ = aug.apply(x, labels(8), still)
+    same, _ = aug.replay(x, labels(8), still)
     assert torch.allclose(same, x, atol=1e-5)
     assert aug.stats["replaced"] == 0
 
@@ -41,9 +41,9 @@ def test_large_images_receive_the_upsampled_change(model: GLEM) -> None:
     down = F.interpolate(x, size=(8, 8), mode="bilinear", antialias=True)
     aug = GLEMAugment(model, p=1.0, seed=0)
     params = aug.draw(x, y)
-    changed = aug.apply(down, y, params)[0]
+    changed = aug.replay(down, y, params)[0]
     up: dict[str, Any] = {"mode": "bilinear", "size": (32, 32)}
-    assert torch.allclose(aug.apply(x, y, params)[0], (x + F.interpolate(changed - down, **up)).clamp(0, 1), atol=1e-5)
+    assert torch.allclose(aug.replay(x, y, params)[0], (x + F.interpolate(changed - down, **up)).clamp(0, 1), atol=1e-5)
 
 
 def test_channels_are_weighed_as_pil_does_and_averaged_on_the_way_back(model: GLEM, rgb: GLEM) -> None:
@@ -51,14 +51,14 @@ def test_channels_are_weighed_as_pil_does_and_averaged_on_the_way_back(model: GL
     grey = GLEMAugment(model, p=1.0, partner="any", seed=0)
     luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     params = grey.draw(x, y)
-    change = grey.apply(luma, y, params)[0] - luma
-    assert torch.allclose(grey.apply(x, y, params)[0], (x + change).clamp(0, 1), atol=1e-5)
+    change = grey.replay(luma, y, params)[0] - luma
+    assert torch.allclose(grey.replay(x, y, params)[0], (x + change).clamp(0, 1), atol=1e-5)
     coloured = GLEMAugment(rgb, p=1.0, policy="noise", strength=0.05, seed=0)
     x = images(6, 1, 8) / 255
     params = coloured.draw(x, y)
     three = x.expand(-1, 3, -1, -1)
-    change = (coloured.apply(three, y, params)[0] - three).mean(1, keepdim=True)
-    assert torch.allclose(coloured.apply(x, y, params)[0], x + change, atol=1e-5)
+    change = (coloured.replay(three, y, params)[0] - three).mean(1, keepdim=True)
+    assert torch.allclose(coloured.replay(x, y, params)[0], x + change, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -95,9 +95,12 @@ def test_uint8_is_rounded_and_a_flow_of_5_bits_does_not_posterise(model: GLEM) -
 def test_erased_pixels_stay_outside_the_range(rgb: GLEM, size: int) -> None:
     """timm's RandomErasing fills with N(0, 1) after normalisation, far out of what a flow takes."""
     x = normalised(images(4, 3, size) / 255)
-    x[:, :, :4, :4] = 2.5 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[:, :, :4, :4] = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0, :2] = torch.tensor([-4.0, 4.0])
     settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "mean": MEAN, "std": STD}
-    assert torch.allclose(GLEMAugment(rgb, strength=0.0, **settings)(x, labels(4))[0], x, atol=1e-4)
+    with pytest.warns(UserWarning, match="this is right after RandomErasing"):
+        out = GLEMAugment(rgb, strength=1e-3, **settings)(x, labels(4))[0]
+    assert torch.allclose(out, x, atol=1e-2) and not torch.equal(out, x)
 
 
 def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.WarningsRecorder) -> None:
@@ -109,6 +112,12 @@ def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             GLEMAugment(rgb, **{**settings, **given})(x, labels(len(x)))
+    for given in ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, {"mean": 2.0, "std": 1.0}):
+        with pytest.raises(ValueError, match=r"for images in \[0, 1\], got mean=.*divide both by 255"):
+            GLEMAugment(rgb, **{**settings, **given})
+    photographs = torch.rand(8, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"\d+\.\d % of the values lie outside .*give the mean and std by which"):
+        GLEMAugment(rgb, **{**settings, "mean": 0.5, "std": 0.5})(normalised(photographs), labels(8))
     with pytest.warns(UserWarning, match=r"still in \[0, 1\]"):
         GLEMAugment(rgb, **settings)(images(8, 3) / 255, labels(8))
     recwarn.clear()

@@ -49,7 +49,7 @@ def test_unselected_rows_are_the_originals_and_calls_can_be_replayed(
     before_x, before_y = x.clone(), y.clone()
     aug = GLEMAugment(model, p=0.5, seed=1, **settings)
     params = aug.draw(x.shape, y)
-    out, target = aug.apply(x, y, params)
+    out, target = aug.replay(x, y, params)
     assert torch.equal(x, before_x) and torch.equal(y, before_y), "the input was changed"
     rest = torch.ones(32, dtype=torch.bool)
     rest[params.rows] = False
@@ -57,7 +57,7 @@ def test_unselected_rows_are_the_originals_and_calls_can_be_replayed(
     moved = (out[params.rows] != x[params.rows]).flatten(1).any(1)
     assert moved.float().mean() > 0.8 and out.dtype == dtype and out.shape == x.shape
     assert aug.stats == {"selected": 16, "replaced": 0, "unmapped": 0}
-    again = aug.apply(x, y, params)
+    again = aug.replay(x, y, params)
     assert torch.equal(again[0], out) and torch.equal(again[1], target)
     assert torch.equal(GLEMAugment(model, p=0.5, seed=1, **settings)(x, y)[0], out)
     assert not torch.equal(GLEMAugment(model, p=0.5, seed=2, **settings)(x, y)[0], out)
@@ -87,8 +87,6 @@ def test_the_flow_is_not_part_of_the_transform() -> None:
     torch.nn.Sequential(aug).apply(seen.append)  # nn.Module's own apply still works
     assert seen[0] is aug
     assert torch.nn.Sequential(aug).to("cpu", torch.float64)[0] is aug and aug.model is model
-    with pytest.raises(TypeError, match="aug.draw"):
-        aug.apply(images(4), labels(4))
     model.train()
     model.flow.eval()
     aug.eval()(images(4), labels(4))
@@ -109,7 +107,7 @@ def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
     x, y = images(16), labels(16)
     aug, other = GLEMAugment(model, seed=0), GLEMAugment(model, seed=0)
     a, b = (aug.draw(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
-    assert torch.equal(a.rows, b.rows) and torch.equal(a.eps, b.eps) and torch.equal(a.l, b.l)
+    assert torch.equal(a.rows, b.rows) and torch.equal(a.seeds, b.seeds) and torch.equal(a.l, b.l)
     assert torch.equal(aug(x, y)[0], other(x, y)[0])  # a given generator leaves the own one alone
     for twin in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)):
         assert twin.stats == aug.stats and twin.stats["selected"] == 8
@@ -179,7 +177,7 @@ def test_mix_weighs_by_the_share_that_the_projection_keeps(model: GLEM, modes: i
     before = torch.eye(4)[y] * (0.9 if soft else 1.0) + (0.025 if soft else 0.0)
     aug = GLEMAugment(model, p=0.6, partner="any", modes=modes, seed=0)
     params = aug.draw(x, y)
-    target = aug.apply(x, before if soft else y, params)[1]
+    target = aug.replay(x, before if soft else y, params)[1]
     expected, z = before.clone(), model.encode(x)[0]
     for r, j, lam in zip(params.rows.tolist(), params.partner.tolist(), params.l.tolist(), strict=True):
         v = model.modes.directions[y[r], :modes]
@@ -198,7 +196,7 @@ def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smooth
     mixed = own * (1 - smoothing) + smoothing / 4
     aug = GLEMAugment(model, p=1.0, modes=64, seed=3)
     params = aug.draw(images(4), mixed)
-    target = aug.apply(images(4) / 255, mixed, params)[1]
+    target = aug.replay(images(4) / 255, mixed, params)[1]
     drawn = hot[params.partner_cls] * (1 - smoothing) + smoothing / 4
     w = ((target - mixed) * (drawn - mixed)).sum(1) / (drawn - mixed).square().sum(1)  # how much of the draw
     assert ((w > 0.01) & (w <= 1 - params.l + 1e-5)).all()
@@ -207,7 +205,7 @@ def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smooth
     two = GLEMAugment(make_model(classes=["a", "b"]), p=1.0, modes=64, seed=0)
     mixed = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
     params = two.draw(images(2), mixed)
-    target = two.apply(images(2) / 255, mixed, params)[1]
+    target = two.replay(images(2) / 255, mixed, params)[1]
     weight = 1 - params.l
     assert torch.allclose(target.amax(1), 0.7 + weight * 0.3, atol=1e-4)
 
@@ -219,7 +217,7 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
     assert aug.num_classes == 5
     params = aug.draw(x, y)
     assert params.cls[:5].tolist() == [2, -1, 0, -1, 3]
-    out, target = aug.apply(x, y, params)
+    out, target = aug.replay(x, y, params)
     absent = (y == 1) | (y == 3)
     assert torch.equal(out[absent], x[absent]) and torch.equal(target, torch.eye(5)[y])
     assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
@@ -229,7 +227,7 @@ def test_partial_class_map(model: GLEM, given: Any) -> None:
     seen = set()
     for _ in range(40):
         params = aug.draw(x[:1], y[:1])
-        target = aug.apply(x[:1], y[:1], params)[1]
+        target = aug.replay(x[:1], y[:1], params)[1]
         other = torch.eye(5)[{2: 0, 0: 2, 3: 4}[int(params.partner_cls)]]
         assert torch.allclose(target[0], params.l * torch.eye(5)[0] + (1 - params.l) * other, atol=1e-4)
         seen.add(int(params.partner_cls))
@@ -248,7 +246,7 @@ def test_data_classes_that_share_a_flow_class() -> None:
     for n in (16, 2):  # partners, from the batch or drawn, are of the row's own data class
         params = aug.draw(x[:n], y[:n])
         assert (params.partner >= 0).all() == (n == 16)
-        assert torch.allclose(aug.apply(x[:n], y[:n], params)[1], torch.eye(3)[y[:n]])
+        assert torch.allclose(aug.replay(x[:n], y[:n], params)[1], torch.eye(3)[y[:n]])
     aug = GLEMAugment(own, p=1.0, partner="any", class_map=[0, 0, 2], seed=0)
     for _ in range(20):  # draws of another flow class bring the first of its data classes
         assert aug(x[:1], torch.tensor([2]))[1][0, 1] == 0
@@ -262,31 +260,34 @@ def test_data_classes_that_share_a_flow_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "bad"), [(0, float("nan")), (0, float("inf")), (0, 2.5), (0, -1.5), (6, float("nan")), (6, 0.1)]
+    ("moved", "bad"),
+    [(True, math.nan), (True, math.inf), (True, 2.5), (True, -1.5), (False, math.nan), (False, 0.1)],
 )
 def test_bad_images_are_replaced_with_their_labels(
-    model: GLEM, row: int, bad: float, monkeypatch: pytest.MonkeyPatch
+    model: GLEM, moved: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 0 of six is not plausible after its move. Row 6 is the same image unmoved, which does not come back."""
-    decode = GLEM.decode
+    """Row 0 of six is not plausible after its move, or does not come back without one."""
+    decode, calls = GLEM.decode, 0
 
     def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
-        out = decode(self, z, clamp)
-        out[row, 0, 3, 3] = bad
+        nonlocal calls
+        out, calls = decode(self, z, clamp), calls + 1
+        if moved == (calls % 2 == 0):  # the unmoved latents are decoded first
+            out[0, 0, 3, 3] = bad
         return out
 
     x, y = images(6) / 255, labels(6)
     aug = GLEMAugment(model, p=1.0, partner="any", seed=0)
     params = aug.draw(x, y)
-    fine, soft = aug.apply(x, y, params)
+    fine, soft = aug.replay(x, y, params)
     monkeypatch.setattr(GLEM, "decode", broken)
-    out, target = aug.apply(x, y, params)
+    out, target = aug.replay(x, y, params)
     assert torch.equal(out[0], x[0]) and torch.equal(out[1:], fine[1:])
     assert torch.equal(target[0], torch.eye(4)[y[0]]) and torch.equal(target[1:], soft[1:])
     assert aug.stats["replaced"] == 1
     inside = GLEMAugment(model, p=1.0, partner="any", seed=0, margin=2.5)
-    inside.apply(x, y, params)
-    assert inside.stats["replaced"] == int(row == 6 or not abs(bad) < 3)
+    inside.replay(x, y, params)
+    assert inside.stats["replaced"] == int(not moved or not abs(bad) < 3)
 
 
 def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any) -> None:
@@ -314,9 +315,18 @@ def test_auto_is_the_largest_strength_that_the_first_images_allow(model: GLEM) -
         assert aug(x, y)[0] is x and fixed(x, y)[0] is x and aug.chosen_strength is None
         aug.p = fixed.p = 0.5
         params = aug.draw(x, y)
-        first = aug.apply(x, y, params)[0]
+        first = aug.replay(x, y, params)[0]
         assert aug.strength == "auto" and aug.chosen_strength == strength == fixed.chosen_strength
-        assert torch.equal(first, fixed.apply(x, y, params)[0]) and torch.equal(first, aug.apply(x, y, params)[0])
+        assert torch.equal(first, fixed.replay(x, y, params)[0]) and torch.equal(first, aug.replay(x, y, params)[0])
+
+
+def test_auto_counts_images_that_do_not_come_back(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, decode = images(32) / 255, labels(32), GLEM.decode
+    forget = lambda m, z, clamp=True: decode(m, z * (torch.arange(len(z)) % 8 > 0)[:, None], clamp)  # noqa: E731
+    monkeypatch.setattr(GLEM, "decode", forget)
+    aug = GLEMAugment(model, p=1.0, policy="noise", seed=0)
+    aug(x, y)
+    assert aug.stats["replaced"] == 4 and aug.chosen_strength == 0.0625  # no strength keeps it to 5 %
 
 
 def test_what_auto_chose_is_kept_by_copies_states_and_workers(model: GLEM, tmp_path: Path) -> None:
@@ -407,7 +417,10 @@ def test_models_are_checked() -> None:
         (images(4, 2), labels(4), "2 channels"),
         (images(4).int(), labels(4), "uint8 or floating"),
         (images(4).float(), labels(4), "must be in .*mean and std"),
-        (images(4) / 255 * float("nan"), labels(4), "must be in"),
+        (images(4) / 255 * float("nan"), labels(4), "must be finite"),
+        (images(4).float(), labels(4), "divide images of 0 to 255 by 255"),
+        (images(4).numpy(), labels(4), r"got ndarray: give it as torch\.from_numpy\(x\)"),
+        (images(4), labels(4)[:, None], r"y has shape \(4, 1\): give int64 \[4\], as y\[:, 0\]"),
         (images(4), labels(3), r"int64 \[4\]"),
         (images(4), labels(4).float(), "integers"),
         (images(4), torch.zeros(4, 5), "soft labels have 5 classes, not 4"),
