@@ -248,19 +248,15 @@ class GLEMAugment(nn.Module):
     def _unmoved(self, model: GLEM, z: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
         """The images that moved ones are compared with, like `small`, and which of them the flow gives back, bool [n].
 
-        A flow on pixels decodes z to `small` itself, which is taken for granted where no test is due. What an
-        autoencoder makes of an image differs from it, and the difference must not get into the change.
+        A flow on pixels decodes z to `small` itself. What an autoencoder makes of an image differs from it, and the
+        difference must not get into the change.
         """
-        lossy = getattr(model, "autoencoder", None) is not None
-        back, test = torch.ones(len(z), dtype=torch.bool, device=z.device), self._inverse.due(self.model.flow)
-        if not (lossy or test):
-            return small, back
-        # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
-        unmoved = model.decode(z, clamp=False)
-        if test:
-            back = moves.comes_back(model, z, small, unmoved)
+        back = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        if self._inverse.due(self.model.flow):
+            # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
+            back = moves.comes_back(model, small)
             self._inverse.saw(back)
-        return in_range(unmoved) if lossy else small, back
+        return small if model.autoencoder is None else in_range(model.decode(z, clamp=False)), back
 
     def _noised(self, model: GLEM, rows: moves.Rows, eps: Tensor, strength: float, shown: torch.dtype) -> Tensor:
         """Latents [n, d] moved by noise along the modes; with a classifier, by a step up its loss as well.
