@@ -203,12 +203,13 @@ class GLEM(ImageFlow):
         """A model around somebody else's flow, in eval mode, with the standard normal for every class; see `adapt`.
 
         Args:
-            module: see `flows.custom.CustomFlow` for what is understood. It is used as it is, not copied.
+            module: see `flows.custom.CustomFlow` for what is understood and checked. It is not copied, and from now on
+                frozen and in eval mode.
             image_shape: (C, H, W).
             classes, class_ids, bits: see `create`; without classes there is one, "image".
 
         Raises:
-            TypeError, ValueError: a module that is no such flow.
+            TypeError, ValueError: a module that is no such flow, or whose inverse or log-determinant is wrong.
         """
         names = [str(c) for c in (classes or [ONE_CLASS])]
         config = GLEMConfig(

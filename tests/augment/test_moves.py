@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from augment_cases import images, labels, make_model
+from augment_cases import images, labels
 from torch import Tensor
 
 from glem_augment import GLEM, GLEMAugment
