@@ -78,8 +78,8 @@ class CustomFlow(Flow):
             exact, found = float(torch.linalg.slogdet(self._jacobian(x[:1]))[1]), float(logdet[0])
             if not abs(found - exact) < _WRONG_LOGDET * z.shape[1]:
                 raise ValueError(
-                    f"the log-determinant of {name} is {found:.4g} nats for a random image, its Jacobian's {exact:.4g}: "
-                    "it must be log|det dz/dx|, with the sign of the way from images to latents"
+                    f"the log-determinant of {name} is {found:.4g} nats for a random image, and {exact:.4g} by its "
+                    "Jacobian: it must be log|det dz/dx|, with the sign of the way from images to latents"
                 )
 
     def _jacobian(self, x: Tensor) -> Tensor:

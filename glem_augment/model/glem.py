@@ -146,6 +146,7 @@ class GLEM(ImageFlow):
         revision: str | None = None,
         module: nn.Module | None = None,
         autoencoder: nn.Module | None = None,
+        heads: int | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
@@ -161,6 +162,7 @@ class GLEM(ImageFlow):
             module: for a model that `from_bijection` made: a module like the one that it was made with; a copy of it
                 gets the stored weights. No code is ever imported because a file names it.
             autoencoder: for a model that was made with an autoencoder of the user's: that module.
+            heads: of the transformers of "jet:...", whose files do not say it; None: width / 64, with a warning.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
@@ -168,7 +170,7 @@ class GLEM(ImageFlow):
         """
         text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
         if text.startswith(JET):
-            return open_jet(text.removeprefix(JET), cls, revision=revision, **client).to(device)
+            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
         folder, origin = local_folder(name), None
         if folder is None:
             from glem_augment.hub.download import download_model
@@ -383,7 +385,7 @@ class GLEM(ImageFlow):
         """
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
-        images = images_for(self, data, class_map)
+        seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
         latents = self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank, self.config.covariance = self.modes.rank, "diagonal"
