@@ -250,7 +250,7 @@ class GLEM(ImageFlow):
     def __repr__(self) -> str:
         c, h, w = self.image_shape
         parameters = sum(p.numel() for p in self.flow.parameters())
-        modes = "no modes" if self.modes is None else f"{self.modes.rank} modes per class"
+        modes = "no modes" if self.modes is None else f"{self.modes.in_words(self.modes.rank)} modes per class"
         return (
             f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self.numbers_are}, "
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
