@@ -117,7 +117,9 @@ class _OnImages(nn.Module):
 
 
 def make(flow: GLEM, bench: Bench, settings: dict[str, object], strength: float) -> GLEMAugment:
-    aug = GLEMAugment(flow, p=1.0, strength=strength, alpha=8.0, seed=0, **settings)  # type: ignore[arg-type]
+    if settings["policy"] != "mixup":
+        settings = {**settings, "strength": strength}
+    aug = GLEMAugment(flow, p=1.0, alpha=8.0, seed=0, **settings)  # type: ignore[arg-type]
     if settings["policy"] == "adversarial":
         aug.attach(bench.on_images())
     return aug

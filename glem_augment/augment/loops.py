@@ -163,13 +163,16 @@ class AugmentedLoader:
         epoch: epochs begun so far; set it when a run is resumed.
 
     Raises:
-        ValueError: for a PrefetchLoader that normalises with other numbers than the transform takes back.
+        ValueError: for a PrefetchLoader that normalises with other numbers than the transform takes back, or a device
+            that is not there.
         ClassMismatchError: for a transform without class_map and a data set whose classes are not the flow's.
     """
 
     def __init__(
         self, loader: Any, aug: GLEMAugment, device: torch.device | str | None = None, off_epoch: int | None = None
     ) -> None:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}, but torch finds no GPU on this machine: leave device out")
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
         check_classes(aug, getattr(loader, "dataset", None))

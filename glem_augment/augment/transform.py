@@ -103,6 +103,11 @@ class GLEMAugment(nn.Module):
         check_choice("labels", labels, get_args(Labels))
         self.p = check_number("p", p, 0.0, 1.0)
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
+        if policy == "mixup" and strength != "auto":
+            raise ValueError(
+                f"strength={strength!r} has no effect on policy='mixup', whose moves follow from alpha: give alpha, or "
+                "policy='noise' or 'adversarial'"
+            )
         self.strength = strength if strength == "auto" else check_number("strength", strength, 0.0, math.inf)
         self.margin = check_number("margin", margin, 0.0, math.inf)
         self.policy, self.basis, self.partner, self.labels = policy, basis, partner, labels

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from typing import IO, TypeAlias
 
 import torch
@@ -114,6 +115,8 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool =
         raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
     if x.is_floating_point() and not any_range and x.device.type == "cpu" and x.numel():
         low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not math.isfinite(high - low):
+            raise ValueError("images must be finite, but some of their values are NaN or infinite")
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
             raise ValueError(
                 f"float images must lie in [0,1], got values from {low:.4g} to {high:.4g}; pass uint8 images, divide "
@@ -165,8 +168,8 @@ def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor
 
     Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level.
     """
-    if isinstance(source, int):
-        numbers = _words_of_images(levels.detach().flatten(1), source).view(torch.int16)
+    if isinstance(source, Integral):  # NumPy's too
+        numbers = _words_of_images(levels.detach().flatten(1), int(source)).view(torch.int16)
         numbers = numbers[:, : levels.shape[1:].numel()]
     else:
         numbers = source if isinstance(source, Tensor) else draw_noise(levels, source)
@@ -195,7 +198,8 @@ def _words_of_images(levels: Tensor, seed: int) -> Tensor:
     """
     count = torch.arange(1, levels.shape[1] + 1, device=levels.device)
     hashed = (levels.round().to(torch.int64) * _splitmix(count * _GOLDEN + seed)).sum(1, keepdim=True)
-    return _splitmix(_splitmix(hashed) + count[: (len(count) + 3) // 4] * _GOLDEN)
+    # The seed once more, since the sum is 0 for a black image.
+    return _splitmix(_splitmix(hashed + seed) + count[: (len(count) + 3) // 4] * _GOLDEN)
 
 
 def _splitmix(x: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class Explorer:
             coefficients: of the top modes, in the place of what policy "noise" draws.
         """
         modes = None if coefficients is None else len(coefficients)
-        aug = _Shown(self.model, p=1.0, policy=policy, strength=strength, modes=modes, seed=seed)
+        settings: dict[str, Any] = {} if policy == "mixup" else {"strength": strength}
+        aug = _Shown(self.model, p=1.0, policy=policy, modes=modes, seed=seed, **settings)
         if policy == "adversarial":
             aug.attach(FlowClassifier(self.model))
         x, y = image[None].to(self.model.device), torch.tensor([cls])

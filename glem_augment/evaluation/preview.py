@@ -121,7 +121,7 @@ def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, mode
     chosen, partners = _pairs(data, rows, seed)
     x, y = _load(data, np.concatenate([chosen, partners]), model.device)
     x, n = _unit(x).to(model.device), len(chosen)
-    aug = GLEMAugment(model, p=1.0, policy=policy, strength=1.0, modes=modes, seed=seed)
+    aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
     if policy == "adversarial":
         aug.attach(FlowClassifier(model))
     drawn = aug.draw(x, y)
@@ -145,7 +145,9 @@ def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, mode
     if policy == "mixup":
         columns["partner"] = x[n:]
         marked = F.pad(marked, (0, 1))
-    note = f"{modes} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
+    assert model.modes is not None
+    used = model.modes.in_words(modes)
+    note = f"{used} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
     cells = torch.stack([_unit(images) for images in columns.values()], 1)
     names = [model.classes[i] for i in y[:n].tolist()]
     return Section(f"Augmentations of real images: {policy}", cells, list(columns), names, note, marked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory
-from glem_augment.devices import evaluating
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
+
+# How much of the numbers the inverse of a module may be off, and by how many nats per number its log-determinant. Its
+# Jacobian takes seconds at so many numbers at most, and minutes far above.
+_WRONG_SHARE, _WRONG_LOGDET, _MOST_NUMBERS = 0.01, 0.01, 1024
 
 
 class CustomFlow(Flow):
@@ -24,8 +28,13 @@ class CustomFlow(Flow):
             and `forward_and_log_det(z)` back. z is a tensor, or several that are concatenated.
         image_shape: (C, H, W).
 
+    A copy of the module is tried on random images first. The module itself is not called, so one that initialises
+    itself in its first call does so on the first images that the model gets.
+
     Raises:
-        TypeError: a module of none of these kinds. ValueError: it gives z of another size, or no logdet per image.
+        TypeError: a module of none of these kinds. ValueError: it gives z of another size, no logdet per image, numbers
+            that are not finite, an inverse that is none, or a log-determinant of the wrong sign or size. The last is
+            compared with the Jacobian for up to 1024 numbers, and not checked for more.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]) -> None:
@@ -38,10 +47,12 @@ class CustomFlow(Flow):
             self.kind = "FrEIA"
         else:
             raise TypeError(f"{type(module).__name__} has no `inverse`, and is no flow of FrEIA or normflows")
-        self.module: Any = module
-        reference = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
-        with torch.no_grad(), evaluating(module):  # in training mode, BatchNorm would learn from these images
-            z, logdet = self._encode(torch.zeros(2, *image_shape, dtype=reference.dtype, device=reference.device))
+        self.module: Any = copy.deepcopy(module).eval()
+        some = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = (torch.rand(2, *image_shape, generator=generator, device="cpu") / 2 - 0.25).to(some)
+        with torch.no_grad():
+            z, logdet = self._encode(x)
         self.single, parts = isinstance(z, Tensor), self._parts(z)
         self.shapes = [tuple(part.shape[1:]) for part in parts]
         size, wanted = sum(part[0].numel() for part in parts), math.prod(image_shape)
@@ -50,6 +61,36 @@ class CustomFlow(Flow):
                 f"two images of {wanted} numbers must give z of as many numbers each and logdet of shape [2]; "
                 f"{type(module).__name__} gives {size} numbers and {getattr(logdet, 'shape', logdet)}"
             )
+        with torch.no_grad():
+            self._check(type(module).__name__, x)
+        self.module = module
+
+    def _check(self, name: str, x: Tensor) -> None:
+        """ValueError unless the inverse and the log-determinant are those of the map, at an image x [2,C,H,W]."""
+        z, logdet = self(x)
+        back = self.inverse(z)[0]
+        if not bool(z.isfinite().all() and logdet.isfinite().all()):
+            raise ValueError(f"{name} gives latents or log-determinants that are not finite for random images")
+        # A flow may lose some pixels of an image that is unlike its training data, but not half of them.
+        if not float((back - x).abs().median()) < _WRONG_SHARE * float(x.abs().median()):
+            raise ValueError(f"the inverse of {name} does not give random images back")
+        if z.shape[1] <= _MOST_NUMBERS:
+            exact, found = float(torch.linalg.slogdet(self._jacobian(x[:1]))[1]), float(logdet[0])
+            if not abs(found - exact) < _WRONG_LOGDET * z.shape[1]:
+                raise ValueError(
+                    f"the log-determinant of {name} is {found:.4g} nats for a random image, and {exact:.4g} by its "
+                    "Jacobian: it must be log|det dz/dx|, with the sign of the way from images to latents"
+                )
+
+    def _jacobian(self, x: Tensor) -> Tensor:
+        """dz/dx at an image x [1,C,H,W]: float64 [d, d], one row per image of a batch."""
+        rows = []
+        for chosen in torch.arange(x.numel(), device=x.device).split(128):
+            many = x.expand(len(chosen), *x.shape[1:]).clone().requires_grad_(True)
+            with torch.enable_grad():
+                each = self(many)[0].gather(1, chosen[:, None]).sum()
+            rows.append(torch.autograd.grad(each, many)[0].flatten(1).double())
+        return torch.cat(rows)
 
     def _encode(self, x: Tensor) -> Any:
         if self.kind == "normflows":

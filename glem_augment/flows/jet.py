@@ -25,7 +25,7 @@ from glem_augment.flows.subnets import Subnet
 # Four couplings of channels, then one of tokens, and so on. The couplings of tokens take the next of these patterns,
 # and checkerboards when they have all been used.
 KINDS = ("channels", "channels", "channels", "channels", "tokens")
-_PATTERNS = ("checkerboard", "checkerboard-inv", "columns", "columns-inv", "rows", "rows-inv")
+PATTERNS = ("checkerboard", "checkerboard-inv", "columns", "columns-inv", "rows", "rows-inv")
 # Jet sees 2 (v + u) / 255 - 1 for pixel level v and noise u in [0, 1), this library's flows see (v + u) / 256 - 1/2.
 _SCALE, _SHIFT = 512 / 255, 1 / 255
 
@@ -97,14 +97,14 @@ class JetFlow(Flow):
         size = image_shape[0] * patch * patch
         subnet = partial(Subnet, "transformer", width=width, blocks=blocks, size=(rows * columns, 1), heads=heads)
         generator = torch.Generator("cpu").manual_seed(0)
-        patterns = iter(_PATTERNS)
+        patterns = iter(PATTERNS)
         self.couplings: Any = nn.ModuleList()  # of JetCouplings
         for index in range(depth):
             over = KINDS[index % len(KINDS)]
             if over == "channels":
                 order = torch.randperm(size, generator=generator, device="cpu")
             else:
-                order = _order_of_tokens(rows, columns, next(patterns, "checkerboard"))
+                order = order_of_tokens(rows, columns, next(patterns, "checkerboard"))
             self.couplings.append(JetCoupling(size, subnet, order, over))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class JetFlow(Flow):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.image_shape)
 
 
-def _order_of_tokens(rows: int, columns: int, pattern: str) -> Tensor:
+def order_of_tokens(rows: int, columns: int, pattern: str) -> Tensor:
     """The tokens of a grid, first those of the half that passes unchanged, int64 [rows * columns].
 
     As in the published code, "columns" takes every second token of the whole sequence, which are columns only where

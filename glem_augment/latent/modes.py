@@ -143,6 +143,10 @@ class ClassModes(nn.Module):
         present = (self.scales > 0).sum(1)
         return int(present.min()), int(present.max())
 
+    def in_words(self, most: int) -> str:
+        """How many of the top `most` modes the classes have: "64", or "19 to 64"."""
+        return " to ".join(dict.fromkeys(str(min(count, most)) for count in self.fewest_and_most))
+
     def variance(self) -> Tensor:
         """The variance of every dimension, along the modes and outside them: [K, d]."""
         return (self.scales[..., None] * self.directions).square().sum(1) + self.rest

@@ -148,6 +148,7 @@ class GLEM(ImageFlow):
         revision: str | None = None,
         module: nn.Module | None = None,
         autoencoder: nn.Module | None = None,
+        heads: int | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
@@ -163,6 +164,7 @@ class GLEM(ImageFlow):
             module: for a model that `from_bijection` made: a module like the one that it was made with; a copy of it
                 gets the stored weights. No code is ever imported because a file names it.
             autoencoder: for a model that was made with an autoencoder of the user's: that module.
+            heads: of the transformers of "jet:...", whose files do not say it; None: width / 64, with a warning.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
@@ -170,7 +172,7 @@ class GLEM(ImageFlow):
         """
         text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
         if text.startswith(JET):
-            return open_jet(text.removeprefix(JET), cls, revision=revision, **client).to(device)
+            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
         folder, origin = local_folder(name), None
         if folder is None:
             from glem_augment.hub.download import download_model
@@ -205,12 +207,13 @@ class GLEM(ImageFlow):
         """A model around somebody else's flow, in eval mode, with the standard normal for every class; see `adapt`.
 
         Args:
-            module: see `flows.custom.CustomFlow` for what is understood. It is used as it is, not copied.
+            module: see `flows.custom.CustomFlow` for what is understood and checked. It is not copied, and from now on
+                frozen and in eval mode.
             image_shape: (C, H, W).
             classes, class_ids, bits: see `create`; without classes there is one, "image".
 
         Raises:
-            TypeError, ValueError: a module that is no such flow.
+            TypeError, ValueError: a module that is no such flow, or whose inverse or log-determinant is wrong.
         """
         names = [str(c) for c in (classes or [ONE_CLASS])]
         config = GLEMConfig(
@@ -249,7 +252,7 @@ class GLEM(ImageFlow):
     def __repr__(self) -> str:
         c, h, w = self.image_shape
         parameters = sum(p.numel() for p in self.flow.parameters())
-        modes = "no modes" if self.modes is None else f"{self.modes.rank} modes per class"
+        modes = "no modes" if self.modes is None else f"{self.modes.in_words(self.modes.rank)} modes per class"
         return (
             f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self.numbers_are}, "
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
@@ -384,7 +387,7 @@ class GLEM(ImageFlow):
         """
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
-        images = images_for(self, data, class_map)
+        seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
         latents = self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
         self.config.modes_rank, self.config.covariance = self.modes.rank, "diagonal"

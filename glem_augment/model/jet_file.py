@@ -1,8 +1,10 @@
 """Weights of `jet-pytorch`, read as they are.
 
 The package (PyPI, Apache-2.0) saves a `state_dict` as one safetensors file, with neither configuration nor classes. The
-configuration follows from the shapes, but for two things: images are taken to be square and in colour, and heads to
-have 64 channels, as in the published weights. The model has one class, a standard normal, until it is adapted.
+configuration follows from the shapes and from the orders of tokens, but for three things, which are taken to be as in the
+published weights: heads have 64 channels (unless the caller knows better), scales are twice a sigmoid, and the
+couplings of channels and tokens follow one another as in `flows.jet.KINDS`. The model has one class, a standard normal,
+until it is adapted.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from torch import Tensor
 from glem_augment.data.classes import ONE_CLASS
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, resolve_preset
-from glem_augment.flows.jet import KINDS
+from glem_augment.flows.jet import KINDS, PATTERNS, order_of_tokens
 from glem_augment.io import expand, file_sha256
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
@@ -39,14 +43,25 @@ _NAMES = {
 }  # fmt: skip
 
 
-def open_jet(text: str, build: Callable[[GLEMConfig, Flow, ClassGaussians], Any], **client: Any) -> Any:
-    """The model with the flow in the file `text` or on the Hub. `client`: cache_dir, token and revision."""
+def open_jet(
+    text: str, build: Callable[[GLEMConfig, Flow, ClassGaussians], Any], heads: int | None = None, **client: Any
+) -> Any:
+    """The model with the flow in the file `text` or on the Hub. `client`: cache_dir, token and revision.
+
+    Without `heads` a warning says how many are assumed.
+    """
     path, origin, licence = expand(text), None, None
     if not path.is_file():
         from glem_augment.hub.download import download_jet
 
         path, origin, licence = download_jet(text, **client)
-    config, flow = load_jet(path)
+    config, flow = load_jet(path, heads)
+    if heads is None:
+        warnings.warn(
+            f"{path} does not say how many heads its transformers have: {config.flow['heads']} are assumed, of {_HEAD} "
+            "channels as in the published weights, and a scale of 2 sigmoid; give heads= if you know their number",
+            stacklevel=3,
+        )
     config.training = {"data": f"the images that {origin or path.name} was trained on", "license": licence}
     gaussians = ClassGaussians(1, math.prod(config.image_shape), None, initial_variance=1.0)
     model = build(config, flow, gaussians).eval().requires_grad_(False)
@@ -71,7 +86,7 @@ def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> A
         return None
     name, digest = config.base["jet"], config.base["sha256"]
     try:
-        model = open_jet(name, build, **client)
+        model = open_jet(name, build, config.flow.get("heads"), **client)
         if (file_sha256(model.origin_file), model.config.flow) != (digest, config.flow):
             raise ModelFileError("it has changed since, or never had this flow")
     except (ValueError, OSError) as error:
@@ -79,8 +94,10 @@ def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> A
     return model
 
 
-def load_jet(path: Path) -> tuple[GLEMConfig, Flow]:
+def load_jet(path: Path, heads: int | None = None) -> tuple[GLEMConfig, Flow]:
     """The flow in a safetensors file with the `state_dict` of `jet_pytorch.Jet`, on the CPU, and its config.
+
+    `heads` of its transformers; None: as many as have 64 channels each.
 
     Raises:
         ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
@@ -90,12 +107,13 @@ def load_jet(path: Path) -> tuple[GLEMConfig, Flow]:
             raise ModelFileError(f"{path} is no safetensors file with a Jet: its header can't be that long")
         with safe_open(path, framework="pt") as file:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
-            config = _config(shapes)
+            orders = {over: _orders(file.get_tensor(f"{name}_projections")) for over, name in _SPLITS.items()}
+            config = _config(shapes, orders, heads)
             with torch.device("meta"):  # shapes without memory
                 flow = build_flow(config.flow)
             _check(path, shapes, flow.state_dict())
             target = flow.to_empty(device="cpu").state_dict()
-            for name, tensor in _tensors(file, shapes):
+            for name, tensor in _tensors(file, shapes, orders):
                 copy_checked(path, name, tensor, target[name])
         return config, flow
     except ModelFileError:
@@ -104,20 +122,39 @@ def load_jet(path: Path) -> tuple[GLEMConfig, Flow]:
         raise ModelFileError(f"{os.fspath(path)} can't be read as weights of jet-pytorch: {error}") from None
 
 
-def _config(shapes: dict[str, list[int]]) -> GLEMConfig:
-    """The configuration that the shapes imply. Raises KeyError or ValueError where they imply none."""
+def _config(shapes: dict[str, list[int]], orders: dict[str, Tensor], heads: int | None) -> GLEMConfig:
+    """The configuration that shapes and orders imply. Raises KeyError or ValueError where they imply none."""
     depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d{1,3})\.", name)))
     blocks = 1 + max(
         int(found[1]) for name in shapes if (found := re.match(r"blocks\.0\.dnn\.encoder\.blocks\.(\d{1,3})\.", name))
     )
     _, tokens, width = shapes["blocks.0.dnn.pos_emb"]
     size = 2 * shapes["blocks.0.dnn.init_proj.weight"][1]
-    patch, side = math.isqrt(size // 3), math.isqrt(tokens)
-    if 3 * patch * patch != size or side * side != tokens:
-        raise ValueError(f"{tokens} tokens of {size} numbers are no square image in colour")
-    options = dict(depth=[depth], blocks=[blocks], width=[width], heads=max(1, width // _HEAD), patch=patch)
-    flow = resolve_preset("jet_imagenet64", (3, side * patch, side * patch), **options)
+    channels = 3 if size % 3 == 0 and math.isqrt(size // 3) ** 2 == size // 3 else 1
+    patch = math.isqrt(size // channels)
+    if channels * patch * patch != size:
+        raise ValueError(f"tokens of {size} numbers are no square patches of an image")
+    wanted = Counter(KINDS[index % len(KINDS)] for index in range(depth))
+    if {over: len(order) for over, order in orders.items()} != {over: wanted[over] for over in orders}:
+        raise ValueError(f"the order of its couplings is not {', '.join(KINDS)} over and over")
+    rows, columns = _grid(orders["tokens"], tokens)
+    options = dict(depth=[depth], blocks=[blocks], width=[width], heads=heads or max(1, width // _HEAD), patch=patch)
+    flow = resolve_preset("jet_imagenet64", (channels, rows * patch, columns * patch), **options)
     return GLEMConfig(flow=flow, bits=8, psi=None, class_ids=[ONE_CLASS], class_names=[ONE_CLASS])
+
+
+def _grid(orders: Tensor, tokens: int) -> tuple[int, int]:
+    """Rows and columns of an image's patches, from orders of its tokens, int64 [n, tokens]; square if these allow it.
+
+    ValueError: orders of no such grid.
+    """
+    side = math.isqrt(tokens)
+    for columns in (side, *range(1, tokens + 1)):
+        if tokens % columns == 0:
+            known = [order_of_tokens(tokens // columns, columns, pattern) for pattern in PATTERNS]
+            if all(any(torch.equal(order, one) for one in known) for order in orders):
+                return columns, tokens // columns  # the published code takes the height for the width in its patterns
+    raise ValueError(f"its orders of {tokens} tokens are those of no image")
 
 
 def _check(path: Path, shapes: dict[str, list[int]], expected: dict[str, Tensor]) -> None:
@@ -135,7 +172,7 @@ def _ours(name: str) -> str:
     return name.replace("blocks.", "couplings.", 1).replace(".dnn.", ".net.")
 
 
-def _tensors(file: Any, shapes: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Any, shapes: dict[str, list[int]], orders: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Names and values for `JetFlow`. Linear maps are 1x1 convolutions there, and tokens a column of pixels."""
     for name in shapes:
         if name.endswith("_projections"):
@@ -146,10 +183,9 @@ def _tensors(file: Any, shapes: dict[str, list[int]]) -> Iterator[tuple[str, Ten
         elif name.endswith("weight") and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
         yield _ours(name), tensor
-    orders = {over: iter(_orders(file.get_tensor(f"{name}_projections"))) for over, name in _SPLITS.items()}
-    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    for index in range(depth):
-        yield f"couplings.{index}.order", next(orders[KINDS[index % len(KINDS)]])
+    left = {over: iter(order) for over, order in orders.items()}
+    for index in range(sum(len(order) for order in orders.values())):
+        yield f"couplings.{index}.order", next(left[KINDS[index % len(KINDS)]])
 
 
 def _orders(projections: Tensor) -> Tensor:

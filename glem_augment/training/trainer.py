@@ -115,6 +115,7 @@ class Trainer(EM):
             self.init_from = None
             if init_model is not None:
                 self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
+                _warn_of_another_split(init_model.config.training, data, config)
         wait()  # before the first rank writes anything, all have looked
         super().__init__(data, config, init_model, begun, device, progress)
         if is_primary():
@@ -380,3 +381,17 @@ class Trainer(EM):
             model.save(self.out)  # last: once it is there, nothing is left to be done
         wait()
         return model
+
+
+def _warn_of_another_split(before: dict[str, Any], data: ImageData, config: TrainConfig) -> None:
+    """Warn where a model that was trained on the same data, as `before` records, had other images held out."""
+    then = before.get("config")
+    if not isinstance(then, dict) or (before.get("data"), before.get("images")) != (data.name, len(data)):
+        return
+    changed = [f"{key}={then.get(key)!r}" for key in ("seed", "val_fraction") if then.get(key) != getattr(config, key)]
+    if changed:
+        warnings.warn(
+            "some images that this run holds out trained the model that it starts from, so its accuracy and temperature "
+            f"on them would flatter: train with {' and '.join(changed)}, as that model was",
+            stacklevel=3,
+        )

@@ -102,6 +102,12 @@ def test_batches_keep_their_structure_and_go_to_the_device(model: GLEM) -> None:
     assert all(item.is_meta for item in next(iter(wrapped)))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused_at_once(model: GLEM) -> None:
+    with pytest.raises(ValueError, match="device='cuda:0', but torch finds no GPU on this machine: leave device out"):
+        make(model).wrap([], device="cuda:0")
+
+
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("soft", [True, False])
 def test_a_training_step_after_timms_own_loader(model: GLEM, image_folder: Path, prefetch: bool, soft: bool) -> None:

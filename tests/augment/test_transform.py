@@ -375,7 +375,13 @@ def test_settings_go_through_json(model: GLEM) -> None:
     settings: list[dict[str, Any]] = [
         {"p": 0.25, "policy": "noise", "strength": 0.3, "modes": 7, "basis": "shared", "labels": "posterior"},
         {"partner": "any", "alpha": 0.4, "mean": [0.5], "std": [0.25], "seed": -5, "class_map": [0, None, 3]},
-        {"p": np.float32(0.5), "strength": np.float64(0.5), "modes": np.int64(8), "seed": np.int32(4)},
+        {
+            "p": np.float32(0.5),
+            "policy": "noise",
+            "strength": np.float64(0.5),
+            "modes": np.int64(8),
+            "seed": np.int32(4),
+        },
     ]
     for given in settings:
         config = json.loads(json.dumps(GLEMAugment(model, **given).to_config()))
@@ -391,7 +397,8 @@ def test_settings_go_through_json(model: GLEM) -> None:
     [
         ({"policy": "cutmix"}, "'mixup', 'noise', 'adversarial'; got 'cutmix'"),
         ({"p": 1.5}, "p must be from 0 to 1, got 1.5"),
-        ({"strength": "strong"}, "strength must be a number, got 'strong'"),
+        ({"strength": "strong", "policy": "noise"}, "strength must be a number, got 'strong'"),
+        ({"strength": 0.3}, "no effect on policy='mixup'.*give alpha"),
         ({"modes": 65}, "from 1 to 64.*got 65"),
         ({"mean": 0.5}, "mean and std together"),
         ({"mean": 0.5, "std": 0.0}, "std must be positive"),

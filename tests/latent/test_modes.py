@@ -48,6 +48,8 @@ def test_modes_are_the_eigenvectors_of_the_covariance(count: int, rank: int) -> 
     modes = fit(latents, rank)
     assert (modes.rank, modes.dim, modes.num_classes) == (min(rank, 24), 24, 2)  # never more modes than dimensions
     kept = [min(modes.rank, len(z) - 1) for z in latents]  # of n images there are n - 1 modes
+    words = str(kept[0]) if kept[0] == kept[1] else f"{kept[0]} to {kept[1]}"
+    assert modes.in_words(99) == words and modes.in_words(4) == "4"
     assert modes.fewest_and_most == tuple(kept) and modes.counts.tolist() == [count, count + 1]
     for y, (z, k) in enumerate(zip(latents, kept, strict=True)):
         cov, v = torch.cov(z.T), modes.directions[y]
@@ -177,6 +179,17 @@ def test_moves_use_the_modes_of_each_rows_class(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(project_on_modes(delta, y, v), kept)
         assert combine_modes(c[:0], y[:0], v).shape == project_on_modes(delta[:0], y[:0], v).shape == (0, 16)
     assert torch.equal(project_on_modes(delta[3:4], y[3:4], v)[0], project_on_modes(delta, y, v)[3])
+
+
+def test_samples_have_the_variances_of_the_fit() -> None:
+    """Exactly: samples are linear in the noise, so the identity as noise gives a root of their covariance."""
+    modes = fit(make_latents([30, 12], dim=16), rank=4).double()
+    for y in (0, 1):
+        root = modes.sample_from_noise(torch.full((20,), y), torch.eye(20).double(), 0.5) - modes.mean[y]
+        cov, v = root.T @ root / 0.25, modes.directions[y]
+        torch.testing.assert_close(cov.diagonal(), modes.variance()[y])
+        along = torch.diag(modes.scales[y].square()) + v * modes.rest[y] @ v.T  # the rest has a part along the modes
+        torch.testing.assert_close(v @ cov @ v.T, along, atol=1e-6, rtol=1e-5)
 
 
 def test_samples_are_their_formula() -> None:

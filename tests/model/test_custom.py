@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset
+from glem_augment.flows import CustomFlow
 
 SHAPE = (3, 8, 8)
 
@@ -116,6 +118,58 @@ def test_what_is_no_flow_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="192 numbers"):
         GLEM.from_bijection(Half(), SHAPE)
+
+    class Off(Own):
+        def inverse(self, z: Tensor) -> Tensor:
+            return 1.05 * super().inverse(z)
+
+    class Broken(Own):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z, logdet = super().forward(x)
+            return z / 0.0, logdet
+
+    for module, message in ((Off(), "the inverse of Off does not give"), (Broken(), "not finite for random images")):
+        with pytest.raises(ValueError, match=message):
+            GLEM.from_bijection(module, SHAPE)
     GLEM.create("glow_tiny", (1, 8, 8), ["a"], depth=[1], blocks=[1], width=[8]).save(tmp_path)
     with pytest.raises(ModelFileError, match="leave module= out"):
         GLEM.from_pretrained(tmp_path, module=Own())
+
+
+@pytest.mark.parametrize("make", [Own, freia, normflows])
+@pytest.mark.parametrize("factor", [-1.0, 1 / 16])  # the wrong way, and a mean over the latent's pixels for their sum
+def test_a_log_determinant_of_another_map_is_refused(make: Callable[[], nn.Module], factor: float) -> None:
+    torch.manual_seed(0)
+
+    class Wrong(nn.Module):
+        """The images three times as large, which is where their logdet comes from."""
+
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.flow, self.factor = CustomFlow(make(), SHAPE), factor
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z, logdet = self.flow(3 * x)
+            return z, self.factor * (logdet + 192 * math.log(3))
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return self.flow.inverse(z)[0] / 3
+
+    GLEM.from_bijection(Wrong(1.0), SHAPE)
+    with pytest.raises(ValueError, match="the log-determinant of Wrong is .* nats for a random image"):
+        GLEM.from_bijection(Wrong(factor), SHAPE)
+
+
+def test_a_module_that_initialises_itself_is_left_to_the_users_images() -> None:
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (64, *SHAPE), dtype=torch.uint8)
+    nodes = [ff.InputNode(*SHAPE)]
+    nodes.append(ff.Node(nodes[-1], fm.ActNorm, {}))
+    actnorm = ff.GraphINN([*nodes, ff.OutputNode(nodes[-1])])
+    glow = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian((3, 8, 8), trainable=False), [nf.flows.GlowBlock(3, 8, scale=True)]
+    )
+    for module in (actnorm, glow):
+        z, _ = GLEM.from_bijection(module, SHAPE).encode(x)
+        assert bool(z.isfinite().all())
+        assert z.unflatten(1, SHAPE).std((0, 2, 3)).tolist() == pytest.approx([1.0] * 3, rel=0.2)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from glem_augment.cli.commands import model_facts
 from glem_augment.flows import JetFlow, create_flow
 
 
-def published(side: int = 16, couplings: int = 6, width: int = 64, blocks: int = 2, heads: int = 1) -> Jet:
+def published(
+    side: int = 16, couplings: int = 6, width: int = 64, blocks: int = 2, heads: int = 1, high: int = 0, **options: Any
+) -> Jet:
     """A small Jet of the published code, every weight away from its start."""
     torch.manual_seed(0)
-    shape = dict(patch_size=4, patch_dim=48, n_patches=side * side // 16, img_dims=(side, side))
-    jet = Jet(**shape, coupling_layers=couplings, block_width=width, block_depth=blocks, num_heads=heads)
+    dims = (high or side, side)
+    shape = dict(patch_size=4, patch_dim=48, n_patches=dims[0] * dims[1] // 16, img_dims=dims)
+    jet = Jet(**shape, coupling_layers=couplings, block_width=width, block_depth=blocks, num_heads=heads, **options)
     with torch.no_grad():
         for parameter in jet.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.03)
@@ -55,6 +59,34 @@ def test_a_file_of_the_published_code_gives_its_latents_likelihoods_and_inverse(
         wanted, wanted_logdet = jet(((images + torch.rand(images.shape)) * 2 / 255 - 1).permute(0, 2, 3, 1))
     bits, _, _ = bits_per_dim(wanted, wanted_logdet, 768)
     assert float(model.bits_per_dim(images).mean()) == pytest.approx(float(bits), abs=2e-3)
+
+
+@pytest.mark.parametrize(("high", "heads"), [(64, 1), (8, 1), (16, 4)])
+def test_image_sides_are_read_and_heads_are_asked_for(high: int, heads: int, tmp_path: Path) -> None:
+    path, jet = tmp_path / "jet.safetensors", published(high=high, heads=heads)
+    save_file(jet.state_dict(), path)
+    x = torch.rand(2, 3, high, 16)
+    wanted = jet(((x - 0.5) * 512 / 255 + 1 / 255).permute(0, 2, 3, 1))[0].flatten(1).detach()
+    model = GLEM.from_pretrained(f"jet:{path}", heads=heads)
+    assert model.image_shape == (3, high, 16)
+    torch.testing.assert_close(model.flow(x - 0.5)[0], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="does not say how many heads.*1 are assumed, of 64 channels.*give heads="):
+        assumed = GLEM.from_pretrained(f"jet:{path}")
+    assert torch.allclose(assumed.flow(x - 0.5)[0], wanted, atol=1e-4) == (heads == 1)
+
+
+def test_other_orders_of_couplings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "jet.safetensors"
+    save_file(published(coupling_types=("spatial", *("channels",) * 4)).state_dict(), path)
+    with pytest.raises(ModelFileError, match="the order of its couplings is not channels, channels"):
+        GLEM.from_pretrained(f"jet:{path}")
+    whole = published().state_dict()
+    more = torch.cat([whole["spatial_projections"]] * 2)
+    shuffled = whole["spatial_projections"][:, torch.randperm(16)]
+    for changed, message in ((more, "the order of its couplings"), (shuffled, "are those of no image")):
+        save_file({**whole, "spatial_projections": changed}, path)
+        with pytest.raises(ModelFileError, match=message):
+            GLEM.from_pretrained(f"jet:{path}")
 
 
 def test_patterns_beyond_the_published_six_are_checkerboards() -> None:

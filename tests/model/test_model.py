@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from model_cases import images, seeded, tiny_model
@@ -60,6 +61,9 @@ def test_bits_per_dim_and_the_marginal_follow_their_definitions() -> None:
     torch.testing.assert_close(model.bits_per_dim(x), -model.log_prob(x) / (16 * math.log(2)))
     for other in (1, seeded(0)):
         assert not torch.equal(model.log_prob(x), model.log_prob(x, generator=other))
+    assert torch.equal(model.log_prob(x, generator=np.int64(1)), model.log_prob(x, generator=1))
+    black = torch.zeros_like(x[:1])  # whose hash is zero
+    assert not torch.equal(model.log_prob(black), model.log_prob(black, generator=1))
 
 
 @pytest.mark.parametrize("bits", [8, 5])
@@ -271,6 +275,8 @@ def test_wrong_latents_labels_and_priors_are_refused() -> None:
         (ValueError, "fit the modes first", lambda: model.checked_modes(None)),
         (ValueError, "one of 'gaussian', 'rfcm'", lambda: model.sample_latents(y, source="prior")),
         (ValueError, "temperature must be", lambda: model.sample(y, -1.0)),
+        (ValueError, "some of their values are NaN or infinite", lambda: model.encode(x / 255 * math.nan)),
+        (TypeError, "seed must be an int, got 0.5", lambda: model.fit_modes((x, y), seed=0.5)),
         (ValueError, "temperature must be", lambda: model.sample(y, math.nan)),
         (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [1, 1])),
         (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [0, 0, 0])),

@@ -47,6 +47,23 @@ def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_
     torch.testing.assert_close(gaussians.variance().double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [{}, {"seed": 2}, {"val_fraction": 0.2}])
+def test_another_split_than_that_of_the_first_run_is_said(
+    tmp_path: Path, change: dict[str, float], recwarn: pytest.WarningsRecorder
+) -> None:
+    data = toy_data()
+    first = tiny_trainer(tmp_path / "first", data, epochs=1).fit()
+    for there, others in ((data, change), (toy_data(90), {})):  # other images are no matter
+        recwarn.clear()
+        config = tiny_config(epochs=1, **change)
+        Trainer(there, config, tmp_path / f"second{len(there)}", init_model=first, device="cpu", progress=False)
+        said = [str(w.message) for w in recwarn if "trained the model that it starts from" in str(w.message)]
+        assert len(said) == bool(others)
+        assert not said or said[0].endswith(
+            f"train with {next(iter(change))}={getattr(tiny_config(), *change)}, as that model was"
+        )
+
+
 def test_jointly_learned_gaussians_follow_the_flows_schedule(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
     trainer.e_step(*next(iter(trainer.images(trainer.split.nf, 24))))
