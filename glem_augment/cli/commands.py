@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ import yaml
 from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.checks import POLICIES
 from glem_augment.cli.common import finite, load_model, note, open_for, open_resized, print_json
-from glem_augment.data.classes import match_classes
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.sources import without_splits
 from glem_augment.distributed import is_primary
@@ -26,8 +26,8 @@ from glem_augment.io import save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, local_folder, read_config
 from glem_augment.synthetic.dataset import SyntheticDataset
-from glem_augment.synthetic.export import check_folder
-from glem_augment.synthetic.publish import check_shards_folder
+from glem_augment.synthetic.export import export_set
+from glem_augment.synthetic.manifest import check_folder
 
 
 def adapt(args: argparse.Namespace) -> None:
@@ -101,50 +101,47 @@ def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
 
 def generate(args: argparse.Namespace) -> None:
     _check_together(args)
-    # A folder that cannot be used is refused before any work.
-    (check_shards_folder if args.format == "webdataset" else check_folder)(args.out)
+    check_folder(args.out)  # a folder that cannot be used is refused before any work
     model = load_model(args)
     progress = is_primary() and not args.quiet
     real = None
     if args.real is not None:
-        data = open_resized(model, args.real, args.split or "train", progress=progress)
-        match = match_classes(model, data, args.class_map)
-        names, ids = ([values[i] for i in match] for values in (model.classes, model.class_ids))
-        real = data.with_targets(data.targets, names, ids)
-    given = ("temperature", "modes", "alpha", "min_confidence")
+        real = open_resized(model, args.real, args.split or "train", progress=progress)
+    given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, real=real, **options)
+    options |= {"real": real, "class_map": args.class_map}
+    dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     unseen = None
     if args.report is not None and is_primary() and not without_splits(args.real):
         unseen = open_resized(model, args.real, "test", progress=progress)
-    writing = {"overwrite": args.overwrite, "license": args.license, "distributed": True}
-    dataset.export(args.out, args.format, progress, **writing)
+    command = shlex.join(["glem", *args.argv])
+    writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
+    try:
+        facts = CardFacts(args.license)
+        manifest = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     if not is_primary():
         return
     # At the end, when no other rank waits any more: how long the report takes is not limited.
-    report = None if args.report is None else quality_report(dataset, real, unseen, args.report, progress=progress)
+    report = None
+    if args.report is not None:
+        judging = {"progress": progress, "class_map": args.class_map}
+        report = quality_report(dataset, real, unseen, args.report, **judging)
     result = {
         "out": str(args.out),
         "format": args.format,
         "images": len(dataset),
-        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.label_order if dataset.counts[i]},
+        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.plan.order if dataset.counts[i]},
         "model": args.model,
         "source": dataset.source,
         "temperature": None if args.source == "mixup" else dataset.temperature,
         "seed": args.seed,
         "real": args.real,
-        "implausible": dataset.implausible,
+        "implausible": len(manifest["implausible"]),
         "report": report,
     }
-    if args.min_confidence is not None:
-        result["acceptance"] = dataset.acceptance()
-        total = result["acceptance"]["total"]
-        if total["failed"]:
-            note(
-                f"{total['failed']} of {total['items']} images never reached --min-confidence {args.min_confidence:g}; "
-                "the best candidate of each was kept"
-            )
     print_json({**result, "seconds": round(time.monotonic() - began, 3)})
 
 

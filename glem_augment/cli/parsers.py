@@ -118,7 +118,7 @@ how. The same seed draws the same images, whichever classes and however many are
 step with another number, by rounding). Prints a JSON summary.
 
   --format imagefolder   PNG files, a folder per class; classes without images get none, and classes.json says which
-                         label every class has. The same command again checks the files and writes what is missing.
+                         label every class has. The same command again writes what is missing.
   --format webdataset    data/train-*.tar with the classes mixed, and a card; they appear once all are finished.
 
   --per-class 100                    of each class
@@ -129,7 +129,7 @@ GENERATE_EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
   glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
   glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
-  glem generate runs/photos --per-class cat=50,dog=50 --min-confidence 0.9 --seed 1 --out pets/
+  glem generate runs/photos --per-class cat=50,dog=50 --seed 1 --out pets/
 """
 
 
@@ -161,16 +161,7 @@ def add_generate(commands: Any) -> None:
     )
     source.add_argument("--modes", type=whole(1), metavar="N", help=f"of mixup (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
-    judge = parser.add_argument_group("what is kept")
-    judge.add_argument(
-        "--min-confidence",
-        type=number(0),
-        metavar="P",
-        help="draw a latent again until the flow's posterior gives its class at least P; the best is kept where none "
-        'does. Nearly all of the class Gaussians\' own pass: it is for the other sources. "acceptance" in the summary '
-        "counts, over the images that this run drew (default: keep all)",
-    )
-    judge.add_argument(
+    parser.add_argument(
         "--report",
         type=out_folder,
         metavar="DIR",
