@@ -290,7 +290,7 @@ def _is_export(folder: Path) -> bool:
     """Whether `SyntheticDataset.export` wrote the folder. DataError: it did not finish."""
     try:
         manifest = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        unfinished = manifest.get("complete") is not True
+        unfinished = manifest.get("complete") is False
     except FileNotFoundError:
         return False
     except (ValueError, AttributeError):
