@@ -60,7 +60,6 @@ def main() -> None:
     )
     parser.add_argument("--source", default="mixup", choices=("gaussian", "rfcm", "mixup"))
     parser.add_argument("--temperature", type=float, default=0.9)
-    parser.add_argument("--min-confidence", type=float, default=0.5, help="of the flow's posterior; 0: no rejection")
     args = parser.parse_args()
     if args.smoke:
         args.epochs = 3
@@ -86,7 +85,6 @@ def main() -> None:
         source=args.source,
         modes=None if flow.modes is None else flow.modes.rank,
         temperature=args.temperature,
-        min_confidence=args.min_confidence or None,
         seed=args.seed,
         transform=tensors,
     )
@@ -106,9 +104,6 @@ def main() -> None:
             f"  accuracy {100 * right.float().mean():.1f} %, "
             f"of the rarest third of the classes {100 * right[torch.isin(y, rare)].float().mean():.1f} %"
         )
-    if args.min_confidence:
-        total = synthetic.acceptance()["total"]
-        print(f"rejection: {total['candidates']} candidates for {total['items']} images, {total['failed']} failed")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=500)
     parser.add_argument("--source", default="rfcm", choices=("gaussian", "rfcm"))
     parser.add_argument("--temperature", type=float, default=0.9)
-    parser.add_argument("--min-confidence", type=float, default=0.9, help="of the flow's posterior; 0: no rejection")
     parser.add_argument("--export", help="also write the images to this folder, as an ImageFolder")
     args = parser.parse_args()
     if args.smoke:
@@ -35,7 +34,6 @@ def main() -> None:
         per_class=args.per_class,
         source=args.source,
         temperature=args.temperature,
-        min_confidence=args.min_confidence or None,
         seed=args.seed,
         transform=tensors,
     )
@@ -45,9 +43,6 @@ def main() -> None:
     net = train(
         batches(data, args.batch_size, args.seed), len(data.classes), data.image_shape[0], args.epochs, args.seed
     )
-    if args.min_confidence:
-        total = data.acceptance()["total"]
-        print(f"rejection: {total['candidates']} candidates for {total['items']} images, rate {total['rate']:.2f}")
 
     test = open_data(args.data, "test", **shape)
     label_of = torch.from_numpy(match_classes(flow, test))

@@ -23,12 +23,12 @@ Preset = Literal[
     "latent",
     "identity",
 ]
-Source = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
+DrawSource = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
 Format = Literal["imagefolder", "webdataset"]  # of an export
 Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
 Memory = Literal["stored", "reversible"]  # what becomes of a flow's activations in training
 
-PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, Source, Format, Policy))
+PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, Policy))
 BUNDLED_IMAGES = "bundled:fashion-mnist"
 DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.

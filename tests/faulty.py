@@ -31,7 +31,8 @@ from glem_augment.training import Trainer, em, optim
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
-_CONTEXT.set_forkserver_preload(["pytest", "glem_augment.cli.commands", "glem_augment.cli.train"])
+_HEAVY = ("evaluation", "synthetic.export", "training.trainer", "cli.generate", "cli.train")
+_CONTEXT.set_forkserver_preload(["pytest", *(f"glem_augment.{name}" for name in _HEAVY)])
 DIED = 9
 
 

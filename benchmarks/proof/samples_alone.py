@@ -16,7 +16,6 @@ options:
     T=          temperature of the draws, 1 by default
     rank=       modes of rfcm, or "full"; by default those that ship, and 64 of the pixels and with parts=
     parts=      so many Gaussians for each class, of groups of its images that k-means finds among their latents
-    min=        least posterior of a sample for its class
     best=       the oracle's best out of so many times as many samples; it is a classifier of the real images
     labels=     "posterior": of the flow, "oracle": of that classifier, both soft
     x=          so many times 20,000 images, each of them shown less often
@@ -159,10 +158,9 @@ class Images:
         if parts > 1:  # of each group as large a share as it is of its class
             upto = np.cumsum([[0] * 10, *np.array(model.config.training["group_sizes"]).reshape(10, parts).T], 0)
             counts = np.diff((n * upto / upto[-1]).round().astype(int), axis=0).T.ravel()
-        least = float(options["min"]) if "min" in options else None
         real = self.train if source == "mixup" else None
         drawing: dict[str, Any] = dict(seed=seed, temperature=float(options.get("T", 1)), source=source)
-        data = SyntheticDataset(model, counts, real=real, min_confidence=least, **drawing)
+        data = SyntheticDataset(model, counts, real=real, **drawing)
         return data.images(range(len(data))), data.latents(range(len(data))), torch.tensor(data.targets)
 
     def measure(self, method: str, setting: str, seed: int, search: bool) -> dict[str, float]:

@@ -11,8 +11,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from glem_augment import __version__
-from glem_augment.cli.arguments import Parser
-from glem_augment.cli.parsers import add_commands
+from glem_augment.cli.common import Parser
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
@@ -43,11 +42,36 @@ GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 
 """
 
 
-def build_parser() -> Parser:
-    """The parser of `glem`. Nothing that it imports imports torch, so that `--help` answers at once."""
+# Each command has the file of its name, which is imported when it is called, and a line in the overview.
+COMMANDS = {
+    "demo": "the whole job on bundled images, in minutes",
+    "train": "fit a flow to your images",
+    "adapt": "serve your classes with a flow trained on others",
+    "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
+    "generate": "draw a synthetic data set from a flow",
+    "preview": "a picture of augmentations, samples, interpolations",
+    "explore": "a local web page: samples, moves, lines, surprising images",
+    "info": "what a model is and how it was trained",
+    "list": "the flows that ship, and those on the Hugging Face Hub",
+    "push": "upload a flow to the Hugging Face Hub",
+}
+
+
+def build_parser(words: Sequence[str]) -> Parser:
+    """The parser of `glem` with the options of the command that is among the words.
+
+    The files of the commands import torch when they run, so that `--help` answers at once.
+    """
     parser = Parser(prog="glem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
-    add_commands(parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    called = next((word for word in words if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        own = commands.add_parser(name, help=summary)
+        if name == called:
+            command = import_module(f"glem_augment.cli.{name}")
+            command.add_arguments(own)
+            own.set_defaults(run=command.run)
     return parser
 
 
@@ -61,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for an error, which one line on stderr explains; 75 from `train --max-minutes`; 130 after
         Ctrl-C. As usual with argparse, `--help` and `--version` raise SystemExit.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [*(sys.argv[1:] if argv is None else argv)]  # `list` is the module of a command here
     try:
-        parser = build_parser()
+        parser = build_parser([*argv, *os.environ.get("COMP_LINE", "").split()])
         with suppress(ImportError):
             import argcomplete
 
@@ -74,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from huggingface_hub.utils import disable_progress_bars
 
             disable_progress_bars()
-        # Only now is torch imported, which takes seconds.
-        module, function = args.run.split(".")
-        code = getattr(import_module(f"glem_augment.cli.{module}"), function)(args)
+        code = args.run(args)
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:

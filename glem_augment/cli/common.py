@@ -1,4 +1,7 @@
-"""What the commands share: the opening of models and data, and their output."""
+"""What the commands share: the parser, arguments and their types, the opening of models and data, and output.
+
+At its top this imports no torch, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,197 @@ import math
 import os
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+import yaml
 
-from glem_augment import distributed
-from glem_augment.data.classes import ClassMap, match_classes
-from glem_augment.data.dataset import ImageData, as_image_data
-from glem_augment.io import json_text
-from glem_augment.model.glem import GLEM
+from glem_augment.checks import closest
+from glem_augment.errors import GLEMError
+
+if TYPE_CHECKING:
+    import torch
+
+    from glem_augment.data.classes import ClassMap
+    from glem_augment.data.dataset import ImageData
+    from glem_augment.model.glem import GLEM
+
+TOO_MANY = 0.2  # share of moves put back above which a flow does not fit its images
+EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
+DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
+MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers what it can't parse in one line, and a mistyped word with the closest one that it knows."""
+
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation that works today would change its meaning with the next option.
+        formatter = argparse.RawDescriptionHelpFormatter  # it keeps the line breaks of descriptions and examples
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse would first name the options that are missing because of the slip. Those after a command are its own.
+        for arg in takewhile(lambda arg: arg != "--" and (not self._subparsers or arg.startswith("-")), args):
+            option = arg.partition("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                self.error(f"unknown option {option}{closest(option, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            text = f"{value!r} is none of {', '.join(known)}{closest(value, known)}"
+            raise argparse.ArgumentError(action, text)
+
+    def error(self, message: str) -> NoReturn:
+        raise GLEMError(f"{message} (see {self.prog} --help)")
+
+
+def describe(parser: argparse.ArgumentParser, description: str, examples: str, exit_codes: str = EXIT_CODES) -> None:
+    """Give the parser of a command its texts, and the option that all commands have."""
+    parser.description, parser.epilog = description, f"examples:\n{examples}\n{exit_codes}"
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+# ---- arguments that commands share -----------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser, text: str = MODEL_HELP, **optional: Any) -> None:
+    parser.add_argument("model", metavar="MODEL", help=text, **optional)
+
+
+def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
+    """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
+    parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and name images that cannot be read")
+
+
+def add_class_map(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--class-map",
+        type=lambda text: text if text == "order" else table(text, as_text=True),
+        metavar="FILE|order",
+        help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
+        "(default: by id or name)",
+    )
+
+
+def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+
+
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{what}; made if missing")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    # Far more threads than there are cores crash the process.
+    most = max(1024, os.cpu_count() or 1)
+    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add_device(parser)
+
+
+def add_image_size(parser: argparse._ActionsContainer, more: str) -> None:
+    text = f"height and width in pixels, or one number for both; images are resized, then cropped at the centre; {more}"
+    parser.add_argument("--image-size", nargs="+", type=whole(1), metavar="N", help=text)
+
+
+# ---- types of arguments ----------------------------------------------------------------------------------------------
+
+
+def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        if not math.isfinite(value) or not low <= value <= high:
+            bound = f"at least {low:g}" if value < low else f"at most {high:g}" if value > high else "finite"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
+
+
+def in_file(text: str) -> Path:
+    """An argparse type: the path of a file."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no home folder of that user") from None
+
+
+def table(text: str, as_text: bool = False) -> dict[str, Any]:
+    """An argparse type: the table in a YAML or JSON file (JSON is YAML), with keys and values `as_text` on request.
+
+    Names of classes are text, since a class may be called 010, no or null.
+    """
+    try:
+        content = in_file(text).read_text(encoding="utf-8")
+        found = yaml.load(content, yaml.BaseLoader if as_text else yaml.SafeLoader)  # noqa: S506  (both are safe)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be read as YAML or JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} must hold a table (key: value), got {type(found).__name__}")
+    return found
+
+
+def out_path(text: str, folder: bool = False) -> Path:
+    """An argparse type: a file that can be written. A command that could not save its result must not begin."""
+    path = in_file(text)
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if there.is_dir() != (folder or there != path):
+        found = "is a folder, not a file" if there.is_dir() else "is a file, not a folder"
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} {found}")
+    if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: you may not write to {there}")
+    return path
+
+
+out_folder = partial(out_path, folder=True)
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+    return number(low, high, int)
+
+
+def height_and_width(size: list[int] | None) -> tuple[int, int] | None:
+    """The numbers of --image-size as (H, W). ValueError: more than two."""
+    if size is not None and len(size) > 2:
+        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
+    return None if size is None else (size[0], size[-1])
+
+
+# ---- models, data and output ---------------------------------------------------------------------------------------
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
-    """The device of `args.device`, by default CUDA where it is present.
+    """The device of `args.device`, by default CUDA where it is present. Sets the number of threads of `args.threads`.
 
     Under torchrun the processes join here, each gets a device of its own, and all but the first fall silent.
 
     Raises:
         ValueError: it cannot be used.
     """
+    import torch
+
+    from glem_augment import distributed
+
     name = args.device
+    if getattr(args, "threads", None) is not None:
+        torch.set_num_threads(args.threads)
     try:
         device = distributed.start(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
@@ -35,28 +209,36 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         raise ValueError(f"device {name!r} can't be used here: {reason}") from None
     if not distributed.is_primary():
         args.quiet = True
-        sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
     return device
 
 
 def load_model(args: argparse.Namespace) -> GLEM:
-    """The model of `args.model` on `args.device`, after the number of threads is set."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    """The model of `args.model` on `args.device`."""
+    from glem_augment.model.glem import GLEM
+
     return GLEM.from_pretrained(args.model, device=pick_device(args))
 
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
     """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr."""
+    from glem_augment.data.dataset import as_image_data
+
     data = as_image_data(spec, model.image_shape, split=split, **options)
+    name_skipped(data)
+    return data
+
+
+def name_skipped(data: ImageData) -> None:
+    """Name on stderr the images that were left out."""
     for where, reason in data.skipped:
         note(f"left out: {where} {' '.join(reason.split())[:200]}")
-    return data
 
 
 def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
     """Data in the flow's shape with the flow's class indices as labels; see `open_resized` and `match_classes`."""
+    from glem_augment.data.classes import match_classes
+
     data = open_resized(model, spec, split, **options)
     match = match_classes(model, data, class_map)
     return data.with_targets(match[data.targets], model.classes, model.class_ids)
@@ -64,7 +246,17 @@ def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **o
 
 def print_json(obj: dict[str, Any]) -> None:
     """Print one JSON object on stdout, with null for non-finite numbers, which JSON does not have."""
-    print(json_text(finite(obj)), flush=True)
+    from glem_augment.io import json_text
+
+    say(json_text(finite(obj)))
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts as YAML for people, or as JSON."""
+    if as_json:
+        print_json(facts)
+    else:
+        say(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None).rstrip())
 
 
 def finite(obj: Any) -> Any:
@@ -78,7 +270,41 @@ def finite(obj: Any) -> Any:
     return obj
 
 
+def say(text: str) -> None:
+    """Print a result on stdout; of several ranks, the first one does."""
+    from glem_augment.distributed import is_primary
+
+    if is_primary():
+        print(text, flush=True)
+
+
 def note(text: str) -> None:
-    """Print a line for people on stderr, once."""
-    if distributed.is_primary():
+    """Print a line for people on stderr; of several ranks, the first one does."""
+    from glem_augment.distributed import is_primary
+
+    if is_primary():
         print(text, file=sys.stderr, flush=True)
+
+
+def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
+    """See `moves_put_back`; None without modes. A sentence on stderr says so where more than a few are put back.
+
+    Args:
+        instead: what to use where more than a fifth are put back.
+    """
+    from glem_augment.augment.moves import MOST_PUT_BACK
+    from glem_augment.evaluation import moves_put_back
+
+    if model.modes is None:
+        return None
+    found = moves_put_back(model, data)
+    mixup, strongest = found["mixup"], max(found["noise"])
+    noise = found["noise"][strongest]
+    if max(mixup, noise) > MOST_PUT_BACK:
+        note(
+            f"glem: GLEMAugment would put back {100 * mixup:.0f} % of these images after mixup and {100 * noise:.0f} % "
+            f"after noise of strength {strongest:g}, as implausible; strength='auto' takes {found['strength']:g}"
+        )
+    if instead and max(mixup, found["noise"][found["strength"]]) > TOO_MANY:
+        note(f"glem: this flow does not know such images; {instead}")
+    return found

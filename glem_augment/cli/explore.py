@@ -1,4 +1,4 @@
-"""`glem explore`: a page on this machine in which one sees what a flow knows. Gradio is imported when it is called."""
+"""`glem explore`: a local web page to explore a flow. Gradio is imported when it is called."""
 
 from __future__ import annotations
 
@@ -9,29 +9,47 @@ import signal
 from collections.abc import Callable
 from functools import wraps
 from tempfile import TemporaryDirectory
-from typing import Any
-
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
+from typing import TYPE_CHECKING, Any
 
 from glem_augment.checks import BUNDLED_IMAGES, POLICIES
-from glem_augment.cli.common import load_model, note, open_for
-from glem_augment.data.sources import without_splits
+from glem_augment.cli import common
 from glem_augment.errors import GLEMError
-from glem_augment.evaluation.explorer import LONGEST, Explorer, drawn
-from glem_augment.evaluation.metrics import calibration_error, spread
-from glem_augment.evaluation.preview import visible
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from glem_augment.evaluation.explorer import Explorer
 
 MOST_BYTES = "20mb"  # of an upload
 MODES = 8  # that have a slider
 SURPRISES = 12  # images shown as surprising
 SHOWN = 256  # pixels to which small images are enlarged
 CSS = ".image-frame {padding-top: 1.7rem}"  # labels stand above their pictures, not on them
+DESCRIPTION = """\
+Start a local web page to explore a flow: samples, images of DATA (without it: samples) or files moved along the modes
+of their classes, lines between two images, and how the flow sees DATA. Needs the extra "explore".
+"""
+EXAMPLES = "  glem explore bundled:fashion-mnist\n  glem explore runs/photos photos/ --split val\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_model(parser, nargs="?", default="bundled:fashion-mnist")
+    common.add_data(parser, split=None, nargs="?")
+    common.add_class_map(parser)
+    parser.add_argument(
+        "--limit", type=common.whole(1), default=1000, metavar="N", help="images per split (default: 1000)"
+    )
+    common.add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C. What is uploaded or drawn lies in a temporary folder, which is then removed."""
+    from glem_augment.data.sources import without_splits
+    from glem_augment.evaluation.explorer import Explorer, drawn
+    from glem_augment.evaluation.metrics import spread
+
     real = args.data is not None or args.model == BUNDLED_IMAGES
     if not real and (args.split or args.class_map or args.skip_bad):
         raise ValueError(f"DATA is missing: name its images, for example glem explore {args.model} photos/")
@@ -45,18 +63,18 @@ def run(args: argparse.Namespace) -> None:
             import gradio as gr
         except ImportError:
             raise GLEMError("glem explore needs Gradio: pip install 'glem-augment[explore]'") from None
-        model = load_model(args)
+        model = common.load_model(args)
         sets = [] if real else [drawn(model, args.limit)]
         splits = [split] if split == "train" or without_splits(name) else [split, "train"]
         for each in splits if real else []:
-            data = open_for(model, name, each, args.class_map, skip_bad=args.skip_bad, progress=not args.quiet)
+            data = common.open_for(model, name, each, args.class_map, skip_bad=args.skip_bad, progress=not args.quiet)
             sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
         page = build_page(gr, Explorer(model, sets, progress=not args.quiet), real)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
         served: dict[str, Any] = {"share": False, "max_file_size": MOST_BYTES, "ssr_mode": False, "quiet": True}
         # Gradio serves 127.0.0.1 alone, unless GRADIO_SERVER_NAME says otherwise, as in a Space.
         _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], prevent_thread_lock=True, **served)
-        note(f"glem explore is at {url} (Ctrl-C ends it)")
+        common.note(f"glem explore is at {url} (Ctrl-C ends it)")
         page.block_thread()
 
 
@@ -147,6 +165,8 @@ def between_tab(gr: Any, page: Any, explorer: Explorer) -> None:
 
 
 def data_tab(gr: Any, explorer: Explorer) -> None:
+    from glem_augment.evaluation.metrics import calibration_error
+
     names, data, bar = explorer.model.classes, explorer.data, gr.Progress(track_tqdm=True)
 
     def measure(progress: Any = bar) -> Any:
@@ -202,6 +222,11 @@ def picture(gr: Any, label: str) -> Any:
 
 def shown(image: Tensor) -> Image.Image:
     """An image [C, H, W], uint8 or float in [0, 1], in a size that people can see."""
+    from torchvision.transforms.functional import to_pil_image
+
+    from glem_augment.evaluation.explorer import LONGEST
+    from glem_augment.evaluation.preview import visible
+
     return to_pil_image(visible(image[None], SHOWN, LONGEST)[0])
 
 

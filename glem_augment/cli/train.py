@@ -8,26 +8,49 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from glem_augment import __version__
-from glem_augment.cli.common import note, pick_device
-from glem_augment.cli.settings import checked, given
-from glem_augment.data.dataset import ImageData, open_data
-from glem_augment.distributed import is_primary, world_size
-from glem_augment.errors import ModelFileError
-from glem_augment.io import lock_folder, write_json
-from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import CONFIG
-from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
-from glem_augment.training.checkpoint import NEWEST, has_checkpoint, load_checkpoint, require_unused
-from glem_augment.training.logs import TRACKERS
-from glem_augment.training.methods import method
+from glem_augment.cli import common
+from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
+from glem_augment.training.methods import METHODS, method
+
+if TYPE_CHECKING:
+    from glem_augment.data.dataset import ImageData
+    from glem_augment.model.glem import GLEM
+    from glem_augment.training import Trainer
+
+DESCRIPTION = """\
+Fit a class-conditional flow to labelled images, or a flow to images without classes (--unlabelled). DIR gets the model
+(model.safetensors, config.json), the checkpoint, metrics.jsonl and samples/. A run that was stopped, even killed, goes
+on with
+
+  glem train DATA --out DIR --resume
+
+and ends with the same weights as one that never stopped (on a CPU, with the same --threads). --max-minutes cuts a run
+into pieces: each ends with a checkpoint, and with exit status 75 until the run is finished. A loop for it:
+
+  until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
+
+A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to three times.
+--help-all shows the settings for research too.
+"""
+EXAMPLES = """\
+  glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
+  glem train bundled:fashion-mnist --epochs 5 --out runs/quick
+  glem train torch/cifar10@data --method glem --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
+  glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
+  glem train --unlabelled unsorted/ --image-size 32 --out runs/unsorted
+  glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
+"""
+EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
+
 
 RUN_FILE = "run.json"
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
@@ -36,18 +59,187 @@ _VIEW = {
     "log_to": None, "unlabelled": False,
 }  # fmt: skip
 SKIPPED_FILE = "skipped.json"
+LARGE = 64  # pixels above which a flow is slow on a CPU
 FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES, EXIT_CODES)
+    # A usage line with all flags would fill half a screen.
+    parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
+    parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
+    common.add_out(parser, "folder for everything that the run writes")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from DIR's checkpoint, with its settings where none are given; start if there is none",
+    )
+    parser.add_argument(
+        "--config",
+        type=common.table,
+        metavar="FILE",
+        help="settings of the flow and its training from a YAML or JSON file: the names from --preset on, with _ for - "
+        "(--flow is flow_options); flags win",
+    )
+    common.add_device(parser)
+    parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
+    parser.add_argument(
+        "--init",
+        metavar="MODEL",
+        help="start from this model's flow (fine-tuning) in place of a new one; images are resized and converted to "
+        "its own, and bits and psi are its own where none are given",
+    )
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        help="settings of a published method, under all others that are given (docs/reproduction.md describes each; "
+        "glem is the paper's; default: hybrid-joint, this library's)",
+    )
+    parser.add_argument(
+        "--log-to",
+        choices=("tensorboard", "wandb"),
+        help="send the rows of metrics.jsonl there as well: to DIR/tensorboard, or to the W&B project WANDB_PROJECT",
+    )
+    view = parser.add_argument_group("images")
+    view.add_argument("--split", help="of the data (default: train)")
+    common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the size that they share)")
+    view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: what they are)")
+    view.add_argument(
+        "--unlabelled",
+        action=argparse.BooleanOptionalAction,
+        help="DATA has no classes: all images below the folder, however nested, train by likelihood alone; glem adapt "
+        "gives the flow classes (default: classes)",
+    )
+    view.add_argument(
+        "--skip-bad",
+        action=argparse.BooleanOptionalAction,
+        help="leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)",
+    )
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting, grouped. Flags that are not given leave no attribute behind.
+
+    `--help` leaves out the settings that only research needs; `--help-all` shows them too.
+    """
+    hidden: dict[argparse.Action, str] = {}
+
+    class HelpAll(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+            for action, text in hidden.items():
+                action.help = text
+            parser.print_help()
+            parser.exit()
+
+    parser.add_argument("--help-all", action=HelpAll, nargs=0, help="show the settings for research as well, and exit")
+    defaults = TrainConfig().to_dict()
+    group: argparse._ActionsContainer = parser
+    for name, about in SETTINGS.items():
+        if "group" in about:
+            group = parser.add_argument_group(about["group"])
+        text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
+        action = group.add_argument(
+            "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS if about.get("research") else text,
+            **_parsing(name, about),
+        )
+        if about.get("research"):
+            hidden[action] = text
+
+
+def _parsing(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What argparse needs to know of a setting's values."""
+    kind = about["kind"]
+    if isinstance(kind, tuple):
+        return {"choices": kind}
+    parsing: dict[Any, dict[str, Any]] = {
+        bool: {"action": argparse.BooleanOptionalAction},
+        int: {"type": common.whole(0), "metavar": "N"},
+        float: {"type": common.number(), "metavar": "X"},
+        "numbers": {"nargs": "+", "metavar": "X"},
+        "names": {"type": _names, "metavar": "LIST"},
+        "text": {"metavar": "NAME"},
+        "table": {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"},
+    }
+    return parsing[kind]
+
+
+def _flow_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=JSON, such as depth=[4,4]")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        # A bare word is a string: coupling=affine need not be coupling='"affine"'.
+        return key.strip(), value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    text = text.strip()
+    if text in ("none", ""):
+        return ()
+    return AUGMENTATIONS if text == "paper" else tuple(part.strip() for part in text.split(","))
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names, in the form that TrainConfig takes."""
+    values = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    if "flow_options" in values:
+        values["flow_options"] = dict(values["flow_options"])
+    return {name: _typed(name, value, f"--{name.replace('_', '-')}: ") for name, value in values.items()}
+
+
+def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a configuration file, in the types that TrainConfig takes.
+
+    Raises:
+        ValueError: an unknown setting, or a value of the wrong type, naming it and the file.
+    """
+    check_names({str(key): value for key, value in table.items()}, f"{where}: ")
+    return {name: _typed(name, value, f"{where}: ") for name, value in table.items()}
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    """`value` in the setting's type: YAML reads 1e-2 as text, and numbers of the command line are text too."""
+    about = SETTINGS[name]
+    kind = about["kind"]
+    try:
+        if kind == "numbers" and about["optional"] and value in ("none", ["none"]):
+            value = None
+        elif kind == "numbers" and isinstance(value, list):
+            value = [float(v) for v in value]
+        elif kind == "names" and isinstance(value, str):
+            value = _names(value)
+        elif kind in (int, float) and isinstance(value, str):
+            value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return check_setting(name, value)
+    except (TypeError, ValueError, OverflowError) as error:
+        text = str(error) if name in str(error) else f"{name} can't be {value!r}"
+        raise ValueError(f"{where}{text}") from None
+
+
 def run(args: argparse.Namespace) -> int:
+    from glem_augment.data.dataset import open_data
+    from glem_augment.distributed import is_primary
+    from glem_augment.io import lock_folder
+    from glem_augment.model.glem import GLEM
+    from glem_augment.training import Trainer
+    from glem_augment.training.checkpoint import has_checkpoint, load_checkpoint, require_unused
+
     began = time.monotonic()
-    device, out = pick_device(args), args.out
+    device, out = common.pick_device(args), args.out
     settings, view = given(args), {name: getattr(args, name) for name in _VIEW if hasattr(args, name)}
     if args.config is not None:
         settings = _over(checked(args.config, "--config"), settings)
     if args.resume and not has_checkpoint(out):
         # A run can be killed before its first checkpoint. Whoever restarts it cannot know.
-        note(f"glem: no checkpoint in {out}; starting from the beginning")
+        common.note(f"glem: no checkpoint in {out}; starting from the beginning")
         args.resume = False
     if args.resume:
         # The checkpoint is read before the data, because opening the data may take minutes.
@@ -84,23 +276,37 @@ def run(args: argparse.Namespace) -> int:
     # Settings are checked before the data is opened. A checkpoint has all of them, whatever its method means today.
     chosen = None if args.resume else view["method"]
     config = TrainConfig(**settings) if chosen is None else method(chosen, **settings)
-    size = view["image_size"]
-    if size is not None and len(size) > 2:
-        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
-    size = None if size is None else (size[0], size[-1])
+    size = common.height_and_width(view["image_size"])
     # Before the images are decoded, which may take minutes; the first rank locks for all.
     with lock_folder(out) if is_primary() else nullcontext():
         reading = {"progress": not args.quiet, **{name: view[name] for name in ("skip_bad", "unlabelled")}}
         data = open_data(args.data, view["split"], size, view["channels"], **reading)
-        trainer = Trainer(data, config, out, args.resume, init_model, device, progress=not args.quiet, began=began)
+        progress = not args.quiet
+        trainer = Trainer(data, config, out, args.resume, init_model, device, progress, began, ready=_header)
         return _train(args, trainer, view)
+
+
+def _header(trainer: Trainer) -> None:
+    """Say what is about to be trained, before the flow is initialised."""
+    common.say(summary(trainer, trainer.data))
+    side = max(trainer.data.image_shape[1:])
+    if side > LARGE and trainer.device.type == "cpu" and trainer.codec is None and trainer.config.preset != "identity":
+        common.note(
+            f"glem: at {side} pixels a CPU takes minutes to start, and long for each step: give --image-size 32 or 64. "
+            "glem adapt identity needs no training"
+        )
 
 
 def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> int:
     """Train, and report the result."""
+    from glem_augment.distributed import is_primary
+    from glem_augment.io import write_json
+    from glem_augment.training import EXIT_TIME_UP, TimeUpError
+    from glem_augment.training.logs import TRACKERS
+
     out, data = trainer.out, trainer.data
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
-        print(f"{out} is already finished: {_held_out(finished)}")
+        common.say(f"{out} is already finished: {_held_out(finished)}")
         return 0
     if is_primary() and (not args.resume or not (out / RUN_FILE).exists()):
         command = shlex.join(["glem", *args.argv])
@@ -110,25 +316,26 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
         write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
     if view["log_to"] and is_primary():
         trainer.log.callbacks.append(TRACKERS[view["log_to"]](out, trainer.step))
-    print(summary(trainer, data), flush=True)
+    if args.resume:
+        common.say(summary(trainer, data))
     if trainer.total_steps < FEW_STEPS and not args.quiet:
-        note(
+        common.note(
             f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
             "flow your classes in seconds with glem adapt"
         )
     if trainer.config.sample_every and find_spec("matplotlib") is None:
-        note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
+        common.note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
     try:
         with warnings.catch_warnings():
             # Returns after a divergence, for example, are said above the bar.
             warnings.showwarning = lambda message, *about: tqdm.write(f"glem: {message}", file=sys.stderr)
             model = trainer.fit()
     except TimeUpError as stop:
-        note(f"glem: {stop}")
+        common.note(f"glem: {stop}")
         return EXIT_TIME_UP
-    print(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}", flush=True)
+    common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}")
     if model.config.training["worse_than_independent_pixels"]:
-        note(
+        common.note(
             f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f}: "
             "this flow is no model of the images yet. Train for more --epochs, or at a lower --lr"
         )
@@ -154,6 +361,11 @@ def _earlier_view(out: Path) -> dict[str, Any]:
 
 def _finished(out: Path) -> GLEM | None:
     """The model, if it was written after the last checkpoint. A kill may have come between the two."""
+    from glem_augment.errors import ModelFileError
+    from glem_augment.model.glem import GLEM
+    from glem_augment.model.weights import CONFIG
+    from glem_augment.training.checkpoint import NEWEST
+
     try:
         if (out / CONFIG).stat().st_mtime_ns < (out / NEWEST).stat().st_mtime_ns:
             return None
@@ -164,6 +376,8 @@ def _finished(out: Path) -> GLEM | None:
 
 def summary(trainer: Trainer, data: ImageData) -> str:
     """A table for people of what is about to be trained."""
+    from glem_augment.distributed import world_size
+
     model, split, config = trainer.whole(trainer.model), trainer.split, trainer.config
     shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -30,9 +30,9 @@ def match_classes(
 ) -> np.ndarray:
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
-    Ids are compared first, then names: as written, then by their letters and digits alone in lower case, then without a
-    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3
-    of CIFAR-10 is not class 3 of Fashion-MNIST.
+    Equal ids match, then equal names. Other classes match where an id or a name has the same letters and digits in
+    lower case, without a number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides
+    have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
         flow, data: what names its classes, see `named_classes`.
@@ -187,9 +187,9 @@ class _Side:
 
     def find(self, name: str) -> int:
         """The index of the class that a class_map calls `name`."""
-        for form in _FORMS:
+        for form in (_composed, _plain):
             for column in (self.names, self.ids):
-                index = _unique(column, form).get(form(name))
+                index = _unique([column], form).get(form(name))
                 if index is not None:
                     return index
         raise ClassMismatchError(f"class_map names {name!r}, not a class of the {self.what}. {self.listing()}")
@@ -201,24 +201,24 @@ class _Side:
     def listing(self) -> str:
         return f"The {self.what} has {len(self.ids)} classes: {_listed([self.label(i) for i in range(len(self.ids))])}."
 
+    def columns(self, other: _Side) -> list[list[str]]:
+        """What its classes are called: names, and ids unless they are numbers that mean nothing to the other side."""
+        numbers = self.numbered and (not other.numbered or (self.named and other.named))
+        return [self.names] if numbers else [self.ids, self.names]
+
 
 def _compare(data: _Side, flow: _Side, found: dict[int, int]) -> None:
     """Fill the gaps in `found` (data class -> flow class), the surest comparison first."""
-    columns = [(data.ids, flow.ids), (data.names, flow.names)]
-    if data.numbered and flow.numbered and data.named and flow.named:
-        del columns[0]
-    # Then names against ids: a folder called "cat" is the flow's class of that name, whatever its id. Numbers on one
-    # side are indices, not names.
-    if not flow.numbered:
-        columns.append((data.names, flow.ids))
-    if not data.numbered:
-        columns.append((data.ids, flow.names))
-    for form in _FORMS:
-        for column, targets in columns:
-            lookup, own = _unique(targets, form), _unique(column, form)
-            for name, i in own.items():
-                if i not in found and name in lookup:
-                    found[i] = lookup[name]
+    ours, theirs = data.columns(flow), flow.columns(data)
+    exact: Callable[[str], str] = _composed
+    steps = [([data.names], [flow.names], exact), (ours, theirs, _plain)]
+    if len(ours) == len(theirs) == 2:
+        steps.insert(0, ([data.ids], [flow.ids], exact))
+    for columns, targets, form in steps:
+        lookup = _unique(targets, form)
+        for name, i in _unique(columns, form).items():
+            if i not in found and name in lookup:
+                found[i] = lookup[name]
 
 
 _composed = functools.partial(unicodedata.normalize, "NFC")  # one spelling of accents, which macOS writes as characters
@@ -226,22 +226,17 @@ _composed = functools.partial(unicodedata.normalize, "NFC")  # one spelling of a
 
 def _plain(name: str) -> str:
     """Letters, digits and marks, which are vowels in many scripts; + and # too, because C++ and C# are not C."""
-    composed = _composed(name.lower())
+    composed = _composed(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name).lower())  # 03_cat, but not 737-200
     return "".join(c for c in composed if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
 
 
-def _unnumbered(name: str) -> str:
-    return _plain(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name))  # 03_cat, but not 737-200
-
-
-_FORMS: tuple[Callable[[str], str], ...] = (_composed, _plain, _unnumbered)
-
-
-def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, int]:
-    """Index by form, without the empty form and without forms that two names share ("T-shirt" and "T shirt")."""
-    keys = [form(name) for name in names]
-    counts = Counter(keys)
-    return {key: i for i, key in enumerate(keys) if key and counts[key] == 1}
+def _unique(columns: Sequence[Sequence[str]], form: Callable[[str], str]) -> dict[str, int]:
+    """Index by form, without the empty form and without forms that two classes share ("T-shirt" and "T shirt")."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for column in columns:
+        for i, name in enumerate(column):
+            found[form(name)].add(i)
+    return {key: next(iter(classes)) for key, classes in found.items() if key and len(classes) == 1}
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -36,15 +36,25 @@ class ImageData(Dataset):
         skipped: the image and the reason, of every image that `open_data(..., skip_bad=True)` left out.
     """
 
-    def __init__(self, source: Source, image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        image_shape: tuple[int, int, int],
+        rows: np.ndarray | None = None,
+        pixels: torch.Tensor | None = None,
+        skipped: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """The images `rows` of a source, or all; `pixels` are these images decoded, uint8 [N,C,H,W]."""
+        rows = np.arange(len(source)) if rows is None else rows
         self._source = source
-        self._pixels: torch.Tensor | None = None  # all decoded images, if they fit in memory; subsets share them
-        self._rows = np.arange(len(source))  # the images of `_pixels`, or else of the source, that belong to this set
+        self._pixels = pixels  # subsets share them
+        # The images of `_pixels`, or else of the source, that belong to this set.
+        self._rows = rows if pixels is None else np.arange(len(rows))
         self.image_shape = image_shape
         self.name = _printable(source.name)
-        self.targets, self.named = source.targets, source.named
+        self.targets, self.named = source.targets[rows], source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
-        self.skipped: tuple[tuple[str, str], ...] = ()
+        self.skipped = tuple((_printable(where), _printable(why)) for where, why in skipped)
 
     @classmethod
     def from_tensors(
@@ -57,9 +67,7 @@ class ImageData(Dataset):
     ) -> ImageData:
         """Images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and ids)."""
         source = tensor_source(x, y, classes, class_ids, name)
-        data = cls(source, (x.shape[1], x.shape[2], x.shape[3]))
-        data._pixels = x.detach().cpu().contiguous()
-        return data
+        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=x.detach().cpu().contiguous())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,7 +75,7 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Image `index` as uint8 [C,H,W] (a copy), and its class index."""
         row = int(self._rows[index])
-        image = self._decoded(row) if self._pixels is None else self._pixels[row].clone()
+        image = _decoded(self._source, row, self.image_shape) if self._pixels is None else self._pixels[row].clone()
         return image, int(self.targets[index])
 
     def __repr__(self) -> str:
@@ -76,7 +84,7 @@ class ImageData(Dataset):
     def tensor(self) -> torch.Tensor:
         """All images as uint8 [N,C,H,W], in order; do not write to them. What is not in memory is decoded now."""
         if self._pixels is None:
-            return self._decode(progress=False)
+            return _decode(self._source, self._rows, self.image_shape, progress=False)
         whole = len(self._pixels) == len(self) and bool((self._rows == np.arange(len(self))).all())
         return self._pixels if whole else self._pixels[torch.from_numpy(self._rows)]
 
@@ -145,19 +153,6 @@ class ImageData(Dataset):
             )
         return rows
 
-    def _decoded(self, row: int) -> torch.Tensor:
-        channels, height, width = self.image_shape
-        return fit(self._source.pixels(row, channels), height, width)
-
-    def _decode(self, progress: bool) -> torch.Tensor:
-        out = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
-
-        def one(index: int) -> None:
-            out[index] = self._decoded(int(self._rows[index]))
-
-        in_threads(one, len(self), f"decoding {self.name}", progress, self._source.threads)
-        return out
-
 
 # What `open_data` and the methods of a model take. Other libraries' data sets have no common type.
 LabelledImages: TypeAlias = Any
@@ -223,17 +218,15 @@ def open_data(
         if shape is None or len(rows) * math.prod(shape) > cache_bytes:
             found = _look_at_headers(source, rows, size is None, progress)
             shape = (channels or found[0], *(size or found[1:]))
-        opened = ImageData(source, shape).subset(rows)
-        opened.skipped = tuple((_printable(where), _printable(why)) for where, why in bad.values())
-        if len(opened) * math.prod(shape) <= cache_bytes:
-            ready = _ready_pixels(source, shape)
-            opened._pixels = opened._decode(progress) if ready is None else ready
-            opened._rows = np.arange(len(opened))
+        pixels = None
+        if len(rows) * math.prod(shape) <= cache_bytes:
+            pixels = _ready_pixels(source, shape)
+            pixels = _decode(source, rows, shape, progress) if pixels is None else pixels
     except BadImageError as error:
         raise BadImageError(
             f"{error}, or leave such images out with skip_bad=True (glem train, adapt, eval and preview: --skip-bad)"
         ) from error
-    return opened
+    return ImageData(source, shape, rows, pixels, list(bad.values()))
 
 
 def as_image_data(
@@ -309,6 +302,22 @@ def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress
 
     in_threads(one, len(rows), f"looking at {source.name}", progress, source.threads)
     return 1 if grey.all() else 3, first[0], first[1]
+
+
+def _decoded(source: Source, row: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Image `row` of a source as uint8 [C,H,W] of that shape."""
+    return fit(source.pixels(row, shape[0]), *shape[1:])
+
+
+def _decode(source: Source, rows: np.ndarray, shape: tuple[int, int, int], progress: bool) -> torch.Tensor:
+    """The images at `rows` of a source as uint8 [N,C,H,W]."""
+    out = torch.empty(len(rows), *shape, dtype=torch.uint8)
+
+    def one(index: int) -> None:
+        out[index] = _decoded(source, int(rows[index]), shape)
+
+    in_threads(one, len(rows), f"decoding {source.name}", progress, source.threads)
+    return out
 
 
 def _ready_pixels(source: Source, shape: tuple[int, int, int]) -> torch.Tensor | None:

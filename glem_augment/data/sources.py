@@ -213,6 +213,7 @@ def _unlabelled_source(data: Any, split: str) -> Source:
     folder = expand(data) if isinstance(data, str | os.PathLike) else None
     if folder is not None and folder.is_dir() and not _is_idx(folder):
         inside = _split_folder(folder, split, classes=False)
+        _is_export(inside)
         paths = [path for path, _ in make_dataset(inside, {"": 0}, IMG_EXTENSIONS, allow_empty=True)]
         source: Source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
     elif of_hugging_face(data) and hasattr(data, "__len__"):
@@ -270,7 +271,7 @@ def _image_folder(folder: Path) -> FolderSource:
 
     The classes of an export, and their order, are those of its classes.json: some may have no folder.
     """
-    exported = (folder / PROVENANCE).is_file() and (folder / CLASS_FILE).is_file()
+    exported = _is_export(folder) and (folder / CLASS_FILE).is_file()
     class_ids = _exported_classes(folder) if exported else _folders(folder)
     if not class_ids:
         raise DataError(f"{folder} has no folders: it must be an ImageFolder, with one folder of images per class")
@@ -283,6 +284,20 @@ def _image_folder(folder: Path) -> FolderSource:
         raise DataError(f"{folder} holds no images")
     paths, targets = zip(*samples, strict=True)
     return FolderSource(str(folder), readable_names(class_ids), class_ids, np.asarray(targets), paths)
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `SyntheticDataset.export` wrote the folder. DataError: it did not finish."""
+    try:
+        manifest = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        unfinished = manifest.get("complete") is False
+    except FileNotFoundError:
+        return False
+    except (ValueError, AttributeError):
+        raise DataError(f"{folder / PROVENANCE} is damaged: run the export again") from None
+    if unfinished:
+        raise DataError(f"{folder} is an export that did not finish; to finish it, {manifest.get('finish')}")
+    return True
 
 
 def _exported_classes(folder: Path) -> list[str]:

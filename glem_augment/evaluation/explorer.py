@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import Policy, Source
+from glem_augment.checks import DrawSource, Policy
 from glem_augment.data.dataset import ImageData, images_for
 from glem_augment.data.pixels import to_tensor, to_uint8
 from glem_augment.data.sources import FolderSource
@@ -68,17 +68,17 @@ class Explorer:
         self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
         self.pixels = PixelAdapter(model.image_shape)
 
-    def samples(self, cls: int, temperature: float, source: Source, seed: int, count: int = 32) -> Tensor:
+    def samples(self, cls: int, temperature: float, source: DrawSource, seed: int, count: int = 32) -> Tensor:
         """The first samples [count, C, H, W] that `glem generate` draws of a class."""
         return SyntheticDataset(self.model, {cls: count}, temperature, seed, source=source).images(range(count))
 
-    def sample_sheet(self, cls: int, temperature: float, source: Source, seed: int) -> Image.Image:
+    def sample_sheet(self, cls: int, temperature: float, source: DrawSource, seed: int) -> Image.Image:
         """A picture of samples that says what they are."""
         cells = self.samples(cls, temperature, source, seed).unflatten(0, (-1, 8))
         note = f"source {source}, temperature {temperature:g}, seed {seed}"
         return compose(f"Samples: {self.model.classes[cls]}", note, [Section("", cells)])
 
-    def neighbours(self, cls: int, temperature: float, source: Source, seed: int) -> tuple[Image.Image, str]:
+    def neighbours(self, cls: int, temperature: float, source: DrawSource, seed: int) -> tuple[Image.Image, str]:
         """Samples above the real images that are nearest to them in pixels, and what that says of memorisation."""
         samples = self.samples(cls, temperature, source, seed, NEIGHBOURS)
         flat, sections = samples.flatten(1), [Section("Samples", samples[None])]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for, open_data
 from glem_augment.data.sources import open_source
 from glem_augment.devices import evaluating
@@ -52,6 +53,7 @@ def quality_report(
     std: Tensor | float = ORACLE_STD,
     max_images: int = 5000,
     progress: bool = True,
+    class_map: ClassMap = None,
 ) -> dict[str, Any]:
     """Compare a synthetic set with its real images: are they alike, are the labels right, are they copies?
 
@@ -66,6 +68,7 @@ def quality_report(
         network, mean, std: a timm classifier of the classes of `synthetic`, see `features_and_logits`. None: a small
             one is trained on `real`, which takes about a minute on a CPU.
         max_images: of each of the three sets, evenly spread.
+        class_map: how the classes of `real` and `held_out` map to those of `synthetic`, see `match_classes`.
 
     Returns:
         JSON-able:
@@ -81,12 +84,13 @@ def quality_report(
         DataError: fewer than six images in a set. ClassMismatchError: classes of `real` that `synthetic` does not name.
     """
     made = _some(synthetic, max_images, progress)
-    trained = images_for(made, _some(real, max_images, progress, made.image_shape))
+    trained = images_for(made, _some(real, max_images, progress, made.image_shape), class_map)
     if held_out is None:
         fifth = np.arange(len(trained)) % 5 == 4
         trained, unseen = (trained.subset(np.flatnonzero(rows)) for rows in (~fifth, fifth))
     else:
-        unseen = images_for(made, _some(held_out, max_images, progress, made.image_shape, "test"))
+        some = _some(held_out, max_images, progress, made.image_shape, "test")
+        unseen = images_for(made, some, class_map)
     counts = {"synthetic": len(made), "real": len(trained), "held_out": len(unseen)}
     if min(counts.values()) <= NEIGHBOURS:
         raise DataError(f"there are too few images, {counts}: at least {NEIGHBOURS + 1} of each are needed")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.hub.files import LIBRARY, PREFIX, parse_name
@@ -155,13 +155,15 @@ def data_name(spec: object) -> str:
     return PurePath(text.replace("\\", "/")).name or "unknown data"
 
 
-def trained_on(training: Mapping[str, Any]) -> str:
-    """Markdown that names the data the flow was trained on, and the data it was then adapted to."""
-    steps = [
-        escape(data_name(record["data"])) if record.get("data") else "data that its record does not name"
-        for record in reversed(records(training))
-    ]
-    return ", then adapted to ".join(steps)
+def data_names(training: Mapping[str, Any]) -> list[str]:
+    """Public names of the data that the flow was trained on, and of the data that it was then adapted to."""
+    unnamed = "data that its record does not name"
+    return [data_name(record["data"]) if record.get("data") else unnamed for record in reversed(records(training))]
+
+
+def trained_on(names: Sequence[str]) -> str:
+    """Markdown for `data_names`."""
+    return ", then adapted to ".join(map(escape, names))
 
 
 def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -193,7 +195,7 @@ def escape(text: object) -> str:
 def _body(model: GLEM, repo_id: str, facts: CardFacts, results: Sequence[EvalResult], samples: bool) -> str:
     config, training = model.config, model.config.training
     c, h, w = model.image_shape
-    data = trained_on(training)
+    data = trained_on(data_names(training))
     images = f", {training['images']:,} images" if isinstance(training.get("images"), int) else ""
     first = records(training)[-1].get("config")
     settings = first if isinstance(first, dict) else {}
@@ -274,3 +276,102 @@ def licence_of(facts: CardFacts) -> str:
         return "**The licence was not stated: ask the publisher before you use this.**"
     named = f"{facts.license_name} ({facts.license})" if facts.license_name else facts.license
     return f"The publisher states: {named}" + (f" ([text]({facts.license_link}))." if facts.license_link else ".")
+
+
+# ---- synthetic images ----------------------------------------------------------------------------------------------
+
+# Keys of a report of `evaluation.quality_report`, and words for people.
+_REPORTED = {
+    "fid": "FID",
+    "coverage": "coverage",
+    "density": "density",
+    "label_reliability": "share of images that a classifier of real images gives their class",
+    "network_accuracy": "the same of held-out real images",
+    "ratio": "distance to the nearest training image, over that to the nearest held-out one (copies: near 0)",
+}
+
+
+def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> DatasetCard:
+    """The card of synthetic images as shards; its metadata tell `datasets` where the images are.
+
+    Args:
+        manifest: of the export, see `synthetic.manifest`.
+        name: the heading.
+        facts: the licence.
+    """
+    names = {str(entry["index"]): entry["name"] for entry in manifest["classes"]}
+    features = [
+        {"name": "png", "dtype": "image"},
+        {"name": "cls", "dtype": {"class_label": {"names": names}}},
+        {"name": "__key__", "dtype": "string"},
+        {"name": "__url__", "dtype": "string"},
+    ]
+    data = DatasetCardData(
+        **facts.licence(),
+        annotations_creators=["machine-generated"],
+        task_categories=["image-classification"],
+        tags=["synthetic", LIBRARY],
+        dataset_info={"features": features},
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.tar"}]}],
+    )
+    c, h, w = manifest["image_shape"]
+    loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
+    made = "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
+    derived = "Samples derive"
+    if manifest["settings"]["source"] == "mixup":
+        made = "made by a class-conditional normalizing flow: each is a real image, moved part of the way to another."
+        derived = f"Mixtures derive from real images ({escape(manifest['real'] or 'not recorded')}) and"
+    settings = "\n".join(f"| {key} | {escape(value)} |" for key, value in manifest["settings"].items())
+    body = f"""# {escape(name)}
+
+**These images are synthetic.** {manifest["count"]:,} images, {c}x{h}x{w} (channels x height x width), of
+{len(manifest["classes"])} classes, {made}
+They are for training image classifiers together with real images; measure on real ones only.
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("{name}", split="train")
+image, label = data[0]["png"], data[0]["cls"]
+```
+
+## How they were made
+
+| | |
+|---|---|
+| generator | {manifest["generator"]} |
+| flow | {loaded}, weights with SHA-256 `{manifest["weights_sha256"]}` |
+| the flow was trained on | {trained_on(manifest["trained_on"])} |
+| images that are not plausible (values off [0, 1] by more than 1, or not finite) | {len(manifest["implausible"])} |
+{settings}
+
+With these settings of `SyntheticDataset`, the same flow, version and kind of machine, they can be drawn again.
+{_quality(manifest["quality"]) if "quality" in manifest else ""}
+## Licence
+
+{derived} from the images that the flow was trained on, and inherit their licence. {licence_of(facts)}
+
+## Limits
+
+The labels are the classes that the flow was asked for; a person would call some of the images something else. They
+repeat the biases and gaps of the training images, and may resemble single ones.
+"""
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _quality(report: Mapping[str, Any]) -> str:
+    """The section on a report of `evaluation.quality_report`."""
+    found = {**report, **(report["memorisation"] or {})}
+    rows = "\n".join(f"| {words} | {found[key]:.3g} |" for key, words in _REPORTED.items() if key in found)
+    images = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in report["images"].items())
+    return f"""
+## Quality
+
+| | |
+|---|---|
+{rows}
+
+Measured on {images} images; features of {escape(report["features"])}.
+
+![Synthetic images beside the nearest real ones](report.png)
+"""

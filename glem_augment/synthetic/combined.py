@@ -24,7 +24,7 @@ from glem_augment.synthetic.dataset import SyntheticDataset
 class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
-    Each data set applies its own transform. A transform that is set here, as timm's create_loader does, comes after.
+    Each data set applies its own transform, and `transform` comes after. timm's create_loader sets it.
     Next to real PIL images the synthetic ones come in the same mode (RGB or L). Next to an `ImageData`, whose items are
     uint8 tensors, they are such tensors too, unless `synthetic` has a transform. Classes are matched by name; if the
     real data names none, its labels are the flow's indices. A synthetic image's label goes through the synthetic data's
@@ -40,10 +40,14 @@ class RealAndSynthetic(Dataset):
             ratio is balanced as `synthetic` is. None: all of them, as for per_class="balance".
         class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
             classes than the flow, and the flow more than the real data, if `synthetic` has no image of them.
+        transform: applied to every image, real and synthetic. A DataLoader needs one that makes tensors of one size,
+            where the images are PIL images.
+
+    Raises:
+        DataError: too few synthetic images, classes that do not match, or the folder of an unfinished export.
 
     Attributes:
-        transform: set here. targets: int labels of all items. classes, class_to_idx: those of the real data, if it
-            names any.
+        targets: int labels of all items. classes, class_to_idx: those of the real data, if it names any.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class RealAndSynthetic(Dataset):
         synthetic: SyntheticDataset | ImageData | str | os.PathLike[str],
         ratio: float | None = 1.0,
         class_map: ClassMap = None,
+        transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if isinstance(synthetic, str | os.PathLike):
             synthetic = open_data(synthetic)
@@ -63,7 +68,7 @@ class RealAndSynthetic(Dataset):
         if isinstance(real, str | os.PathLike) or of_hugging_face(real):
             real = source
         self.real, self.synthetic = real, synthetic
-        self.transform: Callable[[Any], Any] | None = None
+        self.transform = transform
         if source.named:
             self.classes = list(source.classes)
             self.class_to_idx = {name: i for i, name in enumerate(self.classes)}

@@ -21,15 +21,15 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment.checks import FORMATS, Format, Source, check_choice, check_number, check_whole
-from glem_augment.data.dataset import ImageData, check_indices
-from glem_augment.data.sources import open_source
+from glem_augment.checks import DrawSource, Format, check_number, check_whole
+from glem_augment.data.classes import ClassMap
+from glem_augment.data.dataset import check_indices
 from glem_augment.devices import weights_key
 from glem_augment.distributed import rank, world_size
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.balance import PerClass, class_counts, class_values, match_targets
-from glem_augment.synthetic.latents import Sampler, rows_by_block
+from glem_augment.synthetic.plan import PerClass, Plan, class_counts, class_values, label_order, open_real
+from glem_augment.synthetic.sampler import Drawing, Drawn, Sampler, rows_by_block
 
 # Images that are decoded together, in a SyntheticDataset all of one class. Another number would change their last bits.
 BLOCK = 64
@@ -41,6 +41,9 @@ class SyntheticDataset(Dataset):
     Items are (PIL image, int). A block of images is decoded when the first of them is wanted, and kept as long as
     `cache_bytes` allow. Every DataLoader worker has a cache of its own, so for loaders with workers, and for sets that
     are shuffled and do not fit the cache, call `preload` first, or `export` and read the files.
+
+    A draw whose image is not plausible, since its values leave [0, 1] by more than 1 or are not finite, is drawn again,
+    up to 4 times.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
@@ -57,9 +60,7 @@ class SyntheticDataset(Dataset):
         cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images, see `open_data`, for "balance" and "mixup". Exports number the classes as they do.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
-        min_confidence: draw an item again, up to 20 times, until the flow's posterior gives its class at least this;
-            the best candidate is kept if none has that much. Nearly all draws of the class Gaussians pass, which are
-            the posterior's own. `acceptance()` reports. None: no rejection.
+        class_map: how the classes of `real` map to the flow's, see `match_classes`.
     """
 
     def __init__(
@@ -70,47 +71,47 @@ class SyntheticDataset(Dataset):
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
-        source: Source | None = None,
+        source: DrawSource | None = None,
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
         modes: int | None = None,
         alpha: float = 1.0,
-        min_confidence: float | None = None,
+        class_map: ClassMap = None,
     ) -> None:
-        model = as_model(model)
-        if real is not None and not isinstance(real, ImageData):
-            real = open_source(real)
-        self.counts = class_counts(model, per_class, real)
-        self.label_order = list(range(model.num_classes))
-        if real is not None:
-            order = match_targets(model, real)[1].tolist()
-            self.label_order = [*order, *(i for i, count in enumerate(self.counts) if count and i not in order)]
+        self.model = as_model(model).on(device)
+        matched = None if real is None else open_real(self.model, real, class_map)
+        self.counts = class_counts(self.model, per_class, matched)
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.transform, self.target_transform = transform, target_transform
-        self.model = model.on(device)
-        drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
-        self.sampler = Sampler(self.model, *drawing, wanted=np.asarray(self.counts) > 0)
-        self.source, self.seed, self.temperature = self.sampler.source, self.sampler.seed, self.sampler.temperature
-        self.block = BLOCK
-        self.image_shape: tuple[int, int, int] = model.image_shape
-        self.classes, self.class_ids = list(model.classes), list(model.class_ids)
-        self.class_to_idx = dict(model.class_to_idx)
-        self.targets: list[int] = np.repeat(np.arange(model.num_classes), self.counts).tolist()
+        drawing = Drawing(source, seed, temperature, modes, alpha)
+        self.sampler = sampler = Sampler(self.model, drawing, matched, np.asarray(self.counts) > 0)
+        self.source, self.seed, self.temperature = sampler.source, sampler.seed, sampler.temperature
+        order, name = label_order(self.counts, matched), None if sampler.real is None else sampler.real.name
+        self.plan = Plan(self.model, self.counts, order, BLOCK, {**sampler.settings(), "block": BLOCK}, name)
+        self.image_shape: tuple[int, int, int] = self.model.image_shape
+        self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
+        self.class_to_idx = dict(self.model.class_to_idx)
+        self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._implausible: set[int] = set()  # items decoded so far
         self._preloaded: Tensor | None = None
-        # For each block (class, number) decoded so far: images, images that are not plausible, and `Drawn.judged`.
-        self.decoded: dict[tuple[int, int], tuple[int, int, tuple[int, int, float]]] = {}
         self._weights_key: tuple[tuple[int, int], ...] | None = None
         self._make_cache()
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    def __repr__(self) -> str:
+        c, h, w = self.image_shape
+        drawn = f"source {self.source!r}, temperature {self.temperature:g}, seed {self.seed}"
+        classes = sum(count > 0 for count in self.counts)
+        return f"SyntheticDataset({len(self)} images {c}x{h}x{w} of {classes} classes, {drawn}, from {self.model!r})"
+
     @property
-    def implausible(self) -> int:
-        """Images decoded so far in this process whose values leave [0, 1] by more than 1, or are not finite."""
-        return sum(count for _, count, _ in self.decoded.values())
+    def implausible(self) -> list[int]:
+        """Items decoded so far in this process of which no draw was plausible."""
+        return sorted(self._implausible)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index`: (image, label) after the transforms."""
@@ -131,80 +132,39 @@ class SyntheticDataset(Dataset):
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images of several items, uint8 [n, C, H, W] on the CPU, any number of channels."""
-        cls, within = self._locate(indices)
-        out = torch.empty(len(cls), *self.image_shape, dtype=torch.uint8)
-        for (c, number), rows in rows_by_block(cls, within, self.block).items():
-            out[rows] = self.decoded_block(c, number)[0][within[rows] - number * self.block]
+        chosen = check_indices(indices, len(self))
+        if self._preloaded is not None:
+            return self._preloaded[torch.from_numpy(chosen)]
+        out = torch.empty(len(chosen), *self.image_shape, dtype=torch.uint8)
+        for block, rows, places in self._blocks(chosen):
+            out[rows] = self._cached(*block)[places]
         return out
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """Latents z of several items, float32 [n, d] on the model's device; under rejection those that were kept."""
-        cls, within = self._locate(indices)
-        out = torch.empty(len(cls), self.model.dim, device=self.model.device)
-        for (c, number), rows in rows_by_block(cls, within, self.block).items():
-            out[rows] = self.sampler.latents(*self._items(c, number))[0][within[rows] - number * self.block]
+        """Latents z of several items, float32 [n, d] on the model's device: of the draws that were kept."""
+        chosen = check_indices(indices, len(self))
+        out = torch.empty(len(chosen), self.model.dim, device=self.model.device)
+        for block, rows, places in self._blocks(chosen):
+            out[rows] = self.draw(*block).latents[places]
         return out
 
     def preload(self, progress: bool = True) -> None:
         """Decode all images now and keep them in memory, which DataLoader workers started afterwards share."""
         images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
-        starts = range(0, len(self), self.block)
+        starts = range(0, len(self), BLOCK)
         for start in tqdm(starts, unit="block", desc="preload", disable=not progress):
-            indices = range(start, min(start + self.block, len(self)))
+            indices = range(start, min(start + BLOCK, len(self)))
             images[start : indices.stop] = self.images(indices)
         self._preloaded = images
         self._make_cache()
 
-    def acceptance(self) -> dict[str, Any]:
-        """What rejection did in the blocks that this process has decoded so far.
-
-        Returns:
-            JSON-able: min_confidence, `total` and one entry per class with `items` (decoded), `candidates` (drawn for
-            them), `rate` (accepted / candidates), `failed` (no candidate was good enough) and `confidence` (mean).
-        """
-        if self.sampler.min_confidence is None:
-            raise ValueError("nothing is rejected without min_confidence")
-        rows = np.zeros((len(self.classes), 4))
-        for (cls, _), (items, _, judged) in self.decoded.items():
-            rows[cls] += (items, *judged)
-        return {
-            "min_confidence": self.sampler.min_confidence,
-            "total": _rates(*rows.sum(axis=0)),
-            "classes": {name: _rates(*row) for name, row in zip(self.classes, rows, strict=True)},
-        }
-
-    def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, beside weights, classes and counts, as JSON can carry them."""
+    def draw(self, cls: int, number: int) -> Drawn:
+        """Draw block `number` of a class, anew in every call. RuntimeError: the model has changed meanwhile."""
         self._check_model()
-        own = {key: getattr(self, key) for key in ("temperature", "seed", "source", "block")}
-        return own | self.sampler.settings()
-
-    def decoded_block(self, cls: int, number: int) -> tuple[Tensor, int]:
-        """Images number * block ... of a class, uint8 [m, C, H, W], and how many of them are not plausible."""
-        if self._preloaded is None:
-            return self._cached_block(cls, number)
-        start = int(self._starts[cls]) + number * self.block
-        stop = min(start + self.block, int(self._starts[cls + 1]))
-        return self._preloaded[start:stop], self.decoded[cls, number][1]
-
-    def _decode_block(self, cls: int, number: int) -> tuple[Tensor, int]:
-        self._check_model()
-        drawn = self.sampler.images(*self._items(cls, number))
-        self.decoded[cls, number] = (len(drawn.images), drawn.implausible, drawn.judged)
-        return drawn.images, drawn.implausible
-
-    def _items(self, cls: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Class and place within the class of a block's items, int64 [m] each."""
-        within = np.arange(number * self.block, min(self.counts[cls], (number + 1) * self.block))
-        return np.full_like(within, cls), within
-
-    def _check_model(self) -> None:
-        """Refuse to mix images of two models in one set, or under the wrong hash in its provenance."""
-        key = weights_key(self.model)
-        if self._weights_key is None:
-            self._weights_key = key
-        elif key != self._weights_key:
-            raise RuntimeError("the model's weights or modes have changed: make a new SyntheticDataset")
+        within = np.arange(number * self.plan.block, min(self.counts[cls], (number + 1) * self.plan.block))
+        drawn = self.sampler.draw(np.full_like(within, cls), within)
+        self._implausible.update((self._starts[cls] + within[drawn.implausible]).tolist())
+        return drawn
 
     def export(
         self,
@@ -215,19 +175,20 @@ class SyntheticDataset(Dataset):
         license: str | None = None,  # noqa: A002  (the Hub's word)
         distributed: bool = False,
     ) -> Path:
-        """Write all images, without the transforms, and glem-provenance.json; every file appears whole or not at all.
+        """Write all images, without the transforms, and glem-provenance.json; every file is written atomically.
 
-        Classes are numbered in `label_order`: those of `real` as it numbers them, followed by other classes of the flow
-        that have images; without `real`, as the flow numbers them. An ImageFolder has no folder for a class of no
-        images, so that torchvision would number the later ones differently: its classes.json holds the label of every
-        folder, and `open_data` and `RealAndSynthetic` go by that.
+        Classes are numbered as `real` numbers them, followed by other classes of the flow that have images; without
+        `real`, as the flow numbers them. An ImageFolder has no folder for a class of no images, so that torchvision
+        would number the later ones differently: its classes.json holds the label of every folder, and `open_data` and
+        `RealAndSynthetic` go by that.
 
-        Exporting the same images to the same folder again checks them, and writes what is missing or damaged, so an
-        export that was killed is finished by running it again, on any number of ranks.
+        Exporting the same images to the same folder again writes the files that are missing, so an export that was
+        killed is finished by running it again, on any number of ranks. Until then `open_data` refuses the folder.
+        checksums.sha256 holds the SHA-256 of every image or shard, for `sha256sum --check`.
 
         Args:
-            format: "imagefolder" (folder/<class>/NNNNNN.png, see `class_folders`), or "webdataset" (data/train-*.tar,
-                which timm and the Hub read; packed at the end from an ImageFolder in a hidden folder).
+            format: "imagefolder" (folder/<class>/NNNNNN.png), or "webdataset" (data/train-*.tar, which timm and the Hub
+                read; packed at the end from an ImageFolder in a hidden folder).
             overwrite: replace an export of other images.
             license: of the images that the flow was trained on, which its samples inherit, for the provenance; by
                 default the one in the flow's record (not for mixtures, whose real images may have another).
@@ -238,51 +199,49 @@ class SyntheticDataset(Dataset):
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
             OSError: if the disk is full or cannot be written, naming the path.
         """
-        from glem_augment.hub.cards import CardFacts  # it loads the Hub's client
-        from glem_augment.synthetic.export import ALONE, Ranks, export_imagefolder, warn_of_implausible, warn_of_numbers
-        from glem_augment.synthetic.publish import export_shards  # both modules import this one
+        from glem_augment.hub.cards import CardFacts  # both load the Hub's client
+        from glem_augment.synthetic.export import export_set
 
-        check_choice("format", format, FORMATS)
-        folder = expand(folder)
         self._check_pil()
-        ranks = Ranks.all() if distributed else ALONE
-        progress = progress and ranks.rank == 0
-        if format == "webdataset":
-            export_shards(self, folder, CardFacts(license), overwrite, progress, ranks)
-        else:
-            manifest = export_imagefolder(self, folder, overwrite, license, progress, ranks)
-            if ranks.rank == 0:
-                warn_of_numbers(manifest["classes"], folder)
-        if ranks.rank == 0:
-            warn_of_implausible(self)
-        return folder
+        self._check_model()
+        writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
+        export_set(self.plan, self.draw, folder, format, CardFacts(license), **writing)
+        return expand(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload all images to the data set `org/name` on the Hub in one commit; see `publish.push_dataset`."""
-        from glem_augment.synthetic.publish import push_dataset  # which imports this module
+        """Upload all images to the data set `org/name` on the Hub in one commit; see `export.push_dataset`."""
+        from glem_augment.synthetic.export import push_dataset
 
         self._check_pil()
-        return push_dataset(self, repo_id, **options)
+        self._check_model()
+        return push_dataset(self.plan, self.draw, repo_id, **options)
+
+    def _check_model(self) -> None:
+        """Refuse to mix images of two models in one set, or under the wrong hash in its manifest."""
+        key = weights_key(self.model)
+        if key != (self._weights_key or key):
+            raise RuntimeError("the model's weights or modes have changed: make a new SyntheticDataset")
+        self._weights_key = key
 
     def _make_cache(self) -> None:
-        blocks = max(1, self.cache_bytes // (self.block * math.prod(self.image_shape)))
-        self._cached_block = functools.lru_cache(blocks)(self._decode_block)
+        blocks = max(1, self.cache_bytes // (BLOCK * math.prod(self.image_shape)))
+        self._cached = functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
+
+    def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:
+        """Class and number of every block that holds items, their rows in `index` [n], their places in the block."""
+        cls = np.searchsorted(self._starts, index, side="right") - 1
+        within = index - self._starts[cls]
+        for block, rows in rows_by_block(cls, within, self.plan.block).items():
+            yield block, rows, within[rows] - block[1] * self.plan.block
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a cache and counts of its own, and other tensors with the same weights.
-        known = {} if self._preloaded is None else self.decoded
-        state = {key: value for key, value in self.__dict__.items() if key != "_cached_block"}
-        return state | {"decoded": known, "_weights_key": None}
+        # A copy has a cache of its own, and other tensors with the same weights.
+        state = {key: value for key, value in self.__dict__.items() if key != "_cached"}
+        return state | {"_weights_key": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_cache()
-
-    def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Class and place within the class of every index, int64 [n] each."""
-        index = check_indices(indices, len(self))
-        cls = np.searchsorted(self._starts, index, side="right") - 1
-        return cls, index - self._starts[cls]
 
     def _check_pil(self) -> None:
         if self.image_shape[0] not in (1, 3):
@@ -304,8 +263,7 @@ class SyntheticStream(IterableDataset):
         length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
         weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from class names, ids or
             indices (the others get no image); None: all the same.
-        temperature, seed, transform, target_transform, source, device, real, modes, alpha, min_confidence: as for
-            `SyntheticDataset`.
+        temperature, seed, transform, target_transform, source, device, real, modes, alpha: as for `SyntheticDataset`.
     """
 
     def __init__(
@@ -317,14 +275,13 @@ class SyntheticStream(IterableDataset):
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
-        source: Source | None = None,
+        source: DrawSource | None = None,
         device: torch.device | str | None = None,
         real: Any = None,
         modes: int | None = None,
         alpha: float = 1.0,
-        min_confidence: float | None = None,
     ) -> None:
-        model = as_model(model)
+        model = as_model(model).on(device)
         self.length = None if length is None else check_whole("length", length, 1)
         given = [1.0] * model.num_classes if weights is None else class_values(model, weights, "weights", 0.0)
         frequencies = np.array([check_number(f"weights[{i}]", w, 0.0, math.inf) for i, w in enumerate(given)])
@@ -332,8 +289,9 @@ class SyntheticStream(IterableDataset):
             raise ValueError("weights must not all be 0")
         self.probabilities = frequencies / frequencies.sum()
         self.transform, self.target_transform = transform, target_transform
-        drawing = (source, seed, temperature, real, modes, alpha, min_confidence)
-        self.sampler = Sampler(model.on(device), *drawing, wanted=self.probabilities > 0)
+        matched = None if real is None else open_real(model, real)
+        drawing = Drawing(source, seed, temperature, modes, alpha)
+        self.sampler = Sampler(model, drawing, matched, self.probabilities > 0)
         self.block = BLOCK
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self._sender = (0, 1)  # rank and number of ranks of the process that sent this copy
@@ -367,8 +325,8 @@ class SyntheticStream(IterableDataset):
         y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
         # Each place is used once over all blocks and epochs; 2^40 images are enough for an epoch.
         within = epoch * 2**40 + number * self.block + np.arange(self.block)
-        drawn = self.sampler.images(y[:count], within[:count])
-        for image, label in zip(drawn.images, y[:count].tolist(), strict=True):
+        images = self.sampler.draw(y[:count], within[:count]).images
+        for image, label in zip(images, y[:count].tolist(), strict=True):
             picture = to_pil_image(image)
             yield (
                 picture if self.transform is None else self.transform(picture),
@@ -381,14 +339,3 @@ class SyntheticStream(IterableDataset):
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, rather than forked, is not part of the process group.
         return self.__dict__ | {"_sender": self._ranks()}
-
-
-def _rates(items: float, candidates: float, failed: float, confidence: float) -> dict[str, Any]:
-    """One entry of `acceptance`; confidence: the sum over the items."""
-    return {
-        "items": int(items),
-        "candidates": int(candidates),
-        "rate": float((items - failed) / candidates) if candidates else None,
-        "failed": int(failed),
-        "confidence": float(confidence / items) if items else None,
-    }

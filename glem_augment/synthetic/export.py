@@ -1,57 +1,69 @@
-"""Writing synthetic images to an ImageFolder, with a manifest that says where they came from.
+"""Writing a synthetic set, as an ImageFolder or as WebDataset shards, with a manifest that says where it came from.
 
-The manifest, glem-provenance.json, holds the settings and a SHA-256 for every shard, a block of images of one class:
-what `cat 000064.png 000065.png ... | sha256sum` prints. While an export is under way, it says "complete": false, and
-every few seconds each rank lists the shards that it has written in a hidden file beside it. Running an export again, on
-any number of ranks, checks every shard and writes what is missing or damaged. classes.json maps every class's folder,
-there or not, to its label.
+The manifest, glem-provenance.json, says "complete": false until everything is there; then `open_data` refuses the
+folder. Images are written in blocks of one class. Before its images, a block writes its checksums to the hidden folder
+.glem-export. All files are written atomically and draws are deterministic, so running an export again, on any number of
+ranks, draws only the blocks of which a file is missing or empty. checksums.sha256 then holds the checksums of all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import os
 import re
 import shutil
-import time
-import unicodedata
-from collections.abc import Iterable, Sequence
+import tarfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from huggingface_hub import CommitInfo
 from torchvision.io import encode_png
 from tqdm import tqdm
 
-from glem_augment import __version__
 from glem_augment.augment.moves import MOST_PUT_BACK
+from glem_augment.checks import FORMATS, Format, check_choice
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.io import atomic_write, write_json
-from glem_augment.model.config import licence_id
-from glem_augment.model.weights import weights_sha256
-from glem_augment.synthetic.dataset import SyntheticDataset
-
-# Seconds between two saves of the manifest: after a kill, the shards since the last one are drawn again.
-SAVE_SECONDS = 5.0
-# Files that a kill left under their temporary names, and the lists of ranks.
-_LEFT_OVER = re.compile(
-    r"\.(\d{6,}\.png|(\.\d+-)?glem-provenance\.json|classes\.json)\.\d+-[0-9a-f]{8}\.tmp|\.\d+-glem-provenance\.json"
+from glem_augment.hub.cards import CardFacts, dataset_card
+from glem_augment.hub.upload import upload, write_card
+from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
+from glem_augment.synthetic.manifest import (
+    CHECKSUMS,
+    LEFT_OVER,
+    WORK,
+    check_folder,
+    differences,
+    provenance,
+    stated_licence,
 )
+from glem_augment.synthetic.plan import Block, Plan
+from glem_augment.synthetic.sampler import Drawn
 
+# A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.
+MAX_SHARDS, MIN_SHARD = 64, 32
+# Files of shards beside the shards. timm's reader takes their description; the Hub's loaders read *.tar alone.
+_SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)|# implausible: (.+)")  # of checksums; sha256sum ignores comments
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+Draw = Callable[[int, int], Drawn]  # from a class and the number of a block
+Sums = dict[str, str]  # from the path of a file below the export's folder to its SHA-256
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that write together: this one takes every `count`-th shard from number `rank` on."""
+    """The processes that write together: this one takes every `count`-th block or shard from number `rank` on."""
 
     rank: int = 0
     count: int = 1
@@ -71,268 +83,276 @@ class Ranks:
         return gather(thing, self.group) if self.count > 1 else [thing]
 
 
-ALONE = Ranks()
-
-
-class Shard(NamedTuple):
-    """Block `number` of the class with this label: so many `images`, numbered from `first`, in the class's folder."""
-
-    label: int
-    number: int
-    folder: str
-    first: int
-    images: int
-
-    def paths(self, root: Path) -> list[Path]:
-        return [root / self.folder / f"{i:06d}.png" for i in range(self.first, self.first + self.images)]
-
-
-def export_imagefolder(
-    dataset: SyntheticDataset,
-    folder: Path,
+def export_set(
+    plan: Plan,
+    draw: Draw,
+    folder: str | os.PathLike[str],
+    form: Format,
+    facts: CardFacts | None = None,
+    *,
     overwrite: bool = False,
-    license: str | None = None,  # noqa: A002  (the Hub's word)
     progress: bool = True,
-    ranks: Ranks = ALONE,
+    distributed: bool = False,
+    command: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
-    """Write folder/<class>/NNNNNN.png and the manifest, which is returned; see `SyntheticDataset.export`."""
-    if ranks.rank == 0:
-        _begin(dataset, folder, overwrite, license)
-    ranks.gather(None)
-    begun = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    shards = [
-        Shard(label, number, entry["folder"], first, min(dataset.block, entry["count"] - first))
-        for label, entry in enumerate(begun["classes"])
-        for number, first in enumerate(range(0, entry["count"], dataset.block))
-    ]
-    # Large shards first, so that no rank gets all the small ones at the ends of the classes.
-    own = sorted(shards, key=lambda shard: -shard.images)[ranks.rank :: ranks.count]
-    done = _intact(folder, own, begun["shards"])
-    missing = [shard for shard in own if shard not in done]
-    saved, total = time.monotonic(), sum(shard.images for shard in missing)
+    """Write the images of a plan; see `SyntheticDataset.export`.
+
+    Args:
+        facts: the licence, and a quality report for the card of shards.
+        command: what finishes the export after a kill, for an error message.
+        name: the heading of the card, by default the folder's name.
+
+    Returns:
+        The manifest, in which `implausible` lists the images of which no draw was plausible.
+    """
+    check_choice("format", form, FORMATS)
+    folder, facts = expand(folder), facts or CardFacts()
+    ranks = Ranks.all() if distributed else Ranks()
+    progress, shards = progress and ranks.rank == 0, form == "webdataset"
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, not a folder: give another folder")
+    with lock_folder(folder) if ranks.rank == 0 else nullcontext():
+        begun = _begin(plan, folder, form, facts, overwrite, command) if ranks.rank == 0 else {}
+        manifest = ranks.gather(begun)[0]
+        folders = {cls: entry["folder"] for cls, entry in zip(plan.order, manifest["classes"], strict=True)}
+        writing = (plan, draw, folders, folder, ranks, progress)
+        sums, bad = _write_shards(*writing) if shards else _write_images(*writing, folder)
+        manifest |= {"complete": True, "implausible": bad}
+        del manifest["finish"]
+        if ranks.rank == 0:
+            with atomic_write(folder / CHECKSUMS, "w") as file:
+                file.write(_as_text(sums, bad))
+            if shards:
+                _describe_shards(plan, folder, facts, manifest, name or folder.resolve().name)
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+            for path in folder.rglob(".*.tmp"):
+                if LEFT_OVER.fullmatch(path.name):
+                    path.unlink()
+            write_json(folder / PROVENANCE, manifest)  # last: from now on the set is complete
+            _warn(plan, folder, manifest)
+        ranks.gather(None)
+    return manifest
+
+
+def push_dataset(
+    plan: Plan,
+    draw: Draw,
+    repo_id: str,
+    *,
+    license: str | None = None,  # noqa: A002  (the Hub's word)
+    license_name: str | None = None,
+    license_link: str | None = None,
+    report: str | os.PathLike[str] | None = None,
+    **target: Any,
+) -> CommitInfo:
+    """Upload all images as shards with a card, in one commit that removes what an earlier push left in `data/`.
+
+    Args:
+        repo_id: `org/name` of a data set, which is made if it does not exist.
+        license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
+            inherit; an identifier of the Hub. By default the one in the flow's record; where there is none either, the
+            card says that it is unknown, with a warning.
+        report: a folder that `evaluation.quality_report` wrote, for the card.
+        target: `commit_message`, `private`, `token` and `revision`, see `hub.upload.upload`.
+
+    Raises:
+        HubError: no network, no permission, ...; nothing has been committed then.
+        OSError: no space for temporary files, which take twice the size of the images.
+    """
+    facts = CardFacts(license, license_name, license_link, report=report)
+
+    def write(name: str, folder: Path) -> None:
+        export_set(plan, draw, folder, "webdataset", facts, name=name)
+
+    return upload(repo_id, "dataset", write, replace="data/*", **target)
+
+
+def _begin(
+    plan: Plan, folder: Path, form: Format, facts: CardFacts, overwrite: bool, command: str | None
+) -> dict[str, Any]:
+    """Make the folder ready: no images of another export, a manifest, classes.json. Returns the manifest."""
+    manifest, old = provenance(plan, form, facts), check_folder(folder)
+    if old is not None and (found := differences(old, manifest)):
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
+                "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
+            )
+        # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
+        _remove(folder, old)
+        old = None
+    if old is not None and facts.license is None:
+        manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
+    manifest["finish"] = command or f"export the same SyntheticDataset to {folder} again"
+    if old is None or not old["complete"]:
+        write_json(folder / PROVENANCE, manifest)
+    if form == "imagefolder":
+        write_json(folder / CLASS_FILE, {entry["folder"]: entry["index"] for entry in manifest["classes"]})
+    return manifest
+
+
+def _remove(folder: Path, old: dict[str, Any]) -> None:
+    """Remove an export, but for its manifest."""
+    files = [CHECKSUMS, CLASS_FILE]
+    if old["format"] == "imagefolder":
+        for entry in old["classes"]:
+            if (folder / entry["folder"]).is_dir():
+                shutil.rmtree(folder / entry["folder"])  # `check_folder` has seen that there are only its images
+    else:
+        files += [_SHARDS_INFO, _CARD, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+def _write_images(
+    plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: Ranks, progress: bool, root: Path
+) -> tuple[Sums, list[str]]:
+    """Write root/<class>/NNNNNN.png. Returns the checksums, and the paths of images that are not plausible."""
+    sums, bad = _read_sums([folder / CHECKSUMS, *sorted((folder / WORK).glob("*.sha256"))])
+    # Large blocks first, so that no rank gets all the small ones at the ends of the classes.
+    own = sorted(plan.blocks(), key=lambda block: -block.size)[ranks.rank :: ranks.count]
+    missing = [block for block in own if not all(p in sums and _is_there(root / p) for p in _paths(block, folders))]
     of = f" of rank 0 of {ranks.count}" if ranks.count > 1 else ""
+    total = sum(block.size for block in missing)
     with (
         ThreadPoolExecutor(min(8, usable_cpus())) as pool,
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
-        for shard in missing:
-            images, implausible = dataset.decoded_block(dataset.label_order[shard.label], shard.number)
-            sha256 = hashlib.sha256(b"".join(pool.map(_write_png, images, shard.paths(folder)))).hexdigest()
-            where = {"folder": shard.folder, "first": shard.first, "count": shard.images}
-            done[shard] = {**where, "sha256": sha256, "implausible": implausible}
-            bar.update(shard.images)
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                write_json(folder / f".{ranks.rank}-{PROVENANCE}", {**begun, "shards": list(done.values())})
-                saved = time.monotonic()
-    for others, decoded in ranks.gather((done, dataset.decoded)):
-        done |= others
-        dataset.decoded.update(decoded)
-    manifest = {**begun, "complete": True, **_results([done[shard] for shard in shards])}
-    if ranks.rank == 0:
-        write_json(folder / PROVENANCE, manifest)
-        for path in folder.rglob(".*"):
-            if _LEFT_OVER.fullmatch(path.name):
-                path.unlink()
-    ranks.gather(None)
-    return manifest
+        for block in missing:
+            drawn, paths = draw(block.cls, block.number), _paths(block, folders)
+            pngs = list(pool.map(lambda image: encode_png(image).numpy().tobytes(), drawn.images))
+            new = {path: hashlib.sha256(png).hexdigest() for path, png in zip(paths, pngs, strict=True)}
+            fresh = [path for path, implausible in zip(paths, drawn.implausible, strict=True) if implausible]
+            _write(folder / WORK / f"{block.cls}-{block.number}.sha256", _as_text(new, fresh).encode())
+            list(pool.map(_write, (root / path for path in paths), pngs))
+            sums |= new
+            bad |= set(fresh)
+            bar.update(block.size)
+    wanted = [path for block in own for path in _paths(block, folders)]
+    found: Sums = {}
+    for others in ranks.gather({path: sums[path] for path in wanted}):
+        found |= others
+    doubtful = set().union(*ranks.gather(bad))
+    order = [path for block in plan.blocks() for path in _paths(block, folders)]
+    return {path: found[path] for path in order}, [path for path in order if path in doubtful]
 
 
-def _begin(dataset: SyntheticDataset, folder: Path, overwrite: bool, license: str | None) -> None:  # noqa: A002
-    """Make the folder ready: no images of another export, a manifest with the shards of earlier runs, classes.json."""
-    manifest: dict[str, Any] = provenance(dataset) | {"license": licence_note(license, dataset)}
-    old = check_folder(folder)
-    if old is not None and not holds_same(folder, old, manifest, overwrite):
-        # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
-        for entry in old["classes"]:
-            if (folder / entry["folder"]).is_dir():
-                shutil.rmtree(folder / entry["folder"])  # `check_folder` has seen that there are only its images
-        old = None
-    if license is None and old is not None:
-        manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
-    found = [old, *map(read_manifest, sorted(folder.glob(f".*-{PROVENANCE}")))]
-    parts = [part for part in found if part is not None and not differences(part, manifest)]
-    manifest |= _results(list(_by_place(entry for part in parts for entry in part.get("shards", [])).values()))
-    write_json(folder / PROVENANCE, manifest)
-    write_json(folder / CLASS_FILE, {entry["folder"]: entry["index"] for entry in manifest["classes"]})
+def _paths(block: Block, folders: dict[int, str]) -> list[str]:
+    return [f"{folders[block.cls]}/{i:06d}.png" for i in range(block.first, block.first + block.size)]
 
 
-def _results(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"images_implausible": sum(entry["implausible"] for entry in entries), "shards": entries}
+def _is_there(path: Path) -> bool:
+    """Whether a file is there and not empty, as a power cut may leave it."""
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
 
 
-def warn_of_numbers(classes: list[dict[str, Any]], folder: Path) -> None:
-    """Say so where torchvision's ImageFolder, which numbers the folders that exist, would give another label."""
+def _write(path: Path, data: bytes) -> None:
+    # To sync every one of these small files takes longer than all the rest.
+    with atomic_write(path, sync=False) as file:
+        file.write(data)
+
+
+def _as_text(sums: Sums, implausible: Iterable[str]) -> str:
+    lines = [f"{sha256}  {path}\n" for path, sha256 in sums.items()]
+    return "".join([*lines, *(f"# implausible: {path}\n" for path in implausible)])
+
+
+def _read_sums(files: Iterable[Path]) -> tuple[Sums, set[str]]:
+    """The checksums and the implausible images in files; a later file counts more than an earlier one."""
+    sums: Sums = {}
+    implausible: set[str] = set()
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for found in filter(None, map(_LINE.fullmatch, text.splitlines())):
+            sha256, path, bad = found.groups()
+            implausible |= {bad} - {None}
+            sums |= {path: sha256} if path else {}
+    return sums, implausible
+
+
+# ---- shards --------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(
+    plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: Ranks, progress: bool
+) -> tuple[Sums, list[str]]:
+    """Write image i to shard i mod S, so that every shard holds every class. Returns what `_write_images` does.
+
+    Each shard has images of nearly all blocks. So the images are made first, as an ImageFolder in a hidden folder.
+    """
+    names, (sums, bad) = _shard_names(sum(plan.counts)), _read_sums([folder / CHECKSUMS])
+    done = all(name in sums and _is_there(folder / name) for name in names)
+    if all(ranks.gather(done)):
+        return {name: sums[name] for name in names}, sorted(bad)
+    root = folder / WORK / "images"
+    paths, doubtful = _write_images(plan, draw, folders, folder, ranks, progress, root)
+    label_of = {folders[cls]: label for label, cls in enumerate(plan.order)}
+    images = [(root / path, label_of[path.partition("/")[0]]) for path in paths]
+    count, own = len(names), {}
+    for number in tqdm(range(ranks.rank, count, ranks.count), unit="shard", desc="pack", disable=not progress):
+        shard = folder / names[number]
+        if not _is_there(shard):
+            with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as archive:
+                for index in range(number, len(images), count):
+                    path, label = images[index]
+                    _add_file(archive, f"{index:08d}.png", path.read_bytes())
+                    _add_file(archive, f"{index:08d}.cls", str(label).encode())
+        own[names[number]] = file_sha256(shard)
+    packed: Sums = {}
+    for others in ranks.gather(own):
+        packed |= others
+    unlikely = set(doubtful)
+    keys = [f"{index:08d}.png" for index, path in enumerate(paths) if path in unlikely]
+    return {name: packed[name] for name in names}, keys
+
+
+def _shard_names(images: int) -> list[str]:
+    count = min(MAX_SHARDS, -(-images // MIN_SHARD))
+    return [f"data/train-{i:05d}-of-{count:05d}.tar" for i in range(count)]
+
+
+def _add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # without a time, so that the same images give the same shards
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[str, Any], name: str) -> None:
+    """Write the card and timm's description of the shards; put the quality report into folder and manifest."""
+    names = [path.removeprefix("data/") for path in _shard_names(manifest["count"])]
+    lengths = [len(range(i, manifest["count"], len(names))) for i in range(len(names))]
+    split = {"name": "train", "num_samples": manifest["count"], "filenames": names, "shard_lengths": lengths}
+    write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
+    if facts.report is not None:
+        report = expand(facts.report)
+        manifest["quality"] = json.loads((report / "report.json").read_text(encoding="utf-8"))
+        shutil.copy(report / _PICTURE, folder)
+    write_card(dataset_card(manifest, name, replace(facts, license=stated_licence(plan, facts))), folder)
+
+
+def _warn(plan: Plan, folder: Path, manifest: dict[str, Any]) -> None:
+    """Warn where many images are not plausible, or torchvision's ImageFolder would number the classes differently."""
+    bad, count, classes = len(manifest["implausible"]), manifest["count"], manifest["classes"]
+    if bad > MOST_PUT_BACK * count:
+        fix = "adapt the flow to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
+        _log.warning(
+            '%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s. "implausible" in '
+            "%s lists them",
+            *(bad, count, fix, folder / PROVENANCE),
+        )
     folders = [entry["folder"] for entry in classes]
     there = sorted(entry["folder"] for entry in classes if entry["count"])
-    if len(there) < len(folders) and there != folders[: len(there)]:
+    if manifest["format"] == "imagefolder" and len(there) < len(folders) and there != folders[: len(there)]:
         _log.warning(
             "%s has no folder for %d of %d classes, which get no images, so torchvision's ImageFolder would number the "
             "others differently: open it with open_data or RealAndSynthetic, or take the labels from its %s",
             *(folder, len(folders) - len(there), len(folders), CLASS_FILE),
         )
-
-
-def warn_of_implausible(dataset: SyntheticDataset) -> None:
-    """Say so where many of the images that were drawn are not plausible."""
-    if dataset.implausible > MOST_PUT_BACK * len(dataset):
-        fix = "adapt the flow to the real images" if dataset.source == "mixup" else "lower the temperature"
-        _log.warning(
-            "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s",
-            *(dataset.implausible, len(dataset), fix),
-        )
-
-
-def _write_png(image: Tensor, path: Path) -> bytes:
-    """Write an image as a PNG file; its bytes."""
-    data = encode_png(image).numpy().tobytes()
-    # To sync every one of these small files takes longer than all the rest. What a power cut took is found by the
-    # hashes when the export is run again.
-    with atomic_write(path, sync=False) as file:
-        file.write(data)
-    return data
-
-
-# ---- what is in the folder already -----------------------------------------------------------------------------------
-
-
-def check_folder(folder: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier export in the folder, finished or not; None if the folder is empty or missing.
-
-    Raises:
-        FileExistsError: the folder holds anything that no export wrote, or without its manifest.
-    """
-    old = read_manifest(folder / PROVENANCE)
-    counts = {} if old is None else {entry["folder"]: entry["count"] for entry in old["classes"]}
-    for path in sorted(folder.rglob("*")):
-        name, parent = path.relative_to(folder).as_posix(), path.parent.name
-        image = re.fullmatch(r"([0-9]{6}|[1-9][0-9]{6,})\.png", path.name)
-        is_folder = path.is_dir() and not path.is_symlink()
-        known = name == PROVENANCE or (name == CLASS_FILE and old is not None)
-        if known or _LEFT_OVER.fullmatch(path.name) or (name in counts and is_folder):
-            continue
-        if name == f"{parent}/{path.name}" and image and int(image[1]) < counts.get(parent, 0):
-            continue
-        nothing = "no earlier export, the only thing that overwrite=True (--overwrite) replaces"
-        found = nothing if old is None else f"{name!r}, which no export wrote"
-        raise FileExistsError(f"{folder} is not empty, it holds {found}: give another folder")
-    return old
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest at `path`; None if there is none, or one that no export has written."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        classes, shards = manifest["classes"], manifest.get("shards", [])
-        # Folders lie inside that of the export: what is in them may be replaced.
-        good = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in [*classes, *shards])
-        good &= all(type(entry["count"]) is int for entry in classes)
-        good &= all(type(entry[key]) is int for entry in shards for key in ("first", "count", "implausible"))
-        good &= all(isinstance(table, dict) for table in (manifest["settings"], manifest.get("model", {})))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if good else None
-
-
-def holds_same(folder: Path, old: dict[str, Any], new: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the manifest of an earlier export describes the same images. FileExistsError if not, unless overwrite."""
-    found = differences(old, new)
-    if found and not overwrite:
-        raise FileExistsError(
-            f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
-            "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
-        )
-    return not found
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
-    a, b = ({key: table.get(key) for key in ("generator", "count")} | table["settings"] for table in (old, new))
-    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in a | b if a.get(key) != b.get(key)]
-    # A class without images, the label of a class and the record of the training make no image.
-    a, b = (
-        {
-            "weights": table.get("weights_sha256"),
-            "classes": {entry["folder"]: entry["count"] for entry in table["classes"] if entry["count"]},
-            "model": {key: value for key, value in table.get("model", {}).items() if key != "training"},
-        }
-        for table in (old, new)
-    )
-    return found + [key for key in a if a[key] != b[key]]
-
-
-def _intact(folder: Path, shards: list[Shard], entries: list[dict[str, Any]]) -> dict[Shard, dict[str, Any]]:
-    """The manifest entries of the shards whose files are all there, with the hash that the manifest gives."""
-    known = _by_place(entries)
-
-    def is_intact(shard: Shard) -> bool:
-        try:
-            found = hashlib.sha256(b"".join(path.read_bytes() for path in shard.paths(folder)))
-        except OSError:
-            return False
-        return known[shard[2:]].get("sha256") == found.hexdigest()
-
-    listed = [shard for shard in shards if shard[2:] in known]
-    with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
-        return {s: known[s[2:]] for s, intact in zip(listed, pool.map(is_intact, listed), strict=True) if intact}
-
-
-def _by_place(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """Entries of a manifest by folder, first image and number of images; the last of several for one shard."""
-    return {(entry["folder"], entry["first"], entry["count"]): entry for entry in entries}
-
-
-# ---- the manifest ----------------------------------------------------------------------------------------------------
-
-
-def provenance(dataset: SyntheticDataset) -> dict[str, Any]:
-    """The manifest without results: which flow draws the images, and with which settings."""
-    order, model = dataset.label_order, dataset.model
-    ids, names = ([values[i] for i in order] for values in (model.class_ids, model.classes))
-    classes = zip(ids, names, class_folders(ids, names), (dataset.counts[i] for i in order), strict=True)
-    return {
-        "synthetic": True,
-        "complete": False,
-        "generator": f"glem-augment {__version__}",
-        "count": len(dataset),
-        "settings": dataset.settings(),
-        "classes": [
-            {"index": label, "id": class_id, "name": name, "folder": folder, "count": count}
-            for label, (class_id, name, folder, count) in enumerate(classes)
-        ],
-        "weights_sha256": weights_sha256(model),
-        "model": json.loads(json.dumps(model.config.to_dict(), default=str)),
-    }
-
-
-def stated_licence(licence: str | None, dataset: SyntheticDataset) -> str | None:
-    """The licence, by default that of the flow's training images in its record. A mixture needs one to be stated: the
-    real images that were mixed may have another."""
-    recorded = licence_id(dataset.model.config.training.get("license"))
-    return licence or (None if dataset.source == "mixup" else recorded)
-
-
-def licence_note(licence: str | None, dataset: SyntheticDataset) -> str:
-    """The licence for the provenance, or a note that it is not known."""
-    return stated_licence(licence, dataset) or "not stated; samples inherit the licence of the real images"
-
-
-def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A folder name for every class: its id if that can be one as it is, else a slug of its name.
-
-    A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug has the
-    letters and digits of the name, so that the classes are matched again when the folder is opened as data. Where two
-    would be the same, all have the class's index in front, which the matching leaves out.
-    """
-    numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
-    folders = [
-        class_id if _slug(class_id) == class_id and not numbered else _slug(name) or f"class_{index}"
-        for index, (class_id, name) in enumerate(zip(class_ids, names, strict=True))
-    ]
-    if len({folder.casefold() for folder in folders}) == len(folders):  # some file systems do not tell capitals apart
-        return folders
-    return [f"{index}_{folder}" for index, folder in enumerate(folders)]
-
-
-def _slug(text: str) -> str:
-    text = re.sub(r"[^\w.+ -]+", "_", unicodedata.normalize("NFC", text))
-    return text.lstrip("_.+ -")[:100].rstrip("_. ")

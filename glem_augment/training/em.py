@@ -12,8 +12,8 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +74,7 @@ class EM:
         begun: Checkpoint | None = None,
         device: str | torch.device | None = None,
         progress: bool = True,
+        ready: Callable[[Any], object] | None = None,
     ) -> None:
         self.data, self.config, self.progress = data, config, progress and is_primary()
         self.views = data  # what the steps see: with an autoencoder, several latents of each image
@@ -103,6 +104,8 @@ class EM:
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
         self.image_seconds = self.latent_seconds = 0.0  # of encoding an image, and of a latent in a Gaussian step
         if begun is None:
+            if ready is not None:
+                ready(self)
             self._initialise(init_model)
         self.ema: ModelEmaV3 | None = None
         if config.averaging == "ema" and any(True for _ in self.model.flow.parameters()):
@@ -175,7 +178,11 @@ class EM:
         if whiten is not None and not whiten.initialised:
             facts = pooled_covariance(self._numbers_of_class, self.model.num_classes, len(whiten.gain), self.model.dim)
             whiten.fit(*facts)
-        self.model.initialise(x, self._generator(1))
+        layers = [module for module in self.model.flow.modules() if isinstance(module, nn.Conv2d)]
+        with self._bar("start: ActNorm", len(layers), "layer") as bar, ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_hook(lambda *_: bar.update()).remove)
+            self.model.initialise(x, self._generator(1))
         if init_model is not None:
             if (init_model.class_ids, init_model.config.psi) == (self.model.class_ids, config.psi):
                 gaussians.load_state_dict(init_model.gaussians.state_dict())
@@ -293,8 +300,9 @@ class EM:
     def _latent_pass(
         self, round_index: int, rows: np.ndarray, keep: bool = False, model: GLEM | None = None
     ) -> LatentStatistics:
-        """One pass over the images `rows` with the noise of an M-step; with a bar for the refit's model."""
-        bar = self._bar("encoding for the refit", len(rows), "image", model is not None)
+        """One pass over the images `rows` with the noise of an M-step; with a bar at the start and for the refit."""
+        title = "start: latents" if round_index < 0 else "encoding for the refit"
+        bar = self._bar(title, len(rows), "image", round_index < 0 or model is not None)
         model, began = model or self.model, time.monotonic()
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self._generator(3, round_index + 1)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Trainer(EM):
         began: where `max_minutes` counts from, on the clock of `time.monotonic`; by default now.
         callbacks: functions that are called with every row of metrics.jsonl as it is written, a dict with "kind" and
             "step". One that sets the trainer's `stop_requested` ends the run after the current step, resumably.
+        ready: is called with the trainer of a new run before its flow is initialised, which may take minutes.
 
     Raises:
         DataError: data that can't be trained on. TrainingError: a checkpoint of another run, or `out` has one
@@ -98,17 +99,18 @@ class Trainer(EM):
         progress: bool = True,
         began: float | None = None,
         callbacks: Sequence[Callback] = (),
+        ready: Callable[[Any], object] | None = None,
     ) -> None:
         began = time.monotonic() if began is None else began
         self.deadline = math.inf if config.max_minutes is None else began + 60 * config.max_minutes
         self.out, self.fingerprint, self._clock = expand(out), data_fingerprint(data), began
-        self.stop_requested = False
+        self.stop_requested, self._resumed = False, False
         with self._locked():  # or else an error, before anything is read or written
             pass
         begun = load_checkpoint(self.out) if resume else None
         if begun is not None:
             check_same_run(begun, config, self.fingerprint, data.name)
-            self.init_from = begun.facts["init_from"]
+            self.init_from, self._resumed = begun.facts["init_from"], True
             self._clock -= begun.facts["seconds"]
         else:
             require_unused(self.out)
@@ -117,7 +119,7 @@ class Trainer(EM):
                 self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
                 _warn_of_another_split(init_model.config.training, data, config)
         wait()  # before the first rank writes anything, all have looked
-        super().__init__(data, config, init_model, begun, device, progress)
+        super().__init__(data, config, init_model, begun, device, progress, ready)
         if is_primary():
             self.out.mkdir(parents=True, exist_ok=True)
             remove_left_overs(self.out)
@@ -169,6 +171,8 @@ class Trainer(EM):
                 # So that a run killed before its first periodic checkpoint can be resumed, and one that diverges in
                 # its first epoch has somewhere to return to.
                 self.save_checkpoint(good=True)
+                if not self._resumed:
+                    self._save_or_stop(saved=True)  # the initialisation may have taken all of `max_minutes`
             elif self.step % self.steps_per_epoch == 0:
                 # The kill may have come after the checkpoint of an epoch and before its pictures were drawn.
                 self._draw_pictures(self.step // self.steps_per_epoch)

@@ -13,7 +13,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,8 +24,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
-from glem_augment.cli import build_parser, main
-from glem_augment.cli.arguments import COMMANDS
+from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.evaluation import moves_put_back
 from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CONFIG, WEIGHTS
@@ -149,8 +147,8 @@ def test_help_teaches(command: str, output: Output, monkeypatch: pytest.MonkeyPa
     assert sum(line.startswith(f"  glem {command}") for line in examples) >= 2 or command == "demo"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "{}")  # tables in files are read at once
     for line in examples:
-        module, function = build_parser().parse_args(shlex.split(line, comments=True)[1:]).run.split(".")
-        assert callable(getattr(import_module(f"glem_augment.cli.{module}"), function))
+        words = shlex.split(line, comments=True)[1:]
+        assert callable(build_parser(words).parse_args(words).run)
     assert "Exit codes: 0 " in text.split("examples:\n")[1]
 
 
@@ -163,6 +161,20 @@ def test_adapt_leaves_out_what_cannot_be_read(trained: Path, tmp_path: Path, out
     out, err = output()
     assert json.loads(out)["skipped"] == 1 and json.loads(out)["images"] == 8
     assert "left out: " in err and "broken.png" in err
+
+
+def test_adapt_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Output) -> None:
+    write_images(tmp_path / "photos", ("cat", "dog"), (20, 12), 4)
+    argv = ["adapt", "identity", str(tmp_path / "photos"), "--rank", "2", "--quiet", "--out"]
+    output()
+    assert main([*argv, str(tmp_path / "a"), "--image-size", "16"]) == 0
+    assert json.loads(output()[0])["classes"] == ["cat", "dog"]
+    model = GLEM.from_pretrained(tmp_path / "a")
+    assert model.image_shape == (3, 16, 16) and model.config.flow["preset"] == "identity"
+    assert main([*argv, str(tmp_path / "b")]) == 0
+    assert GLEM.from_pretrained(tmp_path / "b").image_shape == (3, 20, 12)
+    other = ["adapt", str(trained), images_of(trained), "--image-size", "16", "--out", str(tmp_path / "c")]
+    fails(other, output, "--image-size", "identity")
 
 
 def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -201,14 +213,17 @@ def test_adapt_and_eval_say_how_many_moves_would_be_put_back(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"images": 18, "mixup": 0.02, "noise": {0.5: 0.54, 0.25: 0.12, 0.125: 0.0}, "strength": 0.125}
-    monkeypatch.setattr("glem_augment.cli.commands.moves_put_back", lambda model, data: found)
+    monkeypatch.setattr("glem_augment.evaluation.moves_put_back", lambda model, data: found)
     for argv in (["adapt", "--out", str(tmp_path / "a"), "--rank", "2"], ["eval"]):
         output()
         assert main([argv[0], str(trained), images_of(trained), *argv[1:], "--quiet"]) == 0
         out, err = output()
         assert json.loads(out)["moves_put_back"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
         assert "2 % of these images after mixup and 54 % after noise of strength 0.5" in err and "takes 0.125" in err
-    found["noise"] = {0.5: 0.01}
+    found["mixup"] = 0.3
+    assert main(["adapt", str(trained), images_of(trained), "--out", str(tmp_path / "b"), "--rank", "2"]) == 0
+    assert "glem adapt identity DATA --autoencoder taef2" in output()[1]
+    found |= {"mixup": 0.02, "noise": {0.5: 0.01}, "strength": 0.5}
     assert main(["eval", str(trained), images_of(trained)]) == 0 and "put back" not in output()[1]
 
 
@@ -253,7 +268,7 @@ def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, t
     assert len(files) == 6 and not (tmp_path / "some" / "cat").exists()
     for file in files:
         assert (tmp_path / "some" / file).read_bytes() == (tmp_path / "all" / file).read_bytes()
-    # Once more: the files are checked, and what is missing is written.
+    # Once more: what is missing is written.
     (tmp_path / "all" / "cat" / "000001.png").unlink()
     assert main([*base, "--out", str(tmp_path / "all")]) == 0
     assert (tmp_path / "all" / "cat" / "000001.png").is_file()
@@ -310,11 +325,10 @@ def test_generate_looks_at_the_output_folder_before_the_model(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr("glem_augment.cli.commands.load_model", None)
-    for layout in ("imagefolder", "webdataset"):
-        argv = ["generate", str(trained), "--per-class", "2", "--format", layout, "--out", str(tmp_path)]
-        fails(argv, output, "not empty", "--overwrite")
-        fails([*argv, "--overwrite"], output, "no earlier export")
+    monkeypatch.setattr("glem_augment.cli.common.load_model", None)
+    argv = ["generate", str(trained), "--per-class", "2", "--out", str(tmp_path)]
+    fails(argv, output, "not empty", "--overwrite")
+    fails([*argv, "--overwrite"], output, "no earlier export")
 
 
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -337,21 +351,18 @@ def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, outpu
     fails(["generate", *argv, str(tmp_path / "other")], output, "not empty", "real_images_sha256")
 
 
-def test_generate_rejects_and_reports(
+def test_an_interrupted_export_says_how_to_go_on(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.latents.MAX_ATTEMPTS", 3)
-    argv = [str(trained), "--per-class", "cat=4,dog=4", "--temperature", "30", "--min-confidence", "1"]
-    output()
-    assert main(["generate", *argv, "--out", str(tmp_path / "a")]) == 0
-    out, err = output()
-    report = json.loads(out)["acceptance"]
-    data = SyntheticDataset(GLEM.from_pretrained(trained), per_class=[0, 4, 4], temperature=30.0, min_confidence=1.0)
-    data.images(range(len(data)))
-    expected = data.acceptance()
-    assert report == json.loads(json.dumps(expected)) and report["total"]["items"] == 8
-    failed = report["total"]["failed"]
-    assert failed > 0 and f"{failed} of 8 images never reached --min-confidence 1" in err
+    argv = ["generate", str(trained), "--per-class", "4", "--out", str(tmp_path / "a b")]
+    with monkeypatch.context() as patch:
+        patch.setattr(SyntheticDataset, "draw", Mock(side_effect=KeyboardInterrupt))
+        output()
+        assert main([*argv, "--quiet"]) == 130
+    command = f"run: {shlex.join(['glem', *argv])}"
+    assert output()[1] == f"glem: {tmp_path / 'a b'} is not complete; to finish it, {command} --quiet\n"
+    fails(["eval", str(trained), str(tmp_path / "a b")], output, "did not finish", command)
+    assert main(argv) == 0 and len(open_data(tmp_path / "a b")) == 12
 
 
 def test_generate_shards(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -376,7 +387,7 @@ def test_generate_shards(trained: Path, tmp_path: Path, output: Output) -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_told(error: Exception, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glem_augment.cli.commands.model_facts", Mock(side_effect=error))
+    monkeypatch.setattr("glem_augment.cli.info.model_facts", Mock(side_effect=error))
     fails(["info", "bundled:fashion-mnist"], output, "lower --batch-size")
 
 
@@ -386,7 +397,7 @@ def test_an_image_that_a_worker_cannot_read_is_told(
     data = open_data(image_folder, cache_bytes=0)
     (image_folder / "cat" / "2.png").write_text("text")
     read = Mock(side_effect=lambda name: list(data.batches(range(len(data)), 3, workers=1)))
-    monkeypatch.setattr("glem_augment.cli.commands.model_facts", read)
+    monkeypatch.setattr("glem_augment.cli.info.model_facts", read)
     line = fails(["info", "bundled:fashion-mnist"], output, "2.png cannot be read as an image")
     assert line.startswith(f"glem: error: {image_folder}")
 
@@ -400,7 +411,6 @@ def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Pat
     fails([*base, "2", "--modes", "2"], output, "--modes", "--source mixup")
     fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
     fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "--temperature")
-    fails([*base, "2", "--min-confidence", "1.5"], output, "min_confidence", "1.5")
     fails([*base, "cow=2"], output, "'cow'", "bird, cat, dog")
     fails([*base, "cat=0"], output, "no image at all")
     fails([*base, "balance", *real], output, "all classes have 6 images")
@@ -544,7 +554,7 @@ def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: 
 
 def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     # At work, and while torch is imported.
-    for place in ("glem_augment.cli.commands.model_facts", "glem_augment.cli.import_module"):
+    for place in ("glem_augment.cli.info.model_facts", "glem_augment.cli.import_module"):
         with monkeypatch.context() as patch:
             patch.setattr(place, Mock(side_effect=KeyboardInterrupt))
             output()
@@ -575,7 +585,12 @@ for argv in {}:
 def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
     file = str(tmp_path / "file")
     Path(file).write_text("")
-    helps = [["--help"], ["--version"], ["train", "--help-all"], *([name, "--help"] for name in COMMANDS)]
+    helps = [
+        ["--help"],
+        ["--version"],
+        ["train", "--help-all"],
+        *([name, "--help"] for name in COMMANDS if name != "demo"),
+    ]
     slips = {
         "unknown option --augmnet; did you mean --augment?": ["train", "x", "--augmnet", "flip"],
         "unknown option --hepl; did you mean --help?": ["--hepl"],
@@ -615,7 +630,7 @@ def test_one_process_trains_in_a_folder_at_a_time(
     try:
         assert process.stdout is not None and process.stdout.readline().startswith("data ")
         with monkeypatch.context() as patch:
-            patch.delattr("glem_augment.cli.train.open_data")  # the lock is found before any image is decoded
+            patch.setattr("glem_augment.data.dataset.open_data", None)  # the lock is found before any image is decoded
             assert main([*argv, "--resume"]) == 2
         assert "glem: error: another process is at work in" in output()[1]
         with pytest.raises(BlockingIOError, match="another process is at work in"):
@@ -639,9 +654,24 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     assert "steps are few" in err and "glem adapt" in err
     line = r"epoch 1/1: ([0-9.]+) bits/dim \(independent pixels: ([0-9.]+)\), accuracy [0-9.]+ % on held-out images"
     bits, pixels = re.search(line, out).groups()  # type: ignore[union-attr]
-    assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels} bits/dim" in err.splitlines()[-1]
+    assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels}: " in err.splitlines()[-1]
     model = GLEM.from_pretrained(tmp_path / "run")
     assert "this flow was worse than independent pixels" in model_card(model, "a/b").text
+
+
+def test_a_run_says_what_it_trains_before_the_flow_is_initialised(
+    image_folder: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(tmp_path / "run")
+    argv = ["train", str(image_folder), "--out", run, "--epochs", "1", "--batch-size", "4", "--image-size", "72", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(GLEM, "initialise", Mock(side_effect=KeyboardInterrupt))
+        assert main(argv) == 130
+    out, err = output()
+    assert "12 images, 3x72x72" in out and "--image-size" in err and "start: ActNorm" in err
+    # The start counts for --max-minutes: the run stops before its first step, and goes on from there.
+    assert main([*argv, "--max-minutes", "1e-9"]) == 75 and load_checkpoint(Path(run)).facts["step"] == 0
+    assert "stopped at step 0" in output()[1] and main([*argv, "--resume", "--quiet"]) == 0
 
 
 def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,9 @@ from test_cli import TINY, write_images
 from test_training import comparable, tiny_trainer
 
 from glem_augment import GLEM, SyntheticDataset
+from glem_augment.data.sources import PROVENANCE
 from glem_augment.errors import TrainingError
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.synthetic.export import PROVENANCE, read_manifest
 from glem_augment.training.checkpoint import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
 
 # In the fast suite, and in the slow one.
@@ -161,8 +162,8 @@ def export_argv(model: Path, out: Path, per_class: int) -> list[str]:
 
 def exported(folder: Path) -> dict[str, bytes]:
     """Every file under its final name."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not re.search(r"(^|/)\.", name)}
 
 
 def whole_or_absent(out: Path, whole: dict[str, bytes]) -> None:
@@ -173,10 +174,10 @@ def whole_or_absent(out: Path, whole: dict[str, bytes]) -> None:
 
 
 def finished(out: Path) -> dict[Path, int]:
-    """The files of the shards that an export under way knows to be written, and which files on the disk they are."""
-    shards = (read_manifest(out / PROVENANCE) or {"shards": []})["shards"]
-    paths = [out / s["folder"] / f"{s['first'] + i:06d}.png" for s in shards for i in range(s["count"])]
-    return {path: path.stat().st_ino for path in paths}
+    """The files of blocks that are whole, and which files on the disk they are."""
+    logs = [file.read_text().split() for file in (out / ".glem-export").glob("*.sha256")]
+    blocks = [[out / name for name in words[1::2]] for words in logs]
+    return {path: path.stat().st_ino for paths in blocks if all(p.exists() for p in paths) for path in paths}
 
 
 @pytest.mark.parametrize("stride", [11, pytest.param(1, marks=SLOW)])

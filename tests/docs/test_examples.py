@@ -199,7 +199,7 @@ def test_long_tail_with_a_class_that_is_not_tested(
     # A classifier that knows the training labels.
     monkeypatch.setattr(example, "train", lambda *_: None)
     monkeypatch.setattr(example, "predictions", lambda *_: torch.tensor([0] * 4 + [2] * 4))
-    options = ["--adapt", "--source", "gaussian", "--min-confidence", "0", "--imbalance", "2"]
+    options = ["--adapt", "--source", "gaussian", "--imbalance", "2"]
     monkeypatch.setattr(sys, "argv", ["long_tail.py", "--data", str(root), *options])
     example.main()
     out = capsys.readouterr().out

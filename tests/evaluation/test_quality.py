@@ -166,7 +166,7 @@ def test_a_report_of_colour_images_from_the_command_line(
         assert json.loads((tmp_path / "a" / "glem-provenance.json").read_text())["complete"]
         return quality_report(*given, **options)
 
-    monkeypatch.setattr("glem_augment.cli.commands.quality_report", after_the_export)
+    monkeypatch.setattr("glem_augment.evaluation.quality_report", after_the_export)
     assert main([*base, str(tmp_path / "a"), *report, str(tmp_path / "photos")]) == 0
     found = json.loads(capsys.readouterr().out)["report"]
     assert found == json.loads((tmp_path / "report" / "report.json").read_text()) and found["memorisation"]

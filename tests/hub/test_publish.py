@@ -1,4 +1,4 @@
-"""Synthetic sets as shards with a card: as a data set on the Hub, and in a folder."""
+"""Synthetic sets as shards with a card, in a folder and as a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import tarfile
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import test_hub
@@ -22,7 +21,7 @@ from glem_augment import GLEM, SyntheticDataset
 from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation.quality import quality_report, train_network
 from glem_augment.model.weights import WEIGHTS
-from glem_augment.synthetic import publish
+from glem_augment.synthetic import export
 
 PROVENANCE = "glem-provenance.json"
 server, pushed = test_hub.server, test_hub.pushed  # fixtures
@@ -55,7 +54,7 @@ def test_a_data_set_is_pushed_as_shards(pushed: Pushed, tmp_path: Path) -> None:
     assert tree.keys() == {*files(folder), ".gitattributes"} and same.items() <= files(folder).items()
     origin = json.loads(tree[PROVENANCE])
     assert origin["synthetic"] is True and origin["settings"]["temperature"] == 0.5 and origin["settings"]["seed"] == 4
-    assert origin["loaded_from"] == f"org/flow@{commit}" and "model" not in origin
+    assert origin["loaded_from"] == f"org/flow@{commit}"
     weights = server.repo("org/flow").commits[commit][WEIGHTS]
     assert origin["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     card = DatasetCard(tree["README.md"].decode())
@@ -101,7 +100,7 @@ def test_the_card_shows_the_report_of_the_images(server: HubServer, tmp_path: Pa
 
 
 def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "MIN_SHARD", 4)
+    monkeypatch.setattr(export, "MIN_SHARD", 4)
     dataset = SyntheticDataset(tiny_model(), per_class=3)
     tree = files(dataset.export(tmp_path / "a" / "out", "webdataset", progress=False))
     shards = read_shards([tree[f"data/train-{i:05d}-of-00003.tar"] for i in range(3)])
@@ -123,51 +122,15 @@ def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> No
     options: dict[str, Any] = {"per_class": 2, "seed": 3}
     cards = []
     for name, data in (
-        ("a", SyntheticDataset(model, min_confidence=0.1, **options)),
+        ("a", SyntheticDataset(model, temperature=0.5, **options)),
         ("b", SyntheticDataset(model, source="mixup", real=real, **options)),
     ):
         folder = data.export(tmp_path / name, "webdataset", progress=False)
         cards.append((folder / "README.md").read_text())
         assert "| the flow was trained on | large |" in cards[-1]
         assert "| source | " in cards[-1] and "| seed | 3 |" in cards[-1]
-    assert "None is a photograph" in cards[0] and "| min_confidence | 0.1 |" in cards[0]
+    assert "None is a photograph" in cards[0] and "| temperature | 0.5 |" in cards[0]
     assert "None is a photograph" not in cards[1]
     assert "each is a real image, moved" in cards[1] and "derive from real images (photos) and from" in cards[1]
     note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
     assert "not stated; samples inherit" in note
-
-
-# ---- shards in a folder ------------------------------------------------------------------------------------------
-
-
-def export(folder: Path, seed: int = 1, **options: object) -> Path:
-    return SyntheticDataset(tiny_model(), per_class=2, seed=seed).export(
-        folder, "webdataset", progress=False, **options
-    )
-
-
-def test_shards_replace_an_earlier_export_and_leave_files_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = export(tmp_path / "out")
-    (folder / "data" / "train-00007-of-00009.tar").write_bytes(b"of a larger export")
-    (folder / "data" / "val-00000.tar").write_bytes(b"mine")
-    before = files(folder)
-    with pytest.raises(FileExistsError, match="not empty"):
-        export(folder, seed=2)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tarfile.TarFile.addfile", Mock(side_effect=OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="cannot write .*tar: no space left"):
-            export(folder, seed=2, overwrite=True)
-    left = files(folder)
-    assert {name: left[name] for name in left if not name.startswith(publish._UNFINISHED)} == before
-    fresh = files(export(tmp_path / "fresh" / "out", seed=2))
-    whole = {**fresh, "data/val-00000.tar": b"mine"}
-    with monkeypatch.context() as patch:  # the images were all made, and then there is nothing to do
-        patch.setattr(SyntheticDataset, "decoded_block", None)
-        assert files(export(folder, seed=2, overwrite=True)) == files(export(folder, seed=2)) == whole
-    # As a kill leaves it while shards are moved into place.
-    (folder / PROVENANCE).unlink()
-    (folder / publish._UNFINISHED).mkdir()
-    assert files(export(folder, seed=2)) == whole

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from glem_augment import GLEM, GLEMAugment, GLEMError, ModelFileError
 from glem_augment.cli import main
-from glem_augment.cli.commands import model_facts
+from glem_augment.cli.info import model_facts
 from glem_augment.flows import JetFlow, create_flow
 
 

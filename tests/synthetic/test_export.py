@@ -1,4 +1,4 @@
-"""Exports: the manifest, running one again, runs that were killed, and other people's files."""
+"""Exports: the manifest, running one again, runs that were killed, shards, and other people's files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from forked import on_ranks
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment import GLEM, DataError, ImageData, RealAndSynthetic, SyntheticDataset, open_data
 from glem_augment.checks import FORMATS
 from glem_augment.data.classes import match_classes
+from glem_augment.data.sources import PROVENANCE
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic import export as _export
-from glem_augment.synthetic.export import PROVENANCE, class_folders
-from glem_augment.synthetic.latents import REAL_IMAGES
+from glem_augment.synthetic.manifest import class_folders
+from glem_augment.synthetic.sampler import REAL_IMAGES
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
 
@@ -59,37 +61,33 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def counting(data: SyntheticDataset, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The blocks that are decoded from now on."""
-    decoded, real = [], data.decoded_block
+    """The blocks that are drawn from now on."""
+    drawn, real = [], data.draw
 
-    def decode(cls: int, number: int) -> Any:
-        decoded.append((cls, number))
+    def draw(cls: int, number: int) -> Any:
+        drawn.append((cls, number))
         return real(cls, number)
 
-    monkeypatch.setattr(data, "decoded_block", decode)
-    return decoded
+    monkeypatch.setattr(data, "draw", draw)
+    return drawn
 
 
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     model = make_model()
     model.save(tmp_path / "model")
-    data = make(model, transform=np.asarray)
+    data = make(model, transform=np.asarray, temperature=0.3)
     folder = data.export(tmp_path / "out", progress=False, license="mit")
     manifest = manifest_of(folder)
     assert manifest["synthetic"] is True and manifest["complete"] is True and manifest["count"] == 30
-    assert manifest["settings"] == data.settings() and manifest["settings"]["seed"] == 1
+    assert manifest["settings"] == data.plan.settings and manifest["settings"]["seed"] == 1
     assert manifest["license"] == "mit" and manifest["model"]["class_names"] == NAMES
+    assert manifest["implausible"] == [] and "finish" not in manifest
     weights = (tmp_path / "model" / WEIGHTS).read_bytes()
     assert manifest["weights_sha256"] == hashlib.sha256(weights).hexdigest()
-    expected = [
-        (name, first, min(4, 10 - first)) for name in ("Bag", "T-shirt_top", "Ankle boot") for first in (0, 4, 8)
-    ]
-    assert [(s["folder"], s["first"], s["count"]) for s in manifest["shards"]] == expected
-    for shard in manifest["shards"]:
-        numbers = range(shard["first"], shard["first"] + shard["count"])
-        content = b"".join((folder / shard["folder"] / f"{i:06d}.png").read_bytes() for i in numbers)
-        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
-    assert len(files(folder)) == 32  # and nothing else
+    names = [f"{name}/{i:06d}.png" for name in ("Bag", "T-shirt_top", "Ankle boot") for i in range(10)]
+    sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names]
+    assert (folder / "checksums.sha256").read_text().splitlines() == sums
+    assert len(files(folder)) == 33  # and nothing else
     assert json.loads((folder / "classes.json").read_text()) == {"Bag": 0, "T-shirt_top": 1, "Ankle boot": 2}
     opened = ImageFolder(folder)
     index = match_classes(model, opened)
@@ -98,60 +96,78 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(path)), data.images([item])[0, 0])
 
 
-def test_running_it_again_checks_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_it_again_writes_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make().export(tmp_path / "out", progress=False, license="mit")
     whole = files(folder)
 
     def again(expected: list[tuple[int, int]], **options: Any) -> None:
         data = make()
-        decoded = counting(data, monkeypatch)
+        drawn = counting(data, monkeypatch)
         data.export(folder, progress=False, **options)
-        assert sorted(decoded) == sorted(expected) and files(folder) == whole  # with the licence that was stated once
+        assert sorted(drawn) == sorted(expected) and files(folder) == whole  # with the licence that was stated once
 
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
     again([])
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}  # no image was written
     (folder / "Bag" / "000005.png").unlink()
-    path = folder / "T-shirt_top" / "000009.png"
-    path.write_bytes(path.read_bytes()[:-20])
-    path = folder / "Ankle boot" / "000000.png"
-    path.write_bytes(path.read_bytes()[:-20] + bytes([path.read_bytes()[-20] ^ 1]) + path.read_bytes()[-19:])
-    again([(0, 1), (1, 2), (2, 0)])
+    (folder / "T-shirt_top" / "000009.png").write_bytes(b"")  # as a power cut may leave it
+    again([(0, 1), (1, 2)])
     shutil.rmtree(folder / "Bag")
-    again([(0, 0), (0, 1), (0, 2)], overwrite=True)
     (folder / "classes.json").write_text("{")
-    shards = [{**shard, "sha256": ["?"]} for shard in manifest_of(folder)["shards"]]
-    (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {"shards": shards}))
+    again([(0, 0), (0, 1), (0, 2)], overwrite=True)
+    (folder / "checksums.sha256").unlink()
     again([(cls, number) for cls in range(3) for number in range(3)])
     make().export(folder, progress=False, license="cc0-1.0")
     assert manifest_of(folder)["license"] == "cc0-1.0"
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_that_did_not_finish_is_refused(tmp_path: Path, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, drawn = make(), itertools.count()
+    draw = data.draw
+
+    def stopping(*block: int) -> Any:
+        if next(drawn) == 5:
+            raise KeyboardInterrupt
+        return draw(*block)
+
+    monkeypatch.setattr(data, "draw", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        data.export(tmp_path / "out", form, progress=False)
+    real = ImageData.from_tensors(data.images(range(30)), data.targets, NAMES)
+    for use in (open_data, lambda folder: RealAndSynthetic(real, folder), lambda f: open_data(f, unlabelled=True)):
+        with pytest.raises(DataError, match=f"did not finish.*export the same SyntheticDataset to {tmp_path / 'out'}"):
+            use(tmp_path / "out")
+    again = make()
+    blocks = counting(again, monkeypatch)
+    again.export(tmp_path / "out", form, progress=False)
+    assert len(blocks) == 4 and files(tmp_path / "out") == files(make().export(tmp_path / "b" / "out", form))
+
+
 def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 images in 9 blocks, and in 4 shards; a rank is killed, and another number of ranks goes on."""
-    monkeypatch.setattr("glem_augment.synthetic.publish.MIN_SHARD", 8)
-    monkeypatch.setattr(_export, "SAVE_SECONDS", 0.0)
-    alone = make(min_confidence=0.34)
-    whole = {form: files(alone.export(tmp_path / "alone" / form, form, progress=False)) for form in FORMATS}
+    monkeypatch.setattr(_export, "MIN_SHARD", 8)
+    alone, wild = tmp_path / "alone", {"temperature": 6.0}
+    whole = {form: files(make(**wild).export(alone / form, form, progress=False)) for form in FORMATS}
+    assert manifest_of(alone / "imagefolder")["implausible"]
 
-    def export(form: str, blocks: int = 9) -> Any:
-        data, drawn = make(min_confidence=0.34), itertools.count()
-        decode = data.decoded_block
+    def export(form: Any, blocks: int = 9) -> int:
+        data, drawn = make(**wild), itertools.count()
+        draw = data.draw
 
-        def decoded_block(cls: int, number: int) -> Any:
+        def counted(cls: int, number: int) -> Any:
             if next(drawn) == blocks and torch.distributed.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return decode(cls, number)
+            return draw(cls, number)
 
-        data.decoded_block = decoded_block
+        data.draw = counted
         data.export(tmp_path / form, form, progress=False, distributed=True)
-        return data.acceptance(), next(drawn)
+        return next(drawn)
 
-    found = on_ranks(2, lambda: export("imagefolder"))
-    assert found == [(alone.acceptance(), 5), (alone.acceptance(), 4)]
+    assert on_ranks(2, lambda: export("imagefolder")) == [5, 4]
     lost, killed = on_ranks(2, lambda: export("webdataset", blocks=2))
     assert killed is None and "lost" in str(lost)
-    assert [drawn for _, drawn in on_ranks(3, lambda: export("webdataset"))] == [0, 1, 1]
+    assert on_ranks(3, lambda: export("webdataset")) == [0, 1, 1]
     for form in FORMATS:
         assert files(tmp_path / form) == whole[form]
 
@@ -163,14 +179,13 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
         ({"seed": 2}, r"seed 1 \(not 2\)"),
         ({"per_class": 11}, r"count 30 \(not 33\)"),
         ({"model": make_model(1)}, "weights"),
-        ({"min_confidence": 0.5}, r"min_confidence None \(not 0.5\)"),
     ):
         with pytest.raises(FileExistsError, match=f"other images.*{words}.*overwrite=True"):
             make(**options).export(folder, progress=False)
         assert files(folder) == before
     for key, value, word in (
         ("generator", "glem-augment 0.0", "generator"),
-        ("classes", [*manifest_of(folder)["classes"], {"folder": "more", "count": 1}], "classes"),
+        ("classes", [*manifest_of(folder)["classes"], {"folder": "more", "count": 1, "index": 3}], "classes"),
         ("model", manifest_of(folder)["model"] | {"bits": 5}, "model"),
     ):
         (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {key: value}))
@@ -181,7 +196,6 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
     model = make_model()
     model.config.training = {"note": "the same weights"}
     make(model).export(folder, progress=False)
-    assert manifest_of(folder)["model"]["training"] == model.config.training
 
 
 @pytest.mark.parametrize(
@@ -224,10 +238,9 @@ def test_damaged_manifests_are_no_manifests(tmp_path: Path) -> None:
     for changed in (
         "[" * 100_000,
         text.replace('"settings"', '"settings_"'),
-        text.replace('"model": {', '"model": 5, "others": {'),
         text.replace('"folder": "Bag"', '"folder": "../Bag"'),
         text.replace('"count": 10', '"count": "10"'),
-        json.dumps({**json.loads(text), "shards": [1, None]}),
+        text.replace('"complete": true', '"complete": 1'),
     ):
         assert changed != text
         (folder / PROVENANCE).write_text(changed)
@@ -251,7 +264,7 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
             (arguments[0] / "000000.png").unlink()
         raise KeyboardInterrupt
 
-    owner, name = (shutil, "rmtree") if point == "removal" else (data, "decoded_block")
+    owner, name = (shutil, "rmtree") if point == "removal" else (data, "draw")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, cut)
         data.export(folder, progress=False, overwrite=True)
@@ -259,18 +272,23 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
 
 
-def test_images_that_are_not_plausible_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_that_stay_implausible_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: Any) -> None:
     model = GLEM.create("identity", (1, 8, 8), NAMES).eval().requires_grad_(False)
     model.gaussians.mu.copy_(torch.tensor([0.0, 3e38, 0.0])[:, None])
-    folder = make(model, temperature=0.1).export(tmp_path / "out", progress=False)
+    folder = make(model, temperature=0.1).export(tmp_path / "out", form, progress=False)
     manifest = manifest_of(folder)
-    assert manifest["images_implausible"] == 10 and "10 of 30 images are not plausible" in caplog.text
-    (folder / "T-shirt_top" / "000005.png").unlink()
-    data = make(model, temperature=0.1)
-    data.images(range(12))  # some of it has been looked at before
-    assert data.implausible == 4  # of the block that was decoded
-    data.export(folder, progress=False)
+    files_of_class = [f"T-shirt_top/{i:06d}.png" for i in range(10)]
+    assert manifest["implausible"] == (
+        files_of_class if form == "imagefolder" else [f"{i:08d}.png" for i in range(10, 20)]
+    )
+    assert "10 of 30 images are not plausible" in caplog.text
+    make(model, temperature=0.1).export(folder, form, progress=False)  # nothing is drawn
     assert manifest_of(folder) == manifest
+    if form == "imagefolder":
+        (folder / "T-shirt_top" / "000005.png").unlink()
+        make(model, temperature=0.1).export(folder, progress=False)
+        assert manifest_of(folder) == manifest
 
 
 def test_settings_can_be_written_down(tmp_path: Path) -> None:
@@ -278,14 +296,38 @@ def test_settings_can_be_written_down(tmp_path: Path) -> None:
     x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
     real = ImageData.from_tensors(x, y, NAMES)
     model.fit_modes(real, rank=1)
-    options: dict[str, Any] = {"min_confidence": np.float32(0.1), "modes": np.int64(1), "per_class": np.int64(2)}
+    options: dict[str, Any] = {"temperature": np.float32(0.5), "modes": np.int64(1), "per_class": np.int64(2)}
     data = make(model, source="mixup", real=real, **options)
     settings = manifest_of(data.export(tmp_path / "out", progress=False))["settings"]
-    assert settings["modes"] == 1 and settings["oracle"] == "posterior"
+    assert settings["modes"] == 1 and settings["temperature"] == 0.5
     # The hash is of the images, not of latents, whose last bits are the machine's.
     others = (ImageData.from_tensors(255 - x, y, NAMES), ImageData.from_tensors(x, [0, 1, 2, 0, 2, 1], NAMES))
-    hashes = [make(model, source="mixup", real=other).settings()[REAL_IMAGES] for other in others]
+    hashes = [make(model, source="mixup", real=other).plan.settings[REAL_IMAGES] for other in others]
     assert len({settings[REAL_IMAGES], *hashes}) == 3
+
+
+def test_shards_replace_an_earlier_export_and_leave_files_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(folder: Path, seed: int = 1, **options: Any) -> dict[str, bytes]:
+        return files(make(seed=seed).export(folder, "webdataset", progress=False, **options))
+
+    folder = tmp_path / "out"
+    before = export(folder)
+    (folder / "data" / "train-00007-of-00009.tar").write_bytes(b"of a larger export")
+    (folder / "data" / "val-00000.tar").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        export(folder, seed=2)
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write .*tar: no space left"):
+        patch.setattr("tarfile.TarFile.addfile", Mock(side_effect=full))
+        export(folder, seed=2, overwrite=True)
+    with monkeypatch.context() as patch:  # the images were all made
+        patch.setattr(SyntheticDataset, "draw", None)
+        left = export(folder, seed=2)
+        assert export(folder, seed=2) == left
+    assert left == {**export(tmp_path / "b" / "out", seed=2), "data/val-00000.tar": b"mine"}
+    assert left != before
 
 
 def test_class_folders() -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from forked import on_ranks
+from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_tensor
 
 from glem_augment import (
     GLEM,
@@ -26,7 +28,7 @@ from glem_augment import (
     SyntheticStream,
     open_data,
 )
-from glem_augment.synthetic.balance import class_counts, match_targets
+from glem_augment.synthetic.plan import class_counts, open_real
 
 NAMES = ["dog", "cat", "bird"]
 
@@ -80,17 +82,21 @@ def test_counts_per_class(model: GLEM) -> None:
             SyntheticDataset(model, per_class=per_class)
 
 
+def balanced(model: GLEM, real: Any) -> list[int]:
+    return class_counts(model, "balance", open_real(model, real))
+
+
 def test_balance_fills_the_tail_up_to_the_head(model: GLEM, tail: ImageData, image_folder: Path) -> None:
     data = SyntheticDataset(model, per_class="balance", real=tail)
     assert data.counts == [10, 7, 0]
     assert np.bincount(RealAndSynthetic(tail, data, ratio=None).targets).tolist() == [12, 12, 12]
     (image_folder / "cat" / "0.png").unlink()
     for real in (ImageFolder(image_folder), ImageDataset(str(image_folder))):  # bird 4, cat 3, dog 4
-        assert class_counts(model, "balance", real) == [0, 1, 0]
+        assert balanced(model, real) == [0, 1, 0]
     numbers = TensorDataset(torch.zeros(5, 1), torch.tensor([0, 0, 1, 2, 0]))
-    assert class_counts(model, "balance", numbers) == [0, 2, 2]
-    assert class_counts(model, "balance", (pixels(3).numpy(), [0, 1, 1])) == [1, 0, 2]
-    assert match_targets(model, (pixels(3), torch.tensor([2, 1, 0])))[0].tolist() == [2, 1, 0]
+    assert balanced(model, numbers) == [0, 2, 2]
+    assert balanced(model, (pixels(3).numpy(), [0, 1, 1])) == [1, 0, 2]
+    assert open_real(model, (pixels(3), torch.tensor([2, 1, 0]))).targets.tolist() == [2, 1, 0]
 
 
 def test_balance_leaves_out_classes_that_the_real_data_does_not_name(model: GLEM, tail: ImageData) -> None:
@@ -99,7 +105,7 @@ def test_balance_leaves_out_classes_that_the_real_data_does_not_name(model: GLEM
     assert data.counts == [0, 7, 0]
     assert np.bincount(RealAndSynthetic(two, data, ratio=None).targets).tolist() == [12, 12]
     empty = tail.subset(range(17))  # names dog, but has no image of it
-    assert class_counts(model, "balance", empty) == [12, 7, 0]
+    assert balanced(model, empty) == [12, 7, 0]
     with pytest.raises(ValueError, match="no real image of dog"):
         SyntheticDataset(model, per_class="balance", real=empty, source="mixup", modes=8)
 
@@ -121,8 +127,8 @@ def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) ->
             SyntheticDataset(model, real=more, **settings)
     assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[-2:] == [0, 0]
     crossed = GLEM.create("identity", (3, 8, 8), classes=["ant", "bee", "n3"], class_ids=["bee", "n1", "ant"])
-    assert class_counts(crossed, {"bee": 4}) == [0, 4, 0]  # a key is a name before it is an id
-    assert class_counts(crossed, {"n1": 2, "ant": 1, "n3": 5}) == [1, 2, 5]
+    assert class_counts(crossed, {"bee": 4}, None) == [0, 4, 0]  # a key is a name before it is an id
+    assert class_counts(crossed, {"n1": 2, "ant": 1, "n3": 5}, None) == [1, 2, 5]
 
 
 def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
@@ -141,6 +147,11 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
     assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12
     with pytest.raises(IndexError):
         both[18]
+    size = {"cat": (8, 8), "dog": (6, 9)}  # PIL images of several sizes
+    for name, shape in size.items():
+        Image.new("RGB", shape).save(image_folder / name / "0.png")
+    both = RealAndSynthetic(str(image_folder), synthetic, transform=lambda image: to_tensor(image.resize((5, 4))))
+    assert [x.shape for x, _ in DataLoader(both, batch_size=8)] == [(8, 3, 4, 5)] * 3
     with pytest.raises(DataError, match="ratio=3.0 needs 36 synthetic images, there are 30"):
         RealAndSynthetic(real, synthetic, ratio=3.0)
 

@@ -1,4 +1,4 @@
-"""Synthetic images from latents: three sources of these, and rejection of those whose class is in doubt.
+"""From items, each given by its class and its place within the class, to latents and images.
 
 A latent is a function of the seed, its class, its place within the class and the number of the attempt. It never
 depends on what else is drawn at the same time.
@@ -7,9 +7,11 @@ depends on what else is drawn at the same time.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +19,30 @@ import torch
 from torch import Tensor
 
 from glem_augment.augment.moves import MARGIN, plausible
-from glem_augment.checks import SOURCES, Source, check_choice, check_number, check_whole
-from glem_augment.data.dataset import ImageData, images_for
+from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
+from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import to_uint8
 from glem_augment.devices import evaluating
 from glem_augment.latent.modes import project_on_modes
 from glem_augment.model.glem import GLEM
-from glem_augment.synthetic.balance import ADAPT
+from glem_augment.synthetic.plan import Real
 
 # One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
 NOISE_BLOCK = 16
-MAX_ATTEMPTS = 20  # candidates per item under rejection
+MAX_ATTEMPTS = 5  # draws of an item whose images are not plausible; the last one stays
 # The key in an export's settings that identifies the real images behind a mixup set.
 REAL_IMAGES = "real_images_sha256"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How latents are drawn. The fields are arguments of `SyntheticDataset`."""
+
+    source: DrawSource | None = None
+    seed: int = 0
+    temperature: float = 0.9
+    modes: int | None = None
+    alpha: float = 1.0
 
 
 class RealLatents:
@@ -51,95 +64,70 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Images uint8 [n, C, H, W] on the CPU; how many are not plausible; what rejection did (zeros without it):
-    candidates drawn, items that never passed, and the sum of confidences."""
+    """Latents [n, d] on the model's device; images uint8 [n, C, H, W] on the CPU; which are implausible, bool [n]."""
 
+    latents: Tensor
     images: Tensor
-    implausible: int
-    judged: tuple[int, int, float]
+    implausible: np.ndarray
 
 
 class Sampler:
-    """From items, each given by its class and its place within the class, to latents and images.
+    """DrawSource latents and images.
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
     - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
 
-    l ~ Beta(alpha, alpha) is folded to [1/2, 1]. The arguments are those of `SyntheticDataset`; `wanted`, bool [K],
-    says which classes will be drawn.
+    l ~ Beta(alpha, alpha) is folded to [1/2, 1]. `wanted`, bool [K], says which classes will be drawn.
     """
 
-    def __init__(
-        self,
-        model: GLEM,
-        source: Source | None,
-        seed: int,
-        temperature: float,
-        real: Any,
-        modes: int | None,
-        alpha: float,
-        min_confidence: float | None,
-        wanted: np.ndarray,
-    ) -> None:
-        source = source or ("gaussian" if model.modes is None else "rfcm")
+    def __init__(self, model: GLEM, drawing: Drawing, real: Real | None, wanted: np.ndarray) -> None:
+        source = drawing.source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
-        self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
-        self.temperature = check_number("temperature", temperature, 0.0, float("inf"))
-        self.alpha = check_number("alpha", alpha, 0.0, float("inf"), open_low=True)
-        if min_confidence is not None:
-            min_confidence = check_number("min_confidence", min_confidence, 0.0, 1.0, open_low=True)
-        self.min_confidence = min_confidence
+        self.model, self.source, self.seed = model, source, check_whole("seed", drawing.seed, 0)
+        self.temperature = check_number("temperature", drawing.temperature, 0.0, math.inf)
+        self.alpha = check_number("alpha", drawing.alpha, 0.0, math.inf, open_low=True)
         self.real: RealLatents | None = None
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
-            self.modes = model.checked_modes(modes)
-            images = images_for(model, real, fix=ADAPT)
-            _check_counts(model, np.bincount(images.targets, minlength=model.num_classes), wanted)
-            self.real = RealLatents(model, images)
+            self.modes = model.checked_modes(drawing.modes)
+            _check_counts(model, np.bincount(real.targets, minlength=model.num_classes), wanted)
+            self.real = RealLatents(model, real.images(model))
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, beside those of every set, for the provenance."""
-        found: dict[str, Any] = {}
+        """The settings that decide the images, for the manifest of an export."""
+        found: dict[str, Any] = {
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "source": self.source,
+            "attempts": MAX_ATTEMPTS,
+        }
         if self.real is not None:
             found |= {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
-        if self.min_confidence is not None:
-            found |= {"min_confidence": self.min_confidence, "max_attempts": MAX_ATTEMPTS, "oracle": "posterior"}
         return found
 
     @torch.no_grad()
-    def latents(self, cls: np.ndarray, within: np.ndarray) -> tuple[Tensor, tuple[int, int, float]]:
-        """Latents float32 [n, d] on the model's device, and what rejection did, see `Drawn`; cls, within: int64 [n]."""
-        z = self._draw(cls, within)
-        if self.min_confidence is None:
-            return z, (0, 0, 0.0)
-        confidence, candidates = self._confidence(z, cls), len(cls)
-        for attempt in range(1, MAX_ATTEMPTS):
-            rows = np.flatnonzero(confidence < self.min_confidence)
-            if len(rows) == 0:
-                break
-            new = self._draw(cls[rows], within[rows], attempt)
-            new_confidence = self._confidence(new, cls[rows])
-            candidates += len(rows)
-            better = new_confidence > confidence[rows]
-            confidence[rows[better]] = new_confidence[better]
-            z[rows[better]] = new[better]
-        return z, (candidates, int((confidence < self.min_confidence).sum()), float(confidence.sum()))
-
-    @torch.no_grad()
-    def images(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
-        """The images of items; cls, within: int64 [n]."""
-        z, judged = self.latents(cls, within)
+    def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
+        """Draw the items of the classes cls at the places within, int64 [n]; draws that are not plausible again."""
         with evaluating(self.model):
+            z = self.latents(cls, within)
             x = self.model.decode(z, clamp=False)
-        # Images that are not plausible stay: drawn again, item i would no longer be a function of the seed alone.
-        return Drawn(to_uint8(x).cpu(), int((~plausible(x, MARGIN)).sum()), judged)
+            bad = ~plausible(x, MARGIN)
+            for attempt in range(1, MAX_ATTEMPTS):
+                rows = bad.nonzero()[:, 0]
+                if not len(rows):
+                    break
+                again = rows.cpu().numpy()
+                z[rows] = self.latents(cls[again], within[again], attempt)
+                x[rows] = self.model.decode(z[rows], clamp=False)
+                bad[rows] = ~plausible(x[rows], MARGIN)
+        return Drawn(z, to_uint8(x).cpu(), bad.cpu().numpy())
 
-    def _draw(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
-        """Latents float32 [n, d] on the model's device; attempt > 0 under rejection."""
+    def latents(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
+        """Latents float32 [n, d] of one attempt, on the model's device."""
         model = self.model
         if self.source == "mixup":
             return self._mix(cls, within, attempt)
@@ -175,19 +163,13 @@ class Sampler:
     ) -> Iterator[tuple[np.random.Generator, int, list[int], np.ndarray]]:
         """For each class and group of NOISE_BLOCK places: generator, class, rows, and their places in the group."""
         for (c, number), rows in rows_by_block(cls, within, NOISE_BLOCK).items():
-            # SeedSequence makes neighbouring seeds, classes and groups unrelated. Trailing zeros change nothing, so
-            # attempt 0 draws what a set without rejection holds.
+            # SeedSequence makes neighbouring seeds, classes and groups unrelated.
             sequence = np.random.SeedSequence([self.seed, c, number, attempt])
             yield np.random.Generator(np.random.PCG64(sequence)), c, rows, within[rows] - number * NOISE_BLOCK
 
-    def _confidence(self, z: Tensor, cls: np.ndarray) -> np.ndarray:
-        """The posterior probability of the class, float32 [n]; 0 where it is not finite."""
-        probability = self.model.posterior_from_latents(z)[np.arange(len(cls)), cls]
-        return probability.nan_to_num(nan=0.0).float().numpy(force=True)
-
 
 def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
-    """Refuse wanted classes without a real image to mix, and warn of those with only one; counts: int64 [K]."""
+    """Refuse wanted classes without a real image to mix, and warn of classes with only one; counts: int64 [K]."""
     empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (counts == n))] for n in (0, 1))
     if empty:
         raise ValueError(
@@ -198,7 +180,7 @@ def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
         warnings.warn(
             f"source='mixup' has one real image of {', '.join(single[:10])}: all synthetic ones will be copies of it; "
             "give more, or take another source",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -1,0 +1,103 @@
+"""`glem adapt`: serve new classes with a flow that was trained on others, or with no flow at all."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Literal
+
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Make a flow that was trained on other images serve your classes. MODEL identity is no flow: it models the pixels or,
+with --autoencoder taef2, the latents of an autoencoder; use it for photographs. Every class gets the mean of its
+images' latents, their variances (shrunk towards the pooled ones, so that a class may have one or two images) and its
+principal modes. Nothing is trained, so this takes one pass over the images: seconds to minutes. DIR then holds a
+model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow too.
+Images are resized to the flow's size, and converted to its channels. Prints a JSON summary; images_per_class and
+modes_per_class are the fewest and the most: n images have at most n - 1 modes, and one image gets the modes of all
+classes; moves_put_back says how far these images can be moved (glem eval --help).
+"""
+EXAMPLES = """\
+  glem adapt identity photos/ --autoencoder taef2 --image-size 128 --out runs/photos
+  glem adapt bundled:cifar10 torch/cifar100@data --max-per-class 500 --out runs/cifar
+  glem eval runs/photos photos-test/
+"""
+
+IDENTITY: Literal["identity"] = "identity"
+INSTEAD = (
+    "use the modes of an autoencoder's latents: glem adapt identity DATA --autoencoder taef2 --image-size 128; "
+    "or, of small images, the modes of the pixels: glem adapt identity DATA"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_model(parser, "identity, " + common.MODEL_HELP)
+    common.add_data(parser, split="train")
+    common.add_image_size(parser, "of MODEL identity (default: the size that they share)")
+    autoencoder = "of MODEL identity: taef2, or hub:ORG/NAME, whose latents it models (default: none, the pixels)"
+    parser.add_argument("--autoencoder", metavar="NAME", help=autoencoder)
+    common.add_out(parser, "folder for the adapted model")
+    parser.add_argument(
+        "--rank", type=common.whole(1), default=64, metavar="K", help="modes per class (default: %(default)s)"
+    )
+    half = "images at which a class's variances are half its own and half all classes' (default: %(default)g)"
+    parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
+    parser.add_argument(
+        "--max-per-class", type=common.whole(1), metavar="N", help="images of a class at most (default: all)"
+    )
+    common.add_seed(parser, "the dequantisation noise")
+    where = "reference: the folder gets no copy of a Jet's flow, which is loaded from MODEL each time (default: copy)"
+    parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)
+    parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
+    common.add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from glem_augment.data.classes import ONE_CLASS
+    from glem_augment.data.dataset import open_data
+    from glem_augment.distributed import is_primary
+    from glem_augment.model.glem import GLEM
+    from glem_augment.model.weights import CONFIG, WEIGHTS
+
+    folder = args.out
+    if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
+        raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
+    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
+    if args.model == IDENTITY and not Path(IDENTITY).is_dir():
+        device = common.pick_device(args)
+        channels = 3 if args.autoencoder else None
+        data = open_data(args.data, args.split, common.height_and_width(args.image_size), channels, **reading)
+        model = GLEM.create(IDENTITY, data.image_shape, [ONE_CLASS], autoencoder=args.autoencoder).eval().to(device)
+        common.name_skipped(data)
+    elif args.image_size or args.autoencoder:
+        raise ValueError(f"--image-size and --autoencoder are for MODEL {IDENTITY}: {args.model} has its own")
+    else:
+        model = common.load_model(args)
+        data = common.open_resized(model, args.data, args.split, **reading)
+    began = time.monotonic()
+    names = ("rank", "shrinkage", "max_per_class", "seed")
+    adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
+    if not is_primary():
+        return
+    adapted.save(folder, args.weights)
+    record = adapted.config.training
+    result = {
+        "out": str(folder),
+        "model": args.model,
+        "model_sha256": record["adapted_from"]["weights_sha256"],
+        "data": args.data,
+        "split": args.split,
+        "skipped": len(data.skipped),
+        "images": record["images"],
+        "images_per_class": record["images_per_class"],
+        "classes": adapted.classes,
+        "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
+        "psi": adapted.config.psi,
+        "posterior_temperature": adapted.config.posterior_temperature,
+        "moves_put_back": common.moves(adapted, data, INSTEAD if adapted.config.flow["coupling"] != IDENTITY else ""),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    common.print_json(result)

@@ -1,0 +1,67 @@
+"""`glem eval`: measure a flow on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Classify labelled images with a flow, and measure how well it models them. Prints one JSON object:
+
+  accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the flow
+  bits_per_dim        -log2 p(image | its class) per pixel and channel, at the flow's bit depth ("bits")
+  bits_per_dim_marginal  the same for p(image), all classes equally likely
+  ece                 expected calibration error of the posterior, 15 bins
+  round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
+  moves_put_back      share of the moves of 128 images that GLEMAugment would put back by default, as implausible: by
+                      mixup, and by noise of several strengths, of which "strength" is what strength="auto" takes
+  skipped             images left out, with --skip-bad
+
+Images are resized to the flow's size, and converted to its channels.
+"""
+EXAMPLES = """\
+  glem eval bundled:fashion-mnist bundled:fashion-mnist
+  glem eval runs/photos photos/ --split val --out photos.json
+  glem eval runs/cifar torch/cifar10@data --limit 1000 --class-map order
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_model(parser)
+    common.add_data(parser, split=None)
+    common.add_class_map(parser)
+    parser.add_argument("--batch-size", type=common.whole(1), default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--limit", type=common.whole(1), metavar="N", help="use N images, evenly spread (default: all)")
+    trip = "images for the round trip, evenly spread; 0 for none (default: %(default)s)"
+    parser.add_argument("--round-trip", type=common.whole(0), default=1000, metavar="N", help=trip)
+    parser.add_argument("--out", type=common.out_path, metavar="FILE", help="write the JSON to FILE too")
+    common.add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from glem_augment.data.sources import without_splits
+    from glem_augment.distributed import is_primary
+    from glem_augment.evaluation import metrics
+    from glem_augment.io import write_json
+
+    model = common.load_model(args)
+    whole_folder = without_splits(args.data)
+    if whole_folder and args.split is not None:
+        raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
+    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
+    data = common.open_for(model, args.data, args.split or "test", args.class_map, **reading)
+    if whole_folder and data.name == model.config.training.get("data"):
+        common.note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
+    if args.limit is not None and args.limit < len(data):
+        data = data.subset(metrics.spread(len(data), args.limit))
+    split = None if whole_folder else args.split or "test"
+    result = {"model": args.model, "data": args.data, "split": split, "skipped": len(data.skipped)}
+    result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
+    if not is_primary():
+        return
+    result["moves_put_back"] = common.moves(model, data)
+    if args.out is not None:  # before the result is printed to a pipe whose reader may have left
+        write_json(args.out, common.finite(result))
+    common.print_json(result)

@@ -1,0 +1,166 @@
+"""`glem generate`: draw a synthetic data set from a flow."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from glem_augment.checks import DEFAULT_MODES, FORMATS, SOURCES
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
+how. The same seed draws the same images, whichever classes and however many are asked for (pixels may differ by one
+step with another number, by rounding). Prints a JSON summary.
+
+  --format imagefolder   PNG files, a folder per class; classes without images get none, and classes.json says which
+                         label every class has. The same command again writes what is missing.
+  --format webdataset    data/train-*.tar with the classes mixed, and a card; they appear once all are finished.
+
+  --per-class 100                    of each class
+  --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
+  --per-class balance --real DATA    fill up every class of DATA to its largest; other classes of the flow get none
+"""
+EXAMPLES = """\
+  glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
+  glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
+  glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
+  glem generate runs/photos --per-class cat=50,dog=50 --seed 1 --out pets/
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_model(parser)
+    counts = "how many images; see above"
+    parser.add_argument("--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help=counts)
+    common.add_out(parser, "folder to write to")
+    common.add_seed(parser)
+    parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
+    licence = "of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0"
+    parser.add_argument("--license", metavar="ID", help=licence)
+    parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
+    common.add_machine(parser)
+    source = parser.add_argument_group("what is drawn")
+    source.add_argument(
+        "--source",
+        choices=SOURCES,
+        help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
+        "mixup: two images of --real mixed along the class's modes (default: rfcm, or gaussian without modes)",
+    )
+    # None as the default tells whether an option was given, so that one without effect is refused.
+    source.add_argument(
+        "--temperature",
+        type=common.number(0),
+        metavar="T",
+        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.9)",
+    )
+    source.add_argument(
+        "--modes", type=common.whole(1), metavar="N", help=f"of mixup (default: {DEFAULT_MODES}, or all)"
+    )
+    source.add_argument("--alpha", type=common.number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
+    parser.add_argument(
+        "--report",
+        type=common.out_folder,
+        metavar="DIR",
+        help="compare up to 5000 of the images with as many of --real, which the flow was trained on: FID, coverage, "
+        "label reliability and memorisation, by a small classifier trained on these for about a minute; writes "
+        "report.json and report.png, a picture of nearest pairs. Memorisation needs DATA with test images",
+    )
+    real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
+    real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
+    real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
+    common.add_class_map(real)
+
+
+def per_class(text: str) -> Any:
+    """An argparse type: a number, `balance`, or a table, as `A=N,B=M` or in a file."""
+    if text == "balance":
+        return text
+    if Path(text).suffix in (".yaml", ".yml", ".json"):
+        counts = common.table(text, as_text=True)
+        return {name: int(n) if str(n).strip().isdecimal() else n for name, n in counts.items()}
+    if "=" not in text:
+        return common.whole(1)(text)
+    counts = {}
+    for entry in text.split(","):
+        name, _, count = entry.rpartition("=")
+        if not name.strip():
+            raise argparse.ArgumentTypeError(f"{entry!r} is not CLASS=N (names with commas go into a file)")
+        counts[name.strip()] = common.whole(0)(count)
+    return counts
+
+
+def run(args: argparse.Namespace) -> None:
+    from glem_augment.data.sources import without_splits
+    from glem_augment.distributed import is_primary
+    from glem_augment.evaluation import quality_report
+    from glem_augment.hub.cards import CardFacts
+    from glem_augment.synthetic.dataset import SyntheticDataset
+    from glem_augment.synthetic.export import export_set
+    from glem_augment.synthetic.manifest import check_folder
+
+    _check_together(args)
+    check_folder(args.out)  # a folder that cannot be used is refused before any work
+    model = common.load_model(args)
+    progress = is_primary() and not args.quiet
+    real = None
+    if args.real is not None:
+        real = common.open_resized(model, args.real, args.split or "train", progress=progress)
+    given = ("temperature", "modes", "alpha")
+    options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    options |= {"real": real, "class_map": args.class_map}
+    dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
+    began = time.monotonic()
+    unseen = None
+    if args.report is not None and is_primary() and not without_splits(args.real):
+        unseen = common.open_resized(model, args.real, "test", progress=progress)
+    command = shlex.join(["glem", *args.argv])
+    writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
+    try:
+        facts = CardFacts(args.license)
+        manifest = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
+    if not is_primary():
+        return
+    # At the end, when no other rank waits any more: how long the report takes is not limited.
+    report = None
+    if args.report is not None:
+        judging = {"progress": progress, "class_map": args.class_map}
+        report = quality_report(dataset, real, unseen, args.report, **judging)
+    result = {
+        "out": str(args.out),
+        "format": args.format,
+        "images": len(dataset),
+        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.plan.order if dataset.counts[i]},
+        "model": args.model,
+        "source": dataset.source,
+        "temperature": None if args.source == "mixup" else dataset.temperature,
+        "seed": args.seed,
+        "real": args.real,
+        "implausible": len(manifest["implausible"]),
+        "report": report,
+    }
+    common.print_json({**result, "seconds": round(time.monotonic() - began, 3)})
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would have no effect, or that lacks another one."""
+    balance, mixup = args.per_class == "balance", args.source == "mixup"
+    if (balance or mixup or args.report) and args.real is None:
+        option = "--per-class balance" if balance else "--source mixup" if mixup else "--report"
+        raise ValueError(f"{option} needs real images: give --real DATA")
+    for name, needed, there in (
+        ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),
+        ("temperature", "--source gaussian or rfcm", not mixup),
+        ("modes", "--source mixup", mixup),
+        ("alpha", "--source mixup", mixup),
+        ("split", "--real", args.real is not None),
+        ("class_map", "--real", args.real is not None),
+    ):
+        if getattr(args, name) is not None and not there:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")

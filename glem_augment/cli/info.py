@@ -1,0 +1,65 @@
+"""`glem info`: what a model is and how it was trained."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Say what a model is: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the
+record of its training. The files are read and checked whole; a model on the Hugging Face Hub is downloaded first.
+"""
+EXAMPLES = """\
+  glem info bundled:fashion-mnist
+  glem info runs/photos --json
+  glem info org/name@v1.0
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_model(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of YAML")
+
+
+def run(args: argparse.Namespace) -> None:
+    common.show(model_facts(args.model), args.json)
+
+
+def model_facts(name: str) -> dict[str, Any]:
+    """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
+    from glem_augment.model.glem import GLEM
+    from glem_augment.model.weights import CONFIG
+
+    model = GLEM.from_pretrained(name)
+    assert model.origin_file is not None
+    folder, config = model.origin_file.parent, model.config
+    repo, _, commit = (model.origin or "").partition("@")
+    return common.finite(
+        {
+            "model": name,
+            "folder": str(folder),
+            "hub": {"repo": repo, "commit": commit} if model.origin else None,
+            "image_shape": list(model.image_shape),
+            "bits": model.bits,
+            "flow": config.flow,
+            "base": config.base,
+            "parameters": {
+                "flow": sum(p.numel() for p in model.flow.parameters()),
+                "gaussians": sum(p.numel() for p in model.gaussians.parameters()),
+                "modes": 0 if model.modes is None else sum(b.numel() for b in model.modes.buffers()),
+            },
+            "files": {
+                file.name: file.stat().st_size for file in (model.origin_file, folder / CONFIG) if file.is_file()
+            },
+            "psi": None if config.psi is None else list(config.psi),
+            "posterior_temperature": config.posterior_temperature,
+            "num_classes": model.num_classes,
+            "classes": model.classes,
+            "class_ids": model.class_ids,
+            "modes_per_class": (0, 0) if model.modes is None else model.modes.fewest_and_most,
+            "training": config.training,
+        }
+    )

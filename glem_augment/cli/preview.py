@@ -1,0 +1,51 @@
+"""`glem preview`: draw a picture of augmentations, samples and interpolations."""
+
+from __future__ import annotations
+
+import argparse
+
+from glem_augment.checks import POLICIES
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Draw one labelled picture: real images and their augmentations at rising strength, samples of each class at several
+temperatures, and interpolations within and between classes. Look at it before you train with a flow: an augmented
+image should still be one of its class.
+"""
+EXAMPLES = """\
+  glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
+  glem preview runs/photos photos/ --split val --rows 10 --policy mixup --modes 16 --out preview.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_model(parser)
+    common.add_data(parser)
+    common.add_class_map(parser)
+    parser.add_argument("--out", type=common.out_path, required=True, metavar="FILE.png", help="the picture")
+    parser.add_argument(
+        "--rows", type=common.whole(1), default=6, metavar="N", help="real images to augment (default: 6)"
+    )
+    moves = "mixup with an image of the class, noise along the modes, adversarial to the flow itself (default: all)"
+    parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
+    parser.add_argument(
+        "--modes", type=common.whole(1), metavar="N", help="modes to move along (default: all stored ones)"
+    )
+    common.add_seed(parser)
+    common.add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from glem_augment.evaluation.preview import preview
+    from glem_augment.io import save_png
+
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must name a .png file, got {args.out}")
+    model = common.load_model(args)
+    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
+    data = common.open_for(model, args.data, args.split, args.class_map, **reading)
+    policies = POLICIES if args.policy == "all" else (args.policy,)
+    picture = preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
+    save_png(picture, args.out)
+    common.note(f"wrote {args.out} ({picture.width}x{picture.height})")
