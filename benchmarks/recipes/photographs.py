@@ -14,6 +14,7 @@ import copy
 import torch
 
 from glem_augment import GLEM, open_data
+from glem_augment.data.classes import ONE_CLASS
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes
 
@@ -40,7 +41,7 @@ def main() -> None:
     for name in ("directions", "shared_directions"):
         setattr(modes, name, getattr(modes, name).half())
     config = copy.deepcopy(adapted.config)
-    config.class_ids = config.class_names = ["photograph"]
+    config.class_ids = config.class_names = [ONE_CLASS]
     config.psi, config.posterior_temperature = None, 1.0
     gaussians = ClassGaussians(1, adapted.dim, psi=None)
     gaussians.mu.data[0] = modes.mean[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from glem_augment.cli import common
 
@@ -40,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     autoencoder = "of MODEL identity: taef2, or hub:ORG/NAME, whose latents it models (default: none, the pixels)"
     parser.add_argument("--autoencoder", metavar="NAME", help=autoencoder)
     common.add_out(parser, "folder for the adapted model")
-    parser.add_argument(
-        "--rank", type=common.whole(1), default=64, metavar="K", help="modes per class (default: %(default)s)"
-    )
+    ranks = "modes per class, or full: a full covariance per class, for thousands of images (default: %(default)s)"
+    parser.add_argument("--rank", type=_rank, default=64, metavar="K", help=ranks)
     half = "images at which a class's variances are half its own and half all classes' (default: %(default)g)"
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
     parser.add_argument(
@@ -53,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
+
+
+def _rank(text: str) -> Any:
+    return text if text == "full" else common.whole(1)(text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,7 +30,8 @@ def match_classes(
 ) -> np.ndarray:
     """Match the classes of a data set with a flow's, one to one; the flow may have more.
 
-    Equal ids match, then equal names. Other classes match where an id or a name has the same letters and digits in
+    A flow without classes, whose only one is `ONE_CLASS`, takes all classes of the data. Otherwise equal ids match, then
+    equal names. Other classes match where an id or a name has the same letters and digits in
     lower case, without a number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides
     have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST.
 
@@ -60,6 +61,8 @@ def match_classes(
     if class_map is not None and not isinstance(class_map, Mapping):
         raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
 
+    if flow.ids == [ONE_CLASS] and not class_map:
+        return np.zeros(len(data.ids), dtype=np.int64)
     found: dict[int, int] = {}
     for source, target in (class_map or {}).items():
         i, j = data.find(str(source)), flow.find(str(target))
@@ -89,6 +92,8 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
     `num_classes` is the number of the data's classes; those that a shorter class_map leaves out are not in the flow.
     """
     if class_map is None:
+        if flow_classes == 1 and num_classes is not None:
+            return (0,) * check_whole("num_classes", num_classes, 1)  # one class stands for all
         if num_classes not in (None, flow_classes):
             raise ValueError(f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map")
         return None

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Integral
 from typing import IO, TypeAlias
 
 import torch
@@ -168,11 +167,13 @@ def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor
 
     Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level.
     """
-    if isinstance(source, Integral):  # NumPy's too
+    if isinstance(source, Tensor):
+        numbers = source
+    elif isinstance(source, torch.Generator):
+        numbers = draw_noise(levels, source)
+    else:
         numbers = _words_of_images(levels.detach().flatten(1), int(source)).view(torch.int16)
         numbers = numbers[:, : levels.shape[1:].numel()]
-    else:
-        numbers = source if isinstance(source, Tensor) else draw_noise(levels, source)
     return send(numbers, levels.device).to(levels).mul_(2.0**-16).add_(0.5).reshape(levels.shape)
 
 

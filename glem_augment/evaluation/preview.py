@@ -34,7 +34,7 @@ NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
 MAX_CLASSES = 20
 # Smaller cells are enlarged by a whole factor, larger ones shrunk.
-SMALLEST, LARGEST = 56, 96
+SMALLEST, LARGEST = 56, 128
 _PADDING, _MARGIN, _GAP = 2, 18, 26
 _TITLE, _LABEL, _NOTE = 20, 14, 13
 _INK, _GREY, _PAPER, _RED = (20, 20, 20), (105, 105, 105), (255, 255, 255), (215, 0, 0)

@@ -395,7 +395,7 @@ def _warn_of_another_split(before: dict[str, Any], data: ImageData, config: Trai
     changed = [f"{key}={then.get(key)!r}" for key in ("seed", "val_fraction") if then.get(key) != getattr(config, key)]
     if changed:
         warnings.warn(
-            "some images that this run holds out trained the model that it starts from, so its accuracy and temperature "
-            f"on them would flatter: train with {' and '.join(changed)}, as that model was",
+            "some images that this run holds out trained the model that it starts from, so its accuracy on them is too "
+            f"high, and its temperature too low: train with {' and '.join(changed)}, as that model was",
             stacklevel=3,
         )
