@@ -69,13 +69,14 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 
 @torch.no_grad()
-def moves_put_back(model: GLEM, data: ImageData, images: int = 128) -> dict[str, Any]:
+def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
     """Share of the moves that `GLEMAugment` puts back at its default settings.
 
     The result is not plausible, or the flow does not give the original back.
 
     Args:
-        data: images of the flow's shape, labelled by its class indices. images: how many are moved, evenly spread.
+        data: images of the flow's shape, labelled by its class indices. Of these 128 are moved, evenly spread; 16 with an
+            autoencoder, which is slow for large images and explodes for none.
 
     Returns:
         `mixup`: the share for policy "mixup"; `noise`: that for "noise" at each strength from which "auto" chooses;
@@ -84,7 +85,7 @@ def moves_put_back(model: GLEM, data: ImageData, images: int = 128) -> dict[str,
     Raises:
         ValueError: a model without modes.
     """
-    count = min(images, len(data))
+    count = min(128 if model.autoencoder is None else 16, len(data))
     x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
 
     def lost(**settings: Any) -> float:
