@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--where", default="chain", choices=("collate", "wrap", "chain"))
     parser.add_argument("--policy", default="noise", choices=("mixup", "noise", "adversarial"))
     parser.add_argument("--p", type=float, default=0.5)
-    parser.add_argument("--strength", type=float, help="of noise and adversarial (default: chosen from the first batch)")
+    parser.add_argument("--strength", type=float, help="of noise and adversarial (default: from the first batch)")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
