@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--where", default="chain", choices=("collate", "wrap", "chain"))
     parser.add_argument("--policy", default="noise", choices=("mixup", "noise", "adversarial"))
     parser.add_argument("--p", type=float, default=0.5)
-    parser.add_argument("--strength", type=float, default=0.5)
+    parser.add_argument("--strength", type=float, help="of noise and adversarial (default: from the first batch)")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
         flow,
         p=args.p,
         policy=args.policy,
-        strength=args.strength,
+        strength="auto" if args.strength is None else args.strength,
         mean=MEAN,
         std=STD,
         class_map=class_map,

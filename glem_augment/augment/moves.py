@@ -183,6 +183,6 @@ def partner_latents(model: GLEM, in_batch: Tensor, params: AugmentParams) -> Ten
     device = in_batch.device
     # Each row has a seed of its own, so that its partner does not depend on which other rows need one.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in params.seeds[drawn].tolist()]
-    noise = torch.cat([normal(1, model.modes.rank + model.dim, generator) for generator in generators])
+    noise = torch.cat([normal(1, model.modes.noise_size, generator) for generator in generators])
     draws = model.modes.sample_from_noise(send(params.partner_cls[drawn], device), send(noise, device))
     return in_batch.index_copy(0, send(drawn, device), draws.to(in_batch.dtype))

@@ -11,6 +11,7 @@ Sahbi, ACCV 2024).
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,31 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     return 1 / high
 
 
-class ClassGaussians(nn.Module):
+class ClassSampler(nn.Module):
+    """What draws latents of classes, each from `noise_size` standard normal numbers."""
+
+    @property
+    def noise_size(self) -> int:
+        raise NotImplementedError
+
+    def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """Latents [B, d] of the classes y, int64 [B], from standard normal noise [B, noise_size]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [B, d] of the classes y, int64 [B].
+
+        The temperature, >= 0, multiplies the standard deviation, as in Glow (Kingma & Dhariwal 2018, Sec. 6). The
+        generator is on the CPU, so that one seed gives the same latents on every device.
+        """
+        check_number("temperature", temperature, 0.0, math.inf)
+        some = next(chain(self.parameters(), self.buffers()))
+        noise = torch.randn(len(y), self.noise_size, generator=generator, dtype=some.dtype).to(some.device)
+        return self.sample_from_noise(y.to(some.device), noise, temperature)
+
+
+class ClassGaussians(ClassSampler):
     """N(mu_y, diag(sigma_y^2)) for K classes in d dimensions.
 
     With `psi = (a, b, c)` the variances are psi(s) = a sigmoid(b s) + c for free parameters s (Eq. 6): every real s
@@ -157,16 +182,13 @@ class ClassGaussians(nn.Module):
         variance = self.variance()[y]
         return -0.5 * ((z - self.mu[y]).square() / variance + variance.log() + _LOG_2PI).sum(1)
 
-    @torch.no_grad()
-    def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """z = mu_y + temperature * sigma_y * eps [B, d], with eps standard normal, of the classes y, int64 [B].
+    @property
+    def noise_size(self) -> int:
+        """d."""
+        return self.dim
 
-        The temperature, >= 0, multiplies the standard deviation, as in Glow (Kingma & Dhariwal 2018, Sec. 6). The
-        generator is on the CPU, so that one seed gives the same latents on every device.
-        """
-        check_number("temperature", temperature, 0.0, math.inf)
-        noise = torch.randn(len(y), self.dim, generator=generator, dtype=self.mu.dtype).to(self.mu.device)
-        y = y.to(self.mu.device)
+    def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """z = mu_y + temperature * sigma_y * noise [B, d], of the classes y, int64 [B]."""
         return self.mu[y] + temperature * self.variance()[y].sqrt() * noise
 
     # ---- divergences between the classes (Eq. 4) -----------------------------------------------------------------

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment import distributed
-from glem_augment.checks import DEFAULT_MODES, check_number, check_whole
+from glem_augment.checks import DEFAULT_MODES, check_whole
 from glem_augment.errors import DataError
 from glem_augment.flows.precision import full_precision
+from glem_augment.latent.gaussians import ClassSampler
 
 # The least variance of a dimension outside the modes. It keeps densities finite, and its root is far below one uint8
 # step (4e-3), so nobody can see it in a decoded image.
@@ -87,7 +88,7 @@ def mix_along_modes(z: Tensor, partner: Tensor, l: Tensor, y: Tensor, directions
 # ---- modes and samples of all classes --------------------------------------------------------------------------------
 
 
-class ClassModes(nn.Module):
+class ClassModes(ClassSampler):
     """Mean, principal modes and remaining variance of every class's latents. All are float32 buffers; none is trained.
 
     Buffers:
@@ -161,6 +162,11 @@ class ClassModes(nn.Module):
             scores = [-0.5 * (((z - m) @ v.T) / s).square().sum(1) - s.log().sum() for m, v, s in facts]
         return torch.stack(scores, 1) - 0.5 * self.dim * math.log(2 * math.pi)
 
+    @property
+    def noise_size(self) -> int:
+        """k + d."""
+        return self.rank + self.dim
+
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
@@ -169,16 +175,6 @@ class ClassModes(nn.Module):
         along, outside = noise.split([self.rank, self.dim], 1)
         spread = combine_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()
         return self.mean[y] + temperature * spread
-
-    def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Samples [B, d] of the classes y, int64 [B], from their mean and full covariance (RFCM).
-
-        The temperature, >= 0, multiplies the standard deviation. The generator is on the CPU, so that one seed gives
-        the same latents on every device.
-        """
-        check_number("temperature", temperature, 0.0, math.inf)
-        noise = torch.randn(len(y), self.rank + self.dim, generator=generator).to(self.mean)
-        return self.sample_from_noise(y.to(noise.device), noise, temperature)
 
 
 # ---- estimation ------------------------------------------------------------------------------------------------------

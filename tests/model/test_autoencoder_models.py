@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,14 +127,16 @@ def test_augmentation_adds_the_change_and_leaves_the_rest(
 ) -> None:
     x, y = photos
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
-    for p, strength in ((0.0, 0.5), (1.0, 0.0)):
-        aug = GLEMAugment(model, p=p, policy=policy, strength=strength, alpha=1.0, seed=0)  # type: ignore[arg-type]
+    settings: list[dict[str, Any]] = [{"p": 0.0}]
+    if policy != "mixup":
+        settings.append({"p": 1.0, "strength": 0.0})
+    for given in settings:
+        aug = GLEMAugment(model, policy=policy, seed=0, **given)  # type: ignore[arg-type]
         if policy == "adversarial":
             aug.attach(net)
-        if policy == "mixup" and p:
-            continue  # its strength is the partner's share
         assert torch.equal(aug(x, y)[0], x)  # bit for bit, though decoding loses detail
-    aug = GLEMAugment(model, p=1.0, policy=policy, strength=0.5, seed=0)  # type: ignore[arg-type]
+    given = {} if policy == "mixup" else {"strength": 0.5}
+    aug = GLEMAugment(model, p=1.0, policy=policy, seed=0, **given)  # type: ignore[arg-type]
     if policy == "adversarial":
         aug.attach(nn.Sequential(nn.AvgPool2d(4), net))
     large = F.interpolate(x.float() / 255, scale_factor=4, mode="bilinear")
