@@ -27,8 +27,8 @@ from safetensors.torch import save as safetensors_bytes
 import glem_augment
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
 from glem_augment.cli import main
-from glem_augment.hub.cards import CardFacts, data_name, model_card, trained_on
-from glem_augment.hub.files import HubName, hub_errors
+from glem_augment.hub.cards import CardFacts, data_name, data_names, model_card, trained_on
+from glem_augment.hub.download import HubName, hub_errors
 from glem_augment.model.config import MAX_CONFIG_BYTES
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
@@ -425,7 +425,7 @@ def test_data_are_named_without_their_folders() -> None:
     ):
         assert data_name(spec) == name
     once = {"data": "photos", "adapted_from": {"training": {"data": "private/large"}}}
-    assert trained_on({"adapted_from": {"training": once}}) == (
+    assert trained_on(data_names({"adapted_from": {"training": once}})) == (
         "large, then adapted to photos, then adapted to data that its record does not name"
     )
 
