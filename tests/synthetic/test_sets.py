@@ -28,7 +28,7 @@ from glem_augment import (
     SyntheticStream,
     open_data,
 )
-from glem_augment.synthetic.plan import class_counts, open_real
+from glem_augment.synthetic.sampler import class_counts, open_real
 
 NAMES = ["dog", "cat", "bird"]
 
