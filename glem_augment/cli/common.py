@@ -236,12 +236,12 @@ def name_skipped(data: ImageData) -> None:
 
 
 def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
-    """Data in the flow's shape with the flow's class indices as labels; see `open_resized` and `match_classes`."""
-    from glem_augment.data.classes import match_classes
+    """Data in the flow's shape with the flow's class indices as labels; see `open_resized` and `images_for`."""
+    from glem_augment.data.dataset import images_for
 
-    data = open_resized(model, spec, split, **options)
-    match = match_classes(model, data, class_map)
-    return data.with_targets(match[data.targets], model.classes, model.class_ids)
+    data = images_for(model, spec, class_map, split=split, **options)
+    name_skipped(data)
+    return data
 
 
 def print_json(obj: dict[str, Any]) -> None:

@@ -25,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.hub.cards import summary
-    from glem_augment.hub.download import flows_on_hub
+    from glem_augment.hub.download import flows_on_hub, summary
     from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, read_config
 
     flows = {}

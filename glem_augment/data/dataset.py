@@ -252,15 +252,15 @@ def as_image_data(
     return data
 
 
-def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, fix: str | None = None) -> ImageData:
-    """`data` as an ImageData of the flow's shape and under its classes (`match_classes`).
+def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **options: Any) -> ImageData:
+    """`data` as an ImageData of the flow's shape and under its classes (`match_classes`); `options` of `open_data`.
 
     Labels of data that name no classes are the flow's indices. `flow`: a GLEM.
     """
-    images = as_image_data(data, flow.image_shape)
+    images = as_image_data(data, flow.image_shape, **options)
     targets = images.targets
     if images.named or class_map is not None:
-        targets = match_classes(flow, images, class_map, fix=fix)[targets]
+        targets = match_classes(flow, images, class_map)[targets]
     return images.with_targets(targets, flow.classes, flow.class_ids)
 
 

@@ -199,11 +199,7 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
             "data must be a name, an ImageData, (uint8 images, labels), or a data set that has a length and gives "
             f"(image, label) by index; got {type(data).__name__}"
         )
-    return _data_set_source(data, _name(data))
-
-
-def _name(data: Any) -> str:
-    return getattr(getattr(data, "info", data), "dataset_name", None) or type(data).__name__  # Hugging Face, others
+    return _data_set_source(data)
 
 
 def _unlabelled_source(data: Any, split: str) -> Source:
@@ -218,7 +214,7 @@ def _unlabelled_source(data: Any, split: str) -> Source:
         source: Source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
     elif of_hugging_face(data) and hasattr(data, "__len__"):
         image = feature_column(data.features, "Image")
-        source = ItemSource(_name(data), [], [], np.zeros(len(data), np.int64), data.with_format(None), image)
+        source = ItemSource(type(data).__name__, [], [], np.zeros(len(data), np.int64), data.with_format(None), image)
     else:
         source = copy.copy(open_source(data, split))
     source.classes, source.class_ids, source.named = [ONE_CLASS], [ONE_CLASS], True
@@ -314,10 +310,6 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-
-
 def _split_folders(folder: Path, split: str = "", classes: bool = True) -> dict[str, Path]:
     """The folders that are named after a usual split or `split`, by their names in lower case.
 
@@ -342,21 +334,26 @@ def _split_folder(folder: Path, split: str, classes: bool = True) -> Path:
 # ---- idx files ---------------------------------------------------------------------------------------------------
 
 
+def _idx_files(folder: Path, split: str, kind: str, rank: int) -> list[Path]:
+    """MNIST-style files of a split (a pattern), such as train-images-idx3-ubyte.gz."""
+    pattern = rf"{split}-{kind}[-.]idx{rank}-ubyte(\.gz)?"
+    return [path for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name) and path.is_file()]
+
+
 def _is_idx(folder: Path) -> bool:
-    return any(re.fullmatch(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?", name) for name in _files(folder))
+    return bool(_idx_files(folder, "(train|t10k|test)", "images", 3))
 
 
 def _idx_source(folder: Path, split: str) -> ArraySource:
     """MNIST and its relatives. The classes are the labels that occur (EMNIST's letters start at 1)."""
-    names = _files(folder)
     prefix = "train" if split.lower() in _TRAIN else "(t10k|test)" if split.lower() in _TEST + _VAL else split
-    found = {}
+    arrays = []
     for kind, rank in (("images", 3), ("labels", 1)):
-        matches = [name for name in names if re.fullmatch(rf"{prefix}-{kind}[-.]idx{rank}-ubyte(\.gz)?", name)]
-        if not matches:
-            raise DataError(f"{folder} has no idx file of the {kind} of split {split!r}; it holds {names[:12]}")
-        found[kind] = _read_idx(folder / matches[0], rank)
-    labels = check_targets(found["labels"], len(found["images"]))
+        found = _idx_files(folder, prefix, kind, rank)
+        if not found:
+            raise DataError(f"{folder} has no idx file of the {kind} of split {split!r}")
+        arrays.append(_read_idx(found[0], rank))
+    labels = check_targets(arrays[1], len(arrays[0]))
     present, targets = np.unique(labels, return_inverse=True)
     class_ids = [str(label) for label in present]
     # The clothes of Fashion-MNIST are known by the name of the folder, or of the one above torchvision's "raw".
@@ -364,13 +361,13 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
     name = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
     fashion = re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
     classes = [_FASHION_CLASSES[label] for label in present] if fashion else class_ids
-    return ArraySource(str(folder), classes, class_ids, targets.reshape(-1), found["images"])
+    return ArraySource(str(folder), classes, class_ids, targets.reshape(-1), arrays[0])
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
     """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data."""
     with suppress(gzip.BadGzipFile, EOFError, zlib.error, ValueError):  # all of them: it is damaged
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             data = file.read()
         if data[:4] == bytes((0, 0, 8, rank)):
             shape = np.frombuffer(data, ">u4", rank, offset=4).tolist()
@@ -412,8 +409,9 @@ def _timm_source(spec: str, split: str) -> Source:
         raise DataError(f"timm cannot open {spec!r}, split {split!r}: {type(error).__name__}: {error}") from error
 
 
-def _data_set_source(data: Any, name: str) -> Source:
+def _data_set_source(data: Any, name: str | None = None) -> Source:
     """A data set of torchvision, timm or Hugging Face, or any other whose items are (image, label)."""
+    name = name or getattr(getattr(data, "info", data), "dataset_name", None) or type(data).__name__
     ids, names = (getattr(data, "named", True) and named_classes(data)) or ([], [])
     if of_hugging_face(data):  # a transform of its own may have renamed the columns
         data, label = data.with_format(None), feature_column(data.features, "ClassLabel")

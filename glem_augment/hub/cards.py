@@ -1,11 +1,7 @@
-"""The model card: what a flow is, what it was trained on, how good it is, and what it is not for.
-
-The card states only what is known. Whoever pushes the model adds what it does not record, such as a licence.
-"""
+"""Cards of models, synthetic sets and Spaces. A card states what the records say, and what its publisher adds."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,14 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    CardData,
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    SpaceCard,
+    SpaceCardData,
+)
 
 from glem_augment.data.sources import TIMM_PREFIXES
-from glem_augment.hub.files import LIBRARY, PREFIX, parse_name
-from glem_augment.model.config import GLEMConfig, licence_id
+from glem_augment.hub.download import LIBRARY, PREFIX, held_out, is_number, parse_name
+from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 
 SAMPLES = "samples.png"
+GRADIO = "6.31.0"  # of a Space; the extra "explore" allows it
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
 # "image-classification" would promise the Hub's widgets a classifier that they can run.
 PIPELINE = "unconditional-image-generation"
@@ -35,6 +41,15 @@ _METRICS = {
     "fid": (PIPELINE, "fid", "FID of samples"),
 }
 _SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "averaging", "seed")
+# Keys of a report of `evaluation.quality_report`, and words for people.
+_REPORTED = {
+    "fid": "FID",
+    "coverage": "coverage",
+    "density": "density",
+    "label_reliability": "share of images that a classifier of real images gives their class",
+    "network_accuracy": "the same of held-out real images",
+    "ratio": "distance to the nearest training image, over that to the nearest held-out one (copies: near 0)",
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +71,33 @@ class CardFacts:
     metrics: Sequence[Mapping[str, Any]] = ()
     report: str | os.PathLike[str] | None = None
 
-    def licence(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The licence as metadata of a card."""
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
+
+    def with_recorded(self, training: Mapping[str, Any]) -> CardFacts:
+        """These facts with the licence in the record of a training, where none is given."""
+        return replace(self, license=self.license or licence_id(training.get("license")))
+
+    def sentence(self) -> str:
+        """A sentence on the licence that images drawn by the flow inherit."""
+        if self.license is None:
+            return "**The licence was not stated: ask the publisher before you use this.**"
+        named = f"{self.license_name} ({self.license})" if self.license_name else self.license
+        return f"The publisher states: {named}" + (f" ([text]({self.license_link}))." if self.license_link else ".")
+
+
+def _text(data: CardData, title: str, lead: str, sections: Mapping[str, str]) -> str:
+    """Every card: metadata, title, what it is, and sections by their titles."""
+    parts = "\n\n".join(f"## {name}\n\n{text.strip()}" for name, text in sections.items())
+    return f"---\n{data.to_yaml()}\n---\n\n# {escape(title)}\n\n{lead.strip()}\n\n{parts}".rstrip() + "\n"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
 
 
 def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, samples: bool = True) -> ModelCard:
@@ -67,62 +106,82 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     Raises:
         ValueError: metrics that `glem eval` did not write, or of another bit depth.
     """
-    facts = facts or CardFacts()
-    facts = replace(facts, license=facts.license or licence_id(model.config.training.get("license")))
+    training, flow = model.config.training, model.config.flow
+    facts = (facts or CardFacts()).with_recorded(training)
     results = [result for table in _measured(model, facts) for result in _eval_results(table)]
-    data = ModelCardData(
-        **facts.licence(),
+    preset = str(flow.get("preset", "flow"))
+    metadata = ModelCardData(
+        **facts.metadata(),
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
-        tags=[*_TAGS, str(model.config.flow.get("preset", "flow"))],
-        base_model=base_model(model.config.training),
+        tags=[*_TAGS, preset],
+        base_model=base_model(training),
         datasets=[facts.datasets] if isinstance(facts.datasets, str) else list(facts.datasets) or None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(model, repo_id, facts, results, samples)}")
+    c, h, w = model.image_shape
+    data = trained_on(data_names(training))
+    images = f", {training['images']:,} images" if isinstance(training.get("images"), int) else ""
+    first = records(training)[-1].get("config")
+    settings = first if isinstance(first, dict) else {}
+    trained = ", ".join(f"{key} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None)
+    picture = f"\n\n![Samples, one row for each class]({SAMPLES})" if samples else ""
+    augment = "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n" if model.modes is not None else ""
+    noise = "**After its training this flow was worse than independent pixels: images drawn from it are noise.**\n\n"
+    lead = f"""
+A class-conditional normalizing flow for {c}x{h}x{w} images (channels x height x width) of {model.num_classes} classes,
+trained on {data}. It maps an image to a latent and back; each class has its own Gaussian there. It draws new images of
+a class, moves real images along the principal modes of their class (data augmentation), and classifies by its
+likelihood p(image | class). The method is GLEM (Enescu and Sahbi, "Learning Classwise Untangled Continuums for
+Conditional Normalizing Flows", ACCV 2024), the library glem-augment.{picture}"""
+    use = f"""
+```python
+from glem_augment import GLEM, GLEMAugment, SyntheticDataset
 
-
-# ---- numbers -----------------------------------------------------------------------------------------------------
-
-
-def summary(config: GLEMConfig, size: int | None, licence: object = None) -> dict[str, Any]:
-    """What `glem list` says of a flow with weights of `size` bytes; the licence is by default the recorded one."""
-    return {
-        "image_shape": list(config.image_shape),
-        "bits": config.bits,
-        "classes": config.class_names,
-        "bytes": size,
-        **_held_out(config.training),
-        "license": licence_id(licence) or licence_id(config.training.get("license")),
+model = GLEM.from_pretrained("{repo_id}")  # "{repo_id}@<commit>" pins these weights
+{augment}synthetic = SyntheticDataset(model, per_class=100, seed=0)
+```"""
+    licence = f"Trained on {data}{images}. Samples derive from the training images and inherit their licence. "
+    parameters = f"{sum(p.numel() for p in model.flow.parameters()):,}"
+    about = {
+        "preset": f"`{preset}`, {parameters} parameters in the flow",
+        "images": f"{c}x{h}x{w}, {model.numbers_are}",
+        "classes": ", ".join(map(escape, model.classes)),
+        "training": escape(trained) or "no record",
     }
-
-
-def _held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracy and bits/dim on the held-out part of the training images, which the trainer recorded."""
-    found = training.get("held_out")
-    values = {key: found.get(f"val_{key}") if isinstance(found, dict) else None for key in ("accuracy", "bits_per_dim")}
-    return {key: value if _is_number(value) else None for key, value in values.items()}
+    warning = noise if training.get("worse_than_independent_pixels") is True else ""
+    limits = f"""
+- The model is for augmenting and balancing the training sets of image classifiers with these classes, and for research
+  on generative classifiers. For other classes, adapt it (`glem adapt`) or fine-tune it (`glem train --init`).
+- It is not for images that are to be taken for real ones, and not for decisions about people. The posterior knows only
+  these classes: an image of anything else gets one of them.
+- Samples repeat what is in the training images, with its biases and gaps, and may resemble single images. Look at them
+  before use, and compare with the `identity` preset, the control without a learned flow.
+- It was trained at {h}x{w}; other images are resized on the way in. The flow runs in float32."""
+    sections = {
+        "Use": use,
+        "Training data and licence": licence + facts.sentence(),
+        "Model": _table(about),
+        "Evaluation": f"{warning}{_evaluation(results)}\n\nLower {model.likelihood[1]} are better.",
+        "Intended use and limits": limits,
+    }
+    return ModelCard(_text(metadata, repo_id, lead, sections))
 
 
 def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
     """Tables with data, split and metrics: the one of the held-out part of the training images first."""
+    training, recorded = model.config.training, held_out(model.config.training)
     tables = []
-    training = model.config.training
-    held_out = _held_out(training)
-    if any(value is not None for value in held_out.values()):
-        tables.append({"data": training.get("data"), "split": "train (held out)", **held_out})
+    if any(value is not None for value in recorded.values()):
+        tables.append({"data": training.get("data"), "split": "train (held out)", **recorded})
     for table in (dict(given) for given in facts.metrics):
-        if not any(_is_number(table.get(key)) for key in _METRICS):
+        if not any(is_number(table.get(key)) for key in _METRICS):
             raise ValueError(f"metrics must be what glem eval writes, with one of {', '.join(_METRICS)}; got {table}")
         if table.get("bits", model.bits) != model.bits:
             raise ValueError(f"these metrics were measured at {table['bits']} bits, the model has {model.bits}")
         tables.append(table)
     return tables
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _eval_results(table: Mapping[str, Any]) -> list[EvalResult]:
@@ -139,8 +198,95 @@ def _eval_results(table: Mapping[str, Any]) -> list[EvalResult]:
             metric_value=round(float(table[key]), 6),
         )
         for key, (task, metric, words) in _METRICS.items()
-        if _is_number(table.get(key))
+        if is_number(table.get(key))
     ]
+
+
+def _evaluation(results: Sequence[EvalResult]) -> str:
+    if not results:
+        return "No measurements are recorded."
+    rows = ["| data | metric | value |", "|---|---|---|"]
+    for result in results:
+        share = result.metric_type.endswith("accuracy")
+        value = f"{100 * result.metric_value:.2f} %" if share else f"{result.metric_value:.4g}"
+        where = f"{escape(result.dataset_name)}, {escape(result.dataset_split or 'test')}"
+        rows.append(f"| {where} | {result.metric_name} | {value} |")
+    return "\n".join(rows)
+
+
+def space_card(model: GLEM, repo_id: str, facts: CardFacts) -> SpaceCard:
+    """The card of a Space that serves the page of `glem explore` for a model that came from the Hub."""
+    facts = facts.with_recorded(model.config.training)
+    about: dict[str, Any] = {"models": [str(model.origin).partition("@")[0]], "datasets": list(facts.datasets) or None}
+    about |= {"title": repo_id.split("/")[-1], "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py"}
+    metadata = SpaceCardData(**about, **facts.metadata(), tags=[LIBRARY])
+    return SpaceCard(_text(metadata, repo_id, f"A page to explore the flow `{model.origin}`. {facts.sentence()}", {}))
+
+
+# ---- synthetic sets ------------------------------------------------------------------------------------------------
+
+
+def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> DatasetCard:
+    """The card of synthetic images as shards; its metadata tell `datasets` where the images are.
+
+    Args:
+        manifest: of the export, see `synthetic.manifest`.
+        name: the title.
+        facts: the licence.
+    """
+    names = {str(entry["index"]): entry["name"] for entry in manifest["classes"]}
+    columns = {"png": "image", "cls": {"class_label": {"names": names}}, "__key__": "string", "__url__": "string"}
+    metadata = DatasetCardData(
+        **facts.metadata(),
+        annotations_creators=["machine-generated"],
+        task_categories=["image-classification"],
+        tags=["synthetic", LIBRARY],
+        dataset_info={"features": [{"name": column, "dtype": kind} for column, kind in columns.items()]},
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.tar"}]}],
+    )
+    c, h, w = manifest["image_shape"]
+    loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
+    made = "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
+    derived = "Samples derive"
+    if manifest["settings"]["source"] == "mixup":
+        made = "made by a class-conditional normalizing flow: each is a real image, moved part of the way to another."
+        derived = f"Mixtures derive from real images ({escape(manifest['real'] or 'not recorded')}) and"
+    lead = f"""
+**These images are synthetic.** {manifest["count"]:,} images, {c}x{h}x{w} (channels x height x width), of
+{len(manifest["classes"])} classes, {made}
+They are for training image classifiers together with real images; measure on real ones only.
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("{name}", split="train")
+image, label = data[0]["png"], data[0]["cls"]
+```"""
+    rows = {
+        "generator": manifest["generator"],
+        "flow": f"{loaded}, weights with SHA-256 `{manifest['weights_sha256']}`",
+        "the flow was trained on": trained_on(manifest["trained_on"]),
+        "images that are not plausible (values off [0, 1] by more than 1, or not finite)": len(manifest["implausible"]),
+        **{key: escape(value) for key, value in manifest["settings"].items()},
+    }
+    again = "The same settings of `SyntheticDataset`, flow, version and kind of machine draw them again."
+    licence = f"{derived} from the images that the flow was trained on, and inherit their licence. {facts.sentence()}"
+    limits = """
+The labels are the classes that the flow was asked for; a person would call some of the images something else. They
+repeat the biases and gaps of the training images, and may resemble single ones."""
+    sections = {"How they were made": f"{_table(rows)}\n\n{again}"}
+    if "quality" in manifest:
+        sections["Quality"] = _quality(manifest["quality"])
+    return DatasetCard(_text(metadata, name, lead, sections | {"Licence": licence, "Limits": limits}))
+
+
+def _quality(report: Mapping[str, Any]) -> str:
+    """The section on a report of `evaluation.quality_report`."""
+    found = {**report, **(report["memorisation"] or {})}
+    rows = {words: f"{found[key]:.3g}" for key, words in _REPORTED.items() if key in found}
+    images = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in report["images"].items())
+    picture = "![Synthetic images beside the nearest real ones](report.png)"
+    return f"{_table(rows)}\n\nMeasured on {images} images; features of {escape(report['features'])}.\n\n{picture}"
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -187,191 +333,3 @@ def base_model(training: Mapping[str, Any]) -> str | None:
 def escape(text: object) -> str:
     """Somebody else's text inside Markdown: it can't make a table cell, a link, a tag or code."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
-
-
-# ---- text --------------------------------------------------------------------------------------------------------
-
-
-def _body(model: GLEM, repo_id: str, facts: CardFacts, results: Sequence[EvalResult], samples: bool) -> str:
-    config, training = model.config, model.config.training
-    c, h, w = model.image_shape
-    data = trained_on(data_names(training))
-    images = f", {training['images']:,} images" if isinstance(training.get("images"), int) else ""
-    first = records(training)[-1].get("config")
-    settings = first if isinstance(first, dict) else {}
-    trained = ", ".join(f"{key} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None)
-    classes = ", ".join(map(escape, model.classes))
-    picture = f"![Samples, one row for each class]({SAMPLES})\n\n" if samples else ""
-    augment = "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n" if model.modes is not None else ""
-    parameters = sum(p.numel() for p in model.flow.parameters())
-    return f"""# {escape(repo_id)}
-
-A class-conditional normalizing flow for {c}x{h}x{w} images (channels x height x width) of {model.num_classes} classes,
-trained on {data}. It maps an image exactly to a latent and back; each class has its own Gaussian there. It draws new
-images of a class, moves real images along the principal modes of their class (data augmentation), and classifies by
-its exact likelihood p(image | class). The method is GLEM (Enescu and Sahbi, "Learning Classwise Untangled Continuums
-for Conditional Normalizing Flows", ACCV 2024), the library glem-augment.
-
-{picture}## Use
-
-```python
-from glem_augment import GLEM, GLEMAugment, SyntheticDataset
-
-model = GLEM.from_pretrained("{repo_id}")  # "{repo_id}@<commit>" pins these weights
-{augment}synthetic = SyntheticDataset(model, per_class=100, seed=0)
-```
-
-## Training data and licence
-
-Trained on {data}{images}. Samples derive from the training images and inherit their licence. {licence_of(facts)}
-
-## Model
-
-| | |
-|---|---|
-| preset | `{config.flow.get("preset", "flow")}`, {parameters:,} parameters in the flow |
-| images | {c}x{h}x{w}, {model.bits} bits per channel |
-| classes | {classes} |
-| training | {escape(trained) or "no record"} |
-
-## Evaluation
-
-{_evaluation(results)}
-{_warning(training)}
-Bits/dim are at {model.bits} bits per channel; lower is better.
-
-## Intended use and limits
-
-- The model is for augmenting and balancing the training sets of image classifiers with these classes, and for research
-  on generative classifiers. For other classes, adapt it (`glem adapt`) or fine-tune it (`glem train --init`).
-- It is not for images that are to be taken for real ones, and not for decisions about people. The posterior knows only
-  these classes: an image of anything else gets one of them.
-- Samples repeat what is in the training images, with its biases and gaps, and may resemble single images. Look at them
-  before use, and compare with the `identity` preset, the control without a learned flow.
-- It was trained at {h}x{w}; other images are resized on the way in. The flow runs in float32.
-"""
-
-
-def _warning(training: Mapping[str, Any]) -> str:
-    if training.get("worse_than_independent_pixels") is not True:
-        return ""
-    return "\n**After its training this flow was worse than independent pixels: images drawn from it are noise.**\n"
-
-
-def _evaluation(results: Sequence[EvalResult]) -> str:
-    if not results:
-        return "No measurements are recorded."
-    rows = ["| data | metric | value |", "|---|---|---|"]
-    for result in results:
-        share = result.metric_type.endswith("accuracy")
-        value = f"{100 * result.metric_value:.2f} %" if share else f"{result.metric_value:.4g}"
-        where = f"{escape(result.dataset_name)}, {escape(result.dataset_split or 'test')}"
-        rows.append(f"| {where} | {result.metric_name} | {value} |")
-    return "\n".join(rows)
-
-
-def licence_of(facts: CardFacts) -> str:
-    """A sentence on the licence that images drawn by the flow inherit."""
-    if facts.license is None:
-        return "**The licence was not stated: ask the publisher before you use this.**"
-    named = f"{facts.license_name} ({facts.license})" if facts.license_name else facts.license
-    return f"The publisher states: {named}" + (f" ([text]({facts.license_link}))." if facts.license_link else ".")
-
-
-# ---- synthetic images ----------------------------------------------------------------------------------------------
-
-# Keys of a report of `evaluation.quality_report`, and words for people.
-_REPORTED = {
-    "fid": "FID",
-    "coverage": "coverage",
-    "density": "density",
-    "label_reliability": "share of images that a classifier of real images gives their class",
-    "network_accuracy": "the same of held-out real images",
-    "ratio": "distance to the nearest training image, over that to the nearest held-out one (copies: near 0)",
-}
-
-
-def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> DatasetCard:
-    """The card of synthetic images as shards; its metadata tell `datasets` where the images are.
-
-    Args:
-        manifest: of the export, see `synthetic.manifest`.
-        name: the heading.
-        facts: the licence.
-    """
-    names = {str(entry["index"]): entry["name"] for entry in manifest["classes"]}
-    features = [
-        {"name": "png", "dtype": "image"},
-        {"name": "cls", "dtype": {"class_label": {"names": names}}},
-        {"name": "__key__", "dtype": "string"},
-        {"name": "__url__", "dtype": "string"},
-    ]
-    data = DatasetCardData(
-        **facts.licence(),
-        annotations_creators=["machine-generated"],
-        task_categories=["image-classification"],
-        tags=["synthetic", LIBRARY],
-        dataset_info={"features": features},
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.tar"}]}],
-    )
-    c, h, w = manifest["image_shape"]
-    loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
-    made = "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
-    derived = "Samples derive"
-    if manifest["settings"]["source"] == "mixup":
-        made = "made by a class-conditional normalizing flow: each is a real image, moved part of the way to another."
-        derived = f"Mixtures derive from real images ({escape(manifest['real'] or 'not recorded')}) and"
-    settings = "\n".join(f"| {key} | {escape(value)} |" for key, value in manifest["settings"].items())
-    body = f"""# {escape(name)}
-
-**These images are synthetic.** {manifest["count"]:,} images, {c}x{h}x{w} (channels x height x width), of
-{len(manifest["classes"])} classes, {made}
-They are for training image classifiers together with real images; measure on real ones only.
-
-```python
-from datasets import load_dataset
-
-data = load_dataset("{name}", split="train")
-image, label = data[0]["png"], data[0]["cls"]
-```
-
-## How they were made
-
-| | |
-|---|---|
-| generator | {manifest["generator"]} |
-| flow | {loaded}, weights with SHA-256 `{manifest["weights_sha256"]}` |
-| the flow was trained on | {trained_on(manifest["trained_on"])} |
-| images that are not plausible (values off [0, 1] by more than 1, or not finite) | {len(manifest["implausible"])} |
-{settings}
-
-With these settings of `SyntheticDataset`, the same flow, version and kind of machine, they can be drawn again.
-{_quality(manifest["quality"]) if "quality" in manifest else ""}
-## Licence
-
-{derived} from the images that the flow was trained on, and inherit their licence. {licence_of(facts)}
-
-## Limits
-
-The labels are the classes that the flow was asked for; a person would call some of the images something else. They
-repeat the biases and gaps of the training images, and may resemble single ones.
-"""
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-
-
-def _quality(report: Mapping[str, Any]) -> str:
-    """The section on a report of `evaluation.quality_report`."""
-    found = {**report, **(report["memorisation"] or {})}
-    rows = "\n".join(f"| {words} | {found[key]:.3g} |" for key, words in _REPORTED.items() if key in found)
-    images = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in report["images"].items())
-    return f"""
-## Quality
-
-| | |
-|---|---|
-{rows}
-
-Measured on {images} images; features of {escape(report["features"])}.
-
-![Synthetic images beside the nearest real ones](report.png)
-"""

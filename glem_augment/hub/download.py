@@ -8,24 +8,58 @@ compared with the SHA-256 that the Hub states, since the client compares sizes o
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import errors as client_errors
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import get_session
 from tqdm import tqdm
 
-from glem_augment.errors import HubError, ModelFileError
-from glem_augment.hub.cards import summary
-from glem_augment.hub.files import LIBRARY, PREFIX, HubName, hub_errors, parse_name
+from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.io import expand, file_sha256
+from glem_augment.model.config import GLEMConfig, licence_id
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 
 _log = logging.getLogger(__name__)
+
+LIBRARY, PREFIX = "glem-augment", "hf-hub:"
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository `org/name` and, if one was given, a branch, tag or commit hash."""
+
+    repo_id: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
+
+def parse_name(text: str) -> HubName | None:
+    """Read `org/name` or `org/name@revision`, with or without `hf-hub:` before it; None for any other text.
+
+    Raises:
+        HubError: `hf-hub:` is followed by something else.
+    """
+    repo_id, at, revision = text.removeprefix(PREFIX).partition("@")
+    # A few old repositories have no owner. They can only be named with the prefix.
+    pattern = f"({_WORD}/)?{_WORD}" if text.startswith(PREFIX) else f"{_WORD}/{_WORD}"
+    if re.fullmatch(pattern, repo_id) and (not at or re.fullmatch(r"[^\s@]+", revision)):
+        return HubName(repo_id, revision or None)
+    if text.startswith(PREFIX):
+        raise HubError(f"{text!r} is no name on the Hub: write {PREFIX}org/name or {PREFIX}org/name@revision")
+    return None
 
 
 def download_model(
@@ -129,8 +163,31 @@ def download_autoencoder(
     return main[0], str(found)
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def summary(config: GLEMConfig, size: int | None, licence: object = None) -> dict[str, Any]:
+    """What `glem list` says of a flow with weights of `size` bytes; the licence is by default the recorded one."""
+    return {
+        "image_shape": list(config.image_shape),
+        "bits": config.bits,
+        "classes": config.class_names,
+        "bytes": size,
+        **held_out(config.training),
+        "license": licence_id(licence) or licence_id(config.training.get("license")),
+    }
+
+
+def held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
+    """Accuracy and bits/dim on the held-out part of the training images, which the trainer recorded."""
+    found = training.get("held_out")
+    values = {key: found.get(f"val_{key}") if isinstance(found, dict) else None for key in ("accuracy", "bits_per_dim")}
+    return {key: value if is_number(value) else None for key, value in values.items()}
+
+
 def flows_on_hub(limit: int = 100, progress: bool = True) -> dict[str, Any]:
-    """What `cards.summary` says of the models on the Hub that carry the library's tag, of the first `limit`.
+    """What `summary` says of the models on the Hub that carry the library's tag, of the first `limit`.
 
     A model that can't be read is left out, with a warning. HubError: the Hub can't be asked.
     """
@@ -200,3 +257,44 @@ def _check_digest(found: HubName, weights: Path) -> None:
         weights.resolve().unlink()  # the snapshot holds a link to it
         weights.unlink()
         raise HubError(f"{weights.name} of {found} arrived damaged and was removed from the cache: load it again")
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Iterator[None]:
+    """Turn any error of the Hub's client inside the `with` block into a HubError of one sentence that names `name`.
+
+    `hint` is added where the name may have been meant for something else than a repository.
+    """
+    try:
+        yield
+    except GLEMError:
+        raise
+    except Exception as error:  # the client's errors depend on its version and on the HTTP library below it
+        raise HubError(_without_secrets(_explain(error, name, repo_type, hint))) from error
+
+
+def _explain(error: Exception, name: HubName, repo_type: str, hint: str) -> str:
+    host, at = constants.ENDPOINT, f"the {repo_type} {str(name)!r}" if name.repo_id else "the list of models"
+    if isinstance(error, client_errors.HFValidationError):
+        return f"{name.repo_id!r} is no name of a repository: {error}"
+    if constants.HF_HUB_OFFLINE:
+        return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE{hint}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if status := getattr(getattr(cause, "response", None), "status_code", None):
+            fix = "check the name, and log in with `hf auth login`, set HF_TOKEN, or pass token="
+            fix = f"; {fix} for a token with access{hint}" if status in (401, 403, 404) else ""
+            return f"{host} answered {status} for {at}: {getattr(cause, 'server_message', None) or cause}{fix}"
+        cause = cause.__cause__ or cause.__context__
+    return f"{at} can't be had from {host} ({error}): check the connection, the proxy and HF_ENDPOINT{hint}"
+
+
+def _without_secrets(text: str) -> str:
+    """The text on one line, without tokens, passwords in addresses, and queries (the signatures of download links)."""
+    text = re.sub(r"(?<=://)[^\s/?#'\"]*@", "", text)
+    text = re.sub(r"\?[^\s'\"()]*=[^\s'\"()]*", "", text)
+    text = re.sub(r"\bhf_\w+", "hf_...", re.sub(r"Bearer \S+", "Bearer ...", text))
+    return " ".join(text.split())

@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, RepoCard, SpaceCard, SpaceCardData, constants
+from huggingface_hub import CommitInfo, HfApi, RepoCard, constants
 from torchvision.utils import save_image
 
 from glem_augment import __version__
 from glem_augment.devices import evaluating
 from glem_augment.errors import HubError
-from glem_augment.hub.cards import SAMPLES, CardFacts, escape, licence_of, model_card, records
-from glem_augment.hub.files import LIBRARY, HubName, hub_errors
+from glem_augment.hub.cards import SAMPLES, CardFacts, model_card, records, space_card
+from glem_augment.hub.download import LIBRARY, HubName, hub_errors
 from glem_augment.io import atomic_write
-from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 
 CARD = "README.md"
@@ -28,7 +26,6 @@ CARD = "README.md"
 _GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
 _NEW_SPACES_CARD = "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference"
 _ROWS, _COLUMNS = 16, 8  # of the picture of samples
-_GRADIO = "6.31.0"  # of a Space; the extra "explore" allows it
 _APP = """\
 \"\"\"The page of `glem explore` for a flow on the Hub.\"\"\"
 
@@ -89,12 +86,7 @@ def write_repository(model: GLEM, facts: CardFacts, repo_id: str, folder: Path, 
 
 def write_space(model: GLEM, facts: CardFacts, repo_id: str, folder: Path) -> None:
     """Write a Space to an empty folder: the page of `glem explore` for a model that came from the Hub."""
-    facts = replace(facts, license=facts.license or licence_id(model.config.training.get("license")))
-    about: dict[str, Any] = {"models": [str(model.origin).partition("@")[0]], "datasets": list(facts.datasets) or None}
-    about |= {"title": repo_id.split("/")[-1], "sdk": "gradio", "sdk_version": _GRADIO, "app_file": "app.py"}
-    metadata = SpaceCardData(**about, **facts.licence(), tags=[LIBRARY]).to_yaml()
-    text = f"# {escape(repo_id)}\n\nWhat the flow `{model.origin}` knows. {licence_of(facts)}"
-    write_card(SpaceCard(f"---\n{metadata}\n---\n\n{text}\n"), folder)
+    write_card(space_card(model, repo_id, facts), folder)
     (folder / "app.py").write_text(_APP.format(model.origin), encoding="utf-8")
     (folder / "requirements.txt").write_text(f"{LIBRARY}[explore]=={__version__}\n", encoding="utf-8")
 

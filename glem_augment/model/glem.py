@@ -122,7 +122,7 @@ class GLEM(ImageFlow):
         """
         shape, facts = image_shape, None
         if isinstance(autoencoder, str):
-            autoencoder, facts = open_autoencoder(autoencoder, fetch_autoencoder)
+            autoencoder, facts = open_autoencoder(autoencoder, lambda text: hub().download_autoencoder(text))
         elif autoencoder is not None:
             facts = {"name": CUSTOM, "sha256": ""}
         if autoencoder is not None:
@@ -172,16 +172,15 @@ class GLEM(ImageFlow):
         """
         text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
         if text.startswith(JET):
-            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
+            client["revision"] = revision
+            return open_jet(text.removeprefix(JET), cls, lambda t: hub().download_jet(t, **client), heads).to(device)
         folder, origin = local_folder(name), None
         if folder is None:
-            from glem_augment.hub.download import download_model
-
-            folder, origin = download_model(name, revision=revision, **client)
+            folder, origin = hub().download_model(name, revision=revision, **client)
         elif revision is not None:
             raise ModelFileError(f"{text!r} is a folder and has no revision {revision!r}; for the Hub write hf-hub:...")
         config = read_config(folder)
-        jet = open_base(config, cls, **client)
+        jet = open_base(config, cls, lambda text: hub().download_jet(text, **client))
         flow = jet and jet.flow
         if module is not None:
             if config.flow["coupling"] != "custom":
@@ -482,18 +481,18 @@ class GLEM(ImageFlow):
         return modes
 
 
-def fetch_autoencoder(text: str, **client: Any) -> tuple[Path, str]:
-    """Download an autoencoder from the Hub; see `hub.download.download_autoencoder`."""
-    from glem_augment.hub.download import download_autoencoder
+def hub() -> Any:
+    """The module that downloads from the Hub. It stands above this room and is imported when it is needed."""
+    from glem_augment.hub import download
 
-    return download_autoencoder(text, **client)
+    return download
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
     """The autoencoder that a config names. ModelFileError: it can't be had, has changed, or is a module of a user's."""
     if named["name"] == CUSTOM:
         raise ModelFileError("this model was made with an autoencoder of the user's: pass that module as autoencoder=")
-    return open_autoencoder(named["name"], partial(fetch_autoencoder, **client), named["sha256"])[0]
+    return open_autoencoder(named["name"], lambda text: hub().download_autoencoder(text, **client), named["sha256"])[0]
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:

@@ -44,17 +44,18 @@ _NAMES = {
 
 
 def open_jet(
-    text: str, build: Callable[[GLEMConfig, Flow, ClassGaussians], Any], heads: int | None = None, **client: Any
+    text: str,
+    build: Callable[[GLEMConfig, Flow, ClassGaussians], Any],
+    fetch: Callable[..., tuple[Path, str, str | None]],
+    heads: int | None = None,
 ) -> Any:
-    """The model with the flow in the file `text` or on the Hub. `client`: cache_dir, token and revision.
+    """The model with the flow in the file `text`, or in the one that `fetch` downloads.
 
     Without `heads` a warning says how many are assumed.
     """
     path, origin, licence = expand(text), None, None
     if not path.is_file():
-        from glem_augment.hub.download import download_jet
-
-        path, origin, licence = download_jet(text, **client)
+        path, origin, licence = fetch(text)
     config, flow = load_jet(path, heads)
     if heads is None:
         warnings.warn(
@@ -80,13 +81,13 @@ def reference(model: Any) -> dict[str, str]:
     return {"jet": name, "sha256": file_sha256(path)}
 
 
-def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> Any:
+def open_base(config: GLEMConfig, build: Callable[..., Any], fetch: Callable[..., tuple[Path, str, str | None]]) -> Any:
     """The Jet that `config` refers to, if it does. ModelFileError: it is not there, or has changed."""
     if config.base is None:
         return None
     name, digest = config.base["jet"], config.base["sha256"]
     try:
-        model = open_jet(name, build, config.flow.get("heads"), **client)
+        model = open_jet(name, build, fetch, config.flow.get("heads"))
         if (file_sha256(model.origin_file), model.config.flow) != (digest, config.flow):
             raise ModelFileError("it has changed since, or never had this flow")
     except (ValueError, OSError) as error:

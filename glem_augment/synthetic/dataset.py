@@ -28,8 +28,18 @@ from glem_augment.devices import weights_key
 from glem_augment.distributed import rank, world_size
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.plan import PerClass, Plan, class_counts, class_values, label_order, open_real
-from glem_augment.synthetic.sampler import Drawing, Drawn, Sampler, rows_by_block
+from glem_augment.synthetic.sampler import (
+    Drawing,
+    Drawn,
+    PerClass,
+    Plan,
+    Sampler,
+    class_counts,
+    class_values,
+    label_order,
+    open_real,
+    rows_by_block,
+)
 
 # Images that are decoded together, in a SyntheticDataset all of one class. Another number would change their last bits.
 BLOCK = 64
@@ -126,7 +136,8 @@ class SyntheticDataset(Dataset):
 
     def pictures(self, indices: Sequence[int]) -> list[Any]:
         """The images of several items, after the transform. See `__getitem__`."""
-        self._check_pil()
+        if self.image_shape[0] not in (1, 3):
+            raise ValueError(f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices)")
         pictures = map(to_pil_image, self.images(indices))
         return [picture if self.transform is None else self.transform(picture) for picture in pictures]
 
@@ -202,7 +213,6 @@ class SyntheticDataset(Dataset):
         from glem_augment.hub.cards import CardFacts  # both load the Hub's client
         from glem_augment.synthetic.export import export_set
 
-        self._check_pil()
         self._check_model()
         writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
         export_set(self.plan, self.draw, folder, format, CardFacts(license), **writing)
@@ -212,7 +222,6 @@ class SyntheticDataset(Dataset):
         """Upload all images to the data set `org/name` on the Hub in one commit; see `export.push_dataset`."""
         from glem_augment.synthetic.export import push_dataset
 
-        self._check_pil()
         self._check_model()
         return push_dataset(self.plan, self.draw, repo_id, **options)
 
@@ -242,10 +251,6 @@ class SyntheticDataset(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_cache()
-
-    def _check_pil(self) -> None:
-        if self.image_shape[0] not in (1, 3):
-            raise ValueError(f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices)")
 
 
 class SyntheticStream(IterableDataset):

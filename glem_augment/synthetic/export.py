@@ -46,8 +46,7 @@ from glem_augment.synthetic.manifest import (
     provenance,
     stated_licence,
 )
-from glem_augment.synthetic.plan import Block, Plan
-from glem_augment.synthetic.sampler import Drawn
+from glem_augment.synthetic.sampler import Block, Drawn, Plan
 
 # A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.
 MAX_SHARDS, MIN_SHARD = 64, 32
@@ -110,6 +109,8 @@ def export_set(
     folder, facts = expand(folder), facts or CardFacts()
     ranks = Ranks.all() if distributed else Ranks()
     progress, shards = progress and ranks.rank == 0, form == "webdataset"
+    if plan.model.image_shape[0] not in (1, 3):
+        raise ValueError(f"a PNG file has 1 or 3 channels, this flow {plan.model.image_shape[0]}")
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file, not a folder: give another folder")
     with lock_folder(folder) if ranks.rank == 0 else nullcontext():

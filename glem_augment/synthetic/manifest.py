@@ -17,7 +17,7 @@ from glem_augment.io import file_sha256
 from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.synthetic.plan import Plan
+from glem_augment.synthetic.sampler import Plan
 
 CHECKSUMS, WORK = "checksums.sha256", ".glem-export"
 LEFT_OVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp|\.lock")  # of a run that was killed

@@ -50,16 +50,16 @@ def test_class_map() -> None:
     assert match_classes(flow, data, {"x": "c"}).tolist() == [2, 1]
     assert match_classes(flow, ["x", "y", "z"], "order").tolist() == [0, 1, 2]
     for class_map, message in (
-        ({"q": "a"}, "names 'q', not a class of the data.*'x', 'b'"),
-        ({"x": "q"}, "names 'q', not a class of the flow.*'a', 'b', 'c'"),
-        ({"x": "b"}, "the same class of the flow, 'b'"),
-        ({"x": "a", "X": "c"}, "class_map maps the data's class 'x' twice"),
-        ("order", "equally many classes: the data has 2, the flow 3"),
+        ({"q": "a"}, "'q'.*the data.*'x', 'b'"),
+        ({"x": "q"}, "'q'.*the flow.*'a', 'b', 'c'"),
+        ({"x": "b"}, "same class.*'b'"),
+        ({"x": "a", "X": "c"}, "'x' twice"),
+        ("order", "2.*3"),
     ):
         with pytest.raises(ClassMismatchError, match=message):
             match_classes(flow, data, class_map)
     for class_map in (["a"], "alphabet"):
-        with pytest.raises(TypeError, match="None, 'order' or a mapping"):
+        with pytest.raises(TypeError, match="class_map"):
             match_classes(flow, data, class_map)
 
 
@@ -105,12 +105,12 @@ def test_class_maps_by_index() -> None:
     assert check_class_map(None, None, 3) is None and check_class_map(None, 3, 3) is None
     assert check_class_map([None, 2], 4, 3) == (-1, 2, -1, -1)
     for class_map, num_classes, message in (
-        (None, 4, "num_classes=4, but the flow has 3 classes"),
-        ([], None, "classes of the flow, 0 to 2.*got .."),
-        ([3], None, "classes of the flow, 0 to 2.*got .3"),
-        ([-1, None], None, "classes of the flow"),
-        ([-2], None, "flow class in class_map must be at least -1, got -2"),
-        ([0, 1, 2, -1], 3, "num_classes must be at least 4"),
+        (None, 4, "num_classes=4"),
+        ([], None, "0 to 2"),
+        ([3], None, "0 to 2"),
+        ([-1, None], None, "0 to 2"),
+        ([-2], None, "-2"),
+        ([0, 1, 2, -1], 3, "num_classes"),
     ):
         with pytest.raises(ValueError, match=message):
             check_class_map(class_map, num_classes, 3)

@@ -119,7 +119,7 @@ def test_too_large_for_the_cache(image_folder: Path) -> None:
     assert torch.equal(data.subset([3, 2]).tensor(), cached.tensor()[[3, 2]])  # 384 bytes: fits
     assert torch.equal(pickle.loads(pickle.dumps(data))[5][0], cached[5][0])
     (image_folder / "cat" / "2.png").write_text("text")  # headers are checked at once
-    with pytest.raises(BadImageError, match="2.png cannot be read as an image"):
+    with pytest.raises(BadImageError, match="2.png"):
         open_data(image_folder, cache_bytes=500)
 
 
@@ -131,10 +131,10 @@ def test_splits(tmp_path: Path) -> None:
     assert len(open_data(tmp_path)) == 6
     assert len(open_data(tmp_path, "val")) == len(open_data(tmp_path, "validation")) == 4
     assert len(open_data(tmp_path, "test")) == 4  # the only held-out part
-    with pytest.raises(DataError, match="no split 'extra'; it holds train, val"):
+    with pytest.raises(DataError, match="extra.*train, val"):
         open_data(tmp_path, "extra")
     (tmp_path / "val").rename(tmp_path / "other")
-    with pytest.raises(DataError, match="no split 'test'; it holds train"):
+    with pytest.raises(DataError, match="test.*train"):
         open_data(tmp_path, "test")
 
 
@@ -205,7 +205,7 @@ def test_resizing_is_that_of_torchvision(shape, size, covered) -> None:
 def test_mixed_sizes(image_folder: Path) -> None:
     png(image_folder / "dog" / "3.png", (9, 8))
     for options in ({}, {"cache_bytes": 10}):
-        with pytest.raises(DataError, match="3.png is 8x9; give image_size=.height, width"):
+        with pytest.raises(DataError, match="3.png is 8x9.*image_size"):
             open_data(image_folder, **options)
     assert open_data(image_folder, image_size=4).image_shape == (3, 4, 4)
 
@@ -308,7 +308,7 @@ def test_very_long_images_are_cut_before_they_are_resized(tmp_path: Path) -> Non
 def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
     (image_folder / "eel").mkdir()
     (image_folder / "eel" / "readme.txt").write_text("none yet")
-    with pytest.raises(DataError, match="no valid file for the classes eel.*add images"):
+    with pytest.raises(DataError, match="eel"):
         open_data(image_folder)
     (tmp_path / "nothing").mkdir()
     (tmp_path / "export").mkdir()
@@ -338,7 +338,7 @@ def test_idx(tmp_path: Path, suffix: str) -> None:
     data = open_data(tmp_path)
     assert data.image_shape == (1, 5, 4) and np.array_equal(data.tensor()[:, 0], images)
     assert data.class_ids == data.classes == ["1", "2", "3"] and data.targets.tolist() == [0, 2, 2, 0, 1, 1, 0]
-    with pytest.raises(DataError, match="no idx file of the images of split 'test'"):
+    with pytest.raises(DataError, match="images of split 'test'"):
         open_data(tmp_path, "test")
 
 
@@ -390,7 +390,7 @@ def test_data_sets_of_torchvision_and_timm(image_folder: Path) -> None:
         assert torch.equal(part.tensor(), small.subset([11, 0, 5]).tensor())
         assert part.targets.tolist() == [2, 0, 1] and part.classes == names
     (image_folder / "dog" / "3.png").write_bytes(b"damaged")
-    with pytest.raises(BadImageError, match="dog/3.png cannot be read"):
+    with pytest.raises(BadImageError, match="dog/3.png"):
         open_data(folder)
 
 
@@ -405,8 +405,8 @@ def test_tensors() -> None:
     assert torch.equal(open_data((many, y), image_size=4)[3][0], fit(many[3], 4, 4))
     for given, message in (
         ((x.float(), y), "images must be uint8"),
-        ([(x[0].float(), 0)], "image 0 of list cannot be read.*torch.float32, no PIL image.*without its transform"),
-        ([5], "list has no `targets`, and its items are not"),
+        ([(x[0].float(), 0)], "image 0 of list.*float32"),
+        ([5], "targets"),
         ((i for i in "ab"), "got generator"),
         ((x, y.float()), "labels must be integers, got float32"),
     ):
@@ -433,8 +433,8 @@ def test_data_sets_of_hugging_face(image_folder: Path) -> None:
     images = open_data(whole.remove_columns("kind"), unlabelled=True)
     assert torch.equal(images.tensor(), reference.tensor()) and images.classes == ["image"]
     for wrong, message in (
-        (whole.remove_columns("kind"), "one ClassLabel column; this one has none among img, id"),
-        (whole.add_column("fine", items.targets, feature=features["kind"]), "has kind and fine among"),
+        (whole.remove_columns("kind"), "ClassLabel.*img, id"),
+        (whole.add_column("fine", items.targets, feature=features["kind"]), "kind and fine"),
         (whole.to_iterable_dataset(), "got IterableDataset"),
     ):
         with pytest.raises((DataError, TypeError), match=message):
@@ -473,16 +473,16 @@ def test_tar(image_folder: Path, tmp_path: Path) -> None:
     (image_folder / "cat" / "1.png").write_bytes(b"damaged")
     with tarfile.open(tmp_path / "bad.tar", "w") as archive:
         archive.add(image_folder, "images")
-    with pytest.raises(DataError, match="cat/1.png cannot be read"):
+    with pytest.raises(DataError, match="cat/1.png"):
         open_data(tmp_path / "bad.tar")
 
 
 def test_timm_errors(tmp_path: Path) -> None:
     for spec, message in (
-        ("torch/cifar10", "write torch/cifar10@FOLDER"),
-        (f"torch/cifar10@{tmp_path}", "timm cannot open .*not found or corrupted"),
-        (f"hfds/ylecun/mnist@{tmp_path}?column=image", "only input_key and target_key"),
-        (f"torch/nonsense@{tmp_path}", "timm cannot open .*nonsense"),
+        ("torch/cifar10", "torch/cifar10@"),
+        (f"torch/cifar10@{tmp_path}", "timm.*not found"),
+        (f"hfds/ylecun/mnist@{tmp_path}?column=image", "input_key"),
+        (f"torch/nonsense@{tmp_path}", "timm.*nonsense"),
     ):
         with pytest.raises(DataError, match=message):
             open_data(spec)

@@ -132,7 +132,7 @@ def test_the_commands_of_a_page_exist(page: Path, monkeypatch: pytest.MonkeyPatc
         elif argv[0] == "glem":
             with monkeypatch.context() as patch:  # tables in files are read at once
                 patch.setattr(Path, "read_text", lambda *_, **__: "{}")
-                assert build_parser().parse_args(argv[1:]).run
+                assert build_parser(argv[1:]).parse_args(argv[1:]).run
         elif argv[0] == "python":
             source = (ROOT / argv[1]).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
             for option in argv[2:]:

@@ -66,7 +66,7 @@ def test_it_looks_like_a_torchvision_data_set(model: GLEM) -> None:
     assert np.array_equal(np.asarray(rgb[1][0]), rgb.images([1])[0].permute(1, 2, 0))
     two_channels = SyntheticDataset(make_model((2, 4, 4)), per_class=2)
     assert two_channels.images([0, 5]).shape == (2, 2, 4, 4)
-    with pytest.raises(ValueError, match=r"1 or 3 channels, this flow 2: use images\(indices\)"):
+    with pytest.raises(ValueError, match="images"):
         two_channels[0]
 
 
@@ -169,7 +169,7 @@ def test_images_of_two_models_never_stand_in_one_set(tmp_path: Path) -> None:
         data.images(range(8))
         change(model)
         for use in (lambda data=data: data.images(range(27)), lambda data=data: data.export(tmp_path / "out")):
-            with pytest.raises(RuntimeError, match="weights or modes have changed: make a new"):
+            with pytest.raises(RuntimeError, match="changed"):
                 use()
 
 
@@ -177,16 +177,16 @@ def test_arguments_are_checked(model: GLEM) -> None:
     for settings, message in (
         ({"temperature": -0.1}, "temperature"),
         ({"alpha": 0.0}, "alpha"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"source": "vae"}, "'gaussian', 'rfcm', 'mixup'; got 'vae'"),
+        ({"seed": -1}, "seed"),
+        ({"source": "vae"}, "'vae'"),
         ({"source": "mixup", "modes": 8}, "give real="),
     ):
         with pytest.raises(ValueError, match=message):
             SyntheticDataset(model, **settings)
-    with pytest.raises(ValueError, match=r"fit_modes\(data\)"):
+    with pytest.raises(ValueError, match="fit_modes"):
         SyntheticDataset(GLEM.create("identity", (1, 8, 8), classes=NAMES), source="rfcm")
     data = SyntheticDataset(model, per_class=2)
-    with pytest.raises(TypeError, match="indices must be integers, got bool"):
+    with pytest.raises(TypeError, match="integers"):
         data.images(torch.tensor([True, False]))
     for index in (6, -7):
         with pytest.raises(IndexError, match=f"index {index}"):
@@ -213,10 +213,10 @@ def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail:
 
 def test_mixup_with_few_real_images(model: GLEM) -> None:
     few = (pixels(5), torch.tensor([0, 0, 0, 1, 1]))
-    with pytest.raises(ValueError, match=r"no real image of Bag: leave these classes out \(per_class as a mapping"):
+    with pytest.raises(ValueError, match="no real image of Bag.*per_class"):
         SyntheticDataset(model, source="mixup", real=few, modes=8)
     one = (pixels(3), torch.tensor([0, 1, 2]))  # a class of one image is mixed with itself
-    with pytest.warns(UserWarning, match="one real image of T-shirt/top, Bag: all synthetic ones will be copies"):
+    with pytest.warns(UserWarning, match="T-shirt/top, Bag.*copies"):
         alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
     assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
 

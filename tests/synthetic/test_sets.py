@@ -28,7 +28,7 @@ from glem_augment import (
     SyntheticStream,
     open_data,
 )
-from glem_augment.synthetic.plan import class_counts, open_real
+from glem_augment.synthetic.sampler import class_counts, open_real
 
 NAMES = ["dog", "cat", "bird"]
 
@@ -69,14 +69,14 @@ def test_counts_per_class(model: GLEM) -> None:
         assert data.counts == counts and len(data) == sum(counts)
         assert data.targets == np.repeat([0, 1, 2], counts).tolist()
     for per_class, message in (
-        ("even", "'balance', got 'even'"),
+        ("even", "'even'"),
         ("balance", "give real="),
-        (0, "per_class must be at least 1, got 0"),
-        ([1, 2], "per_class must be 3 values"),
-        ([1, 2, -1], "per_class for 'bird' must be at least 0"),
+        (0, "per_class"),
+        ([1, 2], "3 values"),
+        ([1, 2, -1], "'bird'"),
         ([0, 0, 0], "no image at all"),
-        ({"cow": 3}, "names 'cow'; the flow has dog, cat, bird"),
-        ({"cat": 1, 1: 2}, "has a class twice, .*'cat', 1"),
+        ({"cow": 3}, "'cow'.*dog, cat, bird"),
+        ({"cat": 1, 1: 2}, "twice"),
     ):
         with pytest.raises(ValueError, match=message):
             SyntheticDataset(model, per_class=per_class)
@@ -123,7 +123,7 @@ def test_bad_real_data(model: GLEM, tail: ImageData) -> None:
 def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) -> None:
     more = tail.with_targets(np.where(tail.targets == 2, 3, tail.targets), ["bird", "cat", "dog", "zebra"])
     for settings in ({"per_class": "balance"}, {"source": "mixup", "modes": 8}):
-        with pytest.raises(ClassMismatchError, match=r"'zebra'.*model\.adapt\(data\)"):
+        with pytest.raises(ClassMismatchError, match="'zebra'.*adapt"):
             SyntheticDataset(model, real=more, **settings)
     assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[-2:] == [0, 0]
     crossed = GLEM.create("identity", (3, 8, 8), classes=["ant", "bee", "n3"], class_ids=["bee", "n1", "ant"])
@@ -152,7 +152,7 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
         Image.new("RGB", shape).save(image_folder / name / "0.png")
     both = RealAndSynthetic(str(image_folder), synthetic, transform=lambda image: to_tensor(image.resize((5, 4))))
     assert [x.shape for x, _ in DataLoader(both, batch_size=8)] == [(8, 3, 4, 5)] * 3
-    with pytest.raises(DataError, match="ratio=3.0 needs 36 synthetic images, there are 30"):
+    with pytest.raises(DataError, match="36.*30"):
         RealAndSynthetic(real, synthetic, ratio=3.0)
 
 
@@ -201,7 +201,7 @@ def test_an_export_has_the_real_labels_where_a_class_needs_no_images(
     tensors = RealAndSynthetic(open_data(real), folder, ratio=None)
     assert torch.equal(tensors[-1][0], fill[2][0])
     (folder / "classes.json").write_text('{"cat": 0}')
-    with pytest.raises(DataError, match="classes.json does not give each class folder a label"):
+    with pytest.raises(DataError, match="classes.json"):
         open_data(folder)
 
 
@@ -225,7 +225,7 @@ def test_real_data_of_any_kind(model: GLEM, image_folder: Path, kind: str) -> No
 def test_class_maps(model: GLEM, tail: ImageData) -> None:
     two = tail.subset(range(17)).with_targets([0] * 12 + [1] * 5, ["bird", "cat"])
     synthetic = SyntheticDataset(model, per_class=1)
-    with pytest.raises(DataError, match="no class for the synthetic dog: give class_map"):
+    with pytest.raises(DataError, match="dog.*class_map"):
         RealAndSynthetic(two, synthetic, ratio=None)
     numbers = TensorDataset(pixels(4), torch.tensor([0, 1, 2, 0]))
     assert RealAndSynthetic(numbers, synthetic, ratio=None).targets[4:] == [0, 1, 2]
