@@ -50,6 +50,7 @@ COMMANDS = {
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a flow",
     "preview": "a picture of augmentations, samples, interpolations",
+    "compare": "does augmentation help on your images? a table, a sentence of advice",
     "explore": "a local web page: samples, moves, lines, surprising images",
     "info": "what a model is and how it was trained",
     "list": "the flows that ship, and those on the Hugging Face Hub",

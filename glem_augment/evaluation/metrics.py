@@ -75,8 +75,8 @@ def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
     The result is not plausible, or the flow does not give the original back.
 
     Args:
-        data: images of the flow's shape, labelled by its class indices. Of these 128 are moved, evenly spread; 16 with an
-            autoencoder, which is slow for large images and explodes for none.
+        data: images of the flow's shape, labelled by its class indices. Of these 128 are moved, evenly spread; 16 with
+            an autoencoder, which is slow for large images and explodes for none.
 
     Returns:
         `mixup`: the share for policy "mixup"; `noise`: that for "noise" at each strength from which "auto" chooses;

@@ -158,18 +158,29 @@ def _batches(data: ImageData) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train_network(
-    batches: Iterable[tuple[Tensor, Tensor]], steps: int, channels: int, num_classes: int, seed: int = 0
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    channels: int,
+    num_classes: int,
+    seed: int = 0,
+    name: str = NETWORK,
+    rate: float = LEARNING_RATE,
+    pretrained: bool = False,
 ) -> torch.nn.Module:
-    """A small timm classifier trained from scratch on `steps` batches of normalised images float [B,C,H,W] and labels.
+    """A timm classifier trained on `steps` batches of normalised images float [B,C,H,W] and labels, hard or soft.
 
     AdamW with a cosine schedule, after a warm-up over a tenth of the steps. Returned in eval mode, on the CPU.
+
+    Args:
+        name: of the network in timm. rate: the highest learning rate. pretrained: start from timm's weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = timm.create_model(NETWORK, num_classes=num_classes, in_chans=channels).train()
-    optimizer = create_optimizer_v2(network, opt="adamw", lr=LEARNING_RATE, weight_decay=0.05)
+        network = timm.create_model(name, pretrained, num_classes=num_classes, in_chans=channels).train()
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(network, opt="adamw", lr=rate, weight_decay=0.05)
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=LEARNING_RATE / 100, t_in_epochs=False
+        optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=rate / 100, t_in_epochs=False
     )
     for step, (x, y) in zip(range(1, steps + 1), batches, strict=False):
         loss = F.cross_entropy(network(x), y)

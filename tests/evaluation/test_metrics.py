@@ -97,7 +97,7 @@ def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
     own = make_model()
     own.modes.scales.mul_(20.0)  # the stronger moves leave the range
     data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
-    found = moves_put_back(own, data, images=300)
+    found = moves_put_back(own, data)
     assert found["images"] == 300 and found["mixup"] == 0.0 and found["strength"] == 0.125
     x, y = data.tensor(), torch.from_numpy(data.targets)
     for strength, share in found["noise"].items():

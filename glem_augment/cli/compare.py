@@ -1,0 +1,80 @@
+"""`glem compare`: does augmentation help on your images?"""
+
+from __future__ import annotations
+
+import argparse
+
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Train one network on your images with crop + flip, with the best of a short list of ordinary stacks (TrivialAugment,
+RandAugment, RandomErasing, Mixup, CutMix), and with moves along the modes of the pixels, of an autoencoder's latents
+and, with --model, of a flow. Which stack is best of its kind is chosen by held-out training images. The chosen ones are
+measured on the test images with several seeds. Prints a table with 95 % intervals and one sentence of advice, of which
+"leave it out" is one. DIR gets report.json and moves.png.
+"""
+EXAMPLES = """\
+  glem compare photos/ photos-test/ --out runs/compare
+  glem compare photos/ --image-size 96 --minutes 30 --seeds 8 --out runs/compare   # holds a quarter out as test images
+  glem compare photos/ photos-test/ --network efficientnet_lite0 --pretrained --image-size 128 --out runs/compare
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
+    parser.add_argument(
+        "test", metavar="TEST", nargs="?", help="test images (default: DATA's test split, or a quarter)"
+    )
+    common.add_image_size(parser, "default: 64")
+    parser.add_argument(
+        "--minutes", type=common.number(0.1), default=10.0, metavar="X", help="time (default: %(default)g)"
+    )
+    parser.add_argument("--seeds", type=common.number(2, 10, int), default=5, metavar="N", help="2 to 10 (default: 5)")
+    parser.add_argument("--model", metavar="MODEL", help="a flow to compare as well (default: none)")
+    parser.add_argument(
+        "--autoencoder", default="taef2", metavar="NAME", help="taef2, or hub:ORG/NAME (default: taef2)"
+    )
+    parser.add_argument("--network", default="resnet10t", metavar="NAME", help="of timm (default: %(default)s)")
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (default: from scratch)")
+    common.add_out(parser, "folder for report.json and moves.png")
+    common.add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from glem_augment.data.dataset import open_data
+    from glem_augment.evaluation.compare import compare, picture
+    from glem_augment.io import save_png, write_json
+    from glem_augment.model.glem import GLEM
+    from glem_augment.training.batches import stratified_split
+
+    common.pick_device(args)
+    size, reading = common.height_and_width(args.image_size) or (64, 64), dict(progress=not args.quiet)
+    train = open_data(args.data, "train", size, **reading)
+    if args.test is not None:
+        test = open_data(args.test, "test", size, train.image_shape[0], **reading)
+    else:
+        test = open_data(args.data, "test", size, train.image_shape[0], **reading)
+        if len(test) == len(train) and test.name == train.name:  # there is one folder of images alone
+            split = stratified_split(train.targets, len(train.classes), 0.25, 0)
+            test, train = train.subset(split.val), train.subset(np.sort(np.concatenate([split.nf, split.g])))
+    flow = None if args.model is None else GLEM.from_pretrained(args.model)
+    result = compare(
+        train, test, args.minutes, args.seeds, args.autoencoder, flow, args.network, args.pretrained, not args.quiet
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_png(picture(train, result.pop("pictures")), args.out / "moves.png")
+    write_json(args.out / "report.json", result)
+    c, h, w = result["image_shape"]
+    print(
+        f"{result['train']} training and {result['test']} test images, {c}x{h}x{w}, {result['classes']} classes; "
+        f"{args.network}, {result['steps']} steps of {result['batch']}, {result['seeds']} seeds; 95 % intervals\n"
+    )
+    width = max(len(row["name"]) for row in result["rows"])
+    print(f"{'stack':<{width}}  accuracy      over crop + flip")
+    for row in result["rows"]:
+        gain = f"{row['gain']:+5.1f} ± {row['gain_interval']:.1f}" if row["kind"] != "plain" else ""
+        print(f"{row['name']:<{width}}  {row['mean']:5.1f} ± {row['interval']:.1f}   {gain}")
+    print(f"\n{result['advice']}")

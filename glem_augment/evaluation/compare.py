@@ -1,0 +1,314 @@
+"""Does augmentation help on these images? One small network, several stacks of augmentation, held-out images.
+
+All stacks crop and flip. The best of a short list of ordinary stacks, and the best moves along modes of the pixels, of
+an autoencoder's latents and, where one is given, of a flow, are chosen by training images that are held out, with one
+seed. Only the chosen ones are measured on the test images, with several seeds, and each difference has a 95 % interval
+over seeds (Student's t).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from glem_augment.augment.transform import GLEMAugment
+from glem_augment.data.dataset import ImageData
+from glem_augment.errors import DataError
+from glem_augment.evaluation.preview import Section, compose
+from glem_augment.evaluation.quality import ORACLE_MEAN, ORACLE_STD, train_network
+from glem_augment.model.glem import GLEM
+from glem_augment.training.batches import stratified_split
+
+__all__ = ["Comparison", "Stack", "interval"]
+
+COPIES, BATCH, RATE = 4, 64, 2e-3
+MODES = 64
+BASE = "crop + flip"
+FEWEST_STEPS, MOST_STEPS = 30, 3000
+# Two-sided 97.5 % points of Student's t for 1 to 9 degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What happens to training images, beside crop and flip.
+
+    Attributes:
+        name: for people.
+        kind: "ordinary", "pixels", "autoencoder" or "flow": stacks compete within a kind.
+        image: names of torchvision v2 transforms of single images. batch: "MixUp", "CutMix" or "".
+        moves: settings of `GLEMAugment`; moved copies replace half of the images.
+    """
+
+    name: str
+    kind: str
+    image: tuple[str, ...] = ()
+    batch: str = ""
+    moves: tuple[tuple[str, Any], ...] = ()
+
+
+PLAIN = Stack(BASE, "plain")
+ORDINARY = (
+    Stack("TrivialAugment", "ordinary", ("TrivialAugmentWide",)),
+    Stack("TrivialAugment, RandomErasing", "ordinary", ("TrivialAugmentWide", "RandomErasing")),
+    Stack("RandAugment, RandomErasing, Mixup", "ordinary", ("RandAugment", "RandomErasing"), "MixUp"),
+    Stack("CutMix", "ordinary", (), "CutMix"),
+    Stack("TrivialAugment, CutMix", "ordinary", ("TrivialAugmentWide",), "CutMix"),
+    Stack("TrivialAugment, RandomErasing, Mixup", "ordinary", ("TrivialAugmentWide", "RandomErasing"), "MixUp"),
+)
+_POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("noise 0.5", dict(policy="noise", strength=0.5)),
+    ("noise 1", dict(policy="noise", strength=1.0)),
+    ("mixup", dict(policy="mixup")),
+)
+
+
+def moves(kind: str, shown: str) -> tuple[Stack, ...]:
+    """The stacks that move images along the modes of a model, alone and after the best that needs no model."""
+    return tuple(Stack(f"{shown}: {name}", kind, moves=tuple(found.items())) for name, found in _POLICIES)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of 2 to 10 values (Student's t)."""
+    return _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+@dataclass
+class Comparison:
+    """Trains the network with one stack after the other.
+
+    Args:
+        models: for each kind of moves, a function that makes a model with modes of some training images.
+        steps: of each training. network, pretrained: see `train_network`.
+        tick: is told of each step.
+    """
+
+    models: dict[str, Callable[[ImageData], GLEM]]
+    steps: int
+    network: str = "resnet10t"
+    pretrained: bool = False
+    tick: Callable[[], object] = lambda: None
+    _fitted: dict[tuple[str, int], GLEM] = field(default_factory=dict)
+    _copies: dict[tuple[Stack, int], Tensor] = field(default_factory=dict)
+
+    def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int) -> float:
+        """Accuracy in percent on `test` of the network trained on `train` with this stack."""
+        classes, channels = len(train.classes), train.image_shape[0]
+        more: dict[str, Any] = dict(name=self.network, rate=RATE, pretrained=self.pretrained)
+        net = train_network(self.batches(stack, train, seed), self.steps, channels, classes, seed, **more)
+        right = 0
+        with torch.inference_mode():
+            for x, y in test.batches(np.arange(len(test)), 256):
+                right += int((net(_normalised(x)).argmax(1) == y).sum())
+        return 100 * right / len(test)
+
+    def batches(self, stack: Stack, train: ImageData, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of normalised images and labels without end, a function of the seed."""
+        x, y = train.tensor(), torch.from_numpy(train.targets)
+        copies = self.copies(stack, train) if stack.moves else None
+        rng, size = np.random.default_rng([seed, 7]), train.image_shape[1:]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = torch.get_rng_state()
+        each = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(),
+                *(getattr(v2, name)() for name in stack.image),
+            ]
+        )
+        mix = getattr(v2, stack.batch)(num_classes=len(train.classes)) if stack.batch else None
+        while True:
+            order = rng.permutation(len(x))
+            for start in range(0, max(1, len(x) - BATCH + 1), BATCH):
+                rows = torch.from_numpy(order[start : start + BATCH])
+                images = x[rows]
+                if copies is not None:
+                    chosen = torch.from_numpy(rng.random(len(rows)) < 0.5)
+                    view = torch.from_numpy(rng.integers(len(copies), size=len(rows)))
+                    images = torch.where(chosen[:, None, None, None], copies[view, rows], images)
+                with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+                    torch.set_rng_state(state)
+                    images = _normalised(torch.stack([each(image) for image in images]))
+                    labels: Tensor = y[rows]
+                    if mix is not None:
+                        images, labels = mix(images, labels)
+                    state = torch.get_rng_state()
+                self.tick()
+                yield images.contiguous(memory_format=torch.channels_last), labels
+
+    def copies(self, stack: Stack, train: ImageData) -> Tensor:
+        """Moved copies of all images, uint8 [COPIES, N, C, H, W], made once."""
+        key = stack, id(train)
+        if key not in self._copies:
+            aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
+            x, y = train.tensor(), torch.from_numpy(train.targets)
+            parts = [torch.cat([aug(a, b)[0] for a, b in _shuffled(x, y, v)]) for v in range(COPIES)]
+            undo = [_order(len(x), v).argsort() for v in range(COPIES)]
+            self._copies[key] = torch.stack([part[back] for part, back in zip(parts, undo, strict=True)])
+        return self._copies[key]
+
+    def model(self, kind: str, train: ImageData) -> GLEM:
+        """The model with modes of these training images, made once."""
+        key = kind, id(train)
+        if key not in self._fitted:
+            self._fitted[key] = self.models[kind](train)
+        return self._fitted[key]
+
+    def best(
+        self, stacks: Sequence[Stack], train: ImageData, seed: int = 0
+    ) -> tuple[dict[str, Stack], dict[str, float]]:
+        """Of each kind the stack that is best on a fifth of the training images, and all accuracies by name."""
+        split = stratified_split(train.targets, len(train.classes), 0.2, seed)
+        fit, held = train.subset(np.sort(np.concatenate([split.nf, split.g]))), train.subset(split.val)
+        found = {stack.name: self.accuracy(stack, fit, held, seed) for stack in stacks}
+        kinds = dict.fromkeys(stack.kind for stack in stacks)
+        chosen = {kind: max((s for s in stacks if s.kind == kind), key=lambda s: found[s.name]) for kind in kinds}
+        return chosen, found
+
+
+def advice(rows: Sequence[dict[str, Any]]) -> str:
+    """One sentence from rows with name, kind and the accuracies of the same seeds; the first row is crop + flip."""
+    ours = [row for row in rows if row["kind"] not in ("plain", "ordinary")]
+    others = [row for row in rows if row["kind"] in ("plain", "ordinary")]
+    strongest = max(others, key=lambda row: row["mean"])
+    best = max(ours, key=lambda row: row["mean"], default=strongest)
+    gain, half = difference(best, strongest)
+    if best is not strongest and gain > half:
+        return f"Use {best['name']}: {gain:+.1f} ± {half:.1f} points over {strongest['name']}, the best without it."
+    gain, half = difference(strongest, rows[0])
+    if strongest is not rows[0] and gain > half:
+        return f"Use {strongest['name']}: {gain:+.1f} ± {half:.1f} points over {BASE}. Moves add nothing clear to it."
+    return f"Nothing here clearly beats {BASE} on these images: leave it out, or give it more time and more seeds."
+
+
+def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """The mean difference of two rows' accuracies over seeds, and half of its 95 % interval."""
+    each = [a - b for a, b in zip(row["accuracies"], other["accuracies"], strict=True)]
+    return statistics.mean(each), interval(each)
+
+
+def row_of(stack: Stack, accuracies: list[float]) -> dict[str, Any]:
+    """What a report says of a stack."""
+    half = interval(accuracies)
+    return {
+        "name": stack.name,
+        "kind": stack.kind,
+        "accuracies": accuracies,
+        "mean": statistics.mean(accuracies),
+        "interval": half,
+    }
+
+
+def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
+    """How the model of each kind of moves is made: one pass over the training images, nothing is trained."""
+    shape, ranks = train.image_shape, dict[str, Any](rank=MODES, progress=False)
+
+    def identity(name: str | None, data: ImageData) -> GLEM:
+        return GLEM.create("identity", shape, data.classes, autoencoder=name).adapt(data, **ranks)
+
+    made: dict[str, Callable[[ImageData], GLEM]] = {"pixels": partial(identity, None)}
+    if autoencoder is not None and shape[0] == 3:
+        made["autoencoder"] = partial(identity, autoencoder)
+    if flow is not None:
+        made["flow"] = lambda data: flow.adapt(_resized(data, flow.image_shape), **ranks)
+    return made
+
+
+def compare(
+    train: ImageData,
+    test: ImageData,
+    minutes: float = 10.0,
+    seeds: int = 5,
+    autoencoder: str | None = "taef2",
+    flow: GLEM | None = None,
+    network: str = "resnet10t",
+    pretrained: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Choose and measure stacks within about `minutes`; the result has `rows`, `advice` and what they were made with.
+
+    Args:
+        train, test: images of one shape with the same classes; sizes that the autoencoder divides.
+        seeds: 2 to 10 trainings of every chosen stack.
+
+    Raises:
+        DataError: classes that differ, or a class with fewer than five images.
+    """
+    if train.classes != test.classes:
+        raise DataError(f"training and test images have other classes: {train.classes[:5]} and {test.classes[:5]}")
+    if np.bincount(train.targets, minlength=len(train.classes)).min() < 5:
+        raise DataError("every class needs at least 5 training images, a fifth of which are held out for the choice")
+    began, models = time.monotonic(), models_for(train, autoencoder, flow)
+    shown = {"pixels": "pixel modes", "autoencoder": f"{autoencoder} modes", "flow": "flow's modes"}
+    stacks = [*ORDINARY, *(stack for kind in models for stack in moves(kind, shown[kind]))]
+    comparison = Comparison(models, FEWEST_STEPS, network, pretrained)
+    for stack in stacks:  # the copies cost the same whatever the number of steps, so they come first
+        if stack.moves:
+            comparison.copies(stack, train)
+    copying = time.monotonic() - began
+    began_step = time.monotonic()
+    comparison.accuracy(stacks[1], train, test.subset(range(min(64, len(test)))), 0)
+    step = (time.monotonic() - began_step) / FEWEST_STEPS
+    runs = len(stacks) + seeds * (2 + len(models))
+    left = 60 * minutes - 2 * copying
+    comparison.steps = max(FEWEST_STEPS, min(MOST_STEPS, int(left / runs / step)))
+    with tqdm(
+        total=runs * comparison.steps, unit="step", desc="compare", disable=not progress, dynamic_ncols=True
+    ) as bar:
+        comparison.tick = bar.update
+        chosen, tuned = comparison.best(stacks, train)
+        measured = {
+            stack: [comparison.accuracy(stack, train, test, seed) for seed in range(seeds)]
+            for stack in (PLAIN, *chosen.values())
+        }
+    rows = [row_of(stack, values) for stack, values in measured.items()]
+    for row in rows:
+        row["gain"], row["gain_interval"] = difference(row, rows[0]) if row is not rows[0] else (0.0, 0.0)
+    return {
+        "train": len(train), "test": len(test), "image_shape": list(train.image_shape), "classes": len(train.classes),
+        "network": network, "pretrained": pretrained, "steps": comparison.steps, "batch": BATCH, "seeds": seeds,
+        "rows": rows, "advice": advice(rows), "tuning": tuned, "seconds": round(time.monotonic() - began, 1),
+        "pictures": {s.name: comparison.copies(s, train) for s in chosen.values() if s.moves},
+    }  # fmt: skip
+
+
+def picture(train: ImageData, copies: dict[str, Tensor], columns: int = 8) -> Image.Image:
+    """Training images above their moved copies."""
+    rows = np.unique(np.linspace(0, len(train) - 1, columns).round().astype(int))
+    cells = [train.tensor()[rows], *(found[0, rows] for found in copies.values())]
+    return compose(
+        "Training images and their moves", train.name, [Section("", torch.stack(cells), rows=["real", *copies])]
+    )
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return (x.float() / 255 - ORACLE_MEAN) / ORACLE_STD
+
+
+def _order(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, 11]).permutation(count)
+
+
+def _shuffled(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    order = torch.from_numpy(_order(len(x), seed))
+    return zip(x[order].split(BATCH), y[order].split(BATCH), strict=True)
+
+
+def _resized(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
+    x = F.interpolate(data.tensor().float(), size=shape[1:], mode="bilinear", antialias=True, align_corners=False)
+    x = x.mean(1, keepdim=True) if shape[0] == 1 else x.expand(-1, shape[0], -1, -1)
+    return ImageData.from_tensors(x.round().clamp(0, 255).to(torch.uint8), data.targets, data.classes, data.class_ids)
