@@ -177,7 +177,7 @@ def train_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model(name, pretrained, num_classes=num_classes, in_chans=channels).train()
-    network = network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
     optimizer = create_optimizer_v2(network, opt="adamw", lr=rate, weight_decay=0.05)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=rate / 100, t_in_epochs=False
