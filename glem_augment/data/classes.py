@@ -32,7 +32,8 @@ def match_classes(
 
     A flow without classes, whose only one is `ONE_CLASS`, takes all classes of the data. Otherwise equal ids match,
     then equal names. Other classes match where an id or a name has the same letters and digits in lower case, without a
-    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST.
+    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3
+    of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
         flow, data: what names its classes, see `named_classes`.

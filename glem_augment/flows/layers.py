@@ -15,6 +15,7 @@ from glem_augment.flows.subnets import Subnet
 # An element's spread in a few images is mostly noise, and dividing by one that is too small would blow up other images,
 # once more in every step. So its channel's spread counts as that of so many more images, and there is a floor.
 _PRIOR, _MIN_STD = 30, 1e-3
+RIDGE = 1e-3
 
 
 class Flow(nn.Module):
@@ -109,12 +110,17 @@ class Whiten(nn.Module):
 
     @torch.no_grad()
     def fit(self, mean: Tensor, directions: Tensor, scales: Tensor, rest: Tensor) -> None:
-        """Set the map from a mean [d], V [j, d], s [j] and r [d], float64, with j <= k."""
-        k, d = self.directions.shape
+        """Set the map from a mean [d], V [j, d], s [j] and r [d], float64, with j <= k.
+
+        A share `RIDGE` of the mean variance is added to all variances. Without it, directions in which a few images
+        hardly vary would be blown up.
+        """
+        d = len(rest)
+        ridge = RIDGE * (scales.square().sum() + rest.sum()) / d
         if len(scales) == d:
-            scale, gain = torch.ones_like(rest), 1 / scales
+            scale, gain = torch.ones_like(rest), (scales.square() + ridge).rsqrt()
         else:
-            scale = rest.clamp_min(_MIN_STD**2).rsqrt()
+            scale = (rest + ridge).rsqrt()
             _, length, directions = torch.linalg.svd(scales[:, None] * directions * scale, full_matrices=False)
             gain = (1 + length.square()).rsqrt()
         self.mean.copy_(mean)

@@ -103,14 +103,15 @@ def _left_out(z: Tensor, mean: Tensor, scatter: Tensor, n: int, pooled: Tensor, 
 def _left_out_of_covariance(score: Tensor, modes: ClassModes, y: Tensor) -> Tensor:
     """log N of latents, each under its class's mean and full covariance C without it, from the `score` [N] with it.
 
-    With d = z - m and q = d C^-1 d, the mean without z is m - d / (n - 1), and C loses c d d^T, where
-    c = (1 - a) n / ((n - 1) (n - 2)), so that q' = (n / (n - 1))^2 q / (1 - c q) and log det C' = log det C +
-    log(1 - c q) (Sherman & Morrison).
+    With d = z - m and q = d C^-1 d, the mean without z is m - d / (n - 1), and C loses c d d^T with
+    c = (1 - a) n / (n - 1)^2; W, and the factor 1 / (n - 1) of the scatter, are kept. Hence (Sherman & Morrison)
+
+        q'  =  (n / (n - 1))^2 q / (1 - c q),        log det C'  =  log det C + log(1 - c q).
     """
-    n = modes.counts[y].double().clamp_min(3)
+    n = modes.counts[y].double().clamp_min(2)
     constant = modes.scales.double().log().sum(1)[y] + 0.5 * modes.dim * math.log(2 * math.pi)
     q = -2 * (score + constant)
-    left = (1 - (1 - SHRUNK) * n / ((n - 1) * (n - 2)) * q).clamp_min(1e-6)
+    left = (1 - (1 - SHRUNK) * n / (n - 1).square() * q).clamp_min(1e-6)
     return -0.5 * ((n / (n - 1)).square() * q / left + left.log()) - constant
 
 

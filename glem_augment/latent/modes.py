@@ -33,6 +33,7 @@ RELATIVE_TOLERANCE = 1e-10
 MAX_EIGH = 4096
 # How far a class's full covariance is shrunk to the pooled one: the best of 0, 0.2, 0.5, 0.8 and 1 for held-out images.
 SHRUNK = 0.2
+IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
 # When every row of a batch brings its own [k, d] modes, this many floats are gathered at a time (16 MiB).
 GATHER_FLOATS = 2**22
 
@@ -264,7 +265,8 @@ def pooled_covariance(
 
     Args:
         rows_of_class: gives numbers [n, d] of class y = 0 .. K - 1, n >= 2; called once for each.
-        num_classes, dim: K and d. rank: modes to keep, at most d.
+        num_classes, dim: K and d. rank: modes to keep, at most d, and at most one for every `IMAGES_PER_MODE` images:
+            the weakest directions of a few images are noise, and dividing by their spread would blow other images up.
 
     Returns:
         mean [d], directions [k, d], standard deviations [k] and the remaining variance [d]; float64 on the CPU.
@@ -275,6 +277,8 @@ def pooled_covariance(
         mean += own / num_classes
         pool.add(len(rows), *leading_modes(rows, pool.handed), rows.square().sum(0))
     directions, values, variance = pool.covariance()
+    most = max(1, pool.freedom // IMAGES_PER_MODE)
+    directions, values = directions[:most], values[:most]
     return mean, directions, values, (variance - (values[:, None] * directions).square().sum(0)).clamp_min(0)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glem_augment.flows import Flow, create_flow
 from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling, row_bounded
-from glem_augment.flows.layers import ActNorm
+from glem_augment.flows.layers import RIDGE, ActNorm, Whiten
 
 TINY = dict(depth=[2, 1], blocks=[1, 1], width=[6, 6])
 
@@ -175,3 +175,37 @@ def test_a_cache_filled_under_inference_mode_does_not_break_later_gradients() ->
     z = torch.zeros(1, 16, requires_grad=True)
     flow.inverse(z)[0].sum().backward()
     assert z.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_whiten_is_exact_and_makes_the_covariance_the_identity(rank: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    mixing, dim = torch.randn(12, 12, generator=g, dtype=torch.float64), 12
+    if rank < dim:  # low rank and a diagonal
+        covariance = mixing[:, :rank] @ mixing[:, :rank].T + torch.diag(torch.rand(dim, generator=g).double() + 0.1)
+        rest = covariance.diagonal() - mixing[:, :rank].square().sum(1)
+        _, scales, directions = torch.linalg.svd(mixing[:, :rank].T, full_matrices=False)
+    else:
+        covariance, rest = mixing @ mixing.T, torch.zeros(dim, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(covariance)
+        scales, directions = values.sqrt(), vectors.T
+    covariance = covariance + RIDGE * covariance.trace() / dim * torch.eye(dim, dtype=torch.float64)
+    layer, mean = Whiten(dim, rank).double(), torch.randn(dim, generator=g, dtype=torch.float64)
+    layer.fit(mean, directions, scales, rest)
+    x = torch.randn(5, dim, generator=g, dtype=torch.float64)
+    assert torch.allclose(layer.inverse(layer(x)), x, atol=1e-10)
+    matrix = layer(torch.eye(dim, dtype=torch.float64)) - layer(torch.zeros(1, dim, dtype=torch.float64))
+    assert torch.allclose(matrix.T @ covariance @ matrix, torch.eye(dim, dtype=torch.float64), atol=1e-8)
+    assert float(layer.logdet()) == pytest.approx(float(torch.linalg.slogdet(matrix).logabsdet))
+    assert torch.allclose(layer(mean[None]), torch.zeros(1, dim, dtype=torch.float64), atol=1e-10)
+
+
+def test_a_flow_of_latents_has_one_level_without_a_squeeze() -> None:
+    flow = create_flow("latent", (32, 4, 4), depth=[2], width=[16])
+    x = torch.randn(3, 32, 4, 4)
+    flow.initialise(x)
+    z, logdet = flow(x)
+    back, other = flow.inverse(z)
+    assert z.shape == (3, 512) and torch.allclose(back, x, atol=1e-4) and torch.allclose(logdet, -other, atol=1e-3)
+    with pytest.raises(ValueError, match="even"):
+        create_flow("latent", (3, 4, 4))

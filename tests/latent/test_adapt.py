@@ -15,9 +15,9 @@ from torch.distributions import Normal
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.errors import DataError
-from glem_augment.latent.adapt import adapt_classes, psi_that_holds
+from glem_augment.latent.adapt import _left_out_of_covariance, adapt_classes, psi_that_holds
 from glem_augment.latent.gaussians import ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR
+from glem_augment.latent.modes import REST_FLOOR, SHRUNK, fit_covariances
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)
@@ -182,3 +182,25 @@ def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys:
     assert main([*command, "--overwrite", "--max-per-class", "2"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["images"] == 5 and again["modes_per_class"] == [1, 2]  # two images have one mode; one borrows all
+
+
+def test_full_covariances_leave_each_latent_out_of_its_class() -> None:
+    g = torch.Generator().manual_seed(0)
+    classes = [torch.randn(40, 4, generator=g) @ torch.randn(4, 4, generator=g) + y for y in range(2)]
+    modes = fit_covariances(lambda y: classes[y], 2, 4)
+    y = torch.repeat_interleave(torch.arange(2), 40)
+    scores = modes.log_prob(torch.cat(classes)).double().gather(1, y[:, None])[:, 0]
+    left_out = _left_out_of_covariance(scores, modes, y)
+    pooled = sum(torch.cov(z.T.double()) * 39 for z in classes) / 78
+    for k, z in enumerate(classes):
+        for i in (0, 17):
+            others = torch.cat([z[:i], z[i + 1 :]]).double()
+            # The factor of the scatter stays that of all images.
+            covariance = (1 - SHRUNK) * torch.cov(others.T) * 38 / 39 + SHRUNK * pooled
+            wanted = torch.distributions.MultivariateNormal(others.mean(0), covariance).log_prob(z[i].double())
+            assert float(left_out[40 * k + i]) == pytest.approx(float(wanted), abs=0.02)
+
+
+def test_full_covariances_need_enough_images() -> None:
+    with pytest.raises(DataError, match="rank"):
+        fit_covariances(lambda y: torch.randn(5, 8), 2, 8)

@@ -1,0 +1,78 @@
+"""Training in an autoencoder's latents: encoded once, repeatable, and saved as a model of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glem_augment import GLEM, ImageData
+from glem_augment.autoencoders import open_autoencoder
+from glem_augment.distributed import Share
+from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training.latents import choose_views, latent_views
+
+OPTIONS = dict(preset="latent", autoencoder="taef2", flow_options={"depth": [2], "width": [16]}, batch_size=16,
+               modes_rank=4, latent_noise=0.1, augment=("flip",), val_fraction=0.2, sample_every=0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos() -> ImageData:
+    """60 smooth colour images uint8 [3,16,16] of two classes."""
+    g = torch.Generator().manual_seed(0)
+    coarse, y = torch.rand(60, 3, 4, 4, generator=g), torch.arange(60) % 2
+    coarse[:, 0] = (coarse[:, 0] + y[:, None, None]) / 2
+    x = (F.interpolate(coarse, size=16, mode="bilinear") * 255).to(torch.uint8)
+    return ImageData.from_tensors(x, y, ["a", "b"])
+
+
+def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
+    autoencoder, _ = open_autoencoder("taef2", lambda name: (Path(), name))
+    device = torch.device("cpu")
+    both = latent_views(autoencoder, photos, ("flip",), 0, device, False)
+    assert both.shape == (60, 2, 32, 2, 2) and both.dtype == torch.float16
+    x = photos.tensor().float() / 255
+    assert torch.allclose(both[:, 0].float(), autoencoder.encode(x), atol=5e-3)  # type: ignore[operator]
+    assert torch.allclose(both[:, 1].float(), autoencoder.encode(x.flip(3)), atol=5e-3)  # type: ignore[operator]
+    several = latent_views(autoencoder, photos, ("flip", "crop"), 0, device, False)
+    assert several.shape[1] == 4 and torch.equal(several[:, 0], both[:, 0])
+    chosen = choose_views(several, torch.Generator().manual_seed(1), Share(0, 60, 60))
+    part = choose_views(several[20:40], torch.Generator().manual_seed(1), Share(20, 40, 60))
+    assert torch.equal(chosen[20:40], part)  # whatever the number of ranks
+
+
+@pytest.mark.parametrize("objective", ["hybrid", "glem"])
+def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
+    photos: ImageData, tmp_path: Path, objective: str
+) -> None:
+    config = TrainConfig(objective=objective, epochs=2, **OPTIONS)  # type: ignore[arg-type]
+    whole = Trainer(photos, config, tmp_path / "whole", progress=False).fit()
+    stopped = Trainer(photos, config, tmp_path / "parts", progress=False)
+    stopped.log.callbacks.append(lambda row: setattr(stopped, "stop_requested", True))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    resumed = Trainer(photos, config, tmp_path / "parts", resume=True, progress=False).fit()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert whole.image_shape == (3, 16, 16) and whole.config.autoencoder["name"] == "taef2"  # type: ignore[index]
+    x, y = photos.tensor(), torch.from_numpy(photos.targets)
+    found = GLEM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(found.predict(x), whole.predict(x))
+    assert float((found.predict(x) == y).float().mean()) > 0.8
+    assert found.check_invertibility(x)["flow_error"] < 1e-4
+    record = whole.config.training
+    if objective == "hybrid":  # which learns the likelihood faster
+        assert record["held_out"]["val_nats_per_number"] < record["independent_pixels"]
+
+
+def test_a_flow_starts_from_whitened_latents(photos: ImageData, tmp_path: Path) -> None:
+    config = TrainConfig(epochs=1, **OPTIONS)  # type: ignore[arg-type]
+    trainer = Trainer(photos, config, tmp_path, progress=False)
+    assert bool(trainer.model.flow.whiten.initialised)  # type: ignore[union-attr]
+
+
+def test_noise_on_latents_needs_an_autoencoder() -> None:
+    with pytest.raises(ValueError, match="latent_noise"):
+        TrainConfig(latent_noise=0.1)
