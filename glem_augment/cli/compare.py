@@ -42,13 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import numpy as np
-
     from glem_augment.data.dataset import open_data
-    from glem_augment.evaluation.compare import compare, picture
+    from glem_augment.evaluation.compare import compare, parted, picture
     from glem_augment.io import save_png, write_json
     from glem_augment.model.glem import GLEM
-    from glem_augment.training.batches import stratified_split
 
     common.pick_device(args)
     size, reading = common.height_and_width(args.image_size) or (64, 64), dict(progress=not args.quiet)
@@ -58,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         test = open_data(args.data, "test", size, train.image_shape[0], **reading)
         if len(test) == len(train) and test.name == train.name:  # there is one folder of images alone
-            split = stratified_split(train.targets, len(train.classes), 0.25, 0)
-            test, train = train.subset(split.val), train.subset(np.sort(np.concatenate([split.nf, split.g])))
+            train, test = parted(train, 4)
     flow = None if args.model is None else GLEM.from_pretrained(args.model)
     result = compare(
         train, test, args.minutes, args.seeds, args.autoencoder, flow, args.network, args.pretrained, not args.quiet
