@@ -174,9 +174,11 @@ def summary(config: GLEMConfig, size: int | None, licence: object = None) -> dic
 
 
 def held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracy and bits/dim on the held-out part of the training images, which the trainer recorded."""
+    """Accuracy and likelihood on the held-out part of the training images, which the trainer recorded."""
     found = training.get("held_out")
-    values = {key: found.get(f"val_{key}") if isinstance(found, dict) else None for key in ("accuracy", "bits_per_dim")}
+    found = found if isinstance(found, dict) else {}
+    keys = ("accuracy", "nats_per_number" if "val_nats_per_number" in found else "bits_per_dim")
+    values = {key: found.get(f"val_{key}") for key in keys}
     return {key: value if is_number(value) else None for key, value in values.items()}
 
 
