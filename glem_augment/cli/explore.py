@@ -103,7 +103,7 @@ def build_page(gr: Any, explorer: Explorer, real: bool) -> Any:
 
 
 def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
-    names = explorer.model.classes
+    names, unit = explorer.model.classes, explorer.model.likelihood[1].capitalize()
 
     def show(number: int, file: str | None, cls: int, policy: Any, strength: float, seed: int, *sliders: float) -> Any:
         image, own = explorer.picked(number, file)
@@ -115,8 +115,8 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         why = "it is not plausible, or the flow does not give the image itself back"
         fate = f"**would be put back**: {why}" if moved.put_back else "would be kept"
         facts = (
-            f"A move along the modes of {names[cls]}, which {fate}. Bits/dim given that class: {moved.bits[0]:.3f} "
-            f"before, {moved.bits[1]:.3f} after. The largest change of a pixel is {largest:.0f} of 255."
+            f"A move along the modes of {names[cls]}, which {fate}. {unit} given that class: {moved.likelihood[0]:.3f} "
+            f"before, {moved.likelihood[1]:.3f} after. The largest change of a pixel is {largest:.0f} of 255."
         )
         bars = (dict(zip(names, row, strict=True)) for row in moved.posterior.tolist())
         return *map(shown, (image, moved.image, 0.5 + 0.5 * change / max(1.0, largest))), facts, *bars
@@ -168,15 +168,16 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
     from glem_augment.evaluation.metrics import calibration_error
 
     names, data, bar = explorer.model.classes, explorer.data, gr.Progress(track_tqdm=True)
+    unit = explorer.model.likelihood[1]
 
     def measure(progress: Any = bar) -> Any:
         posterior, bits, y = explorer.measured
         (confidence, best), own = posterior.max(1), posterior.gather(1, y[:, None])[:, 0]
         right = best == y
         facts = f"Accuracy {100 * float(right.double().mean()):.2f} %, expected calibration error "
-        facts += f"{calibration_error(confidence, right):.4f}, {float(bits.mean()):.3f} bits/dim given the class"
+        facts += f"{calibration_error(confidence, right):.4f}, {float(bits.mean()):.3f} {unit} given the class"
         unlikely, odd = (order[:SURPRISES].tolist() for order in (bits.argsort(descending=True), own.argsort()))
-        first = [(shown(data[i][0]), f"{names[y[i]]}, {bits[i]:.2f} bits/dim") for i in unlikely]
+        first = [(shown(data[i][0]), f"{names[y[i]]}, {bits[i]:.2f} {unit}") for i in unlikely]
         second = [(shown(data[i][0]), f"{names[y[i]]}? {names[best[i]]}, {100 * confidence[i]:.0f} %") for i in odd]
         return facts, first, second
 

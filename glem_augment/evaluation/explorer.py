@@ -38,12 +38,12 @@ NEIGHBOURS = 12  # samples that are compared with real images
 
 
 class Moved(NamedTuple):
-    """The moved image, uint8 [C, H, W] like the original; posterior [2, K] and bits/dim [2] given the class, of the
+    """The moved image, uint8 [C, H, W] like the original; posterior [2, K] and likelihood [2] given the class, of the
     original and the moved image; whether `GLEMAugment` would put the move back."""
 
     image: Tensor
     posterior: Tensor
-    bits: Tensor
+    likelihood: Tensor
     put_back: bool
 
 
@@ -142,8 +142,12 @@ class Explorer:
         aug.replay(x, y, drawn)
         moved = aug.moved[0].cpu()
         small = self._small(image, moved)
-        bits = self.model.bits_per_dim(small, y.expand(2))
-        return Moved(moved, self.model.posterior(small).cpu(), bits.cpu(), aug.stats["replaced"] > 0)
+        likelihood = self._likelihood(small, y.expand(2))
+        return Moved(moved, self.model.posterior(small).cpu(), likelihood, aug.stats["replaced"] > 0)
+
+    def _likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(x | y) [n] in the model's unit, such as bits/dim."""
+        return (-self.model.log_prob(x, y) / self.model.likelihood[2]).cpu()
 
     @torch.no_grad()
     def between(self, first: Tensor, second: Tensor, share: float, points: int = 41) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,11 +166,11 @@ class Explorer:
     @cached_property
     @torch.no_grad()
     def measured(self) -> tuple[Tensor, ...]:
-        """Posterior [N, K] of the data's images, their bits/dim [N] given their classes, and these: computed once."""
+        """Posterior [N, K] of the data's images, their likelihoods [N] and classes: computed once."""
         parts = []
         with tqdm(total=len(self.data), unit="image", desc="measuring", disable=not self.progress) as bar:
             for x, y in self.data.batches(np.arange(len(self.data)), 64):
-                parts.append((self.model.posterior(x).cpu(), self.model.bits_per_dim(x, y).cpu(), y))
+                parts.append((self.model.posterior(x).cpu(), self._likelihood(x, y), y))
                 bar.update(len(y))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 

@@ -38,6 +38,7 @@ _METRICS = {
     "ece": ("image-classification", "expected_calibration_error", "expected calibration error, 15 bins"),
     "bits_per_dim": (PIPELINE, "bits_per_dim", "bits/dim given the class"),
     "bits_per_dim_marginal": (PIPELINE, "bits_per_dim_marginal", "bits/dim, all classes equally likely"),
+    "nats_per_number": (PIPELINE, "nats_per_number", "nats per number given the class"),
     "fid": (PIPELINE, "fid", "FID of samples"),
 }
 _SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "averaging", "seed")

@@ -109,13 +109,7 @@ def download_model(
     return config.parent, str(found)
 
 
-def download_jet(
-    text: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-) -> tuple[Path, str, str | None]:
+def download_jet(text: str, *, revision: str | None = None, **client: Any) -> tuple[Path, str, str | None]:
     """Download weights of `jet-pytorch`, or find them in the cache. The arguments are those of `download_model`.
 
     Returns:
@@ -124,22 +118,14 @@ def download_jet(
     Raises:
         ModelFileError, HubError: as `download_model`.
     """
-    name, client = _name(text, revision), _client(cache_dir, token)
-    with hub_errors(name):
-        wanted = ["*.safetensors", "README.md"]
-        folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
-        found = HubName(name.repo_id, folder.name)
-        files, card = sorted(folder.glob("*.safetensors")), folder / "README.md"
-        if len(files) != 1:
-            raise HubError(f"{found} has {len(files)} safetensors files, so which one holds a Jet is not clear")
-        _check_digest(found, files[0])
-        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    return files[0], str(found), licence if isinstance(licence, str) else None
+    file, origin = _only_weights(text, revision, "README.md", **client)
+    card, licence = file.with_name("README.md"), None
+    if card.is_file():
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    return file, origin, licence if isinstance(licence, str) else None
 
 
-def download_autoencoder(
-    text: str, *, cache_dir: str | os.PathLike[str] | None = None, token: str | bool | None = None
-) -> tuple[Path, str]:
+def download_autoencoder(text: str, **client: Any) -> tuple[Path, str]:
     """Download an autoencoder `org/name[@revision]`, or find it in the cache.
 
     Returns:
@@ -148,19 +134,27 @@ def download_autoencoder(
     Raises:
         ModelFileError, HubError: as `download_model`.
     """
-    name = _name(text, None)
+    return _only_weights(text, None, CONFIG, **client)
+
+
+def _only_weights(
+    text: str,
+    revision: str | None,
+    beside: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> tuple[Path, str]:
+    """The one safetensors file of a repository, with the file `beside` it if there is one, and `org/name@commit`."""
+    name = _name(text, revision)
     with hub_errors(name):
-        client, wanted = _client(cache_dir, token), ["*.safetensors", "config.json"]
+        wanted, client = ["*.safetensors", beside], _client(cache_dir, token)
         folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
-        found = HubName(name.repo_id, folder.name)
-        files = sorted(folder.glob("*.safetensors"))
-        main = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
-        if len(main) != 1:
-            raise HubError(
-                f"{found} has {len(files)} safetensors files, so which one holds an autoencoder is not clear"
-            )
-        _check_digest(found, main[0])
-    return main[0], str(found)
+        found, files = HubName(name.repo_id, folder.name), sorted(folder.glob("*.safetensors"))
+        files = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
+        if len(files) != 1:
+            raise HubError(f"{found} has {len(files)} safetensors files, so which one holds the weights is not clear")
+        _check_digest(found, files[0])
+    return files[0], str(found)
 
 
 def is_number(value: Any) -> bool:
@@ -180,9 +174,11 @@ def summary(config: GLEMConfig, size: int | None, licence: object = None) -> dic
 
 
 def held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracy and bits/dim on the held-out part of the training images, which the trainer recorded."""
+    """Accuracy and likelihood on the held-out part of the training images, which the trainer recorded."""
     found = training.get("held_out")
-    values = {key: found.get(f"val_{key}") if isinstance(found, dict) else None for key in ("accuracy", "bits_per_dim")}
+    found = found if isinstance(found, dict) else {}
+    keys = ("accuracy", "nats_per_number" if "val_nats_per_number" in found else "bits_per_dim")
+    values = {key: found.get(f"val_{key}") for key in keys}
     return {key: value if is_number(value) else None for key, value in values.items()}
 
 

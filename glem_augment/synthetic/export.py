@@ -103,7 +103,7 @@ def export_set(
         name: the heading of the card, by default the folder's name.
 
     Returns:
-        The manifest, in which `implausible` lists the images of which no draw was plausible.
+        The manifest, in which `implausible`, on rank 0, lists the images of which no draw was plausible.
     """
     check_choice("format", form, FORMATS)
     folder, facts = expand(folder), facts or CardFacts()
@@ -213,7 +213,7 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
 def _write_images(
     plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: Ranks, progress: bool, root: Path
 ) -> tuple[Sums, list[str]]:
-    """Write root/<class>/NNNNNN.png. Returns the checksums, and the paths of images that are not plausible."""
+    """Write root/<class>/NNNNNN.png. Returns, on rank 0, the checksums and the paths of implausible images."""
     sums, bad = _read_sums([folder / CHECKSUMS, *sorted((folder / WORK).glob("*.sha256"))])
     # Large blocks first, so that no rank gets all the small ones at the ends of the classes.
     own = sorted(plan.blocks(), key=lambda block: -block.size)[ranks.rank :: ranks.count]
@@ -229,18 +229,24 @@ def _write_images(
             pngs = list(pool.map(lambda image: encode_png(image).numpy().tobytes(), drawn.images))
             new = {path: hashlib.sha256(png).hexdigest() for path, png in zip(paths, pngs, strict=True)}
             fresh = [path for path, implausible in zip(paths, drawn.implausible, strict=True) if implausible]
-            _write(folder / WORK / f"{block.cls}-{block.number}.sha256", _as_text(new, fresh).encode())
+            _write(_record(folder, block), _as_text(new, fresh).encode())
             list(pool.map(_write, (root / path for path in paths), pngs))
             sums |= new
             bad |= set(fresh)
             bar.update(block.size)
-    wanted = [path for block in own for path in _paths(block, folders)]
-    found: Sums = {}
-    for others in ranks.gather({path: sums[path] for path in wanted}):
-        found |= others
-    doubtful = set().union(*ranks.gather(bad))
+    ranks.gather(None)
+    if ranks.rank > 0:
+        return {}, []
+    if ranks.count > 1:  # looked up by name: the list of a network folder may be old
+        more, worse = _read_sums(_record(folder, block) for block in plan.blocks())
+        sums, bad = sums | more, bad | worse
     order = [path for block in plan.blocks() for path in _paths(block, folders)]
-    return {path: found[path] for path in order}, [path for path in order if path in doubtful]
+    return {path: sums[path] for path in order}, [path for path in order if path in bad]
+
+
+def _record(folder: Path, block: Block) -> Path:
+    """The file with the checksums of a block while an export is under way."""
+    return folder / WORK / f"{block.cls}-{block.number}.sha256"
 
 
 def _paths(block: Block, folders: dict[int, str]) -> list[str]:
@@ -294,8 +300,9 @@ def _write_shards(
     if all(ranks.gather(done)):
         return {name: sums[name] for name in names}, sorted(bad)
     root = folder / WORK / "images"
-    paths, doubtful = _write_images(plan, draw, folders, folder, ranks, progress, root)
+    _, doubtful = _write_images(plan, draw, folders, folder, ranks, progress, root)
     label_of = {folders[cls]: label for label, cls in enumerate(plan.order)}
+    paths = [path for block in plan.blocks() for path in _paths(block, folders)]
     images = [(root / path, label_of[path.partition("/")[0]]) for path in paths]
     count, own = len(names), {}
     for number in tqdm(range(ranks.rank, count, ranks.count), unit="shard", desc="pack", disable=not progress):

@@ -9,6 +9,7 @@ import torch
 from PIL import ExifTags, Image
 
 from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, SyntheticDataset
+from glem_augment.data.dataset import images_for
 from glem_augment.evaluation import evaluate
 from glem_augment.evaluation.explorer import LONGEST, Explorer, read_upload
 from glem_augment.evaluation.metrics import calibration_error
@@ -41,7 +42,7 @@ def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape:
     model, image = explorer.model, torch.randint(60, 120, shape, dtype=torch.uint8)
     still = explorer.move(image, 2, "noise", 1.0, coefficients=[0.0] * 4)
     assert torch.equal(still.image, image) and not still.put_back
-    assert torch.equal(still.posterior[0], still.posterior[1]) and torch.equal(still.bits[0], still.bits[1])
+    assert torch.equal(still.posterior[0], still.posterior[1]) and torch.equal(still.likelihood[0], still.likelihood[1])
     # One mode by one standard deviation.
     assert model.modes is not None
     change = (model.modes.scales[2, 1] * model.modes.directions[2, 1]).view(1, 3, 8, 8) * 256 / 255
@@ -98,3 +99,12 @@ def test_uploads_are_reduced_and_hostile_ones_refused(explorer: Explorer, tmp_pa
     for name, words in {"broken.jpg": "cannot be read", "large.png": "8000 x 8000", "bomb.png": "11000 x 9100"}.items():
         with pytest.raises(BadImageError, match=f"^{name} .*{words}"):
             read_upload(str(tmp_path / name))
+
+
+def test_a_model_of_an_autoencoders_latents_is_explored() -> None:
+    x, y = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2
+    model = GLEM.create("identity", (3, 16, 16), ["image"], autoencoder="taef2").adapt((x, y), rank=2, progress=False)
+    explorer = Explorer(model, [images_for(model, (x, y))], progress=False)
+    posterior, likelihood, _ = explorer.measured
+    assert posterior.shape == (8, 2) and likelihood.isfinite().all()
+    assert explorer.move(x[0], 0, "noise", 0.1).likelihood.shape == (2,)

@@ -399,15 +399,10 @@ def test_the_card_says_what_is_known() -> None:
         ("test", "accuracy", 0.25),
     }
     for words in (
-        "trained on photos",
-        "1,200 images",
-        "cat, dog, ant",
         "objective hybrid, epochs 5, beta 0.3",
         "| photos, train (held out) | accuracy of the generative classifier | 75.00 % |",
-        "| fashion-mnist, test | FID of samples | 12.5 |",
         "Photo licence (other) ([text](https://example.com/l))",
         'GLEM.from_pretrained("org/flow")',
-        "samples.png",
     ):
         assert words in text, words
     assert "private" not in text

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 import test_hub
 import torch
 from hub_server import HubServer
 from huggingface_hub import DatasetCard
-from PIL import Image
 from test_hub import Pushed, tiny_model
 
 from glem_augment import GLEM, SyntheticDataset
 from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation.quality import quality_report, train_network
 from glem_augment.model.weights import WEIGHTS
-from glem_augment.synthetic import export
 
 PROVENANCE = "glem-provenance.json"
 server, pushed = test_hub.server, test_hub.pushed  # fixtures
@@ -34,14 +29,6 @@ def push(dataset: SyntheticDataset, server: HubServer, report: Path | None = Non
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def read_shards(shards: list[bytes]) -> list[dict[str, bytes]]:
-    found = []
-    for shard in shards:
-        with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
-            found.append({member.name: archive.extractfile(member).read() for member in archive})  # type: ignore
-    return found
 
 
 def test_a_data_set_is_pushed_as_shards(pushed: Pushed, tmp_path: Path) -> None:
@@ -97,21 +84,6 @@ def test_the_card_shows_the_report_of_the_images(server: HubServer, tmp_path: Pa
         assert words in card
     quality_report(dataset, train, None, tmp_path, network, progress=False)
     assert "copies: near 0" not in push(dataset, server, tmp_path)["README.md"].decode()
-
-
-def test_many_images_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "MIN_SHARD", 4)
-    dataset = SyntheticDataset(tiny_model(), per_class=3)
-    tree = files(dataset.export(tmp_path / "a" / "out", "webdataset", progress=False))
-    shards = read_shards([tree[f"data/train-{i:05d}-of-00003.tar"] for i in range(3)])
-    for i in range(9):
-        image, label = dataset[i]
-        assert shards[i % 3][f"{i:08d}.cls"] == str(label).encode()
-        assert Image.open(io.BytesIO(shards[i % 3][f"{i:08d}.png"])).tobytes() == image.tobytes()
-    assert [len(shard) for shard in shards] == [6, 6, 6]
-    assert json.loads(tree["data/_info.json"])["splits"]["train"]["shard_lengths"] == [3, 3, 3]
-    again = dataset.export(tmp_path / "b" / "out", "webdataset", progress=False)
-    assert files(again) == tree  # the same bytes again
 
 
 def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> None:
