@@ -1,4 +1,4 @@
-"""Makes `bundled:cifar10`: one Gaussian with a full covariance for each class of CIFAR-10, in TAEF2's latents.
+"""Makes `bundled:cifar10`: four Gaussians for each class of CIFAR-10, in TAEF2's latents.
 
     python benchmarks/recipes/cifar10.py CIFAR10 --out runs/cifar10   # CIFAR10/train/<class>/*
 
@@ -24,7 +24,7 @@ def main() -> None:
     data = open_data(args.data, "train")
     x, y = data.tensor(), torch.from_numpy(data.targets)
     both = ImageData.from_tensors(torch.cat([x, x.flip(3)]), torch.cat([y, y]), data.classes, data.class_ids, "cifar10")
-    model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2").adapt(both, rank="full")
+    model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2").adapt(both, rank=128, parts=4)
     assert model.modes is not None
     for name in ("directions", "shared_directions"):
         setattr(model.modes, name, getattr(model.modes, name).half())

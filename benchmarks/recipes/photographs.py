@@ -41,6 +41,7 @@ def main() -> None:
     for name in ("directions", "shared_directions"):
         setattr(modes, name, getattr(modes, name).half())
     config = copy.deepcopy(adapted.config)
+    config.training["data"] = "imagenette128"
     config.class_ids = config.class_names = [ONE_CLASS]
     config.psi, config.posterior_temperature = None, 1.0
     gaussians = ClassGaussians(1, adapted.dim, psi=None)

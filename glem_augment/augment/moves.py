@@ -43,14 +43,17 @@ class Basis(NamedTuple):
     cls: Tensor
 
 
-def basis_of(model: GLEM, kind: str, k: int, cls: Tensor) -> Basis:
-    """The top k modes for rows of the classes cls, int64 [n]: "class" (each class has its own) or "shared" by all."""
+def basis_of(model: GLEM, kind: str, k: int, cls: Tensor, z: Tensor) -> Basis:
+    """The top k modes for latents z [n, d] of the classes cls, int64 [n]: "class" (each has its own) or "shared".
+
+    Of a class with parts, the part with the nearest mean counts.
+    """
     model.checked_modes(k)  # they may have been fitted again since the transform was made
     modes = model.modes
     assert modes is not None
     if kind == "shared":
         return Basis(modes.shared_directions[None, :k], modes.shared_scales[None, :k], torch.zeros_like(cls))
-    return Basis(modes.directions[:, :k], modes.scales[:, :k], cls)
+    return Basis(modes.directions[:, :k], modes.scales[:, :k], modes.rows_of(cls, z))
 
 
 def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:

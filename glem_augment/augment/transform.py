@@ -222,10 +222,10 @@ class GLEMAugment(nn.Module):
         originals = x.index_select(0, send(index, x.device))
         images = self.pixels.to_unit(originals)
         small = self.pixels.to_flow(images)
-        basis = moves.basis_of(model, self.basis, self.modes, here.cls)
         with evaluating(model):
             encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
+            basis = moves.basis_of(model, self.basis, self.modes, here.cls, z)
             base, back = self._unmoved(model, z, small)
             if self.policy == "mixup":
                 partner = moves.partner_latents(model, encoded[send(place, x.device)], params)

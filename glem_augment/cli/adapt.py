@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from glem_augment.cli import common
 
@@ -40,8 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     autoencoder = "of MODEL identity: taef2, or hub:ORG/NAME, whose latents it models (default: none, the pixels)"
     parser.add_argument("--autoencoder", metavar="NAME", help=autoencoder)
     common.add_out(parser, "folder for the adapted model")
-    ranks = "modes per class, or full: a full covariance per class, for thousands of images (default: %(default)s)"
-    parser.add_argument("--rank", type=_rank, default=64, metavar="K", help=ranks)
+    ranks = "modes per class, or per part (default: %(default)s)"
+    parser.add_argument("--rank", type=common.whole(1), default=64, metavar="K", help=ranks)
+    parts = (
+        "groups of similar images per class with modes of their own, for better samples of classes with hundreds of "
+    )
+    parser.add_argument("--parts", type=common.whole(1), default=1, metavar="P", help=f"{parts}images (default: 1)")
     half = "images at which a class's variances are half its own and half all classes' (default: %(default)g)"
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
     parser.add_argument(
@@ -52,10 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
-
-
-def _rank(text: str) -> Any:
-    return text if text == "full" else common.whole(1)(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         model = common.load_model(args)
         data = common.open_resized(model, args.data, args.split, **reading)
     began = time.monotonic()
-    names = ("rank", "shrinkage", "max_per_class", "seed")
+    names = ("rank", "parts", "shrinkage", "max_per_class", "seed")
     adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
     if not is_primary():
         return

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from torch import Tensor
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import INNER, ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR, SHRUNK, ClassModes, fit_class_modes, fit_covariances
+from glem_augment.latent.modes import REST_FLOOR, SHRUNK, ClassModes, fit_class_modes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
@@ -43,18 +42,21 @@ def adapt_classes(
     latents_of_class: Callable[[int], Tensor],
     num_classes: int,
     dim: int,
-    rank: int | Literal["full"],
+    rank: int,
     shrinkage: float,
     psi: Psi,
+    parts: int = 1,
+    full: bool = False,
 ) -> tuple[ClassGaussians, ClassModes, float]:
     """Gaussians, modes and temperature of new classes. A class of one image borrows what all classes have together.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         num_classes, dim: K and d.
-        rank: modes per class. "full": all of them, and the temperature is fitted for full covariances.
+        rank: modes per class, or per part.
         shrinkage: k, in images, >= 0.
         psi: of the flow's own Gaussians; the new ones get a wider psi where this one can't hold their variances.
+        parts, full: see `fit_class_modes`; with `full` the temperature is that of `ClassModes.log_prob`.
 
     Returns:
         The first two on the CPU, and the temperature of the posterior.
@@ -70,24 +72,22 @@ def adapt_classes(
         kept.append(z[torch.arange(count) * len(z) // max(1, count)])
         return z
 
-    if rank == "full":
-        modes = fit_covariances(latents, num_classes, dim)
-    else:
-        modes = fit_class_modes(latents, num_classes, rank, dim, borrow=True)
-    freedom = (modes.counts - 1)[:, None].double()
-    scatter = freedom * modes.variance()
+    modes = fit_class_modes(latents, num_classes, rank, dim, borrow=True, parts=parts, full=full)
+    mean, own_variance, counts = modes.class_moments()
+    freedom = (counts - 1)[:, None].double()
+    scatter = freedom * own_variance
     pooled = scatter.sum(0) / freedom.sum()
     variance = shrunk_variance(scatter, freedom, pooled, shrinkage)
     gaussians = ClassGaussians(num_classes, dim, psi=psi_that_holds(variance, psi))
-    gaussians.mu.copy_(modes.mean)
+    gaussians.mu.copy_(mean)
     gaussians.set_variance(variance, inner=(0.0, 1.0))
-    found = modes if rank == "full" else gaussians
+    found = modes if full else gaussians
     scores = found.log_prob(torch.cat(kept).to(gaussians.mu)).double()
     y = torch.repeat_interleave(torch.tensor([len(z) for z in kept]))
-    if rank == "full":
+    if full:
         own = _left_out_of_covariance(scores.gather(1, y[:, None])[:, 0], modes, y)
         return gaussians, modes, fit_temperature(scores.scatter(1, y[:, None], own[:, None]), y)
-    classes = zip(kept, modes.mean, scatter, modes.counts.tolist(), strict=True)
+    classes = zip(kept, mean, scatter, counts.tolist(), strict=True)
     scores[torch.arange(len(y)), y] = torch.cat([_left_out(*facts, pooled, shrinkage) for facts in classes])
     return gaussians, modes, fit_temperature(scores, y)
 
@@ -108,8 +108,8 @@ def _left_out_of_covariance(score: Tensor, modes: ClassModes, y: Tensor) -> Tens
 
         q'  =  (n / (n - 1))^2 q / (1 - c q),        log det C'  =  log det C + log(1 - c q).
     """
-    n = modes.counts[y].double().clamp_min(2)
-    constant = modes.scales.double().log().sum(1)[y] + 0.5 * modes.dim * math.log(2 * math.pi)
+    n = modes.class_moments()[2][y].double().clamp_min(2)
+    constant = 0.5 * (modes.log_determinants().double()[y] + modes.dim * math.log(2 * math.pi))
     q = -2 * (score + constant)
     left = (1 - (1 - SHRUNK) * n / (n - 1).square() * q).clamp_min(1e-6)
     return -0.5 * ((n / (n - 1)).square() * q / left + left.log()) - constant

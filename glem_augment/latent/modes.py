@@ -6,6 +6,8 @@ what the modes leave over,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 
+A class may have several such parts, of groups of its images: a mixture of Gaussians.
+
 Source: Enescu & Sahbi, ACCV 2024, "Reestimated Full Covariance Matrix" (RFCM, Table 5).
 """
 
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor
 
 from glem_augment import distributed
-from glem_augment.checks import DEFAULT_MODES, check_whole
+from glem_augment.checks import check_whole
+from glem_augment.devices import weights_key
 from glem_augment.errors import DataError
 from glem_augment.flows.precision import full_precision
 from glem_augment.latent.gaussians import ClassSampler
+from glem_augment.latent.groups import k_means
 
 # The least variance of a dimension outside the modes. It keeps densities finite, and its root is far below one uint8
 # step (4e-3), so nobody can see it in a decoded image.
@@ -31,8 +35,8 @@ REST_FLOOR = 1e-8
 RELATIVE_TOLERANCE = 1e-10
 # Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
 MAX_EIGH = 4096
-# How far a class's full covariance is shrunk to the pooled one: the best of 0, 0.2, 0.5, 0.8 and 1 for held-out images.
-SHRUNK = 0.2
+# How far a class's covariance is shrunk to the pooled one: of 0, 0.2, 0.5, 0.8 and 1 the best for held-out images.
+SHRUNK = 0.8
 IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
 # When every row of a batch brings its own [k, d] modes, this many floats are gathered at a time (16 MiB).
 GATHER_FLOATS = 2**22
@@ -92,13 +96,13 @@ def mix_along_modes(z: Tensor, partner: Tensor, l: Tensor, y: Tensor, directions
 class ClassModes(ClassSampler):
     """Mean, principal modes and remaining variance of every class's latents. All are float32 buffers; none is trained.
 
-    Buffers:
-        mean: [K, d].
-        directions: [K, k, d], orthonormal rows; zero rows where a class has fewer than k modes.
-        scales: [K, k], the standard deviation along each mode, descending.
-        rest: [K, d], the variance per dimension outside the modes.
-        counts: int64 [K], images seen.
-        shared_directions, shared_scales: [k, d] and [k], the modes of the pooled within-class covariance.
+    Buffers, with P parts for each of K classes; row y P + j is part j of class y:
+        mean: [K P, d].
+        directions: [K P, k, d], orthonormal rows; zero rows where a part has fewer than k modes.
+        scales: [K P, k], the standard deviation along each mode, descending.
+        rest: [K P, d], the variance per dimension outside the modes.
+        counts: int64 [K P], images seen; 0 for a part that is not there.
+        shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
     >>> latents = torch.randn(2, 10, 6)
     >>> modes = fit_class_modes(lambda y: latents[y], num_classes=2, rank=3, dim=6)
@@ -114,24 +118,27 @@ class ClassModes(ClassSampler):
     shared_directions: Tensor
     shared_scales: Tensor
 
-    def __init__(self, num_classes: int, rank: int, dim: int) -> None:
+    def __init__(self, num_classes: int, rank: int, dim: int, parts: int = 1, shared_rank: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_classes, dim))
-        self.register_buffer("directions", torch.zeros(num_classes, rank, dim))
-        self.register_buffer("scales", torch.zeros(num_classes, rank))
-        self.register_buffer("rest", torch.zeros(num_classes, dim))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("shared_directions", torch.zeros(rank, dim))
-        self.register_buffer("shared_scales", torch.zeros(rank))
+        rows, shared = num_classes * parts, shared_rank or rank
+        self.register_buffer("mean", torch.zeros(rows, dim))
+        self.register_buffer("directions", torch.zeros(rows, rank, dim))
+        self.register_buffer("scales", torch.zeros(rows, rank))
+        self.register_buffer("rest", torch.zeros(rows, dim))
+        self.register_buffer("counts", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("shared_directions", torch.zeros(shared, dim))
+        self.register_buffer("shared_scales", torch.zeros(shared))
+        self.parts = parts
+        self._classifier: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def num_classes(self) -> int:
         """K."""
-        return self.directions.shape[0]
+        return len(self.counts) // self.parts
 
     @property
     def rank(self) -> int:
-        """k, the modes stored per class."""
+        """k, the modes stored per class, or per part of a class."""
         return self.directions.shape[1]
 
     @property
@@ -142,7 +149,7 @@ class ClassModes(ClassSampler):
     @property
     def fewest_and_most(self) -> tuple[int, int]:
         """The smallest and the largest number of modes (of any length) that a class has."""
-        present = (self.scales > 0).sum(1)
+        present = (self.scales > 0).sum(1)[self.counts > 0] if bool(self.counts.any()) else (self.scales > 0).sum(1)
         return int(present.min()), int(present.max())
 
     def in_words(self, most: int) -> str:
@@ -150,32 +157,95 @@ class ClassModes(ClassSampler):
         return " to ".join(dict.fromkeys(str(min(count, most)) for count in self.fewest_and_most))
 
     def variance(self) -> Tensor:
-        """The variance of every dimension, along the modes and outside them: [K, d]."""
+        """The variance of every dimension, along the modes and outside them: [K P, d]."""
         return (self.scales[..., None] * self.directions).square().sum(1) + self.rest
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; m_y, V_y^T diag(s_y^2) V_y) of latents z [B, d] under every class: [B, K] nats.
+    def rows_of(self, y: Tensor, z: Tensor) -> Tensor:
+        """The row of the part of class y, int64 [n], whose mean is nearest to z [n, d]: int64 [n]."""
+        if self.parts == 1:
+            return y
+        of_class = self.mean.unflatten(0, (-1, self.parts))[y]
+        far = (z[:, None] - of_class).square().sum(2)
+        missing = (self.counts == 0).unflatten(0, (-1, self.parts))[y]
+        return y * self.parts + far.masked_fill(missing, math.inf).argmin(1)
 
-        For modes that span the whole space, as `fit_covariances` makes them: k = d, and nothing is left over.
+    # ---- classes as a whole ------------------------------------------------------------------------------------------
+
+    def class_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance per dimension of each class, [K, d] float64, and its images, int64 [K]."""
+        n, mean, variance = (t.unflatten(0, (-1, self.parts)) for t in (self.counts, self.mean, self.variance()))
+        total, n, mean = n.sum(1), n[..., None].double(), mean.double()
+        centre = (n * mean).sum(1) / total[:, None]
+        scatter = (n - 1).clamp_min(0) * variance.double() + n * (mean - centre[:, None]).square()
+        return centre, scatter.sum(1) / (total - 1).clamp_min(1)[:, None], total
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; m_y, C_y) of latents z [B, d] under every class, [B, K] nats: a regularised discriminant analysis.
+
+        C_y = (1 - a) S_y + a W with the covariance S_y of the class (of its parts and between them), the pooled one W,
+        whose modes must span the space, and a = `SHRUNK` (Friedman 1989).
         """
+        means, whiteners, logdets = self._discriminant()
         with full_precision(z.device.type):
-            facts = zip(self.mean, self.directions, self.scales, strict=True)
-            scores = [-0.5 * (((z - m) @ v.T) / s).square().sum(1) - s.log().sum() for m, v, s in facts]
-        return torch.stack(scores, 1) - 0.5 * self.dim * math.log(2 * math.pi)
+            q = [((z - m) @ w).square().sum(1) for m, w in zip(means, whiteners, strict=True)]
+        return -0.5 * (torch.stack(q, 1) + logdets + self.dim * math.log(2 * math.pi))
+
+    def log_determinants(self) -> Tensor:
+        """log det C_y of the covariances in `log_prob`, [K]."""
+        return self._discriminant()[2]
+
+    @torch.no_grad()
+    def _discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means [K, d], U_y [K, d, d] with U_y U_y^T = C_y^-1, and log det C_y [K]; kept while the modes stay."""
+        key = weights_key(self)
+        if self._classifier is None or self._classifier[0] != key:
+            with torch.inference_mode(False):
+                pooled = _outer(self.shared_scales, self.shared_directions)
+                centres, _, totals = self.class_moments()
+                whiteners, logdets = [], []
+                for y, centre in enumerate(centres):
+                    covariance = SHRUNK * pooled
+                    for row in range(y * self.parts, (y + 1) * self.parts):
+                        share = (1 - SHRUNK) * float(self.counts[row]) / float(totals[y])
+                        away = self.mean[row].double() - centre
+                        own = _outer(self.scales[row], self.directions[row]) + self.rest[row].double().diag()
+                        covariance = covariance + share * (own + torch.outer(away, away))
+                    factor = torch.linalg.cholesky(covariance)
+                    logdets.append(2 * factor.diagonal().log().sum())
+                    whiteners.append(torch.linalg.inv(factor).T)
+                found = tuple(t.to(self.mean) for t in (centres, torch.stack(whiteners), torch.stack(logdets)))
+            self._classifier = key, found  # type: ignore[assignment]
+        return self._classifier[1]  # type: ignore[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_classifier": None}
+
+    # ---- samples -----------------------------------------------------------------------------------------------------
 
     @property
     def noise_size(self) -> int:
-        """k + d."""
-        return self.rank + self.dim
+        """k + d, and one more where classes have parts."""
+        return self.rank + self.dim + (self.parts > 1)
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
-        `noise` [B, k + d] is standard normal: first the k coefficients e, then the d numbers e'.
+        `noise` [B, noise_size] is standard normal: first the k coefficients e, then the d numbers e', then a number
+        that chooses the part, each as often as it has images.
         """
-        along, outside = noise.split([self.rank, self.dim], 1)
+        along, outside = noise[:, : self.rank], noise[:, self.rank : self.rank + self.dim]
+        if self.parts > 1:
+            upto = self.counts.unflatten(0, (-1, self.parts)).double().cumsum(1)
+            share = torch.special.ndtr(noise[:, -1].double()) * upto[y, -1]
+            y = y * self.parts + (share[:, None] >= upto[y]).sum(1).clamp_max(self.parts - 1)
         spread = combine_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()
         return self.mean[y] + temperature * spread
+
+
+def _outer(scales: Tensor, directions: Tensor) -> Tensor:
+    """V^T diag(s^2) V [d, d] float64."""
+    rows = scales[:, None].double() * directions.double()
+    return rows.T @ rows
 
 
 # ---- estimation ------------------------------------------------------------------------------------------------------
@@ -183,7 +253,13 @@ class ClassModes(ClassSampler):
 
 @torch.no_grad()
 def fit_class_modes(
-    latents_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int, borrow: bool = False
+    latents_of_class: Callable[[int], Tensor],
+    num_classes: int,
+    rank: int,
+    dim: int,
+    borrow: bool = False,
+    parts: int = 1,
+    full: bool = False,
 ) -> ClassModes:
     """Estimate means, principal modes and remaining variances, one class in memory at a time.
 
@@ -193,41 +269,51 @@ def fit_class_modes(
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         num_classes: K.
-        rank: modes to keep per class; more than d become d.
+        rank: modes to keep per class, or per part; more than d become d.
         dim: d.
         borrow: give a class of one image the modes and the remaining variance that all classes have together.
+        parts: P, into which k-means divides the images of a class.
+        full: keep all modes of the pooled covariance, for `ClassModes.log_prob`.
 
     Returns:
         ClassModes on the CPU.
 
     Raises:
-        DataError: a class has fewer than two images (no image, with `borrow`), no class has two, or latents are not
-            finite.
+        DataError: a class has fewer than two images (no image, with `borrow`; 2 P, with parts), no class has two, or
+            latents are not finite.
         ValueError: the rank is below 1.
     """
-    rank = min(check_whole("rank", rank, 1), dim)
-    modes, pool = ClassModes(num_classes, rank, dim), _Pool(dim, rank)
+    rank, shared = min(check_whole("rank", rank, 1), dim), dim if full else None
+    modes, pool = ClassModes(num_classes, rank, dim, parts, shared), _Pool(dim, shared or rank)
     for first in range(0, num_classes, distributed.world_size()):
         group = range(num_classes)[first : first + distributed.world_size()]
         own: Any = None
         for y in group:
             latents = latents_of_class(y)
             if y - first == distributed.rank():
-                mean, rows = centred(latents, f"class {y}", least=1 if borrow else 2)
-                own = mean, len(rows), *leading_modes(rows, pool.handed), rows.square().sum(0)
-        for y, found in zip(group, distributed.gather(own), strict=False):
-            mean, count, directions, values, variance = found
-            modes.mean[y], modes.counts[y] = mean, count
-            if count == 1:
-                continue
-            _store(modes, y, directions, values / math.sqrt(count - 1), variance / (count - 1))
-            pool.add(count, directions, values, variance)
+                whole = _facts(latents, y, pool.handed, least=1 if borrow else 2)
+                label = None if parts == 1 else k_means(latents.detach().cpu(), parts)
+                own = [whole] if label is None else [_facts(latents[label == j], y, rank, 2) for j in label.unique()]
+                own = whole[1:], own
+        for y, (whole, found) in zip(group, distributed.gather(own), strict=False):
+            for row, (mean, count, directions, values, variance) in enumerate(found, y * parts):
+                modes.mean[row], modes.counts[row] = mean, count
+                if count > 1:
+                    _store(modes, row, directions, values / math.sqrt(count - 1), variance / (count - 1))
+            if whole[0] > 1:
+                pool.add(*whole)
     directions, values, variance = pool.covariance()
     modes.shared_directions[: len(values)] = directions.float()
     modes.shared_scales[: len(values)] = values.float()
-    for y in (modes.counts == 1).nonzero()[:, 0].tolist():
-        _store(modes, y, directions, values, variance)
+    for row in (modes.counts == 1).nonzero()[:, 0].tolist():
+        _store(modes, row, directions, values, variance)
     return modes
+
+
+def _facts(latents: Tensor, y: int, rank: int, least: int) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
+    """Mean, number, leading modes and summed squares [d] of latents of class y."""
+    mean, rows = centred(latents, f"class {y}", least)
+    return mean, len(rows), *leading_modes(rows, rank), rows.square().sum(0)
 
 
 class _Pool:
@@ -280,42 +366,6 @@ def pooled_covariance(
     most = max(1, pool.freedom // IMAGES_PER_MODE)
     directions, values = directions[:most], values[:most]
     return mean, directions, values, (variance - (values[:, None] * directions).square().sum(0)).clamp_min(0)
-
-
-@torch.no_grad()
-def fit_covariances(latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int) -> ClassModes:
-    """Means and full covariances of classes with many images: modes that span the whole space.
-
-    The unbiased covariance S_y of a class is shrunk to the pooled one W, as `(1 - a) S_y + a W` with a = `SHRUNK`
-    (regularised discriminant analysis, Friedman 1989).
-
-    Args:
-        latents_of_class, num_classes, dim: see `fit_class_modes`.
-
-    Raises:
-        DataError: too few images for W to have full rank, or latents that are not finite.
-    """
-    modes = ClassModes(num_classes, dim, dim)
-    scatter = torch.zeros(num_classes, dim, dim, dtype=torch.float64)
-    for y in range(num_classes):
-        mean, rows = centred(latents_of_class(y), f"class {y}")
-        modes.mean[y], modes.counts[y], scatter[y] = mean, len(rows), rows.T @ rows
-    freedom = modes.counts.double() - 1
-    if freedom.sum() < 2 * dim:
-        raise DataError(
-            f"full covariances of {dim} dimensions need at least {2 * dim + num_classes} images, there are "
-            f"{int(modes.counts.sum())}: give a number of modes as rank, such as {DEFAULT_MODES}"
-        )
-    pooled = scatter.sum(0) / freedom.sum()
-    for y in range(num_classes + 1):
-        own = pooled if y == num_classes else (1 - SHRUNK) * scatter[y] / freedom[y] + SHRUNK * pooled
-        values, vectors = torch.linalg.eigh(own)
-        scales, directions = values.flip(0).clamp_min(REST_FLOOR).sqrt().float(), vectors.flip(1).T.float()
-        if y == num_classes:
-            modes.shared_scales[:], modes.shared_directions[:] = scales, directions
-        else:
-            modes.scales[y], modes.directions[y] = scales, directions
-    return modes
 
 
 def _store(modes: ClassModes, y: int, directions: Tensor, scales: Tensor, variance: Tensor) -> None:

@@ -17,7 +17,8 @@ from glem_augment.flows.presets import check_spec
 FORMAT_VERSION = 1
 # These limits are far above any real use. They keep a hostile config from asking for absurd amounts of memory.
 MAX_CLASSES, MAX_MODES = 200_000, 4096
-MAX_DEPTH, LARGEST_SIDE = 20, 2**14
+MAX_DEPTH, LARGEST_SIDE, MAX_PARTS = 20, 2**14, 256
+MAX_FULL_DIM, MAX_FULL = 1024, 2**26  # dimensions, and numbers in all, of full covariances
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
@@ -35,7 +36,8 @@ class GLEMConfig:
         class_names: names for people, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
-        covariance: "diagonal" (the class densities are the Gaussians'), or "full" (mean and covariance of the modes).
+        modes_parts: parts of each class that have modes of their own.
+        covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         base: what `model.jet_file.reference` says of a flow that is stored elsewhere, or None.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
@@ -53,6 +55,7 @@ class GLEMConfig:
     class_names: list[str]
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
+    modes_parts: int = 1
     covariance: str = "diagonal"
     base: dict[str, str] | None = None
     autoencoder: dict[str, Any] | None = None
@@ -79,8 +82,10 @@ class GLEMConfig:
         self.posterior_temperature = float(t)
         if self.covariance not in ("diagonal", "full"):
             raise ModelFileError(f"covariance must be 'diagonal' or 'full', got {_short(self.covariance)}")
-        if self.covariance == "full" and self.modes_rank != self.dim:
-            raise ModelFileError(f"full covariances have {self.dim} modes, got modes_rank {self.modes_rank}")
+        if type(self.modes_parts) is not int or not 1 <= self.modes_parts <= MAX_PARTS:
+            raise ModelFileError(f"modes_parts must be from 1 to {MAX_PARTS}, got {_short(self.modes_parts)}")
+        if self.covariance == "full" and (self.modes_rank is None or not can_be_full(len(self.class_ids), self.dim)):
+            raise ModelFileError(f"full covariances need modes, and {self.dim} dimensions are too many for them")
         if self.base is not None:
             named = isinstance(self.base, dict) and set(self.base) == {"jet", "sha256"}
             if not (named and all(isinstance(text, str) and len(text) <= 1000 for text in self.base.values())):
@@ -143,7 +148,13 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Fields that have their default are left out where readers allow it."""
-        newer = {"posterior_temperature": 1.0, "covariance": "diagonal", "base": None, "autoencoder": None}
+        newer = {
+            "posterior_temperature": 1.0,
+            "modes_parts": 1,
+            "covariance": "diagonal",
+            "base": None,
+            "autoencoder": None,
+        }
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:
@@ -183,6 +194,11 @@ class GLEMConfig:
             raise ModelFileError(f"it has unknown fields {_short(unknown[:5])} and lacks {missing}")
         _check_readable(values)
         return cls(**values)
+
+
+def can_be_full(classes: int, dim: int) -> bool:
+    """Whether full covariances of so many classes and dimensions fit in memory and in a file."""
+    return dim <= MAX_FULL_DIM and classes * dim * dim <= MAX_FULL
 
 
 def licence_id(value: object) -> str | None:

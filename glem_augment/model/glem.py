@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
 from glem_augment.latent.adapt import adapt_classes
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
-from glem_augment.model.config import GLEMConfig
+from glem_augment.model.config import GLEMConfig, can_be_full
 from glem_augment.model.image_flow import ImageFlow
 from glem_augment.model.jet_file import PREFIX as JET
 from glem_augment.model.jet_file import open_base, open_jet, reference
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, read_config, weights_sha256, write_model
 
 CUSTOM = "custom"  # the name of a user's module in a config
+IMAGES_PER_DIMENSION = 8  # from which on full covariances classify held-out images better than diagonal ones
 STANDARDISED_BY = 64  # images from which an autoencoder's latents are standardised; each has many positions
 
 
@@ -74,7 +75,8 @@ class GLEM(ImageFlow):
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
         self.gaussians.to(self.dtype)  # that of the flow, if it has any parameters
         if modes is None and config.modes_rank is not None:
-            modes = ClassModes(classes, config.modes_rank, dim)
+            shared = dim if config.covariance == "full" else None
+            modes = ClassModes(classes, config.modes_rank, dim, config.modes_parts, shared)
         self.modes = None if modes is None else modes.to(self.dtype)
         if autoencoder is None and config.autoencoder is not None:
             autoencoder = named_autoencoder(config.autoencoder)
@@ -237,7 +239,10 @@ class GLEM(ImageFlow):
         """
         check_choice("weights", weights, ("copy", "reference"))
         self.config.base = reference(self) if weights == "reference" else None
-        self.config.modes_rank = None if self.modes is None else self.modes.rank
+        if self.modes is None:
+            self.config.modes_rank, self.config.modes_parts, self.config.covariance = None, 1, "diagonal"
+        else:
+            self.config.modes_rank, self.config.modes_parts = self.modes.rank, self.modes.parts
         write_model(folder, self.config, self.state_dict())
 
     save_pretrained = save  # as users of the Hub's libraries call it
@@ -389,7 +394,7 @@ class GLEM(ImageFlow):
         seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
         latents = self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
         self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
-        self.config.modes_rank, self.config.covariance = self.modes.rank, "diagonal"
+        self.config.modes_rank, self.config.modes_parts, self.config.covariance = self.modes.rank, 1, "diagonal"
         return self.modes
 
     @torch.no_grad()
@@ -399,7 +404,8 @@ class GLEM(ImageFlow):
         *,
         classes: Sequence[str] | None = None,
         split: str = "train",
-        rank: int | Literal["full"] = 64,
+        rank: int = 64,
+        parts: int = 1,
         shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
@@ -408,15 +414,17 @@ class GLEM(ImageFlow):
         """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
 
         Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones, and its
-        principal modes, in one pass over `data`. The posterior's temperature is fitted to latents that are left out. In
-        a distributed run all ranks call this together.
+        principal modes, in one pass over `data`. Of a model without a flow ("identity") that gets at least eight images
+        per dimension, the class densities have full covariances. The posterior's temperature is fitted to latents that
+        are left out. In a distributed run all ranks call this together.
 
         Args:
             data: see `fit_modes`.
             classes: names to use instead of the data's (of a pair: "0", "1", ...).
             split: split to open, for data given by name.
-            rank, max_per_class, seed: see `fit_modes`. With rank "full" every class has a full covariance, for
-                densities and samples: for thousands of images and some hundred dimensions.
+            rank, max_per_class, seed: see `fit_modes`.
+            parts: divide each class into so many groups of similar latents with modes of their own, for samples (and
+                moves) of classes with hundreds of images or more.
             shrinkage: number of images at which a class's variances are half its own, half pooled.
             progress: show a bar on stderr.
 
@@ -437,9 +445,12 @@ class GLEM(ImageFlow):
             self = copy.deepcopy(self)
             self.standardise(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
+        # A flow leaves the dimensions of a class nearly independent; pixels, and latents of an autoencoder, are not.
+        full = self.config.flow["coupling"] == "identity" and can_be_full(len(rows), self.dim)
+        full = full and sum(counts) >= IMAGES_PER_DIMENSION * self.dim
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            found = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi)
+            found = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi, parts, full)
         gaussians, modes, temperature = found
         config = replace(
             copy.deepcopy(self.config),
@@ -447,13 +458,20 @@ class GLEM(ImageFlow):
             class_ids=list(images.class_ids),
             class_names=list(images.classes),
             modes_rank=modes.rank,
-            covariance="full" if rank == "full" else "diagonal",
+            modes_parts=modes.parts,
+            covariance="full" if full else "diagonal",
             posterior_temperature=temperature,
             training={
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": {"shrinkage": shrinkage, "rank": modes.rank, "max_per_class": max_per_class, "seed": seed},
+                "adapt": {
+                    "shrinkage": shrinkage,
+                    "rank": modes.rank,
+                    "parts": parts,
+                    "max_per_class": max_per_class,
+                    "seed": seed,
+                },
                 "adapted_from": {
                     "weights_sha256": weights_sha256(self),
                     "origin": self.origin,

@@ -26,7 +26,7 @@ from glem_augment.data.dataset import ImageData, LabelledImages, as_image_data
 from glem_augment.data.pixels import to_uint8
 from glem_augment.data.sources import Source, open_source
 from glem_augment.devices import evaluating
-from glem_augment.latent.modes import project_on_modes
+from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM
 
 # One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
@@ -250,15 +250,12 @@ class Sampler:
         model = self.model
         if self.source == "mixup":
             return self._mix(cls, within, attempt)
-        modes = model.modes if self.source == "rfcm" else None
-        noise = np.empty((len(cls), model.dim + (0 if modes is None else modes.rank)), dtype=np.float32)
+        part = model.modes if self.source == "rfcm" and model.modes is not None else model.gaussians
+        noise = np.empty((len(cls), part.noise_size), dtype=np.float32)
         for generator, _, rows, places in self._generators(cls, within, attempt):
             noise[rows] = generator.standard_normal((NOISE_BLOCK, noise.shape[1]), dtype=np.float32)[places]
         eps = torch.from_numpy(noise).to(model.device, model.dtype)
-        y = torch.from_numpy(cls).to(model.device)
-        if modes is not None:
-            return modes.sample_from_noise(y, eps, self.temperature)
-        return self.temperature * model.gaussians.variance()[y].sqrt() * eps + model.gaussians.mu[y]
+        return part.sample_from_noise(torch.from_numpy(cls).to(model.device), eps, self.temperature)
 
     def _mix(self, cls: np.ndarray, within: np.ndarray, attempt: int) -> Tensor:
         real, fitted, device = self.real, self.model.modes, self.model.device
@@ -274,8 +271,10 @@ class Sampler:
             first[rows], second[rows] = real.starts[c] + i[places], real.starts[c] + j[places]
             share[rows] = np.minimum(mix, 1 - mix)[places]
         z, other = (real.z[rows].to(device) for rows in (first, second))
-        delta = torch.from_numpy(share).to(device)[:, None] * (other - z)
-        return z + project_on_modes(delta, torch.from_numpy(cls).to(device), fitted.directions[:, : self.modes])
+        part = fitted.rows_of(torch.from_numpy(cls).to(device), z)
+        return mix_along_modes(
+            z, other, 1 - torch.from_numpy(share).to(device), part, fitted.directions[:, : self.modes]
+        )[0]
 
     def _generators(
         self, cls: np.ndarray, within: np.ndarray, attempt: int

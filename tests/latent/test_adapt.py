@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.latent.adapt import _left_out_of_covariance, adapt_classes, psi_that_holds
 from glem_augment.latent.gaussians import ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR, SHRUNK, fit_covariances
+from glem_augment.latent.modes import REST_FLOOR, SHRUNK, fit_class_modes
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)
@@ -184,23 +184,44 @@ def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys:
     assert again["images"] == 5 and again["modes_per_class"] == [1, 2]  # two images have one mode; one borrows all
 
 
-def test_full_covariances_leave_each_latent_out_of_its_class() -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_full_covariances_leave_each_latent_out_of_its_class(parts: int) -> None:
     g = torch.Generator().manual_seed(0)
     classes = [torch.randn(40, 4, generator=g) @ torch.randn(4, 4, generator=g) + y for y in range(2)]
-    modes = fit_covariances(lambda y: classes[y], 2, 4)
-    y = torch.repeat_interleave(torch.arange(2), 40)
-    scores = modes.log_prob(torch.cat(classes)).double().gather(1, y[:, None])[:, 0]
-    left_out = _left_out_of_covariance(scores, modes, y)
+    modes = fit_class_modes(lambda y: classes[y], 2, 4, 4, borrow=True, parts=parts, full=True)
     pooled = sum(torch.cov(z.T.double()) * 39 for z in classes) / 78
+    y = torch.repeat_interleave(torch.arange(2), 40)
+    scores = modes.log_prob(torch.cat(classes)).double()
+    for k, z in enumerate(classes):
+        covariance = (1 - SHRUNK) * torch.cov(z.T.double()) + SHRUNK * pooled
+        wanted = MultivariateNormal(z.double().mean(0), covariance).log_prob(torch.cat(classes).double())
+        assert torch.allclose(scores[:, k], wanted, atol=0.1 if parts > 1 else 1e-3)  # the parts' own n - 1
+    if parts > 1:
+        return
+    left_out = _left_out_of_covariance(scores.gather(1, y[:, None])[:, 0], modes, y)
     for k, z in enumerate(classes):
         for i in (0, 17):
             others = torch.cat([z[:i], z[i + 1 :]]).double()
             # The factor of the scatter stays that of all images.
             covariance = (1 - SHRUNK) * torch.cov(others.T) * 38 / 39 + SHRUNK * pooled
-            wanted = torch.distributions.MultivariateNormal(others.mean(0), covariance).log_prob(z[i].double())
+            wanted = MultivariateNormal(others.mean(0), covariance).log_prob(z[i].double())
             assert float(left_out[40 * k + i]) == pytest.approx(float(wanted), abs=0.02)
 
 
-def test_full_covariances_need_enough_images() -> None:
-    with pytest.raises(DataError, match="rank"):
-        fit_covariances(lambda y: torch.randn(5, 8), 2, 8)
+def test_parts_of_a_class_are_drawn_as_often_as_they_have_images() -> None:
+    g = torch.Generator().manual_seed(0)
+    far = torch.tensor([[0.0] * 6, [40.0] * 6, [-40.0] * 6])
+    latents = torch.cat([torch.randn(n, 6, generator=g) + shift for n, shift in zip((60, 30, 10), far, strict=True)])
+    modes = fit_class_modes(lambda y: latents + y, 2, 3, 6, parts=3)
+    assert modes.num_classes == 2 and sorted(modes.counts[:3].tolist()) == [10, 30, 60]
+    samples = modes.sample(torch.ones(4000, dtype=torch.int64), generator=g)
+    near = torch.cdist(samples, far + 1).argmin(1).bincount(minlength=3) / 4000
+    assert torch.allclose(near, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
+    assert float(torch.cdist(samples, far + 1).amin(1).max()) < 8  # nothing between the parts
+    rows = modes.rows_of(torch.ones(3, dtype=torch.int64), far + 1)
+    assert torch.allclose(modes.mean[rows], far + 1, atol=1.0)
+    mean, variance, counts = modes.class_moments()
+    assert torch.allclose(mean[0].float(), latents.mean(0), atol=1e-4) and counts.tolist() == [100, 100]
+    assert torch.allclose(variance[0].float(), latents.var(0), rtol=1e-3)
+    with pytest.raises(DataError, match="parts"):
+        fit_class_modes(lambda y: latents[:5], 1, 3, 6, parts=3)

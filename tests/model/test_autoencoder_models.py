@@ -100,25 +100,25 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest() -> None:
         GLEM.create("identity", (3, 17, 23), ["a"], autoencoder="taef2")
 
 
-def test_full_covariances_classify_and_stay_in_the_file(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     x, y = photos
     g = torch.Generator().manual_seed(1)
-    many = (x.repeat(10, 1, 1, 1).float() + 12 * torch.randn(400, 3, 16, 16, generator=g)).clamp(0, 255).to(torch.uint8)
+    many = (x.repeat(30, 1, 1, 1).float() + 12 * torch.randn(1200, 3, 16, 16, generator=g)).clamp(0, 255)
     full = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
-    full = full.adapt((many, y.repeat(10)), rank="full", progress=False)
-    assert full.modes is not None and full.modes.rank == full.dim and full.config.covariance == "full"
-    scores = full.log_prob_per_class(x)
-    z, logdet = full.encode(x)
-    for k in range(2):
-        v, s = full.modes.directions[k].double(), full.modes.scales[k].double()
-        normal = torch.distributions.MultivariateNormal(full.modes.mean[k].double(), v.T @ (s.square()[:, None] * v))
-        assert torch.allclose(scores[:, k].double(), normal.log_prob(z.double()) + logdet, rtol=1e-3)
-    assert torch.equal(full.log_prob(x, y), scores.gather(1, y[:, None])[:, 0])
+    full = full.adapt((many.to(torch.uint8), y.repeat(30)), rank=16, parts=2, progress=False)
+    assert full.config.covariance == "full" and full.modes is not None
+    assert (full.modes.rank, full.modes.parts, full.modes.num_classes) == (16, 2, 2)
+    assert torch.equal(full.log_prob(x, y), full.log_prob_per_class(x).gather(1, y[:, None])[:, 0])
+    assert float((full.predict(x) == y).float().mean()) > 0.9
     full.save(tmp_path)
     again = GLEM.from_pretrained(tmp_path)
     assert torch.equal(again.posterior(x), full.posterior(x))
+    noise = full.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm")
+    assert torch.equal(again.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm"), noise)
+    moved, _ = GLEMAugment(again, p=1.0, policy="noise", strength=0.5, modes=8, seed=0)(x, y)
+    assert not torch.equal(moved, x)
     again.fit_modes((x, y), rank=3)
-    assert again.config.covariance == "diagonal"
+    assert (again.config.covariance, again.config.modes_parts) == ("diagonal", 1)
 
 
 @pytest.mark.parametrize("policy", ["mixup", "noise", "adversarial"])
