@@ -10,7 +10,8 @@ training image, which "real" then leaves out, with samples of one seed. `final` 
 samples for every seed, and by default the settings that were best in `search`, one for each source and its options.
 Rows that are there are not measured again.
 
-The control is "identity": the pixels' own Gaussians, by the same code. A setting is a source of `SyntheticDataset` and
+The controls are "identity", the pixels' Gaussians, and "taef2", Gaussians of an autoencoder's latents, fitted by the
+same code; "taef2: rfcm rank=full" is one full covariance per class. A setting is a source of `SyntheticDataset` and
 options:
 
     T=          temperature of the draws, 1 by default
@@ -31,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
@@ -50,11 +50,12 @@ PER_CLASS, EPOCHS = 2000, 8
 SEARCH_SEED, ORACLE_SEED, ORACLE_EPOCHS = 1000, 2000, 16
 MEASURED = 5000  # samples, for the quality of a set
 AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # shoes all point one way
-FLOW = "hybrid-joint"
+FLOW = "bundled"
 SEARCH = [
     ("real", ""),
     *(("identity", f"{source} T={t}") for source in ("gaussian", "rfcm rank=full") for t in (0.6, 0.8, 1)),
-    *((FLOW, f"{source} T={t}") for source in ("gaussian", "rfcm", "rfcm rank=full") for t in (0.7, 0.85, 1)),
+    *(("taef2", f"rfcm rank=full T={t}") for t in (0.9, 1)),
+    *((FLOW, f"rfcm T={t}") for t in (0.8, 0.9, 1)),
 ]
 
 
@@ -83,34 +84,19 @@ class Images:
     def _flow(self, method: str, rank: str, parts: int) -> GLEM:
         place = self.work / (f"{method} {rank}" + f" {parts}" * (parts > 1))
         modes = 10**6 if rank == "full" else int(rank or 64)  # no more than there are dimensions
-        if method != "identity" and not rank and parts == 1:
-            return GLEM.from_pretrained(self.flow_name)
+        bundled = GLEM.from_pretrained(self.flow_name)
+        if method == FLOW and not rank and parts == 1:
+            return bundled
         if not place.is_dir():
-            if parts > 1:
-                model = self.flow(method, rank)
-                groups = self.grouped(model, parts)
-                model = model.adapt(groups, rank=modes, progress=False)
-                model.config.training["group_sizes"] = np.bincount(groups.targets).tolist()
-            elif method == "identity":
-                model = GLEM.from_pretrained(self.flow_name)
-                pixels = GLEM.create("identity", model.image_shape, model.classes)
-                model = pixels.adapt(self.train, rank=modes, progress=False)
-            else:
-                model = GLEM.from_pretrained(self.flow_name)
-                model.fit_modes(self.train, modes)
-            model.save(place)
+            model, train = bundled, self.train
+            if method != FLOW:
+                autoencoder = None if method == "identity" else method
+                model = GLEM.create("identity", bundled.image_shape, bundled.classes, autoencoder=autoencoder)
+            if method not in (FLOW, "identity"):  # mirror images are images of the class too, as in the bundled model
+                x, y = labelled(train)
+                train = ImageData.from_tensors(torch.cat([x, x.flip(3)]), torch.cat([y, y]), train.classes)
+            model.adapt(train, rank=modes, parts=parts, progress=False).save(place)
         return GLEM.from_pretrained(place)
-
-    def grouped(self, model: GLEM, parts: int) -> ImageData:
-        """The training images with `parts` classes in place of each; number k * parts + j is the j-th of class k."""
-        x, classes = labelled(self.train)
-        y = classes.clone()
-        with torch.inference_mode():
-            z = torch.cat([model.encode(images)[0] for images in x.split(500)])
-        for k, rows in enumerate(rows_of(classes)):
-            group = kmeans2(z[rows].numpy(), parts, minit="++", rng=0)[1]
-            y[rows] = k * parts + torch.from_numpy(group).long()
-        return ImageData.from_tensors(x, y, [f"{name} {j}" for name in self.train.classes for j in range(parts)])
 
     def oracle(self) -> Classifier:
         """A classifier of the real images, trained for twice as long."""
@@ -139,7 +125,6 @@ class Images:
         if not path.is_file():
             x, z, y = self.draw(method, source, options, count, seed)
             p = self.flow(method, options.get("rank", ""), parts).posterior_from_latents(z)
-            y, p = y // parts, p.unflatten(1, (10, parts)).sum(2)
             with path.open("wb") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), p=p.numpy())
         with np.load(path) as file:
@@ -153,14 +138,10 @@ class Images:
         return x, p.float() if labels == "posterior" else y
 
     def draw(self, method: str, source: str, options: dict[str, str], n: int, seed: int) -> tuple[Tensor, ...]:
-        parts = int(options.get("parts", 1))
-        model, counts = self.flow(method, options.get("rank", ""), parts), np.full(10, n)
-        if parts > 1:  # of each group as large a share as it is of its class
-            upto = np.cumsum([[0] * 10, *np.array(model.config.training["group_sizes"]).reshape(10, parts).T], 0)
-            counts = np.diff((n * upto / upto[-1]).round().astype(int), axis=0).T.ravel()
+        model = self.flow(method, options.get("rank", ""), int(options.get("parts", 1)))
         real = self.train if source == "mixup" else None
         drawing: dict[str, Any] = dict(seed=seed, temperature=float(options.get("T", 1)), source=source)
-        data = SyntheticDataset(model, counts, real=real, **drawing)
+        data = SyntheticDataset(model, n, real=real, **drawing)
         return data.images(range(len(data))), data.latents(range(len(data))), torch.tensor(data.targets)
 
     def measure(self, method: str, setting: str, seed: int, search: bool) -> dict[str, float]:
