@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 
 from glem_augment import __version__
 from glem_augment.io import atomic_write, write_json
@@ -46,6 +50,37 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table (%(default)s)")
     result.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     return result
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of a few seeds, and half the 95 % interval of that mean (Student's t; NaN for one seed)."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    def text(self, digits: int = 1, sign: bool = False) -> str:
+        """Such as "84.0 ± 0.9"; a single seed says so."""
+        mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        return f"{mean} ± {self.half:.{digits}f}" if self.seeds > 1 else f"{mean} (one seed)"
+
+    def __str__(self) -> str:
+        return self.text(2)
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """What ± means in all tables: the 95 % t-interval of the mean over seeds."""
+    values = list(values)
+    count = len(values)
+    if count == 1:
+        return Interval(values[0], math.nan, 1)
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Interval(statistics.mean(values), half, count)
 
 
 def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
