@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,8 +61,15 @@ class Interval:
     seeds: int
 
     @property
-    def low(self) -> float:
-        return self.mean - self.half
+    def clear(self) -> bool:
+        """Whether the interval is above zero."""
+        return self.mean - self.half > 0
+
+    @property
+    def chance(self) -> float:
+        """Two-sided p value of the t-test against zero."""
+        t = self.mean / self.half * float(stats.t.ppf(0.975, self.seeds - 1))
+        return 2 * float(stats.t.sf(abs(t), self.seeds - 1))
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
         """Such as "84.0 ± 0.9"; a single seed says so."""
@@ -81,6 +88,16 @@ def interval(values: Iterable[float]) -> Interval:
         return Interval(values[0], math.nan, 1)
     half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Interval(statistics.mean(values), half, count)
+
+
+def holm(chances: list[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979)."""
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    result, largest = [0.0] * len(chances), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, (len(chances) - rank) * chances[index])
+        result[index] = min(1.0, largest)
+    return result
 
 
 def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
@@ -106,6 +123,18 @@ def seconds(task: Callable[[], Any]) -> float:
     began = time.perf_counter()
     task()
     return time.perf_counter() - began
+
+
+def balanced_orders(n: int) -> Iterator[list[int]]:
+    """Endless orders of `range(n)` in which, over n rounds (2n for odd n), everybody follows everybody else equally
+    often (Williams 1949)."""
+    zigzag = [(k + 1) // 2 if k % 2 else (n - k // 2) % n for k in range(n)]
+    while True:
+        for shift in range(n):
+            order = [(k + shift) % n for k in zigzag]
+            yield order
+            if n % 2:
+                yield order[::-1]
 
 
 def write_results(

@@ -95,8 +95,8 @@ def train_rows(setting: Setting, y: Tensor, num_classes: int, seed: int) -> np.n
         wanted = counts(setting, num_classes)[index]
         if wanted > len(rest):
             raise SystemExit(
-                f"augmentation: {setting.name} asks for {wanted} training images of class {index}; with {len(held)} held "
-                f"out for validation there are {len(rest)}: is this the full data set?"
+                f"augmentation: {setting.name} asks for {wanted} training images of class {index}; with {len(held)} "
+                f"held out for validation there are {len(rest)}: is this the full data set?"
             )
         rows.append(np.random.default_rng([seed, index, 0x5B5E7]).permutation(rest)[:wanted])
     return np.sort(np.concatenate(rows))
