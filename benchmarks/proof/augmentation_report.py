@@ -41,13 +41,17 @@ class Arm:
     def accuracies(self) -> dict[int, float]:
         return {row["seed"]: row["accuracy"] for row in self.rows}
 
+    def over(self, seeds: Iterable[int]) -> Interval:
+        """Mean accuracy in % over these seeds."""
+        return interval(100 * value for seed, value in self.accuracies.items() if seed in set(seeds))
+
     @property
     def step(self) -> float:
         return statistics.median(row["seconds_per_step"] for row in self.rows)
 
     @property
     def mean(self) -> Interval:
-        return interval(100 * value for value in self.accuracies.values())
+        return self.over(self.accuracies)
 
 
 class Result:

@@ -9,8 +9,8 @@ is chosen on validation images. The views of a labelled image are
 
     none      the image
     flip      the image and its mirror image
-    ordinary  these, and four of crop + flip + ColorJitter
-    modes     flip, and four moved by noise along the modes of the class's pixels (strength 0.5, no flow)
+    ordinary  these, and two of crop + flip + ColorJitter
+    modes     flip, and two moved by noise along the modes of the class's pixels (strength 0.5, no flow)
 
 One network, one thread, about ten minutes. The backbone is not fine-tuned.
 """
@@ -34,7 +34,7 @@ from benchmarks.proof.augmentation_settings import FINAL_SEEDS, TUNING_SEEDS, Se
 from benchmarks.proof.sharpness import OFFLINE, make_classifier
 from glem_augment import GLEM, GLEMAugment
 
-SIZE, VIEWS = 128, 4
+SIZE, VIEWS = 128, 2
 PER_CLASS = (5, 10, 20, 50)
 RIDGE = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 ARMS = {"none": ("image",), "flip": ("image", "flip"), "ordinary": ("image", "flip", "ordinary"),
