@@ -155,6 +155,8 @@ def test_pages_have_the_numbers_of_the_stored_results() -> None:
     for page in numbers.PAGES:
         text = page.read_text(encoding="utf-8")
         assert numbers.written(text, known) == text, f"{page.name} differs from the stored results: run `make numbers`"
+        at_start = re.findall(r"^ *<!-- number: .+? -->", text, flags=re.M)
+        assert not at_start, f"{page.name}: a comment at the start of a line is a block of HTML: {at_start}"
         if page.name != "README.md" or numbers.MARK.search(text):
             by_hand = re.findall(r"[^|.\n]*\d ± \d[^|.\n]*", numbers.MARK.sub("", text))
             assert not by_hand, f"{page.name}: mark these numbers: {by_hand}"
