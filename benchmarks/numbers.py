@@ -283,13 +283,18 @@ def single_files() -> Named:
     keys = ("fit min, all", "score min, all", "file GB, all")
     lines = [[row["form"], *(f"{row[key]:.3g}" for key in keys)] for row in record["rows"]]
     yield "rfcm", table("form | fit, minutes | score 32 latents, minutes | file, GB", lines)
-    rows = stored("sharpness")["rows"]
+    record = stored("sharpness")
+    rows, failed = record["rows"], [row["what"] for row in record["verdicts"] if not row["met"]]
     lines = [
         [row["flow"].replace("identity", "pixels' modes"), row["policy"], f"{row['change']:.1f}",
-         f"{100 * row['energy']:.0f} %", f"{row['accuracy']:.1f} %", f"{rows[0]['accuracy'] - row['accuracy']:.1f}"]
+         f"{100 * row['energy']:.0f} %", f"{row['accuracy']:.1f} %", f"{rows[0]['accuracy'] - row['accuracy']:.1f}",
+         ", ".join(w.split(": ")[1] for w in failed if w.startswith(f"{row['flow']}, {row['policy']}:"))]
         for row in rows
     ]  # fmt: skip
-    yield "sharpness", table("flow | policy | levels moved | energy of fine detail | top-1 | points lost", lines)
+    yield (
+        "sharpness",
+        table("flow | policy | levels moved | energy of fine detail | top-1 | points lost | limits missed", lines),
+    )
     calm = stored("training_is_calm")["rows"]
     for key in ("below independent pixels", "above, with a message", "above, cut off too early", "above, silent"):
         count = sum(
