@@ -36,7 +36,7 @@ from glem_augment import GLEM, GLEMAugment
 
 SIZE, VIEWS = 128, 2
 PER_CLASS = (5, 10, 20, 50)
-RIDGE = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+RIDGE = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
 ARMS = {"none": ("image",), "flip": ("image", "flip"), "ordinary": ("image", "flip", "ordinary"),
         "modes": ("image", "flip", "modes")}  # fmt: skip
 
