@@ -40,7 +40,7 @@ format: $(STAMP)
 
 # The numbers of README.md and docs/, from the stored results in benchmarks/results.
 numbers: $(STAMP)
-	$(BIN)/python benchmarks/numbers.py
+	$(BIN)/python benchmarks/write_numbers.py
 
 # Wheel and sdist, tried in a fresh environment: the wheel outside of this folder, and the tests of the sdist.
 dist: $(STAMP)

@@ -19,7 +19,7 @@ from test_custom import Own
 from test_jet import published
 
 import glem_augment
-from benchmarks import numbers
+from benchmarks import write_numbers as numbers
 from benchmarks.paper.codes import CODED_METHODS
 from glem_augment.cli import build_parser, main
 from glem_augment.flows.presets import PRESETS

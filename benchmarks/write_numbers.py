@@ -1,8 +1,8 @@
 """Write the numbers of the documentation from the stored results.
 
-    python benchmarks/numbers.py            # writes them; so does `make numbers`
-    python benchmarks/numbers.py --check    # exit status 1 where a page and the results differ
-    python benchmarks/numbers.py --list     # every name and its text
+    python benchmarks/write_numbers.py            # writes them; so does `make numbers`
+    python benchmarks/write_numbers.py --check    # exit status 1 where a page and the results differ
+    python benchmarks/write_numbers.py --list     # every name and its text
 
 In a page a number stands between `<!-- number: NAME -->` and `<!-- /number -->`, a table between `<!-- table: NAME -->`
 and `<!-- /table -->`. Names come from the stored rows, so every stored number has one.
