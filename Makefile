@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CODE := $(wildcard glem_augment tests examples benchmarks docs)
 
-.PHONY: demo test slow floor lint format dist docs install clean
+.PHONY: demo test slow floor lint format numbers dist docs install clean
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# The numbers of README.md and docs/, from the stored results in benchmarks/results.
+numbers: $(STAMP)
+	$(BIN)/python benchmarks/write_numbers.py
 
 # Wheel and sdist, tried in a fresh environment: the wheel outside of this folder, and the tests of the sdist.
 dist: $(STAMP)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 
 from glem_augment import __version__
 from glem_augment.io import atomic_write, write_json
@@ -48,6 +52,54 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Mean of a few seeds, and half the 95 % interval of that mean (Student's t; NaN for one seed)."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval is above zero."""
+        return self.mean - self.half > 0
+
+    @property
+    def chance(self) -> float:
+        """Two-sided p value of the t-test against zero."""
+        t = self.mean / self.half * float(stats.t.ppf(0.975, self.seeds - 1))
+        return 2 * float(stats.t.sf(abs(t), self.seeds - 1))
+
+    def text(self, digits: int = 1, sign: bool = False) -> str:
+        """Such as "84.0 ± 0.9"; a single seed says so."""
+        mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        return f"{mean} ± {self.half:.{digits}f}" if self.seeds > 1 else f"{mean} (one seed)"
+
+    def __str__(self) -> str:
+        return self.text(2)
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """What ± means in all tables: the 95 % t-interval of the mean over seeds."""
+    values = list(values)
+    count = len(values)
+    if count == 1:
+        return Interval(values[0], math.nan, 1)
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Interval(statistics.mean(values), half, count)
+
+
+def holm(chances: list[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979)."""
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    result, largest = [0.0] * len(chances), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, (len(chances) - rank) * chances[index])
+        result[index] = min(1.0, largest)
+    return result
+
+
 def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
     """Where images are: `folder` in $GLEM_DATA, or else `otherwise`, a folder or a bundled set.
 
@@ -71,6 +123,18 @@ def seconds(task: Callable[[], Any]) -> float:
     began = time.perf_counter()
     task()
     return time.perf_counter() - began
+
+
+def balanced_orders(n: int) -> Iterator[list[int]]:
+    """Endless orders of `range(n)` in which, over n rounds (2n for odd n), everybody follows everybody else equally
+    often (Williams 1949)."""
+    zigzag = [(k + 1) // 2 if k % 2 else (n - k // 2) % n for k in range(n)]
+    while True:
+        for shift in range(n):
+            order = [(k + shift) % n for k in zigzag]
+            yield order
+            if n % 2:
+                yield order[::-1]
 
 
 def write_results(

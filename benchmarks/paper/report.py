@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
+from benchmarks.common import interval, machine
 from benchmarks.paper.lab import Number
 from benchmarks.paper.scales import Scale
 from benchmarks.paper.tables import ALL, TITLES, Cell
@@ -56,7 +55,7 @@ def write_table(
 def markdown(
     table: int, scale_name: str, scale: Scale, cells: list[Cell], rows: list[dict[str, Any]], command: str
 ) -> str:
-    """Measured means (and standard deviations over seeds), the paper's number after each."""
+    """Measured means (and 95 % intervals over seeds), the paper's number after each."""
     lines = [f"# Table {table}: {TITLES[table]} ({scale_name})", "", f"`{command}`", ""]
     for role, printed in (("second", "CIFAR-10"), ("main", "CIFAR-100")):
         chosen = [cell for cell in cells if cell.data == role]
@@ -101,8 +100,12 @@ def _measured(cell: Cell, data: str, metric: str, rows: list[dict[str, Any]]) ->
     found = values_of(rows, cell.label, data, cell.setting, metric)
     if not found:
         return "" if metric in cell.metrics else "x"
-    spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.4g}{spread}"
+    return _text(found)
+
+
+def _text(values: list[float]) -> str:
+    mean = interval(values)
+    return f"{mean.mean:.4g} ± {mean.half:.2g}" if mean.seeds > 1 else f"{mean.mean:.4g}"
 
 
 def values_of(rows: list[dict[str, Any]], method: str, data: str, setting: str, metric: str) -> list[float]:
@@ -134,8 +137,7 @@ def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str)
             line = [method]
             for metric in metrics:
                 found = [r["value"] for r in chosen if (r["method"], r["metric"]) == (method, metric)]
-                spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
-                line.append(f"{statistics.mean(found):.4g}{spread}" if found else "")
+                line.append(_text(found) if found else "")
             lines.append("| " + " | ".join(line) + " |")
         lines.append("")
     seeds = sorted({r["seed"] for r in rows})

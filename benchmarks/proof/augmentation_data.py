@@ -84,6 +84,24 @@ def split_rows(y: Tensor, num_classes: int) -> list[tuple[np.ndarray, np.ndarray
     return [(part[:count], part[count:]) for part, count in zip(rows, held, strict=True)]
 
 
+def train_rows(setting: Setting, y: Tensor, num_classes: int, seed: int) -> np.ndarray:
+    """The labelled images of a seed, as rows of the training split, in order.
+
+    Raises:
+        SystemExit: too few images.
+    """
+    rows = []
+    for index, (held, rest) in enumerate(split_rows(y, num_classes)):
+        wanted = counts(setting, num_classes)[index]
+        if wanted > len(rest):
+            raise SystemExit(
+                f"augmentation: {setting.name} asks for {wanted} training images of class {index}; with {len(held)} "
+                f"held out for validation there are {len(rest)}: is this the full data set?"
+            )
+        rows.append(np.random.default_rng([seed, index, 0x5B5E7]).permutation(rest)[:wanted])
+    return np.sort(np.concatenate(rows))
+
+
 def make_task(setting: Setting, seed: int, size: int | None = None) -> Task:
     """See `Task`.
 
@@ -94,17 +112,8 @@ def make_task(setting: Setting, seed: int, size: int | None = None) -> Task:
         SystemExit: too few images, or test images of other classes.
     """
     x, y, classes = images_of(setting, "train", size)
-    val, train = [], []
-    wanted = counts(setting, len(classes))
-    for index, (held, rest) in enumerate(split_rows(y, len(classes))):
-        if wanted[index] > len(rest):
-            raise SystemExit(
-                f"augmentation: {setting.name} asks for {wanted[index]} training images of {classes[index]!r}; with "
-                f"{len(held)} held out for validation there are {len(rest)}: is this the full data set?"
-            )
-        val.append(held)
-        train.append(np.random.default_rng([seed, index, 0x5B5E7]).permutation(rest)[: wanted[index]])
-    picked = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, val)]
+    held = np.concatenate([held for held, _ in split_rows(y, len(classes))])
+    picked = [torch.from_numpy(np.sort(part)) for part in (train_rows(setting, y, len(classes), seed), held)]
     test = images_of(setting, "test", size)
     if test[2] != classes:
         raise SystemExit(f"augmentation: the test images of {setting.name} have other classes than its training images")

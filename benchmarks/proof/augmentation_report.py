@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
+from benchmarks.common import Interval, interval
 from benchmarks.proof.augmentation_plan import FINAL, TUNING, Store, params_text
 from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from glem_augment.io import atomic_write
@@ -18,33 +18,10 @@ from glem_augment.io import atomic_write
 AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted
 
 
-@dataclass(frozen=True)
-class Gain:
-    """Paired difference in points of accuracy: mean and half the 95 % interval (Student's t; NaN for one seed)."""
-
-    mean: float
-    half: float
-    seeds: int
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}" if self.seeds > 1 else f"{self.mean:+.2f} (one seed)"
-
-
-def paired_gain(ours: dict[int, float], other: dict[int, float]) -> Gain | None:
-    """Of accuracies by seed, over the seeds that both have; None without any."""
-    seeds = sorted(set(ours) & set(other))
-    if not seeds:
-        return None
-    differences = [100 * (ours[seed] - other[seed]) for seed in seeds]
-    count = len(differences)
-    if count == 1:
-        return Gain(differences[0], math.nan, 1)
-    t = float(stats.t.ppf(0.975, count - 1))
-    return Gain(statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(count), count)
+def paired_gain(ours: dict[int, float], other: dict[int, float], seeds: Iterable[int] | None = None) -> Interval | None:
+    """Points between accuracies by seed, over the seeds that both have (and `seeds` names); None without any."""
+    both = sorted(set(ours) & set(other) & set(ours if seeds is None else seeds))
+    return interval(100 * (ours[seed] - other[seed]) for seed in both) if both else None
 
 
 @dataclass
@@ -64,14 +41,17 @@ class Arm:
     def accuracies(self) -> dict[int, float]:
         return {row["seed"]: row["accuracy"] for row in self.rows}
 
+    def over(self, seeds: Iterable[int]) -> Interval:
+        """Mean accuracy in % over these seeds."""
+        return interval(100 * value for seed, value in self.accuracies.items() if seed in set(seeds))
+
     @property
     def step(self) -> float:
         return statistics.median(row["seconds_per_step"] for row in self.rows)
 
-    def text(self) -> str:
-        values = [100 * value for value in self.accuracies.values()]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}"
+    @property
+    def mean(self) -> Interval:
+        return self.over(self.accuracies)
 
 
 class Result:
@@ -107,6 +87,15 @@ class Result:
         """Crop + flip (or crop) alone, also where that is the best opponent."""
         found = next((arm for arm in self.arms if arm.method in PLAIN), None)
         return found or (self.opponent if len(self.base) == 1 and self.base[0][0] in PLAIN else None)
+
+    def strongest(self, arm: Arm) -> Arm | None:
+        """The opponent, or crop + flip where that is better on the test images of the arm's seeds."""
+        seeds = set(arm.accuracies)
+
+        def mean(other: Arm) -> float:
+            return statistics.mean(value for seed, value in other.accuracies.items() if seed in seeds)
+
+        return max((o for o in (self.opponent, self.plain) if o and seeds & set(o.accuracies)), key=mean, default=None)
 
     def validation(self, arm: Arm) -> tuple[int, float]:
         """By what the arm was chosen: the mean over tuning seeds, after how many there were (earlier rows have one)."""
@@ -164,6 +153,10 @@ def _setting(name: str) -> Any:
     return SETTINGS.get(name, SMOKE)
 
 
+def signed(gain: Interval | None, digits: int = 2) -> str:
+    return gain.text(digits, sign=True) if gain else ""
+
+
 def base_text(base: list[Any]) -> str:
     names = ["crop + flip" if name == "cropflip" else name for name, _ in base]
     return " + ".join(names) or "nothing"
@@ -176,14 +169,15 @@ def markdown(results: list[Result]) -> list[str]:
         "`python benchmarks/proof/augmentation.py --report`, from "
         f"`{FINAL}` (test images, read once, after all settings were fixed) and `{TUNING}` (validation images). "
         "The protocol is in docs/protocol.md. Gains are paired over seeds, in points, with 95 % intervals "
-        f"(Student's t); a row counts with at least {LEAST_SEEDS} seeds. The control is the same method with the modes "
-        "of the pixels; the control's best, the method that validation put first with these.",
+        f"(Student's t), as are accuracies; a row counts with at least {LEAST_SEEDS} seeds. Gains are over the "
+        "opponent or over crop + flip, whichever is better on the test images. The control is the same method with the "
+        "modes of the pixels; the control's best, the method that validation put first with these.",
         "",
     ]
     lines += ["## Proof: the flow has seen these labelled images alone, or other images", ""]
     lines += _gains(results, leaking=False)
     counted = [row for result in results if (row := _verdict(result)) is not None]
-    over = [g for g, *_ in counted if g.seeds >= LEAST_SEEDS and g.low > 0]
+    over = [g for g, *_ in counted if g.seeds >= LEAST_SEEDS and g.clear]
     clear = [g for g in over if g.mean >= AIM]
     above = [_above_controls(against) for _, *against in counted]
     lines += [
@@ -207,23 +201,23 @@ def markdown(results: list[Result]) -> list[str]:
     return lines
 
 
-def _verdict(result: Result) -> tuple[Gain, Gain | None, Gain | None] | None:
+def _verdict(result: Result) -> tuple[Interval, Interval | None, Interval | None] | None:
     """Gains of ours over the opponent, over its control, and over the best control."""
     arm = result.best(_setting(result.setting).proof)
-    if arm is None or result.opponent is None:
+    if arm is None or (strongest := result.strongest(arm)) is None:
         return None
-    over = paired_gain(arm.accuracies, result.opponent.accuracies)
-    return None if over is None else (over, *_against(result, arm))
+    over = paired_gain(arm.accuracies, strongest.accuracies)
+    return None if over is None else (over, *against_controls(result, arm))
 
 
-def _against(result: Result, arm: Arm) -> tuple[Gain | None, Gain | None]:
+def against_controls(result: Result, arm: Arm) -> tuple[Interval | None, Interval | None]:
     """Gains over the same method along the pixels' modes, and over whichever method was best along these."""
     own, best = result.control(arm), result.best_control()
     return own and paired_gain(arm.accuracies, own.accuracies), best and paired_gain(arm.accuracies, best.accuracies)
 
 
-def _above_controls(against: list[Gain | None]) -> list[bool]:
-    return [gain is not None and gain.seeds >= LEAST_SEEDS and gain.low > 0 for gain in against]
+def _above_controls(against: list[Interval | None]) -> list[bool]:
+    return [gain is not None and gain.seeds >= LEAST_SEEDS and gain.clear for gain in against]
 
 
 def _gains(results: list[Result], leaking: bool) -> list[str]:
@@ -232,20 +226,20 @@ def _gains(results: list[Result], leaking: bool) -> list[str]:
         setting = _setting(result.setting)
         for flow in setting.leaking if leaking else setting.proof:
             arm, opponent = result.best((flow,)), result.opponent
-            if arm is None or opponent is None:
+            if arm is None or opponent is None or (strongest := result.strongest(arm)) is None:
                 continue
             control, plain = result.control(arm), result.plain
-            over = paired_gain(arm.accuracies, opponent.accuracies)
-            own, best = _against(result, arm)
+            over = paired_gain(arm.accuracies, strongest.accuracies)
+            own, best = against_controls(result, arm)
             lines.append(
-                f"| {result.setting} | {result.classifier} | {plain.text() if plain else ''} | {opponent.text()} "
-                f"({base_text(result.base)}) | {arm.text()} ({arm.method}, {flow}) | "
-                f"{control.text() if control else ''} | {over or ''} | {own or ''} | {best or ''} | "
+                f"| {result.setting} | {result.classifier} | {plain.mean if plain else ''} | {opponent.mean} "
+                f"({base_text(result.base)}) | {arm.mean} ({arm.method}, {flow}) | "
+                f"{control.mean if control else ''} | {signed(over)} | {signed(own)} | {signed(best)} | "
                 f"{over.seeds if over else 0} |"
             )
             if leaking:
                 taught = next((a for a in result.arms if a.side == "teacher"), None)
-                lines[-1] += f" {taught.text() if taught else ''} |"
+                lines[-1] += f" {taught.mean if taught else ''} |"
     if not lines:
         return ["Nothing measured yet."]
     head = "| setting | classifier | crop + flip | best opponent | + ours, best by validation | + its control "
@@ -265,7 +259,7 @@ def _arms(result: Result) -> list[str]:
         method = f"opponent: {base_text(result.base)}" if arm.method == "opponent" else arm.method
         tuned = params_text(arm.params) or ("; ".join(params_text(p) for _, p in arm.rows[0]["base"] if p))
         lines.append(
-            f"| {arm.side} | {arm.flow} | {method} | {tuned} | {arm.text()} | {gain or ''} | {1000 * arm.step:.0f} | "
+            f"| {arm.side} | {arm.flow} | {method} | {tuned} | {arm.mean} | {signed(gain)} | {1000 * arm.step:.0f} | "
             f"{added} | {len(arm.accuracies)} |"
         )
     trials = ", ".join(f"{side} {count}" for side, count in result.trials().items())

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
+from benchmarks.common import interval, parser, write_results
 from glem_augment import GLEM, open_data
 from glem_augment.data.dataset import ImageData
 
@@ -113,7 +113,7 @@ def main() -> None:
                     "samples": source,
                     "temperature": temperature,
                     "judged as intended": statistics.mean(shares),
-                    "std over seeds": statistics.stdev(shares) if len(shares) > 1 else 0.0,
+                    "half the 95 % interval": interval(shares).half,
                 }
             )
     write_results(

@@ -18,7 +18,6 @@ flows that are there are not made again.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, parser, write_results
+from benchmarks.common import ROOT, interval, parser, write_results
 from benchmarks.proof.augmentation_data import Task, make_task
 from benchmarks.proof.augmentation_ops import Component
 from benchmarks.proof.augmentation_settings import Setting
@@ -108,20 +107,13 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for (source, stack), values in found.items():
             line: dict[str, Any] = {"setting": name, "training images": source, "stack": stack, "seeds": len(values)}
             line["fill"] = next(row["fill"] for row in own if row["source"] == source)
-            line |= {"balanced accuracy %": statistics.mean(values.values()), "sd": _spread(list(values.values()))}
+            line["balanced accuracy %"] = str(interval(values.values()))
             pixels = found.get(("identity", stack), {}) if source == "flow" else {}
             for heading, other in (("over the best re-sampled", best), ("over identity", pixels)):
-                gains = [values[seed] - other[seed] for seed in values if seed in other]
-                if gains and other is not values:
-                    line |= {heading: statistics.mean(gains), f"{heading}, sd": _spread(gains)}
-                else:
-                    line |= {heading: None, f"{heading}, sd": None}
+                gains = [values[seed] - other[seed] for seed in values if seed in other and other is not values]
+                line[heading] = interval(gains).text(2, sign=True) if gains else ""
             table.append(line)
     return table
-
-
-def _spread(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def main() -> None:

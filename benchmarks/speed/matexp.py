@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, seconds, write_results
-from benchmarks.speed.speed_published import expm
+from benchmarks.speed.opponents import expm
 from glem_augment.flows.matexp import expm_apply
 
 OURS = "glem-augment"

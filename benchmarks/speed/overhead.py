@@ -41,8 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
-from benchmarks.speed.speed_measure import balanced_orders
+from benchmarks.common import balanced_orders, parser, write_results
 from glem_augment import GLEM, GLEMAugment
 
 CLASSES, FLOW_SIDE, SEED = 10, 32, 0

@@ -10,20 +10,58 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, write_results
-from benchmarks.speed.speed_measure import held_for_backward
 from glem_augment.flows import create_flow
 from glem_augment.latent.modes import ClassModes
 
 GIB = 2**30
+
+
+class _Held:
+    """A tensor saved for the backward. The bytes of its storage count once, for as long as anything holds it."""
+
+    def __init__(self, tensor: Tensor, counts: dict[int, list[int]], record: dict[str, int]) -> None:
+        self.tensor, self.counts, self.record = tensor, counts, record
+        storage = tensor.untyped_storage()
+        self.key = storage.data_ptr()
+        entry = counts.setdefault(self.key, [0, storage.nbytes()])
+        entry[0] += 1
+        if entry[0] == 1:
+            record["now"] += entry[1]
+            record["peak"] = max(record["peak"], record["now"])
+
+    def __del__(self) -> None:
+        entry = self.counts[self.key]
+        entry[0] -= 1
+        if not entry[0]:
+            self.record["now"] -= entry[1]
+            del self.counts[self.key]
+
+
+def held_for_backward(flow: nn.Module, train: Callable[[], None]) -> int:
+    """Bytes that a training step holds for its backward at their highest, parameters apart."""
+    weights = {p.untyped_storage().data_ptr() for p in flow.parameters()}
+    counts: dict[int, list[int]] = {}
+    record = {"now": 0, "peak": 0}
+
+    def pack(tensor: Tensor) -> Tensor | _Held:
+        return tensor if tensor.untyped_storage().data_ptr() in weights else _Held(tensor, counts, record)
+
+    def unpack(kept: Tensor | _Held) -> Tensor:
+        return kept.tensor if isinstance(kept, _Held) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        train()  # the backward too: what it rebuilds, it holds
+    return record["peak"]
 
 
 def main() -> None:
@@ -48,7 +86,7 @@ def main() -> None:
     held = {}
     for memory in ("stored", "reversible"):
         flow.set_memory(memory)
-        held[memory] = held_for_backward(SimpleNamespace(x=x, trained=flow, train=train))  # type: ignore[arg-type]
+        held[memory] = held_for_backward(flow, train)
     weights = sum(p.numel() for p in flow.parameters())
     dim, classes = x.numel(), args.classes
     modes = {rank: sum(b.nbytes for b in ClassModes(classes, rank, dim).buffers()) for rank in (16, 64)}

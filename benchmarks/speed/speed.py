@@ -1,46 +1,47 @@
 """What a flow costs above the networks inside its couplings: training, encoding and decoding, beside other libraries.
 
-    python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--threads N] [--compile] [--no-peers]
+    python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--seconds S]
 
-The floor is the subnets alone, forward (and backward, for training) on tensors of the shapes that they meet in the
-flow, in the fastest of three memory formats. *Overhead* is the time above that floor, as a share of it: the median over
-rounds of (side / floor) - 1. All sides of a case run in one process, once each per round, in orders that change from
-round to round, with the same float32 batch and threads; TF32 is off.
+The floor is the subnets alone, on tensors of the shapes that they meet in the flow, as built or in channels last,
+whichever is faster. *Overhead* is the time above that floor, as a share of it: the median over rounds of
+(side / floor) - 1. All sides of a case have copies of the same subnets, and run once per round in balanced order on one
+thread, with the same float32 batch. Training is forward, `|z|^2 / 2 - log|det|` and backward. Encoding and decoding run
+on a frozen copy. Opponents (`opponents.py`) run each operation in the memory format in which it is fastest.
 
-Training is forward, `|z|^2 / 2 - log|det|` and backward in train mode, without class Gaussians and without optimizer.
-Encoding and decoding run on a frozen copy in eval mode without gradients.
-
-`mef_*` cases stand beside a flow in the manner of the published code (`speed_published.py`), `glow_*` cases beside
-FrEIA, normflows and nflows (`speed_peers.py`), all with copies of the same subnets. Opponents run each operation in
-the memory format in which it is fastest. The published code adds fewer terms of exp(S) the smaller S is, and S is small
-here, as at the start of training.
+The published flow adds fewer terms of exp(S) the smaller S is, and S is small here, as at the start of training.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
+import importlib.util
+import math
+import statistics
 import sys
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
-from benchmarks.speed import speed_peers
-from benchmarks.speed.speed_measure import FORMS, Floor, Side, Tasks, bare, fastest, held_for_backward, measure, met
-from benchmarks.speed.speed_published import PublishedFlow
-from benchmarks.speed.speed_report import COMPILED, OURS, PUBLISHED, REVERSIBLE, plot, rows_of, verdicts
+from benchmarks.common import balanced_orders, parser, seconds, write_results
+from benchmarks.speed.opponents import PEERS, PublishedFlow
 from glem_augment.flows import create_flow, resolve_preset
 from glem_augment.flows.coupling import Coupling
+
+OURS, PUBLISHED = "glem-augment", "published (MEF)"
+REVERSIBLE, OPERATIONS = f"{OURS} reversible", ("train", "encode", "decode")
+Tasks = dict[tuple[str, str], Callable[[], None]]  # (side, operation)
+Times = dict[tuple[str, str], list[float]]  # seconds of every round
 
 
 def _level(preset: str, shape: tuple[int, int, int], batch: int, depth: int, blocks: int, width: int) -> dict[str, Any]:
@@ -51,45 +52,86 @@ def _level(preset: str, shape: tuple[int, int, int], batch: int, depth: int, blo
 # Levels alone take the image whose squeeze they would see in the whole flow.
 CASES: dict[str, dict[str, Any]] = {
     "mef_tiny": dict(preset="mef_tiny", image_shape=(1, 28, 28), batch=32, overrides={}),
-    "mef_cifar_0": _level("mef_cifar", (3, 32, 32), 16, 8, 8, 128),
     "mef_cifar_1": _level("mef_cifar", (6, 16, 16), 16, 4, 8, 128),
     "mef_cifar_2": _level("mef_cifar", (12, 8, 8), 16, 2, 8, 128),
-    "mef_cifar": dict(preset="mef_cifar", image_shape=(3, 32, 32), batch=16, overrides={}),
     "glow_tiny_0": _level("glow_tiny", (1, 28, 28), 32, 8, 1, 48),
     "glow_tiny_1": _level("glow_tiny", (2, 14, 14), 32, 8, 1, 64),
-    "glow_cifar_0": _level("glow_tiny", (3, 32, 32), 16, 8, 8, 128),
     "glow_cifar_1": _level("glow_tiny", (6, 16, 16), 16, 4, 8, 128),
     "glow_cifar_2": _level("glow_tiny", (12, 8, 8), 16, 2, 8, 128),
 }
-DEFAULT = ("mef_tiny", "mef_cifar_1", "mef_cifar_2", "glow_tiny_0", "glow_tiny_1", "glow_cifar_1", "glow_cifar_2")
 
 
-def couplings(flow: nn.Module) -> list[Coupling]:
-    """The couplings in the order in which an image meets them."""
-    return [module for module in flow.modules() if isinstance(module, Coupling)]
+def subnets(flow: nn.Module) -> list[nn.Module]:
+    """The networks inside couplings, in the order in which an image meets them."""
+    return [module.net for module in flow.modules() if isinstance(module, Coupling)]
 
 
-def make_flow(case: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+def make_flow(case: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """The case's flow, initialised, with networks that do something, and a batch for it."""
     torch.manual_seed(0)
     flow = create_flow(case["preset"], case["image_shape"], **case["overrides"])
     x = torch.rand(case["batch"], *case["image_shape"]) - 0.5
     flow.initialise(x)
-    for coupling in couplings(flow):
-        for p in coupling.net.parameters():
-            # The last convolution starts at zero, and zeros are no work for an exponential.
-            if p.ndim == 4 and not p.any():
-                nn.init.normal_(p, std=0.02)
-    return flow.to(device), x.to(device)
+    for p in (p for net in subnets(flow) for p in net.parameters() if p.ndim == 4 and not p.any()):
+        nn.init.normal_(p, std=0.02)  # the last convolution starts at zero, and zeros are no work for an exponential
+    return flow, x
 
 
-def our_sides(flow: nn.Module, x: torch.Tensor, compiled: bool) -> list[Side]:
-    """The flow in its ordinary form, reversible, and compiled."""
-    sides = [Side(OURS, flow, x)]
-    sides.append(Side(REVERSIBLE, flow, x, lambda module: module.set_memory("reversible"), training_only=True))
-    if compiled:
-        sides.append(Side(COMPILED, flow, x, lambda module: module.compile_steps()))
-    return sides
+def bare(net: nn.Module) -> nn.Module:
+    """A convolutional subnet without its conversions of memory format."""
+    return nn.Sequential(net.head, *net.blocks, net.act, net.tail)
+
+
+def tasks_of(name: str, module: nn.Module, x: Tensor, prepare: Callable[[nn.Module], Any] | None = None) -> Tasks:
+    """What to time of a flow, on a copy that trains and a frozen one. `prepare` is applied to both."""
+    trained, frozen = copy.deepcopy(module).train(), copy.deepcopy(module).eval().requires_grad_(False)
+    for part in (trained, frozen):
+        if prepare:
+            prepare(part)
+    with torch.no_grad():
+        z = frozen(x)[0]
+
+    def train() -> None:
+        z, logdet = trained(x)
+        parts = z if isinstance(z, tuple) else (z,)
+        (sum(0.5 * part.square().sum() for part in parts) - logdet.sum()).backward()
+        trained.zero_grad()
+
+    forms = {"train": train, "encode": lambda: frozen(x), "decode": lambda: frozen.inverse(z)}
+    return {(name, op): task if op == "train" else torch.no_grad()(task) for op, task in forms.items()}
+
+
+def floor_tasks(flow: nn.Module, x: Tensor) -> Tasks:
+    """The subnets alone: all forwards, then all backwards, as in a flow."""
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    with torch.no_grad():
+        hooks = [
+            n.register_forward_hook(lambda m, a, out: shapes.append((a[0].shape, out.shape))) for n in subnets(flow)
+        ]
+        flow(x)
+    for hook in hooks:
+        hook.remove()
+    tasks: Tasks = {}
+    for form in ("as built", "channels_last"):
+        layout = torch.channels_last if form == "channels_last" else torch.contiguous_format
+        nets = [copy.deepcopy(net) for net in subnets(flow)]
+        nets = nets if form == "as built" else [bare(net).to(memory_format=layout) for net in nets]
+        frozen = [copy.deepcopy(net).eval().requires_grad_(False) for net in nets]
+        ins = [torch.randn(shape).contiguous(memory_format=layout).requires_grad_() for shape, _ in shapes]
+        outs = [torch.randn(shape).contiguous(memory_format=layout) for _, shape in shapes]
+
+        def train(nets=nets, ins=ins, outs=outs) -> None:
+            torch.autograd.backward([net(x) for net, x in zip(nets, ins, strict=True)], outs)
+            for part in (*ins, *(p for net in nets for p in net.parameters())):
+                part.grad = None
+
+        def forward(nets=frozen, ins=ins) -> None:
+            with torch.no_grad():
+                for net, x in zip(nets, ins, strict=True):
+                    net(x)
+
+        tasks |= {(f"floor: {form}", "train"): train, (f"floor: {form}", "forward"): forward}
+    return tasks
 
 
 class _ContiguousOutput(nn.Module):
@@ -99,83 +141,127 @@ class _ContiguousOutput(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x).contiguous()
 
 
-def opponent(
-    name: str, flow: nn.Module, x: torch.Tensor, make: Callable[[list[nn.Module]], nn.Module]
-) -> tuple[Side, Tasks]:
-    """Another flow with copies of the subnets of `flow`, in the memory format in which it is fastest.
-
-    It may choose between channels last throughout, contiguous tensors around subnets that work in channels last, and
-    contiguous tensors throughout.
-
-    Args:
-        x: the opponent's batch. make: from the subnets to the opponent's flow.
-    """
-    inside: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "channels_last": lambda net: net,
-        "mixed": _ContiguousOutput,
-        "contiguous": lambda net: bare(net).to(memory_format=torch.contiguous_format),
-    }
-    sides = []
-    for form, wrap in inside.items():
+def opponent_tasks(name: str, flow: nn.Module, x: Tensor, make: Callable[[list[nn.Module]], nn.Module]) -> Tasks:
+    """Another flow with copies of the subnets of `flow`, each operation in the memory format in which it is fastest."""
+    forms = []
+    for layout, wrap in ((torch.channels_last, nn.Identity), (torch.contiguous_format, _ContiguousOutput)):
         torch.manual_seed(0)
         np.random.seed(0)
-        module = make([wrap(copy.deepcopy(coupling.net)) for coupling in couplings(flow)]).to(x.device)
-        layout = torch.channels_last if form == "channels_last" else torch.contiguous_format
+        nets = [copy.deepcopy(net) for net in subnets(flow)]
+        module = make(nets if wrap is nn.Identity else [wrap(net) for net in nets])
         batch = x.contiguous(memory_format=layout)
-        module.initialise(batch)
-        sides.append(Side(name, module, batch))
-    return fastest(sides, x.device)
+        with torch.no_grad():
+            module.train()(batch)
+        forms.append(tasks_of(name, module, batch))
+
+    def cost(task: Callable[[], None]) -> float:
+        task()
+        return min(seconds(task) for _ in range(3))
+
+    return {key: min((form[key] for form in forms), key=cost) for key in forms[0]}
 
 
-def opponents(case: dict[str, Any], flow: nn.Module, x: torch.Tensor) -> list[tuple[Side, Tasks]]:
-    """Other libraries for affine couplings, the published flow for the others."""
+def opponents(case: dict[str, Any], flow: nn.Module, x: Tensor) -> Tasks:
+    """Other libraries for affine couplings, the published flow for matrix-exponential ones."""
     spec = resolve_preset(case["preset"], case["image_shape"], **case["overrides"])
     if spec["coupling"] != "affine":
-        return [opponent(PUBLISHED, flow, x, partial(PublishedFlow, case["image_shape"], spec["depth"]))]
-    squeezed = F.pixel_unshuffle(x, 2)
-    size = squeezed.shape[1:]
-    return [
-        opponent(peer.module, flow, squeezed, lambda nets, peer=peer: peer(*size, nets, x.device))
-        for peer in speed_peers.available()
-    ]
+        return opponent_tasks(PUBLISHED, flow, x, functools.partial(PublishedFlow, case["image_shape"], spec["depth"]))
+    squeezed, found = F.pixel_unshuffle(x, 2), {}
+    for name, make in PEERS.items():
+        if importlib.util.find_spec(name):
+            found |= opponent_tasks(name, flow, squeezed, functools.partial(make, *squeezed.shape[1:]))
+        else:
+            print(f"speed: without {name}: pip install {name}", file=sys.stderr)
+    return found
+
+
+def measure(tasks: Tasks, rounds: int, budget: float) -> Times:
+    """Every task twice to warm up, then once per round, for `budget` seconds but at least three rounds."""
+    times: Times = {key: [] for key in tasks}
+    keys = list(tasks)
+    for task in (*tasks.values(), *tasks.values()):
+        task()
+    began = time.perf_counter()
+    for done, order in zip(range(rounds), balanced_orders(len(keys)), strict=False):
+        if done >= 3 and time.perf_counter() - began > budget:
+            break
+        for index in order:
+            times[keys[index]].append(seconds(tasks[keys[index]]))
+    return times
+
+
+def ratio(times: Times, side: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
+    """Median over rounds of one side's time over the other's, and half the 95 % interval of it (1.82 IQR / sqrt(n))."""
+    values = np.array(times[side]) / np.array(times[other])
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return float(middle), float(1.82 * (high - low) / math.sqrt(len(values)))
+
+
+def fastest(times: Times, operation: str, chosen: Callable[[str], bool]) -> tuple[str, str] | None:
+    keys = [key for key in times if key[1] == operation and chosen(key[0])]
+    return min(keys, key=lambda key: statistics.median(times[key]), default=None)
+
+
+def floor_of(times: Times, operation: str) -> tuple[str, str]:
+    kind = "train" if operation == "train" else "forward"
+    found = fastest(times, kind, lambda side: side.startswith("floor"))
+    assert found is not None
+    return found
+
+
+def rows_of(case: str, times: Times) -> list[dict[str, Any]]:
+    """One row per flow: median ms, and overhead above the fastest floor as a share."""
+    rows = []
+    for side in dict.fromkeys(side for side, _ in times if not side.startswith("floor")):
+        row: dict[str, Any] = {"case": case, "side": side}
+        for operation in OPERATIONS:
+            key = (side, operation)
+            row[f"{operation} ms"] = 1e3 * statistics.median(times[key]) if key in times else None
+            row[f"{operation} overhead"] = (
+                ratio(times, key, floor_of(times, operation))[0] - 1 if key in times else None
+            )
+        rows.append({**row, "rounds": len(times[side, "train"])})
+    return rows
+
+
+def verdicts(case: str, times: Times) -> list[dict[str, Any]]:
+    """Time ratios with their limits and noise; a difference within the noise is a tie, and counts as met.
+
+    The limits: `mef_tiny` trains at most 40 % and decodes at most 25 % above its networks; no operation takes longer
+    than the fastest other library's, nor more than 1 / 1.1 of the published flow's time.
+    """
+    pairs = [(op, floor_of(times, op), lim) for op, lim in (("train", 1.4), ("decode", 1.25)) if case == "mef_tiny"]
+    for op in OPERATIONS:
+        other = fastest(times, op, lambda side: not side.startswith((OURS, "floor")))
+        pairs += [(op, other, 1 / 1.1 if other[0] == PUBLISHED else 1.0)] if other else []
+    result = []
+    for op, other, limit in pairs:
+        value, noise = ratio(times, (OURS, op), other)
+        what = f"{op} / {'its networks' if other[0].startswith('floor') else other[0]}"
+        result.append(dict(case=case, what=what, ratio=value, noise=noise, limit=limit, met=value - noise <= limit))
+    return result
 
 
 def run_case(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measure one of `CASES`; returns its rows and verdicts."""
-    case, device = CASES[name], torch.device(args.device)
-    flow, x = make_flow(case, device)
-    nets = [coupling.net for coupling in couplings(flow)]
-    tensors = met(flow, nets, x)
-    ours = our_sides(flow, x, args.compile)
-    others = opponents(case, flow, x) if args.peers else []
-    tasks = {key: task for form in FORMS for key, task in Floor(form, nets, *tensors).tasks().items()}
-    for part in (*(side.tasks() for side in ours), *(tasks for _, tasks in others)):
-        tasks |= part
-    times = measure(tasks, args.rounds, device, name, args.seconds)
-    # Compiled code keeps its buffers to itself.
-    sides = [side for side in [*ours, *(side for side, _ in others)] if side.name != COMPILED]
-    held = {side.name: held_for_backward(side) for side in sides}
-    return rows_of(name, case["batch"], times, held), verdicts(name, times)
+    flow, x = make_flow(CASES[name])
+    reversible = tasks_of(REVERSIBLE, flow, x, lambda module: module.set_memory("reversible"))
+    tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | {(REVERSIBLE, "train"): reversible[REVERSIBLE, "train"]}
+    times = measure(tasks | opponents(CASES[name], flow, x), args.rounds, args.seconds)
+    return rows_of(name, times), verdicts(name, times)
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.set_defaults(threads=1)
-    arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT), metavar="CASE")
+    arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     arguments.add_argument("--rounds", type=int, default=200, help="of a case, at most (%(default)s)")
     arguments.add_argument("--seconds", type=float, default=60, help="of timed rounds in a case; 3 rounds at least")
-    arguments.add_argument("--compile", action="store_true", help="measure the compiled form too")
-    arguments.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure opponents too")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    name = "speed" if args.device == "cpu" else "speed_gpu"
     rows: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     for case in args.cases:
@@ -184,11 +270,9 @@ def main() -> None:
         gc.collect()
         # After every case, so that a run that is cut off leaves what it has.
         write_results(
-            args.out, name, "Time above the subnets alone", rows, {"verdicts": found}, show=case == args.cases[-1],
-            device=torch.cuda.get_device_name() if args.device != "cpu" else "CPU", seed=0,
-            peers=speed_peers.versions() if args.peers else {},
+            args.out, "speed", "Time above the subnets alone", rows, {"verdicts": found},
+            show=case == args.cases[-1], seed=0,
         )  # fmt: skip
-    plot(rows, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

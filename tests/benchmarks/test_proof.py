@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.proof import augmentation
+from benchmarks.proof import augmentation, no_network
 from benchmarks.proof import augmentation_data as data
 from benchmarks.proof import augmentation_ops as ops
 from benchmarks.proof import augmentation_plan as planning
@@ -225,6 +225,25 @@ def test_report_pairs_seeds_and_takes_what_validation_chose(tmp_path: Path) -> N
     assert "noise, cifar10)" in leaking and "imagenette32" not in leaking
     assert "Interval over the opponent above zero: 1 (with at least 1 point: 1)" in text
     assert (tmp_path / "augmentation.png").stat().st_size > 1000
+
+
+def test_an_opponent_is_never_worse_than_crop_and_flip(tmp_path: Path) -> None:
+    def value(cell: planning.Cell) -> float:
+        return made_up(cell) + 0.1 * (cell.stage == "final" and cell.method == "cropflip")
+
+    store = Store(tmp_path)
+    measure(planned(), store, value)
+    (result,) = reporting.results_of(store)
+    arm = result.best(("imagenette32",))
+    assert arm is not None and result.strongest(arm) is result.plain is not result.opponent
+
+
+def test_without_a_network_classes_are_told_apart() -> None:
+    rows = no_network.run(settings.SMOKE, [0, 1])
+    assert [(row["method"], row["seed"]) for row in rows] == list(
+        itertools.product(("hog-ridge", "label-spreading"), (0, 1))
+    )
+    assert all(row["accuracy"] > 0.6 and row["val_accuracy"] > 0.6 for row in rows)
 
 
 def test_paired_gain_is_students_t() -> None:

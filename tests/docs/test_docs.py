@@ -19,6 +19,7 @@ from test_custom import Own
 from test_jet import published
 
 import glem_augment
+from benchmarks import write_numbers as numbers
 from benchmarks.paper.codes import CODED_METHODS
 from glem_augment.cli import build_parser, main
 from glem_augment.flows.presets import PRESETS
@@ -148,37 +149,32 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_the_gains_are_those_of_the_results() -> None:
-    """The tables of docs/evidence.md, to a tenth of a point, and what README.md repeats of them."""
-    results = (ROOT / "benchmarks" / "results" / "augmentation.md").read_text().split("## Never counted")[0]
-    rows = [line.strip("| ").split(" | ") for line in results.splitlines() if line.count("|") == 11]
-    gains = {}
-    for setting, classifier, base, opponent, ours, _, *over, seeds in rows[2:]:
-        flow = ours[ours.index("(") :].strip("()").split(", ")[1]
-        numbers = [float(n) for cell in (base, opponent) for n in re.findall(r"\d+\.\d+", cell)[:1]]
-        numbers += [float(n) for cell in over for n in re.findall(r"[+-]?\d+\.\d+", cell)]
-        gains[setting, classifier, flow] = [*numbers, int(seeds)]
-    text = (ROOT / "docs" / "evidence.md").read_text()
-    seen = []
-    for part in text.split("\n## "):
-        kind = "own" if part.startswith("With a flow of the few") else "unlabelled"
-        for line in re.findall(r"^\| `.*\|$", part, flags=re.M):
-            setting, classifier, *cells = line.strip("| ").replace("`", "").replace("*", "").split(" | ")
-            keys = [key for key in gains if key[:2] == (setting, classifier) and key[2] in (cells[0], "own")[:1]]
-            keys = keys or [key for key in gains if key[:2] == (setting, classifier) and kind in key[2]]
-            (key,) = keys
-            given = [float(n) for cell in cells for n in re.findall(r"(?<![\w-])[+-]?\d+(?:\.\d+)?(?![\w-])", cell)]
-            assert given == pytest.approx(gains[key], abs=0.051), line
-            seen.append(key)
-    assert sorted(seen) == sorted(gains)
-    readme = (ROOT / "README.md").read_text()
-    for key, row in (
-        (("fashion-10", "cnn", "fashion-unlabelled"), "Gain of a small CNN"),
-        (("imagenette32-50", "cnn", "cifar10"), "The same on Imagenette"),
-    ):
-        cell = re.search(rf"^\| {row}.*? \| (.*?) \|", readme, flags=re.M)[1]  # type: ignore[index]
-        given = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", cell)]
-        assert given == pytest.approx(gains[key][2:6], abs=0.051)
+def test_pages_have_the_numbers_of_the_stored_results() -> None:
+    """`make numbers` writes them."""
+    known = numbers.names()
+    for page in numbers.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert numbers.written(text, known) == text, f"{page.name} differs from the stored results: run `make numbers`"
+        at_start = re.findall(r"^ *<!-- number: .+? -->", text, flags=re.M)
+        assert not at_start, f"{page.name}: a comment at the start of a line is a block of HTML: {at_start}"
+        if page.name != "README.md" or numbers.MARK.search(text):
+            by_hand = re.findall(r"[^|.\n]*\d ± \d[^|.\n]*", numbers.MARK.sub("", text))
+            assert not by_hand, f"{page.name}: mark these numbers: {by_hand}"
+
+
+def test_a_changed_number_is_written_again_and_an_unknown_one_is_an_error() -> None:
+    page = "| a <!-- number: a b -->1.0 ± 2.0<!-- /number --> % |\n<!-- table: t -->\n<!-- /table -->\n"
+    text = numbers.written(page, {"a b": "3.0 ± 0.1", "t": numbers.table("x | y", [["1", "2"]])})
+    assert "-->3.0 ± 0.1<!--" in text and "\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n<!-- /table -->" in text
+    with pytest.raises(KeyError, match="a b"):
+        numbers.written(page, {})
+
+
+def test_the_evidence_is_short() -> None:
+    """At most 1,500 words outside generated tables."""
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!-- table: .+? -->.*?<!-- /table -->", "", text, flags=re.S)
+    assert len(re.sub(r"<!--.*?-->", "", text).split()) <= 1500
 
 
 def test_the_readme_is_short() -> None:
