@@ -663,12 +663,13 @@ def test_a_run_says_what_it_trains_before_the_flow_is_initialised(
     image_folder: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = str(tmp_path / "run")
-    argv = ["train", str(image_folder), "--out", run, "--epochs", "1", "--batch-size", "4", "--image-size", "72", *TINY]
+    argv = ["train", str(image_folder), "--out", run, "--epochs", "1", "--batch-size", "4", *TINY]
+    monkeypatch.setattr("glem_augment.cli.train.LARGE", 4)
     with monkeypatch.context() as patch:
         patch.setattr(GLEM, "initialise", Mock(side_effect=KeyboardInterrupt))
         assert main(argv) == 130
     out, err = output()
-    assert "12 images, 3x72x72" in out and "--image-size" in err and "start: ActNorm" in err
+    assert "12 images, 3x8x8" in out and "--image-size" in err and "start: ActNorm" in err
     # The start counts for --max-minutes: the run stops before its first step, and goes on from there.
     assert main([*argv, "--max-minutes", "1e-9"]) == 75 and load_checkpoint(Path(run)).facts["step"] == 0
     assert "stopped at step 0" in output()[1] and main([*argv, "--resume", "--quiet"]) == 0
