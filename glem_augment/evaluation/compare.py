@@ -33,7 +33,7 @@ from glem_augment.model.glem import GLEM
 
 __all__ = ["Comparison", "Stack", "interval"]
 
-COPIES, BATCH, RATE = 4, 64, 2e-3
+COPIES, BATCH, RATE = 4, 64, 2e-3  # moved copies of an image at most, images per step, learning rate
 MODES = 64
 BASE = "crop + flip"
 FEWEST_STEPS, MOST_STEPS = 30, 3000
@@ -92,6 +92,7 @@ class Comparison:
     Args:
         models: for each kind of moves, a function that makes a model with modes of some training images.
         steps: of each training. network, pretrained: see `train_network`.
+        copies: moved copies of every image.
         tick: is told of each step.
     """
 
@@ -99,6 +100,7 @@ class Comparison:
     steps: int
     network: str = "resnet10t"
     pretrained: bool = False
+    copies: int = COPIES
     tick: Callable[[], object] = lambda: None
     _fitted: dict[tuple[str, int], GLEM] = field(default_factory=dict)
     _copies: dict[tuple[Stack, int], Tensor] = field(default_factory=dict)
@@ -117,7 +119,7 @@ class Comparison:
     def batches(self, stack: Stack, train: ImageData, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of normalised images and labels without end, a function of the seed."""
         x, y = train.tensor(), torch.from_numpy(train.targets)
-        copies = self.copies(stack, train) if stack.moves else None
+        copies = self.moved(stack, train) if stack.moves else None
         rng, size = np.random.default_rng([seed, 7]), train.image_shape[1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -149,15 +151,18 @@ class Comparison:
                 self.tick()
                 yield images.contiguous(memory_format=torch.channels_last), labels
 
-    def copies(self, stack: Stack, train: ImageData) -> Tensor:
-        """Moved copies of all images, uint8 [COPIES, N, C, H, W], made once."""
+    def moved(self, stack: Stack, train: ImageData) -> Tensor:
+        """Moved copies of all images, uint8 [copies, N, C, H, W], made once."""
         key = stack, id(train)
         if key not in self._copies:
             aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
             x, y = train.tensor(), torch.from_numpy(train.targets)
-            parts = [torch.cat([aug(a, b)[0] for a, b in _shuffled(x, y, v)]) for v in range(COPIES)]
-            undo = [_order(len(x), v).argsort() for v in range(COPIES)]
-            self._copies[key] = torch.stack([part[back] for part, back in zip(parts, undo, strict=True)])
+            out = torch.empty(self.copies, *x.shape, dtype=torch.uint8)
+            for view in range(self.copies):
+                order = torch.from_numpy(np.random.default_rng([view, 11]).permutation(len(x)))
+                for rows in order.split(BATCH):  # in another order each time, so that partners vary
+                    out[view, rows] = aug(x[rows], y[rows])[0]
+            self._copies[key] = out
         return self._copies[key]
 
     def model(self, kind: str, train: ImageData) -> GLEM:
@@ -168,14 +173,12 @@ class Comparison:
         return self._fitted[key]
 
     def best(
-        self, stacks: Sequence[Stack], train: ImageData, seed: int = 0
+        self, stacks: Sequence[Stack], fit: ImageData, held: ImageData, seed: int = 0
     ) -> tuple[dict[str, Stack], dict[str, float]]:
-        """Of each kind the stack that is best on a fifth of the training images, and all accuracies by name."""
-        fit, held = parted(train, 5)
+        """Of each kind the stack that is best on the `held` images after training on `fit`; all accuracies by name."""
         found = {stack.name: self.accuracy(stack, fit, held, seed) for stack in stacks}
         kinds = dict.fromkeys(stack.kind for stack in stacks)
-        chosen = {kind: max((s for s in stacks if s.kind == kind), key=lambda s: found[s.name]) for kind in kinds}
-        return chosen, found
+        return {k: max((s for s in stacks if s.kind == k), key=lambda s: found[s.name]) for k in kinds}, found
 
 
 def parted(data: ImageData, every: int) -> tuple[ImageData, ImageData]:
@@ -207,18 +210,6 @@ def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
     """The mean difference of two rows' accuracies over seeds, and half of its 95 % interval."""
     each = [a - b for a, b in zip(row["accuracies"], other["accuracies"], strict=True)]
     return statistics.mean(each), interval(each)
-
-
-def row_of(stack: Stack, accuracies: list[float]) -> dict[str, Any]:
-    """What a report says of a stack."""
-    half = interval(accuracies)
-    return {
-        "name": stack.name,
-        "kind": stack.kind,
-        "accuracies": accuracies,
-        "mean": statistics.mean(accuracies),
-        "interval": half,
-    }
 
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
@@ -263,35 +254,55 @@ def compare(
     began, models = time.monotonic(), models_for(train, autoencoder, flow)
     shown = {"pixels": "pixel modes", "autoencoder": f"{autoencoder} modes", "flow": "flow's modes"}
     stacks = [*ORDINARY, *(stack for kind in models for stack in moves(kind, shown[kind]))]
+    fit, held = parted(train, 5)
     comparison = Comparison(models, FEWEST_STEPS, network, pretrained)
-    for stack in stacks:  # the copies cost the same whatever the number of steps, so they come first
-        if stack.moves:
-            comparison.copies(stack, train)
-    copying = time.monotonic() - began
+    copy = {kind: _seconds_per_copy(comparison.model(kind, fit)) for kind in models}  # of one image
+    tried = {kind: sum(stack.kind == kind for stack in stacks) for kind in models}
+    copying = sum((tried[kind] * len(fit) + len(train)) * seconds for kind, seconds in copy.items())
     began_step = time.monotonic()
-    comparison.accuracy(stacks[1], train, test.subset(range(min(64, len(test)))), 0)
+    comparison.accuracy(ORDINARY[1], train, test.subset(range(min(64, len(test)))), 0)
     step = (time.monotonic() - began_step) / FEWEST_STEPS
+    left = 60 * minutes - (time.monotonic() - began)
+    comparison.copies = max(1, min(COPIES, int(0.4 * left / copying)))
     runs = len(stacks) + seeds * (2 + len(models))
-    left = 60 * minutes - 2 * copying
-    comparison.steps = max(FEWEST_STEPS, min(MOST_STEPS, int(left / runs / step)))
-    with tqdm(
-        total=runs * comparison.steps, unit="step", desc="compare", disable=not progress, dynamic_ncols=True
-    ) as bar:
+    comparison.steps = int((left - comparison.copies * copying) / runs / step)
+    comparison.steps = max(FEWEST_STEPS, min(MOST_STEPS, comparison.steps))
+    bar = tqdm(total=runs * comparison.steps, unit="step", desc="compare", disable=not progress, dynamic_ncols=True)
+    with bar:
         comparison.tick = bar.update
-        chosen, tuned = comparison.best(stacks, train)
+        chosen, tuned = comparison.best(stacks, fit, held)
         measured = {
             stack: [comparison.accuracy(stack, train, test, seed) for seed in range(seeds)]
             for stack in (PLAIN, *chosen.values())
         }
-    rows = [row_of(stack, values) for stack, values in measured.items()]
-    for row in rows:
-        row["gain"], row["gain_interval"] = difference(row, rows[0]) if row is not rows[0] else (0.0, 0.0)
+    rows = report(measured)
     return {
         "train": len(train), "test": len(test), "image_shape": list(train.image_shape), "classes": len(train.classes),
         "network": network, "pretrained": pretrained, "steps": comparison.steps, "batch": BATCH, "seeds": seeds,
         "rows": rows, "advice": advice(rows), "tuning": tuned, "seconds": round(time.monotonic() - began, 1),
-        "pictures": {s.name: comparison.copies(s, train) for s in chosen.values() if s.moves},
+        "pictures": {s.name: comparison.moved(s, train) for s in chosen.values() if s.moves},
     }  # fmt: skip
+
+
+def report(measured: dict[Stack, list[float]]) -> list[dict[str, Any]]:
+    """Rows of the accuracies of stacks, the first of which is crop + flip, with their gains over it."""
+    rows: list[dict[str, Any]] = []
+    for stack, values in measured.items():
+        row: dict[str, Any] = {"name": stack.name, "kind": stack.kind, "accuracies": values}
+        row |= {"mean": statistics.mean(values), "interval": interval(values)}
+        rows.append(row)
+        row["gain"], row["gain_interval"] = difference(row, rows[0]) if len(rows) > 1 else (0.0, 0.0)
+    return rows
+
+
+def _seconds_per_copy(model: GLEM) -> float:
+    """How long `GLEMAugment` takes for an image with this model."""
+    x = torch.rand(8, *model.image_shape)
+    aug, y = GLEMAugment(model, p=1.0, policy="noise", strength=0.5), torch.zeros(8, dtype=torch.int64)
+    aug(x, y)
+    began = time.monotonic()
+    aug(x, y)
+    return (time.monotonic() - began) / 8
 
 
 def picture(train: ImageData, copies: dict[str, Tensor], columns: int = 8) -> Image.Image:
@@ -305,15 +316,6 @@ def picture(train: ImageData, copies: dict[str, Tensor], columns: int = 8) -> Im
 
 def _normalised(x: Tensor) -> Tensor:
     return (x.float() / 255 - ORACLE_MEAN) / ORACLE_STD
-
-
-def _order(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, 11]).permutation(count)
-
-
-def _shuffled(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.from_numpy(_order(len(x), seed))
-    return zip(x[order].split(BATCH), y[order].split(BATCH), strict=True)
 
 
 def _resized(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
