@@ -36,7 +36,7 @@ from glem_augment.evaluation.compare import (
 )
 from glem_augment.io import write_json
 
-NAME, SIZE, STEPS = "photographs", 64, 500
+NAME, SIZE, STEPS = "photographs", 64, 300
 SHOWN = {"pixels": "pixel modes", "autoencoder": "taef2 modes"}
 
 

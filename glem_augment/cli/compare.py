@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autoencoder", default="taef2", metavar="NAME", help="taef2, or hub:ORG/NAME (default: taef2)"
     )
-    parser.add_argument("--network", default="resnet10t", metavar="NAME", help="of timm (default: %(default)s)")
+    parser.add_argument("--network", default="test_resnet", metavar="NAME", help="of timm (default: %(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (default: from scratch)")
     common.add_out(parser, "folder for report.json and moves.png")
     common.add_machine(parser)

@@ -33,7 +33,8 @@ from glem_augment.model.glem import GLEM
 
 __all__ = ["Comparison", "Stack", "interval"]
 
-COPIES, BATCH, RATE = 4, 64, 2e-3  # moved copies of an image at most, images per step, learning rate
+COPIES, BATCH = 4, 64  # moved copies of an image at most, images per step
+NETWORK, RATE, RATE_PRETRAINED = "test_resnet", 5e-3, 1e-3  # a small ResNet of timm, and learning rates
 MODES = 64
 BASE = "crop + flip"
 FEWEST_STEPS, MOST_STEPS = 30, 3000
@@ -98,7 +99,7 @@ class Comparison:
 
     models: dict[str, Callable[[ImageData], GLEM]]
     steps: int
-    network: str = "resnet10t"
+    network: str = NETWORK
     pretrained: bool = False
     copies: int = COPIES
     tick: Callable[[], object] = lambda: None
@@ -108,7 +109,8 @@ class Comparison:
     def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int) -> float:
         """Accuracy in percent on `test` of the network trained on `train` with this stack."""
         classes, channels = len(train.classes), train.image_shape[0]
-        more: dict[str, Any] = dict(name=self.network, rate=RATE, pretrained=self.pretrained)
+        rate = RATE_PRETRAINED if self.pretrained else RATE
+        more: dict[str, Any] = dict(name=self.network, rate=rate, pretrained=self.pretrained)
         net = train_network(self.batches(stack, train, seed), self.steps, channels, classes, seed, **more)
         right = 0
         with torch.inference_mode():
@@ -234,7 +236,7 @@ def compare(
     seeds: int = 5,
     autoencoder: str | None = "taef2",
     flow: GLEM | None = None,
-    network: str = "resnet10t",
+    network: str = NETWORK,
     pretrained: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
