@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "groups of similar images per class with modes of their own, for better samples of classes with hundreds of "
     )
     parser.add_argument("--parts", type=common.whole(1), default=1, metavar="P", help=f"{parts}images (default: 1)")
+    pooled = "make one class of all, with the modes in which the images of a class vary: for moves of any images"
+    parser.add_argument("--pooled", action="store_true", help=pooled)
     half = "images at which a class's variances are half its own and half all classes' (default: %(default)g)"
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
     parser.add_argument(
@@ -81,12 +83,14 @@ def run(args: argparse.Namespace) -> None:
         model = common.load_model(args)
         data = common.open_resized(model, args.data, args.split, **reading)
     began = time.monotonic()
-    names = ("rank", "parts", "shrinkage", "max_per_class", "seed")
+    names = ("rank", "parts", "pooled", "shrinkage", "max_per_class", "seed")
     adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
     if not is_primary():
         return
     adapted.save(folder, args.weights)
     record = adapted.config.training
+    if args.pooled:
+        data = data.with_targets(data.targets * 0, adapted.classes)
     result = {
         "out": str(folder),
         "model": args.model,

@@ -27,7 +27,7 @@ from torch import Tensor
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import INNER, ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR, SHRUNK, ClassModes, fit_class_modes
+from glem_augment.latent.modes import REST_FLOOR, SHRUNK, ClassModes, fit_class_modes, pooled_covariance
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
@@ -90,6 +90,34 @@ def adapt_classes(
     classes = zip(kept, mean, scatter, counts.tolist(), strict=True)
     scores[torch.arange(len(y)), y] = torch.cat([_left_out(*facts, pooled, shrinkage) for facts in classes])
     return gaussians, modes, fit_temperature(scores, y)
+
+
+@torch.no_grad()
+def adapt_pooled(
+    latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int, rank: int, psi: Psi
+) -> tuple[ClassGaussians, ClassModes, float]:
+    """One class in place of all: the modes of the pooled within-class covariance, in which images of a class vary.
+
+    Arguments, results and errors are those of `adapt_classes`; every class needs two images.
+    """
+    images = 0
+
+    def latents(y: int) -> Tensor:
+        nonlocal images
+        z = latents_of_class(y)
+        images += len(z)
+        return z
+
+    mean, directions, scales, rest = pooled_covariance(latents, num_classes, rank, dim)
+    modes = ClassModes(1, len(scales), dim)
+    modes.mean[0], modes.counts[0], modes.rest[0] = mean, images, rest
+    modes.directions[0] = modes.shared_directions[:] = directions
+    modes.scales[0] = modes.shared_scales[:] = scales
+    variance = modes.variance().double()
+    gaussians = ClassGaussians(1, dim, psi=psi_that_holds(variance, psi))
+    gaussians.mu.copy_(modes.mean)
+    gaussians.set_variance(variance, inner=(0.0, 1.0))
+    return gaussians, modes, 1.0
 
 
 def _left_out(z: Tensor, mean: Tensor, scatter: Tensor, n: int, pooled: Tensor, shrinkage: float) -> Tensor:

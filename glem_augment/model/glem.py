@@ -22,7 +22,7 @@ from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.data.pixels import Noise
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
-from glem_augment.latent.adapt import adapt_classes
+from glem_augment.latent.adapt import adapt_classes, adapt_pooled
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes, fit_class_modes
 from glem_augment.model.config import GLEMConfig, can_be_full
@@ -406,6 +406,7 @@ class GLEM(ImageFlow):
         split: str = "train",
         rank: int = 64,
         parts: int = 1,
+        pooled: bool = False,
         shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
@@ -425,6 +426,8 @@ class GLEM(ImageFlow):
             rank, max_per_class, seed: see `fit_modes`.
             parts: divide each class into so many groups of similar latents with modes of their own, for samples (and
                 moves) of classes with hundreds of images or more.
+            pooled: make one class of all, "image", with the modes in which the images of a class vary: moves along them
+                suit images of any class.
             shrinkage: number of images at which a class's variances are half its own, half pooled.
             progress: show a bar on stderr.
 
@@ -450,16 +453,19 @@ class GLEM(ImageFlow):
         full = full and sum(counts) >= IMAGES_PER_DIMENSION * self.dim
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            found = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi, parts, full)
+            if pooled:
+                found = adapt_pooled(latents, len(rows), self.dim, rank, self.config.psi)
+            else:
+                found = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi, parts, full)
         gaussians, modes, temperature = found
         config = replace(
             copy.deepcopy(self.config),
             psi=gaussians.psi,
-            class_ids=list(images.class_ids),
-            class_names=list(images.classes),
+            class_ids=[ONE_CLASS] if pooled else list(images.class_ids),
+            class_names=[ONE_CLASS] if pooled else list(images.classes),
             modes_rank=modes.rank,
             modes_parts=modes.parts,
-            covariance="full" if full else "diagonal",
+            covariance="full" if full and not pooled else "diagonal",
             posterior_temperature=temperature,
             training={
                 "data": images.name,

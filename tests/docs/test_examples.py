@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -52,7 +53,7 @@ def test_the_recipe_for_eva02(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(recipe["mean"]) == OPENAI_CLIP_MEAN and tuple(recipe["std"]) == OPENAI_CLIP_STD
     GLEMAugment.from_config(recipe["augment"], GLEM.from_pretrained("bundled:fashion-mnist"))
     text = (EXAMPLES / "eva02_imagenet.yaml").read_text()
-    assert "mim_in22k_ft_in22k." in text and "glem adapt jet:btrude/jet_imagenet64x64_200m imagenet/ --rank 8" in text
+    assert "mim_in22k_ft_in22k." in text and "--autoencoder hub:madebyollin/taesd --image-size 448 --pooled" in text
 
 
 def test_imagenets_names_are_scored_by_real_labels_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,19 +76,27 @@ def test_imagenets_names_are_scored_by_real_labels_too(monkeypatch: pytest.Monke
     assert set(finetune.evaluate(torch.nn.Identity(), batches, data, torch.device("cpu"), None)) == {"top1", "top5"}
 
 
-def test_the_recipe_runs_with_a_small_model(
+def test_the_recipe_runs_with_a_small_eva02_and_taef2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     finetune = load("finetune_timm", monkeypatch)
-    root = folders(tmp_path / "data", train="a b", val="a b")
-    GLEM.create("identity", (3, 8, 8), ["image"]).adapt(str(root), rank=8, progress=False).save(tmp_path / "pixels")
-    small = ["--model", "test_vit", "--num-classes", "null", "--img-size", "160", "--epochs", "1", "--workers", "0"]
-    small = ["--device", "cpu", "--pretrained", "false", "--batch-size", "2", "--amp", "null", *small]
-    fixed = ["finetune_timm.py", "--config", str(EXAMPLES / "eva02_imagenet.yaml"), "--data", str(root), *small]
-    for arm in ([], ["--augment", "{p: 0}"], ["--augment", "{policy: mixup, p: 0.5, modes: 1}"]):
-        monkeypatch.setattr(sys, "argv", [*fixed, "--flow", str(tmp_path / "pixels"), *arm])
+    rng = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), "abcdefghij"):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(2):
+            coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+            coarse.resize((112, 112), Image.Resampling.BICUBIC).save(tmp_path / "data" / split / name / f"{i}.png")
+    model = GLEM.create("identity", (3, 112, 112), ["image"], autoencoder="taef2")
+    model.adapt(str(tmp_path / "data"), rank=8, pooled=True, progress=False).save(tmp_path / "modes")
+    small = ["--model", "eva02_tiny_patch14_224", "--num-classes", "null", "--img-size", "112", "--epochs", "1"]
+    small = ["--device", "cpu", "--pretrained", "false", "--batch-size", "5", "--amp", "null", "--workers", "0", *small]
+    fixed = ["finetune_timm.py", "--config", str(EXAMPLES / "eva02_imagenet.yaml"), "--data", str(tmp_path / "data")]
+    for arm in ([], ["--augment", "{p: 0}"]):
+        monkeypatch.setattr(sys, "argv", [*fixed, *small, "--flow", str(tmp_path / "modes"), *arm])
         finetune.main()
-        assert '"top1_ema": ' in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert '"top1_ema": ' in out and "nan" not in out.lower()
+        assert ("'replaced': 0" in out) and ("'selected': 0" in out) == bool(arm)
 
 
 def test_options_come_from_the_command_line_over_the_file(
