@@ -4,8 +4,8 @@
 
 A small ResNet of timm is trained from scratch with crop + flip, with the best of a short list of other stacks (up to
 three operations beside crop and flip), and with moves along modes of the pixels and of TAEF2's latents: noise of half
-and of a whole standard deviation, and mixup. Which stack is best of its kind is chosen with seed 0, by training images
-that are held out. Each seed draws its own training images; all of them are measured on the same 1,000 test images.
+and of a whole standard deviation, and mixup. Which stack is best of its kind is chosen with seed 0, by 1,000 other
+training images. Each seed draws its own training images; all of them are measured on the same 1,000 test images.
 `glem compare` does the same on the user's images. Rows that are there are not measured again.
 """
 
@@ -31,7 +31,6 @@ from glem_augment.evaluation.compare import (
     difference,
     models_for,
     moves,
-    parted,
     report,
 )
 from glem_augment.io import write_json
@@ -40,10 +39,10 @@ NAME, SIZE, STEPS = "photographs", 64, 300
 SHOWN = {"pixels": "pixel modes", "autoencoder": "taef2 modes"}
 
 
-def few(data: ImageData, per_class: int, seed: int) -> ImageData:
-    """So many images of each class, drawn at random."""
-    rng = np.random.default_rng([seed, per_class])
-    rows = [rng.permutation(np.flatnonzero(data.targets == k))[:per_class] for k in range(len(data.classes))]
+def few(data: ImageData, per_class: int, seed: int, first: int = 0) -> ImageData:
+    """So many images of each class, drawn at random; those from `first` on of the order that the seed gives."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(np.flatnonzero(data.targets == k))[first:][:per_class] for k in range(len(data.classes))]
     return data.subset(np.sort(np.concatenate(rows)))
 
 
@@ -76,7 +75,7 @@ def main() -> None:
         own = few(train, per_class, 0)
         models = models_for(own, "taef2", None)
         stacks = [PLAIN, *ORDINARY, *(stack for kind in models for stack in moves(kind, SHOWN[kind]))]
-        fit, held = parted(own, 5)
+        held = few(train, 100, 0, first=per_class)
         comparison = Comparison(models, args.steps)
         tuned = {
             s: accuracy(comparison, s, fit, held, metric="validation", per_class=per_class, seed=0) for s in stacks
