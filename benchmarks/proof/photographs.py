@@ -78,7 +78,7 @@ def main() -> None:
         held = few(train, 100, 0, first=per_class)
         comparison = Comparison(models, args.steps)
         tuned = {
-            s: accuracy(comparison, s, fit, held, metric="validation", per_class=per_class, seed=0) for s in stacks
+            s: accuracy(comparison, s, own, held, metric="validation", per_class=per_class, seed=0) for s in stacks
         }
         kinds = dict.fromkeys(stack.kind for stack in stacks)
         chosen = [max((s for s in stacks if s.kind == kind), key=lambda s: tuned[s]) for kind in kinds]
