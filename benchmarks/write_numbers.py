@@ -259,10 +259,21 @@ def single_files() -> Named:
     """Results of one file and one run."""
     for name in ("bundled_fashion-mnist", "bundled_cifar10"):
         record = stored(name)
-        for key, digits, factor in (("accuracy", 2, 100), ("bits_per_dim", 3, 1), ("ece", 3, 1)):
-            yield f"{name}: {key}", f"{factor * record[key]:.{digits}f}"
-        yield f"{name}: largest error", f"{record['round_trip']['max_error']:.3f}"
-        yield f"{name}: pixels back", f"{100 * record['round_trip']['within_half_step']:.4f}".rstrip("0").rstrip(".")
+        for key, digits, factor in (
+            ("accuracy", 2, 100),
+            ("bits_per_dim", 3, 1),
+            ("nats_per_number", 3, 1),
+            ("ece", 3, 1),
+        ):
+            if key in record:
+                yield f"{name}: {key}", f"{factor * record[key]:.{digits}f}"
+        trip = record["round_trip"]
+        if "psnr" in trip:
+            yield f"{name}: psnr", f"{trip['psnr']:.1f}"
+            yield f"{name}: flow error", f"{trip['flow_error']:.2g}"
+            continue
+        yield f"{name}: largest error", f"{trip['max_error']:.3f}"
+        yield f"{name}: pixels back", f"{100 * trip['within_half_step']:.4f}".rstrip("0").rstrip(".")
     record = stored("bundled_flow")
     yield "bundled_flow: judge", f"{100 * record['judge_accuracy']:.1f}"
     for row in record["rows"]:
