@@ -109,28 +109,30 @@ def quality_report(
         judge = f"timm's {NETWORK}, trained on {len(trained)} of the real images for {ORACLE_STEPS} steps"
     sets = tqdm((made, unseen), desc="classes", delay=2, disable=not progress)
     (x, logits), (reference, judged) = (features_and_logits(network, data.tensor(), mean, std) for data in sets)
+    reliable = label_reliability(logits, torch.from_numpy(made.targets))
     accuracy = label_reliability(judged, torch.from_numpy(unseen.targets))
     features = f"{judge}, right about {100 * accuracy:.0f} % of the real held-out images"
     if in_latents:
         x, reference = latent_features(trained.some(FITTED), made.tensor(), unseen.tensor(), progress=progress)
         features = f"the latents of {AUTOENCODER}: means and {COMPONENTS} principal components"
     pixels, seen, others = (data.tensor().flatten(1).float() / 255 for data in (made, trained, unseen))
+    warning = _warning(accuracy, len(made.classes), in_latents)
     numbers = {
         "images": counts,
         "features": features,
         "judge": judge,
         "fid": feature_fid(reference, x),
         **coverage(reference, x, NEIGHBOURS),
-        "label_reliability": label_reliability(logits, torch.from_numpy(made.targets)),
+        "label_reliability": reliable,
         "judge_accuracy": accuracy,
-        "warning": _warning(accuracy, len(made.classes), in_latents),
+        "warning": warning,
         "memorisation": None if held_out is None else memorisation_ratio(pixels, seen, others, progress=progress),
     }
     if out is not None:
         folder = expand(out)
         folder.mkdir(parents=True, exist_ok=True)
-        reliability = f"the judge gives {numbers['label_reliability']:.2f} of the synthetic images their class"
-        note = numbers["warning"] or f"{reliability}, and {accuracy:.2f} of the real held-out images"
+        text = f"the judge gives {reliable:.2f} of the synthetic images their class"
+        note = warning or f"{text}, and {accuracy:.2f} of the real held-out images"
         save_png(_nearest_pairs(made, trained, *nearest(pixels, seen, progress), note), folder / "report.png")
         write_json(folder / "report.json", numbers)
     return numbers
@@ -147,7 +149,8 @@ def _warning(accuracy: float, classes: int, in_latents: bool) -> str | None:
 
 def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Tensor, judged: str) -> Image.Image:
     """Pictures of synthetic images, each beside the nearest real one, with a line on the judge."""
-    sections, count = [], min(_PAIRS, len(made) // _ACROSS * _ACROSS)
+    sections: list[Section] = []
+    count = min(_PAIRS, len(made) // _ACROSS * _ACROSS)
     for title, rows in (
         ("The nearest pairs", distance.argsort()[:count]),
         ("Pairs evenly spread over the synthetic images", torch.from_numpy(spread(len(made), count))),
