@@ -16,7 +16,7 @@ Labels = Literal["auto", "hard", "mix", "posterior"]
 MOST_SMOOTHING = 0.3
 
 
-class ClassMap:
+class FlowClasses:
     """The flow class of every data class, with K' data and K flow classes; -1 stands for none. All on the CPU.
 
     Attributes:
@@ -97,7 +97,7 @@ def soft_labels(y: Tensor, num_classes: int) -> Tensor:
 
 
 def mixed_labels(
-    soft: Tensor, data_cls: Tensor, params: AugmentParams, classes: ClassMap, share: Tensor, keep: Tensor
+    soft: Tensor, data_cls: Tensor, params: AugmentParams, classes: FlowClasses, share: Tensor, keep: Tensor
 ) -> Tensor:
     """Labels [B, K'] after principal-mode mixup: w y_i + (1 - w) y_j with the weight w = 1 - (1 - l) share.
 
@@ -123,7 +123,7 @@ def mixed_labels(
     return _with_rows(soft, params, own + away * (other - own), keep)
 
 
-def posterior_labels(soft: Tensor, params: AugmentParams, classes: ClassMap, p: Tensor, keep: Tensor) -> Tensor:
+def posterior_labels(soft: Tensor, params: AugmentParams, classes: FlowClasses, p: Tensor, keep: Tensor) -> Tensor:
     """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents put in; the rest as `mixed_labels`."""
     q, usable = classes.data_probability(p)
     return _with_rows(soft, params, q.to(soft.device), keep & usable)

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glem_augment.augment.labels import ClassMap
+from glem_augment.augment.labels import FlowClasses
 from glem_augment.augment.params import AugmentParams, draw_shares, normal
 from glem_augment.devices import send, weights_key
 from glem_augment.latent.modes import combine_modes
@@ -137,7 +137,7 @@ def draw_mixup(
     alpha: float,
     rows: Tensor,
     data_cls: Tensor,
-    class_map: ClassMap,
+    class_map: FlowClasses,
     generator: torch.Generator,
 ) -> AugmentParams:
     """Draw partners and shares for the chosen rows int64 [n] of a batch of data classes int64 [B], -1 for none."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from glem_augment.augment import moves
 from glem_augment.augment.adversarial import Adversary
 from glem_augment.augment.labels import (
-    ClassMap,
+    FlowClasses,
     Labels,
     check_labels,
     label_kind,
@@ -117,7 +117,7 @@ class GLEMAugment(nn.Module):
         self.modes = model.checked_modes(modes)
         self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std)
         self.class_map = check_class_map(class_map, num_classes, model.num_classes)
-        self._classes = ClassMap(self.class_map or range(model.num_classes), model.num_classes)
+        self._classes = FlowClasses(self.class_map or range(model.num_classes), model.num_classes)
         self.num_classes = len(self._classes.to_flow)
         self._random = RandomState(seed)
         self._counts = MoveCounts()

@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.out_folder,
         metavar="DIR",
         help="compare up to 5000 of the images with as many of --real, which the flow was trained on: FID, coverage, "
-        "label reliability and memorisation, by a small classifier trained on these for about a minute; writes "
-        "report.json and report.png, a picture of nearest pairs. Memorisation needs DATA with test images",
+        "label reliability and memorisation, by a small classifier trained on these for about a minute, and by an "
+        "autoencoder's latents for colour images; writes report.json and report.png, "
+        "a picture of nearest pairs. Memorisation needs DATA with test images",
     )
     real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
@@ -132,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
     if args.report is not None:
         judging = {"progress": progress, "class_map": args.class_map}
         report = quality_report(dataset, real, unseen, args.report, **judging)
+        if report["warning"]:
+            common.note(f"glem: {report['warning']}")
     result = {
         "out": str(args.out),
         "format": args.format,

@@ -9,7 +9,8 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Draw one labelled picture: real images and their augmentations at rising strength, samples of each class at several
-temperatures, and interpolations within and between classes. Look at it before you train with a flow: an augmented
+temperatures, and interpolations within and between classes. Images are shown at their own size, up to 224 pixels; the
+change is made at the flow's size and added. Look at it before you train with a flow: an augmented
 image should still be one of its class.
 """
 EXAMPLES = """\
@@ -43,9 +44,10 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     model = common.load_model(args)
-    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
-    data = common.open_for(model, args.data, args.split, args.class_map, **reading)
+    progress = not args.quiet
+    reading = {"skip_bad": args.skip_bad, "progress": progress, "cache_bytes": 0}  # it shows few of the images
+    data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
     policies = POLICIES if args.policy == "all" else (args.policy,)
-    picture = preview(model, data, rows=args.rows, policies=policies, modes=args.modes, seed=args.seed)
+    picture = preview(model, data, args.rows, policies, args.modes, args.seed, progress)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

@@ -18,6 +18,7 @@ from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 
 CACHE_BYTES = 2 * 2**30
+OWN_SIZE, _HEADERS = 224, 32  # pixels of the longer side that pictures show, and headers that tell the size
 
 
 class ImageData(Dataset):
@@ -46,7 +47,7 @@ class ImageData(Dataset):
     ) -> None:
         """The images `rows` of a source, or all; `pixels` are these images decoded, uint8 [N,C,H,W]."""
         rows = np.arange(len(source)) if rows is None else rows
-        self._source = source
+        self._source, self._source_rows = source, rows
         self._pixels = pixels  # subsets share them
         # The images of `_pixels`, or else of the source, that belong to this set.
         self._rows = rows if pixels is None else np.arange(len(rows))
@@ -123,6 +124,28 @@ class ImageData(Dataset):
         chosen = check_indices(indices, len(self))
         other = copy.copy(self)
         other._rows, other.targets = self._rows[chosen], self.targets[chosen]
+        other._source_rows = self._source_rows[chosen]
+        return other
+
+    def where(self, index: int) -> str:
+        """The path of image `index`, or another name for it where it has none."""
+        return _printable(self._source.where(int(self._source_rows[index])))
+
+    def at_own_size(self, longest: int = OWN_SIZE) -> ImageData:
+        """The same images at about the size that they came in, at most `longest` pixels; decoded when they are used.
+
+        They have the aspect of `image_shape` and at least its size, so images of many sizes have one shape: that which
+        half of them reach.
+        """
+        channels, *shape = self.image_shape
+        headers = [self._source.header(int(row)) for row in self._source_rows[:: max(1, len(self) // _HEADERS)]]
+        largest = np.median([min(height / shape[0], width / shape[1]) for _, height, width in headers])
+        scale = max(1.0, min(float(largest), longest / max(shape)))
+        if scale == 1:
+            return self
+        other = copy.copy(self)
+        other._pixels, other._rows = None, self._source_rows
+        other.image_shape = (channels, round(scale * shape[0]), round(scale * shape[1]))
         return other
 
     def with_targets(

@@ -140,6 +140,9 @@ class ArraySource(Source):
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.arrays[index])
 
+    def header(self, index: int) -> tuple[bool, int, int]:
+        return self.arrays.ndim == 3, *self.arrays.shape[1:3]
+
     def pixels(self, index: int, channels: int) -> torch.Tensor:
         array = np.atleast_3d(self.arrays[index])  # PIL has no images of most numbers of channels
         return torch.tensor(array).movedim(2, 0) if array.shape[2] == channels else super().pixels(index, channels)

@@ -6,9 +6,10 @@ from glem_augment.evaluation.quality import (
     feature_fid,
     features_and_logits,
     label_reliability,
+    latent_features,
     memorisation_ratio,
     quality_report,
 )
 
 __all__ = ["calibrate", "coverage", "evaluate", "feature_fid", "features_and_logits"]
-__all__ += ["label_reliability", "memorisation_ratio", "moves_put_back", "quality_report"]
+__all__ += ["label_reliability", "latent_features", "memorisation_ratio", "moves_put_back", "quality_report"]

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
@@ -34,7 +35,9 @@ NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
 MAX_CLASSES = 20
 # Smaller cells are enlarged by a whole factor, larger ones shrunk.
-SMALLEST, LARGEST = 56, 128
+SMALLEST, LARGEST = 56, 224
+_PAGE, _ENLARGED = 1600, 128  # pixels of a page's width, and of a cell that is enlarged to fill it
+_ROWS = 16  # that are moved at once
 _PADDING, _MARGIN, _GAP = 2, 18, 26
 _TITLE, _LABEL, _NOTE = 20, 14, 13
 _INK, _GREY, _PAPER, _RED = (20, 20, 20), (105, 105, 105), (255, 255, 255), (215, 0, 0)
@@ -83,25 +86,27 @@ def preview(
     policies: Sequence[Policy] = POLICIES,
     modes: int | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Image.Image:
     """Augmentations at rising strength, samples and interpolations in one picture.
 
     Args:
         model: without stored class modes, augmentations and RFCM samples are left out.
-        data: real images of the flow's shape, labelled by the flow's class indices.
+        data: real images, labelled by the flow's class indices, of any size: `GLEMAugment` adds its change to them.
         rows: real images to augment, of as many classes as possible.
         modes: principal modes to move along; by default all that are stored.
         seed: the same call gives the same picture.
+        progress: show a bar on stderr when it takes longer than two seconds.
 
     Raises:
-        DataError: no images. ValueError: images of another shape, or more modes than the model has.
+        DataError: no images. ValueError: images of other channels, or more modes than the model has.
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
     sections = []
     if model.modes is not None:
         used = model.modes.rank if modes is None else modes
-        sections += [_augmentations(model, data, rows, policy, used, seed) for policy in policies]
+        sections += [_augmentations(model, data, rows, policy, used, seed, progress) for policy in policies]
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     c, h, w = model.image_shape
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
@@ -112,45 +117,63 @@ def preview(
 # ---- the sections ------------------------------------------------------------------------------------------------
 
 
-def _augmentations(model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int) -> Section:
+def _augmentations(
+    model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int, progress: bool = False
+) -> Section:
     """Real images and what GLEMAugment makes of them at rising strength, with the same draw all along a row.
 
     Adversarial moves are against the flow's own posterior. Images are floats, in which only those that were put back
     are the originals bit for bit.
     """
-    chosen, partners = _pairs(data, rows, seed)
-    x, y = _load(data, np.concatenate([chosen, partners]), model.device)
-    x, n = _unit(x).to(model.device), len(chosen)
     aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
     if policy == "adversarial":
         aug.attach(FlowClassifier(model))
+    noise = "noise of s standard deviations is added along them"
+    what = {
+        "mixup": "a share l of the image is kept along them",
+        "noise": noise,
+        "adversarial": f"{noise}, and a step that lowers the flow's posterior of the class",
+    }[policy]
+    pairs = np.stack(_pairs(data, rows, seed), 1)
+    found: list[tuple[Tensor, Tensor]] = []
+    names: list[str] = []
+    with tqdm(total=rows, unit="row", desc=policy, delay=2, disable=not progress) as bar:
+        for part in np.array_split(pairs, -(-rows // _ROWS)):
+            columns, cells, marked = _moved(aug, data, *part.T)
+            found.append((cells, marked))
+            names += [model.classes[i] for i in data.targets[part[:, 0]].tolist()]
+            bar.update(len(part))
+    cells, marked = map(torch.cat, zip(*found, strict=True))
+    assert model.modes is not None
+    used = model.modes.in_words(modes)
+    note = f"{used} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
+    return Section(f"Augmentations of real images: {policy}", cells, columns, names, note, marked)
+
+
+def _moved(
+    aug: GLEMAugment, data: ImageData, chosen: np.ndarray, partners: np.ndarray
+) -> tuple[list[str], Tensor, Tensor]:
+    """Labels of the columns, the cells [n, N, C, H, W], and which are put back, bool [n, N]."""
+    x, y = _load(data, np.concatenate([chosen, partners]), aug.model.device)
+    x, n = _unit(x).to(aug.model.device), len(chosen)
     drawn = aug.draw(x, y)
-    if policy == "mixup":
+    if aug.policy == "mixup":
         # Images are mixed with their partners in the last column, where the class has two images at all.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
         drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
         moves = [(f"l = {share:g}", 1.0, replace(drawn, l=torch.full_like(drawn.l, share))) for share in MIX_SHARES]
-        what = "a share l of the image is kept along them"
     else:
         moves = [(f"s = {strength:g}", strength, drawn) for strength in NOISE_STRENGTHS]
-        what = "noise of s standard deviations is added along them"
-        if policy == "adversarial":
-            what += ", and a step that lowers the flow's posterior of the class"
     columns = {"real": x[:n]}
     for label, aug.strength, params in moves:
         columns[label] = aug.replay(x, y, params)[0][:n]
-    marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1)
+    marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1).cpu()
     marked[:, 0] = False
-    if policy == "mixup":
+    if aug.policy == "mixup":
         columns["partner"] = x[n:]
         marked = F.pad(marked, (0, 1))
-    assert model.modes is not None
-    used = model.modes.in_words(modes)
-    note = f"{used} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
-    cells = torch.stack([_unit(images) for images in columns.values()], 1)
-    names = [model.classes[i] for i in y[:n].tolist()]
-    return Section(f"Augmentations of real images: {policy}", cells, list(columns), names, note, marked)
+    return list(columns), torch.stack([_unit(images) for images in columns.values()], 1), marked
 
 
 def class_samples(model: GLEM, seed: int, each: int = 3) -> Section:
@@ -183,9 +206,10 @@ def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, ste
         ends.append(("between two classes", spread[:lines], spread[lines:]))
     columns = ["real", *(f"{i / (steps - 1):.2f}" for i in range(1, steps - 1)), "real"]
     note = "straight lines in latent space between two real images"
-    sections = []
+    sections, pixels = [], PixelAdapter(model.image_shape)
     for what, starts, stops in ends:
-        x1, x2 = (_load(data, indices, model.device)[0] for indices in (starts, stops))
+        real = (_load(data, indices, model.device)[0] for indices in (starts, stops))
+        x1, x2 = (pixels.to_flow(pixels.to_unit(x)) for x in real)
         cells = _unit(model.interpolate(x1, x2, steps))
         names = [[_short(model.classes[data.targets[i]], 12) for i in pair] for pair in zip(starts, stops, strict=True)]
         rows = [" - ".join(dict.fromkeys(pair)) for pair in names]
@@ -215,17 +239,24 @@ def _load(data: ImageData, indices: np.ndarray, device: torch.device) -> tuple[T
 
 
 def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
-    """The sections below one another, under a title."""
+    """The sections below one another, under a title; cells of narrow sections are enlarged to fill the page."""
     head = _heading((title, _TITLE + 4, _INK), (note, _NOTE, _GREY))
-    return ImageOps.expand(_stack([*head, *(_draw(section) for section in sections)], _GAP), _MARGIN, _PAPER)
+    # The widths of their grids, without the text.
+    page = max(_draw(Section("", section.cells[:1], rows=section.rows)).width for section in sections)
+    return ImageOps.expand(_stack([*head, *(_draw(section, page) for section in sections)], _GAP), _MARGIN, _PAPER)
 
 
-def _draw(section: Section) -> Image.Image:
-    cells = visible(section.cells.flatten(0, 1))
-    picture = to_pil_image(make_grid(cells, section.cells.shape[1], _PADDING, pad_value=1.0))
-    height, width = (side + _PADDING for side in cells.shape[-2:])
+def _draw(section: Section, page: int = 0) -> Image.Image:
+    """One section, at most about `_PAGE` pixels wide, and about `page` if whole factors make its cells as large."""
     labels = [_short(text) for text in section.rows]
     left = max([_width(text, _LABEL) + 10 for text in labels], default=0)
+    columns, longest = section.cells.shape[1], max(section.cells.shape[-2:])
+    wanted = (page - left - _PADDING) // columns - _PADDING
+    whole = min(wanted // section.cells.shape[-1], _ENLARGED // longest)
+    largest = min(LARGEST, max(SMALLEST, (_PAGE - left) // columns - _PADDING))
+    cells = visible(section.cells.flatten(0, 1), max(SMALLEST, whole * longest), largest)
+    picture = to_pil_image(make_grid(cells, section.cells.shape[1], _PADDING, pad_value=1.0))
+    height, width = (side + _PADDING for side in cells.shape[-2:])
     top = _LABEL + 8 if section.columns else 0
     grid = Image.new("RGB", (left + picture.width, top + picture.height), _PAPER)
     grid.paste(picture, (left, top))

@@ -1,13 +1,14 @@
 """Measuring generated images: FID, coverage and density, label reliability, memorisation.
 
-They work on features [N, m] of the images, which `features_and_logits` takes from a classifier of the real images (the
-paper's oracle, Sec. 5.1), or from any timm network.
+They work on features [N, m] of the images. `features_and_logits` takes them from a classifier of the real images (the
+paper's oracle, Sec. 5.1) or any timm network, `latent_features` from an autoencoder of photographs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from glem_augment.augment.resize import resized
+from glem_augment.autoencoders import open_autoencoder
 from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for, open_data
 from glem_augment.data.sources import open_source
@@ -30,16 +33,19 @@ from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import Section, compose
 from glem_augment.io import expand, save_png, write_json
 
-__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "memorisation_ratio"]
-__all__ += ["nearest", "quality_report", "train_network"]
+__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "latent_features"]
+__all__ += ["memorisation_ratio", "nearest", "quality_report", "train_network"]
 
-# Rows of a distance matrix that are computed at a time.
-_CHUNK = 512
+# Rows of a distance matrix that are computed at a time; the least spread of a feature.
+_CHUNK, _MIN_STD = 512, 1e-3
 # A timm network of 0.2 million weights, which learns from 1000 images in seconds on a CPU. Network and learning rate
 # were chosen for the demo without augmentation, on a held-out quarter of the training images.
 NETWORK, LEARNING_RATE = "test_byobnet", 1e-2
 ORACLE_STEPS, ORACLE_BATCH, ORACLE_MEAN, ORACLE_STD = 1500, 64, 0.5, 0.25
 NEIGHBOURS = 5
+# A judge that names fewer of the held-out images is weak; so is one that names less than twice what guessing does.
+WEAK, WEAK_OF_FEW = 0.6, 0.8
+AUTOENCODER, COMPONENTS, LONGEST, FITTED = "taef2", 32, 64, 500  # of `latent_features`
 _PAIRS, _ACROSS = 32, 4  # pairs in a section of the picture, and in one of its rows
 
 
@@ -65,18 +71,20 @@ def quality_report(
             of `real` stands in for them, which the network has not seen but the flow has, so memorisation is left out.
         out: a folder for report.json and report.png, which shows synthetic images beside the nearest ones of `real`:
             the nearest pairs of all, and pairs evenly spread over the synthetic images.
-        network, mean, std: a timm classifier of the classes of `synthetic`, see `features_and_logits`. None: a small
-            one is trained on `real`, which takes about a minute on a CPU.
+        network, mean, std: the judge, a timm classifier of the classes of `synthetic`, see `features_and_logits`; it
+            gives the features too. None: a small one is trained on `real`, which takes about a minute on a CPU, and
+            the features of colour images are `latent_features`.
         max_images: of each of the three sets, evenly spread.
         class_map: how the classes of `real` and `held_out` map to those of `synthetic`, see `match_classes`.
 
     Returns:
         JSON-able:
 
-        - `images`: how many of each set; `features`: of which network.
-        - `fid`, `coverage`, `density`: against the held-out images, in the network's features (5 neighbours).
-        - `label_reliability`: share of synthetic images that the network gives their class; `network_accuracy`: the
-          share of held-out images, which is what perfect images would reach.
+        - `images`: how many of each set; `features`, `judge`: where features and predicted classes come from.
+        - `fid`, `coverage`, `density`: against the held-out images, in these features (5 neighbours).
+        - `label_reliability`: share of synthetic images that the judge gives their class; `judge_accuracy`: the share
+          of real held-out images, which is what perfect images would reach; `warning`: a sentence if the judge is weak,
+          or None.
         - `memorisation`: see `memorisation_ratio`, by distances of pixels: the network treats the images that it was
           trained on unlike others. None without `held_out`.
 
@@ -94,40 +102,62 @@ def quality_report(
     counts = {"synthetic": len(made), "real": len(trained), "held_out": len(unseen)}
     if min(counts.values()) <= NEIGHBOURS:
         raise DataError(f"there are too few images, {counts}: at least {NEIGHBOURS + 1} of each are needed")
-    what = "the classifier that was given"
+    judge, in_latents = "the classifier that was given", network is None and made.image_shape[0] == 3
     if network is None:
         bar = tqdm(_batches(trained), total=ORACLE_STEPS, desc="classifier", delay=2, disable=not progress)
         network = train_network(bar, ORACLE_STEPS, made.image_shape[0], len(made.classes))
-        what = f"timm's {NETWORK}, trained on {len(trained)} of the real images for {ORACLE_STEPS} steps"
-    sets = tqdm((made, unseen), desc="features", delay=2, disable=not progress)
+        judge = f"timm's {NETWORK}, trained on {len(trained)} of the real images for {ORACLE_STEPS} steps"
+    sets = tqdm((made, unseen), desc="classes", delay=2, disable=not progress)
     (x, logits), (reference, judged) = (features_and_logits(network, data.tensor(), mean, std) for data in sets)
+    reliable = label_reliability(logits, torch.from_numpy(made.targets))
+    accuracy = label_reliability(judged, torch.from_numpy(unseen.targets))
+    features = f"{judge}, right about {100 * accuracy:.0f} % of the real held-out images"
+    if in_latents:
+        x, reference = latent_features(trained.some(FITTED), made.tensor(), unseen.tensor(), progress=progress)
+        features = f"the latents of {AUTOENCODER}: means and {COMPONENTS} principal components"
     pixels, seen, others = (data.tensor().flatten(1).float() / 255 for data in (made, trained, unseen))
+    warning = _warning(accuracy, len(made.classes), in_latents)
     numbers = {
         "images": counts,
-        "features": what,
+        "features": features,
+        "judge": judge,
         "fid": feature_fid(reference, x),
         **coverage(reference, x, NEIGHBOURS),
-        "label_reliability": label_reliability(logits, torch.from_numpy(made.targets)),
-        "network_accuracy": label_reliability(judged, torch.from_numpy(unseen.targets)),
+        "label_reliability": reliable,
+        "judge_accuracy": accuracy,
+        "warning": warning,
         "memorisation": None if held_out is None else memorisation_ratio(pixels, seen, others, progress=progress),
     }
     if out is not None:
         folder = expand(out)
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(_nearest_pairs(made, trained, *nearest(pixels, seen, progress)), folder / "report.png")
+        text = f"the judge gives {reliable:.2f} of the synthetic images their class"
+        note = warning or f"{text}, and {accuracy:.2f} of the real held-out images"
+        save_png(_nearest_pairs(made, trained, *nearest(pixels, seen, progress), note), folder / "report.png")
         write_json(folder / "report.json", numbers)
     return numbers
 
 
-def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Tensor) -> Image.Image:
-    """Pictures of synthetic images, each beside the nearest real one."""
-    sections, count = [], min(_PAIRS, len(made) // _ACROSS * _ACROSS)
+def _warning(accuracy: float, classes: int, in_latents: bool) -> str | None:
+    """A sentence if the judge is weak."""
+    if accuracy >= max(WEAK, min(2 / classes, WEAK_OF_FEW)):
+        return None
+    figures = "label_reliability says" if in_latents else "label_reliability, fid, coverage and density say"
+    right = f"it is right about {100 * accuracy:.0f} % of the real held-out images"
+    return f"The judge is weak: {right}, so {figures} little; give a better network."
+
+
+def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Tensor, judged: str) -> Image.Image:
+    """Pictures of synthetic images, each beside the nearest real one, with a line on the judge."""
+    sections: list[Section] = []
+    count = min(_PAIRS, len(made) // _ACROSS * _ACROSS)
     for title, rows in (
         ("The nearest pairs", distance.argsort()[:count]),
         ("Pairs evenly spread over the synthetic images", torch.from_numpy(spread(len(made), count))),
     ):
         pairs = torch.stack([made.tensor()[rows], real.tensor()[twin[rows]]], 1).flatten(0, 1)
-        sections.append(Section(title, pairs.unflatten(0, (-1, 2 * _ACROSS)), ["made", "real"] * _ACROSS))
+        cells = pairs.unflatten(0, (-1, 2 * _ACROSS))
+        sections.append(Section(title, cells, ["made", "real"] * _ACROSS, note="" if sections else judged))
     note = f"{len(made)} synthetic images, each beside the nearest of {len(real)} real ones, by pixels"
     return compose("Synthetic images beside real ones", note, sections)
 
@@ -214,6 +244,41 @@ def features_and_logits(
             features.append(pooled.cpu())
             logits.append(network.get_classifier()(pooled).cpu())
     return torch.cat(features), torch.cat(logits)
+
+
+@torch.no_grad()
+def latent_features(real: Tensor, *sets: Tensor, progress: bool = False) -> list[Tensor]:
+    """Features of colour images from the latents of TAEF2, an autoencoder of photographs that ships with the package.
+
+    Latents have mean 0 and variance 1 per channel over the real images. Features are a latent's means over positions
+    and its first 32 principal components (fewer for under 128 real images), each with variance 1 over the real images.
+    Images are reduced to 64 pixels.
+
+    Args:
+        real: images uint8 [N,3,H,W] from which statistics and components come, of one size with those of `sets`.
+
+    Returns:
+        Features float32 [M, m] of each set.
+    """
+    module: Any = open_autoencoder(AUTOENCODER, fetch=lambda name: (Path(name), name))[0]  # it ships with the package
+    shrink = min(1.0, LONGEST / max(real.shape[2:]))
+    size = [8 * max(1, round(side * shrink / 8)) for side in real.shape[2:]]
+
+    def encoded(images: Tensor) -> Tensor:
+        bar = tqdm(images.split(32), desc="features", delay=2, disable=not progress)
+        return torch.cat([module.encode(resized(part.float() / 255, size)) for part in bar])
+
+    def features(h: Tensor) -> Tensor:
+        h = (h - mean) / std
+        return torch.cat([h.mean((2, 3)), (h.flatten(1) - centre) @ components], 1)
+
+    h = encoded(real)
+    mean, std = h.mean((0, 2, 3), keepdim=True), h.std((0, 2, 3), keepdim=True).clamp_min(_MIN_STD)
+    flat = ((h - mean) / std).flatten(1)
+    centre, count = flat.mean(0), min(COMPONENTS, len(real) // 4)  # later ones vary less than those of other images
+    components = torch.linalg.svd(flat - centre, full_matrices=False).Vh[:count].T
+    scale = features(h).std(0).clamp_min(_MIN_STD)
+    return [features(encoded(images)) / scale for images in sets]
 
 
 def label_reliability(logits: Tensor, y: Tensor) -> float:

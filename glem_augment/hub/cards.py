@@ -48,7 +48,7 @@ _REPORTED = {
     "coverage": "coverage",
     "density": "density",
     "label_reliability": "share of images that a classifier of real images gives their class",
-    "network_accuracy": "the same of held-out real images",
+    "judge_accuracy": "the same share of real held-out images",
     "ratio": "distance to the nearest training image, over that to the nearest held-out one (copies: near 0)",
 }
 
@@ -287,7 +287,8 @@ def _quality(report: Mapping[str, Any]) -> str:
     rows = {words: f"{found[key]:.3g}" for key, words in _REPORTED.items() if key in found}
     images = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in report["images"].items())
     picture = "![Synthetic images beside the nearest real ones](report.png)"
-    return f"{_table(rows)}\n\nMeasured on {images} images; features of {escape(report['features'])}.\n\n{picture}"
+    text = f"Measured on {images} images; features of {escape(report['features'])}. {escape(report['warning'] or '')}"
+    return f"{_table(rows)}\n\n{text.strip()}\n\n{picture}"
 
 
 # ---- names -------------------------------------------------------------------------------------------------------

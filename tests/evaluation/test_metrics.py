@@ -98,10 +98,11 @@ def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
     own.modes.scales.mul_(20.0)  # the stronger moves leave the range
     data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
     found = moves_put_back(own, data)
-    assert found["images"] == 300 and found["mixup"] == 0.0 and found["strength"] == 0.125
-    x, y = data.tensor(), torch.from_numpy(data.targets)
+    assert found["images"] == 128 and found["mixup"] == 0.0 and found["strength"] == 0.125
+    some = data.subset(spread(400, 128))
+    x, y = some.tensor(), torch.from_numpy(some.targets)
     for strength, share in found["noise"].items():
         aug = GLEMAugment(own, p=1.0, policy="noise", strength=strength, seed=0)
         aug(x, y)
-        assert share == pytest.approx(aug.stats["replaced"] / 400, abs=0.1)
+        assert share == aug.stats["replaced"] / 128
     assert found["noise"][0.5] > 0.9 > 0.05 >= found["noise"][0.125]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity, cross_entropy
+from torchvision.transforms.functional import to_pil_image
 
-from glem_augment import GLEM, DataError, ImageData
+from glem_augment import GLEM, DataError, ImageData, open_data
+from glem_augment.cli import main
 from glem_augment.evaluation import preview as preview_module
 from glem_augment.evaluation.preview import LARGEST, SMALLEST, FlowClassifier, Section, compose, preview
 
@@ -38,7 +42,7 @@ def test_a_preview_of_any_shape_is_reproducible(shape: tuple[int, int, int]) -> 
     one, two, other = (pixels(preview(model, data, rows=4, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert (one == two).all() and (one.shape != other.shape or (one != other).any())
-    assert 400 < one.shape[1] < 4000 and 400 < one.shape[0] < 4000
+    assert 400 < one.shape[1] < 1700 and 400 < one.shape[0] < 4500
 
 
 def test_a_preview_shows_what_there_is() -> None:
@@ -53,11 +57,52 @@ def test_a_preview_shows_what_there_is() -> None:
     single, one = small(classes=1)
     assert preview(single, one.subset([0])).height < height
     many, images = small((1, 4, 4), classes=30, count=3)
-    assert preview(many, images, rows=40).height < 10_000
+    assert preview(many, images, rows=40).height < 20_000
     with pytest.raises(DataError, match="no images"):
         preview(model, data.subset([]))
     with pytest.raises(ValueError, match="modes"):
         preview(model, data, modes=99)
+
+
+def test_narrow_sections_fill_the_page_and_many_rows_are_moved_in_parts() -> None:
+    def size(*columns: int) -> tuple[int, ...]:
+        return compose("", "", [Section("", torch.zeros(1, number, 1, 28, 28)) for number in columns]).size
+
+    (width, height), (alone, low) = size(18, 7), size(7)
+    assert width == size(18)[0] and alone == width - 11 * 58
+    assert height == 2 * low - 36 + 26 + 56  # its cells are twice as large beside the wide section
+    model, data = small(count=20)
+    tall = preview_module._augmentations(model, data, 40, "noise", 2, 0)
+    assert tall.cells.shape[:2] == (40, 5) and len(tall.rows) == 40
+    assert (tall.cells[:, 1] != tall.cells[:, 0]).flatten(1).any(1).all()
+
+
+def test_images_are_moved_at_their_own_size(tmp_path: Path) -> None:
+    """The change is made at the flow's size; the photographs' detail stays."""
+    x = torch.randint(0, 256, (8, 3, 40, 60), dtype=torch.uint8)
+    for i, image in enumerate(x):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        to_pil_image(image).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    images = open_data(str(tmp_path), image_size=8)
+    assert images.subset([5]).where(0) == str(tmp_path / "b" / "3.png")
+    model = GLEM.create("identity", (3, 8, 8), images.classes)
+    model.fit_modes(images, rank=2)
+    data = images.subset([5, 0, 6]).at_own_size()
+    assert data.image_shape == (3, 40, 40) and torch.equal(data[0][0], x[3, :, :, 10:50])
+    assert images.at_own_size(16).image_shape == (3, 16, 16)
+    section = preview_module._augmentations(model, data, 2, "noise", 2, 0)
+    assert section.cells.shape[-2:] == (40, 40)
+    real, moved = section.cells[:, 0], section.cells[:, 1]
+    assert not torch.equal(moved, real) and (moved - real).diff(dim=-1).abs().max() < real.diff(dim=-1).max() / 4
+    model.save(tmp_path / "flow")
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        (tmp_path / name).rename(tmp_path / "photos" / name)
+    command = ["preview", str(tmp_path / "flow"), str(tmp_path / "photos"), "--out", str(tmp_path / "p.png")]
+    assert main([*command, "--rows", "1", "--policy", "noise", "--quiet"]) == 0
+    photos = open_data(str(tmp_path / "photos"), image_size=8)
+    wanted = preview(model, photos.at_own_size(), 1, ("noise",))
+    assert (pixels(Image.open(tmp_path / "p.png")) == pixels(wanted)).all()
 
 
 def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_shown(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment.augment.resize import resized
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
@@ -23,6 +24,7 @@ from glem_augment.evaluation import (
     feature_fid,
     features_and_logits,
     label_reliability,
+    latent_features,
     memorisation_ratio,
     quality,
     quality_report,
@@ -132,7 +134,7 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
     assert 0.9 < found["new"]["memorisation"]["ratio"] < 1.1
     assert 0.35 < found["new"]["memorisation"]["share_nearer_train"] < 0.65
     right = [found[name]["label_reliability"] for name in ("copies", "new", "wrong")]
-    assert right[0] > 0.5 and right[1] > 0.5 and right[2] < 0.25 and found["new"]["network_accuracy"] > 0.5
+    assert right[0] > 0.5 and right[1] > 0.5 and right[2] < 0.25 and found["new"]["judge_accuracy"] > 0.5
     assert found["copies"]["fid"] < found["new"]["fid"] and 0 < found["new"]["coverage"] < found["copies"]["coverage"]
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == found["new"]
     few = quality_report(new, *real, network=network, mean=0.4, max_images=60, progress=False)
@@ -142,6 +144,39 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
     rows_of_cells = [pixels[top : top + 56] for top in range(len(pixels) - 56)]
     twins = sum((strip[:, 20:76] == strip[:, 78:134]).all() and strip[:, 20:76].std() > 20 for strip in rows_of_cells)
     assert twins >= 16
+
+
+def dead_leaves(count: int, seed: int) -> Tensor:
+    """Images of overlapping discs, which have the statistics of photographs: uint8 [count,3,32,32]."""
+    rng, (rows, columns) = np.random.default_rng(seed), np.mgrid[:32, :32]
+    images = np.empty((count, 3, 32, 32), np.uint8)
+    for image in images:
+        for _ in range(40):
+            (y, x), radius = rng.integers(0, 32, 2), min(2 / rng.random() ** 0.5, 16)
+            image[:, (rows - y) ** 2 + (columns - x) ** 2 < radius**2] = rng.integers(0, 256, (3, 1))
+    return torch.from_numpy(images)
+
+
+def test_mush_covers_little_of_photographs() -> None:
+    real, new, unseen = dead_leaves(60, 0), dead_leaves(60, 1), dead_leaves(60, 2)
+    blurred = resized(resized(new.float(), (8, 8)), (32, 32)).to(torch.uint8)
+    mush = (real.float().mean(0) + 20 * torch.randn(60, 3, 32, 32)).clamp(0, 255).to(torch.uint8)
+    *made, reference = latent_features(real, new, blurred, mush, unseen)
+    covered = [coverage(reference, features)["coverage"] for features in made]
+    assert covered[0] > 0.8 and covered[1] < 0.2 and covered[2] < 0.1, covered
+
+
+def test_a_weak_judge_is_named(tmp_path: Path) -> None:
+    x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    data = ImageData.from_tensors(x, [0, 1, 2] * 20, ["a", "b", "c"])
+    parts = [data.subset(range(start, 60, 2)) for start in (0, 1)]
+    network = quality.train_network([], 1, 1, 3)
+    found = quality_report(parts[0], parts[0], parts[1], tmp_path, network, progress=False)
+    accuracy = found["judge_accuracy"]
+    assert accuracy < 0.6 and f"right about {100 * accuracy:.0f} %" in found["warning"]
+    assert "coverage" in found["warning"] and f"{100 * accuracy:.0f} %" in found["features"]
+    assert quality._warning(0.61, 10, True) is None and "coverage" not in quality._warning(0.59, 10, True)
+    assert quality._warning(0.75, 2, True) and quality._warning(0.81, 2, True) is None
 
 
 def test_a_report_of_colour_images_from_the_command_line(

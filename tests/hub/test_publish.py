@@ -80,6 +80,7 @@ def test_the_card_shows_the_report_of_the_images(server: HubServer, tmp_path: Pa
         "(copies: near 0)",
         "15 synthetic, 45 real, 45 held-out",
         "report.png",
+        "The judge is weak: it is right about",
     ):
         assert words in card
     quality_report(dataset, train, None, tmp_path, network, progress=False)
