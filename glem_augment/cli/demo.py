@@ -1,261 +1,414 @@
-"""`glem demo`: the library's main job on the bundled Fashion-MNIST images, in a few minutes.
-
-The flow is measured and pictured, draws a small synthetic data set, and then augments the images that a small timm
-network is trained on. The identity control does the same along the modes of the pixels. At the end the flow of colour
-images draws its classes, and moves the user's photographs.
-"""
+"""`glem demo`: what the library does, in four parts, on one HTML page."""
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
+import json
 import math
+import shlex
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from glem_augment import __version__
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import BUNDLED_IMAGES
 from glem_augment.cli import common
-from glem_augment.data.dataset import ImageData
-from glem_augment.errors import DataError
-from glem_augment.evaluation.metrics import evaluate, moves_put_back, spread
-from glem_augment.evaluation.preview import Section, compose, preview
-from glem_augment.evaluation.quality import NETWORK, train_network
-from glem_augment.io import save_png, write_json
+from glem_augment.data.dataset import ImageData, images_for, open_data
+from glem_augment.data.sources import open_source
+from glem_augment.evaluation.compare import difference, interval
+from glem_augment.evaluation.metrics import evaluate, spread
+from glem_augment.evaluation.preview import Section, compose
+from glem_augment.evaluation.quality import (
+    NETWORK,
+    ORACLE_BATCH,
+    ORACLE_MEAN,
+    ORACLE_STD,
+    features_and_logits,
+    label_reliability,
+    random_batches,
+    train_network,
+)
+from glem_augment.io import atomic_write, save_png, write_json
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-COLOUR = "bundled:cifar10"
-BATCH = 50
+PHOTOGRAPHS, COLOUR, FASHION = "bundled:photographs", "bundled:cifar10", "bundled:fashion-mnist"
 DESCRIPTION = """\
-Load a flow and the bundled Fashion-MNIST images; measure the flow; write pictures and a small synthetic data set;
-then train a small timm network on 1000 images with and without GLEMAugment, with several seeds, and print both
-accuracies, whichever is higher. Then draw images of the colour flow, and with --photos adapt it to photographs of yours
-and draw moves of them. Needs no network and no GPU; a few minutes on 2 cores.
+Show what the library does, with what is inside the package: move photographs, draw a synthetic data set, train small
+networks on samples alone and on real images, and measure the bundled flow. DIR gets index.html, one page with all
+pictures and numbers, and also the pictures, report.json and the synthetic images. Needs no network and no GPU; it
+takes about a minute.
 """
 EXAMPLES = """\
   glem demo
-  glem demo --model runs/my-flow --quick
-  glem demo --photos my-photos/
+  glem demo --photos my-photos/ --out my-demo
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     parser.add_argument("--out", type=common.out_folder, default="demo-out", metavar="DIR", help="(default: demo-out)")
-    flow = "a flow of Fashion-MNIST's classes (default: %(default)s)"
-    parser.add_argument("--model", default="bundled:fashion-mnist", metavar="MODEL", help=flow)
-    photos = "a folder of class folders with photographs, or another name of images as for glem adapt"
-    parser.add_argument("--photos", metavar="DATA", help=photos)
+    photos = "a folder of photographs to move, nested in any way (default: four that ship)"
+    parser.add_argument("--photos", default=PHOTOGRAPHS, metavar="DATA", help=photos)
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
 
 
 @dataclass
-class DemoSize:
+class Size:
     """How much the demo does."""
 
-    seeds: int = 3  # training runs per arm
-    epochs: int = 30  # of each run
-    views: int = 4  # augmented copies of every training image
-    p: float = 0.5  # how often a copy replaces the original
-    per_class: int = 20  # synthetic images to write
-    images: int = 1000  # real images used of the bundled 1000 per split, evenly over the classes
+    photographs: int = 4
+    per_class: int = 10  # images of each class in the synthetic set
+    images: int = 1000  # of Fashion-MNIST in each split, evenly over the classes; at most 1000
+    round_trip: int = 250  # of the test images
+    seeds: int = 3  # networks for each kind of training images
+    steps: int = 150  # of each training
 
 
-QUICK = DemoSize(seeds=1, epochs=2, views=1, per_class=2, images=100)
+QUICK = Size(photographs=2, per_class=2, images=100, round_trip=20, seeds=2, steps=3)
+
+
+@dataclass
+class Part:
+    """One part of the page.
+
+    Attributes:
+        text: what was done. code: the command, or the lines of Python, that do it.
+        found: sentences that the numbers carry.
+        section: pictures. table: rows of text under a heading.
+    """
+
+    title: str
+    text: str
+    code: str
+    found: list[str]
+    section: Section | None = None
+    table: Sequence[Sequence[str]] = ()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report, and write report.json, preview.png, synthetic/ and synthetic.png."""
-    # Flow and network are small. Beside other busy processes a second thread would make them slower by far.
+    """Write index.html, report.json, synthetic/ and a picture of each part, and print what was found."""
+    # The networks are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
-    size = QUICK if args.quick else DemoSize()
-    out, name, progress = args.out, args.model, not args.quiet
-    began = time.monotonic()
-    model = GLEM.from_pretrained(name)
-    train, test = (common.open_for(model, BUNDLED_IMAGES, split, progress=progress) for split in ("train", "test"))
-    train, test = (data.subset(spread(len(data), size.images)) for data in (train, test))
-    if model.modes is None:
-        raise DataError(f"{name} has no class modes; train it with --modes-rank above 0")
-    out.mkdir(parents=True, exist_ok=True)
-    say = partial(print, flush=True)
-    say(f"# glem demo\n\n## The flow on {len(test)} bundled test images\n\n`{model!r}`\n")
-    if args.quick:
-        say("**A quick run: these numbers mean little.**\n")
-    measured = evaluate(model, test, progress=progress)
-    trip = measured["round_trip"]
-    say(f"- accuracy {100 * measured['accuracy']:.2f} % (top 5: {100 * measured['top5']:.2f} %)")
-    say(f"- {measured['bits_per_dim']:.3f} bits/dim at {measured['bits']} bits, given the class")
-    say(f"- calibration error {measured['ece']:.4f}")
-    say(
-        f"- round trip: {100 * trip['within_half_step']:.4f} % of the pixels within half a uint8 step, largest error "
-        f"{trip['max_error']:.2g} steps"
+    began, say = time.monotonic(), partial(print, flush=True)
+    size, out, progress = QUICK if args.quick else Size(), args.out, not args.quiet
+    say("glem demo: four parts, about a minute" if not args.quick else "glem demo, quick: the numbers mean little")
+    makers: dict[str, Callable[[], tuple[Part, dict[str, Any]]]] = {
+        "photographs": lambda: photographs(args.photos, size, progress),
+        "synthetic": lambda: synthetic(out, size, progress),
+        "classifiers": lambda: classifiers(size, progress),
+        "flow": lambda: measured_flow(size, progress),
+    }
+    parts: list[Part] = []
+    report: dict[str, Any] = {"quick": args.quick, "size": vars(size)}
+    for name, make in makers.items():
+        part, report[name] = make()
+        parts.append(part)
+        say(f"{len(parts)}. {part.title}: {' '.join(part.found)}")
+        if part.section is not None:
+            save_png(compose(part.title, "", [part.section]), out / f"{name}.png")
+    report |= {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time(), 1)}
+    write_json(out / "report.json", common.finite(report))
+    with atomic_write(out / "index.html", "w") as file:
+        file.write(page(parts, report))
+    say(f"Done in {report['seconds']:.0f} s. Open {out / 'index.html'} in a browser.")
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """Photographs, moved by noise of two strengths and by mixup with the next one."""
+    model = GLEM.from_pretrained(PHOTOGRAPHS)
+    side = model.image_shape[1:]
+    source = open_source(spec, unlabelled=True)
+    rows = spread(len(source), min(size.photographs, len(source)))
+    data = open_data(Subset(source, rows.tolist()), image_size=side, channels=3, progress=progress)
+    x, n = data.tensor(), len(data)
+    y = torch.zeros(n, dtype=torch.int64)
+    noise, mixup = dict(policy="noise", strength=0.5), dict(policy="mixup")
+    kinds: dict[str, dict[str, Any]] = {"noise 0.5": noise, "noise 1": noise | {"strength": 1.0}, "mixup": mixup}
+    columns, moves = {"original": x}, {}
+    for name, settings in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
+        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+        drawn = aug.draw(x, y)
+        if name == "mixup":  # a photograph that is alone is mixed with a draw
+            partner = torch.arange(n).roll(-1) if n > 1 else torch.tensor([-1])
+            drawn = replace(drawn, partner=partner, partner_cls=y, l=torch.full((n,), 0.5))
+        columns[name] = aug.replay(x, y, drawn)[0]
+        change = (columns[name].float() - x.float()).abs().mean()
+        moves[name] = {"mean_change": float(change), "put_back": aug.stats["replaced"]}
+    unsorted = "" if spec == PHOTOGRAPHS else ", channels=3, unlabelled=True"
+    part = Part(
+        "Move photographs",
+        f"{n} of the {len(source)} photographs in {spec}, at {side[0]} pixels. An autoencoder turns each photograph "
+        f"into latents. The latents move along {aug.modes} main directions in which photographs of one thing vary. "
+        "Noise goes half a standard deviation or a whole one. Mixup goes half of the way to the next photograph, along "
+        "the same directions. The directions come from other photographs.",
+        "import torch\nfrom glem_augment import GLEMAugment, open_data\n\n"
+        f"photos = open_data({json.dumps(spec)}, image_size={side[0]}{unsorted})\n"
+        "x, y = photos.tensor(), torch.zeros(len(photos), dtype=torch.int64)\n"
+        f'noise = GLEMAugment("{PHOTOGRAPHS}", p=1.0, policy="noise", strength=0.5)\n'
+        f'mixup = GLEMAugment("{PHOTOGRAPHS}", p=1.0, policy="mixup")\n'
+        "moved, labels = noise(x, y)",
+        [f"{sum(move['put_back'] for move in moves.values())} of {3 * n} moves were put back as implausible."],
+        Section("", torch.stack(list(columns.values()), 1), list(columns)),
+        [("move", "mean change (0 to 255)", "put back")]
+        + [(name, f"{m['mean_change']:.1f}", f"{m['put_back']} of {n}") for name, m in moves.items()],
     )
-
-    say("\n## Pictures and a synthetic data set\n")
-    save_png(preview(model, test), out / "preview.png")
-    synthetic = SyntheticDataset(model, per_class=size.per_class, seed=0)
-    synthetic.export(out / "synthetic", progress=progress, overwrite=True)
-    save_png(sheet(synthetic, name, size), out / "synthetic.png")
-    say("- `preview.png`: augmentations, samples and interpolations")
-    say(f"- `synthetic/`: {size.per_class} images of each class, drawn together in `synthetic.png`")
-
-    say(f"\n## A classifier on {len(train)} images, with and without augmentation\n")
-    arms = compare(model, train, test, size, progress)
-    steps = size.epochs * (len(train) // min(BATCH, len(train)))
-    say(
-        f"timm `{NETWORK}` from scratch, {steps} steps of {BATCH} images, AdamW, cosine schedule; the same batches\n"
-        f"and no other augmentation in every arm; accuracy on {len(test)} test images after the last step: mean,\n"
-        f"standard deviation, and every run. Augmented arms replace an image with probability {size.p} by one of\n"
-        f"{size.views} copies made beforehand by `GLEMAugment` (mixup along the modes of the class; otherwise its\n"
-        "defaults).\n"
-    )
-    for arm, result in arms.items():
-        each = ", ".join(f"{100 * value:.1f}" for value in result["accuracies"])
-        deviation = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
-        say(f"- {arm}: {100 * result['mean']:.2f}{deviation} % ({each})")
-    trained_on = model.config.training.get("images", "an unknown number")
-    say(
-        f"\n{verdict(arms)}\n\n"
-        f"Not like for like: the classifier sees {len(train)} real images in every arm, but the flow and its modes\n"
-        f"were fitted on other images too ({trained_on} in all), so what they add is knowledge that the {len(train)}\n"
-        "do not hold. The identity arm has no such help: the same transform, along the modes of the images' pixels."
-    )
-
-    say(f"\n## Colour: `{COLOUR}`\n")
-    colour = GLEM.from_pretrained(COLOUR)
-    drawn = SyntheticDataset(colour, per_class=size.per_class)
-    save_png(sheet(drawn, COLOUR, size), out / "synthetic-colour.png")
-    say(f"- `synthetic-colour.png`: {size.per_class} images of each class")
-    put_back = None if args.photos is None else adapted_to(args.photos, colour, out, say, progress)
-
-    seconds = round(time.monotonic() - began, 1)
-    report = {"model": name, "flow": measured, "size": vars(size), "arms": arms, "quick": args.quick}
-    report["photos"] = None if put_back is None else {"folder": args.photos, "moves_put_back": put_back}
-    write_json(out / "report.json", {**report, "seconds": seconds})
-    say(f"\nDone in {seconds:.0f} s; the numbers are in {out / 'report.json'}")
+    return part, {"data": spec, "images": n, "moves": moves}
 
 
-def sheet(data: SyntheticDataset, name: str, size: DemoSize) -> Image.Image:
-    """A picture of all images, one row for each class."""
+def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """A synthetic set with as many images of each class, exported to a folder."""
+    data = SyntheticDataset(COLOUR, per_class=size.per_class, seed=0)
+    folder = out / "synthetic"
+    data.export(folder, progress=progress, overwrite=True)
     cells = data.images(range(len(data))).unflatten(0, (-1, size.per_class))
-    drawn = f"{size.per_class} of each class from {name}, temperature {data.temperature}, seed {data.seed}"
-    return compose("Synthetic images", drawn, [Section("", cells, rows=data.classes)])
+    c, h, w = data.image_shape
+    part = Part(
+        "Draw a balanced data set",
+        f"{size.per_class} new images of each of the {len(data.classes)} classes of CIFAR-10, {h}x{w} pixels. Every "
+        "class has Gaussians in the latents of an autoencoder, and the images are draws from the Gaussians. Many "
+        "images are blurred, and not all show their class.",
+        f"glem generate {COLOUR} --per-class {size.per_class} --out {shlex.quote(str(folder))}",
+        [f"{len(data)} images in {len(data.classes)} class folders lie in {folder}."],
+        Section("", cells, rows=data.classes),
+    )
+    found = {"model": COLOUR, "folder": str(folder), "images": len(data), "classes": len(data.classes)}
+    return part, found | {"per_class": size.per_class, "temperature": data.temperature, "seed": data.seed}
 
 
-def adapted_to(photos: str, flow: GLEM, out: Path, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
-    """Adapt the flow to photographs, draw its moves of them, and say how many would be put back; see
-    `moves_put_back`."""
-    data = common.open_resized(flow, photos, "train", progress=progress)
-    model = flow.adapt(data, progress=progress)
-    save_png(preview(model, data), out / "preview-photos.png")
-    found = moves_put_back(model, data)
-    say(f"- `preview-photos.png`: {COLOUR} adapted to the {len(data)} photographs in {photos}, and its moves of them")
-    share, strength = 100 * found["mixup"], found["strength"]
-    say(f"- {share:.0f} % of the mixup moves are put back; noise moves go as far as {strength:g} standard deviations")
-    return found
-
-
-# ---- the classifier ------------------------------------------------------------------------------------------------
-
-
-def compare(model: GLEM, train: ImageData, test: ImageData, size: DemoSize, progress: bool) -> dict[str, Any]:
-    """The accuracies of every arm. All arms share network, steps, batches and the seeds of both."""
-    identity = GLEM.create("identity", model.image_shape, model.classes, model.class_ids, bits=model.bits)
-    smallest = int(np.unique(train.targets, return_counts=True)[1].min())
-    rank = min(model.modes.rank if model.modes is not None else 1, smallest - 1)
-    identity.fit_modes(train, rank=rank)
-    originals = train.tensor()[None]
-    pools = {"no augmentation": originals}
-    for name, source in (("GLEMAugment", model), ("identity control", identity)):
-        aug = GLEMAugment(source.eval(), p=1.0, modes=rank, seed=0)
-        copies = augmented_copies(aug, train, size.views, f"{name}: augmenting", progress)
-        pools[name] = torch.cat([originals, copies])
-    found: dict[str, list[float]] = {name: [] for name in pools}
-    with tqdm(total=len(pools) * size.seeds * size.epochs, unit="epoch", desc="training", disable=not progress) as bar:
+def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """Networks trained on real images alone, on samples of the flow alone, and on samples of the pixels' Gaussians."""
+    flow = GLEM.from_pretrained(FASHION)
+    train, test = (fashion(flow, split, size) for split in ("train", "test"))
+    rank = flow.checked_modes(None)
+    pixels = GLEM.create("identity", flow.image_shape, flow.classes, flow.class_ids)
+    pixels = pixels.adapt(train, rank=rank, progress=False)
+    models = {"real images": None, "samples of the flow": flow, "samples of the pixels' Gaussians": pixels}
+    found: dict[str, list[float]] = {name: [] for name in models}
+    first: dict[str, Tensor] = {}
+    total = size.seeds * len(models) * size.steps
+    with tqdm(total=total, unit="step", desc="training", disable=not progress) as bar:
         for seed in range(size.seeds):
-            for name, pool in pools.items():
-                found[name].append(train_classifier(pool, train, test, seed, size, bar))
-    return {
-        name: {
-            "accuracies": values,
-            "mean": float(np.mean(values)),
-            "std": float(np.std(values, ddof=1)) if size.seeds > 1 else None,
-        }
+            for name, model in models.items():
+                data = train if model is None else drawn_like(model, train, seed)
+                first.setdefault(name, data.tensor()[:: len(data) // len(data.classes)])
+                network = train_network(
+                    ticking(random_batches(data, seed), bar), size.steps, 1, len(data.classes), seed
+                )
+                logits = features_and_logits(network, test.tensor(), ORACLE_MEAN, ORACLE_STD)[1]
+                found[name].append(100 * label_reliability(logits, torch.from_numpy(test.targets)))
+    arms = {
+        name: {"accuracies": values, "mean": statistics.mean(values), "interval": interval(values)}
         for name, values in found.items()
     }
-
-
-def augmented_copies(aug: GLEMAugment, data: ImageData, views: int, desc: str, progress: bool) -> Tensor:
-    """Augmented copies of all images, uint8 [views, N, C, H, W]. Batches are shuffled, so that partners vary.
-
-    The copies are made once and serve all seeds, since on a CPU the flow costs more than the small network.
-    """
-    out = torch.empty(views, len(data), *data.image_shape, dtype=torch.uint8)
-    with tqdm(total=views * len(data), unit="image", desc=desc, disable=not progress) as bar:
-        for view in range(views):
-            order = np.random.default_rng([0, view]).permutation(len(data))
-            start = 0
-            for x, y in data.batches(order, 250):
-                out[view, torch.from_numpy(order[start : start + len(y)])] = aug(x, y)[0]
-                start += len(y)
-                bar.update(len(y))
-    return out
-
-
-def train_classifier(pool: Tensor, train: ImageData, test: ImageData, seed: int, size: DemoSize, bar: tqdm) -> float:
-    """Train one network from scratch, and return its accuracy on `test` after the last step.
-
-    `pool` holds the training images, and behind them the copies of all, if any: uint8 [1 + views, N, C, H, W]. No other
-    augmentation is used, in any arm.
-    """
-    x, y = normalised(pool), torch.from_numpy(train.targets)
-    batch = min(BATCH, len(train))
-    steps_per_epoch = len(train) // batch
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for step, (rows, view) in enumerate(epoch_batches(len(train), batch, seed, size, len(pool)), 1):
-            yield x[view, rows], y[rows]
-            bar.update(step % steps_per_epoch == 0)
-
-    network = train_network(batches(), size.epochs * steps_per_epoch, train.image_shape[0], len(train.classes), seed)
-    with torch.no_grad():
-        predicted = torch.cat([network(part).argmax(1) for part in normalised(test.tensor()).split(250)])
-    return float((predicted == torch.from_numpy(test.targets)).float().mean())
-
-
-def epoch_batches(count: int, batch: int, seed: int, size: DemoSize, views: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows, and which of `views` views stands for each (0: the original). The rows depend on the seed alone."""
-    for epoch in range(size.epochs):
-        rng = np.random.default_rng([seed, epoch])
-        order, replaced = rng.permutation(count), rng.random(count) < size.p
-        view = np.where(replaced, rng.integers(min(1, views - 1), views, count), 0)
-        for start in range(0, count - batch + 1, batch):
-            yield torch.from_numpy(order[start : start + batch]), torch.from_numpy(view[start : start + batch])
-
-
-def normalised(x: Tensor) -> Tensor:
-    """uint8 images as floats with the mean and standard deviation of Fashion-MNIST taken out."""
-    return (x.float() / 255 - 0.286) / 0.353
-
-
-def verdict(arms: dict[str, Any]) -> str:
-    """What the accuracies say. A difference within twice its standard error says nothing."""
-    plain, ours = arms["no augmentation"], arms["GLEMAugment"]
-    gain = 100 * (ours["mean"] - plain["mean"])
-    if plain["std"] is None or ours["std"] is None:
-        return f"With GLEMAugment {gain:+.2f} points; one seed can't tell this from chance."
-    error = 100 * math.sqrt((plain["std"] ** 2 + ours["std"] ** 2) / len(plain["accuracies"]))
-    clear = "more" if abs(gain) > 2 * error else "not more"
-    return (
-        f"With GLEMAugment {gain:+.2f} points, {clear} than twice the standard error of the difference ({error:.2f})."
+    real, ours, control = list(models)
+    gains = {f"{a} over {b}": difference(arms[a], arms[b]) for a, b in ((real, ours), (ours, control))}
+    part = Part(
+        "Train on samples alone",
+        f"A small network learns Fashion-MNIST from {len(train):,} images of one kind, and from nothing else: real images, "
+        f"samples of the bundled flow, or samples of Gaussians of the pixels. It is tested on {len(test):,} real images. "
+        f"Each kind has {size.seeds} networks (timm's {NETWORK}, {size.steps} steps of {min(ORACLE_BATCH, len(train))} "
+        "images), and each network has new samples. The comparison is not like for like. The flow was trained on "
+        f"{flow.config.training['images']:,} images, and the Gaussians were fitted to the {len(train):,} real images alone.",
+        "from glem_augment import GLEM, SyntheticDataset, open_data\n\n"
+        f'real = open_data("{BUNDLED_IMAGES}", "train")\n'
+        f'pixels = GLEM.create("identity", real.image_shape, real.classes).adapt(real, rank={rank})\n'
+        f'ours = SyntheticDataset("{FASHION}", per_class={len(train) // len(train.classes)}, seed=0)\n'
+        f"theirs = SyntheticDataset(pixels, per_class={len(train) // len(train.classes)}, seed=0)",
+        [sentence(what, *gain) for what, gain in gains.items()],
+        Section("", torch.stack(list(first.values())), rows=["real", "flow", "pixels"]),
+        [("trained on", "accuracy in %, 95 % interval", "each network")]
+        + [
+            (name, f"{arm['mean']:.1f} ± {arm['interval']:.1f}", ", ".join(f"{v:.1f}" for v in arm["accuracies"]))
+            for name, arm in arms.items()
+        ],
     )
+    differences = {what: {"mean": gain, "interval": half} for what, (gain, half) in gains.items()}
+    return part, {"train": len(train), "test": len(test), "arms": arms, "differences": differences}
+
+
+def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """The bundled flow as a classifier, and how well it gives images back."""
+    flow = GLEM.from_pretrained(FASHION)
+    test = fashion(flow, "test", size)
+    found = evaluate(flow, test, round_trip=size.round_trip, progress=progress)
+    trip, accuracy = found["round_trip"], found["accuracy"]
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))
+    part = Part(
+        "One flow, both ways",
+        "The bundled flow maps an image to a latent and back. The class whose Gaussian fits the latent best is its "
+        f"answer, so it classifies as well. It was measured on {len(test):,} test images, which it was not trained on.",
+        f"glem eval {FASHION} {BUNDLED_IMAGES} --round-trip {size.round_trip}",
+        [
+            f"{100 * trip['within_half_step']:.4g} % of the pixels of {trip['images']} images come back as the same grey level."
+        ],
+        table=[
+            ("measure", "value"),
+            ("accuracy in %, 95 % interval", f"{100 * accuracy:.1f} ± {100 * half:.1f}"),
+            ("calibration error", f"{found['ece']:.3f}"),
+            ("bits per dimension, given the class", f"{found['bits_per_dim']:.2f}"),
+            ("largest error of a round trip (0 to 255)", f"{trip['max_error']:.2g}"),
+        ],
+    )
+    return part, found | {"accuracy_interval": half}
+
+
+def fashion(flow: GLEM, split: str, size: Size) -> ImageData:
+    data = images_for(flow, BUNDLED_IMAGES, split=split, progress=False)
+    return data.subset(spread(len(data), size.images))
+
+
+def drawn_like(model: GLEM, real: ImageData, seed: int) -> ImageData:
+    """Samples, as many of each class as `real` has."""
+    data = SyntheticDataset(model, per_class=len(real) // len(real.classes), seed=seed)
+    return ImageData.from_tensors(data.images(range(len(data))), data.targets, data.classes, data.class_ids)
+
+
+def ticking(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield batch
+        bar.update()
+
+
+def sentence(what: str, gain: float, half: float) -> str:
+    """A difference in points; one within its 95 % interval is no difference."""
+    clear = "" if abs(gain) > half else ", which is no clear difference"
+    return f"{what[0].upper()}{what[1:]}: {gain:+.1f} ± {half:.1f} points{clear}."
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light; --ink: #22252a; --soft: #626873; --line: #e3e4e8; --tint: #f6f6f8; --mark: #2f5d8a; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: #fff; font: 17px/1.6 system-ui, "Segoe UI", Helvetica, sans-serif; }
+main { max-width: 46rem; margin: 0 auto; padding: 3.5rem 1.25rem 4rem; }
+h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.015em; }
+h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .6rem; }
+h2 span { color: var(--mark); margin-right: .5em; }
+p { margin: 0 0 1rem; }
+.lead { font-size: 1.15rem; color: var(--soft); }
+section { margin-top: 2.5rem; padding-top: 2rem; border-top: 1px solid var(--line); }
+pre { margin: 0 0 1.25rem; padding: .8rem 1rem; overflow-x: auto; background: var(--tint); border-radius: 6px;
+  font: .82rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.found { padding-left: .9rem; border-left: 3px solid var(--mark); }
+table { width: 100%; border-collapse: collapse; margin: 0 0 1.25rem; }
+.numbers { font-size: .92rem; font-variant-numeric: tabular-nums; }
+.numbers th { color: var(--soft); font-weight: 500; }
+.numbers th, .numbers td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
+  border-bottom: 1px solid var(--line); }
+.numbers td:nth-child(2) { white-space: nowrap; }
+.cells { table-layout: fixed; }
+.cells th { font-size: .8rem; line-height: 1.25; font-weight: 500; color: var(--soft); text-align: left; padding: 2px; }
+.cells tbody th { width: 5.6rem; }
+.cells td { padding: 2px; }
+img { display: block; width: 100%; max-width: 100%; height: auto; border-radius: 2px; }
+.small img { image-rendering: pixelated; border-radius: 0; }
+footer { margin-top: 2.5rem; padding-top: 1.25rem; border-top: 1px solid var(--line); font-size: .88rem;
+  color: var(--soft); }
+@media (max-width: 600px) {
+  body { font-size: 16px; }
+  main { padding: 2rem 1rem 3rem; }
+  h1 { font-size: 1.7rem; }
+  .cells th { font-size: .7rem; }
+  .cells tbody th { width: 4.3rem; }
+  .cells th, .cells td { padding: 1px; }
+  .numbers { font-size: .85rem; }
+  .large thead { display: none; }
+  .large tr { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem .5rem; margin-bottom: .8rem; }
+  .large td::before { content: attr(data-label); font-size: .75rem; color: var(--soft); }
+}
+"""
+NEXT = """\
+glem demo --photos photos/ --out my-demo   # your photographs in part 1
+glem compare photos/ --out runs/compare    # does it help on your images?
+glem explore bundled:fashion-mnist         # samples and moves in a browser"""
+
+
+def page(parts: Sequence[Part], report: dict[str, Any]) -> str:
+    """One HTML file that loads nothing."""
+    quick = "<p class=found>A quick run: the numbers mean little.</p>" if report["quick"] else ""
+    body = "".join(shown(number, part) for number, part in enumerate(parts, 1))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>glem-augment: a demonstration</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>What glem-augment does</h1>
+<p class="lead">It makes training images for classifiers: it moves real images along the directions in which their class
+varies, and draws new ones. This page was made on your machine.</p>
+{quick}
+{body}
+<section><h2>Go on with your images</h2><pre>{escape(NEXT)}</pre></section>
+<footer>Made by <code>glem demo</code> of glem-augment {__version__} in {report["seconds"]:.0f} seconds
+({report["cpu_seconds"]:.0f} seconds of one processor core). All numbers are in report.json.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def shown(number: int, part: Part) -> str:
+    """The HTML of a part."""
+    lines = [f"<section><h2><span>{number}</span>{escape(part.title)}</h2>", f"<p>{escape(part.text)}</p>"]
+    lines += [f"<pre>{escape(part.code)}</pre>"]
+    if part.section is not None:
+        lines.append(picture(part.section))
+    if part.table:
+        head, *rows = part.table
+        lines.append('<table class="numbers">' + row("th", head) + "".join(row("td", each) for each in rows))
+        lines.append("</table>")
+    lines.append(f'<p class="found">{"<br>".join(escape(text) for text in part.found)}</p></section>')
+    return "\n".join(lines)
+
+
+def row(tag: str, texts: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+
+def picture(section: Section) -> str:
+    """The cells of a section as a table of images, so that its labels are text that stays legible on a small screen."""
+    columns, small = list(section.columns), max(section.cells.shape[-2:]) <= 64
+    rows = []
+    for number, images in enumerate(section.cells):
+        label = section.rows[number] if section.rows else ""
+        names = [f"{label} {columns[i] if columns else i + 1}".strip() for i in range(len(images))]
+        cells = (
+            f'<td data-label="{escape(name)}"><img alt="{escape(name)}" src="{data_uri(image, small)}"></td>'
+            for name, image in zip(names, images, strict=True)
+        )
+        head = f"<th>{escape(label)}</th>" if section.rows else ""
+        rows.append(f"<tr>{head}{''.join(cells)}</tr>")
+    head = f"<thead>{row('th', columns)}</thead>" if columns else ""
+    return f'<table class="cells {"small" if small else "large"}">{head}<tbody>{"".join(rows)}</tbody></table>'
+
+
+def data_uri(image: Tensor, lossless: bool) -> str:
+    """An image, uint8 [C,H,W], as PNG or JPEG inside an address."""
+    file, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    shown: Image.Image = to_pil_image(image)
+    shown.save(file, kind, quality=92)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

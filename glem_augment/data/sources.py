@@ -15,7 +15,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -240,15 +240,20 @@ def _named_source(spec: str, split: str) -> Source:
     )
 
 
-def _bundled_source(name: str, split: str) -> ArraySource:
-    """Fashion-MNIST, 100 real images per class and split: one PNG with a row per class and a column per image."""
-    if name != "fashion-mnist":
-        raise DataError(f"no bundled data set {name!r}; there is 'bundled:fashion-mnist'")
+def _bundled_source(name: str, split: str) -> Source:
+    """The photographs, one ImageFolder for all splits, or 100 real images of Fashion-MNIST per class and split.
+
+    Fashion-MNIST is one PNG with a row per class and a column per image.
+    """
+    if name not in ("fashion-mnist", "photographs"):
+        raise DataError(f"no bundled data set {name!r}; there are 'bundled:fashion-mnist' and 'bundled:photographs'")
     if split not in _SPLIT_FOLDERS:
         raise DataError(f"bundled:{name} has no split {split!r}; choose 'train' or 'test'")
+    folder = resources.files("glem_augment").joinpath("bundled", "data")
+    if name == "photographs":
+        return replace(_image_folder(Path(str(folder / name))), name=f"bundled:{name}")
     part = "train" if split in _TRAIN else "test"
-    file = resources.files("glem_augment").joinpath("bundled", "data", f"{name}-{part}.png")
-    with file.open("rb") as stream, Image.open(stream) as image:
+    with (folder / f"{name}-{part}.png").open("rb") as stream, Image.open(stream) as image:
         sheet = np.asarray(image.convert("L"))
     rows, columns = sheet.shape[0] // 28, sheet.shape[1] // 28
     arrays = sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28)

@@ -34,7 +34,7 @@ from glem_augment.evaluation.preview import Section, compose
 from glem_augment.io import expand, save_png, write_json
 
 __all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "latent_features"]
-__all__ += ["memorisation_ratio", "nearest", "quality_report", "train_network"]
+__all__ += ["memorisation_ratio", "nearest", "quality_report", "random_batches", "train_network"]
 
 # Rows of a distance matrix that are computed at a time; the least spread of a feature.
 _CHUNK, _MIN_STD = 512, 1e-3
@@ -104,7 +104,7 @@ def quality_report(
         raise DataError(f"there are too few images, {counts}: at least {NEIGHBOURS + 1} of each are needed")
     judge, in_latents = "the classifier that was given", network is None and made.image_shape[0] == 3
     if network is None:
-        bar = tqdm(_batches(trained), total=ORACLE_STEPS, desc="classifier", delay=2, disable=not progress)
+        bar = tqdm(random_batches(trained), total=ORACLE_STEPS, desc="classifier", delay=2, disable=not progress)
         network = train_network(bar, ORACLE_STEPS, made.image_shape[0], len(made.classes))
         judge = f"timm's {NETWORK}, trained on {len(trained)} of the real images for {ORACLE_STEPS} steps"
     sets = tqdm((made, unseen), desc="classes", delay=2, disable=not progress)
@@ -178,9 +178,9 @@ def _some(
     return open_data(Subset(data, rows.tolist()), split, size, channels, progress=progress)
 
 
-def _batches(data: ImageData) -> Iterator[tuple[Tensor, Tensor]]:
+def random_batches(data: ImageData, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of random images, normalised, and labels, without end."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     while True:
         for x, y in data.batches(rng.permutation(len(data)), min(ORACLE_BATCH, len(data))):
             if len(y) > 1:

@@ -144,7 +144,7 @@ def test_help_teaches(command: str, output: Output, monkeypatch: pytest.MonkeyPa
         main([command, "--help"])
     text = output()[0]
     examples = text.split("examples:\n")[1].split("\n\n")[0].splitlines()
-    assert sum(line.startswith(f"  glem {command}") for line in examples) >= 2 or command == "demo"
+    assert sum(line.startswith(f"  glem {command}") for line in examples) >= 2
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "{}")  # tables in files are read at once
     for line in examples:
         words = shlex.split(line, comments=True)[1:]
@@ -531,10 +531,9 @@ def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypat
     for argv in (
         ["generate", str(broken), "--per-class", "1", "--out", str(tmp_path / "g")],
         ["info", str(broken)],
-        ["demo", "--model", str(broken), "--out", str(tmp_path / "d")],
     ):
         fails(argv, output, "model.safetensors", "truncated")
-    assert not (tmp_path / "g").exists() and not (tmp_path / "d").exists()
+    assert not (tmp_path / "g").exists()
     fails(["info", str(tmp_path / "nothing")], output, "no model at")
     fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
     monkeypatch.setenv("GLEM_DEBUG", "1")
@@ -548,7 +547,6 @@ def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: 
     fails(["eval", str(trained), data, "--class-map", str(tmp_path / "none.json")], output, "none.json")
     fails(["preview", str(trained), data, "--out", str(tmp_path / "p.jpg")], output, ".png")
     fails(["preview", str(trained), data, "--out", str(tmp_path / "p.png"), "--modes", "999"], output, "modes", "999")
-    fails(["demo", "--model", str(trained), "--out", str(tmp_path / "d")], output, "no counterpart", "bird")
     fails(["info", "~nobody-here/x"], output, "no home folder of that user")
 
 

@@ -1,61 +1,104 @@
-"""The demo, on the identity flow."""
+"""The demo: one page with all parts, whose numbers are the report's."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from glem_augment import GLEM, ImageData
+from glem_augment import open_data
 from glem_augment.cli import main
-from glem_augment.cli.demo import QUICK, DemoSize, epoch_batches, verdict
+from glem_augment.cli.demo import sentence
 
 
-def test_the_demo_writes_its_report_and_pictures(
-    bundled_train: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = GLEM.create("identity", (1, 28, 28), bundled_train.classes, bundled_train.class_ids)
-    model.fit_modes(bundled_train, rank=4)
-    model.save(tmp_path / "model")
-    out = tmp_path / "out"
-    argv = ["demo", "--model", str(tmp_path / "model"), "--out", str(out), "--quick", "--quiet"]
-    monkeypatch.setattr("glem_augment.cli.demo.QUICK", replace(QUICK, seeds=2, epochs=1))
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a quick demo, with photographs of the user's in a nested folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "photos" / "deep" / "er").mkdir(parents=True)
+    Image.linear_gradient("L").resize((90, 160)).save(folder / "photos" / "deep" / "er" / "a <b>.png")
+    argv = ["demo", "--out", str(folder / "out"), "--quick", "--quiet", "--photos", str(folder / "photos")]
     assert main(argv) == 0
-    report = json.loads((out / "report.json").read_text())
-    assert report["flow"]["round_trip"]["within_half_step"] == 1.0 and report["quick"] is True
-    arms = report["arms"]
-    assert set(arms) == {"no augmentation", "GLEMAugment", "identity control"}
-    for arm in arms.values():
+    return folder / "out"
+
+
+def test_the_page_has_every_part_and_the_numbers_of_the_report(demo: Path) -> None:
+    page = html.unescape((demo / "index.html").read_text(encoding="utf-8"))
+    report = json.loads((demo / "report.json").read_text(encoding="utf-8"))
+    titles = ["Move photographs", "Draw a balanced data set", "Train on samples alone", "One flow, both ways"]
+    assert [page.index(title) for title in titles] == sorted(page.index(title) for title in titles)
+    assert report["quick"] is True and "A quick run" in page
+    assert report["photographs"]["images"] == 1
+    for move in report["photographs"]["moves"].values():
+        assert f"<td>{move['mean_change']:.1f}</td>" in page and move["mean_change"] > 0.5
+    for arm in report["classifiers"]["arms"].values():
         assert len(arm["accuracies"]) == 2 and arm["mean"] == pytest.approx(sum(arm["accuracies"]) / 2)
-    printed, bars = capsys.readouterr()
-    assert "|" not in bars
-    for words in ("identity control", "Not like for like", verdict(arms)):
-        assert words in printed
-    assert len(list((out / "synthetic").rglob("*.png"))) == 20
-    for name in ("preview.png", "synthetic.png"):
-        assert Image.open(out / name).width > 300
-    monkeypatch.setattr("glem_augment.cli.demo.QUICK", replace(QUICK, epochs=1))
-    assert main(argv) == 0  # a second demo replaces the results of the first one
-    assert len(json.loads((out / "report.json").read_text())["arms"]["GLEMAugment"]["accuracies"]) == 1
+        assert f"{arm['mean']:.1f} ± {arm['interval']:.1f}" in page
+    for what, gain in report["classifiers"]["differences"].items():
+        assert sentence(what, gain["mean"], gain["interval"]) in page
+    flow = report["flow"]
+    assert f"{100 * flow['accuracy']:.1f} ± {100 * flow['accuracy_interval']:.1f}" in page
+    assert flow["round_trip"]["within_half_step"] == 1.0
 
 
-def test_all_arms_see_the_same_rows() -> None:
-    size = DemoSize(epochs=2)
-    plain, augmented = (list(epoch_batches(10, 3, 0, size, views)) for views in (1, 5))
-    assert len(plain) == 2 * 3
-    for (rows, original), (others, view) in zip(plain, augmented, strict=True):
-        assert torch.equal(rows, others) and (original == 0).all() and view.max() < 5
-    assert 0 < sum(int((view > 0).sum()) for _, view in augmented) < 2 * 9
+def test_the_page_is_one_file(demo: Path) -> None:
+    page = (demo / "index.html").read_text(encoding="utf-8")
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert sources and "<script" not in page and "<link" not in page and "url(" not in page and "http" not in page
+    for source in sources:
+        head, _, content = source.partition(",")
+        assert re.fullmatch("data:image/(png|jpeg);base64", head)
+        assert Image.open(io.BytesIO(base64.b64decode(content))).size in ((128, 128), (32, 32), (28, 28))
+    assert len(sources) == 4 + 20 + 30
 
 
-def test_a_gain_counts_from_twice_its_standard_error() -> None:
-    def arms(gain: float) -> dict:
-        plain = {"mean": 0.8, "std": 0.01, "accuracies": [0.0] * 8}
-        return {"no augmentation": plain, "GLEMAugment": {**plain, "mean": 0.8 + gain}}
+def test_the_set_and_the_pictures_lie_beside_the_page(demo: Path) -> None:
+    made = open_data(demo / "synthetic")
+    assert len(made) == 20 and len(made.classes) == 10
+    for name in ("photographs", "synthetic", "classifiers"):
+        assert Image.open(demo / f"{name}.png").width > 150
 
-    assert "+0.90 points, not more" in verdict(arms(0.009)) and "(0.50)" in verdict(arms(0.009))
-    assert "+1.10 points, more" in verdict(arms(0.011)) and "-1.10 points, more" in verdict(arms(-0.011))
+
+def test_the_lines_of_python_on_the_page_run(demo: Path) -> None:
+    page = (demo / "index.html").read_text(encoding="utf-8")
+    blocks = [html.unescape(text) for text in re.findall("<pre>(.*?)</pre>", page, re.DOTALL)]
+    lines = [text for text in blocks if "import" in text]
+    assert len(lines) == 2
+    for text in lines:
+        names: dict = {}
+        exec(text, names)
+    assert names["theirs"].counts == names["ours"].counts
+
+
+def test_photographs_ship_with_their_terms() -> None:
+    data = open_data("bundled:photographs")
+    assert len(data) == 4 and data.image_shape == (3, 256, 256) and data.classes == ["image"]
+    assert torch.equal(data.tensor(), open_data("bundled:photographs", "test").tensor())
+    folder = Path(__file__).parents[2] / "glem_augment" / "bundled" / "data" / "photographs"
+    terms = (folder / "LICENSE.txt").read_text(encoding="utf-8")
+    files = sorted((folder / "image").iterdir())
+    assert len(files) == 4 and all(f"\n{file.name} " in terms for file in files)
+    assert sum(file.stat().st_size for file in files) < 150_000
+    assert "photographs/LICENSE.txt" in (folder.parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_a_folder_without_photographs_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "holds no images"), ("missing", "no such data")):
+        assert main(["demo", "--photos", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_within_its_interval_is_none() -> None:
+    assert sentence("a over b", 1.0, 1.1) == "A over b: +1.0 ± 1.1 points, which is no clear difference."
+    assert sentence("a over b", -1.2, 1.1) == "A over b: -1.2 ± 1.1 points."

@@ -118,7 +118,7 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
 ) -> None:
     before = torch.get_rng_state()
     real = train, _ = [data.subset(range(0, 1000, 2)) for data in (bundled_train, bundled_test)]
-    network = quality.train_network(quality._batches(train), 60, 1, 10)
+    network = quality.train_network(quality.random_batches(train), 60, 1, 10)
     copies = train.subset(range(0, 500, 3))
     wrong = copies.with_targets((copies.targets + 1) % 10, copies.classes)
     flow = GLEM.from_pretrained("bundled:fashion-mnist")
