@@ -1,4 +1,4 @@
-"""Make docs/moves.png, which shows mixup, adversarial moves and new images of the bundled flow.
+"""Make docs/moves.png: photographs and what moves along the shared modes of `bundled:photographs` make of them.
 
 Command: python benchmarks/proof/moves_picture.py
 """
@@ -7,44 +7,33 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT
-from glem_augment import GLEM, SyntheticDataset, open_data
-from glem_augment.evaluation.preview import MIX_SHARES, NOISE_STRENGTHS, Section, _augmentations, compose
+from glem_augment import GLEM, GLEMAugment, open_data
+from glem_augment.evaluation.preview import Section, compose
 from glem_augment.io import save_png
+
+MODEL = "bundled:photographs"
+COLUMNS: dict[str, dict[str, Any]] = {
+    "noise, strength 0.5": dict(policy="noise", strength=0.5, seed=1),
+    "another draw": dict(policy="noise", strength=0.5, seed=2),
+    "noise, strength 1": dict(policy="noise", strength=1.0, seed=3),
+    "mixed with another": dict(policy="mixup", partner="any", labels="hard", seed=4),
+}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    model, data = (opened("bundled:fashion-mnist") for opened in (GLEM.from_pretrained, lambda n: open_data(n, "test")))
-    mixed, moved = (_augmentations(model, data, 6, policy, 64, 0) for policy in ("mixup", "adversarial"))
-    new = SyntheticDataset(model, dict.fromkeys(mixed.rows, 3))
-    images = torch.stack(
-        [new.images([i for i, y in enumerate(new.targets) if new.classes[y] == row]) for row in mixed.rows]
-    )
-    parts = [mixed.cells, moved.cells[:, 1:], images.float() / 255]
-    gap = torch.ones_like(parts[0][:, :1])
-    cells = torch.cat([parts[0], gap, parts[1], gap, parts[2]], 1)
-    assert mixed.marked is not None and moved.marked is not None
-    none = torch.zeros(len(cells), 1, dtype=torch.bool)
-    marked = torch.cat([mixed.marked, none, moved.marked[:, 1:], none.expand(-1, 4)], 1)
-    columns = [
-        "real",
-        *(f"{share:.0%}" for share in MIX_SHARES),
-        "partner",
-        "",
-        *(f"s = {s:g}" for s in NOISE_STRENGTHS),
-    ]
-    columns += ["", "new", "", ""]
-    note = "mixed along the modes of the class, by what is kept; adversarial, by s standard deviations; new images"
-    save_png(
-        compose("", "", [Section("Six images through the bundled flow", cells, columns, mixed.rows, note, marked)]),
-        ROOT / "docs" / "moves.png",
-    )
+    data, model = open_data(MODEL, image_size=128), GLEM.from_pretrained(MODEL)
+    x, y = data.tensor(), torch.from_numpy(data.targets)
+    moved = [GLEMAugment(model, p=1.0, basis="shared", modes=128, **options)(x, y)[0] for options in COLUMNS.values()]
+    cells = torch.stack([x, *moved], 1)
+    save_png(compose("", "", [Section("", cells, ["real", *COLUMNS])]), ROOT / "docs" / "moves.png")
 
 
 if __name__ == "__main__":
