@@ -72,6 +72,7 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
         "beta_anneal": (["--beta-anneal", "0.5", "1e-1"], (0.5, 0.1)),
         "random_init": (["--random-init", "1", "5"], (1.0, 5.0)),
         "augment": (["--augment", "flip, crop"], ("flip", "crop")),
+        "autoencoder": (["--autoencoder", "taef2"], "taef2"),
         "joint": (["--joint"], True),
         "compile": (["--no-compile"], False),
     }  # fmt: skip
