@@ -215,19 +215,20 @@ def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
                 )
                 logits = features_and_logits(network, test.tensor(), ORACLE_MEAN, ORACLE_STD)[1]
                 found[name].append(100 * label_reliability(logits, torch.from_numpy(test.targets)))
-    arms = {
+    arms: dict[str, dict[str, Any]] = {
         name: {"accuracies": values, "mean": statistics.mean(values), "interval": interval(values)}
         for name, values in found.items()
     }
-    real, ours, control = list(models)
+    real, ours, control = models
     gains = {f"{a} over {b}": difference(arms[a], arms[b]) for a, b in ((real, ours), (ours, control))}
     part = Part(
         "Train on samples alone",
-        f"A small network learns Fashion-MNIST from {len(train):,} images of one kind, and from nothing else: real images, "
-        f"samples of the bundled flow, or samples of Gaussians of the pixels. It is tested on {len(test):,} real images. "
-        f"Each kind has {size.seeds} networks (timm's {NETWORK}, {size.steps} steps of {min(ORACLE_BATCH, len(train))} "
-        "images), and each network has new samples. The comparison is not like for like. The flow was trained on "
-        f"{flow.config.training['images']:,} images, and the Gaussians were fitted to the {len(train):,} real images alone.",
+        f"A small network learns Fashion-MNIST from {len(train):,} images of one kind, and from nothing else. The "
+        "images are real, samples of the bundled flow, or samples of Gaussians of the pixels. The network is tested on "
+        f"{len(test):,} real images. Each kind has {size.seeds} networks (timm's {NETWORK}, {size.steps} steps of "
+        f"{min(ORACLE_BATCH, len(train))} images), and each network has new samples. The comparison is not like for "
+        f"like. The flow was trained on {flow.config.training['images']:,} images. The Gaussians were fitted to the "
+        f"{len(train):,} real images alone.",
         "from glem_augment import GLEM, SyntheticDataset, open_data\n\n"
         f'real = open_data("{BUNDLED_IMAGES}", "train")\n'
         f'pixels = GLEM.create("identity", real.image_shape, real.classes).adapt(real, rank={rank})\n'
@@ -257,9 +258,7 @@ def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
         "The bundled flow maps an image to a latent and back. The class whose Gaussian fits the latent best is its "
         f"answer, so it classifies as well. It was measured on {len(test):,} test images, which it was not trained on.",
         f"glem eval {FASHION} {BUNDLED_IMAGES} --round-trip {size.round_trip}",
-        [
-            f"{100 * trip['within_half_step']:.4g} % of the pixels of {trip['images']} images come back as the same grey level."
-        ],
+        [f"Of {trip['images']} images {100 * trip['within_half_step']:.4g} % of the pixels come back exactly."],
         table=[
             ("measure", "value"),
             ("accuracy in %, 95 % interval", f"{100 * accuracy:.1f} ± {100 * half:.1f}"),
