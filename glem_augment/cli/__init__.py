@@ -24,7 +24,7 @@ DATA, wherever a command asks for it, is one of
   a folder with one folder of images per class, or with train/ and test/ (or val/) folders of that kind;
   a folder of MNIST-style idx files; a .tar file; a timm data set as NAME@ROOT: torch/cifar10@data (downloaded already),
   hfds/uoft-cs/cifar100@cache?input_key=img&target_key=fine_label;
-  bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, four photographs, inside the
+  bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, three photographs, inside the
   package.
 MODEL is a folder that glem train wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A folder of the
 same name comes first; hf-hub:ORG/NAME is always the Hub. HF_TOKEN opens private repositories, HF_HUB_OFFLINE=1 uses the

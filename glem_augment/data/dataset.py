@@ -197,7 +197,7 @@ def open_data(
         data: one of
 
             - `"bundled:fashion-mnist"`: 100 real images per class and split, 1x28x28, inside the package;
-            - `"bundled:photographs"`: four photographs of 3x256x256 pixels, one class, inside the package;
+            - `"bundled:photographs"`: three photographs of 3x256x256 pixels, one class, inside the package;
             - an ImageFolder (any split), or a folder with ImageFolders named train, test, val, validation, ... (test
               and val stand in for each other if only one is there). Classes are in torchvision's order, or, in a
               folder that `SyntheticDataset.export` wrote, in that of its classes.json;

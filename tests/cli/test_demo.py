@@ -79,12 +79,12 @@ def test_the_lines_of_python_on_the_page_run(demo: Path) -> None:
 
 def test_photographs_ship_with_their_terms() -> None:
     data = open_data("bundled:photographs")
-    assert len(data) == 4 and data.image_shape == (3, 256, 256) and data.classes == ["image"]
+    assert len(data) == 3 and data.image_shape == (3, 256, 256) and data.classes == ["image"]
     assert torch.equal(data.tensor(), open_data("bundled:photographs", "test").tensor())
     folder = Path(__file__).parents[2] / "glem_augment" / "bundled" / "data" / "photographs"
     terms = (folder / "LICENSE.txt").read_text(encoding="utf-8")
     files = sorted((folder / "image").iterdir())
-    assert len(files) == 4 and all(f"\n{file.name} " in terms for file in files)
+    assert len(files) == 3 and all(f"\n{file.name} " in terms for file in files)
     assert sum(file.stat().st_size for file in files) < 150_000
     assert "photographs/LICENSE.txt" in (folder.parents[3] / "pyproject.toml").read_text(encoding="utf-8")
 
