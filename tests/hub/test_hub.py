@@ -26,6 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import glem_augment
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
+from glem_augment.autoencoders import TAESD
 from glem_augment.cli import main
 from glem_augment.hub.cards import CardFacts, data_name, data_names, model_card, trained_on
 from glem_augment.hub.download import HubName, hub_errors
@@ -573,3 +574,40 @@ def test_commands_take_names_on_the_hub(server: HubServer, tmp_path: Path, capsy
     assert len(list((tmp_path / "images").rglob("*.png"))) == 6
     assert main(["info", "org/nothing"]) == 2
     assert "404 for the model 'org/nothing'" in capsys.readouterr().err
+
+
+# ---- autoencoders ------------------------------------------------------------------------------------------------
+
+
+def autoencoder_file(seed: int) -> dict[str, bytes]:
+    torch.manual_seed(seed)
+    state = {name: tensor.contiguous() for name, tensor in TAESD(4, pooled=False).state_dict().items()}
+    return {"taesd.safetensors": safetensors_bytes(state)}
+
+
+def test_an_autoencoder_is_pulled_pinned_and_pulled_again_with_the_model(server: HubServer, tmp_path: Path) -> None:
+    first = server.put("org/taesd", autoencoder_file(0))
+    model = GLEM.create("identity", (3, 16, 16), ["cat", "dog"], autoencoder="hub:org/taesd")
+    assert model.config.autoencoder is not None and model.config.autoencoder["name"] == f"hub:org/taesd@{first}"
+    x = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    model = model.adapt((x, torch.arange(12) % 2), rank=2, progress=False)
+    model.push_to_hub("org/photos", license="mit", samples=False)
+    server.put("org/taesd", autoencoder_file(1))  # the model keeps what it was made with
+    pulled = GLEM.from_pretrained("org/photos", cache_dir=tmp_path / "elsewhere")
+    assert torch.equal(pulled.log_prob(x), model.log_prob(x))
+    assert GLEM.create("identity", (3, 16, 16), ["a"], autoencoder="hub:org/taesd").config.autoencoder != (
+        model.config.autoencoder
+    )
+
+
+def test_repositories_without_an_autoencoder_are_refused(server: HubServer) -> None:
+    server.put("org/two", {**autoencoder_file(0), "other.safetensors": b"1"})
+    server.put("org/none", {"taesd.safetensors": safetensors_bytes({"a": torch.zeros(1)})})
+    for name, word in (
+        ("org/two", "2 safetensors"),
+        ("org/none", "TAESD"),
+        ("org/nowhere", "404"),
+        ("nowhere", "name"),
+    ):
+        with pytest.raises(ModelFileError, match=word):
+            GLEM.create("identity", (3, 16, 16), ["a"], autoencoder=f"hub:{name}")
