@@ -72,7 +72,6 @@ SMALLER: dict[str, dict[str, str]] = {
         "--preset latent": "--preset latent --flow blocks=[1,1]",
         "glem compare": "# glem compare",
         "(3, 32, 32)": "(3, 8, 8)",
-        "[:4]": "[:1]",  # bundled:photographs moves at 128 pixels
     },
     "docs/synthetic.md": {
         "--per-class 500": "--per-class 1",
