@@ -223,6 +223,32 @@ def samples() -> Named:
     yield "samples alone", table("data | trained on | setting | test accuracy | of real | seeds", lines)
 
 
+KINDS = {"ordinary": "best other stack", "pixels": "pixel modes", "autoencoder": "TAEF2's modes"}
+
+
+def photographs() -> Named:
+    """Few photographs per class, with stacks chosen by other images."""
+    rows = [row for row in stored("photographs") if row["metric"] == "test"]
+    found, lines = by_seed(rows, "per_class", "kind", "stack"), []
+    for count in dict.fromkeys(count for count, *_ in found):
+        own = {kind: (stack, values) for (n, kind, stack), values in found.items() if n == count}
+        plain, other = (own[kind][1] for kind in ("plain", "ordinary"))
+        strongest = max(plain, other, key=lambda values: statistics.mean(values.values()))
+        for kind, (stack, values) in own.items():
+            mean, name = interval(values.values()), f"photographs-{count}: {KINDS.get(kind, 'crop + flip')}"
+            yield name, mean.text()
+            over: list[str] = []
+            for what, base in (("crop + flip", plain), ("the best of the others", strongest)):
+                gain = None if values is base else interval([values[seed] - base[seed] for seed in values])
+                over.append("" if gain is None else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
+                if gain is not None:
+                    yield f"{name}, over {what}", gain.text(sign=True)
+            shown = {"plain": "crop + flip", "ordinary": f"the best other stack: {stack}"}.get(kind, stack)
+            lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
+    head = "images per class | stack | test accuracy | over crop + flip | over the best of the others | seeds"
+    yield "photographs", table(head, lines)
+
+
 def long_tails() -> Named:
     rows = [row for row in stored("long_tails") if row["seed"] != 1000]
     found, lines = by_seed(rows, "setting", "source", "stack"), []
@@ -399,7 +425,7 @@ def paper() -> Named:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-SOURCES = (augmentation, samples, long_tails, pretrained, single_files, speed, paper)
+SOURCES = (augmentation, samples, photographs, long_tails, pretrained, single_files, speed, paper)
 
 
 def names() -> dict[str, str]:
