@@ -103,8 +103,8 @@ class Comparison:
     pretrained: bool = False
     copies: int = COPIES
     tick: Callable[[], object] = lambda: None
-    _fitted: dict[tuple[str, int], GLEM] = field(default_factory=dict)
-    _copies: dict[tuple[Stack, int], Tensor] = field(default_factory=dict)
+    _fitted: dict[tuple[str, ImageData], GLEM] = field(default_factory=dict)
+    _copies: dict[tuple[Stack, ImageData], Tensor] = field(default_factory=dict)
 
     def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int) -> float:
         """Accuracy in percent on `test` of the network trained on `train` with this stack."""
@@ -155,7 +155,7 @@ class Comparison:
 
     def moved(self, stack: Stack, train: ImageData) -> Tensor:
         """Moved copies of all images, uint8 [copies, N, C, H, W], made once."""
-        key = stack, id(train)
+        key = stack, train
         if key not in self._copies:
             aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
             x, y = train.tensor(), torch.from_numpy(train.targets)
@@ -169,7 +169,7 @@ class Comparison:
 
     def model(self, kind: str, train: ImageData) -> GLEM:
         """The model with modes of these training images, made once."""
-        key = kind, id(train)
+        key = kind, train
         if key not in self._fitted:
             self._fitted[key] = self.models[kind](train)
         return self._fitted[key]
