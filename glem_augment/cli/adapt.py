@@ -11,7 +11,7 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Make a flow that was trained on other images serve your classes. MODEL identity is no flow: it models the pixels or,
-with --autoencoder taef2, the latents of an autoencoder; use it for photographs. Every class gets the mean of its
+with --autoencoder taef2, the latents of an autoencoder, for photographs. Every class gets the mean of its
 images' latents, their variances (shrunk towards the pooled ones, so that a class may have one or two images) and its
 principal modes. Nothing is trained, so this takes one pass over the images: seconds to minutes. DIR then holds a
 model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow too.
@@ -20,6 +20,7 @@ modes_per_class are the fewest and the most: n images have at most n - 1 modes, 
 classes; moves_put_back says how far these images can be moved (glem eval --help).
 """
 EXAMPLES = """\
+  glem adapt identity photos/ --image-size 64 --out runs/pixels
   glem adapt identity photos/ --autoencoder taef2 --image-size 128 --out runs/photos
   glem adapt bundled:cifar10 torch/cifar100@data --max-per-class 500 --out runs/cifar
   glem eval runs/photos photos-test/
