@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,19 @@ MOST_BYTES = "20mb"  # of an upload
 MODES = 8  # that have a slider
 SURPRISES = 12  # images shown as surprising
 SHOWN = 256  # pixels to which small images are enlarged
-CSS = ".image-frame {padding-top: 1.7rem}"  # labels stand above their pictures, not on them
+STRENGTH, FIRST = 0.25, 3  # with which the page opens: most moves are kept, and the first mode's is seen
+LIKELIEST = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")  # colours of the likeliest classes along a line
+# Labels stand above their pictures, not on them; on a telephone, pictures before controls; captions are whole.
+CSS = """\
+.image-frame {padding-top: 1.7rem}
+@media (max-width: 700px) {.pictures {order: -1}}
+.grid-wrap {padding-top: 2rem !important}
+.grid-container {grid-template: none / repeat(auto-fill, minmax(9rem, 1fr)) !important; grid-auto-rows: auto !important}
+.grid-container .thumbnail-item {height: auto !important; aspect-ratio: auto !important}
+.grid-container img {aspect-ratio: 1; object-fit: contain !important}
+.caption-label {position: static !important; max-width: none !important; white-space: normal !important}
+.caption-label {overflow-wrap: anywhere; border: none !important}
+"""
 DESCRIPTION = """\
 Start a local web page to explore a flow: samples, images of DATA (without it: samples) or files moved along the modes
 of their classes, lines between two images, and how the flow sees DATA. Needs the extra "explore".
@@ -85,7 +98,7 @@ def build_page(gr: Any, explorer: Explorer, real: bool) -> Any:
         gr.Markdown(f"# What this flow knows\n\n`{model!r}`, and {len(explorer.data)} {images}")
         with gr.Tab("Samples"), gr.Row():
             inputs = sample_controls(gr, explorer)
-            with gr.Column(scale=2):
+            with pictures(gr):
                 sheet = picture(gr, "Samples")
             redraw(gr, page, explorer.sample_sheet, inputs, [sheet], "samples")
         if model.modes is not None:
@@ -127,15 +140,17 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         inputs.append(gr.Dropdown(choices, value=-1, label="Class along whose modes it moves"))
         policies = [("sliders below", "sliders"), *((name, name) for name in POLICIES)]
         inputs.append(gr.Radio(policies, value="sliders", label="Policy: what chooses the move"))
-        inputs.append(gr.Slider(0, 2, 1, step=0.05, label="Strength", info="of mixup: twice the partner's share"))
+        strength = "factor on the sliders or the noise; of mixup, twice the partner's share"
+        inputs.append(gr.Slider(0, 2, STRENGTH, step=0.05, label="Strength", info=strength))
         inputs.append(gr.Number(0, label="Seed", minimum=0, precision=0))
-        inputs += [gr.Slider(-3, 3, 0, step=0.1, label=f"Mode {i + 1}, in standard deviations") for i in range(modes)]
-    with gr.Column(scale=2):
+        for i in range(modes):
+            inputs.append(gr.Slider(-3, 3, 0 if i else FIRST, step=0.1, label=f"Mode {i + 1}, in standard deviations"))
+    with pictures(gr):
         with gr.Row():
             outputs = [picture(gr, label) for label in ("Original", "Moved", "Difference (grey: none)")]
         outputs.append(gr.Markdown())
         with gr.Row():
-            outputs += [gr.Label(label=f"Posterior {when}", num_top_classes=10) for when in ("before", "after")]
+            outputs += [gr.Label(label=f"Posterior {when}", num_top_classes=5) for when in ("before", "after")]
     redraw(gr, page, show, inputs, outputs, "move")
 
 
@@ -147,20 +162,24 @@ def between_tab(gr: Any, page: Any, explorer: Explorer) -> None:
 
         start, end = explorer.picked(first, first_file)[0], explorer.picked(second, second_file)[0]
         middle, shares, posterior = explorer.between(start, end, share)
-        likeliest = posterior.amax(0).argsort(descending=True)[:5].tolist()
+        likeliest = posterior.amax(0).argsort(descending=True)[: len(LIKELIEST)].tolist()
         rows = [(x, float(posterior[i, k]), names[k]) for k in likeliest for i, x in enumerate(shares.tolist())]
         curve = pandas.DataFrame(rows, columns=["share", "probability", "class"])
-        return *map(shown, (start, middle, end)), curve
+        colours = dict(zip((names[k] for k in likeliest), LIKELIEST, strict=False))
+        legend = (f'<b style="color: {c}">&#9632;</b> {html.escape(name)}' for name, c in colours.items())
+        plot = gr.LinePlot(value=curve, color_map=colours)
+        return *map(shown, (start, middle, end)), " &ensp; ".join(legend), plot
 
     with gr.Column(scale=1):
         inputs = image_controls(gr, explorer, "First image")
         inputs += image_controls(gr, explorer, "Second image", len(explorer.data) - 1)
         inputs.append(gr.Slider(0, 1, 0.5, step=0.01, label="Share of the second image"))
-    with gr.Column(scale=2):
+    with pictures(gr):
         with gr.Row():
             outputs = [picture(gr, label) for label in ("First", "Between", "Second")]
         axes = {"x": "share", "y": "probability", "color": "class", "y_lim": [0, 1]}
-        outputs.append(gr.LinePlot(label="Posterior along the line", **axes))
+        outputs.append(gr.HTML())  # the plot's own legend does not wrap
+        outputs.append(gr.LinePlot(label="Posterior along the line", colors_in_legend=[], **axes))
     redraw(gr, page, show, inputs, outputs, "between")
 
 
@@ -177,19 +196,22 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
         facts = f"Accuracy {100 * float(right.double().mean()):.2f} %, expected calibration error "
         facts += f"{calibration_error(confidence, right):.4f}, {float(bits.mean()):.3f} {unit} given the class"
         unlikely, odd = (order[:SURPRISES].tolist() for order in (bits.argsort(descending=True), own.argsort()))
-        first = [(shown(data[i][0]), f"{names[y[i]]}, {bits[i]:.2f} {unit}") for i in unlikely]
-        second = [(shown(data[i][0]), f"{names[y[i]]}? {names[best[i]]}, {100 * confidence[i]:.0f} %") for i in odd]
+        first = [entry(i, f"{names[y[i]]}, {bits[i]:.2f} {unit}") for i in unlikely]
+        second = [entry(i, f"{names[y[i]]}? {names[best[i]]}, {100 * confidence[i]:.0f} %") for i in odd]
         return facts, first, second
+
+    def entry(row: int, text: str) -> tuple[Image.Image, str]:
+        return shown(explorer.shown[row][0]), f"{text}, {'/'.join(Path(data.where(row)).parts[-2:])}"
 
     button = gr.Button(f"Measure the flow on {len(data)} images", variant="primary")
     outputs = [gr.Markdown()]
     for title in ("The least likely images", "The images whose classes surprise the flow most"):
-        outputs.append(gr.Gallery(label=title, columns=6, interactive=False, format="png", buttons=["download"]))
+        outputs.append(gr.Gallery(label=title, height="auto", interactive=False, format="png", buttons=["download"]))
     button.click(told(gr, measure), None, outputs, api_name="measure")
     gr.Markdown("## Are samples copies of real images?")
     with gr.Row():
         inputs = sample_controls(gr, explorer)
-        with gr.Column(scale=2):
+        with pictures(gr):
             compare = gr.Button("Find the real images nearest to samples")
             outputs = [picture(gr, "Samples and the real images nearest to them"), gr.Markdown()]
     compare.click(told(gr, explorer.neighbours), inputs, outputs, api_name="neighbours")
@@ -216,9 +238,14 @@ def image_controls(gr: Any, explorer: Explorer, name: str, value: int = 0) -> li
     ]
 
 
+def pictures(gr: Any) -> Any:
+    return gr.Column(scale=2, elem_classes="pictures")
+
+
 def picture(gr: Any, label: str) -> Any:
     buttons = ["download", "fullscreen"]  # and not "share", which would send the picture to the Hub
-    return gr.Image(label=label, alt_text=label, format="png", type="pil", interactive=False, buttons=buttons)
+    settings = {"format": "png", "type": "pil", "interactive": False, "min_width": 100}
+    return gr.Image(label=label, alt_text=label, buttons=buttons, **settings)
 
 
 def shown(image: Tensor) -> Image.Image:

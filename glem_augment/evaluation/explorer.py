@@ -61,12 +61,13 @@ class Explorer:
     Args:
         model: modes are needed to move images.
         sets: images of the flow's shape, labelled by its class indices; and training images like them, if there are.
+            Pictures show the first ones at their own size.
         progress: show a bar on stderr while images are measured.
     """
 
     def __init__(self, model: GLEM, sets: Sequence[ImageData], progress: bool = True) -> None:
         self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
-        self.pixels = PixelAdapter(model.image_shape)
+        self.shown, self.pixels = sets[0].at_own_size(), PixelAdapter(model.image_shape)
 
     def samples(self, cls: int, temperature: float, source: DrawSource, seed: int, count: int = 32) -> Tensor:
         """The first samples [count, C, H, W] that `glem generate` draws of a class."""
@@ -101,7 +102,7 @@ class Explorer:
     def picked(self, index: int, upload: str | None = None) -> tuple[Tensor, int]:
         """An uploaded file and the class that the flow gives it, or else image `index` of the data and its class."""
         if upload is None:
-            return self.data[index]
+            return self.shown[index]
         image = read_upload(upload)
         return image, int(self.model.predict(self._small(image)))
 

@@ -94,10 +94,13 @@ def test_every_tab_answers(
         slid = (ask(0, None, -1, "sliders", s, 0, c, *[0] * 4, name="move")[1] for s, c in ((1, 1), (0.5, 2), (1, 2)))
         once, same, twice = (Image.open(path).tobytes() for path in slid)
         assert once == same != twice
-        *_, curve = ask(0, None, 17, None, 0.25, name="between")
+        *_, legend, curve = ask(0, None, 17, None, 0.25, name="between")
+        assert legend.count("</b> ") == 3
         assert len(curve["data"] if "data" in curve else curve["value"]["data"]) == 3 * 41
         facts, *galleries = ask(name="measure")
         assert facts.startswith("Accuracy ") and [len(gallery) for gallery in galleries] == [12, 12]
+        files = {entry["caption"].rpartition(", ")[2] for gallery in galleries for entry in gallery}
+        assert files <= {f"{path.parent.name}/{path.name}" for path in Path(images_of(trained)).rglob("*.png")}
         _, verdict = ask(0, 0.8, "rfcm", 0, name="neighbours")
         assert "train split" in verdict
         for file, words in {"broken": "cannot be read as an image", "bomb": "11000 x 9100 pixels"}.items():
@@ -149,11 +152,17 @@ def test_a_browser_on_every_tab(photos: dict[str, str], tmp_path: Path, monkeypa
             page.goto(url)
             page.get_by_role("img", name="Samples").or_(page.locator("img:visible")).first.wait_for()
             page.get_by_role("tab", name="Move").click()
-            page.get_by_text("The largest change of a pixel is 0 of 255.").wait_for()
+            page.get_by_text("which would be kept").wait_for()
+            assert page.get_by_text("The largest change of a pixel is 0 of 255.").count() == 0
             page.get_by_role("slider", name="Mode 1").focus()
-            for _ in range(10):
-                page.keyboard.press("ArrowRight")
-            page.get_by_text("The largest change of a pixel is 0 of 255.").wait_for(state="detached")
+            for _ in range(30):
+                page.keyboard.press("ArrowLeft")
+            page.get_by_text("The largest change of a pixel is 0 of 255.").wait_for()
+            page.set_viewport_size({"width": 390, "height": 900})
+            picture, slider = page.get_by_role("img", name="Moved"), page.get_by_role("slider", name="Mode 1")
+            above, below = picture.bounding_box(), slider.bounding_box()
+            assert above and below and above["y"] < below["y"]
+            page.set_viewport_size({"width": 1280, "height": 900})
             for name, words in (("photo", None), ("broken", "cannot be read as an image"), ("bomb", "11000 x 9100")):
                 page.locator("input[type=file]:not([disabled])").first.set_input_files(photos[name])
                 if words is None:

@@ -86,6 +86,10 @@ def test_uploads_are_reduced_and_hostile_ones_refused(explorer: Explorer, tmp_pa
     image, cls = explorer.picked(0, str(tmp_path / "photo.jpg"))
     assert image.shape == (3, LONGEST // 2, LONGEST) and cls == 0
     assert explorer.picked(17)[1] == 2
+    # Images of the data are shown at their own size.
+    x = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
+    large = images_for(explorer.model, (x, [0, 1, 2, 0]))
+    assert torch.equal(Explorer(explorer.model, [large.subset([2, 3])]).picked(0)[0], x[2])
     assert explorer.move(image, cls, "noise", 0.2).image.shape == image.shape
     on_its_side = Image.Exif()
     on_its_side[ExifTags.Base.Orientation] = 6
