@@ -254,7 +254,7 @@ def test_a_damaged_download_is_never_loaded(pushed: Pushed, file: str, change: s
 
 def test_repositories_without_a_model_that_can_be_read(pushed: Pushed, tmp_path: Path) -> None:
     server, model, _ = pushed
-    refused("404", server.endpoint, "hf auth login", "no folder 'org/nothing'", name="org/nothing")
+    refused("404", server.endpoint, "hf auth login", "no folder 'org/nothing' here, and http", name="org/nothing")
     refused("org/flow@v9", "Invalid rev id: v9", name="org/flow@v9")
     server.put("org/bert", {CONFIG: b'{"model_type": "bert"}', "pytorch_model.bin": b"x"})
     refused("holds no model of glem-augment", "pytorch_model.bin", name="org/bert")
