@@ -19,8 +19,15 @@ from tqdm import tqdm
 from glem_augment import __version__
 from glem_augment.checks import RUN_FILE
 from glem_augment.cli import common
-from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
-from glem_augment.training.methods import METHODS, method
+from glem_augment.training.config import (
+    AUGMENTATIONS,
+    METHODS,
+    SETTINGS,
+    TrainConfig,
+    check_names,
+    check_setting,
+    method,
+)
 
 if TYPE_CHECKING:
     from glem_augment.data.dataset import ImageData
