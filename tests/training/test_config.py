@@ -72,6 +72,7 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
         "random_init": (["--random-init", "1", "5"], (1.0, 5.0)),
         "augment": (["--augment", "flip, crop"], ("flip", "crop")),
         "joint": (["--joint"], True),
+        "autoencoder": (["--autoencoder", "taef2"], "taef2"),
         "compile": (["--no-compile"], False),
     }  # fmt: skip
     for name, about in SETTINGS.items():
