@@ -30,6 +30,7 @@ Memory = Literal["stored", "reversible"]  # what becomes of a flow's activations
 
 PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, Policy))
 BUNDLED_IMAGES = "bundled:fashion-mnist"
+RUN_FILE = "run.json"  # of a run of `glem train`: its command and how it opened the data
 DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1

@@ -48,11 +48,6 @@ class Repo:
 
     def __post_init__(self) -> None:
         files = {".gitattributes": b"*.safetensors filter=lfs\n"}
-        if self.kind == "space":
-            reference = (
-                b"Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference"
-            )
-            files["README.md"] = b"---\ntitle: Page\nsdk: gradio\nsdk_version: 5.0.0\n---\n\n" + reference + b"\n"
         self.commit(files, "main", "initial commit")
 
     def commit(self, tree: dict[str, bytes], ref: str, message: str) -> str:
@@ -188,14 +183,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.validate()
             case ["api", "models"]:
                 self.listing(parse_qs(urlsplit(self.path).query)["filter"][0])
-            case ["api", "models" | "datasets" | "spaces" as kind, org, name, *rest]:
+            case ["api", "models" | "datasets" as kind, org, name, *rest]:
                 self.api(kind[:-1], f"{org}/{name}", *rest)
             case [*kind, org, name, "info", "lfs", "objects", "batch"]:
                 self.batch("dataset" if kind else "model", f"{org}/{name.removesuffix('.git')}")
             case ["lfs", oid]:
                 self.hub.lfs[oid] = self.body
                 self.send(200, b"", {})
-            case ["datasets" | "spaces" as kind, org, name, "resolve", revision, *path]:
+            case ["datasets" as kind, org, name, "resolve", revision, *path]:
                 self.resolve(kind[:-1], f"{org}/{name}", revision, "/".join(path))
             case [org, name, "resolve", revision, *path]:
                 self.resolve("model", f"{org}/{name}", revision, "/".join(path))
@@ -267,8 +262,6 @@ class _Handler(BaseHTTPRequestHandler):
             known = self.token in self.hub.readers
             return self.error(403 if known else 401, "", "You don't have the rights to create a repository")
         name = f"{owner}/{wanted['name']}"
-        if kind == "space" and wanted.get("sdk") != "gradio":
-            return self.answer(400, {"error": "sdk must be one of gradio, docker, static"})
         url = f"{self.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
         if (kind, name) in self.hub.repos:
             return self.answer(409, {"error": "You already created this repo", "url": url})

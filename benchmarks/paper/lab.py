@@ -42,8 +42,7 @@ from glem_augment.latent.gaussians import LOWEST_SHARE
 from glem_augment.training import TimeUpError, TrainConfig
 from glem_augment.training.batches import stratified_split
 from glem_augment.training.checkpoint import has_checkpoint
-from glem_augment.training.config import PAPER
-from glem_augment.training.methods import METHODS
+from glem_augment.training.config import METHODS, PAPER
 from glem_augment.training.objective import LatentStatistics
 
 # Part of every name. Raise it when the same settings come to mean something else.

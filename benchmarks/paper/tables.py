@@ -19,7 +19,7 @@ class Cell:
     """One flow, one way of sampling it, and what is measured.
 
     Attributes:
-        label: the row. data: "main" or "second". method, changes: of `training.methods`.
+        label: the row. data: "main" or "second". method, changes: of `training.config`.
         metrics: any of NF-A, CNN-A, ViT-A, FID, Cov, L-R, BPD, ECE, Agree (class code against Gaussian), rho-distance,
             rho-confusion (rank correlations of pairwise KLD with the oracle). A monomodal flow's rejection is reported
             with FID: "kept", the share of its samples, and "rarest class", that class's share of them.

@@ -34,7 +34,7 @@ from benchmarks.proof.augmentation_train import accuracy, train
 from glem_augment import GLEM, ImageData, SyntheticDataset
 from glem_augment.io import write_json
 from glem_augment.training import Trainer
-from glem_augment.training.methods import method
+from glem_augment.training.config import method
 
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
 SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3), "imagenette": (32, 3)}

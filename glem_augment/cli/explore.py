@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         page = build_page(gr, Explorer(model, sets, progress=not args.quiet), real)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
         served: dict[str, Any] = {"share": False, "max_file_size": MOST_BYTES, "ssr_mode": False, "quiet": True}
-        # Gradio serves 127.0.0.1 alone, unless GRADIO_SERVER_NAME says otherwise, as in a Space.
+        # Gradio serves 127.0.0.1 alone, unless GRADIO_SERVER_NAME says otherwise.
         _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], prevent_thread_lock=True, **served)
         common.note(f"glem explore is at {url} (Ctrl-C ends it)")
         page.block_thread()

@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from glem_augment import __version__
+from glem_augment.checks import RUN_FILE
 from glem_augment.cli import common
-from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
-from glem_augment.training.methods import METHODS, method
+from glem_augment.training.config import (
+    AUGMENTATIONS,
+    METHODS,
+    SETTINGS,
+    TrainConfig,
+    check_names,
+    check_setting,
+    method,
+)
 
 if TYPE_CHECKING:
     from glem_augment.data.dataset import ImageData
@@ -52,7 +60,6 @@ EXAMPLES = """\
 EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
 
 
-RUN_FILE = "run.json"
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
 _VIEW = {
     "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,

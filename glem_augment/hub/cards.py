@@ -1,4 +1,4 @@
-"""Cards of models, synthetic sets and Spaces. A card states what the records say, and what its publisher adds."""
+"""Cards of models and synthetic sets. A card states what the records say, and what its publisher adds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from huggingface_hub import (
     EvalResult,
     ModelCard,
     ModelCardData,
-    SpaceCard,
-    SpaceCardData,
 )
 
 from glem_augment.data.sources import TIMM_PREFIXES
@@ -26,7 +24,6 @@ from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 
 SAMPLES = "samples.png"
-GRADIO = "6.31.0"  # of a Space; the extra "explore" allows it
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
 # "image-classification" would promise the Hub's widgets a classifier that they can run.
 PIPELINE = "unconditional-image-generation"
@@ -213,15 +210,6 @@ def _evaluation(results: Sequence[EvalResult]) -> str:
         where = f"{escape(result.dataset_name)}, {escape(result.dataset_split or 'test')}"
         rows.append(f"| {where} | {result.metric_name} | {value} |")
     return "\n".join(rows)
-
-
-def space_card(model: GLEM, repo_id: str, facts: CardFacts) -> SpaceCard:
-    """The card of a Space that serves the page of `glem explore` for a model that came from the Hub."""
-    facts = facts.with_recorded(model.config.training)
-    about: dict[str, Any] = {"models": [str(model.origin).partition("@")[0]], "datasets": list(facts.datasets) or None}
-    about |= {"title": repo_id.split("/")[-1], "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py"}
-    metadata = SpaceCardData(**about, **facts.metadata(), tags=[LIBRARY])
-    return SpaceCard(_text(metadata, repo_id, f"A page to explore the flow `{model.origin}`. {facts.sentence()}", {}))
 
 
 # ---- synthetic sets ------------------------------------------------------------------------------------------------

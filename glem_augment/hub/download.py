@@ -81,7 +81,7 @@ def download_model(
     name = _name(text, revision)
     client = _client(cache_dir, token)
     # A mistyped folder looks like a name on the Hub.
-    hint = "" if os.fspath(text).startswith(PREFIX) else f" (and there is no folder {os.fspath(text)!r} here)"
+    hint = "" if os.fspath(text).startswith(PREFIX) else f"there is no folder {os.fspath(text)!r} here, and "
     with hub_errors(name, hint=hint):
         listed = _ask(name, client["cache_dir"], token)
 
@@ -262,30 +262,30 @@ def _check_digest(found: HubName, weights: Path) -> None:
 def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Iterator[None]:
     """Turn any error of the Hub's client inside the `with` block into a HubError of one sentence that names `name`.
 
-    `hint` is added where the name may have been meant for something else than a repository.
+    `hint` comes first, where the name may have been meant for something else than a repository.
     """
     try:
         yield
     except GLEMError:
         raise
     except Exception as error:  # the client's errors depend on its version and on the HTTP library below it
-        raise HubError(_without_secrets(_explain(error, name, repo_type, hint))) from error
+        raise HubError(hint + _without_secrets(_explain(error, name, repo_type))) from error
 
 
-def _explain(error: Exception, name: HubName, repo_type: str, hint: str) -> str:
+def _explain(error: Exception, name: HubName, repo_type: str) -> str:
     host, at = constants.ENDPOINT, f"the {repo_type} {str(name)!r}" if name.repo_id else "the list of models"
     if isinstance(error, client_errors.HFValidationError):
         return f"{name.repo_id!r} is no name of a repository: {error}"
     if constants.HF_HUB_OFFLINE:
-        return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE{hint}"
+        return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE"
     cause: BaseException | None = error
     while cause is not None:
         if status := getattr(getattr(cause, "response", None), "status_code", None):
             fix = "check the name, and log in with `hf auth login`, set HF_TOKEN, or pass token="
-            fix = f"; {fix} for a token with access{hint}" if status in (401, 403, 404) else ""
+            fix = f"; {fix} for a token with access" if status in (401, 403, 404) else ""
             return f"{host} answered {status} for {at}: {getattr(cause, 'server_message', None) or cause}{fix}"
         cause = cause.__cause__ or cause.__context__
-    return f"{at} can't be had from {host} ({error}): check the connection, the proxy and HF_ENDPOINT{hint}"
+    return f"{at} can't be had from {host} ({error}): check the connection, the proxy and HF_ENDPOINT"
 
 
 def _without_secrets(text: str) -> str:

@@ -13,10 +13,9 @@ import torch
 from huggingface_hub import CommitInfo, HfApi, RepoCard, constants
 from torchvision.utils import save_image
 
-from glem_augment import __version__
 from glem_augment.devices import evaluating
 from glem_augment.errors import HubError
-from glem_augment.hub.cards import SAMPLES, CardFacts, model_card, records, space_card
+from glem_augment.hub.cards import SAMPLES, CardFacts, model_card, records
 from glem_augment.hub.download import LIBRARY, HubName, hub_errors
 from glem_augment.io import atomic_write
 from glem_augment.model.glem import GLEM
@@ -24,18 +23,7 @@ from glem_augment.model.glem import GLEM
 CARD = "README.md"
 # A card with this line was generated and is replaced by the next push. One without it was edited by somebody.
 _GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
-_NEW_SPACES_CARD = "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference"
 _ROWS, _COLUMNS = 16, 8  # of the picture of samples
-_APP = """\
-\"\"\"The page of `glem explore` for a flow on the Hub.\"\"\"
-
-import os
-
-from glem_augment.cli import main
-
-os.environ["GRADIO_SERVER_NAME"] = "0.0.0.0"  # a Space is opened from other machines
-raise SystemExit(main(["explore", "{}"]))
-"""
 _log = logging.getLogger(__name__)
 
 
@@ -84,13 +72,6 @@ def write_repository(model: GLEM, facts: CardFacts, repo_id: str, folder: Path, 
     write_card(card, folder)
 
 
-def write_space(model: GLEM, facts: CardFacts, repo_id: str, folder: Path) -> None:
-    """Write a Space to an empty folder: the page of `glem explore` for a model that came from the Hub."""
-    write_card(space_card(model, repo_id, facts), folder)
-    (folder / "app.py").write_text(_APP.format(model.origin), encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"{LIBRARY}[explore]=={__version__}\n", encoding="utf-8")
-
-
 def _draw_samples(model: GLEM, path: Path) -> None:
     """Draw one row of samples per class; if there are many classes, of some that are spread evenly over all."""
     classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, _ROWS)).long()
@@ -126,7 +107,7 @@ def upload(
     A card that somebody wrote or edited by hand is kept, with a warning.
 
     Args:
-        repo_id, repo_type: `org/name` or `name`, and "model", "dataset" or "space".
+        repo_id, repo_type: `org/name` or `name`, and "model" or "dataset".
         commit_message: by default one that names the library.
         private: the visibility of a new repository; an existing one must have it already. None accepts either.
         token: a token with write access; None means the stored one.
@@ -137,8 +118,7 @@ def upload(
     with hub_errors(asked, repo_type):
         # Before the files are written, which may take hours: a missing permission should show first.
         api = HfApi(token=token, library_name=LIBRARY)
-        sdk = "gradio" if repo_type == "space" else None
-        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk).repo_id
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         # The client leaves an existing repository as it is. Private files must not end up in a public one.
         if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
             raise HubError(
@@ -156,7 +136,7 @@ def upload(
                 # The user's cache may hold an older one.
                 path = api.hf_hub_download(repo_id, CARD, **card, force_download=True)
                 text = Path(path).read_text(encoding="utf-8", errors="replace")
-                keep_card = _GENERATED not in text and text.split("---\n")[-1].strip() != _NEW_SPACES_CARD
+                keep_card = _GENERATED not in text
             if keep_card:
                 _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
             return api.upload_folder(

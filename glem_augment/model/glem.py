@@ -120,8 +120,11 @@ class GLEM(ImageFlow):
 
         Raises:
             ValueError: anything that does not describe a model, such as a size that the autoencoder does not divide.
-            TypeError: a module that is no autoencoder. ModelFileError: see `open_autoencoder`.
+            TypeError: a module that is no autoencoder, or classes that are no list. ModelFileError: see
+                `open_autoencoder`.
         """
+        if isinstance(classes, int):
+            raise TypeError(f"classes are a list of names, got {classes}: give [str(i) for i in range({classes})]")
         shape, facts = image_shape, None
         if isinstance(autoencoder, str):
             autoencoder, facts = open_autoencoder(autoencoder, lambda text: hub().download_autoencoder(text))

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from glem_augment.checks import RUN_FILE
 from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write, expand
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
@@ -66,8 +67,18 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
         return None
     for file in (WEIGHTS, CONFIG):
         if not (folder / file).is_file():
-            raise ModelFileError(f"{folder} is not a model folder: it has no {file}")
+            raise ModelFileError(_unfinished(folder) or f"{folder} is not a model folder: it has no {file}")
     return folder
+
+
+def _unfinished(folder: Path) -> str | None:
+    """What to do with a run of `glem train` that has not finished; None for another folder."""
+    try:
+        command = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    resume = command if "--resume" in command.split() else f"{command} --resume"
+    return f"{folder} is a run that has not finished, so it holds no model yet: to finish it, run {resume}"
 
 
 def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[str, Tensor]) -> None:

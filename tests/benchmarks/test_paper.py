@@ -19,9 +19,8 @@ from benchmarks.paper.paper import check_tables, main
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, cells_of
 from glem_augment import ImageData
-from glem_augment.training.config import TrainConfig
+from glem_augment.training.config import METHODS, TrainConfig, method
 from glem_augment.training.em import EM
-from glem_augment.training.methods import METHODS, method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import HubServer
 from PIL import Image
 from test_cli import Output, fails, images_of, output, trained  # noqa: F401  (two are fixtures)
 from test_hub import server, tiny_model  # noqa: F401  (one is a fixture)
@@ -108,30 +106,6 @@ def test_every_tab_answers(
                 ask(0, client_module.handle_file(photos[file]), 2, "noise", 0.1, 0, *[0] * 5, name="move")
 
     visited([str(trained), images_of(trained)], visit, tmp_path, monkeypatch)
-
-
-def test_the_app_of_a_space(server: HubServer, tmp_path: Path) -> None:  # noqa: F811
-    """It shows a flow of the Hub without real images, to all who can reach it, and leaves nothing behind."""
-    client_module = pytest.importorskip("gradio_client", reason="Gradio is not installed (extra explore)")
-    commit = tiny_model().push_to_hub("org/flow", license="mit", samples=False)
-    assert main(["push", "org/flow", "org/page", "--space", "--dry-run", str(tmp_path / "page")]) == 0
-    of_the_hub = {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    env = {**os.environ, **of_the_hub, "SYSTEM": "spaces", "SPACE_ID": "org/page", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, str(tmp_path / "page" / "app.py")]
-    with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            said = next(line for line in process.stderr if "glem explore is at" in line)
-            assert list(tmp_path.glob("glem-explore-*"))
-            url = said.split()[4].replace("localhost", "127.0.0.2")  # which 127.0.0.1 alone would not answer
-            client = client_module.Client(url, verbose=False, download_files=str(tmp_path / "downloads"))
-            assert {"/samples", "/between"} == set(client.view_api(return_format="dict")["named_endpoints"])
-            first, *_ = client.predict(0, None, 62, None, 0.25, api_name="/between")
-        finally:
-            process.terminate()
-    assert process.returncode == 0 and not list(tmp_path.glob("glem-explore-*"))
-    sample = SyntheticDataset(GLEM.from_pretrained(f"org/flow@{commit.oid}"), 21).images([0])[0]
-    assert (np.asarray(Image.open(first).convert("L"))[::32, ::32] == sample[0].numpy()).all()
 
 
 @pytest.mark.slow

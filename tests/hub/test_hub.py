@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,8 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer
-from huggingface_hub import ModelCard, SpaceCard, constants, file_download
+from huggingface_hub import ModelCard, constants, file_download
 from jet_pytorch import Jet
-from packaging.requirements import Requirement
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
@@ -255,7 +253,7 @@ def test_a_damaged_download_is_never_loaded(pushed: Pushed, file: str, change: s
 
 def test_repositories_without_a_model_that_can_be_read(pushed: Pushed, tmp_path: Path) -> None:
     server, model, _ = pushed
-    refused("404", server.endpoint, "hf auth login", "no folder 'org/nothing'", name="org/nothing")
+    refused("404", server.endpoint, "hf auth login", "no folder 'org/nothing' here, and http", name="org/nothing")
     refused("org/flow@v9", "Invalid rev id: v9", name="org/flow@v9")
     server.put("org/bert", {CONFIG: b'{"model_type": "bert"}', "pytorch_model.bin": b"x"})
     refused("holds no model of glem-augment", "pytorch_model.bin", name="org/bert")
@@ -551,24 +549,6 @@ def test_commands_take_names_on_the_hub(server: HubServer, tmp_path: Path, capsy
     repo = server.repo("org/flow")  # the full name, where the owner was left out
     assert repo.private and repo.messages[-1] == (out["commit"], "Mine")
     assert (out["repo"], out["pinned"]) == ("org/flow", f"org/flow@{out['commit']}")
-    space = json.loads(glem("push", "org/flow", "page", "--space", "--private", "--license", "mit"))
-    assert (space["repo"], space["pinned"]) == ("org/page", out["pinned"]) and "/spaces/org/page/" in space["url"]
-    repo = server.repo("org/page", "space")
-    files = repo.commits[space["commit"]]
-    assert repo.private and len(repo.messages) == 2 and out["pinned"].encode() in files["app.py"]
-    # The card with which the Hub starts a Space is replaced.
-    card = SpaceCard(files["README.md"].decode())
-    facts = {"title": "page", "sdk": "gradio", "app_file": "app.py", "license": "mit", "models": ["org/flow"]}
-    assert facts.items() <= card.data.to_dict().items() and out["pinned"] in card.text
-    glem("push", "org/flow", "page", "--space", "--dry-run", tmp_path / "page", "--license", "mit")
-    assert {path.name for path in (tmp_path / "page").iterdir()} == files.keys() - {".gitattributes"}
-    assert (tmp_path / "page" / "app.py").read_bytes() == files["app.py"]
-    assert files["requirements.txt"].decode() == f"glem-augment[explore]=={glem_augment.__version__}\n"
-    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert card.data.sdk_version in Requirement(re.findall('"(gradio.*)"', extras)[0]).specifier
-    for bad in ([tmp_path / "flow"], ["org/flow", "--no-samples"]):
-        assert main([str(arg) for arg in ["push", bad[0], "org/new", "--space", *bad[1:]]]) == 2
-        assert "by its name on the Hub" in capsys.readouterr().err and ("space", "org/new") not in server.repos
     assert json.loads(glem("info", "org/flow", "--json"))["hub"] == {"repo": "org/flow", "commit": out["commit"]}
     glem("generate", out["pinned"], "--per-class", "2", "--out", tmp_path / "images", "--device", "cpu")
     assert len(list((tmp_path / "images").rglob("*.png"))) == 6

@@ -307,3 +307,5 @@ def test_create_refuses_what_is_no_model() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GLEM.create(**{**dict(preset="mef_tiny", image_shape=(1, 4, 4), classes=["a", "b"]), **change})
+    with pytest.raises(TypeError, match=r"a list of names, got 10: give \[str\(i\) for i in range\(10\)\]"):
+        GLEM.create("mef_tiny", (1, 4, 4), 10)

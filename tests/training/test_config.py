@@ -14,8 +14,7 @@ from test_training import rows, tiny_trainer, toy_data
 from glem_augment.cli.common import table
 from glem_augment.cli.train import add_settings, checked, given
 from glem_augment.training import TrainConfig
-from glem_augment.training.config import SETTINGS
-from glem_augment.training.methods import METHODS, method
+from glem_augment.training.config import METHODS, SETTINGS, method
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
