@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -181,8 +181,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.create()
             case ["api", "validate-yaml"]:
                 self.validate()
-            case ["api", "models"]:
-                self.listing(parse_qs(urlsplit(self.path).query)["filter"][0])
             case ["api", "models" | "datasets" as kind, org, name, *rest]:
                 self.api(kind[:-1], f"{org}/{name}", *rest)
             case [*kind, org, name, "info", "lfs", "objects", "batch"]:
@@ -211,14 +209,6 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             return repo
         return None
-
-    def listing(self, tag: str) -> None:
-        cards = {
-            name: repo.commits[repo.refs["main"]].get("README.md", b"").decode()
-            for (kind, name), repo in self.hub.repos.items()
-            if kind == "model" and not repo.private
-        }
-        self.answer(200, [{"id": name} for name, card in cards.items() if f"- {tag}\n" in card])
 
     def api(self, kind: str, name: str, what: str = "", *rest: str) -> None:
         repo = self.open(kind, name, what in ("commit", "preupload", "branch"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from huggingface_hub import (
 )
 
 from glem_augment.data.sources import TIMM_PREFIXES
-from glem_augment.hub.download import LIBRARY, PREFIX, held_out, is_number, parse_name
+from glem_augment.hub.download import LIBRARY, PREFIX, parse_name
 from glem_augment.model.config import licence_id
 from glem_augment.model.glem import GLEM
 
@@ -210,6 +211,19 @@ def _evaluation(results: Sequence[EvalResult]) -> str:
         where = f"{escape(result.dataset_name)}, {escape(result.dataset_split or 'test')}"
         rows.append(f"| {where} | {result.metric_name} | {value} |")
     return "\n".join(rows)
+
+
+def held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
+    """Accuracy and likelihood on the held-out part of the training images, which the trainer recorded."""
+    found = training.get("held_out")
+    found = found if isinstance(found, dict) else {}
+    keys = ("accuracy", "nats_per_number" if "val_nats_per_number" in found else "bits_per_dim")
+    values = {key: found.get(f"val_{key}") for key in keys}
+    return {key: value if is_number(value) else None for key, value in values.items()}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ---- synthetic sets ------------------------------------------------------------------------------------------------

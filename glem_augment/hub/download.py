@@ -1,4 +1,4 @@
-"""Downloading a model: `config.json` and `model.safetensors` as of one commit, checked on arrival. Listing models.
+"""Downloading a model: `config.json` and `model.safetensors` as of one commit, checked on arrival.
 
 The client `huggingface_hub` provides the cache, tokens, retries and offline mode. Two checks are added. The config is
 judged before the weights are fetched, so that nobody waits for the weights of another library. The weights are
@@ -8,10 +8,9 @@ compared with the SHA-256 that the Hub states, since the client compares sizes o
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,9 @@ from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapsh
 from huggingface_hub import errors as client_errors
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import get_session
-from tqdm import tqdm
 
 from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.io import expand, file_sha256
-from glem_augment.model.config import GLEMConfig, licence_id
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 
 _log = logging.getLogger(__name__)
@@ -157,54 +153,6 @@ def _only_weights(
     return files[0], str(found)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def summary(config: GLEMConfig, size: int | None, licence: object = None) -> dict[str, Any]:
-    """What `glem list` says of a flow with weights of `size` bytes; the licence is by default the recorded one."""
-    return {
-        "image_shape": list(config.image_shape),
-        "bits": config.bits,
-        "classes": config.class_names,
-        "bytes": size,
-        **held_out(config.training),
-        "license": licence_id(licence) or licence_id(config.training.get("license")),
-    }
-
-
-def held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracy and likelihood on the held-out part of the training images, which the trainer recorded."""
-    found = training.get("held_out")
-    found = found if isinstance(found, dict) else {}
-    keys = ("accuracy", "nats_per_number" if "val_nats_per_number" in found else "bits_per_dim")
-    values = {key: found.get(f"val_{key}") for key in keys}
-    return {key: value if is_number(value) else None for key, value in values.items()}
-
-
-def flows_on_hub(limit: int = 100, progress: bool = True) -> dict[str, Any]:
-    """What `summary` says of the models on the Hub that carry the library's tag, of the first `limit`.
-
-    A model that can't be read is left out, with a warning. HubError: the Hub can't be asked.
-    """
-    api, found = HfApi(library_name=LIBRARY), {}
-    with hub_errors(HubName("")):
-        # The client would ask for the list six times, with a warning each, where there is no network.
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        names = [model.id for model in api.list_models(filter=LIBRARY, limit=limit)]
-    for name in tqdm(names, unit="model", desc="configs", delay=2, disable=not progress):
-        try:
-            with hub_errors(HubName(name)):
-                listed = api.model_info(name, files_metadata=True)
-                config = Path(str(hf_hub_download(name, CONFIG, revision=listed.sha, library_name=LIBRARY)))
-            size = next((entry.size for entry in listed.siblings or () if entry.rfilename == WEIGHTS), None)
-            licence = None if listed.card_data is None else listed.card_data.get("license")
-            found[name] = summary(read_config(config.parent), size, licence)
-        except ModelFileError as error:
-            _log.warning("%s is left out: %s", name, error)
-    return found
-
-
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
     name = parse_name(text) if isinstance(text, str) else None  # a path always means a folder
     if name is None:
@@ -273,7 +221,7 @@ def hub_errors(name: HubName, repo_type: str = "model", hint: str = "") -> Itera
 
 
 def _explain(error: Exception, name: HubName, repo_type: str) -> str:
-    host, at = constants.ENDPOINT, f"the {repo_type} {str(name)!r}" if name.repo_id else "the list of models"
+    host, at = constants.ENDPOINT, f"the {repo_type} {str(name)!r}"
     if isinstance(error, client_errors.HFValidationError):
         return f"{name.repo_id!r} is no name of a repository: {error}"
     if constants.HF_HUB_OFFLINE:
