@@ -163,7 +163,7 @@ def test_mush_covers_little_of_photographs() -> None:
     mush = (real.float().mean(0) + 20 * torch.randn(60, 3, 32, 32)).clamp(0, 255).to(torch.uint8)
     *made, reference = latent_features(real, new, blurred, mush, unseen)
     covered = [coverage(reference, features)["coverage"] for features in made]
-    assert covered[0] > 0.8 and covered[1] < 0.2 and covered[2] < 0.1, covered
+    assert covered[0] > 0.5 and covered[1] < 0.2 and covered[2] < 0.1, covered
 
 
 def test_a_weak_judge_is_named(tmp_path: Path) -> None:
