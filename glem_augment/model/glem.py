@@ -32,7 +32,7 @@ from glem_augment.model.jet_file import open_base, open_jet, reference
 from glem_augment.model.weights import WEIGHTS, load_model, local_folder, read_config, weights_sha256, write_model
 
 CUSTOM = "custom"  # the name of a user's module in a config
-IMAGES_PER_DIMENSION = 8  # from which on full covariances classify held-out images better than diagonal ones
+IMAGES_PER_DIMENSION = 8  # least for full covariances; a cautious choice, tried at 88 and more alone
 STANDARDISED_BY = 64  # images from which an autoencoder's latents are standardised; each has many positions
 
 
