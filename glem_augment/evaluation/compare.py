@@ -69,16 +69,20 @@ ORDINARY = (
     Stack("TrivialAugment, CutMix", "ordinary", ("TrivialAugmentWide",), "CutMix"),
     Stack("TrivialAugment, RandomErasing, Mixup", "ordinary", ("TrivialAugmentWide", "RandomErasing"), "MixUp"),
 )
-_POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("noise 0.5", dict(policy="noise", strength=0.5)),
-    ("noise 1", dict(policy="noise", strength=1.0)),
-    ("mixup", dict(policy="mixup")),
+POLICIES: tuple[dict[str, Any], ...] = (
+    dict(policy="noise", strength=0.5),
+    dict(policy="noise", strength=1.0),
+    dict(policy="mixup"),
 )
 
 
-def moves(kind: str, shown: str) -> tuple[Stack, ...]:
-    """The stacks that move images along the modes of a model, alone and after the best that needs no model."""
-    return tuple(Stack(f"{shown}: {name}", kind, moves=tuple(found.items())) for name, found in _POLICIES)
+def moves(kind: str, shown: str, policies: Sequence[dict[str, Any]] = POLICIES) -> tuple[Stack, ...]:
+    """The stacks that move images along the modes of a model, one for each of these settings of `GLEMAugment`."""
+    return tuple(
+        Stack(" ".join((f"{shown}:", *(f"{value:g}" if key == "strength" else value for key, value in found.items()))),
+              kind, moves=tuple(found.items()))
+        for found in policies
+    )  # fmt: skip
 
 
 def interval(values: Sequence[float]) -> float:
@@ -108,15 +112,18 @@ class Comparison:
 
     def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int) -> float:
         """Accuracy in percent on `test` of the network trained on `train` with this stack."""
-        classes, channels = len(train.classes), train.image_shape[0]
-        rate = RATE_PRETRAINED if self.pretrained else RATE
-        more: dict[str, Any] = dict(name=self.network, rate=rate, pretrained=self.pretrained)
-        net = train_network(self.batches(stack, train, seed), self.steps, channels, classes, seed, **more)
-        right = 0
+        net, right = self.trained(stack, train, seed), 0
         with torch.inference_mode():
             for x, y in test.batches(np.arange(len(test)), 256):
                 right += int((net(_normalised(x)).argmax(1) == y).sum())
         return 100 * right / len(test)
+
+    def trained(self, stack: Stack, train: ImageData, seed: int) -> torch.nn.Module:
+        """The network trained on `train` with this stack, in eval mode; it expects normalised images."""
+        classes, channels = len(train.classes), train.image_shape[0]
+        rate = RATE_PRETRAINED if self.pretrained else RATE
+        more: dict[str, Any] = dict(name=self.network, rate=rate, pretrained=self.pretrained)
+        return train_network(self.batches(stack, train, seed), self.steps, channels, classes, seed, **more)
 
     def batches(self, stack: Stack, train: ImageData, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of normalised images and labels without end, a function of the seed."""
@@ -154,10 +161,17 @@ class Comparison:
                 yield images.contiguous(memory_format=torch.channels_last), labels
 
     def moved(self, stack: Stack, train: ImageData) -> Tensor:
-        """Moved copies of all images, uint8 [copies, N, C, H, W], made once."""
+        """Moved copies of all images, uint8 [copies, N, C, H, W], made once.
+
+        Policy "adversarial" raises the loss of a network that was trained with crop + flip on the same images.
+        """
         key = stack, train
         if key not in self._copies:
             aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
+            if aug.policy == "adversarial":
+                channels = train.image_shape[0]
+                normalise = v2.Normalize([ORACLE_MEAN] * channels, [ORACLE_STD] * channels)
+                aug.attach(torch.nn.Sequential(normalise, self.trained(PLAIN, train, 0)))
             x, y = train.tensor(), torch.from_numpy(train.targets)
             out = torch.empty(self.copies, *x.shape, dtype=torch.uint8)
             for view in range(self.copies):
