@@ -1,4 +1,7 @@
-"""Cards of models and synthetic sets. A card states what the records say, and what its publisher adds."""
+"""Cards of models and synthetic sets, from model_card.md and dataset_card.md.
+
+A card states what the records say, and what the publisher adds.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import (
-    CardData,
-    DatasetCard,
-    DatasetCardData,
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.hub.download import LIBRARY, PREFIX, parse_name
@@ -74,10 +70,6 @@ class CardFacts:
         """The licence as metadata of a card."""
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 
-    def with_recorded(self, training: Mapping[str, Any]) -> CardFacts:
-        """These facts with the licence in the record of a training, where none is given."""
-        return replace(self, license=self.license or licence_id(training.get("license")))
-
     def sentence(self) -> str:
         """A sentence on the licence that images drawn by the flow inherit."""
         if self.license is None:
@@ -86,10 +78,10 @@ class CardFacts:
         return f"The publisher states: {named}" + (f" ([text]({self.license_link}))." if self.license_link else ".")
 
 
-def _text(data: CardData, title: str, lead: str, sections: Mapping[str, str]) -> str:
-    """Every card: metadata, title, what it is, and sections by their titles."""
-    parts = "\n\n".join(f"## {name}\n\n{text.strip()}" for name, text in sections.items())
-    return f"---\n{data.to_yaml()}\n---\n\n# {escape(title)}\n\n{lead.strip()}\n\n{parts}".rstrip() + "\n"
+def _filled(template: str, data: CardData, /, **values: Any) -> str:
+    """The text of a card: metadata, and the template with these values."""
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return f"---\n{data.to_yaml()}\n---\n\n{text.format(**values)}"
 
 
 def _table(rows: Mapping[str, str]) -> str:
@@ -105,10 +97,10 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     Raises:
         ValueError: metrics that `glem eval` did not write, or of another bit depth.
     """
-    training, flow = model.config.training, model.config.flow
-    facts = (facts or CardFacts()).with_recorded(training)
-    results = [result for table in _measured(model, facts) for result in _eval_results(table)]
-    preset = str(flow.get("preset", "flow"))
+    training, facts = model.config.training, facts or CardFacts()
+    facts = replace(facts, license=facts.license or licence_id(training.get("license")))
+    results = _results(model, facts.metrics)
+    preset = str(model.config.flow.get("preset", "flow"))
     metadata = ModelCardData(
         **facts.metadata(),
         library_name=LIBRARY,
@@ -120,85 +112,61 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         eval_results=results or None,
     )
     c, h, w = model.image_shape
-    data = trained_on(data_names(training))
-    images = f", {training['images']:,} images" if isinstance(training.get("images"), int) else ""
     first = records(training)[-1].get("config")
     settings = first if isinstance(first, dict) else {}
     trained = ", ".join(f"{key} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None)
-    picture = f"\n\n![Samples, one row for each class]({SAMPLES})" if samples else ""
-    augment = "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n" if model.modes is not None else ""
-    noise = "**After its training this flow was worse than independent pixels: images drawn from it are noise.**\n\n"
-    lead = f"""
-A class-conditional normalizing flow for {c}x{h}x{w} images (channels x height x width) of {model.num_classes} classes,
-trained on {data}. It maps an image to a latent and back; each class has its own Gaussian there. It draws new images of
-a class, moves real images along the principal modes of their class (data augmentation), and classifies by its
-likelihood p(image | class). The method is GLEM (Enescu and Sahbi, "Learning Classwise Untangled Continuums for
-Conditional Normalizing Flows", ACCV 2024), the library glem-augment.{picture}"""
-    use = f"""
-```python
-from glem_augment import GLEM, GLEMAugment, SyntheticDataset
-
-model = GLEM.from_pretrained("{repo_id}")  # "{repo_id}@<commit>" pins these weights
-{augment}synthetic = SyntheticDataset(model, per_class=100, seed=0)
-```"""
-    licence = f"Trained on {data}{images}. Samples derive from the training images and inherit their licence. "
-    parameters = f"{sum(p.numel() for p in model.flow.parameters()):,}"
     about = {
-        "preset": f"`{preset}`, {parameters} parameters in the flow",
+        "preset": f"`{preset}`, {sum(p.numel() for p in model.flow.parameters()):,} parameters in the flow",
         "images": f"{c}x{h}x{w}, {model.numbers_are}",
         "classes": ", ".join(map(escape, model.classes)),
         "training": escape(trained) or "no record",
     }
-    warning = noise if training.get("worse_than_independent_pixels") is True else ""
-    limits = f"""
-- The model is for augmenting and balancing the training sets of image classifiers with these classes, and for research
-  on generative classifiers. For other classes, adapt it (`glem adapt`) or fine-tune it (`glem train --init`).
-- It is not for images that are to be taken for real ones, and not for decisions about people. The posterior knows only
-  these classes: an image of anything else gets one of them.
-- Samples repeat what is in the training images, with its biases and gaps, and may resemble single images. Look at them
-  before use, and compare with the `identity` preset, the control without a learned flow.
-- It was trained at {h}x{w}; other images are resized on the way in. The flow runs in float32."""
-    sections = {
-        "Use": use,
-        "Training data and licence": licence + facts.sentence(),
-        "Model": _table(about),
-        "Evaluation": f"{warning}{_evaluation(results)}\n\nLower {model.likelihood[1]} are better.",
-        "Intended use and limits": limits,
-    }
-    return ModelCard(_text(metadata, repo_id, lead, sections))
+    noise = "**After its training this flow was worse than independent pixels: images drawn from it are noise.**\n\n"
+    text = _filled(
+        "model_card.md",
+        metadata,
+        title=escape(repo_id),
+        repo_id=repo_id,
+        shape=f"{c}x{h}x{w}",
+        size=f"{h}x{w}",
+        count=model.num_classes,
+        data=trained_on(data_names(training)),
+        images=f", {training['images']:,} images" if isinstance(training.get("images"), int) else "",
+        picture=f"\n\n![Samples, one row for each class]({SAMPLES})" if samples else "",
+        augment="" if model.modes is None else "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n",
+        licence=facts.sentence(),
+        about=_table(about),
+        evaluation=(noise if training.get("worse_than_independent_pixels") is True else "") + _evaluation(results),
+        unit=model.likelihood[1],
+    )
+    return ModelCard(text)
 
 
-def _measured(model: GLEM, facts: CardFacts) -> list[dict[str, Any]]:
-    """Tables with data, split and metrics: the one of the held-out part of the training images first."""
-    training, recorded = model.config.training, held_out(model.config.training)
-    tables = []
-    if any(value is not None for value in recorded.values()):
-        tables.append({"data": training.get("data"), "split": "train (held out)", **recorded})
-    for table in (dict(given) for given in facts.metrics):
+def _results(model: GLEM, metrics: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """The numbers that the trainer recorded on the held-out images, then the numbers of tables of `glem eval`."""
+    training = model.config.training
+    for table in metrics:
         if not any(is_number(table.get(key)) for key in _METRICS):
             raise ValueError(f"metrics must be what glem eval writes, with one of {', '.join(_METRICS)}; got {table}")
         if table.get("bits", model.bits) != model.bits:
             raise ValueError(f"these metrics were measured at {table['bits']} bits, the model has {model.bits}")
-        tables.append(table)
-    return tables
-
-
-def _eval_results(table: Mapping[str, Any]) -> list[EvalResult]:
-    name = data_name(table.get("data"))
-    slug = re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-.") or "unknown"
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=slug,
-            dataset_name=name,
-            dataset_split=None if table.get("split") is None else str(table["split"]),
-            metric_type=metric,
-            metric_name=words,
-            metric_value=round(float(table[key]), 6),
-        )
-        for key, (task, metric, words) in _METRICS.items()
-        if is_number(table.get(key))
-    ]
+    recorded = {"data": training.get("data"), "split": "train (held out)", **held_out(training)}
+    results = []
+    for table in (recorded, *metrics):
+        name = data_name(table.get("data"))
+        for key, (task, metric, words) in _METRICS.items():
+            if is_number(table.get(key)):
+                result = EvalResult(
+                    task_type=task,
+                    dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-.") or "unknown",
+                    dataset_name=name,
+                    dataset_split=None if table.get("split") is None else str(table["split"]),
+                    metric_type=metric,
+                    metric_name=words,
+                    metric_value=round(float(table[key]), 6),
+                )
+                results.append(result)
+    return results
 
 
 def _evaluation(results: Sequence[EvalResult]) -> str:
@@ -254,33 +222,28 @@ def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> Da
     if manifest["settings"]["source"] == "mixup":
         made = "made by a class-conditional normalizing flow: each is a real image, moved part of the way to another."
         derived = f"Mixtures derive from real images ({escape(manifest['real'] or 'not recorded')}) and"
-    lead = f"""
-**These images are synthetic.** {manifest["count"]:,} images, {c}x{h}x{w} (channels x height x width), of
-{len(manifest["classes"])} classes, {made}
-They are for training image classifiers together with real images; measure on real ones only.
-
-```python
-from datasets import load_dataset
-
-data = load_dataset("{name}", split="train")
-image, label = data[0]["png"], data[0]["cls"]
-```"""
-    rows = {
+    about = {
         "generator": manifest["generator"],
         "flow": f"{loaded}, weights with SHA-256 `{manifest['weights_sha256']}`",
         "the flow was trained on": trained_on(manifest["trained_on"]),
         "images that are not plausible (values off [0, 1] by more than 1, or not finite)": len(manifest["implausible"]),
         **{key: escape(value) for key, value in manifest["settings"].items()},
     }
-    again = "The same settings of `SyntheticDataset`, flow, version and kind of machine draw them again."
-    licence = f"{derived} from the images that the flow was trained on, and inherit their licence. {facts.sentence()}"
-    limits = """
-The labels are the classes that the flow was asked for; a person would call some of the images something else. They
-repeat the biases and gaps of the training images, and may resemble single ones."""
-    sections = {"How they were made": f"{_table(rows)}\n\n{again}"}
-    if "quality" in manifest:
-        sections["Quality"] = _quality(manifest["quality"])
-    return DatasetCard(_text(metadata, name, lead, sections | {"Licence": licence, "Limits": limits}))
+    text = _filled(
+        "dataset_card.md",
+        metadata,
+        title=escape(name),
+        name=name,
+        count=manifest["count"],
+        shape=f"{c}x{h}x{w}",
+        classes=len(manifest["classes"]),
+        made=made,
+        about=_table(about),
+        quality=f"\n\n## Quality\n\n{_quality(manifest['quality'])}" if "quality" in manifest else "",
+        derived=derived,
+        licence=facts.sentence(),
+    )
+    return DatasetCard(text)
 
 
 def _quality(report: Mapping[str, Any]) -> str:
@@ -297,8 +260,10 @@ def _quality(report: Mapping[str, Any]) -> str:
 
 
 def data_name(spec: object) -> str:
-    """A public name for training data: the last part of a path, since the rest of it is private, the text after
-    `bundled:`, or timm's name of a data set."""
+    """A public name for training data, without private folders.
+
+    It is the last part of a path, the text after `bundled:`, or timm's name of a data set.
+    """
     text = str(spec or "").strip().removeprefix("bundled:")
     if text.lower().startswith(TIMM_PREFIXES):
         text = text.partition("?")[0].partition("@")[0]

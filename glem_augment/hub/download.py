@@ -1,8 +1,8 @@
-"""Downloading a model: `config.json` and `model.safetensors` as of one commit, checked on arrival.
+"""Downloading a model: `config.json` and `model.safetensors` as of one commit, validated on arrival.
 
 The client `huggingface_hub` provides the cache, tokens, retries and offline mode. Two checks are added. The config is
-judged before the weights are fetched, so that nobody waits for the weights of another library. The weights are
-compared with the SHA-256 that the Hub states, since the client compares sizes only.
+read before the weights are fetched, so that nobody waits for the weights of another library. The weights are compared
+with the SHA-256 that the Hub states, since the client compares sizes only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub import errors as client_errors
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import ModelInfo
 
 from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.io import expand, file_sha256
@@ -72,32 +71,26 @@ def download_model(
 
     Raises:
         ModelFileError: the text is no name on the Hub. Its subclass `HubError`: the files can't be had, arrived
-            damaged, or are not those of a model that this library can read.
+            damaged, or hold no model that this library can read.
     """
-    name = _name(text, revision)
-    client = _client(cache_dir, token)
+    name, client = _name(text, revision), _client(cache_dir, token)
     # A mistyped folder looks like a name on the Hub.
     hint = "" if os.fspath(text).startswith(PREFIX) else f"there is no folder {os.fspath(text)!r} here, and "
     with hub_errors(name, hint=hint):
-        listed = _ask(name, client["cache_dir"], token)
+        commit = _commit(name, client["cache_dir"], token)
 
         def fetch(file: str, revision: str | None) -> Path:
-            here = listed is None
-            return Path(str(hf_hub_download(name.repo_id, file, revision=revision, local_files_only=here, **client)))
+            here = {"local_files_only": commit is None, **client}
+            return Path(str(hf_hub_download(name.repo_id, file, revision=revision, **here)))
 
-        if listed is not None:
-            names = [entry.rfilename for entry in listed.siblings or ()]
-            if not {CONFIG, WEIGHTS} <= set(names):
-                has = ", ".join(sorted(names)[:8]) or "no files"
-                raise HubError(f"{name} has no {CONFIG} with {WEIGHTS}, so it holds no model of {LIBRARY} ({has})")
-        config = fetch(CONFIG, name.revision if listed is None else listed.sha)
+        config = fetch(CONFIG, commit or name.revision)
         found = HubName(name.repo_id, config.parent.name)
         try:
             read_config(config.parent)
         except ModelFileError as error:
-            raise HubError(f"{found} can't be used: {error}") from None
+            raise HubError(f"{found} holds no model that {LIBRARY} can read: {error}") from None
         weights = fetch(WEIGHTS, found.revision)
-        if listed is not None:
+        if commit is not None:
             _check_digest(found, weights)
             # Only now does the name stand for this commit in the cache. An update that fails half-way leaves the
             # earlier model there for offline use.
@@ -170,11 +163,10 @@ def _client(cache_dir: str | os.PathLike[str] | None, token: str | bool | None) 
     return {"cache_dir": cache, "token": token, "library_name": LIBRARY}
 
 
-def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInfo | None:
-    """The commit of the revision, with the names of its files; None if the model is to come from the cache.
+def _commit(name: HubName, cache: str | None, token: str | bool | None) -> str | None:
+    """The commit that the revision stands for; None if the model is to come from the cache.
 
-    A commit never changes, so one that is in the cache needs no question. Otherwise the cache stands in for a Hub that
-    can't be reached or fails.
+    A commit never changes, so a cached commit needs no request. Otherwise the cache stands in for a Hub that fails.
     """
     cached = all(
         isinstance(try_to_load_from_cache(name.repo_id, file, cache, name.revision), str) for file in (CONFIG, WEIGHTS)
@@ -183,7 +175,7 @@ def _ask(name: HubName, cache: str | None, token: str | bool | None) -> ModelInf
         return None
     try:
         api, timeout = HfApi(library_name=LIBRARY, token=token), constants.HF_HUB_ETAG_TIMEOUT
-        return api.model_info(name.repo_id, revision=name.revision, timeout=timeout)
+        return api.model_info(name.repo_id, revision=name.revision, timeout=timeout).sha
     except Exception as error:  # see `hub_errors`
         if not cached or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
             raise
@@ -226,6 +218,8 @@ def _explain(error: Exception, name: HubName, repo_type: str) -> str:
         return f"{name.repo_id!r} is no name of a repository: {error}"
     if constants.HF_HUB_OFFLINE:
         return f"offline mode is on, and {at} is not in the cache: unset HF_HUB_OFFLINE"
+    if isinstance(error, client_errors.EntryNotFoundError) and getattr(error, "response", None) is not None:
+        return f"{at} lacks a file, so it holds no model of {LIBRARY}: {error}"
     cause: BaseException | None = error
     while cause is not None:
         if status := getattr(getattr(cause, "response", None), "status_code", None):
