@@ -101,8 +101,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.evaluation import quality_report
     from glem_augment.hub.cards import CardFacts
     from glem_augment.synthetic.dataset import SyntheticDataset
-    from glem_augment.synthetic.export import export_set
-    from glem_augment.synthetic.manifest import check_folder
+    from glem_augment.synthetic.export import check_folder, export_set
 
     _check_together(args)
     check_folder(args.out)  # a folder that cannot be used is refused before any work
@@ -123,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
     try:
         facts = CardFacts(args.license)
-        manifest = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
+        implausible = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     if not is_primary():
@@ -145,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         "temperature": None if args.source == "mixup" else dataset.temperature,
         "seed": args.seed,
         "real": args.real,
-        "implausible": len(manifest["implausible"]),
+        "implausible": implausible,
         "report": report,
     }
     common.print_json({**result, "seconds": round(time.monotonic() - began, 3)})

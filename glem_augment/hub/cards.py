@@ -201,7 +201,7 @@ def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> Da
     """The card of synthetic images as shards; its metadata tell `datasets` where the images are.
 
     Args:
-        manifest: of the export, see `synthetic.manifest`.
+        manifest: of the export, see `synthetic.export`.
         name: the title.
         facts: the licence.
     """
@@ -226,7 +226,6 @@ def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> Da
         "generator": manifest["generator"],
         "flow": f"{loaded}, weights with SHA-256 `{manifest['weights_sha256']}`",
         "the flow was trained on": trained_on(manifest["trained_on"]),
-        "images that are not plausible (values off [0, 1] by more than 1, or not finite)": len(manifest["implausible"]),
         **{key: escape(value) for key, value in manifest["settings"].items()},
     }
     text = _filled(

@@ -29,7 +29,6 @@ from glem_augment.distributed import rank, world_size
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.sampler import (
-    Drawing,
     Drawn,
     PerClass,
     Plan,
@@ -94,8 +93,8 @@ class SyntheticDataset(Dataset):
         self.counts = class_counts(self.model, per_class, matched)
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.transform, self.target_transform = transform, target_transform
-        drawing = Drawing(source, seed, temperature, modes, alpha)
-        self.sampler = sampler = Sampler(self.model, drawing, matched, np.asarray(self.counts) > 0)
+        wanted = np.asarray(self.counts) > 0
+        self.sampler = sampler = Sampler(self.model, matched, wanted, source, seed, temperature, modes, alpha)
         self.source, self.seed, self.temperature = sampler.source, sampler.seed, sampler.temperature
         order, name = label_order(self.counts, matched), None if sampler.real is None else sampler.real.name
         self.plan = Plan(self.model, self.counts, order, BLOCK, {**sampler.settings(), "block": BLOCK}, name)
@@ -295,8 +294,7 @@ class SyntheticStream(IterableDataset):
         self.probabilities = frequencies / frequencies.sum()
         self.transform, self.target_transform = transform, target_transform
         matched = None if real is None else open_real(model, real)
-        drawing = Drawing(source, seed, temperature, modes, alpha)
-        self.sampler = Sampler(model, drawing, matched, self.probabilities > 0)
+        self.sampler = Sampler(model, matched, self.probabilities > 0, source, seed, temperature, modes, alpha)
         self.block = BLOCK
         self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self._sender = (0, 1)  # rank and number of ranks of the process that sent this copy

@@ -1,14 +1,12 @@
-"""Writing a synthetic set, as an ImageFolder or as WebDataset shards, with a manifest that says where it came from.
+"""Writing a synthetic set as an ImageFolder or as WebDataset shards, with a manifest of how it was made.
 
-The manifest, glem-provenance.json, says "complete": false until everything is there; then `open_data` refuses the
-folder. Images are written in blocks of one class. Before its images, a block writes its checksums to the hidden folder
-.glem-export. All files are written atomically and draws are deterministic, so running an export again, on any number of
-ranks, draws only the blocks of which a file is missing or empty. checksums.sha256 then holds the checksums of all.
+The manifest, glem-provenance.json, says "complete": false until all files are there, and until then `open_data` refuses
+the folder. Files are written atomically and draws are deterministic. So the same export again, on any number of ranks,
+draws only the blocks of which a file is missing or empty.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -16,70 +14,63 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import CommitInfo
 from torchvision.io import encode_png
 from tqdm import tqdm
 
+from glem_augment import __version__
 from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.checks import FORMATS, Format, check_choice
 from glem_augment.data.pixels import usable_cpus
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.hub.cards import CardFacts, dataset_card
+from glem_augment.hub.cards import CardFacts, data_name, data_names, dataset_card
 from glem_augment.hub.upload import upload, write_card
 from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
-from glem_augment.synthetic.manifest import (
-    CHECKSUMS,
-    LEFT_OVER,
-    WORK,
-    check_folder,
-    differences,
-    provenance,
-    stated_licence,
-)
-from glem_augment.synthetic.sampler import Block, Drawn, Plan
+from glem_augment.model.config import licence_id
+from glem_augment.model.weights import weights_sha256
+from glem_augment.synthetic.sampler import Drawn, Plan
 
+CHECKSUMS = "checksums.sha256"
 # A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.
 MAX_SHARDS, MIN_SHARD = 64, 32
+_WORK = ".glem-export"  # the hidden folder with the images of shards
 # Files of shards beside the shards. timm's reader takes their description; the Hub's loaders read *.tar alone.
 _SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)|# implausible: (.+)")  # of checksums; sha256sum ignores comments
+_LEFT_OVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp|\.lock")  # files of a run that was killed
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 Draw = Callable[[int, int], Drawn]  # from a class and the number of a block
-Sums = dict[str, str]  # from the path of a file below the export's folder to its SHA-256
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that write together: this one takes every `count`-th block or shard from number `rank` on."""
+class _Ranks(NamedTuple):
+    """The processes that write together: this one takes every `world`-th block or shard from number `rank` on."""
 
-    rank: int = 0
-    count: int = 1
-    group: torch.distributed.ProcessGroup | None = None
-
-    @classmethod
-    def all(cls) -> Ranks:
-        """All ranks of the process group, which must all make this call."""
-        if world_size() == 1:
-            return cls()
-        # The first to finish may wait for hours, longer than a group does by default.
-        group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
-        return cls(rank(), world_size(), group)
+    rank: int
+    world: int
+    group: torch.distributed.ProcessGroup | None
 
     def gather(self, thing: _T) -> list[_T]:
-        """The things of all ranks that write together. None of them goes on before all have come here."""
-        return gather(thing, self.group) if self.count > 1 else [thing]
+        """The things of all ranks that write together. All ranks wait here for each other."""
+        return gather(thing, self.group) if self.world > 1 else [thing]
+
+
+def _all_ranks() -> _Ranks:
+    # The first to finish may wait for hours, longer than a group does by default.
+    days = timedelta(days=30)
+    group = torch.distributed.new_group(timeout=days, backend="gloo") if world_size() > 1 else None
+    return _Ranks(rank(), world_size(), group)
 
 
 def export_set(
@@ -94,46 +85,44 @@ def export_set(
     distributed: bool = False,
     command: str | None = None,
     name: str | None = None,
-) -> dict[str, Any]:
+) -> int:
     """Write the images of a plan; see `SyntheticDataset.export`.
 
     Args:
         facts: the licence, and a quality report for the card of shards.
-        command: what finishes the export after a kill, for an error message.
+        command: the command that finishes the export after a kill, for an error message.
         name: the heading of the card, by default the folder's name.
 
     Returns:
-        The manifest, in which `implausible`, on rank 0, lists the images of which no draw was plausible.
+        How many images without a plausible draw all ranks wrote in this call.
     """
     check_choice("format", form, FORMATS)
-    folder, facts = expand(folder), facts or CardFacts()
-    ranks = Ranks.all() if distributed else Ranks()
-    progress, shards = progress and ranks.rank == 0, form == "webdataset"
     if plan.model.image_shape[0] not in (1, 3):
         raise ValueError(f"a PNG file has 1 or 3 channels, this flow {plan.model.image_shape[0]}")
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file, not a folder: give another folder")
-    with lock_folder(folder) if ranks.rank == 0 else nullcontext():
-        begun = _begin(plan, folder, form, facts, overwrite, command) if ranks.rank == 0 else {}
-        manifest = ranks.gather(begun)[0]
+    folder, facts = expand(folder), facts or CardFacts()
+    ranks = _all_ranks() if distributed else _Ranks(0, 1, None)
+    first, shards = ranks.rank == 0, form == "webdataset"
+    with lock_folder(folder) if first else nullcontext():
+        manifest = ranks.gather(_begin(plan, folder, form, facts, overwrite, command) if first else {})[0]
         folders = {cls: entry["folder"] for cls, entry in zip(plan.order, manifest["classes"], strict=True)}
-        writing = (plan, draw, folders, folder, ranks, progress)
-        sums, bad = _write_shards(*writing) if shards else _write_images(*writing, folder)
-        manifest |= {"complete": True, "implausible": bad}
-        del manifest["finish"]
-        if ranks.rank == 0:
-            with atomic_write(folder / CHECKSUMS, "w") as file:
-                file.write(_as_text(sums, bad))
+        write = _write_shards if shards else _write_images
+        files, bad = write(plan, draw, folders, folder, ranks, progress and first)
+        implausible = sum(ranks.gather(bad))
+        if first:
+            with ThreadPoolExecutor(usable_cpus()) as pool, atomic_write(folder / CHECKSUMS, "w") as file:
+                sums = pool.map(file_sha256, (folder / path for path in files))
+                file.writelines(f"{sha256}  {path}\n" for path, sha256 in zip(files, sums, strict=True))
             if shards:
                 _describe_shards(plan, folder, facts, manifest, name or folder.resolve().name)
-            shutil.rmtree(folder / WORK, ignore_errors=True)
+            shutil.rmtree(folder / _WORK, ignore_errors=True)
             for path in folder.rglob(".*.tmp"):
-                if LEFT_OVER.fullmatch(path.name):
+                if _LEFT_OVER.fullmatch(path.name):
                     path.unlink()
-            write_json(folder / PROVENANCE, manifest)  # last: from now on the set is complete
-            _warn(plan, folder, manifest)
+            del manifest["finish"]
+            write_json(folder / PROVENANCE, manifest | {"complete": True})  # last: from now on the set is complete
+            _warn(plan, folder, manifest, implausible)
         ranks.gather(None)
-    return manifest
+    return implausible
 
 
 def push_dataset(
@@ -152,8 +141,8 @@ def push_dataset(
     Args:
         repo_id: `org/name` of a data set, which is made if it does not exist.
         license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
-            inherit; an identifier of the Hub. By default the one in the flow's record; where there is none either, the
-            card says that it is unknown, with a warning.
+            inherit; an identifier of the Hub. By default the one in the flow's record. Without any licence the card
+            says that it is unknown, with a warning.
         report: a folder that `evaluation.quality_report` wrote, for the card.
         target: `commit_message`, `private`, `token` and `revision`, see `hub.upload.upload`.
 
@@ -169,12 +158,15 @@ def push_dataset(
     return upload(repo_id, "dataset", write, replace="data/*", **target)
 
 
+# ---- the manifest --------------------------------------------------------------------------------------------------
+
+
 def _begin(
     plan: Plan, folder: Path, form: Format, facts: CardFacts, overwrite: bool, command: str | None
 ) -> dict[str, Any]:
     """Make the folder ready: no images of another export, a manifest, classes.json. Returns the manifest."""
-    manifest, old = provenance(plan, form, facts), check_folder(folder)
-    if old is not None and (found := differences(old, manifest)):
+    manifest, old = _manifest(plan, form, facts), check_folder(folder)
+    if old is not None and (found := _differences(old, manifest)):
         if not overwrite:
             raise FileExistsError(
                 f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
@@ -193,6 +185,111 @@ def _begin(
     return manifest
 
 
+def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
+    """The manifest of a set that is not complete: which flow draws the images, and with which settings."""
+    order, model = plan.order, plan.model
+    ids, names = ([values[i] for i in order] for values in (model.class_ids, model.classes))
+    classes = zip(ids, names, class_folders(ids, names), (plan.counts[i] for i in order), strict=True)
+    config = {key: value for key, value in model.config.to_dict().items() if key != "training"}  # may name folders
+    stated = facts.license_name or _stated_licence(plan, facts)
+    sha256 = weights_sha256(model)
+    unchanged = model.origin and model.origin_file and file_sha256(model.origin_file) == sha256
+    return {
+        "synthetic": True,
+        "complete": False,
+        "format": form,
+        "generator": f"glem-augment {__version__}",
+        "count": sum(plan.counts),
+        "settings": plan.settings,
+        "classes": [
+            {"index": label, "id": class_id, "name": name, "folder": folder, "count": count}
+            for label, (class_id, name, folder, count) in enumerate(classes)
+        ],
+        "image_shape": list(model.image_shape),
+        "weights_sha256": sha256,
+        "model": json.loads(json.dumps(config, default=str)),
+        "loaded_from": model.origin if unchanged else None,
+        "trained_on": data_names(model.config.training),
+        "real": plan.real_name and data_name(plan.real_name),
+        "license": stated or "not stated; samples inherit the licence of the real images",
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """How two manifests describe different images, for people: "temperature 0.8 (not 0.9)", ..."""
+    a, b = ({k: table.get(k) for k in ("generator", "format", "count")} | table["settings"] for table in (old, new))
+    found = [f"{key} {a.get(key)} (not {b.get(key)})" for key in a | b if a.get(key) != b.get(key)]
+    return found + [key for key in ("weights_sha256", "classes", "model") if old.get(key) != new[key]]
+
+
+def _stated_licence(plan: Plan, facts: CardFacts) -> str | None:
+    """The licence, by default the recorded one of the flow's training images.
+
+    A mixture needs one to be stated, since its real images may have another licence.
+    """
+    recorded = licence_id(plan.model.config.training.get("license"))
+    return facts.license or (None if plan.settings["source"] == "mixup" else recorded)
+
+
+def check_folder(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier export in the folder, finished or not; None if the folder is empty or missing.
+
+    Raises:
+        FileExistsError: the folder holds something without such a manifest, or an ImageFolder with other files.
+    """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, not a folder: give another folder")
+    old = _read_manifest(folder / PROVENANCE)
+    if old is not None and old["format"] == "webdataset":
+        return old
+    counts = {} if old is None else {entry["folder"]: entry["count"] for entry in old["classes"]}
+    known = {PROVENANCE} if old is None else {PROVENANCE, CLASS_FILE, CHECKSUMS, *counts}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        parent, _, file = name.rpartition("/")
+        number = re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", file)
+        image = number is not None and int(number[1]) < counts.get(parent, 0)
+        if not (image or _LEFT_OVER.fullmatch(file) or (name in known and not path.is_symlink())):
+            found = "no earlier export, which --overwrite needs" if old is None else f"{name!r}, which no export wrote"
+            raise FileExistsError(f"{folder} is not empty, it holds {found}: give another folder")
+    return old
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest at `path`; None if there is none, or one that no export has written."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        # Folders lie inside that of the export: what is in them may be replaced.
+        good = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in manifest["classes"])
+        good &= all(type(entry[key]) is int for entry in manifest["classes"] for key in ("index", "count"))
+        good &= isinstance(manifest["settings"], dict) and type(manifest["complete"]) is bool
+        return manifest if good and manifest["format"] in FORMATS else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A folder name for every class: its id if that can be one as it is, else a slug of its name.
+
+    A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug has the
+    letters and digits of the name, so that the classes are matched again when the folder is opened as data. Where two
+    would be the same, all have the class's index in front, which the matching leaves out.
+    """
+    numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
+    folders = [
+        class_id if _slug(class_id) == class_id and not numbered else _slug(name) or f"class_{index}"
+        for index, (class_id, name) in enumerate(zip(class_ids, names, strict=True))
+    ]
+    if len({folder.casefold() for folder in folders}) == len(folders):  # some file systems do not tell capitals apart
+        return folders
+    return [f"{index}_{folder}" for index, folder in enumerate(folders)]
+
+
+def _slug(text: str) -> str:
+    text = re.sub(r"[^\w.+ -]+", "_", unicodedata.normalize("NFC", text))
+    return text.lstrip("_.+ -")[:100].rstrip("_. ")
+
+
 def _remove(folder: Path, old: dict[str, Any]) -> None:
     """Remove an export, but for its manifest."""
     files = [CHECKSUMS, CLASS_FILE]
@@ -204,53 +301,36 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
         files += [_SHARDS_INFO, _CARD, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
     for name in files:
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    shutil.rmtree(folder / _WORK, ignore_errors=True)
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
 
 
 def _write_images(
-    plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: Ranks, progress: bool, root: Path
-) -> tuple[Sums, list[str]]:
-    """Write root/<class>/NNNNNN.png. Returns, on rank 0, the checksums and the paths of implausible images."""
-    sums, bad = _read_sums([folder / CHECKSUMS, *sorted((folder / WORK).glob("*.sha256"))])
+    plan: Plan, draw: Draw, folders: dict[int, str], root: Path, ranks: _Ranks, progress: bool
+) -> tuple[list[str], int]:
+    """Write root/<class>/NNNNNN.png. Returns the paths of all images, and how many drawn here are implausible."""
+    blocks = [
+        (block, [f"{folders[block.cls]}/{i:06d}.png" for i in range(block.first, block.first + block.size)])
+        for block in plan.blocks()
+    ]
     # Large blocks first, so that no rank gets all the small ones at the ends of the classes.
-    own = sorted(plan.blocks(), key=lambda block: -block.size)[ranks.rank :: ranks.count]
-    missing = [block for block in own if not all(p in sums and _is_there(root / p) for p in _paths(block, folders))]
-    of = f" of rank 0 of {ranks.count}" if ranks.count > 1 else ""
-    total = sum(block.size for block in missing)
+    own = sorted(blocks, key=lambda entry: -entry[0].size)[ranks.rank :: ranks.world]
+    missing = [(block, paths) for block, paths in own if not all(_is_there(root / path) for path in paths)]
+    of = f" of rank 0 of {ranks.world}" if ranks.world > 1 else ""
+    total, implausible = sum(block.size for block, _ in missing), 0
     with (
         ThreadPoolExecutor(min(8, usable_cpus())) as pool,
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
-        for block in missing:
-            drawn, paths = draw(block.cls, block.number), _paths(block, folders)
-            pngs = list(pool.map(lambda image: encode_png(image).numpy().tobytes(), drawn.images))
-            new = {path: hashlib.sha256(png).hexdigest() for path, png in zip(paths, pngs, strict=True)}
-            fresh = [path for path, implausible in zip(paths, drawn.implausible, strict=True) if implausible]
-            _write(_record(folder, block), _as_text(new, fresh).encode())
-            list(pool.map(_write, (root / path for path in paths), pngs))
-            sums |= new
-            bad |= set(fresh)
+        for block, paths in missing:
+            drawn = draw(block.cls, block.number)
+            list(pool.map(_write_png, (root / path for path in paths), drawn.images))
+            implausible += int(drawn.implausible.sum())
             bar.update(block.size)
     ranks.gather(None)
-    if ranks.rank > 0:
-        return {}, []
-    if ranks.count > 1:  # looked up by name: the list of a network folder may be old
-        more, worse = _read_sums(_record(folder, block) for block in plan.blocks())
-        sums, bad = sums | more, bad | worse
-    order = [path for block in plan.blocks() for path in _paths(block, folders)]
-    return {path: sums[path] for path in order}, [path for path in order if path in bad]
-
-
-def _record(folder: Path, block: Block) -> Path:
-    """The file with the checksums of a block while an export is under way."""
-    return folder / WORK / f"{block.cls}-{block.number}.sha256"
-
-
-def _paths(block: Block, folders: dict[int, str]) -> list[str]:
-    return [f"{folders[block.cls]}/{i:06d}.png" for i in range(block.first, block.first + block.size)]
+    return [path for _, paths in blocks for path in paths], implausible
 
 
 def _is_there(path: Path) -> bool:
@@ -261,65 +341,38 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write_png(path: Path, image: torch.Tensor) -> None:
     # To sync every one of these small files takes longer than all the rest.
     with atomic_write(path, sync=False) as file:
-        file.write(data)
-
-
-def _as_text(sums: Sums, implausible: Iterable[str]) -> str:
-    lines = [f"{sha256}  {path}\n" for path, sha256 in sums.items()]
-    return "".join([*lines, *(f"# implausible: {path}\n" for path in implausible)])
-
-
-def _read_sums(files: Iterable[Path]) -> tuple[Sums, set[str]]:
-    """The checksums and the implausible images in files; a later file counts more than an earlier one."""
-    sums: Sums = {}
-    implausible: set[str] = set()
-    for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        for found in filter(None, map(_LINE.fullmatch, text.splitlines())):
-            sha256, path, bad = found.groups()
-            implausible |= {bad} - {None}
-            sums |= {path: sha256} if path else {}
-    return sums, implausible
+        file.write(encode_png(image).numpy().tobytes())
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------
 
 
 def _write_shards(
-    plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: Ranks, progress: bool
-) -> tuple[Sums, list[str]]:
+    plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: _Ranks, progress: bool
+) -> tuple[list[str], int]:
     """Write image i to shard i mod S, so that every shard holds every class. Returns what `_write_images` does.
 
     Each shard has images of nearly all blocks. So the images are made first, as an ImageFolder in a hidden folder.
     """
-    names, (sums, bad) = _shard_names(sum(plan.counts)), _read_sums([folder / CHECKSUMS])
-    done = all(name in sums and _is_there(folder / name) for name in names)
-    if all(ranks.gather(done)):
-        return {name: sums[name] for name in names}, sorted(bad)
-    root = folder / WORK / "images"
-    _, doubtful = _write_images(plan, draw, folders, folder, ranks, progress, root)
+    names, root = _shard_names(sum(plan.counts)), folder / _WORK
+    if all(ranks.gather(all(_is_there(folder / name) for name in names))):
+        return names, 0
+    paths, implausible = _write_images(plan, draw, folders, root, ranks, progress)
     label_of = {folders[cls]: label for label, cls in enumerate(plan.order)}
-    paths = [path for block in plan.blocks() for path in _paths(block, folders)]
-    images = [(root / path, label_of[path.partition("/")[0]]) for path in paths]
-    count, own = len(names), {}
-    for number in tqdm(range(ranks.rank, count, ranks.count), unit="shard", desc="pack", disable=not progress):
+    for number in tqdm(range(ranks.rank, len(names), ranks.world), unit="shard", desc="pack", disable=not progress):
         shard = folder / names[number]
-        if not _is_there(shard):
-            with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as archive:
-                for index in range(number, len(images), count):
-                    path, label = images[index]
-                    _add_file(archive, f"{index:08d}.png", path.read_bytes())
-                    _add_file(archive, f"{index:08d}.cls", str(label).encode())
-        own[names[number]] = file_sha256(shard)
-    packed: Sums = {}
-    for others in ranks.gather(own):
-        packed |= others
-    unlikely = set(doubtful)
-    keys = [f"{index:08d}.png" for index, path in enumerate(paths) if path in unlikely]
-    return {name: packed[name] for name in names}, keys
+        if _is_there(shard):
+            continue
+        with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as archive:
+            for index in range(number, len(paths), len(names)):
+                label = label_of[paths[index].partition("/")[0]]
+                _add_file(archive, f"{index:08d}.png", (root / paths[index]).read_bytes())
+                _add_file(archive, f"{index:08d}.cls", str(label).encode())
+    ranks.gather(None)
+    return names, implausible
 
 
 def _shard_names(images: int) -> list[str]:
@@ -343,18 +396,17 @@ def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[
         report = expand(facts.report)
         manifest["quality"] = json.loads((report / "report.json").read_text(encoding="utf-8"))
         shutil.copy(report / _PICTURE, folder)
-    write_card(dataset_card(manifest, name, replace(facts, license=stated_licence(plan, facts))), folder)
+    write_card(dataset_card(manifest, name, replace(facts, license=_stated_licence(plan, facts))), folder)
 
 
-def _warn(plan: Plan, folder: Path, manifest: dict[str, Any]) -> None:
+def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], implausible: int) -> None:
     """Warn where many images are not plausible, or torchvision's ImageFolder would number the classes differently."""
-    bad, count, classes = len(manifest["implausible"]), manifest["count"], manifest["classes"]
-    if bad > MOST_PUT_BACK * count:
+    count, classes = manifest["count"], manifest["classes"]
+    if implausible > MOST_PUT_BACK * count:
         fix = "adapt the flow to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
         _log.warning(
-            '%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s. "implausible" in '
-            "%s lists them",
-            *(bad, count, fix, folder / PROVENANCE),
+            "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s",
+            *(implausible, count, fix),
         )
     folders = [entry["folder"] for entry in classes]
     there = sorted(entry["folder"] for entry in classes if entry["count"])

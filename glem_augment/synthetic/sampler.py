@@ -153,17 +153,6 @@ def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[
 # ---- latents and images --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How latents are drawn. The fields are arguments of `SyntheticDataset`."""
-
-    source: DrawSource | None = None
-    seed: int = 0
-    temperature: float = 0.9
-    modes: int | None = None
-    alpha: float = 1.0
-
-
 class RealLatents:
     """Latents `z` of real images, float32 [N, d] in the CPU's memory, class after class; `starts`, `counts`: int64 [K].
 
@@ -191,28 +180,43 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """DrawSource latents and images.
+    """Draws latents and images of a flow's classes.
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
     - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
 
-    l ~ Beta(alpha, alpha) is folded to [1/2, 1]. `wanted`, bool [K], says which classes will be drawn.
+    l ~ Beta(alpha, alpha) is folded to [1/2, 1].
+
+    Args:
+        real: the real images of "mixup".
+        wanted: bool [K], which classes will be drawn.
+        source, seed, temperature, modes, alpha: see `SyntheticDataset`.
     """
 
-    def __init__(self, model: GLEM, drawing: Drawing, real: Real | None, wanted: np.ndarray) -> None:
-        source = drawing.source or ("gaussian" if model.modes is None else "rfcm")
+    def __init__(
+        self,
+        model: GLEM,
+        real: Real | None,
+        wanted: np.ndarray,
+        source: DrawSource | None,
+        seed: int,
+        temperature: float,
+        modes: int | None,
+        alpha: float,
+    ) -> None:
+        source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
-        self.model, self.source, self.seed = model, source, check_whole("seed", drawing.seed, 0)
-        self.temperature = check_number("temperature", drawing.temperature, 0.0, math.inf)
-        self.alpha = check_number("alpha", drawing.alpha, 0.0, math.inf, open_low=True)
+        self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
+        self.temperature = check_number("temperature", temperature, 0.0, math.inf)
+        self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
         self.real: RealLatents | None = None
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
-            self.modes = model.checked_modes(drawing.modes)
+            self.modes = model.checked_modes(modes)
             _check_counts(model, np.bincount(real.targets, minlength=model.num_classes), wanted)
             self.real = RealLatents(model, real.images(model))
 

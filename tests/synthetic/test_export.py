@@ -25,8 +25,7 @@ from glem_augment.checks import FORMATS
 from glem_augment.data.classes import match_classes
 from glem_augment.data.sources import PROVENANCE
 from glem_augment.model.weights import WEIGHTS
-from glem_augment.synthetic import export as _export
-from glem_augment.synthetic.manifest import class_folders
+from glem_augment.synthetic.export import class_folders
 from glem_augment.synthetic.sampler import REAL_IMAGES
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
@@ -81,7 +80,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     assert manifest["synthetic"] is True and manifest["complete"] is True and manifest["count"] == 30
     assert manifest["settings"] == data.plan.settings and manifest["settings"]["seed"] == 1
     assert manifest["license"] == "mit" and manifest["model"]["class_names"] == NAMES
-    assert manifest["implausible"] == [] and "finish" not in manifest
+    assert "finish" not in manifest
     weights = (tmp_path / "model" / WEIGHTS).read_bytes()
     assert manifest["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     names = [f"{name}/{i:06d}.png" for name in ("Bag", "T-shirt_top", "Ankle boot") for i in range(10)]
@@ -116,7 +115,7 @@ def test_running_it_again_writes_what_is_missing(tmp_path: Path, monkeypatch: py
     (folder / "classes.json").write_text("{")
     again([(0, 0), (0, 1), (0, 2)], overwrite=True)
     (folder / "checksums.sha256").unlink()
-    again([(cls, number) for cls in range(3) for number in range(3)])
+    again([])
     make().export(folder, progress=False, license="cc0-1.0")
     assert manifest_of(folder)["license"] == "cc0-1.0"
 
@@ -146,13 +145,11 @@ def test_an_export_that_did_not_finish_is_refused(tmp_path: Path, form: Any, mon
 
 def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 images in 9 blocks, and in 4 shards; a rank is killed, and another number of ranks goes on."""
-    monkeypatch.setattr(_export, "MIN_SHARD", 8)
-    alone, wild = tmp_path / "alone", {"temperature": 6.0}
-    whole = {form: files(make(**wild).export(alone / form, form, progress=False)) for form in FORMATS}
-    assert manifest_of(alone / "imagefolder")["implausible"]
+    monkeypatch.setattr("glem_augment.synthetic.export.MIN_SHARD", 8)
+    whole = {form: files(make().export(tmp_path / "alone" / form, form, progress=False)) for form in FORMATS}
 
     def export(form: Any, blocks: int = 9) -> int:
-        data, drawn = make(**wild), itertools.count()
+        data, drawn = make(), itertools.count()
         draw = data.draw
 
         def counted(cls: int, number: int) -> Any:
@@ -216,10 +213,9 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
     own = tmp_path / "out" / "Bag" / "000000.png"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"the user's own")
-    with pytest.raises(FileExistsError, match="no earlier export"):
-        make().export(tmp_path / "out", progress=False, overwrite=True)
-    with pytest.raises(FileExistsError, match="a file"):
-        make().export(own, progress=False)
+    for target in (tmp_path / "out", own):
+        with pytest.raises(FileExistsError):
+            make().export(target, progress=False, overwrite=True)
     with pytest.raises(ValueError, match="'wds'"):
         make().export(tmp_path / "new", format="wds")
     assert own.read_bytes() == b"the user's own" and not (tmp_path / "new").exists()
@@ -227,7 +223,7 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
     folder = make().export(tmp_path / "linked", progress=False)
     (folder / "Bag").rename(tmp_path / "mine")
     (folder / "Bag").symlink_to(tmp_path / "mine")
-    with pytest.raises(FileExistsError, match="holds 'Bag'"):
+    with pytest.raises(FileExistsError):
         make(seed=2).export(folder, progress=False, overwrite=True)
     assert len(list((tmp_path / "mine").iterdir())) == 10
 
@@ -245,7 +241,7 @@ def test_damaged_manifests_are_no_manifests(tmp_path: Path) -> None:
         assert changed != text
         (folder / PROVENANCE).write_text(changed)
         damaged = files(folder)
-        with pytest.raises(FileExistsError, match="no earlier export"):
+        with pytest.raises(FileExistsError):
             make().export(folder, progress=False, overwrite=True)
         assert files(folder) == damaged
 
@@ -272,23 +268,11 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_images_that_stay_implausible_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: Any) -> None:
+def test_many_implausible_images_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = GLEM.create("identity", (1, 8, 8), NAMES).eval().requires_grad_(False)
     model.gaussians.mu.copy_(torch.tensor([0.0, 3e38, 0.0])[:, None])
-    folder = make(model, temperature=0.1).export(tmp_path / "out", form, progress=False)
-    manifest = manifest_of(folder)
-    files_of_class = [f"T-shirt_top/{i:06d}.png" for i in range(10)]
-    assert manifest["implausible"] == (
-        files_of_class if form == "imagefolder" else [f"{i:08d}.png" for i in range(10, 20)]
-    )
+    make(model, temperature=0.1).export(tmp_path / "out", progress=False)
     assert "10 of 30 images are not plausible" in caplog.text
-    make(model, temperature=0.1).export(folder, form, progress=False)  # nothing is drawn
-    assert manifest_of(folder) == manifest
-    if form == "imagefolder":
-        (folder / "T-shirt_top" / "000005.png").unlink()
-        make(model, temperature=0.1).export(folder, progress=False)
-        assert manifest_of(folder) == manifest
 
 
 def test_settings_can_be_written_down(tmp_path: Path) -> None:
@@ -316,7 +300,7 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
     before = export(folder)
     (folder / "data" / "train-00007-of-00009.tar").write_bytes(b"of a larger export")
     (folder / "data" / "val-00000.tar").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError):
         export(folder, seed=2)
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="tar: no space"):
