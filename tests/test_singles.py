@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import glem_augment
+from glem_augment.augment.params import RandomState
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.devices import weights_key
 from glem_augment.io import lock_folder
-from glem_augment.random_state import RandomState
 
 HOLD = """
 import os, sys, time
@@ -76,9 +76,9 @@ def test_workers_that_outlive_a_killed_process_do_not_hold_its_lock(tmp_path: Pa
 
 def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     def draws(rank: int, worker: int | None, state: dict[str, Any] | None = None) -> Tensor:
-        monkeypatch.setattr("glem_augment.random_state.rank", lambda otherwise=0: rank)
+        monkeypatch.setattr("glem_augment.augment.params.rank", lambda otherwise=0: rank)
         info = None if worker is None else type("Info", (), {"seed": 0, "id": worker})()
-        monkeypatch.setattr("glem_augment.random_state.get_worker_info", lambda: info)
+        monkeypatch.setattr("glem_augment.augment.params.get_worker_info", lambda: info)
         random = RandomState(5)
         if state is not None:
             random.restore(state)
@@ -116,7 +116,7 @@ def test_states_are_saved_restored_and_checked() -> None:
 
 def test_the_rank_travels_with_a_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
     here = RandomState(0)
-    monkeypatch.setattr("glem_augment.random_state.rank", lambda otherwise=0: 3)
+    monkeypatch.setattr("glem_augment.augment.params.rank", lambda otherwise=0: 3)
     sent = pickle.dumps(here)
     wanted = torch.rand(3, generator=here.generator())
     monkeypatch.undo()  # a spawned process knows no rank

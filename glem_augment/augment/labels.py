@@ -12,8 +12,7 @@ from glem_augment.augment.params import AugmentParams
 from glem_augment.devices import send
 
 Labels = Literal["auto", "hard", "mix", "posterior"]
-# Labels are not smoothed by more than this. If the least entry of a batch is larger, its labels are mixtures.
-MOST_SMOOTHING = 0.3
+MOST_SMOOTHING = 0.3  # where the least entry of a batch says more, its labels are mixtures, not smoothed ones
 
 
 class FlowClasses:
@@ -40,7 +39,7 @@ class FlowClasses:
         """Probabilities of data classes [n, K'] from those of flow classes p [n, K].
 
         Data classes with one flow class share its probability equally. The second result, bool [n], is False where all
-        the probability is on flow classes that the data does not have, and the first says nothing.
+        the probability is on flow classes that the data lacks; the first result is then meaningless.
         """
         several = torch.bincount(self.to_flow[self.mapped], minlength=len(self.to_data))
         index = self.to_flow.clamp(min=0)
@@ -83,7 +82,7 @@ def check_labels(y: object, batch: int, num_classes: int) -> Tensor:
 
 
 def label_kind(labels: str, policy: str, partner: str, soft_in: bool) -> str:
-    """What becomes of labels in a call: "hard" (unchanged), "soft" (made soft), "mix" or "posterior"."""
+    """How a call changes labels: "hard" (not at all), "soft" (made soft), "mix" or "posterior"."""
     if labels == "auto":
         return "mix" if policy == "mixup" and (partner == "any" or soft_in) else "hard"
     if labels == "mix" and policy != "mixup":
@@ -104,12 +103,11 @@ def mixed_labels(
     Args:
         soft: [B, K'], the labels before it; data_cls: int64 [B] on the CPU, their classes.
         share: [n], the part of |z_j - z_i|^2 that the projection kept.
-        keep: bool [n], the rows that were moved after all.
+        keep: bool [n], the rows that were moved and not put back.
     """
     device = soft.device
     own = soft.index_select(0, send(params.rows, device))
-    # Label smoothing gives the same share to every class, which is the least entry of the batch. (A single row may be a
-    # mixture of all classes.)
+    # Label smoothing gives every class the same share, the least entry of the batch. (A row may mix all classes.)
     num_classes, least = soft.shape[1], soft.amin().clamp(min=0.0)
     floor = torch.where(least * num_classes > MOST_SMOOTHING, 0.0, least)
     # A drawn partner brings the label of its class: the row's own data class, or the first one of another flow class.
@@ -124,7 +122,7 @@ def mixed_labels(
 
 
 def posterior_labels(soft: Tensor, params: AugmentParams, classes: FlowClasses, p: Tensor, keep: Tensor) -> Tensor:
-    """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents put in; the rest as `mixed_labels`."""
+    """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents; for the rest see `mixed_labels`."""
     q, usable = classes.data_probability(p)
     return _with_rows(soft, params, q.to(soft.device), keep & usable)
 

@@ -3,37 +3,44 @@
 With the modes v_m (orthonormal), their standard deviations s_m and the projection P = V^T V on them:
 
     principal-mode mixup:  z' = z_i + (1 - l) P (z_j - z_i),       l ~ Beta(alpha, alpha), folded to [1/2, 1]
-    noise:                 z' = z + t * sum_m s_m e_m v_m,         e_m ~ N(0, 1)
+    noise:                 z' = z + sum_m s_m c_m v_m,             c = t e,  e_m ~ N(0, 1)
+    adversarial:           as noise, with c = t e + t sqrt(k) / 2 * g / |g|,  g = dL/dc at t e
 
-The partner z_j is another row of the batch, or a draw from the RFCM of its class (re-estimated full covariance).
+The partner z_j is another row of the batch, or a draw from the RFCM of its class (re-estimated full covariance). t is
+`strength`. L is the loss of a classifier on the image, and k counts the modes that the class has, which are fewer than
+asked for if it was fitted on a few images. The step is half as long as the noise is on average.
 
-Source: Enescu & Sahbi, ACCV 2024.
+Sources: Enescu & Sahbi, ACCV 2024 (mixup); one normalised gradient step as in Goodfellow et al. 2015, along class modes
+instead of pixels (adversarial).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from glem_augment.augment.labels import FlowClasses
 from glem_augment.augment.params import AugmentParams, draw_shares, normal
-from glem_augment.devices import send, weights_key
+from glem_augment.devices import evaluating, send, weights_key
 from glem_augment.latent.modes import combine_modes
 from glem_augment.model.glem import GLEM
 
 Partner = Literal["same", "any"]
-Modes = Literal["class", "shared"]
-# What strength "auto" tries, the share of moves that it lets be put back, and how often it moves a few images in all.
-LADDER = (0.5, 0.25, 0.125, 0.0625)
-MOST_PUT_BACK, TRIALS = 0.05, 128
+BasisName = Literal["class", "shared"]
+LADDER = (0.5, 0.25, 0.125, 0.0625)  # the strengths that "auto" tries
+MOST_PUT_BACK, TRIALS = 0.05, 128  # the share of moves that "auto" lets be put back, and how many moves it tries
 MARGIN = 1.0  # images that leave [0, 1] by more are not plausible
+HALF_SCALE = 1024.0  # float16 gradients of a loss of order 1 underflow; only their direction matters
 
 
 class Basis(NamedTuple):
-    """The modes of each of n rows: those of its class among C sets of modes.
+    """C sets of modes, and the set of each of n rows.
 
     directions [C, k, d]; scales [C, k], standard deviations, 0 where a class has fewer than k modes; cls int64 [n].
     """
@@ -62,10 +69,10 @@ def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """What a move of n rows starts from.
+    """The start of a move of n rows.
 
-    z: latents [n, d]. images: at full size, float in [0, 1]. base: images at the flow's size, of which the moved ones
-    are changes. labels: int64 [n] or soft [n, K'], on the device.
+    z: latents [n, d]. images: at full size, float in [0, 1]. base: the unmoved images at the flow's size. labels: int64
+    [n] or soft [n, K'], on the device.
     """
 
     z: Tensor
@@ -75,7 +82,7 @@ class Rows(NamedTuple):
     labels: Tensor
 
     def repeated(self, times: int) -> Rows:
-        """The rows so many times, one after the other."""
+        """All rows `times` times, one after the other."""
         basis = self.basis._replace(cls=self.basis.cls.repeat(times))
         z, images, base, labels = (torch.cat([t] * times) for t in (self.z, self.images, self.base, self.labels))
         return Rows(z, basis, images, base, labels)
@@ -93,7 +100,7 @@ def plausible(decoded: Tensor, margin: float) -> Tensor:
 def comes_back(model: GLEM, images: Tensor) -> Tensor:
     """Which images [n, C, H, W] the flow gives back, within half a uint8 step: bool [n].
 
-    With an autoencoder the flow alone is judged, by as small a share of the deviation of a channel of its latents.
+    With an autoencoder only the flow is tested, to the same share of the standard deviation of a latent channel.
     """
     return model.flow_error(images) < 0.5 / 255
 
@@ -101,8 +108,7 @@ def comes_back(model: GLEM, images: Tensor) -> Tensor:
 class InverseTest:
     """Which calls test whether the flow gives the images back.
 
-    Every call does until FIRST in a row have lost no image, then one of EVERY, and all of them again when the flow's
-    weights have changed.
+    Every call does until FIRST tests in a row have lost no image, then one in EVERY. New weights start this again.
     """
 
     FIRST, EVERY = 8, 32
@@ -120,12 +126,12 @@ class InverseTest:
         return self._good < self.FIRST or self._calls % self.EVERY == 0
 
     def saw(self, back: Tensor) -> None:
-        """Take in what a test found, bool [n]; this waits for the device."""
+        """Note the result of a test, bool [n]; this waits for the device."""
         self._good = self._good + 1 if bool(back.all()) else 0
 
 
 def strongest(shares: Iterable[tuple[float, float]]) -> float:
-    """The strength that "auto" stands for, from strengths of LADDER and the shares of moves that each loses."""
+    """The strength for "auto", from strengths of LADDER and the share of moves that each loses."""
     return next((strength for strength, share in shares if share <= MOST_PUT_BACK), LADDER[-1])
 
 
@@ -153,8 +159,8 @@ def draw_mixup(
         mapped = class_map.mapped
         drawn_cls = class_map.to_flow[mapped[torch.randint(len(mapped), (n,), generator=generator, device="cpu")]]
     allowed[torch.arange(n, device="cpu"), rows] = False  # a row is not its own partner
-    # The partner is the allowed row with the largest random key. Chosen rows come before the others, since they are
-    # encoded anyway. They are chosen at random too, so every allowed row is still equally likely.
+    # The partner is the allowed row with the largest random key. Chosen rows come first, since they are encoded anyway.
+    # They are random too, so every allowed row stays equally likely.
     keys = torch.rand(n, batch, generator=generator, dtype=torch.float32, device="cpu")
     keys[:, rows] += 1.0
     best, other = keys.masked_fill(~allowed, -1.0).max(dim=1)
@@ -184,8 +190,97 @@ def partner_latents(model: GLEM, in_batch: Tensor, params: AugmentParams) -> Ten
         return in_batch
     assert model.modes is not None
     device = in_batch.device
-    # Each row has a seed of its own, so that its partner does not depend on which other rows need one.
+    # One seed per row: the draw must not depend on which other rows need a partner.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in params.seeds[drawn].tolist()]
     noise = torch.cat([normal(1, model.modes.noise_size, generator) for generator in generators])
     draws = model.modes.sample_from_noise(send(params.partner_cls[drawn], device), send(noise, device))
     return in_batch.index_copy(0, send(drawn, device), draws.to(in_batch.dtype))
+
+
+# ---- the adversarial step --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """The modules with frozen parameters for a while."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+class Adversary:
+    """A classifier whose loss chooses coefficients; for the arguments see `GLEMAugment.attach`.
+
+    The classifier runs without the wrappers of DistributedDataParallel and torch.compile: DDP would prepare a reduction
+    for a backward pass that never comes, and a compiled module would be compiled again for every batch size.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None, autocast: torch.dtype | None
+    ) -> None:
+        if not isinstance(classifier, nn.Module):
+            raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
+        from timm.utils import unwrap_model  # timm takes a second to import
+
+        self.classifier: nn.Module = unwrap_model(classifier)
+        self.loss, self.autocast = loss or _cross_entropy, autocast
+
+    def coefficients(
+        self,
+        start: Tensor,
+        strength: float,
+        basis: Basis,
+        render: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        flow: nn.Module,
+    ) -> Tensor:
+        """`start` [n, k] and one step up the loss; rows whose gradient is zero or not finite stay at their start.
+
+        Args:
+            labels: int64 [n] or soft [n, K'].
+            render: differentiable, from coefficients to images for the classifier.
+            flow: the model that `render` decodes with; it is frozen meanwhile, like the classifier.
+        """
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "policy='adversarial' cannot run in a DataLoader worker, which has an old copy of the classifier at "
+                "best: use it after the loader, with aug.wrap(loader)"
+            )
+        kind = start.device.type
+        with torch.enable_grad(), evaluating(self.classifier), frozen(self.classifier, flow):
+            c = start.detach().clone().requires_grad_(True)
+            images = render(c)
+            with nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast):
+                mixed = torch.is_autocast_enabled(kind)
+                if not mixed:  # loops that keep weights in half precision cast their batches later than this
+                    weight = next((p for p in self.classifier.parameters() if p.is_floating_point()), images)
+                    images = images.to(weight.dtype)
+                used = torch.get_autocast_dtype(kind) if mixed else images.dtype
+                loss = self.loss(self.classifier(images), labels).sum()
+            if not loss.requires_grad:
+                raise RuntimeError("no gradient reaches the images: is there a detach, no_grad or inference_mode?")
+            scale = HALF_SCALE if used == torch.float16 else 1.0
+            with torch.autocast(kind, enabled=False):  # a backward pass under autocast would be in half precision
+                (gradient,) = torch.autograd.grad(loss * scale, c)
+        norm = gradient.norm(dim=1, keepdim=True)
+        modes = (basis.scales[basis.cls] > 0).sum(dim=1, keepdim=True)
+        length = 0.5 * strength * modes.to(norm.dtype).sqrt()
+        step = length * gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return start + torch.where(norm.isfinite() & (norm > 0), step, 0.0)
+
+
+def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
+    logits = getattr(output, "logits", output).float()
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels.long(), reduction="sum")
+    if logits.shape != labels.shape:
+        raise ValueError(
+            f"the classifier gives {tuple(logits.shape)}, the labels are {tuple(labels.shape)}: give the transform "
+            "num_classes and class_map, or give attach a loss"
+        )
+    return F.cross_entropy(logits, labels.float(), reduction="sum")

@@ -1,18 +1,27 @@
-"""What a call of GLEMAugment draws at random, and counts of what became of the drawn rows."""
+"""The random choices of a call of GLEMAugment, where they come from, and counts of the rows that they chose.
+
+Draws resume, and they differ on every rank and in every DataLoader worker. The state is two whole numbers: call number
+n draws from a generator of its own, seeded from (seed, rank, worker, n). So a checkpoint of rank 0 resumes every rank,
+and torch's own seed plays no part. Each worker's calls are counted in shared memory, which outlives the workers of an
+epoch; the counts are part of the state.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from glem_augment.checks import check_whole
 from glem_augment.devices import send
-from glem_augment.random_state import WorkerCounts
+from glem_augment.distributed import rank
 
 __all__ = ["AugmentParams"]
 
@@ -53,11 +62,99 @@ class AugmentParams:
         return AugmentParams(**{name: value[mask] if len(value) == n else value for name, value in values.items()})
 
 
+# ---- generators -----------------------------------------------------------------------------------------------------
+
+WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w modulo this
+
+
+class WorkerCounts:
+    """Whole numbers in shared memory, a row of `shape` for each DataLoader worker.
+
+    A worker adds to its row, and the main process reads all rows. The workers of the next epoch continue the counts. A
+    deep copy or an unpickled object has memory of its own.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        with torch.inference_mode(False):  # inference tensors could not be changed outside that mode
+            self.rows = torch.zeros(WORKERS, *shape, dtype=torch.int64, device="cpu").share_memory_()
+
+    def own(self) -> Tensor:
+        """This worker's row, to be changed in place. The main process has the row of worker 0."""
+        info = get_worker_info()
+        return self.rows[0 if info is None else info.id % WORKERS]
+
+    def total(self) -> Tensor:
+        """The sum over all workers."""
+        return self.rows.sum(dim=0)
+
+    def trimmed(self) -> list[int]:
+        """The rows, of one number each, without the zeros at the end."""
+        return np.trim_zeros(self.rows.numpy(), "b").tolist()
+
+    def restore(self, counts: Sequence[int]) -> None:
+        """Set the rows that `trimmed` gave."""
+        self.rows.zero_()
+        self.rows[: len(counts)] = torch.tensor(counts, dtype=torch.int64, device="cpu")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows.share_memory_()
+
+
+class RandomState:
+    """Gives a generator for every call.
+
+    Args:
+        seed: an int, or None to draw one from torch's global generator.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+        self.seed = check_whole("seed", seed, -(2**63))
+        self.calls = 0
+        self._in_workers = WorkerCounts()
+        self._sender = 0  # the rank of the process that pickled this copy, because a spawned worker knows no rank
+
+    @torch.compiler.disable  # Dynamo would trace NumPy's whole numbers as tensors
+    def generator(self) -> torch.Generator:
+        """The generator of the next call; on the CPU, so that the draws are the same on every device."""
+        info = get_worker_info()
+        key = [self.seed % 2**64, rank(self._sender)]
+        if info is None:
+            key += [self.calls]
+            self.calls += 1
+        else:
+            # The worker's copy of this state is from the start of the epoch. SeedSequence ignores zeros at the end, so
+            # worker 0 needs another number than the main process.
+            own = self._in_workers.own()
+            key += [self.calls + int(own), info.id + 1]
+            own += 1
+        word = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        return torch.Generator("cpu").manual_seed(word >> 1)
+
+    def state(self) -> dict[str, Any]:
+        """The state for `restore`: whole numbers `seed`, `calls`, and, after calls in workers, a list `workers`."""
+        counts = self._in_workers.trimmed()
+        return {"seed": self.seed, "calls": self.calls, **({"workers": counts} if counts else {})}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.seed, self.calls = state["seed"], state["calls"]
+        self._in_workers.restore(state.get("workers", []))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sender": rank(self._sender)}
+
+
+# ---- draws ----------------------------------------------------------------------------------------------------------
+
+
 def choose_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:
     """Rows to change, int64 [n], rising. Each is chosen with probability p; n is p * batch, rounded up or down.
 
-    The number of rows would differ from batch to batch if a coin were tossed for each one, and whatever prepares itself
-    for the shapes it meets (oneDNN, cuDNN's benchmark mode, torch.compile) would do so again and again.
+    A coin for each row would give another number in each batch. oneDNN, cuDNN's benchmark mode and torch.compile
+    prepare for each new shape, which takes time.
     """
     n = math.floor(p * batch + float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")))
     return torch.randperm(batch, generator=generator, device="cpu")[:n].sort().values
@@ -79,9 +176,8 @@ def normal(n: int, m: int, generator: torch.Generator) -> Tensor:
 class MoveCounts:
     """Counts of rows over all calls, here and in DataLoader workers.
 
-    selected: rows chosen to be changed. replaced: of these, rows that were kept because the decoded image was not
-    plausible, or the flow did not give the original back. unmapped: of these, rows that were kept because the flow does
-    not have their class.
+    selected: rows chosen to be changed. replaced: chosen rows that were kept because the decoded image was not
+    plausible, or the flow did not give the original back. unmapped: chosen rows of a class that the flow lacks.
     """
 
     NAMES = ("selected", "replaced", "unmapped")
@@ -93,7 +189,7 @@ class MoveCounts:
         self._judged = False
 
     def add(self, selected: int, unmapped: int, replaced: Tensor) -> None:
-        """Add one call's counts. `replaced` is a number on the device of the batch, which need not wait for it."""
+        """Add one call's counts. `replaced` is a tensor of one number on any device, which is read later."""
         own = self._counts.own()
         own[0] += selected
         own[2] += unmapped

@@ -14,16 +14,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Real
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.data.pixels import LUMA
 
-# Resizing with bicubic filters overshoots a little; more than the first number means that the input was normalised.
-# After `mean` and `std` are taken back, few values leave [0, 1] by the second: those that timm's RandomErasing drew.
-RANGE_SLACK, UNIT_SLACK, FEW = 0.1, 0.05, 0.05
+RANGE_SLACK = 0.1  # bicubic filters leave [0, 1] by less; normalised images by more
+UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std are undone: few do, from RandomErasing
 
 
 class PixelAdapter:
@@ -54,11 +52,11 @@ class PixelAdapter:
         The value range is checked in the first batch of each dtype only, since that makes an accelerator wait.
         """
         if not isinstance(x, Tensor) or x.ndim != 4:
-            got, fix = type(x).__name__, "give it as torch.from_numpy(x)" if isinstance(x, np.ndarray) else ""
-            if isinstance(x, Tensor):
-                got = str(tuple(x.shape))
-            fix = fix or "for single images, tuples and dicts use aug.as_transform()"
-            raise ValueError(f"x must be a tensor of images [B, C, H, W], got {got}: {fix}")
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"x must be a tensor of images [B, C, H, W], got {got}: use torch.from_numpy(x) for an array, "
+                "aug.as_transform() for single images, tuples and dicts"
+            )
         channels = x.shape[1]
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
             raise ValueError(

@@ -1,6 +1,6 @@
 """GLEMAugment: move real images along the principal modes of their class, in the latent space of a flow.
 
-A batch is encoded, its latents are moved (`moves`, `adversarial`), and the change is carried over to the images
+A batch is encoded, its latents are moved (`moves`), and the change is carried over to the images
 (`resize`) and labels (`labels`). Drawing the random parameters (`draw`) is separate from using them (`replay`), so a
 call can be repeated.
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.augment import moves
-from glem_augment.augment.adversarial import Adversary
 from glem_augment.augment.labels import (
     FlowClasses,
     Labels,
@@ -28,7 +27,7 @@ from glem_augment.augment.labels import (
     posterior_labels,
     soft_labels,
 )
-from glem_augment.augment.params import AugmentParams, MoveCounts, choose_rows, normal
+from glem_augment.augment.params import AugmentParams, MoveCounts, RandomState, WorkerCounts, choose_rows, normal
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.checks import Policy, check_choice, check_number
 from glem_augment.data.classes import check_class_map
@@ -36,7 +35,6 @@ from glem_augment.data.pixels import in_range
 from glem_augment.devices import evaluating, send, weights_key
 from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.random_state import RandomState, WorkerCounts
 
 __all__ = ["AugmentParams", "GLEMAugment"]
 
@@ -44,7 +42,7 @@ SETTINGS = "p policy alpha strength modes basis partner labels mean std num_clas
 
 
 class GLEMAugment(nn.Module):
-    """A batch transform on images and labels through a GLEM. It has no parameters, and the flow is no sub-module.
+    """A batch transform on images and labels through a GLEM, without parameters. The flow is no sub-module.
 
     `p`, `alpha`, `strength`, `margin` and `labels` may be set anew between calls.
 
@@ -56,10 +54,10 @@ class GLEMAugment(nn.Module):
             and a step up the loss of a classifier that `attach` names).
         alpha: parameter of the Beta distribution of "mixup".
         strength: of "noise" and "adversarial", in standard deviations of the modes. "auto": the largest of 1/2, 1/4 and
-            1/8 at which at most 5 % of the first call's images are put back, for whatever reason, or else 1/16. It is
-            part of `state_dict`, see `chosen_strength`.
+            1/8 at which at most 5 % of the first call's images are put back, or else 1/16. `state_dict` holds the
+            choice, see `chosen_strength`.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
-        basis: "class" (the modes of the image's class) or "shared" (those of the pooled within-class covariance).
+        basis: "class" (the modes of the image's class) or "shared" (modes of the pooled within-class covariance).
         partner: for "mixup": "same" (another row of the same data class, or a draw from the class's RFCM if there is
             none) or "any" (any other row).
         labels: "hard" (unchanged), "mix" (soft, weighted by the share of the move that the modes keep), "posterior" (of
@@ -67,13 +65,13 @@ class GLEMAugment(nn.Module):
             with "mixup"), else "hard".
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1] or uint8.
         num_classes: K', the width of soft labels; by default the length of `class_map`, or else the flow's K.
-        class_map: the flow class of every data class, see `match_classes`. None, -1 or a missing one at the end: the
-            flow does not have the class, and its images are passed through and counted.
+        class_map: the flow class of every data class, see `match_classes`. Where it is None, -1 or missing at the end,
+            the flow lacks the class; images of that class are passed through and counted.
         seed: of the transform's own random state; None: drawn from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
-            explodes goes far beyond 1. An image that the flow does not give back within half a uint8 step is replaced
-            too, in the calls that test this: the first ones, all as long as they find such images, and one in 32.
+            explodes goes far beyond 1. Some calls also test whether the flow gives the originals back within half a
+            uint8 step: the first 8, all calls after a failure, and one call in 32. Failures are replaced, too.
     """
 
     model: GLEM
@@ -86,7 +84,7 @@ class GLEMAugment(nn.Module):
         alpha: float = 1.0,
         strength: float | Literal["auto"] = "auto",
         modes: int | None = None,
-        basis: moves.Modes = "class",
+        basis: moves.BasisName = "class",
         partner: moves.Partner = "same",
         labels: Labels = "auto",
         mean: float | Sequence[float] | None = None,
@@ -98,7 +96,7 @@ class GLEMAugment(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("policy", policy, get_args(Policy))
-        check_choice("basis", basis, get_args(moves.Modes))
+        check_choice("basis", basis, get_args(moves.BasisName))
         check_choice("partner", partner, get_args(moves.Partner))
         check_choice("labels", labels, get_args(Labels))
         self.p = check_number("p", p, 0.0, 1.0)
@@ -123,7 +121,7 @@ class GLEMAugment(nn.Module):
         self._counts = MoveCounts()
         self._chosen = WorkerCounts()  # what "auto" chose, in units of 1e-4; 0: nothing yet
         self._inverse = moves.InverseTest()
-        self._adversary: Adversary | None = None
+        self._adversary: moves.Adversary | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}
 
     @property
@@ -138,7 +136,7 @@ class GLEMAugment(nn.Module):
 
     @property
     def chosen_strength(self) -> float | None:
-        """The strength that "auto" chose in this process, or the number that was set; None before the first move."""
+        """The strength that was set, or that "auto" chose in this process; None before the first move."""
         if isinstance(self.strength, str):
             return int(self._chosen.own()) / 10_000 or None
         return self.strength
@@ -162,7 +160,7 @@ class GLEMAugment(nn.Module):
         """
         if self.policy != "adversarial":
             raise ValueError(f"attach is for policy='adversarial', this transform has policy={self.policy!r}")
-        self._adversary = Adversary(classifier, loss, autocast)
+        self._adversary = moves.Adversary(classifier, loss, autocast)
         return self
 
     # ---- a call ----------------------------------------------------------------------------------------------
@@ -178,8 +176,8 @@ class GLEMAugment(nn.Module):
                 labels) moves along the modes of the strongest one; use noise or adversarial for these.
 
         Returns:
-            (x', y') with x' of x's dtype, device and memory format; rows that were not selected are those of x bit for
-            bit. y' is y itself, or float [B, K'].
+            (x', y'): x' has the dtype, device and memory format of x, and equals x bit for bit in rows that were not
+            selected. y' is y itself, or float [B, K'].
         """
         data_cls = self._check(x, y)
         return self._augmented(x, y, data_cls, self._draw(data_cls, self._random.generator()))
@@ -251,14 +249,13 @@ class GLEMAugment(nn.Module):
         return x.clone().index_copy_(0, here.rows, out), target  # clone keeps the memory format
 
     def _unmoved(self, model: GLEM, z: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-        """The images that moved ones are compared with, like `small`, and which of them the flow gives back, bool [n].
+        """The images whose difference to the moved ones is the change, and which rows the flow gives back, bool [n].
 
-        A flow on pixels decodes z to `small` itself. What an autoencoder makes of an image differs from it, and the
-        difference must not get into the change.
+        A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
         if self._inverse.due(self.model.flow):
-            # An encoder that forgets an image tells nothing of it in its latent, so only decoding shows the loss.
+            # Information lost in encoding is invisible in z, so z is decoded.
             back = moves.comes_back(model, small)
             self._inverse.saw(back)
         return small if model.autoencoder is None else in_range(model.decode(z, clamp=False)), back
@@ -283,9 +280,9 @@ class GLEMAugment(nn.Module):
     ) -> Iterator[tuple[float, float]]:
         """Each strength that "auto" tries, and the share of the rows that it puts back.
 
-        Of few rows each is moved several times. The noise is the same in every call.
+        Each of a few rows is moved several times. The noise is the same in every call.
         """
-        # An autoencoder never explodes, and decoding large images takes long.
+        # An autoencoder's decoder never explodes, and decoding large images takes long.
         times = 1 if model.autoencoder is not None else max(1, moves.TRIALS // len(back))
         rows, back = rows.repeated(times), back.repeat(times)
         eps = normal(len(back), self.modes, torch.Generator("cpu").manual_seed(0)).to(back.device)
@@ -294,11 +291,11 @@ class GLEMAugment(nn.Module):
             yield strength, 1.0 - float((moves.plausible(decoded, self.margin) & back).float().mean())
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
-        """Images as the user gets them, from decoded ones at the flow's size; differentiable."""
+        """Images of the user's size and range, from decoded ones at the flow's size; differentiable."""
         return self.pixels.from_unit(self.pixels.from_flow(images, small, in_range(decoded)), dtype)
 
     def _model_on(self, device: torch.device) -> GLEM:
-        """The user's model, or a copy of it on another device, which is made again when the weights have changed."""
+        """The model, or a copy on another device. A copy is made again when the weights have changed."""
         if self.model.device == device:
             return self.model
         version = weights_key(self.model)
@@ -326,7 +323,7 @@ class GLEMAugment(nn.Module):
 
     def wrap(self, loader: Any, device: torch.device | str | None = None, off_epoch: int | None = None) -> Any:
         """The loader with its batches augmented, on `device` or where they are: see `loops.AugmentedLoader`."""
-        from glem_augment.augment.loops import AugmentedLoader  # which stands above this module, as those below
+        from glem_augment.augment.loops import AugmentedLoader  # imported here because `loops` imports this module
 
         return AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
@@ -351,11 +348,11 @@ class GLEMAugment(nn.Module):
     # ---- saving ----------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The random state, for `state_dict`, and what strength "auto" chose here and in each worker: whole numbers."""
+        """Whole numbers for `state_dict`: the random state, and the strength that "auto" chose here and in workers."""
         return {**self._random.state(), "strength": self._chosen.trimmed()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on drawing where the state was taken."""
+        """Continue the draws from a state of `get_extra_state`."""
         self._random.restore(state)
         self._chosen.restore(state.get("strength", []))
 
@@ -377,7 +374,7 @@ class GLEMAugment(nn.Module):
         return cls(config["model"] if model is None else model, **given)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of the flow are made again where they are needed, and the classifier is not the transform's to send.
+        # Copies of the flow are made again where needed. The classifier may be large, and a copy would soon be old.
         return {**self.__dict__, "_adversary": None, "_copies": {}}
 
     def extra_repr(self) -> str:

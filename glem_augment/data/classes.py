@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections import defaultdict
@@ -16,10 +17,10 @@ from torch.utils.data import ConcatDataset, Subset
 from glem_augment.checks import check_whole
 from glem_augment.errors import ClassMismatchError, DataError
 
-ONE_CLASS = "image"  # of images without classes, and of flows that know none
+ONE_CLASS = "image"  # the name of the only class where images have no classes
 _FIX = (
     "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
-    "order; or use data of the flow's classes; or adapt the flow to the data (glem adapt)."
+    "order. Or adapt the flow to the data (glem adapt)."
 )
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
 Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or indices of images
@@ -28,15 +29,15 @@ Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or in
 def match_classes(
     flow: Any, data: Any, class_map: ClassMap = None, partial: bool = False, fix: str | None = None
 ) -> np.ndarray:
-    """Match the classes of a data set with a flow's, one to one; the flow may have more.
+    """Match the classes of a data set with classes of a flow, one to one.
 
-    A flow without classes, whose only one is `ONE_CLASS`, takes all classes of the data. Otherwise equal ids match,
-    then equal names. Other classes match where an id or a name has the same letters and digits in lower case, without a
-    number in front (`03_cat`). Ids that are plain numbers on both sides say nothing if both sides have names: class 3
-    of CIFAR-10 is not class 3 of Fashion-MNIST.
+    A flow whose only class is `ONE_CLASS` takes all classes of the data. Otherwise two classes match that share an id
+    or a name, which no other class has. Equal ones come first; then those with the same letters and digits in lower
+    case, without a number in front (`03_cat`). Ids that are plain numbers on both sides are left out if both sides have
+    names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST.
 
     Args:
-        flow, data: what names its classes, see `named_classes`.
+        flow, data: see `named_classes`.
         class_map: None; `"order"`: class i is class i (both sides must have equally many); or a mapping from data names
             (or ids) to flow names (or ids). Classes that it leaves out are matched as usual.
         partial: allow classes of the data that the flow does not have, but not all of them.
@@ -68,7 +69,11 @@ def match_classes(
         i, j = data.find(str(source)), flow.find(str(target))
         if found.setdefault(i, j) != j:
             raise ClassMismatchError(f"class_map maps the data's class {data.names[i]!r} twice")
-    _compare(data, flow, found)
+    for form in _FORMS:
+        ours, theirs = _unique(data.columns(flow), form), _unique(flow.columns(data), form)
+        for name, i in ours.items():
+            if name in theirs:
+                found.setdefault(i, theirs[name])
     missing = [data.label(i) for i in range(len(data.ids)) if i not in found]
     if missing and (not partial or not found):
         raise ClassMismatchError(
@@ -180,7 +185,7 @@ def feature_column(features: Mapping[str, Any], kind: Literal["ClassLabel", "Ima
 
 
 class _Side:
-    """The classes of the flow or of the data, which can be looked up by what they are called."""
+    """The classes of the flow or of the data."""
 
     def __init__(self, what: str, side: Any) -> None:
         named = named_classes(side)
@@ -192,11 +197,9 @@ class _Side:
 
     def find(self, name: str) -> int:
         """The index of the class that a class_map calls `name`."""
-        for form in (_composed, _plain):
-            for column in (self.names, self.ids):
-                index = _unique([column], form).get(form(name))
-                if index is not None:
-                    return index
+        for form, column in itertools.product(_FORMS, (self.names, self.ids)):
+            if (index := _unique([column], form).get(form(name))) is not None:
+                return index
         raise ClassMismatchError(f"class_map names {name!r}, not a class of the {self.what}. {self.listing()}")
 
     def label(self, index: int) -> str:
@@ -207,32 +210,21 @@ class _Side:
         return f"The {self.what} has {len(self.ids)} classes: {_listed([self.label(i) for i in range(len(self.ids))])}."
 
     def columns(self, other: _Side) -> list[list[str]]:
-        """What its classes are called: names, and ids unless they are numbers that mean nothing to the other side."""
+        """The names, and the ids unless they are numbers without a meaning for the other side."""
         numbers = self.numbered and (not other.numbered or (self.named and other.named))
         return [self.names] if numbers else [self.ids, self.names]
 
 
-def _compare(data: _Side, flow: _Side, found: dict[int, int]) -> None:
-    """Fill the gaps in `found` (data class -> flow class), the surest comparison first."""
-    ours, theirs = data.columns(flow), flow.columns(data)
-    exact: Callable[[str], str] = _composed
-    steps = [([data.names], [flow.names], exact), (ours, theirs, _plain)]
-    if len(ours) == len(theirs) == 2:
-        steps.insert(0, ([data.ids], [flow.ids], exact))
-    for columns, targets, form in steps:
-        lookup = _unique(targets, form)
-        for name, i in _unique(columns, form).items():
-            if i not in found and name in lookup:
-                found[i] = lookup[name]
-
-
-_composed = functools.partial(unicodedata.normalize, "NFC")  # one spelling of accents, which macOS writes as characters
+_composed = functools.partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a character of its own
 
 
 def _plain(name: str) -> str:
-    """Letters, digits and marks, which are vowels in many scripts; + and # too, because C++ and C# are not C."""
+    """The letters, digits and marks (vowels in many scripts), in lower case; + and #, because C++ and C# are not C."""
     composed = _composed(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name).lower())  # 03_cat, but not 737-200
     return "".join(c for c in composed if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
+
+
+_FORMS: tuple[Callable[[str], str], ...] = (_composed, _plain)  # the surest comparison first
 
 
 def _unique(columns: Sequence[Sequence[str]], form: Callable[[str], str]) -> dict[str, int]:

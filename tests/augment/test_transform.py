@@ -426,7 +426,7 @@ def test_models_are_checked() -> None:
         (images(4).float(), labels(4), "must be in .*mean and std"),
         (images(4) / 255 * float("nan"), labels(4), "must be finite"),
         (images(4).float(), labels(4), "divide images of 0 to 255 by 255"),
-        (images(4).numpy(), labels(4), r"got ndarray: give it as torch\.from_numpy\(x\)"),
+        (images(4).numpy(), labels(4), "got ndarray"),
         (images(4), labels(4)[:, None], r"y has shape \(4, 1\): give int64 \[4\], as y\[:, 0\]"),
         (images(4), labels(3), r"int64 \[4\]"),
         (images(4), labels(4).float(), "integers"),

@@ -93,8 +93,8 @@ def test_ambiguous_forms_do_not_match() -> None:
     assert match_classes(["C++", "C#"], ["C#"]).tolist() == [1]
     with pytest.raises(ClassMismatchError, match="no counterpart.*'Cat'"):
         match_classes(["cat", "dog"], ["cat", "Cat"])
-    crossed = side(["bee", "n1", "ant"], ["ant", "bee", "n3"])
-    assert match_classes(crossed, crossed).tolist() == [0, 1, 2]
+    letters = ["a", "A", "b"]
+    assert match_classes(letters, letters[::-1]).tolist() == [2, 1, 0]
     twice = ["T-shirt", "T shirt", "Dog"]  # either may be the flow's
     assert match_classes(["tshirt", "dog"], twice, partial=True).tolist() == [-1, -1, 1]
 
