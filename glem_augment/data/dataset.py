@@ -1,4 +1,4 @@
-"""Labelled images of one shape, opened from anywhere."""
+"""ImageData: labelled images of one shape, and `open_data`, which opens them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from glem_augment.data.classes import ClassMap, Integers, check_names, check_targets, match_classes
-from glem_augment.data.pixels import fit, in_threads
-from glem_augment.data.sources import ArraySource, Source, open_source, tensor_source
+from glem_augment.data.pixels import Source, TensorSource, fit, in_threads
+from glem_augment.data.sources import open_source, tensor_source
 from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 
 CACHE_BYTES = 2 * 2**30
-OWN_SIZE, _HEADERS = 224, 32  # pixels of the longer side that pictures show, and headers that tell the size
+OWN_SIZE, _HEADERS = 224, 32  # the longest side of images in pictures; how many headers `at_own_size` reads
 
 
 class ImageData(Dataset):
@@ -33,8 +33,8 @@ class ImageData(Dataset):
         class_ids: K folder names, WordNet ids or digits.
         named: whether the data named its classes; otherwise `classes` are "0", "1", ...
         image_shape: (C,H,W).
-        name: what it was opened from.
-        skipped: the image and the reason, of every image that `open_data(..., skip_bad=True)` left out.
+        name: the folder or data set, as text.
+        skipped: (image, reason) of every image that `open_data(..., skip_bad=True)` left out.
     """
 
     def __init__(
@@ -45,12 +45,11 @@ class ImageData(Dataset):
         pixels: torch.Tensor | None = None,
         skipped: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """The images `rows` of a source, or all; `pixels` are these images decoded, uint8 [N,C,H,W]."""
+        """The images `rows` of a source, or all; `pixels`: the same images decoded, uint8 [N,C,H,W]."""
         rows = np.arange(len(source)) if rows is None else rows
         self._source, self._source_rows = source, rows
         self._pixels = pixels  # subsets share them
-        # The images of `_pixels`, or else of the source, that belong to this set.
-        self._rows = rows if pixels is None else np.arange(len(rows))
+        self._rows = rows if pixels is None else np.arange(len(rows))  # of `_pixels`, or else of the source
         self.image_shape = image_shape
         self.name = _printable(source.name)
         self.targets, self.named = source.targets[rows], source.named
@@ -68,7 +67,7 @@ class ImageData(Dataset):
     ) -> ImageData:
         """Images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and ids)."""
         source = tensor_source(x, y, classes, class_ids, name)
-        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=x.detach().cpu().contiguous())
+        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=source.images)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,7 +82,7 @@ class ImageData(Dataset):
         return f"ImageData({self.name!r}, {len(self)} images {self.image_shape}, {len(self.classes)} classes)"
 
     def tensor(self) -> torch.Tensor:
-        """All images as uint8 [N,C,H,W], in order; do not write to them. What is not in memory is decoded now."""
+        """All images as uint8 [N,C,H,W], in order, decoded if they are not in memory. Do not write to them."""
         if self._pixels is None:
             return _decode(self._source, self._rows, self.image_shape, progress=False)
         whole = len(self._pixels) == len(self) and bool((self._rows == np.arange(len(self))).all())
@@ -106,11 +105,11 @@ class ImageData(Dataset):
     def shared_batches(
         self, indices: np.ndarray, batch_size: int, workers: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Share]]:
-        """This rank's part of every batch of `batches`, as long as it has one, and what part of the batch it is."""
+        """This rank's part of every batch of `batches`, and which share of the batch it is."""
         parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         shares = [share(len(part)) for part in parts]
         own = [part[each.rows] for part, each in zip(parts, shares, strict=True)]
-        # Only the last batch may be smaller than the others, and this rank's part of it smaller or empty.
+        # Only the last batch may be smaller, so only the last part may be smaller or empty.
         loaded = self.batches(np.concatenate(own), max(1, len(own[0])), workers)
         return ((x, y, each) for (x, y), each in zip(loaded, shares, strict=False))
 
@@ -128,14 +127,13 @@ class ImageData(Dataset):
         return other
 
     def where(self, index: int) -> str:
-        """The path of image `index`, or another name for it where it has none."""
+        """The path of image `index`, or a description where it has no path."""
         return _printable(self._source.where(int(self._source_rows[index])))
 
     def at_own_size(self, longest: int = OWN_SIZE) -> ImageData:
-        """The same images at about the size that they came in, at most `longest` pixels; decoded when they are used.
+        """The same images at about their stored size, at most `longest` pixels; decoded when they are used.
 
-        They have the aspect of `image_shape` and at least its size, so images of many sizes have one shape: that which
-        half of them reach.
+        The shape has the aspect of `image_shape` and at least its size. Half of the images are at least as large.
         """
         channels, *shape = self.image_shape
         headers = [self._source.header(int(row)) for row in self._source_rows[:: max(1, len(self) // _HEADERS)]]
@@ -159,14 +157,14 @@ class ImageData(Dataset):
         return other
 
     def with_numbers(self, numbers: torch.Tensor) -> ImageData:
-        """The same labels with other tensors [N, ...] in the place of images, for example latents of these."""
+        """The same labels with other tensors [N, ...] in place of images, for example their latents."""
         other = copy.copy(self)
         other._pixels, other._rows = numbers, np.arange(len(self))
         other.image_shape = (numbers.shape[-3], numbers.shape[-2], numbers.shape[-1])
         return other
 
     def rows_of_classes(self, max_per_class: int | None = None) -> list[np.ndarray]:
-        """Indices of each class's images, or of the first `max_per_class` of them. DataError: a class without any."""
+        """Indices of each class's images, of at most `max_per_class`. DataError: a class without images."""
         rows = [np.flatnonzero(self.targets == index)[:max_per_class] for index in range(len(self.classes))]
         empty = [self.classes[index] for index, found in enumerate(rows) if not len(found)]
         if empty:
@@ -177,8 +175,7 @@ class ImageData(Dataset):
         return rows
 
 
-# What `open_data` and the methods of a model take. Other libraries' data sets have no common type.
-LabelledImages: TypeAlias = Any
+LabelledImages: TypeAlias = Any  # an argument for `open_data`; other libraries' data sets have no common type
 
 
 def open_data(
@@ -202,13 +199,13 @@ def open_data(
               and val stand in for each other if only one is there). Classes are in torchvision's order, or, in a
               folder that `SyntheticDataset.export` wrote, in that of its classes.json;
             - a folder with MNIST-style idx files (`train-images-idx3-ubyte[.gz]`, `t10k-...`);
-            - what `timm.data.create_dataset` reads, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
-              .tar file with one folder per class. What torch/ names is never downloaded. Columns that are not called
+            - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
+              .tar file with one folder per class. A torch/ data set is never downloaded. Columns that are not called
               image and label follow a question mark: `hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label`;
             - a data set of torchvision or timm, or a Subset of one: its images without its transforms;
             - a Hugging Face `Dataset` with one column of images and one of class labels;
             - (images uint8 [N,C,H,W], N labels), or any data set that gives (PIL image or uint8 tensor [C,H,W], int).
-        split: train, test, val, ..., of what is given by name.
+        split: train, test, val, ..., for data given by name.
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
         channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. As in torchvision and timm, transparency
@@ -217,8 +214,8 @@ def open_data(
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
             before anything else.
-        unlabelled: leave out all classes: the images get one, called "image". A folder may then nest its images in any
-            way (in those named train, test, ... lie the splits), and a tensor, uint8 [N,C,H,W], needs no labels.
+        unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
+            named train, test, ... are splits), and a tensor, uint8 [N,C,H,W], needs no labels.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
@@ -243,9 +240,10 @@ def open_data(
             found = _look_at_headers(source, rows, size is None, progress)
             shape = (channels or found[0], *(size or found[1:]))
         pixels = None
-        if len(rows) * math.prod(shape) <= cache_bytes:
-            pixels = _ready_pixels(source, shape)
-            pixels = _decode(source, rows, shape, progress) if pixels is None else pixels
+        if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
+            pixels = source.images
+        elif len(rows) * math.prod(shape) <= cache_bytes:
+            pixels = _decode(source, rows, shape, progress)
     except BadImageError as error:
         raise BadImageError(
             f"{error}, or leave such images out with skip_bad=True (glem train, adapt, eval and preview: --skip-bad)"
@@ -258,8 +256,8 @@ def as_image_data(
 ) -> ImageData:
     """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
 
-    Whatever is not opened yet is opened by `open_data`, with its `options`, resized and converted. `classes` are names
-    to use instead of the data's. DataError: opened images of another shape.
+    Data that is not an ImageData is opened by `open_data`, with `options`, and resized and converted. `classes` are
+    names to use instead of the data's. DataError: an ImageData of another shape.
     """
     channels, height, width = image_shape
     if not isinstance(data, ImageData):
@@ -289,7 +287,7 @@ def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **op
 
 
 def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
-    """Where and why of every image that can't be decoded, by row."""
+    """(image, reason) of every image that can't be decoded, by row."""
     found: dict[int, tuple[str, str]] = {}
 
     def one(row: int) -> None:
@@ -306,11 +304,10 @@ def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
 def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress: bool) -> tuple[int, int, int]:
     """(C, H, W) of the first image; C = 1 only if all images at `rows` are grey.
 
-    All headers are read, so that bad files (BadImageError) and, with `same_size`, images of different sizes (DataError)
-    show before any work is done.
+    All headers are read, so that bad files (BadImageError) and, with `same_size`, different sizes (DataError) show now.
     """
-    if isinstance(source, ArraySource):
-        height, width, channels = (*source.arrays.shape[1:], 1)[:3]
+    if isinstance(source, TensorSource):
+        _, channels, height, width = source.images.shape
         return channels, height, width
     _, *first = source.header(int(rows[0]))
     grey = np.empty(len(rows), dtype=bool)
@@ -342,18 +339,6 @@ def _decode(source: Source, rows: np.ndarray, shape: tuple[int, int, int], progr
 
     in_threads(one, len(rows), f"decoding {source.name}", progress, source.threads)
     return out
-
-
-def _ready_pixels(source: Source, shape: tuple[int, int, int]) -> torch.Tensor | None:
-    """The arrays of a source as [N,C,H,W], if they need neither resizing nor conversion."""
-    if not isinstance(source, ArraySource):
-        return None
-    arrays = source.arrays
-    planes = arrays[:, None] if arrays.ndim == 3 else arrays.transpose(0, 3, 1, 2)
-    if planes.shape[1:] != shape:
-        return None
-    # Arrays of idx files are read-only views of the bytes of their file; those are copied.
-    return torch.from_numpy(np.require(planes, requirements=["C", "W"]))
 
 
 def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:

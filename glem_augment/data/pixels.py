@@ -1,19 +1,29 @@
-"""Pixels: from image files to uint8 tensors, and from these to the levels that a flow sees (dequantisation)."""
+"""One image of a source as a uint8 tensor, and uint8 tensors as the levels of a flow (dequantisation).
+
+A source has the labels and opens one image; `dataset` decides on sizes and channels.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, TypeAlias
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from glem_augment.data.classes import check_targets
 from glem_augment.devices import send
 from glem_augment.distributed import Share
 from glem_augment.errors import BadImageError
@@ -23,19 +33,18 @@ GREY_MODES = ("L", "1", "LA")
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
-_LONGEST = 16  # how many times longer than needed an image may be when it is resized
+_LONGEST = 16  # an image is cropped to this many times the needed length before it is resized
 _BLOCK = 32  # images per task of the decoding threads
 # The constants of SplitMix64, as int64.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-# Resizing with antialias overshoots by rounding only; a wider range belongs to other images (0..255, normalised).
-_RANGE_TOLERANCE = 1e-3
+_RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
 
 Noise: TypeAlias = torch.Generator | int | Tensor | None  # where dequantisation noise comes from, see `to_levels`
 
 
 def open_image(file: str | IO[bytes]) -> Image.Image:
-    """Open an image and read its header; the pixels are decoded when they are needed."""
+    """Open an image and read its header; the pixels are decoded later."""
     return Image.open(file, formats=_FORMATS)
 
 
@@ -58,11 +67,139 @@ def to_tensor(image: Image.Image, channels: int) -> Tensor:
     return F.pil_to_tensor(image.convert("L" if channels == 1 else "RGB")).contiguous()
 
 
+@dataclass
+class Source(Dataset, ABC):
+    """Labelled images that can be opened one by one; for the attributes see `ImageData`.
+
+    Item i is (PIL image in mode L or RGB, int). Data that name no classes give empty lists, and get numbers as names.
+    """
+
+    name: str
+    classes: list[str]
+    class_ids: list[str]
+    targets: np.ndarray
+    threads = 8  # that may open images at the same time
+
+    def __post_init__(self) -> None:
+        self.named = bool(self.classes)
+        self.targets = check_targets(self.targets, len(self.targets), len(self.classes) or None)
+        if not self.named:
+            self.classes = self.class_ids = [str(i) for i in range(self.targets.max(initial=-1) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self._checked(index) as image:
+            return image.convert("L" if image.mode in GREY_MODES else "RGB"), int(self.targets[index])
+
+    def where(self, index: int) -> str:
+        """What an error message calls image `index`."""
+        return f"image {index} of {self.name}"
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Image `index` with its header read."""
+
+    def header(self, index: int) -> tuple[bool, int, int]:
+        """Whether image `index` is grey, and its height and width. Raises BadImageError."""
+        with self._checked(index) as image:
+            return image.mode in GREY_MODES, image.height, image.width
+
+    def pixels(self, index: int, channels: int) -> Tensor:
+        """Image `index` as uint8 [C,H,W] in its own size. Raises BadImageError."""
+        with self._checked(index) as image:
+            return to_tensor(image, channels)
+
+    @contextmanager
+    def _checked(self, index: int) -> Iterator[Image.Image]:
+        """Open image `index`. Whatever goes wrong in the `with` block becomes a BadImageError that names the image."""
+        where = self.where(index)
+        try:
+            with self.open(index) as image:
+                check_header(image, where)
+                yield image
+        except BadImageError:
+            raise
+        except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
+            raise BadImageError(
+                f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it"
+            ) from error
+
+
+@dataclass
+class FolderSource(Source):
+    """Image files on disk."""
+
+    paths: Sequence[str]
+
+    def where(self, index: int) -> str:
+        return self.paths[index]
+
+    def open(self, index: int) -> Image.Image:
+        path = self.paths[index]
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write into it
+            raise OSError("it is no regular file")
+        return open_image(path)
+
+
+@dataclass
+class TensorSource(Source):
+    """Images of one shape in memory: uint8 [N,C,H,W]."""
+
+    images: Tensor
+
+    def open(self, index: int) -> Image.Image:
+        return F.to_pil_image(self.images[index])
+
+    def header(self, index: int) -> tuple[bool, int, int]:
+        return self.images.shape[1] == 1, self.images.shape[2], self.images.shape[3]
+
+    def pixels(self, index: int, channels: int) -> Tensor:
+        image = self.images[index]  # PIL has no images of most numbers of channels
+        return image.clone() if len(image) == channels else super().pixels(index, channels)
+
+
+@dataclass
+class ItemSource(Source):
+    """A data set whose items hold a PIL image, or a uint8 tensor [C,H,W], at `key`."""
+
+    items: Any
+    key: int | str
+    threads = 1  # items may share one file handle
+
+    def open(self, index: int) -> Image.Image:
+        image = self.items[index][self.key]
+        if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
+            return F.to_pil_image(image)
+        if not isinstance(image, Image.Image):
+            found = getattr(image, "dtype", type(image).__name__)
+            raise TypeError(f"it is {found}, no PIL image or uint8 tensor: give the data set without its transform")
+        return image.copy()  # the caller closes it
+
+
+@dataclass
+class ReaderSource(Source):
+    """Images of one of timm's readers; its `ImageDataset` gives the next image in place of one that it can't read."""
+
+    reader: Any
+
+    def where(self, index: int) -> str:
+        return str(self.reader.filename(index) or super().where(index))
+
+    def open(self, index: int) -> Image.Image:
+        with self.reader[index][0] as file:
+            return open_image(io.BytesIO(file.read()))
+
+
+# ---- sizes and threads --------------------------------------------------------------------------------------------
+
+
 def fit(pixels: Tensor, height: int, width: int) -> Tensor:
     """Resize uint8 [C,H,W] so that it just covers height x width, then crop the centre."""
     h, w = pixels.shape[-2:]
     scale = max(height / h, width / w)
-    # Resized as a whole, an image of 1 x 50 million pixels would take gigabytes for what is cropped afterwards.
+    # Without this crop, resizing an image of 1 x 50 million pixels would take gigabytes.
     h = min(h, math.ceil(_LONGEST * height / scale))
     w = min(w, math.ceil(_LONGEST * width / scale))
     pixels = F.center_crop(pixels, [h, w])
@@ -102,11 +239,11 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
 def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool = False) -> None:
     """Raise TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
 
-    The value range of float images is checked on the CPU only, because on an accelerator the check would wait for it;
-    with `any_range` not at all.
+    The value range of float images is checked on the CPU only, because an accelerator would have to wait; with
+    `any_range` it is not checked.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"images must be a torch.Tensor [B,C,H,W], got {type(x).__name__}")
+        raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
         c, h, w = image_shape
         raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
@@ -126,14 +263,13 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool =
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
-    With noise, a float image whose pixels all are k / 255, or all k / (2^bits - 1), for whole k up to rounding is the
-    uint8 image of these levels, to the last bit. Any other is a point between the levels: it gets no noise, u = 1/2.
+    With noise, a float image with all pixels k / 255, or all k / (2^bits - 1), for whole k up to rounding is treated as
+    the uint8 image of these levels. Any other float image lies between the levels and gets no noise, u = 1/2.
 
     Args:
         x: [B,C,H,W], uint8, of which the top `bits` bits are kept, or float in [0,1].
-        noise: where u in [0, 1) comes from. None: u = 1/2, the middle of the bin. A generator: it draws u, on its own
-            device. A seed: u is a function of the seed and the image alone, whatever the batch and the device. A
-            tensor: u itself, from `draw_noise`.
+        noise: the source of u in [0, 1). None: u = 1/2, the middle of the bin. A generator: it draws u, on its device.
+            A seed: u is a function of the seed and the image, for any batch and device. A tensor: u, from `draw_noise`.
     """
     is_float = x.dtype != torch.uint8
     levels = x.to(dtype) * (2**bits - 1) if is_float else (x >> (8 - bits)).to(dtype)
@@ -148,9 +284,9 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> 
 
 
 def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Float `levels` of images x, rounded where all of an image lies on levels; and where that is, bool [B,1,1,1].
+    """Float `levels`, rounded for images x whose pixels all lie on levels; and which images do, bool [B,1,1,1].
 
-    `eps` is the precision in which the images came. The rounding passes gradients on.
+    `eps` is the precision of the images as given. Gradients pass through the rounding.
     """
     on_levels = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
     for highest in {255, 2**bits - 1}:
@@ -165,7 +301,7 @@ def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, 
 def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor) -> Tensor:
     """Uniform in [0, 1), in the shape of `levels`: multiples of 2^-16, the same for every dtype.
 
-    Float32 has no finer ones beside the upper levels of 8 bits, and it does not round these up to the next level.
+    Float32 is no finer beside the upper levels of 8 bits, and it does not round these multiples up to the next level.
     """
     if isinstance(source, Tensor):
         numbers = source
@@ -178,11 +314,11 @@ def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor
 
 
 def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
-    """The dequantisation noise of the images x [b,C,H,W], int16 in x's shape, in the form that `encode` takes.
+    """The dequantisation noise of the images x [b,C,H,W], for `encode`: int16 in x's shape.
 
-    With a `share`, x is one rank's part of a batch. The noise of the whole batch is drawn, and of it the part returned,
-    so that an image has the same noise whatever the number of ranks. Four numbers are drawn at once, which on a CPU
-    takes a sixth of the time of `torch.rand`.
+    With a `share`, x is one rank's part of a batch. The noise of the whole batch is drawn and the part returned, so
+    that an image has the same noise for any number of ranks. Four numbers are drawn at once, which on a CPU takes a
+    sixth of the time of `torch.rand`.
     """
     each = x.shape[1:].numel()
     first, last, total = share or (0, len(x), len(x))
@@ -194,12 +330,12 @@ def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None
 def _words_of_images(levels: Tensor, seed: int) -> Tensor:
     """Pseudo-random int64 [B, ceil(d / 4)], a function of the seed and of each row of `levels` [B, d].
 
-    They are SplitMix64's (Steele et al., OOPSLA 2014), from a hash of the row: a sum of its levels with random weights.
-    Whole numbers wrap alike on every device, and their sum does not depend on the order.
+    SplitMix64 (Steele et al., OOPSLA 2014) draws them from a hash of the row: a sum of its levels with random weights.
+    Integers wrap alike on every device, and their sum does not depend on the order.
     """
     count = torch.arange(1, levels.shape[1] + 1, device=levels.device)
     hashed = (levels.round().to(torch.int64) * _splitmix(count * _GOLDEN + seed)).sum(1, keepdim=True)
-    # The seed once more, since the sum is 0 for a black image.
+    # The seed is added again, since the sum is 0 for a black image.
     return _splitmix(_splitmix(hashed + seed) + count[: (len(count) + 3) // 4] * _GOLDEN)
 
 
@@ -221,7 +357,7 @@ def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_range(x: Tensor) -> Tensor:
-    """Decoded images as they can be shown: NaN becomes grey, all else is clamped to [0,1]. Differentiable."""
+    """Decoded images in [0,1]: NaN becomes grey, other values are clamped. Differentiable."""
     return x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
 
 

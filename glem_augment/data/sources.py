@@ -1,21 +1,16 @@
-"""Where images come from: the bundled set, image folders, idx files, other libraries' data sets, tensors.
-
-A source knows the labels and how to open one image; `dataset.py` decides about sizes and channels.
-"""
+"""Opening the source of images that an argument names: bundled sets, folders, idx files, other libraries' data sets."""
 
 from __future__ import annotations
 
 import copy
 import gzip
-import io
 import json
 import os
 import re
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,10 +19,9 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import IterableDataset, Subset
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from glem_augment.data.classes import (
@@ -40,148 +34,23 @@ from glem_augment.data.classes import (
     of_hugging_face,
     readable_names,
 )
-from glem_augment.data.pixels import GREY_MODES, check_header, open_image, to_tensor
-from glem_augment.errors import BadImageError, DataError
+from glem_augment.data.pixels import FolderSource, ItemSource, ReaderSource, Source, TensorSource
+from glem_augment.errors import DataError
 from glem_augment.io import expand
 
-# Names of the folders of a split, the preferred one first. If only one of test and val exists, it serves for both.
+# Names of the folders of a split, the preferred one first. If only test or val exists, it serves for both.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "validation", "valid", "eval")
 _SPLIT_FOLDERS = dict.fromkeys(_TRAIN, _TRAIN) | dict.fromkeys(_TEST, _TEST + _VAL) | dict.fromkeys(_VAL, _VAL + _TEST)
-_FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Files of `SyntheticDataset.export`: the manifest, and the label of every class, even one whose folder is missing.
 PROVENANCE, CLASS_FILE = "glem-provenance.json", "classes.json"
 TIMM_PREFIXES = ("torch/", "hfds/")
 
 
-@dataclass
-class Source(Dataset, ABC):
-    """Labelled images that can be opened one by one; for the attributes see `ImageData`.
-
-    Item i is (PIL image in mode L or RGB, int). Data that name no classes give empty lists, and get numbers as names.
-    """
-
-    name: str
-    classes: list[str]
-    class_ids: list[str]
-    targets: np.ndarray
-    threads = 8  # that may open images at the same time
-
-    def __post_init__(self) -> None:
-        self.named = bool(self.classes)
-        self.targets = check_targets(self.targets, len(self.targets), len(self.classes) or None)
-        if not self.named:
-            self.classes = self.class_ids = [str(i) for i in range(self.targets.max(initial=-1) + 1)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with self._checked(index) as image:
-            return image.convert("L" if image.mode in GREY_MODES else "RGB"), int(self.targets[index])
-
-    def where(self, index: int) -> str:
-        """What an error message calls image `index`."""
-        return f"image {index} of {self.name}"
-
-    @abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """Image `index` with its header read."""
-
-    def header(self, index: int) -> tuple[bool, int, int]:
-        """Whether image `index` is grey, and its height and width. Raises BadImageError."""
-        with self._checked(index) as image:
-            return image.mode in GREY_MODES, image.height, image.width
-
-    def pixels(self, index: int, channels: int) -> torch.Tensor:
-        """Image `index` as uint8 [C,H,W] in its own size. Raises BadImageError."""
-        with self._checked(index) as image:
-            return to_tensor(image, channels)
-
-    @contextmanager
-    def _checked(self, index: int) -> Iterator[Image.Image]:
-        """Open image `index`. Whatever goes wrong in the `with` block becomes a BadImageError that names the image."""
-        where = self.where(index)
-        try:
-            with self.open(index) as image:
-                check_header(image, where)
-                yield image
-        except BadImageError:
-            raise
-        except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
-            raise BadImageError(
-                f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it"
-            ) from error
-
-
-@dataclass
-class FolderSource(Source):
-    """Image files on disk."""
-
-    paths: Sequence[str]
-
-    def where(self, index: int) -> str:
-        return self.paths[index]
-
-    def open(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write into it
-            raise OSError("it is no regular file")
-        return open_image(path)
-
-
-@dataclass
-class ArraySource(Source):
-    """Images of one shape in memory: uint8 [N,H,W] (grey) or [N,H,W,C]."""
-
-    arrays: np.ndarray
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(self.arrays[index])
-
-    def header(self, index: int) -> tuple[bool, int, int]:
-        return self.arrays.ndim == 3, *self.arrays.shape[1:3]
-
-    def pixels(self, index: int, channels: int) -> torch.Tensor:
-        array = np.atleast_3d(self.arrays[index])  # PIL has no images of most numbers of channels
-        return torch.tensor(array).movedim(2, 0) if array.shape[2] == channels else super().pixels(index, channels)
-
-
-@dataclass
-class ItemSource(Source):
-    """A data set whose items hold a PIL image, or a uint8 tensor [C,H,W], at `key`."""
-
-    items: Any
-    key: int | str
-    threads = 1  # items may share one file handle
-
-    def open(self, index: int) -> Image.Image:
-        image = self.items[index][self.key]
-        if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
-            return F.to_pil_image(image)
-        if not isinstance(image, Image.Image):
-            found = getattr(image, "dtype", type(image).__name__)
-            raise TypeError(f"it is {found}, no PIL image or uint8 tensor: give the data set without its transform")
-        return image.copy()  # the caller closes it
-
-
-@dataclass
-class ReaderSource(Source):
-    """Images of one of timm's readers; its `ImageDataset` gives the next image in place of one that it can't read."""
-
-    reader: Any
-
-    def where(self, index: int) -> str:
-        return str(self.reader.filename(index) or super().where(index))
-
-    def open(self, index: int) -> Image.Image:
-        with self.reader[index][0] as file:
-            return open_image(io.BytesIO(file.read()))
-
-
 def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> Source:
-    """Open what `open_data` takes. No image is decoded, unless that is the only way to its label."""
+    """Open an argument of `open_data`. Images are decoded only where labels cannot be read otherwise."""
     if unlabelled:
         return _unlabelled_source(data, split)
     if isinstance(data, Source):
@@ -256,9 +125,9 @@ def _bundled_source(name: str, split: str) -> Source:
     with (folder / f"{name}-{part}.png").open("rb") as stream, Image.open(stream) as image:
         sheet = np.asarray(image.convert("L"))
     rows, columns = sheet.shape[0] // 28, sheet.shape[1] // 28
-    arrays = sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28)
+    images = torch.from_numpy(sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 1, 28, 28))
     targets = np.repeat(np.arange(rows), columns)
-    return ArraySource(f"bundled:{name}", _FASHION_CLASSES, [str(i) for i in range(rows)], targets, arrays)
+    return TensorSource(f"bundled:{name}", _CLOTHES, [str(i) for i in range(rows)], targets, images)
 
 
 # ---- image folders -----------------------------------------------------------------------------------------------
@@ -273,7 +142,7 @@ def without_splits(spec: str) -> bool:
 def _image_folder(folder: Path) -> FolderSource:
     """One folder per class, with the classes, the order and the extensions of torchvision's ImageFolder.
 
-    The classes of an export, and their order, are those of its classes.json: some may have no folder.
+    An export has the classes and labels of its classes.json, and some classes may have no folder.
     """
     exported = _is_export(folder) and (folder / CLASS_FILE).is_file()
     class_ids = _exported_classes(folder) if exported else _folders(folder)
@@ -352,7 +221,7 @@ def _is_idx(folder: Path) -> bool:
     return bool(_idx_files(folder, "(train|t10k|test)", "images", 3))
 
 
-def _idx_source(folder: Path, split: str) -> ArraySource:
+def _idx_source(folder: Path, split: str) -> TensorSource:
     """MNIST and its relatives. The classes are the labels that occur (EMNIST's letters start at 1)."""
     prefix = "train" if split.lower() in _TRAIN else "(t10k|test)" if split.lower() in _TEST + _VAL else split
     arrays = []
@@ -361,22 +230,21 @@ def _idx_source(folder: Path, split: str) -> ArraySource:
         if not found:
             raise DataError(f"{folder} has no idx file of the {kind} of split {split!r}")
         arrays.append(_read_idx(found[0], rank))
-    labels = check_targets(arrays[1], len(arrays[0]))
+    images, labels = torch.from_numpy(arrays[0])[:, None], check_targets(arrays[1], len(arrays[0]))
     present, targets = np.unique(labels, return_inverse=True)
     class_ids = [str(label) for label in present]
-    # The clothes of Fashion-MNIST are known by the name of the folder, or of the one above torchvision's "raw".
-    resolved = folder.resolve()
-    name = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
-    fashion = re.sub("[^a-z]", "", name.lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
-    classes = [_FASHION_CLASSES[label] for label in present] if fashion else class_ids
-    return ArraySource(str(folder), classes, class_ids, targets.reshape(-1), arrays[0])
+    # Fashion-MNIST is known by the name of the folder, or of the folder above torchvision's "raw".
+    parts = [part for part in folder.resolve().parts if part.lower() != "raw"]
+    fashion = re.sub("[^a-z]", "", parts[-1].lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
+    classes = [_CLOTHES[label] for label in present] if fashion else class_ids
+    return TensorSource(str(folder), classes, class_ids, targets.reshape(-1), images)
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
     """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data."""
-    with suppress(gzip.BadGzipFile, EOFError, zlib.error, ValueError):  # all of them: it is damaged
+    with suppress(gzip.BadGzipFile, EOFError, zlib.error, ValueError):  # the errors of damaged files
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read()
+            data = bytearray(file.read())  # writable, as torch wants it
         if data[:4] == bytes((0, 0, 8, rank)):
             shape = np.frombuffer(data, ">u4", rank, offset=4).tolist()
             return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
@@ -393,7 +261,7 @@ def tar_file(spec: str) -> str | None:
 
 
 def _timm_source(spec: str, split: str) -> Source:
-    """Open `NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, with `timm.data.create_dataset`."""
+    """`NAME[@ROOT][?input_key=...&target_key=...]`, or a .tar file, opened by `timm.data.create_dataset`."""
     from timm.data import create_dataset
 
     options: dict[str, Any]
@@ -421,7 +289,7 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
     """A data set of torchvision, timm or Hugging Face, or any other whose items are (image, label)."""
     name = name or getattr(getattr(data, "info", data), "dataset_name", None) or type(data).__name__
     ids, names = (getattr(data, "named", True) and named_classes(data)) or ([], [])
-    if of_hugging_face(data):  # a transform of its own may have renamed the columns
+    if of_hugging_face(data):  # without its format, which may have renamed the columns
         data, label = data.with_format(None), feature_column(data.features, "ClassLabel")
         return ItemSource(name, names, ids, np.asarray(data[label]), data, feature_column(data.features, "Image"))
     reader: Any = getattr(data, "reader", None)
@@ -446,7 +314,8 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
     if isinstance(data, VisionDataset) and hasattr(data, "data"):  # CIFAR and MNIST families hold all their pixels
         arrays = np.asarray(data.data)
         if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
-            return ArraySource(name, names, [str(i) for i in range(len(names))], targets, arrays)
+            images = torch.from_numpy(arrays[:, None] if arrays.ndim == 3 else arrays.transpose(0, 3, 1, 2))
+            return TensorSource(name, names, [str(i) for i in range(len(names))], targets, images)
     return ItemSource(name, names, ids, targets, data, 0)
 
 
@@ -456,7 +325,7 @@ def tensor_source(
     classes: Sequence[str] = (),
     class_ids: Sequence[str] | None = None,
     name: str = "tensors",
-) -> ArraySource:
+) -> TensorSource:
     """Images x, uint8 [N,C,H,W], with labels y. TypeError: other dtypes. DataError: other shapes or labels."""
     x = torch.as_tensor(x)
     if x.dtype != torch.uint8:
@@ -465,6 +334,4 @@ def tensor_source(
         raise DataError(f"images must be [N,C,H,W], and at least one, got shape {tuple(x.shape)}")
     ids = list(classes if class_ids is None else class_ids)
     check_names(classes, ids)
-    arrays = x.detach().cpu().movedim(1, -1).numpy()
-    targets = check_targets(y, len(x))
-    return ArraySource(name, list(classes), ids, targets, arrays[..., 0] if arrays.shape[-1] == 1 else arrays)
+    return TensorSource(name, list(classes), ids, check_targets(y, len(x)), x.detach().cpu().contiguous())

@@ -21,8 +21,7 @@ from glem_augment.augment.resize import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import DrawSource, Policy
 from glem_augment.data.dataset import ImageData, images_for
-from glem_augment.data.pixels import to_tensor, to_uint8
-from glem_augment.data.sources import FolderSource
+from glem_augment.data.pixels import FolderSource, to_tensor, to_uint8
 from glem_augment.errors import BadImageError
 from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import FlowClassifier, Section, compose

@@ -24,20 +24,19 @@ from glem_augment.synthetic.dataset import SyntheticDataset
 class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
-    Each data set applies its own transform, and `transform` comes after. timm's create_loader sets it.
-    Next to real PIL images the synthetic ones come in the same mode (RGB or L). Next to an `ImageData`, whose items are
-    uint8 tensors, they are such tensors too, unless `synthetic` has a transform. Classes are matched by name; if the
-    real data names none, its labels are the flow's indices. A synthetic image's label goes through the synthetic data's
-    `target_transform`, or else through the real data's.
+    Each data set applies its transform, and `transform` comes after. timm's create_loader sets it. Beside real PIL
+    images the synthetic ones have the same mode (RGB or L). Beside an `ImageData`, whose items are uint8 tensors, they
+    are uint8 tensors, unless `synthetic` has a transform. Classes are matched by name; if the real data names none, its
+    labels are the flow's indices. Synthetic labels go through the `target_transform` of `synthetic`, or else of `real`.
 
     Args:
-        real: a data set whose items are (image, label), such as those of torchvision and timm, an `ImageData`, or a
-            Subset of one; or anything else that `open_data` takes. A name and a Hugging Face data set then give PIL
-            images as they are stored, a pair (images, labels) gives uint8 tensors.
+        real: a data set with items (image, label), for example of torchvision or timm, an `ImageData`, or a Subset; or
+            anything else that `open_data` takes. A name and a Hugging Face data set give PIL images as they are stored,
+            a pair (images, labels) gives uint8 tensors.
         synthetic: a `SyntheticDataset`, or the folder of an export; with at least `ratio * len(real)` images (unless
             ratio is None).
-        ratio: synthetic images per real one: 1 doubles the data. They are taken class by class in turn, so that any
-            ratio is balanced as `synthetic` is. None: all of them, as for per_class="balance".
+        ratio: synthetic images per real one: 1 doubles the data. Classes take turns, so any ratio keeps the balance of
+            `synthetic`. None: all synthetic images, as for per_class="balance".
         class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
             classes than the flow, and the flow more than the real data, if `synthetic` has no image of them.
         transform: applied to every image, real and synthetic. A DataLoader needs one that makes tensors of one size,
@@ -47,7 +46,7 @@ class RealAndSynthetic(Dataset):
         DataError: too few synthetic images, classes that do not match, or the folder of an unfinished export.
 
     Attributes:
-        targets: int labels of all items. classes, class_to_idx: those of the real data, if it names any.
+        targets: int labels of all items. classes, class_to_idx: the classes of the real data, if it names any.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class RealAndSynthetic(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
-        """Several items; the synthetic ones among them are decoded together."""
+        """Several items; synthetic ones are decoded together."""
         places = [range(len(self))[i] for i in indices]  # negative ones count from the end
         chosen = [int(self.chosen[place - self._real_count]) for place in places if place >= self._real_count]
         pictures = iter(self._pictures(chosen))
@@ -116,7 +115,7 @@ class RealAndSynthetic(Dataset):
         return items
 
     def _pictures(self, indices: list[int]) -> Iterable[Any]:
-        """Synthetic images, of the kind that the real ones are."""
+        """Synthetic images, of the same kind as the real ones."""
         if not indices:
             return []
         drawn, as_tensors = self.synthetic, isinstance(_innermost(self.real), ImageData)
@@ -132,7 +131,7 @@ class RealAndSynthetic(Dataset):
 
     @functools.cached_property
     def _real_mode(self) -> str | None:
-        """The mode of the real PIL images, as the first of them has it; None for other images."""
+        """The mode of the first real PIL image; None for other images."""
         first = self.real[0][0] if self._real_count else None
         return first.mode if isinstance(first, Image.Image) else None
 

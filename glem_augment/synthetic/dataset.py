@@ -1,7 +1,7 @@
-"""SyntheticDataset and SyntheticStream: images drawn from the classes of a GLEM, by index or new ones in every epoch.
+"""SyntheticDataset and SyntheticStream: images drawn from the classes of a GLEM, by index or new in every epoch.
 
-Images are decoded in fixed aligned blocks, since convolutions and matrix products change in their last bits with the
-batch size. So item i is the same image whatever the batch, the order and the worker.
+Images are decoded in fixed blocks, because the last bits of convolutions and matrix products depend on the batch size.
+So item i is the same image for any batch, order and worker.
 """
 
 from __future__ import annotations
@@ -40,34 +40,32 @@ from glem_augment.synthetic.sampler import (
     rows_by_block,
 )
 
-# Images that are decoded together, in a SyntheticDataset all of one class. Another number would change their last bits.
-BLOCK = 64
+BLOCK = 64  # images that are decoded together; another number would change their last bits
 
 
 class SyntheticDataset(Dataset):
     """A map-style data set of synthetic images, in the order of the classes, with torchvision's attributes.
 
-    Items are (PIL image, int). A block of images is decoded when the first of them is wanted, and kept as long as
-    `cache_bytes` allow. Every DataLoader worker has a cache of its own, so for loaders with workers, and for sets that
-    are shuffled and do not fit the cache, call `preload` first, or `export` and read the files.
+    Items are (PIL image, int). The first use of an image decodes its block, which is kept as long as `cache_bytes`
+    allow. Every DataLoader worker has its cache. So for workers, and for shuffled sets larger than the cache, call
+    `preload` first, or `export` and read the files.
 
-    A draw whose image is not plausible, since its values leave [0, 1] by more than 1 or are not finite, is drawn again,
-    up to 4 times.
+    Images whose values leave [0, 1] by more than 1, or are not finite, are drawn again up to 4 times.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
             change afterwards.
-        per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (the
-            others get none), or "balance": as many as fill up each class of `real` to its largest one.
+        per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (other
+            classes get none), or "balance": as many as fill up each class of `real` to its largest one.
         temperature: factor on the standard deviation.
         seed: int >= 0; with the class and the place within the class it fixes an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
-            "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; their latents are kept in
-            memory, N * d * 4 bytes). None: rfcm, or gaussian if the model has no modes.
+            "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
+            N * d * 4 bytes of memory). None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
-        real: real images, see `open_data`, for "balance" and "mixup". Exports number the classes as they do.
+        real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         class_map: how the classes of `real` map to the flow's, see `match_classes`.
     """
@@ -119,7 +117,7 @@ class SyntheticDataset(Dataset):
 
     @property
     def implausible(self) -> list[int]:
-        """Items decoded so far in this process of which no draw was plausible."""
+        """Items decoded so far in this process without a plausible draw."""
         return sorted(self._implausible)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -151,7 +149,7 @@ class SyntheticDataset(Dataset):
         return out
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """Latents z of several items, float32 [n, d] on the model's device: of the draws that were kept."""
+        """Latents z of several items, float32 [n, d] on the model's device."""
         chosen = check_indices(indices, len(self))
         out = torch.empty(len(chosen), self.model.dim, device=self.model.device)
         for block, rows, places in self._blocks(chosen):
@@ -159,7 +157,7 @@ class SyntheticDataset(Dataset):
         return out
 
     def preload(self, progress: bool = True) -> None:
-        """Decode all images now and keep them in memory, which DataLoader workers started afterwards share."""
+        """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
         images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
         starts = range(0, len(self), BLOCK)
         for start in tqdm(starts, unit="block", desc="preload", disable=not progress):
@@ -169,7 +167,7 @@ class SyntheticDataset(Dataset):
         self._make_cache()
 
     def draw(self, cls: int, number: int) -> Drawn:
-        """Draw block `number` of a class, anew in every call. RuntimeError: the model has changed meanwhile."""
+        """Draw block `number` of a class, without the cache. RuntimeError: the model has changed."""
         self._check_model()
         within = np.arange(number * self.plan.block, min(self.counts[cls], (number + 1) * self.plan.block))
         drawn = self.sampler.draw(np.full_like(within, cls), within)
@@ -187,23 +185,22 @@ class SyntheticDataset(Dataset):
     ) -> Path:
         """Write all images, without the transforms, and glem-provenance.json; every file is written atomically.
 
-        Classes are numbered as `real` numbers them, followed by other classes of the flow that have images; without
-        `real`, as the flow numbers them. An ImageFolder has no folder for a class of no images, so that torchvision
-        would number the later ones differently: its classes.json holds the label of every folder, and `open_data` and
-        `RealAndSynthetic` go by that.
+        Labels are the class numbers of `real`, followed by other classes of the flow that have images. Without `real`
+        they are the flow's. A class without images has no folder, and torchvision's ImageFolder would number the later
+        folders differently. So classes.json holds the label of every folder, for `open_data` and `RealAndSynthetic`.
 
-        Exporting the same images to the same folder again writes the files that are missing, so an export that was
-        killed is finished by running it again, on any number of ranks. Until then `open_data` refuses the folder.
-        checksums.sha256 holds the SHA-256 of every image or shard, for `sha256sum --check`.
+        The same export to the same folder again writes the files that are missing. So a killed export is finished by
+        running it again, on any number of ranks. Until then `open_data` refuses the folder. checksums.sha256 holds the
+        SHA-256 of every image or shard, for `sha256sum --check`.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png), or "webdataset" (data/train-*.tar, which timm and the Hub
                 read; packed at the end from an ImageFolder in a hidden folder).
             overwrite: replace an export of other images.
-            license: of the images that the flow was trained on, which its samples inherit, for the provenance; by
-                default the one in the flow's record (not for mixtures, whose real images may have another).
-            distributed: share the blocks out among all ranks of the process group, which must all make this call and
-                see the same folder. The files are the same for any number of them, with as many threads.
+            license: the licence of the images that the flow was trained on, for the manifest; samples inherit it. None:
+                the licence in the flow's record, but for mixtures, whose real images may have another one.
+            distributed: share the blocks among all ranks of the process group, which must all make this call and see
+                the same folder. The files do not depend on the number of ranks.
 
         Raises:
             FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
@@ -225,7 +222,7 @@ class SyntheticDataset(Dataset):
         return push_dataset(self.plan, self.draw, repo_id, **options)
 
     def _check_model(self) -> None:
-        """Refuse to mix images of two models in one set, or under the wrong hash in its manifest."""
+        """Refuse images of two models in one set."""
         key = weights_key(self.model)
         if key != (self._weights_key or key):
             raise RuntimeError("the model's weights or modes have changed: make a new SyntheticDataset")
@@ -236,7 +233,7 @@ class SyntheticDataset(Dataset):
         self._cached = functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
 
     def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:
-        """Class and number of every block that holds items, their rows in `index` [n], their places in the block."""
+        """(class, number) of every block with items of `index` [n], their rows in it, and their places in the block."""
         cls = np.searchsorted(self._starts, index, side="right") - 1
         within = index - self._starts[cls]
         for block, rows in rows_by_block(cls, within, self.plan.block).items():
@@ -255,18 +252,18 @@ class SyntheticDataset(Dataset):
 class SyntheticStream(IterableDataset):
     """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
 
-    Images are made in blocks; block number b is a function of seed, epoch and b alone. The workers of all ranks share
-    the blocks out among themselves, so how many workers there are decides the order of an epoch's images, but not what
-    they are. Every rank has equally many. Nothing is kept: it costs a decode per image and epoch.
+    Images are made in blocks. Block number b is a function of seed, epoch and b alone. The workers of all ranks share
+    the blocks, so the number of workers decides the order of an epoch's images, but not the images. Every rank has
+    equally many. Nothing is kept: each image is decoded in every epoch.
 
     As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
-    timm's train.py does so by itself. Without a `length` there is one epoch without an end.
+    timm's train.py calls it. Without a `length` there is one epoch without an end.
 
     Args:
         model: a GLEM or its name.
         length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
         weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from class names, ids or
-            indices (the others get no image); None: all the same.
+            indices (other classes get no image); None: all the same.
         temperature, seed, transform, target_transform, source, device, real, modes, alpha: as for `SyntheticDataset`.
     """
 
@@ -302,13 +299,13 @@ class SyntheticStream(IterableDataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, before its iterator is made. It holds for the workers of a DataLoader too."""
+        """Choose the epoch, from 0, before its iterator is made, also for the workers of a DataLoader."""
         self._epoch.fill_(check_whole("epoch", epoch, 0))
 
     def __len__(self) -> int:
-        """Images per epoch on this rank. Every worker of a DataLoader may end with a short batch of its own."""
+        """Images per epoch on this rank. Every worker of a DataLoader may end with a short batch."""
         if self.length is None:
-            raise TypeError("this SyntheticStream has no end, and so no length: give length=")
+            raise TypeError("this SyntheticStream has no end: give length=")
         return -(-self.length // self._ranks()[1])
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:

@@ -1,8 +1,7 @@
-"""A plan of the images of a set; and from items, given by class and place within the class, to latents and images.
+"""From a request to a plan of images, and from an item's class and place in the class to its latent and image.
 
-Real images that a set is made for are opened, and their classes matched with the flow's, once. A latent is a function
-of the seed, its class, its place within the class and the number of the attempt. It never depends on what else is drawn
-at the same time.
+The classes of real images are matched with the flow's once. A latent is a function of the seed, its class, its place in
+the class and the number of the attempt. It never depends on other items.
 """
 
 from __future__ import annotations
@@ -23,27 +22,25 @@ from glem_augment.augment.moves import MARGIN, plausible
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
 from glem_augment.data.classes import ClassMap, check_targets, match_classes
 from glem_augment.data.dataset import ImageData, LabelledImages, as_image_data
-from glem_augment.data.pixels import to_uint8
-from glem_augment.data.sources import Source, open_source
+from glem_augment.data.pixels import Source, to_uint8
+from glem_augment.data.sources import open_source
 from glem_augment.devices import evaluating
 from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM
 
-# One generator serves this many items of a class. This is not the block of decoding: changing it changes the draws.
-NOISE_BLOCK = 16
+NOISE_BLOCK = 16  # items of a class that share a generator; another number would change the draws
 MAX_ATTEMPTS = 5  # draws of an item whose images are not plausible; the last one stays
-# The key in an export's settings that identifies the real images behind a mixup set.
-REAL_IMAGES = "real_images_sha256"
+REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that identifies the real images of a mixup
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]
 
 _ADAPT = (
-    "A flow makes images of its own classes only: adapt it to the data (model.adapt(data), or glem adapt), or open the "
-    "data without those classes."
+    "A flow makes images of its classes only: adapt it to the data (model.adapt(data), or glem adapt), or leave the "
+    "other classes out of the data."
 )
 
 
 class Real(NamedTuple):
-    """Real images with the flow's class of every image, `targets` int64 [N], and of every class, `classes` int64."""
+    """Real images; the flow's class of each image, `targets` int64 [N], and of each of their classes, `classes`."""
 
     data: Source | ImageData
     targets: np.ndarray
@@ -55,7 +52,7 @@ class Real(NamedTuple):
 
 
 def open_real(model: GLEM, data: LabelledImages, class_map: ClassMap = None) -> Real:
-    """Real images, of which only the labels are read. Labels of data without class names are the flow's indices."""
+    """Open real images; only labels are read now. Labels of data without class names are the flow's indices."""
     source = data if isinstance(data, ImageData) else open_source(data)
     if source.named or class_map is not None:
         index = match_classes(model, source, class_map, fix=_ADAPT)
@@ -82,7 +79,7 @@ class Plan:
         order: the classes of an export, in the order of their labels.
         block: images of one class that are decoded together.
         settings: the settings that decide the images, beside weights, classes and counts; JSON-able.
-        real_name: the name of the real images that are mixed, if any are.
+        real_name: the name of the real images of a mixup.
     """
 
     model: GLEM
@@ -133,7 +130,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
 
 
 def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
-    """K values, one for each of the flow's classes; a mapping gives `default` to the classes that it leaves out."""
+    """K values, one per class of the flow. Classes that a mapping leaves out get `default`."""
     if not isinstance(values, Mapping):
         given = values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
         if not isinstance(given, list) or len(given) != model.num_classes:
@@ -154,9 +151,9 @@ def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[
 
 
 class RealLatents:
-    """Latents `z` of real images, float32 [N, d] in the CPU's memory, class after class; `starts`, `counts`: int64 [K].
+    """Latents `z` of real images, float32 [N, d] on the CPU, class after class; `starts`, `counts`: int64 [K].
 
-    `sha256` is of the pixels and counts, because the last bits of latents differ between machines.
+    `sha256` is the hash of pixels and counts, because the last bits of latents differ between machines.
     """
 
     def __init__(self, model: GLEM, images: ImageData) -> None:
@@ -234,7 +231,7 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
-        """Draw the items of the classes cls at the places within, int64 [n]; draws that are not plausible again."""
+        """Draw the items of the classes cls at the places within, int64 [n], up to MAX_ATTEMPTS times."""
         with evaluating(self.model):
             z = self.latents(cls, within)
             x = self.model.decode(z, clamp=False)
@@ -291,7 +288,7 @@ class Sampler:
 
 
 def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
-    """Refuse wanted classes without a real image to mix, and warn of classes with only one; counts: int64 [K]."""
+    """ValueError for wanted classes without a real image; a warning for classes with one; counts: int64 [K]."""
     empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (counts == n))] for n in (0, 1))
     if empty:
         raise ValueError(
