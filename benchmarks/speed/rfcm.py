@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, write_results
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
-from glem_augment.latent.modes import fit_class_modes
+from glem_augment.latent.fit import fit_class_modes
 
 
 def truncated(latents: Callable[[int], torch.Tensor], classes: int, dim: int) -> ThinCovariances:

@@ -17,8 +17,8 @@ from glem_augment.data.dataset import ImageData, LabelledImages, images_for
 from glem_augment.distributed import gather, share
 from glem_augment.errors import DataError
 from glem_augment.latent.gaussians import fit_temperature
+from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
-from glem_augment.model.image_flow import psnr, summarise_errors
 
 __all__ = ["calibrate", "calibration_error", "evaluate", "moves_put_back", "spread"]
 

@@ -26,7 +26,7 @@ class Coupling(nn.Module):
         self.n = channels // 2
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """The map of the second half x2 [c/2, B, H, W], channel-major (see `level`), or its inverse.
+        """The map of the second half x2 [c/2, B, H, W], channel-major (see `multiscale`), or its inverse.
 
         `params` [B, m, H, W] is what the network made of the first half. Returns the result and log|det| [B] in nats.
         """

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from glem_augment.flows.coupling import Coupling, SubnetFactory
 from glem_augment.flows.layers import Flow
-from glem_augment.flows.level import Mixing
 from glem_augment.flows.precision import full_precision
 from glem_augment.flows.reversible import reversible
 from glem_augment.flows.subnets import Subnet
@@ -122,7 +121,7 @@ class JetFlow(Flow):
             logdet = logdet + change
         return h, logdet
 
-    def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
+    def mixings(self, inverse: bool) -> tuple[list[Any], Tensor]:
         """There are none between the couplings; see `reversible`."""
         return [], torch.zeros(())
 

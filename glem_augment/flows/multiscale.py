@@ -1,18 +1,163 @@
-"""The multi-scale flow: levels of steps, with half of the channels leaving after each level."""
+"""The multi-scale flow: levels of a squeeze and steps, with half of the channels leaving after each level.
+
+A step is ActNorm, 1x1 mixing and coupling. Inside a level the state is *channel-major*, [C, B, H, W]. A 1x1 mixing is
+then one matrix product [C, C] x [C, B*H*W], and a half of the channels is one contiguous block. The squeeze's
+permutation copies anyway, so it changes the order for free. Only the networks inside couplings see images, channels
+last.
+
+ActNorm and mixing do not depend on the image. Their exponentials are computed for all steps of a level at once, once
+per pass, and are kept while the weights are frozen.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
-from glem_augment.flows.layers import Flow
-from glem_augment.flows.level import Level, Step, squeeze, step_forward, step_inverse
+import torch
+from torch import Tensor, nn
+
+from glem_augment.flows.coupling import Coupling
+from glem_augment.flows.layers import ActNorm, Flow, Mixing1x1
+from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.flows.precision import full_precision
 from glem_augment.flows.reversible import reversible
 
+Step = tuple[ActNorm, Mixing1x1, Coupling]
 # How often torch.compile may compile a step for each level: with and without gradients, in training and eval mode, in
 # reduced precision, for a batch of another size, and the first step, whose input needs no gradient.
 _COMPILATIONS_PER_LEVEL = 32
+
+
+def squeeze(x: Tensor, side: int = 2) -> Tensor:
+    """[C, B, H, W] -> [side^2 C, B, H/side, W/side]: each block of pixels becomes channels (Dinh et al. 2017).
+
+    The side is 2 as published, or larger as in the patches of Jet (Kolesnikov et al. 2024).
+    """
+    c, b, h, w = x.shape
+    tall, wide = h // side, w // side
+    return x.view(c, b, tall, side, wide, side).permute(0, 3, 5, 1, 2, 4).reshape(side * side * c, b, tall, wide)
+
+
+def unsqueeze(x: Tensor, side: int = 2) -> Tensor:
+    """The inverse of `squeeze`."""
+    c, b, h, w = x.shape
+    c //= side * side
+    return x.view(c, side, side, b, h, w).permute(0, 3, 4, 1, 5, 2).reshape(c, b, side * h, side * w)
+
+
+class Mixing(NamedTuple):
+    """ActNorm and 1x1 mixing of a step: `y = matrix (x * scale + shift)`; inverse: `x = (matrix y) * scale + shift`."""
+
+    scale: Tensor  # [C, 1, H, W], or ones for H and W
+    shift: Tensor
+    matrix: Tensor  # [C, C]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[C, B, H, W] -> [C, B, H, W]."""
+        return (self.matrix @ torch.addcmul(self.shift, x, self.scale).flatten(1)).view(x.shape)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Undoes `forward`; for a mixing that `Level.mixings` made for the inverse."""
+        return torch.addcmul(self.shift, (self.matrix @ y.flatten(1)).view(y.shape), self.scale)
+
+
+def step_forward(x: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    """One step on the channel-major x: ([C, B, H, W], the coupling's log|det| [B])."""
+    return coupling.couple(mixing.forward(x))
+
+
+def step_inverse(y: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    """Undoes `step_forward`."""
+    x, logdet = coupling.couple(y, inverse=True)
+    return mixing.inverse(x), logdet
+
+
+class Level(nn.Module):
+    """A squeeze and its steps.
+
+    Args:
+        steps: the layers of each step.
+        height, width: of the level's tensors after the squeeze.
+        side: of the pixel blocks that the squeeze makes channels.
+    """
+
+    def __init__(self, steps: list[Step], height: int, width: int, side: int = 2) -> None:
+        super().__init__()
+        # The names of saved weights count from 1.
+        self.layers = nn.ModuleList([nn.Identity(), *(layer for step in steps for layer in step)])
+        self.side = side
+        # Tuples, because the modules are registered above.
+        self.norms, self.mixing_layers, self.couplings = zip(*steps, strict=True)
+        self.pixels = height * width
+        self.step_forward, self.step_inverse = step_forward, step_inverse
+        self._cache: dict = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles start uncompiled: compiled code belongs to the process.
+        return {**self.__dict__, "_cache": {}, "step_forward": step_forward, "step_inverse": step_inverse}
+
+    def mixing_weights(self) -> list[nn.Parameter]:
+        """The weights behind `mixings`."""
+        pairs = zip(self.norms, self.mixing_layers, strict=True)
+        return [w for norm, mixing in pairs for w in (norm.bias, norm.log_scale, mixing.weight)]
+
+    def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
+        """ActNorm and mixing of every step, and their log|det| in nats, which all images share. Differentiable."""
+        weights = self.mixing_weights()
+        # Fused optimizers change a weight without raising its version, and one made under inference_mode has none.
+        if any(w.requires_grad or w.is_inference() for w in weights):
+            self._cache = {}
+            return self._mixings(inverse)
+        state = [(w._version, w.data_ptr(), w.device, w.dtype) for w in weights]
+        cache = self._cache  # Another thread may put a new one in its place at any time.
+        if cache.get("state") != state:
+            cache = self._cache = {"state": state}
+        if inverse not in cache:
+            # A tensor made under inference_mode could never again take part in a graph (a gradient through decode).
+            with torch.inference_mode(False), torch.no_grad():
+                cache[inverse] = self._mixings(inverse)
+        return cache[inverse]
+
+    def _mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
+        bias = torch.stack([norm.bias for norm in self.norms]).unsqueeze(2)  # [S, C, 1, H, W], or 1 for H and W
+        log_scale = torch.stack([norm.log_scale for norm in self.norms]).unsqueeze(2)
+        generators = torch.stack([mixing.weight for mixing in self.mixing_layers])
+        logdet = log_scale.sum() * self.norms[0].pixels + generators.diagonal(dim1=1, dim2=2).sum() * self.pixels
+        sign = -1.0 if inverse else 1.0
+        matrix, scale = exp_of_generators(generators, sign), (sign * log_scale).exp()
+        shift = -bias if inverse else bias * scale
+        return [Mixing(*each) for each in zip(scale, shift, matrix, strict=True)], sign * logdet
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> Tensor:
+        """Initialise every new ActNorm from the batch x [C, B, H, W] as it reaches it; returns the level's output."""
+        x = squeeze(x, self.side)
+        for index, (norm, coupling) in enumerate(zip(self.norms, self.couplings, strict=True)):
+            if not norm.initialised:
+                norm.initialise(x.transpose(0, 1))
+            x, _ = step_forward(x, self._mixings(inverse=False)[0][index], coupling)
+        return x
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats."""
+        return self.run_steps(squeeze(x, self.side))
+
+    def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps alone, on squeezed x."""
+        mixings, shared = self.mixings(inverse=False)
+        logdet = x.new_zeros(x.shape[1])
+        for mixing, coupling in zip(mixings, self.couplings, strict=True):
+            x, change = self.step_forward(x, mixing, coupling)
+            logdet = logdet + change
+        return x, logdet + shared
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`, with the log-determinant of this direction."""
+        mixings, logdet = self.mixings(inverse=True)
+        for mixing, coupling in zip(reversed(mixings), reversed(self.couplings), strict=True):
+            y, change = self.step_inverse(y, mixing, coupling)
+            logdet = logdet + change
+        return unsqueeze(y, self.side), logdet
 
 
 class MultiscaleFlow(Flow):
@@ -31,7 +176,7 @@ class MultiscaleFlow(Flow):
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
         super().__init__(image_shape)
-        self.levels = torch.nn.ModuleList()  # type: ignore[assignment]  # which torch does not type by its items
+        self.levels = nn.ModuleList()  # type: ignore[assignment]  # which torch does not type by its items
         channels, height, width = image_shape
         self.part_shapes: list[tuple[int, int, int]] = []
         for index, steps in enumerate(levels):
@@ -45,7 +190,7 @@ class MultiscaleFlow(Flow):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device.type):
             parts, logdet = [], x.new_zeros(len(x))
-            h = x.transpose(0, 1)  # Channel-major, see `level`.
+            h = x.transpose(0, 1)
             rebuild = self.memory == "reversible" and torch.is_grad_enabled()
             for index, level in enumerate(self.levels):
                 h, change = reversible(level, squeeze(h, level.side)) if rebuild else level(h)

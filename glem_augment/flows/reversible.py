@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.level import Mixing
 from glem_augment.flows.precision import full_precision
 
 
@@ -101,10 +100,10 @@ def _coupling_backward(
     return coupling.merge(y1, x2.detach()), coupling.merge(g1 + g_x1, g_x2), found
 
 
-def _mixing_backward(mixing: Mixing, undo: Mixing, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The same for ActNorm and 1x1 mixing; `undo` is the mixing made for the inverse."""
+def _mixing_backward(mixing: Any, undo: Any, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The same for a `multiscale.Mixing`; `undo` is the mixing made for the inverse."""
     x = undo.inverse(y).requires_grad_()
     with torch.enable_grad():
-        used = Mixing._make(t.detach().requires_grad_(t.requires_grad) for t in mixing)
+        used = mixing._make(t.detach().requires_grad_(t.requires_grad) for t in mixing)
         g_x, *found = _gradients([used.forward(x)], [g], [x, *used])
     return x.detach(), g_x, found

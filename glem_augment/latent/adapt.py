@@ -26,15 +26,24 @@ from torch import Tensor
 
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.errors import DataError
+from glem_augment.latent.fit import REST_FLOOR, fit_class_modes, pooled_covariance
 from glem_augment.latent.gaussians import INNER, ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR, SHRUNK, ClassModes, fit_class_modes, pooled_covariance
+from glem_augment.latent.modes import SHRUNK, ClassModes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
+# Limits of full covariances: dimensions, numbers in all, and least images per dimension (a cautious choice, tried at 88
+# and more alone).
+_MOST_FULL_DIM, _MOST_FULL, _IMAGES_PER_DIMENSION = 1024, 2**26, 8
 # At most about so many latents, evenly spread over the classes, are kept to fit the temperature.
 _LEFT_OUT = 2000
 
 Psi = tuple[float, float, float] | None
+
+
+def can_be_full(classes: int, dim: int, images: float = math.inf) -> bool:
+    """Whether full covariances fit in memory and in a file, and whether so many images are enough for them."""
+    return dim <= _MOST_FULL_DIM and classes * dim * dim <= _MOST_FULL and images >= _IMAGES_PER_DIMENSION * dim
 
 
 @torch.no_grad()

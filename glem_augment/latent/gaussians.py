@@ -1,11 +1,16 @@
-"""One diagonal Gaussian per class in the latent space, and the class-conditional densities of Eq. 2.
+"""One diagonal Gaussian per class in the latent space: class-conditional densities (Eq. 2) and divergences (Eq. 4).
 
 For a diagonal covariance the log-density is linear in z and z^2,
 
     log N(z; mu_y, sigma_y^2)  =  z . (mu_y / sigma_y^2)  -  1/2 z^2 . (1 / sigma_y^2)  +  c_y,
 
-so the densities of a batch under all classes are two matrix products. Equation numbers are those of GLEM (Enescu &
-Sahbi, ACCV 2024).
+so the densities of a batch under all classes are two matrix products. The Kullback-Leibler divergence
+
+    KL(y || y')  =  1/2 sum_i [ log s_y'i / s_yi  +  (s_yi + (mu_yi - mu_y'i)^2) / s_y'i  -  1 ],      s a variance,
+
+summed over y', needs only sums over the classes in each dimension. So the sum over all pairs and its gradient cost
+O(K d). Divergences run in float64: for nearly equal Gaussians the result is a small difference of large numbers.
+Equation numbers refer to GLEM (Enescu & Sahbi, ACCV 2024).
 """
 
 from __future__ import annotations
@@ -15,14 +20,16 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE, check_number
 from glem_augment.flows.precision import full_precision
-from glem_augment.latent.kld import kld_class_sums, kld_matrix
 
 # Between these shares of its range psi represents variances well; nearer to the ends s runs away.
 INNER = (0.01, 0.99)
 _LOG_2PI = math.log(2 * math.pi)
+# Dimensions that a divergence works on at a time: float64 temporaries then stay near K * 256 * 8 bytes each.
+_SLICE = 256
 
 
 @torch.no_grad()
@@ -51,7 +58,7 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
 
 
 class ClassSampler(nn.Module):
-    """What draws latents of classes, each from `noise_size` standard normal numbers."""
+    """Draws latents of classes, each from `noise_size` standard normal numbers."""
 
     @property
     def noise_size(self) -> int:
@@ -78,9 +85,8 @@ class ClassGaussians(ClassSampler):
     """N(mu_y, diag(sigma_y^2)) for K classes in d dimensions.
 
     With `psi = (a, b, c)` the variances are psi(s) = a sigmoid(b s) + c for free parameters s (Eq. 6): every real s
-    gives a variance in (c, a + c). With `psi = None` the parameters are
-    the variances themselves, and `project` keeps them above a tenth of their initial value after every step; this is
-    the paper's ablation without reparametrisation.
+    gives a variance in (c, a + c). With `psi = None`, the paper's ablation, the parameters are the variances, and
+    `project` keeps them above a tenth of their initial value after every step.
 
     Args:
         num_classes: K.
@@ -152,11 +158,6 @@ class ClassGaussians(ClassSampler):
             self.s.clamp_(min=self.lowest_variance)
 
     @torch.no_grad()
-    def randomise(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw the means from N(0, std^2), the random initialisation of the paper's ablation."""
-        self.mu.copy_(torch.randn(self.mu.shape, generator=generator).to(self.mu) * std)
-
-    @torch.no_grad()
     def saturated_share(self) -> Tensor:
         """The share of variances within 1 % of psi's range of either end; without psi, at the lower bound."""
         if self.psi is None:
@@ -194,9 +195,33 @@ class ClassGaussians(ClassSampler):
     # ---- divergences between the classes (Eq. 4) -----------------------------------------------------------------
 
     def kld_matrix(self) -> Tensor:
-        """[K, K] float64, nats: entry (y, y') is KL(y || y')."""
-        return kld_matrix(self.mu, self.variance())
+        """[K, K] float64, nats: entry (y, y') is KL(y || y'). Differentiable."""
+        m, s = self.mu.double(), self.variance().double()
+        m = m - m.mean(0)  # the divergences do not depend on the origin, and near it fewer digits cancel
+        inverse, log_det = 1 / s, s.log().sum(1)
+        scaled = m * inverse
+        quadratic = (s + m * m) @ inverse.T - 2 * m @ scaled.T + (m * scaled).sum(1)
+        kld = 0.5 * (log_det[None, :] - log_det[:, None] + quadratic - self.dim)
+        # The diagonal is zero up to rounding; this makes it exact without breaking the graph.
+        return kld - torch.diag_embed(kld.diagonal())
 
     def kld_class_sums(self) -> Tensor:
-        """[K] float64, nats: the sum of KL(y || y') over y', in O(K d). Their sum is the negative of Eq. 4."""
-        return kld_class_sums(self.mu, self.variance())
+        """[K] float64, nats: the sum of KL(y || y') over y', in O(K d). Differentiable; the sum is minus Eq. 4."""
+        slices = zip(self.mu.split(_SLICE, 1), self.variance().split(_SLICE, 1), strict=True)
+        # The backward pass computes a slice's temporaries again instead of keeping all slices' temporaries.
+        return torch.stack([checkpoint(_class_sums, m, s, use_reentrant=False) for m, s in slices]).sum(0)
+
+
+def _class_sums(mu: Tensor, var: Tensor) -> Tensor:
+    """`kld_class_sums` of a few dimensions [K, n].
+
+    With S = sum_y' 1/s_y', M = sum_y' mu_y'/s_y' and Q = sum_y' mu_y'^2/s_y' per dimension,
+    sum_y' KL(y || y') = 1/2 sum_i [ sum_y' log s_y' - K log s_y + (s_y + mu_y^2) S - 2 mu_y M + Q - K ].
+    """
+    s, m = var.double(), mu.double()
+    m = m - m.mean(0)
+    inverse, log_s = 1 / s, s.log()
+    scaled = m * inverse
+    total, first, second = inverse.sum(0), scaled.sum(0), (m * scaled).sum(0)
+    k = len(mu)
+    return 0.5 * (log_s.sum(0) - k * log_s + (s + m * m) * total - 2 * m * first + second - k).sum(1)

@@ -13,12 +13,12 @@ from typing import Any
 from glem_augment.checks import HIGHEST_TEMPERATURE
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec
+from glem_augment.latent.adapt import can_be_full
 
 FORMAT_VERSION = 1
 # These limits are far above any real use. They keep a hostile config from asking for absurd amounts of memory.
 MAX_CLASSES, MAX_MODES = 200_000, 4096
 MAX_DEPTH, LARGEST_SIDE, MAX_PARTS = 20, 2**14, 256
-MAX_FULL_DIM, MAX_FULL = 1024, 2**26  # dimensions, and numbers in all, of full covariances
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
@@ -194,11 +194,6 @@ class GLEMConfig:
             raise ModelFileError(f"it has unknown fields {_short(unknown[:5])} and lacks {missing}")
         _check_readable(values)
         return cls(**values)
-
-
-def can_be_full(classes: int, dim: int) -> bool:
-    """Whether full covariances of so many classes and dimensions fit in memory and in a file."""
-    return dim <= MAX_FULL_DIM and classes * dim * dim <= MAX_FULL
 
 
 def licence_id(value: object) -> str | None:

@@ -12,47 +12,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.autoencoders import StandardisedAutoencoder, latent_shape, open_autoencoder
+from glem_augment.autoencoders import StandardisedAutoencoder, latent_shape
 from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
 from glem_augment.data.classes import ONE_CLASS, ClassMap
 from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
-from glem_augment.data.pixels import Noise
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
-from glem_augment.latent.adapt import adapt_classes, adapt_pooled
+from glem_augment.latent.adapt import adapt_classes, adapt_pooled, can_be_full
+from glem_augment.latent.fit import fit_class_modes
 from glem_augment.latent.gaussians import ClassGaussians
-from glem_augment.latent.modes import ClassModes, fit_class_modes
-from glem_augment.model.config import GLEMConfig, can_be_full
-from glem_augment.model.image_flow import ImageFlow
+from glem_augment.latent.modes import ClassModes
+from glem_augment.model.conditional_flow import ConditionalFlow
+from glem_augment.model.config import GLEMConfig
 from glem_augment.model.jet_file import PREFIX as JET
 from glem_augment.model.jet_file import open_base, open_jet, reference
-from glem_augment.model.weights import WEIGHTS, load_model, local_folder, read_config, weights_sha256, write_model
+from glem_augment.model.weights import (
+    CUSTOM,
+    WEIGHTS,
+    find_autoencoder,
+    find_folder,
+    load_model,
+    named_autoencoder,
+    read_config,
+    weights_sha256,
+    write_model,
+)
 
-CUSTOM = "custom"  # the name of a user's module in a config
-IMAGES_PER_DIMENSION = 8  # least for full covariances; a cautious choice, tried at 88 and more alone
 STANDARDISED_BY = 64  # images from which an autoencoder's latents are standardised; each has many positions
 
 
-class GLEM(ImageFlow):
+class GLEM(ConditionalFlow):
     """Class-conditional normalizing flow, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
     Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
     bits/dim = -log_prob / (d ln 2), d = C H W. With an autoencoder E they are over E(x), the numbers of its latents,
     which have no levels, hence no bits/dim.
 
-    Likelihoods of pixels add uniform dequantisation noise to images on levels, uint8 or float. By default it depends on
-    the image alone, so an image has one likelihood, whatever the batch. A float image between the levels is a point,
-    whose density is given. Prediction and augmentation use the middle of the bin.
+    Likelihoods of pixels add uniform dequantisation noise to images on levels, uint8 or float. By default the noise
+    depends on the image alone, so an image has one likelihood, whatever the batch. A float image between the levels is
+    a point with a density. Prediction and augmentation use the middle of the bin.
 
-    Make one with `GLEM.create` (untrained) or `GLEM.from_pretrained`, and train it with `glem_augment.training`.
+    `GLEM.create` makes an untrained model, `GLEM.from_pretrained` loads one, `glem_augment.training` trains it.
 
     Args:
-        config: what the model is.
-        flow, gaussians, modes, autoencoder: the parts. A part that is left out is made as the config describes it:
-            untrained, or the autoencoder that it names.
+        config: describes the model.
+        flow, gaussians, modes, autoencoder: the parts; by default untrained ones as the config describes them, and the
+            autoencoder that it names.
 
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
@@ -113,9 +121,8 @@ class GLEM(ImageFlow):
             classes, class_ids: names and identifiers in index order, by default the same.
             bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
             psi: (a, b, c) of the variances, None for plain variances.
-            autoencoder: the flow then models its latents in place of pixels: "taef2", which ships with the package;
-                "hub:org/name[@revision]", see `open_autoencoder`; or a module with `encode` and `decode`, see
-                `Autoencoder`. It is frozen.
+            autoencoder: the flow models its latents in place of pixels; it is frozen. "taef2" (in the package),
+                "hub:org/name[@revision]" (see `open_autoencoder`), or a module of the protocol `Autoencoder`.
             overrides: numbers of the preset to change.
 
         Raises:
@@ -127,7 +134,7 @@ class GLEM(ImageFlow):
             raise TypeError(f"classes are a list of names, got {classes}: give [str(i) for i in range({classes})]")
         shape, facts = image_shape, None
         if isinstance(autoencoder, str):
-            autoencoder, facts = open_autoencoder(autoencoder, lambda text: hub().download_autoencoder(text))
+            autoencoder, facts = find_autoencoder(autoencoder)
         elif autoencoder is not None:
             facts = {"name": CUSTOM, "sha256": ""}
         if autoencoder is not None:
@@ -158,18 +165,17 @@ class GLEM(ImageFlow):
         """Load a saved model for inference: in eval mode, without gradients.
 
         Args:
-            name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name` or
-                `org/name@revision` on the Hugging Face Hub. Write `hf-hub:org/name` if a folder has the same name.
-                `jet:org/name` or `jet:FILE` are weights of `jet-pytorch`: a flow with one class, a standard normal,
-                until it is adapted.
+            name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name[@revision]` on the
+                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name. `jet:org/name` or `jet:FILE` are
+                weights of `jet-pytorch`: a flow with one class, a standard normal, until it is adapted.
             device: where to put the model.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
-            module: for a model that `from_bijection` made: a module like the one that it was made with; a copy of it
-                gets the stored weights. No code is ever imported because a file names it.
+            module: for a model that `from_bijection` made: a module of the same kind; a copy of it gets the stored
+                weights. No code is ever imported because a file names it.
             autoencoder: for a model that was made with an autoencoder of the user's: that module.
-            heads: of the transformers of "jet:...", whose files do not say it; None: width / 64, with a warning.
+            heads: number of heads of the transformers of "jet:..."; None: width / 64, with a warning.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
@@ -177,15 +183,10 @@ class GLEM(ImageFlow):
         """
         text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
         if text.startswith(JET):
-            client["revision"] = revision
-            return open_jet(text.removeprefix(JET), cls, lambda t: hub().download_jet(t, **client), heads).to(device)
-        folder, origin = local_folder(name), None
-        if folder is None:
-            folder, origin = hub().download_model(name, revision=revision, **client)
-        elif revision is not None:
-            raise ModelFileError(f"{text!r} is a folder and has no revision {revision!r}; for the Hub write hf-hub:...")
+            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
+        folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
-        jet = open_base(config, cls, lambda text: hub().download_jet(text, **client))
+        jet = open_base(config, cls, **client)
         flow = jet and jet.flow
         if module is not None:
             if config.flow["coupling"] != "custom":
@@ -211,8 +212,7 @@ class GLEM(ImageFlow):
         """A model around somebody else's flow, in eval mode, with the standard normal for every class; see `adapt`.
 
         Args:
-            module: see `flows.custom.CustomFlow` for what is understood and checked. It is not copied, and from now on
-                frozen and in eval mode.
+            module: see `flows.custom.CustomFlow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
             classes, class_ids, bits: see `create`; without classes there is one, "image".
 
@@ -265,104 +265,6 @@ class GLEM(ImageFlow):
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
 
-    @property
-    def likelihood(self) -> tuple[str, str, float]:
-        """How likelihoods are reported: a key, its unit in words, and what to divide nats per image by."""
-        if self.autoencoder is None:
-            return "bits_per_dim", "bits/dim", self.dim * math.log(2)
-        return "nats_per_number", "nats per number", self.dim
-
-    @property
-    def numbers_are(self) -> str:
-        """What the flow models, in words."""
-        named = self.config.autoencoder
-        return f"at {self.bits} bits" if named is None else f"through {named['name']}"
-
-    # ---- densities and classification ----------------------------------------------------------------------------
-
-    def class_scores(self, z: Tensor) -> Tensor:
-        """log p(z | y) of latents z [B, d] under every class, [B, K] nats; full covariances are those of the modes."""
-        if self.config.covariance == "full" and self.modes is not None:
-            return self.modes.log_prob(z)
-        return self.gaussians.log_prob(z)
-
-    def log_prob_per_class(self, x: Tensor, generator: Noise = None) -> Tensor:
-        """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
-        z, logdet = self.encode(x, 0 if generator is None else generator)
-        return self.class_scores(z) + logdet[:, None]
-
-    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
-        """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
-        z, logdet = self.encode(x, 0 if generator is None else generator)
-        if y is None:
-            return torch.logsumexp(self.class_scores(z), 1) - math.log(self.num_classes) + logdet
-        y = self._check_labels(y, x.shape[0])
-        if self.config.covariance == "full":
-            return self.class_scores(z).gather(1, y[:, None])[:, 0] + logdet
-        return self.gaussians.log_prob_of(z, y) + logdet
-
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
-        """-log_prob / (d ln 2): [B]. ValueError: the flow models an autoencoder's latents, which have no levels."""
-        if self.autoencoder is not None:
-            raise ValueError(
-                "bits/dim are of pixel levels, and this flow models an autoencoder's latents: use "
-                "-model.log_prob(x) / model.dim, in nats per number"
-            )
-        return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
-
-    def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | z) [B, K] of latents z [B, d], proportional to prior_y p(z | y)^(1/T) with the fitted temperature T.
-
-        `prior` [K] >= 0 is uniform by default; it need not sum to one.
-        """
-        scores = self.class_scores(z) / self.config.posterior_temperature
-        if prior is not None:
-            prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
-            good = prior.shape == (self.num_classes,) and bool((prior.isfinite() & (prior >= 0)).all())
-            if not good or not bool(prior.any()):
-                raise ValueError(f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}")
-            scores = scores + prior.log()
-        return torch.softmax(scores, 1)
-
-    def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | x) of the generative classifier, see `posterior_from_latents`: [B, K]. Deterministic."""
-        return self.posterior_from_latents(self.encode(x)[0], prior)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
-        return self.class_scores(self.encode(x)[0]).argmax(1)
-
-    # ---- generation ----------------------------------------------------------------------------------------------
-
-    def sample_latents(
-        self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
-    ) -> Tensor:
-        """Latents of the classes `y`, int64 [B]: [B, d].
-
-        Args:
-            temperature: >= 0, multiplies the standard deviation.
-            generator: on the CPU.
-            source: "gaussian" (the learned class Gaussian) or "rfcm" (the mean and covariance that `fit_modes`
-                estimated from real latents).
-
-        Raises:
-            ValueError: wrong labels (ClassMismatchError), a negative temperature, another source, "rfcm" without modes.
-        """
-        check_choice("source", source, ("gaussian", "rfcm"))
-        y = self._check_labels(y)
-        if source == "gaussian":
-            return self.gaussians.sample(y, temperature, generator)
-        if self.modes is None:
-            raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
-        return self.modes.sample(y, temperature, generator)
-
-    @torch.no_grad()
-    def sample(
-        self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
-    ) -> Tensor:
-        """Images of the classes `y`: [B,C,H,W] float in [0,1], decoded from `sample_latents`."""
-        return self.decode(self.sample_latents(y, temperature, generator, source))
-
     # ---- what labelled images tell -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -378,15 +280,15 @@ class GLEM(ImageFlow):
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
         Args:
-            data: an `ImageData` of the flow's shape; or anything else that `open_data` takes, which is resized and
-                converted. The labels of data that name no classes are the flow's indices.
-            rank: k modes per class; what they leave over is kept as a variance per dimension.
+            data: an `ImageData` of the flow's shape, or anything else that `open_data` takes, which is then resized.
+                Labels of data that name no classes are the flow's indices.
+            rank: k modes per class; the rest is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
-            count: is told how many images were encoded, after each batch.
+            count: is called with the number of encoded images, after each batch.
 
-        In a distributed run all ranks call this together. Each encodes its share of the images, and all get the modes.
+        All ranks call this together. Each encodes its share of the images, and all get the modes.
 
         Raises:
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
@@ -418,18 +320,18 @@ class GLEM(ImageFlow):
         """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
 
         Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones, and its
-        principal modes, in one pass over `data`. Of a model without a flow ("identity") that gets at least eight images
-        per dimension, the class densities have full covariances. The posterior's temperature is fitted to latents that
-        are left out. In a distributed run all ranks call this together.
+        principal modes, in one pass over `data`. A model without a flow ("identity") gets full covariances if there are
+        at least eight images per dimension. The posterior's temperature is fitted to latents that are left out. All
+        ranks call this together.
 
         Args:
             data: see `fit_modes`.
             classes: names to use instead of the data's (of a pair: "0", "1", ...).
             split: split to open, for data given by name.
             rank, max_per_class, seed: see `fit_modes`.
-            parts: divide each class into so many groups of similar latents with modes of their own, for samples (and
-                moves) of classes with hundreds of images or more.
-            pooled: make one class of all, "image", with the modes in which the images of a class vary: moves along them
+            parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
+                images or more.
+            pooled: make one class, "image", with the modes in which the images of a class vary. Moves along these modes
                 suit images of any class.
             shrinkage: number of images at which a class's variances are half its own, half pooled.
             progress: show a bar on stderr.
@@ -451,9 +353,8 @@ class GLEM(ImageFlow):
             self = copy.deepcopy(self)
             self.standardise(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
-        # A flow leaves the dimensions of a class nearly independent; pixels, and latents of an autoencoder, are not.
-        full = self.config.flow["coupling"] == "identity" and can_be_full(len(rows), self.dim)
-        full = full and sum(counts) >= IMAGES_PER_DIMENSION * self.dim
+        # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
+        full = self.config.flow["coupling"] == "identity" and can_be_full(len(rows), self.dim, sum(counts))
         with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
             if pooled:
@@ -474,18 +375,12 @@ class GLEM(ImageFlow):
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": {
-                    "shrinkage": shrinkage,
-                    "rank": modes.rank,
-                    "parts": parts,
-                    "max_per_class": max_per_class,
-                    "seed": seed,
-                },
-                "adapted_from": {
-                    "weights_sha256": weights_sha256(self),
-                    "origin": self.origin,
-                    "training": copy.deepcopy(self.config.training),
-                },
+                "adapt": dict(
+                    shrinkage=shrinkage, rank=modes.rank, parts=parts, max_per_class=max_per_class, seed=seed
+                ),
+                "adapted_from": dict(
+                    weights_sha256=weights_sha256(self), origin=self.origin, training=self.config.training
+                ),
             },
         )
         adapted = GLEM(config, copy.deepcopy(self.flow), gaussians, modes, copy.deepcopy(self.autoencoder))
@@ -506,20 +401,6 @@ class GLEM(ImageFlow):
                 f"modes must be from 1 to {self.modes.rank}, got {modes}; for more call model.fit_modes(data, rank)"
             )
         return modes
-
-
-def hub() -> Any:
-    """The module that downloads from the Hub. It stands above this room and is imported when it is needed."""
-    from glem_augment.hub import download
-
-    return download
-
-
-def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
-    """The autoencoder that a config names. ModelFileError: it can't be had, has changed, or is a module of a user's."""
-    if named["name"] == CUSTOM:
-        raise ModelFileError("this model was made with an autoencoder of the user's: pass that module as autoencoder=")
-    return open_autoencoder(named["name"], lambda text: hub().download_autoencoder(text, **client), named["sha256"])[0]
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:

@@ -29,6 +29,7 @@ from glem_augment.flows.jet import KINDS, PATTERNS, order_of_tokens
 from glem_augment.io import expand, file_sha256
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
+from glem_augment.model.weights import hub
 from glem_augment.tensor_files import copy_checked
 
 PREFIX = "jet:"
@@ -43,19 +44,14 @@ _NAMES = {
 }  # fmt: skip
 
 
-def open_jet(
-    text: str,
-    build: Callable[[GLEMConfig, Flow, ClassGaussians], Any],
-    fetch: Callable[..., tuple[Path, str, str | None]],
-    heads: int | None = None,
-) -> Any:
-    """The model with the flow in the file `text`, or in the one that `fetch` downloads.
+def open_jet(text: str, build: Callable[..., Any], heads: int | None = None, **client: Any) -> Any:
+    """The model with the flow in the file `text`, or in the repository of that name on the Hub.
 
-    Without `heads` a warning says how many are assumed.
+    `build` makes it from config, flow and Gaussians. Without `heads` a warning says how many are assumed.
     """
     path, origin, licence = expand(text), None, None
     if not path.is_file():
-        path, origin, licence = fetch(text)
+        path, origin, licence = hub().download_jet(text, **client)
     config, flow = load_jet(path, heads)
     if heads is None:
         warnings.warn(
@@ -81,13 +77,13 @@ def reference(model: Any) -> dict[str, str]:
     return {"jet": name, "sha256": file_sha256(path)}
 
 
-def open_base(config: GLEMConfig, build: Callable[..., Any], fetch: Callable[..., tuple[Path, str, str | None]]) -> Any:
+def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> Any:
     """The Jet that `config` refers to, if it does. ModelFileError: it is not there, or has changed."""
     if config.base is None:
         return None
     name, digest = config.base["jet"], config.base["sha256"]
     try:
-        model = open_jet(name, build, fetch, config.flow.get("heads"))
+        model = open_jet(name, build, config.flow.get("heads"), **client)
         if (file_sha256(model.origin_file), model.config.flow) != (digest, config.flow):
             raise ModelFileError("it has changed since, or never had this flow")
     except (ValueError, OSError) as error:

@@ -13,12 +13,13 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from glem_augment.autoencoders import open_autoencoder
 from glem_augment.checks import RUN_FILE
 from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write, expand
@@ -26,6 +27,7 @@ from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMCon
 from glem_augment.tensor_files import check_header, copy_checked, header_bytes, open_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CUSTOM = "custom"  # the name of a user's module in a config
 
 # The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
 # point number has two bytes.
@@ -69,6 +71,37 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
         if not (folder / file).is_file():
             raise ModelFileError(_unfinished(folder) or f"{folder} is not a model folder: it has no {file}")
     return folder
+
+
+def hub() -> Any:
+    """The module that downloads from the Hub. It stands above this room and is imported when it is needed."""
+    from glem_augment.hub import download
+
+    return download
+
+
+def find_folder(name: str | os.PathLike[str], revision: str | None, **client: Any) -> tuple[Path, str | None]:
+    """The folder of a model, and `org/name@commit` if it was downloaded. Errors as in `local_folder`, or a HubError."""
+    folder = local_folder(name)
+    if folder is None:
+        return hub().download_model(name, revision=revision, **client)
+    if revision is not None:
+        raise ModelFileError(
+            f"{str(name)!r} is a folder and has no revision {revision!r}; for the Hub write hf-hub:..."
+        )
+    return folder, None
+
+
+def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tuple[nn.Module, dict[str, str]]:
+    """`open_autoencoder`, with downloads from the Hub."""
+    return open_autoencoder(name, lambda text: hub().download_autoencoder(text, **client), sha256)
+
+
+def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
+    """The autoencoder that a config names. ModelFileError: it is not there, has changed, or is a module of a user's."""
+    if named["name"] == CUSTOM:
+        raise ModelFileError("this model was made with an autoencoder of the user's: pass that module as autoencoder=")
+    return find_autoencoder(named["name"], named["sha256"], **client)[0]
 
 
 def _unfinished(folder: Path) -> str | None:

@@ -29,13 +29,18 @@ from glem_augment.devices import send
 from glem_augment.distributed import Share, add_up, is_primary, world_size
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.flows import Flow
-from glem_augment.latent.modes import pooled_covariance
+from glem_augment.latent.fit import pooled_covariance
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
-from glem_augment.training.batches import augment_batch, stratified_split
+from glem_augment.training.batches import (
+    AlreadyEncoded,
+    augment_batch,
+    choose_views,
+    latent_views,
+    stratified_split,
+)
 from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.latents import AlreadyEncoded, choose_views, latent_views
 from glem_augment.training.logs import gaussian_state, held_out
 from glem_augment.training.objective import LatentStatistics, e_step_loss, encode, m_learning_rates, m_step_loss
 from glem_augment.training.optim import (
@@ -198,7 +203,8 @@ class EM:
         if config.random_init is not None:
             if config.psi is None:
                 gaussians.set_variance(torch.ones_like(gaussians.s))
-            gaussians.randomise(config.random_init[0], self._generator(2))
+            means = torch.randn(gaussians.mu.shape, generator=self._generator(2)).to(gaussians.mu)
+            gaussians.mu.copy_(config.random_init[0] * means)
             noise = torch.randn(gaussians.s.shape, generator=self._generator(6)).to(gaussians.s)
             gaussians.s.add_(config.random_init[1] * noise)
             gaussians.project()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from glem_augment.flows import Flow, MultiscaleFlow, create_flow
-from glem_augment.flows.level import step_forward
+from glem_augment.flows.multiscale import step_forward
 
 
 def flow_of_one_level(coupling: str, **options: Any) -> tuple[MultiscaleFlow, Tensor]:

@@ -16,8 +16,9 @@ from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.latent.adapt import _left_out_of_covariance, adapt_classes, psi_that_holds
+from glem_augment.latent.fit import REST_FLOOR, fit_class_modes
 from glem_augment.latent.gaussians import ClassGaussians, fit_temperature
-from glem_augment.latent.modes import REST_FLOOR, SHRUNK, fit_class_modes
+from glem_augment.latent.modes import SHRUNK
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)

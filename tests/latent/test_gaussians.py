@@ -116,19 +116,16 @@ def test_set_variance_hits_what_is_allowed_and_clamps_the_rest(psi: Psi) -> None
     torch.testing.assert_close(gaussians.variance().detach(), wanted, rtol=1e-4, atol=0)
 
 
-def test_saturated_share_counts_both_ends_and_random_means_have_the_given_spread() -> None:
+def test_saturated_share_counts_both_ends() -> None:
     gaussians = ClassGaussians(20, 1000)
     with torch.no_grad():  # sigmoid(0.2 s): 0.0025, 0.0148, 0.5, 0.9852, 0.9975
         gaussians.s.copy_(torch.tensor([-30.0, -21.0, 0.0, 21.0, 30.0]).repeat(200))
     assert gaussians.saturated_share().item() == pytest.approx(0.4)
-    gaussians.randomise(2.0, torch.Generator().manual_seed(0))
-    assert gaussians.mu.std().item() == pytest.approx(2.0, rel=0.02) and abs(gaussians.mu.mean().item()) < 0.05
 
 
 def test_bad_arguments_are_refused() -> None:
-    bad_psi = [(0.5, 0.2), (0.5, -0.2, 0.05), (0.5, 0.2, 0.0), (math.nan, 1, 1), (math.inf, 1, 1)]
-    for psi in bad_psi:
-        with pytest.raises(ValueError, match="three positive numbers"):
+    for psi in [(0.5, 0.2), (0.5, -0.2, 0.05), (0.5, 0.2, 0.0), (math.nan, 1, 1), (math.inf, 1, 1)]:
+        with pytest.raises(ValueError, match="psi"):
             ClassGaussians(2, 2, psi)
 
 

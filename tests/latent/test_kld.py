@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from glem_augment.latent.gaussians import ClassGaussians
-from glem_augment.latent.kld import kld_class_sums, kld_matrix
 
 
 def double_loop(mu: Tensor, var: Tensor) -> Tensor:
@@ -19,15 +18,16 @@ def double_loop(mu: Tensor, var: Tensor) -> Tensor:
 @pytest.mark.parametrize(("k", "d"), [(1, 3), (2, 1), (3, 5), (6, 600), (5, 1100)])
 def test_divergences_and_their_gradients_equal_the_double_loop(k: int, d: int) -> None:
     """600 and 1100 dimensions are more than one slice, the last of them incomplete."""
-    mu = (torch.randn(k, d, dtype=torch.float64) + 3).requires_grad_()
-    var = (0.05 + torch.rand(k, d, dtype=torch.float64)).requires_grad_()
-    want = double_loop(mu, var)
-    assert torch.equal(kld_matrix(mu, var).diagonal(), torch.zeros(k, dtype=torch.float64))
-    expected = torch.autograd.grad(3 * want.sum(), (mu, var), retain_graph=True)
-    for divergence, wanted in ((kld_matrix, want), (kld_class_sums, want.sum(1))):
-        found = divergence(mu, var)
+    gaussians = ClassGaussians(k, d, psi=None).double()
+    torch.nn.init.normal_(gaussians.mu, 3)
+    torch.nn.init.uniform_(gaussians.s, 0.05, 1.05)  # without psi these are the variances
+    leaves = gaussians.mu, gaussians.s
+    want = double_loop(*leaves)
+    assert torch.equal(gaussians.kld_matrix().diagonal(), torch.zeros(k, dtype=torch.float64))
+    expected = torch.autograd.grad(3 * want.sum(), leaves, retain_graph=True)
+    for found, wanted in ((gaussians.kld_matrix(), want), (gaussians.kld_class_sums(), want.sum(1))):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-10)
-        for a, b in zip(torch.autograd.grad(3 * found.sum(), (mu, var)), expected, strict=True):
+        for a, b in zip(torch.autograd.grad(3 * found.sum(), leaves), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-8)
 
 
@@ -53,6 +53,7 @@ def test_nearly_equal_gaussians_keep_their_digits() -> None:
 
 def test_the_sum_needs_no_pairs() -> None:
     """A tensor of 10,000 x 10,000 x 100 would take 40 GB."""
-    mu, var = torch.randn(10_000, 100, requires_grad=True), 0.1 + torch.rand(10_000, 100)
-    kld_class_sums(mu, var).sum().backward()
-    assert mu.grad.isfinite().all()
+    gaussians = ClassGaussians(10_000, 100)
+    torch.nn.init.normal_(gaussians.mu)
+    gaussians.kld_class_sums().sum().backward()
+    assert gaussians.mu.grad.isfinite().all()

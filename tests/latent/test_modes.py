@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from glem_augment.errors import DataError
+from glem_augment.latent import fit as fit_module
 from glem_augment.latent import modes as modes_module
-from glem_augment.latent.modes import (
-    REST_FLOOR,
-    ClassModes,
-    combine_modes,
-    fit_class_modes,
-    leading_modes,
-    project_on_modes,
-)
+from glem_augment.latent.fit import REST_FLOOR, fit_class_modes, leading_modes
+from glem_augment.latent.modes import ClassModes, combine_modes, project_on_modes
 
 
 def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[Tensor]:
@@ -135,7 +130,7 @@ def test_a_class_of_one_image_borrows_what_all_have() -> None:
 def test_large_problems_are_decomposed_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = make_latents([80], dim=70)
     exact = fit(latents, rank=5)
-    monkeypatch.setattr(modes_module, "MAX_EIGH", 40)
+    monkeypatch.setattr(fit_module, "MAX_EIGH", 40)
     state = torch.get_rng_state()
     near, again = fit(latents, rank=5), fit(latents, rank=5)
     assert torch.equal(near.directions, again.directions) and torch.equal(torch.get_rng_state(), state)

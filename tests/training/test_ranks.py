@@ -205,7 +205,7 @@ def measured(n: int, k: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
     torch.manual_seed(0)
     model = GLEM.create("glow_tiny", (1, 8, 8), images.classes, depth=[1, 1], blocks=[1, 1], width=[6, 6])
     model.initialise(images.tensor())
-    model.gaussians.randomise(0.3, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.gaussians.mu, std=0.3)
     adapted = model.eval().requires_grad_(False).adapt(images, rank=3, progress=False)
     model.fit_modes(images, rank=3, max_per_class=6)
     blurred = ImageData.from_tensors(images.tensor() // 4 + 90, images.targets, images.classes)

@@ -1,4 +1,4 @@
-"""The part of a GLEM that knows nothing of classes' densities: the flow, and images to latents and back."""
+"""A flow with a Gaussian per class: images to latents and back, densities, classification and samples."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.autoencoders import StandardisedAutoencoder
-from glem_augment.checks import check_whole
+from glem_augment.checks import check_choice, check_whole
 from glem_augment.data.dataset import ImageData
 from glem_augment.data.pixels import Noise, check_images, draw_noise, from_levels, to_levels, to_unit
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
+from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.latent.modes import ClassModes
 from glem_augment.model.config import GLEMConfig
 
 # Images per pass through the flow in the calls that take any number of them, and their pixels per pass through an
 # autoencoder, which bound the memory of activations.
 _CHUNK, _CHUNK_PIXELS = 256, 2**19
 
-_Flow = TypeVar("_Flow", bound="ImageFlow")
+_Flow = TypeVar("_Flow", bound="ConditionalFlow")
 
 
-class ImageFlow(nn.Module):
-    """A flow for images of one shape, with the facts about it.
+class ConditionalFlow(nn.Module):
+    """A flow for images of one shape, with class densities in its latents.
 
-    Images are [B,C,H,W], uint8 or float in [0,1]; float input is taken as it is, not rounded. The flow models their
-    pixels or, with an autoencoder, their standardised latents there. The flow is exact, an autoencoder is not.
+    Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. The flow models pixels or, with an
+    autoencoder, standardised latents. The flow is exact, an autoencoder is not.
     """
 
     config: GLEMConfig
     flow: Flow
+    gaussians: ClassGaussians
+    modes: ClassModes | None
     autoencoder: StandardisedAutoencoder | None
 
     # ---- facts ---------------------------------------------------------------------------------------------------
@@ -93,6 +97,19 @@ class ImageFlow(nn.Module):
     @property
     def class_to_idx(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.config.class_names)}
+
+    @property
+    def likelihood(self) -> tuple[str, str, float]:
+        """How likelihoods are reported: a key, its unit in words, and the divisor of nats per image."""
+        if self.autoencoder is None:
+            return "bits_per_dim", "bits/dim", self.dim * math.log(2)
+        return "nats_per_number", "nats per number", self.dim
+
+    @property
+    def numbers_are(self) -> str:
+        """How images become the flow's numbers, in words."""
+        named = self.config.autoencoder
+        return f"at {self.bits} bits" if named is None else f"through {named['name']}"
 
     # ---- image <-> latent ----------------------------------------------------------------------------------------
 
@@ -208,6 +225,93 @@ class ImageFlow(nn.Module):
             found["flow_error"] = float(self.flow_error(x).max())
         return found
 
+    # ---- densities and classification ----------------------------------------------------------------------------
+
+    def class_scores(self, z: Tensor) -> Tensor:
+        """log p(z | y) of latents z [B, d] under every class, [B, K] nats; full covariances are those of the modes."""
+        if self.config.covariance == "full" and self.modes is not None:
+            return self.modes.log_prob(z)
+        return self.gaussians.log_prob(z)
+
+    def log_prob_per_class(self, x: Tensor, generator: Noise = None) -> Tensor:
+        """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
+        z, logdet = self.encode(x, 0 if generator is None else generator)
+        return self.class_scores(z) + logdet[:, None]
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
+        """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
+        z, logdet = self.encode(x, 0 if generator is None else generator)
+        if y is None:
+            return torch.logsumexp(self.class_scores(z), 1) - math.log(self.num_classes) + logdet
+        y = self._check_labels(y, x.shape[0])
+        if self.config.covariance == "full":
+            return self.class_scores(z).gather(1, y[:, None])[:, 0] + logdet
+        return self.gaussians.log_prob_of(z, y) + logdet
+
+    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
+        """-log_prob / (d ln 2): [B]. ValueError: the flow models an autoencoder's latents, which have no levels."""
+        if self.autoencoder is not None:
+            raise ValueError(
+                "bits/dim are of pixel levels, and this flow models an autoencoder's latents: use "
+                "-model.log_prob(x) / model.dim, in nats per number"
+            )
+        return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
+
+    def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
+        """p(y | z) [B, K] of latents z [B, d], proportional to prior_y p(z | y)^(1/T) with the fitted temperature T.
+
+        `prior` [K] >= 0 is uniform by default; it need not sum to one.
+        """
+        scores = self.class_scores(z) / self.config.posterior_temperature
+        if prior is not None:
+            prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
+            good = prior.shape == (self.num_classes,) and bool((prior.isfinite() & (prior >= 0)).all())
+            if not good or not bool(prior.any()):
+                raise ValueError(f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}")
+            scores = scores + prior.log()
+        return torch.softmax(scores, 1)
+
+    def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        """p(y | x) of the generative classifier, see `posterior_from_latents`: [B, K]. Deterministic."""
+        return self.posterior_from_latents(self.encode(x)[0], prior)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
+        return self.class_scores(self.encode(x)[0]).argmax(1)
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    def sample_latents(
+        self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
+    ) -> Tensor:
+        """Latents of the classes `y`, int64 [B]: [B, d].
+
+        Args:
+            temperature: >= 0, multiplies the standard deviation.
+            generator: on the CPU.
+            source: "gaussian" (the learned class Gaussian) or "rfcm" (the mean and covariance that `fit_modes`
+                estimated from real latents).
+
+        Raises:
+            ValueError: wrong labels (ClassMismatchError), a negative temperature, another source, "rfcm" without modes.
+        """
+        check_choice("source", source, ("gaussian", "rfcm"))
+        y = self._check_labels(y)
+        if source == "gaussian":
+            return self.gaussians.sample(y, temperature, generator)
+        if self.modes is None:
+            raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
+        return self.modes.sample(y, temperature, generator)
+
+    @torch.no_grad()
+    def sample(
+        self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
+    ) -> Tensor:
+        """Images of the classes `y`: [B,C,H,W] float in [0,1], decoded from `sample_latents`."""
+        return self.decode(self.sample_latents(y, temperature, generator, source))
+
+    # ---- fitted to images ----------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def standardise(self, x: Tensor) -> None:
         """Standardise an autoencoder's latents by the images `x` [B,C,H,W], unless that was done before."""
@@ -269,7 +373,7 @@ def psnr(error: Tensor) -> float:
 
 
 def summarise_errors(error: Tensor) -> dict[str, float]:
-    """What `ImageFlow.check_invertibility` returns, from the errors of all pixels."""
+    """What `ConditionalFlow.check_invertibility` returns, from the errors of all pixels."""
     finite, count = error[torch.isfinite(error)], max(1, error.numel())
     return {
         "max_error": float(finite.max()) if finite.numel() else math.inf,
