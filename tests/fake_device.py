@@ -214,7 +214,7 @@ def training(_: GLEM, data: ImageData, device: torch.device) -> None:
     for where in ("cpu", device):
         config = TrainConfig(
             preset="glow_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]), epochs=2, batch_size=16,
-            warmup_steps=2, modes_rank=2, sample_every=0, augment=["flip", "crop"], averaging="none",
+            warmup_steps=2, modes_rank=2, sample_every=0, augment=["flip", "crop"],
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as out:
             trainer = Trainer(data, config, out, device=where, progress=False)

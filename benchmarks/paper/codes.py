@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.paper.research import Research, ResearchTrainer
 from glem_augment import GLEM, ImageData
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.flows import resolve_preset
-from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training import TrainConfig
 
 CODED_METHODS = {
     # Baseline 1: a monomodal flow, N(0, I), on images with class codes.
@@ -142,23 +143,23 @@ class ClassCodes:
         return ImageData.from_tensors(coded, y, data.classes, data.class_ids, name=f"{data.name} with codes")
 
 
-class EqualSteps(Trainer):
-    """Methods without M-steps, to which an epoch gives more images, take as many steps as the others."""
-
-    whole_epochs = False
-
-
 def coded_trainer(
-    codes: ClassCodes, data: ImageData, config: TrainConfig, folder: Path, resume: bool, device: torch.device
-) -> Trainer:
+    codes: ClassCodes,
+    data: ImageData,
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    device: torch.device,
+    research: Research,
+) -> ResearchTrainer:
     """A trainer for `data` with codes, whose augmentation leaves the codes alone."""
 
-    class CodedTrainer(EqualSteps):
+    class CodedTrainer(ResearchTrainer):
         def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
             image, code = codes.split(x)
             return torch.cat([super().augmented(image, generator, share), code], 2)
 
-    return CodedTrainer(data, config, folder, resume, device=device)
+    return CodedTrainer(data, config, folder, resume, device=device, research=research)
 
 
 def code_agreement(model: GLEM, codes: ClassCodes, per_class: int, temperature: float, seed: int) -> float:

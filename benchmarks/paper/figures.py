@@ -18,7 +18,6 @@ from glem_augment.io import write_json
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
 from glem_augment.training.objective import LatentStatistics, m_step_loss
-from glem_augment.training.optim import gaussian_optimizer
 
 PAIRS, STEPS = 200, 11
 
@@ -75,12 +74,11 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
         gaussians.set_variance(torch.stack([z[y == c].var(0) for c in range(classes)]))
         statistics = LatentStatistics(classes, 2)
         statistics.add(z, y, -gaussians.log_prob_of(z, y))
-    optimizer = gaussian_optimizer(gaussians, config)
+    optimizer = torch.optim.Adam(gaussians.parameters())
     gaussians.mu.requires_grad_(config.learns("means"))
     gaussians.s.requires_grad_(config.learns("variances"))
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.02 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         loss = m_step_loss(gaussians, statistics, config, config.kld_weight, 0.0)
         optimizer.zero_grad()
         loss.backward()

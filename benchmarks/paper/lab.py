@@ -24,12 +24,12 @@ from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from benchmarks.paper.codes import (
     CODED_METHODS,
     ClassCodes,
-    EqualSteps,
     balance_by_rejection,
     code_agreement,
     coded_trainer,
 )
 from benchmarks.paper.continuum import continuum_correlation
+from benchmarks.paper.research import ResearchTrainer, split_settings
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from benchmarks.paper.scales import SCALES, DataSpec, Scale
 from benchmarks.paper.tables import Cell
@@ -203,7 +203,8 @@ class Lab:
         settings = self._settings(cell, seed)
         name = version_of(cell.method, settings, asdict(self.spec(cell.data)))
         folder = self.work / "flows" / f"{cell.data}-{cell.method}-{name}"
-        config = TrainConfig(**{**method_settings(cell.method), **settings})
+        own, research = split_settings({**method_settings(cell.method), **settings, "equal_steps": True})
+        config = TrainConfig(**own)
         if cell.method == "pixels":
             return self._control(train, config, folder)
         codes = ClassCodes.for_flow(train, config) if cell.method in CODED_METHODS else None
@@ -213,10 +214,10 @@ class Lab:
                 config.max_minutes = max(0.01, (self.until - time.monotonic()) / 60)
             resume = has_checkpoint(folder)
             if codes is None:
-                trainer = EqualSteps(train, config, folder, resume, device=self.device)
+                trainer = ResearchTrainer(train, config, folder, resume, device=self.device, research=research)
             else:
                 coded = codes.dataset(train, seed, monomodal=cell.method == "ce")
-                trainer = coded_trainer(codes, coded, config, folder, resume, self.device)
+                trainer = coded_trainer(codes, coded, config, folder, resume, self.device, research)
             trainer.fit()
             write_json(folder / "finished.json", {"steps": trainer.total_steps})
         return self._fitted(GLEM.from_pretrained(folder, self.device), codes, folder)

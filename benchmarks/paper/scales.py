@@ -28,7 +28,7 @@ class Scale:
 
     Attributes:
         main, second: the data sets in the places of the paper's CIFAR-100 and CIFAR-10.
-        flow: settings of `TrainConfig` for every flow; all are trained for the same number of steps.
+        flow: settings of `TrainConfig` and `Research` for every flow; all are trained for as many steps.
         oracle, cnn, vit: recipes of the classifiers. measured: generated and real images, at most, for FID, Coverage
             and label reliability. sizes: of Table 4, in multiples of the training set. seeds: by default.
         neighbours: k of Coverage.

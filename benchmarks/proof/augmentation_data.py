@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import find_images
+from benchmarks.paper.research import ResearchTrainer, split_settings
 from benchmarks.proof.augmentation_settings import (
     BUNDLED,
     FLOW_SETTINGS,
@@ -24,7 +25,7 @@ from benchmarks.proof.augmentation_settings import (
     Setting,
 )
 from glem_augment import GLEM, ImageData, open_data
-from glem_augment.training import TimeUpError, TrainConfig, Trainer
+from glem_augment.training import TimeUpError, TrainConfig
 from glem_augment.training.checkpoint import has_checkpoint
 
 # name -> folder in $GLEM_DATA, another place, name of the test split
@@ -196,10 +197,11 @@ class Flows:
 
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
         data = ImageData.from_tensors(*task.train, task.classes, name=setting.name)
-        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": PLAIN[setting.plain], "m_rounds": 1, "modes_rank": 0}
-        config = TrainConfig(**settings, epochs=max(1, OWN_IMAGES // len(data)))
+        settings = {**FLOW_SETTINGS, **OWN_SETTINGS, "augment": PLAIN[setting.plain], "modes_rank": 0}
+        own, research = split_settings(settings)
+        config = TrainConfig(**own, epochs=max(1, OWN_IMAGES // len(data)))
         print(f"augmentation: training {out.name} on {len(data)} images", flush=True)
-        Trainer(data, config, out, resume=has_checkpoint(out)).fit()
+        ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit()
 
     def train(self, name: str, seconds: float | None) -> bool:
         """Train a flow of `FLOWS`, or go on with it, for at most so long. Returns whether it is finished."""
@@ -211,10 +213,11 @@ class Flows:
             rows = np.concatenate([rest for _, rest in split_rows(y, len(classes))])
             x, y, classes = x[rows], torch.zeros(len(rows), dtype=torch.int64), ["any"]
         settings = {**FLOW_SETTINGS, **recipe.settings, "epochs": recipe.epochs, "threads": torch.get_num_threads()}
-        config = TrainConfig(**settings, max_minutes=None if seconds is None else max(0.05, seconds / 60))
+        own, research = split_settings(settings)
+        config = TrainConfig(**own, max_minutes=None if seconds is None else max(0.05, seconds / 60))
         data = ImageData.from_tensors(x, y, classes, name=recipe.data)
         try:
-            Trainer(data, config, out, resume=has_checkpoint(out)).fit()
+            ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit()
         except TimeUpError as stop:
             print(f"augmentation: {stop}; the same command goes on")
             return False

@@ -111,7 +111,7 @@ class FlowRecipe:
     """A flow that `--train-flow` makes from the training images of a data set, a few classes of it or all.
 
     Attributes:
-        epochs: passes over the images; settings: of `TrainConfig`, over `FLOW_SETTINGS`.
+        epochs: passes over the images; settings: of `TrainConfig` and `Research`, over `FLOW_SETTINGS`.
         labels: whether it sees them. Without, it sees no image that is for validation either.
     """
 

@@ -1,8 +1,9 @@
-"""What a run of `glem train` came to on its test images: NF accuracy, bits/dim, round trip, and its training seconds.
+r"""What a run of training came to on its test images: NF accuracy, bits/dim, round trip, and its training seconds.
 
     python benchmarks/proof/trained_flow.py RUN [--data DATA] [--threads N]
 
-    GLEM_DATA=... glem train $GLEM_DATA/cifar10 --config benchmarks/recipes/cifar10.yaml --out runs/cifar10-affine
+    python benchmarks/paper/research.py $GLEM_DATA/cifar10 --config benchmarks/recipes/cifar10.yaml \
+        --out runs/cifar10-affine
     GLEM_DATA=... python benchmarks/proof/trained_flow.py runs/cifar10-affine --data $GLEM_DATA/cifar10
 
 Seconds are those of the training steps, M-steps and held-out measurements up to the end of the last epoch, on the clock

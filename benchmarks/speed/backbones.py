@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
+from benchmarks.paper.research import ResearchTrainer, split_settings
 from glem_augment import ImageData, open_data
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import evaluate
@@ -81,7 +82,8 @@ def make_trainer(variant: str, data: ImageData, folder: str, seed: int, warmup: 
     changes = {**BASE, **VARIANTS[variant]}
     settings = {**RECIPE, "seed": seed, "warmup_steps": warmup, "epochs": 1}
     settings |= {"lr": changes.pop("lr", RECIPE["lr"]), "flow_options": changes}
-    return Trainer(data, TrainConfig(**settings), folder, device="cpu", progress=False)
+    own, research = split_settings(settings)
+    return ResearchTrainer(data, TrainConfig(**own), folder, device="cpu", progress=False, research=research)
 
 
 def step_seconds(variant: str, pool: ImageData) -> float:

@@ -391,7 +391,7 @@ def summary(trainer: Trainer, data: ImageData) -> str:
     where = f" on {trainer.device}" + (f", from step {trainer.step}" if trainer.step else "")
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     learners = f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians"
-    if not trainer.frozen_from:  # there are no M-steps
+    if not trainer.m_total:  # there are no M-steps
         learners = f"{len(split.nf) + len(split.g)} for the flow{' and the Gaussians' if config.joint else ''}"
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),

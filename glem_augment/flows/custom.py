@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import Memory
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
 
@@ -120,11 +119,3 @@ class CustomFlow(Flow):
             x = self._parts(x)[0]
             # If the inverse gives no log-determinant, take minus that of encoding its result.
             return x, -self._encode(x)[1] if logdet is None else logdet
-
-    def set_memory(self, memory: Memory) -> None:
-        if memory != "stored":
-            raise ValueError(f"a module of the user's keeps its activations; leave out memory={memory!r}")
-
-    def set_autocast(self, dtype: torch.dtype | None) -> None:
-        if dtype is not None:
-            raise ValueError(f"a module of the user's runs in its own precision; leave out {dtype} (precision)")

@@ -64,8 +64,9 @@ _KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
 _KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS}
 
 
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most  # a bool is no number here
+def is_whole(value: Any, least: int, most: int) -> bool:
+    """Whether `value` is an int, and no bool, from `least` to `most`."""
+    return type(value) is int and least <= value <= most
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
@@ -111,16 +112,16 @@ def check_spec(spec: dict[str, Any]) -> None:
         raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(known)}")
     shape: Any = spec.get("image_shape")
     side = _LARGEST["side"]
-    good = isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_whole(v, 1, side) for v in shape)
+    good = isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, side) for v in shape)
     require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
     whiten = spec.get("whiten", 0)
-    require(_is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
+    require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
     if coupling in ("identity", "custom"):
         return
     lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
     for key, value in lists.items():
         most, good = _LARGEST[key], isinstance(value, list | tuple) and 1 <= len(value) <= _LARGEST["levels"]
-        good = good and all(_is_whole(v, 1, most) for v in value)
+        good = good and all(is_whole(v, 1, most) for v in value)
         levels = f"one per level (at most {_LARGEST['levels']})"
         require(good, f"{key} must be a list of whole numbers from 1 to {most}, {levels}", value)
     require(len({len(v) for v in lists.values()}) == 1, "depth, blocks and width must have one entry per level", lists)
@@ -149,13 +150,13 @@ def check_spec(spec: dict[str, Any]) -> None:
         )
     if jet:
         heads, width = spec.get("heads"), lists["width"][0]
-        require(_is_whole(heads, 1, width) and width % heads == 0, f"heads must divide the width {width}", heads)
+        require(is_whole(heads, 1, width) and width % heads == 0, f"heads must divide the width {width}", heads)
         return
     actnorm, rank = spec.get("actnorm"), spec.get("rank", 3)
     bound: Any = spec.get("bound")
     require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
     require(type(bound) in (int, float) and 0 < bound <= 8, "bound must lie in (0, 8]", bound)
-    require(_is_whole(rank, 1, _LARGEST["rank"]), f"rank must be a whole number from 1 to {_LARGEST['rank']}", rank)
+    require(is_whole(rank, 1, _LARGEST["rank"]), f"rank must be a whole number from 1 to {_LARGEST['rank']}", rank)
     for key, choices in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
         value = spec.get(key, _DEFAULTS[key])
         require(value in choices, f"{key} must be one of {', '.join(choices)}", value)

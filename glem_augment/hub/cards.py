@@ -35,7 +35,7 @@ _METRICS = {
     "nats_per_number": (PIPELINE, "nats_per_number", "nats per number given the class"),
     "fid": (PIPELINE, "fid", "FID of samples"),
 }
-_SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "averaging", "seed")
+_SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "seed")
 # Keys of a report of `evaluation.quality_report`, and words for people.
 _REPORTED = {
     "fid": "FID",

@@ -7,12 +7,13 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE
 from glem_augment.errors import ModelFileError
-from glem_augment.flows.presets import check_spec
+from glem_augment.flows.presets import check_spec, is_whole
 from glem_augment.latent.adapt import can_be_full
 
 FORMAT_VERSION = 1
@@ -64,70 +65,57 @@ class GLEMConfig:
 
     def __post_init__(self) -> None:
         self._check_flow()
-        # `type(...) is int`, because True is an int too.
-        if type(self.bits) is not int or not 1 <= self.bits <= 8:
-            raise ModelFileError(f"bits must be a whole number from 1 to 8, got {_short(self.bits)}")
+        _demand(is_whole(self.bits, 1, 8), "bits must be a whole number from 1 to 8", self.bits)
         self._check_classes()
         if self.psi is not None:
-            good = isinstance(self.psi, list | tuple) and len(self.psi) == 3
-            if not (good and all(type(v) in (int, float) and LOWEST_VARIANCE < v < HIGHEST_VARIANCE for v in self.psi)):
-                raise ModelFileError(f"psi must be null or three positive numbers below 1e6, got {_short(self.psi)}")
+            good = _is_list(self.psi, 3) and all(
+                type(v) in (int, float) and LOWEST_VARIANCE < v < HIGHEST_VARIANCE for v in self.psi
+            )
+            _demand(good, "psi must be null or three positive numbers below 1e6", self.psi)
             a, b, c = self.psi
             self.psi = float(a), float(b), float(c)
-        if self.modes_rank is not None and not (type(self.modes_rank) is int and 1 <= self.modes_rank <= MAX_MODES):
-            raise ModelFileError(f"modes_rank must be from 1 to {MAX_MODES} or null, got {_short(self.modes_rank)}")
-        t = self.posterior_temperature
-        if type(t) not in (int, float) or not 1 <= t <= HIGHEST_TEMPERATURE:
-            raise ModelFileError(f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}, got {_short(t)}")
+        rank, parts, t = self.modes_rank, self.modes_parts, self.posterior_temperature
+        _demand(rank is None or is_whole(rank, 1, MAX_MODES), f"modes_rank must be from 1 to {MAX_MODES} or null", rank)
+        good = type(t) in (int, float) and 1 <= t <= HIGHEST_TEMPERATURE
+        _demand(good, f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}", t)
         self.posterior_temperature = float(t)
-        if self.covariance not in ("diagonal", "full"):
-            raise ModelFileError(f"covariance must be 'diagonal' or 'full', got {_short(self.covariance)}")
-        if type(self.modes_parts) is not int or not 1 <= self.modes_parts <= MAX_PARTS:
-            raise ModelFileError(f"modes_parts must be from 1 to {MAX_PARTS}, got {_short(self.modes_parts)}")
-        if self.covariance == "full" and (self.modes_rank is None or not can_be_full(len(self.class_ids), self.dim)):
-            raise ModelFileError(f"full covariances need modes, and {self.dim} dimensions are too many for them")
-        if self.base is not None:
-            named = isinstance(self.base, dict) and set(self.base) == {"jet", "sha256"}
-            if not (named and all(isinstance(text, str) and len(text) <= 1000 for text in self.base.values())):
-                raise ModelFileError(f"base must be null, or have a jet and its sha256, got {_short(self.base)}")
-        if self.autoencoder is not None:
-            self._check_autoencoder()
-        if not isinstance(self.training, dict):
-            raise ModelFileError(f"training must be a table, got {type(self.training).__name__}")
+        _demand(is_whole(parts, 1, MAX_PARTS), f"modes_parts must be from 1 to {MAX_PARTS}", parts)
+        _demand(self.covariance in ("diagonal", "full"), "covariance must be 'diagonal' or 'full'", self.covariance)
+        if self.covariance == "full":
+            good = rank is not None and can_be_full(len(self.class_ids), self.dim)
+            _demand(good, "full covariances need modes, and few dimensions", self.dim)
+        base: Any = self.base
+        good = base is None or _is_table(base, {"jet", "sha256"}) and _are_names(base.values())
+        _demand(good, "base must be null, or have a jet and its sha256", base)
+        found: Any = self.autoencoder
+        if found is not None:
+            good = _is_table(found, {"name", "sha256", "image_shape"}) and _are_names([found["name"], found["sha256"]])
+            _demand(good, "autoencoder must be null, or have name, sha256 and image_shape", found)
+            shape = found["image_shape"]
+            good = _is_list(shape, 3) and all(is_whole(side, 1, LARGEST_SIDE) for side in shape)
+            _demand(good, "the autoencoder's image_shape must be three sizes", shape)
+        _demand(isinstance(self.training, dict), "training must be a table", self.training)
 
     def _check_flow(self) -> None:
-        if not isinstance(self.flow, dict):
-            raise ModelFileError(f"flow must be a table of numbers, got {type(self.flow).__name__}")
-        if not isinstance(self.flow.get("preset", "flow"), str):
-            raise ModelFileError(f"the flow's preset must be a name, got {_short(self.flow['preset'])}")
+        _demand(isinstance(self.flow, dict), "flow must be a table of numbers", self.flow)
+        preset = self.flow.get("preset", "flow")
+        _demand(isinstance(preset, str), "the flow's preset must be a name", preset)
         try:
             check_spec(self.flow)
         except (ValueError, TypeError) as error:  # TypeError: a list where a name belongs
             raise ModelFileError(f"the flow's description is not valid: {error}") from None
 
-    def _check_autoencoder(self) -> None:
-        found: Any = self.autoencoder
-        good = isinstance(found, dict) and set(found) == {"name", "sha256", "image_shape"}
-        if not (good and all(isinstance(found[key], str) and len(found[key]) <= 1000 for key in ("name", "sha256"))):
-            raise ModelFileError(f"autoencoder must be null, or have name, sha256 and image_shape, got {_short(found)}")
-        shape = found["image_shape"]
-        good = isinstance(shape, list | tuple) and len(shape) == 3
-        if not (good and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)):
-            raise ModelFileError(f"the autoencoder's image_shape must be three sizes, got {_short(shape)}")
-
     def _check_classes(self) -> None:
         for name in ("class_ids", "class_names"):
             value = getattr(self, name)
             good = isinstance(value, list) and 1 <= len(value) <= MAX_CLASSES
-            if not (good and all(isinstance(v, str) and v for v in value)):
-                raise ModelFileError(f"{name} must be a list of 1 to {MAX_CLASSES} names, got {_short(value)}")
+            good = good and all(isinstance(v, str) and v for v in value)
+            _demand(good, f"{name} must be a list of 1 to {MAX_CLASSES} names", value)
             if len(set(value)) != len(value):
                 twice = Counter(value).most_common(1)[0][0]
                 raise ModelFileError(f"{name} must be unique, but {_short(twice)} appears twice")
-        if len(self.class_ids) != len(self.class_names):
-            raise ModelFileError(
-                f"class_ids and class_names must have equal length: {len(self.class_ids)} and {len(self.class_names)}"
-            )
+        counts = len(self.class_ids), len(self.class_names)
+        _demand(counts[0] == counts[1], "class_ids and class_names must have equal length", counts)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -148,13 +136,7 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Fields that have their default are left out where readers allow it."""
-        newer = {
-            "posterior_temperature": 1.0,
-            "modes_parts": 1,
-            "covariance": "diagonal",
-            "base": None,
-            "autoencoder": None,
-        }
+        newer = dict(posterior_temperature=1.0, modes_parts=1, covariance="diagonal", base=None, autoencoder=None)
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:
@@ -208,6 +190,23 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"it gives {_short(twice)} twice")
     return table
+
+
+def _demand(good: bool, demand: str, value: Any) -> None:
+    if not good:
+        raise ModelFileError(f"{demand}, got {_short(value)}")
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
+
+
+def _is_table(value: Any, keys: set[str]) -> bool:
+    return isinstance(value, dict) and set(value) == keys
+
+
+def _are_names(values: Iterable[Any]) -> bool:
+    return all(isinstance(text, str) and len(text) <= 1000 for text in values)
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,6 @@ until it is adapted.
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
 from collections import Counter
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glem_augment.data.classes import ONE_CLASS
@@ -30,7 +28,7 @@ from glem_augment.io import expand, file_sha256
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.weights import hub
-from glem_augment.tensor_files import copy_checked
+from glem_augment.tensor_files import copy_checked, open_tensors
 
 PREFIX = "jet:"
 # Names of the projections there, by what a coupling splits.
@@ -99,24 +97,17 @@ def load_jet(path: Path, heads: int | None = None) -> tuple[GLEMConfig, Flow]:
     Raises:
         ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
     """
-    try:
-        if int.from_bytes(path.open("rb").read(8), "little") > _MOST_HEADER or path.stat().st_size < 10:
-            raise ModelFileError(f"{path} is no safetensors file with a Jet: its header can't be that long")
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
-            orders = {over: _orders(file.get_tensor(f"{name}_projections")) for over, name in _SPLITS.items()}
-            config = _config(shapes, orders, heads)
-            with torch.device("meta"):  # shapes without memory
-                flow = build_flow(config.flow)
-            _check(path, shapes, flow.state_dict())
-            target = flow.to_empty(device="cpu").state_dict()
-            for name, tensor in _tensors(file, shapes, orders):
-                copy_checked(path, name, tensor, target[name])
-        return config, flow
-    except ModelFileError:
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, OverflowError) as error:
-        raise ModelFileError(f"{os.fspath(path)} can't be read as weights of jet-pytorch: {error}") from None
+    with open_tensors(path, _MOST_HEADER) as file:
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+        orders = {over: _orders(file.get_tensor(f"{name}_projections")) for over, name in _SPLITS.items()}
+        config = _config(shapes, orders, heads)
+        with torch.device("meta"):  # shapes without memory
+            flow = build_flow(config.flow)
+        _check(path, shapes, flow.state_dict())
+        target = flow.to_empty(device="cpu").state_dict()
+        for name, tensor in _tensors(file, shapes, orders):
+            copy_checked(path, name, tensor, target[name])
+    return config, flow
 
 
 def _config(shapes: dict[str, list[int]], orders: dict[str, Tensor], heads: int | None) -> GLEMConfig:

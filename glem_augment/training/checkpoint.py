@@ -30,7 +30,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
 from glem_augment.io import atomic_write
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training.config import TrainConfig
+from glem_augment.training.config import TrainConfig, without_gone
 
 NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
 _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4", 32
@@ -122,14 +122,14 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
         if not path.is_file():
             continue
         try:
-            checkpoint = Checkpoint(path, *from_bytes(path.read_bytes()))
+            facts, tensors = from_bytes(path.read_bytes())
         except TrainingError as error:
             problems.append(f"{path} can't be used: {error}")
             continue
         if problems:
-            going_on = f"Going on from {path} (step {checkpoint.facts['step']})"
+            going_on = f"Going on from {path} (step {facts['step']})"
             warnings.warn(f"{'; '.join(problems)}. {going_on}", stacklevel=3)
-        return checkpoint
+        return Checkpoint(path, {**facts, "config": without_gone(facts["config"])}, tensors)
     if problems:
         raise TrainingError(f"{'; '.join(problems)}. Restore one, or start over in another folder")
     raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {folder / NEWEST}; start without --resume")

@@ -95,10 +95,6 @@ class TrainConfig:
         BY_OBJECTIVE, float, "weight of the cross-entropy, per nat, against NLL per dimension",
         shown="0.3 for hybrid and ib",
     )  # fmt: skip
-    beta_anneal: tuple[float, float] | None = _setting(
-        None, "numbers", "from this share of the run on, beta falls geometrically to this multiple of itself", count=2,
-        shown="no annealing", research=True,
-    )  # fmt: skip
     ce_scale: float = _setting(
         BY_OBJECTIVE, float, "factor of the class scores in the cross-entropy", above=0,
         shown="0.1 for hybrid with --joint, 0.2 for hybrid without it and for ib", research=True,
@@ -119,7 +115,6 @@ class TrainConfig:
         "multistep", ("multistep", "cosine"), "halvings after a half and three quarters of the run, or a cosine to a "
         "hundredth", research=True,
     )  # fmt: skip
-    averaging: str = _setting("ema", ("ema", "none"), "moving average of the flow's weights", research=True)
     random_init: tuple[float, float] | None = _setting(
         BY_OBJECTIVE, "numbers", "standard deviations at the start of the means, about 0, and of the variances' free "
         "parameters (which are centred on a variance of 1 without psi); none: class means of the initial latents, "
@@ -135,13 +130,9 @@ class TrainConfig:
         BY_OBJECTIVE, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps",
         shown="for hybrid alone", research=True,
     )  # fmt: skip
-    m_rounds: int = _setting(1, int, "M-steps per epoch (none with --joint), each on a tenth of the images", low=1)
-    m_steps: int = _setting(5, int, "Adam steps in each M-step", low=1)
-    sigma_lr_scale: float = _setting(1.0, float, "factor of the variances' learning rate", research=True)
-    freeze_gaussians_at: float = _setting(
-        1.0, float, "share of the run after which the Gaussians stay and the flow trains on all images", above=0,
-        high=1, research=True,
-    )  # fmt: skip
+    m_steps: int = _setting(
+        5, int, "Adam steps of the M-step at the start of an epoch, on a tenth of the images (none with --joint)", low=1
+    )
     refit_beta: float = _setting(
         BY_OBJECTIVE, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit",
         shown="beta, or 0 with --joint", research=True,
@@ -200,11 +191,7 @@ class TrainConfig:
             )
         if self.psi is not None and min(self.psi) <= 0:
             raise ValueError(f"psi must be three positive numbers (a, b, c), or None; got {self.psi!r}")
-        if self.beta_anneal is not None and not (0 <= self.beta_anneal[0] < 1 and self.beta_anneal[1] > 0):
-            raise ValueError(
-                f"beta_anneal must be a share of the run in [0, 1) and a positive factor, got {self.beta_anneal!r}"
-            )
-        if self.epochs * self.m_rounds * self.m_steps > _MOST_M_STEPS:
+        if self.epochs * self.m_steps > _MOST_M_STEPS:
             raise ValueError(f"m_steps must be such that there are at most {_MOST_M_STEPS} in all, got {self.m_steps}")
 
     @property
@@ -222,6 +209,13 @@ class TrainConfig:
 
 
 SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
+# Checkpoints may name settings that have gone, at these values, which mean what is done now.
+_GONE = dict(averaging="ema", m_rounds=1, sigma_lr_scale=1.0, freeze_gaussians_at=1.0, beta_anneal=None)
+
+
+def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` of a checkpoint without the settings that have gone, where they had their defaults."""
+    return {name: value for name, value in settings.items() if name not in _GONE or value != _GONE[name]}
 
 
 def check_names(settings: Mapping[str, Any], where: str) -> None:

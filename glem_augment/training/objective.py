@@ -22,6 +22,7 @@ from glem_augment.training.config import TrainConfig
 
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
 NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
+SHRINKAGE = 10  # images; of what a class starts at
 
 
 # ---- the E-step -------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def encode(
 
 
 def e_step_loss(
-    gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, config: TrainConfig, beta: float
+    gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
     """`mean NLL / d + beta * cross-entropy` and its first term, in nats per dimension; see `TrainConfig`."""
     if config.beta or config.objective == "ib":
@@ -59,7 +60,8 @@ def e_step_loss(
     nll = -(own + logdet).mean() / gaussians.dim
     if not config.beta:
         return nll, nll
-    return nll + beta * F.cross_entropy(config.ce_scale * scores, y, label_smoothing=config.label_smoothing), nll
+    entropy = F.cross_entropy(config.ce_scale * scores, y, label_smoothing=config.label_smoothing)
+    return nll + config.beta * entropy, nll
 
 
 # ---- the M-step -------------------------------------------------------------------------------------------------
@@ -127,6 +129,24 @@ class LatentStatistics:
         spread = self.square / n - 2 * mu * self.total / n + mu * mu
         per_class = 0.5 * (var.log() + spread / var).sum(1) + 0.5 * gaussians.dim * math.log(2 * math.pi)
         return per_class.mean()
+
+    @torch.no_grad()
+    def start_of_new_flow(self, gaussians: ClassGaussians) -> None:
+        """Set the means to shrunk class means, at the scale of the Gaussians."""
+        # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that. The means of a
+        # few images are mostly noise, which would set classes hundreds of nats apart before anything is learned.
+        # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
+        means = self.total / (self.count[:, None] + SHRINKAGE)
+        gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
+
+    @torch.no_grad()
+    def start_of_trained_flow(self, gaussians: ClassGaussians) -> None:
+        """Set the class means, and the variances shrunk towards the pooled one: a class may have few images."""
+        means, spread = self.moments()
+        gaussians.mu.copy_(means)
+        n = self.count[:, None]
+        pooled = (spread * n).sum(0) / n.sum()
+        gaussians.set_variance((n * spread + SHRINKAGE * pooled) / (n + SHRINKAGE))
 
     @torch.no_grad()
     def most_likely(self, gaussians: ClassGaussians, means: bool = True, variances: bool = True) -> None:

@@ -13,8 +13,8 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from glem_augment.distributed import add_up, world_size
 from glem_augment.errors import TrainingError
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training.config import TrainConfig
 
 CLIP_NORM = 1.0
@@ -51,13 +51,14 @@ def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tu
     return optimizer, scheduler
 
 
-def gaussian_optimizer(gaussians: ClassGaussians, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam on the means and on the variances' free parameters; every step sets the learning rates anew."""
-    groups = [
-        {"params": [gaussians.mu], "lr": 0.0, "lr_scale": 1.0},
-        {"params": [gaussians.s], "lr": 0.0, "lr_scale": config.sigma_lr_scale},
-    ]
-    return torch.optim.Adam(groups)
+def add_up_gradients(module: nn.Module, *values: Tensor) -> None:
+    """Replace the gradients of the learned parameters, and `values`, by their sums over all ranks."""
+    if world_size() == 1:
+        return
+    learned = [p for p in module.parameters() if p.requires_grad]
+    for p in learned:  # a rank without images has no gradients
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    add_up(*values, *(p.grad for p in learned if p.grad is not None))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

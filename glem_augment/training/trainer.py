@@ -1,7 +1,7 @@
-"""The run around the steps: epochs, checkpoints, stops, returns after a divergence, and the end.
+"""The run around the steps: epochs, checkpoints, stops, rollbacks after a divergence, and the end.
 
-A run may be cut anywhere and go on later; all it needs is in the checkpoint. Where it returns to after a divergence is
-a checkpoint that does not depend on the clock either, so a run that diverged is as repeatable as any other.
+A run may be cut anywhere and go on later; all that it needs is in the checkpoint. Rollback points depend on steps, not
+on time, so a run that diverged is as repeatable as any other.
 """
 
 from __future__ import annotations
@@ -186,27 +186,26 @@ class Trainer(EM):
     def _epoch(self, epoch: int) -> None:
         """The rest of an epoch, then its metrics and a checkpoint."""
         config, per_epoch = self.config, self.steps_per_epoch
-        frozen = epoch >= self.frozen_from
-        indices = np.concatenate([self.split.nf, self.split.g]) if frozen else self.split.nf
-        order = epoch_order(indices, config.batch_size, config.seed, epoch)[:per_epoch]
+        order = epoch_order(self.epoch_rows(epoch), config.batch_size, config.seed, epoch)[:per_epoch]
         offset = self.step - epoch * per_epoch
-        # Before which batch each round of M-steps comes; several before one where rounds outnumber batches.
-        due = [r * per_epoch // config.m_rounds for r in range(config.m_rounds)]
         began, first = time.monotonic(), self.step
         batches = self.images(order[offset:].reshape(-1), order.shape[1], self.views)
         x = torch.empty(0, *self.data.image_shape, dtype=torch.uint8)
         nothing = x, torch.empty(0, dtype=torch.int64), Share(0, 0, order.shape[1])  # of more ranks than images
         with closing(batches), training_mode(self.model.flow, config):
             for position in range(offset, per_epoch):
-                for r, before in enumerate(due):
-                    if before == position and not frozen and epoch * config.m_rounds + r == self.m_done:
-                        self.m_step()
+                for _ in range(self.m_steps_due(epoch, position)):
+                    self.m_step()
                 self._count(*self.e_step(*next(batches, nothing)))
                 # The last step of an epoch is saved with the epoch's metrics, below.
                 if position < per_epoch - 1:
                     self._save_or_stop(saved=False)
         seconds = max(1e-9, time.monotonic() - began)
         self._end_of_epoch(epoch + 1, max(1, self.step - first) * order.shape[1] / seconds)
+
+    def m_steps_due(self, epoch: int, position: int) -> int:
+        """How many M-steps come before the batch at `position`: one at the start of an epoch."""
+        return int(position == 0 and epoch == self.m_done < self.m_total)
 
     def _count(self, loss: float, bits: float) -> None:
         """Count one more step; its loss is in nats per dimension, its likelihood in bits/dim."""
@@ -378,7 +377,7 @@ class Trainer(EM):
             data = self.data.subset(self.mode_rows())
             largest = int(np.bincount(data.targets).max())
             rank = max(1, min(config.modes_rank, largest - 1, model.dim))
-            with self._bar("modes", len(data), "image") as bar:
+            with self.bar_of("modes", len(data), "image") as bar:
                 model.fit_modes(data, rank, count=bar.update)
         model = self.whole(model).eval().requires_grad_(False)
         if is_primary():

@@ -15,6 +15,7 @@ from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from benchmarks.paper.codes import ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation, mantel
 from benchmarks.paper.pareto import averaged_posterior
+from benchmarks.paper.research import Research
 from benchmarks.paper.trust import auroc, ood_scores, outside_images
 from glem_augment import GLEM, ImageData
 from glem_augment.distributed import share
@@ -74,7 +75,7 @@ def test_coded_images_are_read_and_their_codes_left_alone_in_training(tmp_path: 
     blank = made.append_random(x, torch.Generator().manual_seed(0))
     assert 0.15 < float((made.read(blank) == y).float().mean()) < 0.55
     config = TrainConfig(preset="identity", augment=("flip", "crop"), epochs=1, modes_rank=0)
-    trainer = coded_trainer(made, coded, config, tmp_path, False, torch.device("cpu"))
+    trainer = coded_trainer(made, coded, config, tmp_path, False, torch.device("cpu"), Research())
     out = trainer.augmented(coded.tensor(), torch.Generator().manual_seed(0), share(len(coded)))
     assert torch.equal(made.split(out)[1], code) and not torch.equal(made.split(out)[0], image)
 

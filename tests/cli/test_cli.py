@@ -101,7 +101,7 @@ def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: 
     config = tmp_path / "settings.yaml"
     # YAML takes 1e-2 for text.
     config.write_text(
-        "lr: 1e-2\nepochs: 7\nobjective: hybrid\npsi: [0.5, 0.2, 0.05]\naugment: flip\nbeta_anneal: [0.5, 1e-1]\n"
+        "lr: 1e-2\nepochs: 7\nobjective: hybrid\npsi: [0.5, 0.2, 0.05]\naugment: flip\nrandom_init: [1e-1, 0]\n"
         "flow_options: {depth: [2, 2], width: [8, 8]}\nsample_every: 0\n"
     )
     argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--config", str(config), "--quiet"]

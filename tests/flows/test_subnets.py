@@ -1,4 +1,4 @@
-"""The networks inside couplings: contract, start, gradients, precision; and the settings that choose them."""
+"""The networks inside couplings: contract, start, gradients, and precision."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows import create_flow
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, Subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
-SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
 
 
 def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
@@ -110,20 +108,3 @@ def test_autocast_runs_the_body_in_bf16_and_the_tail_in_float32(kind: str, activ
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in net.parameters())
     net.autocast = None
     assert torch.equal(net(x), full)
-
-
-@pytest.mark.parametrize("coupling", ["matexp", "affine"])
-@pytest.mark.parametrize("kind", SUBNETS)
-def test_a_flow_of_each_kind_goes_there_and_back(kind: str, coupling: str) -> None:
-    flow = create_flow("mef_tiny", (3, 8, 8), coupling=coupling, subnet=kind, **SMALL)
-    x = torch.rand(16, 3, 8, 8) - 0.5
-    flow.initialise(x)
-    for module in flow.modules():
-        if hasattr(module, "tail"):
-            filled(module.tail, 0.1)
-    z, logdet = flow(x)
-    back, back_logdet = flow.inverse(z)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
-    torch.testing.assert_close(logdet, -back_logdet, rtol=1e-4, atol=1e-3)
-    (z.square().sum() - logdet.sum()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())

@@ -11,7 +11,6 @@ import pytest
 import torch
 from test_training import rows, tiny_trainer, toy_data
 
-from glem_augment.cli.common import table
 from glem_augment.cli.train import add_settings, checked, given
 from glem_augment.training import TrainConfig
 from glem_augment.training.config import METHODS, SETTINGS, method
@@ -33,7 +32,6 @@ from glem_augment.training.config import METHODS, SETTINGS, method
         (dict(bits=9), "bits must be at most 8"),
         (dict(psi=(1, 2)), "psi must be a list of 3 numbers"),
         (dict(psi=(1, 2, 0)), "psi must be three positive numbers"),
-        (dict(beta_anneal=(1.0, 0.5)), "beta_anneal must be a share of the run"),
         (dict(flow_options=[1]), "flow_options must be a table"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
@@ -68,7 +66,6 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
     words = {
         "flow_options": (["--flow", "depth=[1,2]", "--flow", "rank=2"], {"depth": [1, 2], "rank": 2}),
         "psi": (["--psi", "none"], None),
-        "beta_anneal": (["--beta-anneal", "0.5", "1e-1"], (0.5, 0.1)),
         "random_init": (["--random-init", "1", "5"], (1.0, 5.0)),
         "augment": (["--augment", "flip, crop"], ("flip", "crop")),
         "autoencoder": (["--autoencoder", "taef2"], "taef2"),
@@ -88,12 +85,6 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
         checked({"lr": "fast"}, "file")
     with pytest.raises(ValueError, match="file: unknown training settings \\['milestones'\\]"):
         checked({"milestones": [0.5]}, "file")
-
-
-def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:
-    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml")):
-        recipe = checked(table(str(path)), str(path))
-        assert TrainConfig(**recipe).joint == ("m_steps" not in recipe), path.name
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from glem_augment.training import Trainer
 
 def latents(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and labels of D_g with the noise of the pass that starts a run."""
-    return trainer._latent_pass(-1, trainer.split.g, keep=True).kept()
+    return trainer.latent_pass(-1, trainer.split.g, keep=True).kept()
 
 
 def test_means_start_at_shrunk_class_means_at_the_scale_of_the_gaussians(tmp_path: Path) -> None:
@@ -85,16 +85,14 @@ def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
 
 
 def test_learning_rates_of_m_steps_halve_after_a_return(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", m_steps=2, sigma_lr_scale=3.0, epochs=5, freeze_gaussians_at=0.6)
-    rates: list[list[float]] = []
-    trainer.m_optimizer.register_step_pre_hook(lambda adam, *_: rates.append([g["lr"] for g in adam.param_groups]))
+    trainer = tiny_trainer(tmp_path / "run", m_steps=2, epochs=3)
+    rates: list[float] = []
+    trainer.m_optimizer.register_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
     for scale in (1.0, 1.0, 0.5):
         trainer.set_lr_scale(scale)
         trainer.m_step()
         assert bool(trainer.m_optimizer.state) == (trainer.m_done > 1)  # the moments of the first are forgotten
-    means, variances = zip(*rates, strict=True)
-    assert means == pytest.approx([means[0]] * 4 + [means[0] / 2] * 2) and means[0] > 0
-    assert variances == pytest.approx([3 * rate for rate in means])
+    assert rates == pytest.approx([rates[0]] * 4 + [rates[0] / 2] * 2) and rates[0] > 0
 
 
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])

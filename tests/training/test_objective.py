@@ -37,7 +37,7 @@ def test_e_step_losses_equal_their_definitions(learns: bool, objective: str, bet
     gaussians.requires_grad_(learns)
     z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
     config = TrainConfig(objective=objective, beta=beta, joint=False, refit_beta=0.0, label_smoothing=0.1, ce_scale=0.5)
-    loss, nll = e_step_loss(gaussians, z, logdet, y, config, beta)
+    loss, nll = e_step_loss(gaussians, z, logdet, y, config)
     mu, std = gaussians.mu, gaussians.variance().sqrt()
     scores = torch.distributions.Normal(mu, std).log_prob(z[:, None]).sum(2)
     own = scores.logsumexp(1) - math.log(4) if objective == "ib" else scores[torch.arange(9), y]

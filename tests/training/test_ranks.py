@@ -87,9 +87,9 @@ RUNS: dict[str, dict[str, Any]] = {
     # 100 steps. Five images of a batch on three ranks, and one rank without an image in the pass over 10 of D_g.
     "glem": dict(batch_size=5, epochs=5, augment=("flip", "crop", "rotate", "jitter"), memory="reversible"),
     # More ranks than images in a batch: the third one has none, ever.
-    "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2, m_rounds=2),
+    "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2),
     "ib-joint": dict(batch_size=9, epochs=2, objective="ib", joint=True, refit_beta=0.1),
-    "mle-frozen": dict(batch_size=50, epochs=6, objective="mle", freeze_gaussians_at=0.5, random_init=(0.3, 0.0)),
+    "mle": dict(batch_size=50, epochs=6, objective="mle", random_init=(0.3, 0.0)),
 }
 
 
