@@ -1,7 +1,7 @@
 """Synthetic-data augmentation for timm and torchvision from a class-conditional normalizing flow (GLEM).
 
-The public names are imported when they are first used, and torch with them, so that `glem --help` need not wait. The
-same holds for the rooms: `glem_augment.training`, `glem_augment.evaluation`, `glem_augment.flows`, ...
+Public names and sub-packages (`glem_augment.training`, ...) are imported when they are first used, and torch with them.
+So `glem --help` does not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Checks of arguments, and the words and numbers that the command line shows in its help. It never imports torch.
+"""Checks of arguments, and the names and numbers in the help of the command line. This module never imports torch.
 
-Each error is one sentence that names the argument, its value and what is allowed.
+Each error names the argument, its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Preset = Literal[
     "latent",
     "identity",
 ]
-DrawSource = Literal["gaussian", "rfcm", "mixup"]  # what a SyntheticDataset draws its latents from
+DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export
 Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
-Memory = Literal["stored", "reversible"]  # what becomes of a flow's activations in training
+Memory = Literal["stored", "reversible"]  # how training keeps a flow's activations
 
 PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, Policy))
 BUNDLED_IMAGES = "bundled:fashion-mnist"
@@ -46,7 +46,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def closest(word: object, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the one of the `known` words that is closest to `word`, if one is close."""
+    """`; did you mean X?` with the known word closest to `word`, or nothing if none is close."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Copies between devices, eval mode for a while, and whether a model has changed."""
+"""Copies between devices, a temporary eval mode, and a key that tells whether a model has changed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 def lacks_bf16(device: torch.device) -> bool:
-    """Whether `device` is a CPU that computes in bfloat16 some ten times more slowly than in float32.
+    """Whether `device` is a CPU on which bfloat16 is some ten times slower than float32.
 
-    Older versions of torch can't be asked for AVX512-BF16 and AMX; without AVX512 there is neither.
+    Older versions of torch do not report AVX512-BF16 and AMX; without AVX512 there is neither.
     """
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if "avx512_bf16" in known:
@@ -24,7 +24,7 @@ def lacks_bf16(device: torch.device) -> bool:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. A GPU copies from pinned memory, so the host does not wait for what the GPU has to do."""
+    """`tensor` on `device`. It is pinned on the way to a GPU, so that the host does not wait for the GPU."""
     if tensor.device.type == "cpu" and device.type == "cuda" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -32,9 +32,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while; afterwards each sub-module is in the mode that it was in.
+    """The model in eval mode inside the `with` block; afterwards each sub-module has its earlier mode.
 
-    The flags are set one by one: `train()` would wake sub-modules that the user keeps in eval mode.
+    The flags are set one by one: `train()` would also change sub-modules that the user keeps in eval mode.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -49,8 +49,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
     """A value that changes when a parameter or buffer of the modules is replaced or written to, in this process.
 
-    It tells whether a copy of the modules, for example on another device, is still up to date. Writes that torch does
-    not count go unseen: through `.data`, by a fused optimizer, or to tensors made under `inference_mode`.
+    It tells whether a copy of the modules is up to date. It misses writes that torch does not count: through `.data`,
+    by a fused optimizer, or to tensors made under `inference_mode`.
     """
     tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)

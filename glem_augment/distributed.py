@@ -1,7 +1,7 @@
-"""Several processes under torchrun: who am I, which share is mine, sums over all. One process needs none of it.
+"""Rank, sharding and reductions under torchrun. In a single process the functions do nothing.
 
-Everything is torch.distributed's: gloo between CPUs, nccl between GPUs. A function that says "all ranks" must be called
-by all of them, in the same order.
+torch.distributed does the work: gloo between CPUs, nccl between GPUs. All ranks must call `add_up`, `gather` and `wait`
+in the same order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class Share(NamedTuple):
-    """One rank's part of `total` items: those from `start` up to, not including, `stop`."""
+    """One rank's part of `total` items: from `start` up to, not including, `stop`."""
 
     start: int
     stop: int
@@ -33,11 +33,11 @@ class Share(NamedTuple):
         return slice(self.start, self.stop)
 
 
-# ---- who am I --------------------------------------------------------------------------------------------------------
+# ---- rank and share --------------------------------------------------------------------------------------------------
 
 
 def start(device: str) -> torch.device:
-    """Join the processes that torchrun (or SLURM) started, if it did; returns this rank's own device of that kind."""
+    """Join the processes that torchrun or SLURM started, if any. Returns this rank's device of the kind `device`."""
     from timm.utils import init_distributed_device, is_distributed_env
 
     if not is_distributed_env() or dist.is_initialized():
@@ -53,17 +53,17 @@ def world_size() -> int:
 
 
 def rank(otherwise: int = 0) -> int:
-    """This process's number, or `otherwise` if nothing is distributed."""
+    """The number of this process, or `otherwise` if nothing is distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else otherwise
 
 
 def is_primary() -> bool:
-    """Whether this process writes the files and speaks to people."""
+    """Whether this process is rank 0, which writes the files and the messages."""
     return rank() == 0
 
 
 def share(total: int) -> Share:
-    """This rank's part of `total` things in a row; the parts of the first ranks have one more if it does not divide."""
+    """This rank's part of `total` items in a row. If the ranks do not divide it, the first parts have one more."""
     each, more = divmod(total, world_size())
     begin = rank() * each + min(rank(), more)
     return Share(begin, begin + each + (rank() < more), total)
@@ -78,13 +78,13 @@ def _together(call: Callable[[], _T]) -> _T:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2]  # without the place in gloo
         raise GLEMError(
-            f"rank {rank()} has lost the other processes ({reason}): one of them was killed, or said why it ended. "
-            "What was written is whole; start the same command again, for a training run with --resume"
+            f"rank {rank()} has lost the other processes ({reason}): one was killed, or has printed its error. Written "
+            "files are complete. Run the same command again, with --resume for a training run"
         ) from error
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has called this yet. Its error is told: those of the others are the same, or follow."""
+    """Whether no other rank has called this yet. Only the first error is printed; later ones repeat it or follow."""
     try:
         return dist.distributed_c10d._get_default_store().add("glem-augment/failed", 1) == 1
     except RuntimeError:  # the process that kept the store has ended
@@ -94,7 +94,7 @@ def first_to_fail() -> bool:
 def add_up(*tensors: Tensor) -> None:
     """Replace tensors of one dtype and device by their sums over all ranks, in place and in one reduction.
 
-    The sums are the same to the last bit on every rank, and in every run with as many ranks.
+    Every rank, and every run with as many ranks, gets the same bits.
     """
     if world_size() == 1:
         return
@@ -106,14 +106,14 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def gather(thing: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
-    """The things of all ranks, which may differ in size, in the order of the ranks; tensors must be on the CPU."""
+    """The objects of all ranks in rank order, of any sizes; tensors must be on the CPU."""
     if world_size() == 1:
         return [thing]
-    things: list[Any] = [None] * world_size()
-    _together(lambda: dist.all_gather_object(things, thing, group))
-    return things
+    found: list[Any] = [None] * world_size()
+    _together(lambda: dist.all_gather_object(found, thing, group))
+    return found
 
 
 def wait() -> None:
-    """Go on when all ranks have come here."""
+    """Wait for all ranks."""
     gather(None)

@@ -1,4 +1,4 @@
-"""The package's own errors. Each is also the built-in error that fits it, so `except ValueError` catches it too."""
+"""The package's errors. Each also derives from a built-in error, so `except ValueError` works too."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ class GLEMError(Exception):
 
 
 class DataError(GLEMError, ValueError):
-    """Images or labels that cannot be used: unreadable, empty, of the wrong size, without the wanted split, ..."""
+    """Images or labels cannot be used: unreadable, empty, of the wrong size, without the wanted split, ..."""
 
 
 class BadImageError(DataError):
-    """One image of a data set cannot be used; the others may be fine (`open_data(..., skip_bad=True)`)."""
+    """One image of a data set cannot be used; `open_data(..., skip_bad=True)` leaves such images out."""
 
 
 class ClassMismatchError(DataError):
-    """The classes of a data set and those of a flow cannot be matched one to one."""
+    """The classes of a data set cannot be matched one to one with the classes of a flow."""
 
 
 class ModelFileError(GLEMError, ValueError):

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and folders that one process uses at a time."""
+"""Atomic writing of files, and locks of folders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HINTS = {
 
 
 class _RawFile(io.FileIO):
-    """A file that remembers why a write failed, because `torch.save` hides the reason behind "unexpected pos"."""
+    """A file that keeps the error of a failed write, because `torch.save` raises "unexpected pos" instead."""
 
     failure: OSError | None = None
 
@@ -62,7 +62,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
     path = Path(path)
     try:
         before = path.stat()
-    except OSError:  # there is no such file, or the attempt to write it will explain why
+    except OSError:  # no such file; any other reason shows when the file is written
         before = None
     if before is not None and not stat.S_ISREG(before.st_mode):
         with open(path, mode, encoding="utf-8" if mode == "w" else None) as special:
@@ -83,7 +83,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
             if sync:
                 os.fsync(file.fileno())
         finally:
-            # A full disk can show itself again in the implicit flush, but the first error is the one to report.
+            # The implicit flush may fail again; the first error is the one to report.
             with suppress(OSError):
                 file.close()
         if before is not None:
@@ -95,7 +95,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
             temporary.unlink()
         failure = (raw.failure if raw is not None and isinstance(error, Exception) else None) or error
         if isinstance(failure, OSError) and failure.errno in _HINTS:
-            # An error about another file came from something else inside the `with` block.
+            # The `with` block may also raise errors about other files.
             ours = {str(temporary), str(path), *map(str, path.parents)}
             if failure.filename is None or str(failure.filename) in ours:
                 raise OSError(failure.errno, f"cannot write {path}: {_HINTS[failure.errno]}") from error
@@ -144,12 +144,12 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, again: bool = False) -> Iterator[None]:
-    """Keep others who lock the same folder out of it; the folder is made if it is missing.
+    """Lock a folder, which is made if it is missing, against other processes and other calls.
 
-    The system releases the lock of a process that is killed. A folder that is still empty at the end is removed.
+    The system releases the lock of a killed process. A folder that is empty at the end is removed.
 
     Args:
-        again: this thread may have locked it already.
+        again: allow a lock that this thread holds already.
 
     Raises:
         BlockingIOError: the folder is locked. OSError: the folder can't be written.
@@ -181,5 +181,5 @@ def expand(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{os.fspath(path)}: there is no home folder of that user; for a name that begins with ~, write ./~..."
+            f"{os.fspath(path)}: that user has no home folder; write ./~... for a name that begins with ~"
         ) from None

@@ -1,4 +1,4 @@
-"""Safetensors files, validated on load: the header before memory is taken, then every value."""
+"""Safetensors files, validated on load: first the header, before memory is allocated, then every value."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from glem_augment.errors import ModelFileError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
-_CHUNK = 2**18  # numbers that are checked together, which bounds the memory of a check
+_CHUNK = 2**18  # numbers per check, which bounds the memory
 
 
 @contextmanager
 def open_tensors(path: Path, most_header: int) -> Iterator[Any]:
-    """An open safetensors file whose header has at most `most_header` bytes. All its errors are ModelFileErrors."""
+    """An open safetensors file with a header of at most `most_header` bytes. All errors become ModelFileErrors."""
     try:
         header = header_bytes(path)
         if header > most_header:
-            raise ModelFileError(f"{path} has a header of {header} bytes; {most_header} are more than it can need")
+            raise ModelFileError(f"{path} has a header of {header} bytes, more than the {most_header} that it can need")
         with safe_open(path, framework="pt") as file:
             yield file
     except ModelFileError:
         raise
-    except ValueError as error:  # of a model that the file does not describe
+    except ValueError as error:  # from the `with` block: the file does not describe its model
         raise ModelFileError(f"{path} can't be read: {error}") from None
     except (SafetensorError, OSError, RuntimeError, LookupError, OverflowError) as error:
         raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
@@ -64,13 +64,13 @@ def check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
         shape, dtype = list(entry.get_shape()), entry.get_dtype()
         if shape != list(wanted.shape) or dtype not in allowed:
             raise ModelFileError(
-                f"{path}: {name} is {dtype} {shape}, its model asks for {'/'.join(sorted(allowed))} {[*wanted.shape]}"
+                f"{path}: {name} is {dtype} {shape}, its model needs {'/'.join(sorted(allowed))} {[*wanted.shape]}"
             )
 
 
 @torch.no_grad()
 def copy_checked(path: Path, name: str, source: Tensor, target: Tensor, lowest: float = -math.inf) -> None:
-    """Copy `source`, a view of the mapped file that takes no memory, and check the values."""
+    """Copy `source`, a view of the mapped file, into `target`, and check the values."""
     if source.dtype is torch.bool and bool((source.view(torch.uint8) > 1).any()):
         raise ModelFileError(f"{path}: {name} holds bytes that are neither true nor false")
     target.copy_(source)

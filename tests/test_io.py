@@ -126,5 +126,5 @@ def test_json_refuses_what_others_cannot_read(tmp_path: Path) -> None:
 def test_homes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand("~/x") == tmp_path / "x" and expand("a/~") == Path("a/~")
-    with pytest.raises(ValueError, match="~nobody-here/x: there is no home folder"):
+    with pytest.raises(ValueError, match="~nobody-here/x: that user has no home folder"):
         expand("~nobody-here/x")

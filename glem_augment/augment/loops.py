@@ -1,6 +1,6 @@
-"""The ways to put GLEMAugment into a training loop.
+"""Four ways to put GLEMAugment into a training loop.
 
-They are: a torchvision transform, a wrapper around a loader, timm's `mixup_fn`, and a collate function.
+A torchvision transform, a wrapper around a loader, timm's `mixup_fn`, and a collate function.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _MAP = (
 
 
 def check_classes(aug: GLEMAugment, data: Any) -> None:
-    """ClassMismatchError unless the data's classes are the flow's, by name and in its order, or class_map is given.
+    """ClassMismatchError unless the classes of data and flow have the same names and order, or class_map is given.
 
-    Data that names no classes is not checked.
+    Data without class names is not checked.
     """
     if aug.class_map is not None or (named := named_classes(data)) is None:
         return
@@ -58,7 +58,7 @@ def check_classes(aug: GLEMAugment, data: Any) -> None:
 
 
 def _augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device | str | None = None) -> Any:
-    """A batch on `device`, augmented, or with its labels alone in the form of augmented ones."""
+    """A batch on `device`, augmented if `on`. Labels always have the form of augmented ones."""
 
     def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if device is not None:
@@ -72,7 +72,7 @@ def _augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device 
 
 
 class GLEMTransform(v2.Transform):
-    """Augments the images of a sample or batch, whatever the structure around them: see `augment_sample`."""
+    """Augments the images of a sample or batch of any structure, see `augment_sample`."""
 
     def __init__(self, aug: nn.Module) -> None:
         super().__init__()
@@ -86,14 +86,14 @@ def augment_sample(sample: Any, augment: Callable[[Tensor, Tensor], tuple[Tensor
     """Augment a batch [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int or [K'] label.
 
     As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
-    tensor, and labels are the second item of a tuple, or what a dict has under one of `LABEL_KEYS` in any case. Boxes,
-    masks and everything else are passed on, because the moves do not change where things are.
+    tensor. Labels are the second item of a tuple, or the value of a dict under one of `LABEL_KEYS` in upper or lower
+    case. Boxes, masks and everything else pass unchanged, because moves do not displace objects.
 
     Args:
-        augment: what is done to images and labels of a batch.
+        augment: a function of images and labels of a batch.
 
     Returns:
-        The same structure. Images keep their type, and integer labels theirs unless they become soft.
+        The same structure. Images keep their type, and integer labels keep theirs unless they become soft.
 
     Raises:
         ValueError, TypeError: for PIL images, no image, or labels that are not found.
@@ -118,7 +118,7 @@ def augment_sample(sample: Any, augment: Callable[[Tensor, Tensor], tuple[Tensor
 
 
 def _label_position(sample: Any) -> int:
-    """Where the labels are among the leaves of a sample, by torchvision's convention."""
+    """The index of the labels among the leaves of a sample, by torchvision's convention."""
     if isinstance(sample, Mapping):
         names = {str(key).lower(): key for key in sample}
         found = next((names[name] for name in LABEL_KEYS if name in names), None)
@@ -150,22 +150,21 @@ def _image_position(flat: list[Any], label_place: int) -> int:
 
 
 class AugmentedLoader:
-    """A loader whose batches are augmented; in everything else it is the loader that it wraps.
+    """A loader whose batches are augmented. All other attributes are the wrapped loader's.
 
     Args:
-        loader: of batches as `as_transform` takes them: timm's `PrefetchLoader` (the best place on a GPU), a
-            DataLoader, or what accelerate has prepared (it shards DataLoaders, and not this class).
+        loader: timm's `PrefetchLoader` (the best place on a GPU), a DataLoader, or a loader that accelerate has
+            prepared (accelerate shards DataLoaders, but not this class). For its batches see `as_transform`.
         aug: the transform.
-        device: where images and labels are brought first; None: they stay where they are.
-        off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, as the loss expects.
+        device: the device to which images and labels are moved first; None: they stay where they are.
+        off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, for the loss.
 
     Attributes:
         epoch: epochs begun so far; set it when a run is resumed.
 
     Raises:
-        ValueError: for a PrefetchLoader that normalises with other numbers than the transform takes back, or a device
-            that is not there.
-        ClassMismatchError: for a transform without class_map and a data set whose classes are not the flow's.
+        ValueError: a PrefetchLoader whose mean and std are not the transform's, or a missing device.
+        ClassMismatchError: a transform without class_map, and a data set whose classes are not the flow's.
     """
 
     def __init__(
@@ -184,7 +183,7 @@ class AugmentedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._shares_checked:  # a process group may have been made after the wrapper, as by Lightning
+        if not self._shares_checked:  # Lightning makes its process group after the wrapper
             self._shares_checked = _warn_unless_sharded(self.loader)
         on = self.off_epoch is None or self.epoch < self.off_epoch
         self.epoch += 1
@@ -199,18 +198,18 @@ class AugmentedLoader:
     @mixup_enabled.setter
     def mixup_enabled(self, value: bool) -> None:
         self._enabled = bool(value)
-        # timm's own setter knows only its own collate function; both are to stop together.
+        # The loader may have a FastCollateMixup, which stops together with this wrapper.
         if hasattr(self.loader, "mixup_enabled"):
             self.loader.mixup_enabled = value
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not set yet, while a pickle is read
+        if name == "loader":  # it is missing while a pickle is read
             raise AttributeError(name)
         return getattr(self.loader, name)
 
 
 def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
-    """ValueError where a PrefetchLoader's mean and std are not those that the transform takes back."""
+    """ValueError unless a PrefetchLoader has the mean and std of the transform."""
     if not isinstance(loader, PrefetchLoader):
         return
     theirs = [(values.float() / 255).flatten().numpy(force=True) for values in (loader.mean, loader.std)]
@@ -225,10 +224,10 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
 
 
 def _warn_unless_sharded(loader: Any) -> bool:
-    """Warn where several processes go through the same images. False: there are not several yet.
+    """Warn where several processes go through the same images. False: there is one process so far.
 
-    Samplers of torch and timm know the number of processes as `num_replicas`, what accelerate prepares knows it as
-    `num_processes`. An IterableDataset may share out its images by itself.
+    Samplers of torch and timm hold the number of processes as `num_replicas`, loaders of accelerate as `num_processes`.
+    An IterableDataset may shard its images itself.
     """
     if world_size() == 1:
         return False
@@ -237,10 +236,9 @@ def _warn_unless_sharded(loader: Any) -> bool:
     parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "state")]
     if not any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes")):
         warnings.warn(
-            f"each of the {world_size()} processes goes through all {len(loader.dataset)} images, since neither the "
-            "sampler nor the data set of this loader is shared out: give the DataLoader a DistributedSampler; with "
-            "accelerate wrap what it has prepared, aug.wrap(accelerator.prepare(loader)); with Lightning call the "
-            "transform in on_after_batch_transfer",
+            f"each of the {world_size()} processes goes through all {len(loader.dataset)} images, because this loader "
+            "has no sampler for several processes: give the DataLoader a DistributedSampler; with accelerate use "
+            "aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in on_after_batch_transfer",
             stacklevel=4,
         )
     return True
@@ -254,12 +252,12 @@ class MixupFn:
 
     Args:
         aug: the transform.
-        smoothing: label smoothing s: 1 - s + s / K' for the class, s / K' for the others.
-        mixup: a timm `Mixup` to apply afterwards; None: none. Its label_smoothing is not used.
-        data: the data set, whose classes are checked as those of a wrapped loader; None: nothing is checked.
+        smoothing: label smoothing s: 1 - s + s / K' for the class, s / K' for other classes.
+        mixup: a timm `Mixup` to apply afterwards, without its label_smoothing; None: none.
+        data: the data set, whose classes are checked; None: nothing is checked.
 
     Attributes:
-        mixup_enabled: settable; without it images are left alone and labels are only smoothed.
+        mixup_enabled: settable; if it is False, images do not change and labels are only smoothed.
     """
 
     def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, data: Any = None) -> None:
@@ -302,22 +300,22 @@ def _mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
 class AugmentingCollate(FastCollateMixup):
     """Collates samples with `base` and augments the batch, in the CPU workers of a DataLoader.
 
-    It is a `FastCollateMixup` by type only, so that timm's loader finds its switch: `loader.mixup_enabled = False`
-    turns it off, in running workers too, and with it a FastCollateMixup that is its `base`.
+    It is a `FastCollateMixup` by type only, because timm's loader looks for that type: `loader.mixup_enabled = False`
+    turns it off, in running workers too, and also a FastCollateMixup that is its `base`.
 
     Args:
         aug: the transform; its flow must be on the CPU in forked workers.
-        base: from a list of samples to a batch of images and labels; None: torch's `default_collate`, which takes
-            tensors and arrays as images, those that timm's data sets give for its prefetching loader included.
-        data: the data set, whose classes are checked as those of a wrapped loader. Workers find it by themselves; with
-            num_workers=0 only this names it.
+        base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`, which
+            takes images as tensors or arrays, also the arrays of timm's prefetching loader.
+        data: the data set, whose classes are checked. Workers check their data set; with num_workers=0 only this is
+            checked.
     """
 
     def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
         check_classes(aug, data)
         self._checked = False
         self.aug, self.base = aug, base or default_collate
-        # Shared memory lets workers that live through several epochs see a change of the switch.
+        # In shared memory, so that persistent workers see a change of the switch.
         with torch.inference_mode(False):
             self._on = torch.ones(1, dtype=torch.bool, device="cpu").share_memory_()
         super().__init__(num_classes=aug.num_classes)  # which switches it on
@@ -335,7 +333,7 @@ class AugmentingCollate(FastCollateMixup):
         """A batch of the type that `base` gives.
 
         Raises:
-            ClassMismatchError: in a worker whose data set has other classes than the flow, for want of a class_map.
+            ClassMismatchError: in a worker, if its data set has other classes than the flow and there is no class_map.
         """
         worker = get_worker_info()
         if worker is not None and not self._checked:
@@ -348,4 +346,4 @@ class AugmentingCollate(FastCollateMixup):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._on.share_memory_()  # a copy has memory of its own, which it shares with its workers
+        self._on.share_memory_()  # with the workers of this copy

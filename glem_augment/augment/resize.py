@@ -1,7 +1,7 @@
 """Transfer of a change from the flow's small images to the user's large ones, with channels and value ranges.
 
-A flow of 32 to 64 pixels changes images of 224 to 448 pixels like this: the image x is resized to the flow's size and
-moved there, and the change is resized back and added, so that the fine detail of x stays:
+The image x is resized to the flow's size and moved there. The change is resized back and added, which keeps the fine
+detail of x:
 
     x' = x + up(moved - down(x))
 """
@@ -49,7 +49,7 @@ class PixelAdapter:
     def check(self, x: Tensor) -> None:
         """Raise ValueError or TypeError unless x is a batch [B, C, H, W] that can be converted.
 
-        The value range is checked in the first batch of each dtype only, since that makes an accelerator wait.
+        The value range is checked in the first batch of each dtype only, because an accelerator has to wait for it.
         """
         if not isinstance(x, Tensor) or x.ndim != 4:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -92,7 +92,7 @@ class PixelAdapter:
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
         if share:
             range_ = "from {:.3g} to {:.3g}".format(*(float(v) for v in torch.aminmax(unit)))
-            text = f"with mean and std taken back, {100 * share:.3g} % of the values lie outside [0, 1], {range_}"
+            text = f"with mean and std undone, {100 * share:.3g} % of the values lie outside [0, 1], {range_}"
             if share > FEW:
                 raise ValueError(
                     f"{text}: give the mean and std by which the images were normalised; for images in [0, 1] leave "
@@ -134,10 +134,10 @@ class PixelAdapter:
         return small.clamp(0.0, 1.0).expand(-1, self.shape[0], -1, -1)
 
     def from_flow(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
-        """Carry the change from `small`, what `to_flow` made of `images`, to `moved` over to `images` [n, C, H, W].
+        """`images` [n, C, H, W] with the change from `small`, their `to_flow`, to `moved`.
 
-        Pixels then lie in [0, 1]; those whose original lies outside (RandomErasing fills with N(0, 1)) leave the range
-        no further than it does.
+        The result lies in [0, 1]. Where the original pixel does not (RandomErasing fills with N(0, 1)), the result
+        leaves the range no further.
         """
         change = moved - small
         if change.shape[1] != images.shape[1]:
@@ -151,7 +151,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """Images [n, C, H, W] at another size (H, W); x itself if it has that size."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    # Without antialiasing, what is finer than the flow's grid would fold into false coarse structure.
+    # Without antialiasing, detail finer than the flow's grid would alias.
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
