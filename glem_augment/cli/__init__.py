@@ -1,4 +1,4 @@
-"""The `glem` command: `main` parses the command line and turns the library's errors into one line each."""
+"""The `glem` command: `main` parses the command line and prints an error as one line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from glem_augment.errors import GLEMError
 DESCRIPTION = """\
 Synthetic-data augmentation from a class-conditional normalizing flow.
 
-A flow learns your labelled images once (glem train), or a trained flow is given your classes (glem adapt). From then on
-it moves real images while keeping their class, draws new ones (glem generate), and classifies (glem eval).
+A flow learns your labelled images once (glem train), or a trained flow gets your classes (glem adapt). Then it moves
+real images within their class, draws new images (glem generate), and classifies (glem eval).
 
-DATA, wherever a command asks for it, is one of
-  a folder with one folder of images per class, or with train/ and test/ (or val/) folders of that kind;
+DATA of a command is one of
+  a folder with one folder of images per class, or with such folders in train/ and test/ (or val/);
   a folder of MNIST-style idx files; a .tar file; a timm data set as NAME@ROOT: torch/cifar10@data (downloaded already),
   hfds/uoft-cs/cifar100@cache?input_key=img&target_key=fine_label;
   bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, three photographs, inside the
@@ -45,15 +45,15 @@ GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 
 
 # Each command has the file of its name, which is imported when it is called, and a line in the overview.
 COMMANDS = {
-    "demo": "what the library does, on one page, in about a minute",
+    "demo": "show the library on one page, in about a minute",
     "train": "fit a flow to your images",
-    "adapt": "serve your classes with a flow trained on others",
+    "adapt": "give a trained flow your classes",
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a flow",
     "preview": "a picture of augmentations, samples, interpolations",
     "compare": "does augmentation help on your images? a table, a sentence of advice",
     "explore": "a local web page: samples, moves, lines, surprising images",
-    "info": "what a model is and how it was trained",
+    "info": "describe a model and its training",
     "list": "the flows that ship, and those on the Hugging Face Hub",
     "push": "upload a flow to the Hugging Face Hub",
 }
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        # The trainer's message says where the run stopped; of torchrun's processes, the first one says it.
+        # The trainer's message says where the run stopped. Only the first rank prints it.
         if os.environ.get("RANK", "0") == "0":
             print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
@@ -131,7 +131,7 @@ def _fail(message: str) -> int:
         if not distributed.first_to_fail():
             return 2
     elif os.environ.get("RANK", "0") != "0":
-        # The processes of torchrun have not met yet. The first one tells of it, and then torchrun ends the others.
+        # The ranks of torchrun have not joined yet. The first one prints the error, then torchrun ends the rest.
         time.sleep(3)
     print(f"glem: error: {message}", file=sys.stderr)
     return 2

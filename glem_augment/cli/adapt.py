@@ -1,4 +1,4 @@
-"""`glem adapt`: serve new classes with a flow that was trained on others, or with no flow at all."""
+"""`glem adapt`: give new classes to a trained flow, or to no flow at all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Literal
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Make a flow that was trained on other images serve your classes. MODEL identity is no flow: it models the pixels or,
-with --autoencoder taef2, the latents of an autoencoder, for photographs. Every class gets the mean of its
-images' latents, their variances (shrunk towards the pooled ones, so that a class may have one or two images) and its
-principal modes. Nothing is trained, so this takes one pass over the images: seconds to minutes. DIR then holds a
-model like any other, with your class names. glem train --init MODEL is the slower way, which trains the flow too.
-Images are resized to the flow's size, and converted to its channels. Prints a JSON summary; images_per_class and
-modes_per_class are the fewest and the most: n images have at most n - 1 modes, and one image gets the modes of all
-classes; moves_put_back says how far these images can be moved (glem eval --help).
+Give your classes to a flow that was trained on other images. MODEL identity is no flow: it models the pixels or, with
+--autoencoder taef2, the latents of an autoencoder, for photographs. Each class gets a mean, variances and principal
+modes from the latents of its images. Variances are shrunk towards the pooled variances, so a class may have one or two
+images. Nothing is trained: this takes one pass over the images, seconds to minutes. DIR then holds a model with your
+class names. glem train --init MODEL is slower and trains the flow too. Images are resized to the flow's size, and
+converted to its channels.
+
+Prints a JSON summary. images_per_class and modes_per_class are the fewest and the most: n images have at most n - 1
+modes, and a class of one image gets the modes of all classes. moves_put_back is explained in glem eval --help.
 """
 EXAMPLES = """\
   glem adapt identity photos/ --image-size 64 --out runs/pixels
@@ -41,21 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     autoencoder = "of MODEL identity: taef2, or hub:ORG/NAME, whose latents it models (default: none, the pixels)"
     parser.add_argument("--autoencoder", metavar="NAME", help=autoencoder)
     common.add_out(parser, "folder for the adapted model")
-    ranks = "modes per class, or per part (default: %(default)s)"
-    parser.add_argument("--rank", type=common.whole(1), default=64, metavar="K", help=ranks)
-    parts = (
-        "groups of similar images per class with modes of their own, for better samples of classes with hundreds of "
-    )
-    parser.add_argument("--parts", type=common.whole(1), default=1, metavar="P", help=f"{parts}images (default: 1)")
-    pooled = "make one class of all, with the modes in which the images of a class vary: for moves of any images"
+    common.add_count(parser, "--rank", "modes per class, or per part", 64)
+    common.add_count(parser, "--parts", "groups of similar images per class, each with modes: for better samples", 1)
+    pooled = "one class of all images, with the modes that the classes share: for moves of any images"
     parser.add_argument("--pooled", action="store_true", help=pooled)
-    half = "images at which a class's variances are half its own and half all classes' (default: %(default)g)"
+    half = "images at which a variance is half the class's and half the pooled one (default: %(default)g)"
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
-    parser.add_argument(
-        "--max-per-class", type=common.whole(1), metavar="N", help="images of a class at most (default: all)"
-    )
+    common.add_count(parser, "--max-per-class", "most images of a class (default: all)")
     common.add_seed(parser, "the dequantisation noise")
-    where = "reference: the folder gets no copy of a Jet's flow, which is loaded from MODEL each time (default: copy)"
+    where = "reference: leave out a Jet's flow, and load it from MODEL each time (default: copy)"
     parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
@@ -79,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         model = GLEM.create(IDENTITY, data.image_shape, [ONE_CLASS], autoencoder=args.autoencoder).eval().to(device)
         common.name_skipped(data)
     elif args.image_size or args.autoencoder:
-        raise ValueError(f"--image-size and --autoencoder are for MODEL {IDENTITY}: {args.model} has its own")
+        raise ValueError(f"--image-size and --autoencoder are for MODEL {IDENTITY}: leave them out with {args.model}")
     else:
         model = common.load_model(args)
         data = common.open_resized(model, args.data, args.split, **reading)

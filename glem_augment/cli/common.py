@@ -35,7 +35,7 @@ MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISIO
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers what it can't parse in one line, and a mistyped word with the closest one that it knows."""
+    """A parser whose errors are one line, with the closest known word for a mistyped one."""
 
     def __init__(self, **settings: Any) -> None:
         # An abbreviation that works today would change its meaning with the next option.
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # argparse would first name the options that are missing because of the slip. Those after a command are its own.
+        # argparse would first name the options that are missing because of the slip. A command parses its options.
         for arg in takewhile(lambda arg: arg != "--" and (not self._subparsers or arg.startswith("-")), args):
             option = arg.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
@@ -90,8 +90,16 @@ def add_class_map(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_count(
+    parser: argparse._ActionsContainer, flag: str, text: str, default: int | None = None, low: int = 1
+) -> None:
+    """An option that takes a whole number of at least `low`."""
+    text += "" if default is None else f" (default: {default})"
+    parser.add_argument(flag, type=whole(low), default=default, metavar="N", help=text)
+
+
 def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+    add_count(parser, "--seed", f"of {of}", 0, low=0)
 
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -142,7 +150,7 @@ def in_file(text: str) -> Path:
 
 
 def table(text: str, as_text: bool = False) -> dict[str, Any]:
-    """An argparse type: the table in a YAML or JSON file (JSON is YAML), with keys and values `as_text` on request.
+    """An argparse type: the table in a YAML or JSON file (JSON is YAML). `as_text`: keys and values are text.
 
     Names of classes are text, since a class may be called 010, no or null.
     """
@@ -157,7 +165,7 @@ def table(text: str, as_text: bool = False) -> dict[str, Any]:
 
 
 def out_path(text: str, folder: bool = False) -> Path:
-    """An argparse type: a file that can be written. A command that could not save its result must not begin."""
+    """An argparse type: a path that can be written, so that a command fails before its work and not after it."""
     path = in_file(text)
     there = next(each for each in (path, *path.parents) if each.exists())
     if there.is_dir() != (folder or there != path):
@@ -189,10 +197,10 @@ def height_and_width(size: list[int] | None) -> tuple[int, int] | None:
 def pick_device(args: argparse.Namespace) -> torch.device:
     """The device of `args.device`, by default CUDA where it is present. Sets the number of threads of `args.threads`.
 
-    Under torchrun the processes join here, each gets a device of its own, and all but the first fall silent.
+    Under torchrun the ranks join here, each gets another device, and only the first one prints.
 
     Raises:
-        ValueError: it cannot be used.
+        ValueError: the device cannot be used.
     """
     import torch
 
@@ -271,7 +279,7 @@ def finite(obj: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """Print a result on stdout; of several ranks, the first one does."""
+    """Print a result on stdout, on the first rank."""
     from glem_augment.distributed import is_primary
 
     if is_primary():
@@ -279,7 +287,7 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line for people on stderr; of several ranks, the first one does."""
+    """Print a line for people on stderr, on the first rank."""
     from glem_augment.distributed import is_primary
 
     if is_primary():
@@ -287,10 +295,10 @@ def note(text: str) -> None:
 
 
 def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
-    """See `moves_put_back`; None without modes. A sentence on stderr says so where more than a few are put back.
+    """The result of `moves_put_back`, None without modes; a note on stderr where many moves are put back.
 
     Args:
-        instead: what to use where more than a fifth are put back.
+        instead: advice for a flow that puts back more than a fifth.
     """
     from glem_augment.augment.moves import MOST_PUT_BACK
     from glem_augment.evaluation import moves_put_back
@@ -306,5 +314,5 @@ def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | N
             f"after noise of strength {strongest:g}, as implausible; strength='auto' takes {found['strength']:g}"
         )
     if instead and max(mixup, found["noise"][found["strength"]]) > TOO_MANY:
-        note(f"glem: this flow does not know such images; {instead}")
+        note(f"glem: this flow does not fit such images; {instead}")
     return found

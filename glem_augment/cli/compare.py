@@ -7,11 +7,11 @@ import argparse
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Train one network on your images with crop + flip, with the best of a short list of ordinary stacks (TrivialAugment,
-RandAugment, RandomErasing, Mixup, CutMix), and with moves along the modes of the pixels, of an autoencoder's latents
-and, with --model, of a flow. Which stack is best of its kind is chosen by held-out training images. The chosen ones are
-measured on the test images with several seeds. Prints a table with 95 % intervals and one sentence of advice, of which
-"leave it out" is one. DIR gets report.json and moves.png.
+Train one network on your images with several stacks of augmentation: crop + flip; ordinary stacks (TrivialAugment,
+RandAugment, RandomErasing, Mixup, CutMix); and moves along the modes of the pixels, of an autoencoder's latents and,
+with --model, of a flow. Held-out training images choose the best stack of each kind. The chosen stacks are measured on
+the test images with several seeds. Prints a table with 95 % intervals and one sentence of advice, which may be to leave
+augmentation out. DIR gets report.json and moves.png.
 """
 EXAMPLES = """\
   glem compare photos/ photos-test/ --out runs/compare
@@ -23,18 +23,15 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
-    parser.add_argument(
-        "test", metavar="TEST", nargs="?", help="test images (default: DATA's test split, or a quarter)"
-    )
+    test = "test images (default: DATA's test split, or a quarter)"
+    parser.add_argument("test", metavar="TEST", nargs="?", help=test)
     common.add_image_size(parser, "default: 64")
-    parser.add_argument(
-        "--minutes", type=common.number(0.1), default=10.0, metavar="X", help="time (default: %(default)g)"
-    )
+    minutes = "time (default: %(default)g)"
+    parser.add_argument("--minutes", type=common.number(0.1), default=10.0, metavar="X", help=minutes)
     parser.add_argument("--seeds", type=common.number(2, 10, int), default=5, metavar="N", help="2 to 10 (default: 5)")
     parser.add_argument("--model", metavar="MODEL", help="a flow to compare as well (default: none)")
-    parser.add_argument(
-        "--autoencoder", default="taef2", metavar="NAME", help="taef2, or hub:ORG/NAME (default: taef2)"
-    )
+    autoencoder = "taef2, or hub:ORG/NAME (default: taef2)"
+    parser.add_argument("--autoencoder", default="taef2", metavar="NAME", help=autoencoder)
     parser.add_argument("--network", default="test_resnet", metavar="NAME", help="of timm (default: %(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (default: from scratch)")
     common.add_out(parser, "folder for report.json and moves.png")

@@ -7,15 +7,15 @@ import argparse
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Classify labelled images with a flow, and measure how well it models them. Prints one JSON object:
+Classify labelled images with a flow, and measure its likelihoods. Prints one JSON object:
 
   accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the flow
   bits_per_dim        -log2 p(image | its class) per pixel and channel, at the flow's bit depth ("bits")
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
-  moves_put_back      share of the moves of 128 images that GLEMAugment would put back by default, as implausible: by
-                      mixup, and by noise of several strengths, of which "strength" is what strength="auto" takes
+  moves_put_back      share of the moves of 128 images that GLEMAugment would put back as implausible: by mixup, and
+                      by noise of several strengths. strength="auto" takes "strength"
   skipped             images left out, with --skip-bad
 
 Images are resized to the flow's size, and converted to its channels.
@@ -32,10 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_data(parser, split=None)
     common.add_class_map(parser)
-    parser.add_argument("--batch-size", type=common.whole(1), default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--limit", type=common.whole(1), metavar="N", help="use N images, evenly spread (default: all)")
-    trip = "images for the round trip, evenly spread; 0 for none (default: %(default)s)"
-    parser.add_argument("--round-trip", type=common.whole(0), default=1000, metavar="N", help=trip)
+    common.add_count(parser, "--batch-size", "images at a time", 256)
+    common.add_count(parser, "--limit", "use N images, evenly spread (default: all)")
+    common.add_count(parser, "--round-trip", "images for the round trip, evenly spread; 0 for none", 1000, low=0)
     parser.add_argument("--out", type=common.out_path, metavar="FILE", help="write the JSON to FILE too")
     common.add_machine(parser)
 

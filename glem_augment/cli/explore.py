@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, nargs="?", default="bundled:fashion-mnist")
     common.add_data(parser, split=None, nargs="?")
     common.add_class_map(parser)
-    parser.add_argument(
-        "--limit", type=common.whole(1), default=1000, metavar="N", help="images per split (default: 1000)"
-    )
+    common.add_count(parser, "--limit", "images per split", 1000)
     common.add_machine(parser)
 
 

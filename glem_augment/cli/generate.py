@@ -16,13 +16,21 @@ Draw new images of every class from a flow, and write them with glem-provenance.
 how. The same seed draws the same images, whichever classes and however many are asked for (pixels may differ by one
 step with another number, by rounding). Prints a JSON summary.
 
-  --format imagefolder   PNG files, a folder per class; classes without images get none, and classes.json says which
-                         label every class has. The same command again writes what is missing.
-  --format webdataset    data/train-*.tar with the classes mixed, and a card; they appear once all are finished.
+  --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
+                                   A class without images has no folder; classes.json has the label of every class.
+  --format webdataset              data/train-*.tar with the classes mixed, and a card, written when all are finished
 
-  --per-class 100                    of each class
-  --per-class cat=100,dog=50         of these classes; or a YAML or JSON file with such a table
-  --per-class balance --real DATA    fill up every class of DATA to its largest; other classes of the flow get none
+  --per-class 100                  of each class
+  --per-class cat=100,dog=50       of these classes; or a YAML or JSON file with such a table
+  --per-class balance --real DATA  fill up every class of DATA to its largest; other classes of the flow get none
+
+  --source rfcm                    from the mean and covariance of the class's real latents
+  --source gaussian                from the class's Gaussian
+  --source mixup --real DATA       two images of DATA mixed along the class's modes
+
+  --report DIR --real DATA         compare up to 5000 of the images with as many of DATA, on which the flow was trained:
+                                   FID, coverage, label reliability, and memorisation where DATA has test images. The
+                                   judge is a small classifier, which is trained on DATA for about a minute.
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
@@ -45,32 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     common.add_machine(parser)
     source = parser.add_argument_group("what is drawn")
-    source.add_argument(
-        "--source",
-        choices=SOURCES,
-        help="gaussian: the class's own Gaussian; rfcm: mean and covariance of the class's real latents; "
-        "mixup: two images of --real mixed along the class's modes (default: rfcm, or gaussian without modes)",
-    )
+    source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
     # None as the default tells whether an option was given, so that one without effect is refused.
-    source.add_argument(
-        "--temperature",
-        type=common.number(0),
-        metavar="T",
-        help="of gaussian and rfcm: factor on the standard deviation; lower is cleaner and less varied (default: 0.9)",
-    )
-    source.add_argument(
-        "--modes", type=common.whole(1), metavar="N", help=f"of mixup (default: {DEFAULT_MODES}, or all)"
-    )
+    temperature = "of gaussian and rfcm: factor on the standard deviation (default: 0.9)"
+    source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
+    common.add_count(source, "--modes", f"of mixup (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=common.number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
-    parser.add_argument(
-        "--report",
-        type=common.out_folder,
-        metavar="DIR",
-        help="compare up to 5000 of the images with as many of --real, which the flow was trained on: FID, coverage, "
-        "label reliability and memorisation, by a small classifier trained on these for about a minute, and by an "
-        "autoencoder's latents for colour images; writes report.json and report.png, "
-        "a picture of nearest pairs. Memorisation needs DATA with test images",
-    )
+    report = "write report.json and report.png to DIR; see above"
+    parser.add_argument("--report", type=common.out_folder, metavar="DIR", help=report)
     real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")

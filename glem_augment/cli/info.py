@@ -1,4 +1,4 @@
-"""`glem info`: what a model is and how it was trained."""
+"""`glem info`: describe a model and its training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Say what a model is: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the
-record of its training. The files are read and checked whole; a model on the Hugging Face Hub is downloaded first.
+Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
+its training. The files are validated; a model on the Hugging Face Hub is downloaded first.
 """
 EXAMPLES = """\
   glem info bundled:fashion-mnist

@@ -7,8 +7,8 @@ import argparse
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-List the flows inside the package. Accuracy and bits/dim are those on the held-out part of the training images, as the
-training recorded them; size is that of the weights; the licence is that of the training images, which samples inherit.
+List the flows inside the package. Accuracy and bits/dim were recorded in training, on held-out training images. bytes
+is the size of the weights. license is the licence of the training images, which samples inherit.
 """
 EXAMPLES = """\
   glem list

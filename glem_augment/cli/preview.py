@@ -9,9 +9,9 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Draw one labelled picture: real images and their augmentations at rising strength, samples of each class at several
-temperatures, and interpolations within and between classes. Images are shown at their own size, up to 224 pixels; the
-change is made at the flow's size and added. Look at it before you train with a flow: an augmented
-image should still be one of its class.
+temperatures, and interpolations within and between classes. Images are shown at full size, up to 224 pixels. The change
+is made at the flow's size and added. Look at the picture before you train with a flow: an augmented image should still
+show its class.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
@@ -25,14 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser)
     common.add_class_map(parser)
     parser.add_argument("--out", type=common.out_path, required=True, metavar="FILE.png", help="the picture")
-    parser.add_argument(
-        "--rows", type=common.whole(1), default=6, metavar="N", help="real images to augment (default: 6)"
-    )
+    common.add_count(parser, "--rows", "real images to augment", 6)
     moves = "mixup with an image of the class, noise along the modes, adversarial to the flow itself (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
-    parser.add_argument(
-        "--modes", type=common.whole(1), metavar="N", help="modes to move along (default: all stored ones)"
-    )
+    common.add_count(parser, "--modes", "modes to move along (default: all stored ones)")
     common.add_seed(parser)
     common.add_machine(parser)
 

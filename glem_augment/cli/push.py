@@ -9,9 +9,9 @@ from typing import Any
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Upload a flow to the Hugging Face Hub in one commit: weights, config, a model card written from what the flow records,
-and a picture of samples. The repository is made where there is none. Prints a JSON summary; "pinned" in it names these
-very weights, wherever a command asks for MODEL.
+Upload a flow to the Hugging Face Hub in one commit: weights, config, a model card from the flow's records, and a
+picture of samples. A missing repository is made. Prints a JSON summary. "pinned" in it names exactly these weights, as
+MODEL of a command.
 
 The token comes from HF_TOKEN, or from hf auth login. HF_ENDPOINT chooses another Hub.
 """

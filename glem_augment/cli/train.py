@@ -60,7 +60,7 @@ EXAMPLES = """\
 EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 130 stopped by Ctrl-C or SIGTERM."
 
 
-# How DATA is opened. This is not part of TrainConfig, but a resumed run must see the same images.
+# How DATA is opened. This is not part of TrainConfig, but a resumed run must open the same images.
 _VIEW = {
     "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,
     "log_to": None, "unlabelled": False,
@@ -76,52 +76,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
     common.add_out(parser, "folder for everything that the run writes")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from DIR's checkpoint, with its settings where none are given; start if there is none",
-    )
-    parser.add_argument(
-        "--config",
-        type=common.table,
-        metavar="FILE",
-        help="settings of the flow and its training from a YAML or JSON file: the names from --preset on, with _ for - "
-        "(--flow is flow_options); flags win",
-    )
+    resume = "go on from DIR's checkpoint, with its settings where none are given; start if there is none"
+    parser.add_argument("--resume", action="store_true", help=resume)
+    config = "settings from a YAML or JSON file, named as the flags with _ for - (--flow: flow_options); flags win"
+    parser.add_argument("--config", type=common.table, metavar="FILE", help=config)
     common.add_device(parser)
     parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
-    parser.add_argument(
-        "--init",
-        metavar="MODEL",
-        help="start from this model's flow (fine-tuning) in place of a new one; images are resized and converted to "
-        "its own, and bits and psi are its own where none are given",
-    )
-    parser.add_argument(
-        "--method",
-        choices=tuple(METHODS),
-        help="settings of a published method, under all others that are given (docs/reproduction.md describes each; "
-        "glem is the paper's; default: hybrid-joint, this library's)",
-    )
-    parser.add_argument(
-        "--log-to",
-        choices=("tensorboard", "wandb"),
-        help="send the rows of metrics.jsonl there as well: to DIR/tensorboard, or to the W&B project WANDB_PROJECT",
-    )
+    init = "start from this model's flow (fine-tuning), with its image size, and its bits and psi where none are given"
+    parser.add_argument("--init", metavar="MODEL", help=init)
+    methods = "settings of a published method, see docs/reproduction.md; others that are given win (default: "
+    parser.add_argument("--method", choices=tuple(METHODS), help=f"{methods}hybrid-joint, this library's)")
+    log = "send the rows of metrics.jsonl to DIR/tensorboard, or to the W&B project WANDB_PROJECT, as well"
+    parser.add_argument("--log-to", choices=("tensorboard", "wandb"), help=log)
     view = parser.add_argument_group("images")
     view.add_argument("--split", help="of the data (default: train)")
     common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the size that they share)")
     view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: what they are)")
-    view.add_argument(
-        "--unlabelled",
-        action=argparse.BooleanOptionalAction,
-        help="DATA has no classes: all images below the folder, however nested, train by likelihood alone; glem adapt "
-        "gives the flow classes (default: classes)",
-    )
-    view.add_argument(
-        "--skip-bad",
-        action=argparse.BooleanOptionalAction,
-        help="leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)",
-    )
+    switch = argparse.BooleanOptionalAction
+    unlabelled = "train by likelihood alone on all images below DATA, however nested; glem adapt gives the flow classes"
+    view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: classes)")
+    bad = "leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)"
+    view.add_argument("--skip-bad", action=switch, help=bad)
     add_settings(parser)
 
 
@@ -255,7 +230,8 @@ def run(args: argparse.Namespace) -> int:
             earlier = load_checkpoint(out)
         # max_minutes limited the part of the run before, not the whole run.
         settings = _over({**checked(earlier.facts["config"], str(earlier.path)), "max_minutes": None}, settings)
-        before = _earlier_view(out)
+        record = json.loads((out / RUN_FILE).read_text(encoding="utf-8")) if (out / RUN_FILE).is_file() else {}
+        before = {name: record[name] for name in _VIEW if name in record}
         for name in ("method", "init"):
             if name in view and view[name] != before.get(name):
                 raise ValueError(
@@ -294,7 +270,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _header(trainer: Trainer) -> None:
-    """Say what is about to be trained, before the flow is initialised."""
+    """Print the summary before the flow is initialised."""
     common.say(summary(trainer, trainer.data))
     side = max(trainer.data.image_shape[1:])
     if side > LARGE and trainer.device.type == "cpu" and trainer.codec is None and trainer.config.preset != "identity":
@@ -350,20 +326,11 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
 
 
 def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """`base` updated by `settings`, and its `flow_options` by those of `settings`."""
+    """`base` updated by `settings`; `flow_options` are updated one by one."""
     merged = {**base, **settings}
     if "flow_options" in merged:
         merged["flow_options"] = {**base.get("flow_options", {}), **settings.get("flow_options", {})}
     return merged
-
-
-def _earlier_view(out: Path) -> dict[str, Any]:
-    """How the first part of the run opened its data; empty where there is no readable record."""
-    try:
-        earlier = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-        return {name: earlier[name] for name in _VIEW if name in earlier}
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _finished(out: Path) -> GLEM | None:
@@ -382,7 +349,7 @@ def _finished(out: Path) -> GLEM | None:
 
 
 def summary(trainer: Trainer, data: ImageData) -> str:
-    """A table for people of what is about to be trained."""
+    """A table for people: data, flow and steps of the training."""
     from glem_augment.distributed import world_size
 
     model, split, config = trainer.whole(trainer.model), trainer.split, trainer.config

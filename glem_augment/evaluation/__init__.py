@@ -1,4 +1,4 @@
-"""Measuring a flow (`metrics`), and what it generates (`quality`)."""
+"""Measuring a flow (`metrics`) and generated images (`quality`)."""
 
 from glem_augment.evaluation.metrics import calibrate, evaluate, moves_put_back
 from glem_augment.evaluation.quality import (

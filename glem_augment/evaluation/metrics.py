@@ -1,4 +1,4 @@
-"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, moves that would be put back."""
+"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, moves that are put back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
     Args:
         confidence: [N], the probability given to the predicted class.
-        right: [N], whether that class is the true one.
+        right: [N], whether that class is the true class.
     """
     bins = (confidence.double() * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
     gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=confidence.device)
@@ -49,7 +49,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float:
     """Fit the temperature of the model's posterior to images that it was not trained on, see `fit_temperature`.
 
-    `adapt` and the trainer do so by themselves. Accuracy and densities stay as they are; `model.save` keeps the result.
+    `adapt` and the trainer call this. Accuracy and densities stay as they are; `model.save` keeps the result.
 
     Args:
         data: see `GLEM.fit_modes`; some hundred images, but none of the test images.
@@ -72,15 +72,15 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
     """Share of the moves that `GLEMAugment` puts back at its default settings.
 
-    The result is not plausible, or the flow does not give the original back.
+    A move is put back if its result is not plausible, or if the flow does not give the original back.
 
     Args:
-        data: images of the flow's shape, labelled by its class indices. Of these 128 are moved, evenly spread; 16 with
-            an autoencoder, which is slow for large images and explodes for none.
+        data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an
+            autoencoder, which is slow for large images and explodes for none.
 
     Returns:
-        `mixup`: the share for policy "mixup"; `noise`: that for "noise" at each strength from which "auto" chooses;
-        `strength`: what it chooses where these are the shares.
+        `mixup`: the share for policy "mixup"; `noise`: the share for policy "noise" at each strength of "auto";
+        `strength`: the strength that "auto" chooses for these shares.
 
     Raises:
         ValueError: a model without modes.
@@ -91,7 +91,7 @@ def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
     def lost(**settings: Any) -> float:
         aug = GLEMAugment(model, p=1.0, seed=0, **settings)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the result tells the same
+            warnings.simplefilter("ignore")  # the result says the same
             aug(x, y)
         return aug.stats["replaced"] / count
 
@@ -106,8 +106,8 @@ def evaluate(
     """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
 
     Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
-    ranks call this together: each goes through its share of the batches, and all return the same, which is to the last
-    bit what one process returns.
+    ranks call this together: each measures its share of the batches. All return the same numbers, equal to the last bit
+    to the numbers of one process.
 
     Args:
         round_trip: how many images to encode and decode for the round trip; 0 for none.

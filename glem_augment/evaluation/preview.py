@@ -1,6 +1,6 @@
-"""Labelled pictures of what a flow does with real images.
+"""Labelled pictures of real images, augmentations, samples and interpolations.
 
-A picture is a column of sections. A section is one grid of equal cells with a title and labels above its columns and
+A picture is a column of sections. A section is a grid of equal cells with a title, labels above its columns and labels
 beside its rows.
 """
 
@@ -65,8 +65,8 @@ class Section:
 class FlowClassifier(nn.Module):
     """The flow's own classifier as a network, from images of any size to logits [B, K], whose softmax is the posterior.
 
-    Adversarial moves need a classifier, and this one is always there. Without the posterior's temperature, the softmax
-    of log-densities that are hundreds of nats apart is 0 or 1 in float32 and leaves no gradient.
+    It serves adversarial moves where there is no other classifier. Without the posterior's temperature, the softmax of
+    log-densities that are hundreds of nats apart is 0 or 1 in float32 and leaves no gradient.
     """
 
     def __init__(self, model: GLEM) -> None:
@@ -122,8 +122,8 @@ def _augmentations(
 ) -> Section:
     """Real images and what GLEMAugment makes of them at rising strength, with the same draw all along a row.
 
-    Adversarial moves are against the flow's own posterior. Images are floats, in which only those that were put back
-    are the originals bit for bit.
+    Adversarial moves are against the flow's posterior. Images are floats: only images that were put back equal their
+    originals bit for bit.
     """
     aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
     if policy == "adversarial":
@@ -201,7 +201,7 @@ def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, ste
     """Straight lines in latent space between two real images: within a class, and between two classes."""
     ends = [("within a class", *_pairs(data, lines, seed + 1))]
     if len(np.unique(data.targets)) > 1:
-        # Twice as many images, spread over the classes in order: those half of them apart are of different classes.
+        # Twice as many images, spread over the classes in order: images half of the list apart differ in class.
         spread = _pairs(data, 2 * lines, seed + 2)[0]
         ends.append(("between two classes", spread[:lines], spread[lines:]))
     columns = ["real", *(f"{i / (steps - 1):.2f}" for i in range(1, steps - 1)), "real"]
@@ -218,7 +218,7 @@ def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, ste
 
 
 def _pairs(data: ImageData, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` images spread over the classes, and for each another image of its class (itself, if it is the only one).
+    """`count` images spread over the classes, and for each another image of its class (the same, if it is alone).
 
     Returns:
         Two vectors of int64 indices.

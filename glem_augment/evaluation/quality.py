@@ -1,7 +1,7 @@
 """Measuring generated images: FID, coverage and density, label reliability, memorisation.
 
-They work on features [N, m] of the images. `features_and_logits` takes them from a classifier of the real images (the
-paper's oracle, Sec. 5.1) or any timm network, `latent_features` from an autoencoder of photographs.
+The measures take features [N, m] of the images. `features_and_logits` computes features by a classifier of the real
+images (the paper's oracle, Sec. 5.1) or any timm network, `latent_features` by an autoencoder of photographs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CHUNK, _MIN_STD = 512, 1e-3
 NETWORK, LEARNING_RATE = "test_byobnet", 1e-2
 ORACLE_STEPS, ORACLE_BATCH, ORACLE_MEAN, ORACLE_STD = 1500, 64, 0.5, 0.25
 NEIGHBOURS = 5
-# A judge that names fewer of the held-out images is weak; so is one that names less than twice what guessing does.
+# A judge with a lower accuracy on held-out images is weak; so is a judge below twice the accuracy of guessing.
 WEAK, WEAK_OF_FEW = 0.6, 0.8
 AUTOENCODER, COMPONENTS, LONGEST, FITTED = "taef2", 32, 64, 500  # of `latent_features`
 _PAIRS, _ACROSS = 32, 4  # pairs in a section of the picture, and in one of its rows
@@ -67,9 +67,9 @@ def quality_report(
         synthetic: a `SyntheticDataset`, or what `open_data` takes, such as the folder of an export.
         real: the images that the flow was trained on (the training split, where it is given by name), under class
             names; resized to those of `synthetic`.
-        held_out: real images that it was not trained on, such as those of a test split. Without them every fifth image
-            of `real` stands in for them, which the network has not seen but the flow has, so memorisation is left out.
-        out: a folder for report.json and report.png, which shows synthetic images beside the nearest ones of `real`:
+        held_out: real images that it was not trained on, such as a test split. Without them every fifth image of `real`
+            is held out from the network. The flow was trained on it, so memorisation is left out.
+        out: a folder for report.json and report.png, which shows synthetic images beside the nearest images of `real`:
             the nearest pairs of all, and pairs evenly spread over the synthetic images.
         network, mean, std: the judge, a timm classifier of the classes of `synthetic`, see `features_and_logits`; it
             gives the features too. None: a small one is trained on `real`, which takes about a minute on a CPU, and
@@ -83,10 +83,9 @@ def quality_report(
         - `images`: how many of each set; `features`, `judge`: where features and predicted classes come from.
         - `fid`, `coverage`, `density`: against the held-out images, in these features (5 neighbours).
         - `label_reliability`: share of synthetic images that the judge gives their class; `judge_accuracy`: the share
-          of real held-out images, which is what perfect images would reach; `warning`: a sentence if the judge is weak,
-          or None.
-        - `memorisation`: see `memorisation_ratio`, by distances of pixels: the network treats the images that it was
-          trained on unlike others. None without `held_out`.
+          of real held-out images, which perfect images would reach; `warning`: a sentence on a weak judge, or None.
+        - `memorisation`: see `memorisation_ratio`, by distances of pixels, since the features of images on which the
+          network was trained differ. None without `held_out`.
 
     Raises:
         DataError: fewer than six images in a set. ClassMismatchError: classes of `real` that `synthetic` does not name.
@@ -148,7 +147,7 @@ def _warning(accuracy: float, classes: int, in_latents: bool) -> str | None:
 
 
 def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Tensor, judged: str) -> Image.Image:
-    """Pictures of synthetic images, each beside the nearest real one, with a line on the judge."""
+    """Pictures of synthetic images, each beside the nearest real image, with a line on the judge."""
     sections: list[Section] = []
     count = min(_PAIRS, len(made) // _ACROSS * _ACROSS)
     for title, rows in (
@@ -169,7 +168,7 @@ def _some(
     shape: tuple[int, int, int] | None = None,
     split: str = "train",
 ) -> ImageData:
-    """At most `count` images, evenly spread, of that shape or their own; the others are not decoded."""
+    """At most `count` images, evenly spread, resized to `shape` if given; no further image is decoded."""
     data = data if isinstance(data, ImageData) else open_source(data, split)
     rows = spread(len(data), min(count, len(data)))
     if isinstance(data, ImageData):
@@ -255,7 +254,7 @@ def latent_features(real: Tensor, *sets: Tensor, progress: bool = False) -> list
     Images are reduced to 64 pixels.
 
     Args:
-        real: images uint8 [N,3,H,W] from which statistics and components come, of one size with those of `sets`.
+        real: images uint8 [N,3,H,W] for statistics and components. sets: images of the same size.
 
     Returns:
         Features float32 [M, m] of each set.
@@ -275,7 +274,7 @@ def latent_features(real: Tensor, *sets: Tensor, progress: bool = False) -> list
     h = encoded(real)
     mean, std = h.mean((0, 2, 3), keepdim=True), h.std((0, 2, 3), keepdim=True).clamp_min(_MIN_STD)
     flat = ((h - mean) / std).flatten(1)
-    centre, count = flat.mean(0), min(COMPONENTS, len(real) // 4)  # later ones vary less than those of other images
+    centre, count = flat.mean(0), min(COMPONENTS, len(real) // 4)  # later components overfit the real images
     components = torch.linalg.svd(flat - centre, full_matrices=False).Vh[:count].T
     scale = features(h).std(0).clamp_min(_MIN_STD)
     return [features(encoded(images)) / scale for images in sets]
@@ -341,10 +340,10 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
 def memorisation_ratio(
     samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0, progress: bool = False
 ) -> dict[str, float]:
-    """How much nearer samples lie to training images than to held-out ones.
+    """How much nearer samples lie to training images than to held-out images.
 
-    The larger of the two real sets is thinned to the size of the smaller one, since more images are nearer by
-    themselves. A flow that has memorised nothing has a ratio of 1 and a share of 1/2.
+    The larger real set is thinned to the size of the smaller set, since the nearest of more images is nearer. A flow
+    that has memorised nothing has a ratio of 1 and a share of 1/2.
 
     Args:
         samples, train, held_out: features (or flattened pixels) [S, m], [N, m] and [M, m].

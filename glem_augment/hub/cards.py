@@ -49,11 +49,11 @@ _REPORTED = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the publisher of a model has to add, because the model does not know it.
+    """What the publisher adds, because the model's files do not hold it.
 
     Attributes:
         license: the licence of the training images, from which samples derive: the Hub's identifier ("mit", ..., or
-            "other" with `license_name` and `license_link`); by default the one in the record of the training.
+            "other" with `license_name` and `license_link`); by default the licence in the record of the training.
         datasets: identifiers of the training data on the Hub.
         metrics: tables that `glem eval` printed; they may hold `fid` as well.
         report: of a synthetic set, the folder that `evaluation.quality_report` wrote.
@@ -281,7 +281,7 @@ def trained_on(names: Sequence[str]) -> str:
 
 
 def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The record of a training, followed by those of the flows that it was adapted from."""
+    """The record of a training, followed by the records of the flows from which the model was adapted."""
     found = [training]
     while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
         found.append(before["training"])
@@ -289,7 +289,7 @@ def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def base_model(training: Mapping[str, Any]) -> str | None:
-    """The repository of the flow that this one was adapted or fine-tuned from; None if it came from elsewhere."""
+    """The repository of the flow that was adapted or fine-tuned; None if that flow is not from the Hub."""
     for record in records(training):
         before = record.get("adapted_from") or record.get("init_from")
         origin = before.get("origin") if isinstance(before, dict) else None

@@ -141,7 +141,7 @@ def _only_weights(
         found, files = HubName(name.repo_id, folder.name), sorted(folder.glob("*.safetensors"))
         files = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
         if len(files) != 1:
-            raise HubError(f"{found} has {len(files)} safetensors files, so which one holds the weights is not clear")
+            raise HubError(f"{found} has {len(files)} safetensors files: the file of the weights is not clear")
         _check_digest(found, files[0])
     return files[0], str(found)
 
@@ -154,7 +154,7 @@ def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
             f"bundled:{'|'.join(bundled_models())}"
         )
     if revision is not None and name.revision not in (None, revision):
-        raise ModelFileError(f"{text!r} and revision={revision!r} name different revisions: give one of them")
+        raise ModelFileError(f"{text!r} and revision={revision!r} name different revisions: give a single revision")
     return HubName(name.repo_id, revision or name.revision)
 
 

@@ -1,4 +1,4 @@
-"""Publishing a model: its files, its card and a picture of samples, uploaded in one commit or not at all."""
+"""Publishing a model: files, card and a picture of samples, uploaded in one commit or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glem_augment.io import atomic_write
 from glem_augment.model.glem import GLEM
 
 CARD = "README.md"
-# A card with this line was generated and is replaced by the next push. One without it was edited by somebody.
+# A card with this line was generated and is replaced by the next push. A card without it was edited by hand.
 _GENERATED = "<!-- Written by glem-augment. Remove this line to keep your edits when you push again. -->"
 _ROWS, _COLUMNS = 16, 8  # of the picture of samples
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def push_to_hub(
         target: `commit_message`, `private`, `token` and `revision`, see `upload`.
 
     Returns:
-        The commit; `from_pretrained(repo_id, revision=info.oid)` loads these very weights.
+        The commit; `from_pretrained(repo_id, revision=info.oid)` loads exactly these weights.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
@@ -73,7 +73,7 @@ def write_repository(model: GLEM, facts: CardFacts, repo_id: str, folder: Path, 
 
 
 def _draw_samples(model: GLEM, path: Path) -> None:
-    """Draw one row of samples per class; if there are many classes, of some that are spread evenly over all."""
+    """Draw one row of samples per class, of at most 16 evenly spread classes."""
     classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, _ROWS)).long()
     with evaluating(model):
         images = model.sample(classes.repeat_interleave(_COLUMNS), generator=torch.Generator().manual_seed(0))
@@ -104,13 +104,13 @@ def upload(
 ) -> CommitInfo:
     """Commit the files that `write(repository, folder)` makes, all at once; after a HubError nothing was committed.
 
-    A card that somebody wrote or edited by hand is kept, with a warning.
+    A card that was written or edited by hand is kept, with a warning.
 
     Args:
         repo_id, repo_type: `org/name` or `name`, and "model" or "dataset".
-        commit_message: by default one that names the library.
-        private: the visibility of a new repository; an existing one must have it already. None accepts either.
-        token: a token with write access; None means the stored one.
+        commit_message: by default a message that names the library.
+        private: the visibility of the repository; an existing repository must have it already. None accepts either.
+        token: a token with write access; by default the stored token.
         revision: the branch to commit to, which starts from `main` if it is new; None means `main`.
         replace: a pattern such as "data/*"; files of the repository that match it and are not written are deleted.
     """

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.paper import paper
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
-from benchmarks.paper.figures import SETTINGS, two_dimensional_fit
-from benchmarks.paper.lab import FLOORS, Lab, Number, method_settings
-from benchmarks.paper.paper import check_tables, main
+from benchmarks.paper.lab import method_settings
+from benchmarks.paper.paper import main
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, cells_of
@@ -25,10 +22,6 @@ from glem_augment.cli.train import checked
 from glem_augment.training.config import METHODS, TrainConfig, method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def number(metric: str, value: float, key: str = "key") -> Number:
-    return Number(metric, value, "abc", key, "this processor")
 
 
 # ---- what is asked of whom -------------------------------------------------------------------------------------------
@@ -95,31 +88,17 @@ def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:
         assert TrainConfig(**checked(own, str(path))).joint == ("m_steps" not in own), path.name
 
 
-def test_the_control_has_the_floor_that_is_best_for_held_out_images(tmp_path: Path) -> None:
-    lab = Lab(SCALES["smoke"], "smoke", tmp_path, "cpu")
-    (cell,) = (cell for cell in cells_of(3, (1,)) if cell.method == "pixels")
-    gaussians = lab.flow(cell, 0).model.gaussians
-    assert gaussians.lowest_variance in FLOORS and gaussians.lowest_variance < 0.03
-    assert float((gaussians.variance() < 0.03).float().mean()) > 0.2  # where a flow's Gaussians would be cut off
-
-
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def verdict(folder: Path, word: str, table: int, values: dict[tuple[str, str], list[float]], **flows: str) -> str:
-    """The verdict on the claim that contains `word`.
-
-    Args:
-        values: (method, metric) -> one value per seed. Methods named "label/setting" have that setting.
-        flows: setting -> one letter per seed, the hash of the flow's weights.
-    """
-    rows = []
-    for (name, metric), per_seed in values.items():
-        label, _, setting = name.partition("/")
-        for seed, value in enumerate(per_seed):
-            entry = dict(table=table, method=label, role="main", setting=setting or "default", metric=metric)
-            hashes = flows.get(setting or "default")
-            rows.append({**entry, "seed": seed, "value": value, "weights_hash": hashes and hashes[seed]})
+def verdict(folder: Path, word: str, table: int, values: dict[tuple[str, str], list[float]]) -> str:
+    """The verdict on the claim that contains `word`; `values`: (method, metric) -> one value per seed."""
+    rows = [
+        dict(table=table, method=name, role="main", setting="default", metric=metric, seed=seed, value=value)
+        | {"weights_hash": None}
+        for (name, metric), per_seed in values.items()
+        for seed, value in enumerate(per_seed)
+    ]
     (folder / f"table{table}.cpu.json").write_text(json.dumps(rows))
     (found,) = (v["verdict"] for v in verdicts(folder, "cpu") if word in v["claim"])
     return found
@@ -145,83 +124,7 @@ def test_verdicts_need_more_than_the_noise(tmp_path: Path) -> None:
     assert [v["verdict"] for v in verdicts(tmp_path / "nowhere", "cpu")] == [OPEN] * len(CLAIMS) == [OPEN] * 10
 
 
-def test_rfcm_is_judged_in_pairs_of_the_same_flows_and_by_a_lower_fid(tmp_path: Path) -> None:
-    def rfcm(fid: list[float], plain_fid: list[float], more: list[float], plain: list[float], flows: str = "") -> str:
-        values = {("RFCM/rfcm", "FID"): fid, ("tau = 0.9", "FID"): plain_fid}
-        for metric in ("CNN-A", "Cov"):
-            values["RFCM/rfcm", metric], values["tau = 0.9", metric] = more, plain
-        return verdict(tmp_path, "RFCM helps", 5, values, **({"default": "abc", "rfcm": flows} if flows else {}))
-
-    plain = [40.0, 50.0, 60.0]
-    fewer, more = [38.0, 47.9, 57.8], [42.0, 52.1, 62.2]  # differences that agree, of numbers that don't
-    assert rfcm(fewer, plain, more, plain, "abc") == HOLDS and rfcm(fewer, plain, more, plain, "xyz") == OPEN
-    shares = [50.0, 50.2], [45.0, 45.1]
-    assert rfcm([22.0, 22.1], [26.0, 26.1], *shares) == HOLDS and rfcm([30.0, 30.1], [26.0, 26.1], *shares) == FAILS
-    # Of one seed, only what is far apart.
-    assert rfcm([22.0], [26.0, 26.1], *shares) == OPEN and rfcm([15.0], [26.0, 26.1], *shares) == HOLDS
-
-
-def test_rise_and_fall_with_lambda(tmp_path: Path) -> None:
-    def lambdas(nf: list[float], fid: list[float]) -> str:
-        values = {}
-        for w, a, f in zip((1, 3, 5, 10, 15, 20), nf, fid, strict=True):
-            for metric, value in (("NF-A", a), ("CNN-A", a - 20), ("FID", f)):
-                values[f"lambda_0 = {w}", metric] = [value]
-        return verdict(tmp_path, "rises, then falls", 3, values)
-
-    peak, worse = [50, 70, 75, 80, 70, 60], [20, 21, 24, 26, 31, 36]
-    assert lambdas(peak, worse) == HOLDS and lambdas(peak, worse[::-1]) == FAILS
-    assert lambdas([50, 60, 65, 70, 75, 80], worse) == OPEN  # no fall in sight
-    assert lambdas([90, 80, 70, 60, 50, 40], worse) == FAILS
-    assert lambdas(peak, [20, 20.3, 20.1, 19.8, 19.7, 19.6]) == OPEN  # FID of one run within its error
-
-
-def test_continuum_needs_a_sure_sign(tmp_path: Path) -> None:
-    def continuum(p: float, *rho: float) -> str:
-        values = {"rho-distance": list(rho), "rho-distance p": [p] * len(rho), "rho-confusion": [-r for r in rho]}
-        named = {("lambda_0 = 10", metric): numbers for metric, numbers in values.items()}
-        return verdict(tmp_path, "similar classes", 3, named)
-
-    assert (continuum(0.001, 0.6), continuum(0.3, 0.1), continuum(0.001, -0.6)) == (HOLDS, OPEN, FAILS)
-    assert continuum(0.04, 0.4) == OPEN  # to one side, so twice as likely to either
-    assert continuum(0.01, 0.5, -0.4) == OPEN
-
-
 # ---- tables and results ----------------------------------------------------------------------------------------------
-
-
-def test_the_two_dimensional_illustration_learns_what_its_panels_say() -> None:
-    y = torch.arange(300) % 3
-    z = torch.randn(300, 2) * 0.6 + torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.5]])[y]
-    start, spread = (torch.stack([f(z[y == c]) for c in range(3)]) for f in (lambda v: v.mean(0), lambda v: v.var(0)))
-    found = {name: two_dimensional_fit(settings, z, y, steps=60) for name, settings in SETTINGS.items()}
-    kld = {name: float(gaussians.kld_matrix().detach().sum()) for name, gaussians in found.items()}
-    assert torch.allclose(found["likelihood only"].mu, start, atol=0.05)  # already at its maximum
-    assert torch.equal(found["KLD, only variances"].mu, start)
-    assert torch.allclose(found["KLD, only means"].variance(), spread, atol=1e-4)
-    assert min(kld["KLD, only means"], kld["KLD, only variances"]) > 1.05 * kld["likelihood only"]
-
-
-def test_a_check_measures_anew_and_says_what_the_results_have(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scale = SCALES["smoke"]
-    cells = [cell for cell in cells_of(3, scale.sizes) if cell.label.startswith("identity")]
-    results, lab = (Lab(scale, "smoke", tmp_path / name, "cpu") for name in ("none", "work"))
-    cell = replace(cells[0], metrics=("NF-A",))
-    key = results.key(cell, 0, results._about("NF-A", cell))
-    results.learn([number(metric, 12.5, key) for metric in ("NF-A", "BPD", "ECE")])
-    measured = lab.measure(cell, 0)
-    assert measured[0].value != 12.5 and measured[0].processor == lab.processor
-    # What was measured on another processor stays so, whoever reads it.
-    later = Lab(scale, "smoke", tmp_path / "work", "cpu")
-    later.processor = "another one"
-    assert later.measure(cell, 0) == measured
-    with pytest.raises(SystemExit, match="there is no row 'lambda_0 = 2' .* 'lambda_0 = 10'"):
-        check_tables([3], scale, lab, results, 1, ["lambda_0 = 2"])
-    monkeypatch.setattr(paper, "cells_of", lambda table, sizes: [cell])
-    check_tables([3], scale, lab, results, 1, [])
-    assert "  results: NF-A 12.5\n  now:     NF-A" in capsys.readouterr().out
 
 
 def test_every_table_comes_out_of_the_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

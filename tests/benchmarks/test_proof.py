@@ -5,29 +5,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.proof import augmentation, no_network
 from benchmarks.proof import augmentation_data as data
 from benchmarks.proof import augmentation_ops as ops
 from benchmarks.proof import augmentation_plan as planning
 from benchmarks.proof import augmentation_report as reporting
 from benchmarks.proof import augmentation_settings as settings
-from benchmarks.proof import jet_beside_conv as beside
-from benchmarks.proof import training_is_calm as calm
+from benchmarks.proof import no_network
 from benchmarks.proof.augmentation_plan import Store
-from benchmarks.proof.augmentation_train import order_of
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 
 CLASSES, COUNT = 3, 24
 CIFAR = replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
@@ -72,17 +64,6 @@ def test_seeds_draw_other_images_and_never_those_of_validation() -> None:
     assert counts == data.counts(setting, 10) == [40, 34, 29, 25, 22, 19, 16, 14, 12, 10]
 
 
-def test_the_order_depends_on_the_seed_alone_and_oversamples_a_long_tail() -> None:
-    labels = torch.tensor([0] * 20 + [1] * 5 + [2] * 5)
-    order = order_of(labels, 10, 30, seed=0)
-    assert torch.equal(order, order_of(labels, 10, 30, seed=0)) and not torch.equal(order, order_of(labels, 10, 30, 1))
-    assert torch.bincount(labels[order.flatten()]).tolist() == [100, 100, 100]
-    seen = torch.bincount(order.flatten(), minlength=30)
-    assert seen[20:].tolist() == [20] * 10 and int(seen[:20].min()) >= 2
-    natural = order_of(labels, 10, 30, seed=0, oversampled=False)
-    assert torch.bincount(natural.flatten()).tolist() == [10] * 30
-
-
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,30 +85,6 @@ def test_every_method_changes_images_and_keeps_labels_honest(name: str, flow: GL
             assert changed == 0 if name in ("none", "natural") else changed > 0.25  # mixing with l near 1 rounds away
             soft = name in ("mixup", "cutmix", "mode-mixup-any")
             assert labels.sum(1).allclose(torch.ones(COUNT)) if soft else torch.equal(labels, y)
-
-
-def test_reused_changes_a_share_p_and_makes_each_image_anew_one_time_in_reuse() -> None:
-    count, calls, changed = 64, [], []
-
-    def transform(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(int(mask.sum()))
-        return torch.where(mask[:, None, None, None], torch.full_like(x, len(calls)), x), y
-
-    reused, g = ops.Reused(transform, 0.5, count), torch.Generator().manual_seed(0)
-    x, y, rows = torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.arange(count), torch.randperm(count)
-    for _ in range(200):
-        changed.append(float((reused(rows, x, y, g)[0][:, 0, 0, 0] != 0).float().mean()))
-    assert np.mean(changed) == pytest.approx(0.5, abs=0.02)
-    assert sum(calls) / (200 * count * 0.5) == pytest.approx(1 / settings.REUSE, abs=0.02)
-
-
-def test_a_smoke_run_stores_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augmentation, "SMOKE", replace(settings.SMOKE, steps={"cnn": 2}))
-    options = ["--smoke", "--cells", r"\+mixup", "--precision", "fp32", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["augmentation.py", *options])
-    augmentation.main()
-    (row,) = json.loads((tmp_path / "augmentation_tuning.json").read_text())
-    assert row["method"] == "mixup" and 0 < row["val_accuracy"] < 1 and row["steps"] == 2
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -244,61 +201,3 @@ def test_without_a_network_classes_are_told_apart() -> None:
         itertools.product(("hog-ridge", "label-spreading"), (0, 1))
     )
     assert all(row["accuracy"] > 0.6 and row["val_accuracy"] > 0.6 for row in rows)
-
-
-def test_paired_gain_is_students_t() -> None:
-    gain = reporting.paired_gain({0: 0.50, 1: 0.52, 2: 0.57, 9: 0.1}, {0: 0.49, 1: 0.50, 2: 0.54, 5: 0.9})
-    assert (gain.mean, gain.seeds) == (pytest.approx(2.0), 3)
-    assert gain.half == pytest.approx(4.303 * 1.0 / math.sqrt(3), rel=1e-3)
-    assert reporting.paired_gain({0: 0.5}, {1: 0.5}) is None
-    assert math.isnan(reporting.paired_gain({0: 0.5}, {0: 0.4}).half)
-
-
-# ---- training by default ---------------------------------------------------------------------------------------------
-
-
-def test_training_is_calm_keeps_its_cells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled_train: ImageData
-) -> None:
-    monkeypatch.setattr(calm, "KINDS", {"tiny": ("12x12", lambda: bundled_train.subset(range(0, 1000, 20)))})
-    options = ["--presets", "identity", "--methods", "hybrid-joint", "lambda0", "--steps", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["training_is_calm.py", *options])
-    calm.main()
-    record = json.loads((tmp_path / "training_is_calm.json").read_text())
-    (row,) = record["rows"]
-    assert row["methods"] == 2 and [cell["method"] for cell in record["cells"]] == ["lambda0", "hybrid-joint"]
-    assert all(cell["steps"] == 2 and cell["curve"][-1] == [2, cell["bits/dim"]] for cell in record["cells"])
-    assert (tmp_path / "training_is_calm.png").stat().st_size > 1000
-    monkeypatch.setattr(calm, "run_cell", None)  # nothing is measured again
-    calm.main()
-    assert json.loads((tmp_path / "training_is_calm.json").read_text())["cells"] == record["cells"]
-
-
-def test_jet_beside_conv_goes_on_and_tests_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for split, name in itertools.product(("train", "test"), "ab"):
-        folder = tmp_path / "cifar10" / split / name
-        folder.mkdir(parents=True)
-        for i in range(40):
-            pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    monkeypatch.setenv("GLEM_DATA", str(tmp_path))
-    monkeypatch.setattr(beside, "TRIAL_STEPS", 3)
-    options = ["--minutes", "0.001", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["jet_beside_conv.py", *options, "--flows", "glow_fast", "--rates", "0.001"])
-    beside.main()
-    assert "'lr': 0.001" in capsys.readouterr().out and not (tmp_path / "jet_beside_conv.json").exists()
-    monkeypatch.setattr(sys, "argv", ["jet_beside_conv.py", *options])
-    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
-        cut.setattr(beside.CPUTrainer, "_finish", Mock(side_effect=KeyboardInterrupt))
-        beside.main()
-    plan = (tmp_path / "runs" / "plan.json").read_text()
-    beside.main()
-    rows = json.loads((tmp_path / "jet_beside_conv.json").read_text())["rows"]
-    assert [(row["flow"], row["test bits/dim"] > 0) for row in rows] == [("jet_tiny", True), ("glow_fast", True)]
-    assert all(len(row["curve"]) == row["epochs"] and row["curve"][-1][0] > 0 for row in rows)
-    monkeypatch.setattr(beside, "make_trainer", None)  # nothing is trained again
-    beside.main()
-    assert json.loads((tmp_path / "jet_beside_conv.json").read_text())["rows"] == rows
-    assert (tmp_path / "runs" / "plan.json").read_text() == plan

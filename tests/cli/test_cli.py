@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import glem_augment
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.evaluation import moves_put_back
@@ -111,23 +112,6 @@ def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: 
     assert used["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("epoch: 3\n", ["unknown training settings", "did you mean epochs?"]),
-        ("epochs: many\n", ["epochs can't be 'many'"]),
-        ("lr: [1]\n", ["lr must be a number"]),
-        ("- a\n", ["must hold a table"]),
-        ("a: [\n", ["can't be read as YAML"]),
-    ],
-)
-def test_bad_config_files(tmp_path: Path, image_folder: Path, output: Output, text: str, words: list[str]) -> None:
-    (tmp_path / "c.yaml").write_text(text)
-    argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "c.yaml")]
-    fails(argv, output, *words)
-    assert not (tmp_path / "run").exists()
-
-
 def test_every_setting_has_a_flag_with_its_default_in_the_help(output: Output) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
@@ -177,24 +161,14 @@ def test_adapt_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Ou
     fails(other, output, "--image-size", "identity")
 
 
-def test_eval_of_one_folder_claims_no_split(trained: Path, tmp_path: Path, output: Output) -> None:
-    argv = ["eval", str(trained), images_of(trained), "--round-trip", "0"]
-    fails([*argv, "--split", "val"], output, "has no splits", "--split")
-    assert main([*argv, "--out", str(tmp_path / "e.json")]) == 0
-    assert "may be the images that the flow was trained on" in output()[1]
-    for name in ("train", "val"):
-        write_images(tmp_path / "photos" / name, ("bird", "cat", "dog"), (8, 8), 2)
-    assert main(["eval", str(trained), str(tmp_path / "photos"), "--split", "val", "--round-trip", "0"]) == 0
-    out, err = output()
-    assert json.loads(out)["split"] == "val" and "may be" not in err
-
-
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
     argv = ["eval", str(trained), images_of(trained), "--batch-size", "7", "--out", str(tmp_path / "e.json")]
     output()
     assert main(argv) == 0
-    out, _ = output()
+    out, err = output()
     result = json.loads(out)
+    assert "may be the images that the flow was trained on" in err
+    fails([*argv, "--split", "val"], output, "has no splits", "--split")
     assert result["n"] == 18 and result["split"] is None and result["bits"] == 8
     assert 0 <= result["accuracy"] <= result["top5"] == 1.0
     assert result["model"] == str(trained)
@@ -321,29 +295,9 @@ def test_generate_counts_by_class(
     assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 0), (1, "dog", 3)]
 
 
-def test_generate_looks_at_the_output_folder_before_the_model(
-    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr("glem_augment.cli.common.load_model", None)
-    argv = ["generate", str(trained), "--per-class", "2", "--out", str(tmp_path)]
-    fails(argv, output, "not empty", "--overwrite")
-    fails([*argv, "--overwrite"], output, "no earlier export")
-
-
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
-    argv = [
-        str(trained),
-        "--per-class",
-        "2",
-        "--source",
-        "mixup",
-        "--modes",
-        "2",
-        "--out",
-        str(tmp_path / "a"),
-        "--real",
-    ]
+    argv = [str(trained), "--per-class", "2", "--source", "mixup", "--modes", "2"]
+    argv += ["--out", str(tmp_path / "a"), "--real"]
     summary = generated([*argv, images_of(trained)], output)
     assert summary["source"] == "mixup" and summary["temperature"] is None and summary["real"] == images_of(trained)
     fails(["generate", *argv, images_of(trained), "--alpha", "2"], output, "alpha 1.0 (not 2.0)")
@@ -433,6 +387,18 @@ def test_info(trained: Path, output: Output) -> None:
     assert facts["files"]["model.safetensors"] == (trained / "model.safetensors").stat().st_size
 
 
+def test_the_list_of_flows_is_what_the_package_holds(output: Output) -> None:
+    bundled = Path(glem_augment.__file__).parent / "bundled" / "models"
+    output()
+    assert main(["list", "--json"]) == 0
+    flows = json.loads(output()[0])
+    assert flows.keys() == {f"bundled:{path.name}" for path in bundled.iterdir()}
+    fashion = flows["bundled:fashion-mnist"]
+    record = json.loads((bundled / "fashion-mnist" / CONFIG).read_text())["training"]
+    assert fashion["accuracy"] == record["held_out"]["val_accuracy"] and fashion["license"] == "mit"
+    assert fashion["bytes"] == (bundled / "fashion-mnist" / WEIGHTS).stat().st_size
+
+
 def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: Output) -> None:
     write_images(tmp_path / "images", ("a", "b"), (10, 18), 5, mode="L")
     data, run = str(tmp_path / "images"), str(tmp_path / "run")
@@ -471,6 +437,9 @@ def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) 
     fails(["train", data, *out, "--device", "abacus"], output, "'abacus'")
     fails(["train", data, *out, "--epochs", "0"], output, "epochs must be at least 1")
     fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
+    for text, word in (("epoch: 3\n", "did you mean epochs?"), ("- a\n", "a table"), ("a: [\n", "YAML")):
+        (tmp_path / "c.yaml").write_text(text)
+        fails(["train", data, *out, "--config", str(tmp_path / "c.yaml")], output, word)
     (image_folder / "dog" / "0.png").write_bytes(b"no image")
     fails(["train", data, *out], output, "0.png")
     assert not list(tmp_path.glob("run/*"))
@@ -535,19 +504,11 @@ def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypat
         fails(argv, output, "model.safetensors", "truncated")
     assert not (tmp_path / "g").exists()
     fails(["info", str(tmp_path / "nothing")], output, "no model at")
+    fails(["info", "~nobody-here/x"], output, "no home folder of that user")
     fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
     monkeypatch.setenv("GLEM_DEBUG", "1")
     assert main(["info", str(broken)]) == 2
     assert "Traceback" in output()[1]
-
-
-def test_bad_input_of_the_other_commands(trained: Path, tmp_path: Path, output: Output) -> None:
-    data = images_of(trained)
-    fails(["eval", str(trained), "bundled:fashion-mnist"], output, "no counterpart", "bird")
-    fails(["eval", str(trained), data, "--class-map", str(tmp_path / "none.json")], output, "none.json")
-    fails(["preview", str(trained), data, "--out", str(tmp_path / "p.jpg")], output, ".png")
-    fails(["preview", str(trained), data, "--out", str(tmp_path / "p.png"), "--modes", "999"], output, "modes", "999")
-    fails(["info", "~nobody-here/x"], output, "no home folder of that user")
 
 
 def test_interruption_and_a_closed_pipe(trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:

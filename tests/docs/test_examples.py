@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from glem_augment import GLEM, GLEMAugment, ImageData
+from glem_augment import GLEM, GLEMAugment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -99,41 +98,24 @@ def test_the_recipe_runs_with_a_small_eva02_and_taef2(
         assert ("'replaced': 0" in out) and ("'selected': 0" in out) == bool(arm)
 
 
-def test_options_come_from_the_command_line_over_the_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    finetune = load("finetune_timm", monkeypatch)
-    file = tmp_path / "a.yaml"
-    file.write_text("lr: 0.5\nepochs: 3\naugment: {policy: mixup}\n")
-    argv = ["finetune_timm.py", "--config", str(file), "--data", "x", "--lr", "0.25", "--mean", "[0.1, 0.2, 0.3]"]
-    monkeypatch.setattr(sys, "argv", argv)
-    args = finetune.options()
-    assert (args.lr, args.epochs, args.mean, args.smoothing) == (0.25, 3, [0.1, 0.2, 0.3], 0.1)
-    assert args.augment == {"policy": "mixup"}
-    # YAML reads 5e-4, without a point, as text.
-    file.write_text("lr: 5e-5\nout: runs/a\n")
-    more = ["--min-lr", "1e-6", "--amp", "null", "--betas", "[0.9, 1e-1]", "--augment", "{strength: 5e-1}"]
-    monkeypatch.setattr(sys, "argv", [*argv[:5], *more])
-    args = finetune.options()
-    assert (args.lr, args.min_lr, args.amp, args.betas) == (5e-5, 1e-6, None, [0.9, 0.1])
-    assert args.augment == {"strength": 0.5} and args.out == Path("runs/a") and args.flow == finetune.BUNDLED
-    file.write_text("# nothing\n")
-    assert finetune.options().lr == finetune.DEFAULTS["lr"]
-    file.write_text("learning_rate: 0.5\n")
-    with pytest.raises(SystemExit):
-        finetune.options()
-    capsys.readouterr()
-    for options, message in {
-        ("--epochs", "0"): "--epochs must be a whole number of at least 1, got 0",
-        ("--amp", "float8"): "--amp must be bfloat16, float16 or null, got float8",
-        ("--help",): "--amp {bfloat16,float16,null}",
-    }.items():
-        monkeypatch.setattr(sys, "argv", ["finetune_timm.py", "--smoke", *options])
+def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    finetune, file = load("finetune_timm", monkeypatch), tmp_path / "a.yaml"
+
+    def options(text: str, *more: str) -> Any:
+        file.write_text(text)
+        monkeypatch.setattr(sys, "argv", ["finetune_timm.py", "--config", str(file), "--data", "x", *more])
+        return finetune.options()
+
+    # YAML reads 5e-5, without a point, as text.
+    more = ["--lr", "0.25", "--mean", "[0.1, 0.2, 0.3]", "--amp", "null", "--betas", "[0.9, 1e-1]"]
+    args = options("lr: 0.5\nmin_lr: 5e-5\nepochs: 3\naugment: {policy: mixup}\nout: runs/a\n", *more)
+    assert (args.lr, args.min_lr, args.epochs, args.mean) == (0.25, 5e-5, 3, [0.1, 0.2, 0.3])
+    assert (args.amp, args.betas, args.smoothing) == (None, [0.9, 0.1], 0.1)
+    assert args.augment == {"policy": "mixup"} and args.out == Path("runs/a") and args.flow == finetune.BUNDLED
+    assert options("# nothing\n").lr == finetune.DEFAULTS["lr"]
+    for text, given in (("learning_rate: 0.5\n", ()), ("", ("--epochs", "0")), ("", ("--amp", "float8"))):
         with pytest.raises(SystemExit):
-            finetune.options()
-        out, err = capsys.readouterr()
-        assert message in " ".join((out + err).split())
-    assert " ".join(out.split()).count("(default: ") == len(finetune.DEFAULTS) + 4
+            options(text, *given)
 
 
 def folders(root: Path, per_class: int = 2, **splits: str) -> Path:
@@ -158,70 +140,6 @@ def test_validation_folders_are_labelled_as_the_training_ones(monkeypatch: pytes
     for load_data in (lambda: finetune.datasets(root), lambda: loop.datasets(root, 8)):
         with pytest.raises(SystemExit, match="test images of classes without training images: coat; remove these"):
             load_data()
-
-
-def test_finetune_scores_weights_and_average_in_float16(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    from timm.utils import NativeScaler
-
-    if "device" not in inspect.signature(NativeScaler).parameters:
-        pytest.skip("this version of timm scales losses on CUDA alone")
-    finetune = load("finetune_timm", monkeypatch)
-    root = folders(tmp_path / "data", train="Bag Coat Dress", val="Bag Dress")
-    fixed = ["--smoke", "--data", str(root), "--device", "cpu", "--model", "test_resnet", "--batch-size", "2"]
-
-    def run(*options: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["finetune_timm.py", *fixed, *options])
-        finetune.main()
-        return capsys.readouterr().out.splitlines()
-
-    kept = ["--out", str(tmp_path / "out"), "--amp", "float16", "--clip-grad", "1"]
-    lines = run(*kept, "--epochs", "1", "--accumulate", "2")
-    (row,) = [json.loads(line) for line in lines if line[0] == "{"]
-    assert list(row) == ["epoch", "loss", "top1", "top5", "top1_ema", "top5_ema", "seconds"]
-    assert f"EMA of the weights after epoch 0: top1 {row['top1_ema']} %, top5 100.0 %" in lines
-    # The scaler goes on from where it was.
-    file = tmp_path / "out" / "last.pt"
-    saved = torch.load(file, weights_only=True)
-    torch.save({**saved, "scaler": {**saved["scaler"], "scale": 8.0}}, file)
-    lines = run(*kept, "--epochs", "2")
-    assert [json.loads(line)["epoch"] for line in lines if line[0] == "{"] == [1]
-    assert torch.load(file, weights_only=True)["scaler"]["scale"] <= 8 < saved["scaler"]["scale"]
-    with pytest.raises(SystemExit, match="set --ema-decay and --amp as they were"):
-        run(*kept, "--ema-decay", "null", "--epochs", "3")
-
-
-@pytest.mark.parametrize("name", ["long_tail", "synthetic_only"])
-def test_a_folder_without_test_images_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    example = load(name, monkeypatch)
-    monkeypatch.setattr(sys, "argv", [name, "--data", str(folders(tmp_path, **{".": "Bag Coat"}))])
-    with pytest.raises(SystemExit, match=r"--data .* needs folders train/ and test/ \(or val/\)"):
-        example.main()
-
-
-def test_long_tail_with_a_class_that_is_not_tested(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    example = load("long_tail", monkeypatch)
-    root = folders(tmp_path, 4, train="Bag Coat Dress", test="Bag Dress")
-    # A classifier that knows the training labels.
-    monkeypatch.setattr(example, "train", lambda *_: None)
-    monkeypatch.setattr(example, "predictions", lambda *_: torch.tensor([0] * 4 + [2] * 4))
-    options = ["--adapt", "--source", "gaussian", "--imbalance", "2"]
-    monkeypatch.setattr(sys, "argv", ["long_tail.py", "--data", str(root), *options])
-    example.main()
-    out = capsys.readouterr().out
-    assert out.count("accuracy 100.0 %, of the rarest third of the classes 100.0 %") == 3
-    folders(root, test="Shirt")
-    with pytest.raises(SystemExit, match="without training images: Shirt"):
-        example.main()
-    labels = np.repeat(np.arange(6), [6, 5, 4, 3, 2, 1])
-    tail = ImageData.from_tensors(torch.arange(21, dtype=torch.uint8).view(21, 1, 1, 1), labels, list("abcdef"))
-    again = example.repeated(tail)
-    assert np.bincount(again.targets).tolist() == [6] * 6 and set(again.tensor().flatten().tolist()) == {*range(21)}
-    assert example.rarest_third(labels, np.arange(6)).tolist() == [5, 4]
-    assert example.rarest_third(labels, np.array([0, 1, 1])).tolist() == [1]
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------

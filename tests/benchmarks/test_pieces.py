@@ -1,0 +1,143 @@
+"""What the benchmarks compute, against references; and that every script says how it is run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.functional.classification import binary_auroc
+
+from benchmarks.common import holm, interval
+from benchmarks.paper.codes import ClassCodes
+from benchmarks.paper.continuum import mantel
+from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
+from benchmarks.paper.trust import auroc
+from benchmarks.speed import speed
+from benchmarks.speed.opponents import PublishedCoupling, PublishedFlow, expm, phi
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(p for p in (ROOT / "benchmarks").glob("*/*.py") if '__name__ == "__main__"' in p.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_can_be_imported_and_says_how_it_is_run(script: Path) -> None:
+    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    assert f"python benchmarks/{script.parent.name}/{script.name}" in importlib.import_module(name).__doc__
+
+
+def test_intervals_are_students_and_corrected_for_the_number_of_rows() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.seeds, found.clear) == (2.0, 3, False)
+    assert found.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert found.text() == "2.0 ± 2.5" and found.text(0, sign=True) == "+2 ± 2"
+    assert found.chance == pytest.approx(0.0742, abs=1e-4)
+    assert interval([1.0]).text() == "1.0 (one seed)" and not interval([1.0]).clear
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06]) and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_noise_can_never_change_the_label_of_a_code(bits: int) -> None:
+    made = ClassCodes.design(10, (1, 28, 28), levels=2, bits=bits)
+    flat = made.prototypes.flatten(1)
+    distances = torch.cdist(flat, flat).fill_diagonal_(math.inf)
+    # The worst noise moves every pixel as far as it can go towards the nearest other prototype.
+    worst = flat + made.amplitude * (flat[distances.argmin(1)] - flat).sign()
+    worst = ((worst.view_as(made.prototypes) * 255).round().to(torch.uint8) >> (8 - bits)).float() / (2**bits - 1)
+    assert made.read(torch.cat([torch.zeros(10, 1, 28, 28), worst], 2)).tolist() == list(range(10))
+    # Repulsion spreads the prototypes.
+    assert made.amplitude > 1.2 * ClassCodes.design(10, (1, 28, 28), 2, bits, steps=0).amplitude
+
+
+def test_correlations_and_areas_are_those_of_torchmetrics() -> None:
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(12, 3, generator=g, dtype=torch.float64)
+    near = torch.cdist(points, points)
+    noisy = (near + 0.5 * torch.rand(12, 12, generator=g)).triu(1)
+    noisy, pairs = noisy + noisy.T, torch.ones(12, 12).triu(1) > 0
+    value, p = mantel(near, noisy)
+    assert value == pytest.approx(float(spearman_corrcoef(near[pairs], noisy[pairs])), abs=1e-6)
+    assert value > 0.8 and p == 0.001 and mantel(near, -noisy) == (pytest.approx(-value), 0.001)
+    a, b = torch.rand(50, generator=g).mul(8).round() / 10, torch.rand(70, generator=g).mul(10).round() / 10
+    target = torch.cat([torch.zeros(50), torch.ones(70)]).long()
+    assert auroc(a, b) == pytest.approx(float(binary_auroc(torch.cat([a, b]), target)), abs=1e-6)
+
+
+# ---- full covariances ------------------------------------------------------------------------------------------------
+
+
+def dense(thin: ThinCovariances, y: int) -> Tensor:
+    rows = thin.factors[y].double()
+    return rows.T @ rows + torch.diag(thin.diagonal[y].double())
+
+
+@pytest.mark.parametrize(("count", "ridge"), [(6, 1e-4), (15, 1e-2), (50, 0.0)])  # fewer, as many, more than dimensions
+def test_thin_covariances_are_the_dense_ones(count: int, ridge: float) -> None:
+    latents = [torch.randn(n, 15).double() @ torch.randn(15, 15).double() + torch.randn(15) for n in (count, 20)]
+    thin = fit_covariances(latents.__getitem__, 2, ridge)
+    z = torch.cat([latents[0][:4], latents[1][:4], torch.randn(4, 15, dtype=torch.float64) * 5])
+    scores = thin.log_prob(z)
+    for y, own in enumerate(latents):
+        covariance = torch.cov(own.T)
+        more = ridge * covariance.diagonal().mean() * torch.eye(15).double()
+        torch.testing.assert_close(thin.mean[y].double(), own.mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(dense(thin, y), covariance + more, atol=1e-6 * float(covariance.max()), rtol=0)
+        if ridge or len(own) > 15:
+            expected = torch.distributions.MultivariateNormal(thin.mean[y].double(), dense(thin, y)).log_prob(z)
+            torch.testing.assert_close(scores[:, y], expected, rtol=1e-7, atol=1e-6)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+MEF = {
+    "preset": "mef_tiny", "image_shape": (1, 8, 8), "batch": 2,
+    "overrides": {"depth": [1, 2], "blocks": [1, 1], "width": [8, 8]},
+}  # fmt: skip
+# A single level, as the other libraries have.
+GLOW = {**MEF, "preset": "glow_tiny", "overrides": {"depth": [2], "blocks": [1], "width": [8]}}
+
+
+def check_bijection(flow: nn.Module, x: Tensor) -> None:
+    """Round trip, and log|det| against the Jacobian of the first image."""
+    with torch.no_grad():
+        z, logdet = flow(x)
+        torch.testing.assert_close(flow.inverse(z), x, atol=1e-4, rtol=1e-4)
+
+    def flat(one: Tensor) -> Tensor:
+        z = flow(one[None])[0]
+        return torch.cat([part.flatten() for part in (z if isinstance(z, tuple) else (z,))])
+
+    jacobian = torch.autograd.functional.jacobian(flat, x[0])
+    expected = jacobian.reshape(x[0].numel(), -1).double().slogdet()[1].float()
+    torch.testing.assert_close(logdet.expand(len(x))[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_published_flow_is_a_flow_with_our_subnets() -> None:
+    m = torch.randn(5, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(expm(m), torch.matrix_exp(m))
+    u, v = torch.randn(5, 6, 3, dtype=torch.float64), torch.randn(5, 3, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.eye(6).double() + u @ phi(v @ u) @ v, torch.matrix_exp(u @ v))
+    flow, x = speed.make_flow(MEF)
+    nets = speed.subnets(flow)
+    theirs = PublishedFlow(MEF["image_shape"], MEF["overrides"]["depth"], nets)
+    theirs(torch.rand(64, 1, 8, 8))  # initialises
+    check_bijection(theirs, x)
+    assert {id(p) for net in nets for p in net.parameters()} <= {id(p) for p in theirs.parameters()}
+    check_bijection(PublishedCoupling(52, nn.Conv2d(26, 26 + 2 * 3 * 26, 1)), torch.randn(2, 52, 1, 2))  # low rank
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_speed_measures_every_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed, "CASES", {"mef_tiny": MEF, "glow_tiny_0": GLOW})
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--rounds", "1", "--out", str(tmp_path)])
+    speed.main()
+    record = json.loads((tmp_path / "speed.json").read_text())
+    sides = {(row["case"], row["side"]) for row in record["rows"]}
+    assert {("mef_tiny", speed.PUBLISHED), ("mef_tiny", speed.REVERSIBLE), ("glow_tiny_0", speed.OURS)} <= sides
+    assert "## verdicts" in (tmp_path / "speed.md").read_text()
