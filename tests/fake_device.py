@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -140,8 +141,14 @@ def refuses_mixtures(device: torch.device) -> None:
         raise AssertionError("tensors of two devices were added")
 
 
-def moves(host: GLEM, data: ImageData, device: torch.device) -> None:
-    """Latents, densities, samples and every policy: as on the CPU."""
+POLICIES: list[dict[str, Any]] = [
+    {"partner": "same"}, {"partner": "any"}, {"partner": "any", "labels": "posterior"}, {"basis": "shared"},
+    {"policy": "noise"}, {"policy": "adversarial"}, {"policy": "noise", "class_map": [0, None, 1]},
+]  # fmt: skip
+
+
+def moves(host: GLEM, data: ImageData, device: torch.device, policies: list[dict[str, Any]] = POLICIES) -> None:
+    """Latents, densities, samples and policies: as on the CPU."""
     there, x, y = copy.deepcopy(host).to(device), data.tensor()[:12], torch.from_numpy(data.targets[:12])
     fx, fy = x.to(device), y.to(device)
     z = host.encode(x)[0]
@@ -156,10 +163,7 @@ def moves(host: GLEM, data: ImageData, device: torch.device) -> None:
         close(*draws)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(host.image_shape), host.num_classes))
     fake_net = copy.deepcopy(net).to(device)
-    for settings in (
-        {"partner": "same"}, {"partner": "any"}, {"partner": "any", "labels": "posterior"}, {"basis": "shared"},
-        {"policy": "noise"}, {"policy": "adversarial"}, {"policy": "noise", "class_map": [0, None, 1]},
-    ):  # fmt: skip
+    for settings in policies:
         for batch in (x, x[:2].float() / 255):  # in a batch of two, partners are drawn
             labels = y[: len(batch)]
             made = [GLEMAugment(m, p=1.0, seed=0, **settings) for m in (there, host, host)]  # a copy goes to the device
@@ -195,7 +199,7 @@ def behind_an_autoencoder(_: GLEM, data: ImageData, device: torch.device) -> Non
     x = data.tensor().repeat(1, 3, 4, 4)
     host = GLEM.create("identity", (3, 32, 32), data.classes, autoencoder="taef2")
     host = host.adapt((x, data.targets), classes=data.classes, rank=4, progress=False)
-    moves(host, ImageData.from_tensors(x, data.targets, data.classes), device)
+    moves(host, ImageData.from_tensors(x, data.targets, data.classes), device, [{"policy": "adversarial"}])
 
 
 def synthetic_sets(host: GLEM, data: ImageData, device: torch.device) -> None:
@@ -209,6 +213,15 @@ def synthetic_sets(host: GLEM, data: ImageData, device: torch.device) -> None:
         assert (found.cpu().int() - wanted.int()).abs().max() <= 1
 
 
+class TorchWithoutGenerators:
+    """torch, with generators on the CPU: a backend in Python has none."""
+
+    Generator = staticmethod(lambda device: torch.Generator())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 def training(_: GLEM, data: ImageData, device: torch.device) -> None:
     losses = []
     for where in ("cpu", device):
@@ -217,7 +230,8 @@ def training(_: GLEM, data: ImageData, device: torch.device) -> None:
             warmup_steps=2, modes_rank=2, sample_every=0, augment=["flip", "crop"],
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(data, config, out, device=where, progress=False)
+            with patch("timm.utils.model_ema.torch", TorchWithoutGenerators()):
+                trainer = Trainer(data, config, out, device=where, progress=False)
             model = trainer.fit()
             assert model.device.type == torch.device(where).type
             losses.append([row["loss"] for row in trainer.log.rows if row["kind"] == "epoch"])

@@ -146,18 +146,14 @@ def test_every_way_in_checks_the_names_of_the_classes(image_folder: Path) -> Non
     )
     joined = ConcatDataset([own, Subset(own, [0])])
     sets = (own, folder, ImageDataset(str(image_folder)), Subset(folder, [0, 1]), joined)
-    for classes, message in (
-        (["dog", "bird", "cat"], r"class 0 is 'bird', the flow's 'dog'.*class_map=match_classes.*begins \[1, 2, 0\]"),
-        (["one", "two", "three"], "3 of the 3 classes of the data have no counterpart.*'bird'.*'one'.*class_map"),
-        (["bird", "cat", "ant"], "1 of the 3 classes .* 'dog'"),
-    ):
-        other = make_model(3, classes, rank=16)
-        for way, data in [(way, folder) for way in ways] + [(ways[2], data) for data in sets]:
-            with pytest.raises(ClassMismatchError, match=message):
-                way(make(other), data)
-            way(make(other, class_map=[1, 2, 0]), data)
-    for way in ways:
-        way(make(make_model(3, CLASSES, rank=16)), folder)
+    other, same = (make_model(3, classes, rank=16) for classes in (["dog", "bird", "cat"], CLASSES))
+    for way, data in [(way, folder) for way in ways] + [(ways[2], data) for data in sets]:
+        with pytest.raises(ClassMismatchError, match=r"class 0 is 'bird', the flow's 'dog'.*begins \[1, 2, 0\]"):
+            way(make(other), data)
+        way(make(other, class_map=[1, 2, 0]), data)
+        way(make(same), data)
+    with pytest.raises(ClassMismatchError, match="1 of the 3 classes .* 'dog'"):
+        ways[0](make(make_model(3, ["bird", "cat", "ant"], rank=16)), folder)
     with pytest.raises(ClassMismatchError, match="number their classes differently"):
         make(other).wrap(DataLoader(ConcatDataset([own, own.with_targets([0] * 12, ["cat", "dog"])])))
 
@@ -236,7 +232,6 @@ def test_what_collate_and_mixup_fn_take(model: GLEM) -> None:
 def test_the_code_of_the_documentation_runs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "plugin.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) > 6
     space: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block.replace("[::10]", "[::50]"), "docs/plugin.md", "exec"), space)  # a fifth of the images
