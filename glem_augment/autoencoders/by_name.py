@@ -23,7 +23,7 @@ Fetch: TypeAlias = Callable[[str], tuple[Path, str]]
 
 
 def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """A published autoencoder, in eval mode and frozen, and what a model's config says of it.
+    """A published autoencoder, in eval mode and frozen, and its entry in a model's config.
 
     Args:
         name: `taef2`; or `hub:org/name` or `hub:org/name@revision`: weights of the TAESD family (`madebyollin/taesd`,

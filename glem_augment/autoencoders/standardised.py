@@ -1,4 +1,4 @@
-"""What an autoencoder is here, and a frozen one whose latents have mean 0 and variance 1 in every channel."""
+"""The protocol of an autoencoder, and a frozen one whose latents have mean 0 and variance 1 in every channel."""
 
 from __future__ import annotations
 

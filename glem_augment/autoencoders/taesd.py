@@ -1,4 +1,4 @@
-"""The TAESD family: tiny convolutional autoencoders of photographs, distilled from those of large image generators.
+"""The TAESD family: tiny convolutional autoencoders of photographs, distilled from large image generators.
 
 Published by O. Boer Bohan under MIT as `madebyollin/taesd`, `taesdxl` (4 channels), `taesd3`, `taef1` (16 channels) and
 `taef2` (32 channels) on the Hugging Face Hub. All have 64 features, three halvings of the image, and blocks of three

@@ -28,7 +28,7 @@ class Coupling(nn.Module):
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """The map of the second half x2 [c/2, B, H, W], channel-major (see `multiscale`), or its inverse.
 
-        `params` [B, m, H, W] is what the network made of the first half. Returns the result and log|det| [B] in nats.
+        `params` [B, m, H, W] come from the network. Returns the result and log|det| [B] in nats.
         """
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class Coupling(nn.Module):
         return torch.cat([x1, x2])
 
     def params(self, x1: Tensor) -> Tensor:
-        """What the network makes of the first half."""
+        """The network's output for the first half."""
         return self.net(x1.transpose(0, 1))
 
     def couple(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class MatExpCoupling(Coupling):
     Args:
         channels: c = 2n, even.
         subnet: factory of the network n -> n^2 + n (or 2 n rank + n for n > 24).
-        bound: r; see `taylor_plan` for what it costs.
+        bound: r; `taylor_plan` tells its cost.
         rank: of the factors S = U W used for n > 24.
     """
 

@@ -31,9 +31,9 @@ class CustomFlow(Flow):
     itself in its first call does so on the first images that the model gets.
 
     Raises:
-        TypeError: a module of none of these kinds. ValueError: it gives z of another size, no logdet per image, numbers
-            that are not finite, an inverse that is none, or a log-determinant of the wrong sign or size. The last is
-            compared with the Jacobian for up to 1024 numbers, and not checked for more.
+        TypeError: a module of no such kind. ValueError: z of another size, no logdet per image, numbers that are not
+            finite, a wrong inverse, or a log-determinant of the wrong sign or size. Log-determinants are compared with
+            the Jacobian for up to 1024 numbers, and not checked for more.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]) -> None:
@@ -65,7 +65,7 @@ class CustomFlow(Flow):
         self.module = module
 
     def _check(self, name: str, x: Tensor) -> None:
-        """ValueError unless the inverse and the log-determinant are those of the map, at an image x [2,C,H,W]."""
+        """ValueError unless the inverse and the log-determinant fit the map, at images x [2,C,H,W]."""
         z, logdet = self(x)
         back = self.inverse(z)[0]
         if not bool(z.isfinite().all() and logdet.isfinite().all()):
@@ -117,5 +117,5 @@ class CustomFlow(Flow):
             found = self._decode(parts[0] if self.single else parts)
             x, logdet = (found, None) if isinstance(found, Tensor) else found
             x = self._parts(x)[0]
-            # If the inverse gives no log-determinant, take minus that of encoding its result.
+            # An inverse without a log-determinant: encode its result, and take minus that log-determinant.
             return x, -self._encode(x)[1] if logdet is None else logdet

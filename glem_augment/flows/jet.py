@@ -135,7 +135,7 @@ class JetFlow(Flow):
             return (self._image(h) - _SHIFT) / _SCALE, logdet
 
     def compile_steps(self, backend: str = "inductor") -> None:
-        config = torch._dynamo.config  # All couplings share what is compiled for one kind of input.
+        config = torch._dynamo.config  # All couplings share a compilation.
         config.cache_size_limit = max(config.cache_size_limit, 32)
         for coupling in self.couplings:
             coupling.net.compile(backend=backend)
@@ -153,7 +153,7 @@ class JetFlow(Flow):
 
 
 def order_of_tokens(rows: int, columns: int, pattern: str) -> Tensor:
-    """The tokens of a grid, first those of the half that passes unchanged, int64 [rows * columns].
+    """The tokens of a grid, int64 [rows * columns]: first the half that passes unchanged.
 
     As in the published code, "columns" takes every second token of the whole sequence, which are columns only where
     their number is even.

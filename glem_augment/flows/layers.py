@@ -12,8 +12,8 @@ from glem_augment.checks import Memory, check_choice
 from glem_augment.flows.precision import full_precision
 from glem_augment.flows.subnets import Subnet
 
-# An element's spread in a few images is mostly noise, and dividing by one that is too small would blow up other images,
-# once more in every step. So its channel's spread counts as that of so many more images, and there is a floor.
+# An element's spread in a few images is mostly noise. Dividing by too small a spread would blow up other images, once
+# more in every step. So the channel's spread is added with the weight of so many images, and there is a floor.
 _PRIOR, _MIN_STD = 30, 1e-3
 RIDGE = 1e-3
 
@@ -38,7 +38,7 @@ class Flow(nn.Module):
         raise NotImplementedError
 
     def initialise(self, x: Tensor) -> None:
-        """Set what depends on the first batch `x` [B,C,H,W], once."""
+        """Set the layers that depend on the first batch `x` [B,C,H,W], once."""
 
     def set_memory(self, memory: Memory) -> None:
         """How a backward pass gets the activations.

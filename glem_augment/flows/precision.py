@@ -1,4 +1,4 @@
-"""True float32 for the bijective path, whatever the caller has chosen for its own networks.
+"""True float32 for the bijective path, whatever the caller has chosen for other networks.
 
 TF32 and bf16 break the inverse: 24 orthogonal layers there and back lose 4e-6 in float32, 9e-3 in TF32 and 8e-2 in
 bf16, where one uint8 step is 4e-3. Subnets may opt into less inside, see `subnets`.
@@ -73,7 +73,7 @@ def _leave() -> None:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Run what is inside in true float32: neither TF32 nor autocast, whatever the caller's settings.
+    """Run the block in true float32: neither TF32 nor autocast, whatever the caller's settings.
 
     Args:
         device_type: "cpu", "cuda", ...: where autocast is off.

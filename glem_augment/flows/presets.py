@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The GLEM authors' later configuration: 42.8 M parameters.
     "mef_glem": dict(coupling="matexp", depth=[8, 8, 8], blocks=[8, 4, 2], width=[128, 128, 128], bound=1.0),
     "glow_tiny": dict(coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], bound=2.0, actnorm="channel"),
-    # The best per CPU second of those in benchmarks/results/backbones.md.
+    # The best per CPU second in benchmarks/results/backbones.md.
     "glow_fast": dict(
         coupling="affine",
         depth=[8, 8],
@@ -58,7 +58,7 @@ _DENSE_UP_TO, _FEW = 2048, 256
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
 _COUPLINGS = ("matexp", "affine", "jet", "identity", "custom")
-# What a flow saved before these keys existed was made with.
+# A saved flow may lack these keys.
 _DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
 _KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
 _KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS}

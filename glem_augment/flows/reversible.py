@@ -23,7 +23,7 @@ def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         steps: a `Level` or a `JetFlow`.
-        x: what `run_steps` takes.
+        x: the argument of `run_steps`.
 
     Returns:
         The result and log|det| [B]. They can be differentiated once; gradients equal the ordinary ones up to the
@@ -86,7 +86,7 @@ def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Se
 def _coupling_backward(
     coupling: Coupling, y: Tensor, g: Tensor, g_logdet: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """From a coupling's output and its gradient to its input, the gradient of this, and those of its weights."""
+    """From a coupling's output and its gradient to the input, the input's gradient, and the weights' gradients."""
     y1, y2 = coupling.split(y)
     g1, g2 = coupling.split(g)
     with torch.enable_grad():

@@ -123,8 +123,8 @@ class Subnet(nn.Module):
     the library's round-trip promise, so models are loaded with it off.
 
     Args:
-        kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published, and 1x1 for
-            the others, where a 3x3 one would cost more than all the blocks.
+        kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published. Elsewhere it is
+            1x1, because 3x3 would cost more than all the blocks.
         in_channels, out_channels: of the half that is read, and of the coupling's parameters.
         width: channels of the residual stream.
         blocks: how many.

@@ -5,8 +5,9 @@ variance, per dimension,
 
     v  =  sum_y SS_y / sum_y (n_y - 1),        sigma_y^2  =  (SS_y + k v) / (n_y - 1 + k),
 
-so a class of one image gets the pooled variance, and a class of many its own. k (`shrinkage`) counts as k more images
-whose spread is v: sigma_y^2 is the posterior mode under a conjugate prior at v, up to a constant in k.
+so a class of one image gets the pooled variance, and a class of many images keeps nearly its variance. k (`shrinkage`)
+counts as k more images whose spread is v: sigma_y^2 is the posterior mode under a conjugate prior at v, up to a
+constant in k.
 
 The posterior's temperature is fitted to the same latents, each left out of its own class's Gaussian. Without z a class
 of n latents with mean m has
@@ -107,7 +108,7 @@ def adapt_pooled(
 ) -> tuple[ClassGaussians, ClassModes, float]:
     """One class in place of all: the modes of the pooled within-class covariance, in which images of a class vary.
 
-    Arguments, results and errors are those of `adapt_classes`; every class needs two images.
+    Arguments, results and errors: as for `adapt_classes`; every class needs two images.
     """
     images = 0
 
@@ -130,7 +131,7 @@ def adapt_pooled(
 
 
 def _left_out(z: Tensor, mean: Tensor, scatter: Tensor, n: int, pooled: Tensor, shrinkage: float) -> Tensor:
-    """log N(z; m', sigma'^2) of latents z [.., d] of a class of n, each under the Gaussian of the others, see above."""
+    """log N(z; m', sigma'^2) of latents z [.., d] of a class of n, each under the Gaussian without it, see above."""
     share, deviation = n / max(1, n - 1), z.double() - mean
     left = (scatter - share * deviation.square()).clamp_min(0)
     variance = shrunk_variance(left, torch.tensor(n - 2.0), pooled, shrinkage).clamp_min(REST_FLOOR)
@@ -162,8 +163,8 @@ def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage:
 def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:
     """`psi` itself where its range holds all of `variance` [K, d], otherwise a wider (a, b, c).
 
-    The flow was trained towards the range of its own psi, but images of another kind need not stay in it, and cutting
-    their variances off would change densities silently.
+    The flow was trained towards the range of its psi. Images of another kind may leave this range, and clamped
+    variances would change densities silently.
 
     Raises:
         DataError: variances beyond 1e5.
@@ -171,8 +172,8 @@ def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:
     low, high = float(variance.min()), float(variance.max())
     if not high <= _LARGEST_VARIANCE:
         raise DataError(
-            f"the latents of these images have variances up to {high:.3g}: they are off the scale of what the flow was "
-            "trained on; check it with model.check_invertibility, or train it on them"
+            f"latents of these images have variances up to {high:.3g}, off the scale of the flow's training images: "
+            "check the flow with model.check_invertibility, or train it on these images"
         )
     if psi is None:  # plain variances have a lower bound only
         return None if low >= LOWEST_SHARE * INITIAL_VARIANCE else (2 * high, 0.2, low / 2)

@@ -126,7 +126,7 @@ class _Pool:
 def pooled_covariance(
     rows_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `flows.layers.Whiten.fit` takes: the classes' mean, and their pooled covariance as modes and a rest.
+    """Arguments of `flows.layers.Whiten.fit`: the classes' mean, and their pooled covariance as modes and a rest.
 
     Args:
         rows_of_class: gives numbers [n, d] of class y = 0 .. K - 1, n >= 2; called once for each.
@@ -148,7 +148,7 @@ def pooled_covariance(
 
 
 def _store(modes: ClassModes, y: int, directions: Tensor, scales: Tensor, variance: Tensor) -> None:
-    """Write the strongest modes of class y, and what they leave of its variance [d]."""
+    """Write the strongest modes of class y, and the rest of its variance [d]."""
     directions, scales = directions[: modes.rank], scales[: modes.rank]
     modes.directions[y, : len(scales)] = directions.float()
     modes.scales[y, : len(scales)] = scales.float()

@@ -1,8 +1,8 @@
 """Principal modes of every class's latents, and moves along them (principal-mode mixup, RFCM).
 
 A class of n images in d dimensions has a covariance of rank n - 1 at most, and n < d as a rule. No d x d matrix is
-needed: a class is its mean, its k strongest modes with their standard deviations, and a variance per dimension for
-what the modes leave over,
+needed: a class is its mean, its k strongest modes with their standard deviations, and the remaining variance per
+dimension,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 

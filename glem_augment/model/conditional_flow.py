@@ -114,7 +114,7 @@ class ConditionalFlow(nn.Module):
     # ---- image <-> latent ----------------------------------------------------------------------------------------
 
     def numbers(self, x: Tensor, noise: Noise = None) -> Tensor:
-        """What the flow sees of images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
+        """The flow's input for images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
 
         `noise` dequantises pixels on levels, see `data.pixels.to_levels`. An autoencoder's latents get none.
         """
@@ -123,7 +123,7 @@ class ConditionalFlow(nn.Module):
         return self.autoencoder.encode(to_unit(x, self.dtype))
 
     def images(self, h: Tensor) -> Tensor:
-        """Images [B,C,H,W], float and not clamped, of what `numbers` returns."""
+        """Undoes `numbers`: images [B,C,H,W], float and not clamped."""
         return from_levels(h, self.bits) if self.autoencoder is None else self.autoencoder.decode(h)
 
     def encode(self, x: Tensor, generator: Noise = None) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class ConditionalFlow(nn.Module):
         return z, logdet
 
     def encode_numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` for what `numbers` returns."""
+        """`encode` for the result of `numbers`."""
         z, logdet = self.flow(h)
         if self.autoencoder is None:
             return z, logdet - self.dim * self.bits * math.log(2)
@@ -211,12 +211,12 @@ class ConditionalFlow(nn.Module):
         return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
 
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
-        """What `round_trip_error` finds on the images `x` [B,C,H,W].
+        """A summary of `round_trip_error` on the images `x` [B,C,H,W].
 
         Returns:
-            `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels: of those
-            `within_half_step`, which rounding gives back exactly, and of the `non_finite` ones. With an autoencoder,
-            whose error these are, also its `psnr` in dB and the flow's own `flow_error`, see the method.
+            `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels:
+            `within_half_step`, which rounding gives back exactly, and `non_finite`. An autoencoder's error has also a
+            `psnr` in dB; `flow_error` is the flow's part, see the method.
         """
         error = self.round_trip_error(x)
         found = summarise_errors(error)
@@ -228,7 +228,7 @@ class ConditionalFlow(nn.Module):
     # ---- densities and classification ----------------------------------------------------------------------------
 
     def class_scores(self, z: Tensor) -> Tensor:
-        """log p(z | y) of latents z [B, d] under every class, [B, K] nats; full covariances are those of the modes."""
+        """log p(z | y) of latents z [B, d] under every class, [B, K] nats; the modes have the full covariances."""
         if self.config.covariance == "full" and self.modes is not None:
             return self.modes.log_prob(z)
         return self.gaussians.log_prob(z)
@@ -321,7 +321,7 @@ class ConditionalFlow(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Initialise the flow's ActNorms from the images `x` [B,C,H,W]; those that are initialised stay as they are."""
+        """Initialise the flow's ActNorms from the images `x` [B,C,H,W], once."""
         check_images(x, self.image_shape, self.takes_latents)
         chunks = x.to(self.device).split(self._chunk)
         self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in chunks]))
@@ -373,7 +373,7 @@ def psnr(error: Tensor) -> float:
 
 
 def summarise_errors(error: Tensor) -> dict[str, float]:
-    """What `ConditionalFlow.check_invertibility` returns, from the errors of all pixels."""
+    """The four numbers of `ConditionalFlow.check_invertibility`, from the errors of all pixels."""
     finite, count = error[torch.isfinite(error)], max(1, error.numel())
     return {
         "max_error": float(finite.max()) if finite.numel() else math.inf,

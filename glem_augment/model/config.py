@@ -1,4 +1,4 @@
-"""The contents of `config.json`: what a GLEM is, apart from its weights."""
+"""The contents of `config.json`: the description of a GLEM without its weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GLEMConfig:
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         modes_parts: parts of each class that have modes of their own.
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
-        base: what `model.jet_file.reference` says of a flow that is stored elsewhere, or None.
+        base: `model.jet_file.reference` of a flow that is stored elsewhere, or None.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
         training: a free-form record of the data, the objective, the settings and the results.

@@ -1,4 +1,4 @@
-"""GLEM: a flow, a Gaussian per class, and what follows from the two (Enescu & Sahbi, ACCV 2024)."""
+"""GLEM (Enescu & Sahbi, ACCV 2024): a flow and a Gaussian per class, saved, loaded, and fitted to images."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class GLEM(ConditionalFlow):
         self.config = config
         self.flow = build_flow(config.flow) if flow is None else flow
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
-        self.gaussians.to(self.dtype)  # that of the flow, if it has any parameters
+        self.gaussians.to(self.dtype)  # the flow's dtype, if it has parameters
         if modes is None and config.modes_rank is not None:
             shared = dim if config.covariance == "full" else None
             modes = ClassModes(classes, config.modes_rank, dim, config.modes_parts, shared)
@@ -265,7 +265,7 @@ class GLEM(ConditionalFlow):
             f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
         )
 
-    # ---- what labelled images tell -------------------------------------------------------------------------------
+    # ---- fitting to labelled images ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fit_modes(
@@ -333,7 +333,7 @@ class GLEM(ConditionalFlow):
                 images or more.
             pooled: make one class, "image", with the modes in which the images of a class vary. Moves along these modes
                 suit images of any class.
-            shrinkage: number of images at which a class's variances are half its own, half pooled.
+            shrinkage: number of images at which a class's variances are half pooled.
             progress: show a bar on stderr.
 
         Returns:

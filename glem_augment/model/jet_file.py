@@ -31,7 +31,7 @@ from glem_augment.model.weights import hub
 from glem_augment.tensor_files import copy_checked, open_tensors
 
 PREFIX = "jet:"
-# Names of the projections there, by what a coupling splits.
+# Names of the projections in the file, by the half that a coupling splits.
 _SPLITS = {"channels": "channel", "tokens": "spatial"}
 _HEAD, _MOST_HEADER = 64, 2**22
 # Parts of names there and here.
@@ -71,7 +71,7 @@ def reference(model: Any) -> dict[str, str]:
     name, path = model.jet
     stored = load_jet(path)[1].state_dict()
     if not all(torch.equal(tensor.to(stored[key]), stored[key]) for key, tensor in model.flow.state_dict().items()):
-        raise ValueError(f"weights='reference': the flow is no longer that of jet:{name}; save a copy")
+        raise ValueError(f"weights='reference': the flow is no longer the flow of jet:{name}; save a copy")
     return {"jet": name, "sha256": file_sha256(path)}
 
 
@@ -142,7 +142,7 @@ def _grid(orders: Tensor, tokens: int) -> tuple[int, int]:
             known = [order_of_tokens(tokens // columns, columns, pattern) for pattern in PATTERNS]
             if all(any(torch.equal(order, one) for one in known) for order in orders):
                 return columns, tokens // columns  # the published code takes the height for the width in its patterns
-    raise ValueError(f"its orders of {tokens} tokens are those of no image")
+    raise ValueError(f"its orders of {tokens} tokens belong to no image")
 
 
 def _check(path: Path, shapes: dict[str, list[int]], expected: dict[str, Tensor]) -> None:
@@ -177,7 +177,7 @@ def _tensors(file: Any, shapes: dict[str, list[int]], orders: dict[str, Tensor])
 
 
 def _orders(projections: Tensor) -> Tensor:
-    """Permutation matrices [n, m, m] as what comes where, int64 [n, m]: column j holds a 1 in the row of the j-th."""
+    """Permutation matrices [n, m, m] as indices, int64 [n, m]: column j holds a 1 in the row of the j-th index."""
     orders = projections.argmax(1)
     ones = torch.ones_like(projections[:, 0])
     again = torch.zeros_like(projections).scatter_(1, orders.unsqueeze(1), 1.0)

@@ -105,7 +105,7 @@ def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
 
 
 def _unfinished(folder: Path) -> str | None:
-    """What to do with a run of `glem train` that has not finished; None for another folder."""
+    """How to finish an unfinished run of `glem train`; None for another folder."""
     try:
         command = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["command"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -133,7 +133,7 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` that the model's file holds: those of parts that the config only names are left out."""
+    """The tensors of `state` that the model's file holds: without the parts that the config only names."""
     named = ("autoencoder.autoencoder.",) + (("flow.",) if config.base else ())
     return {name: tensor for name, tensor in state.items() if not name.startswith(named)}
 

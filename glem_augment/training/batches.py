@@ -1,4 +1,4 @@
-"""What a step sees: the split of the images, the order of an epoch, augmentation, and an autoencoder's latents."""
+"""The images of a step: the split, the order of an epoch, augmentation, and an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 
 G_FRACTION, MAX_HELD_OUT = 0.1, 2000
-# Magnitudes of the augmentations, those of Ardizzone et al. 2020 (IB-INN), which the paper follows.
+# Magnitudes of the augmentations, from Ardizzone et al. 2020 (IB-INN), whom the paper follows.
 PAD_SHARE, ROTATION_DEGREES, JITTER = 1 / 8, 12.0, 0.1
 VIEWS = 4  # latents of every image, with an augmentation that has more than two outcomes
 _PIXELS = 2**19  # images of so many pixels in all are encoded at a time
@@ -62,8 +62,8 @@ def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float,
 def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Indices [steps, B] of the batches of one epoch, a function of seed and epoch alone.
 
-    A resumed run therefore sees what the killed one would have seen. The incomplete last batch is dropped; a set that
-    is smaller than a batch is one batch.
+    So a resumed run takes the batches that the killed run would have taken. The incomplete last batch is dropped; a set
+    that is smaller than a batch is one batch.
     """
     order = np.random.default_rng([seed, 0xE90C, epoch]).permutation(indices)
     batch = min(batch_size, len(order))
@@ -72,17 +72,17 @@ def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> 
 
 
 def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, share: Share | None = None) -> Tensor:
-    """The paper's training augmentations of uint8 images [B,C,H,W], with parameters of its own for every image.
+    """The paper's training augmentations of uint8 images [B,C,H,W], with other parameters for every image.
 
-    This is own code because torchvision's transforms draw one set of parameters per call, hence one per batch here.
+    Torchvision's transforms would draw one set of parameters for the whole batch.
 
     Args:
         names: any of "flip" (horizontal), "crop" (shift by up to an eighth of the side, edges repeated), "rotate"
             (up to 12 degrees) and "jitter" (brightness, contrast and, for RGB, saturation by up to 10 %).
-        share: what part x is of a batch, see `draw_noise`.
+        share: the part of a batch that x is, see `draw_noise`.
 
     Returns:
-        uint8 [B,C,H,W]; rounded, so that what dequantisation assumes stays true.
+        uint8 [B,C,H,W]; rounded, because dequantisation assumes levels.
     """
     if not names:
         return x
@@ -140,8 +140,8 @@ def latent_views(
 ) -> Tensor:
     """Latents of every image and of augmented copies of it, float16 [N, V, C, h, w] on the CPU.
 
-    The first view is the image itself. V is 1 without augmentation, 2 for flips alone, whose second view is the flipped
-    image, and otherwise `VIEWS`, of which the others are drawn by `augment_batch`.
+    The first view is the image. Without augmentation there is no other view. With flips alone the second view is the
+    flipped image. Otherwise `augment_batch` draws the second to the last of `VIEWS` views.
     """
     count = 1 if not augment else 2 if tuple(augment) == ("flip",) else VIEWS
     batch = max(1, min(256, _PIXELS // math.prod(data.image_shape[1:])))

@@ -4,9 +4,8 @@ A checkpoint is a safetensors file of tensors and JSON, followed by a digest, wh
 Nothing in it is ever executed. There are two names, each always a whole file or absent:
 
 - `checkpoint.safetensors`: the newest state;
-- `checkpoint.good.safetensors`: the state that a diverged run returns to, and from which a run goes on whose newest is
-  damaged. It is written at step 0 and at ends of epochs, never by the clock, so that the state a run returns to does
-  not depend on how fast it was or how often it was killed.
+- `checkpoint.good.safetensors`: the rollback point of a diverged run, and the spare for a damaged newest state. It is
+  written at step 0 and at ends of epochs, never by the clock, so rollbacks depend on neither speed nor kills.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4
 # Settings in which the two halves of a run may differ. "threads", "memory" and "compile" change the order of additions,
 # and with it the last bits of the weights; "refit_beta" and "modes_rank" act after the last step.
 FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "refit_beta", "modes_rank"}
-# What glem_augment.io.atomic_write leaves behind when its process is killed.
+# Temporary files of glem_augment.io.atomic_write, which a killed process leaves behind.
 _LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: `facts` (JSON: settings, counters) and `tensors`, on the CPU."""
+    """The content of a checkpoint: `facts` (JSON: settings, counters) and `tensors`, on the CPU."""
 
     path: Path
     facts: dict[str, Any]
@@ -103,15 +102,14 @@ def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tens
     """Write the newest checkpoint; with `good`, write that one too."""
     require_folder(folder)
     data = to_bytes(facts, tensors)
-    # The good one is first: a kill between the two leaves one that is ahead of the newest, and the run that goes on
-    # writes the same again.
+    # The good one comes first. After a kill between the two, the resumed run writes the same good one again.
     for name in (GOOD, NEWEST) if good else (NEWEST,):
         with atomic_write(folder / name) as file:
             file.write(data)
 
 
 def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
-    """The newest checkpoint, or with a warning the good one if it is damaged; with `good`, the other way round.
+    """The newest checkpoint; if it is damaged, the good one, with a warning. With `good`, the good one comes first.
 
     Raises:
         FileNotFoundError: there is none.
@@ -162,7 +160,7 @@ def data_fingerprint(data: ImageData) -> str:
 
 
 def check_same_run(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, data_name: str) -> None:
-    """Raise TrainingError, naming what differs, unless `checkpoint` is of a run with these settings on these data."""
+    """TrainingError, naming the difference, unless `checkpoint` belongs to a run with these settings and data."""
     folder = checkpoint.path.parent
     now = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
     try:

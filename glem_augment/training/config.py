@@ -14,7 +14,7 @@ OBJECTIVES = get_args(Objective)
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
 # Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
 _MOST_M_STEPS = 10**7
-# The default of settings whose value follows from the objective: this library's method, or what the others share.
+# The default of a setting whose value follows from the objective.
 BY_OBJECTIVE: Any = "by objective"
 HYBRID_JOINT: dict[str, Any] = dict(
     objective="hybrid", beta=0.3, ce_scale=0.1, joint=True, label_smoothing=0.05, random_init=(0.1, 0.0), psi=None
@@ -45,8 +45,8 @@ class TrainConfig:
 
         mean NLL / d + beta * cross-entropy
 
-    where the cross-entropy is that of the flow's own posterior, with class scores multiplied by `ce_scale`. A sum
-    over d dimensions is far too sure of itself, so with a scale below 1 wider margins are learned. `beta` is 0 unless
+    The cross-entropy belongs to the flow's posterior, with class scores multiplied by `ce_scale`. A sum over d
+    dimensions is overconfident, so a scale below 1 teaches wider margins. `beta` is 0 unless
     the objective is "hybrid" or "ib". "ib" is IB-INN's: as "hybrid", with -log p(x) = -log mean_y p(x|y) in place of
     -log p(x|y), and Gaussian dequantisation noise.
 
@@ -125,7 +125,9 @@ class TrainConfig:
         BY_OBJECTIVE, "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
         shown="none for hybrid with --joint, else 0.5 0.2 0.05", research=True,
     )  # fmt: skip
-    learn: str = _setting("both", ("both", "means", "variances", "none"), "what is learned", research=True)
+    learn: str = _setting(
+        "both", ("both", "means", "variances", "none"), "the parameters that are learned", research=True
+    )
     joint: bool = _setting(
         BY_OBJECTIVE, bool, "learn the Gaussians by the E-step's loss, on all images, in place of M-steps",
         shown="for hybrid alone", research=True,
@@ -199,9 +201,9 @@ class TrainConfig:
         """Whether the M-step pushes the classes apart."""
         return self.objective in ("glem", "saturating")
 
-    def learns(self, what: str) -> bool:
+    def learns(self, which: str) -> bool:
         """Whether the "means" or the "variances" of the Gaussians are learned."""
-        return self.learn in ("both", what)
+        return self.learn in ("both", which)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can carry them."""
@@ -209,7 +211,7 @@ class TrainConfig:
 
 
 SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
-# Checkpoints may name settings that have gone, at these values, which mean what is done now.
+# Checkpoints may name these settings, which do not exist any more. With these values they change nothing.
 _GONE = dict(averaging="ema", m_rounds=1, sigma_lr_scale=1.0, freeze_gaussians_at=1.0, beta_anneal=None)
 
 
@@ -219,7 +221,7 @@ def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_names(settings: Mapping[str, Any], where: str) -> None:
-    """ValueError, beginning with `where`, if there is no setting of one of these names."""
+    """ValueError, beginning with `where`, if a name is no setting."""
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         known = f"known are {', '.join(sorted(SETTINGS))}{closest(unknown[0], SETTINGS)}"
@@ -260,7 +262,7 @@ def check_setting(name: str, value: Any) -> Any:
     return value
 
 
-# The paper's methods, ablations and baselines by name, related published ones, and what this library adds to the paper:
+# Methods by name: the paper's methods, ablations and baselines, related published methods, and this library's
 # "hybrid-joint" (the default), "unlabelled" and "saturating". No method sets the flow's size, the epochs, the batch
 # size or the learning rate. docs/reproduction.md has a sentence about each.
 _GLEM: dict[str, Any] = dict(objective="glem", kld_weight=10.0)  # Eq. 5 with the main setting of Table 2
@@ -270,7 +272,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lambda0": dict(objective="mle", psi=None),  # Baseline 2 = configuration 1 of Table 6
     "lambda0-psi": dict(objective="mle"),
     "no-psi": _GLEM | dict(psi=None),  # configuration 2 of Table 6
-    # Table 7; what is not learned is random.
+    # Table 7; parameters that are not learned are random.
     "only-mu": _GLEM | dict(learn="means"),
     "only-sigma": _GLEM | dict(learn="variances", random_init=(1.0, 0.0)),
     "random": dict(objective="mle", learn="none", random_init=(1.0, 5.0)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +70,6 @@ class EM(Start):
         self.bad_steps = self.rollbacks = 0  # E-steps skipped because they were not finite, and returns
         self.lr_scale = 1.0
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
-        self.latent_seconds = 0.0  # of a latent in a Gaussian step
         if begun is None:
             if ready is not None:
                 ready(self)
@@ -97,7 +95,7 @@ class EM(Start):
 
         Args:
             x, y: this rank's images uint8 [b,C,H,W] and labels int64 [b]; b may be 0.
-            share: what part of the batch they are; by default all of it.
+            share: their part of the batch; by default all of it.
 
         Returns:
             The loss, nats per dimension, and the likelihood, bits/dim, of the whole batch; NaN if the step was skipped.
@@ -142,10 +140,9 @@ class EM(Start):
     def m_step(self) -> None:
         """One pass over D_g and `m_steps` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
         beta, steps = self.config.beta, self.config.m_steps
-        statistics, began = self.latent_pass(self.m_done, self.split.g, keep=bool(beta)), time.monotonic()
+        statistics = self.latent_pass(self.m_done, self.split.g, keep=bool(beta))
         for rate in self.m_rates[self.m_done * steps : (self.m_done + 1) * steps]:
             self._gaussian_loss_step(statistics, rate * self.lr_scale, beta)
-        self.latent_seconds = (time.monotonic() - began) / (steps * len(self.split.g))
         if self.m_done == 0:
             # As the authors do: the moments of the first, large gradients are forgotten.
             self.m_optimizer.state.clear()
@@ -172,7 +169,7 @@ class EM(Start):
         self.model.gaussians.project()
 
     def _let_gaussians_learn(self, learn: bool) -> None:
-        """Whether the next loss has gradients with respect to those Gaussian parameters that are learned at all."""
+        """Whether the next loss has gradients with respect to the Gaussian parameters that the run learns."""
         self.model.gaussians.mu.requires_grad_(learn and self.config.learns("means"))
         self.model.gaussians.s.requires_grad_(learn and self.config.learns("variances"))
 
@@ -216,12 +213,6 @@ class EM(Start):
                 self._gaussian_loss_step(statistics, REFIT_LR * (1 - step / steps), config.refit_beta)
                 bar.update()
 
-    def seconds_after(self) -> float:
-        """About how long the refit and the modes will take, as far as anything was timed so far."""
-        refit = len(self.refit_rows())
-        encoded = refit + (len(self.data) if self.config.modes_rank else 0)
-        return encoded * self.image_seconds + self.refit_steps * refit * self.latent_seconds
-
     # ---- measuring and state -------------------------------------------------------------------------------------
 
     def evaluated(self) -> GLEM:
@@ -232,9 +223,8 @@ class EM(Start):
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Metrics of the held-out images, or of D_g if none are held out; and the Gaussians' state."""
-        rows, began = self.split.val if len(self.split.val) else self.split.g, time.monotonic()
+        rows = self.split.val if len(self.split.val) else self.split.g
         metrics = held_out(self.evaluated(), self.images(rows, EVAL_BATCH))
-        self.image_seconds = (time.monotonic() - began) / len(rows)
         return {**metrics, **gaussian_state(self.model.gaussians)}
 
     def is_finite(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a training run measures, and the JSONL of metrics that it writes."""
+"""The metrics of a training run, and the JSONL file that holds them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def tensorboard(folder: Path, step: int) -> Callback:
-    """A callback that writes the rows to `folder`/tensorboard; what an earlier run wrote beyond `step` is dropped."""
+    """A callback that writes the rows to `folder`/tensorboard; rows of an earlier run beyond `step` are dropped."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -101,7 +101,7 @@ def wandb(folder: Path, step: int) -> Callback:
     import wandb as client
 
     run = client.init(dir=str(folder), name=folder.name, resume="auto" if step else None)
-    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a run does after a divergence
+    run.define_metric("*", step_metric="step")  # steps of wandb may not go back, steps of a rollback do
     return lambda row: run.log({**_numbers(row), "step": row["step"]})
 
 
@@ -112,8 +112,8 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
     """Number of images, NF accuracy unless there is one class, and the likelihood given the class.
 
-    Each image has dequantisation noise of its own, whatever its batch. `batches` are those of
-    `ImageData.shared_batches`, and the numbers those of all ranks' images.
+    The dequantisation noise of an image does not depend on its batch. `batches` come from `ImageData.shared_batches`,
+    and the numbers are over all ranks' images.
     """
     sums, (key, _, unit) = torch.zeros(3, dtype=torch.float64), model.likelihood
     for x, y, _ in batches:

@@ -1,4 +1,4 @@
-"""The losses of the E-step (Eq. 3) and of the M-step (Eq. 5), and what the M-step needs to know of the latents.
+"""The losses of the E-step (Eq. 3) and of the M-step (Eq. 5), and the M-step's statistics of the latents.
 
 For diagonal Gaussians the summed NLL depends on the latents only through n_y, sum z and sum z^2 of each class, so one
 pass over D_g serves any number of gradient steps on the Gaussians at O(K d). Two things need more: the range of the
@@ -22,7 +22,7 @@ from glem_augment.training.config import TrainConfig
 
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
 NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
-SHRINKAGE = 10  # images; of what a class starts at
+SHRINKAGE = 10  # images, of a class's first mean and variance
 
 
 # ---- the E-step -------------------------------------------------------------------------------------------------
@@ -33,8 +33,8 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib".
 
-    Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share` says what part x is
-    of a batch, see `draw_noise`.
+    Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share` is the part of a
+    batch that x is, see `draw_noise`.
     """
     if model.autoencoder is None and config.objective != "ib":
         return model.encode(x, draw_noise(x, generator, share))
@@ -101,7 +101,7 @@ class LatentStatistics:
             self.labels.append(y)
 
     def add_ranks(self) -> None:
-        """Make the sums and the range those of all ranks' images. Latents stay on the rank that kept them."""
+        """Add up the sums, and join the ranges, over all ranks. Latents stay on the rank that kept them."""
         ranges = torch.zeros(2, world_size(), dtype=torch.float64, device=self.count.device)
         ranges[:, rank()] = torch.stack([self.nll_low, self.nll_high])
         add_up(self.count, self.total, self.square, ranges)
@@ -176,7 +176,7 @@ def m_step_loss(
 ) -> Tensor:
     """The M-step's loss with the given lambda and beta; `TrainConfig` has the formula and the units.
 
-    With beta it is this rank's part of the loss, since each has latents of its own.
+    With beta it is this rank's part of the loss, since every rank keeps other latents.
     """
     dim, k = gaussians.dim, gaussians.num_classes
     nll = statistics.balanced_nll(gaussians)
@@ -189,9 +189,8 @@ def m_step_loss(
         spread = value_range(float(means.min()), float(means.max()))
         # Identical Gaussians have neither a gradient nor a range, so this step is the likelihood's alone.
         if repel and spread > 1e-9 * dim:
-            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range. Rounding to
-            # float32 keeps what earlier versions computed, to the bit.
-            loss = loss - kld_weight * sums.sum().to(gaussians.mu.dtype).double() / (k * dim) / spread
+            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
+            loss = loss - kld_weight * sums.sum() / (k * dim) / spread
         return loss
     loss = nll / dim
     if config.objective == "saturating" and repel:

@@ -71,7 +71,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned. Raises RuntimeError, IndexError or ValueError for another optimizer's."""
+    """Load what `optimizer_tensors` returned. RuntimeError, IndexError, ValueError: another optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = defaultdict[int, dict[str, Tensor]](dict)
     for name, tensor in tensors.items():
@@ -91,9 +91,9 @@ class DivergenceError(TrainingError):
 
 
 def independent_pixels(x: Tensor, bits: int) -> float:
-    """Bits/dim of a model whose pixels are independent draws from their channel's histogram: its mean entropy.
+    """Bits/dim of independent pixels: the mean entropy of the channels' histograms.
 
-    One histogram serves all positions of a channel. One per position would be a better model of aligned images, but
+    One histogram serves all positions of a channel. A histogram per position would suit aligned images better, but it
     takes more images than many sets have. x is uint8 [N,C,H,W], and its top `bits` bits count.
     """
     channels = (x >> (8 - bits)).transpose(0, 1).flatten(1).long()
@@ -102,7 +102,7 @@ def independent_pixels(x: Tensor, bits: int) -> float:
 
 
 def independent_latents(std: Tensor) -> float:
-    """The same for latents that are independent Gaussians of their channel's `std`: bits per number."""
+    """Bits per number of latents that are independent Gaussians with their channel's `std`."""
     return float((0.5 * math.log2(2 * math.pi * math.e) + std.double().log2()).mean())
 
 
@@ -110,17 +110,17 @@ class LossGuard:
     """Notices that a run has diverged.
 
     It judges by medians of the last 25 steps, which a few spikes can't move. A step that is not finite counts as
-    infinite. A run is away while one of these holds:
+    infinite. A run is away in two cases:
 
     - its loss exceeds b + max(1, |b|, 10 v), where b is its best, the lowest median of the last 500 steps, and v the
       median absolute difference from one loss to the next, a measure of noise that neither a trend nor a few spikes
       can raise;
-    - its likelihood is worse, by a bit per dimension, than those of uniform noise and of the untrained flow; or, once
-      it was better than that of independent pixels, worse than halfway from there to uniform noise. Repulsion of the
-      classes may cost some of it.
+    - its likelihood is worse, by a bit per dimension, than uniform noise and than the untrained flow. Once it was
+      better than independent pixels, the limit is halfway from independent pixels to uniform noise. Repulsion of the
+      classes may cost some likelihood.
 
-    A run that was away for 100 steps in a row has diverged, and so has one with 10 steps in a row that were not
-    finite. The rule is on the side of patience: neither noise nor a slow rise can meet it.
+    A run has diverged after 100 steps away in a row, or 10 steps in a row that were not finite. The rule is patient:
+    neither noise nor a slow rise can meet it.
 
     >>> guard = LossGuard(bits=8)
     >>> for _ in range(300):

@@ -1,10 +1,9 @@
-"""What a run starts from: the split of the images, the model, an autoencoder's latents, and the Gaussians."""
+"""The start of a run: the split of the images, the model, an autoencoder's latents, and the Gaussians."""
 
 from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,13 +47,12 @@ class Start:
         progress: bool,
     ) -> None:
         self.data, self.config, self.progress = data, config, progress and is_primary()
-        self.views = data  # what the steps see: with an autoencoder, several latents of each image
+        self.views = data  # the steps' data: with an autoencoder, several latents of each image
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
         self.guard = LossGuard(config.bits)
-        self.image_seconds = 0.0  # of encoding an image
         self.model = self._new_model(init_model, begun).to(self.device)
         self.saved_as, self.codec = self.model.config, self.model.autoencoder
         if self.codec is not None:
@@ -144,7 +142,7 @@ class Start:
             gaussians.project()
 
     def _numbers_of_class(self, y: int) -> Tensor:
-        """What the flow sees of training images of class y, as many as memory holds: [n, d]."""
+        """The flow's input for training images of class y, as many as memory holds: [n, d]."""
         rows = self.split.nf[self.data.targets[self.split.nf] == y]
         rows = rows[: max(LEAST_IMAGES, MOST_NUMBERS // self.model.dim)]
         batches = self.data.batches(rows, EVAL_BATCH, self.config.workers)
@@ -180,7 +178,7 @@ class Start:
         """One pass over the images `rows` with the noise of an M-step; with a bar at the start and for the refit."""
         title = "start: latents" if round_index < 0 else "encoding for the refit"
         bar = self.bar_of(title, len(rows), "image", round_index < 0 or model is not None)
-        model, began = model or self.model, time.monotonic()
+        model = model or self.model
         statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
         generator = self.generator(3, round_index + 1)
         with bar:
@@ -189,9 +187,9 @@ class Start:
                 statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
                 bar.update(share.total)
         statistics.add_ranks()
-        self.image_seconds = (time.monotonic() - began) / len(rows)
         return statistics
 
-    def bar_of(self, title: str, total: int, unit: str, show: bool = True) -> tqdm:
+    def bar_of(self, title: str, total: int, unit: str, show: bool = True, begun: int = 0) -> tqdm:
         """A bar on stderr, if the run shows bars."""
-        return tqdm(total=total, desc=title, unit=unit, disable=not (show and self.progress), dynamic_ncols=True)
+        shown = show and self.progress
+        return tqdm(total=total, initial=begun, desc=title, unit=unit, disable=not shown, dynamic_ncols=True)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from glem_augment.data.dataset import ImageData
 from glem_augment.devices import lacks_bf16
@@ -44,7 +43,7 @@ from glem_augment.training.em import EM, training_mode
 from glem_augment.training.logs import Callback, MetricsLog, plot_curves
 from glem_augment.training.optim import DivergenceError
 
-# What the command returns for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
+# The exit status for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
 EXIT_TIME_UP = 75
 _STEP_ROWS_EVERY = 50
 ROLLBACK_FACTOR, MAX_ROLLBACKS = 0.5, 3
@@ -52,19 +51,6 @@ ROLLBACK_FACTOR, MAX_ROLLBACKS = 0.5, 3
 
 class TimeUpError(GLEMError):
     """The run stopped, with a checkpoint, because `max_minutes` were over. Nothing went wrong: resume it."""
-
-
-class _Bar(tqdm):
-    """A bar whose remaining time includes the `after` seconds of what comes when it is full."""
-
-    after = 0.0
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        facts = super().format_dict
-        done = self.n - self.initial
-        left = (self.total - self.n) * facts["elapsed"] / done + self.after if done else None
-        return {**facts, "left": "?" if left is None else self.format_interval(left)}
 
 
 class Trainer(EM):
@@ -126,7 +112,7 @@ class Trainer(EM):
         self.log = MetricsLog(self.out, self.step, callbacks)
 
     def seconds(self) -> float:
-        """Wall-clock seconds spent on the run so far, over all its pieces, without what was lost to kills."""
+        """Wall-clock seconds of the run so far, over all its pieces, without steps lost to kills."""
         return time.monotonic() - self._clock
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -161,20 +147,15 @@ class Trainer(EM):
                 "leave out precision='bf16' (--precision bf16)", stacklevel=3,
             )  # fmt: skip
         self.saved_at = time.monotonic()
-        self.bar = _Bar(
-            total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.progress,
-            dynamic_ncols=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
-        )  # fmt: skip
+        self.bar = self.bar_of("train", self.total_steps, "step", begun=self.step)
         with closing(self.bar), self._stop_between_steps():
             if self.step == 0:
-                # So that a run killed before its first periodic checkpoint can be resumed, and one that diverges in
-                # its first epoch has somewhere to return to.
+                # A run may be killed before its first periodic checkpoint, or diverge in its first epoch.
                 self.save_checkpoint(good=True)
                 if not self._resumed:
                     self._save_or_stop(saved=True)  # the initialisation may have taken all of `max_minutes`
             elif self.step % self.steps_per_epoch == 0:
-                # The kill may have come after the checkpoint of an epoch and before its pictures were drawn.
+                # The kill may have come between the checkpoint of an epoch and its pictures.
                 self._draw_pictures(self.step // self.steps_per_epoch)
             while self.step < self.total_steps:
                 try:
@@ -217,7 +198,6 @@ class Trainer(EM):
             self.epoch_loss = total + loss, counted + 1
         self.bar.update(1)
         if self.step % _STEP_ROWS_EVERY == 0:
-            self.bar.after = self.seconds_after()
             key, unit, likelihood = self._reported(bits)
             self.bar.set_postfix_str(f"loss {loss:.3f} nats/dim, {likelihood:.3f} {unit}", refresh=False)
             row = {"kind": "step", "step": self.step, "loss": loss, key: likelihood, "bad_steps": self.bad_steps}
@@ -239,9 +219,9 @@ class Trainer(EM):
         self.log.add(row)
         if self.progress:
             key, unit, pixels = self._reported(self.guard.pixels)
-            likelihood, what = row[f"val_{key}"], "pixels" if self.codec is None else "latents"
+            likelihood, numbers = row[f"val_{key}"], "pixels" if self.codec is None else "latents"
             which = "held-out images" if len(self.split.val) else "training images"
-            worse = "" if likelihood < pixels else f" (independent {what}: {pixels:.3f})"
+            worse = "" if likelihood < pixels else f" (independent {numbers}: {pixels:.3f})"
             right = f", accuracy {100 * row['val_accuracy']:.1f} %" if "val_accuracy" in row else ""
             self.bar.write(
                 f"epoch {epochs}/{self.config.epochs}: {likelihood:.3f} {unit}{worse}{right} "
@@ -294,10 +274,10 @@ class Trainer(EM):
                 signal.signal(number, handler)
 
     def _save_or_stop(self, saved: bool) -> None:
-        """Write a checkpoint if it is time, and end the run if the user or the clock asks for it.
+        """Write a checkpoint if it is due, and end the run if the user or the clock asks for it.
 
-        `saved`: there is a checkpoint of this step already. Clocks and signals differ between ranks, so one that goes
-        off on any counts for all.
+        `saved`: there is a checkpoint of this step already. Clocks and signals differ between ranks, so the request of
+        any rank counts for all.
         """
         now = time.monotonic()
         votes = torch.tensor([self.stop_requested, now >= self.deadline, now - self.saved_at > self.checkpoint_seconds])
@@ -336,7 +316,7 @@ class Trainer(EM):
             stacklevel=2,
         )
         self.save_checkpoint()
-        if not self.bar.disable:  # otherwise it lacks what follows
+        if not self.bar.disable:  # a disabled bar lacks the methods below
             self.bar.initial = min(self.bar.initial, self.step)
         self.bar.update(self.step - self.bar.n)  # setting n would leave the bar still until it is passed again
         self.bar.refresh()
@@ -344,7 +324,7 @@ class Trainer(EM):
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> GLEM:
-        """What comes after the last step: the refit, the modes, and the model's files."""
+        """Refit the Gaussians, fit the modes, and save the model."""
         config, model = self.config, self.evaluated()
         key, _, independent = self._reported(self.guard.pixels)
         if len(rows := self.refit_rows()):
@@ -353,10 +333,10 @@ class Trainer(EM):
                 self.log.add({"kind": "final", "step": self.step, **self.measure()})
         measured = [row for row in self.log.rows if row["kind"] in ("epoch", "final")]
         final = measured[-1] if measured else {}
-        # Without images held out, training images were measured, which is not worth recording.
+        # Without held-out images, training images were measured. Their metrics are not recorded.
         recorded = ("val_images", "val_accuracy", f"val_{key}") if len(self.split.val) else ()
         likelihood = final.get(f"val_{key}")  # None if it was not finite
-        # How a run was cut into pieces says nothing about the model, and must not show in its file.
+        # The file of a run that was cut into pieces is the file of a whole run.
         unrecorded = {"max_minutes", *(("preset", "flow_options") if self.init_from else ())}
         model.config.training = {
             "data": self.data.name,
@@ -373,7 +353,7 @@ class Trainer(EM):
         if len(self.split.val):
             calibrate(model, self.data.subset(self.split.val), self.progress)
         if config.modes_rank:
-            # A class of n images has n - 1 modes; the others of small classes have length zero.
+            # A class of n images has n - 1 modes.
             data = self.data.subset(self.mode_rows())
             largest = int(np.bincount(data.targets).max())
             rank = max(1, min(config.modes_rank, largest - 1, model.dim))
@@ -387,7 +367,7 @@ class Trainer(EM):
 
 
 def _warn_of_another_split(before: dict[str, Any], data: ImageData, config: TrainConfig) -> None:
-    """Warn where a model that was trained on the same data, as `before` records, had other images held out."""
+    """Warn if a model that was trained on the same data, as `before` records, had other images held out."""
     then = before.get("config")
     if not isinstance(then, dict) or (before.get("data"), before.get("images")) != (data.name, len(data)):
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 import math
 import re
@@ -141,21 +140,6 @@ def test_a_run_tells_people_of_every_epoch_and_of_what_comes_after_the_last(
     assert epochs == ["1", "2"]
     assert re.search(r"train: .*loss [0-9.]+ nats/dim, [0-9.]+ bits/dim", err)
     assert all(f"{title}: 100%" in err for title in ("train", "encoding for the refit", "refit", "modes"))
-
-
-def test_the_estimate_includes_the_refit_and_the_modes(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", objective="hybrid", joint=False)
-    assert trainer.image_seconds > 0  # from the pass that starts a run
-    trainer.m_step()
-    assert trainer.latent_seconds > 0
-    trainer.image_seconds, trainer.latent_seconds = 2.0, 0.01
-    rows = len(trainer.split.nf) + len(trainer.split.g)
-    assert trainer.seconds_after() == pytest.approx((rows + 120) * 2 + 200 * rows * 0.01)
-    trainer.config.refit_beta = 0.0
-    assert trainer.seconds_after() == pytest.approx(120 * 2)  # the modes alone
-    bar = trainer_module._Bar(total=10, file=io.StringIO())
-    bar.n, bar.start_t, bar.after = 5, bar.start_t - 10, 3600.0
-    assert bar.format_dict["left"] == "1:00:10"
 
 
 def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
