@@ -27,7 +27,7 @@ from tqdm import tqdm
 import glem_augment.cli as cli
 from glem_augment import GLEM
 from glem_augment.io import _RawFile
-from glem_augment.training import Trainer, em, optim
+from glem_augment.training import Trainer, optim
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
@@ -87,7 +87,7 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_
     log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    optim.MAX_BAD_STEPS, em.REFIT_STEPS = 3, 5
+    optim.MAX_BAD_STEPS = 3
     Trainer.checkpoint_seconds = 0.0 if every_step else math.inf
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)

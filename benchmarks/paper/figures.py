@@ -79,7 +79,7 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
     gaussians.s.requires_grad_(config.learns("variances"))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
-        loss = m_step_loss(gaussians, statistics, config, config.kld_weight, 0.0)
+        loss = m_step_loss(gaussians, statistics, config, config.kld_weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,15 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from glem_augment import GLEM, ImageData, open_data
 from glem_augment.cli.common import table
 from glem_augment.cli.train import checked
+from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
-from glem_augment.training.objective import m_learning_rates
+from glem_augment.training.objective import LatentStatistics, m_learning_rates
+
+REFIT_STEPS, REFIT_LR = 200, 3e-3
 
 
 @dataclass
@@ -40,6 +45,9 @@ class Research:
         averaging: "ema", or "none" for the flow's last weights.
         beta_anneal: from this share of the run on, beta falls geometrically to this multiple of itself.
         equal_steps: an epoch without M-steps has only as many steps as one with M-steps.
+        refit_beta: beta of the Gaussians' refit at the end of a hybrid run with M-steps; None: beta; 0: no refit.
+
+    M-steps of a hybrid run have the cross-entropy, too, with classes of equal weight.
     """
 
     m_rounds: int = 1
@@ -48,6 +56,7 @@ class Research:
     averaging: str = "ema"
     beta_anneal: tuple[float, float] = (0.0, 1.0)
     equal_steps: bool = False
+    refit_beta: float | None = None
 
 
 def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Research]:
@@ -55,6 +64,29 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Research]:
     names = {field.name for field in fields(Research)}
     own = {name: value for name, value in settings.items() if name not in names}
     return own, Research(**{name: value for name, value in settings.items() if name in names})
+
+
+class KeptLatents(LatentStatistics):
+    """Statistics that keep the latents, for a cross-entropy."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.latents: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, z: Tensor, y: Tensor, nll: Tensor) -> None:
+        super().add(z, y, nll)
+        self.latents.append(z)
+        self.labels.append(y)
+
+    def cross_entropy(self, gaussians: ClassGaussians, config: TrainConfig) -> Tensor:
+        """Mean over the classes of their mean cross-entropy."""
+        z, y = torch.cat(self.latents), torch.cat(self.labels)
+        # Torch's own `weight` would weigh the smoothing by the classes that it is spread over.
+        weight = (1 / self.count.clamp_min(1)).to(z.dtype)[y]
+        scores = config.ce_scale * gaussians.log_prob(z)
+        each = F.cross_entropy(scores, y, label_smoothing=config.label_smoothing, reduction="none")
+        return ((weight * each).sum() / weight.sum()).double()
 
 
 class ResearchTrainer(Trainer):
@@ -86,23 +118,60 @@ class ResearchTrainer(Trainer):
         return sum(self.m_done <= r for r in before) if epoch < self.frozen_from else 0
 
     def e_step(self, *batch: Any) -> tuple[float, float]:
-        with self.annealed():
+        with self.with_beta(self.annealed()):
             return super().e_step(*batch)
 
     def m_step(self) -> None:
-        with self.annealed():
+        with self.with_beta(self.annealed()):
             super().m_step()
 
-    @contextmanager
-    def annealed(self) -> Iterator[None]:
-        """Lower beta for one step."""
-        (start, end), beta = self.research.beta_anneal, self.config.beta
+    def annealed(self) -> float:
+        """beta now."""
+        start, end = self.research.beta_anneal
         late = max(0.0, self.step / self.total_steps - start) / (1 - start)
-        self.config.beta = beta * end**late
+        return self.config.beta * end**late
+
+    @contextmanager
+    def with_beta(self, beta: float) -> Iterator[None]:
+        """Another beta for a while."""
+        before, self.config.beta = self.config.beta, beta
         try:
             yield
         finally:
-            self.config.beta = beta
+            self.config.beta = before
+
+    @property
+    def crossed(self) -> bool:
+        """Whether M-steps have the cross-entropy."""
+        return bool(self.config.beta) and not self.config.joint
+
+    def new_statistics(self) -> LatentStatistics:
+        if not self.crossed:
+            return super().new_statistics()
+        return KeptLatents(self.model.num_classes, self.model.dim, self.device)
+
+    def m_loss(self, statistics: LatentStatistics) -> Tensor:
+        loss = super().m_loss(statistics)
+        if isinstance(statistics, KeptLatents):
+            loss = loss + self.config.beta * statistics.cross_entropy(self.model.gaussians, self.config)
+        return loss
+
+    def refit_rows(self) -> np.ndarray:
+        if not self.crossed:
+            return super().refit_rows()
+        if self.research.refit_beta == 0:
+            return np.empty(0, np.int64)
+        return self.some_of_each_class(np.concatenate([self.split.nf, self.split.g]), self.model.num_classes)
+
+    def refit(self, model: GLEM, rows: np.ndarray) -> None:
+        if not self.crossed:
+            return super().refit(model, rows)
+        statistics = self.latent_pass(self.m_total, rows, model)
+        self.m_optimizer.state.clear()
+        beta = self.research.refit_beta
+        with self.with_beta(self.config.beta if beta is None else beta):
+            for step in range(REFIT_STEPS):
+                self.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS))
 
     @torch.no_grad()
     def gaussian_step(self, rate: float) -> None:

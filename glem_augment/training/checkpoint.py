@@ -34,8 +34,8 @@ from glem_augment.training.config import TrainConfig, without_gone
 NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
 _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4", 32
 # Settings in which the two halves of a run may differ. "threads", "memory" and "compile" change the order of additions,
-# and with it the last bits of the weights; "refit_beta" and "modes_rank" act after the last step.
-FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "refit_beta", "modes_rank"}
+# and with it the last bits of the weights; "modes_rank" acts after the last step.
+FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "modes_rank"}
 # Temporary files of glem_augment.io.atomic_write, which a killed process leaves behind.
 _LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 

@@ -61,8 +61,8 @@ class TrainConfig:
     - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
     - "mle" (the paper's Baseline 2), "hybrid" and "ib" (beyond the paper) have no repulsion.
 
-    After M-steps, the Gaussians are fitted once more at the end to latents of the training images under the averaged
-    flow: in closed form for "mle", by 200 steps of Adam with the cross-entropy's weight `refit_beta` for "hybrid".
+    After M-steps without repulsion, the Gaussians are fitted once more at the end, in closed form, to latents of the
+    training images under the averaged flow.
 
     Raises:
         ValueError, TypeError: a value that makes no sense.
@@ -135,10 +135,6 @@ class TrainConfig:
     m_steps: int = _setting(
         5, int, "Adam steps of the M-step at the start of an epoch, on a tenth of the images (none with --joint)", low=1
     )
-    refit_beta: float = _setting(
-        BY_OBJECTIVE, float, "beta of the Gaussians' refit at the end of a hybrid run; 0: no refit",
-        shown="beta, or 0 with --joint", research=True,
-    )  # fmt: skip
     modes_rank: int = _setting(64, int, "principal modes per class, fitted at the end; 0 for none", high=4096)
     augment: tuple[str, ...] = _setting(
         (), "names", f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all "
@@ -172,17 +168,12 @@ class TrainConfig:
         for name, value in (HYBRID_JOINT if ours else shared).items():
             if getattr(self, name) == BY_OBJECTIVE:
                 setattr(self, name, value)
-        if self.refit_beta == BY_OBJECTIVE:
-            self.refit_beta = 0.0 if self.joint else self.beta
         for name in SETTINGS:
             setattr(self, name, check_setting(name, getattr(self, name)))
         # A resumed run has lost the order in which they were given.
         self.flow_options = dict(sorted(self.flow_options.items()))
-        if not hybrid and (self.beta or self.refit_beta):
-            raise ValueError(
-                f"objective={self.objective!r} has no cross-entropy, got beta={self.beta} and "
-                f"refit_beta={self.refit_beta}; use 'hybrid'"
-            )
+        if not hybrid and self.beta:
+            raise ValueError(f"objective={self.objective!r} has no cross-entropy, got beta={self.beta}; use 'hybrid'")
         if self.latent_noise and self.autoencoder is None:
             raise ValueError(
                 "latent_noise is for training in an autoencoder's latents: give autoencoder, or leave it out"
@@ -212,7 +203,7 @@ class TrainConfig:
 
 SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
 # Checkpoints may name these settings, which do not exist any more. With these values they change nothing.
-_GONE = dict(averaging="ema", m_rounds=1, sigma_lr_scale=1.0, freeze_gaussians_at=1.0, beta_anneal=None)
+_GONE = dict(averaging="ema", m_rounds=1, sigma_lr_scale=1.0, freeze_gaussians_at=1.0, beta_anneal=None, refit_beta=0.0)
 
 
 def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:

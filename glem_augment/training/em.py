@@ -40,7 +40,6 @@ from glem_augment.training.start import EVAL_BATCH, LEAST_IMAGES, MOST_NUMBERS, 
 
 KLD_WEIGHT_END, EMA_DECAY = 0.5, 0.999
 JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
-REFIT_STEPS, REFIT_LR = 200, 3e-3
 _COUNTERS = ("step", "m_done", "bad_steps", "rollbacks")
 
 
@@ -139,24 +138,25 @@ class EM(Start):
 
     def m_step(self) -> None:
         """One pass over D_g and `m_steps` Adam steps on the Gaussians (Eq. 5, the flow fixed)."""
-        beta, steps = self.config.beta, self.config.m_steps
-        statistics = self.latent_pass(self.m_done, self.split.g, keep=bool(beta))
+        statistics, steps = self.latent_pass(self.m_done, self.split.g), self.config.m_steps
         for rate in self.m_rates[self.m_done * steps : (self.m_done + 1) * steps]:
-            self._gaussian_loss_step(statistics, rate * self.lr_scale, beta)
+            self.descend(statistics, rate * self.lr_scale)
         if self.m_done == 0:
             # As the authors do: the moments of the first, large gradients are forgotten.
             self.m_optimizer.state.clear()
         self.m_done += 1
 
-    def _gaussian_loss_step(self, statistics: LatentStatistics, rate: float, beta: float) -> None:
+    def m_loss(self, statistics: LatentStatistics) -> Tensor:
+        """The M-step's loss, the same on all ranks."""
+        return m_step_loss(self.model.gaussians, statistics, self.config, self.kld_weight())
+
+    def descend(self, statistics: LatentStatistics, rate: float) -> None:
+        """One step of Adam down `m_loss`. DivergenceError: the loss or its gradient is not finite."""
         gaussians = self.model.gaussians
         self._let_gaussians_learn(True)
-        loss = m_step_loss(gaussians, statistics, self.config, self.kld_weight(), beta)
+        loss = self.m_loss(statistics)
         self.m_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        loss = loss.detach().to(gaussians.mu)
-        if beta:  # else the statistics, and with them the loss, are all ranks' already
-            add_up_gradients(gaussians, loss)
         grads = [p.grad for p in gaussians.parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
             raise DivergenceError(f"the M-step's loss or its gradient is not finite (loss {loss.item():.4g})")
@@ -175,43 +175,28 @@ class EM(Start):
 
     # ---- the refit -----------------------------------------------------------------------------------------------
 
-    @property
-    def refit_steps(self) -> int:
-        """Adam steps of the refit: none where the loss is the likelihood alone, whose maximum has a closed form."""
-        return REFIT_STEPS if self.config.refit_beta else 0
-
     def refit_rows(self) -> np.ndarray:
-        """Sorted indices of the images to refit on: all training images, or as many as memory holds the latents of."""
-        config, model = self.config, self.model
-        if config.learn == "none" or not (self.refit_steps or config.objective == "mle" and not config.joint):
+        """Sorted indices of the images to refit on: all training images after M-steps without repulsion, else none."""
+        if not self.m_total or self.config.repels:
             return np.empty(0, np.int64)
-        rows = np.concatenate([self.split.nf, self.split.g])
-        return self._some_of_each_class(rows, model.num_classes) if self.refit_steps else np.sort(rows)
+        return np.sort(np.concatenate([self.split.nf, self.split.g]))
+
+    def refit(self, model: GLEM, rows: np.ndarray) -> None:
+        """Fit the Gaussians to the latents of `rows` under `model`'s flow, since averaging has moved them."""
+        means, variances = (self.config.learns(which) for which in ("means", "variances"))
+        self.latent_pass(self.m_total, rows, model).most_likely(self.model.gaussians, means, variances)
 
     def mode_rows(self) -> np.ndarray:
         """Sorted indices of the images that the modes are fitted to; latents are held a class at a time."""
-        return self._some_of_each_class(np.arange(len(self.data)), 1)
+        return self.some_of_each_class(np.arange(len(self.data)), 1)
 
-    def _some_of_each_class(self, rows: np.ndarray, classes: int) -> np.ndarray:
+    def some_of_each_class(self, rows: np.ndarray, classes: int) -> np.ndarray:
         """Some of `rows`, chosen at random and sorted, so that memory holds the latents of `classes` classes."""
         rows = np.random.default_rng([self.config.seed, 0x2EF17]).permutation(rows)
         most = max(LEAST_IMAGES, MOST_NUMBERS // (self.model.dim * classes))
         return np.sort(
             np.concatenate([rows[self.data.targets[rows] == k][:most] for k in range(self.model.num_classes)])
         )
-
-    def refit(self, model: GLEM, rows: np.ndarray) -> None:
-        """Fit the Gaussians to the latents of `rows` under `model`'s flow, since averaging has moved them."""
-        config, steps = self.config, self.refit_steps
-        statistics = self.latent_pass(self.m_total, rows, keep=steps > 0, model=model)
-        if not steps:
-            statistics.most_likely(self.model.gaussians, config.learns("means"), config.learns("variances"))
-            return
-        self.m_optimizer.state.clear()
-        with self.bar_of("refit", steps, "step") as bar:
-            for step in range(steps):
-                self._gaussian_loss_step(statistics, REFIT_LR * (1 - step / steps), config.refit_beta)
-                bar.update()
 
     # ---- measuring and state -------------------------------------------------------------------------------------
 

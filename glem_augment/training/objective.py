@@ -1,8 +1,8 @@
 """The losses of the E-step (Eq. 3) and of the M-step (Eq. 5), and the M-step's statistics of the latents.
 
 For diagonal Gaussians the summed NLL depends on the latents only through n_y, sum z and sum z^2 of each class, so one
-pass over D_g serves any number of gradient steps on the Gaussians at O(K d). Two things need more: the range of the
-per-sample NLL and, with a cross-entropy term, the latents themselves; both are recorded in the same pass.
+pass over D_g serves any number of gradient steps on the Gaussians at O(K d). The same pass records the range of the
+per-sample NLL.
 """
 
 from __future__ import annotations
@@ -75,18 +75,13 @@ class LatentStatistics:
         nll_low, nll_high: range of the per-sample NLL in nats, log-determinant included.
     """
 
-    def __init__(
-        self, num_classes: int, dim: int, keep_latents: bool = False, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, num_classes: int, dim: int, device: torch.device | str = "cpu") -> None:
         zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
         self.count = torch.zeros(num_classes, **zeros)
         self.total = torch.zeros(num_classes, dim, **zeros)
         self.square = torch.zeros(num_classes, dim, **zeros)
         self.nll_low = torch.full((), math.inf, **zeros)
         self.nll_high = torch.full((), -math.inf, **zeros)
-        self.keep_latents = keep_latents
-        self.latents = [torch.empty(0, dim, device=device)]
-        self.labels = [torch.empty(0, dtype=torch.int64, device=device)]
 
     def add(self, z: Tensor, y: Tensor, nll: Tensor) -> None:
         """Take in a batch: z [B,d], y int64 [B], nll [B] nats."""
@@ -96,22 +91,13 @@ class LatentStatistics:
         self.square.index_add_(0, y, wide * wide)
         self.nll_low = torch.minimum(self.nll_low, nll.min().double())
         self.nll_high = torch.maximum(self.nll_high, nll.max().double())
-        if self.keep_latents:
-            self.latents.append(z)
-            self.labels.append(y)
 
     def add_ranks(self) -> None:
-        """Add up the sums, and join the ranges, over all ranks. Latents stay on the rank that kept them."""
+        """Add up the sums, and join the ranges, over all ranks."""
         ranges = torch.zeros(2, world_size(), dtype=torch.float64, device=self.count.device)
         ranges[:, rank()] = torch.stack([self.nll_low, self.nll_high])
         add_up(self.count, self.total, self.square, ranges)
         self.nll_low, self.nll_high = ranges[0].min(), ranges[1].max()
-
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """The latents [N,d] and labels [N] that this rank kept, joined once."""
-        if len(self.latents) > 1:
-            self.latents, self.labels = [torch.cat(self.latents)], [torch.cat(self.labels)]
-        return self.latents[0], self.labels[0]
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance [K,d] of each class's latents."""
@@ -172,12 +158,9 @@ def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
 
 
 def m_step_loss(
-    gaussians: ClassGaussians, statistics: LatentStatistics, config: TrainConfig, kld_weight: float, beta: float
+    gaussians: ClassGaussians, statistics: LatentStatistics, config: TrainConfig, kld_weight: float
 ) -> Tensor:
-    """The M-step's loss with the given lambda and beta; `TrainConfig` has the formula and the units.
-
-    With beta it is this rank's part of the loss, since every rank keeps other latents.
-    """
+    """The M-step's loss with the given lambda; `TrainConfig` has the formula and the units."""
     dim, k = gaussians.dim, gaussians.num_classes
     nll = statistics.balanced_nll(gaussians)
     repel = kld_weight > 0 and k > 1
@@ -195,17 +178,6 @@ def m_step_loss(
     loss = nll / dim
     if config.objective == "saturating" and repel:
         loss = loss - kld_weight * saturating_kld(gaussians, SATURATION * dim) / dim
-    if beta:
-        z, y = statistics.kept()
-        # Classes weigh the same, as in the likelihood. Torch's own `weight` would weigh the smoothing by the classes
-        # that it is spread over.
-        weight = (1 / statistics.count.clamp_min(1)).to(z.dtype)[y]
-        each = F.cross_entropy(
-            config.ce_scale * gaussians.log_prob(z), y, label_smoothing=config.label_smoothing, reduction="none"
-        )
-        whole = weight.sum()
-        add_up(whole)
-        loss = loss / world_size() + beta * ((weight * each).sum() / whole).double()
     return loss
 
 

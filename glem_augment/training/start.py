@@ -172,14 +172,12 @@ class Start:
         return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
     @torch.no_grad()
-    def latent_pass(
-        self, round_index: int, rows: np.ndarray, keep: bool = False, model: GLEM | None = None
-    ) -> LatentStatistics:
+    def latent_pass(self, round_index: int, rows: np.ndarray, model: GLEM | None = None) -> LatentStatistics:
         """One pass over the images `rows` with the noise of an M-step; with a bar at the start and for the refit."""
         title = "start: latents" if round_index < 0 else "encoding for the refit"
         bar = self.bar_of(title, len(rows), "image", round_index < 0 or model is not None)
         model = model or self.model
-        statistics = LatentStatistics(model.num_classes, model.dim, keep, self.device)
+        statistics = self.new_statistics()
         generator = self.generator(3, round_index + 1)
         with bar:
             for x, y, share in self.images(rows, EVAL_BATCH, self.views):
@@ -188,6 +186,10 @@ class Start:
                 bar.update(share.total)
         statistics.add_ranks()
         return statistics
+
+    def new_statistics(self) -> LatentStatistics:
+        """Statistics of no image so far."""
+        return LatentStatistics(self.model.num_classes, self.model.dim, self.device)
 
     def bar_of(self, title: str, total: int, unit: str, show: bool = True, begun: int = 0) -> tqdm:
         """A bar on stderr, if the run shows bars."""

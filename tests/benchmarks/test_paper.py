@@ -76,7 +76,7 @@ def test_research_settings_do_what_they_say(bundled_train: ImageData, tmp_path: 
 
     run.gaussian_step = noting
     run.fit()
-    assert at == [4 * epoch + 4 * r // m_rounds for epoch in range(2) for r in range(m_rounds)]
+    assert at == [4 * epoch + 4 * r // m_rounds for epoch in range(2) for r in range(m_rounds)]  # refit_beta=0
     wanted = [0.8 * 0.05 ** max(0.0, (step / 12 - 0.5) / 0.5) for step in at]
     assert betas == pytest.approx(wanted) and run.config.beta == 0.8
     assert float(moves[1] / moves[0]) == pytest.approx(3.0, rel=0.3)

@@ -53,7 +53,7 @@ def test_resuming_needs_a_run_with_the_same_settings_and_data(tmp_path: Path) ->
         tiny_trainer(out, resume=True, lr=0.1)
     with pytest.raises(TrainingError, match="other data"):
         tiny_trainer(out, toy_data(100), resume=True)
-    tiny_trainer(out, resume=True, sample_every=3, workers=0, refit_beta=0.0)
+    tiny_trainer(out, resume=True, sample_every=3, workers=0)
 
 
 def test_other_labels_names_or_pixels_are_other_data() -> None:

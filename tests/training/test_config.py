@@ -44,15 +44,15 @@ def test_bad_settings_are_refused_by_name(bad: dict[str, Any], message: str) -> 
 def test_defaults_follow_the_objective() -> None:
     def resolved(**settings: Any) -> tuple[Any, ...]:
         config = TrainConfig(**settings)
-        return config.beta, config.ce_scale, config.refit_beta, config.joint, config.random_init, config.psi
+        return config.beta, config.ce_scale, config.joint, config.random_init, config.psi
 
     paper = (False, None, (0.5, 0.2, 0.05))
     assert TrainConfig() == TrainConfig(objective="hybrid") == method("hybrid-joint")
-    assert resolved() == (0.3, 0.1, 0.0, True, (0.1, 0.0), None)
-    assert resolved(beta=0.8, random_init=None, psi=(1, 1, 1)) == (0.8, 0.1, 0.0, True, None, (1.0, 1.0, 1.0))
-    assert resolved(objective="hybrid", joint=False) == (0.3, 0.2, 0.3, *paper)
-    assert resolved(objective="ib") == (0.3, 0.2, 0.3, *paper)
-    assert all(resolved(objective=name) == (0.0, 1.0, 0.0, *paper) for name in ("glem", "saturating", "mle"))
+    assert resolved() == (0.3, 0.1, True, (0.1, 0.0), None)
+    assert resolved(beta=0.8, random_init=None, psi=(1, 1, 1)) == (0.8, 0.1, True, None, (1.0, 1.0, 1.0))
+    assert resolved(objective="hybrid", joint=False) == (0.3, 0.2, *paper)
+    assert resolved(objective="ib") == (0.3, 0.2, *paper)
+    assert all(resolved(objective=name) == (0.0, 1.0, *paper) for name in ("glem", "saturating", "mle"))
     assert TrainConfig(**TrainConfig(objective="glem").to_dict()) == TrainConfig(objective="glem")  # a checkpoint's
 
 

@@ -36,7 +36,7 @@ def test_e_step_losses_equal_their_definitions(learns: bool, objective: str, bet
         gaussians.s.normal_(generator=g)
     gaussians.requires_grad_(learns)
     z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
-    config = TrainConfig(objective=objective, beta=beta, joint=False, refit_beta=0.0, label_smoothing=0.1, ce_scale=0.5)
+    config = TrainConfig(objective=objective, beta=beta, joint=False, label_smoothing=0.1, ce_scale=0.5)
     loss, nll = e_step_loss(gaussians, z, logdet, y, config)
     mu, std = gaussians.mu, gaussians.variance().sqrt()
     scores = torch.distributions.Normal(mu, std).log_prob(z[:, None]).sum(2)
@@ -88,7 +88,7 @@ def unbalanced(k: int = 3, d: int = 5) -> tuple[ClassGaussians, Tensor, Tensor, 
         gaussians.s.normal_(std=3)
     y = torch.arange(k).repeat_interleave(torch.arange(1, k + 1) * 4)
     z = torch.randn(len(y), d, dtype=torch.float64) + y[:, None]
-    statistics = LatentStatistics(k, d, keep_latents=True)
+    statistics = LatentStatistics(k, d)
     nll = -gaussians.log_prob_of(z, y).detach() + 7
     for part in torch.arange(len(y)).split(5):
         statistics.add(z[part], y[part], nll[part])
@@ -115,7 +115,7 @@ def test_the_most_likely_variance_is_about_the_mean_that_stays(means: bool) -> N
 
 
 def brute_force(
-    gaussians: ClassGaussians, z: Tensor, y: Tensor, config: TrainConfig, weight: float, beta: float, nll: Tensor
+    gaussians: ClassGaussians, z: Tensor, y: Tensor, config: TrainConfig, weight: float, nll: Tensor
 ) -> Tensor:
     """The M-step's loss from its definition in ``TrainConfig``, with double loops over classes."""
     k, d = gaussians.mu.shape
@@ -135,10 +135,7 @@ def brute_force(
     if config.objective == "glem":
         class_means = torch.stack([sum(kl(a, b) for b in range(k) if b != a) / (k - 1) for a in range(k)]).detach()
         return loss / spread(nll) - weight * sum(kl(a, b) for a, b in pairs) / (k * d) / spread(class_means)
-    log_p = (config.ce_scale * gaussians.log_prob(z)).log_softmax(1)
-    smooth = config.label_smoothing
-    each = -(1 - smooth) * log_p[torch.arange(len(y)), y] - smooth * log_p.mean(1)
-    loss = loss / d + beta * torch.stack([each[y == c].mean() for c in y.unique()]).mean()
+    loss = loss / d
     if config.objective == "saturating":
         t = 0.05 * d
         loss = loss - weight * sum(t * (1 - torch.exp(-kl(a, b) / t)) for a, b in pairs) / len(pairs) / d
@@ -146,24 +143,13 @@ def brute_force(
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7, 20.0])
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(objective="glem"),
-        dict(objective="saturating"),
-        dict(objective="mle"),
-        dict(objective="hybrid", beta=0.4, ce_scale=1.0),
-        dict(objective="hybrid", beta=0.4, label_smoothing=0.1),
-    ],
-    ids=lambda o: "-".join(str(v) for v in o.values()),
-)
-def test_m_step_loss_and_gradient_equal_brute_force(options: dict[str, Any], weight: float) -> None:
+@pytest.mark.parametrize("objective", ["glem", "saturating", "mle"])
+def test_m_step_loss_and_gradient_equal_brute_force(objective: Any, weight: float) -> None:
     gaussians, z, y, statistics = unbalanced()
-    config = TrainConfig(**options)
-    beta = options.get("beta", 0.0)
+    config = TrainConfig(objective=objective)
     nll = (-gaussians.log_prob_of(z, y) + 7).detach()
-    loss = m_step_loss(gaussians, statistics, config, weight, beta)
-    want = brute_force(gaussians, z, y, config, weight, beta, nll)
+    loss = m_step_loss(gaussians, statistics, config, weight)
+    want = brute_force(gaussians, z, y, config, weight, nll)
     torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-10)
     parameters = (gaussians.mu, gaussians.s)
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True):
@@ -175,7 +161,7 @@ def test_identical_gaussians_leave_the_step_to_the_likelihood() -> None:
     with torch.no_grad():
         gaussians.mu.fill_(0.3)
         gaussians.s.zero_()
-    loss = m_step_loss(gaussians, statistics, TrainConfig(objective="glem"), 5.0, 0.0)
+    loss = m_step_loss(gaussians, statistics, TrainConfig(objective="glem"), 5.0)
     got, want = (torch.autograd.grad(value, gaussians.mu)[0] for value in (loss, balanced(gaussians, z, y)))
     assert F.cosine_similarity(got.flatten(), want.flatten(), 0).item() == pytest.approx(1, abs=1e-9)
 
@@ -200,4 +186,4 @@ def test_a_single_class_has_nothing_to_repel() -> None:
     gaussians, statistics = ClassGaussians(1, 3), LatentStatistics(1, 3)
     statistics.add(torch.randn(8, 3), torch.zeros(8, dtype=torch.long), torch.rand(8))
     for objective in ("glem", "saturating"):
-        assert m_step_loss(gaussians, statistics, TrainConfig(objective=objective), 3.0, 0.0).isfinite()
+        assert m_step_loss(gaussians, statistics, TrainConfig(objective=objective), 3.0).isfinite()

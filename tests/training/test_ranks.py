@@ -88,7 +88,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "glem": dict(batch_size=5, epochs=5, augment=("flip", "crop", "rotate", "jitter"), memory="reversible"),
     # More ranks than images in a batch: the third one has none, ever.
     "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2),
-    "ib-joint": dict(batch_size=9, epochs=2, objective="ib", joint=True, refit_beta=0.1),
+    "ib-joint": dict(batch_size=9, epochs=2, objective="ib", joint=True),
     "mle": dict(batch_size=50, epochs=6, objective="mle", random_init=(0.3, 0.0)),
 }
 
