@@ -18,8 +18,8 @@ _MIN_STD = 1e-3  # a channel that never varies would otherwise become infinite
 class Autoencoder(Protocol):
     """A module with these two methods, both differentiable.
 
-    One that also has the attributes `factor` (the image's side divided by the latent's) and `channels` (of its latents)
-    is not tried on an image to find them out.
+    It may also have the attributes `factor` (the image's side divided by the latent's) and `channels` (of the latents).
+    Otherwise it is tried on an image.
     """
 
     def encode(self, x: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class Autoencoder(Protocol):
 class StandardisedAutoencoder(nn.Module):
     """A frozen autoencoder with its latents standardised per channel: `h = (E(x) - mean) / std`.
 
-    Latents of published autoencoders differ in scale from family to family and from channel to channel, so mean and
-    standard deviation come from images, once, in `fit`. They are stored with the model; the autoencoder is not.
+    Latents of published autoencoders differ in scale from family to family and from channel to channel. So `fit` takes
+    mean and standard deviation from images, once. They are stored with the model; the autoencoder is not.
 
     Args:
         autoencoder: it is put into eval mode and frozen.
@@ -68,7 +68,7 @@ class StandardisedAutoencoder(nn.Module):
         return self.autoencoder.decode(h * self.std + self.mean)  # type: ignore[operator]
 
     def logdet(self, pixels: int) -> Tensor:
-        """log|det dh / dE(x)| in nats, the same for all images, where the latents have so many pixels h * w."""
+        """log|det dh / dE(x)| in nats, the same for all images, for latents of h * w `pixels`."""
         return -self.std.log().sum() * pixels
 
     @torch.no_grad()

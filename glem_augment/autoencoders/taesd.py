@@ -1,7 +1,7 @@
 """The TAESD family: tiny convolutional autoencoders of photographs, distilled from large image generators.
 
-Published by O. Boer Bohan under MIT as `madebyollin/taesd`, `taesdxl` (4 channels), `taesd3`, `taef1` (16 channels) and
-`taef2` (32 channels) on the Hugging Face Hub. All have 64 features, three halvings of the image, and blocks of three
+Source: O. Boer Bohan, MIT, on the Hugging Face Hub: `madebyollin/taesd`, `taesdxl` (4 channels), `taesd3`, `taef1` (16
+channels) and `taef2` (32 channels). All have 64 features, three halvings of the image, and blocks of three
 convolutions. taef2 has one more branch in the blocks at the lowest resolution: a group norm over the whole image.
 """
 

@@ -12,7 +12,7 @@ from glem_augment.flows.matexp import PLANES_UP_TO, expm_apply, expm_apply_low_r
 
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
-# Beyond this size S is the product of two thin factors, because a full S would need n^2 outputs per pixel.
+# Above this size S is the product of two thin factors: a full S would need n^2 outputs per pixel.
 FULL_MATRIX_UP_TO = 24
 
 
@@ -81,8 +81,8 @@ class AffineCoupling(Coupling):
 def row_bounded(raw: Tensor, bound: float, dim: int) -> tuple[Tensor, Tensor]:
     """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`: absolute row sums stay below `bound`.
 
-    The slope at 0 is `bound`. Unlike an entrywise bound of r/n this lets a single entry use the whole budget of its
-    row, so a diagonal S can scale by e^(+-r) whatever n. Returns S and the denominators.
+    The slope at 0 is `bound`. A single entry may use the whole budget of its row, unlike with an entrywise bound of
+    r/n. So a diagonal S can scale by e^(+-r) for every n. Returns S and the denominators.
     """
     denominators = 1 + raw.abs().sum(dim, keepdim=True)
     return raw * (bound / denominators), denominators

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.precision import full_precision
 
-# How much of the numbers the inverse of a module may be off, and by how many nats per number its log-determinant. Its
-# Jacobian takes seconds at so many numbers at most, and minutes far above.
+# Tolerances of an inverse, as a share of the numbers, and of a log-determinant, in nats per number. The Jacobian takes
+# seconds up to so many numbers, and minutes far above.
 _WRONG_SHARE, _WRONG_LOGDET, _MOST_NUMBERS = 0.01, 0.01, 1024
 
 
@@ -27,12 +27,12 @@ class CustomFlow(Flow):
             and `forward_and_log_det(z)` back. z is a tensor, or several that are concatenated.
         image_shape: (C, H, W).
 
-    A copy of the module is tried on random images first. The module itself is not called, so one that initialises
-    itself in its first call does so on the first images that the model gets.
+    A copy of the module is tried on random images first. So a module that initialises itself in its first call does so
+    on the first images of the model.
 
     Raises:
         TypeError: a module of no such kind. ValueError: z of another size, no logdet per image, numbers that are not
-            finite, a wrong inverse, or a log-determinant of the wrong sign or size. Log-determinants are compared with
+            finite, a wrong inverse, or a wrong log-determinant. Log-determinants are compared with
             the Jacobian for up to 1024 numbers, and not checked for more.
     """
 

@@ -1,9 +1,9 @@
 """Jet: a flow of couplings on patches of the image, with vision transformers as their networks.
 
 Source: Kolesnikov et al., "Jet: A Modern Transformer-Based Normalizing Flow", 2024, arXiv:2412.15129, Sec. 3. An image
-is cut into patches, one token each. There are no ActNorms, no learned mixings and no levels; a coupling splits either
-the channels of every token, in a fixed random order, or the tokens, as the fields of a checkerboard or as stripes. The
-free half becomes `(x2 + b(x1)) * 2 sigmoid(a(x1))`, which is the identity at the start.
+is cut into patches, one token each. There are no ActNorms, no learned mixings and no levels. Some couplings split the
+channels of every token, in a fixed random order. Others split the tokens, as a checkerboard or as stripes. The free
+half becomes `(x2 + b(x1)) * 2 sigmoid(a(x1))`, which is the identity at the start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from glem_augment.flows.subnets import Subnet
 # and checkerboards when they have all been used.
 KINDS = ("channels", "channels", "channels", "channels", "tokens")
 PATTERNS = ("checkerboard", "checkerboard-inv", "columns", "columns-inv", "rows", "rows-inv")
-# Jet sees 2 (v + u) / 255 - 1 for pixel level v and noise u in [0, 1), this library's flows see (v + u) / 256 - 1/2.
+# For pixel level v and noise u in [0, 1), Jet's input is 2 (v + u) / 255 - 1. The input of a `Flow` is
+# (v + u) / 256 - 1/2.
 _SCALE, _SHIFT = 512 / 255, 1 / 255
 
 
@@ -155,8 +156,8 @@ class JetFlow(Flow):
 def order_of_tokens(rows: int, columns: int, pattern: str) -> Tensor:
     """The tokens of a grid, int64 [rows * columns]: first the half that passes unchanged.
 
-    As in the published code, "columns" takes every second token of the whole sequence, which are columns only where
-    their number is even.
+    As in the published code, "columns" takes every second token of the whole sequence. With an odd number of columns
+    these are no columns.
     """
     index = torch.arange(rows * columns, device="cpu")
     kind, _, inverted = pattern.partition("-")

@@ -21,8 +21,8 @@ RIDGE = 1e-3
 class Flow(nn.Module):
     """An invertible map with a tractable log-determinant: x [B,C,H,W] <-> flat z [B, C*H*W].
 
-    `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are in nats, of
-    shape [B], and belong to the direction that was computed, so the two of a round trip cancel.
+    `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
+    Each belongs to its direction, so the two of a round trip cancel.
 
     Args:
         image_shape: (C, H, W).
@@ -45,7 +45,7 @@ class Flow(nn.Module):
 
         Args:
             memory: "stored" (the default: the fastest), or "reversible": rebuilt from outputs through the exact
-                inverse, so that activation memory does not grow with depth, for about a third more time.
+                inverse. Then activation memory does not grow with depth; steps take about a third longer.
 
         Raises:
             ValueError: another word.

@@ -1,12 +1,11 @@
 """The multi-scale flow: levels of a squeeze and steps, with half of the channels leaving after each level.
 
-A step is ActNorm, 1x1 mixing and coupling. Inside a level the state is *channel-major*, [C, B, H, W]. A 1x1 mixing is
-then one matrix product [C, C] x [C, B*H*W], and a half of the channels is one contiguous block. The squeeze's
-permutation copies anyway, so it changes the order for free. Only the networks inside couplings see images, channels
-last.
+A step is ActNorm, 1x1 mixing and coupling. Inside a level the state is *channel-major*, [C, B, H, W]. Then a 1x1 mixing
+is one matrix product [C, C] x [C, B*H*W]. A half of the channels is one contiguous block. The squeeze's permutation
+copies anyway, so it changes the order for free. Only the networks inside couplings see images, channels last.
 
-ActNorm and mixing do not depend on the image. Their exponentials are computed for all steps of a level at once, once
-per pass, and are kept while the weights are frozen.
+ActNorm and mixing do not depend on the image. Their exponentials are computed once per pass, for all steps of a level
+together, and kept while the weights are frozen.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from glem_augment.flows.precision import full_precision
 from glem_augment.flows.reversible import reversible
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
-# How often torch.compile may compile a step for each level: with and without gradients, in training and eval mode, in
-# reduced precision, for a batch of another size, and the first step, whose input needs no gradient.
+# How often torch.compile may compile a step of a level. It compiles anew without gradients, in eval mode, in reduced
+# precision, for another batch size, and for the first step, whose input needs no gradient.
 _COMPILATIONS_PER_LEVEL = 32
 
 

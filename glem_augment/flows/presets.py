@@ -199,12 +199,14 @@ def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: An
     Args:
         name: one of `PRESETS`.
         image_shape: (C, H, W); any C, with H and W divisible by 2^levels (patch * 2^(levels - 1)).
-        overrides: settings of the preset to change, e.g. `depth=[4, 4]`: `coupling` ("matexp", "affine"),
-            `depth` (steps), `blocks` and `width` (of the subnets), one number per level each, `actnorm`
-            ("element", "channel"), `bound` (of a coupling's log-scales), `rank` (of wide couplings, for `mef_*`
-            alone), `subnet` ("residual", "bottleneck", "depthwise", "transformer"), `activation` of the first
-            three ("elu", "silu", "relu", "gelu"), `patch` (side of the pixel blocks that the first level makes
-            channels; later levels: 2).
+        overrides: settings of the preset to change, e.g. `depth=[4, 4]`.
+
+            - One number per level: `depth` (steps), `blocks` and `width` (of the subnets).
+            - `coupling`: "matexp", "affine". `bound`: of a coupling's log-scales. `rank`: of wide couplings of `mef_*`.
+            - `subnet`: "residual", "bottleneck", "depthwise", "transformer". `activation`, but for transformers: "elu",
+              "silu", "relu", "gelu".
+            - `actnorm`: "element", "channel".
+            - `patch`: side of the pixel blocks that the first level makes channels; later levels: 2.
 
     Raises:
         ValueError: no such preset or option, a value out of range, or a size that the levels do not divide.

@@ -1,8 +1,8 @@
 """Training a level without storing its activations: they are rebuilt from its output through the exact inverse.
 
 Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for the idea; a flow needs no special blocks for
-it. The coupling's network is evaluated once in the backward pass, on the half that passes unchanged, and serves both to
-undo the coupling and to differentiate it. So a step costs one forward pass of its network more than ordinarily.
+it. The backward pass evaluates the coupling's network once, on the half that passes unchanged. The result serves to
+undo the coupling and to differentiate it. So a step costs one more forward pass of its network.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class DepthwiseBlock(nn.Module):
 
 
 class TokenLinear(nn.Conv2d):
-    """A 1x1 convolution, applied to tokens [B, T, c] as the linear map that it is, which trains faster on a CPU."""
+    """A 1x1 convolution, applied to tokens [B, T, c] as a linear map, which trains faster on a CPU."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(channels, out_channels, 1)
@@ -90,7 +90,7 @@ class TokenLinear(nn.Conv2d):
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention over the pixels of x, then a pre-norm MLP of four times the width with GELU.
 
-    Without a number of heads each has 32 channels where 32 divides the width, else the next larger size that does.
+    By default a head has 32 channels, or the next larger number that divides the width.
     """
 
     def __init__(self, width: int, heads: int | None = None) -> None:
@@ -115,12 +115,12 @@ class TransformerBlock(nn.Module):
 class Subnet(nn.Module):
     """A convolution, residual blocks, and a last convolution that starts at zero: a coupling starts as the identity.
 
-    `forward(x)` takes [B, in_channels, H, W], float32 (or float64), in any memory format, and returns
+    `forward(x)` takes [B, in_channels, H, W], float32 (or float64), in any memory format. It returns
     [B, out_channels, H, W] of the same dtype in channels_last format.
 
     `autocast` (a dtype or None) runs the first convolution and the blocks in reduced precision; the rest runs in the
-    input's dtype. It is a switch for training. Encoding and decoding must use the same value, and only float32 meets
-    the library's round-trip promise, so models are loaded with it off.
+    input's dtype. It is a switch for training. Encoding and decoding must use the same value. Models are loaded with
+    it off, because only float32 meets the library's round-trip promise.
 
     Args:
         kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published. Elsewhere it is

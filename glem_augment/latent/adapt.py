@@ -139,7 +139,7 @@ def _left_out(z: Tensor, mean: Tensor, scatter: Tensor, n: int, pooled: Tensor, 
 
 
 def _left_out_of_covariance(score: Tensor, modes: ClassModes, y: Tensor) -> Tensor:
-    """log N of latents, each under its class's mean and full covariance C without it, from the `score` [N] with it.
+    """log N of latents, each under its class's mean and covariance C without it, from the `score` [N] with it.
 
     With d = z - m and q = d C^-1 d, the mean without z is m - d / (n - 1), and C loses c d d^T with
     c = (1 - a) n / (n - 1)^2; W, and the factor 1 / (n - 1) of the scatter, are kept. Hence (Sherman & Morrison)

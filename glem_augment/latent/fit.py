@@ -14,8 +14,8 @@ from glem_augment.checks import check_whole
 from glem_augment.errors import DataError
 from glem_augment.latent.modes import ClassModes
 
-# The least variance of a dimension outside the modes. It keeps densities finite, and its root is far below one uint8
-# step (4e-3), so nobody can see it in a decoded image.
+# The least variance of a dimension outside the modes. It keeps densities finite. Its root is far below one uint8 step
+# (4e-3), so it is invisible in a decoded image.
 REST_FLOOR = 1e-8
 # Eigenvalues below this share of the largest are rounding, not variation: their directions would be noise.
 RELATIVE_TOLERANCE = 1e-10
@@ -187,7 +187,7 @@ def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, directions = _decomposed(rows, min(rank, *rows.shape))
     real = values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]
     values, directions = values[real], directions[real]
-    # Vectors from a Gram matrix are orthogonal only up to rounding relative to the largest singular value, so weak ones
+    # Vectors from a Gram matrix are orthogonal up to rounding relative to the largest singular value. So weak vectors
     # lean on strong ones. A QR decomposition (Gram-Schmidt in the order of strength) removes that.
     directions = torch.linalg.qr(directions.T).Q.T
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))

@@ -40,8 +40,8 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     sum_k p_k s_k - s_y, is zero. T = 1 is the floor because a few images that are all recognised would ask for T = 0.
 
     Args:
-        scores: [N, K], log p(x|y) up to a constant per image, in nats, of images that the densities were not fitted to.
-            Images whose scores are not all finite are left out.
+        scores: [N, K], log p(x|y) in nats, up to a constant per image, of held-out images. Images whose scores are not
+            all finite are left out.
         y: int64 [N].
     """
     scores = scores.double()

@@ -1,6 +1,6 @@
 """Principal modes of every class's latents, and moves along them (principal-mode mixup, RFCM).
 
-A class of n images in d dimensions has a covariance of rank n - 1 at most, and n < d as a rule. No d x d matrix is
+The covariance of a class of n images in d dimensions has at most rank n - 1. As a rule n < d. No d x d matrix is
 needed: a class is its mean, its k strongest modes with their standard deviations, and the remaining variance per
 dimension,
 
@@ -26,7 +26,7 @@ from glem_augment.latent.gaussians import ClassSampler
 
 # How far a class's covariance is shrunk to the pooled one: of 0, 0.2, 0.5, 0.8 and 1 the best for held-out images.
 SHRUNK = 0.8
-# When every row of a batch brings its own [k, d] modes, this many floats are gathered at a time (16 MiB).
+# Every row of a batch may need other modes [k, d]; so many floats are gathered at a time (16 MiB).
 GATHER_FLOATS = 2**22
 
 
@@ -215,8 +215,8 @@ class ClassModes(ClassSampler):
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
-        `noise` [B, noise_size] is standard normal: first the k coefficients e, then the d numbers e', then a number
-        that chooses the part, each as often as it has images.
+        `noise` [B, noise_size] is standard normal: the k coefficients e, the d numbers e', and a number that chooses
+        the part. A part comes as often as it has images.
         """
         along, outside = noise[:, : self.rank], noise[:, self.rank : self.rank + self.dim]
         if self.parts > 1:

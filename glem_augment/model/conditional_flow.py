@@ -23,8 +23,7 @@ from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.latent.modes import ClassModes
 from glem_augment.model.config import GLEMConfig
 
-# Images per pass through the flow in the calls that take any number of them, and their pixels per pass through an
-# autoencoder, which bound the memory of activations.
+# Images per pass through the flow, and pixels per pass through an autoencoder. They bound the memory of activations.
 _CHUNK, _CHUNK_PIXELS = 256, 2**19
 
 _Flow = TypeVar("_Flow", bound="ConditionalFlow")
@@ -329,7 +328,7 @@ class ConditionalFlow(nn.Module):
     def latents_of_classes(
         self, data: ImageData, rows: Sequence[np.ndarray], seed: int, count: Callable[[int], object] | None = None
     ) -> Callable[[int], Tensor]:
-        """A function from the class y to the latents of the images `rows[y]`, [n, d] on the CPU, of the model's dtype.
+        """A function from the class y to the latents of the images `rows[y]`: [n, d] on the CPU.
 
         The dequantisation noise of a class depends on `seed` and y alone. `count` is told how many images were encoded.
         All ranks call the function together: each encodes its share, and all get all latents.

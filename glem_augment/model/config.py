@@ -215,8 +215,10 @@ def _short(value: Any) -> str:
 
 
 def _check_readable(value: Any, depth: int = 0) -> None:
-    """Check that a parsed config can be shown and saved again: it is finite, not too deep, and has neither control
-    characters, which a terminal would obey, nor lone surrogates, which JSON can hold and UTF-8 can't."""
+    """Check that a parsed config can be shown and saved again.
+
+    It must be finite and not too deep. A terminal would obey control characters, and UTF-8 has no lone surrogates.
+    """
     if depth > MAX_DEPTH:
         raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value if c not in "\n\t"):

@@ -319,10 +319,9 @@ class GLEM(ConditionalFlow):
     ) -> GLEM:
         """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
 
-        Every class of the data gets the mean of its latents, their variances shrunk towards the pooled ones, and its
-        principal modes, in one pass over `data`. A model without a flow ("identity") gets full covariances if there are
-        at least eight images per dimension. The posterior's temperature is fitted to latents that are left out. All
-        ranks call this together.
+        One pass over `data` gives every class the mean of its latents, shrunk variances, and principal modes. A model
+        without a flow ("identity") gets full covariances if there are at least eight images per dimension. The
+        posterior's temperature is fitted to latents that are left out. All ranks call this together.
 
         Args:
             data: see `fit_modes`.

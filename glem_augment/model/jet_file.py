@@ -1,10 +1,9 @@
 """Weights of `jet-pytorch`, read as they are.
 
 The package (PyPI, Apache-2.0) saves a `state_dict` as one safetensors file, with neither configuration nor classes. The
-configuration follows from the shapes and from the orders of tokens, but for three things, which are taken to be as in
-the published weights: heads have 64 channels (unless the caller knows better), scales are twice a sigmoid, and the
-couplings of channels and tokens follow one another as in `flows.jet.KINDS`. The model has one class, a standard normal,
-until it is adapted.
+shapes and the orders of tokens tell the configuration, but for three things. They are assumed to be as in the published
+weights: heads have 64 channels by default; scales are twice a sigmoid; couplings of channels and tokens alternate as in
+`flows.jet.KINDS`. The model has one class, a standard normal, until it is adapted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Model folders, `model.safetensors` beside `config.json`: written atomically, validated on load.
 
-The files may come from a stranger. A config of a few hundred bytes can describe a model of any size, but a weights file
-cannot lie about its size. So the sizes that the config implies are compared with the size of the weights file, then
-with its header, and only then is memory taken: at most twice the size of the files and a few MiB of Python objects.
+The files may come from a stranger. A config of a few hundred bytes can describe a model of any size, but the size of a
+weights file is known. The sizes that the config implies are compared with the size of the weights file, then with its
+header. Only then is memory taken: at most twice the size of the files and a few MiB of Python objects.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Split:
 def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float, seed: int) -> Split:
     """Split every class in the same proportions (GLEM, Sec. 4.3: |D_g| = 0.1 |D|).
 
-    Every class keeps at least one image in `nf` and `g`, and has one in `val` if it has three images.
+    Every class has at least one image in `nf` and in `g`. A class of three images or more has one in `val`.
 
     `val_fraction`, the share of each class for `val`, is lowered so that `val` has about `MAX_HELD_OUT` images at most.
     """
@@ -77,8 +77,8 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, s
     Torchvision's transforms would draw one set of parameters for the whole batch.
 
     Args:
-        names: any of "flip" (horizontal), "crop" (shift by up to an eighth of the side, edges repeated), "rotate"
-            (up to 12 degrees) and "jitter" (brightness, contrast and, for RGB, saturation by up to 10 %).
+        names: any of "flip" (horizontal); "crop" (shift by up to an eighth of the side, edges repeated); "rotate" (up
+            to 12 degrees); "jitter" (brightness, contrast and, for RGB, saturation by up to 10 %).
         share: the part of a batch that x is, see `draw_noise`.
 
     Returns:
@@ -156,6 +156,6 @@ def latent_views(
 
 
 def choose_views(x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
-    """One view [b, C, h, w] of each of the images [b, V, C, h, w], which are the part `share` of a batch."""
+    """One random view [b, C, h, w] of each of the images x [b, V, C, h, w], the part `share` of a batch."""
     view = torch.randint(x.shape[1], (share.total,), generator=generator)[share.rows].to(x.device)
     return x[torch.arange(len(x), device=x.device), view]

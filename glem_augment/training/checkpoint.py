@@ -5,7 +5,7 @@ Nothing in it is ever executed. There are two names, each always a whole file or
 
 - `checkpoint.safetensors`: the newest state;
 - `checkpoint.good.safetensors`: the rollback point of a diverged run, and the spare for a damaged newest state. It is
-  written at step 0 and at ends of epochs, never by the clock, so rollbacks depend on neither speed nor kills.
+  written at step 0 and at ends of epochs. So rollbacks depend on neither speed nor kills.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class TrainConfig:
     - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
     - "mle" (the paper's Baseline 2), "hybrid" and "ib" (beyond the paper) have no repulsion.
 
-    After M-steps without repulsion, the Gaussians are fitted once more at the end, in closed form, to latents of the
+    After M-steps without repulsion, a refit ends the run. It fits the Gaussians in closed form to latents of the
     training images under the averaged flow.
 
     Raises:

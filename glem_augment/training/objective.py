@@ -1,8 +1,8 @@
 """The losses of the E-step (Eq. 3) and of the M-step (Eq. 5), and the M-step's statistics of the latents.
 
-For diagonal Gaussians the summed NLL depends on the latents only through n_y, sum z and sum z^2 of each class, so one
-pass over D_g serves any number of gradient steps on the Gaussians at O(K d). The same pass records the range of the
-per-sample NLL.
+For diagonal Gaussians the summed NLL depends on the latents only through n_y, sum z and sum z^2 of each class. So one
+pass over D_g serves any number of gradient steps on the Gaussians, each in O(K d). The same pass records the range of
+the per-sample NLL.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class LatentStatistics:
     def start_of_new_flow(self, gaussians: ClassGaussians) -> None:
         """Set the means to shrunk class means, at the scale of the Gaussians."""
         # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that. The means of a
-        # few images are mostly noise, which would set classes hundreds of nats apart before anything is learned.
-        # Rare pixels have far-out means; the cut keeps the first steps from being about them alone.
+        # few images are mostly noise, and would set classes hundreds of nats apart at the start. Rare pixels have
+        # far-out means, which would rule the first steps without the cut.
         means = self.total / (self.count[:, None] + SHRINKAGE)
         gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
@@ -185,9 +185,9 @@ def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:
     """Adam's learning rates in `m_steps` M-steps of `each` steps; they sum to 1.45, which is how far a mean can move.
 
     The sum keeps range-normalised repulsion finite. The authors let a mean move by 0.1 in each of 10 epochs, 880
-    E-steps in all, then by 0.01 falling geometrically to 0.001 at epoch 100. Here the first tenth of the M-steps shares
-    1.0 of the sum. But the flow could not follow means that move faster than theirs, in a single M-step or over the
-    `e_steps` of the run: in short runs more of the M-steps share it, and the shortest do not spend all.
+    E-steps in all. Then it moves by 0.01, falling geometrically to 0.001 at epoch 100. Here the first tenth of the
+    M-steps shares 1.0 of the sum. The flow could not follow means that move faster than the authors'. So in short runs
+    more M-steps share it, and the shortest runs do not spend all.
     """
     early = max(10, round(0.1 * m_steps), math.ceil(880 * m_steps / max(1, e_steps)))
     late = max(0, m_steps - early)

@@ -33,7 +33,7 @@ CALM = 10  # steps in a row that were not away make a checkpoint good
 def flow_optimizer(flow: nn.Module, config: TrainConfig, total_steps: int) -> tuple[torch.optim.Optimizer, Scheduler]:
     """Adamax with linear warm-up, then two halvings or a cosine (GLEM, Sec. 5.2).
 
-    A run that is too short for its warm-up has a lower rate, which it reaches at half of its steps. A flow without
+    A run that is too short for its warm-up has a lower rate, reached at half of its steps. A flow without
     weights has the same schedule, which jointly learned Gaussians follow.
     """
     warmup = min(config.warmup_steps, total_steps // 2)
@@ -112,9 +112,8 @@ class LossGuard:
     It judges by medians of the last 25 steps, which a few spikes can't move. A step that is not finite counts as
     infinite. A run is away in two cases:
 
-    - its loss exceeds b + max(1, |b|, 10 v), where b is its best, the lowest median of the last 500 steps, and v the
-      median absolute difference from one loss to the next, a measure of noise that neither a trend nor a few spikes
-      can raise;
+    - its loss exceeds b + max(1, |b|, 10 v). b is the lowest median of the last 500 steps. v, the median absolute
+      difference from one loss to the next, measures noise: neither a trend nor a few spikes can raise it;
     - its likelihood is worse, by a bit per dimension, than uniform noise and than the untrained flow. Once it was
       better than independent pixels, the limit is halfway from independent pixels to uniform noise. Repulsion of the
       classes may cost some likelihood.
