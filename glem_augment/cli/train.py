@@ -8,8 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +64,16 @@ _VIEW = {
     "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,
     "log_to": None, "unlabelled": False,
 }  # fmt: skip
+# What argparse needs to know of the kinds of settings. The text of lists and tables is parsed by `_typed`.
+PARSING: dict[Any, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    int: {"type": common.whole(0), "metavar": "N"},
+    float: {"type": common.number(), "metavar": "X"},
+    "numbers": {"nargs": "+", "metavar": "X"},
+    "names": {"metavar": "LIST"},
+    "text": {"metavar": "NAME"},
+    "table": {"action": "append", "metavar": "KEY=JSON"},
+}
 SKIPPED_FILE = "skipped.json"
 LARGE = 64  # pixels above which a flow is slow on a CPU
 FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
@@ -121,58 +130,22 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if "group" in about:
             group = parser.add_argument_group(about["group"])
         text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
-        action = group.add_argument(
-            "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS if about.get("research") else text,
-            **_parsing(name, about),
-        )
+        shown = argparse.SUPPRESS if about.get("research") else text
+        kind = about["kind"]
+        parsing: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else PARSING[kind]
+        action = group.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, help=shown, **parsing)
         if about.get("research"):
             hidden[action] = text
 
 
-def _parsing(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What argparse needs to know of a setting's values."""
-    kind = about["kind"]
-    if isinstance(kind, tuple):
-        return {"choices": kind}
-    parsing: dict[Any, dict[str, Any]] = {
-        bool: {"action": argparse.BooleanOptionalAction},
-        int: {"type": common.whole(0), "metavar": "N"},
-        float: {"type": common.number(), "metavar": "X"},
-        "numbers": {"nargs": "+", "metavar": "X"},
-        "names": {"type": _names, "metavar": "LIST"},
-        "text": {"metavar": "NAME"},
-        "table": {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"},
-    }
-    return parsing[kind]
-
-
-def _flow_option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=JSON, such as depth=[4,4]")
-    try:
-        return key.strip(), json.loads(value)
-    except ValueError:
-        # A bare word is a string: coupling=affine need not be coupling='"affine"'.
-        return key.strip(), value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    text = text.strip()
-    if text in ("none", ""):
-        return ()
-    return AUGMENTATIONS if text == "paper" else tuple(part.strip() for part in text.split(","))
+def _flag(name: str) -> str:
+    """The option of a setting."""
+    return "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}"
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names, in the form that TrainConfig takes."""
-    values = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    if "flow_options" in values:
-        values["flow_options"] = dict(values["flow_options"])
-    return {name: _typed(name, value, f"--{name.replace('_', '-')}: ") for name, value in values.items()}
+    """The settings that the command line names, in the types that TrainConfig takes."""
+    return {name: _typed(name, getattr(args, name), f"{_flag(name)}: ") for name in SETTINGS if hasattr(args, name)}
 
 
 def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -186,16 +159,19 @@ def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, where: str) -> Any:
-    """`value` in the setting's type: YAML reads 1e-2 as text, and numbers of the command line are text too."""
+    """`value` in the setting's type. Lists of the command line are text, and YAML reads 1e-2 as text."""
     about = SETTINGS[name]
     kind = about["kind"]
     try:
-        if kind == "numbers" and about["optional"] and value in ("none", ["none"]):
+        if kind == "table" and isinstance(value, list):
+            value = dict(map(_flow_option, value))
+        elif kind == "numbers" and about["optional"] and value in ("none", ["none"]):
             value = None
         elif kind == "numbers" and isinstance(value, list):
             value = [float(v) for v in value]
         elif kind == "names" and isinstance(value, str):
-            value = _names(value)
+            named = {"none": (), "": (), "paper": AUGMENTATIONS}
+            value = named.get(value.strip(), [part.strip() for part in value.split(",")])
         elif kind in (int, float) and isinstance(value, str):
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
@@ -204,6 +180,16 @@ def _typed(name: str, value: Any, where: str) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         text = str(error) if name in str(error) else f"{name} can't be {value!r}"
         raise ValueError(f"{where}{text}") from None
+
+
+def _flow_option(text: Any) -> tuple[str, Any]:
+    """`depth=[4,4]` as a key and a value; a bare word, as in `coupling=affine`, is a string."""
+    key, equals, value = (part.strip() for part in str(text).partition("="))
+    if not key or not equals:
+        raise ValueError(f"flow_options are KEY=JSON, such as depth=[4,4], got {text!r}")
+    with suppress(ValueError):
+        return key, json.loads(value)
+    return key, value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -98,52 +98,36 @@ def download_model(
     return config.parent, str(found)
 
 
-def download_jet(text: str, *, revision: str | None = None, **client: Any) -> tuple[Path, str, str | None]:
-    """Download weights of `jet-pytorch`, or find them in the cache. The arguments are those of `download_model`.
-
-    Returns:
-        The safetensors file, `org/name@commit`, and the licence that the repository's card states, if any.
-
-    Raises:
-        ModelFileError, HubError: as `download_model`.
-    """
-    file, origin = _only_weights(text, revision, "README.md", **client)
-    card, licence = file.with_name("README.md"), None
-    if card.is_file():
-        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    return file, origin, licence if isinstance(licence, str) else None
-
-
-def download_autoencoder(text: str, **client: Any) -> tuple[Path, str]:
-    """Download an autoencoder `org/name[@revision]`, or find it in the cache.
-
-    Returns:
-        The weights file, with config.json beside it if there is one, and `org/name@commit`.
-
-    Raises:
-        ModelFileError, HubError: as `download_model`.
-    """
-    return _only_weights(text, None, CONFIG, **client)
-
-
-def _only_weights(
+def download_weights(
     text: str,
-    revision: str | None,
-    beside: str,
+    *,
+    revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
-) -> tuple[Path, str]:
-    """The one safetensors file of a repository, with the file `beside` it if there is one, and `org/name@commit`."""
+) -> tuple[Path, str, str | None]:
+    """Download the weights of another library, or find them in the cache: a Jet's or an autoencoder's.
+
+    The arguments are those of `download_model`.
+
+    Returns:
+        The only safetensors file of the repository, with config.json beside it if there is one; `org/name@commit`; the
+        licence that the repository's card states, if any.
+
+    Raises:
+        ModelFileError, HubError: as `download_model`.
+    """
     name = _name(text, revision)
     with hub_errors(name):
-        wanted, client = ["*.safetensors", beside], _client(cache_dir, token)
+        wanted, client = ["*.safetensors", CONFIG, "README.md"], _client(cache_dir, token)
         folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
         found, files = HubName(name.repo_id, folder.name), sorted(folder.glob("*.safetensors"))
         files = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
         if len(files) != 1:
             raise HubError(f"{found} has {len(files)} safetensors files: the file of the weights is not clear")
         _check_digest(found, files[0])
-    return files[0], str(found)
+    card = folder / "README.md"
+    licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    return files[0], str(found), licence if isinstance(licence, str) else None
 
 
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:

@@ -48,7 +48,7 @@ def open_jet(text: str, build: Callable[..., Any], heads: int | None = None, **c
     """
     path, origin, licence = expand(text), None, None
     if not path.is_file():
-        path, origin, licence = hub().download_jet(text, **client)
+        path, origin, licence = hub().download_weights(text, **client)
     config, flow = load_jet(path, heads)
     if heads is None:
         warnings.warn(

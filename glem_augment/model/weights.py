@@ -94,7 +94,7 @@ def find_folder(name: str | os.PathLike[str], revision: str | None, **client: An
 
 def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tuple[nn.Module, dict[str, str]]:
     """`open_autoencoder`, with downloads from the Hub."""
-    return open_autoencoder(name, lambda text: hub().download_autoencoder(text, **client), sha256)
+    return open_autoencoder(name, lambda text: hub().download_weights(text, **client)[:2], sha256)
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:

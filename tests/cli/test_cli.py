@@ -291,8 +291,6 @@ def test_generate_counts_by_class(
     with tarfile.open(tmp_path / "e" / "data" / "train-00000-of-00001.tar") as archive:
         found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]
     assert found == [b"1"] * 3
-    classes = json.loads((tmp_path / "e" / "glem-provenance.json").read_text())["classes"]
-    assert [(c["index"], c["name"], c["count"]) for c in classes] == [(0, "cat", 0), (1, "dog", 3)]
 
 
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
@@ -638,8 +636,9 @@ def test_a_stopped_run_says_how_to_go_on(image_folder: Path, tmp_path: Path) -> 
     argv = ["train", str(image_folder), "--out", str(tmp_path / "run"), "--epochs", "2000", *TINY, "--quiet"]
     command = [sys.executable, "-m", "glem_augment", *argv, "--batch-size", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline().startswith("data ")
-    time.sleep(0.5)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and '"kind": "step"' in log.read_text()):
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
