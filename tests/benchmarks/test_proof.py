@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from benchmarks.proof import augmentation_ops as ops
 from benchmarks.proof import augmentation_plan as planning
 from benchmarks.proof import augmentation_report as reporting
 from benchmarks.proof import augmentation_settings as settings
-from benchmarks.proof import no_network
+from benchmarks.proof import no_network, unlabelled
 from benchmarks.proof.augmentation_plan import Store
 from glem_augment import GLEM
 
@@ -85,6 +87,47 @@ def test_every_method_changes_images_and_keeps_labels_honest(name: str, flow: GL
             assert changed == 0 if name in ("none", "natural") else changed > 0.25  # mixing with l near 1 rounds away
             soft = name in ("mixup", "cutmix", "mode-mixup-any")
             assert labels.sum(1).allclose(torch.ones(COUNT)) if soft else torch.equal(labels, y)
+
+
+# ---- unlabelled images -----------------------------------------------------------------------------------------------
+
+
+def test_every_method_learns_from_unlabelled_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(settings.SETTINGS, "smoke", replace(settings.SMOKE, steps={"cnn": 3}))
+    monkeypatch.setattr(unlabelled, "best_stack", lambda name: [("cropflip", {})])
+    x = ops.as_float(unlabelled.task_of("smoke", 0).val[0][:4])
+    for method, values in unlabelled.VALUES.items():
+        value = values[0] and 0.0  # every label counts
+        logits = [unlabelled.run("smoke", method, value, moves, 0)(x) for moves in (None, *unlabelled.MOVES)]
+        assert all(part.shape == (4, 10) and bool(part.isfinite().all()) for part in logits)
+        assert torch.equal(logits[0], logits[1]) == (method == "labelled")
+
+
+def test_hopeless_methods_are_dropped_and_test_images_choose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = {"labelled": 50, "pseudo-labels": 70, "mean-teacher": 60, "fixmatch": 69}
+
+    def run(name: str, method: str, value: float | None, moves: unlabelled.Moves, seed: int) -> float:
+        lucky = seed != settings.TUNING_SEED and moves is None
+        return quality[method] + (value or 0.0) / 100 + (moves == ("noise", 1.0)) + 10 * lucky
+
+    monkeypatch.setattr(unlabelled, "run", run)
+    monkeypatch.setattr(unlabelled, "task_of", lambda name, seed: Mock())
+    monkeypatch.setattr(unlabelled, "accuracy", lambda network, images: network / 100)
+    options = ["--settings", "cifar10-50", "--seeds", "0", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["unlabelled.py", *options])
+    for _ in range(2):  # the second run finds all rows
+        unlabelled.main()
+        rows = json.loads((tmp_path / "unlabelled.json").read_text())
+        tested = [(row["method"], row["value"], row["moves"]) for row in rows if "accuracy" in row and row["seed"] == 0]
+        moves = ["noise", 1.0]
+        assert tested == [
+            ("labelled", None, None), ("pseudo-labels", 0.95, None), ("pseudo-labels", 0.95, moves),
+            ("fixmatch", 0.95, None), ("fixmatch", 0.95, moves),
+        ]  # fmt: skip
+        assert all(("accuracy" in row) == (row["seed"] != settings.TUNING_SEED) for row in rows)
+        assert len(rows) == sum(map(len, unlabelled.VALUES.values())) + 4 + 2 * 5
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
