@@ -117,7 +117,7 @@ class _Pool:
     def covariance(self) -> tuple[Tensor, Tensor, Tensor]:
         """Directions [k, d], their standard deviations [k], and the variance of every dimension [d]; float64."""
         if not self.freedom:
-            raise DataError("no class has two images, so nothing is known of how images of one class differ: add some")
+            raise DataError("no class has two images, so the variation within a class is unknown: add images")
         directions, values = leading_modes(self.rows, self.rank)
         return directions, values / math.sqrt(self.freedom), self.scatter / self.freedom
 

@@ -82,7 +82,7 @@ def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> A
     try:
         model = open_jet(name, build, config.flow.get("heads"), **client)
         if (file_sha256(model.origin_file), model.config.flow) != (digest, config.flow):
-            raise ModelFileError("it has changed since, or never had this flow")
+            raise ModelFileError("the file has changed, or holds another flow")
     except (ValueError, OSError) as error:
         raise ModelFileError(f"the flow is stored in jet:{name} alone, which can't be used: {error}") from None
     return model

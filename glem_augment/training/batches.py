@@ -45,7 +45,9 @@ def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float,
     counts = np.bincount(targets, minlength=num_classes)
     if counts.min() < 2:
         few = np.nonzero(counts < 2)[0][:5].tolist()
-        raise DataError(f"every class needs at least 2 images to fit a Gaussian; classes {few} have fewer")
+        raise DataError(
+            f"classes {few} have fewer than the 2 images that a Gaussian needs: add images, or leave these classes out"
+        )
     scale = min(1.0, MAX_HELD_OUT / max(1.0, val_fraction * len(targets)))
     parts: dict[str, list[np.ndarray]] = {"nf": [], "g": [], "val": []}
     for index in range(num_classes):

@@ -144,7 +144,7 @@ def remove_left_overs(folder: Path) -> None:
 def require_folder(folder: Path) -> None:
     """Raise FileNotFoundError if the output folder has vanished, rather than start a new one half-way."""
     if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"the output folder {folder} has vanished; the run can't go on")
+        raise FileNotFoundError(errno.ENOENT, f"the output folder {folder} has vanished: start the run again")
 
 
 # ---- the same run? -----------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ class LossGuard:
         self.medians.append(now)
         if self.away >= PATIENCE:
             if now > limit:
-                raise DivergenceError(f"the loss has left for good: {now:.4g} nats/dim, after {min(self.medians):.4g}")
+                raise DivergenceError(f"the loss stays high: {now:.4g} nats/dim, after {min(self.medians):.4g}")
             raise DivergenceError(
                 f"the flow has become worse than independent pixels: {likelihood:.4g} bits/dim, not {self.pixels:.4g}"
             )

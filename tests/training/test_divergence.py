@@ -199,7 +199,7 @@ def test_exploded_losses_return_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(optim, name, value)
     trainer = tiny_trainer(tmp_path, epochs=4)
     until_returned(trainer, lambda z, logdet: (z + 1e4, logdet), set(range(7, 100)))
-    with pytest.warns(UserWarning, match=r"step 8: the loss has left for good: .*Returned to step 4"):
+    with pytest.warns(UserWarning, match=r"step 8: the loss stays high: .*Returned to step 4"):
         model = trainer.fit()
     # Step 8 ends an epoch, but not calmly: there is nothing to return to.
     assert rollbacks(tmp_path) == [(4, 0.5, 1)] and model.config.training["bad_steps"] == 0
