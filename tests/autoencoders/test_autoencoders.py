@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import glem_augment
 from glem_augment.autoencoders import TAESD, StandardisedAutoencoder, latent_shape, open_autoencoder
-from glem_augment.autoencoders.taesd import load_taesd
+from glem_augment.autoencoders.published import load_taesd
 from glem_augment.errors import ModelFileError
 from glem_augment.io import file_sha256
 
