@@ -82,7 +82,7 @@ class TrainConfig:
         "hub:org/name[@revision]", shown="none",
     )  # fmt: skip
     latent_noise: float = _setting(
-        0.0, float, "standard deviation of the noise on an autoencoder's latents in training, in units of theirs"
+        0.0, float, "noise on an autoencoder's latents in training, in standard deviations of the latents"
     )  # fmt: skip
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: Objective = _setting(
@@ -116,10 +116,9 @@ class TrainConfig:
         "hundredth", research=True,
     )  # fmt: skip
     random_init: tuple[float, float] | None = _setting(
-        BY_OBJECTIVE, "numbers", "standard deviations at the start of the means, about 0, and of the variances' free "
-        "parameters (which are centred on a variance of 1 without psi); none: class means of the initial latents, "
-        "equal variances", count=2, optional=True, shown="0.1 0 for hybrid with --joint, else none", research=True,
-        group="class Gaussians",
+        BY_OBJECTIVE, "numbers", "random start: standard deviations of the means and of the variances' parameters; "
+        "none: start at class means of the initial latents, equal variances", count=2, optional=True,
+        shown="0.1 0 for hybrid with --joint, else none", research=True, group="class Gaussians",
     )  # fmt: skip
     psi: tuple[float, float, float] | None = _setting(
         BY_OBJECTIVE, "numbers", "variances are a*sigmoid(b*s)+c; none: plain variances", count=3, optional=True,
