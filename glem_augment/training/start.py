@@ -123,8 +123,12 @@ class Start:
             whiten.fit(*facts)
         layers = [module for module in self.model.flow.modules() if isinstance(module, nn.Conv2d)]
         with self.bar_of("start: ActNorm", len(layers), "layer") as bar, ExitStack() as stack:
+
+            def passed(*_: object) -> None:  # a hook's result would replace the output, and `update` has one
+                bar.update()
+
             for layer in layers:
-                stack.callback(layer.register_forward_hook(lambda *_: bar.update()).remove)
+                stack.callback(layer.register_forward_hook(passed).remove)
             self.model.initialise(x, self.generator(1))
         if init_model is not None:
             if (init_model.class_ids, init_model.config.psi) == (self.model.class_ids, config.psi):

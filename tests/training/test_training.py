@@ -8,6 +8,7 @@ import json
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation import calibrate
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
+from glem_augment.training import start as start_module
 from glem_augment.training import trainer as trainer_module
 from glem_augment.training.logs import tensorboard
 
@@ -132,6 +134,7 @@ def test_a_run_tells_people_of_every_epoch_and_of_what_comes_after_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "_STEP_ROWS_EVERY", 1)
+    monkeypatch.setattr(start_module, "tqdm", partial(start_module.tqdm, mininterval=0))  # drawn at every update
     tiny_trainer(tmp_path, toy_data(300), epochs=2, objective="hybrid", joint=False, progress=True).fit()
     out, err = capsys.readouterr()
     epochs = re.findall(r"epoch (\d)/2: [0-9.]+ bits/dim.*, accuracy [0-9.]+ % on held-out images", out)
