@@ -542,12 +542,7 @@ for argv in {}:
 def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
     file = str(tmp_path / "file")
     Path(file).write_text("")
-    helps = [
-        ["--help"],
-        ["--version"],
-        ["train", "--help-all"],
-        *([name, "--help"] for name in COMMANDS if name != "demo"),
-    ]
+    helps = [["--help"], ["--version"], ["train", "--help-all"], *([name, "--help"] for name in COMMANDS)]
     slips = {
         "unknown option --augmnet; did you mean --augment?": ["train", "x", "--augmnet", "flip"],
         "unknown option --hepl; did you mean --help?": ["--hepl"],
