@@ -6,6 +6,7 @@ import argparse
 import html
 import os
 import signal
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -28,11 +29,12 @@ SURPRISES = 12  # images shown as surprising
 SHOWN = 256  # pixels to which small images are enlarged
 STRENGTH, FIRST = 0.25, 3  # with which the page opens: most moves are kept, and the first mode's is seen
 LIKELIEST = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")  # colours of the likeliest classes along a line
+BUSY = threading.Lock()  # held while the page computes
 # Labels stand above their pictures, not on them; on a telephone, pictures before controls; captions are whole.
 CSS = """\
 .image-frame {padding-top: 1.7rem}
 @media (max-width: 700px) {.pictures {order: -1}}
-.grid-wrap {padding-top: 2rem !important}
+.grid-wrap {padding-top: 2rem !important; max-height: none !important}
 .grid-container {grid-template: none / repeat(auto-fill, minmax(9rem, 1fr)) !important; grid-auto-rows: auto !important}
 .grid-container .thumbnail-item {height: auto !important; aspect-ratio: auto !important}
 .grid-container img {aspect-ratio: 1; object-fit: contain !important}
@@ -87,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
         _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], prevent_thread_lock=True, **served)
         common.note(f"glem explore is at {url} (Ctrl-C ends it)")
         page.block_thread()
+        with BUSY:  # Python aborts if torch is at work in a thread at the end
+            pass
 
 
 def build_page(gr: Any, explorer: Explorer, real: bool) -> Any:
@@ -147,7 +151,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         with gr.Row():
             outputs = [picture(gr, label) for label in ("Original", "Moved", "Difference (grey: none)")]
         outputs.append(gr.Markdown())
-        with gr.Row():
+        with gr.Row(visible=len(names) > 1):
             outputs += [gr.Label(label=f"Posterior {when}", num_top_classes=5) for when in ("before", "after")]
     redraw(gr, page, show, inputs, outputs, "move")
 
@@ -176,8 +180,9 @@ def between_tab(gr: Any, page: Any, explorer: Explorer) -> None:
         with gr.Row():
             outputs = [picture(gr, label) for label in ("First", "Between", "Second")]
         axes = {"x": "share", "y": "probability", "color": "class", "y_lim": [0, 1]}
-        outputs.append(gr.HTML())  # the plot's own legend does not wrap
-        outputs.append(gr.LinePlot(label="Posterior along the line", colors_in_legend=[], **axes))
+        with gr.Column(visible=len(names) > 1):
+            outputs.append(gr.HTML())  # the plot's own legend does not wrap
+            outputs.append(gr.LinePlot(label="Posterior along the line", colors_in_legend=[], **axes))
     redraw(gr, page, show, inputs, outputs, "between")
 
 
@@ -191,8 +196,10 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
         posterior, bits, y = explorer.measured
         (confidence, best), own = posterior.max(1), posterior.gather(1, y[:, None])[:, 0]
         right = best == y
-        facts = f"Accuracy {100 * float(right.double().mean()):.2f} %, expected calibration error "
-        facts += f"{calibration_error(confidence, right):.4f}, {float(bits.mean()):.3f} {unit} given the class"
+        facts = f"{float(bits.mean()):.3f} {unit} given the class"
+        if len(names) > 1:
+            facts += f", accuracy {100 * float(right.double().mean()):.2f} %, expected calibration error "
+            facts += f"{calibration_error(confidence, right):.4f}"
         unlikely, odd = (order[:SURPRISES].tolist() for order in (bits.argsort(descending=True), own.argsort()))
         first = [entry(i, f"{names[y[i]]}, {bits[i]:.2f} {unit}") for i in unlikely]
         second = [entry(i, f"{names[y[i]]}? {names[best[i]]}, {100 * confidence[i]:.0f} %") for i in odd]
@@ -203,8 +210,9 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
 
     button = gr.Button(f"Measure the flow on {len(data)} images", variant="primary")
     outputs = [gr.Markdown()]
-    for title in ("The least likely images", "The images whose classes surprise the flow most"):
-        outputs.append(gr.Gallery(label=title, height="auto", interactive=False, format="png", buttons=["download"]))
+    for title, visible in (("The least likely images", True), ("The least likely labels", len(names) > 1)):
+        settings = {"height": "auto", "interactive": False, "format": "png", "buttons": ["download"]}
+        outputs.append(gr.Gallery(label=title, visible=visible, **settings))
     button.click(told(gr, measure), None, outputs, api_name="measure")
     gr.Markdown("## Are samples copies of real images?")
     with gr.Row():
@@ -232,7 +240,7 @@ def sample_controls(gr: Any, explorer: Explorer) -> list[Any]:
 def image_controls(gr: Any, explorer: Explorer, name: str, value: int = 0) -> list[Any]:
     return [
         gr.Slider(0, len(explorer.data) - 1, value, step=1, label=f"{name}: number in the data"),
-        gr.File(label=f"{name}: a file instead, {MOST_BYTES} at most", file_types=["image"], height=140),
+        gr.File(label=f"{name}: a file instead, {MOST_BYTES} at most", file_types=["image"], height=170),
     ]
 
 
@@ -262,7 +270,8 @@ def told(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*values: Any) -> Any:
         try:
-            return function(*values)
+            with BUSY:
+                return function(*values)
         except (GLEMError, ValueError, TypeError, OSError) as error:
             raise gr.Error(html.escape(" ".join(str(error).split()), quote=False), print_exception=False) from None
 

@@ -96,7 +96,7 @@ def test_every_tab_answers(
         assert legend.count("</b> ") == 3
         assert len(curve["data"] if "data" in curve else curve["value"]["data"]) == 3 * 41
         facts, *galleries = ask(name="measure")
-        assert facts.startswith("Accuracy ") and [len(gallery) for gallery in galleries] == [12, 12]
+        assert ", accuracy " in facts and [len(gallery) for gallery in galleries] == [12, 12]
         files = {entry["caption"].rpartition(", ")[2] for gallery in galleries for entry in gallery}
         assert files <= {f"{path.parent.name}/{path.name}" for path in Path(images_of(trained)).rglob("*.png")}
         _, verdict = ask(0, 0.8, "rfcm", 0, name="neighbours")
@@ -148,7 +148,7 @@ def test_a_browser_on_every_tab(photos: dict[str, str], tmp_path: Path, monkeypa
             page.get_by_text("Posterior along the line").wait_for()
             page.get_by_role("tab", name="Data").click()
             page.get_by_role("button", name="Measure the flow").click()
-            page.get_by_text("Accuracy").wait_for()
+            page.get_by_text(", accuracy").wait_for()
             page.get_by_role("button", name="Find the real images").click()
             page.get_by_text("samples are nearer to a training image").wait_for()
             nameless = (
