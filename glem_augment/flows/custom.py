@@ -22,9 +22,9 @@ class CustomFlow(Flow):
 
     Args:
         module: it sees images as numbers in [-1/2, 1/2), float32 [B,C,H,W]. Three kinds are understood:
-            `module(x) -> (z, logdet)` with `module.inverse(z) -> x` or `(x, logdet)`; FrEIA's `GraphINN`, which
-            inverts with `rev=True`; and normflows' flows, with `inverse_and_log_det(x)` from the image to the latent
-            and `forward_and_log_det(z)` back. z is a tensor, or several that are concatenated.
+            `module(x) -> (z, logdet)` with `module.inverse(z) -> x` or `(x, logdet)`; FrEIA's `GraphINN` and
+            `SequenceINN`, which invert with `rev=True`; and normflows' flows, with `inverse_and_log_det(x)` from the
+            image to the latent and `forward_and_log_det(z)` back. z is a tensor, or several that are concatenated.
         image_shape: (C, H, W).
 
     A copy of the module is tried on random images first. So a module that initialises itself in its first call does so
@@ -42,7 +42,7 @@ class CustomFlow(Flow):
             self.kind = "normflows"
         elif hasattr(module, "inverse"):
             self.kind = "inverse"
-        elif hasattr(module, "module_list") and hasattr(module, "global_out_shapes"):
+        elif any(parent.__module__.startswith("FrEIA.framework") for parent in type(module).__mro__):
             self.kind = "FrEIA"
         else:
             raise TypeError(f"{type(module).__name__} has no `inverse`, and is no flow of FrEIA or normflows")

@@ -201,5 +201,9 @@ class _ExpOfGenerators(torch.autograd.Function):
 
 
 def exp_of_generators(generators: Tensor, sign: float) -> Tensor:
-    """`exp(sign * A)` of A [S, c, c], float32 or float64. Can be differentiated once."""
+    """`exp(sign * A)` of A [S, c, c], float32 or float64. Can be differentiated once.
+
+    On a GPU the host waits here, because `torch.matrix_exp` chooses its degree by the norms of the matrices. A level
+    calls it once per pass in training, and once in all while its weights are frozen.
+    """
     return _ExpOfGenerators.apply(generators, sign)

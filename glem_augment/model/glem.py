@@ -262,7 +262,8 @@ class GLEM(ConditionalFlow):
         modes = "no modes" if self.modes is None else f"{self.modes.in_words(self.modes.rank)} modes per class"
         return (
             f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self.numbers_are}, "
-            f"{self.num_classes} classes, {parameters / 1e6:.2f} M flow parameters, {modes})"
+            f"{self.num_classes} class{'es' * (self.num_classes > 1)}, {parameters / 1e6:.2f} M flow parameters, "
+            f"{modes})"
         )
 
     # ---- fitting to labelled images ------------------------------------------------------------------------------

@@ -49,6 +49,13 @@ def freia() -> nn.Module:
     return ff.GraphINN([*nodes, half, ff.OutputNode(half.out0), ff.OutputNode(half.out1)])
 
 
+def freia_sequence() -> nn.Module:
+    flow = ff.SequenceINN(*SHAPE)
+    flow.append(fm.IRevNetDownsampling)
+    flow.append(fm.GLOWCouplingBlock, subnet_constructor=network)
+    return flow
+
+
 def normflows() -> nn.Module:
     flows = [nf.flows.GlowBlock(12, 16, scale=True, split_mode="channel") for _ in range(2)]
     flows.append(nf.flows.Squeeze())  # the first on the way from the image
@@ -57,7 +64,7 @@ def normflows() -> nn.Module:
     return flow
 
 
-@pytest.mark.parametrize("make", [Own, freia, normflows])
+@pytest.mark.parametrize("make", [Own, freia, freia_sequence, normflows])
 def test_a_foreign_flow_is_adapted_and_augments(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = make()
