@@ -32,8 +32,9 @@ server = test_hub.server  # the fixture: a Hub on the loopback interface
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and text of every block of code, in order."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    """Language and text of every block of code, in order. Lines that a backslash continues are joined."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", "")
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S)
 
 
 def commands(page: Path) -> list[list[str]]:
