@@ -29,8 +29,8 @@ EXAMPLES = """\
 
 IDENTITY: Literal["identity"] = "identity"
 INSTEAD = (
-    "use the modes of an autoencoder's latents: glem adapt identity DATA --autoencoder taef2 --image-size 128; "
-    "or, of small images, the modes of the pixels: glem adapt identity DATA"
+    "use the modes of the pixels: glem adapt identity DATA; or of an autoencoder's latents: glem adapt identity DATA "
+    "--autoencoder taef2 --image-size 128"
 )
 
 

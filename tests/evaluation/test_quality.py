@@ -149,7 +149,7 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
 def dead_leaves(count: int, seed: int) -> Tensor:
     """Images of overlapping discs, which have the statistics of photographs: uint8 [count,3,32,32]."""
     rng, (rows, columns) = np.random.default_rng(seed), np.mgrid[:32, :32]
-    images = np.empty((count, 3, 32, 32), np.uint8)
+    images = np.zeros((count, 3, 32, 32), np.uint8)
     for image in images:
         for _ in range(40):
             (y, x), radius = rng.integers(0, 32, 2), min(2 / rng.random() ** 0.5, 16)
@@ -158,12 +158,13 @@ def dead_leaves(count: int, seed: int) -> Tensor:
 
 
 def test_mush_covers_little_of_photographs() -> None:
+    g = torch.Generator().manual_seed(0)
     real, new, unseen = dead_leaves(60, 0), dead_leaves(60, 1), dead_leaves(60, 2)
     blurred = resized(resized(new.float(), (8, 8)), (32, 32)).to(torch.uint8)
-    mush = (real.float().mean(0) + 20 * torch.randn(60, 3, 32, 32)).clamp(0, 255).to(torch.uint8)
+    mush = (real.float().mean(0) + 20 * torch.randn(60, 3, 32, 32, generator=g)).clamp(0, 255).to(torch.uint8)
     *made, reference = latent_features(real, new, blurred, mush, unseen)
     covered = [coverage(reference, features)["coverage"] for features in made]
-    assert covered[0] > 0.5 and covered[1] < 0.2 and covered[2] < 0.1, covered
+    assert covered[0] > 0.8 and covered[1] < 0.2 and covered[2] < 0.1, covered
 
 
 def test_a_weak_judge_is_named(tmp_path: Path) -> None:
