@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from glem_augment import __version__
@@ -76,79 +78,17 @@ def run(args: argparse.Namespace) -> None:
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light; --ink: #22252a; --soft: #626873; --line: #e3e4e8; --tint: #f6f6f8; --mark: #2f5d8a; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff; font: 17px/1.6 system-ui, "Segoe UI", Helvetica, sans-serif; }
-main { max-width: 46rem; margin: 0 auto; padding: 3.5rem 1.25rem 4rem; }
-h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.015em; }
-h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .6rem; }
-h2 span { color: var(--mark); margin-right: .5em; }
-p { margin: 0 0 1rem; }
-.lead { font-size: 1.15rem; color: var(--soft); }
-section { margin-top: 2.5rem; padding-top: 2rem; border-top: 1px solid var(--line); }
-pre { margin: 0 0 1.25rem; padding: .8rem 1rem; overflow-x: auto; background: var(--tint); border-radius: 6px;
-  font: .82rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.found { padding-left: .9rem; border-left: 3px solid var(--mark); }
-table { width: 100%; border-collapse: collapse; margin: 0 0 1.25rem; }
-.numbers { font-size: .92rem; font-variant-numeric: tabular-nums; }
-.numbers th { color: var(--soft); font-weight: 500; }
-.numbers th, .numbers td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
-  border-bottom: 1px solid var(--line); }
-.numbers td:nth-child(2) { white-space: nowrap; }
-.cells { table-layout: fixed; }
-.cells th { font-size: .8rem; line-height: 1.25; font-weight: 500; color: var(--soft); text-align: left; padding: 2px; }
-.cells tbody th { width: 5.6rem; }
-.cells td { padding: 2px; }
-img { display: block; width: 100%; max-width: 100%; height: auto; border-radius: 2px; }
-.small img { image-rendering: pixelated; border-radius: 0; }
-footer { margin-top: 2.5rem; padding-top: 1.25rem; border-top: 1px solid var(--line); font-size: .88rem;
-  color: var(--soft); }
-@media (max-width: 600px) {
-  body { font-size: 16px; }
-  main { padding: 2rem 1rem 3rem; }
-  h1 { font-size: 1.7rem; }
-  .cells th { font-size: .7rem; }
-  .cells tbody th { width: 4.3rem; }
-  .cells th, .cells td { padding: 1px; }
-  .numbers { font-size: .85rem; }
-  .large thead { display: none; }
-  .large tr { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem .5rem; margin-bottom: .8rem; }
-  .large td::before { content: attr(data-label); font-size: .75rem; color: var(--soft); }
-}
-"""
-NEXT = """\
-glem demo --photos photos/ --out my-demo   # your photographs in part 1
-glem compare photos/ --out runs/compare    # does it help on your images?
-glem explore bundled:fashion-mnist         # samples and moves in a browser"""
-
 
 def page(parts: Sequence[Part], report: dict[str, Any]) -> str:
-    """One HTML file that loads nothing."""
-    quick = "<p class=found>A quick run: the numbers mean little.</p>" if report["quick"] else ""
-    body = "".join(shown(number, part) for number, part in enumerate(parts, 1))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>glem-augment: a demonstration</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>What glem-augment does</h1>
-<p class="lead">It makes training images for classifiers: it moves real images along the directions in which their class
-varies, and draws new ones. This page was made on your machine.</p>
-{quick}
-{body}
-<section><h2>Go on with your images</h2><pre>{escape(NEXT)}</pre></section>
-<footer>Made by <code>glem demo</code> of glem-augment {__version__} in {report["seconds"]:.0f} seconds
-({report["cpu_seconds"]:.0f} seconds of one processor core). All numbers are in report.json.</footer>
-</main>
-</body>
-</html>
-"""
+    """One HTML file that loads nothing: demo.html with these parts."""
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(
+        quick="<p class=found>A quick run: the numbers mean little.</p>" if report["quick"] else "",
+        parts="".join(shown(number, part) for number, part in enumerate(parts, 1)),
+        version=__version__,
+        seconds=f"{report['seconds']:.0f}",
+        cpu_seconds=f"{report['cpu_seconds']:.0f}",
+    )
 
 
 def shown(number: int, part: Part) -> str:

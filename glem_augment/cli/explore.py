@@ -27,7 +27,7 @@ MOST_BYTES = "20mb"  # of an upload
 MODES = 8  # that have a slider
 SURPRISES = 12  # images shown as surprising
 SHOWN = 256  # pixels to which small images are enlarged
-STRENGTH, FIRST = 0.25, 3  # with which the page opens: most moves are kept, and the first mode's is seen
+STRENGTH, FIRST = 0.25, 3  # at the start: most moves are kept, and the move along the first mode is visible
 LIKELIEST = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")  # colours of the likeliest classes along a line
 BUSY = threading.Lock()  # held while the page computes
 # Labels stand above their pictures, not on them; on a telephone, pictures before controls; captions are whole.
@@ -43,7 +43,7 @@ CSS = """\
 """
 DESCRIPTION = """\
 Start a local web page to explore a flow: samples, images of DATA (without it: samples) or files moved along the modes
-of their classes, lines between two images, and how the flow sees DATA. Needs the extra "explore".
+of their classes, lines between two images, and the likelihoods of DATA. Needs the extra "explore".
 """
 EXAMPLES = "  glem explore bundled:fashion-mnist\n  glem explore runs/photos photos/ --split val\n"
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C. What is uploaded or drawn lies in a temporary folder, which is then removed."""
+    """Serve the page until Ctrl-C. Uploads and pictures lie in a temporary folder, which is removed at the end."""
     from glem_augment.data.sources import without_splits
     from glem_augment.evaluation.explorer import Explorer, drawn
     from glem_augment.evaluation.metrics import spread
@@ -97,7 +97,7 @@ def build_page(gr: Any, explorer: Explorer, real: bool) -> Any:
     """The page as a `gradio.Blocks`. A model without modes has no tab for moves; without real images, none for data."""
     model, images = explorer.model, f"images of `{explorer.data.name}`" if real else "of its samples"
     with gr.Blocks(title="glem explore", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# What this flow knows\n\n`{model!r}`, and {len(explorer.data)} {images}")
+        gr.Markdown(f"# Explore a flow\n\n`{model!r}`, and {len(explorer.data)} {images}")
         with gr.Tab("Samples"), gr.Row():
             inputs = sample_controls(gr, explorer)
             with pictures(gr):
@@ -138,7 +138,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
 
     with gr.Column(scale=1):
         inputs = image_controls(gr, explorer, "Image")
-        choices = [("its own; of a file, the likeliest", -1), *zip(names, range(len(names)), strict=True)]
+        choices = [("class of the image; of a file, the likeliest", -1), *zip(names, range(len(names)), strict=True)]
         inputs.append(gr.Dropdown(choices, value=-1, label="Class along whose modes it moves"))
         policies = [("sliders below", "sliders"), *((name, name) for name in POLICIES)]
         inputs.append(gr.Radio(policies, value="sliders", label="Policy: what chooses the move"))
@@ -213,14 +213,14 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
     for title, visible in (("The least likely images", True), ("The least likely labels", len(names) > 1)):
         settings = {"height": "auto", "interactive": False, "format": "png", "buttons": ["download"]}
         outputs.append(gr.Gallery(label=title, visible=visible, **settings))
-    button.click(told(gr, measure), None, outputs, api_name="measure")
+    button.click(reporting(gr, measure), None, outputs, api_name="measure")
     gr.Markdown("## Are samples copies of real images?")
     with gr.Row():
         inputs = sample_controls(gr, explorer)
         with pictures(gr):
             compare = gr.Button("Find the real images nearest to samples")
             outputs = [picture(gr, "Samples and the real images nearest to them"), gr.Markdown()]
-    compare.click(told(gr, explorer.neighbours), inputs, outputs, api_name="neighbours")
+    compare.click(reporting(gr, explorer.neighbours), inputs, outputs, api_name="neighbours")
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -264,8 +264,8 @@ def shown(image: Tensor) -> Image.Image:
     return to_pil_image(visible(image[None], SHOWN, LONGEST)[0])
 
 
-def told(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with errors as one sentence on the page."""
+def reporting(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; its errors become one sentence on the page."""
 
     @wraps(function)
     def call(*values: Any) -> Any:
@@ -279,7 +279,7 @@ def told(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def redraw(gr: Any, page: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str) -> None:
-    """Draw the outputs when the page opens and whenever an input changes; of quick changes the last one counts."""
+    """Draw the outputs when the page opens and whenever an input changes; of quick changes the last counts."""
     triggers = [page.load, *(control.change for control in inputs)]
     settings = {"show_progress": "hidden", "trigger_mode": "always_last", "api_name": name}
-    gr.on(triggers, told(gr, function), inputs, outputs, **settings)
+    gr.on(triggers, reporting(gr, function), inputs, outputs, **settings)

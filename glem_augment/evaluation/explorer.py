@@ -1,6 +1,6 @@
-"""What `glem explore` shows of a flow, without its page.
+"""The answers of `glem explore`, without its page.
 
-Nothing is drawn or moved in a way of its own: samples are those of `SyntheticDataset`, moves those of `GLEMAugment`.
+Samples come from `SyntheticDataset`, and moves from `GLEMAugment`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from glem_augment.synthetic.dataset import SyntheticDataset
 
 __all__ = ["Explorer", "Moved", "drawn", "read_upload"]
 
-# An upload of more pixels than a camera takes is refused; one of more than a screen shows is reduced.
+# An upload beyond the pixels of a camera is refused; an upload beyond the pixels of a screen is reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
 NEIGHBOURS = 12  # samples that are compared with real images
 
@@ -47,7 +47,7 @@ class Moved(NamedTuple):
 
 
 class _Shown(GLEMAugment):
-    """The transform, which also has its last moved images [n, C, H, W] in `moved`, those that it puts back too."""
+    """The transform with its last moved images [n, C, H, W] in `moved`, including images that it puts back."""
 
     def _images(self, *values: Any) -> Tensor:
         self.moved = super()._images(*values)
@@ -55,12 +55,12 @@ class _Shown(GLEMAugment):
 
 
 class Explorer:
-    """What the page asks of a flow and of real images. Images are uint8 [C, H, W] on the CPU, uploads of any size.
+    """Samples, moves, lines and measurements for the page. Images are uint8 [C, H, W] on the CPU, uploads of any size.
 
     Args:
         model: modes are needed to move images.
         sets: images of the flow's shape, labelled by its class indices; and training images like them, if there are.
-            Pictures show the first ones at their own size.
+            Pictures show the first set at full size.
         progress: show a bar on stderr while images are measured.
     """
 
@@ -73,7 +73,7 @@ class Explorer:
         return SyntheticDataset(self.model, {cls: count}, temperature, seed, source=source).images(range(count))
 
     def sample_sheet(self, cls: int, temperature: float, source: DrawSource, seed: int) -> Image.Image:
-        """A picture of samples that says what they are."""
+        """A picture of samples with class, source, temperature and seed."""
         cells = self.samples(cls, temperature, source, seed).unflatten(0, (-1, 8))
         note = f"source {source}, temperature {temperature:g}, seed {seed}"
         return compose(f"Samples: {self.model.classes[cls]}", note, [Section("", cells)])
@@ -106,7 +106,7 @@ class Explorer:
         return image, int(self.model.predict(self._small(image)))
 
     def _small(self, *images: Tensor) -> Tensor:
-        """The images as the flow sees them, uint8 [n, C, H, W]."""
+        """The images in the flow's size and channels, uint8 [n, C, H, W]."""
         for image in images:
             self.pixels.check(image[None])
         return torch.cat([to_uint8(self.pixels.to_flow(self.pixels.to_unit(image[None]))) for image in images])
@@ -196,7 +196,7 @@ class _Upload(FolderSource):
         return image
 
 
-@lru_cache(maxsize=4)  # a slider asks for the same file again and again
+@lru_cache(maxsize=4)  # every move of a slider reads the same file
 def read_upload(path: str) -> Tensor:
     """An image file that may be hostile: uint8 [C, H, W], one channel if it is grey, at most 768 pixels a side.
 
