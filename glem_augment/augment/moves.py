@@ -35,7 +35,6 @@ Partner = Literal["same", "any"]
 BasisName = Literal["class", "shared"]
 LADDER = (0.5, 0.25, 0.125, 0.0625)  # the strengths that "auto" tries
 MOST_PUT_BACK, TRIALS = 0.05, 128  # the share of moves that "auto" lets be put back, and how many moves it tries
-MARGIN = 1.0  # images that leave [0, 1] by more are not plausible
 HALF_SCALE = 1024.0  # float16 gradients of a loss of order 1 underflow; only their direction matters
 
 
@@ -89,12 +88,6 @@ class Rows(NamedTuple):
 
 
 # ---- which moves are good --------------------------------------------------------------------------------------
-
-
-def plausible(decoded: Tensor, margin: float) -> Tensor:
-    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n]."""
-    low, high = decoded.flatten(1).aminmax(dim=1)
-    return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
 
 
 def comes_back(model: GLEM, images: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from glem_augment.augment.params import AugmentParams, MoveCounts, RandomState, 
 from glem_augment.augment.resize import PixelAdapter
 from glem_augment.checks import Policy, check_choice, check_number
 from glem_augment.data.classes import check_class_map
-from glem_augment.data.pixels import in_range
+from glem_augment.data.pixels import MARGIN, in_range, plausible
 from glem_augment.devices import evaluating, send, weights_key
 from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM, as_model
@@ -92,7 +92,7 @@ class GLEMAugment(nn.Module):
         num_classes: int | None = None,
         class_map: Sequence[int | None] | None = None,
         seed: int | None = None,
-        margin: float = moves.MARGIN,
+        margin: float = MARGIN,
     ) -> None:
         super().__init__()
         check_choice("policy", policy, get_args(Policy))
@@ -238,7 +238,7 @@ class GLEMAugment(nn.Module):
                     self._chosen.own().fill_(round(10_000 * strength))
                 moved, share = self._noised(model, rows, here.eps, strength, shown), None
             decoded = model.decode(moved, clamp=False)
-            good = moves.plausible(decoded, self.margin) & back
+            good = plausible(decoded, self.margin) & back
             if kind == "mix" and share is not None:
                 target = mixed_labels(target, data_cls, params, self._classes, share, good)
             elif kind == "posterior":
@@ -288,7 +288,7 @@ class GLEMAugment(nn.Module):
         eps = normal(len(back), self.modes, torch.Generator("cpu").manual_seed(0)).to(back.device)
         for strength in moves.LADDER:
             decoded = model.decode(self._noised(model, rows, eps, strength, shown), clamp=False)
-            yield strength, 1.0 - float((moves.plausible(decoded, self.margin) & back).float().mean())
+            yield strength, 1.0 - float((plausible(decoded, self.margin) & back).float().mean())
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of the user's size and range, from decoded ones at the flow's size; differentiable."""

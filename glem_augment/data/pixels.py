@@ -40,6 +40,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
 
+MARGIN = 1.0  # decoded images that leave [0, 1] by more are not plausible
 Noise: TypeAlias = torch.Generator | int | Tensor | None  # where dequantisation noise comes from, see `to_levels`
 
 
@@ -354,6 +355,12 @@ def from_levels(h: Tensor, bits: int) -> Tensor:
 def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Images, uint8 or float in [0,1], as floats of `dtype` in [0,1]."""
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def plausible(decoded: Tensor, margin: float) -> Tensor:
+    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n]."""
+    low, high = decoded.flatten(1).aminmax(dim=1)
+    return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
 
 
 def in_range(x: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.hub.download import LIBRARY, PREFIX, parse_name
-from glem_augment.model.config import licence_id
+from glem_augment.model.config import data_name, data_names, licence_id, records
 from glem_augment.model.glem import GLEM
 
 SAMPLES = "samples.png"
@@ -258,34 +257,9 @@ def _quality(report: Mapping[str, Any]) -> str:
 # ---- names -------------------------------------------------------------------------------------------------------
 
 
-def data_name(spec: object) -> str:
-    """A public name for training data, without private folders.
-
-    It is the last part of a path, the text after `bundled:`, or timm's name of a data set.
-    """
-    text = str(spec or "").strip().removeprefix("bundled:")
-    if text.lower().startswith(TIMM_PREFIXES):
-        text = text.partition("?")[0].partition("@")[0]
-    return PurePath(text.replace("\\", "/")).name or "unknown data"
-
-
-def data_names(training: Mapping[str, Any]) -> list[str]:
-    """Public names of the data that the flow was trained on, and of the data that it was then adapted to."""
-    unnamed = "data that its record does not name"
-    return [data_name(record["data"]) if record.get("data") else unnamed for record in reversed(records(training))]
-
-
 def trained_on(names: Sequence[str]) -> str:
     """Markdown for `data_names`."""
     return ", then adapted to ".join(map(escape, names))
-
-
-def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The record of a training, followed by the records of the flows from which the model was adapted."""
-    found = [training]
-    while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
-        found.append(before["training"])
-    return found
 
 
 def base_model(training: Mapping[str, Any]) -> str | None:

@@ -7,11 +7,13 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE
+from glem_augment.data.sources import TIMM_PREFIXES
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec, is_whole
 from glem_augment.latent.adapt import can_be_full
@@ -181,6 +183,31 @@ class GLEMConfig:
 def licence_id(value: object) -> str | None:
     """The identifier of a licence, as the Hub writes it, in a stranger's record; None for anything else."""
     return value if isinstance(value, str) and re.fullmatch(r"[a-z0-9.-]{1,50}", value) else None
+
+
+def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The record of a training, followed by the records of the flows from which the model was adapted."""
+    found = [training]
+    while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
+        found.append(before["training"])
+    return found
+
+
+def data_name(spec: object) -> str:
+    """A public name for training data, without private folders.
+
+    It is the last part of a path, the text after `bundled:`, or timm's name of a data set.
+    """
+    text = str(spec or "").strip().removeprefix("bundled:")
+    if text.lower().startswith(TIMM_PREFIXES):
+        text = text.partition("?")[0].partition("@")[0]
+    return PurePath(text.replace("\\", "/")).name or "unknown data"
+
+
+def data_names(training: Mapping[str, Any]) -> list[str]:
+    """Public names of the data that the flow was trained on, and of the data that it was then adapted to."""
+    unnamed = "data that its record does not name"
+    return [data_name(record["data"]) if record.get("data") else unnamed for record in reversed(records(training))]
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

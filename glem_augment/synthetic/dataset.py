@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment.checks import DrawSource, Format, check_number, check_whole
+from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_number, check_whole
 from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import check_indices
 from glem_augment.devices import weights_key
@@ -209,6 +209,7 @@ class SyntheticDataset(Dataset):
         from glem_augment.hub.cards import CardFacts  # both load the Hub's client
         from glem_augment.synthetic.export import export_set
 
+        check_choice("format", format, FORMATS)
         self._check_model()
         writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
         export_set(self.plan, self.draw, folder, format, CardFacts(license), **writing)

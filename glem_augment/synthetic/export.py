@@ -30,14 +30,13 @@ from tqdm import tqdm
 
 from glem_augment import __version__
 from glem_augment.augment.moves import MOST_PUT_BACK
-from glem_augment.checks import FORMATS, Format, check_choice
-from glem_augment.data.pixels import usable_cpus
+from glem_augment.checks import FORMATS, Format
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.hub.cards import CardFacts, data_name, data_names, dataset_card
+from glem_augment.hub.cards import CardFacts, dataset_card
 from glem_augment.hub.upload import upload, write_card
 from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
-from glem_augment.model.config import licence_id
+from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.sampler import Drawn, Plan
 
@@ -96,9 +95,9 @@ def export_set(
     Returns:
         How many images without a plausible draw all ranks wrote in this call.
     """
-    check_choice("format", form, FORMATS)
-    if plan.model.image_shape[0] not in (1, 3):
-        raise ValueError(f"a PNG file has 1 or 3 channels, this flow {plan.model.image_shape[0]}")
+    channels = plan.model.config.image_shape[0]
+    if channels not in (1, 3):
+        raise ValueError(f"a PNG file has 1 or 3 channels, this flow {channels}")
     folder, facts = expand(folder), facts or CardFacts()
     ranks = _all_ranks() if distributed else _Ranks(0, 1, None)
     first, shards = ranks.rank == 0, form == "webdataset"
@@ -109,7 +108,7 @@ def export_set(
         files, bad = write(plan, draw, folders, folder, ranks, progress and first)
         implausible = sum(ranks.gather(bad))
         if first:
-            with ThreadPoolExecutor(usable_cpus()) as pool, atomic_write(folder / CHECKSUMS, "w") as file:
+            with ThreadPoolExecutor() as pool, atomic_write(folder / CHECKSUMS, "w") as file:
                 sums = pool.map(file_sha256, (folder / path for path in files))
                 file.writelines(f"{sha256}  {path}\n" for path, sha256 in zip(files, sums, strict=True))
             if shards:
@@ -187,10 +186,10 @@ def _begin(
 
 def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
     """The manifest of a set that is not complete: which flow draws the images, and with which settings."""
-    order, model = plan.order, plan.model
-    ids, names = ([values[i] for i in order] for values in (model.class_ids, model.classes))
+    order, model, config = plan.order, plan.model, plan.model.config
+    ids, names = ([values[i] for i in order] for values in (config.class_ids, config.class_names))
     classes = zip(ids, names, class_folders(ids, names), (plan.counts[i] for i in order), strict=True)
-    config = {key: value for key, value in model.config.to_dict().items() if key != "training"}  # may name folders
+    described = {key: value for key, value in config.to_dict().items() if key != "training"}  # may name folders
     stated = facts.license_name or _stated_licence(plan, facts)
     sha256 = weights_sha256(model)
     unchanged = model.origin and model.origin_file and file_sha256(model.origin_file) == sha256
@@ -205,11 +204,11 @@ def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
             {"index": label, "id": class_id, "name": name, "folder": folder, "count": count}
             for label, (class_id, name, folder, count) in enumerate(classes)
         ],
-        "image_shape": list(model.image_shape),
+        "image_shape": list(config.image_shape),
         "weights_sha256": sha256,
-        "model": json.loads(json.dumps(config, default=str)),
+        "model": json.loads(json.dumps(described, default=str)),
         "loaded_from": model.origin if unchanged else None,
-        "trained_on": data_names(model.config.training),
+        "trained_on": data_names(config.training),
         "real": plan.real_name and data_name(plan.real_name),
         "license": stated or "not stated; samples inherit the licence of the real images",
     }
@@ -321,7 +320,7 @@ def _write_images(
     of = f" of rank 0 of {ranks.world}" if ranks.world > 1 else ""
     total, implausible = sum(block.size for block, _ in missing), 0
     with (
-        ThreadPoolExecutor(min(8, usable_cpus())) as pool,
+        ThreadPoolExecutor(8) as pool,
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
         for block, paths in missing:

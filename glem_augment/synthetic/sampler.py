@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.augment.moves import MARGIN, plausible
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
 from glem_augment.data.classes import ClassMap, check_targets, match_classes
 from glem_augment.data.dataset import ImageData, LabelledImages, as_image_data
-from glem_augment.data.pixels import Source, to_uint8
+from glem_augment.data.pixels import MARGIN, Source, plausible, to_uint8
 from glem_augment.data.sources import open_source
 from glem_augment.devices import evaluating
 from glem_augment.latent.modes import mix_along_modes
