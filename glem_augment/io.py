@@ -49,11 +49,11 @@ class _RawFile(io.FileIO):
 def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", sync: bool = True) -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears complete or not at all.
 
-    The content goes to a temporary file in the same folder (a rename is atomic only within one file system), is flushed
-    to the disk with `fsync` (unless `sync` is False), and takes the final name with `os.replace`. On any error in the
-    `with` block the temporary file is removed and the old file at `path` stays untouched. Missing parent folders are
-    made. A file that is replaced hands on its permissions. A link is replaced itself; a device or a pipe
-    (`/dev/stdout`) is written to directly. Text (`mode="w"`) is UTF-8.
+    The content goes to a temporary file in the same folder, because a rename is atomic only within one file system. It
+    is flushed to the disk with `fsync`, unless `sync` is False, and renamed. On any error in the `with` block the
+    temporary file is removed, and the old file at `path` stays. Missing parent folders are made. Permissions of a
+    replaced file are kept. A link is replaced, not its target. A device or a pipe (`/dev/stdout`) is written to
+    directly. Text (`mode="w"`) is UTF-8.
 
     Raises:
         OSError: the disk is full, the folder is not writable, ...; the message names `path`, and `errno` is kept, so a

@@ -36,7 +36,7 @@ class FlowClasses:
         return self.to_flow[data_cls.clamp(min=0)].masked_fill(data_cls < 0, -1)
 
     def data_probability(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities of data classes [n, K'] from those of flow classes p [n, K].
+        """Probabilities of data classes [n, K'] from probabilities p of flow classes [n, K].
 
         Data classes with one flow class share its probability equally. The second result, bool [n], is False where all
         the probability is on flow classes that the data lacks; the first result is then meaningless.
@@ -110,7 +110,7 @@ def mixed_labels(
     # Label smoothing gives every class the same share, the least entry of the batch. (A row may mix all classes.)
     num_classes, least = soft.shape[1], soft.amin().clamp(min=0.0)
     floor = torch.where(least * num_classes > MOST_SMOOTHING, 0.0, least)
-    # A drawn partner brings the label of its class: the row's own data class, or the first one of another flow class.
+    # The label of a drawn partner is its class: the row's data class, or the first data class of another flow class.
     own_cls, other_cls = data_cls[params.rows], classes.to_data[params.partner_cls]
     drawn_cls = torch.where(params.partner_cls == params.cls, own_cls, other_cls).clamp(min=0)
     pure = soft_labels(send(drawn_cls, device), num_classes).to(soft.dtype)

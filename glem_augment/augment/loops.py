@@ -86,8 +86,8 @@ def augment_sample(sample: Any, augment: Callable[[Tensor, Tensor], tuple[Tensor
     """Augment a batch [B, C, H, W] with labels [B] or [B, K'], or one image [C, H, W] with an int or [K'] label.
 
     As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
-    tensor. Labels are the second item of a tuple, or the value of a dict under one of `LABEL_KEYS` in upper or lower
-    case. Boxes, masks and everything else pass unchanged, because moves do not displace objects.
+    tensor. Labels are the second item of a tuple, or a dict's value under one of `LABEL_KEYS` in upper or lower case.
+    Boxes, masks and everything else pass unchanged, because moves do not displace objects.
 
     Args:
         augment: a function of images and labels of a batch.
@@ -154,7 +154,7 @@ class AugmentedLoader:
 
     Args:
         loader: timm's `PrefetchLoader` (the best place on a GPU), a DataLoader, or a loader that accelerate has
-            prepared (accelerate shards DataLoaders, but not this class). For its batches see `as_transform`.
+            prepared, since accelerate does not shard this class. For its batches see `as_transform`.
         aug: the transform.
         device: the device to which images and labels are moved first; None: they stay where they are.
         off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, for the loss.
@@ -285,8 +285,8 @@ class MixupFn:
 def _mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     """Apply timm's Mixup or CutMix, without its smoothing, to images [B, C, H, W] and soft labels [B, K'].
 
-    timm takes only integer labels. Given the row numbers as classes, it returns the weights with which it mixed the
-    rows, and these weights mix the soft labels.
+    timm takes only integer labels. Given row numbers as classes, it returns the weights of its mixture of rows. The
+    same weights then mix the soft labels.
     """
     weights_only = copy.copy(mixup)
     weights_only.num_classes, weights_only.label_smoothing, weights_only.multi_label = len(x), 0.0, False

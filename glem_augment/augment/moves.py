@@ -7,8 +7,8 @@ With the modes v_m (orthonormal), their standard deviations s_m and the projecti
     adversarial:           as noise, with c = t e + t sqrt(k) / 2 * g / |g|,  g = dL/dc at t e
 
 The partner z_j is another row of the batch, or a draw from the RFCM of its class (re-estimated full covariance). t is
-`strength`. L is the loss of a classifier on the image, and k counts the modes that the class has, which are fewer than
-asked for if it was fitted on a few images. The step is half as long as the noise is on average.
+`strength`, and L the loss of a classifier on the image. k is the number of modes of the class, which is small if the
+class had few images. The step is half as long as the noise is on average.
 
 Sources: Enescu & Sahbi, ACCV 2024 (mixup); one normalised gradient step as in Goodfellow et al. 2015, along class modes
 instead of pixels (adversarial).
@@ -50,9 +50,9 @@ class Basis(NamedTuple):
 
 
 def basis_of(model: GLEM, kind: str, k: int, cls: Tensor, z: Tensor) -> Basis:
-    """The top k modes for latents z [n, d] of the classes cls, int64 [n]: "class" (each has its own) or "shared".
+    """The top k modes for latents z [n, d] of the classes cls, int64 [n]: modes of each "class", or "shared" modes.
 
-    Of a class with parts, the part with the nearest mean counts.
+    In a class with parts, a row takes the part with the nearest mean.
     """
     model.checked_modes(k)  # they may have been fitted again since the transform was made
     modes = model.modes
@@ -209,8 +209,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 class Adversary:
     """A classifier whose loss chooses coefficients; for the arguments see `GLEMAugment.attach`.
 
-    The classifier runs without the wrappers of DistributedDataParallel and torch.compile: DDP would prepare a reduction
-    for a backward pass that never comes, and a compiled module would be compiled again for every batch size.
+    The classifier runs without the wrappers of DistributedDataParallel and torch.compile. DDP would prepare a reduction
+    for a backward pass that never comes. A compiled module would be compiled again for every batch size.
     """
 
     def __init__(

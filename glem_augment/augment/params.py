@@ -1,9 +1,9 @@
 """The random choices of a call of GLEMAugment, where they come from, and counts of the rows that they chose.
 
 Draws resume, and they differ on every rank and in every DataLoader worker. The state is two whole numbers: call number
-n draws from a generator of its own, seeded from (seed, rank, worker, n). So a checkpoint of rank 0 resumes every rank,
-and torch's own seed plays no part. Each worker's calls are counted in shared memory, which outlives the workers of an
-epoch; the counts are part of the state.
+n has a new generator, seeded from (seed, rank, worker, n). So a checkpoint of rank 0 resumes every rank, and torch's
+global seed has no effect. Each worker's calls are counted in shared memory, which outlives the workers of an epoch. The
+counts are part of the state.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AugmentParams:
         eps: float32 [n, k], standard normal: the coefficients of k modes.
         partner: int64 [n], the partner's row in the batch; -1: the partner is drawn from the RFCM of its class.
         partner_cls: int64 [n], the flow class of the partner; -1: a row of a class that the flow does not have.
-        l: float32 [n] in [1/2, 1], the share of the own image along the modes.
+        l: float32 [n] in [1/2, 1], the share of the row's image along the modes.
         seeds: int64 [n], of the numbers from which a partner is drawn, where one is.
 
     Policies "noise" and "adversarial" have only rows, cls and eps; "mixup" has all but eps. The rest is empty.
@@ -71,7 +71,7 @@ class WorkerCounts:
     """Whole numbers in shared memory, a row of `shape` for each DataLoader worker.
 
     A worker adds to its row, and the main process reads all rows. The workers of the next epoch continue the counts. A
-    deep copy or an unpickled object has memory of its own.
+    deep copy or an unpickled object has new memory.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -169,7 +169,7 @@ def draw_shares(alpha: float, n: int, generator: torch.Generator) -> Tensor:
 
 
 def normal(n: int, m: int, generator: torch.Generator) -> Tensor:
-    """Standard normal float32 [n, m] on the CPU, whatever torch's defaults are."""
+    """Standard normal float32 [n, m] on the CPU, for any defaults of torch."""
     return torch.randn(n, m, generator=generator, dtype=torch.float32, device="cpu")
 
 

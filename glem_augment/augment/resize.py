@@ -25,7 +25,7 @@ UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std ar
 
 
 class PixelAdapter:
-    """Converts images to those of a flow, of `shape` (C, H, W), and carries the flow's changes back."""
+    """Converts images to the flow's `shape` (C, H, W) and range, and carries the flow's changes back."""
 
     def __init__(
         self,

@@ -50,24 +50,24 @@ class GLEMAugment(nn.Module):
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
         p: share of the images that are changed. In a batch p * B rows are, rounded up or down at random; with p = 0
             the same images come back.
-        policy: "mixup" (with a partner, along the modes), "noise" (Gaussian along the modes) or "adversarial" (noise,
-            and a step up the loss of a classifier that `attach` names).
+        policy: "mixup": with a partner, along the modes. "noise": Gaussian along the modes. "adversarial": noise, and a
+            step up the loss of the classifier from `attach`.
         alpha: parameter of the Beta distribution of "mixup".
         strength: of "noise" and "adversarial", in standard deviations of the modes. "auto": the largest of 1/2, 1/4 and
             1/8 at which at most 5 % of the first call's images are put back, or else 1/16. `state_dict` holds the
             choice, see `chosen_strength`.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
         basis: "class" (the modes of the image's class) or "shared" (modes of the pooled within-class covariance).
-        partner: for "mixup": "same" (another row of the same data class, or a draw from the class's RFCM if there is
-            none) or "any" (any other row).
-        labels: "hard" (unchanged), "mix" (soft, weighted by the share of the move that the modes keep), "posterior" (of
-            the flow, at the moved latent), or "auto": "mix" where the label may change (partners "any", or soft labels
-            with "mixup"), else "hard".
+        partner: for "mixup". "same": another row of the same data class, or else a draw from the class's RFCM. "any":
+            any other row.
+        labels: "hard": unchanged. "mix": soft, weighted by the share of the move that the modes keep. "posterior": the
+            flow's, at the moved latent. "auto": "mix" where the label may change (partners "any", or soft labels with
+            "mixup"), else "hard".
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1] or uint8.
         num_classes: K', the width of soft labels; by default the length of `class_map`, or else the flow's K.
         class_map: the flow class of every data class, see `match_classes`. Where it is None, -1 or missing at the end,
             the flow lacks the class; images of that class are passed through and counted.
-        seed: of the transform's own random state; None: drawn from torch's global generator.
+        seed: the seed of the random state; None: drawn from torch's global generator.
         margin: a decoded image that leaves [0, 1] by more, or is not finite, is replaced by the original and counted.
             Noise at strength 0.5 takes single pixels of good images out of range by 0.25 and more; an inverse that
             explodes goes far beyond 1. Some calls also test whether the flow gives the originals back within half a
@@ -126,7 +126,7 @@ class GLEMAugment(nn.Module):
 
     @property
     def seed(self) -> int:
-        """The seed of the transform's own random state."""
+        """The seed of the random state."""
         return self._random.seed
 
     @property
@@ -188,13 +188,13 @@ class GLEMAugment(nn.Module):
         Args:
             x: the batch, or its shape (the first entry is B).
             y: int64 [B] or soft [B, K'].
-            generator: a CPU generator, in place of the transform's own.
+            generator: a CPU generator, in place of the random state.
         """
         data_cls = check_labels(y, int(x.shape[0] if isinstance(x, Tensor) else x[0]), self.num_classes)
         return self._draw(data_cls.cpu(), self._random.generator() if generator is None else generator)
 
     def replay(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-        """Augment with the parameters that `draw` gave; other arguments and results are those of `forward`."""
+        """Augment with parameters of `draw`; for other arguments and results see `forward`."""
         return self._augmented(x, y, self._check(x, y), params)
 
     def _draw(self, data_cls: Tensor, generator: torch.Generator) -> AugmentParams:
@@ -367,7 +367,7 @@ class GLEMAugment(nn.Module):
         """The transform that `to_config` described, at the start of its random state.
 
         Args:
-            config: settings by name; those that are missing have their defaults.
+            config: settings by name; missing ones have their defaults.
             model: a GLEM or its name; None: the one that config["model"] names.
         """
         given = {name: value for name, value in config.items() if name != "model"}

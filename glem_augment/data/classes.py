@@ -48,8 +48,8 @@ def match_classes(
         data; -1, only with `partial`, if it has none.
 
     Raises:
-        ClassMismatchError: a class without a counterpart, two with the same one, a `class_map` that names a class that
-            is not there, or a side without names. It lists both sides and the fix. TypeError: another `class_map`.
+        ClassMismatchError: a class has no counterpart or shares it, `class_map` names an unknown class, or a side has
+            no names. The error lists both sides and the fix. TypeError: another `class_map`.
     """
     flow, data = _Side("flow", flow), _Side("data", data)
     if isinstance(class_map, str) and class_map == "order":
@@ -94,7 +94,7 @@ def match_classes(
 def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) -> tuple[int, ...] | None:
     """`GLEMAugment`'s class_map as a tuple, with -1 for classes that the flow does not have; None for None.
 
-    `num_classes` is the number of the data's classes; those that a shorter class_map leaves out are not in the flow.
+    `num_classes` is the number of the data's classes. The flow lacks the classes that a shorter class_map leaves out.
     """
     if class_map is None:
         if flow_classes == 1 and num_classes is not None:
@@ -118,8 +118,8 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
     """The ids and the unique names of the classes of a flow or a data set, in index order; None if it names none.
 
     Args:
-        data: a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, a torch Subset or ConcatDataset of
-            these, or a list of names.
+        data: a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, or a list of names. Also a torch
+            Subset or ConcatDataset of such data sets.
 
     Raises:
         ClassMismatchError: a ConcatDataset whose parts number their classes differently.

@@ -72,7 +72,7 @@ def to_tensor(image: Image.Image, channels: int) -> Tensor:
 class Source(Dataset, ABC):
     """Labelled images that can be opened one by one; for the attributes see `ImageData`.
 
-    Item i is (PIL image in mode L or RGB, int). Data that name no classes give empty lists, and get numbers as names.
+    Item i is (PIL image in mode L or RGB, int). Without class names the lists are empty, and numbers become the names.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Source(Dataset, ABC):
             return image.mode in GREY_MODES, image.height, image.width
 
     def pixels(self, index: int, channels: int) -> Tensor:
-        """Image `index` as uint8 [C,H,W] in its own size. Raises BadImageError."""
+        """Image `index` as uint8 [C,H,W], not resized. Raises BadImageError."""
         with self._checked(index) as image:
             return to_tensor(image, channels)
 
@@ -264,8 +264,8 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool =
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
-    With noise, a float image with all pixels k / 255, or all k / (2^bits - 1), for whole k up to rounding is treated as
-    the uint8 image of these levels. Any other float image lies between the levels and gets no noise, u = 1/2.
+    Noise is for images on levels. A float image is on levels if all its pixels are k / 255, or all k / (2^bits - 1),
+    for whole k up to rounding. It is then treated as uint8. Any other float image gets no noise, u = 1/2.
 
     Args:
         x: [B,C,H,W], uint8, of which the top `bits` bits are kept, or float in [0,1].
@@ -302,7 +302,7 @@ def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, 
 def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor) -> Tensor:
     """Uniform in [0, 1), in the shape of `levels`: multiples of 2^-16, the same for every dtype.
 
-    Float32 is no finer beside the upper levels of 8 bits, and it does not round these multiples up to the next level.
+    Float32 is no finer near the upper levels of 8 bits. It does not round such a multiple up to the next level.
     """
     if isinstance(source, Tensor):
         numbers = source
@@ -317,9 +317,9 @@ def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor
 def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """The dequantisation noise of the images x [b,C,H,W], for `encode`: int16 in x's shape.
 
-    With a `share`, x is one rank's part of a batch. The noise of the whole batch is drawn and the part returned, so
-    that an image has the same noise for any number of ranks. Four numbers are drawn at once, which on a CPU takes a
-    sixth of the time of `torch.rand`.
+    With a `share`, x is one rank's part of a batch. The noise of the whole batch is drawn, and the part returned. So an
+    image has the same noise for any number of ranks. Four numbers are drawn at once, which on a CPU takes a sixth of
+    the time of `torch.rand`.
     """
     each = x.shape[1:].numel()
     first, last, total = share or (0, len(x), len(x))

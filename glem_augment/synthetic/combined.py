@@ -38,7 +38,7 @@ class RealAndSynthetic(Dataset):
         ratio: synthetic images per real one: 1 doubles the data. Classes take turns, so any ratio keeps the balance of
             `synthetic`. None: all synthetic images, as for per_class="balance".
         class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
-            classes than the flow, and the flow more than the real data, if `synthetic` has no image of them.
+            classes than the flow. The flow may have more than the real data, if `synthetic` has no images of them.
         transform: applied to every image, real and synthetic. A DataLoader needs one that makes tensors of one size,
             where the images are PIL images.
 

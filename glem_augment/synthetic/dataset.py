@@ -60,9 +60,9 @@ class SyntheticDataset(Dataset):
         temperature: factor on the standard deviation.
         seed: int >= 0; with the class and the place within the class it fixes an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
-        source: "gaussian" (diagonal Gaussian of the class), "rfcm" (mean and full covariance of its real latents) or
-            "mixup" (two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
-            N * d * 4 bytes of memory). None: rfcm, or gaussian if the model has no modes.
+        source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
+            "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
+            N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
@@ -241,7 +241,7 @@ class SyntheticDataset(Dataset):
             yield block, rows, within[rows] - block[1] * self.plan.block
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a cache of its own, and other tensors with the same weights.
+        # A copy gets a new cache, and its weights are other tensors.
         state = {key: value for key, value in self.__dict__.items() if key != "_cached"}
         return state | {"_weights_key": None}
 
@@ -254,7 +254,7 @@ class SyntheticStream(IterableDataset):
     """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
 
     Images are made in blocks. Block number b is a function of seed, epoch and b alone. The workers of all ranks share
-    the blocks, so the number of workers decides the order of an epoch's images, but not the images. Every rank has
+    the blocks. So another number of workers changes the order of an epoch's images, but not the images. Every rank has
     equally many. Nothing is kept: each image is decoded in every epoch.
 
     As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
@@ -263,8 +263,8 @@ class SyntheticStream(IterableDataset):
     Args:
         model: a GLEM or its name.
         length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
-        weights: relative frequencies of the classes, K numbers >= 0, or a mapping to them from class names, ids or
-            indices (other classes get no image); None: all the same.
+        weights: relative frequencies of the classes: K numbers >= 0, or a mapping from class names, ids or indices
+            (other classes get no image). None: all the same.
         temperature, seed, transform, target_transform, source, device, real, modes, alpha: as for `SyntheticDataset`.
     """
 

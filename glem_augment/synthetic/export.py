@@ -41,10 +41,10 @@ from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.sampler import Drawn, Plan
 
 CHECKSUMS = "checksums.sha256"
-# A loader gives each worker whole shards, and surplus workers nothing. So there are many shards, of at least 32 images.
+# Many shards, because a loader gives each worker whole shards, and surplus workers nothing.
 MAX_SHARDS, MIN_SHARD = 64, 32
 _WORK = ".glem-export"  # the hidden folder with the images of shards
-# Files of shards beside the shards. timm's reader takes their description; the Hub's loaders read *.tar alone.
+# Files beside the shards: a description for timm's reader, a card, and the picture of a quality report.
 _SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
 _LEFT_OVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp|\.lock")  # files of a run that was killed
 _log = logging.getLogger(__name__)
@@ -61,12 +61,12 @@ class _Ranks(NamedTuple):
     group: torch.distributed.ProcessGroup | None
 
     def gather(self, thing: _T) -> list[_T]:
-        """The things of all ranks that write together. All ranks wait here for each other."""
+        """The objects of all ranks that write together. All ranks wait here for each other."""
         return gather(thing, self.group) if self.world > 1 else [thing]
 
 
 def _all_ranks() -> _Ranks:
-    # The first to finish may wait for hours, longer than a group does by default.
+    # The first rank to finish may wait for hours, longer than the default timeout.
     days = timedelta(days=30)
     group = torch.distributed.new_group(timeout=days, backend="gloo") if world_size() > 1 else None
     return _Ranks(rank(), world_size(), group)
@@ -171,7 +171,7 @@ def _begin(
                 f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
                 "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
             )
-        # The earlier manifest stays meanwhile, so that after a kill the remaining images are known to be its own.
+        # The earlier manifest stays meanwhile. After a kill it tells whose the remaining images are.
         _remove(folder, old)
         old = None
     if old is not None and facts.license is None:
@@ -258,7 +258,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest at `path`; None if there is none, or one that no export has written."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        # Folders lie inside that of the export: what is in them may be replaced.
+        # An overwrite removes these folders, so they must lie inside the export.
         good = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in manifest["classes"])
         good &= all(type(entry[key]) is int for entry in manifest["classes"] for key in ("index", "count"))
         good &= isinstance(manifest["settings"], dict) and type(manifest["complete"]) is bool
@@ -270,9 +270,9 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
     """A folder name for every class: its id if that can be one as it is, else a slug of its name.
 
-    A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug has the
-    letters and digits of the name, so that the classes are matched again when the folder is opened as data. Where two
-    would be the same, all have the class's index in front, which the matching leaves out.
+    A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug keeps the
+    letters and digits of the name, by which classes are matched. If two folders would be the same, all get the class's
+    index in front, which the matching leaves out.
     """
     numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
     folders = [
@@ -341,7 +341,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _write_png(path: Path, image: torch.Tensor) -> None:
-    # To sync every one of these small files takes longer than all the rest.
+    # A sync of every small file takes longer than everything else.
     with atomic_write(path, sync=False) as file:
         file.write(encode_png(image).numpy().tobytes())
 

@@ -1,4 +1,4 @@
-"""From a request to a plan of images, and from an item's class and place in the class to its latent and image.
+"""A plan of images from a request, and the latent and image of an item from its class and place in the class.
 
 The classes of real images are matched with the flow's once. A latent is a function of the seed, its class, its place in
 the class and the number of the attempt. It never depends on other items.
@@ -180,9 +180,8 @@ class Sampler:
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
-    - "mixup": z = z_i + (1 - l) P (z_j - z_i), two real latents of the class, P the projection on its top modes.
-
-    l ~ Beta(alpha, alpha) is folded to [1/2, 1].
+    - "mixup": z = z_i + (1 - l) P (z_j - z_i). z_i and z_j are real latents of the class, P projects on its top modes,
+      and l ~ Beta(alpha, alpha) is folded to [1/2, 1].
 
     Args:
         real: the real images of "mixup".

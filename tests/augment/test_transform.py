@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch
 from augment_cases import CLASSES, images, labels, make_model
 from torch import Tensor
 from torch.utils.data import DataLoader
+from walk import files_passed
 
-import glem_augment
 from glem_augment import GLEM, GLEMAugment
 
 ALL = [
@@ -478,22 +477,8 @@ def test_a_batch_passes_few_files_of_the_package(bundled_train: Any) -> None:
     aug = GLEMAugment("bundled:fashion-mnist", p=1.0, seed=0)
     x, y = bundled_train.tensor()[:16], torch.from_numpy(bundled_train.targets[:16])
     aug(x, y)  # constants are computed once
-    package, passed, moves, here = str(Path(glem_augment.__file__).parent), set(), 0, ""
-
-    def watch(frame: Any, event: str, _: Any) -> None:
-        nonlocal moves, here
-        file = frame.f_code.co_filename if event == "call" else frame.f_back and frame.f_back.f_code.co_filename
-        if event in ("call", "return") and file and file.startswith(package) and file != here:
-            passed.add(file)
-            moves, here = moves + 1, file
-
-    sys.setprofile(watch)
-    try:
-        aug(x, y)
-    finally:
-        sys.setprofile(None)
-    assert len(passed) <= 22, sorted(Path(file).name for file in passed)
-    assert moves <= 800
+    passed, moves = files_passed(lambda: aug(x, y))
+    assert len(passed) <= 22 and moves <= 800, sorted(passed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

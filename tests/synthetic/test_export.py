@@ -19,9 +19,12 @@ import torch
 from forked import on_ranks
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_pil_image
+from walk import files_passed
 
 from glem_augment import GLEM, DataError, ImageData, RealAndSynthetic, SyntheticDataset, open_data
 from glem_augment.checks import FORMATS
+from glem_augment.cli import main
 from glem_augment.data.classes import match_classes
 from glem_augment.data.sources import PROVENANCE
 from glem_augment.model.weights import WEIGHTS
@@ -312,6 +315,18 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
         assert export(folder, seed=2) == left
     assert left == {**export(tmp_path / "b" / "out", seed=2), "data/val-00000.tar": b"mine"}
     assert left != before
+
+
+def test_glem_generate_passes_few_files(tmp_path: Path) -> None:
+    """A reader can follow `glem generate` with balance and mixup; flows/ and latent/ are not counted."""
+    data = open_data("bundled:fashion-mnist")
+    for row in (*range(0, 1000, 100), 1):  # an image of each class, and one more
+        folder = tmp_path / "real" / str(data.targets[row])
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(data[row][0]).save(folder / f"{row}.png")
+    generate = f"generate bundled:fashion-mnist --per-class balance --source mixup --real {tmp_path / 'real'} --quiet"
+    passed, _ = files_passed(lambda: main([*generate.split(), "--out", str(tmp_path / "out")]))
+    assert len({file for file in passed if not file.startswith(("flows/", "latent/"))}) <= 20, sorted(passed)
 
 
 def test_class_folders() -> None:
