@@ -76,7 +76,7 @@ def _together(call: Callable[[], _T]) -> _T:
     try:
         return call()
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2]  # without the place in gloo
+        reason = str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2]  # without gloo's source line
         raise GLEMError(
             f"rank {rank()} has lost the other processes ({reason}): one was killed, or has printed its error. Written "
             "files are complete. Run the same command again, with --resume for a training run"

@@ -12,7 +12,7 @@ from glem_augment.augment.params import AugmentParams
 from glem_augment.devices import send
 
 Labels = Literal["auto", "hard", "mix", "posterior"]
-MOST_SMOOTHING = 0.3  # where the least entry of a batch says more, its labels are mixtures, not smoothed ones
+MOST_SMOOTHING = 0.3  # a least entry that would mean more smoothing comes from mixtures
 
 
 class FlowClasses:

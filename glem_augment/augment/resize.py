@@ -8,7 +8,6 @@ detail of x:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.data.pixels import LUMA
+from glem_augment.data.pixels import LUMA, value_range
 
 RANGE_SLACK = 0.1  # bicubic filters leave [0, 1] by less; normalised images by more
 UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std are undone: few do, from RandomErasing
@@ -78,9 +77,7 @@ class PixelAdapter:
 
     def _check_range(self, x: Tensor) -> None:
         x = x.detach().float()
-        low, high = (float(v) for v in torch.aminmax(x))
-        if not math.isfinite(high - low):
-            raise ValueError("images must be finite, but some of their values are NaN or infinite")
+        low, high = value_range(x)
         if self.mean is None or self.std is None:
             if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
                 raise ValueError(
@@ -91,8 +88,9 @@ class PixelAdapter:
         unit = self.to_unit(x)
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
         if share:
-            range_ = "from {:.3g} to {:.3g}".format(*(float(v) for v in torch.aminmax(unit)))
-            text = f"with mean and std undone, {100 * share:.3g} % of the values lie outside [0, 1], {range_}"
+            lowest, highest = value_range(unit)
+            outside = f"{100 * share:.3g} % of the values lie outside [0, 1], from {lowest:.3g} to {highest:.3g}"
+            text = f"with mean and std undone, {outside}"
             if share > FEW:
                 raise ValueError(
                     f"{text}: give the mean and std by which the images were normalised; for images in [0, 1] leave "

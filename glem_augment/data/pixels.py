@@ -79,7 +79,7 @@ class Source(Dataset, ABC):
     classes: list[str]
     class_ids: list[str]
     targets: np.ndarray
-    threads = 8  # that may open images at the same time
+    threads = 8  # how many may open images at the same time
 
     def __post_init__(self) -> None:
         self.named = bool(self.classes)
@@ -251,14 +251,20 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool =
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
     if x.is_floating_point() and not any_range and x.device.type == "cpu" and x.numel():
-        low, high = (float(v) for v in torch.aminmax(x.detach()))
-        if not math.isfinite(high - low):
-            raise ValueError("images must be finite, but some of their values are NaN or infinite")
+        low, high = value_range(x)
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
             raise ValueError(
                 f"float images must lie in [0,1], got values from {low:.4g} to {high:.4g}; pass uint8 images, divide "
                 "by 255, or undo the normalisation"
             )
+
+
+def value_range(x: Tensor) -> tuple[float, float]:
+    """The lowest and the highest value of float images. ValueError: a value is not finite."""
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    if not math.isfinite(high - low):
+        raise ValueError("images must be finite, but some of their values are NaN or infinite")
+    return low, high
 
 
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> Tensor:

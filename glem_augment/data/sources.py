@@ -293,9 +293,9 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
         data, label = data.with_format(None), feature_column(data.features, "ClassLabel")
         return ItemSource(name, names, ids, np.asarray(data[label]), data, feature_column(data.features, "Image"))
     reader: Any = getattr(data, "reader", None)
-    if hasattr(reader, "dataset"):  # timm's, of Hugging Face
+    if hasattr(reader, "dataset"):  # timm's reader of Hugging Face data
         return ReaderSource(name, names, ids, np.asarray(reader.dataset[reader.label_key]), reader)
-    if reader is not None:  # timm's
+    if reader is not None:  # another reader of timm
         labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
         return ReaderSource(name, names, ids, np.asarray(labels), reader)
     if isinstance(data, VisionDataset):

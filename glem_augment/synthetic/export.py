@@ -295,7 +295,7 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
     if old["format"] == "imagefolder":
         for entry in old["classes"]:
             if (folder / entry["folder"]).is_dir():
-                shutil.rmtree(folder / entry["folder"])  # `check_folder` has seen that there are only its images
+                shutil.rmtree(folder / entry["folder"])  # `check_folder` found only its images there
     else:
         files += [_SHARDS_INFO, _CARD, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
     for name in files:
