@@ -241,7 +241,7 @@ def open_data(
             shape = (channels or found[0], *(size or found[1:]))
         pixels = None
         if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
-            pixels = source.images
+            pixels = source.images.contiguous()
         elif len(rows) * math.prod(shape) <= cache_bytes:
             pixels = _decode(source, rows, shape, progress)
     except BadImageError as error:

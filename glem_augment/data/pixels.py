@@ -157,8 +157,9 @@ class TensorSource(Source):
         return self.images.shape[1] == 1, self.images.shape[2], self.images.shape[3]
 
     def pixels(self, index: int, channels: int) -> Tensor:
-        image = self.images[index]  # PIL has no images of most numbers of channels
-        return image.clone() if len(image) == channels else super().pixels(index, channels)
+        if self.images.shape[1] != channels:
+            return super().pixels(index, channels)
+        return self.images[index].clone(memory_format=torch.contiguous_format)  # PIL lacks most numbers of channels
 
 
 @dataclass

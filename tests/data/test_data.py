@@ -455,7 +455,7 @@ def test_torch_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     data = open_data(f"torch/cifar10@{tmp_path}", "test")
     assert len(data) == 20 and data.image_shape == (3, 32, 32) and data.classes == names
-    assert np.array_equal(data.tensor().numpy(), pixels.reshape(20, 3, 32, 32))
+    assert np.array_equal(data.tensor().numpy(), pixels.reshape(20, 3, 32, 32)) and data.tensor().is_contiguous()
     assert len(open_data(f"torch/cifar10@{tmp_path}", "train")) == 100
     assert open_data(f"torch/cifar10@{tmp_path}", image_size=16, channels=1)[0][0].shape == (1, 16, 16)
 
