@@ -88,9 +88,8 @@ class PixelAdapter:
         unit = self.to_unit(x)
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
         if share:
-            lowest, highest = value_range(unit)
-            outside = f"{100 * share:.3g} % of the values lie outside [0, 1], from {lowest:.3g} to {highest:.3g}"
-            text = f"with mean and std undone, {outside}"
+            span = "from {:.3g} to {:.3g}".format(*value_range(unit))
+            text = f"with mean and std undone, {100 * share:.3g} % of the values lie outside [0, 1], {span}"
             if share > FEW:
                 raise ValueError(
                     f"{text}: give the mean and std by which the images were normalised; for images in [0, 1] leave "

@@ -159,7 +159,7 @@ class TensorSource(Source):
     def pixels(self, index: int, channels: int) -> Tensor:
         if self.images.shape[1] != channels:
             return super().pixels(index, channels)
-        return self.images[index].clone(memory_format=torch.contiguous_format)  # PIL lacks most numbers of channels
+        return self.images[index].clone(memory_format=torch.contiguous_format)  # PIL allows few numbers of channels
 
 
 @dataclass

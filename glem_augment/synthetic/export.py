@@ -66,10 +66,10 @@ class _Ranks(NamedTuple):
 
 
 def _all_ranks() -> _Ranks:
+    if world_size() == 1:
+        return _Ranks(0, 1, None)
     # The first rank to finish may wait for hours, longer than the default timeout.
-    days = timedelta(days=30)
-    group = torch.distributed.new_group(timeout=days, backend="gloo") if world_size() > 1 else None
-    return _Ranks(rank(), world_size(), group)
+    return _Ranks(rank(), world_size(), torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo"))
 
 
 def export_set(
@@ -222,10 +222,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _stated_licence(plan: Plan, facts: CardFacts) -> str | None:
-    """The licence, by default the recorded one of the flow's training images.
-
-    A mixture needs one to be stated, since its real images may have another licence.
-    """
+    """The stated licence, or the recorded one; None for a mixture, whose real images may have another licence."""
     recorded = licence_id(plan.model.config.training.get("license"))
     return facts.license or (None if plan.settings["source"] == "mixup" else recorded)
 
@@ -334,10 +331,7 @@ def _write_images(
 
 def _is_there(path: Path) -> bool:
     """Whether a file is there and not empty, as a power cut may leave it."""
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _write_png(path: Path, image: torch.Tensor) -> None:
