@@ -307,26 +307,27 @@ def _write_images(
     plan: Plan, draw: Draw, folders: dict[int, str], root: Path, ranks: _Ranks, progress: bool
 ) -> tuple[list[str], int]:
     """Write root/<class>/NNNNNN.png. Returns the paths of all images, and how many drawn here are implausible."""
-    blocks = [
-        (block, [f"{folders[block.cls]}/{i:06d}.png" for i in range(block.first, block.first + block.size)])
-        for block in plan.blocks()
-    ]
+    blocks = []  # (class, number, paths), class after class in the order of the labels
+    for cls in plan.order:
+        images = [f"{folders[cls]}/{i:06d}.png" for i in range(plan.counts[cls])]
+        starts = range(0, len(images), plan.block)
+        blocks += [(cls, number, images[first : first + plan.block]) for number, first in enumerate(starts)]
     # Large blocks first, so that no rank gets all the small ones at the ends of the classes.
-    own = sorted(blocks, key=lambda entry: -entry[0].size)[ranks.rank :: ranks.world]
-    missing = [(block, paths) for block, paths in own if not all(_is_there(root / path) for path in paths)]
+    own = sorted(blocks, key=lambda block: -len(block[2]))[ranks.rank :: ranks.world]
+    missing = [block for block in own if not all(_is_there(root / path) for path in block[2])]
     of = f" of rank 0 of {ranks.world}" if ranks.world > 1 else ""
-    total, implausible = sum(block.size for block, _ in missing), 0
+    total, implausible = sum(len(paths) for *_, paths in missing), 0
     with (
         ThreadPoolExecutor(8) as pool,
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
     ):
-        for block, paths in missing:
-            drawn = draw(block.cls, block.number)
+        for cls, number, paths in missing:
+            drawn = draw(cls, number)
             list(pool.map(_write_png, (root / path for path in paths), drawn.images))
             implausible += int(drawn.implausible.sum())
-            bar.update(block.size)
+            bar.update(len(paths))
     ranks.gather(None)
-    return [path for _, paths in blocks for path in paths], implausible
+    return [path for *_, paths in blocks for path in paths], implausible
 
 
 def _is_there(path: Path) -> bool:

@@ -60,15 +60,6 @@ def open_real(model: GLEM, data: LabelledImages, class_map: ClassMap = None) -> 
     return Real(source, targets, np.arange(model.num_classes))
 
 
-class Block(NamedTuple):
-    """Block `number` of a flow's class: the `size` images from place `first` within the class on."""
-
-    cls: int
-    number: int
-    first: int
-    size: int
-
-
 @dataclass(frozen=True)
 class Plan:
     """The images of a set.
@@ -87,14 +78,6 @@ class Plan:
     block: int
     settings: dict[str, Any]
     real_name: str | None = None
-
-    def blocks(self) -> list[Block]:
-        """All blocks, class after class in the order of the labels."""
-        return [
-            Block(cls, number, first, min(self.block, self.counts[cls] - first))
-            for cls in self.order
-            for number, first in enumerate(range(0, self.counts[cls], self.block))
-        ]
 
 
 def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
