@@ -67,7 +67,7 @@ def by_seed(rows: list[dict[str, Any]], *names: str) -> dict[tuple[str, ...], di
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
-RECIPE = 0.25  # strength of the adversarial policy that the pages advise
+RECIPE = 0.25  # strength of the adversarial policy that the pages advise, and the lowest that was tried
 GROUPS: dict[str, Callable[[str], bool]] = {
     "own images": lambda flow: flow == "own",
     "unlabelled images": lambda flow: flow.endswith("-unlabelled"),
@@ -93,6 +93,7 @@ def augmentation() -> Named:
     results = results_of(Store(RESULTS))
     others = by_seed(stored("no_network")["measured"], "setting", "method")
     gains: dict[str, list[Interval]] = {}
+    strengths: list[float] = []
     for group, chosen in GROUPS.items():
         lines = []
         for result in results:
@@ -104,6 +105,7 @@ def augmentation() -> Named:
                 over = (paired_gain(arm.accuracies, strongest.accuracies), *against_controls(result, arm))
                 name = f"{result.setting}, {result.classifier}, {flow}"
                 yield f"{name}: accuracy", arm.mean.text()
+                strengths.append(arm.params["strength"])
                 for what, gain in zip(OVER, over, strict=True):
                     if gain is not None:
                         gains.setdefault(f"{group}: {what}", []).append(gain)
@@ -115,15 +117,16 @@ def augmentation() -> Named:
                         for what, other in ((OVER[0], strongest), (OVER[1], control)):
                             gain = paired_gain(arm.accuracies, other.accuracies, seeds)
                             yield f"{name}: {what}, seeds {first} to {last}", signed(gain, 1)
-                means = [100 * statistics.mean(others[key].values()) for key in others if key[0] == result.setting]
+                means = [interval(100 * v for v in others[key].values()) for key in others if key[0] == result.setting]
                 lines.append(
                     [f"`{result.setting}`", result.classifier, *([flow] if group == "other images" else []),
                      stack_text(result, strongest), f"{arm.mean.mean:.1f} % ({arm.method})", *map(bold, over),
-                     "; ".join(f"{mean:.1f} %" for mean in means) or "not measured", str(len(arm.accuracies))]
+                     "; ".join(f"{mean.mean:.1f} %" for mean in means) or "not measured", str(len(arm.accuracies))]
                 )  # fmt: skip
         flow_column = "flow | " if group == "other images" else ""
         head = f"setting | classifier | {flow_column}best other stack | ours | {' | '.join(OVER)} | no network | seeds"
         yield f"flow of {group}", table(head, sorted(lines, key=naturally))
+    yield "flows: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
     yield from pixel_modes(results, gains)
     yield from without_network(results, others)
     lines = []
@@ -143,7 +146,7 @@ def augmentation() -> Named:
 
 def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Named:
     """The adversarial policy along the modes of the pixels, and which rows match what the pages advise."""
-    lines, matching = [], []
+    lines, matching, strengths = [], [], []
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
     for result in results:
         for arm in result.arms:
@@ -157,6 +160,7 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
         assert gain is not None
         gains.setdefault("pixels' modes: over that stack", []).append(gain)
         through = any(name == "latent-noise" for name, _ in result.base)
+        strengths.append(arm.params["strength"])
         matches = arm.params["strength"] == RECIPE and not through
         matching += [gain] if matches else []
         why = "" if matches else "stack uses a flow" if through else f"strength {arm.params['strength']:g}"
@@ -166,6 +170,7 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
              bold(gain), why or "yes", str(gain.seeds)]
         )  # fmt: skip
     gains["pixels' modes as advised: over that stack"] = matching
+    yield "pixels: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
     head = "setting | classifier | best other stack | pixels' modes, adversarial | over that stack | as advised | seeds"
     yield "modes of the pixels", table(head, sorted(lines, key=naturally))
     for side, values in steps.items():
@@ -189,6 +194,7 @@ def without_network(results: list[Result], others: dict[tuple[str, ...], dict[in
             yield f"{result.setting}: {name}", interval(100 * v for v in values.values()).text()
             for side, other in (("flow", arm), ("pixels", control), ("stack", strongest)):
                 if other:
+                    yield f"{result.setting}: {side}, same seeds", other.over(hog).text()
                     gain = paired_gain(other.accuracies, values)
                     yield f"{result.setting}: {side} over {name}", signed(gain, 1)
         gain = [bold(paired_gain(arm.accuracies, values)) if arm else "" for values in (hog, spread)]
@@ -279,6 +285,41 @@ def pretrained() -> Named:
         lines[-1].append(bold(gain))
     head = "setting | the image | + mirror image | + ordinary views | + pixels' modes | modes over ordinary"
     yield "pretrained", table(head, lines)
+
+
+def unlabelled() -> Named:
+    """Pseudo-labels, Mean Teacher and FixMatch, alone and with our moves."""
+    rows, best = stored("unlabelled"), {}
+    tested, judged = ([row for row in rows if metric in row] for metric in ("accuracy", "val_accuracy"))
+    for row in sorted(judged, key=lambda row: row["val_accuracy"]):  # the best comes last
+        name = row["method"] + (" with moves" if row["moves"] else "")
+        best[f"{row['setting']}: {name}, validation"] = row["val_accuracy"]
+    yield from ((name, f"{100 * value:.1f}") for name, value in best.items())
+    alone = by_seed([row for row in tested if not row["moves"]], "setting", "method")
+    moved = by_seed([row for row in tested if row["moves"]], "setting", "method")
+    results = {result.setting: result for result in results_of(Store(RESULTS)) if result.classifier == "cnn"}
+    lines, gains = [], []
+    for (setting, method), values in alone.items():
+        result = results[setting]
+        flow = result.best(tuple(filter(GROUPS["unlabelled images"], SETTINGS[setting].proof)))
+        control = result.best_control()
+        if method == "labelled" and control:  # measured by augmentation.py
+            moved[setting, method] = {s: v for s, v in control.accuracies.items() if s in values}
+        line = [f"`{setting}`", method.replace("labelled", "labelled images alone")]
+        for name, side in ((method, values), (f"{method} with moves", moved.get((setting, method)))):
+            if side:
+                mean = interval(100 * v for v in side.values()).text()
+                over = flow and paired_gain(flow.accuracies, side)
+                yield f"{setting}: {name}", mean
+                yield f"{setting}: flow over {name}", signed(over, 1)
+            line += [f"{mean} %", bold(over)] if side else ["", ""]
+        gain = paired_gain(moved.get((setting, method), {}), values)
+        yield f"{setting}: moves over {method}", signed(gain, 1)
+        gains += [gain] if gain and method != "labelled" else []
+        lines.append([*line[:3], line[4], bold(gain), line[3], line[5], str(len(values))])
+    yield "moves over methods: clear", f"{sum(gain.clear for gain in gains)} of {len(gains)}"
+    head = "setting | method | alone | with moves | moves over alone | flow over alone | flow over moves | seeds"
+    yield "unlabelled", table(head, sorted(lines, key=naturally))
 
 
 def single_files() -> Named:
@@ -425,7 +466,7 @@ def paper() -> Named:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-SOURCES = (augmentation, samples, photographs, long_tails, pretrained, single_files, speed, paper)
+SOURCES = (augmentation, samples, photographs, long_tails, pretrained, unlabelled, single_files, speed, paper)
 
 
 def names() -> dict[str, str]:

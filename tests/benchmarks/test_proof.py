@@ -120,7 +120,7 @@ def test_hopeless_methods_are_dropped_and_test_images_choose_nothing(
     for _ in range(2):  # the second run finds all rows
         unlabelled.main()
         rows = json.loads((tmp_path / "unlabelled.json").read_text())
-        tested = [(row["method"], row["value"], row["moves"]) for row in rows if "accuracy" in row and row["seed"] == 0]
+        tested = [(row["method"], row["tuned"], row["moves"]) for row in rows if "accuracy" in row and row["seed"] == 0]
         moves = ["noise", 1.0]
         assert tested == [
             ("labelled", None, None), ("pseudo-labels", 0.95, None), ("pseudo-labels", 0.95, moves),
