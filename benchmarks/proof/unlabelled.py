@@ -12,8 +12,8 @@ of `augmentation.py`. All other training images that are not for validation are 
     mean-teacher   two views by crop + flip, and a mean of the weights as the teacher (Tarvainen & Valpola 2017)
     fixmatch       labels of the weak view for the strong one, RandAugment and RandomErasing (Sohn et al. 2020)
 
-The last two see 32 labelled and 64 unlabelled images per step; the published batches are 64 and 448, with a thousand
-times as many steps. Each method runs alone, and with moves along the modes of the pixels before its own changes: of all
+The last two see 32 labelled and 64 unlabelled images per step. FixMatch was published with 64 and 448, and a million
+steps. Each method runs alone, and with moves along the modes of the pixels before its own changes: of all
 images with pseudo-labels, of the student's unlabelled views with Mean Teacher, of the strong views with FixMatch. The
 modes are fitted with the labelled images, and with the pseudo-labelled ones where there are any. An unlabelled image
 moves along the modes of the class that it was given.
