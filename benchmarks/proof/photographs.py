@@ -115,7 +115,7 @@ def main() -> None:
             for stack in chosen:
                 value = accuracy(comparison, stack, images, test, metric="test", per_class=per_class, seed=seed)
                 measured.setdefault(stack, []).append(value)
-        lines = report(measured)
+        lines = report(measured)  # in the order of `chosen`: crop + flip and the best other stack come first
         strongest = max(lines[:2], key=lambda line: line["mean"])
         for line in lines:
             over = difference(line, strongest) if line is not strongest else (None, None)
