@@ -33,6 +33,7 @@ from benchmarks.proof.augmentation_report import (
     signed,
 )
 from benchmarks.proof.augmentation_settings import PLAIN, SETTINGS
+from benchmarks.proof.samples_alone import as_long
 from benchmarks.speed.speed import OURS, REVERSIBLE
 from glem_augment.io import atomic_write
 
@@ -220,9 +221,9 @@ def samples() -> Named:
     lines = []
     for data, method, setting, metric in found:
         if metric == "CNN-A" and len(found[data, method, setting, metric]) > 1:
-            real = found[data, "real", "", metric]
+            real = found.get((data, "real", as_long(setting), metric))
             mean = interval(found[data, method, setting, metric].values())
-            share = f"{mean.mean / statistics.mean(real.values()):.2f}"
+            share = f"{mean.mean / statistics.mean(real.values()):.2f}" if real else ""
             lines.append(
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
@@ -266,6 +267,23 @@ def photographs() -> Named:
             lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
     head = "images per class | stack | test accuracy | over crop + flip | over the best of the others | seeds"
     yield "photographs", table(head, lines)
+
+
+def latents() -> Named:
+    """Flows of latents, and class covariances of latents."""
+    found = stored("latent_flows")["rows"]
+    for row in found:
+        yield f"latent_flows, {row['numbers']}: {row['flow']}", f"{row['held out']:.3f}"
+    names = dict.fromkeys(row["numbers"] for row in found)
+    lines = []
+    for flow in dict.fromkeys(row["flow"] for row in found):
+        held = {row["numbers"]: row["held out"] for row in found if row["flow"] == flow}
+        lines.append([flow, *(f"{held[name]:.3f}" if name in held else "" for name in names)])
+    yield "latent flows", table(" | ".join(["flow", *names]), lines)
+    rows = stored("covariances")["rows"]
+    columns = [name for name in rows[0] if name != "count"]
+    cells = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+    yield "covariances", table(" | ".join(columns).replace("per dimension", "images per number"), cells)
 
 
 def long_tails() -> Named:
@@ -479,7 +497,7 @@ def paper() -> Named:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-SOURCES = (augmentation, samples, photographs, long_tails, pretrained, unlabelled, single_files, speed, paper)
+SOURCES = (augmentation, samples, photographs, latents, long_tails, pretrained, unlabelled, single_files, speed, paper)
 
 
 def names() -> dict[str, str]:

@@ -30,7 +30,7 @@ from benchmarks.common import find_images, parser, write_results
 from glem_augment import GLEM, open_data
 from glem_augment.flows.presets import create_flow
 from glem_augment.io import write_json
-from glem_augment.latent.modes import pooled_covariance
+from glem_augment.latent.fit import pooled_covariance
 
 NAME, CLASSES, NOISE, HELD = "latent_flows", 10, 0.1, 500
 RATES = (2e-3, 8e-3)

@@ -20,6 +20,9 @@ options:
     best=       the oracle's best out of so many times as many samples; it is a classifier of the real images
     labels=     "posterior": of the flow, "oracle": of that classifier, both soft
     x=          so many times 20,000 images, each of them shown less often
+    epochs=     of 20,000 images each, 8 by default; of "real", too; the last option
+
+"taef2: reconstructions" has the real images as the autoencoder gives them back: what samples could teach at best.
 """
 
 from __future__ import annotations
@@ -117,6 +120,12 @@ class Images:
     def samples(self, method: str, setting: str, seed: int) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, C, H, W], and labels int64 [N] or float32 [N, 10], as in the setting."""
         source, *pairs = setting.split()
+        if source == "reconstructions":
+            x, y = labelled(self.train)
+            model = self.flow(method)
+            with torch.no_grad():
+                parts = [model.images(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
+            return (255 * torch.cat(parts)).round().to(torch.uint8), y
         options = dict(pair.split("=") for pair in pairs)
         labels, best, sets = options.pop("labels", "hard"), int(options.pop("best", 1)), int(options.pop("x", 1))
         count, parts = PER_CLASS * best * sets, int(options.get("parts", 1))
@@ -148,11 +157,12 @@ class Images:
         """Accuracies in percent, and, for the first seed of a final setting, the quality of the set."""
         judged = self.val if search else self.test
         real = labelled(self.fit if search else self.train)
-        x, y = real if method == "real" else self.samples(method, setting, seed)
-        found = self.classifier(x, y, seed)
+        setting, _, epochs = setting.partition("epochs=")
+        x, y = real if method == "real" else self.samples(method, setting.strip(), seed)
+        found = self.classifier(x, y, seed, int(epochs or EPOCHS))
         accuracy = found.accuracy(*labelled(judged))
         result = {"validation CNN-A" if search else "CNN-A": 100 * accuracy}
-        if search or method == "real" or seed:
+        if search or method == "real" or seed or epochs or setting == "reconstructions":
             return result
         rows = torch.from_numpy(spread(len(x), MEASURED))
         x, y = x[rows], self.samples(method, setting.partition(" labels=")[0], seed)[1][rows]
@@ -172,6 +182,11 @@ def labelled(images: ImageData) -> tuple[Tensor, Tensor]:
 
 def rows_of(y: Tensor) -> list[Tensor]:
     return [(y == k).nonzero()[:, 0] for k in range(10)]
+
+
+def as_long(setting: str) -> str:
+    """The setting of "real" with as many epochs."""
+    return "".join(setting.partition("epochs=")[1:])
 
 
 def best_settings(rows: list[dict[str, Any]], data: str) -> list[tuple[str, str]]:
@@ -194,8 +209,8 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
         for row in own:
             if row["metric"] == metric:
                 values.setdefault((row["method"], row["setting"]), []).append(row["value"])
-        real = statistics.mean(values.get(("real", ""), [float("nan")]))
         for (method, setting), found in values.items():
+            real = statistics.mean(values.get(("real", as_long(setting)), [float("nan")]))
             line = {"data": data, "method": method, "setting": setting, "seeds": len(found)}
             line |= {metric: statistics.mean(found), "sd": statistics.stdev(found) if len(found) > 1 else None}
             line |= {"share of real": statistics.mean(found) / real}

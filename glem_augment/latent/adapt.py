@@ -33,8 +33,8 @@ from glem_augment.latent.modes import SHRUNK, ClassModes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
-# Limits of full covariances: dimensions, numbers in all, and least images per dimension (a cautious choice, tried at 88
-# and more alone).
+# Limits of full covariances: dimensions, numbers in all, and least images per dimension. At 4 images plain variances do
+# as well (benchmarks/results/covariances.md).
 _MOST_FULL_DIM, _MOST_FULL, _IMAGES_PER_DIMENSION = 1024, 2**26, 8
 # At most about so many latents, evenly spread over the classes, are kept to fit the temperature.
 _LEFT_OUT = 2000
