@@ -78,6 +78,7 @@ def main() -> None:
     args.set_defaults(threads=1)
     args.add_argument("--per-class", nargs="+", type=int, default=[20, 50], help="training images (20 50)")
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="at most ten (0 1 2 3 4)")
+    args.add_argument("--flow", nargs="*", type=int, default=[20], help="of --per-class: with a flow, too (20)")
     args.add_argument("--steps", type=int, default=STEPS, help="of each training (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
@@ -100,7 +101,7 @@ def main() -> None:
     for per_class in args.per_class:
         measured: dict[Stack, list[float]] = {}
         own = few(train, per_class, 0)
-        models = models_for(own, "taef2", None) | {"flow": trained_flow}
+        models = models_for(own, "taef2", None) | ({"flow": trained_flow} if per_class in args.flow else {})
         stacks = [PLAIN, *OTHERS, *(stack for kind in models for stack in moves(kind, SHOWN[kind], TRIED))]
         held = few(train, 100, 0, first=per_class)
         comparison = Comparison(models, args.steps)
