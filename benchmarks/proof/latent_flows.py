@@ -40,18 +40,23 @@ KINDS = {
     "16x16, 4 channels": ("imagenette128", 128, 1500, 4, (8e-3,)),
     "32x32 pixels": ("cifar10", 32, 9000, 0, (8e-3,)),
 }
-FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "whitening alone": ("identity", dict(whiten=None)),
-    "latent": ("latent", {}),
-    "latent, not whitened": ("latent", dict(whiten=0)),
-    "latent, two levels": ("latent", dict(depth=[3, 3], blocks=[1, 1], width=[128, 128])),
-    "latent, squeezed": ("latent", dict(patch=2)),
+DENSE, FEW = 3072, 256
+TWO: dict[str, Any] = dict(depth=[3, 3], blocks=[1, 1], width=[128, 128])
+# Name: (preset, options, directions that are whitened; None: all up to 3,072 numbers, 256 of more).
+FLOWS: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "whitening alone": ("identity", {}, None),
+    "one level, whitened": ("latent", {}, None),
+    "one level, 256 directions whitened": ("latent", {}, FEW),
+    "one level": ("latent", {}, 0),
+    "two levels, whitened": ("latent", TWO, None),
+    "two levels": ("latent", TWO, 0),
+    "one level, squeezed, whitened": ("latent", dict(patch=2), None),
 }
-PIXELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "whitening alone": ("identity", dict(whiten=3072)),
-    "glow_fast": ("glow_fast", {}),
-    "glow_fast, 256 directions whitened": ("glow_fast", dict(whiten=256)),
-    "glow_fast, whitened": ("glow_fast", dict(whiten=3072)),
+PIXELS: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "whitening alone": ("identity", {}, None),
+    "glow_fast, whitened": ("glow_fast", {}, None),
+    "glow_fast, 256 directions whitened": ("glow_fast", {}, FEW),
+    "glow_fast": ("glow_fast", {}, 0),
 }
 
 
@@ -79,9 +84,10 @@ def numbers(kind: str) -> tuple[Tensor, Tensor]:
 def measure(kind: str, name: str, rate: float, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Train one flow; nats per number of both held-out parts, and the seconds of a step."""
     torch.manual_seed(0)
-    preset, options = (FLOWS if KINDS[kind][3] else PIXELS)[name]
+    preset, options, whitened = (FLOWS if KINDS[kind][3] else PIXELS)[name]
     shape, dim, pixels = tuple(x.shape[1:]), x[0].numel(), KINDS[kind][3] == 0
-    flow = create_flow(preset, shape, **options)  # type: ignore[arg-type]
+    directions = (dim if dim <= DENSE else FEW) if whitened is None else whitened
+    flow = create_flow(preset, shape, **options, whiten=directions)  # type: ignore[arg-type]
     train, labels = x[: -2 * HELD], y[: -2 * HELD]
 
     def noisy(h: Tensor, noise: float = NOISE) -> Tensor:
