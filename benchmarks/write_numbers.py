@@ -274,9 +274,9 @@ def latents() -> Named:
     found = stored("latent_flows")["rows"]
     for row in found:
         yield f"latent_flows, {row['numbers']}: {row['flow']}", f"{row['held out']:.3f}"
-    names = dict.fromkeys(row["numbers"] for row in found)
+    names = [name for name in dict.fromkeys(row["numbers"] for row in found) if "channels" in name]
     lines = []
-    for flow in dict.fromkeys(row["flow"] for row in found):
+    for flow in dict.fromkeys(row["flow"] for row in found if row["numbers"] in names):
         held = {row["numbers"]: row["held out"] for row in found if row["flow"] == flow}
         lines.append([flow, *(f"{held[name]:.3f}" if name in held else "" for name in names)])
     yield "latent flows", table(" | ".join(["flow", *names]), lines)

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "jet_tiny": dict(coupling="jet", depth=[10], blocks=[1], width=[128], heads=4, patch=4),
     # The configuration published for ImageNet at 64x64: 207 M parameters (Kolesnikov et al. 2024).
     "jet_imagenet64": dict(coupling="jet", depth=[32], blocks=[2], width=[512], heads=8, patch=4),
-    # For latents of an autoencoder, which are small already: one level without a squeeze, behind a whitening if they are few.
+    # For latents of an autoencoder, which are small already: one level without a squeeze, behind a whitening.
     "latent": dict(
         coupling="affine",
         depth=[6],
@@ -52,9 +52,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "identity": dict(coupling="identity"),
 }
-# `whiten=None` whitens up to so many numbers. Beyond, flows without a whitening are more likely on held-out images
+# `whiten=None` whitens all directions of up to so many numbers, and a few of more
 # (benchmarks/results/latent_flows.md).
-_WHITEN_UP_TO = 512
+_DENSE_UP_TO, _FEW = 1024, 256
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
@@ -93,7 +93,7 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
     spec.update(overrides)
     if "whiten" in spec and spec["whiten"] is None:
         dim = math.prod(spec["image_shape"])
-        spec["whiten"] = dim if dim <= _WHITEN_UP_TO else 0
+        spec["whiten"] = dim if dim <= _DENSE_UP_TO else _FEW
     check_spec(spec)
     return spec
 
