@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,7 @@ class Images:
         """Images uint8 [N, C, H, W], and labels int64 [N] or float32 [N, 10], as in the setting."""
         source, *pairs = setting.split()
         if source == "reconstructions":
-            x, y = labelled(self.train)
-            model = self.flow(method)
-            with torch.no_grad():
-                parts = [model.images(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
-            return (255 * torch.cat(parts)).round().to(torch.uint8), y
+            return self.reconstructions(method), labelled(self.train)[1]
         options = dict(pair.split("=") for pair in pairs)
         labels, best, sets = options.pop("labels", "hard"), int(options.pop("best", 1)), int(options.pop("x", 1))
         count, parts = PER_CLASS * best * sets, int(options.get("parts", 1))
@@ -145,6 +142,14 @@ class Images:
         if labels == "oracle":
             y = self.oracle().run(x)[1].softmax(1)
         return x, p.float() if labels == "posterior" else y
+
+    @cache
+    @torch.no_grad()
+    def reconstructions(self, method: str) -> Tensor:
+        """All training images, as the autoencoder gives them back: uint8 [N, C, H, W]."""
+        model, x = self.flow(method), self.train.tensor()
+        parts = [model.images(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
+        return (255 * torch.cat(parts)).round().to(torch.uint8)
 
     def draw(self, method: str, source: str, options: dict[str, str], n: int, seed: int) -> tuple[Tensor, ...]:
         model = self.flow(method, options.get("rank", ""), int(options.get("parts", 1)))
