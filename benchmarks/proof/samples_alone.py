@@ -30,7 +30,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +142,15 @@ class Images:
             y = self.oracle().run(x)[1].softmax(1)
         return x, p.float() if labels == "posterior" else y
 
-    @cache
     @torch.no_grad()
     def reconstructions(self, method: str) -> Tensor:
         """All training images, as the autoencoder gives them back: uint8 [N, C, H, W]."""
-        model, x = self.flow(method), self.train.tensor()
-        parts = [model.images(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
-        return (255 * torch.cat(parts)).round().to(torch.uint8)
+        path = self.work / f"{method} reconstructions.npy"
+        if not path.is_file():
+            model, x = self.flow(method), self.train.tensor()
+            parts = [model.images(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
+            np.save(path, (255 * torch.cat(parts)).round().to(torch.uint8).numpy())
+        return torch.from_numpy(np.load(path))
 
     def draw(self, method: str, source: str, options: dict[str, str], n: int, seed: int) -> tuple[Tensor, ...]:
         model = self.flow(method, options.get("rank", ""), int(options.get("parts", 1)))
