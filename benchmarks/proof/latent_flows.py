@@ -41,16 +41,16 @@ KINDS = {
     "32x32 pixels": ("cifar10", 32, 9000, 0, (8e-3,)),
 }
 DENSE, FEW = 3072, 256
-TWO: dict[str, Any] = dict(depth=[3, 3], blocks=[1, 1], width=[128, 128])
+ONE: dict[str, Any] = dict(depth=[6], blocks=[1], width=[128])
 # Name: (preset, options, directions that are whitened; None: all up to 3,072 numbers, 256 of more).
 FLOWS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "whitening alone": ("identity", {}, None),
-    "one level, whitened": ("latent", {}, None),
-    "one level, 256 directions whitened": ("latent", {}, FEW),
-    "one level": ("latent", {}, 0),
-    "two levels, whitened": ("latent", TWO, None),
-    "two levels": ("latent", TWO, 0),
-    "one level, squeezed, whitened": ("latent", dict(patch=2), None),
+    "one level, whitened": ("latent", ONE, None),
+    "one level, 256 directions whitened": ("latent", ONE, FEW),
+    "one level": ("latent", ONE, 0),
+    "two levels, whitened": ("latent", {}, None),
+    "two levels": ("latent", {}, 0),
+    "one level, squeezed, whitened": ("latent", ONE | dict(patch=2), None),
 }
 PIXELS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "whitening alone": ("identity", {}, None),

@@ -66,7 +66,8 @@ def few(data: ImageData, per_class: int, seed: int, first: int = 0) -> ImageData
 def trained_flow(data: ImageData) -> GLEM:
     """A flow in TAEF2's latents of these images alone, with their modes."""
     config = TrainConfig(
-        preset="latent", flow_options={"whiten": 64}, autoencoder="taef2", objective="mle", batch_size=50,
+        preset="latent", flow_options=dict(whiten=64, depth=[6], blocks=[1], width=[128]),
+        autoencoder="taef2", objective="mle", batch_size=50,
         epochs=max(1, 15_000 // len(data)), lr=1e-3, latent_noise=0.3, augment=("flip", "crop"), threads=1,
     )  # fmt: skip
     with TemporaryDirectory() as out:

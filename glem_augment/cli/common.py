@@ -146,7 +146,7 @@ def in_file(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: there is no home folder of that user") from None
+        raise argparse.ArgumentTypeError(f"{text}: that user has no home folder") from None
 
 
 def table(text: str, as_text: bool = False) -> dict[str, Any]:

@@ -38,12 +38,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "jet_tiny": dict(coupling="jet", depth=[10], blocks=[1], width=[128], heads=4, patch=4),
     # The configuration published for ImageNet at 64x64: 207 M parameters (Kolesnikov et al. 2024).
     "jet_imagenet64": dict(coupling="jet", depth=[32], blocks=[2], width=[512], heads=8, patch=4),
-    # For latents of an autoencoder, which are small already: one level without a squeeze, behind a whitening.
+    # For latents of an autoencoder, which are small already: two levels, the first without a squeeze. The best for its
+    # steps on average over the shapes in benchmarks/results/latent_flows.md.
     "latent": dict(
         coupling="affine",
-        depth=[6],
-        blocks=[1],
-        width=[128],
+        depth=[3, 3],
+        blocks=[1, 1],
+        width=[128, 128],
         bound=2.0,
         subnet="bottleneck",
         activation="relu",
@@ -52,9 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "identity": dict(coupling="identity"),
 }
-# `whiten=None` whitens all directions of up to so many numbers, and a few of more
-# (benchmarks/results/latent_flows.md).
-_DENSE_UP_TO, _FEW = 1024, 256
+# `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
+_WHITEN_UP_TO = 512
 # Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
@@ -93,7 +93,7 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
     spec.update(overrides)
     if "whiten" in spec and spec["whiten"] is None:
         dim = math.prod(spec["image_shape"])
-        spec["whiten"] = dim if dim <= _DENSE_UP_TO else _FEW
+        spec["whiten"] = dim if dim <= _WHITEN_UP_TO else 0
     check_spec(spec)
     return spec
 

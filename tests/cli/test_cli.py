@@ -502,7 +502,7 @@ def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypat
         fails(argv, output, "model.safetensors", "truncated")
     assert not (tmp_path / "g").exists()
     fails(["info", str(tmp_path / "nothing")], output, "no model at")
-    fails(["info", "~nobody-here/x"], output, "no home folder of that user")
+    fails(["info", "~nobody-here/x"], output, "that user has no home folder")
     fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
     monkeypatch.setenv("GLEM_DEBUG", "1")
     assert main(["info", str(broken)]) == 2

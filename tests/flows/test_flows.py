@@ -202,7 +202,7 @@ def test_whiten_is_exact_and_makes_the_covariance_the_identity(rank: int) -> Non
 
 
 def test_a_flow_of_latents_has_one_level_without_a_squeeze() -> None:
-    flow = create_flow("latent", (32, 4, 4), depth=[2], width=[16])
+    flow = create_flow("latent", (32, 4, 4), depth=[1, 1], width=[16, 16])
     x = torch.randn(3, 32, 4, 4)
     flow.initialise(x)
     z, logdet = flow(x)

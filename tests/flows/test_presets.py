@@ -27,7 +27,7 @@ def test_specs_name_the_subnet_and_older_ones_mean_the_published_one() -> None:
     assert (spec["subnet"], spec["activation"], spec["patch"]) == ("residual", "elu", 2)
     assert "activation" not in resolve_preset("mef_tiny", (1, 8, 8), subnet="transformer")
     assert set(resolve_preset("identity", (1, 8, 8))) == {"preset", "image_shape", "coupling"}
-    assert [resolve_preset("latent", (32, side, side))["whiten"] for side in (4, 8)] == [512, 256]
+    assert [resolve_preset("latent", (32, side, side))["whiten"] for side in (4, 8)] == [512, 0]
     older = {key: value for key, value in spec.items() if key not in ("subnet", "activation", "patch")}
     flow, x = build_flow(spec), torch.rand(4, 1, 8, 8)
     for parameter in flow.parameters():

@@ -160,12 +160,12 @@ def test_tensors_that_do_not_fit_the_config_are_refused(saved: Path, tmp_path: P
     for change, message in (
         ({mu: None}, "1 tensors missing.*gaussians.mu"),
         ({"extra": torch.zeros(3)}, "1 unknown.*extra"),
-        ({mu: state[mu][:2]}, r"gaussians.mu is F32 \[2, 16\], its model asks for .* \[3, 16\]"),
+        ({mu: state[mu][:2]}, r"gaussians.mu is F32 \[2, 16\], its model needs .* \[3, 16\]"),
         ({mu: nan}, "gaussians.mu holds values that are not finite"),
         ({mu: state[mu].double() + 1e300}, "gaussians.mu holds values that are not finite"),
         ({mu: state[mu].long()}, "gaussians.mu is I64"),
         ({mu: nan.to(torch.float8_e5m2)}, "gaussians.mu is F8"),
-        ({flag: state[flag].float()}, "is F32.*asks for BOOL"),
+        ({flag: state[flag].float()}, "is F32.*needs BOOL"),
         ({"modes.scales": -state["modes.scales"]}, "modes.scales holds values below 0"),
         ({"modes.rest": state["modes.rest"] - 1e3}, "modes.rest holds values below 0"),
     ):
