@@ -557,7 +557,7 @@ def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
         f"argument --out: cannot write {file}: {file} is a file, not a folder": ["train", "x", "--out", file],
         f"cannot write {file}/a/b: {file} is a file, not a folder": ["adapt", "m", "d", "--out", f"{file}/a/b"],
         f"cannot write {tmp_path}: {tmp_path} is a folder, not a file": ["eval", "m", "d", "--out", str(tmp_path)],
-        "~nobody-here/x: there is no home folder of that user": ["preview", "m", "d", "--out", "~nobody-here/x"],
+        "~nobody-here/x: that user has no home folder": ["preview", "m", "d", "--out", "~nobody-here/x"],
     }
     code = WITHOUT_TORCH.format([*helps, *slips.values()])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

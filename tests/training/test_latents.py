@@ -47,7 +47,7 @@ def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
 def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
     photos: ImageData, tmp_path: Path, objective: str
 ) -> None:
-    config = TrainConfig(objective=objective, epochs=2, **OPTIONS)  # type: ignore[arg-type]
+    config = TrainConfig(objective=objective, epochs=4, **OPTIONS)  # type: ignore[arg-type]
     whole = Trainer(photos, config, tmp_path / "whole", progress=False).fit()
     stopped = Trainer(photos, config, tmp_path / "parts", progress=False)
     stopped.log.callbacks.append(lambda row: setattr(stopped, "stop_requested", True))
