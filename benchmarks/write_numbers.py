@@ -257,7 +257,7 @@ def photographs() -> Named:
             mean, name = interval(values.values()), f"photographs-{count}: {KINDS[kind] if chosen else stack}"
             yield name, mean.text()
             over: list[str] = []
-            for what, base in (("crop + flip", plain), ("the best of the others", strongest)):
+            for what, base in (("crop + flip", plain), ("the best", strongest)):
                 gain = None if values is base else interval([values[seed] - base[seed] for seed in values])
                 over.append("" if gain is None else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
                 if gain is not None:
@@ -265,7 +265,7 @@ def photographs() -> Named:
             shown = f"the best other stack: {stack}" if kind == "ordinary" and chosen else stack
             shown += "" if chosen else " (not the best of its kind in validation)"
             lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
-    head = "images per class | stack | test accuracy | over crop + flip | over the best of the others | seeds"
+    head = "images per class | stack | test accuracy | over crop + flip | over the best other stack | seeds"
     yield "photographs", table(head, lines)
 
 

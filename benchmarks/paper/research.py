@@ -60,7 +60,7 @@ class Research:
 
 
 def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Research]:
-    """Settings of the package, and the others."""
+    """Settings of the package, and research settings."""
     names = {field.name for field in fields(Research)}
     own = {name: value for name, value in settings.items() if name not in names}
     return own, Research(**{name: value for name, value in settings.items() if name in names})

@@ -13,7 +13,7 @@ of `augmentation.py`. All other training images that are not for validation are 
     fixmatch       labels of the weak view for the strong one, RandAugment and RandomErasing (Sohn et al. 2020)
 
 The last two see 32 labelled and 64 unlabelled images per step. FixMatch was published with 64 and 448, and a million
-steps. Each method runs alone, and with moves along the modes of the pixels before its own changes: of all
+steps. Each method runs alone, and with moves along the modes of the pixels before the changes of the method: of all
 images with pseudo-labels, of the student's unlabelled views with Mean Teacher, of the strong views with FixMatch. The
 modes are fitted with the labelled images, and with the pseudo-labelled ones where there are any. An unlabelled image
 moves along the modes of the class that it was given.

@@ -215,7 +215,7 @@ class _Side:
         return [self.names] if numbers else [self.ids, self.names]
 
 
-_composed = functools.partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a character of its own
+_composed = functools.partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a separate character
 
 
 def _plain(name: str) -> str:

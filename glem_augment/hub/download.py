@@ -107,7 +107,7 @@ def download_weights(
 ) -> tuple[Path, str, str | None]:
     """Download the weights of another library, or find them in the cache: a Jet's or an autoencoder's.
 
-    The arguments are those of `download_model`.
+    Takes the arguments of `download_model`.
 
     Returns:
         The only safetensors file of the repository, with config.json beside it if there is one; `org/name@commit`; the
