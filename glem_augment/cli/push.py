@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from glem_augment.hub import upload, write_repository
     from glem_augment.hub.cards import CardFacts
-    from glem_augment.hub.upload import upload, write_repository
     from glem_augment.model.glem import GLEM
 
     facts = CardFacts(args.license, args.license_name, args.license_link, args.datasets, args.metrics)

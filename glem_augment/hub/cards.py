@@ -15,11 +15,10 @@ from typing import Any
 
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from glem_augment.hub.download import LIBRARY, PREFIX, parse_name
 from glem_augment.model.config import data_name, data_names, licence_id, records
 from glem_augment.model.glem import GLEM
 
-SAMPLES = "samples.png"
+LIBRARY, SAMPLES = "glem-augment", "samples.png"
 # The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
 # "image-classification" would promise the Hub's widgets a classifier that they can run.
 PIPELINE = "unconditional-image-generation"
@@ -266,9 +265,9 @@ def base_model(training: Mapping[str, Any]) -> str | None:
     """The repository of the flow that was adapted or fine-tuned; None if that flow is not from the Hub."""
     for record in records(training):
         before = record.get("adapted_from") or record.get("init_from")
-        origin = before.get("origin") if isinstance(before, dict) else None
-        if isinstance(origin, str) and (name := parse_name(origin.removeprefix(PREFIX))) is not None:
-            return name.repo_id
+        repo_id = str(before.get("origin")).partition("@")[0] if isinstance(before, dict) else ""
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
+            return repo_id
     return None
 
 

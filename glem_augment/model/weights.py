@@ -75,9 +75,9 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
 
 def hub() -> Any:
     """The module that downloads from the Hub. It stands above this room and is imported when it is needed."""
-    from glem_augment.hub import download
+    from glem_augment import hub
 
-    return download
+    return hub
 
 
 def find_folder(name: str | os.PathLike[str], revision: str | None, **client: Any) -> tuple[Path, str | None]:

@@ -33,8 +33,8 @@ from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.checks import FORMATS, Format
 from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
+from glem_augment.hub import upload, write_card
 from glem_augment.hub.cards import CardFacts, dataset_card
-from glem_augment.hub.upload import upload, write_card
 from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.weights import weights_sha256
@@ -143,7 +143,7 @@ def push_dataset(
             inherit; an identifier of the Hub. By default the one in the flow's record. Without any licence the card
             says that it is unknown, with a warning.
         report: a folder that `evaluation.quality_report` wrote, for the card.
-        target: `commit_message`, `private`, `token` and `revision`, see `hub.upload.upload`.
+        target: `commit_message`, `private`, `token` and `revision`, see `hub.upload`.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.

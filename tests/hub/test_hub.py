@@ -23,8 +23,8 @@ import glem_augment
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
 from glem_augment.autoencoders import TAESD
 from glem_augment.cli import main
+from glem_augment.hub import HubName, hub_errors
 from glem_augment.hub.cards import CardFacts, model_card, trained_on
-from glem_augment.hub.download import HubName, hub_errors
 from glem_augment.model.config import MAX_CONFIG_BYTES, data_name, data_names
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
