@@ -31,7 +31,7 @@ class Cell:
     """One classifier to train.
 
     Attributes:
-        stage: singles, pairs, ours or final.
+        stage: singles, pairs, triples, ours or final.
         side: opponent, ours or control.
         flow: "none" of opponents, "identity" of controls.
         method, params: what is tested; base: the components under it.
@@ -112,7 +112,7 @@ class Plan:
     """The cells of a setting and classifier that follow from what has been measured so far.
 
     Args:
-        args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`.
+        args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`, `triples`.
         flows: tells which ones can be used.
     """
 
@@ -122,12 +122,14 @@ class Plan:
     def cells(self, setting: Setting, classifier: str, store: Store) -> list[Cell]:
         """All cells known so far, in the order in which to run them."""
         singles = self.singles(setting, classifier)
+        if self.args.triples:
+            return self.triples(singles, store)
         cells = [*singles, *self.again(singles, store)]
         best_single = self.best(singles, store)
         # Not before every opponent has been measured: a flow that one of them needs may not be there yet.
         if best_single is None or not self.available(setting):
             return cells
-        pairs = self.pairs(best_single, singles, store)
+        pairs = self.with_another("pairs", best_single, singles, store)
         cells += [*pairs, *(cell for cell in self.again([*singles, *pairs], store) if cell not in cells)]
         opponent = self.best([*singles, *pairs], store)
         if opponent is None:
@@ -166,18 +168,34 @@ class Plan:
                 result += [Cell(*where, {**params, **flow}, base, TUNING_SEED) for params in trials]
         return result
 
-    def pairs(self, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:
-        """The best single with each other method at its best; none where that is crop + flip alone."""
+    def with_another(self, stage: str, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:
+        """The best stack with each method that it lacks, at its best value; none where it is crop + flip alone."""
+        there = {"none", best.setting.plain, *(name for name, _ in best.stack)}
         if best.method in ("none", best.setting.plain):
             return []
         result = []
-        for name in dict.fromkeys(cell.method for cell in singles):
-            if name in ("none", best.setting.plain, best.method):
-                continue
+        for name in dict.fromkeys(cell.method for cell in singles if cell.method not in there):
             own = self.leading([cell for cell in singles if cell.method == name], store)[0]
-            where = ("pairs", best.setting, best.classifier, "opponent", "none")
+            where = (stage, best.setting, best.classifier, "opponent", "none")
             result.append(Cell(*where, name, own.params, best.stack, best.seed))
         return result
+
+    def triples(self, singles: list[Cell], store: Store) -> list[Cell]:
+        """A third operation on the pair that the test images have seen; the best of these, if validation prefers it."""
+        setting, classifier = singles[0].setting, singles[0].classifier
+        here = {"setting": setting.name, "classifier": classifier, "method": "opponent"}
+        final = [row for row in store.rows(final=True) if here.items() <= row.items()]
+        base = [(name, params) for name, params in final[-1]["base"]] if final else []
+        if len(base) < 3:  # crop + flip alone, or one operation that was better than all pairs
+            return []
+        pair = Cell("pairs", setting, classifier, "opponent", "none", *base[-1], tuple(base[:-1]), TUNING_SEED)
+        cells = self.with_another("triples", pair, singles, store)
+        best = self.best(cells, store)
+        if best is None or self.value(best, store) <= self.value(pair, store):
+            return cells
+        return cells + [
+            replace(best, stage="final", seed=row["seed"]) for row in final if row["base"] == final[-1]["base"]
+        ]
 
     def ours(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
         result = []
