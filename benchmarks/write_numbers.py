@@ -83,11 +83,13 @@ def bold(gain: Interval | None) -> str:
 
 
 def stack_text(result: Result, strongest: Arm) -> str:
-    base = base_text([part for part in result.base if part[0] not in PLAIN])
-    if strongest is result.opponent and base != "nothing":
-        return f"{strongest.mean.mean:.1f} % ({base})"
-    tuned = f"; validation chose {base}, {result.opponent.mean.mean:.1f} %" if result.opponent else ""
-    return f"{strongest.mean.mean:.1f} % (crop + flip{tuned})"
+    def text(arm: Arm) -> str:
+        return base_text([part for part in arm.stack if part[0] not in PLAIN]).replace("nothing", "crop + flip")
+
+    mean, chosen = f"{strongest.mean.mean:.1f} %", result.opponent
+    if chosen is None or text(chosen) == text(strongest):
+        return f"{mean} ({text(strongest)})"
+    return f"{mean} ({text(strongest)}; validation chose {text(chosen)}, {chosen.mean.mean:.1f} %)"
 
 
 def augmentation() -> Named:

@@ -190,12 +190,11 @@ class Plan:
             return []
         pair = Cell("pairs", setting, classifier, "opponent", "none", *base[-1], tuple(base[:-1]), TUNING_SEED)
         cells = self.with_another("triples", pair, singles, store)
-        best = self.best(cells, store)
+        best, again = self.best(cells, store), self.again(cells, store)
         if best is None or self.value(best, store) <= self.value(pair, store):
-            return cells
-        return cells + [
-            replace(best, stage="final", seed=row["seed"]) for row in final if row["base"] == final[-1]["base"]
-        ]
+            return cells + again
+        final = [row for row in final if row["base"] == final[-1]["base"]]
+        return [*cells, *again, *(replace(best, stage="final", seed=row["seed"]) for row in final)]
 
     def ours(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
         result = []

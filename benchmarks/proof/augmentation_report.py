@@ -15,6 +15,7 @@ from benchmarks.proof.augmentation_plan import FINAL, TUNING, Store, params_text
 from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from glem_augment.io import atomic_write
 
+NAMES = {"pairs": "best single + ", "triples": "best pair + "}
 AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted
 
 
@@ -36,6 +37,11 @@ class Arm:
     @property
     def params(self) -> dict[str, Any]:
         return self.rows[0]["params"]
+
+    @property
+    def stack(self) -> list[Any]:
+        """Methods and parameters of an opponent."""
+        return self.rows[0]["base"] + [[self.method, self.params]] * (self.method != "opponent")
 
     @property
     def accuracies(self) -> dict[int, float]:
@@ -79,8 +85,14 @@ class Result:
         self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
 
     @property
+    def opponents(self) -> list[Arm]:
+        """The tuned stacks of others. A third operation has an arm only where validation preferred it to the pair."""
+        return [arm for arm in self.arms if arm.side == "opponent" and arm.method not in PLAIN]
+
+    @property
     def opponent(self) -> Arm | None:
-        return next((arm for arm in self.arms if arm.method == "opponent"), None)
+        """The stack that validation put first."""
+        return max(self.opponents, key=lambda arm: len(arm.stack), default=None)
 
     @property
     def plain(self) -> Arm | None:
@@ -89,13 +101,10 @@ class Result:
         return found or (self.opponent if len(self.base) == 1 and self.base[0][0] in PLAIN else None)
 
     def strongest(self, arm: Arm) -> Arm | None:
-        """The opponent, or crop + flip where that is better on the test images of the arm's seeds."""
+        """The best of the tuned stacks and crop + flip on the test images of the arm's seeds."""
         seeds = set(arm.accuracies)
-
-        def mean(other: Arm) -> float:
-            return statistics.mean(value for seed, value in other.accuracies.items() if seed in seeds)
-
-        return max((o for o in (self.opponent, self.plain) if o and seeds & set(o.accuracies)), key=mean, default=None)
+        known = [other for other in (*self.opponents, self.plain) if other and seeds & set(other.accuracies)]
+        return max(known, key=lambda other: other.over(seeds).mean, default=None)
 
     def validation(self, arm: Arm) -> tuple[int, float]:
         """By what the arm was chosen: the mean over tuning seeds, after how many there were (earlier rows have one)."""
@@ -233,7 +242,7 @@ def _gains(results: list[Result], leaking: bool) -> list[str]:
             own, best = against_controls(result, arm)
             lines.append(
                 f"| {result.setting} | {result.classifier} | {plain.mean if plain else ''} | {opponent.mean} "
-                f"({base_text(result.base)}) | {arm.mean} ({arm.method}, {flow}) | "
+                f"({base_text(opponent.stack)}) | {arm.mean} ({arm.method}, {flow}) | "
                 f"{control.mean if control else ''} | {signed(over)} | {signed(own)} | {signed(best)} | "
                 f"{over.seeds if over else 0} |"
             )
@@ -256,8 +265,9 @@ def _arms(result: Result) -> list[str]:
     for arm in result.arms:
         gain = None if opponent is None or arm is opponent else paired_gain(arm.accuracies, opponent.accuracies)
         added = "" if plain is None or arm is plain else f"{1000 * (arm.step - plain.step):+.0f} ms"
-        method = f"opponent: {base_text(result.base)}" if arm.method == "opponent" else arm.method
-        tuned = params_text(arm.params) or ("; ".join(params_text(p) for _, p in arm.rows[0]["base"] if p))
+        method = f"opponent: {base_text(arm.stack)}" if arm.side == "opponent" else arm.method
+        shown = arm.stack if arm.side == "opponent" else [[arm.method, arm.params]]
+        tuned = "; ".join(params_text(params) for _, params in shown if params)
         lines.append(
             f"| {arm.side} | {arm.flow} | {method} | {tuned} | {arm.mean} | {signed(gain)} | {1000 * arm.step:.0f} | "
             f"{added} | {len(arm.accuracies)} |"
@@ -273,7 +283,7 @@ def _arms(result: Result) -> list[str]:
     best: dict[tuple[str, str], float] = {}
     for row in tuned:
         if row["seed"] == TUNING_SEED:
-            key = (row["flow"], row["method"] if row["stage"] != "pairs" else f"best single + {row['method']}")
+            key = (row["flow"], NAMES.get(row["stage"], "") + row["method"])
             best[key] = max(best.get(key, 0.0), 100 * row["val_accuracy"])
     listed = ", ".join(f"{m}{'' if f == 'none' else f' ({f})'} {v:.1f}" for (f, m), v in best.items())
     lines.append(f"Validation accuracy % of each at its best, first tuning seed: {listed}.")

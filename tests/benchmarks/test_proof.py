@@ -141,7 +141,7 @@ class AllFlows:
 def planned(**changes) -> planning.Plan:
     chosen = dict(
         opponents=list(settings.OPPONENTS), methods=["adversarial", "noise"], trials=3, best=1, seeds=[0, 1, 2, 3, 4],
-        leaking=False, through=None, tuning_seeds=3,
+        leaking=False, through=None, tuning_seeds=3, triples=False,
     )  # fmt: skip
     return planning.Plan(argparse.Namespace(**{**chosen, **changes}), AllFlows())
 
@@ -236,6 +236,26 @@ def test_an_opponent_is_never_worse_than_crop_and_flip(tmp_path: Path) -> None:
     (result,) = reporting.results_of(store)
     arm = result.best(("imagenette32",))
     assert arm is not None and result.strongest(arm) is result.plain is not result.opponent
+
+
+@pytest.mark.parametrize(("better", "on_test"), [("cutmix", 0.03), ("mixup", -0.03), (None, 0.0)])
+def test_a_third_operation_counts_where_validation_prefers_it(
+    tmp_path: Path, better: str | None, on_test: float
+) -> None:
+    def value(cell: planning.Cell) -> float:
+        preferred = 0.03 if cell.method == better else -0.03
+        return made_up(cell) + (on_test if cell.stage == "final" else preferred)
+
+    store = Store(tmp_path)
+    measure(planned(), store, made_up)
+    measure(planned(triples=True), store, value)
+    (result,) = reporting.results_of(store)
+    arm, tried = result.best(("imagenette32",)), {row["method"] for row in result.tuning if row["stage"] == "triples"}
+    assert arm is not None and tried == {"jitter", "mixup", "cutmix", "pixel-adversarial", "latent-noise"}
+    chosen = [name for name, _ in result.opponent.stack]
+    assert chosen == ["cropflip", "trivial", "erasing", *([better] if better else [])]
+    assert (result.strongest(arm) is result.opponent) == (on_test >= 0)
+    assert len(result.strongest(arm).accuracies) == 5
 
 
 def test_without_a_network_classes_are_told_apart() -> None:
