@@ -5,22 +5,31 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
+import math
+import shlex
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from glem_augment import __version__
+from glem_augment.checks import BUNDLED_IMAGES
 from glem_augment.cli import common
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from glem_augment.cli.demo_parts import Part
+    from glem_augment.data.dataset import ImageData
     from glem_augment.evaluation.preview import Section
+    from glem_augment.model.glem import GLEM
 
 DESCRIPTION = """\
 Show what the library does, with what is inside the package: move photographs, draw a synthetic data set, train small
@@ -32,77 +41,254 @@ EXAMPLES = """\
   glem demo
   glem demo --photos my-photos/ --out my-demo
 """
+PHOTOGRAPHS, COLOUR, FASHION = "bundled:photographs", "bundled:cifar10", "bundled:fashion-mnist"
+
+
+@dataclass
+class Size:
+    """How much the demo does."""
+
+    photographs: int = 4  # at most
+    per_class: int = 10  # images of each class in the synthetic set
+    images: int = 1000  # of Fashion-MNIST in each split, evenly over the classes; at most 1000
+    round_trip: int = 250  # of the test images
+    seeds: int = 3  # networks for each kind of training images
+    steps: int = 150  # of each training
+
+
+QUICK = Size(photographs=2, per_class=2, images=100, round_trip=20, seeds=2, steps=3)
+
+
+@dataclass
+class Part:
+    """What a part adds to demo.html.
+
+    Attributes:
+        words: values of the placeholders in its text. found: sentences that the numbers carry.
+        section: pictures. table: rows of text under a heading.
+    """
+
+    words: dict[str, Any]
+    found: list[str]
+    section: Section | None = None
+    table: list[Sequence[str]] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     parser.add_argument("--out", type=common.out_folder, default="demo-out", metavar="DIR", help="(default: demo-out)")
     photos = "a folder of photographs to move, nested in any way (default: three that ship)"
-    parser.add_argument("--photos", default="bundled:photographs", metavar="DATA", help=photos)
+    parser.add_argument("--photos", default=PHOTOGRAPHS, metavar="DATA", help=photos)
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: few images, numbers mean little")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write index.html, report.json, synthetic/ and a picture of each part, and print what was found."""
+    """Write index.html, report.json, synthetic/ and a picture of each part, and print the results."""
     import torch
 
-    from glem_augment.cli import demo_parts
     from glem_augment.evaluation.preview import compose
     from glem_augment.io import atomic_write, save_png, write_json
 
     # The networks are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
     began, say = time.monotonic(), partial(print, flush=True)
-    size, out, progress = demo_parts.QUICK if args.quick else demo_parts.Size(), args.out, not args.quiet
+    size, out, progress = QUICK if args.quick else Size(), args.out, not args.quiet
     say("glem demo: four parts, about a minute" if not args.quick else "glem demo, quick: the numbers mean little")
-    makers: dict[str, Callable[[], tuple[Part, dict[str, Any]]]] = {
-        "photographs": lambda: demo_parts.photographs(args.photos, size, progress),
-        "synthetic": lambda: demo_parts.synthetic(out, size, progress),
-        "classifiers": lambda: demo_parts.classifiers(size, progress),
-        "flow": lambda: demo_parts.measured_flow(size, progress),
+    makers: dict[str, Callable[[Size, bool], tuple[Part, dict[str, Any]]]] = {
+        "photographs": partial(photographs, args.photos),
+        "synthetic": partial(synthetic, out),
+        "classifiers": classifiers,
+        "flow": measured_flow,
     }
-    parts: list[Part] = []
     report: dict[str, Any] = {"quick": args.quick, "size": vars(size)}
-    for name, make in makers.items():
-        part, report[name] = make()
-        parts.append(part)
-        say(f"{len(parts)}. {part.title}: {' '.join(part.found)}")
+    page = {"quick": "<p class=found>A quick run: the numbers mean little.</p>" if args.quick else ""}
+    for number, (name, make) in enumerate(makers.items(), 1):
+        part, report[name] = make(size, progress)
+        say(f"{number}. {name}: {' '.join(part.found)}")
         if part.section is not None:
-            save_png(compose(part.title, "", [part.section]), out / f"{name}.png")
+            save_png(compose(name.capitalize(), "", [part.section]), out / f"{name}.png")
+        page |= {key: escape(str(value)) for key, value in part.words.items()} | {name: shown(part)}
     report |= {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time(), 1)}
     write_json(out / "report.json", common.finite(report))
+    page |= {"version": __version__} | {key: f"{report[key]:.0f}" for key in ("seconds", "cpu_seconds")}
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     with atomic_write(out / "index.html", "w") as file:
-        file.write(page(parts, report))
+        file.write(template.substitute(page))
     say(f"Done in {report['seconds']:.0f} s. Open {out / 'index.html'} in a browser.")
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the parts -------------------------------------------------------------------------------------------------------
 
 
-def page(parts: Sequence[Part], report: dict[str, Any]) -> str:
-    """One HTML file that loads nothing: demo.html with these parts."""
-    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    return template.substitute(
-        quick="<p class=found>A quick run: the numbers mean little.</p>" if report["quick"] else "",
-        parts="".join(shown(number, part) for number, part in enumerate(parts, 1)),
-        version=__version__,
-        seconds=f"{report['seconds']:.0f}",
-        cpu_seconds=f"{report['cpu_seconds']:.0f}",
+def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """Photographs, moved by noise of two strengths and by mixup with the next one."""
+    import torch
+    from torch.utils.data import Subset
+
+    from glem_augment import GLEM, GLEMAugment, open_data
+    from glem_augment.data.sources import open_source
+    from glem_augment.evaluation.metrics import spread
+    from glem_augment.evaluation.preview import Section
+
+    model = GLEM.from_pretrained(PHOTOGRAPHS)
+    side = model.image_shape[1:]
+    source = open_source(spec, unlabelled=True)
+    rows = spread(len(source), min(size.photographs, len(source)))
+    x = open_data(Subset(source, rows.tolist()), image_size=side, channels=3, progress=progress).tensor()
+    n, y = len(x), torch.zeros(len(x), dtype=torch.int64)
+    noise, mixup = dict(policy="noise", strength=0.5), dict(policy="mixup")
+    kinds: dict[str, dict[str, Any]] = {"noise 0.5": noise, "noise 1": noise | {"strength": 1.0}, "mixup": mixup}
+    columns, moves = {"original": x}, {}
+    for name, settings in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
+        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+        drawn = aug.draw(x, y)
+        if name == "mixup":  # a photograph that is alone is mixed with a draw
+            partner = torch.arange(n).roll(-1) if n > 1 else torch.tensor([-1])
+            drawn = replace(drawn, partner=partner, partner_cls=y, l=torch.full((n,), 0.5))
+        columns[name] = aug.replay(x, y, drawn)[0]
+        change = (columns[name].float() - x.float()).abs().mean()
+        moves[name] = {"mean_change": float(change), "put_back": aug.stats["replaced"]}
+    unsorted = "" if spec == PHOTOGRAPHS else ", channels=3, unlabelled=True"
+    part = Part(
+        {"photos": n, "data": spec, "side": side[0], "modes": aug.modes, "opened": json.dumps(spec) + unsorted},
+        [f"{sum(move['put_back'] for move in moves.values())} of {3 * n} moves were put back as implausible."],
+        Section("", torch.stack(list(columns.values()), 1), list(columns)),
+        [("move", "mean change (0 to 255)", "put back")],
     )
+    part.table += [(name, f"{m['mean_change']:.1f}", f"{m['put_back']} of {n}") for name, m in moves.items()]
+    return part, {"data": spec, "images": n, "moves": moves}
 
 
-def shown(number: int, part: Part) -> str:
-    """The HTML of a part."""
-    lines = [f"<section><h2><span>{number}</span>{escape(part.title)}</h2>", f"<p>{escape(part.text)}</p>"]
-    lines += [f"<pre>{escape(part.code)}</pre>"]
-    if part.section is not None:
-        lines.append(picture(part.section))
+def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """A synthetic set with as many images of each class, exported to a folder."""
+    from glem_augment import SyntheticDataset
+    from glem_augment.evaluation.preview import Section
+
+    data, folder = SyntheticDataset(COLOUR, per_class=size.per_class, seed=0), out / "synthetic"
+    data.export(folder, progress=progress, overwrite=True)
+    cells = data.images(range(len(data))).unflatten(0, (-1, size.per_class))
+    part = Part(
+        {"per_class": size.per_class, "folder": shlex.quote(str(folder))},
+        [f"{len(data)} images in {len(data.classes)} class folders lie in {folder}."],
+        Section("", cells, rows=data.classes),
+    )
+    found = {"model": COLOUR, "folder": str(folder), "images": len(data), "classes": len(data.classes)}
+    return part, found | {"per_class": size.per_class, "temperature": data.temperature, "seed": data.seed}
+
+
+def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """Networks trained on real images alone, on samples of the flow alone, and on samples of the pixels' Gaussians."""
+    import torch
+
+    from glem_augment import GLEM
+    from glem_augment.evaluation import quality
+    from glem_augment.evaluation.compare import difference, interval
+    from glem_augment.evaluation.preview import Section
+
+    flow = GLEM.from_pretrained(FASHION)
+    train, test = (fashion(flow, split, size) for split in ("train", "test"))
+    classes, rank = len(train.classes), flow.checked_modes(None)
+    pixels = GLEM.create("identity", flow.image_shape, flow.classes, flow.class_ids)
+    pixels = pixels.adapt(train, rank=rank, progress=False)
+    models = {"real images": None, "samples of the flow": flow, "samples of the pixels' Gaussians": pixels}
+    accuracies: dict[str, list[float]] = {name: [] for name in models}
+    first: dict[str, Tensor] = {}
+    total = size.seeds * len(models) * size.steps
+    with tqdm(total=total, unit="step", desc="training", disable=not progress) as bar:
+        for seed in range(size.seeds):
+            for name, model in models.items():
+                data = train if model is None else drawn_like(model, train, seed)
+                first.setdefault(name, data.tensor()[:: len(data) // classes])
+                batches = ticking(quality.random_batches(data, seed), bar)
+                network = quality.train_network(batches, size.steps, 1, classes, seed)
+                normal = quality.ORACLE_MEAN, quality.ORACLE_STD
+                logits = quality.features_and_logits(network, test.tensor(), *normal)[1]
+                right = quality.label_reliability(logits, torch.from_numpy(test.targets))
+                accuracies[name].append(100 * right)
+    arms: dict[str, dict[str, Any]] = {
+        name: {"accuracies": values, "mean": statistics.mean(values), "interval": interval(values)}
+        for name, values in accuracies.items()
+    }
+    real, ours, control = models
+    gains = {f"{a} over {b}": difference(arms[a], arms[b]) for a, b in ((real, ours), (ours, control))}
+    batch = min(quality.ORACLE_BATCH, len(train))
+    words: dict[str, Any] = {"train": f"{len(train):,}", "test": f"{len(test):,}", "seeds": size.seeds, "batch": batch}
+    words |= {"network": quality.NETWORK, "steps": size.steps, "rank": rank, "each": len(train) // classes}
+    part = Part(
+        words | {"learned": f"{flow.config.training['images']:,}"},
+        [sentence(what, *gain) for what, gain in gains.items()],
+        Section("", torch.stack(list(first.values())), rows=["real", "flow", "pixels"]),
+        [("trained on", "accuracy in %, 95 % interval", "each network")],
+    )
+    for name, arm in arms.items():
+        each = ", ".join(f"{value:.1f}" for value in arm["accuracies"])
+        part.table.append((name, f"{arm['mean']:.1f} ± {arm['interval']:.1f}", each))
+    differences = {what: {"mean": gain, "interval": half} for what, (gain, half) in gains.items()}
+    return part, {"train": len(train), "test": len(test), "arms": arms, "differences": differences}
+
+
+def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """The bundled flow as a classifier, and how well it gives images back."""
+    from glem_augment import GLEM
+    from glem_augment.evaluation import evaluate
+
+    flow = GLEM.from_pretrained(FASHION)
+    test = fashion(flow, "test", size)
+    found = evaluate(flow, test, round_trip=size.round_trip, progress=progress)
+    trip, accuracy = found["round_trip"], found["accuracy"]
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))
+    part = Part(
+        {"measured": f"{len(test):,}", "round_trip": size.round_trip},
+        [f"Of {trip['images']} images {100 * trip['within_half_step']:.4g} % of the pixels come back exactly."],
+        table=[
+            ("measure", "value"),
+            ("accuracy in %, 95 % interval", f"{100 * accuracy:.1f} ± {100 * half:.1f}"),
+            ("calibration error", f"{found['ece']:.3f}"),
+            ("bits per dimension, given the class", f"{found['bits_per_dim']:.2f}"),
+            ("largest error of a round trip (0 to 255)", f"{trip['max_error']:.2g}"),
+        ],
+    )
+    return part, found | {"accuracy_interval": half}
+
+
+def fashion(flow: GLEM, split: str, size: Size) -> ImageData:
+    from glem_augment.data.dataset import images_for
+    from glem_augment.evaluation.metrics import spread
+
+    data = images_for(flow, BUNDLED_IMAGES, split=split, progress=False)
+    return data.subset(spread(len(data), size.images))
+
+
+def drawn_like(model: GLEM, real: ImageData, seed: int) -> ImageData:
+    """Samples, as many of each class as `real` has."""
+    from glem_augment import ImageData, SyntheticDataset
+
+    data = SyntheticDataset(model, per_class=len(real) // len(real.classes), seed=seed)
+    return ImageData.from_tensors(data.images(range(len(data))), data.targets, data.classes, data.class_ids)
+
+
+def ticking(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield batch
+        bar.update()
+
+
+def sentence(what: str, gain: float, half: float) -> str:
+    """A difference in points; one within its 95 % interval is no difference."""
+    clear = "" if abs(gain) > half else ", which is no clear difference"
+    return f"{what[0].upper()}{what[1:]}: {gain:+.1f} ± {half:.1f} points{clear}."
+
+
+# ---- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def shown(part: Part) -> str:
+    """The pictures, the table and the sentences of a part."""
+    lines = [] if part.section is None else [picture(part.section)]
     if part.table:
         head, *rows = part.table
-        lines.append('<table class="numbers">' + row("th", head) + "".join(row("td", each) for each in rows))
-        lines.append("</table>")
-    lines.append(f'<p class="found">{"<br>".join(escape(text) for text in part.found)}</p></section>')
-    return "\n".join(lines)
+        lines += ['<table class="numbers">', row("th", head), *(row("td", each) for each in rows), "</table>"]
+    return "\n".join([*lines, f'<p class="found">{"<br>".join(map(escape, part.found))}</p>'])
 
 
 def row(tag: str, texts: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from glem_augment import open_data
 from glem_augment.cli import main
-from glem_augment.cli.demo_parts import sentence
+from glem_augment.cli.demo import sentence
 
 
 @pytest.fixture(scope="module")
