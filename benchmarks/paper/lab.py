@@ -40,10 +40,10 @@ from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json
 from glem_augment.latent.gaussians import LOWEST_SHARE
 from glem_augment.training import TimeUpError, TrainConfig
-from glem_augment.training.batches import stratified_split
-from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.config import METHODS, PAPER
+from glem_augment.training.folder import has_checkpoint
 from glem_augment.training.objective import LatentStatistics
+from glem_augment.training.start import stratified_split
 
 # Part of every name. Raise it when the same settings come to mean something else.
 _VERSION = 1

@@ -28,7 +28,7 @@ from glem_augment.cli.common import table
 from glem_augment.cli.train import checked
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
-from glem_augment.training.checkpoint import has_checkpoint
+from glem_augment.training.folder import has_checkpoint
 from glem_augment.training.objective import LatentStatistics, m_learning_rates
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3

@@ -34,9 +34,8 @@ from glem_augment.evaluation import evaluate
 from glem_augment.io import write_json
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.training import Trainer
-from glem_augment.training.checkpoint import NEWEST
 from glem_augment.training.config import method
-from glem_augment.training.logs import METRICS
+from glem_augment.training.folder import METRICS, NEWEST
 
 NAME, METHOD = "jet_beside_conv", "hybrid-joint"
 FLOWS: dict[str, dict[str, Any]] = {

@@ -35,7 +35,7 @@ from glem_augment.flows.presets import PRESETS
 from glem_augment.io import atomic_write
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training.config import METHODS, method
-from glem_augment.training.logs import held_out
+from glem_augment.training.folder import held_out
 
 NAME = "training_is_calm"
 POINTS, MEASURED = 12, 200  # of a curve; held-out images

@@ -24,8 +24,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from glem_augment.augment.labels import check_labels, soft_labels
-from glem_augment.augment.resize import for_channels
+from glem_augment.augment.transfer import check_labels, for_channels, soft_labels
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
 from glem_augment.data.classes import match_classes, named_classes

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from glem_augment.augment.labels import FlowClasses
 from glem_augment.augment.params import AugmentParams, draw_shares, normal
+from glem_augment.augment.transfer import FlowClasses
 from glem_augment.devices import evaluating, send, weights_key
 from glem_augment.latent.modes import combine_modes
 from glem_augment.model.glem import GLEM

@@ -1,8 +1,7 @@
 """GLEMAugment: move real images along the principal modes of their class, in the latent space of a flow.
 
-A batch is encoded, its latents are moved (`moves`), and the change is carried over to the images
-(`resize`) and labels (`labels`). Drawing the random parameters (`draw`) is separate from using them (`replay`), so a
-call can be repeated.
+A batch is encoded, its latents are moved (`moves`), and the change is carried over to the images and labels
+(`transfer`). Drawing the random parameters (`draw`) is separate from using them (`replay`), so a call can be repeated.
 
 Source: Enescu & Sahbi, ACCV 2024 (principal-mode mixup).
 """
@@ -18,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.augment import moves
-from glem_augment.augment.labels import (
+from glem_augment.augment.params import AugmentParams, MoveCounts, RandomState, WorkerCounts, choose_rows, normal
+from glem_augment.augment.transfer import (
     FlowClasses,
     Labels,
+    PixelAdapter,
     check_labels,
     label_kind,
     mixed_labels,
     posterior_labels,
     soft_labels,
 )
-from glem_augment.augment.params import AugmentParams, MoveCounts, RandomState, WorkerCounts, choose_rows, normal
-from glem_augment.augment.resize import PixelAdapter
 from glem_augment.checks import Policy, check_choice, check_number
 from glem_augment.data.classes import check_class_map
 from glem_augment.data.pixels import MARGIN, in_range, plausible

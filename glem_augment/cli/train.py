@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
     from glem_augment.training import Trainer
-    from glem_augment.training.checkpoint import has_checkpoint, load_checkpoint, require_unused
+    from glem_augment.training.folder import has_checkpoint, load_checkpoint, require_unused
 
     began = time.monotonic()
     device, out = common.pick_device(args), args.out
@@ -271,7 +271,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     from glem_augment.distributed import is_primary
     from glem_augment.io import write_json
     from glem_augment.training import EXIT_TIME_UP, TimeUpError
-    from glem_augment.training.logs import TRACKERS
+    from glem_augment.training.folder import TRACKERS
 
     out, data = trainer.out, trainer.data
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
@@ -324,7 +324,7 @@ def _finished(out: Path) -> GLEM | None:
     from glem_augment.errors import ModelFileError
     from glem_augment.model.glem import GLEM
     from glem_augment.model.weights import CONFIG
-    from glem_augment.training.checkpoint import NEWEST
+    from glem_augment.training.folder import NEWEST
 
     try:
         if (out / CONFIG).stat().st_mtime_ns < (out / NEWEST).stat().st_mtime_ns:

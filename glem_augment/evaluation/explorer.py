@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.resize import PixelAdapter
+from glem_augment.augment.transfer import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import DrawSource, Policy
 from glem_augment.data.dataset import ImageData, images_for

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from glem_augment.augment.resize import PixelAdapter
+from glem_augment.augment.transfer import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import POLICIES, Policy
 from glem_augment.data.dataset import ImageData

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from glem_augment.augment.resize import resized
+from glem_augment.augment.transfer import resized
 from glem_augment.autoencoders import open_autoencoder
 from glem_augment.data.classes import ClassMap
 from glem_augment.data.dataset import ImageData, LabelledImages, images_for, open_data

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glem_augment.checks import Memory
+from glem_augment.devices import full_precision
 from glem_augment.flows.layers import Flow
-from glem_augment.flows.precision import full_precision
 
 # Tolerances of an inverse, as a share of the numbers, and of a log-determinant, in nats per number. The Jacobian takes
 # seconds up to so many numbers, and minutes far above.
@@ -90,6 +91,11 @@ class CustomFlow(Flow):
                 each = self(many)[0].gather(1, chosen[:, None]).sum()
             rows.append(torch.autograd.grad(each, many)[0].flatten(1).double())
         return torch.cat(rows)
+
+    def set_memory(self, memory: Memory) -> None:
+        if memory == "reversible":
+            raise ValueError("the activations of a user's module can't be rebuilt: leave memory at 'stored'")
+        super().set_memory(memory)
 
     def _encode(self, x: Tensor) -> Any:
         if self.kind == "normflows":

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory, check_choice
-from glem_augment.flows.precision import full_precision
-from glem_augment.flows.subnets import Subnet
+from glem_augment.devices import full_precision
+from glem_augment.flows.coupling import Subnet
 
 # An element's spread in a few images is mostly noise. Dividing by too small a spread would blow up other images, once
 # more in every step. So the channel's spread is added with the weight of so many images, and there is a floor.
@@ -48,7 +48,7 @@ class Flow(nn.Module):
                 inverse. Then activation memory does not grow with depth; steps take about a third longer.
 
         Raises:
-            ValueError: another word.
+            ValueError: another word, or "reversible" for a `CustomFlow`.
         """
         check_choice("memory", memory, get_args(Memory))
         self.memory = memory

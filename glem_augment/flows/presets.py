@@ -8,11 +8,18 @@ from functools import partial
 from typing import Any
 
 from glem_augment.checks import Preset, check_choice
-from glem_augment.flows.coupling import AffineCoupling, Coupling, MatExpCoupling
+from glem_augment.flows.coupling import (
+    ACTIVATIONS,
+    CONV_SUBNETS,
+    SUBNETS,
+    AffineCoupling,
+    Coupling,
+    MatExpCoupling,
+    Subnet,
+)
 from glem_augment.flows.jet import JetFlow
 from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1, WhitenedFlow
 from glem_augment.flows.multiscale import MultiscaleFlow
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glem_augment.devices import weights_key
-from glem_augment.flows.precision import full_precision
+from glem_augment.devices import full_precision, weights_key
 from glem_augment.latent.gaussians import ClassSampler
 
 # How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).

@@ -23,11 +23,10 @@ from glem_augment.data.classes import ONE_CLASS
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, resolve_preset
 from glem_augment.flows.jet import KINDS, PATTERNS, order_of_tokens
-from glem_augment.io import expand, file_sha256
+from glem_augment.io import copy_checked, expand, file_sha256, open_tensors
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.weights import hub
-from glem_augment.tensor_files import copy_checked, open_tensors
 
 PREFIX = "jet:"
 # Names of the projections in the file, by the half that a coupling splits.

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from glem_augment.autoencoders import open_autoencoder
 from glem_augment.checks import RUN_FILE
 from glem_augment.errors import ModelFileError
-from glem_augment.io import atomic_write, expand
+from glem_augment.io import atomic_write, check_header, copy_checked, expand, header_bytes, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
-from glem_augment.tensor_files import check_header, copy_checked, header_bytes, open_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CUSTOM = "custom"  # the name of a user's module in a config

@@ -24,9 +24,8 @@ from glem_augment.distributed import Share
 from glem_augment.errors import TrainingError
 from glem_augment.flows import Flow
 from glem_augment.model.glem import GLEM
-from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.logs import gaussian_state, held_out
+from glem_augment.training.folder import Checkpoint, gaussian_state, held_out
 from glem_augment.training.objective import LatentStatistics, e_step_loss, encode, m_learning_rates, m_step_loss
 from glem_augment.training.optim import (
     CLIP_NORM,

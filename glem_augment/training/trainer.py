@@ -29,19 +29,21 @@ from glem_augment.evaluation.preview import class_samples, compose
 from glem_augment.io import expand, lock_folder, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.training.batches import epoch_order
-from glem_augment.training.checkpoint import (
+from glem_augment.training.config import TrainConfig
+from glem_augment.training.em import EM, training_mode
+from glem_augment.training.folder import (
+    Callback,
+    MetricsLog,
     check_same_run,
     data_fingerprint,
     load_checkpoint,
+    plot_curves,
     remove_left_overs,
     require_unused,
     save_checkpoint,
 )
-from glem_augment.training.config import TrainConfig
-from glem_augment.training.em import EM, training_mode
-from glem_augment.training.logs import Callback, MetricsLog, plot_curves
 from glem_augment.training.optim import DivergenceError
+from glem_augment.training.start import epoch_order
 
 # The exit status for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
 EXIT_TIME_UP = 75

@@ -30,8 +30,8 @@ from glem_augment.evaluation import moves_put_back
 from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.checkpoint import NEWEST, load_checkpoint
 from glem_augment.training.config import SETTINGS
+from glem_augment.training.folder import NEWEST, load_checkpoint
 
 TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
 Output = Callable[[], tuple[str, str]]

@@ -23,7 +23,7 @@ from glem_augment import GLEM, SyntheticDataset
 from glem_augment.data.sources import PROVENANCE
 from glem_augment.errors import TrainingError
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training.checkpoint import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
+from glem_augment.training.folder import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
 
 # In the fast suite, and in the slow one.
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))

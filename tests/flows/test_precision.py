@@ -14,7 +14,7 @@ import torch
 from test_reversible import flow_and_images
 from torch import Tensor
 
-from glem_augment.flows.precision import full_precision
+from glem_augment.devices import full_precision
 from glem_augment.latent.gaussians import ClassGaussians
 
 CUDA, CUDNN, MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn

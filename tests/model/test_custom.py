@@ -135,6 +135,8 @@ def test_what_is_no_flow_is_refused(tmp_path: Path) -> None:
     for module, message in ((Off(), "the inverse of Off does not give"), (Broken(), "not finite for random images")):
         with pytest.raises(ValueError, match=message):
             GLEM.from_bijection(module, SHAPE)
+    with pytest.raises(ValueError, match="leave memory at 'stored'"):
+        GLEM.from_bijection(Own(), SHAPE).flow.set_memory("reversible")
     GLEM.create("glow_tiny", (1, 8, 8), ["a"], depth=[1], blocks=[1], width=[8]).save(tmp_path)
     with pytest.raises(ModelFileError, match="leave module= out"):
         GLEM.from_pretrained(tmp_path, module=Own())

@@ -23,7 +23,7 @@ from glem_augment.flows import MultiscaleFlow
 from glem_augment.training import TimeUpError, Trainer, optim
 from glem_augment.training import em as em_module
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.logs import wandb
+from glem_augment.training.folder import wandb
 from glem_augment.training.optim import DivergenceError, LossGuard
 
 

@@ -27,7 +27,7 @@ from glem_augment.distributed import share
 from glem_augment.errors import GLEMError
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training.checkpoint import NEWEST, load_checkpoint
+from glem_augment.training.folder import NEWEST, load_checkpoint
 from glem_augment.training.trainer import Trainer
 
 # Processes that are forked from a server that has imported torch start at once, and can run backward passes.

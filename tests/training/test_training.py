@@ -24,7 +24,7 @@ from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training import start as start_module
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.logs import tensorboard
+from glem_augment.training.folder import tensorboard
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
