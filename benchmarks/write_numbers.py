@@ -320,6 +320,24 @@ def pretrained() -> Named:
     yield "pretrained", table(head, lines)
 
 
+def fine_tuned() -> Named:
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in stored("fine_tuned"):
+        if "accuracy" in row:
+            found.setdefault(row["setting"], {}).setdefault(row["arm"], {})[row["seed"]] = row["accuracy"]
+    lines = []
+    for setting, arms in found.items():
+        means = {arm: interval(100 * share for share in values.values()) for arm, values in arms.items()}
+        yield from ((f"{setting}: fine-tuned, {arm}", mean.text()) for arm, mean in means.items())
+        gain = paired_gain(
+            arms["modes"], max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
+        )
+        yield f"{setting}: fine-tuned, modes over the better", signed(gain, 1)
+        lines.append([f"`{setting}`", *(f"{mean.text()} %" for mean in means.values()), bold(gain), str(gain.seeds)])
+    head = "setting | crop + flip | + RandAugment | + pixels' modes | modes over the better of both | seeds"
+    yield "fine-tuned", table(head, lines)
+
+
 def unlabelled() -> Named:
     """Pseudo-labels, Mean Teacher and FixMatch, alone and with our moves."""
     rows, best = stored("unlabelled"), {}
@@ -389,6 +407,16 @@ def single_files() -> Named:
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"
     for row in stored("matexp")["rows"]:
         yield f"matexp: {row['way']}", f"{row['median ratio']:.0f}"
+    for row in stored("jet_beside_conv")["rows"]:
+        yield f"jet_beside_conv: {row['flow']}, accuracy", f"{row['test accuracy %']:.1f}"
+        yield f"jet_beside_conv: {row['flow']}, bits/dim", f"{row['test bits/dim']:.3f}"
+    for row in stored("backbones")["rows"]:
+        for key, digits in (("bits/dim", 2), ("NF accuracy %", 1)):
+            if row[key] != "diverged":
+                yield f"backbones: {row['variant']}, {key}", f"{float(row[key].split()[0]):.{digits}f}"
+    for row in stored("ranks")["rows"]:
+        yield f"ranks: {row['job']}", f"{row['ratio']:.2f}"
+        yield f"ranks: {row['job']}, communication", f"{100 * row['share of communication']:.0f}"
     record = stored("rfcm")
     yield "rfcm: dense", f"{record['dense_covariances_GB']:.0f}"
     keys = ("fit min, all", "score min, all", "file GB, all")
@@ -402,6 +430,8 @@ def single_files() -> Named:
          ", ".join(w.split(": ")[1] for w in failed if w.startswith(f"{row['flow']}, {row['policy']}:"))]
         for row in rows
     ]  # fmt: skip
+    for flow, policy, *_, lost, _ in lines:
+        yield f"sharpness: {flow}, {policy}, points lost", lost
     yield (
         "sharpness",
         table("flow | policy | levels moved | energy of fine detail | top-1 | points lost | limits missed", lines),
@@ -499,7 +529,18 @@ def paper() -> Named:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-SOURCES = (augmentation, samples, photographs, latents, long_tails, pretrained, unlabelled, single_files, speed, paper)
+SOURCES = (
+    augmentation,
+    samples,
+    photographs,
+    latents,
+    long_tails,
+    pretrained,
+    unlabelled,
+    single_files,
+    speed,
+    paper,
+)
 
 
 def names() -> dict[str, str]:
