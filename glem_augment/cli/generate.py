@@ -96,18 +96,16 @@ def run(args: argparse.Namespace) -> None:
     _check_together(args)
     check_folder(args.out)  # a folder that cannot be used is refused before any work
     model = common.load_model(args)
-    progress = is_primary() and not args.quiet
-    real = None
+    progress, real, unseen = not args.quiet, None, None
     if args.real is not None:
         real = common.open_resized(model, args.real, args.split or "train", progress=progress)
+    if args.report is not None and is_primary() and not without_splits(args.real):
+        unseen = common.open_resized(model, args.real, "test", progress=progress)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options |= {"real": real, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
-    unseen = None
-    if args.report is not None and is_primary() and not without_splits(args.real):
-        unseen = common.open_resized(model, args.real, "test", progress=progress)
     command = shlex.join(["glem", *args.argv])
     writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
     try:
@@ -115,11 +113,8 @@ def run(args: argparse.Namespace) -> None:
         implausible = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
-    if not is_primary():
-        return
-    # At the end, when no other rank waits any more: how long the report takes is not limited.
     report = None
-    if args.report is not None:
+    if args.report is not None and is_primary():  # no other rank waits for it
         judging = {"progress": progress, "class_map": args.class_map}
         report = quality_report(dataset, real, unseen, args.report, **judging)
         if report["warning"]:

@@ -34,9 +34,15 @@ class ConditionalFlow(nn.Module):
 
     Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. The flow models pixels or, with an
     autoencoder, standardised latents. The flow is exact, an autoencoder is not.
+
+    Attributes:
+        image_shape: (C, H, W) of the images.
+        dim: d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents.
     """
 
     config: GLEMConfig
+    image_shape: tuple[int, int, int]
+    dim: int
     flow: Flow
     gaussians: ClassGaussians
     modes: ClassModes | None
@@ -51,16 +57,6 @@ class ConditionalFlow(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.config.image_shape
-
-    @property
-    def dim(self) -> int:
-        """d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents."""
-        return self.config.dim
 
     @property
     def takes_latents(self) -> bool:

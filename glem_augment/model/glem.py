@@ -78,7 +78,7 @@ class GLEM(ConditionalFlow):
     ) -> None:
         super().__init__()
         classes, dim = len(config.class_ids), config.dim
-        self.config = config
+        self.config, self.image_shape, self.dim = config, config.image_shape, dim
         self.flow = build_flow(config.flow) if flow is None else flow
         self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
         self.gaussians.to(self.dtype)  # the flow's dtype, if it has parameters
@@ -186,7 +186,7 @@ class GLEM(ConditionalFlow):
             return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
         folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
-        jet = open_base(config, cls, **client)
+        jet = None if config.base is None else open_base(config, config.base, cls, **client)
         flow = jet and jet.flow
         if module is not None:
             if config.flow["coupling"] != "custom":
@@ -194,9 +194,8 @@ class GLEM(ConditionalFlow):
             flow = CustomFlow(copy.deepcopy(module), config.image_shape)
         if autoencoder is None and config.autoencoder is not None:
             autoencoder = named_autoencoder(config.autoencoder, **client)
-        model = (
-            load_model(folder, partial(cls, flow=flow, autoencoder=autoencoder)).to(device).eval().requires_grad_(False)
-        )
+        model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, autoencoder=autoencoder))
+        model = model.to(device).eval().requires_grad_(False)
         model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
         return model
 

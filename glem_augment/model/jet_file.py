@@ -73,11 +73,9 @@ def reference(model: Any) -> dict[str, str]:
     return {"jet": name, "sha256": file_sha256(path)}
 
 
-def open_base(config: GLEMConfig, build: Callable[..., Any], **client: Any) -> Any:
-    """The Jet that `config` refers to, if it does. ModelFileError: it is not there, or has changed."""
-    if config.base is None:
-        return None
-    name, digest = config.base["jet"], config.base["sha256"]
+def open_base(config: GLEMConfig, base: dict[str, str], build: Callable[..., Any], **client: Any) -> Any:
+    """The Jet that a config refers to. ModelFileError: it is not there, or has changed."""
+    name, digest = base["jet"], base["sha256"]
     try:
         model = open_jet(name, build, config.flow.get("heads"), **client)
         if (file_sha256(model.origin_file), model.config.flow) != (digest, config.flow):

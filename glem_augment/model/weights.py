@@ -162,17 +162,16 @@ def read_config(folder: Path) -> GLEMConfig:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
-    """The model in `folder`, on the CPU. Floating-point tensors may be stored in any floating-point type.
+def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Model]) -> Model:
+    """The model of a config, on the CPU, with the weights of a file, which may have any floating-point type.
 
     Args:
-        folder: with both files.
-        build: makes the model that a config describes, on the device of the surrounding `torch.device`.
+        path: of the weights.
+        build: makes the model that the config describes, on the device of the surrounding `torch.device`.
 
     Raises:
         ModelFileError: a truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
     """
-    config, path = read_config(folder), folder / WEIGHTS
     try:
         _check_size(path, config)
         with torch.device("meta"):  # shapes without memory
@@ -180,7 +179,7 @@ def load_model(folder: Path, build: Callable[[GLEMConfig], Model]) -> Model:
     except (ValueError, OSError) as error:  # of the file, or of the flow that the config describes
         if isinstance(error, ModelFileError):
             raise
-        raise ModelFileError(f"{folder} can't be read: {error}") from None
+        raise ModelFileError(f"{path.parent} can't be read: {error}") from None
     expected = stored(config, model.state_dict())
     most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
     with open_tensors(path, most) as file:

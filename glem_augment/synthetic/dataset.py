@@ -210,7 +210,6 @@ class SyntheticDataset(Dataset):
         from glem_augment.synthetic.export import export_set
 
         check_choice("format", format, FORMATS)
-        self._check_model()
         writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
         export_set(self.plan, self.draw, folder, format, CardFacts(license), **writing)
         return expand(folder)
@@ -219,7 +218,6 @@ class SyntheticDataset(Dataset):
         """Upload all images to the data set `org/name` on the Hub in one commit; see `export.push_dataset`."""
         from glem_augment.synthetic.export import push_dataset
 
-        self._check_model()
         return push_dataset(self.plan, self.draw, repo_id, **options)
 
     def _check_model(self) -> None:
