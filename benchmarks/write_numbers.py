@@ -417,11 +417,6 @@ def single_files() -> Named:
     for row in stored("ranks")["rows"]:
         yield f"ranks: {row['job']}", f"{row['ratio']:.2f}"
         yield f"ranks: {row['job']}, communication", f"{100 * row['share of communication']:.0f}"
-    record = stored("rfcm")
-    yield "rfcm: dense", f"{record['dense_covariances_GB']:.0f}"
-    keys = ("fit min, all", "score min, all", "file GB, all")
-    lines = [[row["form"], *(f"{row[key]:.3g}" for key in keys)] for row in record["rows"]]
-    yield "rfcm", table("form | fit, minutes | score 32 latents, minutes | file, GB", lines)
     record = stored("sharpness")
     rows, failed = record["rows"], [row["what"] for row in record["verdicts"] if not row["met"]]
     lines = [

@@ -1,6 +1,6 @@
 """Which flow is best for a fixed time of training on a CPU: one setting at a time changed from a common base.
 
-    python benchmarks/speed/backbones.py [--data cifar10] [--seeds 0 1 2] [--seconds 90] [--only PATTERN]
+    python benchmarks/speed/backbones.py [--seeds 0 1 2] [--seconds 90]
 
 A cell is a variant trained with a seed. All get the same recipe and the same CPU seconds of training on one thread: the
 cost of a step is measured first and sets the number of images, so that the cosine ends where the budget does.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,19 +61,8 @@ RECIPE: dict[str, Any] = dict(
     schedule="cosine", m_rounds=4, m_steps=20, sigma_lr_scale=5.0, refit_beta=0.0, modes_rank=0, val_fraction=0.0,
     sample_every=0, threads=1, precision="bf16",
 )  # fmt: skip
-TRIAL_STEPS, WARMUP = 12, 200
-DATA = {
-    "fashion-mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist"),
-    "cifar10": ("cifar10", None),
-    "bundled": (None, "bundled:fashion-mnist"),
-}
-
-
-def open_images(name: str, held_out: int) -> tuple[ImageData, ImageData]:
-    """A pool to train on, and held-out training images, the same for every cell."""
-    data = open_data(find_images("backbones", name, *DATA[name]), "train")
-    rows = np.random.default_rng(0).permutation(len(data))
-    return data.subset(np.sort(rows[held_out:])), data.subset(np.sort(rows[:held_out]))
+TRIAL_STEPS, WARMUP, HELD_OUT = 12, 200, 1000
+COSTS = ("seconds", "steps", "parameters", "images_seen", "flops_per_image")
 
 
 def make_trainer(variant: str, data: ImageData, folder: str, seed: int, warmup: int) -> Trainer:
@@ -99,13 +86,6 @@ def step_seconds(variant: str, pool: ImageData) -> float:
     return statistics.median(times[2:])
 
 
-def count_flops(module: torch.nn.Module, x: Tensor) -> int:
-    """FLOPs of one forward pass; the plain form of attention is the one that shows its products."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(x)
-    return counter.get_total_flops()
-
-
 def run_cell(variant: str, pool: ImageData, held_out: ImageData, seed: int, seconds: float) -> dict[str, Any]:
     """Train and measure one variant."""
     batch = RECIPE["batch_size"]
@@ -121,34 +101,34 @@ def run_cell(variant: str, pool: ImageData, held_out: ImageData, seed: int, seco
         except TrainingError:
             found = {"bits_per_dim": None, "accuracy": None}
         spent = time.process_time() - began
-    return {
-        "bits_per_dim": found["bits_per_dim"], "accuracy": found["accuracy"], "seconds": spent, "steps": trainer.step,
-        "parameters": sum(p.numel() for p in trainer.model.flow.parameters()), "images_seen": trainer.step * batch,
-        "flops_per_image": 3 * count_flops(trainer.model.flow.float(), torch.zeros(1, *pool.image_shape)),
-    }  # fmt: skip
+    flow = trainer.model.flow.float()
+    # The plain form of attention is the one that shows its products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        flow(torch.zeros(1, *pool.image_shape))
+    weights, flops = sum(p.numel() for p in flow.parameters()), 3 * counter.get_total_flops()
+    costs = zip(COSTS, (spent, trainer.step, weights, trainer.step * batch, flops), strict=True)
+    return {"bits_per_dim": found["bits_per_dim"], "accuracy": found["accuracy"], **dict(costs)}
 
 
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per data set and variant: means over the seeds (largest minus smallest), best bits/dim first."""
+    """One row per variant: means over the seeds (largest minus smallest), best bits/dim first."""
+
+    def text(values: list[float]) -> str:
+        return f"{statistics.mean(values):.3f} ({max(values) - min(values):.3f})" if values else "diverged"
+
     rows = []
-    for data, variant in dict.fromkeys((cell["data"], cell["variant"]) for cell in cells):
-        own = [cell for cell in cells if (cell["data"], cell["variant"]) == (data, variant)]
+    for variant in dict.fromkeys(cell["variant"] for cell in cells):
+        own = [cell for cell in cells if cell["variant"] == variant]
         good = [cell for cell in own if cell["bits_per_dim"] is not None]
-
-        def of(key: str, scale: float = 1.0, good: list[dict[str, Any]] = good) -> str:
-            values = [scale * cell[key] for cell in good]
-            return f"{statistics.mean(values):.3f} ({max(values) - min(values):.3f})" if values else "diverged"
-
-        def mean(key: str, own: list[dict[str, Any]] = own) -> float:
-            return statistics.mean(cell[key] for cell in own)
-
+        mean = {key: statistics.mean(cell[key] for cell in own) for key in COSTS}
         rows.append(
             {
-                "data": data, "variant": variant, "bits/dim": of("bits_per_dim"), "NF accuracy %": of("accuracy", 100),
-                "seeds": len(own), "parameters": f"{mean('parameters') / 1e6:.3f} M",
-                "MFLOP/image": round(mean("flops_per_image") / 1e6), "seconds": round(mean("seconds")),
-                "TFLOP in all": round(mean("flops_per_image") * mean("images_seen") / 1e12, 1),
-                "images/s": round(mean("images_seen") / mean("seconds")), "steps": round(mean("steps")),
+                "data": "cifar10", "variant": variant, "bits/dim": text([cell["bits_per_dim"] for cell in good]),
+                "NF accuracy %": text([100 * cell["accuracy"] for cell in good]), "seeds": len(own),
+                "parameters": f"{mean['parameters'] / 1e6:.3f} M", "MFLOP/image": round(mean["flops_per_image"] / 1e6),
+                "seconds": round(mean["seconds"]),
+                "TFLOP in all": round(mean["flops_per_image"] * mean["images_seen"] / 1e12, 1),
+                "images/s": round(mean["images_seen"] / mean["seconds"]), "steps": round(mean["steps"]),
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: float(row["bits/dim"].replace("diverged", "inf").split()[0]))
@@ -157,24 +137,22 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
-    args.add_argument("--data", nargs="+", choices=DATA, default=["cifar10"])
     args.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args.add_argument("--seconds", type=float, default=90, help="of training per cell (%(default)s)")
-    args.add_argument("--held-out", type=int, default=1000, help="images to measure on (%(default)s)")
-    args.add_argument("--only", default="", metavar="PATTERN", help="variants whose name this expression finds")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    path, images = args.out / "backbones.json", {}
+    path = args.out / "backbones.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
-    chosen = [variant for variant in VARIANTS if re.search(args.only, variant)]
-    done = {(cell["variant"], cell["data"], cell["seed"]) for cell in cells}
+    done = {(cell["variant"], cell["seed"]) for cell in cells}
+    data = open_data(find_images("backbones", "cifar10", "cifar10"), "train")
+    rows = np.random.default_rng(0).permutation(len(data))
+    held_out, pool = (data.subset(np.sort(part)) for part in (rows[:HELD_OUT], rows[HELD_OUT:]))
     title = "Flows for the same training time on a CPU"
     # Seeds outermost, so that a study cut short has compared all variants.
-    for seed, data, variant in itertools.product(args.seeds, args.data, chosen):
-        if (variant, data, seed) not in done:
-            images.setdefault(data, open_images(data, args.held_out))
-            found = run_cell(variant, *images[data], seed, args.seconds)
-            cells.append({"variant": variant, "data": data, "seed": seed, **found})
+    for seed, variant in itertools.product(args.seeds, VARIANTS):
+        if (variant, seed) not in done:
+            found = run_cell(variant, pool, held_out, seed, args.seconds)
+            cells.append({"variant": variant, "data": "cifar10", "seed": seed, **found})
             write_results(args.out, "backbones", title, summary(cells), {"cells": cells}, show=False)
     write_results(args.out, "backbones", title, summary(cells), {"cells": cells})
 

@@ -30,37 +30,31 @@ from benchmarks.common import parser, write_results
 from glem_augment import GLEM, SyntheticDataset, distributed, open_data
 from glem_augment.training import TrainConfig, Trainer
 
-JOBS = ("train", "generate")
+SPENT = [0.0]  # seconds of this process in the collectives of torch.distributed
 
 
-class Communication:
-    """Counts the seconds that this process spends in the collectives of torch.distributed."""
+def count_communication(name: str) -> None:
+    call = getattr(torch.distributed, name)
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        for name in ("all_reduce", "all_gather_object"):
-            setattr(torch.distributed, name, self._timed(getattr(torch.distributed, name)))
+    def timed(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*args, **options)
+        finally:
+            SPENT[0] += time.perf_counter() - began
 
-    def _timed(self, call: Any) -> Any:
-        def timed(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return call(*args, **options)
-            finally:
-                self.seconds += time.perf_counter() - began
-
-        return timed
+    setattr(torch.distributed, name, timed)
 
 
-def train(args: argparse.Namespace, folder: Path, spent: Communication) -> tuple[float, float]:
+def train(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Images per second, and the share of communication, between the first and the last row of steps in the log."""
     data = open_data("bundled:fashion-mnist", progress=False)
-    data = data.subset(np.tile(np.arange(len(data)), 8))  # so that what comes between epochs weighs little
+    data = data.subset(np.tile(np.arange(len(data)), 8))  # so that the time between epochs weighs little
     marks: list[tuple[int, float, float]] = []
 
     def mark(row: dict[str, Any]) -> None:
         if row["kind"] == "step":
-            marks.append((row["step"], time.perf_counter(), spent.seconds))
+            marks.append((row["step"], time.perf_counter(), SPENT[0]))
             trainer.stop_requested = len(marks) > 1 and marks[-1][1] - marks[0][1] > args.seconds
 
     config = TrainConfig(preset=args.preset, batch_size=args.batch_size, epochs=1000, modes_rank=0, sample_every=0)
@@ -75,7 +69,7 @@ def train(args: argparse.Namespace, folder: Path, spent: Communication) -> tuple
     return steps * args.batch_size / seconds, communication / seconds
 
 
-def generate(args: argparse.Namespace, folder: Path, spent: Communication) -> tuple[float, float]:
+def generate(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Images per second, and the share of communication, of an export to an ImageFolder."""
     model = GLEM.create(args.preset, (1, 28, 28), [str(i) for i in range(10)])
     model.initialise(next(iter(open_data("bundled:fashion-mnist", progress=False).batches(range(256), 256)))[0])
@@ -83,11 +77,14 @@ def generate(args: argparse.Namespace, folder: Path, spent: Communication) -> tu
     SyntheticDataset(model, per_class=1).images(range(10))  # warms up
     data = SyntheticDataset(model, per_class=count)
     distributed.wait()
-    began, before = time.perf_counter(), spent.seconds
+    began, before = time.perf_counter(), SPENT[0]
     data.export(folder, progress=False, distributed=True)
     distributed.wait()
     seconds = time.perf_counter() - began
-    return 10 * count / seconds, (spent.seconds - before) / seconds
+    return 10 * count / seconds, (SPENT[0] - before) / seconds
+
+
+JOBS = {"train": train, "generate": generate}
 
 
 def work(args: argparse.Namespace) -> None:
@@ -96,18 +93,19 @@ def work(args: argparse.Namespace) -> None:
     distributed.start("cpu")
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[distributed.rank() % len(cores)]})
-    rate, share = {"train": train, "generate": generate}[args.work](args, args.out, Communication())
+    for name in ("all_reduce", "all_gather_object"):
+        count_communication(name)
+    found = JOBS[args.work](args, args.out)
     if distributed.is_primary():
-        print(json.dumps([rate, share]))
+        print(json.dumps(found))
 
 
-def measure(args: argparse.Namespace, job: str, ranks: int) -> tuple[float, float]:
+def measure(job: str, ranks: int) -> tuple[float, float]:
+    """One measurement with the options of this command."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        options = ["preset", "batch_size", "seconds", "generate"]
-        own = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
-        script = [str(Path(__file__).resolve()), "--work", job, "--out", str(Path(folder) / "out"), *own]
-        done = subprocess.run([*command, *script], check=True, stdout=subprocess.PIPE, text=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [*torchrun, *sys.argv, "--work", job, "--out", str(Path(folder) / "out")]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     rate, share = json.loads(done.stdout.splitlines()[-1])
     return rate, share
 
@@ -127,18 +125,17 @@ def main() -> None:
         return
     rows = []
     for job in JOBS:
-        # One rank comes first in even rounds and second in odd ones.
         pairs = []
         for number in range(args.rounds):
-            turns = (1, args.ranks)[:: 1 - 2 * (number % 2)]
-            found = {ranks: measure(args, job, ranks) for ranks in turns}
+            turns = (1, args.ranks) if number % 2 == 0 else (args.ranks, 1)
+            found = {ranks: measure(job, ranks) for ranks in turns}
             pairs.append((found[1], found[args.ranks]))
+        ratios = [many[0] / one[0] for one, many in pairs]
         row = {"job": job, "images/s, 1 rank": statistics.median(one[0] for one, _ in pairs)}
         row[f"images/s, {args.ranks} ranks"] = statistics.median(many[0] for _, many in pairs)
-        row["ratio"] = statistics.median(many[0] / one[0] for one, many in pairs)
+        row["ratio"] = statistics.median(ratios)
         row["share of communication"] = statistics.median(many[1] for _, many in pairs)
-        row["ratios"] = [many[0] / one[0] for one, many in pairs]
-        rows.append(row)
+        rows.append({**row, "ratios": ratios})
     write_results(args.out, "ranks", "Several ranks of one thread against one", rows, batch_size=args.batch_size)
 
 

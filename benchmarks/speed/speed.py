@@ -1,6 +1,6 @@
 """What a flow costs above the networks inside its couplings: training, encoding and decoding, beside other libraries.
 
-    python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--seconds S]
+    python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--seconds S] [--mef FOLDER]
 
 The floor is the subnets alone, on tensors of the shapes that they meet in the flow, as built or in channels last,
 whichever is faster. *Overhead* is the time above that floor, as a share of it: the median over rounds of
@@ -8,7 +8,8 @@ whichever is faster. *Overhead* is the time above that floor, as a share of it: 
 thread, with the same float32 batch. Training is forward, `|z|^2 / 2 - log|det|` and backward. Encoding and decoding run
 on a frozen copy. Opponents (`opponents.py`) run each operation in the memory format in which it is fastest.
 
-The published flow adds fewer terms of exp(S) the smaller S is, and S is small here, as at the start of training.
+`--mef` times the published code of the matrix-exponential flow too, from a copy of github.com/changyi7231/MEF. That
+code adds fewer terms of exp(S) the smaller S is, and S is small here, as at the start of training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import gc
 import importlib.util
 import math
 import statistics
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import balanced_orders, parser, seconds, write_results
-from benchmarks.speed.opponents import PEERS, PublishedFlow
+from benchmarks.speed.opponents import LIBRARIES, published
 from glem_augment.flows import create_flow, resolve_preset
 from glem_augment.flows.coupling import Coupling
 
@@ -77,45 +77,35 @@ def make_flow(case: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     return flow, x
 
 
-def bare(net: nn.Module) -> nn.Module:
-    """A convolutional subnet without its conversions of memory format."""
-    return nn.Sequential(net.head, *net.blocks, net.act, net.tail)
-
-
-def tasks_of(name: str, module: nn.Module, x: Tensor, prepare: Callable[[nn.Module], Any] | None = None) -> Tasks:
-    """What to time of a flow, on a copy that trains and a frozen one. `prepare` is applied to both."""
+def tasks_of(name: str, module: nn.Module, x: Tensor) -> Tasks:
+    """The operations of a flow, on a copy that trains and a frozen one."""
     trained, frozen = copy.deepcopy(module).train(), copy.deepcopy(module).eval().requires_grad_(False)
-    for part in (trained, frozen):
-        if prepare:
-            prepare(part)
     with torch.no_grad():
         z = frozen(x)[0]
 
     def train() -> None:
         z, logdet = trained(x)
-        parts = z if isinstance(z, tuple) else (z,)
-        (sum(0.5 * part.square().sum() for part in parts) - logdet.sum()).backward()
+        (0.5 * z.square().sum() - logdet.sum()).backward()
         trained.zero_grad()
 
-    forms = {"train": train, "encode": lambda: frozen(x), "decode": lambda: frozen.inverse(z)}
-    return {(name, op): task if op == "train" else torch.no_grad()(task) for op, task in forms.items()}
+    encode, decode = torch.no_grad()(lambda: frozen(x)), torch.no_grad()(lambda: frozen.inverse(z))
+    return {(name, "train"): train, (name, "encode"): encode, (name, "decode"): decode}
 
 
 def floor_tasks(flow: nn.Module, x: Tensor) -> Tasks:
     """The subnets alone: all forwards, then all backwards, as in a flow."""
     shapes: list[tuple[torch.Size, torch.Size]] = []
+    counted = copy.deepcopy(flow)
+    for net in subnets(counted):
+        net.register_forward_hook(lambda module, inputs, out: shapes.append((inputs[0].shape, out.shape)))
     with torch.no_grad():
-        hooks = [
-            n.register_forward_hook(lambda m, a, out: shapes.append((a[0].shape, out.shape))) for n in subnets(flow)
-        ]
-        flow(x)
-    for hook in hooks:
-        hook.remove()
+        counted(x)
     tasks: Tasks = {}
     for form in ("as built", "channels_last"):
-        layout = torch.channels_last if form == "channels_last" else torch.contiguous_format
-        nets = [copy.deepcopy(net) for net in subnets(flow)]
-        nets = nets if form == "as built" else [bare(net).to(memory_format=layout) for net in nets]
+        layout, nets = torch.contiguous_format, [copy.deepcopy(net) for net in subnets(flow)]
+        if form == "channels_last":  # without the subnet's conversions of memory format
+            layout = torch.channels_last
+            nets = [nn.Sequential(n.head, *n.blocks, n.act, n.tail).to(memory_format=layout) for n in nets]
         frozen = [copy.deepcopy(net).eval().requires_grad_(False) for net in nets]
         ins = [torch.randn(shape).contiguous(memory_format=layout).requires_grad_() for shape, _ in shapes]
         outs = [torch.randn(shape).contiguous(memory_format=layout) for _, shape in shapes]
@@ -125,10 +115,10 @@ def floor_tasks(flow: nn.Module, x: Tensor) -> Tasks:
             for part in (*ins, *(p for net in nets for p in net.parameters())):
                 part.grad = None
 
+        @torch.no_grad()
         def forward(nets=frozen, ins=ins) -> None:
-            with torch.no_grad():
-                for net, x in zip(nets, ins, strict=True):
-                    net(x)
+            for net, x in zip(nets, ins, strict=True):
+                net(x)
 
         tasks |= {(f"floor: {form}", "train"): train, (f"floor: {form}", "forward"): forward}
     return tasks
@@ -148,11 +138,10 @@ class _ContiguousOutput(nn.Module):
 def opponent_tasks(name: str, flow: nn.Module, x: Tensor, make: Callable[[list[nn.Module]], nn.Module]) -> Tasks:
     """Another flow with copies of the subnets of `flow`, each operation in the memory format in which it is fastest."""
     forms = []
-    for layout, wrap in ((torch.channels_last, nn.Identity), (torch.contiguous_format, _ContiguousOutput)):
+    for layout, wrap in ((torch.channels_last, nn.Sequential), (torch.contiguous_format, _ContiguousOutput)):
         torch.manual_seed(0)
         np.random.seed(0)
-        nets = [copy.deepcopy(net) for net in subnets(flow)]
-        module = make(nets if wrap is nn.Identity else [wrap(net) for net in nets])
+        module = make([wrap(copy.deepcopy(net)) for net in subnets(flow)])
         batch = x.contiguous(memory_format=layout)
         with torch.no_grad():
             module.train()(batch)
@@ -165,17 +154,20 @@ def opponent_tasks(name: str, flow: nn.Module, x: Tensor, make: Callable[[list[n
     return {key: min((form[key] for form in forms), key=cost) for key in forms[0]}
 
 
-def opponents(case: dict[str, Any], flow: nn.Module, x: Tensor) -> Tasks:
-    """Other libraries for affine couplings, the published flow for matrix-exponential ones."""
+def opponents(case: dict[str, Any], flow: nn.Module, x: Tensor, mef: Path | None) -> Tasks:
+    """Other libraries for affine couplings, the published code for matrix-exponential ones."""
     spec = resolve_preset(case["preset"], case["image_shape"], **case["overrides"])
     if spec["coupling"] != "affine":
-        return opponent_tasks(PUBLISHED, flow, x, functools.partial(PublishedFlow, case["image_shape"], spec["depth"]))
+        if mef is None:
+            print("speed: the published code of MEF is skipped: give a copy of it with --mef FOLDER", file=sys.stderr)
+            return {}
+        return opponent_tasks(PUBLISHED, flow, x, functools.partial(published, mef, case["image_shape"], spec["depth"]))
     squeezed, found = F.pixel_unshuffle(x, 2), {}
-    for name, make in PEERS.items():
+    for name, make in LIBRARIES.items():
         if importlib.util.find_spec(name):
             found |= opponent_tasks(name, flow, squeezed, functools.partial(make, *squeezed.shape[1:]))
         else:
-            print(f"speed: without {name}: pip install {name}", file=sys.stderr)
+            print(f"speed: {name} is skipped: pip install {name}", file=sys.stderr)
     return found
 
 
@@ -220,10 +212,10 @@ def rows_of(case: str, times: Times) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"case": case, "side": side}
         for operation in OPERATIONS:
             key = (side, operation)
-            row[f"{operation} ms"] = 1e3 * statistics.median(times[key]) if key in times else None
-            row[f"{operation} overhead"] = (
-                ratio(times, key, floor_of(times, operation))[0] - 1 if key in times else None
-            )
+            row[f"{operation} ms"] = row[f"{operation} overhead"] = None
+            if key in times:
+                row[f"{operation} ms"] = 1e3 * statistics.median(times[key])
+                row[f"{operation} overhead"] = ratio(times, key, floor_of(times, operation))[0] - 1
         rows.append({**row, "rounds": len(times[side, "train"])})
     return rows
 
@@ -248,9 +240,10 @@ def verdicts(case: str, times: Times) -> list[dict[str, Any]]:
 
 def run_case(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     flow, x = make_flow(CASES[name])
-    reversible = tasks_of(REVERSIBLE, flow, x, lambda module: module.set_memory("reversible"))
-    tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | {(REVERSIBLE, "train"): reversible[REVERSIBLE, "train"]}
-    times = measure(tasks | opponents(CASES[name], flow, x), args.rounds, args.seconds)
+    tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | opponents(CASES[name], flow, x, args.mef)
+    flow.set_memory("reversible")
+    tasks[REVERSIBLE, "train"] = tasks_of(REVERSIBLE, flow, x)[REVERSIBLE, "train"]
+    times = measure(tasks, args.rounds, args.seconds)
     return rows_of(name, times), verdicts(name, times)
 
 
@@ -260,6 +253,7 @@ def main() -> None:
     arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     arguments.add_argument("--rounds", type=int, default=200, help="of a case, at most (%(default)s)")
     arguments.add_argument("--seconds", type=float, default=60, help="of timed rounds in a case; 3 rounds at least")
+    arguments.add_argument("--mef", type=Path, help="folder with a copy of github.com/changyi7231/MEF")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
@@ -267,12 +261,9 @@ def main() -> None:
     for case in args.cases:
         more = run_case(case, args)
         rows, found = rows + more[0], found + more[1]
-        gc.collect()
-        # After every case, so that a run that is cut off leaves what it has.
-        write_results(
-            args.out, "speed", "Time above the subnets alone", rows, {"verdicts": found},
-            show=case == args.cases[-1], seed=0,
-        )  # fmt: skip
+        # After every case, so that a run that is cut off leaves its rows.
+        show = case == args.cases[-1]
+        write_results(args.out, "speed", "Time above the subnets alone", rows, {"verdicts": found}, show=show, seed=0)
 
 
 if __name__ == "__main__":
