@@ -89,22 +89,20 @@ class SyntheticDataset(Dataset):
         self.model = as_model(model).on(device)
         matched = None if real is None else open_real(self.model, real, class_map)
         self.counts = class_counts(self.model, per_class, matched)
-        self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
-        self.transform, self.target_transform = transform, target_transform
+        self.cache_bytes, self.transform, self.target_transform = cache_bytes, transform, target_transform
         wanted = np.asarray(self.counts) > 0
         self.sampler = sampler = Sampler(self.model, matched, wanted, source, seed, temperature, modes, alpha)
         self.source, self.seed, self.temperature = sampler.source, sampler.seed, sampler.temperature
         order, name = label_order(self.counts, matched), None if sampler.real is None else sampler.real.name
         self.plan = Plan(self.model, self.counts, order, BLOCK, {**sampler.settings(), "block": BLOCK}, name)
         self.image_shape: tuple[int, int, int] = self.model.image_shape
-        self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
-        self.class_to_idx = dict(self.model.class_to_idx)
+        self.classes, self.class_ids = self.model.classes, self.model.class_ids
+        self.class_to_idx = self.model.class_to_idx
         self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._implausible: set[int] = set()  # items decoded so far
         self._preloaded: Tensor | None = None
         self._weights_key: tuple[tuple[int, int], ...] | None = None
-        self._make_cache()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -158,13 +156,9 @@ class SyntheticDataset(Dataset):
 
     def preload(self, progress: bool = True) -> None:
         """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
-        images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
-        starts = range(0, len(self), BLOCK)
-        for start in tqdm(starts, unit="block", desc="preload", disable=not progress):
-            indices = range(start, min(start + BLOCK, len(self)))
-            images[start : indices.stop] = self.images(indices)
-        self._preloaded = images
-        self._make_cache()
+        blocks = tqdm(torch.arange(len(self)).split(BLOCK), unit="block", desc="preload", disable=not progress)
+        self._preloaded = torch.cat([self.images(block) for block in blocks])
+        self._cached.cache_clear()
 
     def draw(self, cls: int, number: int) -> Drawn:
         """Draw block `number` of a class, without the cache. RuntimeError: the model has changed."""
@@ -210,6 +204,7 @@ class SyntheticDataset(Dataset):
         from glem_augment.synthetic.export import export_set
 
         check_choice("format", format, FORMATS)
+        self._check_model()
         writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
         export_set(self.plan, self.draw, folder, format, CardFacts(license), **writing)
         return expand(folder)
@@ -221,15 +216,16 @@ class SyntheticDataset(Dataset):
         return push_dataset(self.plan, self.draw, repo_id, **options)
 
     def _check_model(self) -> None:
-        """Refuse images of two models in one set."""
         key = weights_key(self.model)
         if key != (self._weights_key or key):
             raise RuntimeError("the model's weights or modes have changed: make a new SyntheticDataset")
         self._weights_key = key
 
-    def _make_cache(self) -> None:
+    @functools.cached_property
+    def _cached(self) -> Any:
+        """The images of a block, of which the last ones are kept."""
         blocks = max(1, self.cache_bytes // (BLOCK * math.prod(self.image_shape)))
-        self._cached = functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
+        return functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
 
     def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:
         """(class, number) of every block with items of `index` [n], their rows in it, and their places in the block."""
@@ -240,12 +236,7 @@ class SyntheticDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a new cache, and its weights are other tensors.
-        state = {key: value for key, value in self.__dict__.items() if key != "_cached"}
-        return state | {"_weights_key": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._make_cache()
+        return {key: value for key, value in self.__dict__.items() if key != "_cached"} | {"_weights_key": None}
 
 
 class SyntheticStream(IterableDataset):
@@ -292,7 +283,7 @@ class SyntheticStream(IterableDataset):
         matched = None if real is None else open_real(model, real)
         self.sampler = Sampler(model, matched, self.probabilities > 0, source, seed, temperature, modes, alpha)
         self.block = BLOCK
-        self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
+        self.classes, self.class_to_idx = model.classes, model.class_to_idx
         self._sender = (0, 1)  # rank and number of ranks of the process that sent this copy
         # In shared memory, so that persistent DataLoader workers see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

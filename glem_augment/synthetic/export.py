@@ -65,13 +65,6 @@ class _Ranks(NamedTuple):
         return gather(thing, self.group) if self.world > 1 else [thing]
 
 
-def _all_ranks() -> _Ranks:
-    if world_size() == 1:
-        return _Ranks(0, 1, None)
-    # The first rank to finish may wait for hours, longer than the default timeout.
-    return _Ranks(rank(), world_size(), torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo"))
-
-
 def export_set(
     plan: Plan,
     draw: Draw,
@@ -99,7 +92,11 @@ def export_set(
     if channels not in (1, 3):
         raise ValueError(f"a PNG file has 1 or 3 channels, this flow {channels}")
     folder, facts = expand(folder), facts or CardFacts()
-    ranks = _all_ranks() if distributed else _Ranks(0, 1, None)
+    ranks = _Ranks(0, 1, None)
+    if distributed and world_size() > 1:
+        # The first rank to finish may wait for hours, longer than the default timeout.
+        group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
+        ranks = _Ranks(rank(), world_size(), group)
     first, shards = ranks.rank == 0, form == "webdataset"
     with lock_folder(folder) if first else nullcontext():
         manifest = ranks.gather(_begin(plan, folder, form, facts, overwrite, command) if first else {})[0]

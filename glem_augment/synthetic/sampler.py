@@ -45,10 +45,6 @@ class Real(NamedTuple):
     targets: np.ndarray
     classes: np.ndarray
 
-    def images(self, model: GLEM) -> ImageData:
-        """The images in the flow's shape, labelled by its classes."""
-        return as_image_data(self.data, model.image_shape).with_targets(self.targets, model.classes, model.class_ids)
-
 
 def open_real(model: GLEM, data: LabelledImages, class_map: ClassMap = None) -> Real:
     """Open real images; only labels are read now. Labels of data without class names are the flow's indices."""
@@ -68,7 +64,7 @@ class Plan:
         counts: images of each of the flow's K classes.
         order: the classes of an export, in the order of their labels.
         block: images of one class that are decoded together.
-        settings: the settings that decide the images, beside weights, classes and counts; JSON-able.
+        settings: the other settings that decide the images, as JSON can hold them.
         real_name: the name of the real images of a mixup.
     """
 
@@ -136,15 +132,30 @@ class RealLatents:
     """Latents `z` of real images, float32 [N, d] on the CPU, class after class; `starts`, `counts`: int64 [K].
 
     `sha256` is the hash of pixels and counts, because the last bits of latents differ between machines.
+
+    Raises:
+        ValueError: a class that will be drawn (`wanted`, bool [K]) has no real image.
     """
 
-    def __init__(self, model: GLEM, images: ImageData) -> None:
-        order = np.argsort(images.targets, kind="stable")
-        self.counts = np.bincount(images.targets, minlength=model.num_classes)
+    def __init__(self, model: GLEM, real: Real, wanted: np.ndarray) -> None:
+        self.counts = np.bincount(real.targets, minlength=model.num_classes)
         self.starts = np.cumsum(self.counts) - self.counts
+        empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (self.counts == n))] for n in (0, 1))
+        if empty:
+            raise ValueError(
+                f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
+                "mapping, or weight 0), or take another source"
+            )
+        if single:
+            warnings.warn(
+                f"source='mixup' has one real image of {', '.join(single[:10])}, and all synthetic images of the class "
+                "will be copies of it: give more, or take another source",
+                stacklevel=4,
+            )
+        images = as_image_data(real.data, model.image_shape)
         self.name, pixels, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
         with torch.no_grad(), evaluating(model):
-            for x, _ in images.batches(order, 256):
+            for x, _ in images.batches(np.argsort(real.targets, kind="stable"), 256):
                 pixels.update(x.numpy().tobytes())
                 parts.append(model.encode(x)[0].cpu())
         self.z, self.sha256 = torch.cat(parts), pixels.hexdigest()
@@ -195,20 +206,13 @@ class Sampler:
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
             self.modes = model.checked_modes(modes)
-            _check_counts(model, np.bincount(real.targets, minlength=model.num_classes), wanted)
-            self.real = RealLatents(model, real.images(model))
+            self.real = RealLatents(model, real, wanted)
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the images, for the manifest of an export."""
-        found: dict[str, Any] = {
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "source": self.source,
-            "attempts": MAX_ATTEMPTS,
-        }
-        if self.real is not None:
-            found |= {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
-        return found
+        found = dict(temperature=self.temperature, seed=self.seed, source=self.source, attempts=MAX_ATTEMPTS)
+        mixup = {} if self.real is None else {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
+        return found | mixup
 
     @torch.no_grad()
     def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
@@ -232,7 +236,8 @@ class Sampler:
         model = self.model
         if self.source == "mixup":
             return self._mix(cls, within, attempt)
-        part = model.modes if self.source == "rfcm" and model.modes is not None else model.gaussians
+        part = model.modes if self.source == "rfcm" else model.gaussians
+        assert part is not None
         noise = np.empty((len(cls), part.noise_size), dtype=np.float32)
         for generator, _, rows, places in self._generators(cls, within, attempt):
             noise[rows] = generator.standard_normal((NOISE_BLOCK, noise.shape[1]), dtype=np.float32)[places]
@@ -266,22 +271,6 @@ class Sampler:
             # SeedSequence makes neighbouring seeds, classes and groups unrelated.
             sequence = np.random.SeedSequence([self.seed, c, number, attempt])
             yield np.random.Generator(np.random.PCG64(sequence)), c, rows, within[rows] - number * NOISE_BLOCK
-
-
-def _check_counts(model: GLEM, counts: np.ndarray, wanted: np.ndarray) -> None:
-    """ValueError for wanted classes without a real image; a warning for classes with one; counts: int64 [K]."""
-    empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (counts == n))] for n in (0, 1))
-    if empty:
-        raise ValueError(
-            f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
-            "mapping, or weight 0), or take another source"
-        )
-    if single:
-        warnings.warn(
-            f"source='mixup' has one real image of {', '.join(single[:10])}: all synthetic ones will be copies of it; "
-            "give more, or take another source",
-            stacklevel=4,
-        )
 
 
 def rows_by_block(cls: np.ndarray, within: np.ndarray, size: int) -> dict[tuple[int, int], list[int]]:
