@@ -27,15 +27,8 @@ from torch import Tensor
 
 from glem_augment.errors import ModelFileError
 
-_HINTS = {
-    errno.ENOSPC: "no space left on the disk; free some, or choose another folder",
-    errno.EDQUOT: "the disk quota is used up; free some space, or choose another folder",
-    errno.EACCES: "permission denied; choose a folder that you may write to",
-    errno.EPERM: "permission denied; choose a folder that you may write to",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EEXIST: "a part of the path is a file, not a folder",
-}
+# Errors of the system that name a temporary file or none; `atomic_write` names the path and the fix.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -56,17 +49,15 @@ class _RawFile(io.FileIO):
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", sync: bool = True) -> Iterator[IO[Any]]:
-    """Open `path` for writing so that it appears complete or not at all.
+    """Open `path` for writing so that it appears complete or not at all. Text (`mode="w"`) is UTF-8.
 
     The content goes to a temporary file in the same folder, because a rename is atomic only within one file system. It
     is flushed to the disk with `fsync`, unless `sync` is False, and renamed. On any error in the `with` block the
     temporary file is removed, and the old file at `path` stays. Missing parent folders are made. Permissions of a
-    replaced file are kept. A link is replaced, not its target. A device or a pipe (`/dev/stdout`) is written to
-    directly. Text (`mode="w"`) is UTF-8.
+    replaced file are kept. A link is replaced, not its target. A device or a pipe (`/dev/stdout`) is written directly.
 
     Raises:
-        OSError: the disk is full, the folder is not writable, ...; the message names `path`, and `errno` is kept, so a
-            refused permission still arrives as `PermissionError`.
+        OSError, PermissionError, ...: the disk is full, the folder is not writable, ...; the message names `path`.
     """
     path = Path(path)
     try:
@@ -103,11 +94,13 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
         with suppress(OSError):
             temporary.unlink()
         failure = (raw.failure if raw is not None and isinstance(error, Exception) else None) or error
-        if isinstance(failure, OSError) and failure.errno in _HINTS:
+        if isinstance(failure, OSError) and failure.errno in _REFUSED:
             # The `with` block may also raise errors about other files.
             ours = {str(temporary), str(path), *map(str, path.parents)}
             if failure.filename is None or str(failure.filename) in ours:
-                raise OSError(failure.errno, f"cannot write {path}: {_HINTS[failure.errno]}") from error
+                blocked = failure.errno in (errno.ENOTDIR, errno.EEXIST)
+                reason = "a part of it is a file, not a folder" if blocked else os.strerror(failure.errno).lower()
+                raise OSError(failure.errno, f"cannot write {path}: {reason}; choose another folder") from error
         raise
     if not sync:
         return
@@ -126,18 +119,13 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as indented UTF-8 JSON with a final newline, atomically; errors as in `json_text`, `atomic_write`."""
-    text = json_text(obj)
+    """Write `json_text(obj)` atomically, with a final newline."""
     with atomic_write(path, "w") as file:
-        file.write(text + "\n")
+        file.write(json_text(obj) + "\n")
 
 
 def json_text(obj: Any) -> str:
-    """`obj` as indented JSON that can be written as UTF-8; file names that are not UTF-8 are escaped.
-
-    Raises:
-        TypeError, ValueError: `obj` holds something that JSON cannot carry, for example a number that is not finite.
-    """
+    """`obj` as indented JSON; file names that are not UTF-8 are escaped. TypeError, ValueError: no JSON, or NaN."""
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -152,36 +140,27 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, again: bool = False) -> Iterator[None]:
-    """Lock a folder, which is made if it is missing, against other processes and other calls.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder, which is made if missing, against other processes and threads. BlockingIOError: it is locked.
 
     The system releases the lock of a killed process. A folder that is empty at the end is removed.
-
-    Args:
-        again: allow a lock that this thread holds already.
-
-    Raises:
-        BlockingIOError: the folder is locked. OSError: the folder can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     lock = FileLock(path, timeout=0, is_singleton=True)
-    outer = lock.is_locked
+    nested = lock.is_locked  # this thread holds the lock already
     try:
-        if outer and not again:
-            raise Timeout(str(path))
-        with lock:
-            try:
-                yield
-            finally:
-                if not outer:
-                    with suppress(OSError):
-                        path.unlink()
-                        folder.rmdir()  # succeeds only if the folder is empty
+        lock.acquire()
     except Timeout:
-        raise BlockingIOError(
-            f"another process is at work in {folder}: wait for it, or choose another folder"
-        ) from None
+        raise BlockingIOError(f"another process is at work in {folder}: wait for it, or choose another one") from None
+    try:
+        yield
+    finally:
+        if not nested:
+            with suppress(OSError):
+                path.unlink()
+                folder.rmdir()  # succeeds only if the folder is empty
+        lock.release()
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -229,9 +208,9 @@ def header_bytes(path: Path) -> int:
 
 
 def check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and types in an open safetensors file with the `expected` tensors.
+    """Compare names, shapes and types in an open safetensors file with the `expected` tensors. ModelFileError: unequal.
 
-    Floating-point tensors may be stored in any floating-point type. ModelFileError: they differ.
+    Floating-point tensors may be stored in any floating-point type.
     """
     names = set(file.keys())
     missing, extra = sorted(set(expected) - names), sorted(names - set(expected))

@@ -86,13 +86,8 @@ def augment_sample(sample: Any, augment: Callable[[Tensor, Tensor], tuple[Tensor
 
     As with torchvision's MixUp and CutMix, images are the `tv_tensors.Image` in the structure, or else its first plain
     tensor. Labels are the second item of a tuple, or a dict's value under one of `LABEL_KEYS` in upper or lower case.
-    Boxes, masks and everything else pass unchanged, because moves do not displace objects.
-
-    Args:
-        augment: a function of images and labels of a batch.
-
-    Returns:
-        The same structure. Images keep their type, and integer labels keep theirs unless they become soft.
+    Boxes, masks and everything else pass unchanged, because moves do not displace objects. Images keep their type, and
+    integer labels keep theirs unless they become soft.
 
     Raises:
         ValueError, TypeError: for PIL images, no image, or labels that are not found.
@@ -154,7 +149,6 @@ class AugmentedLoader:
     Args:
         loader: timm's `PrefetchLoader` (the best place on a GPU), a DataLoader, or a loader that accelerate has
             prepared, since accelerate does not shard this class. For its batches see `as_transform`.
-        aug: the transform.
         device: the device to which images and labels are moved first; None: they stay where they are.
         off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, for the loss.
 
@@ -225,8 +219,8 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
 def _warn_unless_sharded(loader: Any) -> bool:
     """Warn where several processes go through the same images. False: there is one process so far.
 
-    Samplers of torch and timm hold the number of processes as `num_replicas`, loaders of accelerate as `num_processes`.
-    An IterableDataset may shard its images itself.
+    Samplers of torch and timm have `num_replicas`, loaders of accelerate `num_processes`. An IterableDataset may shard
+    its images itself.
     """
     if world_size() == 1:
         return False
@@ -284,8 +278,7 @@ class MixupFn:
 def _mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     """Apply timm's Mixup or CutMix, without its smoothing, to images [B, C, H, W] and soft labels [B, K'].
 
-    timm takes only integer labels. Given row numbers as classes, it returns the weights of its mixture of rows. The
-    same weights then mix the soft labels.
+    timm takes only integer labels. From row numbers as classes it makes the weights that mix the soft labels.
     """
     weights_only = copy.copy(mixup)
     weights_only.num_classes, weights_only.label_smoothing, weights_only.multi_label = len(x), 0.0, False
@@ -304,10 +297,8 @@ class AugmentingCollate(FastCollateMixup):
 
     Args:
         aug: the transform; its flow must be on the CPU in forked workers.
-        base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`, which
-            takes images as tensors or arrays, also the arrays of timm's prefetching loader.
-        data: the data set, whose classes are checked. Workers check their data set; with num_workers=0 only this is
-            checked.
+        base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`.
+        data: the data set, whose classes are checked. Workers check their data set anyway.
     """
 
     def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
@@ -329,11 +320,7 @@ class AugmentingCollate(FastCollateMixup):
         self._on[0] = bool(value)
 
     def __call__(self, batch: list[Any], _: Any = None) -> Any:
-        """A batch of the type that `base` gives.
-
-        Raises:
-            ClassMismatchError: in a worker, if its data set has other classes than the flow and there is no class_map.
-        """
+        """A batch of the type that `base` gives. ClassMismatchError: the worker's data has other classes."""
         worker = get_worker_info()
         if worker is not None and not self._checked:
             check_classes(self.aug, worker.dataset)

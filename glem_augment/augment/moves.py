@@ -50,10 +50,7 @@ class Basis(NamedTuple):
 
 
 def basis_of(model: GLEM, kind: str, k: int, cls: Tensor, z: Tensor) -> Basis:
-    """The top k modes for latents z [n, d] of the classes cls, int64 [n]: modes of each "class", or "shared" modes.
-
-    In a class with parts, a row takes the part with the nearest mean.
-    """
+    """The top k modes for latents z [n, d] of the classes cls, int64 [n]: of each "class" or its part, or "shared"."""
     model.checked_modes(k)  # they may have been fitted again since the transform was made
     modes = model.modes
     assert modes is not None
@@ -68,10 +65,9 @@ def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """The start of a move of n rows.
+    """n rows before a move: latents z [n, d], images at full size in [0, 1], `base` images at the flow's size.
 
-    z: latents [n, d]. images: at full size, float in [0, 1]. base: the unmoved images at the flow's size. labels: int64
-    [n] or soft [n, K'], on the device.
+    Labels are int64 [n] or soft [n, K'].
     """
 
     z: Tensor
@@ -91,17 +87,14 @@ class Rows(NamedTuple):
 
 
 def comes_back(model: GLEM, images: Tensor) -> Tensor:
-    """Which images [n, C, H, W] the flow gives back, within half a uint8 step: bool [n].
-
-    With an autoencoder only the flow is tested, to the same share of the standard deviation of a latent channel.
-    """
+    """Which images [n, C, H, W] the flow gives back, within half a uint8 step (`flow_error`): bool [n]."""
     return model.flow_error(images) < 0.5 / 255
 
 
 class InverseTest:
-    """Which calls test whether the flow gives the images back.
+    """Chooses calls that test whether the flow gives the images back: all until FIRST tests lose none, then 1 in EVERY.
 
-    Every call does until FIRST tests in a row have lost no image, then one in EVERY. New weights start this again.
+    New weights start this again.
     """
 
     FIRST, EVERY = 8, 32
@@ -166,7 +159,7 @@ def draw_mixup(
 def rows_to_encode(params: AugmentParams, batch: int) -> tuple[Tensor, Tensor]:
     """The batch rows to encode, the n selected ones first, and the place of each partner among them, int64 [n].
 
-    A partner that is drawn has the place of the row itself, which is not used.
+    The place of a partner that is drawn is not used.
     """
     partner = torch.where(params.partner < 0, params.rows, params.partner) if len(params.partner) else params.rows
     others = partner[~torch.isin(partner, params.rows)].unique()
@@ -234,10 +227,8 @@ class Adversary:
     ) -> Tensor:
         """`start` [n, k] and one step up the loss; rows whose gradient is zero or not finite stay at their start.
 
-        Args:
-            labels: int64 [n] or soft [n, K'].
-            render: differentiable, from coefficients to images for the classifier.
-            flow: the model that `render` decodes with; it is frozen meanwhile, like the classifier.
+        `render` makes images for the classifier from coefficients, with the model `flow`. Both models are frozen
+        meanwhile.
         """
         if get_worker_info() is not None:
             raise RuntimeError(

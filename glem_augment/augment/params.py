@@ -1,9 +1,8 @@
 """The random choices of a call of GLEMAugment, where they come from, and counts of the rows that they chose.
 
-Draws resume, and they differ on every rank and in every DataLoader worker. The state is two whole numbers: call number
-n has a new generator, seeded from (seed, rank, worker, n). So a checkpoint of rank 0 resumes every rank, and torch's
-global seed has no effect. Each worker's calls are counted in shared memory, which outlives the workers of an epoch. The
-counts are part of the state.
+Draws resume, and they differ on every rank and in every DataLoader worker: call number n has a new generator, seeded
+from (seed, rank, worker, n). So a checkpoint of rank 0 resumes every rank, and torch's global seed has no effect. Each
+worker's calls are counted in shared memory, which outlives the workers of an epoch.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from torch.utils.data import get_worker_info
 from glem_augment.checks import check_whole
 from glem_augment.devices import send
 from glem_augment.distributed import rank
-
-__all__ = ["AugmentParams"]
 
 
 @dataclass
@@ -70,8 +67,7 @@ WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w modulo this
 class WorkerCounts:
     """Whole numbers in shared memory, a row of `shape` for each DataLoader worker.
 
-    A worker adds to its row, and the main process reads all rows. The workers of the next epoch continue the counts. A
-    deep copy or an unpickled object has new memory.
+    A worker adds to its row, and the main process reads all rows. A deep copy or an unpickled object has new memory.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -102,11 +98,7 @@ class WorkerCounts:
 
 
 class RandomState:
-    """Gives a generator for every call.
-
-    Args:
-        seed: an int, or None to draw one from torch's global generator.
-    """
+    """Gives a generator for every call. The seed None is drawn from torch's global generator."""
 
     def __init__(self, seed: int | None) -> None:
         if seed is None:
@@ -153,8 +145,7 @@ class RandomState:
 def choose_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:
     """Rows to change, int64 [n], rising. Each is chosen with probability p; n is p * batch, rounded up or down.
 
-    A coin for each row would give another number in each batch. oneDNN, cuDNN's benchmark mode and torch.compile
-    prepare for each new shape, which takes time.
+    A coin for each row would give another n in each batch. oneDNN, cuDNN and torch.compile prepare for each new shape.
     """
     n = math.floor(p * batch + float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")))
     return torch.randperm(batch, generator=generator, device="cpu")[:n].sort().values
@@ -176,8 +167,8 @@ def normal(n: int, m: int, generator: torch.Generator) -> Tensor:
 class MoveCounts:
     """Counts of rows over all calls, here and in DataLoader workers.
 
-    selected: rows chosen to be changed. replaced: chosen rows that were kept because the decoded image was not
-    plausible, or the flow did not give the original back. unmapped: chosen rows of a class that the flow lacks.
+    selected: rows chosen to be changed. replaced: chosen rows that were kept, since the decoded image was not plausible
+    or the flow did not give the original back. unmapped: chosen rows of a class that the flow lacks.
     """
 
     NAMES = ("selected", "replaced", "unmapped")

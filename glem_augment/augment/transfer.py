@@ -49,7 +49,7 @@ class PixelAdapter:
     # ---- checks ----------------------------------------------------------------------------------------------
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError or TypeError unless x is a batch [B, C, H, W] that can be converted.
+        """ValueError or TypeError unless x is a batch [B, C, H, W] that can be converted.
 
         The value range is checked in the first batch of each dtype only, because an accelerator has to wait for it.
         """
@@ -136,8 +136,7 @@ class PixelAdapter:
     def from_flow(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
         """`images` [n, C, H, W] with the change from `small`, their `to_flow`, to `moved`.
 
-        The result lies in [0, 1]. Where the original pixel does not (RandomErasing fills with N(0, 1)), the result
-        leaves the range no further.
+        The result lies in [0, 1], or leaves it no further than the original (RandomErasing fills with N(0, 1)).
         """
         change = moved - small
         if change.shape[1] != images.shape[1]:
@@ -203,10 +202,9 @@ class FlowClasses:
         return self.to_flow[data_cls.clamp(min=0)].masked_fill(data_cls < 0, -1)
 
     def data_probability(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities of data classes [n, K'] from probabilities p of flow classes [n, K].
+        """Probabilities of data classes [n, K'] from probabilities p of flow classes [n, K], which they share equally.
 
-        Data classes with one flow class share its probability equally. The second result, bool [n], is False where all
-        the probability is on flow classes that the data lacks; the first result is then meaningless.
+        The second result, bool [n], is False where only classes that the data lacks have a probability.
         """
         several = torch.bincount(self.to_flow[self.mapped], minlength=len(self.to_data))
         index = self.to_flow.clamp(min=0)
@@ -219,24 +217,20 @@ class FlowClasses:
 def check_labels(y: object, batch: int, num_classes: int) -> Tensor:
     """The class of each row of a batch's labels, integers [batch] or floats [batch, K']: int64 [batch].
 
-    The classes of integers are on the CPU, where their range is checked. The class of a soft label is the strongest
-    one, or -1 for a row of zeros. Raises TypeError or ValueError for anything else.
+    The class of a soft label is the strongest one, or -1 for a row of zeros. TypeError, ValueError: other labels.
     """
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
-    if y.ndim not in (1, 2) or y.shape[0] != batch:
-        raise ValueError(f"y must be int64 [{batch}] or soft [{batch}, {num_classes}], got {tuple(y.shape)}")
-    if y.shape[1:] == (1,) and num_classes > 1:
-        raise ValueError(f"y has shape {tuple(y.shape)}: give int64 [{batch}], as y[:, 0]")
+    if y.shape not in ((batch,), (batch, num_classes)):
+        raise ValueError(
+            f"y must be integers [{batch}] or soft labels [{batch}, {num_classes}], got {tuple(y.shape)}: give y[:, 0] "
+            "instead of y [B, 1], and class_map if the data has other classes than the flow"
+        )
+    if y.is_floating_point() != (y.ndim == 2):
+        raise TypeError(f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}")
     if y.ndim == 2:
-        if not y.is_floating_point():
-            raise TypeError(f"soft labels must be floating point, got {y.dtype}")
-        if y.shape[1] != num_classes:
-            raise ValueError(f"soft labels have {y.shape[1]} classes, not {num_classes}: give class_map")
         strongest = y.detach().max(dim=1)
         return strongest.indices.masked_fill(strongest.values <= 0, -1)
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"labels must be integers (int64), got {y.dtype}")
     classes = y.long().cpu()
     if batch:
         low, high = (int(v) for v in torch.aminmax(classes))

@@ -35,8 +35,6 @@ from glem_augment.devices import evaluating, send, weights_key
 from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM, as_model
 
-__all__ = ["AugmentParams", "GLEMAugment"]
-
 SETTINGS = "p policy alpha strength modes basis partner labels mean std num_classes class_map seed margin".split()
 
 
@@ -248,7 +246,7 @@ class GLEMAugment(nn.Module):
         return x.clone().index_copy_(0, here.rows, out), target  # clone keeps the memory format
 
     def _unmoved(self, model: GLEM, z: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-        """The images whose difference to the moved ones is the change, and which rows the flow gives back, bool [n].
+        """The unmoved images at the flow's size, and which rows the flow gives back, bool [n].
 
         A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
         """
@@ -260,7 +258,7 @@ class GLEMAugment(nn.Module):
         return small if model.autoencoder is None else in_range(model.decode(z, clamp=False)), back
 
     def _noised(self, model: GLEM, rows: moves.Rows, eps: Tensor, strength: float, shown: torch.dtype) -> Tensor:
-        """Latents [n, d] moved by noise along the modes; with a classifier, by a step up its loss as well.
+        """Latents [n, d] moved by noise along the modes and, with a classifier, a step up its loss.
 
         The classifier gets images of the dtype `shown`.
         """

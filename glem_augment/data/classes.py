@@ -31,10 +31,10 @@ def match_classes(
 ) -> np.ndarray:
     """Match the classes of a data set with classes of a flow, one to one.
 
-    A flow whose only class is `ONE_CLASS` takes all classes of the data. Otherwise two classes match that share an id
-    or a name, which no other class has. Equal ones come first; then those with the same letters and digits in lower
-    case, without a number in front (`03_cat`). Ids that are plain numbers on both sides are left out if both sides have
-    names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST.
+    Two classes match if they share an id or a name that no other class has. Equal names are matched first, then names
+    with the same letters and digits in lower case, without a number in front (`03_cat`). Ids that are numbers on both
+    sides do not count if both sides have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST. A flow whose only
+    class is "image" takes all classes of the data.
 
     Args:
         flow, data: see `named_classes`.
@@ -44,8 +44,8 @@ def match_classes(
         fix: last sentence of an error about classes that do not match, for callers who take no `class_map`.
 
     Returns:
-        int64 [K_data], as `GLEMAugment(class_map=...)` takes it: the index of the flow's class for each class of the
-        data; -1, only with `partial`, if it has none.
+        int64 [K_data], for `GLEMAugment(class_map=...)`: the flow's class for each class of the data. With `partial`,
+        -1 if the flow does not have it.
 
     Raises:
         ClassMismatchError: a class has no counterpart or shares it, `class_map` names an unknown class, or a side has
@@ -61,7 +61,6 @@ def match_classes(
         return np.arange(len(data.ids), dtype=np.int64)
     if class_map is not None and not isinstance(class_map, Mapping):
         raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
-
     if flow.ids == [ONE_CLASS] and not class_map:
         return np.zeros(len(data.ids), dtype=np.int64)
     found: dict[int, int] = {}
@@ -92,10 +91,7 @@ def match_classes(
 
 
 def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) -> tuple[int, ...] | None:
-    """`GLEMAugment`'s class_map as a tuple, with -1 for classes that the flow does not have; None for None.
-
-    `num_classes` is the number of the data's classes. The flow lacks the classes that a shorter class_map leaves out.
-    """
+    """`GLEMAugment`'s class_map as a tuple of `num_classes` entries, -1 for classes that the flow lacks; or None."""
     if class_map is None:
         if flow_classes == 1 and num_classes is not None:
             return (0,) * check_whole("num_classes", num_classes, 1)  # one class stands for all
@@ -117,12 +113,8 @@ def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) 
 def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
     """The ids and the unique names of the classes of a flow or a data set, in index order; None if it names none.
 
-    Args:
-        data: a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, or a list of names. Also a torch
-            Subset or ConcatDataset of such data sets.
-
-    Raises:
-        ClassMismatchError: a ConcatDataset whose parts number their classes differently.
+    `data` is a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, a Subset or ConcatDataset of such
+    sets, or a list of names. ClassMismatchError: a ConcatDataset whose parts number their classes differently.
     """
     if isinstance(data, Subset):
         return named_classes(data.dataset)

@@ -254,10 +254,9 @@ def open_data(
 def as_image_data(
     data: LabelledImages, image_shape: tuple[int, int, int], classes: Sequence[str] | None = None, **options: Any
 ) -> ImageData:
-    """`data` as an ImageData of shape `image_shape` (C, H, W), for the methods of a model.
+    """`data` as an ImageData of shape `image_shape` (C, H, W). DataError: an ImageData of another shape.
 
-    Data that is not an ImageData is opened by `open_data`, with `options`, and resized and converted. `classes` are
-    names to use instead of the data's. DataError: an ImageData of another shape.
+    Other data is opened by `open_data` with `options`, resized and converted. `classes` replace the data's names.
     """
     channels, height, width = image_shape
     if not isinstance(data, ImageData):
@@ -275,9 +274,9 @@ def as_image_data(
 
 
 def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **options: Any) -> ImageData:
-    """`data` as an ImageData of the flow's shape and under its classes (`match_classes`); `options` of `open_data`.
+    """`data` as an ImageData of the shape and the classes of a GLEM (`match_classes`); `options` of `open_data`.
 
-    Labels of data that name no classes are the flow's indices. `flow`: a GLEM.
+    Labels of data that names no classes are the flow's indices.
     """
     images = as_image_data(data, flow.image_shape, **options)
     targets = images.targets
@@ -304,7 +303,7 @@ def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
 def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress: bool) -> tuple[int, int, int]:
     """(C, H, W) of the first image; C = 1 only if all images at `rows` are grey.
 
-    All headers are read, so that bad files (BadImageError) and, with `same_size`, different sizes (DataError) show now.
+    BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
     """
     if isinstance(source, TensorSource):
         _, channels, height, width = source.images.shape

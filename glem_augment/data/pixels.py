@@ -217,10 +217,9 @@ def usable_cpus() -> int:
 
 
 def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool, threads: int = 8) -> None:
-    """Run `task(i)` for i < count on up to `threads` threads, because PIL and torch release the GIL while they decode.
+    """Run `task(i)` for i < count on up to `threads` threads; the first error, in the order of i, stops the rest.
 
-    The first error, in the order of i, is raised and stops the rest. With `progress` a bar appears on stderr after two
-    seconds.
+    PIL and torch release the GIL while they decode. With `progress` a bar appears on stderr after two seconds.
     """
 
     def block(start: int) -> int:
@@ -239,10 +238,9 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
 
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool = False) -> None:
-    """Raise TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
+    """TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
 
-    The value range of float images is checked on the CPU only, because an accelerator would have to wait; with
-    `any_range` it is not checked.
+    The range of float images is not checked with `any_range`, nor on an accelerator, which would have to wait.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
@@ -276,8 +274,8 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> 
 
     Args:
         x: [B,C,H,W], uint8, of which the top `bits` bits are kept, or float in [0,1].
-        noise: the source of u in [0, 1). None: u = 1/2, the middle of the bin. A generator: it draws u, on its device.
-            A seed: u is a function of the seed and the image, for any batch and device. A tensor: u, from `draw_noise`.
+        noise: the source of u in [0, 1). None: u = 1/2, the middle of the bin. A generator draws u on its device. With
+            a seed, u is a function of the seed and the image. A tensor: u, from `draw_noise`.
     """
     is_float = x.dtype != torch.uint8
     levels = x.to(dtype) * (2**bits - 1) if is_float else (x >> (8 - bits)).to(dtype)
@@ -324,9 +322,8 @@ def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor
 def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """The dequantisation noise of the images x [b,C,H,W], for `encode`: int16 in x's shape.
 
-    With a `share`, x is one rank's part of a batch. The noise of the whole batch is drawn, and the part returned. So an
-    image has the same noise for any number of ranks. Four numbers are drawn at once, which on a CPU takes a sixth of
-    the time of `torch.rand`.
+    x may be one rank's `share` of a batch. The noise of the whole batch is drawn, so an image has the same noise for
+    any number of ranks. Drawing four numbers at once takes a sixth of the time of `torch.rand` on a CPU.
     """
     each = x.shape[1:].numel()
     first, last, total = share or (0, len(x), len(x))
@@ -338,8 +335,8 @@ def draw_noise(x: Tensor, generator: torch.Generator, share: Share | None = None
 def _words_of_images(levels: Tensor, seed: int) -> Tensor:
     """Pseudo-random int64 [B, ceil(d / 4)], a function of the seed and of each row of `levels` [B, d].
 
-    SplitMix64 (Steele et al., OOPSLA 2014) draws them from a hash of the row: a sum of its levels with random weights.
-    Integers wrap alike on every device, and their sum does not depend on the order.
+    SplitMix64 (Steele et al., OOPSLA 2014) draws them from a hash of the row, a sum of its levels with random weights.
+    Sums of integers are the same on every device and in any order.
     """
     count = torch.arange(1, levels.shape[1] + 1, device=levels.device)
     hashed = (levels.round().to(torch.int64) * _splitmix(count * _GOLDEN + seed)).sum(1, keepdim=True)

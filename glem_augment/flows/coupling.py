@@ -91,20 +91,18 @@ class AffineCoupling(Coupling):
 
 
 def row_bounded(raw: Tensor, bound: float, dim: int) -> tuple[Tensor, Tensor]:
-    """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`: absolute row sums stay below `bound`.
+    """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`, and the denominators. Row sums of |S| are < bound.
 
-    The slope at 0 is `bound`. A single entry may use the whole budget of its row, unlike with an entrywise bound of
-    r/n. So a diagonal S can scale by e^(+-r) for every n. Returns S and the denominators.
+    A single entry may use the whole budget of its row. So a diagonal S can scale by e^(+-bound) for every n.
     """
     denominators = 1 + raw.abs().sum(dim, keepdim=True)
     return raw * (bound / denominators), denominators
 
 
 def _norm_bound(denominators: Tensor, bound: float) -> float:
-    """An upper bound of `||S||_inf` over the batch: `bound` divided by a power of two up to 2^10.
+    """An upper bound of `||S||_inf` over the batch, `bound` / 2^0..10: early in training S needs few terms.
 
-    Early in training S is small, and then most terms of its series are zeros. The largest row sum of S is
-    `bound - bound / denominator`. It is read only on a CPU, where that does not wait for the device.
+    The largest row sum of S is `bound - bound / denominator`. It is read only on a CPU, which waits for no device.
     """
     if denominators.device.type != "cpu" or not denominators.numel():
         return bound
@@ -169,8 +167,6 @@ SUBNETS = (*CONV_SUBNETS, "transformer")
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 # Their derivative follows from their result. Done in place, autograd keeps one tensor instead of two.
 _IN_PLACE = ("elu", "relu")
-# Channels per attention head, where the width allows.
-_HEAD = 32
 
 
 class Activation(nn.Module):
@@ -186,14 +182,7 @@ class Activation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """`x + conv3(act(conv2(act(conv1(act(x))))))`.
-
-    Args:
-        width: channels of x.
-        inner: channels between the convolutions.
-        kernels: sides of the three.
-        activation: see `Activation`.
-    """
+    """`x + conv3(act(conv2(act(conv1(act(x))))))`, with `inner` channels between the convolutions."""
 
     def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str) -> None:
         super().__init__()
@@ -241,7 +230,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int | None = None) -> None:
         super().__init__()
-        self.heads = heads or next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
+        self.heads = heads or next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = TokenLinear(width, 3 * width)
         self.attend = TokenLinear(width, width)
@@ -261,20 +250,16 @@ class TransformerBlock(nn.Module):
 class Subnet(nn.Module):
     """A convolution, residual blocks, and a last convolution that starts at zero: a coupling starts as the identity.
 
-    `forward(x)` takes [B, in_channels, H, W], float32 (or float64), in any memory format. It returns
-    [B, out_channels, H, W] of the same dtype in channels_last format.
+    `forward(x)` maps [B, in_channels, H, W], float32 or float64, to [B, out_channels, H, W] in channels_last format.
 
-    `autocast` (a dtype or None) runs the first convolution and the blocks in reduced precision; the rest runs in the
-    input's dtype. It is a switch for training. Encoding and decoding must use the same value. Models are loaded with
-    it off, because only float32 meets the library's round-trip promise.
+    `autocast` (a dtype or None) is a switch for training: the first convolution and the blocks run in that dtype, the
+    rest in the dtype of x. Encoding and decoding must use the same value. Only float32 meets the round-trip promise.
 
     Args:
-        kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published. Elsewhere it is
-            1x1, because 3x3 would cost more than all the blocks.
-        in_channels, out_channels: of the half that is read, and of the coupling's parameters.
+        kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published, and 1x1
+            otherwise, because 3x3 would cost more than all the blocks.
         width: channels of the residual stream.
-        blocks: how many.
-        size: (H, W) of the level; a transformer, which learns where its pixels are, works for no other.
+        size: (H, W) of the level, to which a transformer is bound by its learned positions.
         activation: of the convolutional kinds, one of `ACTIVATIONS`.
         heads: see `TransformerBlock`.
     """

@@ -33,11 +33,9 @@ class JetCoupling(Coupling):
     """`y2 = (x2 + b(x1)) * 2 sigmoid(a(x1))` on tokens [B, T, c]; log|det| = sum of log(2 sigmoid(a)).
 
     Args:
-        channels: c.
-        subnet: factory of the network c/2 -> c on the T tokens as a column of pixels.
+        subnet: factory of the network c/2 -> c, which sees T tokens as a column of pixels.
         order: int64 [c] or [T], the channels or tokens in the order in which they are halved.
-        over: "channels" or "tokens". The network always sees T tokens of c/2 channels; half as many whole tokens are
-            each cut in two.
+        over: "channels" or "tokens". Half of the tokens become T tokens of c/2 channels: each is cut in two.
     """
 
     order: Tensor
@@ -155,8 +153,7 @@ class JetFlow(Flow):
 def order_of_tokens(rows: int, columns: int, pattern: str) -> Tensor:
     """The tokens of a grid, int64 [rows * columns]: first the half that passes unchanged.
 
-    As in the published code, "columns" takes every second token of the whole sequence. With an odd number of columns
-    these are no columns.
+    As in the published code, "columns" takes every second token of the sequence, whatever the number of columns.
     """
     index = torch.arange(rows * columns, device="cpu")
     kind, _, inverted = pattern.partition("-")

@@ -41,14 +41,10 @@ class Flow(nn.Module):
         """Set the layers that depend on the first batch `x` [B,C,H,W], once."""
 
     def set_memory(self, memory: Memory) -> None:
-        """How a backward pass gets the activations.
+        """How a backward pass gets the activations: "stored" (the default: the fastest), or "reversible".
 
-        Args:
-            memory: "stored" (the default: the fastest), or "reversible": rebuilt from outputs through the exact
-                inverse. Then activation memory does not grow with depth; steps take about a third longer.
-
-        Raises:
-            ValueError: another word, or "reversible" for a `CustomFlow`.
+        "reversible" rebuilds them from outputs through the exact inverse. Then activation memory does not grow with
+        depth; steps take about a third longer. ValueError: another word, or "reversible" for a `CustomFlow`.
         """
         check_choice("memory", memory, get_args(Memory))
         self.memory = memory
@@ -61,10 +57,10 @@ class Flow(nn.Module):
                 module.autocast = dtype
 
     def compile_steps(self, backend: str = "inductor") -> None:
-        """Compile the steps with `torch.compile`, for training, encoding and decoding; needs a C++ compiler.
+        """Compile the steps with `torch.compile`, which needs a C++ compiler. ValueError: a flow without steps.
 
         The first passes take up to a minute per direction. Results agree with the ordinary ones within rounding.
-        Copies of the flow and models that are loaded start uncompiled. Raises ValueError for a flow without steps.
+        Copies of the flow and models that are loaded start uncompiled.
         """
         raise ValueError(f"{type(self).__name__} has no steps that could be compiled; leave compile out")
 
@@ -87,11 +83,7 @@ class Whiten(nn.Module):
         z = (I + U^T diag(g - 1) U) D^-1 (x - mean),        log|det| = sum log g - sum log D.
 
     Where V is a whole basis, k = d, there is no rest: D = I, U = V and g = 1/s, and z is the ZCA whitening of x. It is
-    the best linear flow for Gaussian classes with one covariance, hence where a flow should start.
-
-    Args:
-        dim: d.
-        rank: k, at most d.
+    the best linear flow for Gaussian classes with one covariance.
     """
 
     mean: Tensor
@@ -174,11 +166,9 @@ class WhitenedFlow(Flow):
 class ActNorm(nn.Module):
     """`z = (x + bias) * exp(log_scale)`, initialised so that z has mean 0 and a variance of about 1 on the first batch.
 
-    The initialisation happens once, in `initialise`. That it was done is stored in the buffer `initialised`, so loading
-    a model never repeats it.
+    The buffer `initialised` is saved, so loading a model never repeats the initialisation.
 
     Args:
-        channels, height, width: shape of the input.
         per: "element" for one pair of parameters per channel and pixel (MEF), "channel" for one per channel (Glow,
             Kingma & Dhariwal 2018, Sec. 3.1).
     """

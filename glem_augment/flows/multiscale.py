@@ -76,7 +76,6 @@ class Level(nn.Module):
     """A squeeze and its steps.
 
     Args:
-        steps: the layers of each step.
         height, width: of the level's tensors after the squeeze.
         side: of the pixel blocks that the squeeze makes channels.
     """
@@ -234,19 +233,12 @@ class MultiscaleFlow(Flow):
 
 
 def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`steps(x)` with activation memory that does not grow with their number.
+    """`steps.run_steps(x)` of a `Level` or a `JetFlow`, with activation memory that does not grow with the steps.
 
     The backward pass rebuilds the activations from the output. It evaluates a coupling's network once, on the half that
     passes unchanged. The result serves to undo the coupling and to differentiate it. So a step costs one more forward
-    pass of its network. Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for the idea.
-
-    Args:
-        steps: a `Level` or a `JetFlow`.
-        x: the argument of `run_steps`.
-
-    Returns:
-        The result and log|det| [B]. They can be differentiated once; gradients equal the ordinary ones up to the
-        rounding of the rebuilt activations.
+    pass of its network. Results can be differentiated once; gradients equal the ordinary ones up to the rounding of the
+    rebuilt activations. Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for the idea.
     """
     return _ReversibleSteps.apply(steps, x, *steps.parameters())
 

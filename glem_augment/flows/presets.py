@@ -78,12 +78,7 @@ def is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
-    """The numbers of preset `name` for images of `image_shape` (C, H, W), with `overrides` applied.
-
-    Raises:
-        ValueError: unknown preset or option, lists of unequal length, or a height or width that the levels cannot
-            divide; the message names the sizes that would work.
-    """
+    """The numbers of the flow that `create_flow` makes from these arguments; errors as there."""
     check_choice("preset", name, tuple(PRESETS))
     spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
     if spec["coupling"] == "matexp":

@@ -61,15 +61,13 @@ def adapt_classes(
     """Gaussians, modes and temperature of new classes. A class of one image borrows what all classes have together.
 
     Args:
-        latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
-        num_classes, dim: K and d.
-        rank: modes per class, or per part.
+        latents_of_class, rank, parts, full: see `fit_class_modes`; with `full` the temperature is that of
+            `ClassModes.log_prob`.
         shrinkage: k, in images, >= 0.
-        psi: of the flow's own Gaussians; the new ones get a wider psi where this one can't hold their variances.
-        parts, full: see `fit_class_modes`; with `full` the temperature is that of `ClassModes.log_prob`.
+        psi: of the flow's Gaussians; the new Gaussians get a wider psi where this one can't hold their variances.
 
     Returns:
-        The first two on the CPU, and the temperature of the posterior.
+        Gaussians and modes on the CPU, and the temperature of the posterior.
 
     Raises:
         DataError: a class has no image, no class has two, latents are not finite, or their variances exceed 1e5.
@@ -163,11 +161,7 @@ def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage:
 def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:
     """`psi` itself where its range holds all of `variance` [K, d], otherwise a wider (a, b, c).
 
-    The flow was trained towards the range of its psi. Images of another kind may leave this range, and clamped
-    variances would change densities silently.
-
-    Raises:
-        DataError: variances beyond 1e5.
+    Clamped variances would change densities silently. DataError: variances beyond 1e5.
     """
     low, high = float(variance.min()), float(variance.max())
     if not high <= _LARGEST_VARIANCE:

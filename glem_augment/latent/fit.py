@@ -42,20 +42,13 @@ def fit_class_modes(
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
-        num_classes: K.
         rank: modes to keep per class, or per part; more than d become d.
-        dim: d.
         borrow: give a class of one image the modes and the remaining variance that all classes have together.
         parts: P, into which k-means divides the images of a class.
         full: keep all modes of the pooled covariance, for `ClassModes.log_prob`.
 
     Returns:
         ClassModes on the CPU.
-
-    >>> latents = torch.randn(2, 10, 6)
-    >>> modes = fit_class_modes(lambda y: latents[y], num_classes=2, rank=3, dim=6)
-    >>> modes.directions.shape, modes.sample(torch.tensor([0, 1, 1])).shape
-    (torch.Size([2, 3, 6]), torch.Size([3, 6]))
 
     Raises:
         DataError: a class has fewer than two images (no image, with `borrow`; 2 P, with parts), no class has two, or
@@ -126,15 +119,11 @@ class _Pool:
 def pooled_covariance(
     rows_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments of `flows.layers.Whiten.fit`: the classes' mean, and their pooled covariance as modes and a rest.
+    """The classes' mean [d], and the modes [k, d], standard deviations [k] and rest [d] of their pooled covariance.
 
-    Args:
-        rows_of_class: gives numbers [n, d] of class y = 0 .. K - 1, n >= 2; called once for each.
-        num_classes, dim: K and d. rank: modes to keep, at most d, and at most one for every `IMAGES_PER_MODE` images:
-            the weakest directions of a few images are noise, and dividing by their spread would blow other images up.
-
-    Returns:
-        mean [d], directions [k, d], standard deviations [k] and the remaining variance [d]; float64 on the CPU.
+    `rows_of_class` gives numbers [n, d] of a class, n >= 2, once for each. The results are float64 on the CPU. There
+    are at most `rank` modes, and one for every `IMAGES_PER_MODE` images: the weakest directions of a few images are
+    noise, and `flows.layers.Whiten` would blow up other images by dividing by their spread.
     """
     mean, pool = torch.zeros(dim, dtype=torch.float64), _Pool(dim, rank)
     for y in range(num_classes):
@@ -159,8 +148,7 @@ def _store(modes: ClassModes, y: int, directions: Tensor, scales: Tensor, varian
 def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]:
     """The mean [d] of a class's latents [n, d] and their deviations from it [n, d], float64 on the CPU.
 
-    Raises:
-        DataError: fewer than `least` latents, or latents that are not finite; the error has the class's `name`.
+    DataError, with the class's `name`: fewer than `least` latents, or latents that are not finite.
     """
     if len(latents) < least:
         raise DataError(
@@ -175,13 +163,10 @@ def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]
 
 
 def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors and values of rows [n, d] float64.
+    """The leading right singular vectors [r, d] and values [r], descending, of rows [n, d] float64.
 
-    Values that are numerically zero are left out. The sign of a vector is fixed (its largest entry is positive), so
+    r <= min(rank, n, d): values that are numerically zero are left out. The largest entry of a vector is positive, so
     that fits can be compared.
-
-    Returns:
-        Directions [r, d], orthonormal rows, and singular values [r], descending; r <= min(rank, n, d).
     """
     rows = rows[rows.abs().amax(1) > 0]
     values, directions = _decomposed(rows, min(rank, *rows.shape))
@@ -222,10 +207,7 @@ def k_means(z: Tensor, groups: int, seed: int = 0) -> Tensor:
     """The group of each latent z [n, d], int64 [n], a function of z and the seed; no group has fewer than two.
 
     It starts as k-means++ does (Arthur & Vassilvitskii 2007). Groups that end with fewer than two latents are
-    dissolved, so there may be fewer than `groups`.
-
-    Raises:
-        DataError: fewer than two latents for each group.
+    dissolved, so there may be fewer than `groups`. DataError: fewer than two latents for each group.
     """
     if len(z) < 2 * groups:
         raise DataError(

@@ -39,10 +39,8 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     The mean of -log softmax(b s)_y is convex in b = 1/T; bisection finds where its slope, the mean of
     sum_k p_k s_k - s_y, is zero. T = 1 is the floor because a few images that are all recognised would ask for T = 0.
 
-    Args:
-        scores: [N, K], log p(x|y) in nats, up to a constant per image, of held-out images. Images whose scores are not
-            all finite are left out.
-        y: int64 [N].
+    `scores` [N, K] are log p(x|y) of held-out images in nats, up to a constant per image; images whose scores are not
+    all finite are left out. y is int64 [N].
     """
     scores = scores.double()
     scores = scores - scores.gather(1, y[:, None])
@@ -89,8 +87,7 @@ class ClassGaussians(ClassSampler):
     `project` keeps them above a tenth of their initial value after every step.
 
     Args:
-        num_classes: K.
-        dim: d.
+        num_classes, dim: K and d.
         psi: (a, b, c), all positive. The paper uses (0.5, 0.2, 0.05), and (5, 0.2, 0.05) in its ablation.
         initial_variance: used with `psi=None` only; with psi the start is s = 0, a variance of a/2 + c.
 
@@ -138,18 +135,13 @@ class ClassGaussians(ClassSampler):
         return a * torch.sigmoid(b * self.s) + c
 
     @torch.no_grad()
-    def set_variance(
-        self, variance: Tensor, rows: Tensor | slice = slice(None), inner: tuple[float, float] = INNER
-    ) -> None:
-        """Bring the variances of the classes `rows` as close to `variance` [.., d] as the parametrisation allows.
-
-        With psi they are kept between the shares `inner` of its range.
-        """
+    def set_variance(self, variance: Tensor, inner: tuple[float, float] = INNER) -> None:
+        """Set the variances [K, d]. They are clamped: with psi between the shares `inner` of its range."""
         if self.psi is None:
-            self.s[rows] = variance.to(self.s).clamp_min(self.lowest_variance)
+            self.s.copy_(variance.to(self.s).clamp_min(self.lowest_variance))
         else:
             a, b, c = self.psi
-            self.s[rows] = (torch.logit(((variance.double() - c) / a).clamp(*inner)) / b).to(self.s)
+            self.s.copy_(torch.logit(((variance.double() - c) / a).clamp(*inner)) / b)
 
     @torch.no_grad()
     def project(self) -> None:

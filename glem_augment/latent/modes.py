@@ -38,15 +38,9 @@ def combine_modes(coefficients: Tensor, y: Tensor, directions: Tensor) -> Tensor
 
 
 def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """P delta = V^T V delta, the part of delta [n, d] that lies along the modes V of each row's class.
+    """P delta = V^T V delta, the part of delta [n, d] that lies along the modes V of each row's class y, int64 [n].
 
-    Args:
-        delta: [n, d].
-        y: int64 [n], the class of each row.
-        directions: [K, k, d] with orthonormal rows V.
-
-    Returns:
-        [n, d]. Row i does not depend on the other rows, to the last bit.
+    `directions` [K, k, d] have orthonormal rows V. A row of the result [n, d] depends on no other row, to the last bit.
     """
     return _per_row(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions)
 
@@ -60,15 +54,10 @@ def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tens
 
 
 def mix_along_modes(z: Tensor, partner: Tensor, l: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Principal-mode mixup z' = z + (1 - l) P (partner - z), with the projection P of `project_on_modes`.
+    """Principal-mode mixup z' = z + (1 - l) P (partner - z) [n, d], with the projection P of `project_on_modes`.
 
-    Args:
-        z, partner: [n, d].
-        l: [n], the share of z that is kept along the modes.
-        y, directions: see `project_on_modes`.
-
-    Returns:
-        z' [n, d], and the share [n] of |partner - z|^2 that P keeps (0 for no difference).
+    l [n] is the share of z that is kept along the modes. The second result is the share [n] of |partner - z|^2 that P
+    keeps, 0 for no difference.
     """
     delta = partner - z
     projected = project_on_modes(delta, y, directions)

@@ -169,10 +169,9 @@ class ConditionalFlow(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
-        """Straight lines in latent space from the images x1 to x2 [B,C,H,W], both ends included.
+        """Straight lines in latent space from the images x1 to x2 [B,C,H,W]: [B, steps, C, H, W] float in [0,1].
 
-        Returns:
-            [B, steps, C, H, W] float in [0,1]; `steps` is at least 2.
+        Both ends are included, so `steps` is at least 2.
         """
         check_whole("steps", steps, 2)
         z1, z2 = self.encode(x1)[0], self.encode(x2)[0]
@@ -327,7 +326,7 @@ class ConditionalFlow(nn.Module):
         """A function from the class y to the latents of the images `rows[y]`: [n, d] on the CPU.
 
         The dequantisation noise of a class depends on `seed` and y alone. `count` is told how many images were encoded.
-        All ranks call the function together: each encodes its share, and all get all latents.
+        All ranks call the function together. Each encodes its share, and all get all latents.
         """
 
         @torch.no_grad()

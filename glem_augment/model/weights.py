@@ -48,11 +48,9 @@ def bundled_models() -> list[str]:
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The folder of a model on this machine: `bundled:NAME` or a folder. None where there is no such folder, so that
-    `name` may be one of the Hub.
+    """The folder of a model on this machine: `bundled:NAME` or a folder; None if there is no such folder.
 
-    Raises:
-        ModelFileError: no such bundled model, a path that is a file, or a folder that lacks one of the two files.
+    ModelFileError: no such bundled model, a path that is a file, or a folder that lacks one of the two files.
     """
     text = os.fspath(name)
     if text.startswith("bundled:"):
@@ -73,7 +71,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def hub() -> Any:
-    """The module that downloads from the Hub. It stands above this room and is imported when it is needed."""
+    """The module that downloads from the Hub, imported when it is needed."""
     from glem_augment import hub
 
     return hub
@@ -114,12 +112,9 @@ def _unfinished(folder: Path) -> str | None:
 
 
 def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[str, Tensor]) -> None:
-    """Write both files so that a failed save leaves the old pair whole.
+    """Write both files so that a failed save leaves the old pair whole. ModelFileError: a config that can't be saved.
 
-    Both are on the disk in full before either takes its name; the weights take theirs first.
-
-    Raises:
-        TypeError, ValueError: a config that could not be read again. OSError: it names the path.
+    Both are on the disk in full before the weights, then the config, are renamed.
     """
     folder = expand(folder)
     text, weights = config.to_json(), weights_bytes(stored(config, state))
@@ -165,12 +160,8 @@ def read_config(folder: Path) -> GLEMConfig:
 def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Model]) -> Model:
     """The model of a config, on the CPU, with the weights of a file, which may have any floating-point type.
 
-    Args:
-        path: of the weights.
-        build: makes the model that the config describes, on the device of the surrounding `torch.device`.
-
-    Raises:
-        ModelFileError: a truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
+    `build` makes the model that the config describes, on the device of the surrounding `torch.device`. ModelFileError: a
+    truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
     """
     try:
         _check_size(path, config)

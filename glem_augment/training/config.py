@@ -201,13 +201,6 @@ class TrainConfig:
 
 
 SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
-# Checkpoints may name these settings, which do not exist any more. With these values they change nothing.
-_GONE = dict(averaging="ema", m_rounds=1, sigma_lr_scale=1.0, freeze_gaussians_at=1.0, beta_anneal=None, refit_beta=0.0)
-
-
-def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` of a checkpoint without the settings that have gone, where they had their defaults."""
-    return {name: value for name, value in settings.items() if name not in _GONE or value != _GONE[name]}
 
 
 def check_names(settings: Mapping[str, Any], where: str) -> None:

@@ -36,7 +36,7 @@ from glem_augment.io import atomic_write
 from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training.config import TrainConfig, without_gone
+from glem_augment.training.config import TrainConfig
 
 NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
 _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4", 32
@@ -134,7 +134,7 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
         if problems:
             going_on = f"Going on from {path} (step {facts['step']})"
             warnings.warn(f"{'; '.join(problems)}. {going_on}", stacklevel=3)
-        return Checkpoint(path, {**facts, "config": without_gone(facts["config"])}, tensors)
+        return Checkpoint(path, facts, tensors)
     if problems:
         raise TrainingError(f"{'; '.join(problems)}. Restore one, or start over in another folder")
     raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {folder / NEWEST}; start without --resume")

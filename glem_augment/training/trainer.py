@@ -138,7 +138,7 @@ class Trainer(EM):
             return self._fit()
 
     def _locked(self) -> AbstractContextManager[None]:
-        return lock_folder(self.out, again=True) if is_primary() else nullcontext()
+        return lock_folder(self.out) if is_primary() else nullcontext()
 
     def _fit(self) -> GLEM:
         if self.config.compile:
