@@ -23,6 +23,7 @@ import pytest
 import torch
 from augment_cases import images as pixels
 from augment_cases import labels as any_labels
+from model_cases import tiny_model
 from test_data import broken_folder, png
 from test_training import tiny_trainer
 from timm.data import Mixup
@@ -53,12 +54,9 @@ def _frozen_garbage() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> GLEM:
     """A flow with random weights, small enough that a batch takes milliseconds."""
-    torch.manual_seed(0)
-    model = GLEM.create("mef_tiny", (1, 8, 8), CLASSES, depth=[1], blocks=[1], width=[4])
-    for parameter in model.parameters():
-        parameter.data += torch.randn(parameter.shape) * 0.1
+    model = tiny_model(shape=(1, 8, 8), classes=CLASSES, depth=[1], blocks=[1], width=[4])
     model.fit_modes((pixels(90), labels(90)), rank=8)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 @dataclass

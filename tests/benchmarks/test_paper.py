@@ -8,18 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
 from benchmarks.paper.lab import method_settings
 from benchmarks.paper.paper import main
-from benchmarks.paper.research import ResearchTrainer, split_settings
+from benchmarks.paper.research import split_settings
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, cells_of
-from glem_augment import ImageData
 from glem_augment.cli.common import table as settings_of
 from glem_augment.cli.train import checked
-from glem_augment.training.config import METHODS, TrainConfig, method
+from glem_augment.training.config import METHODS, TrainConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -39,47 +37,6 @@ def test_every_cell_is_a_method_with_settings_that_exist(scale: str) -> None:
         assert len({(cell.label, cell.data, cell.setting) for cell in cells}) == len(cells) > 0
         used |= {cell.method for cell in cells}
     assert set(METHODS) - used == {"lambda0-psi", "saturating", "unlabelled"}  # offered, in no table of the paper
-
-
-def test_lambda_is_halved_and_the_means_stop_where_the_published_gaussians_freeze(
-    bundled_train: ImageData, tmp_path: Path
-) -> None:
-    own, research = split_settings({**SCALES["paper"].flow, "preset": "identity"})
-    data, config = bundled_train.subset(range(0, 1000, 20)), method("glem", **own)
-    run = ResearchTrainer(data, config, tmp_path, progress=False, research=research)
-    assert run.frozen_from == run.m_total == len(run.m_rates) == 100
-    run.m_done = 99
-    assert run.kld_weight() == 5.0
-
-
-@pytest.mark.parametrize("m_rounds", [1, 2, 9])
-def test_research_settings_do_what_they_say(bundled_train: ImageData, tmp_path: Path, m_rounds: int) -> None:
-    """Also if rounds of M-steps outnumber the batches of an epoch (4)."""
-    settings = dict(
-        preset="identity", objective="hybrid", joint=False, beta=0.8, epochs=3, batch_size=20, val_fraction=0.0,
-        modes_rank=0, refit_beta=0.0, sample_every=0, m_rounds=m_rounds, m_steps=1, freeze_gaussians_at=0.6,
-        sigma_lr_scale=3.0, beta_anneal=(0.5, 0.05),
-    )  # fmt: skip
-    own, research = split_settings(settings)
-    data = bundled_train.subset(range(0, 1000, 10))
-    run = ResearchTrainer(data, TrainConfig(**own), tmp_path, progress=False, research=research)
-    at, betas, step, gaussians = [], [], run.gaussian_step, run.model.gaussians
-    moves = torch.zeros(2)
-
-    def noting(rate: float) -> None:
-        before = gaussians.mu.detach().clone(), gaussians.s.detach().clone()
-        at.append(run.step)
-        betas.append(run.config.beta)
-        step(rate)
-        for i, (new, old) in enumerate(zip((gaussians.mu, gaussians.s), before, strict=True)):
-            moves[i] = (new.detach() - old).abs().max() / rate
-
-    run.gaussian_step = noting
-    run.fit()
-    assert at == [4 * epoch + 4 * r // m_rounds for epoch in range(2) for r in range(m_rounds)]  # refit_beta=0
-    wanted = [0.8 * 0.05 ** max(0.0, (step / 12 - 0.5) / 0.5) for step in at]
-    assert betas == pytest.approx(wanted) and run.config.beta == 0.8
-    assert float(moves[1] / moves[0]) == pytest.approx(3.0, rel=0.3)
 
 
 def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:

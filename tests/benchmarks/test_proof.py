@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.proof import augmentation_data as data
-from benchmarks.proof import augmentation_ops as ops
 from benchmarks.proof import augmentation_plan as planning
 from benchmarks.proof import augmentation_report as reporting
 from benchmarks.proof import augmentation_settings as settings
-from benchmarks.proof import no_network, unlabelled
 from benchmarks.proof.augmentation_plan import Store
-from glem_augment import GLEM
 
-CLASSES, COUNT = 3, 24
 CIFAR = replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
-
-
-def images(size: int) -> tuple[Tensor, Tensor]:
-    y = torch.arange(COUNT) % CLASSES
-    noise = torch.randint(60, 160, (COUNT, 3, size, size), generator=torch.Generator().manual_seed(1))
-    return (noise + 25 * y[:, None, None, None]).to(torch.uint8), y
-
-
-def network(size: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, CLASSES))
-
-
-@pytest.fixture(scope="module")
-def flow() -> GLEM:
-    """A random flow for 3x8x8, adapted to `images()`."""
-    torch.manual_seed(0)
-    model = GLEM.create("glow_tiny", (3, 8, 8), ["x"], depth=[1, 1], blocks=[1, 1], width=[6, 6])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.05)
-    return model.eval().adapt(images(8), rank=6, progress=False)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -64,70 +36,6 @@ def test_seeds_draw_other_images_and_never_those_of_validation() -> None:
         assert not seen(task.train) & seen(task.val) and not (seen(task.train) | seen(task.val)) & seen(task.test)
     counts = torch.bincount(first.train[1]).tolist()
     assert counts == data.counts(setting, 10) == [40, 34, 29, 25, 22, 19, 16, 14, 12, 10]
-
-
-# ---- methods ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(settings.METHODS))
-def test_every_method_changes_images_and_keeps_labels_honest(name: str, flow: GLEM) -> None:
-    method = settings.METHODS[name]
-    for size in (8,) if name == "latent-noise" else (8, 16):
-        (x, y), net = images(size), network(size)
-        before = x.clone()
-        for params in method.trials:
-            params = {**params, **({"p": 1.0} if "p" in params else {}), **({"flow": "it"} if method.flow else {})}
-            stack = ops.Stack([(name, params)], lambda _: flow, net, COUNT, CLASSES, seed=0)
-            out, labels = stack(torch.arange(COUNT), x, y)
-            assert out.shape == x.shape and out.dtype == torch.float32 and torch.equal(x, before)
-            # Erasing fills in Gaussian noise, which has no bounds.
-            assert name == "erasing" or 0 <= float(out.min()) <= float(out.max()) <= 1
-            assert net.training and all(p.grad is None for p in net.parameters())
-            changed = (out != ops.as_float(x)).flatten(1).any(1).float().mean()
-            assert changed == 0 if name in ("none", "natural") else changed > 0.25  # mixing with l near 1 rounds away
-            soft = name in ("mixup", "cutmix", "mode-mixup-any")
-            assert labels.sum(1).allclose(torch.ones(COUNT)) if soft else torch.equal(labels, y)
-
-
-# ---- unlabelled images -----------------------------------------------------------------------------------------------
-
-
-def test_every_method_learns_from_unlabelled_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(settings.SETTINGS, "smoke", replace(settings.SMOKE, steps={"cnn": 3}))
-    monkeypatch.setattr(unlabelled, "best_stack", lambda name: [("cropflip", {})])
-    x = ops.as_float(unlabelled.task_of("smoke", 0).val[0][:4])
-    for method, values in unlabelled.VALUES.items():
-        value = values[0] and 0.0  # every label counts
-        logits = [unlabelled.run("smoke", method, value, moves, 0)(x) for moves in (None, *unlabelled.MOVES)]
-        assert all(part.shape == (4, 10) and bool(part.isfinite().all()) for part in logits)
-        assert torch.equal(logits[0], logits[1]) == (method == "labelled")
-
-
-def test_hopeless_methods_are_dropped_and_test_images_choose_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quality = {"labelled": 50, "pseudo-labels": 70, "mean-teacher": 60, "fixmatch": 69}
-
-    def run(name: str, method: str, value: float | None, moves: unlabelled.Moves, seed: int) -> float:
-        lucky = seed != settings.TUNING_SEED and moves is None
-        return quality[method] + (value or 0.0) / 100 + (moves == ("noise", 1.0)) + 10 * lucky
-
-    monkeypatch.setattr(unlabelled, "run", run)
-    monkeypatch.setattr(unlabelled, "task_of", lambda name, seed: Mock())
-    monkeypatch.setattr(unlabelled, "accuracy", lambda network, images: network / 100)
-    options = ["--settings", "cifar10-50", "--seeds", "0", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["unlabelled.py", *options])
-    for _ in range(2):  # the second run finds all rows
-        unlabelled.main()
-        rows = json.loads((tmp_path / "unlabelled.json").read_text())
-        tested = [(row["method"], row["tuned"], row["moves"]) for row in rows if "accuracy" in row and row["seed"] == 0]
-        moves = ["noise", 1.0]
-        assert tested == [
-            ("labelled", None, None), ("pseudo-labels", 0.95, None), ("pseudo-labels", 0.95, moves),
-            ("fixmatch", 0.95, None), ("fixmatch", 0.95, moves),
-        ]  # fmt: skip
-        assert all(("accuracy" in row) == (row["seed"] != settings.TUNING_SEED) for row in rows)
-        assert len(rows) == sum(map(len, unlabelled.VALUES.values())) + 4 + 2 * 5
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -209,24 +117,6 @@ def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_pat
         assert {cell.method for cell in cells if cell.stage == "final" and cell.side == "ours"} == {winner}
 
 
-def test_report_pairs_seeds_and_takes_what_validation_chose(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    measure(planned(best=2, leaking=True), store, made_up)
-    (result,) = reporting.results_of(store)
-    arm = result.best(("imagenette32", "own"))
-    assert arm is not None and arm.method == "noise"  # though adversarial has the better test accuracy
-    over = reporting.paired_gain(arm.accuracies, result.opponent.accuracies)
-    assert (over.mean, over.half, over.seeds) == (pytest.approx(3.1), pytest.approx(0, abs=1e-9), 5)
-    reporting.report(store, tmp_path)
-    text = (tmp_path / "augmentation.md").read_text()
-    proof, leaking = text.split("## Never counted")
-    assert "noise, imagenette32" in proof and "noise, own" in proof and "noise, cifar10)" not in proof
-    leaking = leaking.split("## All arms")[0]
-    assert "noise, cifar10)" in leaking and "imagenette32" not in leaking
-    assert "Interval over the opponent above zero: 1 (with at least 1 point: 1)" in text
-    assert (tmp_path / "augmentation.png").stat().st_size > 1000
-
-
 def test_an_opponent_is_never_worse_than_crop_and_flip(tmp_path: Path) -> None:
     def value(cell: planning.Cell) -> float:
         return made_up(cell) + 0.1 * (cell.stage == "final" and cell.method == "cropflip")
@@ -256,11 +146,3 @@ def test_a_third_operation_counts_where_validation_prefers_it(
     assert chosen == ["cropflip", "trivial", "erasing", *([better] if better else [])]
     assert (result.strongest(arm) is result.opponent) == (on_test >= 0)
     assert len(result.strongest(arm).accuracies) == 5
-
-
-def test_without_a_network_classes_are_told_apart() -> None:
-    rows = no_network.run(settings.SMOKE, [0, 1])
-    assert [(row["method"], row["seed"]) for row in rows] == list(
-        itertools.product(("hog-ridge", "label-spreading"), (0, 1))
-    )
-    assert all(row["accuracy"] > 0.6 and row["val_accuracy"] > 0.6 for row in rows)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+import model_cases
 import numpy as np
 import pytest
 import torch
@@ -57,14 +58,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 
 def tiny_model(seed: int = 0, **training: object) -> GLEM:
     """A flow for 1x8x8 images of three classes, with every weight away from its start."""
-    torch.manual_seed(seed)
-    model = GLEM.create("mef_tiny", (1, 8, 8), ["cat", "dog", "ant"], depth=[1, 1], blocks=[1, 1], width=[6, 6])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model = model_cases.tiny_model(shape=(1, 8, 8), classes=("cat", "dog", "ant"), seed=seed)
     model.config.training = dict(training)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def files_of(model: GLEM, folder: Path) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_cases import tiny_model
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
@@ -76,15 +77,6 @@ def test_psi_is_kept_if_it_holds_the_variances_and_widened_if_not(psi: Psi) -> N
     assert all(psi_that_holds(torch.tensor([[0.1, edge]]), PAPER) != PAPER for edge in (0.0549, 0.5451))
 
 
-def random_flow() -> GLEM:
-    """A flow with every weight away from its start."""
-    model = GLEM.create("mef_tiny", (1, 8, 8), ["a", "b"], depth=[1, 1], blocks=[1, 1], width=[6, 6])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return model.eval().requires_grad_(False)
-
-
 def images(*counts: int) -> tuple[Tensor, Tensor]:
     """Noise around a brightness of the class, shuffled."""
     y = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -94,7 +86,7 @@ def images(*counts: int) -> tuple[Tensor, Tensor]:
 
 
 def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
-    model, (x, y) = random_flow(), images(9, 1)
+    model, (x, y) = tiny_model(shape=(1, 8, 8), classes=("a", "b")), images(9, 1)
     adapted = model.adapt((x, y), rank=3, shrinkage=2.0, progress=False)
     # The noise is a function of the seed and the class.
     z = [model.encode(x[y == c], torch.Generator().manual_seed(c))[0] for c in (0, 1)]
@@ -111,7 +103,7 @@ def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
 
 
 def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(tmp_path: Path) -> None:
-    random_flow().save(tmp_path / "base")
+    tiny_model(shape=(1, 8, 8), classes=("a", "b")).save(tmp_path / "base")
     base = GLEM.from_pretrained(tmp_path / "base")
     before = {name: value.clone() for name, value in base.state_dict().items()}
     x, y = images(6, 7, 8)
@@ -132,7 +124,7 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
 
 
 def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> None:
-    model, (x, y) = random_flow(), images(3, 3)
+    model, (x, y) = tiny_model(shape=(1, 8, 8), classes=("a", "b")), images(3, 3)
     with pytest.raises(DataError, match=r"1 of its 3 classes \(c\)"):
         model.adapt((x, y), classes=["a", "b", "c"])
     with pytest.raises(DataError, match="no class has two images"):
@@ -172,7 +164,7 @@ def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys:
     """Coloured images, one class of one image; then the adapted model is used like any other."""
     for path in (image_folder / "dog").glob("[123].png"):
         path.unlink()
-    random_flow().save(tmp_path / "base")
+    tiny_model(shape=(1, 8, 8), classes=("a", "b")).save(tmp_path / "base")
     command = ["adapt", str(tmp_path / "base"), str(image_folder), "--out", str(tmp_path / "new"), "--rank", "3"]
     assert main(command) == 0
     summary = json.loads(capsys.readouterr().out)

@@ -10,11 +10,14 @@ from glem_augment import GLEM
 TINY = dict(depth=[1, 1], blocks=[1, 1], width=[6, 6])
 
 
-def tiny_model(preset: str = "mef_tiny", shape=(1, 4, 4), classes=("a", "b", "c"), bits: int = 8, **options) -> GLEM:
+def tiny_model(
+    preset: str = "mef_tiny", shape=(1, 4, 4), classes=("a", "b", "c"), bits: int = 8, seed: int = 5, **options
+) -> GLEM:
     """A model with every weight away from its start."""
+    torch.manual_seed(seed)
     options = {**(TINY if preset != "identity" else {}), **options}
     model = GLEM.create(preset, shape, classes=list(classes), bits=bits, **options)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)

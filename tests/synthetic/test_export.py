@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from forked import on_ranks
+from model_cases import tiny_model
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
@@ -40,13 +41,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_model(seed: int = 0) -> GLEM:
-    torch.manual_seed(seed)
-    model = GLEM.create("mef_tiny", (1, 8, 8), NAMES, depth=[1, 1], blocks=[1, 1], width=[4, 4])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval().requires_grad_(False)
+    return tiny_model(shape=(1, 8, 8), classes=NAMES, seed=seed, width=[4, 4])
 
 
 def make(model: GLEM | None = None, **options: Any) -> SyntheticDataset:
