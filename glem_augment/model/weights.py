@@ -160,8 +160,8 @@ def read_config(folder: Path) -> GLEMConfig:
 def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Model]) -> Model:
     """The model of a config, on the CPU, with the weights of a file, which may have any floating-point type.
 
-    `build` makes the model that the config describes, on the device of the surrounding `torch.device`. ModelFileError: a
-    truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
+    `build` makes the model that the config describes, on the device of the surrounding `torch.device`.
+    ModelFileError: a truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
     """
     try:
         _check_size(path, config)
