@@ -54,7 +54,7 @@ COMMANDS = {
     "compare": "does augmentation help on your images? a table, a sentence of advice",
     "explore": "a local web page: samples, moves, lines, surprising images",
     "info": "describe a model and its training",
-    "list": "the flows that ship, and those on the Hugging Face Hub",
+    "list": "the flows inside the package",
     "push": "upload a flow to the Hugging Face Hub",
 }
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for an error, which one line on stderr explains; 75 from `train --max-minutes`; 130 after
         Ctrl-C. As usual with argparse, `--help` and `--version` raise SystemExit.
     """
-    argv = [*(sys.argv[1:] if argv is None else argv)]  # `list` is the module of a command here
+    argv = [*(sys.argv[1:] if argv is None else argv)]
     try:
         parser = build_parser([*argv, *os.environ.get("COMP_LINE", "").split()])
         with suppress(ImportError):
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:
-        # The reader of a pipe, as in `glem ... | head`, has left: Python's last flush must not complain about it.
+        # The reader of a pipe has ended, as in `glem ... | head`. Python's last flush must not fail on it.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     if os.environ.get("GLEM_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
-    distributed = sys.modules.get("glem_augment.distributed")  # it imports torch, which most errors come before
+    distributed = sys.modules.get("glem_augment.distributed")  # it imports torch, and most errors come before that
     if distributed is not None and distributed.world_size() > 1:
         if not distributed.first_to_fail():
             return 2

@@ -14,8 +14,8 @@ Give your classes to a flow that was trained on other images. MODEL identity is 
 --autoencoder taef2, the latents of an autoencoder, for photographs. Each class gets a mean, variances and principal
 modes from the latents of its images. Variances are shrunk towards the pooled variances, so a class may have one or two
 images. Nothing is trained: this takes one pass over the images, seconds to minutes. DIR then holds a model with your
-class names. glem train --init MODEL is slower and trains the flow too. Images are resized to the flow's size, and
-converted to its channels.
+class names. glem train --init MODEL is slower and trains the flow too. Images are converted to the flow's size and
+channels.
 
 Prints a JSON summary. images_per_class and modes_per_class are the fewest and the most: n images have at most n - 1
 modes, and a class of one image gets the modes of all classes. moves_put_back is explained in glem eval --help.

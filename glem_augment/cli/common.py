@@ -1,4 +1,4 @@
-"""What the commands share: the parser, arguments and their types, the opening of models and data, and output.
+"""Shared by the commands: the parser, arguments and their types, the opening of models and data, and output.
 
 At its top this imports no torch, so that `--help` answers at once.
 """
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from glem_augment.data.dataset import ImageData
     from glem_augment.model.glem import GLEM
 
-TOO_MANY = 0.2  # share of moves put back above which a flow does not fit its images
+TOO_MANY = 0.2  # a flow that rejects a larger share of moves does not fit its images
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the closest known word for a mistyped one."""
+    """A parser with errors of one line, which suggest the closest known word for a mistyped one."""
 
     def __init__(self, **settings: Any) -> None:
         # An abbreviation that works today would change its meaning with the next option.
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # argparse would first name the options that are missing because of the slip. A command parses its options.
+        # Unknown options come first: argparse would name options as missing that are only mistyped.
         for arg in takewhile(lambda arg: arg != "--" and (not self._subparsers or arg.startswith("-")), args):
             option = arg.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
@@ -74,7 +74,7 @@ def add_model(parser: argparse.ArgumentParser, text: str = MODEL_HELP, **optiona
 
 
 def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
-    """DATA, and the options that say how it is read; `split` is the default, None for test where there are splits."""
+    """DATA and its options; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and name images that cannot be read")
@@ -102,8 +102,8 @@ def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
     add_count(parser, "--seed", f"of {of}", 0, low=0)
 
 
-def add_out(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{what}; made if missing")
+def add_out(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{text}; made if missing")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -295,10 +295,9 @@ def note(text: str) -> None:
 
 
 def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
-    """The result of `moves_put_back`, None without modes; a note on stderr where many moves are put back.
+    """The result of `moves_put_back`, None without modes. Notes on stderr report many rejected moves.
 
-    Args:
-        instead: advice for a flow that puts back more than a fifth.
+    `instead` is advice for a flow that rejects more than a fifth.
     """
     from glem_augment.augment.moves import MOST_PUT_BACK
     from glem_augment.evaluation import moves_put_back
@@ -310,7 +309,7 @@ def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | N
     noise = found["noise"][strongest]
     if max(mixup, noise) > MOST_PUT_BACK:
         note(
-            f"glem: GLEMAugment would put back {100 * mixup:.0f} % of these images after mixup and {100 * noise:.0f} % "
+            f"glem: GLEMAugment would put back {100 * mixup:.0f} % of the images after mixup and {100 * noise:.0f} % "
             f"after noise of strength {strongest:g}, as implausible; strength='auto' takes {found['strength']:g}"
         )
     if instead and max(mixup, found["noise"][found["strength"]]) > TOO_MANY:

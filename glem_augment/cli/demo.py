@@ -1,4 +1,4 @@
-"""`glem demo`: what the library does, in four parts, on one HTML page."""
+"""`glem demo`: the library at work, in four parts, on one HTML page."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from glem_augment.model.glem import GLEM
 
 DESCRIPTION = """\
-Show what the library does, with what is inside the package: move photographs, draw a synthetic data set, train small
-networks on samples alone and on real images, and measure the bundled flow. DIR gets index.html, one page with all
+Show the library at work with models and images inside the package: move photographs, draw a synthetic data set, train
+small networks on samples alone and on real images, and measure the bundled flow. DIR gets index.html, one page with all
 pictures and numbers, and also the pictures, report.json and the synthetic images. Needs no network and no GPU; it
 takes about a minute.
 """
@@ -61,10 +61,10 @@ QUICK = Size(photographs=2, per_class=2, images=100, round_trip=20, seeds=2, ste
 
 @dataclass
 class Part:
-    """What a part adds to demo.html.
+    """A part of the page, whose text is in demo.html.
 
     Attributes:
-        words: values of the placeholders in its text. found: sentences that the numbers carry.
+        words: values of the placeholders in the text. found: sentences with the results.
         section: pictures. table: rows of text under a heading.
     """
 
@@ -177,7 +177,7 @@ def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, An
 
 
 def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """Networks trained on real images alone, on samples of the flow alone, and on samples of the pixels' Gaussians."""
+    """Accuracies of networks that are trained on real images, on samples of the flow, or on samples of Gaussians."""
     import torch
 
     from glem_augment import GLEM
@@ -228,7 +228,7 @@ def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
 
 
 def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """The bundled flow as a classifier, and how well it gives images back."""
+    """The bundled flow as a classifier, and its round trip."""
     from glem_augment import GLEM
     from glem_augment.evaluation import evaluate
 

@@ -18,7 +18,7 @@ Classify labelled images with a flow, and measure its likelihoods. Prints one JS
                       by noise of several strengths. strength="auto" takes "strength"
   skipped             images left out, with --skip-bad
 
-Images are resized to the flow's size, and converted to its channels.
+Images are converted to the flow's size and channels.
 """
 EXAMPLES = """\
   glem eval bundled:fashion-mnist bundled:fashion-mnist
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
     data = common.open_for(model, args.data, args.split or "test", args.class_map, **reading)
     if whole_folder and data.name == model.config.training.get("data"):
-        common.note(f"these may be the images that the flow was trained on ({data.name}): their accuracy says little")
+        common.note(f"the flow may have been trained on these images ({data.name}): measure it on other images")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(metrics.spread(len(data), args.limit))
     split = None if whole_folder else args.split or "test"
@@ -61,6 +61,6 @@ def run(args: argparse.Namespace) -> None:
     if not is_primary():
         return
     result["moves_put_back"] = common.moves(model, data)
-    if args.out is not None:  # before the result is printed to a pipe whose reader may have left
+    if args.out is not None:  # first, since printing to a closed pipe ends the command
         write_json(args.out, common.finite(result))
     common.print_json(result)

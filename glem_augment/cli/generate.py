@@ -12,16 +12,16 @@ from glem_augment.checks import DEFAULT_MODES, FORMATS, SOURCES
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Draw new images of every class from a flow, and write them with glem-provenance.json, which says what drew them and
-how. The same seed draws the same images, whichever classes and however many are asked for (pixels may differ by one
-step with another number, by rounding). Prints a JSON summary.
+Draw new images of every class from a flow. glem-provenance.json records the flow and the settings. The same seed draws
+the same images for any classes and any number of images (rounding may change a pixel by one step). Prints a JSON
+summary.
 
   --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
                                    A class without images has no folder; classes.json has the label of every class.
   --format webdataset              data/train-*.tar with the classes mixed, and a card, written when all are finished
 
   --per-class 100                  of each class
-  --per-class cat=100,dog=50       of these classes; or a YAML or JSON file with such a table
+  --per-class cat=100,dog=50       of two classes; or a YAML or JSON file with such a table
   --per-class balance --real DATA  fill up every class of DATA to its largest; other classes of the flow get none
 
   --source rfcm                    from the mean and covariance of the class's real latents
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", metavar="ID", help=licence)
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     common.add_machine(parser)
-    source = parser.add_argument_group("what is drawn")
+    source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
-    # None as the default tells whether an option was given, so that one without effect is refused.
+    # The default None marks an option as not given: options without effect are refused.
     temperature = "of gaussian and rfcm: factor on the standard deviation (default: 0.9)"
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
     common.add_count(source, "--modes", f"of mixup (default: {DEFAULT_MODES}, or all)")
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.synthetic.export import check_folder, export_set
 
     _check_together(args)
-    check_folder(args.out)  # a folder that cannot be used is refused before any work
+    check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
     progress, real, unseen = not args.quiet, None, None
     if args.real is not None:
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that would have no effect, or that lacks another one."""
+    """Raise ValueError for an option without effect, or without another option that it needs."""
     balance, mixup = args.per_class == "balance", args.source == "mixup"
     if (balance or mixup or args.report) and args.real is None:
         option = "--per-class balance" if balance else "--source mixup" if mixup else "--report"

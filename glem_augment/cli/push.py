@@ -10,8 +10,8 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Upload a flow to the Hugging Face Hub in one commit: weights, config, a model card from the flow's records, and a
-picture of samples. A missing repository is made. Prints a JSON summary. "pinned" in it names exactly these weights, as
-MODEL of a command.
+picture of samples. A missing repository is made. Prints a JSON summary. Its "pinned" is a name for MODEL that always
+means the same weights.
 
 The token comes from HF_TOKEN, or from hf auth login. HF_ENDPOINT chooses another Hub.
 """
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metrics = "written by glem eval --out; repeatable"
     card.add_argument("--metrics", type=common.table, metavar="FILE", help=metrics, **several)
     card.add_argument("--no-samples", action="store_true", help="no picture of samples")
-    dry = "write what would be uploaded to DIR, and upload nothing"
+    dry = "write the files of the upload to DIR, and upload nothing"
     parser.add_argument("--dry-run", type=common.out_folder, metavar="DIR", help=dry)
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     write = partial(write_repository, model, facts, samples=not args.no_samples)
     if args.dry_run is not None:
         if args.dry_run.exists() and any(args.dry_run.iterdir()):
-            raise FileExistsError(f"{args.dry_run} is not empty: give a new folder, so that nothing is lost")
+            raise FileExistsError(f"{args.dry_run} is not empty: give a new folder")
         write(args.repo, args.dry_run)
         common.note("nothing was uploaded")
         files = {path.name: path.stat().st_size for path in sorted(args.dry_run.iterdir())}

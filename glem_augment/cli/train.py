@@ -64,7 +64,7 @@ _VIEW = {
     "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,
     "log_to": None, "unlabelled": False,
 }  # fmt: skip
-# What argparse needs to know of the kinds of settings. The text of lists and tables is parsed by `_typed`.
+# Arguments of argparse for each kind of setting. `_typed` parses the text of lists and tables.
 PARSING: dict[Any, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction},
     int: {"type": common.whole(0), "metavar": "N"},
@@ -76,7 +76,7 @@ PARSING: dict[Any, dict[str, Any]] = {
 }
 SKIPPED_FILE = "skipped.json"
 LARGE = 64  # pixels above which a flow is slow on a CPU
-FEW_STEPS = 500  # fewer leave a flow of images unlearned, whatever the images
+FEW_STEPS = 500  # fewer steps are not enough for any flow of images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,14 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
     init = "start from this model's flow (fine-tuning), with its image size, and its bits and psi where none are given"
     parser.add_argument("--init", metavar="MODEL", help=init)
-    methods = "settings of a published method, see docs/reproduction.md; others that are given win (default: "
+    methods = "settings of a published method, see docs/reproduction.md; settings that are given win (default: "
     parser.add_argument("--method", choices=tuple(METHODS), help=f"{methods}hybrid-joint, this library's)")
     log = "send the rows of metrics.jsonl to DIR/tensorboard, or to the W&B project WANDB_PROJECT, as well"
     parser.add_argument("--log-to", choices=("tensorboard", "wandb"), help=log)
     view = parser.add_argument_group("images")
     view.add_argument("--split", help="of the data (default: train)")
     common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the size that they share)")
-    view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: what they are)")
+    view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: as in the files)")
     switch = argparse.BooleanOptionalAction
     unlabelled = "train by likelihood alone on all images below DATA, however nested; glem adapt gives the flow classes"
     view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: classes)")
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         settings = _over(checked(args.config, "--config"), settings)
     if args.resume and not has_checkpoint(out):
-        # A run can be killed before its first checkpoint. Whoever restarts it cannot know.
+        # A run may have been killed before its first checkpoint.
         common.note(f"glem: no checkpoint in {out}; starting from the beginning")
         args.resume = False
     if args.resume:
@@ -230,23 +230,23 @@ def run(args: argparse.Namespace) -> int:
     view = {**_VIEW, **view}
     if view["log_to"] and find_spec(view["log_to"]) is None:
         raise ValueError(f"--log-to {view['log_to']} needs that package: pip install {view['log_to']}")
-    # The run takes image size and bits from the model that it starts from, unless others are asked for. A resumed run
-    # needs its checkpoint alone, and that model may be gone.
+    # A run takes image size and bits from its start model, unless they are given. A resumed run needs its checkpoint
+    # alone, and the start model may be gone.
     init_model = None if view["init"] is None or args.resume else GLEM.from_pretrained(view["init"])
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
-        if view["method"] is None:  # a method may have a psi of its own
+        if view["method"] is None:  # a method may set psi
             settings.setdefault("psi", init_model.config.psi)
         channels, *side = init_model.image_shape
         view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
     if view["unlabelled"] and not (view["method"] or "objective" in settings):
         view["method"] = "unlabelled"
-    # Settings are checked before the data is opened. A checkpoint has all of them, whatever its method means today.
+    # Settings are checked before the data is opened. A checkpoint holds all settings, so its method is not read again.
     chosen = None if args.resume else view["method"]
     config = TrainConfig(**settings) if chosen is None else method(chosen, **settings)
     size = common.height_and_width(view["image_size"])
-    # Before the images are decoded, which may take minutes; the first rank locks for all.
+    # The folder is locked before the images are decoded, which may take minutes. The first rank locks it for all ranks.
     with lock_folder(out) if is_primary() else nullcontext():
         reading = {"progress": not args.quiet, **{name: view[name] for name in ("skip_bad", "unlabelled")}}
         data = open_data(args.data, view["split"], size, view["channels"], **reading)
@@ -296,7 +296,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
         common.note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
     try:
         with warnings.catch_warnings():
-            # Returns after a divergence, for example, are said above the bar.
+            # Warnings, for example of a divergence, appear above the bar.
             warnings.showwarning = lambda message, *about: tqdm.write(f"glem: {message}", file=sys.stderr)
             model = trainer.fit()
     except TimeUpError as stop:
@@ -306,7 +306,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if model.config.training["worse_than_independent_pixels"]:
         common.note(
             f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f}: "
-            "this flow is no model of the images yet. Train for more --epochs, or at a lower --lr"
+            "the flow has not learned the images. Train for more --epochs, or at a lower --lr"
         )
     return 0
 

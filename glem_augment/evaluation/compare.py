@@ -18,17 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from glem_augment.augment.transfer import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.data.dataset import ImageData
+from glem_augment.data.pixels import to_uint8
 from glem_augment.errors import DataError
+from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import Section, compose
-from glem_augment.evaluation.quality import ORACLE_MEAN, ORACLE_STD, train_network
+from glem_augment.evaluation.quality import ORACLE_MEAN, ORACLE_STD, normalised, train_network
 from glem_augment.model.glem import GLEM
 
 __all__ = ["Comparison", "Stack", "interval"]
@@ -115,7 +117,7 @@ class Comparison:
         net, right = self.trained(stack, train, seed), 0
         with torch.inference_mode():
             for x, y in test.batches(np.arange(len(test)), 256):
-                right += int((net(_normalised(x)).argmax(1) == y).sum())
+                right += int((net(normalised(x)).argmax(1) == y).sum())
         return 100 * right / len(test)
 
     def trained(self, stack: Stack, train: ImageData, seed: int) -> torch.nn.Module:
@@ -152,7 +154,7 @@ class Comparison:
                     images = torch.where(chosen[:, None, None, None], copies[view, rows], images)
                 with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
                     torch.set_rng_state(state)
-                    images = _normalised(torch.stack([each(image) for image in images]))
+                    images = normalised(torch.stack([each(image) for image in images]))
                     labels: Tensor = y[rows]
                     if mix is not None:
                         images, labels = mix(images, labels)
@@ -239,7 +241,13 @@ def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> 
     if autoencoder is not None and shape[0] == 3:
         made["autoencoder"] = partial(identity, autoencoder)
     if flow is not None:
-        made["flow"] = lambda data: flow.adapt(_resized(data, flow.image_shape), **ranks)
+        pixels = PixelAdapter(flow.image_shape)
+
+        def adapted(data: ImageData) -> GLEM:
+            x = to_uint8(pixels.to_flow(pixels.to_unit(data.tensor())))
+            return flow.adapt((x, data.targets), classes=data.classes, **ranks)
+
+        made["flow"] = adapted
     return made
 
 
@@ -323,18 +331,6 @@ def _seconds_per_copy(model: GLEM) -> float:
 
 def picture(train: ImageData, copies: dict[str, Tensor], columns: int = 8) -> Image.Image:
     """Training images above their moved copies."""
-    rows = np.unique(np.linspace(0, len(train) - 1, columns).round().astype(int))
-    cells = [train.tensor()[rows], *(found[0, rows] for found in copies.values())]
-    return compose(
-        "Training images and their moves", train.name, [Section("", torch.stack(cells), rows=["real", *copies])]
-    )
-
-
-def _normalised(x: Tensor) -> Tensor:
-    return (x.float() / 255 - ORACLE_MEAN) / ORACLE_STD
-
-
-def _resized(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
-    x = F.interpolate(data.tensor().float(), size=shape[1:], mode="bilinear", antialias=True, align_corners=False)
-    x = x.mean(1, keepdim=True) if shape[0] == 1 else x.expand(-1, shape[0], -1, -1)
-    return ImageData.from_tensors(x.round().clamp(0, 255).to(torch.uint8), data.targets, data.classes, data.class_ids)
+    rows = spread(len(train), min(columns, len(train)))
+    cells = torch.stack([train.tensor()[rows], *(found[0, rows] for found in copies.values())])
+    return compose("Training images and their moves", train.name, [Section("", cells, rows=["real", *copies])])

@@ -29,8 +29,6 @@ from glem_augment.evaluation.quality import memorisation_ratio, nearest
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-__all__ = ["Explorer", "Moved", "drawn", "read_upload"]
-
 # An upload beyond the pixels of a camera is refused; an upload beyond the pixels of a screen is reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
 NEIGHBOURS = 12  # samples that are compared with real images

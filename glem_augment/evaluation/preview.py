@@ -28,8 +28,6 @@ from glem_augment.data.pixels import in_range
 from glem_augment.errors import DataError
 from glem_augment.model.glem import GLEM
 
-__all__ = ["FlowClassifier", "Section", "class_samples", "compose", "preview", "visible"]
-
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)

@@ -177,13 +177,18 @@ def _some(
     return open_data(Subset(data, rows.tolist()), split, size, channels, progress=progress)
 
 
+def normalised(x: Tensor) -> Tensor:
+    """Images uint8 as the networks here expect them, float."""
+    return (x.float() / 255 - ORACLE_MEAN) / ORACLE_STD
+
+
 def random_batches(data: ImageData, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of random images, normalised, and labels, without end."""
     rng = np.random.default_rng(seed)
     while True:
         for x, y in data.batches(rng.permutation(len(data)), min(ORACLE_BATCH, len(data))):
             if len(y) > 1:
-                yield (x.float() / 255 - ORACLE_MEAN) / ORACLE_STD, y
+                yield normalised(x), y
 
 
 def train_network(

@@ -30,7 +30,6 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub import errors as client_errors
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from torchvision.utils import save_image
 
 from glem_augment.devices import evaluating
@@ -58,22 +57,6 @@ class HubName:
 
     def __str__(self) -> str:
         return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
-
-
-def parse_name(text: str) -> HubName | None:
-    """Read `org/name` or `org/name@revision`, with or without `hf-hub:` before it; None for any other text.
-
-    Raises:
-        HubError: `hf-hub:` is followed by something else.
-    """
-    repo_id, at, revision = text.removeprefix(PREFIX).partition("@")
-    # A few old repositories have no owner. They can only be named with the prefix.
-    pattern = f"({_WORD}/)?{_WORD}" if text.startswith(PREFIX) else f"{_WORD}/{_WORD}"
-    if re.fullmatch(pattern, repo_id) and (not at or re.fullmatch(r"[^\s@]+", revision)):
-        return HubName(repo_id, revision or None)
-    if text.startswith(PREFIX):
-        raise HubError(f"{text!r} is no name on the Hub: write {PREFIX}org/name or {PREFIX}org/name@revision")
-    return None
 
 
 # ---- downloads -------------------------------------------------------------------------------------------------------
@@ -153,15 +136,22 @@ def download_weights(
 
 
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
-    name = parse_name(text) if isinstance(text, str) else None  # a path always means a folder
-    if name is None:
+    """Read `org/name` or `org/name@revision`, with or without `hf-hub:` before it."""
+    plain = text.removeprefix(PREFIX) if isinstance(text, str) else ""  # a path always means a folder
+    prefixed = isinstance(text, str) and text.startswith(PREFIX)
+    # A few old repositories have no owner. They can only be named with the prefix.
+    owner = f"({_WORD}/)?" if prefixed else f"{_WORD}/"
+    found = re.fullmatch(rf"(?P<repo_id>{owner}{_WORD})(@(?P<revision>[^\s@]+))?", plain)
+    if found is None:
+        if prefixed:
+            raise HubError(f"{text!r} is no name on the Hub: write {PREFIX}org/name or {PREFIX}org/name@revision")
         raise ModelFileError(
             f"no model at {os.fspath(text)!r}: give a folder with {WEIGHTS} and {CONFIG}, org/name on the Hub, or "
             f"bundled:{'|'.join(bundled_models())}"
         )
-    if revision is not None and name.revision not in (None, revision):
+    if revision is not None and found["revision"] not in (None, revision):
         raise ModelFileError(f"{text!r} and revision={revision!r} name different revisions: give a single revision")
-    return HubName(name.repo_id, revision or name.revision)
+    return HubName(found["repo_id"], revision or found["revision"])
 
 
 def _client(cache_dir: str | os.PathLike[str] | None, token: str | bool | None) -> dict[str, Any]:
@@ -183,7 +173,8 @@ def _commit(name: HubName, cache: str | None, token: str | bool | None) -> str |
         api, timeout = HfApi(library_name=LIBRARY, token=token), constants.HF_HUB_ETAG_TIMEOUT
         return api.model_info(name.repo_id, revision=name.revision, timeout=timeout).sha
     except Exception as error:  # see `hub_errors`
-        if not cached or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        missing = client_errors.RepositoryNotFoundError, client_errors.RevisionNotFoundError
+        if not cached or isinstance(error, missing):
             raise
         if not constants.HF_HUB_OFFLINE:
             _log.warning("the Hub gave no answer for %s (%s); using the cache", name, type(error).__name__)
@@ -237,7 +228,7 @@ def push_to_hub(
 
 
 def write_repository(model: GLEM, facts: CardFacts, repo_id: str, folder: Path, samples: bool = True) -> None:
-    """Write what a push would upload to an empty folder; see `push_to_hub`."""
+    """Write the files of a push to an empty folder; see `push_to_hub`."""
     for record in records(model.config.training):
         if str(Path.home()) in str(record.get("data")):
             _log.warning("config.json names the folder of the training images, %s, and is uploaded", record["data"])
@@ -245,16 +236,11 @@ def write_repository(model: GLEM, facts: CardFacts, repo_id: str, folder: Path, 
     model.save(folder)
     GLEM.from_pretrained(folder)  # weights that can't be loaded again are refused
     if samples:
-        _draw_samples(model, folder / SAMPLES)
+        classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, _ROWS)).long()  # evenly spread
+        with evaluating(model):
+            images = model.sample(classes.repeat_interleave(_COLUMNS), generator=torch.Generator().manual_seed(0))
+        save_image(images, folder / SAMPLES, nrow=_COLUMNS)
     write_card(card, folder)
-
-
-def _draw_samples(model: GLEM, path: Path) -> None:
-    """Draw one row of samples per class, of at most 16 evenly spread classes."""
-    classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, _ROWS)).long()
-    with evaluating(model):
-        images = model.sample(classes.repeat_interleave(_COLUMNS), generator=torch.Generator().manual_seed(0))
-    save_image(images, path, nrow=_COLUMNS)
 
 
 def write_card(card: RepoCard, folder: Path) -> None:
@@ -307,23 +293,20 @@ def upload(
     with tempfile.TemporaryDirectory(prefix="glem-push-") as folder:
         write(repo_id, Path(folder))
         with hub_errors(asked, repo_type):
-            card: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
-            keep_card = False
-            if api.file_exists(repo_id, CARD, **card):
-                # The user's cache may hold an older one.
-                path = api.hf_hub_download(repo_id, CARD, **card, force_download=True)
-                text = Path(path).read_text(encoding="utf-8", errors="replace")
-                keep_card = _GENERATED not in text
-            if keep_card:
-                _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
+            branch: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+            ignored = None
+            if api.file_exists(filename=CARD, **branch):
+                # The user's cache may hold an older card.
+                card = Path(api.hf_hub_download(filename=CARD, force_download=True, **branch))
+                if _GENERATED not in card.read_text(encoding="utf-8", errors="replace"):
+                    _log.warning("%s has a card written by hand: it is kept, and may no longer fit the rest", repo_id)
+                    ignored = CARD
             return api.upload_folder(
-                repo_id=repo_id,
-                repo_type=repo_type,
                 folder_path=folder,
                 commit_message=commit_message or f"Upload with {LIBRARY}",
-                revision=revision,
-                ignore_patterns=[CARD] if keep_card else None,
+                ignore_patterns=ignored,
                 delete_patterns=replace,
+                **branch,
             )
 
 

@@ -110,8 +110,8 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         eval_results=results or None,
     )
     c, h, w = model.image_shape
-    first = records(training)[-1].get("config")
-    settings = first if isinstance(first, dict) else {}
+    settings = records(training)[-1].get("config")
+    settings = settings if isinstance(settings, dict) else {}
     trained = ", ".join(f"{key} {settings[key]}" for key in _SETTINGS if settings.get(key) is not None)
     about = {
         "preset": f"`{preset}`, {sum(p.numel() for p in model.flow.parameters()):,} parameters in the flow",
@@ -145,7 +145,7 @@ def _results(model: GLEM, metrics: Sequence[Mapping[str, Any]]) -> list[EvalResu
     training = model.config.training
     for table in metrics:
         if not any(is_number(table.get(key)) for key in _METRICS):
-            raise ValueError(f"metrics must be what glem eval writes, with one of {', '.join(_METRICS)}; got {table}")
+            raise ValueError(f"metrics must hold one of {', '.join(_METRICS)}, as glem eval writes them; got {table}")
         if table.get("bits", model.bits) != model.bits:
             raise ValueError(f"these metrics were measured at {table['bits']} bits, the model has {model.bits}")
     recorded = {"data": training.get("data"), "split": "train (held out)", **held_out(training)}

@@ -167,7 +167,7 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     assert main(argv) == 0
     out, err = output()
     result = json.loads(out)
-    assert "may be the images that the flow was trained on" in err
+    assert "may have been trained on these images" in err
     fails([*argv, "--split", "val"], output, "has no splits", "--split")
     assert result["n"] == 18 and result["split"] is None and result["bits"] == 8
     assert 0 <= result["accuracy"] <= result["top5"] == 1.0
