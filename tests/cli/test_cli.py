@@ -193,7 +193,7 @@ def test_adapt_and_eval_say_how_many_moves_would_be_put_back(
         assert main([argv[0], str(trained), images_of(trained), *argv[1:], "--quiet"]) == 0
         out, err = output()
         assert json.loads(out)["moves_put_back"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
-        assert "2 % of these images after mixup and 54 % after noise of strength 0.5" in err and "takes 0.125" in err
+        assert "2 % of the images after mixup and 54 % after noise of strength 0.5" in err and "takes 0.125" in err
     found["mixup"] = 0.3
     assert main(["adapt", str(trained), images_of(trained), "--out", str(tmp_path / "b"), "--rank", "2"]) == 0
     assert "glem adapt identity DATA --autoencoder taef2" in output()[1]
