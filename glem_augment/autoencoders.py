@@ -1,4 +1,4 @@
-"""Frozen autoencoders between images and the latents that a flow models. Nothing here knows of classes.
+"""Frozen autoencoders between images and the latents that a flow models. Classes play no part here.
 
 The TAESD family are tiny convolutional autoencoders of photographs, distilled from large image generators. Source: O.
 Boer Bohan, MIT, on the Hugging Face Hub: `madebyollin/taesd`, `taesdxl` (4 channels), `taesd3`, `taef1` (16 channels)
@@ -145,7 +145,7 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
             `taesdxl`, `taesd3`, `taef1`, `taef2`), or, with the extra `diffusers`, any AutoencoderKL, AutoencoderTiny
             or AutoencoderDC.
         fetch: downloads from the Hub.
-        sha256: of the weights file, where it is known; None: whatever is there.
+        sha256: expected digest of the weights file; None: not checked.
 
     Returns:
         The module, and {"name", "sha256"}; the name is pinned to the commit that was found.
@@ -275,8 +275,8 @@ def load_taesd(path: Path) -> TAESD:
 class DiffusersAutoencoder(nn.Module):
     """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers, which sees images in [-1, 1]; see `Autoencoder`.
 
-    Latents are scaled and shifted as the config says, `(h - shift_factor) * scaling_factor`. Of an AutoencoderKL the
-    mean of the latent distribution is taken, so that an image has one latent.
+    Latents are scaled and shifted as the config says, `(h - shift_factor) * scaling_factor`. An
+    AutoencoderKL gives the mean of its latent distribution, so that an image has one latent.
     """
 
     def __init__(self, module: Any) -> None:

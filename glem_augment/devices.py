@@ -52,8 +52,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
     """A value that changes when a parameter or buffer of the modules is replaced or written to, in this process.
 
-    It tells whether a copy of the modules is up to date. It misses writes that torch does not count: through `.data`,
-    by a fused optimizer, or to tensors made under `inference_mode`.
+    Equal keys mean that a copy of the modules is up to date. Writes that torch does not count are missed: through
+    `.data`, by a fused optimizer, or to tensors made under `inference_mode`.
     """
     tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
@@ -72,7 +72,7 @@ def _newer_switches() -> list[Any]:
     """The switches of matrix products and convolutions that came with torch 2.9. Kernels go by these."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return []
-    has: Any = torch.backends  # its types do not know them
+    has: Any = torch.backends  # its types lack the new attributes
     return [has.cuda.matmul, has.cudnn.conv, has.cudnn.rnn, has.mkldnn.matmul, has.mkldnn.conv]
 
 

@@ -84,7 +84,7 @@ def _together(call: Callable[[], _T]) -> _T:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has called this yet. Only the first error is printed; later ones repeat it or follow."""
+    """Whether this rank is the first to call this. Only the first error is printed, since it causes later ones."""
     try:
         return dist.distributed_c10d._get_default_store().add("glem-augment/failed", 1) == 1
     except RuntimeError:  # the process that kept the store has ended
@@ -94,7 +94,7 @@ def first_to_fail() -> bool:
 def add_up(*tensors: Tensor) -> None:
     """Replace tensors of one dtype and device by their sums over all ranks, in place and in one reduction.
 
-    Every rank, and every run with as many ranks, gets the same bits.
+    The bits are the same on all ranks, and in all runs with equally many ranks.
     """
     if world_size() == 1:
         return

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -34,19 +33,6 @@ _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-class _RawFile(io.FileIO):
-    """A file that keeps the error of a failed write, because `torch.save` raises "unexpected pos" instead."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
-
-
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", sync: bool = True) -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears complete or not at all. Text (`mode="w"`) is UTF-8.
@@ -59,33 +45,25 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
     Raises:
         OSError, PermissionError, ...: the disk is full, the folder is not writable, ...; the message names `path`.
     """
-    path = Path(path)
+    path, text = Path(path), dict[str, Any](encoding="utf-8", newline="\n") if mode == "w" else {}
     try:
         before = path.stat()
     except OSError:  # no such file; any other reason shows when the file is written
         before = None
     if before is not None and not stat.S_ISREG(before.st_mode):
-        with open(path, mode, encoding="utf-8" if mode == "w" else None) as special:
+        with open(path, mode, **text) as special:
             yield special
         return
     # The random part keeps two processes that write the same file apart. File systems count bytes, not characters.
     start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
     temporary = path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    raw: _RawFile | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = _RawFile(temporary, "x")
-        buffer = io.BufferedWriter(raw)
-        file = buffer if mode == "wb" else io.TextIOWrapper(buffer, encoding="utf-8", newline="\n")
-        try:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        finally:
-            # The implicit flush may fail again; the first error is the one to report.
-            with suppress(OSError):
-                file.close()
         if before is not None:
             with suppress(OSError):  # some file systems have no permissions
                 temporary.chmod(stat.S_IMODE(before.st_mode))
@@ -93,14 +71,12 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        failure = (raw.failure if raw is not None and isinstance(error, Exception) else None) or error
-        if isinstance(failure, OSError) and failure.errno in _REFUSED:
-            # The `with` block may also raise errors about other files.
-            ours = {str(temporary), str(path), *map(str, path.parents)}
-            if failure.filename is None or str(failure.filename) in ours:
-                blocked = failure.errno in (errno.ENOTDIR, errno.EEXIST)
-                reason = "a part of it is a file, not a folder" if blocked else os.strerror(failure.errno).lower()
-                raise OSError(failure.errno, f"cannot write {path}: {reason}; choose another folder") from error
+        # The `with` block may also raise errors about other files.
+        ours = {"None", str(temporary), str(path), *map(str, path.parents)}
+        if isinstance(error, OSError) and error.errno in _REFUSED and str(error.filename) in ours:
+            blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
+            reason = "a part of it is a file, not a folder" if blocked else os.strerror(error.errno).lower()
+            raise OSError(error.errno, f"cannot write {path}: {reason}; choose another folder") from error
         raise
     if not sync:
         return

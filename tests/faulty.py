@@ -6,6 +6,7 @@ The processes are forked from one that has imported everything, so that each cos
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import glem_augment.cli as cli
 from glem_augment import GLEM
-from glem_augment.io import _RawFile
+from glem_augment import io as glem_io
 from glem_augment.training import Trainer, optim
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -115,9 +116,24 @@ def _note_saves(file: int) -> None:
 Operation = tuple[Any, str]  # owner, attribute
 
 
+class RawFile(io.FileIO):
+    """A file whose `write` can be replaced."""
+
+
+def _open(path: Path, mode: str, **text: Any) -> Any:
+    """`open`, with a `RawFile` below for `atomic_write`."""
+    if "x" not in mode:
+        return open(path, mode, **text)
+    buffer = io.BufferedWriter(RawFile(path, mode.replace("b", "")))
+    return io.TextIOWrapper(buffer, **text) if text else buffer
+
+
+glem_io.open = _open  # type: ignore[attr-defined]
+
+
 def writing_operations() -> list[Operation]:
     """What writes, flushes and renames files; any of them may find the disk full."""
-    written = [(_RawFile, "write"), (Path, "write_bytes"), (os, "write")]
+    written = [(RawFile, "write"), (Path, "write_bytes"), (os, "write")]
     return [*written, (os, "fsync"), (os, "replace"), (os, "link")]
 
 

@@ -34,7 +34,7 @@ from glem_augment.model.glem import GLEM
 Partner = Literal["same", "any"]
 BasisName = Literal["class", "shared"]
 LADDER = (0.5, 0.25, 0.125, 0.0625)  # the strengths that "auto" tries
-MOST_PUT_BACK, TRIALS = 0.05, 128  # "auto" allows this share of moves to be put back, and tries so many moves
+MOST_PUT_BACK, TRIALS = 0.05, 128  # the share of moves that "auto" may put back, and how many moves it tries
 HALF_SCALE = 1024.0  # float16 gradients of a loss of order 1 underflow; only their direction matters
 
 

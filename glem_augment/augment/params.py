@@ -53,7 +53,7 @@ class AugmentParams:
         return AugmentParams(**{f.name: send(getattr(self, f.name), torch.device(device)) for f in fields(self)})
 
     def where(self, mask: Tensor) -> AugmentParams:
-        """The parameters of those selected rows for which `mask`, bool [n], holds."""
+        """The parameters of the selected rows for which `mask`, bool [n], holds."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         n = len(self.rows)
         return AugmentParams(**{name: value[mask] if len(value) == n else value for name, value in values.items()})
@@ -106,7 +106,7 @@ class RandomState:
         self.seed = check_whole("seed", seed, -(2**63))
         self.calls = 0
         self._in_workers = WorkerCounts()
-        self._sender = 0  # the rank of the process that pickled this copy, because a spawned worker knows no rank
+        self._sender = 0  # the rank of the process that pickled this copy: a spawned worker has no rank
 
     @torch.compiler.disable  # Dynamo would trace NumPy's whole numbers as tensors
     def generator(self) -> torch.Generator:

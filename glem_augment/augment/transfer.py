@@ -236,7 +236,7 @@ def check_labels(y: object, batch: int, num_classes: int) -> Tensor:
         low, high = (int(v) for v in torch.aminmax(classes))
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"label {low if low < 0 else high} is out of range: this transform knows classes 0 to "
+                f"label {low if low < 0 else high} is out of range: this transform has classes 0 to "
                 f"{num_classes - 1}; give num_classes and class_map if the data has other classes than the flow"
             )
     return classes
@@ -283,7 +283,7 @@ def mixed_labels(
 
 
 def posterior_labels(soft: Tensor, params: AugmentParams, classes: FlowClasses, p: Tensor, keep: Tensor) -> Tensor:
-    """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents; for the rest see `mixed_labels`."""
+    """Labels [B, K'] with the flow's posterior p [n, K] at the moved latents; see `mixed_labels`."""
     q, usable = classes.data_probability(p)
     return _with_rows(soft, params, q.to(soft.device), keep & usable)
 

@@ -116,7 +116,7 @@ class GLEMAugment(nn.Module):
         self.num_classes = len(self._classes.to_flow)
         self._random = RandomState(seed)
         self._counts = MoveCounts()
-        self._chosen = WorkerCounts()  # what "auto" chose, in units of 1e-4; 0: nothing yet
+        self._chosen = WorkerCounts()  # the strength that "auto" chose, in units of 1e-4; 0: none yet
         self._inverse = moves.InverseTest()
         self._adversary: moves.Adversary | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}

@@ -179,11 +179,11 @@ def feature_column(features: Mapping[str, Any], kind: Literal["ClassLabel", "Ima
 class _Side:
     """The classes of the flow or of the data."""
 
-    def __init__(self, what: str, side: Any) -> None:
+    def __init__(self, word: str, side: Any) -> None:
         named = named_classes(side)
         if named is None:
-            raise ClassMismatchError(f"the {what} names no classes ({type(side).__name__}): give a list of their names")
-        self.what, (self.ids, self.names) = what, named
+            raise ClassMismatchError(f"the {word} names no classes ({type(side).__name__}): give a list of their names")
+        self.word, (self.ids, self.names) = word, named
         self.numbered = all(i.isdecimal() for i in self.ids)
         self.named = not all(n.isdecimal() for n in self.names)
 
@@ -192,14 +192,14 @@ class _Side:
         for form, column in itertools.product(_FORMS, (self.names, self.ids)):
             if (index := _unique([column], form).get(form(name))) is not None:
                 return index
-        raise ClassMismatchError(f"class_map names {name!r}, not a class of the {self.what}. {self.listing()}")
+        raise ClassMismatchError(f"class_map names {name!r}, not a class of the {self.word}. {self.listing()}")
 
     def label(self, index: int) -> str:
         name, identity = self.names[index], self.ids[index]
         return repr(name) if name == identity else f"{name!r} (id {identity})"
 
     def listing(self) -> str:
-        return f"The {self.what} has {len(self.ids)} classes: {_listed([self.label(i) for i in range(len(self.ids))])}."
+        return f"The {self.word} has {len(self.ids)} classes: {_listed([self.label(i) for i in range(len(self.ids))])}."
 
     def columns(self, other: _Side) -> list[list[str]]:
         """The names, and the ids unless they are numbers without a meaning for the other side."""
@@ -233,7 +233,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_names(classes: Sequence[str], class_ids: Sequence[str]) -> None:
-    """Raise DataError unless there are as many ids as names, and no name or id twice."""
+    """DataError unless there is one id for each name, and no name or id twice."""
     if len(class_ids) != len(classes):
         raise DataError(f"there are {len(classes)} class names but {len(class_ids)} class ids")
     for names in (classes, class_ids):

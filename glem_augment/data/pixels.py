@@ -95,7 +95,7 @@ class Source(Dataset, ABC):
             return image.convert("L" if image.mode in GREY_MODES else "RGB"), int(self.targets[index])
 
     def where(self, index: int) -> str:
-        """What an error message calls image `index`."""
+        """The name of image `index` in errors."""
         return f"image {index} of {self.name}"
 
     @abstractmethod
@@ -139,7 +139,7 @@ class FolderSource(Source):
 
     def open(self, index: int) -> Image.Image:
         path = self.paths[index]
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write into it
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for a writer
             raise OSError("it is no regular file")
         return open_image(path)
 
@@ -159,7 +159,7 @@ class TensorSource(Source):
     def pixels(self, index: int, channels: int) -> Tensor:
         if self.images.shape[1] != channels:
             return super().pixels(index, channels)
-        return self.images[index].clone(memory_format=torch.contiguous_format)  # PIL allows few numbers of channels
+        return self.images[index].clone(memory_format=torch.contiguous_format)  # PIL images have 1 or 3 channels
 
 
 @dataclass
@@ -290,7 +290,7 @@ def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> 
 
 
 def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Float `levels`, rounded for images x whose pixels all lie on levels; and which images do, bool [B,1,1,1].
+    """Float `levels`, rounded for images x whose pixels all lie on levels, and a mask of these images, bool [B,1,1,1].
 
     `eps` is the precision of the images as given. Gradients pass through the rounding.
     """
@@ -307,7 +307,7 @@ def _snapped(levels: Tensor, x: Tensor, bits: int, eps: float) -> tuple[Tensor, 
 def _dequantisation_noise(levels: Tensor, source: torch.Generator | int | Tensor) -> Tensor:
     """Uniform in [0, 1), in the shape of `levels`: multiples of 2^-16, the same for every dtype.
 
-    Float32 is no finer near the upper levels of 8 bits. It does not round such a multiple up to the next level.
+    Float32 holds such multiples exactly up to the highest level of 8 bits, so none rounds up to the next level.
     """
     if isinstance(source, Tensor):
         numbers = source

@@ -75,7 +75,7 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
 
 
 def _unlabelled_source(data: Any, split: str) -> Source:
-    """The images of what `open_source` takes, of a folder of any nesting, or of a tensor, as one class."""
+    """Images as one class, from an argument of `open_source`, a folder of any nesting, or a tensor."""
     if isinstance(data, torch.Tensor):
         data = data, np.zeros(len(data), np.int64)
     folder = expand(data) if isinstance(data, str | os.PathLike) else None
@@ -244,7 +244,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     """An idx file of unsigned bytes, LeCun's MNIST format: 0, 0, type 8, rank, big-endian sizes, data."""
     with suppress(gzip.BadGzipFile, EOFError, zlib.error, ValueError):  # the errors of damaged files
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            data = bytearray(file.read())  # writable, as torch wants it
+            data = bytearray(file.read())  # writable, for torch
         if data[:4] == bytes((0, 0, 8, rank)):
             shape = np.frombuffer(data, ">u4", rank, offset=4).tolist()
             return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)

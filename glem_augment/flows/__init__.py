@@ -1,4 +1,4 @@
-"""The bijection between images and latents. Nothing here knows of classes."""
+"""The bijection between images and latents. Classes play no part here."""
 
 from glem_augment.flows.custom import CustomFlow
 from glem_augment.flows.jet import JetFlow

@@ -120,7 +120,7 @@ class MatExpCoupling(Coupling):
     Args:
         channels: c = 2n, even.
         subnet: factory of the network n -> n^2 + n (or 2 n rank + n for n > 24).
-        bound: r; `taylor_plan` tells its cost.
+        bound: r; the number of terms of the series grows with it, see `taylor_plan`.
         rank: of the factors S = U W used for n > 24.
     """
 

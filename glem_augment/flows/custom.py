@@ -1,4 +1,4 @@
-"""Somebody else's bijection as a flow of this library."""
+"""A bijection of another library, or of the user, as a flow of this library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CustomFlow(Flow):
     """A module that maps images to latents and back.
 
     Args:
-        module: it sees images as numbers in [-1/2, 1/2), float32 [B,C,H,W]. Three kinds are understood:
+        module: it sees images as numbers in [-1/2, 1/2), float32 [B,C,H,W]. There are three kinds:
             `module(x) -> (z, logdet)` with `module.inverse(z) -> x` or `(x, logdet)`; FrEIA's `GraphINN` and
             `SequenceINN`, which invert with `rev=True`; and normflows' flows, with `inverse_and_log_det(x)` from the
             image to the latent and `forward_and_log_det(z)` back. z is a tensor, or several that are concatenated.

@@ -244,7 +244,7 @@ def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ReversibleSteps(torch.autograd.Function):
-    """Saves only the result. The weights are inputs so that autograd asks for their gradients."""
+    """Saves only the result. The weights are inputs so that autograd computes their gradients."""
 
     @staticmethod
     def forward(ctx: Any, steps: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
 _WHITEN_UP_TO = 512
-# Far above any use; a hostile config must not be able to ask for absurd amounts of memory or time.
+# Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
 _PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
 _COUPLINGS = ("matexp", "affine", "jet", "identity", "custom")
@@ -112,7 +112,7 @@ def check_spec(spec: dict[str, Any]) -> None:
     known = {"identity": _KEYS_OF_ALL, "custom": _KEYS_OF_ALL | {"module"}}.get(coupling, _KEYS)
     unknown = sorted(str(key)[:40] for key in set(spec) - known)
     if unknown:
-        raise ValueError(f"the flow has unknown settings {unknown[:5]}; this version knows {sorted(known)}")
+        raise ValueError(f"the flow has unknown settings {unknown[:5]}; known are {sorted(known)}")
     shape: Any = spec.get("image_shape")
     side = _LARGEST["side"]
     good = isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, side) for v in shape)

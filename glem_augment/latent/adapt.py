@@ -58,7 +58,7 @@ def adapt_classes(
     parts: int = 1,
     full: bool = False,
 ) -> tuple[ClassGaussians, ClassModes, float]:
-    """Gaussians, modes and temperature of new classes. A class of one image borrows what all classes have together.
+    """Gaussians, modes and temperature of new classes. A class of one image gets the pooled modes and variances.
 
     Args:
         latents_of_class, rank, parts, full: see `fit_class_modes`; with `full` the temperature is that of

@@ -137,7 +137,7 @@ def pooled_covariance(
 
 
 def _store(modes: ClassModes, y: int, directions: Tensor, scales: Tensor, variance: Tensor) -> None:
-    """Write the strongest modes of class y, and the rest of its variance [d]."""
+    """Write the strongest modes of class y, and the part of its variance [d] outside them."""
     directions, scales = directions[: modes.rank], scales[: modes.rank]
     modes.directions[y, : len(scales)] = directions.float()
     modes.scales[y, : len(scales)] = scales.float()

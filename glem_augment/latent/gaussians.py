@@ -37,7 +37,7 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     """The T >= 1 at which softmax(scores / T) gives the classes y the highest likelihood (Guo et al. 2017).
 
     The mean of -log softmax(b s)_y is convex in b = 1/T; bisection finds where its slope, the mean of
-    sum_k p_k s_k - s_y, is zero. T = 1 is the floor because a few images that are all recognised would ask for T = 0.
+    sum_k p_k s_k - s_y, is zero. T = 1 is the floor: for a few images that are all recognised the best T would be 0.
 
     `scores` [N, K] are log p(x|y) of held-out images in nats, up to a constant per image; images whose scores are not
     all finite are left out. y is int64 [N].

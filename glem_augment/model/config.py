@@ -137,7 +137,7 @@ class GLEMConfig:
         return math.prod(self.flow_shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of `config.json`. Fields that have their default are left out where readers allow it."""
+        """The contents of `config.json`. Optional fields are left out where they have their default."""
         newer = dict(posterior_temperature=1.0, modes_parts=1, covariance="diagonal", base=None, autoencoder=None)
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
@@ -211,7 +211,7 @@ def data_names(training: Mapping[str, Any]) -> list[str]:
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a table that gives a name twice: readers differ in which of the two they believe."""
+    """A JSON table. ValueError: it gives a name twice, which JSON readers resolve differently."""
     table = dict(pairs)
     if len(table) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

@@ -208,7 +208,7 @@ class GLEM(ConditionalFlow):
         class_ids: Sequence[str] | None = None,
         bits: int = 8,
     ) -> GLEM:
-        """A model around somebody else's flow, in eval mode, with the standard normal for every class; see `adapt`.
+        """A model around another library's flow, in eval mode, with the standard normal for every class; see `adapt`.
 
         Args:
             module: see `flows.custom.CustomFlow`. It is not copied, and from now on frozen and in eval mode.
@@ -282,7 +282,7 @@ class GLEM(ConditionalFlow):
         Args:
             data: an `ImageData` of the flow's shape, or anything else that `open_data` takes, which is then resized.
                 Labels of data that name no classes are the flow's indices.
-            rank: k modes per class; the rest is kept as a variance per dimension.
+            rank: k modes per class; the variation outside them is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
@@ -344,7 +344,7 @@ class GLEM(ConditionalFlow):
         """
         shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
         seed = check_whole("seed", seed, 0)
-        # One image of a class says nothing about how its images differ.
+        # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
         rows = images.rows_of_classes(max_per_class)
@@ -387,7 +387,7 @@ class GLEM(ConditionalFlow):
         return adapted.to(self.device).eval().requires_grad_(False)
 
     def checked_modes(self, modes: int | None) -> int:
-        """How many modes to use: `modes` itself, or by default 64 or as many as are stored.
+        """How many modes to use: `modes` itself, or by default 64, or all if fewer are stored.
 
         Raises:
             ValueError: no modes are stored, or fewer than `modes`. TypeError: `modes` is no integer.

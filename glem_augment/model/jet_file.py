@@ -43,7 +43,7 @@ _NAMES = {
 def open_jet(text: str, build: Callable[..., Any], heads: int | None = None, **client: Any) -> Any:
     """The model with the flow in the file `text`, or in the repository of that name on the Hub.
 
-    `build` makes it from config, flow and Gaussians. Without `heads` a warning says how many are assumed.
+    `build` makes it from config, flow and Gaussians. Without `heads` a warning gives the assumed number.
     """
     path, origin, licence = expand(text), None, None
     if not path.is_file():
@@ -88,7 +88,7 @@ def open_base(config: GLEMConfig, base: dict[str, str], build: Callable[..., Any
 def load_jet(path: Path, heads: int | None = None) -> tuple[GLEMConfig, Flow]:
     """The flow in a safetensors file with the `state_dict` of `jet_pytorch.Jet`, on the CPU, and its config.
 
-    `heads` of its transformers; None: as many as have 64 channels each.
+    `heads` is the number of heads of its transformers; None: width / 64.
 
     Raises:
         ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
@@ -128,7 +128,7 @@ def _config(shapes: dict[str, list[int]], orders: dict[str, Tensor], heads: int 
 
 
 def _grid(orders: Tensor, tokens: int) -> tuple[int, int]:
-    """Rows and columns of an image's patches, from orders of its tokens, int64 [n, tokens]; square if these allow it.
+    """Rows and columns of an image's patches, from orders of its tokens, int64 [n, tokens]; square if possible.
 
     ValueError: orders of no such grid.
     """

@@ -175,7 +175,7 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
     with open_tensors(path, most) as file:
         check_header(path, file, expected)
-        for module in model.modules():  # of which modules of the user's, and autoencoders, are whole
+        for module in model.modules():  # a user's module and an autoencoder have their weights already
             if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 module.to_empty(device="cpu", recurse=False)
         for name, target in stored(config, model.state_dict()).items():

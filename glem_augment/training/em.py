@@ -1,7 +1,7 @@
 """The EM-like procedure of the paper (Sec. 4.3, Algorithm 1): its two steps, and the refit at its end.
 
 E-step: the flow's weights by Eq. 3 on D_nf, the Gaussians fixed. M-step: the Gaussians by Eq. 5 on D_g, the flow fixed.
-Every random draw is a function of the seed and of the step's number, and `state` holds all the rest. So a killed and
+Every random draw is a function of the seed and of the step's number, and `state` holds everything else. So a killed and
 resumed run takes exactly the steps of an undisturbed one.
 """
 

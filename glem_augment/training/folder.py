@@ -193,7 +193,7 @@ class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl`.
 
     A resumed run drops the lines beyond its checkpoint (and a half-written last one), so no step appears twice.
-    Every row also goes to the `callbacks`. Of several ranks, only the first writes and tells.
+    Every row also goes to the `callbacks`. Only rank 0 writes and calls.
     """
 
     def __init__(self, folder: Path, keep_through_step: int, callbacks: Iterable[Callback] = ()) -> None:

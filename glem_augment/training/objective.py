@@ -136,7 +136,7 @@ class LatentStatistics:
 
     @torch.no_grad()
     def most_likely(self, gaussians: ClassGaussians, means: bool = True, variances: bool = True) -> None:
-        """Set the means, the variances or both to the minimum of `balanced_nll`, as far as psi and the bound allow."""
+        """Set the means, the variances or both to the minimum of `balanced_nll` within the range of the variances."""
         mean, variance = self.moments()
         if means:
             gaussians.mu.copy_(mean)

@@ -71,7 +71,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned. RuntimeError, IndexError, ValueError: another optimizer."""
+    """Undoes `optimizer_tensors`. RuntimeError, IndexError, ValueError: the tensors of another optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = defaultdict[int, dict[str, Tensor]](dict)
     for name, tensor in tensors.items():

@@ -56,7 +56,7 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"image_shape": [3, 6, 10]}, "divisible by 4, got 6x10; resize to 8x8"),
     ({"expansion": 10**9}, r"unknown settings \['expansion'\]"),
     ({"subnet": "transformer", "activation": "relu"}, "always has GELU: leave activation out, got 'relu'"),
-    ({"coupling": "identity"}, r"unknown settings \['activation', .*; this version knows \['coupling', 'image_shape'"),
+    ({"coupling": "identity"}, r"unknown settings \['activation', .*; known are \['coupling', 'image_shape'"),
 ]
 
 
