@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from model_cases import photos
 from PIL import Image
 from scipy import stats
 
@@ -32,11 +32,7 @@ from glem_augment.evaluation.compare import (
 
 
 def images(count: int, seed: int = 0) -> ImageData:
-    """Smooth colour images uint8 [3,32,32] of two classes, reddish and not."""
-    g = torch.Generator().manual_seed(seed)
-    coarse, y = torch.rand(count, 3, 4, 4, generator=g), torch.arange(count) % 2
-    coarse[:, 0] = (coarse[:, 0] + y[:, None, None]) / 2
-    return ImageData.from_tensors((F.interpolate(coarse, size=32) * 255).to(torch.uint8), y, ["a", "b"])
+    return ImageData.from_tensors(*photos(count, 32, seed), ["a", "b"])
 
 
 def test_intervals_are_students() -> None:

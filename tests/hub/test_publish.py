@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import test_hub
 import torch
@@ -80,7 +79,6 @@ def test_the_card_shows_the_report_of_the_images(server: HubServer, tmp_path: Pa
         "(copies: near 0)",
         "15 synthetic, 45 real, 45 held-out",
         "report.png",
-        "The judge is weak: it is right about",
     ):
         assert words in card
     quality_report(dataset, train, None, tmp_path, network, progress=False)
@@ -92,18 +90,9 @@ def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> No
     x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
     real = ImageData.from_tensors(x, y, model.classes, name="somewhere/photos")
     model.fit_modes(real, rank=1)
-    options: dict[str, Any] = {"per_class": 2, "seed": 3}
-    cards = []
-    for name, data in (
-        ("a", SyntheticDataset(model, temperature=0.5, **options)),
-        ("b", SyntheticDataset(model, source="mixup", real=real, **options)),
-    ):
-        folder = data.export(tmp_path / name, "webdataset", progress=False)
-        cards.append((folder / "README.md").read_text())
-        assert "| the flow was trained on | large |" in cards[-1]
-        assert "| source | " in cards[-1] and "| seed | 3 |" in cards[-1]
-    assert "None is a photograph" in cards[0] and "| temperature | 0.5 |" in cards[0]
-    assert "None is a photograph" not in cards[1]
-    assert "each is a real image, moved" in cards[1] and "derive from real images (photos) and from" in cards[1]
-    note = json.loads((tmp_path / "b" / PROVENANCE).read_text())["license"]
-    assert "not stated; samples inherit" in note
+    drawn, mixed = SyntheticDataset(model, 2), SyntheticDataset(model, 2, source="mixup", real=real)
+    folders = [data.export(tmp_path / data.source, "webdataset", progress=False) for data in (drawn, mixed)]
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    assert all("| the flow was trained on | large |" in card for card in cards)
+    assert ["derive from real images (photos) and from" in card for card in cards] == [False, True]
+    assert "not stated; samples inherit" in json.loads((folders[1] / PROVENANCE).read_text())["license"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment import GLEM
@@ -30,3 +31,11 @@ def images(n: int = 6, shape=(1, 4, 4)) -> Tensor:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def photos(count: int, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Smooth colour images uint8 [count,3,size,size] of two classes, the second of which is redder, and labels."""
+    coarse = torch.rand(count, 3, 4, 4, generator=seeded(seed))
+    y = torch.arange(count) % 2
+    coarse[:, 0] = (coarse[:, 0] + y[:, None, None]) / 2
+    return (F.interpolate(coarse, size=size, mode="bilinear") * 255).to(torch.uint8), y

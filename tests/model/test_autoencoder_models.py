@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import model_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,7 @@ class Blocks(nn.Module):
 
 @pytest.fixture(scope="module")
 def photos() -> tuple[Tensor, Tensor]:
-    """40 smooth colour images uint8 [40,3,16,16] of two classes."""
-    g = torch.Generator().manual_seed(0)
-    coarse = torch.rand(40, 3, 4, 4, generator=g)
-    y = torch.arange(40) % 2
-    coarse[:, 0] = (coarse[:, 0] + y[:, None, None]) / 2
-    return (F.interpolate(coarse, size=16, mode="bilinear") * 255).to(torch.uint8), y
+    return model_cases.photos(40)
 
 
 @pytest.fixture(scope="module")

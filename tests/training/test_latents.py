@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import model_cases
 import pytest
 import torch
-import torch.nn.functional as F
 
 from glem_augment import GLEM, ImageData
 from glem_augment.autoencoders import open_autoencoder
@@ -20,12 +20,7 @@ OPTIONS = dict(preset="latent", autoencoder="taef2", flow_options={"depth": [1, 
 
 @pytest.fixture(scope="module")
 def photos() -> ImageData:
-    """60 smooth colour images uint8 [3,16,16] of two classes."""
-    g = torch.Generator().manual_seed(0)
-    coarse, y = torch.rand(60, 3, 4, 4, generator=g), torch.arange(60) % 2
-    coarse[:, 0] = (coarse[:, 0] + y[:, None, None]) / 2
-    x = (F.interpolate(coarse, size=16, mode="bilinear") * 255).to(torch.uint8)
-    return ImageData.from_tensors(x, y, ["a", "b"])
+    return ImageData.from_tensors(*model_cases.photos(60), ["a", "b"])
 
 
 def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
