@@ -61,7 +61,7 @@ def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
 
 # ---- true float32 ----------------------------------------------------------------------------------------------------
 
-# Torch's switches belong to the process. All threads that are inside at the same time share one change of them.
+# Torch's switches are global. Threads that are in `full_precision` at the same time share one change of them.
 _lock = threading.Lock()
 _inside = 0
 _undo: list[Callable[[], None]] = []
@@ -69,7 +69,7 @@ _EXACT = ("ieee", "none")
 
 
 def _newer_switches() -> list[Any]:
-    """The switches of matrix products and convolutions that came with torch 2.9. Kernels go by these."""
+    """The switches of torch 2.9 and later, which kernels follow."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return []
     has: Any = torch.backends  # its types lack the new attributes
@@ -79,7 +79,7 @@ def _newer_switches() -> list[Any]:
 def _make_exact() -> None:
     """Make float32 exact, and note how to undo it."""
     newer = [(switch, switch.fp32_precision) for switch in _newer_switches()]
-    # The settings before torch 2.9 stand for several newer ones each, and can't be read where these contradict them.
+    # The settings before torch 2.9 combine several newer ones, and can't be read where these differ.
     with suppress(RuntimeError):
         matmul, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         if matmul != "highest":
@@ -91,7 +91,7 @@ def _make_exact() -> None:
     for switch, _ in newer:
         if switch.fp32_precision not in _EXACT:
             switch.fp32_precision = "ieee"
-    # Put back last, because an older setting stands for several newer ones, which may have differed.
+    # Put back last, because an older setting overwrites several newer ones.
     _undo.extend(partial(_put_back, *entry) for entry in newer)
 
 

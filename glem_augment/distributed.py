@@ -63,7 +63,7 @@ def is_primary() -> bool:
 
 
 def share(total: int) -> Share:
-    """This rank's part of `total` items in a row. If the ranks do not divide it, the first parts have one more."""
+    """This rank's part of `total` items. If the ranks do not divide it, the first parts have one more."""
     each, more = divmod(total, world_size())
     begin = rank() * each + min(rank(), more)
     return Share(begin, begin + each + (rank() < more), total)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from glem_augment.errors import ModelFileError
 
-# Errors of the system that name a temporary file or none; `atomic_write` names the path and the fix.
+# System errors to which `atomic_write` adds the path and the fix; they name a temporary file, or none.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 

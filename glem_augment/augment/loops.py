@@ -1,7 +1,4 @@
-"""Four ways to put GLEMAugment into a training loop.
-
-A torchvision transform, a wrapper around a loader, timm's `mixup_fn`, and a collate function.
-"""
+"""GLEMAugment in a training loop: as torchvision transform, loader, timm's `mixup_fn`, or collate function."""
 
 from __future__ import annotations
 
@@ -332,4 +329,4 @@ class AugmentingCollate(FastCollateMixup):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._on.share_memory_()  # with the workers of this copy
+        self._on.share_memory_()  # for the workers of this copy

@@ -241,7 +241,7 @@ class Adversary:
             images = render(c)
             with nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast):
                 mixed = torch.is_autocast_enabled(kind)
-                if not mixed:  # loops that keep weights in half precision cast their batches later than this
+                if not mixed:  # loops with weights in half precision cast their batches later
                     weight = next((p for p in self.classifier.parameters() if p.is_floating_point()), images)
                     images = images.to(weight.dtype)
                 used = torch.get_autocast_dtype(kind) if mixed else images.dtype

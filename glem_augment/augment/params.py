@@ -35,9 +35,9 @@ class AugmentParams:
         partner: int64 [n], the partner's row in the batch; -1: the partner is drawn from the RFCM of its class.
         partner_cls: int64 [n], the flow class of the partner; -1: a row of a class that the flow does not have.
         l: float32 [n] in [1/2, 1], the share of the row's image along the modes.
-        seeds: int64 [n], of the numbers from which a partner is drawn, where one is.
+        seeds: int64 [n], seeds of the rows for partners that are drawn.
 
-    Policies "noise" and "adversarial" have only rows, cls and eps; "mixup" has all but eps. The rest is empty.
+    Policies "noise" and "adversarial" have only rows, cls and eps; "mixup" has all but eps. Other fields are empty.
     """
 
     rows: Tensor
@@ -61,7 +61,7 @@ class AugmentParams:
 
 # ---- generators -----------------------------------------------------------------------------------------------------
 
-WORKERS = 1024  # rows of a WorkerCounts; worker w uses row w modulo this
+WORKERS = 1024  # rows of a WorkerCounts; worker w has row w % WORKERS
 
 
 class WorkerCounts:

@@ -178,7 +178,7 @@ def _numbers(value: float | Sequence[float]) -> tuple[float, ...]:
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 Labels = Literal["auto", "hard", "mix", "posterior"]
-MOST_SMOOTHING = 0.3  # a least entry that would mean more smoothing comes from mixtures
+MOST_SMOOTHING = 0.3  # more label smoothing than this is taken for a mixture
 
 
 class FlowClasses:
@@ -194,7 +194,7 @@ class FlowClasses:
         self.to_flow = torch.tensor(to_flow, dtype=torch.int64, device="cpu")
         self.mapped = (self.to_flow >= 0).nonzero()[:, 0]
         self.to_data = torch.full((flow_classes,), -1, device="cpu")
-        for data_class in reversed(self.mapped.tolist()):  # so that the first of several stays
+        for data_class in reversed(self.mapped.tolist()):  # backwards, so that the first of several stays
             self.to_data[self.to_flow[data_class]] = data_class
 
     def flow_class(self, data_cls: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""data."""
+"""Images: sources, decoding, matching of classes, and the pixel levels of a flow."""

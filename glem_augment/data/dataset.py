@@ -105,7 +105,7 @@ class ImageData(Dataset):
     def shared_batches(
         self, indices: np.ndarray, batch_size: int, workers: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Share]]:
-        """This rank's part of every batch of `batches`, and which share of the batch it is."""
+        """This rank's part of every batch of `batches`, and its share of the batch."""
         parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         shares = [share(len(part)) for part in parts]
         own = [part[each.rows] for part, each in zip(parts, shares, strict=True)]

@@ -114,7 +114,7 @@ class Source(Dataset, ABC):
 
     @contextmanager
     def _checked(self, index: int) -> Iterator[Image.Image]:
-        """Open image `index`. Whatever goes wrong in the `with` block becomes a BadImageError that names the image."""
+        """Open image `index`. An error in the `with` block becomes a BadImageError that names the image."""
         where = self.where(index)
         try:
             with self.open(index) as image:

@@ -152,7 +152,7 @@ def _left_out_of_covariance(score: Tensor, modes: ClassModes, y: Tensor) -> Tens
 
 
 def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage: float) -> Tensor:
-    """sigma_y^2 [.., d] of summed squares [.., d] with so many degrees of freedom, see above; pooled: v [d]."""
+    """sigma_y^2 [.., d] from summed squares [.., d], degrees of freedom and v [d], see above."""
     # Without shrinkage the quotient is 0 / 0 for a class of one image.
     total = freedom + shrinkage
     return torch.where(total > 0, (scatter + shrinkage * pooled) / total, pooled)

@@ -173,14 +173,14 @@ def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     real = values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]
     values, directions = values[real], directions[real]
     # Vectors from a Gram matrix are orthogonal up to rounding relative to the largest singular value. So weak vectors
-    # lean on strong ones. A QR decomposition (Gram-Schmidt in the order of strength) removes that.
+    # are not quite orthogonal to strong ones. A QR decomposition (Gram-Schmidt in the order of strength) mends that.
     directions = torch.linalg.qr(directions.T).Q.T
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return directions * largest.sign(), values
 
 
 def _decomposed(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Singular values [rank] and right singular vectors [rank, d], not quite orthonormal, by the cheapest way."""
+    """Singular values [rank] and right singular vectors [rank, d], not quite orthonormal, by the fastest method."""
     n, dim = rows.shape
     if not n:
         return rows.new_zeros(0), rows

@@ -25,7 +25,7 @@ from glem_augment.latent.gaussians import ClassSampler
 
 # How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).
 SHRUNK = 0.8
-# Every row of a batch may need other modes [k, d]; so many floats are gathered at a time (16 MiB).
+# Floats that are gathered at a time (16 MiB), since every row of a batch may need other modes [k, d].
 GATHER_FLOATS = 2**22
 
 

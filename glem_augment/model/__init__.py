@@ -1,1 +1,1 @@
-"""model."""
+"""`GLEM`: a flow with class Gaussians, its configuration and its files."""

@@ -209,8 +209,8 @@ class ConditionalFlow(nn.Module):
 
         Returns:
             `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels:
-            `within_half_step`, which rounding gives back exactly, and `non_finite`. An autoencoder's error has also a
-            `psnr` in dB; `flow_error` is the flow's part, see the method.
+            `within_half_step`, which rounding gives back exactly, and `non_finite`. With an autoencoder
+            also the `psnr` in dB, and the largest `flow_error`.
         """
         error = self.round_trip_error(x)
         found = summarise_errors(error)
@@ -222,7 +222,7 @@ class ConditionalFlow(nn.Module):
     # ---- densities and classification ----------------------------------------------------------------------------
 
     def class_scores(self, z: Tensor) -> Tensor:
-        """log p(z | y) of latents z [B, d] under every class, [B, K] nats; the modes have the full covariances."""
+        """log p(z | y) of latents z [B, d] under every class, [B, K] nats."""
         if self.config.covariance == "full" and self.modes is not None:
             return self.modes.log_prob(z)
         return self.gaussians.log_prob(z)

@@ -19,7 +19,7 @@ from glem_augment.flows.presets import check_spec, is_whole
 from glem_augment.latent.adapt import can_be_full
 
 FORMAT_VERSION = 1
-# These limits are far above any real use. They keep a hostile config from asking for absurd amounts of memory.
+# These limits are far above any real use. They keep a hostile config from demanding absurd amounts of memory.
 MAX_CLASSES, MAX_MODES = 200_000, 4096
 MAX_DEPTH, LARGEST_SIDE, MAX_PARTS = 20, 2**14, 256
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
@@ -36,7 +36,7 @@ class GLEMConfig:
         bits: bits per channel that the flow models, 1 to 8.
         psi: (a, b, c) of the variances, or None for plain variances.
         class_ids: folder names, WordNet ids or digits, in index order.
-        class_names: names for people, in index order.
+        class_names: names to show, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         modes_parts: parts of each class that have modes of their own.

@@ -41,7 +41,7 @@ from glem_augment.model.weights import (
     write_model,
 )
 
-STANDARDISED_BY = 64  # images from which an autoencoder's latents are standardised; each has many positions
+STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 
 
 class GLEM(ConditionalFlow):
@@ -286,7 +286,7 @@ class GLEM(ConditionalFlow):
             max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the flow's, see `match_classes`.
             seed: of the dequantisation noise.
-            count: is called with the number of encoded images, after each batch.
+            count: a function of the number of encoded images, called after each batch.
 
         All ranks call this together. Each encodes its share of the images, and all get the modes.
 

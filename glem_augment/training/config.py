@@ -1,4 +1,4 @@
-"""All settings of a training run; each carries its help, its kind and its limits, from which the options are made."""
+"""The settings of a training run, with their help, kinds and limits; the command line makes its options of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glem_augment.checks import PRESET_NAMES, Memory, Preset, check_choice, chec
 Objective = Literal["glem", "saturating", "mle", "hybrid", "ib"]
 OBJECTIVES = get_args(Objective)
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
-# Every M-step has a learning rate in memory, and settings are also read from the checkpoints of strangers.
+# Every M-step has a learning rate in memory, and checkpoints may come from strangers.
 _MOST_M_STEPS = 10**7
 # The default of a setting whose value follows from the objective.
 BY_OBJECTIVE: Any = "by objective"
@@ -45,27 +45,21 @@ class TrainConfig:
 
         mean NLL / d + beta * cross-entropy
 
-    The cross-entropy belongs to the flow's posterior, with class scores multiplied by `ce_scale`. A sum over d
-    dimensions is overconfident, so a scale below 1 teaches wider margins. `beta` is 0 unless
-    the objective is "hybrid" or "ib". "ib" is IB-INN's: as "hybrid", with -log p(x) = -log mean_y p(x|y) in place of
-    -log p(x|y), and Gaussian dequantisation noise.
+    The cross-entropy of the flow's posterior has class scores multiplied by `ce_scale`. A sum over d dimensions is
+    overconfident, so a scale below 1 teaches wider margins. `beta` is 0 unless the objective is "hybrid" or "ib". "ib"
+    is the objective of IB-INN: -log p(x) = -log mean_y p(x|y) in place of -log p(x|y), and Gaussian dequantisation.
 
     With `joint`, the default of "hybrid", the same loss teaches the Gaussians, and there is no M-step. Otherwise the
     M-step on the Gaussians weighs classes equally and adds repulsion (Eq. 5):
 
-    - "glem" combines range-normalised gradients as the authors do,
-      `mean NLL / R_nf - lambda * sum KLD / (K d R_kld)`, where the sum runs over ordered pairs of classes and
-      `R = max - min + 0.2 (|max| + |min|)` over the per-sample NLLs and over the classes' mean KLDs in nats (both R
-      without gradient). lambda, `kld_weight`, is therefore a ratio of pulls and not the weight of Eq. 5 taken
-      literally, which is unbounded below beyond about 1/2. It falls linearly to half of itself.
+    - "glem" is `mean NLL / R_nf - lambda * sum KLD / (K d R_kld)`, as the authors compute it. The sum is over ordered
+      pairs of classes. `R = max - min + 0.2 (|max| + |min|)`, without gradient, is the range of the per-sample NLLs, or
+      of the classes' mean KLDs, in nats. lambda is `kld_weight`, and falls linearly to half of it.
     - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
     - "mle" (the paper's Baseline 2), "hybrid" and "ib" (beyond the paper) have no repulsion.
 
     After M-steps without repulsion, a refit ends the run. It fits the Gaussians in closed form to latents of the
-    training images under the averaged flow.
-
-    Raises:
-        ValueError, TypeError: a value that makes no sense.
+    training images under the averaged flow. ValueError, TypeError: a setting out of its limits.
     """
 
     preset: Preset = _setting(
@@ -169,7 +163,7 @@ class TrainConfig:
                 setattr(self, name, value)
         for name in SETTINGS:
             setattr(self, name, check_setting(name, getattr(self, name)))
-        # A resumed run has lost the order in which they were given.
+        # The order is not stored in checkpoints.
         self.flow_options = dict(sorted(self.flow_options.items()))
         if not hybrid and self.beta:
             raise ValueError(f"objective={self.objective!r} has no cross-entropy, got beta={self.beta}; use 'hybrid'")
@@ -212,7 +206,7 @@ def check_names(settings: Mapping[str, Any], where: str) -> None:
 
 
 def check_setting(name: str, value: Any) -> Any:
-    """The value in the type that `TrainConfig` keeps. Raises ValueError or TypeError, naming the setting."""
+    """The value in the type of `TrainConfig`'s field. ValueError, TypeError: another value, by name."""
     about = SETTINGS[name]
     kind, low, high = about["kind"], about.get("low", 0), about.get("high", math.inf)
     if value is None and about["optional"]:
@@ -266,8 +260,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ib-inn": _IDENTITY | dict(
         objective="ib", beta=1.0, joint=True, label_smoothing=0.05, ce_scale=1.0, random_init=(0.1, 0.0), learn="means",
     ),
-    # After Fetaya et al., ICLR 2020, in all latent dimensions, where the original conditions only the deepest level's.
-    # Means of the latents themselves would begin with scores that are hundreds of nats apart.
+    # After Fetaya et al., ICLR 2020, who condition only the deepest level. Class means of the latents as a start would
+    # set scores hundreds of nats apart.
     "ulcgm": PAPER | dict(objective="hybrid", beta=1.0, ce_scale=1.0, joint=True, random_init=(0.01, 0.0)),
     "hybrid-joint": HYBRID_JOINT,
     "unlabelled": HYBRID_JOINT | dict(objective="mle", beta=0.0),

@@ -56,7 +56,7 @@ class EM(Start):
         ready: Callable[[Any], object] | None = None,
     ) -> None:
         super().__init__(data, config, init_model, begun, device, progress)
-        # Gaussians that are learned jointly, or not at all, need no images of their own.
+        # Gaussians that are learned jointly, or not at all, need no M-steps.
         self.m_total = 0 if config.joint or config.learn == "none" else config.epochs
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -65,7 +65,7 @@ class EM(Start):
         self.lr = float(self.scheduler.base_values[0])  # at the end of the warm-up
         self.m_optimizer = torch.optim.Adam(self.model.gaussians.parameters())  # every step sets its rate
         self.step = self.m_done = 0  # E-steps and M-steps taken
-        self.bad_steps = self.rollbacks = 0  # E-steps skipped because they were not finite, and returns
+        self.bad_steps = self.rollbacks = 0  # E-steps skipped because they were not finite; rollbacks
         self.lr_scale = 1.0
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
         if begun is None:
@@ -122,7 +122,7 @@ class EM(Start):
             return math.nan, math.nan
         self.flow_optimizer.step()
         if config.joint:
-            # The share of the schedule includes the return after a divergence.
+            # The schedule's rate includes the lower rates after a rollback.
             self.gaussian_step(JOINT_LR * self.flow_optimizer.param_groups[0]["lr"] / self.lr)
         if self.ema is not None:
             self.ema.update(model.flow, step=self.step + 1)
@@ -186,7 +186,7 @@ class EM(Start):
         self.latent_pass(self.m_total, rows, model).most_likely(self.model.gaussians, means, variances)
 
     def mode_rows(self) -> np.ndarray:
-        """Sorted indices of the images that the modes are fitted to; latents are held a class at a time."""
+        """Sorted indices of the images that the modes are fitted to, one class in memory at a time."""
         return self.some_of_each_class(np.arange(len(self.data)), 1)
 
     def some_of_each_class(self, rows: np.ndarray, classes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The folder of a run: its checkpoints, and its metrics with their curves.
 
 A checkpoint is a safetensors file of tensors and JSON, followed by a digest, which finds damage and other formats.
-Nothing in it is ever executed. There are two names, each always a whole file or absent:
+Nothing in it is ever executed. There are two, written atomically:
 
 - `checkpoint.safetensors`: the newest state;
 - `checkpoint.good.safetensors`: the rollback point of a diverged run, and the spare for a damaged newest state. It is
@@ -40,8 +40,7 @@ from glem_augment.training.config import TrainConfig
 
 NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
 _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4", 32
-# Settings in which the two halves of a run may differ. "threads", "memory" and "compile" change the order of additions,
-# and with it the last bits of the weights; "modes_rank" acts after the last step.
+# Settings that may change when a run is resumed. "threads", "memory" and "compile" change the last bits of the weights.
 FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "modes_rank"}
 # Temporary files of glem_augment.io.atomic_write, which a killed process leaves behind.
 _LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
@@ -68,10 +67,7 @@ def to_bytes(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
 
 
 def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The facts and the tensors that `to_bytes` was given. TrainingError for truncated, changed or foreign bytes.
-
-    Tensors can't be larger than the file that holds them, so the memory that this takes is bounded by `len(data)`.
-    """
+    """The facts and the tensors that `to_bytes` was given. TrainingError: truncated, changed or foreign bytes."""
     state, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if digest != _digest(state):
         raise TrainingError("it is damaged, or was written by another version, which can finish that run")
@@ -80,7 +76,7 @@ def from_bytes(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return json.loads(header["__metadata__"][_KEY]), safetensors_load(state)
     except MemoryError:
         raise
-    except Exception as error:  # safetensors, json and torch each have their own for bytes that make no sense
+    except Exception as error:  # safetensors, json and torch raise many kinds
         raise TrainingError(f"it is no checkpoint ({str(error)[:200]})") from None
 
 
@@ -118,9 +114,7 @@ def save_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Tens
 def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
     """The newest checkpoint; if it is damaged, the good one, with a warning. With `good`, the good one comes first.
 
-    Raises:
-        FileNotFoundError: there is none.
-        TrainingError: there is none that can be read: all are damaged, foreign, or of another version.
+    FileNotFoundError: there is none. TrainingError: all are damaged, foreign, or of another version.
     """
     problems: list[str] = []
     for path in (folder / name for name in ((GOOD, NEWEST) if good else (NEWEST, GOOD))):
@@ -149,7 +143,7 @@ def remove_left_overs(folder: Path) -> None:
 
 
 def require_folder(folder: Path) -> None:
-    """Raise FileNotFoundError if the output folder has vanished, rather than start a new one half-way."""
+    """FileNotFoundError: the output folder has vanished."""
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"the output folder {folder} has vanished: start the run again")
 
@@ -192,7 +186,7 @@ Callback = Callable[[dict[str, Any]], None]
 class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl`.
 
-    A resumed run drops the lines beyond its checkpoint (and a half-written last one), so no step appears twice.
+    A resumed run drops lines beyond its checkpoint and an incomplete last line, so no step appears twice.
     Every row also goes to the `callbacks`. Only rank 0 writes and calls.
     """
 
@@ -267,7 +261,7 @@ def wandb(folder: Path, step: int) -> Callback:
     import wandb as client
 
     run = client.init(dir=str(folder), name=folder.name, resume="auto" if step else None)
-    run.define_metric("*", step_metric="step")  # steps of wandb may not go back, steps of a rollback do
+    run.define_metric("*", step_metric="step")  # after a rollback steps go back, which wandb's own steps may not
     return lambda row: run.log({**_numbers(row), "step": row["step"]})
 
 
@@ -278,8 +272,7 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
     """Number of images, NF accuracy unless there is one class, and the likelihood given the class.
 
-    The dequantisation noise of an image does not depend on its batch. `batches` come from `ImageData.shared_batches`,
-    and the numbers are over all ranks' images.
+    The numbers are over the images of all ranks. `batches` come from `ImageData.shared_batches`.
     """
     sums, (key, _, unit) = torch.zeros(3, dtype=torch.float64), model.likelihood
     for x, y, _ in batches:

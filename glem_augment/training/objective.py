@@ -22,7 +22,7 @@ from glem_augment.training.config import TrainConfig
 
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
 NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
-SHRINKAGE = 10  # images, of a class's first mean and variance
+SHRINKAGE = 10  # number of images at which a class's first mean and variance are half shrunk
 
 
 # ---- the E-step -------------------------------------------------------------------------------------------------
@@ -33,8 +33,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib".
 
-    Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share` is the part of a
-    batch that x is, see `draw_noise`.
+    Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share`: see `draw_noise`.
     """
     if model.autoencoder is None and config.objective != "ib":
         return model.encode(x, draw_noise(x, generator, share))
@@ -108,7 +107,7 @@ class LatentStatistics:
     def balanced_nll(self, gaussians: ClassGaussians) -> Tensor:
         """Mean over the classes of their mean -log N(z; mu_y, sigma_y^2), nats; differentiable.
 
-        Classes weigh the same, or rare ones would run away.
+        Classes weigh the same. Otherwise the repulsion would outweigh the likelihood of rare classes.
         """
         n = self.count[:, None]
         mu, var = gaussians.mu.double(), gaussians.variance().double()
@@ -119,9 +118,9 @@ class LatentStatistics:
     @torch.no_grad()
     def start_of_new_flow(self, gaussians: ClassGaussians) -> None:
         """Set the means to shrunk class means, at the scale of the Gaussians."""
-        # ActNorm leaves unit variance; the Gaussians start at a/2 + c, so the flow will shrink to that. The means of a
-        # few images are mostly noise, and would set classes hundreds of nats apart at the start. Rare pixels have
-        # far-out means, which would rule the first steps without the cut.
+        # ActNorm leaves unit variance, and the flow will shrink to the Gaussians' a/2 + c. The means of a few images
+        # are mostly noise, which would set classes hundreds of nats apart. Rare pixels have extreme means, which
+        # would dominate the first steps.
         means = self.total / (self.count[:, None] + SHRINKAGE)
         gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
 
@@ -141,7 +140,7 @@ class LatentStatistics:
         if means:
             gaussians.mu.copy_(mean)
         if variances:
-            # About the mean that the Gaussian has, whether it was just set or stays.
+            # About the Gaussian's mean, which is the class mean only if it was just set.
             gaussians.set_variance(variance + (mean - gaussians.mu.double()).square())
 
 
@@ -151,7 +150,7 @@ def value_range(low: float, high: float) -> float:
 
 
 def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
-    """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: it grows with the KLD at first, never beyond."""
+    """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: the KLD if it is small, `scale` if large."""
     k = gaussians.num_classes
     kld = gaussians.kld_matrix()
     return (scale * -torch.expm1(-kld / scale)).sum() / max(1, k * (k - 1))
@@ -170,7 +169,7 @@ def m_step_loss(
         sums = gaussians.kld_class_sums()
         means = sums.detach() / max(1, k - 1)
         spread = value_range(float(means.min()), float(means.max()))
-        # Identical Gaussians have neither a gradient nor a range, so this step is the likelihood's alone.
+        # Identical Gaussians have neither a gradient nor a range, so only the likelihood counts.
         if repel and spread > 1e-9 * dim:
             # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
             loss = loss - kld_weight * sums.sum() / (k * dim) / spread
@@ -186,8 +185,7 @@ def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:
 
     The sum keeps range-normalised repulsion finite. The authors let a mean move by 0.1 in each of 10 epochs, 880
     E-steps in all. Then it moves by 0.01, falling geometrically to 0.001 at epoch 100. Here the first tenth of the
-    M-steps shares 1.0 of the sum. The flow could not follow means that move faster than the authors'. So in short runs
-    more M-steps share it, and the shortest runs do not spend all.
+    M-steps shares 1.0 of the sum. In short runs more M-steps share it, so that the flow can follow the means.
     """
     early = max(10, round(0.1 * m_steps), math.ceil(880 * m_steps / max(1, e_steps)))
     late = max(0, m_steps - early)

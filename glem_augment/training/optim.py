@@ -87,7 +87,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 class DivergenceError(TrainingError):
-    """The run has diverged; a return to the last good checkpoint may help."""
+    """The run has diverged; a rollback to the last good checkpoint may help."""
 
 
 def independent_pixels(x: Tensor, bits: int) -> float:
@@ -107,10 +107,9 @@ def independent_latents(std: Tensor) -> float:
 
 
 class LossGuard:
-    """Notices that a run has diverged.
+    """Detects that a run has diverged, from medians of the last 25 steps, which a few spikes can't move.
 
-    It judges by medians of the last 25 steps, which a few spikes can't move. A step that is not finite counts as
-    infinite. A run is away in two cases:
+    A step that is not finite counts as infinite. A run is away in two cases:
 
     - its loss exceeds b + max(1, |b|, 10 v). b is the lowest median of the last 500 steps. v, the median absolute
       difference from one loss to the next, measures noise: neither a trend nor a few spikes can raise it;
@@ -118,14 +117,8 @@ class LossGuard:
       better than independent pixels, the limit is halfway from independent pixels to uniform noise. Repulsion of the
       classes may cost some likelihood.
 
-    A run has diverged after 100 steps away in a row, or 10 steps in a row that were not finite. The rule is patient:
-    neither noise nor a slow rise can meet it.
-
-    >>> guard = LossGuard(bits=8)
-    >>> for _ in range(300):
-    ...     guard.see(2.0, 2.0 / math.log(2))
-    >>> guard.limit()
-    4.0
+    A run has diverged after 100 steps away in a row, or 10 steps in a row that were not finite. Neither noise nor a
+    slow rise leads to this.
     """
 
     def __init__(self, bits: int) -> None:
@@ -145,10 +138,9 @@ class LossGuard:
         return best + max(1.0, abs(best), 10 * median_high(changes))
 
     def see(self, loss: float, bits: float) -> None:
-        """Take in one E-step: its loss, nats per dimension, and its likelihood, bits/dim. NaN and infinity are allowed.
+        """Add one E-step: its loss, nats per dimension, and its likelihood, bits/dim. DivergenceError: it has diverged.
 
-        Raises:
-            DivergenceError: the run has diverged.
+        NaN and infinity are allowed.
         """
         good = math.isfinite(loss)
         self.losses.append(loss if good else math.inf)

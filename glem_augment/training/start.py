@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,9 +48,8 @@ class Split:
 def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float, seed: int) -> Split:
     """Split every class in the same proportions (GLEM, Sec. 4.3: |D_g| = 0.1 |D|).
 
-    Every class has at least one image in `nf` and in `g`. A class of three images or more has one in `val`.
-
-    `val_fraction`, the share of each class for `val`, is lowered so that `val` has about `MAX_HELD_OUT` images at most.
+    Every class has at least one image in `nf` and in `g`. A class of three images or more has one in `val`. The share
+    `val_fraction` of each class for `val` is lowered where `val` would have more than about `MAX_HELD_OUT` images.
     """
     rng = np.random.default_rng([seed, 0x5EED])
     counts = np.bincount(targets, minlength=num_classes)
@@ -76,8 +74,7 @@ def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float,
 def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Indices [steps, B] of the batches of one epoch, a function of seed and epoch alone.
 
-    So a resumed run takes the batches that the killed run would have taken. The incomplete last batch is dropped; a set
-    that is smaller than a batch is one batch.
+    So a resumed run takes the batches of the killed run. The incomplete last batch is dropped, but for a smaller set.
     """
     order = np.random.default_rng([seed, 0xE90C, epoch]).permutation(indices)
     batch = min(batch_size, len(order))
@@ -139,7 +136,7 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, s
 
 
 class AlreadyEncoded(nn.Module):
-    """Stands in for the autoencoder while the data are latents."""
+    """Replaces the autoencoder while the data are latents."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x
@@ -211,7 +208,7 @@ class Start:
         config, data = self.config, self.data
         torch.manual_seed(config.seed)
         if begun is not None:
-            # All weights are in the checkpoint: the model that the run started from need not be there any more.
+            # All weights are in the checkpoint, so `init_model` is not needed.
             try:
                 return self._build(json.loads(begun.facts["flow"]), begun.facts.get("autoencoder"))
             except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -236,7 +233,7 @@ class Start:
         return GLEM(config, autoencoder=copy.deepcopy(module))
 
     def _take_latents(self, codec: StandardisedAutoencoder) -> None:
-        """Let the images be their latents for the run, so that they are encoded only once; `whole` undoes it."""
+        """Replace the run's images by their latents, so that they are encoded only once; `whole` undoes it."""
         config, data = self.config, self.data
         x = data.some(_INIT_IMAGES)
         self.model.standardise(x)
@@ -270,15 +267,9 @@ class Start:
         if whiten is not None and not whiten.initialised:
             facts = pooled_covariance(self._numbers_of_class, self.model.num_classes, len(whiten.gain), self.model.dim)
             whiten.fit(*facts)
-        layers = [module for module in self.model.flow.modules() if isinstance(module, nn.Conv2d)]
-        with self.bar_of("start: ActNorm", len(layers), "layer") as bar, ExitStack() as stack:
-
-            def passed(*_: object) -> None:  # a hook's result would replace the output, and `update` has one
-                bar.update()
-
-            for layer in layers:
-                stack.callback(layer.register_forward_hook(passed).remove)
+        with self.bar_of("start: ActNorm", 1, "pass") as bar:
             self.model.initialise(x, self.generator(1))
+            bar.update()
         if init_model is not None:
             if (init_model.class_ids, init_model.config.psi) == (self.model.class_ids, config.psi):
                 gaussians.load_state_dict(init_model.gaussians.state_dict())
@@ -295,7 +286,7 @@ class Start:
             gaussians.project()
 
     def _numbers_of_class(self, y: int) -> Tensor:
-        """The flow's input for training images of class y, as many as memory holds: [n, d]."""
+        """The flow's input for training images of class y, at most `MOST_NUMBERS` numbers: [n, d]."""
         rows = self.split.nf[self.data.targets[self.split.nf] == y]
         rows = rows[: max(LEAST_IMAGES, MOST_NUMBERS // self.model.dim)]
         batches = self.data.batches(rows, EVAL_BATCH, self.config.workers)
@@ -320,7 +311,7 @@ class Start:
         return augment_batch(x, self.config.augment, generator, share)
 
     def generator(self, *key: int) -> torch.Generator:
-        """A generator that is a function of the run's seed and the key."""
+        """A generator, seeded with the run's seed and the key."""
         seed = np.random.SeedSequence([self.config.seed, *key]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 

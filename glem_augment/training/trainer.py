@@ -1,7 +1,7 @@
 """The run around the steps: epochs, checkpoints, stops, rollbacks after a divergence, and the end.
 
-A run may be cut anywhere and go on later; all that it needs is in the checkpoint. Rollback points depend on steps, not
-on time, so a run that diverged is as repeatable as any other.
+A run may be killed anywhere and resumed from its checkpoint. Rollback points depend on steps, not on time, so a run
+that diverged is as repeatable as any other.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TimeUpError(GLEMError):
 
 
 class Trainer(EM):
-    """Fits a GLEM to `data`; `fit` does the work. Of several ranks, each has a Trainer, and the first writes the files.
+    """Fits a GLEM to `data`, see `fit`. Every rank has a Trainer; rank 0 writes the files.
 
     Args:
         out: folder for the checkpoints, the logs and, at the end, the model.
@@ -64,10 +64,10 @@ class Trainer(EM):
         init_model: start from this model's flow (fine-tuning); `preset` and `flow_options` then have no effect. A
             resumed run does not need it.
         device: "cpu", "cuda", or None for CUDA where there is one.
-        began: where `max_minutes` counts from, on the clock of `time.monotonic`; by default now.
-        callbacks: functions that are called with every row of metrics.jsonl as it is written, a dict with "kind" and
-            "step". One that sets the trainer's `stop_requested` ends the run after the current step, resumably.
-        ready: is called with the trainer of a new run before its flow is initialised, which may take minutes.
+        began: the start of `max_minutes` on the clock of `time.monotonic`; by default now.
+        callbacks: functions of a row of metrics.jsonl, a dict with "kind" and "step", called when it is written. To end
+            the run after the current step, with a checkpoint, set the trainer's `stop_requested`.
+        ready: a function of the trainer, called before the flow of a new run is initialised, which may take minutes.
 
     Raises:
         DataError: data that can't be trained on. TrainingError: a checkpoint of another run, or `out` has one
@@ -93,7 +93,7 @@ class Trainer(EM):
         self.deadline = math.inf if config.max_minutes is None else began + 60 * config.max_minutes
         self.out, self.fingerprint, self._clock = expand(out), data_fingerprint(data), began
         self.stop_requested, self._resumed = False, False
-        with self._locked():  # or else an error, before anything is read or written
+        with self._locked():  # an error now, before anything is read or written
             pass
         begun = load_checkpoint(self.out) if resume else None
         if begun is not None:
@@ -106,7 +106,7 @@ class Trainer(EM):
             if init_model is not None:
                 self.init_from = {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)}
                 _warn_of_another_split(init_model.config.training, data, config)
-        wait()  # before the first rank writes anything, all have looked
+        wait()  # all ranks read the folder before rank 0 writes
         super().__init__(data, config, init_model, begun, device, progress, ready)
         if is_primary():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class Trainer(EM):
         began, first = time.monotonic(), self.step
         batches = self.images(order[offset:].reshape(-1), order.shape[1], self.views)
         x = torch.empty(0, *self.data.image_shape, dtype=torch.uint8)
-        nothing = x, torch.empty(0, dtype=torch.int64), Share(0, 0, order.shape[1])  # of more ranks than images
+        nothing = x, torch.empty(0, dtype=torch.int64), Share(0, 0, order.shape[1])  # for a rank without images
         with closing(batches), training_mode(self.model.flow, config):
             for position in range(offset, per_epoch):
                 for _ in range(self.m_steps_due(epoch, position)):
@@ -255,11 +255,8 @@ class Trainer(EM):
 
     @contextmanager
     def _stop_between_steps(self) -> Iterator[None]:
-        """Turn Ctrl-C and SIGTERM into a request, so that a checkpoint never holds half an optimizer step.
-
-        Outside the main thread Python allows no signal handlers.
-        """
-        if threading.current_thread() is not threading.main_thread():
+        """Turn Ctrl-C and SIGTERM into a request, so that a checkpoint never holds half an optimizer step."""
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
             yield
             return
 
@@ -338,14 +335,14 @@ class Trainer(EM):
         # Without held-out images, training images were measured. Their metrics are not recorded.
         recorded = ("val_images", "val_accuracy", f"val_{key}") if len(self.split.val) else ()
         likelihood = final.get(f"val_{key}")  # None if it was not finite
-        # The file of a run that was cut into pieces is the file of a whole run.
+        # A run that was killed and resumed gives the file of an undisturbed run.
         unrecorded = {"max_minutes", *(("preset", "flow_options") if self.init_from else ())}
         model.config.training = {
             "data": self.data.name,
             "images": len(self.data),
             "config": {key: value for key, value in config.to_dict().items() if key not in unrecorded},
             "held_out": {key: final[key] for key in recorded if key in final},
-            "independent_pixels": independent,  # in the unit of the likelihood; of latents, where these are modelled
+            "independent_pixels": independent,  # or latents, in the unit of the likelihood
             "worse_than_independent_pixels": likelihood is None or likelihood >= independent,
             **({} if self.init_from is None else {"init_from": self.init_from}),
             "bad_steps": self.bad_steps,
@@ -363,7 +360,7 @@ class Trainer(EM):
                 model.fit_modes(data, rank, count=bar.update)
         model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
-            model.save(self.out)  # last: once it is there, nothing is left to be done
+            model.save(self.out)  # last, because `glem train` takes a model for a finished run
         wait()
         return model
 
