@@ -24,23 +24,22 @@ from glem_augment.synthetic.dataset import SyntheticDataset
 class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
-    Each data set applies its transform, and `transform` comes after. timm's create_loader sets it. Beside real PIL
-    images the synthetic ones have the same mode (RGB or L). Beside an `ImageData`, whose items are uint8 tensors, they
-    are uint8 tensors, unless `synthetic` has a transform. Classes are matched by name; if the real data names none, its
-    labels are the flow's indices. Synthetic labels go through the `target_transform` of `synthetic`, or else of `real`.
+    Each data set applies its transform, and `transform` comes after (timm's create_loader sets it). Synthetic images
+    are like the real ones: PIL images of the same mode (RGB or L), or uint8 tensors beside an `ImageData`. A transform
+    of `synthetic` always gets PIL images. Classes are matched by name. If the real data names no classes, its labels
+    are the flow's indices. The `target_transform` of `synthetic`, or else of `real`, is applied to synthetic labels.
 
     Args:
-        real: a data set with items (image, label), for example of torchvision or timm, an `ImageData`, or a Subset; or
-            anything else that `open_data` takes. A name and a Hugging Face data set give PIL images as they are stored,
+        real: a data set with items (image, label), for example of torchvision or timm, an `ImageData`, a Subset, or
+            any other argument of `open_data`. Names and Hugging Face data sets give PIL images as they are stored,
             a pair (images, labels) gives uint8 tensors.
-        synthetic: a `SyntheticDataset`, or the folder of an export; with at least `ratio * len(real)` images (unless
-            ratio is None).
-        ratio: synthetic images per real one: 1 doubles the data. Classes take turns, so any ratio keeps the balance of
-            `synthetic`. None: all synthetic images, as for per_class="balance".
+        synthetic: a `SyntheticDataset`, or the folder of an export, with at least `ratio * len(real)` images.
+        ratio: synthetic images per real image: 1 doubles the data. Classes take turns, so each ratio keeps the balance
+            of `synthetic`. None: all synthetic images, as for per_class="balance".
         class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
-            classes than the flow. The flow may have more than the real data, if `synthetic` has no images of them.
-        transform: applied to every image, real and synthetic. A DataLoader needs one that makes tensors of one size,
-            where the images are PIL images.
+            classes than the flow. The flow may have further classes, if `synthetic` has no images of them.
+        transform: applied to every image, real and synthetic. PIL images need one that makes tensors of one size for a
+            DataLoader.
 
     Raises:
         DataError: too few synthetic images, classes that do not match, or the folder of an unfinished export.
@@ -99,7 +98,7 @@ class RealAndSynthetic(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
-        """Several items; synthetic ones are decoded together."""
+        """Several items; synthetic images are decoded together."""
         places = [range(len(self))[i] for i in indices]  # negative ones count from the end
         chosen = [int(self.chosen[place - self._real_count]) for place in places if place >= self._real_count]
         pictures = iter(self._pictures(chosen))

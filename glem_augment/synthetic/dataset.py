@@ -46,25 +46,25 @@ BLOCK = 64  # images that are decoded together; another number would change thei
 class SyntheticDataset(Dataset):
     """A map-style data set of synthetic images, in the order of the classes, with torchvision's attributes.
 
-    Items are (PIL image, int). The first use of an image decodes its block, which is kept as long as `cache_bytes`
-    allow. Every DataLoader worker has its cache. So for workers, and for shuffled sets larger than the cache, call
-    `preload` first, or `export` and read the files.
+    Items are (PIL image, int). The first use of an image decodes its block, which stays in a cache. Every DataLoader
+    worker has a cache. So for workers, and for shuffled sets larger than the cache, call `preload` first, or `export`
+    and read the files.
 
-    Images whose values leave [0, 1] by more than 1, or are not finite, are drawn again up to 4 times.
+    An image with values that leave [0, 1] by more than 1, or are not finite, is drawn again up to 4 times.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
             change afterwards.
-        per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices (other
-            classes get none), or "balance": as many as fill up each class of `real` to its largest one.
+        per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices, or
+            "balance", which fills up each class of `real` to its largest class. Classes without a number get no images.
         temperature: factor on the standard deviation.
-        seed: int >= 0; with the class and the place within the class it fixes an item's latent.
+        seed: int >= 0; seed, class and place within the class fix an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
             "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
             N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
-        cache_bytes: memory for decoded images in each process; one block is always kept.
+        cache_bytes: memory for decoded images in each process, at least one block.
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         class_map: how the classes of `real` map to the flow's, see `match_classes`.
@@ -115,7 +115,7 @@ class SyntheticDataset(Dataset):
 
     @property
     def implausible(self) -> list[int]:
-        """Items decoded so far in this process without a plausible draw."""
+        """Items without a plausible draw, among the items decoded so far in this process."""
         return sorted(self._implausible)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -123,14 +123,14 @@ class SyntheticDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
-        """Several items; each block among them is decoded once. See `__getitem__`."""
+        """Several items, as in `__getitem__`; each of their blocks is decoded once."""
         pictures = self.pictures(indices)
         labels = [self.targets[index] for index in indices]
         transform = self.target_transform or int
         return [(picture, transform(label)) for picture, label in zip(pictures, labels, strict=True)]
 
     def pictures(self, indices: Sequence[int]) -> list[Any]:
-        """The images of several items, after the transform. See `__getitem__`."""
+        """The images of several items, after the transform."""
         if self.image_shape[0] not in (1, 3):
             raise ValueError(f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices)")
         pictures = map(to_pil_image, self.images(indices))
@@ -179,26 +179,26 @@ class SyntheticDataset(Dataset):
     ) -> Path:
         """Write all images, without the transforms, and glem-provenance.json; every file is written atomically.
 
-        Labels are the class numbers of `real`, followed by other classes of the flow that have images. Without `real`
+        Labels are the class numbers of `real`, followed by further classes of the flow that have images. Without `real`
         they are the flow's. A class without images has no folder, and torchvision's ImageFolder would number the later
         folders differently. So classes.json holds the label of every folder, for `open_data` and `RealAndSynthetic`.
 
-        The same export to the same folder again writes the files that are missing. So a killed export is finished by
-        running it again, on any number of ranks. Until then `open_data` refuses the folder. checksums.sha256 holds the
-        SHA-256 of every image or shard, for `sha256sum --check`.
+        The same export to the same folder writes missing files. So running it again, on any number of ranks, finishes
+        a killed export. Until then `open_data` refuses the folder. checksums.sha256 holds the SHA-256 of every image or
+        shard, for `sha256sum --check`.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png), or "webdataset" (data/train-*.tar, which timm and the Hub
                 read; packed at the end from an ImageFolder in a hidden folder).
             overwrite: replace an export of other images.
-            license: the licence of the images that the flow was trained on, for the manifest; samples inherit it. None:
-                the licence in the flow's record, but for mixtures, whose real images may have another one.
+            license: the licence of the flow's training images, which samples inherit. None: the licence in the flow's
+                record; for mixtures no licence, because it also depends on their real images.
             distributed: share the blocks among all ranks of the process group, which must all make this call and see
                 the same folder. The files do not depend on the number of ranks.
 
         Raises:
-            FileExistsError: for a folder with an export of other images, unless overwrite; for one with anything else.
-            OSError: if the disk is full or cannot be written, naming the path.
+            FileExistsError: the folder holds an export of other images, and not overwrite; or any other files.
+            OSError: the disk is full or cannot be written; the message names the path.
         """
         from glem_augment.hub.cards import CardFacts  # both load the Hub's client
         from glem_augment.synthetic.export import export_set
@@ -228,7 +228,7 @@ class SyntheticDataset(Dataset):
         return functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
 
     def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:
-        """(class, number) of every block with items of `index` [n], their rows in it, and their places in the block."""
+        """For each block: (class, number), the rows of `index` [n] with items of it, and the places of these items."""
         cls = np.searchsorted(self._starts, index, side="right") - 1
         within = index - self._starts[cls]
         for block, rows in rows_by_block(cls, within, self.plan.block).items():
@@ -244,7 +244,7 @@ class SyntheticStream(IterableDataset):
 
     Images are made in blocks. Block number b is a function of seed, epoch and b alone. The workers of all ranks share
     the blocks. So another number of workers changes the order of an epoch's images, but not the images. Every rank has
-    equally many. Nothing is kept: each image is decoded in every epoch.
+    equally many images. Nothing is kept in memory.
 
     As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
     timm's train.py calls it. Without a `length` there is one epoch without an end.
@@ -303,7 +303,7 @@ class SyntheticStream(IterableDataset):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         own, ranks = self._ranks()
         epoch, share = int(self._epoch), None if self.length is None else len(self)
-        local = worker  # number of the block among those of this rank
+        local = worker  # number among the blocks of this rank
         while share is None or local * self.block < share:
             count = self.block if share is None else min(self.block, share - local * self.block)
             yield from self._block(epoch, local * ranks + own, count)
@@ -313,7 +313,7 @@ class SyntheticStream(IterableDataset):
         """The first `count` items of a block."""
         sequence = np.random.SeedSequence([self.sampler.seed, epoch, number])
         y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
-        # Each place is used once over all blocks and epochs; 2^40 images are enough for an epoch.
+        # Each place is used once over all blocks and epochs. An epoch has at most 2^40 images.
         within = epoch * 2**40 + number * self.block + np.arange(self.block)
         images = self.sampler.draw(y[:count], within[:count]).images
         for image, label in zip(images, y[:count].tolist(), strict=True):

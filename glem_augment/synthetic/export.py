@@ -41,7 +41,7 @@ from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.sampler import Drawn, Plan
 
 CHECKSUMS = "checksums.sha256"
-# Many shards, because a loader gives each worker whole shards, and surplus workers nothing.
+# Many shards, since a loader gives each worker whole shards.
 MAX_SHARDS, MIN_SHARD = 64, 32
 _WORK = ".glem-export"  # the hidden folder with the images of shards
 # Files beside the shards: a description for timm's reader, a card, and the picture of a quality report.
@@ -132,19 +132,19 @@ def push_dataset(
     report: str | os.PathLike[str] | None = None,
     **target: Any,
 ) -> CommitInfo:
-    """Upload all images as shards with a card, in one commit that removes what an earlier push left in `data/`.
+    """Upload all images as shards with a card, in one commit that also removes other files from `data/`.
 
     Args:
         repo_id: `org/name` of a data set, which is made if it does not exist.
-        license, license_name, license_link: of the images that the flow was trained on, whose licence the samples
-            inherit; an identifier of the Hub. By default the one in the flow's record. Without any licence the card
-            says that it is unknown, with a warning.
+        license, license_name, license_link: the licence of the flow's training images, which samples inherit, as an
+            identifier of the Hub; by default the licence in the flow's record. Without a licence the card says that it
+            is unknown, and there is a warning.
         report: a folder that `evaluation.quality_report` wrote, for the card.
         target: `commit_message`, `private`, `token` and `revision`, see `hub.upload`.
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        OSError: no space for temporary files, which take twice the size of the images.
+        OSError: no space for temporary files, which take twice the space of the images.
     """
     facts = CardFacts(license, license_name, license_link, report=report)
 
@@ -168,7 +168,7 @@ def _begin(
                 f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
                 "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
             )
-        # The earlier manifest stays meanwhile. After a kill it tells whose the remaining images are.
+        # The earlier manifest stays until then: after a kill it names the images that remain.
         _remove(folder, old)
         old = None
     if old is not None and facts.license is None:
@@ -219,7 +219,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _stated_licence(plan: Plan, facts: CardFacts) -> str | None:
-    """The stated licence, or the recorded one; None for a mixture, whose real images may have another licence."""
+    """The stated licence, or the recorded one. Mixtures have none by default: it also depends on their real images."""
     recorded = licence_id(plan.model.config.training.get("license"))
     return facts.license or (None if plan.settings["source"] == "mixup" else recorded)
 
@@ -230,8 +230,6 @@ def check_folder(folder: Path) -> dict[str, Any] | None:
     Raises:
         FileExistsError: the folder holds something without such a manifest, or an ImageFolder with other files.
     """
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file, not a folder: give another folder")
     old = _read_manifest(folder / PROVENANCE)
     if old is not None and old["format"] == "webdataset":
         return old
@@ -262,11 +260,11 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A folder name for every class: its id if that can be one as it is, else a slug of its name.
+    """A folder name for every class: its id if that is a valid name, else a slug of its name.
 
-    A name comes before an id that is a number: class 3 of one data set is not class 3 of another. A slug keeps the
-    letters and digits of the name, by which classes are matched. If two folders would be the same, all get the class's
-    index in front, which the matching leaves out.
+    Ids that are numbers are not used, since class 3 of one data set is not class 3 of another. A slug keeps letters and
+    digits, by which classes are matched. If two folders had one name, all names begin with the index of the class,
+    which the matching ignores.
     """
     numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
     folders = [
@@ -303,13 +301,13 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
 def _write_images(
     plan: Plan, draw: Draw, folders: dict[int, str], root: Path, ranks: _Ranks, progress: bool
 ) -> tuple[list[str], int]:
-    """Write root/<class>/NNNNNN.png. Returns the paths of all images, and how many drawn here are implausible."""
+    """Write root/<class>/NNNNNN.png. Returns the paths of all images, and the number of implausible draws."""
     blocks = []  # (class, number, paths), class after class in the order of the labels
     for cls in plan.order:
         images = [f"{folders[cls]}/{i:06d}.png" for i in range(plan.counts[cls])]
         starts = range(0, len(images), plan.block)
         blocks += [(cls, number, images[first : first + plan.block]) for number, first in enumerate(starts)]
-    # Large blocks first, so that no rank gets all the small ones at the ends of the classes.
+    # Sorted by size, so that no rank gets all the small blocks at the ends of the classes.
     own = sorted(blocks, key=lambda block: -len(block[2]))[ranks.rank :: ranks.world]
     missing = [block for block in own if not all(_is_there(root / path) for path in block[2])]
     of = f" of rank 0 of {ranks.world}" if ranks.world > 1 else ""
@@ -328,7 +326,7 @@ def _write_images(
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a file is there and not empty, as a power cut may leave it."""
+    """Whether a file is there and not empty: a power cut may leave empty files."""
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -344,7 +342,7 @@ def _write_png(path: Path, image: torch.Tensor) -> None:
 def _write_shards(
     plan: Plan, draw: Draw, folders: dict[int, str], folder: Path, ranks: _Ranks, progress: bool
 ) -> tuple[list[str], int]:
-    """Write image i to shard i mod S, so that every shard holds every class. Returns what `_write_images` does.
+    """Write image i to shard i mod S, so that every shard holds every class. Returns the shards' paths, and the count.
 
     Each shard has images of nearly all blocks. So the images are made first, as an ImageFolder in a hidden folder.
     """
@@ -395,15 +393,13 @@ def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], implausible: int) 
     count, classes = manifest["count"], manifest["classes"]
     if implausible > MOST_PUT_BACK * count:
         fix = "adapt the flow to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
-        _log.warning(
-            "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s",
-            *(implausible, count, fix),
-        )
+        wild = "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s"
+        _log.warning(wild, implausible, count, fix)
     folders = [entry["folder"] for entry in classes]
     there = sorted(entry["folder"] for entry in classes if entry["count"])
     if manifest["format"] == "imagefolder" and len(there) < len(folders) and there != folders[: len(there)]:
         _log.warning(
-            "%s has no folder for %d of %d classes, which get no images, so torchvision's ImageFolder would number the "
-            "others differently: open it with open_data or RealAndSynthetic, or take the labels from its %s",
+            "%s has no folder for %d of %d classes, which get no images. So torchvision's ImageFolder numbers classes "
+            "differently: use open_data or RealAndSynthetic, or the labels in %s",
             *(folder, len(folders) - len(there), len(folders), CLASS_FILE),
         )

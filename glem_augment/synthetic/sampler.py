@@ -1,7 +1,6 @@
 """A plan of images from a request, and the latent and image of an item from its class and place in the class.
 
-The classes of real images are matched with the flow's once. A latent is a function of the seed, its class, its place in
-the class and the number of the attempt. It never depends on other items.
+A latent is a function of seed, class, place in the class and number of the attempt. It never depends on other items.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from glem_augment.latent.modes import mix_along_modes
 from glem_augment.model.glem import GLEM
 
 NOISE_BLOCK = 16  # items of a class that share a generator; another number would change the draws
-MAX_ATTEMPTS = 5  # draws of an item whose images are not plausible; the last one stays
+MAX_ATTEMPTS = 5  # draws of an item at most; the last draw is kept
 REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that identifies the real images of a mixup
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]
 
 _ADAPT = (
-    "A flow makes images of its classes only: adapt it to the data (model.adapt(data), or glem adapt), or leave the "
-    "other classes out of the data."
+    "A flow makes images of its classes only: adapt it to the data (model.adapt(data), or glem adapt), or leave all "
+    "further classes out of the data."
 )
 
 
 class Real(NamedTuple):
-    """Real images; the flow's class of each image, `targets` int64 [N], and of each of their classes, `classes`."""
+    """Real images, with the flow's class of each image (`targets`, int64 [N]) and of each real class (`classes`)."""
 
     data: Source | ImageData
     targets: np.ndarray
@@ -77,16 +76,13 @@ class Plan:
 
 
 def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
-    """The flow's classes in the order of the real data's labels, then other classes that get images."""
+    """The flow's classes in the order of the real data's labels, then further classes that get images."""
     named = list(range(len(counts))) if real is None else real.classes.tolist()
     return [*named, *(cls for cls, count in enumerate(counts) if count and cls not in named)]
 
 
 def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[int]:
-    """The number of images of each of the flow's K classes; `per_class` is an argument of `SyntheticDataset`.
-
-    "balance" makes none of a class that `real` does not name.
-    """
+    """The number of images of each of the flow's K classes; see `per_class` of `SyntheticDataset`."""
     k = model.num_classes
     if isinstance(per_class, str):
         if per_class != "balance":
