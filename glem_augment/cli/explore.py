@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 MOST_BYTES = "20mb"  # of an upload
 MODES = 8  # that have a slider
-SURPRISES = 12  # images shown as surprising
+SURPRISES = 12  # images of the lowest likelihood that are shown
 SHOWN = 256  # pixels to which small images are enlarged
 STRENGTH, FIRST = 0.25, 3  # at the start: most moves are kept, and the move along the first mode is visible
 LIKELIEST = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")  # colours of the likeliest classes along a line
 BUSY = threading.Lock()  # held while the page computes
-# Labels stand above their pictures, not on them; on a telephone, pictures before controls; captions are whole.
+# Labels stand above their pictures. On a telephone, pictures come before controls. Captions are not cut.
 CSS = """\
 .image-frame {padding-top: 1.7rem}
 @media (max-width: 700px) {.pictures {order: -1}}
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"DATA is missing: name its images, for example glem explore {args.model} photos/")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command as Ctrl-C does
     name, split = args.data or args.model, args.split or "test"
-    # Gradio reads these when it is imported. It would ask for newer versions of itself, and keep a history.
+    # Read when Gradio is imported: no search for newer versions, no history.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     with TemporaryDirectory(prefix="glem-explore-") as folder:
         os.environ.update(GRADIO_TEMP_DIR=folder, MPLCONFIGDIR=folder)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         _, url, _ = page.launch(theme=theme, css=CSS, footer_links=[], prevent_thread_lock=True, **served)
         common.note(f"glem explore is at {url} (Ctrl-C ends it)")
         page.block_thread()
-        with BUSY:  # Python aborts if torch is at work in a thread at the end
+        with BUSY:  # Python aborts if a thread still computes when it ends
             pass
 
 
@@ -127,7 +127,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         moved = explorer.move(image, cls, "noise" if by_hand else policy, strength, seed, sliders if by_hand else None)
         change = moved.image.float() - image.float()
         largest = float(change.abs().max())
-        why = "it is not plausible, or the flow does not give the image itself back"
+        why = "it is not plausible, or the flow does not give the original back"
         fate = f"**would be put back**: {why}" if moved.put_back else "would be kept"
         facts = (
             f"A move along the modes of {names[cls]}, which {fate}. {unit} given that class: {moved.likelihood[0]:.3f} "
@@ -141,7 +141,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         choices = [("class of the image; of a file, the likeliest", -1), *zip(names, range(len(names)), strict=True)]
         inputs.append(gr.Dropdown(choices, value=-1, label="Class along whose modes it moves"))
         policies = [("sliders below", "sliders"), *((name, name) for name in POLICIES)]
-        inputs.append(gr.Radio(policies, value="sliders", label="Policy: what chooses the move"))
+        inputs.append(gr.Radio(policies, value="sliders", label="Policy: how the move is chosen"))
         strength = "factor on the sliders or the noise; of mixup, twice the partner's share"
         inputs.append(gr.Slider(0, 2, STRENGTH, step=0.05, label="Strength", info=strength))
         inputs.append(gr.Number(0, label="Seed", minimum=0, precision=0))
@@ -181,7 +181,7 @@ def between_tab(gr: Any, page: Any, explorer: Explorer) -> None:
             outputs = [picture(gr, label) for label in ("First", "Between", "Second")]
         axes = {"x": "share", "y": "probability", "color": "class", "y_lim": [0, 1]}
         with gr.Column(visible=len(names) > 1):
-            outputs.append(gr.HTML())  # the plot's own legend does not wrap
+            outputs.append(gr.HTML())  # the plot's legend does not wrap
             outputs.append(gr.LinePlot(label="Posterior along the line", colors_in_legend=[], **axes))
     redraw(gr, page, show, inputs, outputs, "between")
 
@@ -249,7 +249,7 @@ def pictures(gr: Any) -> Any:
 
 
 def picture(gr: Any, label: str) -> Any:
-    buttons = ["download", "fullscreen"]  # and not "share", which would send the picture to the Hub
+    buttons = ["download", "fullscreen"]  # without "share", which sends the picture to the Hub
     settings = {"format": "png", "type": "pil", "interactive": False, "min_width": 100}
     return gr.Image(label=label, alt_text=label, buttons=buttons, **settings)
 
@@ -279,7 +279,7 @@ def reporting(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def redraw(gr: Any, page: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str) -> None:
-    """Draw the outputs when the page opens and whenever an input changes; of quick changes the last counts."""
+    """Draw the outputs when the page opens and when an input changes. Of quick changes only the last is drawn."""
     triggers = [page.load, *(control.change for control in inputs)]
     settings = {"show_progress": "hidden", "trigger_mode": "always_last", "api_name": name}
     gr.on(triggers, reporting(gr, function), inputs, outputs, **settings)

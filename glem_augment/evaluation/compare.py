@@ -1,9 +1,8 @@
-"""Does augmentation help on these images? One small network, several stacks of augmentation, held-out images.
+"""Does augmentation help on a user's images? One small network is trained with several stacks of augmentation.
 
-All stacks crop and flip. The best of a short list of ordinary stacks, and the best moves along modes of the pixels, of
-an autoencoder's latents and, where one is given, of a flow, are chosen by training images that are held out, with one
-seed. Only the chosen ones are measured on the test images, with several seeds, and each difference has a 95 % interval
-over seeds (Student's t).
+All stacks crop and flip. Stacks compete within their kind: ordinary operations, and moves along the modes of pixels, of
+an autoencoder's latents, or of a flow. Held-out training images choose the best stack of each kind, with one seed. The
+chosen stacks are measured on the test images with several seeds. Differences have 95 % intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True)
 class Stack:
-    """What happens to training images, beside crop and flip.
+    """Operations on training images, beside crop and flip.
 
     Attributes:
         name: for people.
@@ -79,7 +78,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
 
 
 def moves(kind: str, shown: str, policies: Sequence[dict[str, Any]] = POLICIES) -> tuple[Stack, ...]:
-    """The stacks that move images along the modes of a model, one for each of these settings of `GLEMAugment`."""
+    """A stack of moves along the modes of a model for each of the settings of `GLEMAugment`."""
     return tuple(
         Stack(" ".join((f"{shown}:", *(f"{value:g}" if key == "strength" else value for key, value in found.items()))),
               kind, moves=tuple(found.items()))
@@ -94,13 +93,13 @@ def interval(values: Sequence[float]) -> float:
 
 @dataclass
 class Comparison:
-    """Trains the network with one stack after the other.
+    """Trains the network with one stack after another.
 
     Args:
         models: for each kind of moves, a function that makes a model with modes of some training images.
         steps: of each training. network, pretrained: see `train_network`.
         copies: moved copies of every image.
-        tick: is told of each step.
+        tick: called after each step.
     """
 
     models: dict[str, Callable[[ImageData], GLEM]]
@@ -152,7 +151,7 @@ class Comparison:
                     chosen = torch.from_numpy(rng.random(len(rows)) < 0.5)
                     view = torch.from_numpy(rng.integers(len(copies), size=len(rows)))
                     images = torch.where(chosen[:, None, None, None], copies[view, rows], images)
-                with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+                with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
                     torch.set_rng_state(state)
                     images = normalised(torch.stack([each(image) for image in images]))
                     labels: Tensor = y[rows]
@@ -178,13 +177,13 @@ class Comparison:
             out = torch.empty(self.copies, *x.shape, dtype=torch.uint8)
             for view in range(self.copies):
                 order = torch.from_numpy(np.random.default_rng([view, 11]).permutation(len(x)))
-                for rows in order.split(BATCH):  # in another order each time, so that partners vary
+                for rows in order.split(BATCH):  # a new order for each copy, so that partners vary
                     out[view, rows] = aug(x[rows], y[rows])[0]
             self._copies[key] = out
         return self._copies[key]
 
     def model(self, kind: str, train: ImageData) -> GLEM:
-        """The model with modes of these training images, made once."""
+        """The model with modes of the training images, made once."""
         key = kind, train
         if key not in self._fitted:
             self._fitted[key] = self.models[kind](train)
@@ -193,14 +192,14 @@ class Comparison:
     def best(
         self, stacks: Sequence[Stack], fit: ImageData, held: ImageData, seed: int = 0
     ) -> tuple[dict[str, Stack], dict[str, float]]:
-        """Of each kind the stack that is best on the `held` images after training on `fit`; all accuracies by name."""
+        """The best stack of each kind on the images `held` after training on `fit`, and all accuracies by name."""
         found = {stack.name: self.accuracy(stack, fit, held, seed) for stack in stacks}
         kinds = dict.fromkeys(stack.kind for stack in stacks)
         return {k: max((s for s in stacks if s.kind == k), key=lambda s: found[s.name]) for k in kinds}, found
 
 
 def parted(data: ImageData, every: int) -> tuple[ImageData, ImageData]:
-    """The images without every `every`-th of each class, and these."""
+    """The images in two parts; the second part has every `every`-th image of each class."""
     place = np.empty(len(data), dtype=np.int64)
     for k in range(len(data.classes)):
         rows = np.flatnonzero(data.targets == k)
@@ -221,7 +220,7 @@ def advice(rows: Sequence[dict[str, Any]]) -> str:
     gain, half = difference(strongest, rows[0])
     if strongest is not rows[0] and gain > half:
         return f"Use {strongest['name']}: {gain:+.1f} ± {half:.1f} points over {BASE}. Moves add nothing clear to it."
-    return f"Nothing here clearly beats {BASE} on these images: leave it out, or give it more time and more seeds."
+    return f"Nothing clearly beats {BASE} on these images: leave it out, or give it more time and more seeds."
 
 
 def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
@@ -231,7 +230,7 @@ def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
 
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
-    """How the model of each kind of moves is made: one pass over the training images, nothing is trained."""
+    """Makers of the model for each kind of moves: one pass over the training images, nothing is trained."""
     shape, ranks = train.image_shape, dict[str, Any](rank=MODES, progress=False)
 
     def identity(name: str | None, data: ImageData) -> GLEM:
@@ -262,7 +261,7 @@ def compare(
     pretrained: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Choose and measure stacks within about `minutes`; the result has `rows`, `advice` and what they were made with.
+    """Choose and measure stacks within about `minutes`; the result has `rows`, `advice` and the settings.
 
     Args:
         train, test: images of one shape with the same classes; sizes that the autoencoder divides.
@@ -272,7 +271,7 @@ def compare(
         DataError: classes that differ, or a class with fewer than five images.
     """
     if train.classes != test.classes:
-        raise DataError(f"training and test images have other classes: {train.classes[:5]} and {test.classes[:5]}")
+        raise DataError(f"training and test images differ in classes: {train.classes[:5]} and {test.classes[:5]}")
     if np.bincount(train.targets, minlength=len(train.classes)).min() < 5:
         raise DataError("every class needs at least 5 training images, a fifth of which are held out for the choice")
     began, models = time.monotonic(), models_for(train, autoencoder, flow)
@@ -320,7 +319,7 @@ def report(measured: dict[Stack, list[float]]) -> list[dict[str, Any]]:
 
 
 def _seconds_per_copy(model: GLEM) -> float:
-    """How long `GLEMAugment` takes for an image with this model."""
+    """The time of `GLEMAugment` for an image with this model."""
     x = torch.rand(8, *model.image_shape)
     aug, y = GLEMAugment(model, p=1.0, policy="noise", strength=0.5), torch.zeros(8, dtype=torch.int64)
     aug(x, y)

@@ -29,14 +29,14 @@ from glem_augment.evaluation.quality import memorisation_ratio, nearest
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 
-# An upload beyond the pixels of a camera is refused; an upload beyond the pixels of a screen is reduced.
+# Uploads with more pixels than cameras take are refused. Longer sides than a screen shows are reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
 NEIGHBOURS = 12  # samples that are compared with real images
 
 
 class Moved(NamedTuple):
-    """The moved image, uint8 [C, H, W] like the original; posterior [2, K] and likelihood [2] given the class, of the
-    original and the moved image; whether `GLEMAugment` would put the move back."""
+    """A moved image, uint8 [C, H, W]; posterior [2, K] and likelihood [2] given the class, before and after the move;
+    whether `GLEMAugment` would put the move back."""
 
     image: Tensor
     posterior: Tensor
@@ -45,7 +45,7 @@ class Moved(NamedTuple):
 
 
 class _Shown(GLEMAugment):
-    """The transform with its last moved images [n, C, H, W] in `moved`, including images that it puts back."""
+    """The transform, which keeps its last moved images [n, C, H, W] in `moved`, even if it puts them back."""
 
     def _images(self, *values: Any) -> Tensor:
         self.moved = super()._images(*values)
@@ -57,8 +57,8 @@ class Explorer:
 
     Args:
         model: modes are needed to move images.
-        sets: images of the flow's shape, labelled by its class indices; and training images like them, if there are.
-            Pictures show the first set at full size.
+        sets: images of the flow's shape, labelled by its class indices, and optionally training images. Pictures show
+            the first set at full size.
         progress: show a bar on stderr while images are measured.
     """
 
@@ -77,7 +77,7 @@ class Explorer:
         return compose(f"Samples: {self.model.classes[cls]}", note, [Section("", cells)])
 
     def neighbours(self, cls: int, temperature: float, source: DrawSource, seed: int) -> tuple[Image.Image, str]:
-        """Samples above the real images that are nearest to them in pixels, and what that says of memorisation."""
+        """Samples above their nearest real images in pixels, and a sentence on memorisation."""
         samples = self.samples(cls, temperature, source, seed, NEIGHBOURS)
         flat, sections = samples.flatten(1), [Section("Samples", samples[None])]
         real = [data.tensor() for data in self.sets]
@@ -85,19 +85,19 @@ class Explorer:
             distance, index = nearest(flat, images.flatten(1))
             labels = [f"{value:.0f}" for value in (distance / self.model.dim**0.5).tolist()]
             sections.append(Section(f"The nearest of {len(images)} {kind} images", images[index][None], labels))
-        text = "With a train split, this tells whether samples are nearer to training images than to others."
+        text = "With a train split, this compares distances to training images and to held-out images."
         if len(real) > 1:
             held_out, train = (images.flatten(1) for images in real)
             nearer = NEIGHBOURS * memorisation_ratio(flat, train, held_out)["share_nearer_train"]
             text = (
-                f"{nearer:g} of {NEIGHBOURS} samples are nearer to a training image than to any of as many held-out "
-                "ones; about half are if the flow has memorised nothing."
+                f"{nearer:g} of {NEIGHBOURS} samples are nearer to a training image than to any of equally many "
+                "held-out images. Without memorisation it is about half."
             )
         note = "the numbers are root mean squares of the pixels' differences, of 255"
         return compose(f"Nearest real images: {self.model.classes[cls]}", note, sections), text
 
     def picked(self, index: int, upload: str | None = None) -> tuple[Tensor, int]:
-        """An uploaded file and the class that the flow gives it, or else image `index` of the data and its class."""
+        """An uploaded file and its class by the flow, or else image `index` of the data and its class."""
         if upload is None:
             return self.shown[index]
         image = read_upload(upload)
@@ -122,9 +122,9 @@ class Explorer:
         """Move an image along the modes of class `cls`.
 
         Args:
-            policy: "mixup" takes a partner drawn from the class, "adversarial" is against the flow's own posterior.
+            policy: "mixup" draws a partner from the class, "adversarial" attacks the flow's posterior.
             strength: in standard deviations; of mixup, twice the partner's share.
-            coefficients: of the top modes, in the place of what policy "noise" draws.
+            coefficients: of the top modes, in place of the draws of policy "noise".
         """
         modes = None if coefficients is None else len(coefficients)
         settings: dict[str, Any] = {} if policy == "mixup" else {"strength": strength}
@@ -152,8 +152,8 @@ class Explorer:
         """The straight line in latent space between two images.
 
         Returns:
-            The image with that share of the second one, in the flow's size; `points` shares from 0 to 1, and the
-            posterior [points, K] at each.
+            The image with that share of the second image, in the flow's size; `points` shares from 0 to 1; their
+            posteriors [points, K].
         """
         start, end = self.model.encode(self._small(first, second))[0]
         shares = torch.linspace(0, 1, points)
@@ -164,7 +164,7 @@ class Explorer:
     @cached_property
     @torch.no_grad()
     def measured(self) -> tuple[Tensor, ...]:
-        """Posterior [N, K] of the data's images, their likelihoods [N] and classes: computed once."""
+        """Posteriors [N, K], likelihoods [N] and classes [N] of the data's images."""
         parts = []
         with tqdm(total=len(self.data), unit="image", desc="measuring", disable=not self.progress) as bar:
             for x, y in self.data.batches(np.arange(len(self.data)), 64):
@@ -174,7 +174,7 @@ class Explorer:
 
 
 def drawn(model: GLEM, most: int) -> ImageData:
-    """Samples of evenly spread classes, at most 64, in the place of real images."""
+    """Samples of evenly spread classes, at most 64, in place of real images."""
     classes = spread(model.num_classes, min(model.num_classes, most, 64)).tolist()
     samples = SyntheticDataset(model, dict.fromkeys(classes, min(most, 64) // len(classes)))
     return images_for(model, (samples.images(range(len(samples))).cpu(), samples.targets))
@@ -190,16 +190,16 @@ class _Upload(FolderSource):
             size = f"{image.width} x {image.height}"
             raise BadImageError(f"{self.where(index)} has {size} pixels, more than {MOST_PIXELS}: reduce it")
         image.thumbnail((LONGEST, LONGEST))  # a JPEG is decoded at about that size
-        ImageOps.exif_transpose(image, in_place=True)  # telephones turn portraits by a tag alone
+        ImageOps.exif_transpose(image, in_place=True)  # telephones turn portraits by a tag
         return image
 
 
 @lru_cache(maxsize=4)  # every move of a slider reads the same file
 def read_upload(path: str) -> Tensor:
-    """An image file that may be hostile: uint8 [C, H, W], one channel if it is grey, at most 768 pixels a side.
+    """An untrusted image file: uint8 [C, H, W], one channel if it is grey, at most 768 pixels a side.
 
     Raises:
-        BadImageError: it is no image, is damaged, or has too many pixels, which shows before they are decoded.
+        BadImageError: no image, a damaged image, or too many pixels (found before they are decoded).
     """
     image = _Upload("upload", [], [], np.zeros(1, dtype=np.int64), [path])[0][0]
     return to_tensor(image, len(image.getbands()))

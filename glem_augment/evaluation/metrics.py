@@ -49,7 +49,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float:
     """Fit the temperature of the model's posterior to images that it was not trained on, see `fit_temperature`.
 
-    `adapt` and the trainer call this. Accuracy and densities stay as they are; `model.save` keeps the result.
+    The trainer calls this. Accuracy and densities stay as they are; `model.save` keeps the result.
 
     Args:
         data: see `GLEM.fit_modes`; some hundred images, but none of the test images.
@@ -76,11 +76,11 @@ def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
 
     Args:
         data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an
-            autoencoder, which is slow for large images and explodes for none.
+            autoencoder, which is slow for large images.
 
     Returns:
         `mixup`: the share for policy "mixup"; `noise`: the share for policy "noise" at each strength of "auto";
-        `strength`: the strength that "auto" chooses for these shares.
+        `strength`: the strength that "auto" chooses; `images`: the number of moved images.
 
     Raises:
         ValueError: a model without modes.
@@ -91,7 +91,7 @@ def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
     def lost(**settings: Any) -> float:
         aug = GLEMAugment(model, p=1.0, seed=0, **settings)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the result says the same
+            warnings.simplefilter("ignore")  # the result holds the same numbers
             aug(x, y)
         return aug.stats["replaced"] / count
 
@@ -106,8 +106,8 @@ def evaluate(
     """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
 
     Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
-    ranks call this together: each measures its share of the batches. All return the same numbers, equal to the last bit
-    to the numbers of one process.
+    ranks call this together, and each measures its share of the batches. The numbers are bit for bit those of a single
+    process.
 
     Args:
         round_trip: how many images to encode and decode for the round trip; 0 for none.

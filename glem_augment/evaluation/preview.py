@@ -61,10 +61,10 @@ class Section:
 
 
 class FlowClassifier(nn.Module):
-    """The flow's own classifier as a network, from images of any size to logits [B, K], whose softmax is the posterior.
+    """The flow as a classifier, for adversarial moves: from images of any size to logits [B, K] of the posterior.
 
-    It serves adversarial moves where there is no other classifier. Without the posterior's temperature, the softmax of
-    log-densities that are hundreds of nats apart is 0 or 1 in float32 and leaves no gradient.
+    The posterior's temperature keeps a gradient: without it, log-densities are hundreds of nats apart, and their
+    softmax is 0 or 1 in float32.
     """
 
     def __init__(self, model: GLEM) -> None:
@@ -90,7 +90,7 @@ def preview(
 
     Args:
         model: without stored class modes, augmentations and RFCM samples are left out.
-        data: real images, labelled by the flow's class indices, of any size: `GLEMAugment` adds its change to them.
+        data: real images of any size, labelled by the flow's class indices.
         rows: real images to augment, of as many classes as possible.
         modes: principal modes to move along; by default all that are stored.
         seed: the same call gives the same picture.
@@ -118,10 +118,10 @@ def preview(
 def _augmentations(
     model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int, progress: bool = False
 ) -> Section:
-    """Real images and what GLEMAugment makes of them at rising strength, with the same draw all along a row.
+    """Real images and their moves by GLEMAugment at rising strength, with one draw per row.
 
-    Adversarial moves are against the flow's posterior. Images are floats: only images that were put back equal their
-    originals bit for bit.
+    Adversarial moves attack the flow's posterior. Images are floats, so that only an image that was put back equals its
+    original bit for bit.
     """
     aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
     if policy == "adversarial":
@@ -151,12 +151,12 @@ def _augmentations(
 def _moved(
     aug: GLEMAugment, data: ImageData, chosen: np.ndarray, partners: np.ndarray
 ) -> tuple[list[str], Tensor, Tensor]:
-    """Labels of the columns, the cells [n, N, C, H, W], and which are put back, bool [n, N]."""
+    """Labels of the columns, the cells [n, N, C, H, W], and whether each was put back, bool [n, N]."""
     x, y = _load(data, np.concatenate([chosen, partners]), aug.model.device)
     x, n = _unit(x).to(aug.model.device), len(chosen)
     drawn = aug.draw(x, y)
     if aug.policy == "mixup":
-        # Images are mixed with their partners in the last column, where the class has two images at all.
+        # The partner of an image is shown in the last column. An image that is alone in its class is its own partner.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
         drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
@@ -186,7 +186,7 @@ def class_samples(model: GLEM, seed: int, each: int = 3) -> Section:
     columns, parts = [], []
     for name, source in sources.items():
         for temperature in TEMPERATURES:
-            # All temperatures share their noise, so that a row shows what temperature alone does.
+            # All temperatures share their noise, so that a row shows the effect of temperature alone.
             x = model.sample(y, temperature, torch.Generator().manual_seed(seed), source)
             parts.append(_unit(x).unflatten(0, (k, each)))
             columns += [f"{name}, T = {temperature:.1f}", *[""] * (each - 1)]
@@ -216,11 +216,7 @@ def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, ste
 
 
 def _pairs(data: ImageData, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` images spread over the classes, and for each another image of its class (the same, if it is alone).
-
-    Returns:
-        Two vectors of int64 indices.
-    """
+    """Indices of `count` images spread over the classes, and of another image of each one's class, if there is one."""
     rng = np.random.default_rng([seed, 1])
     present = np.unique(data.targets)
     classes = present[np.arange(count) * len(present) // count]
@@ -239,13 +235,13 @@ def _load(data: ImageData, indices: np.ndarray, device: torch.device) -> tuple[T
 def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
     """The sections below one another, under a title; cells of narrow sections are enlarged to fill the page."""
     head = _heading((title, _TITLE + 4, _INK), (note, _NOTE, _GREY))
-    # The widths of their grids, without the text.
+    # The widest grid, without the text.
     page = max(_draw(Section("", section.cells[:1], rows=section.rows)).width for section in sections)
     return ImageOps.expand(_stack([*head, *(_draw(section, page) for section in sections)], _GAP), _MARGIN, _PAPER)
 
 
 def _draw(section: Section, page: int = 0) -> Image.Image:
-    """One section, at most about `_PAGE` pixels wide, and about `page` if whole factors make its cells as large."""
+    """One section, at most about `_PAGE` pixels wide. Cells grow by whole factors to fill `page` pixels."""
     labels = [_short(text) for text in section.rows]
     left = max([_width(text, _LABEL) + 10 for text in labels], default=0)
     columns, longest = section.cells.shape[1], max(section.cells.shape[-2:])
@@ -314,7 +310,7 @@ def _width(text: str, size: int) -> int:
 
 
 def _short(text: str, longest: int = 22) -> str:
-    """The text in ASCII, which is all that Pillow's own font has, cut to a length."""
+    """The text in ASCII, since Pillow's font has no other letters, cut to a length."""
     text = unicodedata.normalize("NFKD", text.replace("\u00df", "ss"))
     text = "".join(c if c.isascii() else "?" for c in text if not unicodedata.combining(c))
     return text if len(text) <= longest else text[: longest - 3] + "..."

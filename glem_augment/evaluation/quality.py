@@ -38,12 +38,12 @@ __all__ += ["memorisation_ratio", "nearest", "quality_report", "random_batches",
 
 # Rows of a distance matrix that are computed at a time; the least spread of a feature.
 _CHUNK, _MIN_STD = 512, 1e-3
-# A timm network of 0.2 million weights, which learns from 1000 images in seconds on a CPU. Network and learning rate
-# were chosen for the demo without augmentation, on a held-out quarter of the training images.
+# A timm network of 0.2 million weights, which learns from 1000 images in seconds on a CPU. A held-out quarter of the
+# demo's training images, without augmentation, chose network and learning rate.
 NETWORK, LEARNING_RATE = "test_byobnet", 1e-2
 ORACLE_STEPS, ORACLE_BATCH, ORACLE_MEAN, ORACLE_STD = 1500, 64, 0.5, 0.25
 NEIGHBOURS = 5
-# A judge with a lower accuracy on held-out images is weak; so is a judge below twice the accuracy of guessing.
+# A judge is weak below this accuracy on held-out images, or below twice the accuracy of guessing.
 WEAK, WEAK_OF_FEW = 0.6, 0.8
 AUTOENCODER, COMPONENTS, LONGEST, FITTED = "taef2", 32, 64, 500  # of `latent_features`
 _PAIRS, _ACROSS = 32, 4  # pairs in a section of the picture, and in one of its rows
@@ -64,28 +64,27 @@ def quality_report(
     """Compare a synthetic set with its real images: are they alike, are the labels right, are they copies?
 
     Args:
-        synthetic: a `SyntheticDataset`, or what `open_data` takes, such as the folder of an export.
-        real: the images that the flow was trained on (the training split, where it is given by name), under class
-            names; resized to those of `synthetic`.
-        held_out: real images that it was not trained on, such as a test split. Without them every fifth image of `real`
-            is held out from the network. The flow was trained on it, so memorisation is left out.
+        synthetic: a `SyntheticDataset`, or any argument of `open_data`, such as the folder of an export.
+        real: the flow's training images, with class names (of a name the training split); resized like `synthetic`.
+        held_out: real images outside the flow's training, such as a test split. Without them every fifth image of
+            `real` is held out from the judge. The flow was trained on these images, so memorisation is left out.
         out: a folder for report.json and report.png, which shows synthetic images beside the nearest images of `real`:
             the nearest pairs of all, and pairs evenly spread over the synthetic images.
         network, mean, std: the judge, a timm classifier of the classes of `synthetic`, see `features_and_logits`; it
-            gives the features too. None: a small one is trained on `real`, which takes about a minute on a CPU, and
-            the features of colour images are `latent_features`.
+            gives the features too. None: a small network is trained on `real`, which takes about a minute on a CPU,
+            and the features of colour images are `latent_features`.
         max_images: of each of the three sets, evenly spread.
-        class_map: how the classes of `real` and `held_out` map to those of `synthetic`, see `match_classes`.
+        class_map: how classes of `real` and `held_out` map to the classes of `synthetic`, see `match_classes`.
 
     Returns:
         JSON-able:
 
-        - `images`: how many of each set; `features`, `judge`: where features and predicted classes come from.
-        - `fid`, `coverage`, `density`: against the held-out images, in these features (5 neighbours).
-        - `label_reliability`: share of synthetic images that the judge gives their class; `judge_accuracy`: the share
-          of real held-out images, which perfect images would reach; `warning`: a sentence on a weak judge, or None.
-        - `memorisation`: see `memorisation_ratio`, by distances of pixels, since the features of images on which the
-          network was trained differ. None without `held_out`.
+        - `images`: counts of the three sets; `features`, `judge`: sources of features and predicted classes.
+        - `fid`, `coverage`, `density`: against the held-out images (5 neighbours).
+        - `label_reliability`: share of synthetic images that the judge assigns to their class; `judge_accuracy`: the
+          same share of real held-out images, the most to expect; `warning`: a sentence on a weak judge, or None.
+        - `memorisation`: see `memorisation_ratio`, by distances of pixels, since the judge was trained on some of the
+          images. None without `held_out`.
 
     Raises:
         DataError: fewer than six images in a set. ClassMismatchError: classes of `real` that `synthetic` does not name.
@@ -168,7 +167,7 @@ def _some(
     shape: tuple[int, int, int] | None = None,
     split: str = "train",
 ) -> ImageData:
-    """At most `count` images, evenly spread, resized to `shape` if given; no further image is decoded."""
+    """At most `count` images, evenly spread, resized to `shape` if given. Only these images are decoded."""
     data = data if isinstance(data, ImageData) else open_source(data, split)
     rows = spread(len(data), min(count, len(data)))
     if isinstance(data, ImageData):
@@ -233,7 +232,7 @@ def features_and_logits(
 
     Args:
         x: images [N,C,H,W] of the network's size, uint8 or float in [0, 1].
-        mean, std: what the network expects its input to be normalised with, broadcast to [B,C,H,W].
+        mean, std: normalise the network's input, broadcast to [B,C,H,W].
 
     Returns:
         features [N, m] and logits [N, K], on the CPU.
@@ -286,7 +285,7 @@ def latent_features(real: Tensor, *sets: Tensor, progress: bool = False) -> list
 
 
 def label_reliability(logits: Tensor, y: Tensor) -> float:
-    """Share of generated images whose logits [N, K], of a classifier of real images, name the intended class y [N]."""
+    """Share of generated images that a classifier of real images, with logits [N, K], assigns to their class y [N]."""
     return float((logits.argmax(1) == y.to(logits.device)).double().mean())
 
 
@@ -295,9 +294,8 @@ def feature_fid(real: Tensor, generated: Tensor) -> float:
 
         |m_r - m_g|^2 + tr(S_r + S_g) - 2 tr (S_r S_g)^1/2
 
-    The last trace is the sum of the square roots of the eigenvalues of R^T S_g R, where S_r = R R^T: these are the
-    eigenvalues of S_r S_g, and the matrix is symmetric. The distance depends on the network and falls with the number
-    of images, so state both.
+    With S_r = R R^T, the symmetric matrix R^T S_g R has the eigenvalues of S_r S_g. The last trace is the sum of their
+    square roots. The distance depends on the network and falls with the number of images, so state both.
 
     Args:
         real, generated: features [N, m] and [M, m]; N, M >= 2.
@@ -347,8 +345,8 @@ def memorisation_ratio(
 ) -> dict[str, float]:
     """How much nearer samples lie to training images than to held-out images.
 
-    The larger real set is thinned to the size of the smaller set, since the nearest of more images is nearer. A flow
-    that has memorised nothing has a ratio of 1 and a share of 1/2.
+    The larger real set is thinned to the size of the smaller set: the nearest of more images is nearer. Without
+    memorisation the ratio is 1 and the share 1/2.
 
     Args:
         samples, train, held_out: features (or flattened pixels) [S, m], [N, m] and [M, m].
@@ -371,7 +369,7 @@ def memorisation_ratio(
 
 
 def nearest(x: Tensor, others: Tensor, progress: bool = False) -> tuple[Tensor, Tensor]:
-    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m], float64 [N], and which it is."""
+    """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m], float64 [N], and its index [N]."""
     x, others = _check_features(x, others)
     bar = tqdm(x.split(_CHUNK), desc="nearest images", delay=2, disable=not progress)
     found = [_squared_distances(part, others).min(1) for part in bar]
@@ -382,12 +380,12 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances [N, M] of float64 rows, by one matrix product."""
     size = a.square().sum(1)[:, None] + b.square().sum(1)
     squared = torch.addmm(size, a, b.T, alpha=-2)
-    # Equal rows have distance 0: rounding leaves less than this of |a|^2 + |b|^2.
+    # Equal rows have distance 0. Rounding leaves less than 1e-13 of |a|^2 + |b|^2.
     return squared.masked_fill_(squared < 1e-13 * size, 0.0)
 
 
 def _check_features(first: Tensor, second: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
-    """Both sets in float64 on the CPU; `least` is the number of rows that each must have.
+    """Both sets, float64 on the CPU, with at least `least` rows each.
 
     The mean of the first set becomes the origin: no measure depends on it, and sums of squares keep more digits.
     """
@@ -401,6 +399,6 @@ def _check_features(first: Tensor, second: Tensor, least: int = 1) -> tuple[Tens
         if len(features) < least:
             raise DataError(f"{len(features)} images are too few: at least {least} are needed")
         if not bool(features.isfinite().all()):
-            raise DataError("there are features that are not finite")
+            raise DataError("features are not finite: check the images and the network")
     centre = pair[0].mean(0)
     return pair[0] - centre, pair[1] - centre

@@ -1,7 +1,4 @@
-"""Cards of models and synthetic sets, from model_card.md and dataset_card.md.
-
-A card states what the records say, and what the publisher adds.
-"""
+"""Cards of models and synthetic sets, from model_card.md and dataset_card.md, records and the publisher's facts."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ from glem_augment.model.config import data_name, data_names, licence_id, records
 from glem_augment.model.glem import GLEM
 
 LIBRARY, SAMPLES = "glem-augment", "samples.png"
-# The Hub's task for models that draw images without a text or an image to start from. The flow classifies too, but
-# "image-classification" would promise the Hub's widgets a classifier that they can run.
+# The Hub's task for models that draw images. The flow classifies too, but the Hub's widgets cannot run it for
+# "image-classification".
 PIPELINE = "unconditional-image-generation"
 _TAGS = [LIBRARY, "normalizing-flow", "class-conditional", "data-augmentation", "synthetic-data"]
 # Keys of a table of `glem eval`: the Hub's task, the Hub's metric, and words for people.
@@ -47,11 +44,11 @@ _REPORTED = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the publisher adds, because the model's files do not hold it.
+    """Facts from the publisher that are not in the model's files.
 
     Attributes:
-        license: the licence of the training images, from which samples derive: the Hub's identifier ("mit", ..., or
-            "other" with `license_name` and `license_link`); by default the licence in the record of the training.
+        license: the licence of the training images, as the Hub names it ("mit", ..., or "other" with `license_name`
+            and `license_link`); by default the licence in the record of the training.
         datasets: identifiers of the training data on the Hub.
         metrics: tables that `glem eval` printed; they may hold `fid` as well.
         report: of a synthetic set, the folder that `evaluation.quality_report` wrote.
@@ -147,7 +144,7 @@ def _results(model: GLEM, metrics: Sequence[Mapping[str, Any]]) -> list[EvalResu
         if not any(is_number(table.get(key)) for key in _METRICS):
             raise ValueError(f"metrics must hold one of {', '.join(_METRICS)}, as glem eval writes them; got {table}")
         if table.get("bits", model.bits) != model.bits:
-            raise ValueError(f"these metrics were measured at {table['bits']} bits, the model has {model.bits}")
+            raise ValueError(f"metrics are for {table['bits']} bits, and the model has {model.bits}: measure again")
     recorded = {"data": training.get("data"), "split": "train (held out)", **held_out(training)}
     results = []
     for table in (recorded, *metrics):
@@ -180,7 +177,7 @@ def _evaluation(results: Sequence[EvalResult]) -> str:
 
 
 def held_out(training: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracy and likelihood on the held-out part of the training images, which the trainer recorded."""
+    """Accuracy and likelihood on held-out training images, from the trainer's record."""
     found = training.get("held_out")
     found = found if isinstance(found, dict) else {}
     keys = ("accuracy", "nats_per_number" if "val_nats_per_number" in found else "bits_per_dim")
@@ -196,7 +193,7 @@ def is_number(value: Any) -> bool:
 
 
 def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> DatasetCard:
-    """The card of synthetic images as shards; its metadata tell `datasets` where the images are.
+    """The card of synthetic images as shards, with metadata for the library `datasets`.
 
     Args:
         manifest: of the export, see `synthetic.export`.
@@ -272,5 +269,5 @@ def base_model(training: Mapping[str, Any]) -> str | None:
 
 
 def escape(text: object) -> str:
-    """Somebody else's text inside Markdown: it can't make a table cell, a link, a tag or code."""
+    """Untrusted text for Markdown, without table cells, links, tags or code."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
