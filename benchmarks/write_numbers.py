@@ -32,7 +32,7 @@ from benchmarks.proof.augmentation_report import (
     results_of,
     signed,
 )
-from benchmarks.proof.augmentation_settings import PLAIN, SETTINGS
+from benchmarks.proof.augmentation_settings import PLAIN, SETTINGS, TUNING_SEED
 from benchmarks.proof.samples_alone import as_long
 from benchmarks.speed.speed import OURS, REVERSIBLE
 from glem_augment.io import atomic_write
@@ -149,7 +149,7 @@ def augmentation() -> Named:
 
 def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Named:
     """The adversarial policy along the modes of the pixels, and which rows match what the pages advise."""
-    lines, matching, strengths = [], [], []
+    lines, matching, strengths, shorter = [], [], [], []
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
     for result in results:
         for arm in result.arms:
@@ -159,6 +159,12 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
         strongest = arm and result.strongest(arm)
         if arm is None or strongest is None:
             continue
+        tried = {
+            row["params"]["strength"]: row["val_accuracy"]
+            for row in result.tuning
+            if (row["flow"], row["method"], row["seed"]) == ("identity", "adversarial", TUNING_SEED)
+        }
+        shorter += [tried.pop(RECIPE / 2) > max(tried.values())] if RECIPE / 2 in tried else []
         gain = paired_gain(arm.accuracies, strongest.accuracies)
         assert gain is not None
         gains.setdefault("pixels' modes: over that stack", []).append(gain)
@@ -173,6 +179,7 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
              bold(gain), why or "yes", str(gain.seeds)]
         )  # fmt: skip
     gains["pixels' modes as advised: over that stack"] = matching
+    yield "pixels: a shorter move is better on validation images", f"{sum(shorter)} of {len(shorter)}"
     yield "pixels: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
     head = "setting | classifier | best other stack | pixels' modes, adversarial | over that stack | as advised | seeds"
     yield "modes of the pixels", table(head, sorted(lines, key=naturally))

@@ -156,7 +156,11 @@ def options() -> Any:
     add("--methods", nargs="+", choices=ours, default=list(DEFAULT_OURS), help="of ours (%(default)s)")
     add("--best", type=int, default=2, help="of our methods in the final cells, per flow (%(default)s)")
     add("--through", nargs="+", metavar="FLOW", help="only these of a setting's flows (all)")
-    add("--triples", action="store_true", help="only a third operation on the best pair of opponents")
+    add(
+        "--beside", choices=["triples", "shorter"],
+        help="only trials beside the stored ones: a third operation on the best pair of opponents, or adversarial moves "
+        "along the pixels' modes of half the lowest strength",
+    )  # fmt: skip
     add("--leaking", action="store_true", help="also flows that have seen all labels; never counted")
     add("--trials", type=int, default=3, help="at most so many per method (%(default)s)")
     add(

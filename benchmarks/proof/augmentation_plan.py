@@ -112,7 +112,7 @@ class Plan:
     """The cells of a setting and classifier that follow from what has been measured so far.
 
     Args:
-        args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`, `triples`.
+        args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`, `beside`.
         flows: tells which ones can be used.
     """
 
@@ -122,8 +122,8 @@ class Plan:
     def cells(self, setting: Setting, classifier: str, store: Store) -> list[Cell]:
         """All cells known so far, in the order in which to run them."""
         singles = self.singles(setting, classifier)
-        if self.args.triples:
-            return self.triples(singles, store)
+        if self.args.beside:
+            return self.beside(singles, store)
         cells = [*singles, *self.again(singles, store)]
         best_single = self.best(singles, store)
         # Not before every opponent has been measured: a flow that one of them needs may not be there yet.
@@ -180,15 +180,23 @@ class Plan:
             result.append(Cell(*where, name, own.params, best.stack, best.seed))
         return result
 
-    def triples(self, singles: list[Cell], store: Store) -> list[Cell]:
-        """A third operation on the pair that the test images have seen; the best of these, if validation prefers it."""
+    def beside(self, singles: list[Cell], store: Store) -> list[Cell]:
+        """Trials beside what has been measured on test images: a third operation of others, a shorter move of ours."""
         setting, classifier = singles[0].setting, singles[0].classifier
         here = {"setting": setting.name, "classifier": classifier, "method": "opponent"}
         final = [row for row in store.rows(final=True) if here.items() <= row.items()]
-        base = [(name, params) for name, params in final[-1]["base"]] if final else []
+        if not final:
+            return []
+        base = tuple((name, params) for name, params in final[-1]["base"])
+        where = setting, classifier, "opponent", "none"
+        if self.args.beside == "shorter":
+            lowest = {**METHODS["adversarial"].trials[0], "flow": "identity"}
+            shorter = {**lowest, "strength": lowest["strength"] / 2}
+            where = setting, classifier, "control", "identity"
+            return [Cell("ours", *where, "adversarial", shorter, base, TUNING_SEED)]
         if len(base) < 3:  # crop + flip alone, or one operation that was better than all pairs
             return []
-        pair = Cell("pairs", setting, classifier, "opponent", "none", *base[-1], tuple(base[:-1]), TUNING_SEED)
+        pair = Cell("pairs", *where, *base[-1], base[:-1], TUNING_SEED)
         cells = self.with_another("triples", pair, singles, store)
         best, again = self.best(cells, store), self.again(cells, store)
         if best is None or self.value(best, store) <= self.value(pair, store):

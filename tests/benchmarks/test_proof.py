@@ -49,7 +49,7 @@ class AllFlows:
 def planned(**changes) -> planning.Plan:
     chosen = dict(
         opponents=list(settings.OPPONENTS), methods=["adversarial", "noise"], trials=3, best=1, seeds=[0, 1, 2, 3, 4],
-        leaking=False, through=None, tuning_seeds=3, triples=False,
+        leaking=False, through=None, tuning_seeds=3, beside=None,
     )  # fmt: skip
     return planning.Plan(argparse.Namespace(**{**chosen, **changes}), AllFlows())
 
@@ -138,7 +138,7 @@ def test_a_third_operation_counts_where_validation_prefers_it(
 
     store = Store(tmp_path)
     measure(planned(), store, made_up)
-    measure(planned(triples=True), store, value)
+    measure(planned(beside="triples"), store, value)
     (result,) = reporting.results_of(store)
     arm, tried = result.best(("imagenette32",)), {row["method"] for row in result.tuning if row["stage"] == "triples"}
     assert arm is not None and tried == {"jitter", "mixup", "cutmix", "pixel-adversarial", "latent-noise"}
