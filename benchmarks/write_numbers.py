@@ -163,6 +163,7 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
             row["params"]["strength"]: row["val_accuracy"]
             for row in result.tuning
             if (row["flow"], row["method"], row["seed"]) == ("identity", "adversarial", TUNING_SEED)
+            and row["base"] == result.base
         }
         shorter += [tried.pop(RECIPE / 2) > max(tried.values())] if RECIPE / 2 in tried else []
         gain = paired_gain(arm.accuracies, strongest.accuracies)

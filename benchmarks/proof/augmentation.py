@@ -158,8 +158,8 @@ def options() -> Any:
     add("--through", nargs="+", metavar="FLOW", help="only these of a setting's flows (all)")
     add(
         "--beside", choices=["triples", "shorter"],
-        help="only trials beside the stored ones: a third operation on the best pair of opponents, or adversarial moves "
-        "along the pixels' modes of half the lowest strength",
+        help="only trials beside the stored ones: a third operation on the best pair of opponents, or adversarial "
+        "moves along the pixels' modes of half the lowest strength",
     )  # fmt: skip
     add("--leaking", action="store_true", help="also flows that have seen all labels; never counted")
     add("--trials", type=int, default=3, help="at most so many per method (%(default)s)")
