@@ -129,6 +129,8 @@ def augmentation() -> Named:
         flow_column = "flow | " if group == "other images" else ""
         head = f"setting | classifier | {flow_column}best other stack | ours | {' | '.join(OVER)} | no network | seeds"
         yield f"flow of {group}", table(head, sorted(lines, key=naturally))
+    tried = [result for result in results if any(row["stage"] == "triples" for row in result.tuning)]
+    yield "triples: preferred", f"{sum(len(result.opponents) > 1 for result in tried)} of {len(tried)}"
     yield "flows: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
     yield from pixel_modes(results, gains)
     yield from without_network(results, others)
