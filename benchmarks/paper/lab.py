@@ -38,7 +38,6 @@ from glem_augment.data.pixels import in_range
 from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json
-from glem_augment.latent.gaussians import LOWEST_SHARE
 from glem_augment.training import TimeUpError, TrainConfig
 from glem_augment.training.config import METHODS, PAPER
 from glem_augment.training.folder import has_checkpoint
@@ -238,7 +237,7 @@ class Lab:
             return found
 
         def fit(found: LatentStatistics, floor: float) -> float:
-            gaussians.initial_variance = floor / LOWEST_SHARE
+            gaussians.lowest_variance = floor
             found.most_likely(gaussians)
             return evaluate(model, held_out, round_trip=0, progress=False)["bits_per_dim"]
 

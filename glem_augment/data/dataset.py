@@ -197,7 +197,7 @@ def open_data(
             - `"bundled:photographs"`: three photographs of 3x256x256 pixels, one class, inside the package;
             - an ImageFolder (any split), or a folder with ImageFolders named train, test, val, validation, ... (test
               and val stand in for each other if only one is there). Classes are in torchvision's order, or, in a
-              folder that `SyntheticDataset.export` wrote, in that of its classes.json;
+              folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
             - a folder with MNIST-style idx files (`train-images-idx3-ubyte[.gz]`, `t10k-...`);
             - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
               .tar file with one folder per class. A torch/ data set is never downloaded. Columns that are not called

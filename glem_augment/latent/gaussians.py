@@ -58,9 +58,7 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
 class ClassSampler(nn.Module):
     """Draws latents of classes, each from `noise_size` standard normal numbers."""
 
-    @property
-    def noise_size(self) -> int:
-        raise NotImplementedError
+    noise_size: int
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Latents [B, d] of the classes y, int64 [B], from standard normal noise [B, noise_size]."""
@@ -106,26 +104,13 @@ class ClassGaussians(ClassSampler):
         if psi is not None and (len(psi) != 3 or not all(math.isfinite(v) and v > 0 for v in psi)):
             raise ValueError(f"psi must be three positive numbers (a, b, c), got {psi}")
         self.psi = None if psi is None else (float(psi[0]), float(psi[1]), float(psi[2]))
-        self.initial_variance = initial_variance
+        self.num_classes, self.dim, self.noise_size = num_classes, dim, dim
+        # The lower bound of the variances.
+        self.lowest_variance = LOWEST_SHARE * initial_variance if self.psi is None else self.psi[2]
         self.mu = nn.Parameter(torch.zeros(num_classes, dim))
         self.s = nn.Parameter(torch.full((num_classes, dim), 0.0 if psi is not None else initial_variance))
 
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self.mu.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """d."""
-        return self.mu.shape[1]
-
     # ---- parameters ----------------------------------------------------------------------------------------------
-
-    @property
-    def lowest_variance(self) -> float:
-        """The lower bound of the variances."""
-        return LOWEST_SHARE * self.initial_variance if self.psi is None else self.psi[2]
 
     def variance(self) -> Tensor:
         """sigma^2 [K, d], differentiable in `s`."""
@@ -174,11 +159,6 @@ class ClassGaussians(ClassSampler):
         """The log-density of each latent z [B, d] under its own class y, int64 [B]: [B] nats."""
         variance = self.variance()[y]
         return -0.5 * ((z - self.mu[y]).square() / variance + variance.log() + _LOG_2PI).sum(1)
-
-    @property
-    def noise_size(self) -> int:
-        """d."""
-        return self.dim
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """z = mu_y + temperature * sigma_y * noise [B, d], of the classes y, int64 [B]."""

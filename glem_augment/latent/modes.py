@@ -101,23 +101,9 @@ class ClassModes(ClassSampler):
         self.register_buffer("counts", torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("shared_directions", torch.zeros(shared, dim))
         self.register_buffer("shared_scales", torch.zeros(shared))
-        self.parts = parts
+        self.num_classes, self.rank, self.dim, self.parts = num_classes, rank, dim, parts
+        self.noise_size = rank + dim + (parts > 1)  # one number more chooses a part
         self._classifier: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.counts) // self.parts
-
-    @property
-    def rank(self) -> int:
-        """k, the modes stored per class, or per part of a class."""
-        return self.directions.shape[1]
-
-    @property
-    def dim(self) -> int:
-        """d."""
-        return self.directions.shape[2]
 
     @property
     def fewest_and_most(self) -> tuple[int, int]:
@@ -194,11 +180,6 @@ class ClassModes(ClassSampler):
         return {**self.__dict__, "_classifier": None}
 
     # ---- samples -----------------------------------------------------------------------------------------------------
-
-    @property
-    def noise_size(self) -> int:
-        """k + d, and one more where classes have parts."""
-        return self.rank + self.dim + (self.parts > 1)
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').

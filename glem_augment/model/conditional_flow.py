@@ -38,15 +38,21 @@ class ConditionalFlow(nn.Module):
     Attributes:
         image_shape: (C, H, W) of the images.
         dim: d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents.
+        bits: bits per channel that the flow models.
+        classes, class_ids: K names, and K folder names or WordNet ids, in index order.
     """
 
-    config: GLEMConfig
-    image_shape: tuple[int, int, int]
-    dim: int
     flow: Flow
     gaussians: ClassGaussians
     modes: ClassModes | None
     autoencoder: StandardisedAutoencoder | None
+
+    def __init__(self, config: GLEMConfig) -> None:
+        super().__init__()
+        self.config, self.image_shape, self.dim, self.bits = config, config.image_shape, config.dim, config.bits
+        self.classes, self.class_ids = list(config.class_names), list(config.class_ids)
+        self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
+        self.num_classes = len(self.classes)
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -68,30 +74,6 @@ class ConditionalFlow(nn.Module):
         if self.autoencoder is None:
             return _CHUNK
         return max(1, min(_CHUNK, _CHUNK_PIXELS // math.prod(self.image_shape[1:])))
-
-    @property
-    def bits(self) -> int:
-        """Bits per channel that the flow models."""
-        return self.config.bits
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.config.class_ids)
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names in index order."""
-        return list(self.config.class_names)
-
-    @property
-    def class_ids(self) -> list[str]:
-        """Folder names or WordNet ids in index order."""
-        return list(self.config.class_ids)
-
-    @property
-    def class_to_idx(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.config.class_names)}
 
     @property
     def likelihood(self) -> tuple[str, str, float]:

@@ -76,15 +76,13 @@ class GLEM(ConditionalFlow):
         modes: ClassModes | None = None,
         autoencoder: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        classes, dim = len(config.class_ids), config.dim
-        self.config, self.image_shape, self.dim = config, config.image_shape, dim
+        super().__init__(config)
         self.flow = build_flow(config.flow) if flow is None else flow
-        self.gaussians = ClassGaussians(classes, dim, config.psi) if gaussians is None else gaussians
+        self.gaussians = ClassGaussians(self.num_classes, self.dim, config.psi) if gaussians is None else gaussians
         self.gaussians.to(self.dtype)  # the flow's dtype, if it has parameters
         if modes is None and config.modes_rank is not None:
-            shared = dim if config.covariance == "full" else None
-            modes = ClassModes(classes, config.modes_rank, dim, config.modes_parts, shared)
+            shared = self.dim if config.covariance == "full" else None
+            modes = ClassModes(self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared)
         self.modes = None if modes is None else modes.to(self.dtype)
         if autoencoder is None and config.autoencoder is not None:
             autoencoder = named_autoencoder(config.autoencoder)

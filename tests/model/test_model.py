@@ -27,7 +27,7 @@ def test_densities_sum_to_one_over_all_images_of_two_bits(preset: str) -> None:
     model = tiny_model(preset, (1, 2, 2), ("a", "b"), bits=2, psi=None, **options)
     with torch.no_grad():
         model.gaussians.mu.mul_(0.2)
-        model.gaussians.initial_variance = 0.01
+        model.gaussians.lowest_variance = 0.001
         model.gaussians.s.fill_(0.11**2)
         # Small Gaussians in the middle of the image range.
         model.gaussians.mu.add_(model.encode(torch.full((1, 1, 2, 2), 0.5))[0])
