@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from glem_augment.training import Trainer, optim
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
 _HEAVY = ("evaluation", "synthetic.export", "training.trainer", "cli.generate", "cli.train")
-_CONTEXT.set_forkserver_preload(["pytest", *(f"glem_augment.{name}" for name in _HEAVY)])
+_CONTEXT.set_forkserver_preload(["pytest", "matplotlib.figure", *(f"glem_augment.{name}" for name in _HEAVY)])
 DIED = 9
 
 
@@ -88,6 +89,8 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_
     log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # Drawing the curves would take half of a run's time; other tests draw them.
+    Figure.savefig = lambda figure, file, **_: file.write(b"curves")
     optim.MAX_BAD_STEPS = 3
     Trainer.checkpoint_seconds = 0.0 if every_step else math.inf
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
