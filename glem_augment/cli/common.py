@@ -6,6 +6,7 @@ At its top this imports no torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -268,14 +269,8 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def finite(obj: Any) -> Any:
-    """`obj` with None in the place of every NaN and infinity."""
-    if isinstance(obj, float):
-        return obj if math.isfinite(obj) else None
-    if isinstance(obj, dict):
-        return {key: finite(value) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [finite(value) for value in obj]
-    return obj
+    """`obj` as JSON can hold it, with None in place of every NaN and infinity."""
+    return json.loads(json.dumps(obj), parse_constant=lambda name: None)
 
 
 def say(text: str) -> None:

@@ -79,11 +79,11 @@ POLICIES: tuple[dict[str, Any], ...] = (
 
 def moves(kind: str, shown: str, policies: Sequence[dict[str, Any]] = POLICIES) -> tuple[Stack, ...]:
     """A stack of moves along the modes of a model for each of the settings of `GLEMAugment`."""
-    return tuple(
-        Stack(" ".join((f"{shown}:", *(f"{value:g}" if key == "strength" else value for key, value in found.items()))),
-              kind, moves=tuple(found.items()))
-        for found in policies
-    )  # fmt: skip
+    stacks = []
+    for settings in policies:
+        words = (f"{value:g}" if key == "strength" else value for key, value in settings.items())
+        stacks.append(Stack(f"{shown}: {' '.join(words)}", kind, moves=tuple(settings.items())))
+    return tuple(stacks)
 
 
 def interval(values: Sequence[float]) -> float:

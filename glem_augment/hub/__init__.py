@@ -62,14 +62,8 @@ class HubName:
 # ---- downloads -------------------------------------------------------------------------------------------------------
 
 
-def download_model(
-    text: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-) -> tuple[Path, str]:
-    """Download a model, or find it in the cache. The arguments are those of `GLEM.from_pretrained`.
+def download_model(text: str | os.PathLike[str], *, revision: str | None = None, **settings: Any) -> tuple[Path, str]:
+    """Download a model, or find it in the cache. `settings` are `cache_dir` and `token` of `GLEM.from_pretrained`.
 
     Returns:
         The folder with both files, and `org/name@commit`, under which exactly these files can be loaded again.
@@ -78,11 +72,11 @@ def download_model(
         ModelFileError: the text is no name on the Hub. Its subclass `HubError`: the files can't be had, arrived
             damaged, or hold no model that this library can read.
     """
-    name, client = _name(text, revision), _client(cache_dir, token)
+    name, client = _name(text, revision), _client(**settings)
     # A mistyped folder looks like a name on the Hub.
     hint = "" if os.fspath(text).startswith(PREFIX) else f"there is no folder {os.fspath(text)!r} here, and "
     with hub_errors(name, hint=hint):
-        commit = _commit(name, client["cache_dir"], token)
+        commit = _commit(name, client)
 
         def fetch(file: str, revision: str | None) -> Path:
             here = {"local_files_only": commit is None, **client}
@@ -97,33 +91,21 @@ def download_model(
         weights = fetch(WEIGHTS, found.revision)
         if commit is not None:
             _check_digest(found, weights)
-            # Only now does the name stand for this commit in the cache. An update that fails half-way leaves the
-            # earlier model there for offline use.
+            # The name now stands for this commit in the cache. After a failed update it stands for the earlier model.
             fetch(CONFIG, name.revision)
     return config.parent, str(found)
 
 
-def download_weights(
-    text: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-) -> tuple[Path, str, str | None]:
-    """Download the weights of another library, or find them in the cache: a Jet's or an autoencoder's.
-
-    Takes the arguments of `download_model`.
+def download_weights(text: str, *, revision: str | None = None, **settings: Any) -> tuple[Path, str, str | None]:
+    """As `download_model`, for the weights of another library: a Jet's or an autoencoder's.
 
     Returns:
         The only safetensors file of the repository, with config.json beside it if there is one; `org/name@commit`; the
         licence that the repository's card states, if any.
-
-    Raises:
-        ModelFileError, HubError: as `download_model`.
     """
     name = _name(text, revision)
     with hub_errors(name):
-        wanted, client = ["*.safetensors", CONFIG, "README.md"], _client(cache_dir, token)
+        wanted, client = ["*.safetensors", CONFIG, "README.md"], _client(**settings)
         folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
         found, files = HubName(name.repo_id, folder.name), sorted(folder.glob("*.safetensors"))
         files = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
@@ -154,23 +136,22 @@ def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:
     return HubName(found["repo_id"], revision or found["revision"])
 
 
-def _client(cache_dir: str | os.PathLike[str] | None, token: str | bool | None) -> dict[str, Any]:
+def _client(cache_dir: str | os.PathLike[str] | None = None, token: str | bool | None = None) -> dict[str, Any]:
     cache = None if cache_dir is None else str(expand(cache_dir))
     return {"cache_dir": cache, "token": token, "library_name": LIBRARY}
 
 
-def _commit(name: HubName, cache: str | None, token: str | bool | None) -> str | None:
+def _commit(name: HubName, client: dict[str, Any]) -> str | None:
     """The commit that the revision stands for; None if the model is to come from the cache.
 
     A commit never changes, so a cached commit needs no request. Otherwise the cache stands in for a Hub that fails.
     """
-    cached = all(
-        isinstance(try_to_load_from_cache(name.repo_id, file, cache, name.revision), str) for file in (CONFIG, WEIGHTS)
-    )
+    found = (try_to_load_from_cache(name.repo_id, f, client["cache_dir"], name.revision) for f in (CONFIG, WEIGHTS))
+    cached = all(isinstance(path, str) for path in found)
     if cached and re.fullmatch(r"[0-9a-f]{40}", name.revision or ""):
         return None
     try:
-        api, timeout = HfApi(library_name=LIBRARY, token=token), constants.HF_HUB_ETAG_TIMEOUT
+        api, timeout = HfApi(library_name=LIBRARY, token=client["token"]), constants.HF_HUB_ETAG_TIMEOUT
         return api.model_info(name.repo_id, revision=name.revision, timeout=timeout).sha
     except Exception as error:  # see `hub_errors`
         missing = client_errors.RepositoryNotFoundError, client_errors.RevisionNotFoundError
