@@ -44,11 +44,8 @@ class StandardisedAutoencoder(nn.Module):
     """A frozen autoencoder with its latents standardised per channel: `h = (E(x) - mean) / std`.
 
     Latents of published autoencoders differ in scale from family to family and from channel to channel. So `fit` takes
-    mean and standard deviation from images, once. They are stored with the model; the autoencoder is not.
-
-    Args:
-        autoencoder: it is put into eval mode and frozen.
-        channels: C of its latents.
+    mean and standard deviation from images, once. They are stored with the model; the autoencoder is not. It is put
+    into eval mode and frozen.
     """
 
     mean: Tensor
@@ -93,11 +90,7 @@ class StandardisedAutoencoder(nn.Module):
 
 
 def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of images (3, H, W).
-
-    Raises:
-        TypeError: no autoencoder. ValueError: images that are not in colour, or a size that it does not divide.
-    """
+    """(C, h, w) of the latents of images (3, H, W). TypeError: no autoencoder. ValueError: it can't take them."""
     if not (isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)):
         raise TypeError(f"an autoencoder is a module with encode and decode, got {type(autoencoder).__name__}")
     channels, height, width = image_shape
@@ -191,12 +184,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 class TAESD(nn.Module):
-    """An autoencoder of RGB images; the attributes and methods are the protocol's, see `Autoencoder`.
-
-    Args:
-        channels: C of the latents: 4, 16 or 32.
-        pooled: whether the blocks at the lowest resolution have taef2's branch.
-    """
+    """An autoencoder of RGB images, see `Autoencoder`. With `pooled` it has the branch of taef2."""
 
     factor = 2**_HALVINGS
 
@@ -251,8 +239,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.C
 def load_taesd(path: Path) -> TAESD:
     """The autoencoder in a safetensors file, float32 on the CPU; its kind follows from the names and shapes.
 
-    Raises:
-        ModelFileError: a truncated or foreign file, or values that are not finite.
+    ModelFileError: a truncated or foreign file, or values that are not finite.
     """
     with open_tensors(path, _MOST_HEADER) as file:
         names = set(file.keys())

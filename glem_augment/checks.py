@@ -52,10 +52,9 @@ def closest(word: object, known: Iterable[str]) -> str:
 
 
 def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
-    """`value` as a float. It must be finite and in [low, high], or in (low, high] with `open_low`.
+    """`value`, a number of Python or NumPy, as a float. TypeError: no number. ValueError: out of range.
 
-    Raises:
-        TypeError: it is no number (numbers of NumPy are). ValueError: it is out of range.
+    It must be finite and in [low, high], or in (low, high] with `open_low`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -69,11 +68,7 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
 
 
 def check_whole(name: str, value: object, low: int) -> int:
-    """`value` as an int.
-
-    Raises:
-        TypeError: it is no integer (integers of NumPy are). ValueError: it is below `low`.
-    """
+    """`value`, an integer of Python or NumPy, as an int. TypeError: no integer. ValueError: below `low`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < low:

@@ -124,9 +124,6 @@ def full_precision(device_type: str) -> Iterator[None]:
 
     TF32 and bf16 break the inverse. 24 orthogonal layers there and back lose 4e-6 in float32, 9e-3 in TF32 and 8e-2 in
     bf16. One uint8 step is 4e-3. Subnets may opt into less, see `flows.coupling.Subnet`.
-
-    Args:
-        device_type: "cpu", "cuda", ...: where autocast is off.
     """
     _enter()
     try:

@@ -240,14 +240,12 @@ def _warn_unless_sharded(loader: Any) -> bool:
 class MixupFn:
     """`(x, y) -> (x', y')` with y' always soft [B, K'], as timm's training loop calls its `mixup_fn`.
 
+    With `mixup_enabled = False` images do not change and labels are only smoothed.
+
     Args:
-        aug: the transform.
         smoothing: label smoothing s: 1 - s + s / K' for the class, s / K' for other classes.
         mixup: a timm `Mixup` to apply afterwards, without its label_smoothing; None: none.
         data: the data set, whose classes are checked; None: nothing is checked.
-
-    Attributes:
-        mixup_enabled: settable; if it is False, images do not change and labels are only smoothed.
     """
 
     def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, data: Any = None) -> None:

@@ -261,10 +261,8 @@ def mixed_labels(
 ) -> Tensor:
     """Labels [B, K'] after principal-mode mixup: w y_i + (1 - w) y_j with the weight w = 1 - (1 - l) share.
 
-    Args:
-        soft: [B, K'], the labels before it; data_cls: int64 [B] on the CPU, their classes.
-        share: [n], the part of |z_j - z_i|^2 that the projection kept.
-        keep: bool [n], the rows that were moved and not put back.
+    `soft` [B, K'] are the labels before it, and data_cls, int64 [B] on the CPU, their classes. share [n] is the part of
+    |z_j - z_i|^2 that the projection kept. keep, bool [n], marks the rows that were moved and not put back.
     """
     device = soft.device
     own = soft.index_select(0, send(params.rows, device))

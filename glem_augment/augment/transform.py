@@ -180,12 +180,9 @@ class GLEMAugment(nn.Module):
         return self._augmented(x, y, data_cls, self._draw(data_cls, self._random.generator()))
 
     def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
-        """Draw the random parameters of one call.
+        """Draw the random parameters of one call for a batch x, or its shape, with labels y int64 [B] or soft [B, K'].
 
-        Args:
-            x: the batch, or its shape (the first entry is B).
-            y: int64 [B] or soft [B, K'].
-            generator: a CPU generator, in place of the random state.
+        A CPU `generator` replaces the random state.
         """
         data_cls = check_labels(y, int(x.shape[0] if isinstance(x, Tensor) else x[0]), self.num_classes)
         return self._draw(data_cls.cpu(), self._random.generator() if generator is None else generator)
@@ -361,11 +358,9 @@ class GLEMAugment(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], model: GLEM | str | None = None) -> GLEMAugment:
-        """The transform that `to_config` described, at the start of its random state.
+        """The transform that `to_config` described, at the start of its random state; `model` replaces config["model"].
 
-        Args:
-            config: settings by name; missing ones have their defaults.
-            model: a GLEM or its name; None: the one that config["model"] names.
+        Settings that `config` lacks have their defaults.
         """
         given = {name: value for name, value in config.items() if name != "model"}
         return cls(config["model"] if model is None else model, **given)

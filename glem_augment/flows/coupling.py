@@ -67,12 +67,7 @@ class Coupling(nn.Module):
 class AffineCoupling(Coupling):
     """`y2 = exp(s(x1)) * x2 + b(x1)` with `s = bound * tanh(raw / bound)`; log|det| = sum of s.
 
-    Source: Dinh et al. 2017, Sec. 3.4, here with log-scales bounded on both sides.
-
-    Args:
-        channels: c, even.
-        subnet: factory of the network c/2 -> c.
-        bound: largest absolute log-scale.
+    Source: Dinh et al. 2017, Sec. 3.4, here with log-scales bounded on both sides. `subnet` makes the network c/2 -> c.
     """
 
     def __init__(self, channels: int, subnet: SubnetFactory, bound: float = 2.0) -> None:

@@ -78,11 +78,7 @@ class JetCoupling(Coupling):
 class JetFlow(Flow):
     """x [B,C,H,W] -> z [B, C*H*W], token after token, rows first.
 
-    Args:
-        image_shape: (C, H, W).
-        depth: number of couplings.
-        width, blocks, heads: of their transformers.
-        patch: side of a patch; it divides height and width.
+    There are `depth` couplings. Width, blocks and heads belong to their transformers; `patch` is the side of a patch.
     """
 
     def __init__(

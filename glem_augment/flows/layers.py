@@ -23,9 +23,6 @@ class Flow(nn.Module):
 
     `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
     Each belongs to its direction, so the two of a round trip cancel.
-
-    Args:
-        image_shape: (C, H, W).
     """
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:

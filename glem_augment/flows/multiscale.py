@@ -73,12 +73,7 @@ def step_inverse(y: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor,
 
 
 class Level(nn.Module):
-    """A squeeze and its steps.
-
-    Args:
-        height, width: of the level's tensors after the squeeze.
-        side: of the pixel blocks that the squeeze makes channels.
-    """
+    """A squeeze of pixel blocks of side `side`, and its steps on tensors of height x width."""
 
     def __init__(self, steps: list[Step], height: int, width: int, side: int = 2) -> None:
         super().__init__()
@@ -163,12 +158,8 @@ class MultiscaleFlow(Flow):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
     All parts are concatenated, first level first, into one flat latent. There is no learned split prior, because the
-    class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6).
-
-    Args:
-        image_shape: (C, H, W).
-        levels: one list of steps per level.
-        patch: side of the pixel blocks that the first level's squeeze makes channels; later levels: 2.
+    class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6). The first level's squeeze makes pixel blocks
+    of side `patch` channels; later levels have side 2.
     """
 
     levels: list[Level]

@@ -134,14 +134,9 @@ class ConditionalFlow(nn.Module):
         return z, logdet + self.autoencoder.logdet(h.shape[2] * h.shape[3])
 
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
-        """Latent to image.
+        """Latents z [B, d] to images [B,C,H,W], float, clamped to [0,1]; with `clamp=False` the exact inverse.
 
-        Args:
-            z: [B, d].
-            clamp: cut the result to [0,1]; without it the exact inverse comes back, whatever its range.
-
-        Returns:
-            [B,C,H,W] float; bin middles of uint8 images come back as value / 255, if there is no autoencoder.
+        Bin middles of uint8 images come back as value / 255, if there is no autoencoder.
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")

@@ -152,11 +152,7 @@ class GLEMConfig:
 
     @classmethod
     def from_json(cls, data: bytes) -> GLEMConfig:
-        """Read the bytes of a `config.json` that may come from a stranger.
-
-        Raises:
-            ModelFileError: anything that does not describe a model.
-        """
+        """Read the bytes of a `config.json`. ModelFileError: anything that does not describe a model."""
         if len(data) > MAX_CONFIG_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
             raise ModelFileError("it is larger than a model's config can be")
         try:

@@ -387,8 +387,7 @@ class GLEM(ConditionalFlow):
     def checked_modes(self, modes: int | None) -> int:
         """How many modes to use: `modes` itself, or by default 64, or all if fewer are stored.
 
-        Raises:
-            ValueError: no modes are stored, or fewer than `modes`. TypeError: `modes` is no integer.
+        ValueError: no modes are stored, or fewer than `modes`. TypeError: `modes` is no integer.
         """
         if self.modes is None:
             raise ValueError("model.modes is missing: fit the modes first with model.fit_modes(data)")

@@ -88,10 +88,8 @@ def open_base(config: GLEMConfig, base: dict[str, str], build: Callable[..., Any
 def load_jet(path: Path, heads: int | None = None) -> tuple[GLEMConfig, Flow]:
     """The flow in a safetensors file with the `state_dict` of `jet_pytorch.Jet`, on the CPU, and its config.
 
-    `heads` is the number of heads of its transformers; None: width / 64.
-
-    Raises:
-        ModelFileError: no such file, a truncated or foreign one, or values that are not finite.
+    `heads` is the number of heads of its transformers; None: width / 64. ModelFileError: no such file, a truncated or
+    foreign one, or values that are not finite.
     """
     with open_tensors(path, _MOST_HEADER) as file:
         shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}

@@ -91,12 +91,9 @@ class EM(Start):
     def e_step(self, x: Tensor, y: Tensor, share: Share | None = None) -> tuple[float, float]:
         """One step of Adamax on the flow (Eq. 3); with `joint`, one of Adam on the Gaussians too.
 
-        Args:
-            x, y: this rank's images uint8 [b,C,H,W] and labels int64 [b]; b may be 0.
-            share: their part of the batch; by default all of it.
-
-        Returns:
-            The loss, nats per dimension, and the likelihood, bits/dim, of the whole batch; NaN if the step was skipped.
+        x and y are this rank's `share` of the batch, by default all of it: images uint8 [b,C,H,W] and labels int64 [b];
+        b may be 0. Returns the loss, nats per dimension, and the likelihood, bits/dim, of the whole batch; NaN if the
+        step was skipped.
         """
         config, model, share = self.config, self.model, share or Share(0, len(x), len(x))
         self._let_gaussians_learn(config.joint)
