@@ -20,14 +20,14 @@ Synthetic-data augmentation from a class-conditional normalizing flow.
 A flow learns your labelled images once (glem train), or a trained flow gets your classes (glem adapt). Then it moves
 real images within their class, draws new images (glem generate), and classifies (glem eval).
 
-DATA of a command is one of
+DATA is one of
   a folder with one folder of images per class, or with such folders in train/ and test/ (or val/);
   a folder of MNIST-style idx files; a .tar file; a timm data set as NAME@ROOT: torch/cifar10@data (downloaded already),
   hfds/uoft-cs/cifar100@cache?input_key=img&target_key=fine_label;
   bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, three photographs, inside the
   package.
-MODEL is a folder that glem train wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A folder of the
-same name comes first; hf-hub:ORG/NAME is always the Hub. HF_TOKEN opens private repositories, HF_HUB_OFFLINE=1 uses the
+MODEL is a folder that glem train wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A local folder
+of that name wins; hf-hub:ORG/NAME is always on the Hub. HF_TOKEN opens private repositories, HF_HUB_OFFLINE=1 uses the
 cache alone.
 """
 
@@ -38,7 +38,7 @@ examples:
   glem preview runs/photos photos/ --out preview.png
 
 Completion with the Tab key (after pip install argcomplete): eval "$(register-python-argcomplete glem)"
-GLEM_DEBUG=1 shows where an error came from. Exit codes: 0 done, 2 an error, 75 a training run that stopped at
+GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 75 a training run that stopped at
 --max-minutes and continues with --resume, 130 interrupted.
 """
 

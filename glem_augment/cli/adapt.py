@@ -38,17 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_model(parser, "identity, " + common.MODEL_HELP)
     common.add_data(parser, split="train")
-    common.add_image_size(parser, "of MODEL identity (default: the size that they share)")
-    autoencoder = "of MODEL identity: taef2, or hub:ORG/NAME, whose latents it models (default: none, the pixels)"
+    common.add_image_size(parser, "for MODEL identity (default: the common size of the images)")
+    autoencoder = "for MODEL identity: model the latents of taef2 or hub:ORG/NAME (default: model pixels)"
     parser.add_argument("--autoencoder", metavar="NAME", help=autoencoder)
     common.add_out(parser, "folder for the adapted model")
     common.add_count(parser, "--rank", "modes per class, or per part", 64)
     common.add_count(parser, "--parts", "groups of similar images per class, each with modes: for better samples", 1)
-    pooled = "one class of all images, with the modes that the classes share: for moves of any images"
+    pooled = "one class for all images, with modes from all classes: for moves of any image"
     parser.add_argument("--pooled", action="store_true", help=pooled)
-    half = "images at which a variance is half the class's and half the pooled one (default: %(default)g)"
+    half = "images of a class at which its variance and the pooled variance count equally (default: %(default)g)"
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
-    common.add_count(parser, "--max-per-class", "most images of a class (default: all)")
+    common.add_count(parser, "--max-per-class", "images of a class at most (default: all)")
     common.add_seed(parser, "the dequantisation noise")
     where = "reference: leave out a Jet's flow, and load it from MODEL each time (default: copy)"
     parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)

@@ -77,8 +77,8 @@ def add_model(parser: argparse.ArgumentParser, text: str = MODEL_HELP, **optiona
 def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
     """DATA and its options; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
-    parser.add_argument("--split", default=split, help=f"of the data (default: {split or 'test, where it has splits'})")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and name images that cannot be read")
+    parser.add_argument("--split", default=split, help=f"of DATA (default: {split or 'test, if there are splits'})")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them")
 
 
 def add_class_map(parser: argparse._ActionsContainer) -> None:
@@ -86,8 +86,8 @@ def add_class_map(parser: argparse._ActionsContainer) -> None:
         "--class-map",
         type=lambda text: text if text == "order" else table(text, as_text=True),
         metavar="FILE|order",
-        help="a YAML or JSON table from the data's class names to the flow's, or 'order': class i is class i "
-        "(default: by id or name)",
+        help="a YAML or JSON table from class names of DATA to class names of the flow, or 'order' to match classes by "
+        "number (default: by id or name)",
     )
 
 
@@ -100,7 +100,7 @@ def add_count(
 
 
 def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
-    add_count(parser, "--seed", f"of {of}", 0, low=0)
+    add_count(parser, "--seed", f"seed of {of}", 0, low=0)
 
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:

@@ -23,16 +23,18 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
-    test = "test images (default: DATA's test split, or a quarter)"
+    test = "test images (default: the test split of DATA, or a quarter of DATA)"
     parser.add_argument("test", metavar="TEST", nargs="?", help=test)
     common.add_image_size(parser, "default: 64")
-    minutes = "time (default: %(default)g)"
+    minutes = "time for everything, about (default: %(default)g)"
     parser.add_argument("--minutes", type=common.number(0.1), default=10.0, metavar="X", help=minutes)
-    parser.add_argument("--seeds", type=common.number(2, 10, int), default=5, metavar="N", help="2 to 10 (default: 5)")
+    seeds = "trainings of each stack, 2 to 10 (default: %(default)s)"
+    parser.add_argument("--seeds", type=common.number(2, 10, int), default=5, metavar="N", help=seeds)
     parser.add_argument("--model", metavar="MODEL", help="a flow to compare as well (default: none)")
     autoencoder = "taef2, or hub:ORG/NAME (default: taef2)"
     parser.add_argument("--autoencoder", default="taef2", metavar="NAME", help=autoencoder)
-    parser.add_argument("--network", default="test_resnet", metavar="NAME", help="of timm (default: %(default)s)")
+    network = "network of timm (default: %(default)s)"
+    parser.add_argument("--network", default="test_resnet", metavar="NAME", help=network)
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (default: from scratch)")
     common.add_out(parser, "folder for report.json and moves.png")
     common.add_machine(parser)

@@ -22,15 +22,15 @@ summary.
 
   --per-class 100                  of each class
   --per-class cat=100,dog=50       of two classes; or a YAML or JSON file with such a table
-  --per-class balance --real DATA  fill up every class of DATA to its largest; other classes of the flow get none
+  --per-class balance --real DATA  fill up every class of DATA to its largest; further classes get no images
 
   --source rfcm                    from the mean and covariance of the class's real latents
   --source gaussian                from the class's Gaussian
   --source mixup --real DATA       two images of DATA mixed along the class's modes
 
-  --report DIR --real DATA         compare up to 5000 of the images with as many of DATA, on which the flow was trained:
-                                   FID, coverage, label reliability, and memorisation where DATA has test images. The
-                                   judge is a small classifier, which is trained on DATA for about a minute.
+  --report DIR --real DATA         compare up to 5000 images with equally many of DATA, the flow's training images: FID,
+                                   coverage, label reliability, and memorisation if DATA has test images. The judge is
+                                   a small classifier, which is trained on DATA for about a minute.
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
@@ -48,22 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_out(parser, "folder to write to")
     common.add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
-    licence = "of the images that the flow was trained on, which its samples inherit, such as mit or cc-by-4.0"
+    licence = "licence of the flow's training images, such as mit or cc-by-4.0; samples inherit it"
     parser.add_argument("--license", metavar="ID", help=licence)
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     common.add_machine(parser)
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
     # The default None marks an option as not given: options without effect are refused.
-    temperature = "of gaussian and rfcm: factor on the standard deviation (default: 0.9)"
+    temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9)"
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
-    common.add_count(source, "--modes", f"of mixup (default: {DEFAULT_MODES}, or all)")
-    source.add_argument("--alpha", type=common.number(0), metavar="A", help="of mixup: of its Beta(A, A) (default: 1)")
+    common.add_count(source, "--modes", f"for mixup: number of modes (default: {DEFAULT_MODES}, or all)")
+    source.add_argument("--alpha", type=common.number(0), metavar="A", help="for mixup: A of Beta(A, A) (default: 1)")
     report = "write report.json and report.png to DIR; see above"
     parser.add_argument("--report", type=common.out_folder, metavar="DIR", help=report)
     real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
-    real.add_argument("--split", metavar="SPLIT", help="of DATA (default: train)")
+    real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
     common.add_class_map(real)
 
 

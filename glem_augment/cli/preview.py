@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_class_map(parser)
     parser.add_argument("--out", type=common.out_path, required=True, metavar="FILE.png", help="the picture")
     common.add_count(parser, "--rows", "real images to augment", 6)
-    moves = "mixup with an image of the class, noise along the modes, adversarial to the flow itself (default: all)"
+    moves = "mixup with an image of the class, noise along the modes, adversarial against the flow (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
-    common.add_count(parser, "--modes", "modes to move along (default: all stored ones)")
+    common.add_count(parser, "--modes", "modes to move along (default: all)")
     common.add_seed(parser)
     common.add_machine(parser)
 

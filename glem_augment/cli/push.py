@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
     parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if missing (default: main)")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
     card = parser.add_argument_group("the card")
     card.add_argument("--license", metavar="ID", help="of the training images, as the Hub names it: mit, other, ...")
     card.add_argument("--license-name", metavar="NAME", help="with --license other")

@@ -40,8 +40,8 @@ on with
 
   glem train DATA --out DIR --resume
 
-and ends with the same weights as one that never stopped (on a CPU, with the same --threads). --max-minutes cuts a run
-into pieces: each ends with a checkpoint, and with exit status 75 until the run is finished. A loop for it:
+and ends with the weights of an uninterrupted run (on a CPU, with the same --threads). --max-minutes cuts a run into
+pieces. Each piece ends with a checkpoint, and with exit status 75 until the run is finished. A loop for it:
 
   until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
 
@@ -85,25 +85,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
     common.add_out(parser, "folder for everything that the run writes")
-    resume = "go on from DIR's checkpoint, with its settings where none are given; start if there is none"
+    resume = "continue from DIR's checkpoint, with its settings as defaults; without a checkpoint, start"
     parser.add_argument("--resume", action="store_true", help=resume)
-    config = "settings from a YAML or JSON file, named as the flags with _ for - (--flow: flow_options); flags win"
+    config = "YAML or JSON file of settings, named as the flags with _ for - (--flow: flow_options); flags win"
     parser.add_argument("--config", type=common.table, metavar="FILE", help=config)
     common.add_device(parser)
     parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
-    init = "start from this model's flow (fine-tuning), with its image size, and its bits and psi where none are given"
+    init = "start from the flow of this model (fine-tuning), with its image size, bits and psi as defaults"
     parser.add_argument("--init", metavar="MODEL", help=init)
-    methods = "settings of a published method, see docs/reproduction.md; settings that are given win (default: "
-    parser.add_argument("--method", choices=tuple(METHODS), help=f"{methods}hybrid-joint, this library's)")
-    log = "send the rows of metrics.jsonl to DIR/tensorboard, or to the W&B project WANDB_PROJECT, as well"
+    methods = "settings of a published method, see docs/reproduction.md; flags win (default: hybrid-joint)"
+    parser.add_argument("--method", choices=tuple(METHODS), help=methods)
+    log = "also send the rows of metrics.jsonl to DIR/tensorboard, or to the W&B project WANDB_PROJECT"
     parser.add_argument("--log-to", choices=("tensorboard", "wandb"), help=log)
     view = parser.add_argument_group("images")
-    view.add_argument("--split", help="of the data (default: train)")
-    common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the size that they share)")
+    view.add_argument("--split", help="split of DATA (default: train)")
+    common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the common size of the images)")
     view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: as in the files)")
     switch = argparse.BooleanOptionalAction
-    unlabelled = "train by likelihood alone on all images below DATA, however nested; glem adapt gives the flow classes"
-    view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: classes)")
+    unlabelled = "train by likelihood on all images in DATA and its folders; glem adapt gives the flow classes later"
+    view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: learn classes)")
     bad = "leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)"
     view.add_argument("--skip-bad", action=switch, help=bad)
     add_settings(parser)
