@@ -541,6 +541,7 @@ SOURCES = (
     latents,
     long_tails,
     pretrained,
+    fine_tuned,
     unlabelled,
     single_files,
     speed,
