@@ -51,7 +51,7 @@ def test_parts_are_disjoint_and_of_all_classes() -> None:
 
 
 def test_half_of_the_images_are_moved_ones_of_the_same_class() -> None:
-    data = images(64)
+    data = images(32)
     comparison = Comparison(models_for(data, "taef2", None), steps=1, copies=1)
     for kind in ("pixels", "autoencoder"):
         stack = moves(kind, kind)[0]
@@ -63,7 +63,7 @@ def test_half_of_the_images_are_moved_ones_of_the_same_class() -> None:
     plain, again = (next(comparison.batches(PLAIN, data, 3)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))  # a function of the seed
     mixed = next(comparison.batches(ORDINARY[3], data, 3))
-    assert mixed[1].shape == (64, 2) and torch.allclose(mixed[1].sum(1), torch.ones(64))
+    assert mixed[1].shape == (32, 2) and torch.allclose(mixed[1].sum(1), torch.ones(32))
 
 
 def row_values(*gains: float) -> dict[Stack, list[float]]:
@@ -96,7 +96,7 @@ def test_the_command_writes_a_report_and_a_picture(
     for i, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
         (tmp_path / "photos" / "ab"[y]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / "ab"[y] / f"{i}.png")
-    options = ["--image-size", "32", "--minutes", "0.1", "--seeds", "2", "--threads", "1", "--quiet"]
+    options = ["--image-size", "16", "--minutes", "0.1", "--seeds", "2", "--threads", "1", "--quiet"]
     assert main(["compare", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "report.json").read_text())
