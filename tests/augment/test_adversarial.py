@@ -100,7 +100,7 @@ def test_the_step_counts_the_modes_that_a_class_of_few_images_has() -> None:
 
 def test_it_raises_the_loss_of_a_real_flow_and_network(bundled_train: ImageData) -> None:
     model, net = GLEM.from_pretrained("bundled:fashion-mnist"), network(1, 10)
-    x, y = bundled_train.tensor()[::125].float() / 255, torch.from_numpy(bundled_train.targets[::125])
+    x, y = bundled_train.tensor()[::200].float() / 255, torch.from_numpy(bundled_train.targets[::200])
     aug = make(model, modes=None).attach(net)
     params = aug.draw(x, y)
     plain, worst = (one.replay(x, y, params)[0] for one in (make(model, policy="noise", modes=None), aug))
@@ -108,7 +108,7 @@ def test_it_raises_the_loss_of_a_real_flow_and_network(bundled_train: ImageData)
     with torch.no_grad():
         before, after = (F.cross_entropy(net.eval()(v), y, reduction="none") for v in (plain, worst))
     assert (after > before).float().mean() > 0.8 and after.mean() > before.mean()
-    assert aug.stats["replaced"] <= 3 and not worst.requires_grad
+    assert aug.stats["replaced"] <= 2 and not worst.requires_grad
 
 
 def test_auto_keeps_its_promise_for_what_the_user_gets(model: GLEM) -> None:

@@ -141,7 +141,7 @@ def test_a_jet_knows_no_classes_until_it_is_adapted(weights: Path, tmp_path: Pat
     assert moved.shape == images.shape and bool((moved != images).any())
 
 
-def test_an_adapted_jet_may_refer_to_the_weights(weights: Path, tmp_path: Path) -> None:
+def test_an_adapted_jet_may_refer_to_the_weights(weights: Path, image_folder: Path, tmp_path: Path) -> None:
     jet, folder = GLEM.from_pretrained(f"jet:{weights}"), tmp_path / "adapted"
     images, labels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12) % 3
     adapted = jet.adapt((images, labels.numpy()), rank=2, progress=False)
@@ -157,8 +157,8 @@ def test_an_adapted_jet_may_refer_to_the_weights(weights: Path, tmp_path: Path) 
     again = GLEM.from_pretrained(folder)
     assert torch.equal(again.log_prob(images), adapted.log_prob(images))
     # It can be adapted and saved in both ways again.
-    options = ["--max-per-class", "2", "--rank", "1", "--weights", "reference", "--quiet"]
-    assert main(["adapt", str(folder), "bundled:fashion-mnist", "--out", str(tmp_path / "third"), *options]) == 0
+    options = ["--rank", "1", "--weights", "reference", "--quiet"]
+    assert main(["adapt", str(folder), str(image_folder), "--out", str(tmp_path / "third"), *options]) == 0
     assert json.loads((tmp_path / "third" / "config.json").read_text())["base"]["jet"] == str(weights)
     again.save(tmp_path / "copy")
     assert "base" not in json.loads((tmp_path / "copy" / "config.json").read_text())
