@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the record of machine and versions, timing, and where results go."""
+"""Shared by all benchmarks: the record of machine and versions, timing, and the writing of results."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Interval:
 
 
 def interval(values: Iterable[float]) -> Interval:
-    """What ± means in all tables: the 95 % t-interval of the mean over seeds."""
+    """The ± of all tables: the 95 % t-interval of the mean over seeds."""
     values = list(values)
     count = len(values)
     if count == 1:
@@ -101,10 +101,10 @@ def holm(chances: list[float]) -> list[float]:
 
 
 def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
-    """Where images are: `folder` in $GLEM_DATA, or else `otherwise`, a folder or a bundled set.
+    """The place of images: `folder` in $GLEM_DATA, or else `otherwise`, a folder or a bundled set.
 
     Raises:
-        SystemExit: nowhere; says where they were looked for.
+        SystemExit: the images are not found; the message lists the places.
     """
     root = os.environ.get("GLEM_DATA")
     places = [str(Path(root) / folder)] if root and folder else []
@@ -127,8 +127,8 @@ def seconds(task: Callable[[], Any]) -> float:
 
 
 def balanced_orders(n: int) -> Iterator[list[int]]:
-    """Endless orders of `range(n)` in which, over n rounds (2n for odd n), everybody follows everybody else equally
-    often (Williams 1949)."""
+    """Endless orders of `range(n)`. Over n rounds (2n for odd n), each number follows each other number equally often
+    (Williams 1949)."""
     zigzag = [(k + 1) // 2 if k % 2 else (n - k // 2) % n for k in range(n)]
     while True:
         for shift in range(n):
@@ -151,14 +151,14 @@ def write_results(
     """Write `name.json` and `name.md` (columns in the first row's order), and print the table.
 
     Args:
-        folder: where to.
+        folder: of the files.
         name: of the files, and of the script.
         title: heading.
         rows: the results.
-        tables: more of them, by heading; in the JSON under the same words.
+        tables: further tables, by heading; in the JSON under the same headings.
         show: print the table too.
-        record: what the JSON holds instead of all this.
-        facts: what else is worth recording, as JSON can carry it.
+        record: the whole content of the JSON, in place of the default.
+        facts: further entries of the JSON.
     """
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name

@@ -1,11 +1,11 @@
 """Write the numbers of the documentation from the stored results.
 
     python benchmarks/write_numbers.py            # writes them; so does `make numbers`
-    python benchmarks/write_numbers.py --check    # exit status 1 where a page and the results differ
+    python benchmarks/write_numbers.py --check    # exit status 1 if a page and the results differ
     python benchmarks/write_numbers.py --list     # every name and its text
 
-In a page a number stands between `<!-- number: NAME -->` and `<!-- /number -->`, a table between `<!-- table: NAME -->`
-and `<!-- /table -->`. Names come from the stored rows, so every stored number has one.
+In a page, a number stands between `<!-- number: NAME -->` and `<!-- /number -->`, and a table between
+`<!-- table: NAME -->` and `<!-- /table -->`. Names come from the stored rows, so every stored number has a name.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def augmentation() -> Named:
 
 
 def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Named:
-    """The adversarial policy along the modes of the pixels, and which rows match what the pages advise."""
+    """The adversarial policy along the modes of the pixels, and the rows with the settings that the pages advise."""
     lines, matching, strengths, shorter = [], [], [], []
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
     for result in results:
@@ -252,7 +252,7 @@ KINDS = {
 
 
 def photographs() -> Named:
-    """Few photographs per class, with stacks chosen by other images."""
+    """Few photographs per class, with stacks chosen on other images."""
     rows = stored("photographs")
     judged = [row for row in rows if row["metric"] == "validation"]
     found, lines = by_seed([row for row in rows if row["metric"] == "test"], "per_class", "kind", "stack"), []
@@ -559,10 +559,10 @@ def names() -> dict[str, str]:
 
 
 def written(text: str, known: dict[str, str]) -> str:
-    """A page with its numbers as they are stored.
+    """A page with the stored numbers.
 
     Raises:
-        KeyError: a name that no stored result has.
+        KeyError: no stored result has this name.
     """
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
 

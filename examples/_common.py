@@ -1,4 +1,4 @@
-"""What the examples share: images to try them on, and a short training run."""
+"""Shared by the examples: bundled images as folders, and a short training run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bundled_folders(root: Path, per_class: int = 100) -> Path:
 
 
 def check_classes(where: str | Path, tested: Iterable[str], trained: Iterable[str]) -> None:
-    """Stop at test images of classes that were not trained on: the network has no output for them."""
+    """Stop if test images have a class without training images: the network has no output for the class."""
     others = sorted(set(tested) - set(trained))
     if others:
         raise SystemExit(
@@ -47,8 +47,7 @@ def check_classes(where: str | Path, tested: Iterable[str], trained: Iterable[st
 
 
 def check_splits(data: str) -> None:
-    """Stop at one ImageFolder or archive, which `open_data` serves for every split: training images would be the test
-    images too."""
+    """Stop if the data has no splits: `open_data` would give the same images for training and test."""
     if without_splits(data):
         raise SystemExit(f"--data {data} needs folders train/ and test/ (or val/), with a folder per class in each")
 
@@ -59,7 +58,7 @@ def tensors(image: Image.Image) -> Tensor:
 
 
 def batches(data: Dataset, batch_size: int, seed: int) -> DataLoader:
-    """Shuffled batches, in an order that the seed fixes."""
+    """Shuffled batches; the seed determines the order."""
     batch_size = min(batch_size, len(data))  # type: ignore[arg-type]
     return DataLoader(data, batch_size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
 
@@ -94,7 +93,7 @@ def predictions(net: nn.Module, x: Tensor, batch_size: int = 250) -> Tensor:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that the small examples have in common."""
+    """The common options of the small examples."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a quick run on a few of the bundled images")
     parser.add_argument("--data", default=BUNDLED, help="images, training and test: see glem_augment.open_data")

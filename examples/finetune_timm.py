@@ -4,8 +4,8 @@
     python examples/finetune_timm.py --data photos/ --flow runs/photos --model resnet50.a1_in1k --img-size 224
     torchrun --nproc_per_node 8 examples/finetune_timm.py --config examples/eva02_imagenet.yaml --data imagenet/ ...
 
-The data are an ImageFolder with train/ and val/. A config file holds the same options (with _ for -), `augment` among
-them, the settings of GLEMAugment. Lines marked (*) are the main ones that the augmentation adds to an ordinary loop.
+The data are an ImageFolder with train/ and val/. A config file holds the same options (with _ for -). The option
+`augment` holds the settings of GLEMAugment. Lines marked (*) are the main additions to an ordinary loop.
 """
 
 from __future__ import annotations
@@ -51,44 +51,44 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
 
-# Each with its default and what it is. On the command line they are read as YAML.
+# Each option with its default and help text. Values on the command line are read as YAML.
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "model": ("resnet18.a1_in1k", "timm's name of it"),
-    "pretrained": (True, "start from its published weights: true or false"),
+    "model": ("resnet18.a1_in1k", "timm's name of the model"),
+    "pretrained": (True, "start from the published weights: true or false"),
     "num_classes": (None, "of the classifier; null: as many as train/ has"),
-    "drop_path": (None, "rate of stochastic depth; null: the model's own"),
-    "img_size": (None, "pixels; null: the model's own"),
-    "mean": (None, "of the normalisation, YAML: [r, g, b]; null: the model's own"),
-    "std": (None, "of the normalisation, YAML: [r, g, b]; null: the model's own"),
-    "crop_mode": (None, "of validation: center, squash or border; null: the model's own"),
-    "crop_pct": (None, "share of a validation image's side that is kept; null: the model's own"),
-    "interpolation": (None, "bilinear, bicubic, ...; null: the model's own"),
+    "drop_path": (None, "rate of stochastic depth; null: the model's default"),
+    "img_size": (None, "pixels; null: the model's default"),
+    "mean": (None, "of the normalisation, YAML: [r, g, b]; null: the model's default"),
+    "std": (None, "of the normalisation, YAML: [r, g, b]; null: the model's default"),
+    "crop_mode": (None, "of validation: center, squash or border; null: the model's default"),
+    "crop_pct": (None, "share of a validation image's side that is kept; null: the model's default"),
+    "interpolation": (None, "bilinear, bicubic, ...; null: the model's default"),
     "scale": (None, "share of a training image's area that is kept, YAML: [least, most]; null: timm's [0.08, 1]"),
     "aa": ("rand-m9-mstd0.5-inc1", "timm's AutoAugment or RandAugment; null: off"),
-    "color_jitter": (0.4, "in place of aa, beside it only with 3-Augment (3a); null: off"),
+    "color_jitter": (0.4, "strength, used without aa or with 3-Augment (aa 3a); null: off"),
     "reprob": (0.0, "probability of random erasing; 0: off"),
     "opt": ("adamw", "timm's name of the optimiser"),
     "lr": (5e-4, "highest learning rate"),
     "layer_decay": (None, "factor of the learning rate from each layer to the one below; null: off"),
     "weight_decay": (0.05, "of the optimiser; 0: off"),
-    "betas": (None, "of the optimiser, YAML: [0.9, 0.999]; null: its own"),
+    "betas": (None, "of the optimiser, YAML: [0.9, 0.999]; null: the optimiser's default"),
     "clip_grad": (None, "largest norm of the gradient; null: off"),
     "epochs": (15, "warm-up included"),
     "warmup_epochs": (2, "with a rising learning rate; 0: off"),
     "warmup_lr": (1e-6, "learning rate at the start of the warm-up"),
     "min_lr": (1e-6, "learning rate at the end"),
     "smoothing": (0.1, "of the labels; 0: off"),
-    "ema_decay": (None, "average the weights, keeping this much per update, and score the average too; null: off"),
+    "ema_decay": (None, "decay of the moving average of the weights, which is scored too; null: off"),
     "batch_size": (64, "per GPU"),
     "accumulate": (1, "batches per update of the weights"),
     "amp": ("bfloat16", "precision of the classifier: bfloat16, float16 or null: float32"),
-    "grad_checkpointing": (False, "less memory for more time: true or false"),
+    "grad_checkpointing": (False, "needs less memory and more time: true or false"),
     "workers": (4, "processes that load images; 0: none"),
     "seed": (42, "of everything random"),
     "off_epoch": (None, "first epoch without the augmentation, counted from 0; null: never off"),
     "augment": (
         {"policy": "noise", "p": 0.5, "strength": 0.5},
-        "settings of GLEMAugment, all of them anew, YAML: {policy: mixup, p: 0.3}",
+        "all settings of GLEMAugment (replaces the default), YAML: {policy: mixup, p: 0.3}",
     ),
 }
 DEFAULTS = {name: default for name, (default, _) in OPTIONS.items()}
@@ -112,14 +112,14 @@ SMOKE: dict[str, Any] = {
 def options() -> argparse.Namespace:
     """Defaults, then the config file, then the command line."""
     places = {
-        "data": (None, "folder with train/ and val/, needed but for --smoke"),
+        "data": (None, "folder with train/ and val/, required without --smoke"),
         "flow": (BUNDLED, "a folder, a bundled flow, or org/name on the Hub"),
-        "out": (None, "checkpoints; a run that finds one there goes on"),
+        "out": (None, "folder for checkpoints; a run resumes from a checkpoint in it"),
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "of the training"),
     }
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Values are read as YAML: null (or none) turns off what can be off. --smoke has defaults of its own.",
+        epilog="Values are read as YAML; null (or none) means off where an option says so. --smoke has other defaults.",
     )
     parser.add_argument("--config", type=Path, help="YAML of these options")
     parser.add_argument("--smoke", action="store_true", help="a quick run on the bundled images")
@@ -145,7 +145,7 @@ def options() -> argparse.Namespace:
     merged = {**defaults, **(SMOKE if given["smoke"] else {}), **config, **given}
     if merged["data"] is None and not given["smoke"]:
         parser.error("give --data FOLDER, or --smoke")
-    # Here, since the config file sets them too.
+    # argparse cannot check values from the config file.
     if merged["amp"] not in (None, "bfloat16", "float16"):
         parser.error(f"--amp must be bfloat16, float16 or null, got {merged['amp']}")
     for name in ("epochs", "batch_size", "accumulate"):
@@ -157,17 +157,17 @@ def options() -> argparse.Namespace:
 
 
 def value(text: str) -> Any:
-    """What YAML reads from the text of an option."""
+    """The YAML value of an option's text."""
     return plain(yaml.safe_load(text))
 
 
 def plain(found: Any) -> Any:
-    """A value as YAML reads it, with Python's "none" for null; inside `augment` it is a word of its own."""
+    """A YAML value, with "none" read as null; inside `augment`, "none" stays a string."""
     return None if isinstance(found, str) and found.lower() == "none" else numbers(found)
 
 
 def numbers(found: Any) -> Any:
-    """YAML takes 5e-4, without a point, for text."""
+    """Convert strings such as 5e-4 to numbers: YAML reads a number without a point as text."""
     if isinstance(found, dict):
         return {key: numbers(item) for key, item in found.items()}
     if isinstance(found, list):
@@ -182,12 +182,12 @@ def datasets(root: Path) -> tuple[ImageDataset, ImageDataset]:
     """The images of root/train and root/val, labelled alike: by the classes of root/train."""
     if not ((root / "train").is_dir() and (root / "val").is_dir()):
         raise SystemExit(f"--data {root} needs folders train/ and val/, with a folder per class in each")
-    # A class may be called "train" or "val": no search for splits.
+    # No search for splits, because a class may be called "train" or "val".
     train, val = (create_dataset("", root=str(root / split), search_split=False) for split in ("train", "val"))
     labels = train.reader.class_to_idx
-    # timm would leave images of other classes out without a word.
+    # timm would leave out images of other classes silently.
     check_classes(root / "val", val.reader.class_to_idx, labels)
-    # By itself val/ numbers the classes that it has, others than train/ where it lacks one.
+    # Without class_map, timm numbers the classes in val/. If val/ lacks a class, these numbers differ from train/.
     return train, create_dataset("", root=str(root / "val"), search_split=False, class_map=labels)
 
 
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     flow = GLEM.from_pretrained(args.flow, device=device)
     class_map = match_classes(flow, names, partial=True)
     augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
-    # The classifier may have more classes than the data, such as ImageNet's 1000 for a few of them.
+    # The classifier may have more classes than the data, for example 1000 for a few classes of ImageNet.
     aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": net.num_classes}, flow)
     train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
     soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2
@@ -282,8 +282,8 @@ def run(args: argparse.Namespace, root: Path) -> None:
     if aug.policy == "adversarial":
         aug.attach(model, autocast=dtype)  # (*)
     scaler = None
-    if dtype == torch.float16:  # small gradients would be zero in it
-        # Only newer versions of timm take a device, CUDA is the default of all.
+    if dtype == torch.float16:  # small gradients would be zero in float16
+        # Only newer versions of timm take a device; CUDA is the default in all versions.
         scaler = utils.NativeScaler(**({} if device.type == "cuda" else {"device": device.type}))
 
     state: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "scaler": scaler, "aug": aug}
@@ -322,12 +322,12 @@ def run(args: argparse.Namespace, root: Path) -> None:
             if ema is not None:
                 ema.update(net, step=done)
             scheduler.step_update(done)
-        if args.distributed:  # BatchNorm's statistics, which each process has of its own images
+        if args.distributed:  # average BatchNorm's statistics, which differ between processes
             utils.distribute_bn(model, args.world_size, reduce=True)
         if primary:
             scores = final = evaluate(net, val_loader, val, device, dtype)
             if ema is not None:
-                # Early on the average still holds much of the weights at the start, and scores far below these.
+                # At first the average contains much of the initial weights, and scores far below the current weights.
                 final = evaluate(ema.module, val_loader, val, device, dtype)
                 scores = {**scores, **{f"{name}_ema": score for name, score in final.items()}}
             row = {"epoch": epoch, "loss": round(float(seen.avg), 4), **scores, "seconds": time.monotonic() - began}
@@ -342,7 +342,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
 
 @torch.inference_mode()
 def evaluate(net: nn.Module, loader: Any, data: Any, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Top-1 and top-5 in per cent, and both by ImageNet-ReaL where the 50,000 validation images are all there."""
+    """Top-1 and top-5 in percent, and both with ImageNet-ReaL labels if all 50,000 validation images are there."""
     net.eval()
     files = [os.path.basename(name) for name in data.filenames(basename=True)]
     # ReaL finds the labels of an image by its original name.
@@ -374,7 +374,7 @@ def save(folder: Path | None, state: dict[str, Any], epoch: int) -> None:
 
 
 def resume(folder: Path | None, state: dict[str, Any], device: torch.device) -> int:
-    """The epoch to go on with."""
+    """The next epoch."""
     if folder is None or not (folder / "last.pt").exists():
         return 0
     kept = torch.load(folder / "last.pt", map_location=device, weights_only=True)

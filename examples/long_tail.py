@@ -1,9 +1,9 @@
-"""Fill up the rare classes of a long-tailed data set with synthetic images, or with their own images repeated.
+"""Fill up the rare classes of a long-tailed data set with synthetic images, or repeat the rare images.
 
     python examples/long_tail.py --data photos/ --flow runs/photos        # photos/{train,test}/<class>/*
 
-The bundled images, or with --imbalance above 1 those of --data, are made long-tailed first. The bundled flow has seen
-all 60,000 training images of Fashion-MNIST, so what it gains there proves nothing: with a flow of the long-tailed
+The bundled images, or with --imbalance above 1 the images of --data, are made long-tailed first. The bundled flow was
+trained on all 60,000 training images of Fashion-MNIST, so its gain here proves nothing. With a flow of the long-tailed
 images alone, repetition was better (benchmarks/proof/long_tails.py, docs/evidence.md).
 """
 
@@ -19,28 +19,28 @@ from glem_augment.synthetic.combined import RealAndSynthetic
 
 
 def long_tailed(data: ImageData, imbalance: float) -> ImageData:
-    """The first images of each class, from all of the first class down to 1 / imbalance of them in the last."""
+    """The first images of each class. Sizes fall geometrically from the first class to the last, by `imbalance`."""
     k, head = len(data.classes), int(np.bincount(data.targets).min())
     kept = [max(2, round(head * imbalance ** (-c / max(1, k - 1)))) for c in range(k)]
     return data.subset(np.concatenate([np.flatnonzero(data.targets == c)[: kept[c]] for c in range(k)]))
 
 
 def repeated(data: ImageData) -> ImageData:
-    """The images of each class as often as it takes to have as many as of the largest."""
+    """The images of each class, repeated up to the size of the largest class."""
     classes = [np.flatnonzero(data.targets == c) for c in range(len(data.classes))]
     largest = max(map(len, classes))
     return data.subset(np.concatenate([np.resize(rows, largest) for rows in classes if len(rows)]))
 
 
 def rarest_third(trained: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """The third of the tested classes, at least one, that have the fewest training images; both are labels."""
+    """The third of the tested classes (at least one) with the fewest training images. Arguments are labels."""
     classes = np.unique(tested)
     counts = np.bincount(trained, minlength=classes.max() + 1)
     return classes[np.argsort(counts[classes])[: max(1, len(classes) // 3)]]
 
 
 class AsFloat(torch.utils.data.Dataset):
-    """An ImageData with float images, as the synthetic set gives them."""
+    """An ImageData with float images, like the synthetic set."""
 
     def __init__(self, data: ImageData) -> None:
         self.data, self.targets, self.classes = data, data.targets, data.classes
@@ -73,7 +73,7 @@ def main() -> None:
         tail = long_tailed(tail, imbalance)
     test = open_data(args.data, "test", **shape)
     check_classes(args.data, test.class_ids, tail.class_ids)
-    # Test images that lack a class number the others anew.
+    # If the test images lack a class, their labels differ from the training labels.
     label_of = match_classes(tail, test)
     if args.adapt:
         flow = flow.adapt(tail)
@@ -89,20 +89,20 @@ def main() -> None:
         transform=tensors,
     )
     balanced = RealAndSynthetic(AsFloat(tail), synthetic, ratio=None)
-    print(f"{len(tail)} real images, {np.bincount(tail.targets).tolist()} per class; {len(synthetic)} synthetic ones")
+    print(f"{len(tail)} real images, {np.bincount(tail.targets).tolist()} per class; {len(synthetic)} synthetic images")
 
     x, y = test.tensor().float() / 255, torch.from_numpy(label_of[test.targets])
     rare = torch.from_numpy(rarest_third(tail.targets, y.numpy()))
     arms = {"long tail": AsFloat(tail), "repeated": AsFloat(repeated(tail)), "filled up": balanced}
     for name, data in arms.items():
         print(name, flush=True)
-        # The same number of steps for all: a larger set is gone through fewer times.
+        # All arms have the same number of steps, so a larger set has fewer epochs.
         epochs = max(1, round(args.epochs * len(balanced) / len(data)))
         net = train(batches(data, args.batch_size, args.seed), len(tail.classes), x.shape[1], epochs, args.seed)
         right = predictions(net, x) == y
         print(
             f"  accuracy {100 * right.float().mean():.1f} %, "
-            f"of the rarest third of the classes {100 * right[torch.isin(y, rare)].float().mean():.1f} %"
+            f"on the rarest third of the classes {100 * right[torch.isin(y, rare)].float().mean():.1f} %"
         )
 
 

@@ -1,8 +1,8 @@
-"""Train a classifier on synthetic images alone, and test it on real ones.
+"""Train a classifier on synthetic images alone, and test it on real images.
 
     python examples/synthetic_only.py --flow runs/photos --data photos/        # photos/{train,test}/<class>/*
 
-The bundled flow was fitted to Fashion-MNIST's training images; the test images are new to it.
+The bundled flow was trained on Fashion-MNIST's training images, and not on the test images.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/torchvision_loop.py --root photos/ --flow runs/photos        # photos/{train,val}/<class>/*
     python examples/torchvision_loop.py --smoke
 
-Three places for the same transform (--where): in the collate function of the loader's workers, around the loader, or
-in the loop as one of a chain of v2 transforms, before CutMix.
+--where selects one of three places for the transform: in the collate function of the loader's workers, around the
+loader, or in the loop, in a chain of v2 transforms before CutMix.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a quick run, with --size, --epochs and --workers of its own"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a quick run; sets --size, --epochs and --workers")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +59,7 @@ def datasets(root: Path, size: int) -> tuple[ImageFolder, ImageFolder]:
     )
     val = ImageFolder(str(root / "val"), v2.Compose([v2.Resize(size), v2.CenterCrop(size), *to_tensor]))
     check_classes(root / "val", val.classes, train.classes)
-    # By itself val/ numbers the classes that it has, others than train/ where it lacks one.
+    # ImageFolder numbers the classes in val/. If val/ lacks a class, these numbers differ from train/.
     val.target_transform = [train.class_to_idx[name] for name in val.classes].__getitem__
     return train, val
 
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
     train, val = datasets(root, args.size)
     net = torchvision.models.resnet18(num_classes=len(train.classes)).to(device)
     flow = GLEM.from_pretrained(args.flow)
-    # Folders are sorted by name, the flow's classes are not: which is which is found by their names.
+    # Folders are sorted by name, unlike the flow's classes, so classes are matched by name.
     class_map = match_classes(flow, train, partial=True).tolist()
     aug = GLEMAugment(
         flow,
@@ -94,7 +92,7 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
         raise SystemExit(f"{len(train)} training images make no batch of {args.batch_size}: lower --batch-size")
     # 2. After the loader, on the training device.
     batches = aug.wrap(loader, device=device) if args.where == "wrap" else loader
-    # 3. In the loop, before or after others of its kind.
+    # 3. In the loop, before or after other transforms of batches.
     chain = v2.Compose(
         [aug.as_transform(), v2.RandomChoice([v2.CutMix(num_classes=len(train.classes)), v2.Identity()])]
     )

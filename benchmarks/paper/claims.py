@@ -1,12 +1,13 @@
 """The paper's claims against the measured tables: holds, does not hold, or not decidable at this scale.
 
-A difference counts when chance alone would make it in less than 5 % of cases: over seeds by a paired test where both
-are of the same flows, else by Welch's; of one run by its error, which for accuracies and other shares is that of so
-many test images and of how runs differ, and for FID a tenth of it. Three seeds tell little of their own spread: in
-Welch's test it is moderated by that of all methods on the data set, as if that had been seen in two more seeds (after
-Smyth 2004). A claim of several parts holds where all of them do, and fails where one is the other way round with 5 %
-shared among them: one of eight comparisons is far apart by chance too often. A series counts as rising or falling where
-its ends differ by that rule.
+A difference is significant if chance alone gives it in less than 5 % of cases. Over seeds, the test is paired if both
+values come from the same flows, and Welch's test otherwise. Three seeds say little about their variance. In Welch's
+test, the variance is therefore averaged with the mean variance of all methods on the data set, which counts as two more
+seeds (after Smyth 2004). With one run, the standard error is estimated. For accuracies and other shares, it combines
+the number of test images and the spread between runs; for FID, it is a tenth of the value.
+
+A claim with several parts holds if all parts hold. It fails if one part is significantly reversed, at 5 % shared among
+the parts. A series rises or falls if the difference of its ends is significant.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from glem_augment.io import write_json
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
 # Images behind a share, at least; the scales measure 5,000 to 10,000.
 _IMAGES = 5000
-# Standard deviation between runs, in points, that is taken for granted where there is only one: of three seeds of the
-# methods of Table 8 at "cpu", the largest on Fashion-MNIST and on CIFAR-10.
+# Standard deviation between runs, in points, if there is only one run: the largest over three seeds among the methods
+# of Table 8 at "cpu", on Fashion-MNIST and on CIFAR-10.
 _BETWEEN_RUNS = {"main": 1.0, "second": 3.0}
-# The same, relative, of FID: samples, oracle and training together.
+# The relative standard deviation of FID, from samples, oracle and training together.
 _BETWEEN_FIDS = 0.1
-# Seeds' worth (degrees of freedom) of the spread of all methods in that of one.
+# Degrees of freedom with which the variance of all methods counts in the variance of one method.
 _PRIOR = 2
 _SHARES = {"NF-A", "CNN-A", "ViT-A", "Cov", "L-R"}
 
 
 @dataclass
 class Verdict:
-    """`evidence`: the numbers that it rests on."""
+    """A verdict on a claim. `evidence`: the numbers behind the verdict."""
 
     verdict: str
     evidence: str
 
 
 class Comparison(NamedTuple):
-    """Whether a is above b (+1), below (-1) or the same (0), and how often chance alone would set them as far apart."""
+    """Whether a is above b (+1), below (-1) or equal (0), and how often chance alone gives such a difference."""
 
     direction: int
     chance: float
 
     def sign(self, level: float = 0.05) -> int:
-        """The direction, where it is sure at that level."""
+        """The direction if it is significant at that level, else 0."""
         return self.direction if self.chance <= level else 0
 
 
@@ -70,7 +71,7 @@ def _one_run(mean: float, metric: str, data: str) -> float:
 
 
 class Runs(list[float]):
-    """Values over seeds, in their order, and the flows that they are of (None where that is not said)."""
+    """Values in the order of the seeds, and the flows that they come from (None if unknown)."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         rows = sorted(rows, key=lambda row: row["seed"])
@@ -87,8 +88,7 @@ class Measured:
             self.rows += json.loads(path.read_text(encoding="utf-8"))
 
     def variance(self, data: str, metric: str) -> float:
-        """Variance between runs, the mean over all methods that were run several times; 0 if there are fewer than
-        three."""
+        """Mean variance between runs, over all methods with several runs; 0 if there are fewer than three methods."""
         groups: dict[tuple[Any, ...], list[float]] = {}
         for row in self.rows:
             if (row["role"], row["metric"]) == (data, metric):
@@ -97,8 +97,11 @@ class Measured:
         return statistics.mean(map(statistics.variance, several)) if len(several) > 2 else 0.0
 
     def compare(self, a: Runs, b: Runs, metric: str, data: str) -> Comparison | None:
-        """None without numbers. One run of either: by what is known of such runs. Several: paired, where the flows are
-        the same; else Welch's test, each variance moderated by that of all methods."""
+        """Compare two methods; None without numbers.
+
+        If a method has one run, its standard error is estimated. With several runs, the test is paired if the flows are
+        the same. Otherwise it is Welch's test, and each variance is averaged with the variance of all methods.
+        """
         if not a or not b:
             return None
         gap = statistics.mean(a) - statistics.mean(b)
@@ -125,7 +128,7 @@ class Measured:
         return Comparison(direction, _chance(gap / math.sqrt(total), max(1, freedom)))
 
     def values(self, table: int, data: str, method: str, metric: str, setting: str = "default") -> Runs:
-        """Over seeds; empty where it was not measured."""
+        """Values over seeds; empty if the method was not measured."""
         key = (table, data, method, metric, setting)
         names = ("table", "role", "method", "metric", "setting")
         return Runs([row for row in self.rows if tuple(row[name] for name in names) == key])
@@ -140,7 +143,7 @@ def _text(name: str, values: list[float]) -> str:
 
 
 def _all(parts: list[tuple[Comparison | None, str]]) -> Verdict:
-    """Holds where every part is surely so, fails where one is surely the other way round, else open."""
+    """Holds if every part is significant, fails if one part is significantly reversed, else open."""
     found = [comparison for comparison, _ in parts if comparison is not None]
     fails = any(c.sign(0.05 / len(parts)) == -1 for c in found)
     holds = bool(parts) and len(found) == len(parts) and all(c.sign() == 1 for c in found)
@@ -194,7 +197,7 @@ def _lambda(m: Measured) -> Verdict:
         best = weights[means[name].index(max(means[name]))]
         ends = [m.compare(series[name][best], series[name][w], name, "main") for w in (1, 20)]
         rises, falls = (end for end in ends if end is not None)
-        # Best at the smallest, and surely better than at the largest, there is no rise. No fall yet is no verdict.
+        # No rise if the smallest is best and significantly better than the largest. Without a fall: no verdict.
         part = Comparison(-1, falls.chance) if best == 1 else Comparison(1, max(rises.chance, falls.chance))
         parts.append((part, f"{name} best at {best}"))
     worse = m.compare(series["FID"][20], series["FID"][1], "FID", "main")
@@ -273,7 +276,7 @@ def _continuum(m: Measured) -> Verdict:
     text += "; " + _text("Gaussians of the pixels themselves (identity flow, by likelihood), with distance", control)
     if control and mean <= statistics.mean(control):
         text += ": the order is in the pixels already, the flow and the repulsion do not add to it"
-    sure = max(p) < 0.025 and all(value * mean > 0 for value in rho)  # p: of that far to one side
+    sure = max(p) < 0.025 and all(value * mean > 0 for value in rho)  # p: one-sided
     return Verdict(HOLDS if mean > 0 and sure else FAILS if mean < 0 and sure else OPEN, text)
 
 
@@ -318,7 +321,7 @@ def verdicts(folder: Path, scale: str) -> list[dict[str, str]]:
 
 
 def write_claims(folder: Path, scale: str) -> None:
-    """Write `claims.json`: this scale's verdicts beside those of the others that are there."""
+    """Write this scale's verdicts into `claims.json`, and keep the verdicts of other scales."""
     path = folder / "claims.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     found = verdicts(folder, scale)

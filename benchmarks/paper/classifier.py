@@ -1,9 +1,9 @@
-"""Small classifiers with the paper's recipes: the oracle on real images, CNNs and transformers on generated ones.
+"""Small classifiers with the paper's recipes: the oracle on real images, CNNs and transformers on generated images.
 
-Sec. 5.1 and 5.2 of Enescu & Sahbi, ACCV 2024: a ResNet18 trained by SGD (momentum 0.9, weight decay 5e-4, one-cycle
-from 1e-3 to 0.1, crop and flip), and a small vision transformer trained by Adam with a cosine schedule (after Gani et
-al., BMVC 2022). The oracle is the ResNet18 of the real training set: its penultimate layer gives the features for FID
-and coverage, its answers the label reliability.
+Recipes are from Sec. 5.1 and 5.2 of Enescu & Sahbi, ACCV 2024. The ResNet18 is trained by SGD (momentum 0.9, weight
+decay 5e-4, one-cycle from 1e-3 to 0.1, crop and flip). A small vision transformer is trained by Adam with a cosine
+schedule (after Gani et al., BMVC 2022). The oracle is the ResNet18 of the real training set. Its penultimate layer
+gives the features for FID and coverage, and its predictions give the label reliability.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from glem_augment.training.start import augment_batch
 
 # Channels per stage of the residual networks. "resnet18" is the paper's, the others are for CPUs.
 _RESNETS = {"resnet18": (64, 128, 256, 512), "resnet18_quarter": (16, 32, 64, 128)}
-_HALF = "_half"  # after such a name: the first convolution halves the image, for a quarter of the time
-# Gani et al. 2022 (patch 4, 9 layers, width 192), and one that a CPU can train.
+_HALF = "_half"  # suffix of a name: the first convolution halves the image, which takes a quarter of the time
+# The transformer of Gani et al. 2022 (patch 4, 9 layers, width 192), and a small one for CPUs.
 _VITS: dict[str, dict[str, Any]] = {
     "vit_small": dict(patch_size=4, embed_dim=192, depth=9, num_heads=12, mlp_ratio=2.0),
     "vit_micro": dict(patch_size=4, embed_dim=96, depth=4, num_heads=4, mlp_ratio=2.0),
@@ -70,7 +70,7 @@ class Recipe:
 
 
 class Classifier(nn.Module):
-    """A network that normalises its input. `facts` says how it was trained, as JSON can carry it."""
+    """A network that normalises its input. `facts` describes its training, as JSON values."""
 
     mean: Tensor
     std: Tensor
@@ -118,7 +118,7 @@ def _network(arch: str, image_shape: tuple[int, ...], num_classes: int) -> nn.Mo
     if arch in _VITS:
         return VisionTransformer(img_size=(height, width), in_chans=channels, num_classes=num_classes, **_VITS[arch])
     widths = _RESNETS[arch.removesuffix(_HALF)]
-    # timm adapts the width of what follows the stem only if the stem is a "deep" one, which the next lines replace.
+    # timm adapts the width after the stem only for a "deep" stem, which the next lines replace.
     net = timm.create_model(
         "resnet18", num_classes=num_classes, in_chans=channels, channels=widths, stem_type="deep",
         stem_width=widths[0] // 2,

@@ -1,9 +1,9 @@
 """Conditional encoding (CE): a class code below every image, so that a flow learns labels along with images.
 
-Enescu & Sahbi, ACCV 2024, Sec. 5.2, Baselines 1 and 3: images get 2^L more rows (L levels of the flow), which hold the
-class's prototype plus uniform noise smaller than the spacing of the prototypes. The flow itself is told no label. The
-label of a decoded sample is the prototype nearest to its code. A flow with one Gaussian for all classes can then draw
-labelled images, but not of a chosen class: class balance comes from rejection.
+Source: Enescu & Sahbi, ACCV 2024, Sec. 5.2, Baselines 1 and 3. Images get 2^L more rows, for L levels of the flow. The
+rows hold the class's prototype plus uniform noise, which is smaller than the spacing of the prototypes. The flow gets
+no label. The label of a decoded sample is the prototype nearest to its code. A flow with one Gaussian for all classes
+can then draw labelled images, but not of a chosen class. Rejection balances the classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CODED_METHODS = {
     # Baseline 3: GLEM on images with class codes.
     "ceglem": dict(objective="glem", kld_weight=10.0),
 }
-# The L2 term's weight and the noise, as a share of the largest that cannot change a label. The paper gives neither.
+# Weight of the L2 term, and noise as a share of the largest noise that cannot change a label. The paper gives neither.
 _REGULARISATION, _NOISE, _LR, _SEED = 0.05, 0.5, 0.05, 0xC0DE
 
 
@@ -55,16 +55,16 @@ class ClassCodes:
 
             -mean over pairs of log(mean squared difference) + 0.05 mean w^2.
 
-        The repulsion never stops but flattens, and the L2 term keeps pixels off the ends of their range. The paper
-        says no more than "minimizing a regularized mean squared error"; the logarithm is a choice made here, since
-        the plain squared difference has no minimum. Prototype and noise together are scaled to stay in [0, 1].
+        The repulsion flattens with distance, and the L2 term keeps pixels away from the ends of their range. The paper
+        only says "minimizing a regularized mean squared error". The logarithm is a choice of this reproduction, since
+        the plain squared difference has no minimum. Prototype plus noise are scaled to [0, 1].
 
         Args:
             image_shape: (C, H, W) of the images without codes.
-            bits: of the flow; what it cuts off of each pixel counts as noise, too.
+            bits: of the flow; the bits that it drops count as noise, too.
 
         Raises:
-            ValueError: more classes than so few pixels can keep apart.
+            ValueError: too many classes for so few pixels.
         """
         channels, height, width = image_shape
         shape = (num_classes, channels, 2**levels, width)
@@ -115,7 +115,7 @@ class ClassCodes:
     def append_random(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Images with codes of uniform pixels, since the class of a test image is unknown.
 
-        The paper measures CEGLEM's NF accuracy on these (12.8 and 2.0 %).
+        The paper measures CEGLEM's NF accuracy on such images (12.8 and 2.0 %).
         """
         shape = (len(x), *self.prototypes.shape[1:])
         return torch.cat([x, torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)], 2)
@@ -131,7 +131,7 @@ class ClassCodes:
         return torch.cdist(code.flatten(1), self.prototypes.flatten(1)).argmin(1)
 
     def dataset(self, data: ImageData, seed: int = 0, monomodal: bool = False) -> ImageData:
-        """`data` with a code below every image, its noise drawn once per image.
+        """`data` with a code below every image, with noise drawn once per image.
 
         Args:
             monomodal: give all images one class, "all", for a flow with a single Gaussian.
@@ -163,7 +163,7 @@ def coded_trainer(
 
 
 def code_agreement(model: GLEM, codes: ClassCodes, per_class: int, temperature: float, seed: int) -> float:
-    """CEGLEM: how often the code of a sample names the class whose Gaussian it was drawn from, in [0, 1]."""
+    """CEGLEM: the share of samples whose code names the class of their Gaussian, in [0, 1]."""
     y = torch.arange(model.num_classes).repeat_interleave(per_class)
     g = torch.Generator().manual_seed(seed)
     right = sum(int((codes.read(model.sample(part, temperature, g)) == part).sum()) for part in y.split(256))
@@ -173,7 +173,7 @@ def code_agreement(model: GLEM, codes: ClassCodes, per_class: int, temperature: 
 def balance_by_rejection(
     draw: Callable[[int], Tensor], codes: ClassCodes, per_class: int, batch: int = 256, most: float = 50.0
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """As many samples of each class as wanted, from a flow that cannot be asked for a class.
+    """Equally many samples of each class, from a flow that cannot draw a chosen class.
 
     Args:
         draw: gives n new coded images [n,C,H+R,W], float in [0, 1].
@@ -184,7 +184,7 @@ def balance_by_rejection(
         `rarest` (the rarest class's share of all images drawn; 1/K is balanced).
 
     Raises:
-        DataError: a class hardly ever comes.
+        DataError: a class is too rare among the samples.
     """
     classes = len(codes.prototypes)
     kept: list[list[Tensor]] = [[] for _ in range(classes)]

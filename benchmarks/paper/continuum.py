@@ -1,4 +1,4 @@
-"""The paper's central claim as a number: are the Gaussians of classes that look alike closer to each other?"""
+"""The paper's central claim as a number: are the Gaussians of similar classes closer to each other?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ def mantel(a: Tensor, b: Tensor, permutations: int = 999) -> tuple[float, float]
     """Spearman correlation of two symmetric K x K matrices above the diagonal, and its one-sided p-value.
 
     Pairs that share a class are not independent, so classes are permuted, not pairs (Mantel 1967). The p-value is the
-    share of permutations, the identity included, whose correlation is at least as far in the direction of the one
-    found.
+    share of permutations, including the identity, whose correlation is at least as extreme in the same direction.
     """
     k = len(a)
     row, column = torch.triu_indices(k, k, 1)
@@ -42,7 +41,7 @@ def class_means(values: Tensor, y: Tensor, num_classes: int) -> Tensor:
 
 
 def continuum_correlation(kld_matrix: Tensor, logits: Tensor, features: Tensor, y: Tensor) -> dict[str, float]:
-    """Correlate the flow's pairwise KLD with how alike an oracle finds the classes, on held-out real images.
+    """Correlate the flow's pairwise KLD with an oracle's similarity of the classes, on held-out real images.
 
     Confusion is soft (the mean probability that the oracle gives y' on images of y), because a good oracle makes too
     few mistakes for counts of them to order the pairs.
@@ -52,8 +51,8 @@ def continuum_correlation(kld_matrix: Tensor, logits: Tensor, features: Tensor, 
 
     Returns:
         Rank correlations over class pairs with the symmetrised KLD, and their Mantel p-values (name + " p"):
-        `rho-distance` with the distance of the classes' mean features, which the paper claims to be positive, and
-        `rho-confusion`, which it claims to be negative.
+        `rho-distance` with the distance of the classes' mean features, positive in the paper's claim, and
+        `rho-confusion` with the confusion, negative in the paper's claim.
     """
     k = len(kld_matrix)
     kld = kld_matrix.detach().cpu().double()

@@ -1,4 +1,4 @@
-"""Figures 2 to 6 of the paper, drawn from this library's own flows; numbers beside them in `figures.<scale>.json`."""
+"""Figures 2 to 6 of the paper, drawn with this library's flows; `figures.<scale>.json` has the numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def run_figures(lab: Lab, scale: str, out: Path) -> None:
-    """Draw all of them; flows and oracle come from the lab."""
+    """Draw all figures; flows and oracle come from the lab."""
     folder = out / "figures"
     facts: dict[str, Any] = {"figure2": losses_in_two_dimensions(folder / f"figure2.{scale}.png")}
     psi_and_codes(lab, folder / f"figure3.{scale}.png")
@@ -61,9 +61,9 @@ SETTINGS = {
 
 
 def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: int = 200) -> ClassGaussians:
-    """Gaussians of points z [N, 2] by the trainer's own M-step loss, from the maximum of likelihood.
+    """Gaussians of points z [N, 2] by the trainer's M-step loss, starting at the maximum of likelihood.
 
-    The points stay where they are, which no flow would leave them: what is seen is the pull of the losses alone.
+    The points are fixed, although a flow would move them. So the figure shows the effect of the losses alone.
     """
     config = TrainConfig(psi=(5.0, 0.2, 0.05), **settings)
     classes = int(y.max()) + 1
@@ -87,7 +87,7 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
 
 
 def losses_in_two_dimensions(path: Path) -> dict[str, Any]:
-    """Four overlapping classes, two of them alike; one panel per setting."""
+    """Four overlapping classes, of which two are similar; one panel per setting."""
     g = torch.Generator().manual_seed(0)
     centres = torch.tensor([[-1.2, 0.0], [-0.2, 0.5], [1.4, -0.4], [0.4, -1.4]])
     spread = torch.tensor([[0.7, 0.5], [0.7, 0.4], [0.5, 0.7], [0.6, 0.5]])

@@ -1,6 +1,6 @@
-"""What `paper.py` measures with: data, oracles, flows, samples and classifiers, each made once and kept.
+"""The measurements of `paper.py`: data, oracles, flows, samples and classifiers, each made once and kept.
 
-Everything lies in a work folder under a name made from its settings. A run that was stopped goes on from there, and
+Everything lies in a work folder, under a name made from the settings. A stopped run resumes from this folder, and
 tables share flows and measurements.
 """
 
@@ -44,15 +44,15 @@ from glem_augment.training.folder import has_checkpoint
 from glem_augment.training.objective import LatentStatistics
 from glem_augment.training.start import stratified_split
 
-# Part of every name. Raise it when the same settings come to mean something else.
+# Part of every name. Raise the number when the meaning of a setting changes.
 _VERSION = 1
 _CHUNK = 256
 # The control of Table 3. Its variances have the best of these lower bounds, since pixels vary less than latents.
 PIXELS = dict(objective="mle", psi=None)
-# This library's first objective, whose Gaussians are moved by M-steps; `hybrid-joint` took its place.
+# A hybrid whose M-steps move the Gaussians, to compare with `hybrid-joint`.
 HYBRID = PAPER | dict(objective="hybrid")
 FLOORS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
-# Generated sets that stay in memory between epochs of one classifier; further ones are drawn again.
+# Generated sets that stay in memory between epochs of one classifier; further sets are drawn again.
 _KEEP_BYTES = 4 * 2**30
 # Metrics that are measured together, by the name of the first.
 _GROUPS = {
@@ -65,7 +65,7 @@ _GROUPS = {
 
 
 def version_of(*parts: Any) -> str:
-    """Twelve hex digits that name what depends on `parts`, which JSON can hold."""
+    """Twelve hex digits that identify `parts`, which must be JSON values."""
     text = json.dumps([_VERSION, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -87,7 +87,7 @@ class Number:
     Attributes:
         weights: SHA-256 of the flow's file. processor: on which it was measured.
         key: a name made from everything that the number depends on (settings of flow, data, samples and classifiers,
-            seed). Earlier results are found by it.
+            seed). The lab finds earlier results by their keys.
     """
 
     metric: str
@@ -98,10 +98,10 @@ class Number:
 
 
 class Lab:
-    """Makes and keeps.
+    """Makes data, oracles, flows, samples and classifiers, and keeps them in the work folder.
 
     Args:
-        name: of the scale. work: the folder. until: on the clock of `time.monotonic`; later, nothing new is begun, and
+        name: of the scale. work: the folder. until: a time of `time.monotonic`; afterwards nothing new starts, and
             training stops with a checkpoint. known: numbers of earlier runs, which are not measured again.
     """
 
@@ -131,7 +131,7 @@ class Lab:
         return self.scale.main if role == "main" else self.scale.second
 
     def learn(self, numbers: Iterable[Number]) -> None:
-        """Know these numbers, in place of earlier ones of the same key."""
+        """Add these numbers; they replace earlier numbers of the same key."""
         for number in numbers:
             self.known.setdefault(number.key, {})[number.metric] = number
 
@@ -197,7 +197,7 @@ class Lab:
         return {name: value for name, value in settings.items() if name not in own or own[name] != value}
 
     def flow(self, cell: Cell, seed: int) -> Fitted:
-        """The cell's flow, trained now or before."""
+        """The cell's flow, trained if it is not in the work folder."""
         train, _ = self.data(cell.data)
         settings = self._settings(cell, seed)
         name = version_of(cell.method, settings, asdict(self.spec(cell.data)))
@@ -224,7 +224,7 @@ class Lab:
     def _control(self, train: ImageData, config: TrainConfig, folder: Path) -> Fitted:
         """The most likely Gaussians of the pixels.
 
-        Their variances have the lower bound, of `FLOORS`, by which held-out images have the fewest bits/dim.
+        Of the lower bounds `FLOORS` of the variances, held-out images choose the one with the fewest bits/dim.
         """
         model = GLEM.create("identity", train.image_shape, train.classes, bits=config.bits, psi=None).to(self.device)
         split = stratified_split(train.targets, len(train.classes), 0.05, config.seed)
@@ -290,8 +290,8 @@ class Lab:
     def trained_on_samples(self, fitted: Fitted, cell: Cell, recipe: Recipe, seed: int) -> Classifier:
         """A classifier that has seen no real image.
 
-        Epoch e trains on set e mod `cell.size` of as many generated images as the training set has, so that every size
-        takes the same number of steps.
+        A generated set has as many images as the training set, and epoch e trains on set e mod `cell.size`. So every
+        size takes the same number of steps.
         """
         train, _ = self.data(cell.data)
         classes = len(train.classes)
@@ -321,7 +321,7 @@ class Lab:
         return result
 
     def knows(self, cell: Cell, seed: int) -> bool:
-        """Whether nothing of the cell must be measured."""
+        """Whether all numbers of the cell are known."""
         keys = [(self.key(cell, seed, self._about(group, cell)), wanted) for group, wanted in _groups(cell)]
         return all(set(self.known.get(key, ())) >= set(wanted) for key, wanted in keys)
 
@@ -333,10 +333,10 @@ class Lab:
         make: Callable[[Fitted], dict[str, float]],
         wanted: Iterable[str] = (),
     ) -> list[Number]:
-        """What `make` gives for the cell's flow, measured unless everything `wanted` is known.
+        """The result of `make` for the cell's flow, measured unless everything `wanted` is known.
 
         Args:
-            about: names what is measured, with everything that it depends on besides the flow.
+            about: names the measurement, with everything that it depends on besides the flow.
         """
         key = self.key(cell, seed, about)
         known = self.known.get(key)
@@ -354,14 +354,14 @@ class Lab:
         return version_of(cell.method, self._settings(cell, seed), self._data_key(cell.data), about)
 
     def _data_key(self, role: str) -> tuple[Any, ...]:
-        """Without the path of the scale's own data, which differs between machines."""
+        """The data's key, without the path of the scale's data, which differs between machines."""
         spec = asdict(self.spec(role))
         path = spec.pop("spec")
         own = getattr(SCALES[self.name], role).spec
         return role, spec, "" if path == own else path
 
     def _about(self, group: str, cell: Cell) -> str:
-        """What a measurement depends on besides the flow."""
+        """Everything that a measurement depends on besides the flow."""
         scale, sampling = self.scale, (cell.source, cell.tau)
         about: dict[str, Any] = {
             "NF-A": cell.source,
@@ -404,8 +404,8 @@ class Lab:
     def _flow_metrics(self, fitted: Fitted, cell: Cell, test: ImageData) -> dict[str, float]:
         """NF accuracy, bits/dim (at the flow's bits) and calibration on the test images.
 
-        With class codes the test images get random ones, as in the paper's Table 1. With RFCM the accuracy is that of
-        the re-estimated Gaussians, scored with their full covariances.
+        With class codes, the test images get random codes, as in the paper's Table 1. With RFCM, the accuracy is the
+        accuracy of the re-estimated Gaussians with full covariances.
         """
         if fitted.codes is not None:
             coded = fitted.codes.append_random(test.tensor(), torch.Generator().manual_seed(0))
@@ -422,12 +422,12 @@ class Lab:
 
 
 def method_settings(name: str) -> dict[str, Any]:
-    """Of one of the library's methods, a baseline with class codes, the control, or the first hybrid."""
+    """Settings of a method of the library, a baseline with class codes, the control, or the hybrid with M-steps."""
     return {**METHODS, "pixels": PIXELS, "hybrid": HYBRID, **CODED_METHODS}[name]
 
 
 def _groups(cell: Cell) -> list[tuple[str, list[str]]]:
-    """The groups that the cell asks for, with the metrics that it wants of each."""
+    """The groups of the cell's metrics, with the wanted metrics of each."""
     groups = [(group, [name for name in metrics if name in cell.metrics]) for group, metrics in _GROUPS.items()]
     return [(group, wanted) for group, wanted in groups if wanted]
 

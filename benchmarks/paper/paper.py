@@ -1,22 +1,22 @@
-"""The tables of Enescu & Sahbi, ACCV 2024, measured anew.
+"""Measure the tables of Enescu & Sahbi, ACCV 2024.
 
     python benchmarks/paper/paper.py TABLE [TABLE ...] --scale cpu|gpu|paper [--seeds N] [--max-minutes M]
 
-TABLE is 1 to 8, or "all" of them; "claims": verdicts on the paper's claims from the tables that are there; "figures":
-the paper's Figures 2 to 6; "trust": out-of-distribution detection and memorisation; "pareto": NF accuracy against
-bits/dim for a fixed budget, with what this library adds.
+TABLE is 1 to 8, or "all" for all eight. "claims" gives verdicts on the paper's claims from the stored tables. "figures"
+draws the paper's Figures 2 to 6. "trust" measures out-of-distribution detection and memorisation. "pareto" compares NF
+accuracy and bits/dim of all methods, including this library's methods, at a fixed budget.
 
-Results: <out>/table<N>.<scale>.json, a list of rows (table, method, data, setting, metric, seed, value, SHA-256 of the
-flow's weights, key, processor), the same as Markdown beside the paper's numbers, and <out>/claims.json. --data
-main=SPEC and second=SPEC put other images in the places of CIFAR-100 and CIFAR-10.
+Results are <out>/table<N>.<scale>.json and <out>/claims.json. A table is a list of rows (table, method, data, setting,
+metric, seed, value, SHA-256 of the flow's weights, key, processor). A Markdown file shows the rows beside the paper's
+numbers. --data main=SPEC and second=SPEC replace CIFAR-100 and CIFAR-10 by other images.
 
-What <out> has, or --work (flows, oracles and measurements), is not measured again, so the same command goes on where it
-was stopped, and writes the tables of the results in the repository at once. To check these, rows are measured anew
-(the results stay as they are):
+Numbers in <out>, and flows, oracles and measurements in --work, are not measured again. So the same command resumes a
+stopped run, and writes the tables of the results in the repository at once. To check these results, measure rows again
+(the results stay unchanged):
 
     python benchmarks/paper/paper.py 3 --check --only "lambda_0 = 10"
 
---max-minutes ends a run at the next step with exit status 75 while there is more to do:
+--max-minutes ends a run at the next step, with exit status 75 if there is more to do:
 
     until python benchmarks/paper/paper.py all --scale gpu --max-minutes 9; do [ $? = 75 ] || break; done
 """
@@ -48,7 +48,7 @@ from benchmarks.paper.trust import run_trust
 from glem_augment.training import EXIT_TIME_UP, TimeUpError
 
 _TABLES = [str(n) for n in TITLES]
-# Metrics that rest on the oracle.
+# Metrics that need the oracle.
 _ORACLES = {"FID", "Cov", "L-R", "rho-distance"}
 _OTHERS = ("claims", "figures", "trust", "pareto")
 
@@ -56,10 +56,10 @@ _OTHERS = ("claims", "figures", "trust", "pareto")
 def run_table(
     table: int, scale: Scale, name: str, lab: Lab, seeds: int, out: Path, command: Callable[[str, int], str]
 ) -> None:
-    """Measure what is missing, and write the table once it is whole: an earlier one stays until then.
+    """Measure missing numbers, and write the table when it is complete. Until then, an earlier table stays.
 
     Args:
-        seeds: at least; more where they are known.
+        seeds: the least number of seeds; further seeds are included if all their numbers are known.
     """
     cells = cells_of(table, scale.sizes)
     lab.learn(numbers_of(out, name, f"table{table}"))
@@ -81,10 +81,10 @@ def run_table(
 
 
 def check_tables(tables: list[int], scale: Scale, lab: Lab, results: Lab, seeds: int, only: list[str]) -> None:
-    """Measure rows of the tables with a laboratory that knows nothing, and print them below what the results have.
+    """Measure rows of the tables in a new lab, and print them below the stored rows.
 
     Args:
-        only: labels of the rows; all, where it is empty.
+        only: labels of the rows; empty: all rows.
 
     Raises:
         SystemExit: no such row.
@@ -103,12 +103,12 @@ def check_tables(tables: list[int], scale: Scale, lab: Lab, results: Lab, seeds:
 
 
 def _short(spec: str) -> str:
-    """A data set's name for titles and files: the end of its path, or what it is called."""
+    """A data set's name for titles and files: the last part of its path or name."""
     return re.sub(r"[^\w.]+", "_", spec.rstrip("/").rsplit("/", 1)[-1]) or "data"
 
 
 def _place(text: str) -> str:
-    """Part of a file's name for ROLE=SPEC: which data, in whose place."""
+    """Part of a file's name for ROLE=SPEC: the role, and the data in this role."""
     role, _, spec = text.partition("=")
     return f"{role}-{_short(spec)}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"
 
@@ -142,7 +142,7 @@ def main() -> int:
         scale = replace(scale, **{role: replace(getattr(scale, role), spec=spec, name=_short(spec))})
     if scale.main.name == scale.second.name:
         scale = replace(scale, second=replace(scale.second, name=f"{scale.second.name} (second)"))
-    # Other images get files of their own.
+    # Other images get separate files.
     name = "-".join([args.scale, *(_place(text) for text in args.data)])
     until = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     lab = Lab(scale, args.scale, args.work, args.device, until, numbers_of(args.out, name))
@@ -152,13 +152,13 @@ def main() -> int:
         raise SystemExit("paper: --only goes with --check")
 
     def command(what: str, seeds: int) -> str:
-        """Folders of this machine, and how often the run was stopped, are no part of the result."""
+        """The command in the result file, without folders of this machine and interruptions of the run."""
         data = "".join(f" --data {text}" for text in args.data)
         return f"python benchmarks/paper/paper.py {what} --scale {args.scale} --seeds {seeds}{data}"
 
     try:
         if args.check:
-            # Nothing that is there is used, but by the next call of the same check.
+            # A check uses no stored results. Its folder only resumes the same check.
             anew = Lab(scale, args.scale, args.work / "check", args.device, until)
             check_tables([int(t) for t in tables], scale, anew, lab, args.seeds or 1, args.only)
             return 0

@@ -1,7 +1,7 @@
 """The best class-conditional flow classifier for a fixed budget: NF accuracy against bits/dim and FID.
 
-Beyond the paper. All take the same number of steps of the same flow. A setting is chosen on held-out *training* images
-(`val_accuracy` in the model's record), the numbers shown are on test images.
+This goes beyond the paper. All methods train the same flow for the same number of steps. Held-out *training* images
+choose settings (`val_accuracy` in the model's record). The numbers shown are on test images.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ ONCE = ("GLEM 1", "IB-INN 0.3", "saturating 0.3", *(label for label, *_ in CURVE
 
 
 def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[str, int], str]) -> None:
-    """Measure all points for `seeds` seeds (more, where they are known; one for those of `ONCE`), then write
-    `pareto.<scale>.json`, `.md` and `.png`."""
+    """Measure all points for `seeds` seeds, or more if they are known, and points of `ONCE` for one seed.
+
+    Then write `pareto.<scale>.json`, `.md` and `.png`.
+    """
     rows: list[dict[str, Any]] = []
     lab.learn(numbers_of(out, scale, "pareto"))
     while all(lab.knows(cell, seeds) for role in ("main", "second") for _, cell in _points(role, seeds)):
@@ -74,12 +76,12 @@ def _points(role: str, seed: int) -> list[tuple[str, Cell]]:
 
 
 def _averaged(lab: Lab, cell: Cell, fitted: Fitted) -> dict[str, float]:
-    """Accuracy with averaged posteriors, and the held-out accuracy by which settings may be chosen."""
+    """Accuracy with averaged posteriors, and the held-out accuracy for choosing settings."""
     test = lab.data(cell.data)[1]
-    flip = "flip" in lab.scale.flow.get("augment", ())  # else the flow never saw a mirror image
+    flip = "flip" in lab.scale.flow.get("augment", ())  # otherwise the flow was not trained on mirror images
     posterior = averaged_posterior(fitted.model, test.tensor(), draws=4, flip=flip)
     right = (posterior.argmax(1) == torch.from_numpy(test.targets)).double().mean()
-    # Without images of their own that number is of images that the flow has trained on.
+    # Without held-out images, this number comes from training images of the flow.
     own = lab.scale.flow.get("val_fraction", TrainConfig.val_fraction) > 0
     held_out = fitted.model.config.training.get("held_out", {}).get("val_accuracy") if own else None
     result = {"NF-A averaged": 100 * float(right)}
@@ -90,8 +92,8 @@ def _averaged(lab: Lab, cell: Cell, fitted: Fitted) -> dict[str, float]:
 def averaged_posterior(model: GLEM, x: Tensor, draws: int, flip: bool) -> Tensor:
     """Mean of p(y | x + u) over draws of the dequantisation noise u, and over both mirror images with `flip`.
 
-    Probabilities are averaged rather than the densities p(x + u | y), which differ by many nats: the one draw with the
-    largest density would decide.
+    Probabilities are averaged, because the densities p(x + u | y) differ by many nats. In an average of densities, one
+    draw would decide.
 
     Args:
         x: uint8 [N,C,H,W].

@@ -1,4 +1,4 @@
-"""The rows of a table as JSON and as Markdown beside the paper's numbers."""
+"""Write the rows of a table as JSON, and as Markdown beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def oracle_row(table: int, role: str, data: str, number: Number) -> dict[str, An
 
 
 def numbers_of(folder: Path, scale: str, name: str = "*") -> list[Number]:
-    """The numbers of a scale in the results of earlier runs: of one file (`table3`, `pareto`, ...), or of all."""
+    """The numbers of a scale in earlier results, from one file (`table3`, `pareto`, ...) or from all files."""
     result = []
     for path in sorted(folder.glob(f"{name}.{scale}.json")):
         for entry in json.loads(path.read_text(encoding="utf-8")):
@@ -64,7 +64,7 @@ def markdown(
         name = (scale.main if role == "main" else scale.second).name
         metrics = list(dict.fromkeys([*ALL, *(metric for cell in chosen for metric in cell.metrics)]))
         metrics = [metric for metric in metrics if any(metric in cell.metrics for cell in chosen)]
-        # A monomodal flow's samples are sorted by their codes: the share that is kept, and the rarest class's of it.
+        # Samples of a monomodal flow are sorted by their codes: the kept share, and the rarest class's share.
         metrics += [m for m in ("kept", "rarest class") if any(r["metric"] == m and r["role"] == role for r in rows)]
         beside = {m for m in metrics if any(m in cell.paper for cell in chosen)}
         heads = ["method", "setting"]
@@ -126,7 +126,7 @@ def _flow(settings: dict[str, Any]) -> str:
 
 
 def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
-    """Write rows of no table of the paper: JSON, and Markdown with a line per method and a column per metric."""
+    """Write rows outside the paper's tables: JSON, and Markdown with a line per method and a column per metric."""
     write_json(path, rows)
     lines = [f"# {title}", "", f"`{command}`", ""]
     for data in dict.fromkeys(r["data_set"] for r in rows):

@@ -1,8 +1,8 @@
-"""Training settings that stored results and recipes need, and that the package does not have.
+"""Train with settings that stored results and recipes need, and that the package does not have.
 
     python benchmarks/paper/research.py DATA --config RECIPE.yaml --out DIR [--init MODEL] [--max-minutes M]
 
-trains as `glem train --config` does, with these settings beside the package's own, and goes on with a run in DIR.
+trains like `glem train --config`, with these settings in addition to the package's settings. It resumes a run in DIR.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ REFIT_STEPS, REFIT_LR = 200, 3e-3
 
 @dataclass
 class Research:
-    """Settings beside `TrainConfig`.
+    """Settings in addition to `TrainConfig`.
 
     Attributes:
         m_rounds: M-steps per epoch, evenly spread.
-        freeze_gaussians_at: share of the run after which the Gaussians stay and the flow trains on all images.
+        freeze_gaussians_at: share of the run after which the Gaussians are fixed and the flow trains on all images.
         sigma_lr_scale: factor of the variances' learning rate.
         averaging: "ema", or "none" for the flow's last weights.
-        beta_anneal: from this share of the run on, beta falls geometrically to this multiple of itself.
-        equal_steps: an epoch without M-steps has only as many steps as one with M-steps.
+        beta_anneal: (share, factor). After this share of the run, beta falls geometrically to `factor * beta`.
+        equal_steps: an epoch without M-steps has only as many steps as an epoch with M-steps.
         refit_beta: beta of the Gaussians' refit at the end of a hybrid run with M-steps; None: beta; 0: no refit.
 
     M-steps of a hybrid run have the cross-entropy, too, with classes of equal weight.
@@ -126,14 +126,14 @@ class ResearchTrainer(Trainer):
             super().m_step()
 
     def annealed(self) -> float:
-        """beta now."""
+        """The current beta."""
         start, end = self.research.beta_anneal
         late = max(0.0, self.step / self.total_steps - start) / (1 - start)
         return self.config.beta * end**late
 
     @contextmanager
     def with_beta(self, beta: float) -> Iterator[None]:
-        """Another beta for a while."""
+        """A context with another beta."""
         before, self.config.beta = self.config.beta, beta
         try:
             yield

@@ -1,12 +1,12 @@
 """The paper's RFCM: a mean and a full covariance per class, re-estimated from the latents of the training images.
 
-A class of n images in d dimensions has (Enescu & Sahbi, ACCV 2024, Table 5: "Reestimated Full Covariance Matrix")
+For a class of n images in d dimensions (Enescu & Sahbi, ACCV 2024, Table 5: "Reestimated Full Covariance Matrix"),
 
     Cov_y  =  F_y^T F_y + diag(D_y),        F_y = X_y / sqrt(n - 1),
 
-with its centred latents X_y [n, d] themselves and a ridge D_y. A class is sampled by mu + T (F^T e + sqrt(D) e') and
-scored with Woodbury's identity, without a d x d matrix. The library's `ClassModes` is the truncated form, which
-keeps k modes and, in D_y, the variance that they leave over.
+with the centred latents X_y [n, d] of the class and a ridge D_y. Samples are mu + T (F^T e + sqrt(D) e'). Scores use
+Woodbury's identity, without a d x d matrix. The library's `ClassModes` is the truncated form: it keeps k modes, and the
+remaining variance in D_y.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _GLEM_DATA = os.environ.get("GLEM_DATA", "data")
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Where images come from: `spec` and `image_size` as for `open_data`; `per_class`: used of each class."""
+    """A source of images: `spec` and `image_size` as for `open_data`; `per_class`: number of images per class."""
 
     name: str
     spec: str
@@ -27,7 +27,7 @@ class Scale:
     """Everything that costs time.
 
     Attributes:
-        main, second: the data sets in the places of the paper's CIFAR-100 and CIFAR-10.
+        main, second: the data sets for the paper's CIFAR-100 and CIFAR-10.
         flow: settings of `TrainConfig` and `Research` for every flow; all are trained for as many steps.
         oracle, cnn, vit: recipes of the classifiers. measured: generated and real images, at most, for FID, Coverage
             and label reliability. sizes: of Table 4, in multiples of the training set. seeds: by default.
@@ -51,7 +51,7 @@ def _fashion() -> str:
     return str(folder) if folder.is_dir() else f"{_GLEM_DATA}/fashion-mnist"
 
 
-# What the scales for GPUs share.
+# Settings of all scales for GPUs.
 _CIFAR: dict[str, Any] = dict(
     main=DataSpec("cifar100", "torch/cifar100@data"), second=DataSpec("cifar10", "torch/cifar10@data"),
     measured=10_000, seeds=1,
@@ -59,7 +59,7 @@ _CIFAR: dict[str, Any] = dict(
 _PUBLISHED = dict(bits=5, augment=["flip", "crop", "rotate", "jitter"], warmup_steps=1000, modes_rank=0, sample_every=0)
 _CROP = ("crop",)  # not "flip" for the flow of clothes: shoes all point one way
 SCALES = {
-    # Runs in seconds and shows that everything works; its numbers mean nothing.
+    # A test that everything runs, in seconds; its numbers mean nothing.
     "smoke": Scale(
         main=DataSpec("fashion-mnist (bundled, 14x14)", "bundled:fashion-mnist", 14, 60),
         second=DataSpec("fashion-mnist (bundled, 12x12)", "bundled:fashion-mnist", 12, 40),

@@ -1,6 +1,6 @@
-"""Tables 1 to 8 of Enescu & Sahbi, ACCV 2024, as cells to be measured, with the numbers printed there.
+"""Tables 1 to 8 of Enescu & Sahbi, ACCV 2024, as cells to measure, with the printed numbers.
 
-The paper's Tables 2, 3, 5, 6 and 7 are on CIFAR-100 ("main"), 1, 4 and 8 on CIFAR-10 ("second") as well.
+All tables of the paper are on CIFAR-100 ("main"), and Tables 1, 4 and 8 also on CIFAR-10 ("second").
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WIDE = dict(psi=[5.0, 0.2, 0.05])
 
 @dataclass(frozen=True)
 class Cell:
-    """One flow, one way of sampling it, and what is measured.
+    """One flow, one source of samples, and the metrics to measure.
 
     Attributes:
         label: the row. data: "main" or "second". method, changes: of `training.config`.
@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        """What tells cells of one label apart."""
+        """The settings that distinguish cells with the same label."""
         parts = [f"tau={self.tau:g}"] if self.tau != 0.9 else []
         parts += [f"{self.size}x"] if self.size != 1 else []
         parts += ["rfcm"] if self.source == "rfcm" else []
@@ -103,7 +103,7 @@ def _table3() -> list[Cell]:
 
 
 def table4(sizes: tuple[int, ...]) -> list[Cell]:
-    """The sizes are the scale's."""
+    """Table 4, with the sizes of the scale."""
     second = {1: 81.02, 2: 82.48, 5: 84.25, 10: 84.45, 20: 85.77, 50: 86.59, 100: 87.14}
     main = {1: 55.21, 2: 57.66, 5: 59.47, 10: 61.11, 20: 61.84, 50: 63.42, 100: 63.52}
     return [
@@ -146,7 +146,7 @@ def _table7() -> list[Cell]:
         Cell("only mu", "main", "only-mu", ALL, _WIDE, paper=_numbers(64.31, 45.29, 20.29, 25.74, 35.70)),
         Cell("only Sigma", "main", "only-sigma", ALL, _WIDE, paper=_numbers(66.91, 41.16, 36.02, 15.76, 30.18)),
         Cell("both", "main", "glem", ALL, _WIDE, paper=_numbers(66.49, 46.12, 21.43, 24.39, 36.38)),
-        # The numbers of this row are not readable in the text that this file was made from.
+        # The paper's numbers of this row were not readable.
         Cell("random initialisation", "main", "random", ALL, _WIDE),
     ]
 
@@ -182,5 +182,5 @@ _MAKERS = {1: _table1, 2: _table2, 3: _table3, 5: _table5, 6: _table6, 7: _table
 
 
 def cells_of(table: int, sizes: tuple[int, ...]) -> list[Cell]:
-    """The cells of a table, cheapest conclusions first as the paper has them."""
+    """The cells of a table, in the paper's order."""
     return table4(sizes) if table == 4 else _MAKERS[table]()

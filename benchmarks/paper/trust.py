@@ -28,7 +28,7 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str, command: 
     """Measure every flow on both data sets, then write `trust.<scale>.json` and `.md`.
 
     Args:
-        other: a folder of photographs; numbers are known by its name, since paths differ between machines.
+        other: a folder of photographs. Numbers are stored under the folder's name, since paths differ between machines.
     """
     cells = [Cell(label, role, method, ()) for role in ("main", "second") for label, method in FLOWS]
     rows: list[dict[str, Any]] = []
@@ -50,7 +50,7 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str, command: 
 
 
 def outside_images(x: Tensor, kind: str) -> Tensor:
-    """Images like none in `x` uint8 [N,C,H,W]: "noise" (uniform pixels), "rotated" (by 90 degrees) or "inverted"."""
+    """Images unlike `x` uint8 [N,C,H,W]: "noise" (uniform pixels), "rotated" (by 90 degrees) or "inverted"."""
     if kind == "noise":
         return torch.randint(0, 256, x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return torch.rot90(x, 1, (2, 3)).contiguous() if kind == "rotated" else 255 - x
@@ -58,7 +58,7 @@ def outside_images(x: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def ood_scores(model: GLEM, x: Tensor, mean_nll: float = 0.0) -> dict[str, Tensor]:
-    """Scores that are higher the less an image looks like the training data, each [N] float64.
+    """Scores that are higher for images unlike the training data, each [N] float64.
 
     Args:
         x: uint8 [N,C,H,W]. mean_nll: mean of -log p(x) over training images, in nats.
@@ -89,7 +89,7 @@ def _detection(lab: Lab, cell: Cell, other: str, fitted: Fitted) -> dict[str, fl
     training = train.tensor()[torch.from_numpy(spread(len(train), count))]
     mean_nll = float(ood_scores(fitted.model, training)["likelihood"].mean())
     x = test.tensor()[torch.from_numpy(spread(len(test), count))]
-    # A turned photograph is still one, so colour images are set against noise and other photographs.
+    # A rotated photograph is still a photograph, so colour images are compared with noise and other photographs.
     grey = x.shape[1] == 1
     sets = {kind: outside_images(x, kind) for kind in (("noise", "rotated", "inverted") if grey else ("noise",))}
     if not grey:

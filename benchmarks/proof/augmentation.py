@@ -1,6 +1,6 @@
-"""Does augmentation through a flow help a classifier? Tuned opponents against the best of them + ours, and the control.
+"""Does augmentation through a flow help a classifier? The best tuned opponent with and without ours, and the control.
 
-    python benchmarks/proof/augmentation.py --plan                            # cells, what is done, estimated time
+    python benchmarks/proof/augmentation.py --plan                            # cells, progress, estimated time
     python benchmarks/proof/augmentation.py --settings imagenette32-50 --seconds 3600
     python benchmarks/proof/augmentation.py --report                          # tables and plot from the stored JSON
     python benchmarks/proof/augmentation.py --train-flow cifar10 --seconds 600    # a flow that settings need, in pieces
@@ -9,16 +9,16 @@
 A cell is one classifier trained with one stack of augmentations. For every setting and classifier, in this order:
 
     singles   each opponent with each of its trials (on crop + flip), measured on validation images
-    pairs     the best single opponent with each other one, at its tuned value; the best of both is *the* opponent
+    pairs     the best single opponent with each other opponent, at its tuned value; the best of both is *the* opponent
     ours      opponent + each of our methods, through each flow and through the identity (the control), each trial
-    final     crop + flip, the opponent, the methods of ours that did best, and their controls: test images, five seeds
+    final     crop + flip, the opponent, our best methods, and their controls: test images, five seeds
 
-Validation images are training images that no seed draws, the same for all; the test images are read in "final" alone,
-when everything is fixed. All cells of a setting have the same steps, and those of a seed the same images, order and
-start. Every finished cell is stored at once, in augmentation_tuning.json or (final) augmentation.json, a list of rows;
-a rerun goes on with what is missing. See docs/protocol.md.
+Validation images are training images that no seed draws, the same for all seeds. Test images are read in "final" alone,
+when all choices are made. All cells of a setting have the same number of steps. All cells of a seed have the same
+images, order and initial weights. Every finished cell is stored at once, in augmentation_tuning.json or (final)
+augmentation.json, a list of rows. A rerun continues with the missing cells. See docs/protocol.md.
 
-Data is looked for in $GLEM_DATA (fashion-mnist, cifar10, imagenette128, mnist), trained flows in --flows.
+Data is read from $GLEM_DATA (fashion-mnist, cifar10, imagenette128, mnist), and trained flows from --flows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from glem_augment.errors import GLEMError
 
 
 class Study:
-    """Runs cells. Images and adapted flows of the last task are kept, since neighbouring cells share them."""
+    """Runs cells. Images and adapted flows of the last task are kept, since successive cells share them."""
 
     def __init__(self, args: Any) -> None:
         self.args = args
@@ -109,7 +109,7 @@ class Study:
 
 
 def todo(plan: Plan, store: Store, args: Any) -> Iterator[Cell]:
-    """Cells that can run now, each setting's to its end before the next; later ones follow from what was measured."""
+    """Cells that can run now, one setting after the other. Later cells depend on the measured cells."""
     for setting in args.settings:
         for classifier in args.classifiers:
             tried: set[str] = set()
@@ -124,7 +124,7 @@ def todo(plan: Plan, store: Store, args: Any) -> Iterator[Cell]:
 
 
 def show_plan(plan: Plan, store: Store, args: Any) -> None:
-    """The cells that are known so far, with the seconds that cells alike took."""
+    """The cells that are known so far, with the seconds of similar cells."""
     for setting in args.settings:
         for classifier in args.classifiers:
             cells = [c for c in plan.cells(setting, classifier, store) if re.search(args.cells, c.key)]

@@ -1,4 +1,4 @@
-"""Images and flows of `augmentation.py`: who sees which images, and flows by name."""
+"""Images and flows of `augmentation.py`: the images of each seed and split, and flows by name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def images(name: str, split: str, size: int, channels: int) -> tuple[Tensor, Ten
 
 
 def images_of(of: Setting | FlowRecipe, split: str, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
-    """The images of a setting's or recipe's classes, numbered anew in their order."""
+    """The images of a setting's or recipe's classes, with labels 0, 1, ... in the order of `classes`."""
     x, y, names = images(of.data, split, size or of.size, of.channels)
     if of.classes is None:
         return x, y, names
@@ -78,7 +78,7 @@ def images_of(of: Setting | FlowRecipe, split: str, size: int | None = None) -> 
 
 
 def split_rows(y: Tensor, num_classes: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of every class, the rows for validation and the others."""
+    """Rows for validation and all other rows, split by class."""
     order = np.random.default_rng(0xA06).permutation(len(y))
     rows = [order[y.numpy()[order] == index] for index in range(num_classes)]
     held = [min(VALIDATION_MOST, max(1, int(VALIDATION_SHARE * len(part)))) for part in rows]
@@ -130,13 +130,13 @@ def counts(setting: Setting, num_classes: int) -> list[int]:
 
 
 def own_setting(text: str, per_class: int, size: int | None, flows: list[str], flip: bool) -> Setting:
-    """A setting of a user's own images, entered where the others are.
+    """A setting of a user's images, added to `SETTINGS`.
 
     Args:
-        text: NAME=SPEC. SPEC is anything that `open_data` takes, with a training split and a test split.
+        text: NAME=SPEC. SPEC is any argument of `open_data` with a training split and a test split.
         size: of the classifier's images, by default the first flow's.
-        flows: that have not seen these images: anything that `GLEM.from_pretrained` takes, a name of `FLOWS`, or "own"
-            (trained on the labelled images alone).
+        flows: flows that were not trained on these images: arguments of `GLEM.from_pretrained`, a name of `FLOWS`, or
+            "own" (trained on the labelled images alone).
     """
     name, _, spec = text.partition("=")
     if not name or not spec:
@@ -163,7 +163,7 @@ def _shape_of(flow: str) -> tuple[int, int]:
 
 
 class Flows:
-    """Flows by name, adapted to the labelled images of a task. Trained ones are looked for in `folder`."""
+    """Flows by name, adapted to the labelled images of a task. `folder` holds trained flows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -174,14 +174,14 @@ class Flows:
         return BUNDLED.get(name) or (self.folder / name if name in FLOWS else name)
 
     def missing(self, name: str, setting: Setting) -> str | None:
-        """Why a flow can't be used yet; None where it can, or is trained on the way ("own", the identity)."""
+        """Why a flow can't be used yet; None if it can, or if it is trained when needed ("own", the identity)."""
         where = self.path(name, setting, 0)
         if name == "own" or not isinstance(where, Path) or (where / "model.safetensors").is_file():
             return None
         return f"there is no flow {where}: python benchmarks/proof/augmentation.py --train-flow {name}"
 
     def adapted(self, name: str, setting: Setting, seed: int, task: Task) -> GLEM:
-        """The flow with the Gaussians and modes of the task's labelled images, and of no others."""
+        """The flow with the Gaussians and modes of the task's labelled images alone."""
         side = setting.flow_size or setting.size
         if name == "identity":
             base = GLEM.create("identity", (setting.channels, side, side), task.classes).eval()
@@ -204,7 +204,7 @@ class Flows:
         ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit()
 
     def train(self, name: str, seconds: float | None) -> bool:
-        """Train a flow of `FLOWS`, or go on with it, for at most so long. Returns whether it is finished."""
+        """Train a flow of `FLOWS`, or resume its training, within the time limit. Returns whether it is finished."""
         if name not in FLOWS:
             raise SystemExit(f"augmentation: no recipe for a flow {name!r}; there are {', '.join(FLOWS)}")
         recipe, out = FLOWS[name], self.folder / name

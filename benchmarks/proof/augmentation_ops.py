@@ -1,7 +1,7 @@
-"""Batch augmentations of `augmentation.py`, each with its own parameters for every image, and their stacking.
+"""Batch augmentations of `augmentation.py`, with separate parameters for every image, and stacks of them.
 
-torchvision's transforms draw once per call, so those for single images are called image by image. The library's own
-training operations (crop, flip), and Mixup, CutMix and RandomErasing of torchvision and timm, take batches.
+torchvision's transforms draw once per call, so transforms of single images are called image by image. Transforms of
+batches are the library's training operations (crop, flip), and Mixup, CutMix and RandomErasing of torchvision and timm.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from glem_augment.devices import evaluating
 from glem_augment.training.start import augment_batch
 
 Component = tuple[str, dict[str, Any]]
-# (uint8 images, labels, bool mask) to images and labels, with those of the mask changed.
+# (uint8 images, labels, bool mask) to images and labels, changed where the mask is true.
 Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SYNTHETIC_POOL, POOL_RATIO = 200, 4  # images of a class, at most; to a training image
-# Pixel operations first, then what makes batches float, then what mixes labels.
+# Pixel operations first, then operations that make batches float, then operations that mix labels.
 _ORDER = (*PLAIN, "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", "cutmix")
 
 
@@ -53,10 +53,10 @@ class RememberingGLEM(GLEM):
 
 
 class Reused:
-    """A transform of a share p of the images. What it made of an image is used `REUSE` times on average.
+    """A transform of a share p of the images. A transformed image is used `REUSE` times on average.
 
     Args:
-        transform: gives the labels of all images in one form, hard or soft.
+        transform: returns the labels of all images in one form, hard or soft.
         count: training images.
     """
 
@@ -88,12 +88,12 @@ class Reused:
 
 
 class Stack:
-    """What happens to a batch between the training set and the classifier.
+    """The operations on a batch between the training set and the classifier.
 
     Args:
-        components: (method, parameters), see `METHODS`; the parameters of flow-based ones name the "flow".
-        flows: gives the adapted flow of a name.
-        network: the classifier, from floats in [0, 1] to logits; adversarial methods look at it.
+        components: (method, parameters), see `METHODS`; the parameters of flow-based methods name the "flow".
+        flows: returns the adapted flow of a name.
+        network: the classifier, from floats in [0, 1] to logits; adversarial methods use its gradient.
         count, num_classes: of the training images.
     """
 
@@ -116,7 +116,7 @@ class Stack:
                 settings = {key: value for key, value in params.items() if key not in ("flow", "p")}
                 model = RememberingGLEM.of(flows(params["flow"]))
                 self.first.append(self._through_flow(name, settings, model, params["p"], count, seed))
-            elif name not in ("none", "natural"):  # "natural" concerns the order of the images
+            elif name not in ("none", "natural"):  # "natural" changes only the order of the images
                 self.then[name] = self._on_pixels(name, params)
 
     def __call__(self, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which cells there are: tuning first, and what follows from it; and the rows of finished cells."""
+"""The plan of `augmentation.py`: tuning cells, the final cells that follow, and the rows of finished cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from glem_augment.io import write_json
 
 Component = tuple[str, dict[str, Any]]
 FINAL, TUNING = "augmentation.json", "augmentation_tuning.json"
-# What makes two rows the same cell. The order in the files, too.
+# Two rows with equal values of these columns are the same cell. Files are sorted by these columns, too.
 IDENTITY = ("stage", "setting", "classifier", "flow", "method", "params", "base", "seed", "protocol")
 
 
@@ -34,7 +34,7 @@ class Cell:
         stage: singles, pairs, triples, ours or final.
         side: opponent, ours or control.
         flow: "none" of opponents, "identity" of controls.
-        method, params: what is tested; base: the components under it.
+        method, params: the tested method; base: the components under it.
     """
 
     stage: str
@@ -54,8 +54,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name, for people and for `--cells`."""
-        # The flow of ours and of controls has a place of its own.
+        """A readable name, also for `--cells`."""
+        # The flow of ours and of controls has a separate column.
         values = ",".join(f"{k}={v}" for k, v in self.params.items() if k != "flow" or self.side == "opponent")
         under = "+".join(name for name, _ in self.base)
         where = f"{self.setting.name}/{self.classifier}/{self.stage}/{self.side}/{self.flow}"
@@ -76,7 +76,7 @@ class Cell:
 
 
 class Store:
-    """Two JSON lists of rows in `folder`: those of tuning cells, and those of final ones."""
+    """Two JSON lists of rows in `folder`: rows of tuning cells, and rows of final cells."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,7 +113,7 @@ class Plan:
 
     Args:
         args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`, `beside`.
-        flows: tells which ones can be used.
+        flows: tells which flows can be used.
     """
 
     def __init__(self, args: Any, flows: Flows) -> None:
@@ -126,7 +126,7 @@ class Plan:
             return self.beside(singles, store)
         cells = [*singles, *self.again(singles, store)]
         best_single = self.best(singles, store)
-        # Not before every opponent has been measured: a flow that one of them needs may not be there yet.
+        # Only after every opponent has been measured: a flow that an opponent needs may be missing.
         if best_single is None or not self.available(setting):
             return cells
         pairs = self.with_another("pairs", best_single, singles, store)
@@ -151,13 +151,13 @@ class Plan:
         return [name for name in names if name in wanted and self.flows.missing(name, setting) is None]
 
     def lacks(self, cell: Cell) -> bool:
-        """Whether a cell can't run yet, because a flow that it takes is not there."""
+        """Whether a cell can't run yet, because one of its flows is missing."""
         names = [params["flow"] for _, params in cell.stack if "flow" in params]
         return any(self.flows.missing(name, cell.setting) is not None for name in names)
 
     def singles(self, setting: Setting, classifier: str) -> list[Cell]:
         result = []
-        # Through every flow that counts as proof: what one adds without a choice of direction is an opponent's, too.
+        # An opponent that needs a flow runs through every flow that counts as proof.
         counting = [flow for flow in self.available(setting) if flow in setting.proof]
         flows = [{"flow": flow} for flow in dict.fromkeys((*setting.proof[:1], *counting))]
         for name in (name for name in self.args.opponents if fits(name, setting)):
@@ -169,7 +169,7 @@ class Plan:
         return result
 
     def with_another(self, stage: str, best: Cell, singles: list[Cell], store: Store) -> list[Cell]:
-        """The best stack with each method that it lacks, at its best value; none where it is crop + flip alone."""
+        """The best stack plus each further method at its best value; none if the best stack is crop + flip alone."""
         there = {"none", best.setting.plain, *(name for name, _ in best.stack)}
         if best.method in ("none", best.setting.plain):
             return []
@@ -181,7 +181,7 @@ class Plan:
         return result
 
     def beside(self, singles: list[Cell], store: Store) -> list[Cell]:
-        """Trials beside what has been measured on test images: a third operation of others, a shorter move of ours."""
+        """Further trials after the test: a third operation of opponents, and a shorter move of ours."""
         setting, classifier = singles[0].setting, singles[0].classifier
         here = {"setting": setting.name, "classifier": classifier, "method": "opponent"}
         final = [row for row in store.rows(final=True) if here.items() <= row.items()]
@@ -217,7 +217,7 @@ class Plan:
     def final(
         self, setting: Setting, classifier: str, base: tuple[Component, ...], ours: list[Cell], store: Store
     ) -> list[Cell]:
-        """Per flow the `best` methods by validation; the control of each of these, and its own best method."""
+        """Per flow, the `best` methods by validation with their controls; also the best method of the control."""
         flows = list(dict.fromkeys(cell.flow for cell in ours if cell.flow != "identity"))
         methods = [name for name in self.args.methods if fits(name, setting)]
         tuned = {
@@ -260,7 +260,7 @@ class Plan:
         return [cells[index] for index in order[:FINALISTS]]
 
     def again(self, cells: list[Cell], store: Store) -> list[Cell]:
-        """The leading ones with the other tuning seeds."""
+        """The leading cells with the further tuning seeds."""
         seeds = TUNING_SEEDS[1 : self.args.tuning_seeds]
         return [replace(cell, seed=seed) for cell in self.leading(cells, store) for seed in seeds]
 
@@ -272,7 +272,7 @@ class Plan:
         return max(leading, key=lambda cell: self.value(cell, store))
 
     def estimate(self, cell: Cell, store: Store) -> float | None:
-        """Median seconds of cells alike; None where none has been run."""
+        """Median seconds of similar cells; None if there are none."""
         keys = ("setting", "classifier", "method")
         wanted = cell.row()
         rows = store.rows(final=cell.stage == "final")
@@ -295,7 +295,7 @@ def fits(method: str, setting: Setting) -> bool:
         return setting.imbalance != 1.0
     if method in PLAIN:
         return method == setting.plain
-    # It moves latents of the classifier's images, so the flow must have their size.
+    # The method moves latents of the classifier's images, so the flow must have the same size.
     return method != "latent-noise" or setting.flow_size in (None, setting.size)
 
 

@@ -1,4 +1,4 @@
-"""Tables and plot of `augmentation.py`, made from its stored rows alone."""
+"""Tables and plot of `augmentation.py`, made from the stored rows alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE
 from glem_augment.io import atomic_write
 
 NAMES = {"pairs": "best single + ", "triples": "best pair + "}
-AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; seeds below which nothing is counted
+AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; least number of seeds
 
 
 def paired_gain(ours: dict[int, float], other: dict[int, float], seeds: Iterable[int] | None = None) -> Interval | None:
-    """Points between accuracies by seed, over the seeds that both have (and `seeds` names); None without any."""
+    """Difference in points between accuracies by seed, over the common seeds (within `seeds`); None without seeds."""
     both = sorted(set(ours) & set(other) & set(ours if seeds is None else seeds))
     return interval(100 * (ours[seed] - other[seed]) for seed in both) if both else None
 
@@ -63,7 +63,7 @@ class Arm:
 class Result:
     """One setting and classifier: its arms and the comparisons.
 
-    Rows on another base than the newest opponent's are left out: the opponent has been tuned again since.
+    Rows on an older base than the newest opponent's are left out, because the opponent has been tuned again.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class Result:
 
     @property
     def opponents(self) -> list[Arm]:
-        """The tuned stacks of others. A third operation has an arm only where validation preferred it to the pair."""
+        """The tuned stacks without our moves. A third operation has an arm only if validation preferred it."""
         return [arm for arm in self.arms if arm.side == "opponent" and arm.method not in PLAIN]
 
     @property
     def opponent(self) -> Arm | None:
-        """The stack that validation put first."""
+        """The stack that was best on validation images."""
         return max(self.opponents, key=lambda arm: len(arm.stack), default=None)
 
     @property
     def plain(self) -> Arm | None:
-        """Crop + flip (or crop) alone, also where that is the best opponent."""
+        """Crop + flip (or crop) alone, also if it is the best opponent."""
         found = next((arm for arm in self.arms if arm.method in PLAIN), None)
         return found or (self.opponent if len(self.base) == 1 and self.base[0][0] in PLAIN else None)
 
@@ -107,7 +107,7 @@ class Result:
         return max(known, key=lambda other: other.over(seeds).mean, default=None)
 
     def validation(self, arm: Arm) -> tuple[int, float]:
-        """By what the arm was chosen: the mean over tuning seeds, after how many there were (earlier rows have one)."""
+        """The criterion of the choice: number of tuning seeds (earlier rows have one), and mean over these seeds."""
         values = [
             row["val_accuracy"]
             for row in self.tuning
@@ -116,7 +116,7 @@ class Result:
         return len(values), statistics.mean(values or [0.0])
 
     def best(self, flows: tuple[str, ...]) -> Arm | None:
-        """Ours through one of these flows: the one that validation put first, whatever the test images say."""
+        """Our arm through one of these flows that was best on validation images, regardless of the test images."""
         arms = [arm for arm in self.arms if arm.side == "ours" and arm.flow in flows]
         return max(arms, key=self.validation) if arms else None
 
@@ -124,12 +124,12 @@ class Result:
         return next((a for a in self.arms if a.side == "control" and a.method == arm.method), None)
 
     def best_control(self) -> Arm | None:
-        """The control that validation put first, of all methods."""
+        """The control of any method that was best on validation images."""
         arms = [arm for arm in self.arms if arm.side == "control"]
         return max(arms, key=self.validation) if arms else None
 
     def trials(self) -> dict[str, int]:
-        """Tuning cells per side; those of ours per flow."""
+        """Number of tuning cells per side; for ours, per flow."""
         counted: dict[str, int] = {}
         for row in self.tuning:
             if row["stage"] == "ours" and row["base"] != self.base:
@@ -220,7 +220,7 @@ def _verdict(result: Result) -> tuple[Interval, Interval | None, Interval | None
 
 
 def against_controls(result: Result, arm: Arm) -> tuple[Interval | None, Interval | None]:
-    """Gains over the same method along the pixels' modes, and over whichever method was best along these."""
+    """Gains over the same method along the pixels' modes, and over the best method along the pixels' modes."""
     own, best = result.control(arm), result.best_control()
     return own and paired_gain(arm.accuracies, own.accuracies), best and paired_gain(arm.accuracies, best.accuracies)
 
@@ -294,8 +294,8 @@ def _arms(result: Result) -> list[str]:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Gains over the opponent and the controls, with intervals, one line per setting and classifier: of the flow
-    and method that validation put first."""
+    """Gains over the opponent and the controls, with intervals. One line per setting and classifier shows the flow and
+    method that were best on validation images."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

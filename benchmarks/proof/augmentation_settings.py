@@ -1,21 +1,21 @@
-"""What `augmentation.py` compares: settings, flows, methods and the values that each may be tuned over."""
+"""The settings, flows and methods that `augmentation.py` compares, and the values over which each method is tuned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-PROTOCOL = 1  # rows of another number are left alone: they were made in another way
+PROTOCOL = 1  # rows of another number are ignored: their measurement was different
 FINAL_SEEDS = (0, 1, 2, 3, 4)
-# Every trial is measured with the first; the best few of them with the others as well, and their means decide.
+# Every trial is measured with the first seed. The best trials are measured with all seeds, and their means decide.
 TUNING_SEEDS = (1000, 1001, 1002)
 TUNING_SEED, FINALISTS = TUNING_SEEDS[0], 2
-FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # what the flows of "other classes" are trained on
-# English springer and garbage truck have relatives (dog, truck) among the classes of CIFAR-10.
+FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # training classes of the flows of "other classes"
+# English springer and garbage truck are similar to classes of CIFAR-10 (dog, truck).
 IMAGENETTE_APART = (0, 2, 3, 4, 5, 7, 8, 9)
 
 
-# The training operations that all methods but "none" come on top of.
+# Training operations under all methods except "none".
 PLAIN: dict[str, tuple[str, ...]] = {"cropflip": ("flip", "crop"), "crop": ("crop",)}
 
 
@@ -24,15 +24,15 @@ class Setting:
     """A task for a classifier.
 
     Attributes:
-        data: a key of `augmentation_data.PLACES`; classes: indices of those in use, None for all.
-        per_class: labelled images of a class; of the largest with `imbalance`, the ratio of the largest to the
-            smallest class, sizes falling geometrically in between; all classes are then drawn equally often
-            (oversampling), but for the opponent "natural".
+        data: a key of `augmentation_data.PLACES`; classes: indices of the used classes, None for all.
+        per_class: labelled images of a class. With `imbalance`, the ratio of the largest to the smallest class, it is
+            the size of the largest class, and sizes fall geometrically. All classes are then drawn equally often
+            (oversampling), except for the opponent "natural".
         size, channels: of the classifier's images; flow_size: of the flows', by default the same.
         proof: flows that are trained on (a) these labelled images alone ("own") or (b) other images, and adapted.
-        leaking: flows that have seen the labels of the full training set; they go into a table of their own.
+        leaking: flows that are trained with the labels of the full training set; they have a separate table.
         steps: of training, per classifier.
-        flip: whether images may be mirrored; where not (digits), all stacks begin with the crop alone.
+        flip: whether images may be mirrored; if not (digits), all stacks begin with the crop alone.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(c for c in range(10) if c not in classes)
 
 
-# A variant: these have seen the other training images, without labels.
+# Flows trained on the other training images, without labels.
 UNLABELLED, CIFAR_UNLABELLED, MNIST_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled", "mnist-unlabelled"
 NOTMNIST_UNLABELLED = "notmnist-unlabelled"
 GREY = "cifar10-grey28"
@@ -99,7 +99,7 @@ _SETTINGS = (
     Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 10.0, LONG),
 )
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _SETTINGS}
-# For trying the script out: the images and the flow inside the package, and next to no steps. Only where it is named.
+# For a test of the script: bundled images and flow, few steps. It runs only if --settings names it.
 SMOKE = Setting("smoke", "bundled", 10, 28, 1, (), ("fashion-mnist",), steps={"cnn": 12, "resnet": 4}, batch=16)
 
 
@@ -108,11 +108,11 @@ SMOKE = Setting("smoke", "bundled", 10, 28, 1, (), ("fashion-mnist",), steps={"c
 
 @dataclass(frozen=True)
 class FlowRecipe:
-    """A flow that `--train-flow` makes from the training images of a data set, a few classes of it or all.
+    """A flow that `--train-flow` makes from the training images of some or all classes of a data set.
 
     Attributes:
         epochs: passes over the images; settings: of `TrainConfig` and `Research`, over `FLOW_SETTINGS`.
-        labels: whether it sees them. Without, it sees no image that is for validation either.
+        labels: whether to train with labels. Without labels, validation images are left out, too.
     """
 
     data: str
@@ -143,7 +143,7 @@ FLOWS: dict[str, FlowRecipe] = {
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
 }
 BUNDLED = {"fashion-mnist": "bundled:fashion-mnist"}
-# "own" sees so many images in all, whatever their number, shifted and flipped; it has few to overfit.
+# Images in the training of "own" in all, shifted and flipped, for any number of different images.
 OWN_IMAGES, OWN_SETTINGS = 40_000, {"val_fraction": 0.0, "beta": 0.1}
 
 
@@ -152,12 +152,12 @@ OWN_IMAGES, OWN_SETTINGS = 40_000, {"val_fraction": 0.0, "beta": 0.1}
 
 @dataclass(frozen=True)
 class Method:
-    """One augmentation and the values that it is tuned over.
+    """One augmentation and the values over which it is tuned.
 
     Attributes:
-        side: "opponent" or "ours"; every one of ours is also a control, with the identity in place of the flow.
-        trials: settings tried; each side has as many for a method with something to tune.
-        flow: whether it needs one. An opponent that needs one is tried with each that counts as proof.
+        side: "opponent" or "ours"; every method of ours is also a control, with the identity in place of the flow.
+        trials: settings to try; methods with something to tune have equally many on both sides.
+        flow: whether it needs a flow. An opponent with a flow is tried with each flow that counts as proof.
     """
 
     side: str
@@ -170,11 +170,11 @@ def _each(name: str, *values: Any, **others: Any) -> tuple[dict[str, Any], ...]:
 
 
 METHODS: dict[str, Method] = {
-    # Opponents; all but "none" come after crop + flip, or, where images have no mirror image, after the crop alone.
+    # Opponents; all except "none" come after crop + flip, or after the crop alone if images must not be mirrored.
     "none": Method("opponent", ({},)),
     "cropflip": Method("opponent", ({},)),
     "crop": Method("opponent", ({},)),
-    "natural": Method("opponent", ({},)),  # images of a long tail as often as they are there
+    "natural": Method("opponent", ({},)),  # images of a long tail without oversampling
     "jitter": Method("opponent", _each("strength", 0.2, 0.4, 0.8)),
     "mixup": Method("opponent", _each("alpha", 0.2, 0.5, 1.0)),
     "cutmix": Method("opponent", _each("p", 0.25, 0.5, 1.0, alpha=1.0)),
@@ -202,8 +202,8 @@ METHODS: dict[str, Method] = {
     ),
 }
 OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
-# What is tried unless --methods names others.
+# Methods that are tried by default (--methods).
 DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
-# An augmented image is used this many times, on average, before it is made anew, with another crop and flip each time:
-# on a CPU the flow costs more than a small classifier. For every policy and for the control alike.
+# An augmented image is used this many times on average, with another crop and flip each time, because on a CPU the flow
+# costs more than a small classifier. This holds for every policy and for the control.
 REUSE = 4

@@ -20,7 +20,7 @@ LR, WEIGHT_DECAY, WARM_UP = 3e-3, 0.05, 0.15
 
 
 class Classifier(nn.Module):
-    """A network on images in [0, 1], standardised inside, in bfloat16 where asked."""
+    """A network on images in [0, 1], which it standardises, optionally in bfloat16."""
 
     def __init__(self, body: nn.Module, mean: Tensor, std: Tensor, bf16: bool) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def _block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
 def order_of(labels: Tensor, batch: int, steps: int, seed: int, oversampled: bool = True) -> Tensor:
     """Rows of every step, int64 [steps, batch]: passes over shuffled images, a function of labels and seed alone.
 
-    An oversampled pass has equally many images of every class, those of a small class several times.
+    An oversampled pass has equally many images of every class, so images of a small class occur several times.
     """
     rng, parts, total = np.random.default_rng([seed, 0x0BDE2]), [], 0
     classes = [np.flatnonzero(labels.numpy() == index) for index in range(int(labels.max()) + 1)]
@@ -93,7 +93,7 @@ def train(
 
     Returns:
         The network in eval mode, and `seconds_per_step`, the `augment_seconds_per_step` in it and the `train_loss` of
-        the last tenth of the steps. Seconds are of CPU time, so other load does not count.
+        the last tenth of the steps. Seconds are CPU time, which leaves out other load.
     """
     x, y = images
     batch = min(batch, len(y))

@@ -1,9 +1,9 @@
-"""How much a class's covariance is shrunk to the pooled one, and from how many images on it is used at all.
+"""How far to shrink class covariances to the pooled covariance, and how many images full covariances need.
 
     GLEM_DATA=... python benchmarks/proof/covariances.py
 
 TAEF2's latents (512 numbers) of photographs and of CIFAR-10 at 32 pixels. Models without a flow are adapted to more and
-more training images, with variances per dimension and with full covariances that are shrunk by shares from 0 to 1.
+more training images, with variances per dimension, and with full covariances that are shrunk by shares from 0 to 1.
 Accuracies are of 1,000 (photographs) and 5,000 (CIFAR-10) other training images.
 """
 
@@ -25,7 +25,7 @@ from glem_augment import GLEM, open_data
 from glem_augment.latent import adapt, modes
 
 NAME, SHARES = "covariances", (0.0, 0.2, 0.5, 0.8, 0.9, 1.0)
-# Folder: (images that are held out, training images per dimension).
+# Folder: (held-out images, training images per dimension).
 DATA = {"imagenette128": (1000, (0.5, 1, 2, 4, 5.8)), "cifar10": (5000, (1, 2, 4, 8, 16, 32, 87))}
 
 

@@ -3,13 +3,13 @@
     GLEM_DATA=... python benchmarks/proof/jet_beside_conv.py [--minutes 60] [--flows jet_tiny glow_fast] [--runs FOLDER]
     GLEM_DATA=... python benchmarks/proof/jet_beside_conv.py --minutes 2 --flows jet_tiny --rates 0.001 0.003 0.01
 
-Both have the same method, augmentation, batch size and budget in CPU seconds of the process, so other work on the
-machine matters little. The cost of their steps is measured first, one flow right after the other, and sets the number
-of steps, so that the cosine ends where the budget does. Where these are no whole epochs, each epoch has fewer images.
-What was spent in the end is in the table.
+Both flows have the same method, augmentation, batch size and budget. The budget is CPU seconds of the process, so other
+work on the machine matters little. The time of a step is measured first, one flow right after the other. It sets the
+number of steps, so that the cosine ends with the budget. If the steps are not whole epochs, each epoch has fewer
+images. The table has the CPU time of each run.
 
---rates compares learning rates by held-out training images and stops there. The test images are measured once, at the
-end of the runs. The same command goes on where it was stopped: FOLDER holds checkpoints and the models.
+--rates compares learning rates on held-out training images and stops. The test images are measured once, at the end of
+the runs. The same command resumes a stopped run: FOLDER holds checkpoints and models.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TRIAL_STEPS, WARMUP = 25, 300
 
 
 class CPUTrainer(Trainer):
-    """A run whose seconds are those of the process on the CPU; `began` must be on the clock of `time.process_time`."""
+    """A run that measures the CPU time of the process; `began` must be a time of `time.process_time`."""
 
     def seconds(self) -> float:
         return time.process_time() - self._clock
@@ -67,7 +67,7 @@ def make_trainer(flow: str, data: ImageData, folder: Path, plan: dict[str, Any])
 
 
 def make_plan(flow: str, data: ImageData, minutes: float, **changes: Any) -> dict[str, Any]:
-    """Steps that take `minutes`, as epochs of so many images, with the measured CPU seconds of a step."""
+    """A plan of epochs, images and warm-up that takes `minutes`, with the measured CPU seconds of a step."""
     plan: dict[str, Any] = {"epochs": 1, "images": len(data), "warmup": 1, "settings": {**FLOWS[flow], **changes}}
     times = []
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +87,14 @@ def make_plan(flow: str, data: ImageData, minutes: float, **changes: Any) -> dic
 
 
 def train(flow: str, data: ImageData, folder: Path, plan: dict[str, Any]) -> GLEM:
-    """The trained model: from `folder`, or else after the rest of its run."""
+    """The trained model, from `folder` or from the rest of its run."""
     if (folder / WEIGHTS).is_file():
         return GLEM.from_pretrained(folder)
     return make_trainer(flow, data, folder, plan).fit()
 
 
 def row_of(flow: str, model: GLEM, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """What the run's own record says."""
+    """The row of a run, from its record."""
     log = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     epochs = [entry for entry in log if entry["kind"] == "epoch"]
     last = epochs[-1]

@@ -1,12 +1,12 @@
-"""Which flow fits an autoencoder's latents, and does whitening help? Nats per number of images that are held out.
+"""Which flow fits an autoencoder's latents, and does whitening help? Nats per number of held-out images.
 
     GLEM_DATA=... python benchmarks/proof/latent_flows.py
 
-TAEF2's latents of CIFAR-10 at 32 and 64 pixels (4x4 and 8x8, 32 channels) and of Imagenette at 128 pixels (16x16);
-their four leading principal components at 16x16; and the pixels of CIFAR-10. Each flow is trained with likelihood
-alone: class means are learned with it, and at the end the class Gaussians are fitted to the training images once more.
-Of the learning rates (two up to 8x8, one beyond) the better on 500 held-out images counts; its row is measured on 500
-others, and +/- is over these. The identity behind a whitening is the linear control. Rows that are there stay.
+The data are TAEF2's latents of CIFAR-10 at 32 and 64 pixels (4x4 and 8x8, 32 channels) and of Imagenette at 128 pixels
+(16x16), their four leading principal components at 16x16, and the pixels of CIFAR-10. Each flow and its class means are
+trained with likelihood alone. At the end, the class Gaussians are fitted to the training images once more. Of the
+learning rates (two up to 8x8, one above), 500 held-out images choose the better. Its row is measured on 500 others, and
++/- is over these 500. The identity behind a whitening is the linear control. Stored rows are not measured again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from glem_augment.io import write_json
 from glem_augment.latent.fit import pooled_covariance
 
 NAME, CLASSES, NOISE, HELD = "latent_flows", 10, 0.1, 500
-# Name: (images, their side, training images, channels that are kept or 0 for pixels, learning rates).
+# Name: (images, side, training images, kept channels or 0 for pixels, learning rates).
 KINDS = {
     "4x4, 32 channels": ("cifar10", 32, 9000, 32, (2e-3, 8e-3)),
     "8x8, 32 channels": ("cifar10", 64, 9000, 32, (2e-3, 8e-3)),
@@ -42,7 +42,7 @@ KINDS = {
 }
 DENSE, FEW = 3072, 256
 ONE: dict[str, Any] = dict(depth=[6], blocks=[1], width=[128])
-# Name: (preset, options, directions that are whitened; None: all up to 3,072 numbers, 256 of more).
+# Name: (preset, options, whitened directions; None: all for up to 3,072 numbers, 256 for more).
 FLOWS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "whitening alone": ("identity", {}, None),
     "one level, whitened": ("latent", ONE, None),
@@ -62,7 +62,7 @@ PIXELS: dict[str, tuple[str, dict[str, Any], int | None]] = {
 
 @torch.no_grad()
 def numbers(kind: str) -> tuple[Tensor, Tensor]:
-    """Standardised latents, or pixels in [0, 1], of the training images and 2 x `HELD` others, and their labels."""
+    """Standardised latents, or pixels in [0, 1], and labels of the training images and 2 x `HELD` held-out images."""
     folder, side, count, channels, _ = KINDS[kind]
     data = open_data(find_images(NAME, folder, folder), "train", channels=3, image_size=side, progress=False)
     rows = np.random.default_rng(0).permutation(len(data))[: count + 2 * HELD]

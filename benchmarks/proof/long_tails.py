@@ -1,18 +1,18 @@
-"""Long tails: are rare classes better filled up with samples of a flow, or drawn more often?
+"""Long tails: is it better to fill up rare classes with samples of a flow, or to draw them more often?
 
     GLEM_DATA=... python benchmarks/proof/long_tails.py [--data cifar10] [--imbalance 100 10] [--seeds 0 1 2 3 4]
 
-The largest class has 500 labelled images, the others geometrically fewer, down to a hundredth or a tenth of it. A flow
-is trained on these images alone. A small CNN is trained for the same number of steps
+The largest class has 500 labelled images. Other classes have geometrically fewer, down to a hundredth or a tenth. A
+flow is trained on these images alone. A small CNN is trained for the same number of steps
 
-    re-sampled  on the real images, those of all classes equally often
-    identity    on these and as many samples as fill up every class to the largest, made by the pixels' own modes
-    flow        the same, made by the flow
+    re-sampled  on the real images, with all classes drawn equally often
+    identity    on the real images, filled up to the largest class by samples along the modes of the pixels
+    flow        on the real images, filled up to the largest class by samples of the flow
 
-each with crop and flip, and with the best of some stacks on top. The stack (with re-sampling) and the fill (RFCM at
-three temperatures, or real images mixed) are chosen on validation images with seed 1000; each seed then draws other
-training images, and is measured on the test images once. These are balanced, so accuracy is balanced accuracy. Rows and
-flows that are there are not made again.
+each with crop and flip, and with the best of some stacks on top. Validation images with seed 1000 choose the stack
+(with re-sampling) and the fill (RFCM at three temperatures, or real images mixed). Each seed then draws other training
+images, and is measured on the test images once. Test classes are balanced, so accuracy is balanced accuracy. Stored
+rows and flows are not made again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from glem_augment.training.config import method
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
 SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3), "imagenette": (32, 3)}
 PLAIN = "crop + flip"
-# The best single ones of `augmentation.py` on such data, at the values that were best there, and pairs of these.
+# The best single stacks of `augmentation.py` on such data, at their best values, and pairs of these stacks.
 JITTER, MIXUP, CUTMIX = ("jitter", {"strength": 0.4}), ("mixup", {"alpha": 1.0}), ("cutmix", {"alpha": 1.0, "p": 0.5})
 TRIVIAL = ("trivial", {"p": 0.75})
 STACKS: dict[str, tuple[Component, ...]] = {
@@ -77,7 +77,7 @@ class LongTail:
         return GLEM.from_pretrained(place)
 
     def measure(self, source: str, fill: str, stack: str, seed: int) -> float:
-        """Percent, of the test images, or of those for validation with the seed for tuning."""
+        """Accuracy in percent on the test images, or on the validation images with the tuning seed."""
         task = make_task(self.setting, seed)
         x, y = task.train
         if source != "re-sampled":

@@ -3,9 +3,9 @@
 
     python benchmarks/proof/make_bundled_data.py [IDX_FOLDER]
 
-IDX_FOLDER holds the four idx files of Fashion-MNIST (Zalando SE, MIT licence); by default it is where
-Debian's package dataset-fashion-mnist puts them. Each split becomes one 2800x280 PNG, lossless: a row per
-class, a column per image.
+IDX_FOLDER holds the four idx files of Fashion-MNIST (Zalando SE, MIT licence). The default is the folder of Debian's
+package dataset-fashion-mnist. Each split becomes one lossless PNG of 2800x280 pixels: a row per class, a column per
+image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     for split in ("train", "test"):
         data = open_data(args.idx_folder, split)
         images = data.tensor().numpy()[:, 0]
-        # The first ones of each class, in file order: nothing is chosen.
+        # The first images of each class in file order, so that there is no selection.
         first = np.stack([images[data.targets == k][:PER_CLASS] for k in range(len(data.classes))])
         rows, columns, height, width = first.shape
         sheet = first.swapaxes(1, 2).reshape(rows * height, columns * width)

@@ -5,8 +5,8 @@
     python benchmarks/proof/make_notmnist.py notMNIST-to-MNIST $GLEM_DATA/notmnist
 
 Reads the two files t10k-*.gz of Yaroslav Bulatov's notMNIST in the layout of MNIST. They hold 10,000 images, some of
-them several times; of each letter the first 650 different ones in file order become training images, and all others
-test images.
+them several times. Of each letter, the first 650 different images in file order become training images, and all further
+images become test images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make docs/moves.png: photographs and what moves along the shared modes of `bundled:photographs` make of them.
+"""Make docs/moves.png: photographs, and the same photographs moved along the shared modes of `bundled:photographs`.
 
 Command: python benchmarks/proof/moves_picture.py
 """

@@ -3,16 +3,16 @@
     python benchmarks/proof/no_network.py
     python benchmarks/proof/no_network.py --settings fashion-10 --seeds 0 1 2
 
-Settings, labelled images, validation images, test images and seeds are those of `augmentation.py`. The ridge sees the
-labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) also sees the other
-training images without their labels, as the flows called `...-unlabelled` do; a test image takes the mean of its
-neighbours. Both are tuned on validation images with the tuning seeds, and tested once. A long tail is weighted so that
-all classes count equally.
+Settings, labelled images, validation images, test images and seeds are the same as in `augmentation.py`. The ridge is
+fitted to the labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) also uses
+the other training images without their labels, like the flows called `...-unlabelled`. The prediction for a test image
+is the mean of its neighbours. Both methods are tuned on validation images with the tuning seeds, and tested once. In a
+long tail, classes are weighted equally.
 
-HOG is after Dalal & Triggs (2005): 18 orientations with sign, cells of 4 pixels, and of 8 that overlap by half, in
-blocks of 2x2 cells, each normalised, cut off at 0.2 and normalised again. Of the colour channels, each pixel takes the
-steepest. The image at half its size is appended. That form was chosen on the validation images of fashion-10 and
-cifar10-50.
+HOG is after Dalal & Triggs (2005), with 18 signed orientations. Cells have 4 pixels, or 8 pixels that overlap by half.
+Blocks have 2x2 cells; each block is normalised, clipped at 0.2 and normalised again. Each pixel uses the colour channel
+with the steepest gradient. The image at half its size is appended. This form was chosen on the validation images of
+fashion-10 and cifar10-50.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Images:
         axes = torch.linalg.svd(self.val - mean, full_matrices=False).Vh[:COMPONENTS].T
         base = in_parts(lambda part: (describe(part) - mean) @ axes, self.images[self.rest_rows])
         nearest = max(NEIGHBOURS)
-        # Nearest of the other training images, as places in `rest_rows`, and their distances. The nearest of these
-        # images themselves are themselves.
+        # Indices in `rest_rows` and distances of the nearest other training images. Each of these images is nearest to
+        # itself, so the first is dropped.
         self.near = {
             "rest": tuple(values[:, 1:] for values in _nearest(base, base, nearest + 1)),
             "val": _nearest((self.val - mean) @ axes, base, nearest),
@@ -112,7 +112,7 @@ def _nearest(points: Tensor, base: Tensor, count: int) -> tuple[np.ndarray, np.n
 
 
 def ridge(images: Images, seed: int, strengths: tuple[float, ...], x: Tensor, y: Tensor) -> list[float]:
-    """Accuracy on features `x` of a linear ridge on the labelled images of a seed, for each strength."""
+    """Accuracy on features `x` of a linear ridge that is fitted to the labelled images of a seed, for each strength."""
     rows = images.labelled(seed)
     shown, labels = images.images[rows], images.labels[rows]
     if images.setting.flip:
@@ -134,7 +134,7 @@ def _share(scores: Tensor, y: Tensor) -> float:
 
 
 def spread(images: Images, seed: int, neighbours: int, alpha: float, part: str, y: Tensor) -> float:
-    """Accuracy on `part` after labels have spread from the labelled images over the other training images."""
+    """Accuracy on `part` after label spreading from the labelled images to the other training images."""
     index, distance = (values[:, :neighbours] for values in images.near["rest"])
     count, width = len(index), distance.mean()
     weight = np.exp(-((distance / width) ** 2)).ravel()
@@ -144,7 +144,7 @@ def spread(images: Images, seed: int, neighbours: int, alpha: float, part: str, 
     known[np.searchsorted(images.rest_rows, rows)] = images.labels.numpy()[rows]
     model = LabelSpreading(kernel=lambda *_: graph, alpha=alpha, max_iter=30, tol=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants to converge, which thirty steps nearly do
+        warnings.simplefilter("ignore")  # scikit-learn warns before convergence, which thirty steps nearly reach
         model.fit(np.arange(count)[:, None], known)
     shares = model.label_distributions_ / model.label_distributions_.sum(0)  # all classes count equally
     index, distance = (values[:, :neighbours] for values in images.near[part])

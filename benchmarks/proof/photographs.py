@@ -1,13 +1,13 @@
-"""Do moves of photographs help, beside stacks that people use? Imagenette at 64 pixels with few images per class.
+"""Do moves of photographs help, beside common stacks? Imagenette at 64 pixels with few images per class.
 
     GLEM_DATA=... python benchmarks/proof/photographs.py --per-class 20 50 --seeds 0 1 2 3 4
 
 A small ResNet of timm is trained from scratch with crop + flip, with the best of ten other stacks (up to three
-operations beside crop and flip), and with moves along modes of the pixels, of TAEF2's latents, and of a flow in these
-latents that was trained on the same few images: noise, mixup and adversarial steps (against a network trained with crop
-and flip). Which stack is best of its kind is chosen with seed 0, by 1,000 other training images. Each seed draws its
-own training images; all of them are measured on the same 1,000 test images. `glem compare` does the same on the user's
-images. Rows that are there are not measured again.
+operations on top), and with moves. Moves are noise, mixup and adversarial steps (against a network trained with crop
+and flip). They follow modes of the pixels, of TAEF2's latents, or of a flow in these latents that was trained on the
+same few images. 1,000 other training images choose the best stack of each kind, with seed 0. Each seed draws other
+training images. All seeds are measured on the same 1,000 test images. `glem compare` does the same on the user's
+images. Stored rows are not measured again.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ OTHERS = (
 
 
 def few(data: ImageData, per_class: int, seed: int, first: int = 0) -> ImageData:
-    """So many images of each class, drawn at random; those from `first` on of the order that the seed gives."""
+    """Random images, equally many of each class: the images from `first` on in the seed's random order."""
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(data.targets == k))[first:][:per_class] for k in range(len(data.classes))]
     return data.subset(np.sort(np.concatenate(rows)))
 
 
 def trained_flow(data: ImageData) -> GLEM:
-    """A flow in TAEF2's latents of these images alone, with their modes."""
+    """A flow in TAEF2's latents, trained on these images alone, with modes of these images."""
     config = TrainConfig(
         preset="latent", flow_options=dict(whiten=64, depth=[6], blocks=[1], width=[128]),
         autoencoder="taef2", objective="mle", batch_size=50,

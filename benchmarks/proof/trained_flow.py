@@ -1,4 +1,4 @@
-r"""What a run of training came to on its test images: NF accuracy, bits/dim, round trip, and its training seconds.
+r"""The result of a training run on its test images: NF accuracy, bits/dim, round trip, and training seconds.
 
     python benchmarks/proof/trained_flow.py RUN [--data DATA] [--threads N]
 
@@ -6,9 +6,8 @@ r"""What a run of training came to on its test images: NF accuracy, bits/dim, ro
         --out runs/cifar10-affine
     GLEM_DATA=... python benchmarks/proof/trained_flow.py runs/cifar10-affine --data $GLEM_DATA/cifar10
 
-Seconds are those of the training steps, M-steps and held-out measurements up to the end of the last epoch, on the clock
-on the wall, as the run recorded them. DATA is by default the folder of the run's name in $GLEM_DATA. The
-weights stay where they are.
+Seconds are wall-clock time from the run's record: training steps, M-steps and held-out measurements up to the end of
+the last epoch. The default of DATA is the folder of the run's name in $GLEM_DATA. The weights are not copied.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whether training goes well by default: every preset with every named method on five kinds of data.
+"""Does training converge by default? Every preset with every named method on five kinds of data.
 
     GLEM_DATA=... python benchmarks/proof/training_is_calm.py [--kinds K ...] [--presets P ...] [--methods M ...]
 
-Every cell is a run with the default settings but for its length: as many epochs as fit into --steps (at least one, at
-most the default), cut off after --seconds, which large flows need more of on a CPU. A run goes well if its held-out
-images end below the bits/dim of independent pixels, or if it says that they do not. Cells that are there are not
-measured again (but with --again), so the same command goes on where it was stopped. $GLEM_DATA holds cifar10/ and
+Every cell is a run with the default settings except for its length. It has as many epochs as fit into --steps (at least
+one, at most the default), and is cut off after --seconds. On a CPU, large flows need more seconds. A run succeeds if
+its held-out images end below the bits/dim of independent pixels, or if a message says that they do not. Stored cells
+are not measured again (except with --again), so the same command resumes a stopped study. $GLEM_DATA holds cifar10/ and
 imagenette128/.
 """
 
@@ -45,7 +45,7 @@ CUT_OFF = "cut off"
 def photographs(size: int, channels: int, classes: int, per_class: int, parts: int = 1) -> ImageData:
     """The first classes of CIFAR-10, then of Imagenette, each cut by brightness into `parts` classes.
 
-    Enlarged images are no photographs, so those above 32x32 are of Imagenette alone.
+    Images above 32x32 are Imagenette's alone, because enlarged images are not like photographs.
     """
     images: list[Tensor] = []
     for name in ("cifar10", "imagenette128")[size > 32 :]:
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[str, Callable[[], ImageData]]] = {
 
 
 class Watched(Trainer):
-    """A run that notes, now and then, its step and the bits/dim of held-out images under the flow as it is."""
+    """A run that records, at intervals, its step and the bits/dim of held-out images under the current flow."""
 
     curve: list[tuple[int, float]]
 
@@ -83,7 +83,7 @@ class Watched(Trainer):
 
 
 def run_cell(data: ImageData, preset: str, name: str, steps: int, seconds: float) -> dict[str, Any]:
-    """Train, and say how it went."""
+    """Train, and return the row with the result."""
     default = TrainConfig()
     config = method(
         name, preset=preset, modes_rank=0, sample_every=0, max_minutes=seconds / 60,
@@ -135,7 +135,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _told(cell: dict[str, Any]) -> bool | None:
-    """Whether a run said that it went badly; None for one that had no time to go well."""
+    """Whether a run reported that it failed; None if it was cut off too early to succeed."""
     return None if cell["message"] == CUT_OFF else bool(cell["message"])
 
 

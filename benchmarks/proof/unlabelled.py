@@ -3,28 +3,28 @@
     GLEM_DATA=... python benchmarks/proof/unlabelled.py
     GLEM_DATA=... python benchmarks/proof/unlabelled.py --settings fashion-10 --methods fixmatch --seeds 0 1
 
-The settings, labelled images, validation images, test images, seeds, small CNN, optimizer and number of steps are those
-of `augmentation.py`. All other training images that are not for validation are there without their labels.
+Settings, labelled images, validation images, test images, seeds, small CNN, optimizer and number of steps are the same
+as in `augmentation.py`. All other training images that are not for validation are used without their labels.
 
     labelled       the best other stack of `augmentation.py` on the labelled images alone
-    pseudo-labels  the same stack; half of a batch has the labels of that network where it is sure (Lee 2013). They are
-                   as many per class as are drawn, and the classes are drawn equally often
+    pseudo-labels  the same stack; half of a batch has the confident labels of that network (Lee 2013). A class has at
+                   most as many labels as are drawn, and the classes are drawn equally often
     mean-teacher   two views by crop + flip, and a mean of the weights as the teacher (Tarvainen & Valpola 2017)
-    fixmatch       labels of the weak view for the strong one, RandAugment and RandomErasing (Sohn et al. 2020)
+    fixmatch       labels of the weak view for the strong view, RandAugment and RandomErasing (Sohn et al. 2020)
 
-The last two see 32 labelled and 64 unlabelled images per step. FixMatch was published with 64 and 448, and a million
-steps. Each method runs alone, and with moves along the modes of the pixels before the changes of the method: of all
-images with pseudo-labels, of the student's unlabelled views with Mean Teacher, of the strong views with FixMatch. The
-modes are fitted with the labelled images, and with the pseudo-labelled ones where there are any. An unlabelled image
-moves along the modes of the class that it was given.
+The last two methods get 32 labelled and 64 unlabelled images per step. FixMatch was published with 64 and 448, and a
+million steps. Each method runs alone, and with moves along the modes of the pixels before the method's own operations.
+Moves apply to all images with pseudo-labels, to the student's unlabelled views with Mean Teacher, and to the strong
+views with FixMatch. Modes are fitted to the labelled images, and to images with pseudo-labels. An unlabelled image
+moves along the modes of its predicted class.
 
-These cells run. On fashion-10, with one tuning seed and on validation images: three values of each method's number
-(`VALUES`). FixMatch was given a fourth, after the lowest had come first. Mean Teacher was given a quicker teacher
-(`KEEP` 0.95), after 0.99 had been worse. A method that is then more than `HOPELESS` points below the best one is
-dropped. For the rest, two kinds of moves (`MOVES`) at the best value, so the moves have two trials more than the method
-alone. What is chosen holds for all settings. With the other seeds, on test images: each method at what was chosen, with
-and without moves. Rows are stored as they come, and are not measured again. The test results of
-`augmentation.py` were known before.
+Tuning uses fashion-10, one tuning seed and validation images: three values of each method's number (`VALUES`). FixMatch
+has a fourth value, because the lowest of three was best. Mean Teacher has a second, quicker teacher (`KEEP` 0.95),
+because 0.99 was worse. A method that is then more than `HOPELESS` points below the best method is dropped. Of the rest,
+the best value is tried with two kinds of moves (`MOVES`), so moves have two trials more than the method alone. The
+choice holds for all settings. Further seeds are measured on test images, each method with its chosen value, with and
+without moves. Rows are stored at once, and are not measured again. The test results of `augmentation.py` were known
+before.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from glem_augment.training.start import augment_batch
 
 NAME = "unlabelled"
 TUNED_ON, NAMES = "fashion-10", ("fashion-10", "cifar10-50", "fashion-50")
-# The least confidence of a label, and the weight of Mean Teacher's squared difference.
+# The lowest confidence of a pseudo-label, and the weight of Mean Teacher's squared difference.
 VALUES: dict[str, tuple[float | None, ...]] = {
     "labelled": (None,),
     "pseudo-labels": (0.5, 0.8, 0.95),
@@ -101,7 +101,7 @@ def modes_of(images: tuple[Tensor, Tensor], classes: list[str]) -> GLEM:
 
 
 def best_stack(name: str) -> list[Component]:
-    """The opponent that the validation images of `augmentation.py` chose."""
+    """The opponent that was best on the validation images of `augmentation.py`."""
     (result,) = (r for r in results_of(Store(RESULTS)) if (r.setting, r.classifier) == (name, "cnn"))
     return [(method, params) for method, params in result.base]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/recipes/cifar10.py CIFAR10 --out runs/cifar10   # CIFAR10/train/<class>/*
 
-The latents of the 50,000 training images and of their mirror images are all that is fitted; nothing is trained. Modes
-are stored in half precision.
+The Gaussians are fitted to the latents of the 50,000 training images and of their mirror images; nothing is trained.
+Modes are stored in half precision.
 """
 
 from __future__ import annotations

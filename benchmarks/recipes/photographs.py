@@ -1,9 +1,9 @@
-"""Makes `bundled:photographs`: the modes in which photographs of one thing vary, in TAEF2's latents at 128 pixels.
+"""Makes `bundled:photographs`: the modes in which photographs of one class vary, in TAEF2's latents at 128 pixels.
 
     python benchmarks/recipes/photographs.py IMAGENETTE128 --out runs/photographs   # IMAGENETTE128/train/<class>/*
 
-The modes are those of the pooled within-class covariance of the training images: statistics, no images. The model has
-one class, so it moves anyone's photographs before it is adapted. Modes are stored in half precision.
+The modes come from the pooled within-class covariance of the training images: statistics, no images. The model has one
+class, so it moves photographs of any class without adapting. Modes are stored in half precision.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/recipes/taef2.py FOLDER   # with taef2_encoder.pth, taef2_decoder.pth and LICENSE
 
-The published files are plain state dicts in float16. The decoder's first layer has no weights and is left out, so that
-the names are those of `madebyollin/taef2` on the Hugging Face Hub. No value changes.
+The published files are plain state dicts in float16. The decoder's first layer has no weights and is left out, so the
+names match `madebyollin/taef2` on the Hugging Face Hub. No value changes.
 """
 
 from __future__ import annotations

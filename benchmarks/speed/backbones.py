@@ -1,16 +1,16 @@
-"""Which flow is best for a fixed time of training on a CPU: one setting at a time changed from a common base.
+"""Which flow is best for a fixed time of training on a CPU? Each variant changes one setting of a common base.
 
     python benchmarks/speed/backbones.py [--seeds 0 1 2] [--seconds 90]
 
-A cell is a variant trained with a seed. All get the same recipe and the same CPU seconds of training on one thread: the
-cost of a step is measured first and sets the number of images, so that the cosine ends where the budget does.
-Bits/dim and accuracy are those of training images that no cell trains on; the test set takes no part. A short budget
-favours small flows, and says nothing about what large ones reach in hours.
+A cell is a variant trained with a seed. All cells have the same recipe and the same CPU seconds of training on one
+thread. The time of a step is measured first. It sets the number of images, so that the cosine ends with the budget.
+Bits/dim and accuracy are measured on training images that no cell trains on; the test set takes no part. A short budget
+favours small flows, and says nothing about large flows after hours.
 
-The widths of variants marked "=" make their networks cost as many FLOPs as the base's. FLOPs are those of
+The widths of variants marked "=" are chosen so that their networks take as many FLOPs as the base. FLOPs count
 convolutions, matrix products and attention in one forward pass, times three; a multiply-add counts as two.
 
-Each finished cell is stored in backbones.json at once, and a rerun goes on with the missing ones.
+Each finished cell is stored in backbones.json at once, and a rerun continues with the missing cells.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run_cell(variant: str, pool: ImageData, held_out: ImageData, seed: int, seco
             found = {"bits_per_dim": None, "accuracy": None}
         spent = time.process_time() - began
     flow = trainer.model.flow.float()
-    # The plain form of attention is the one that shows its products.
+    # The FLOP counter counts the matrix products of attention only in its plain form.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         flow(torch.zeros(1, *pool.image_shape))
     weights, flops = sum(p.numel() for p in flow.parameters()), 3 * counter.get_total_flops()
@@ -148,7 +148,7 @@ def main() -> None:
     rows = np.random.default_rng(0).permutation(len(data))
     held_out, pool = (data.subset(np.sort(part)) for part in (rows[:HELD_OUT], rows[HELD_OUT:]))
     title = "Flows for the same training time on a CPU"
-    # Seeds outermost, so that a study cut short has compared all variants.
+    # Seeds are the outer loop, so that an interrupted study has compared all variants.
     for seed, variant in itertools.product(args.seeds, VARIANTS):
         if (variant, seed) not in done:
             found = run_cell(variant, pool, held_out, seed, args.seconds)

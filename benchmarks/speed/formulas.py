@@ -4,9 +4,9 @@
 
 - kld: the sum of all pairwise Kullback-Leibler divergences of K Gaussians: time, and memory beyond the parameters. Peak
   memory is the process's high-water mark, read in a fresh process per row.
-- matexp: exp(S) v, the bijective part of the matrix-exponential coupling, forward + backward, interleaved. Opponents,
-  on the same S and v: `torch.matrix_exp` followed by a matrix-vector product, and the published code's Taylor series
-  with scaling and squaring for the whole batch at once, followed by the same product.
+- matexp: exp(S) v, the bijective part of the matrix-exponential coupling, forward + backward, interleaved. One opponent
+  on the same S and v is `torch.matrix_exp`, followed by a matrix-vector product. The other is the published code's
+  Taylor series with scaling and squaring for the whole batch at once, followed by the same product.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kld(out: Path, threads: int | None) -> None:
 
 
 def scale_and_square(m: Tensor) -> Tensor:
-    """exp of matrices [..., n, n] by one scaling for all of them, a Taylor series and squaring (their Algorithm 1)."""
+    """exp of matrices [..., n, n] by one common scaling, a Taylor series and squaring (Xiao & Liu, Algorithm 1)."""
 
     def norm(m: Tensor) -> float:
         return float(torch.linalg.vector_norm(m.detach(), ord=1, dim=-1).max())

@@ -1,7 +1,7 @@
-"""Other implementations of flows, as opponents for `speed.py`. Subnets come from outside.
+"""Other implementations of flows, as opponents for `speed.py`. The caller provides the subnets.
 
-The libraries are used the way their documentation builds image flows, on a tensor that is already squeezed. All have
-ActNorm or its equivalent, a 1x1 mixing and one affine coupling per step (`pip install FrEIA normflows nflows`).
+The libraries are used as in their documentation of image flows, on a squeezed tensor. All have ActNorm or its
+equivalent, a 1x1 mixing and one affine coupling per step (`pip install FrEIA normflows nflows`).
 
 The matrix-exponential flow is the code that its authors published (Xiao & Liu, "Generative Flows with Matrix
 Exponential", ICML 2020), from a copy of https://github.com/changyi7231/MEF.
@@ -36,7 +36,7 @@ class Peer(nn.Module):
 
 
 class _ImageOnly(nn.Module):
-    """A subnet for code that passes further arguments, such as a context."""
+    """A subnet that ignores further arguments, such as a context."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _ImageOnly(nn.Module):
 
 
 def freia(c: int, h: int, w: int, nets: list[nn.Module]) -> Peer:
-    """Its mixing is a fixed random rotation; its GLOWCouplingBlock would run two subnets per step."""
+    """FrEIA, whose mixing is a fixed random rotation. (GLOWCouplingBlock would run two subnets per step.)"""
     from FrEIA.framework import SequenceINN
     from FrEIA.modules import AllInOneBlock
 
@@ -58,7 +58,7 @@ def freia(c: int, h: int, w: int, nets: list[nn.Module]) -> Peer:
 
 
 def normflows(c: int, h: int, w: int, nets: list[nn.Module]) -> Peer:
-    """With the scale map "exp", cheaper than its default. Densities are its `inverse`, samples its `forward`."""
+    """normflows with the scale map "exp", cheaper than the default. `inverse` encodes and `forward` decodes."""
     from normflows.flows import GlowBlock
 
     def encode(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def normflows(c: int, h: int, w: int, nets: list[nn.Module]) -> Peer:
 
 
 def nflows(c: int, h: int, w: int, nets: list[nn.Module]) -> Peer:
-    """With its cache of the inverted matrix in eval mode."""
+    """nflows, with the cache of the inverted matrix in eval mode."""
     warnings.filterwarnings("ignore", message=r"torch\.(lu|triangular_solve) is deprecated", category=UserWarning)
     from nflows import transforms
     from nflows.utils.torchutils import create_mid_split_binary_mask
@@ -99,7 +99,7 @@ LIBRARIES = {"FrEIA": freia, "normflows": normflows, "nflows": nflows}
 
 
 def published(folder: Path, image_shape: tuple[int, int, int], depth: list[int], nets: list[nn.Module]) -> Peer:
-    """The authors' flow on square images, from the folder that has their `models`."""
+    """The published matrix-exponential flow on square images, from the folder that contains `models`."""
     sys.path.insert(0, str(folder))
     from models.nets import Model
 

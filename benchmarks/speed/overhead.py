@@ -1,16 +1,15 @@
-"""What GLEMAugment adds to a training step, for every policy.
+"""The time that GLEMAugment adds to a training step, for every policy.
 
     python benchmarks/speed/overhead.py [--model resnet18] [--size 64] [--batch 64] [--rounds 24]
 
-A step is forward, cross-entropy, backward and SGD of a timm network on one batch of normalised images, with the batch
-augmented before it, or not ("none"). All sides share the network and take turns in balanced order; a ratio is that of
-two steps of one round, so that a machine that is slow for a while slows both. With --threads 1 times are CPU time,
-which other load changes by its use of the caches only; otherwise they are wall-clock time, and the machine should be
-quiet.
+A step is forward, cross-entropy, backward and SGD of a timm network on one batch of normalised images. The batch is
+augmented first, or not ("none"). All sides share the network and take turns in balanced order. A ratio compares two
+steps of one round, so a temporarily slow machine slows both. With --threads 1, times are CPU time, which other load
+changes only through the caches. Otherwise times are wall-clock time, and the machine should be idle.
 
-The flow has its final size but is not trained (its last convolutions are drawn at random), which changes no cost. Its
-ActNorms and modes are fitted to the kind of images that the step gets, so that few moved images are rejected. Its
-multiply-adds are counted in one pass from image to latent.
+The flow has its final size but is not trained (its last convolutions are random), which does not change the cost. Its
+ActNorms and modes are fitted to images like the step's images, so that few moves are rejected. Multiply-adds are
+counted in one pass from image to latent.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def images(n: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Step:
-    """A training step of a timm network; model, size and batch are those of the command line."""
+    """A training step of a timm network, with model, size and batch from the command line."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(SEED)

@@ -1,11 +1,11 @@
-"""What a second rank brings: images per second of training and of generation, and the share of communication.
+"""The gain of a second rank: images per second of training and of generation, and the share of communication.
 
     python benchmarks/speed/ranks.py [--ranks 2] [--rounds 5] [--preset glow_fast] [--seconds 20]
 
-Each rank has one thread and one core, to which it is bound; give the machine a quiet core for every rank. One rank and
-several take turns, each time as processes of torchrun, whose start is not measured; a ratio is that of two neighbours,
-and the table has the medians. Both sides train on the same batches, and write the same images. Communication includes
-waiting for the slower ranks.
+Each rank has one thread and is bound to one core; every rank needs an idle core. One rank and several ranks take turns,
+each time as processes of torchrun, whose start is not measured. A ratio compares two neighbouring runs, and the table
+has the medians. Both sides train on the same batches, and write the same images. Communication includes waiting for
+slower ranks.
 """
 
 from __future__ import annotations

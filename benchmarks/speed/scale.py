@@ -2,8 +2,8 @@
 
     python benchmarks/speed/scale.py [--preset mef_glem] [--side 32] [--classes 1000] [--per-class 1300]
 
-FLOPs are those of convolutions and matrix products in one pass from image to latent, a multiply-add counting as two.
-Activations are the bytes that a step holds for its backward, weights apart.
+FLOPs count convolutions and matrix products in one pass from image to latent; a multiply-add counts as two. Activations
+are the bytes that a step holds for the backward pass, without the weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Held:
 
 
 def held_for_backward(flow: nn.Module, train: Callable[[], None]) -> int:
-    """Bytes that a training step holds for its backward at their highest, parameters apart; a storage counts once."""
+    """Peak bytes that a training step holds for the backward pass, without parameters; a storage counts once."""
     weights = {p.untyped_storage().data_ptr() for p in flow.parameters()}
     counts: Counter[int] = Counter()
     now = peak = 0
@@ -57,7 +57,7 @@ def held_for_backward(flow: nn.Module, train: Callable[[], None]) -> int:
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: getattr(kept, "tensor", kept)):
-        train()  # the backward too: activations that it rebuilds are held
+        train()  # includes the backward pass, which holds rebuilt activations
     return peak
 
 

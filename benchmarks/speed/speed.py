@@ -1,16 +1,15 @@
-"""What a flow costs above the networks inside its couplings: training, encoding and decoding, beside other libraries.
+"""The time of a flow above the networks inside its couplings: training, encoding and decoding, beside other libraries.
 
     python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--seconds S] [--mef FOLDER]
 
-The floor is the subnets alone, on tensors of the shapes that they meet in the flow, as built or in channels last,
-whichever is faster. *Overhead* is the time above that floor, as a share of it: the median over rounds of
-(side / floor) - 1. All sides of a case have copies of the same subnets, and run once per round in balanced order on one
-thread, with the same float32 batch; times are CPU time. Training is forward, `|z|^2 / 2 - log|det|` and backward.
-Encoding and decoding run on a frozen copy. Opponents (`opponents.py`) run each operation in the memory format in which
-it is fastest.
+The floor is the time of the subnets alone, on tensors of the same shapes as in the flow. Of the default memory format
+and channels last, the faster counts. *Overhead* is the median over rounds of (side / floor) - 1. All sides of a case
+have copies of the same subnets, and run once per round in balanced order on one thread, with the same float32 batch.
+Times are CPU time. Training is forward, `|z|^2 / 2 - log|det|` and backward. Encoding and decoding run on a frozen
+copy. Opponents (`opponents.py`) run each operation in its fastest memory format.
 
-`--mef` times the published code of the matrix-exponential flow too, from a copy of github.com/changyi7231/MEF. That
-code adds fewer terms of exp(S) the smaller S is, and S is small here, as at the start of training.
+`--mef` also times the published code of the matrix-exponential flow, from a copy of github.com/changyi7231/MEF. That
+code adds fewer terms of exp(S) for a smaller S, and S is small here, as at the start of training.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _level(preset: str, shape: tuple[int, int, int], batch: int, depth: int, blo
     return dict(preset=preset, image_shape=shape, batch=batch, overrides=overrides)
 
 
-# Levels alone take the image whose squeeze they would see in the whole flow.
+# A level alone gets the image whose squeeze has the shape that the level has in the whole flow.
 CASES: dict[str, dict[str, Any]] = {
     "mef_tiny": dict(preset="mef_tiny", image_shape=(1, 28, 28), batch=32, overrides={}),
     "mef_cifar_1": _level("mef_cifar", (6, 16, 16), 16, 4, 8, 128),
@@ -67,13 +66,13 @@ def subnets(flow: nn.Module) -> list[nn.Module]:
 
 
 def make_flow(case: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """The case's flow, initialised, with networks that do something, and a batch for it."""
+    """The case's initialised flow with non-zero networks, and a batch for it."""
     torch.manual_seed(0)
     flow = create_flow(case["preset"], case["image_shape"], **case["overrides"])
     x = torch.rand(case["batch"], *case["image_shape"]) - 0.5
     flow.initialise(x)
     for p in (p for net in subnets(flow) for p in net.parameters() if p.ndim == 4 and not p.any()):
-        nn.init.normal_(p, std=0.02)  # the last convolution starts at zero, and zeros are no work for an exponential
+        nn.init.normal_(p, std=0.02)  # the last convolution starts at zero, and an exponential of zeros is faster
     return flow, x
 
 
@@ -125,7 +124,7 @@ def floor_tasks(flow: nn.Module, x: Tensor) -> Tasks:
 
 
 class _ContiguousOutput(nn.Module):
-    """For opponents in the default memory format, which mixed formats would slow down."""
+    """Makes outputs contiguous, because mixed memory formats slow down opponents in the default format."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -186,7 +185,7 @@ def measure(tasks: Tasks, rounds: int, budget: float) -> Times:
 
 
 def ratio(times: Times, side: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
-    """Median over rounds of one side's time over the other's, and half the 95 % interval of it (1.82 IQR / sqrt(n))."""
+    """Median over rounds of the ratio of two times, and half its 95 % interval (1.82 IQR / sqrt(n))."""
     values = np.array(times[side]) / np.array(times[other])
     low, middle, high = np.percentile(values, (25, 50, 75))
     return float(middle), float(1.82 * (high - low) / math.sqrt(len(values)))
@@ -260,7 +259,7 @@ def main() -> None:
     for case in args.cases:
         more = run_case(case, args)
         rows, found = rows + more[0], found + more[1]
-        # After every case, so that a run that is cut off leaves its rows.
+        # After every case, so that an interrupted run keeps its rows.
         show = case == args.cases[-1]
         write_results(args.out, "speed", "Time above the subnets alone", rows, {"verdicts": found}, show=show, seed=0)
 

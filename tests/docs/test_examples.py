@@ -179,7 +179,7 @@ def test_torchvision_loop(where: str) -> None:
 @pytest.mark.timeout(900)
 def test_long_tail_and_synthetic_only(tmp_path: Path) -> None:
     lines = smoke("long_tail")
-    counts = "341 real images, [100, 72, 51, 37, 26, 19, 14, 10, 7, 5] per class; 659 synthetic ones"
+    counts = "341 real images, [100, 72, 51, 37, 26, 19, 14, 10, 7, 5] per class; 659 synthetic images"
     assert any(counts in line for line in lines)
     accuracy = [float(line.split("accuracy ")[1].split(" ")[0]) for line in lines if "accuracy" in line]
     assert len(accuracy) == 3 and accuracy[1] > 40 and accuracy[2] > 40
