@@ -1,4 +1,4 @@
-"""`glem adapt`: give new classes to a trained flow, or to no flow at all."""
+"""`glem adapt`: give new classes to a trained flow or to the identity."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ images. Nothing is trained: this takes one pass over the images, seconds to minu
 class names. glem train --init MODEL is slower and trains the flow too. Images are converted to the flow's size and
 channels.
 
-Prints a JSON summary. images_per_class and modes_per_class are the fewest and the most: n images have at most n - 1
-modes, and a class of one image gets the modes of all classes. moves_put_back is explained in glem eval --help.
+Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest number of a class. A class
+of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. glem eval --help explains
+moves_put_back.
 """
 EXAMPLES = """\
   glem adapt identity photos/ --image-size 64 --out runs/pixels

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Show the library at work with models and images inside the package: move photographs, draw a synthetic data set, train
-small networks on samples alone and on real images, and measure the bundled flow. DIR gets index.html, one page with all
-pictures and numbers, and also the pictures, report.json and the synthetic images. Needs no network and no GPU; it
+small networks on samples alone and on real images, and measure the bundled flow. DIR gets index.html (one page with all
+pictures and numbers), the pictures, report.json and the synthetic images. The demo needs no network and no GPU, and
 takes about a minute.
 """
 EXAMPLES = """\
@@ -160,7 +160,7 @@ def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, 
 
 
 def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """A synthetic set with as many images of each class, exported to a folder."""
+    """A synthetic set with equally many images of each class, exported to a folder."""
     from glem_augment import SyntheticDataset
     from glem_augment.evaluation.preview import Section
 

@@ -152,7 +152,7 @@ def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
     """The settings of a configuration file, in the types that TrainConfig takes.
 
     Raises:
-        ValueError: an unknown setting, or a value of the wrong type, naming it and the file.
+        ValueError: an unknown setting, or a value of the wrong type; the message names setting and file.
     """
     check_names({str(key): value for key, value in table.items()}, f"{where}: ")
     return {name: _typed(name, value, f"{where}: ") for name, value in table.items()}

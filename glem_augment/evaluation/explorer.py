@@ -56,7 +56,7 @@ class Explorer:
     """Samples, moves, lines and measurements for the page. Images are uint8 [C, H, W] on the CPU, uploads of any size.
 
     Args:
-        model: modes are needed to move images.
+        model: with modes, if images will be moved.
         sets: images of the flow's shape, labelled by its class indices, and optionally training images. Pictures show
             the first set at full size.
         progress: show a bar on stderr while images are measured.

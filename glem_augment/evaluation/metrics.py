@@ -106,8 +106,8 @@ def evaluate(
     """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
 
     Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
-    ranks call this together, and each measures its share of the batches. The numbers are bit for bit those of a single
-    process.
+    ranks call this together, and each measures its share of the batches. A single process gives the same numbers, bit
+    for bit.
 
     Args:
         round_trip: how many images to encode and decode for the round trip; 0 for none.

@@ -92,7 +92,7 @@ def preview(
         model: without stored class modes, augmentations and RFCM samples are left out.
         data: real images of any size, labelled by the flow's class indices.
         rows: real images to augment, of as many classes as possible.
-        modes: principal modes to move along; by default all that are stored.
+        modes: principal modes to move along, by default all stored modes.
         seed: the same call gives the same picture.
         progress: show a bar on stderr when it takes longer than two seconds.
 

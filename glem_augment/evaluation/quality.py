@@ -177,7 +177,7 @@ def _some(
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Images uint8 as the networks here expect them, float."""
+    """Images uint8, normalised for the networks of this module: float."""
     return (x.float() / 255 - ORACLE_MEAN) / ORACLE_STD
 
 

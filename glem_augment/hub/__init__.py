@@ -1,8 +1,8 @@
 """The Hugging Face Hub: models are validated on arrival and uploaded with a card, in one commit or not at all.
 
 The client `huggingface_hub` provides the cache, tokens, retries and offline mode. Two checks are added. The config is
-read before the weights are fetched, so that nobody waits for the weights of another library. The weights are compared
-with the SHA-256 that the Hub states, since the client compares sizes only.
+read before the weights are fetched, so that models of other libraries fail early. The weights are compared with the
+SHA-256 that the Hub states, since the client compares sizes only.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _client(cache_dir: str | os.PathLike[str] | None = None, token: str | bool |
 def _commit(name: HubName, client: dict[str, Any]) -> str | None:
     """The commit that the revision stands for; None if the model is to come from the cache.
 
-    A commit never changes, so a cached commit needs no request. Otherwise the cache stands in for a Hub that fails.
+    A commit never changes, so a cached commit needs no request. Otherwise the cache is used if the Hub fails.
     """
     found = (try_to_load_from_cache(name.repo_id, f, client["cache_dir"], name.revision) for f in (CONFIG, WEIGHTS))
     cached = all(isinstance(path, str) for path in found)
@@ -260,7 +260,7 @@ def upload(
     """
     asked = HubName(repo_id, revision)
     with hub_errors(asked, repo_type):
-        # Before the files are written, which may take hours: a missing permission should show first.
+        # Permissions are checked before the files are written, which may take hours.
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         # The client leaves an existing repository as it is. Private files must not end up in a public one.

@@ -38,8 +38,8 @@ class RealAndSynthetic(Dataset):
             of `synthetic`. None: all synthetic images, as for per_class="balance".
         class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
             classes than the flow. The flow may have further classes, if `synthetic` has no images of them.
-        transform: applied to every image, real and synthetic. PIL images need one that makes tensors of one size for a
-            DataLoader.
+        transform: applied to every image, real and synthetic. For a DataLoader it must make tensors of one size from
+            PIL images.
 
     Raises:
         DataError: too few synthetic images, classes that do not match, or the folder of an unfinished export.

@@ -180,8 +180,9 @@ class SyntheticDataset(Dataset):
         """Write all images, without the transforms, and glem-provenance.json; every file is written atomically.
 
         Labels are the class numbers of `real`, followed by further classes of the flow that have images. Without `real`
-        they are the flow's. A class without images has no folder, and torchvision's ImageFolder would number the later
-        folders differently. So classes.json holds the label of every folder, for `open_data` and `RealAndSynthetic`.
+        labels are the flow's class numbers. A class without images has no folder, and torchvision's ImageFolder would
+        number the later folders differently. So classes.json holds the label of every folder, for `open_data` and
+        `RealAndSynthetic`.
 
         The same export to the same folder writes missing files. So running it again, on any number of ranks, finishes
         a killed export. Until then `open_data` refuses the folder. checksums.sha256 holds the SHA-256 of every image or
@@ -247,7 +248,7 @@ class SyntheticStream(IterableDataset):
     equally many images. Nothing is kept in memory.
 
     As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
-    timm's train.py calls it. Without a `length` there is one epoch without an end.
+    timm's train.py calls it. Without `length` an epoch has no end.
 
     Args:
         model: a GLEM or its name.
