@@ -86,11 +86,6 @@ class Rows(NamedTuple):
 # ---- which moves are good --------------------------------------------------------------------------------------
 
 
-def comes_back(model: GLEM, images: Tensor) -> Tensor:
-    """Which images [n, C, H, W] the flow gives back, within half a uint8 step (`flow_error`): bool [n]."""
-    return model.flow_error(images) < 0.5 / 255
-
-
 class InverseTest:
     """Chooses calls that test whether the flow gives the images back: all until FIRST tests lose none, then 1 in EVERY.
 

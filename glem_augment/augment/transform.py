@@ -249,8 +249,8 @@ class GLEMAugment(nn.Module):
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
         if self._inverse.due(self.model.flow):
-            # Information lost in encoding is invisible in z, so z is decoded.
-            back = moves.comes_back(model, small)
+            # Information lost in encoding is invisible in z, so z is decoded. The limit is half a uint8 step.
+            back = model.flow_error(small) < 0.5 / 255
             self._inverse.saw(back)
         return small if model.autoencoder is None else in_range(model.decode(z, clamp=False)), back
 

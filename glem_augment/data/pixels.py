@@ -51,7 +51,7 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
 
 def check_header(image: Image.Image, where: str) -> None:
     """BadImageError for images that must not be decoded: too many pixels, or over 8 bits, which PIL clips to white."""
-    limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns, up to twice as many
+    limit = Image.MAX_IMAGE_PIXELS  # PIL only warns, up to twice this limit
     if limit is not None and image.width * image.height > limit:
         raise BadImageError(
             f"{where} has {image.width} x {image.height} pixels, more than PIL's limit of {limit}: it may be there to "

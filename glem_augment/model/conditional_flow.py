@@ -65,11 +65,6 @@ class ConditionalFlow(nn.Module):
         return next(self.parameters()).dtype
 
     @property
-    def takes_latents(self) -> bool:
-        """Whether the "images" are latents of an autoencoder already, as in training."""
-        return self.autoencoder is not None and self.image_shape == self.config.flow_shape
-
-    @property
     def _chunk(self) -> int:
         if self.autoencoder is None:
             return _CHUNK
@@ -89,6 +84,13 @@ class ConditionalFlow(nn.Module):
         return f"at {self.bits} bits" if named is None else f"through {named['name']}"
 
     # ---- image <-> latent ----------------------------------------------------------------------------------------
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """Images x on the model's device. TypeError, ValueError: another dtype, shape or range."""
+        # In training the "images" may be latents of the autoencoder already.
+        latents = self.autoencoder is not None and self.image_shape == self.config.flow_shape
+        check_images(x, self.image_shape, latents)
+        return x.to(self.device)
 
     def numbers(self, x: Tensor, noise: Noise = None) -> Tensor:
         """The flow's input for images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
@@ -118,8 +120,7 @@ class ConditionalFlow(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
-        check_images(x, self.image_shape, self.takes_latents)
-        chunks = x.to(self.device).split(self._chunk)
+        chunks = self._checked(x).split(self._chunk)
         noise = generator.split(self._chunk) if isinstance(generator, Tensor) else [generator] * len(chunks)
         pairs = zip(chunks, noise, strict=True)
         parts = [self.encode_numbers(self.numbers(chunk, each)) for chunk, each in pairs]
@@ -162,11 +163,11 @@ class ConditionalFlow(nn.Module):
 
         Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
         """
-        check_images(x, self.image_shape, self.takes_latents)
+        x = self._checked(x)
         if self.autoencoder is None:
-            wanted = from_levels(to_levels(x.to(self.device), self.bits, torch.float64), self.bits)
+            wanted = from_levels(to_levels(x, self.bits, torch.float64), self.bits)
         else:
-            wanted = to_unit(x.to(self.device), torch.float64)
+            wanted = to_unit(x, torch.float64)
         back = self.decode(self.encode(x)[0] if z is None else z, clamp=self.autoencoder is not None)
         return (back.double() - wanted).abs().mul_(255).nan_to_num_(nan=math.inf)
 
@@ -176,8 +177,7 @@ class ConditionalFlow(nn.Module):
 
         The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
         """
-        check_images(x, self.image_shape, self.takes_latents)
-        h = torch.cat([self.numbers(chunk) for chunk in x.to(self.device).split(self._chunk)])
+        h = torch.cat([self.numbers(chunk) for chunk in self._checked(x).split(self._chunk)])
         back = torch.cat([self.flow.inverse(self.flow(chunk)[0])[0] for chunk in h.split(_CHUNK)])
         return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
 
@@ -293,8 +293,7 @@ class ConditionalFlow(nn.Module):
     @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
         """Initialise the flow's ActNorms from the images `x` [B,C,H,W], once."""
-        check_images(x, self.image_shape, self.takes_latents)
-        chunks = x.to(self.device).split(self._chunk)
+        chunks = self._checked(x).split(self._chunk)
         self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in chunks]))
 
     def latents_of_classes(

@@ -240,7 +240,7 @@ def _short(value: Any) -> str:
 def _check_readable(value: Any, depth: int = 0) -> None:
     """Check that a parsed config can be shown and saved again.
 
-    It must be finite and not too deep. A terminal would obey control characters, and UTF-8 has no lone surrogates.
+    It must be finite and not too deep. Control characters act on a terminal; UTF-8 can't encode lone surrogates.
     """
     if depth > MAX_DEPTH:
         raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")

@@ -77,7 +77,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for name, tensor in tensors.items():
         index, _, key = name.partition("/")
         if key != "step":
-            # Files hold plain rows; the optimizer is fastest with the strides of the weights (channels_last).
+            # Files hold contiguous tensors; the optimizer is fastest with the strides of the weights (channels_last).
             tensor = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(tensor)
         state[int(index)][key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

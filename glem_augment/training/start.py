@@ -74,7 +74,7 @@ def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float,
 def epoch_order(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Indices [steps, B] of the batches of one epoch, a function of seed and epoch alone.
 
-    So a resumed run takes the batches of the killed run. The incomplete last batch is dropped, but for a smaller set.
+    So a resumed run takes the batches of the killed run. A smaller last batch is dropped, unless it is the only one.
     """
     order = np.random.default_rng([seed, 0xE90C, epoch]).permutation(indices)
     batch = min(batch_size, len(order))
@@ -332,7 +332,7 @@ class Start:
         return statistics
 
     def new_statistics(self) -> LatentStatistics:
-        """Statistics of no image so far."""
+        """Empty statistics."""
         return LatentStatistics(self.model.num_classes, self.model.dim, self.device)
 
     def bar_of(self, title: str, total: int, unit: str, show: bool = True, begun: int = 0) -> tqdm:
