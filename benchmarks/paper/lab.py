@@ -21,13 +21,7 @@ from torch import Tensor
 
 from benchmarks.common import machine
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
-from benchmarks.paper.codes import (
-    CODED_METHODS,
-    ClassCodes,
-    balance_by_rejection,
-    code_agreement,
-    coded_trainer,
-)
+from benchmarks.paper.codes import CODED_METHODS, ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
@@ -326,12 +320,7 @@ class Lab:
         return all(set(self.known.get(key, ())) >= set(wanted) for key, wanted in keys)
 
     def numbers(
-        self,
-        cell: Cell,
-        seed: int,
-        about: str,
-        make: Callable[[Fitted], dict[str, float]],
-        wanted: Iterable[str] = (),
+        self, cell: Cell, seed: int, about: str, make: Callable[[Fitted], dict[str, float]], wanted: Iterable[str] = ()
     ) -> list[Number]:
         """The result of `make` for the cell's flow, measured unless everything `wanted` is known.
 

@@ -116,10 +116,7 @@ def _memorisation(lab: Lab, cell: Cell, seed: int, fitted: Fitted) -> dict[str, 
     sets = (samples, train.tensor()[torch.from_numpy(some)], test.tensor()[torch.from_numpy(held)])
     found = memorisation_ratio(*(lab.oracle(cell.data).run(x)[0] for x in sets))
     tail = "" if cell.source == "gaussian" else ", RFCM"
-    result = {
-        f"NN distance ratio{tail}": found["ratio"],
-        f"share nearer to train{tail}": found["share_nearer_train"],
-    }
+    result = {f"NN distance ratio{tail}": found["ratio"], f"share nearer to train{tail}": found["share_nearer_train"]}
     if cell.source == "gaussian":
         # A flow that has memorised its training images needs fewer bits for them.
         bits = [mean_bits(fitted.model, data.batches(rows, 256)) for data, rows in ((train, some), (test, held))]

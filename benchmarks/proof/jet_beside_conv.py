@@ -38,10 +38,7 @@ from glem_augment.training.config import method
 from glem_augment.training.folder import METRICS, NEWEST
 
 NAME, METHOD = "jet_beside_conv", "hybrid-joint"
-FLOWS: dict[str, dict[str, Any]] = {
-    "jet_tiny": dict(lr=0.003),
-    "glow_fast": dict(lr=0.01),
-}
+FLOWS: dict[str, dict[str, Any]] = {"jet_tiny": dict(lr=0.003), "glow_fast": dict(lr=0.01)}
 RECIPE: dict[str, Any] = dict(
     batch_size=32, schedule="cosine", augment=("flip",), modes_rank=0, sample_every=0, threads=1, seed=0
 )

@@ -259,8 +259,7 @@ def test_data_classes_that_share_a_flow_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("moved", "bad"),
-    [(True, math.nan), (True, math.inf), (True, 2.5), (True, -1.5), (False, math.inf), (False, 0.1)],
+    ("moved", "bad"), [(True, math.nan), (True, math.inf), (True, 2.5), (True, -1.5), (False, math.inf), (False, 0.1)]
 )
 def test_bad_images_are_replaced_with_their_labels(
     model: GLEM, moved: bool, bad: float, monkeypatch: pytest.MonkeyPatch

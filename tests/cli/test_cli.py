@@ -482,10 +482,7 @@ def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypat
     (broken / CONFIG).write_bytes((trained / CONFIG).read_bytes())
     weights = (trained / WEIGHTS).read_bytes()
     (broken / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    for argv in (
-        ["generate", str(broken), "--per-class", "1", "--out", str(tmp_path / "g")],
-        ["info", str(broken)],
-    ):
+    for argv in (["generate", str(broken), "--per-class", "1", "--out", str(tmp_path / "g")], ["info", str(broken)]):
         fails(argv, output, "model.safetensors", "truncated")
     assert not (tmp_path / "g").exists()
     fails(["info", str(tmp_path / "nothing")], output, "no model at")

@@ -220,11 +220,11 @@ def cut_off(out: Path, at: int = 6, **options: object) -> None:
         trainer.fit()
 
 
-def damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    middle = len(data) // 2
-    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    path.write_bytes({"cut": data[:middle], "flipped": flipped, "zeros": bytes(len(data))}[how])
+def damage(path: Path) -> None:
+    """One bit off in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.fixture(scope="module")
@@ -234,21 +234,18 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "zeros"])
-def test_with_a_damaged_newest_checkpoint_a_run_goes_on_from_the_end_of_an_epoch(
-    tmp_path: Path, toy_run: Path, how: str
-) -> None:
+def test_with_a_damaged_newest_checkpoint_a_run_goes_on_from_the_end_of_an_epoch(tmp_path: Path, toy_run: Path) -> None:
     out = tmp_path / "run"
     cut_off(out)
     assert load_checkpoint(out).facts["step"] == 6
-    damage(out / NEWEST, how)
+    damage(out / NEWEST)
     said = rf"{out / NEWEST} can't be used: .*Going on from {out / GOOD} \(step 4\)"
     with pytest.warns(UserWarning, match=said):
         tiny_trainer(out, resume=True).fit()
     assert (out / WEIGHTS).read_bytes() == (toy_run / WEIGHTS).read_bytes()
     assert comparable(out) == comparable(toy_run)
     for name in (NEWEST, GOOD):
-        damage(out / name, how)
+        damage(out / name)
     with pytest.raises(TrainingError, match=rf"{NEWEST} can't.*{GOOD} can't.*start over"):
         tiny_trainer(out, resume=True)
 

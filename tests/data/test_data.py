@@ -353,10 +353,7 @@ def test_idx_damaged(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match="train-images-idx3-ubyte"):
             open_data(tmp_path)
-    for array, message in (
-        (labels, "not an idx file .* 3 dimension"),
-        (images[:6], "each of the 6 images, got"),
-    ):
+    for array, message in ((labels, "not an idx file .* 3 dimension"), (images[:6], "each of the 6 images, got")):
         write_idx(path, array)
         with pytest.raises(DataError, match=message):
             open_data(tmp_path)

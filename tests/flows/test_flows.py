@@ -70,9 +70,9 @@ def test_logdet_and_inverse(name: str) -> None:
     assert z.dtype == back.dtype == logdet.dtype == torch.float64
     torch.testing.assert_close(back, x, rtol=0, atol=1e-8)
     torch.testing.assert_close(logdet + back_logdet, torch.zeros_like(logdet), rtol=0, atol=1e-8)
-    for function, start, found in ((module, x, logdet), (module.inverse, z.detach(), back_logdet)):
-        want = [jacobian_logdet(function, one[None]) for one in start]
-        torch.testing.assert_close(found, torch.stack(want), rtol=0, atol=1e-8)
+    # One image each way, which is enough since the two log-determinants of an image cancel.
+    for function, start, found in ((module, x[:1], logdet[0]), (module.inverse, z.detach()[1:], back_logdet[1])):
+        torch.testing.assert_close(found, jacobian_logdet(function, start), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("per", ["element", "channel"])

@@ -31,7 +31,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     places = (0, 1, 4, 9, 100, *range(8, len(whole), len(whole) // 25), len(whole) - 1)
     cut = [whole[:place] for place in places]
     flipped = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in places]
-    for damaged in (*cut, *flipped, b"hello", b"\x80\x04\x95", os.urandom(1000)):
+    for damaged in (*cut, *flipped, bytes(len(whole)), b"hello", b"\x80\x04\x95", os.urandom(1000)):
         path.write_bytes(damaged)
         with pytest.raises(TrainingError, match=NEWEST):
             load_checkpoint(out)
