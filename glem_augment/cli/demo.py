@@ -10,7 +10,7 @@ import math
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
@@ -180,7 +180,7 @@ def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     """Accuracies of networks that are trained on real images, on samples of the flow, or on samples of Gaussians."""
     import torch
 
-    from glem_augment import GLEM
+    from glem_augment import GLEM, ImageData, SyntheticDataset
     from glem_augment.evaluation import quality
     from glem_augment.evaluation.compare import difference, interval
     from glem_augment.evaluation.preview import Section
@@ -193,18 +193,19 @@ def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     models = {"real images": None, "samples of the flow": flow, "samples of the pixels' Gaussians": pixels}
     accuracies: dict[str, list[float]] = {name: [] for name in models}
     first: dict[str, Tensor] = {}
-    total = size.seeds * len(models) * size.steps
-    with tqdm(total=total, unit="step", desc="training", disable=not progress) as bar:
-        for seed in range(size.seeds):
-            for name, model in models.items():
-                data = train if model is None else drawn_like(model, train, seed)
-                first.setdefault(name, data.tensor()[:: len(data) // classes])
-                batches = ticking(quality.random_batches(data, seed), bar)
-                network = quality.train_network(batches, size.steps, 1, classes, seed)
-                normal = quality.ORACLE_MEAN, quality.ORACLE_STD
-                logits = quality.features_and_logits(network, test.tensor(), *normal)[1]
-                right = quality.label_reliability(logits, torch.from_numpy(test.targets))
-                accuracies[name].append(100 * right)
+    normal = quality.ORACLE_MEAN, quality.ORACLE_STD
+    for seed in range(size.seeds):
+        for name, model in models.items():
+            data = train
+            if model is not None:  # as many samples of each class
+                drawn = SyntheticDataset(model, per_class=len(train) // classes, seed=seed)
+                data = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
+            first.setdefault(name, data.tensor()[:: len(data) // classes])
+            bar = {"total": size.steps, "unit": "step", "desc": f"{name} {seed + 1}", "disable": not progress}
+            batches = tqdm(quality.random_batches(data, seed), **bar)
+            network = quality.train_network(batches, size.steps, 1, classes, seed)
+            logits = quality.features_and_logits(network, test.tensor(), *normal)[1]
+            accuracies[name].append(100 * quality.label_reliability(logits, torch.from_numpy(test.targets)))
     arms: dict[str, dict[str, Any]] = {
         name: {"accuracies": values, "mean": statistics.mean(values), "interval": interval(values)}
         for name, values in accuracies.items()
@@ -257,20 +258,6 @@ def fashion(flow: GLEM, split: str, size: Size) -> ImageData:
 
     data = images_for(flow, BUNDLED_IMAGES, split=split, progress=False)
     return data.subset(spread(len(data), size.images))
-
-
-def drawn_like(model: GLEM, real: ImageData, seed: int) -> ImageData:
-    """Samples, as many of each class as `real` has."""
-    from glem_augment import ImageData, SyntheticDataset
-
-    data = SyntheticDataset(model, per_class=len(real) // len(real.classes), seed=seed)
-    return ImageData.from_tensors(data.images(range(len(data))), data.targets, data.classes, data.class_ids)
-
-
-def ticking(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        yield batch
-        bar.update()
 
 
 def sentence(what: str, gain: float, half: float) -> str:
