@@ -28,8 +28,7 @@ from glem_augment.data.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 
 aten = torch.ops.aten
-# What moves numbers from one device to the other, and what makes the host wait for a device.
-COPIES = (aten._to_copy.default, aten.copy_.default)
+# Calls that make the host wait for a device.
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default)
 waits: Counter[str] = Counter()
 
