@@ -81,7 +81,7 @@ class StandardisedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit(self, h: Tensor) -> None:
-        """Set mean and standard deviation from latents h [B,C,h,w] as they come, unless that was done before."""
+        """Set mean and standard deviation from raw latents h [B,C,h,w], unless that was done before."""
         if not self.fitted:
             h = h.double()
             self.mean.copy_(h.mean((0, 2, 3))[:, None, None])

@@ -240,7 +240,7 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
 def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool = False) -> None:
     """TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
 
-    The range of float images is not checked with `any_range`, nor on an accelerator, which would have to wait.
+    The range of float images is not checked with `any_range`, nor on an accelerator, where the host would wait.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")

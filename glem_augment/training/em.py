@@ -178,7 +178,7 @@ class EM(Start):
         return np.sort(np.concatenate([self.split.nf, self.split.g]))
 
     def refit(self, model: GLEM, rows: np.ndarray) -> None:
-        """Fit the Gaussians to the latents of `rows` under `model`'s flow, since averaging has moved them."""
+        """Fit the Gaussians to the latents of `rows` under the flow of `model`, which is averaged."""
         means, variances = (self.config.learns(which) for which in ("means", "variances"))
         self.latent_pass(self.m_total, rows, model).most_likely(self.model.gaussians, means, variances)
 

@@ -177,8 +177,7 @@ class LossGuard:
 
     def load(self, facts: dict[str, Any], series: dict[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        self.uniform, self.pixels, self.start = facts["uniform"], facts["pixels"], facts["start"]
-        self.away, self.learned = facts["away"], facts["learned"]
-        self.losses = deque(series["losses"].tolist(), WINDOW)
-        self.medians = deque(series["medians"].tolist(), WINDOW)
-        self.bits = deque(series["bits"].tolist(), SPAN)
+        for name in ("uniform", "pixels", "start", "away", "learned"):
+            setattr(self, name, facts[name])
+        for name in ("losses", "medians", "bits"):
+            setattr(self, name, deque(series[name].tolist(), getattr(self, name).maxlen))
