@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, accelerator and the versions of what was measured."""
+    """Processor, threads, accelerator and versions of the measured packages."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -72,7 +72,7 @@ class Interval:
         return 2 * float(stats.t.sf(abs(t), self.seeds - 1))
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
-        """Such as "84.0 ± 0.9"; a single seed says so."""
+        """Text such as "84.0 ± 0.9", with a note for a single seed."""
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return f"{mean} ± {self.half:.{digits}f}" if self.seeds > 1 else f"{mean} (one seed)"
 
@@ -119,7 +119,7 @@ def find_images(script: str, name: str, folder: str | None, otherwise: str | Non
 
 
 def seconds(task: Callable[[], Any]) -> float:
-    """Seconds of one call on the CPU: CPU time on one thread, which other load hardly changes; else wall-clock time."""
+    """Seconds of one call: CPU time with one thread, which other load hardly changes, otherwise wall-clock time."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     task()

@@ -1,4 +1,4 @@
-"""The library in one screen, on the bundled flow and images: classify, move an image, sample a data set.
+"""A short tour with the bundled flow and images: classify images, move images, draw a synthetic set.
 
 python examples/quickstart.py
 """

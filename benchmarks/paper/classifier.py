@@ -30,7 +30,7 @@ from glem_augment.evaluation import features_and_logits, label_reliability
 from glem_augment.io import atomic_write
 from glem_augment.training.start import augment_batch
 
-# Channels per stage of the residual networks. "resnet18" is the paper's, the others are for CPUs.
+# Channels per stage of the residual networks. "resnet18" is the paper's network; smaller networks are for CPUs.
 _RESNETS = {"resnet18": (64, 128, 256, 512), "resnet18_quarter": (16, 32, 64, 128)}
 _HALF = "_half"  # suffix of a name: the first convolution halves the image, which takes a quarter of the time
 # The transformer of Gani et al. 2022 (patch 4, 9 layers, width 192), and a small one for CPUs.
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-        """Read what `save` wrote, in eval mode."""
+        """A classifier from a file of `save`, in eval mode."""
         with safe_open(path, framework="pt") as file:
             *about, facts = json.loads(file.metadata()["classifier"])
             result = cls(*about)

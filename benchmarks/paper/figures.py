@@ -118,7 +118,7 @@ def losses_in_two_dimensions(path: Path) -> dict[str, Any]:
 
 
 def psi_and_codes(lab: Lab, path: Path) -> None:
-    """psi for a = 2, c = 0 and the paper's slopes; below, the codes under one training image of each class."""
+    """psi for a = 2, c = 0 and the paper's slopes; below, one training image of each class with its code."""
     train, _ = lab.data("main")
     plt = _plots()
     count = min(10, len(train.classes))

@@ -185,7 +185,7 @@ class Lab:
     # ---- flows ---------------------------------------------------------------------------------------------------
 
     def _settings(self, cell: Cell, seed: int) -> dict[str, Any]:
-        """The settings of the cell's flow beyond those of its method."""
+        """The settings of the cell's flow in addition to its method."""
         settings = {**self.scale.flow, **cell.changes, "seed": seed}
         own = method_settings(cell.method)
         return {name: value for name, value in settings.items() if name not in own or own[name] != value}
@@ -282,7 +282,7 @@ class Lab:
         return ThinCovariances(**torch.load(path, weights_only=True)).to(self.device)
 
     def trained_on_samples(self, fitted: Fitted, cell: Cell, recipe: Recipe, seed: int) -> Classifier:
-        """A classifier that has seen no real image.
+        """A classifier trained on samples alone.
 
         A generated set has as many images as the training set, and epoch e trains on set e mod `cell.size`. So every
         size takes the same number of steps.

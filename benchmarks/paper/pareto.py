@@ -36,7 +36,7 @@ CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     ],
     "saturating": [("saturating 0.3", "saturating", dict(kld_weight=0.3))],
 }
-# These points lie away from the front or between two others of their curve, so one seed is enough.
+# These points lie away from the front, or between two points of the same curve, so one seed is enough.
 ONCE = ("GLEM 1", "IB-INN 0.3", "saturating 0.3", *(label for label, *_ in CURVES["hybrid-joint, less"]))
 
 

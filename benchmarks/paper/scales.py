@@ -57,7 +57,7 @@ _CIFAR: dict[str, Any] = dict(
     measured=10_000, seeds=1,
 )  # fmt: skip
 _PUBLISHED = dict(bits=5, augment=["flip", "crop", "rotate", "jitter"], warmup_steps=1000, modes_rank=0, sample_every=0)
-_CROP = ("crop",)  # not "flip" for the flow of clothes: shoes all point one way
+_CROP = ("crop",)  # no "flip" for the flow of clothes, because all shoes point the same way
 SCALES = {
     # A test that everything runs, in seconds; its numbers mean nothing.
     "smoke": Scale(
@@ -74,7 +74,7 @@ SCALES = {
         sizes=(1, 2),
         seeds=1,
     ),
-    # A night of one core.
+    # All tables take a night on one core.
     "cpu": Scale(
         main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _fashion(), 16, 2000),
         second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),
@@ -90,7 +90,7 @@ SCALES = {
         sizes=(1, 2, 4, 8),
         seeds=3,
     ),
-    # An hour or two per table on one data-centre GPU, in pieces of any length.
+    # A table takes an hour or two on one data-centre GPU, in pieces of any length.
     "gpu": Scale(
         **_CIFAR,
         flow=dict(**_PUBLISHED, preset="mef_small", epochs=40, batch_size=256, m_rounds=2),

@@ -104,7 +104,7 @@ def train_rows(setting: Setting, y: Tensor, num_classes: int, seed: int) -> np.n
 
 
 def make_task(setting: Setting, seed: int, size: int | None = None) -> Task:
-    """See `Task`.
+    """The `Task` of a setting and seed.
 
     Args:
         size: of the images, in place of the setting's, for a flow of another size.

@@ -32,7 +32,7 @@ _ORDER = (*PLAIN, "jitter", "trivial", "pixel-adversarial", "erasing", "mixup", 
 class RememberingGLEM(GLEM):
     """Encodes an image once, and finds its latent again by the image's bytes.
 
-    Flow-based methods come before crop and flip here, so they see the same few images again and again.
+    Flow-based methods come before crop and flip here, so they encode the same few images repeatedly.
     """
 
     @classmethod
@@ -144,7 +144,7 @@ class Stack:
         aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
         if params["policy"] == "adversarial":
             aug.attach(self.network)
-        # All rows may be partners; only those of the mask are decoded.
+        # All rows may be partners; only rows of the mask are decoded.
         return Reused(lambda x, y, mask: aug.replay(x, y, aug.draw(x, y).where(mask)), p, count)
 
     def _latent_noise(self, model: GLEM, strength: float) -> Change:
@@ -196,7 +196,7 @@ class Stack:
         return torch.rand(count, generator=self.generator) < p
 
     def _adversarial_pixels(self, x: Tensor, y: Tensor, epsilon: float, p: float) -> Tensor:
-        """A random start within epsilon and one step of its size up the loss (fast gradient sign, as in Wong et al.
+        """A random start within epsilon, then one step of size epsilon up the loss (fast gradient sign, Wong et al.
         2020), with the classifier in eval mode."""
         rows = self._chance(p, len(x)).nonzero()[:, 0]
         if not len(rows):

@@ -109,7 +109,7 @@ def identity(row: dict[str, Any]) -> str:
 
 
 class Plan:
-    """The cells of a setting and classifier that follow from what has been measured so far.
+    """The cells of a setting and classifier that follow from the measured rows.
 
     Args:
         args: `opponents`, `methods`, `trials`, `tuning_seeds`, `best`, `seeds`, `leaking`, `through`, `beside`.

@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def plain(self) -> str:
-        """Which one of `PLAIN`."""
+        """The name in `PLAIN`."""
         return "cropflip" if self.flip else "crop"
 
 

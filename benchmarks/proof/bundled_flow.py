@@ -3,8 +3,8 @@
     python benchmarks/proof/bundled_flow.py [--data IDX_FOLDER] [--model bundled:fashion-mnist]
 
 The judge is a small convolutional network of timm. It is trained here on the 60,000 real training images, without the
-flow, and its accuracy on the real test images is reported. There is one row per sampling source and temperature. It
-holds the share of samples that the judge assigns to their intended class: mean and standard deviation over the seeds.
+flow, and its accuracy on the real test images is reported. There is one row per sampling source and temperature: the
+share of samples that the judge assigns to their intended class, with mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations

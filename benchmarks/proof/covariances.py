@@ -45,7 +45,7 @@ def measure(z: Tensor, y: Tensor, held: int, count: int) -> dict[str, Any]:
             try:
                 row[f"shrunk by {share:g}"] = accuracy(True)
             except torch.linalg.LinAlgError:
-                row[f"shrunk by {share:g}"] = None  # a class covariance or the pooled one lacks full rank
+                row[f"shrunk by {share:g}"] = None  # a class covariance or the pooled covariance lacks full rank
     return row
 
 

@@ -4,8 +4,8 @@
     GLEM_DATA=... python benchmarks/proof/jet_beside_conv.py --minutes 2 --flows jet_tiny --rates 0.001 0.003 0.01
 
 Both flows have the same method, augmentation, batch size and budget. The budget is CPU seconds of the process, so other
-work on the machine matters little. The time of a step is measured first, one flow right after the other. It sets the
-number of steps, so that the cosine ends with the budget. If the steps are not whole epochs, each epoch has fewer
+work on the machine matters little. The time of a step is measured first, one flow right after the other, and sets
+the number of steps, so that the cosine ends with the budget. If the steps are not whole epochs, each epoch has fewer
 images. The table has the CPU time of each run.
 
 --rates compares learning rates on held-out training images and stops. The test images are measured once, at the end of
@@ -53,7 +53,7 @@ class CPUTrainer(Trainer):
 
 
 def make_trainer(flow: str, data: ImageData, folder: Path, plan: dict[str, Any]) -> CPUTrainer:
-    """The run of `flow` as planned, from its checkpoint if there is one."""
+    """The planned run of `flow`, resumed from a checkpoint if there is one."""
     rows = np.random.default_rng(0).permutation(len(data))[: plan["images"]]
     config = method(
         METHOD, preset=flow, epochs=plan["epochs"], warmup_steps=plan["warmup"], **RECIPE, **plan["settings"]

@@ -52,7 +52,7 @@ FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist"}  # otherwise in
 PER_CLASS, EPOCHS = 2000, 8
 SEARCH_SEED, ORACLE_SEED, ORACLE_EPOCHS = 1000, 2000, 16
 MEASURED = 5000  # samples, for the quality of a set
-AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # shoes all point one way
+AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes point the same way
 FLOW = "bundled"
 SEARCH = [
     ("real", ""),

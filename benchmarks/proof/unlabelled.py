@@ -118,7 +118,7 @@ def supervised(name: str, images: tuple[Tensor, Tensor], moves: Moves, seed: int
 
 @lru_cache(maxsize=1)
 def labelled_alone(name: str, seed: int) -> tuple[Classifier, Tensor]:
-    """The network of the labelled images, and its confidences for the unlabelled ones, [N, K]."""
+    """The network of the labelled images, and its confidences for the unlabelled images, [N, K]."""
     network = supervised(name, task_of(name, seed).train, None, seed)
     with torch.no_grad():
         return network, torch.cat([network(as_float(x)).softmax(1) for x in unlabelled(name).split(500)])

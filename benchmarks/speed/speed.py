@@ -154,7 +154,7 @@ def opponent_tasks(name: str, flow: nn.Module, x: Tensor, make: Callable[[list[n
 
 
 def opponents(case: dict[str, Any], flow: nn.Module, x: Tensor, mef: Path | None) -> Tasks:
-    """Other libraries for affine couplings, the published code for matrix-exponential ones."""
+    """Other libraries for affine couplings, and the published code for matrix-exponential couplings."""
     spec = resolve_preset(case["preset"], case["image_shape"], **case["overrides"])
     if spec["coupling"] != "affine":
         if mef is None:
