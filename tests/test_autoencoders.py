@@ -85,32 +85,26 @@ def test_taef2_ships_works_offline_and_shows_what_it_encodes() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def broken(path: Path, kind: str) -> None:
-    """A copy of TAEF2's file at `path` with one thing wrong."""
-    weights = load_file(TAEF2)
-    if kind == "truncated":
-        path.write_bytes(TAEF2.read_bytes()[:-100])
-    elif kind == "header":
-        path.write_bytes((2**40).to_bytes(8, "little") + TAEF2.read_bytes()[8:])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    else:
-        name = "encoder.layers.5.conv.0.weight"
-        tensor = weights.pop(name)
-        if kind == "renamed":
-            weights["encoder.layers.5.conv.00.weight"] = tensor
-        elif kind == "oversized":
-            weights[name] = torch.zeros(64, 64, 3, 5)
-        elif kind == "nan":
-            weights[name] = torch.full_like(tensor, float("nan"))
-        save_file(weights, path)
+NAME = "encoder.layers.5.conv.0.weight"
+CHANGES: dict[str, dict[str, Tensor | None]] = {
+    "renamed": {NAME: None, "encoder.layers.5.conv.00.weight": torch.zeros(64, 64, 3, 3).half()},
+    "oversized": {NAME: torch.zeros(64, 64, 3, 5)},
+    "nan": {NAME: torch.full((64, 64, 3, 3), float("nan")).half()},
+    "missing": {NAME: None},
+}
 
 
-@pytest.mark.parametrize("kind", ["truncated", "header", "empty", "renamed", "oversized", "nan", "missing"])
+@pytest.mark.parametrize("kind", ["truncated", "header", "empty", *CHANGES])
 def test_damaged_weights_are_one_error(kind: str, tmp_path: Path) -> None:
-    broken(tmp_path / "weights.safetensors", kind)
+    path, whole = tmp_path / "weights.safetensors", TAEF2.read_bytes()
+    if kind in CHANGES:
+        weights = {**load_file(TAEF2), **CHANGES[kind]}
+        save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path)
+    else:
+        header = (2**40).to_bytes(8, "little") + whole[8:]
+        path.write_bytes({"truncated": whole[:-100], "header": header, "empty": b""}[kind])
     with pytest.raises(ModelFileError):
-        load_taesd(tmp_path / "weights.safetensors")
+        load_taesd(path)
 
 
 def test_names_that_are_none_and_files_that_have_changed(tmp_path: Path) -> None:
