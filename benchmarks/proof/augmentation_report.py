@@ -179,8 +179,8 @@ def markdown(results: list[Result]) -> list[str]:
         f"`{FINAL}` (test images, read once, after all settings were fixed) and `{TUNING}` (validation images). "
         "The protocol is in docs/protocol.md. Gains are paired over seeds, in points, with 95 % intervals "
         f"(Student's t), as are accuracies; a row counts with at least {LEAST_SEEDS} seeds. Gains are over the "
-        "opponent, the best pair or crop + flip, whichever is best on the test images. The control is the same method with the "
-        "modes of the pixels; the control's best, the method that validation put first with these.",
+        "opponent, the best pair or crop + flip, whichever is best on the test images. The control is the same method "
+        "with the modes of the pixels; the control's best, the method that validation put first with these.",
         "",
     ]
     lines += ["## Proof: the flow has seen these labelled images alone, or other images", ""]
