@@ -262,8 +262,8 @@ def load_taesd(path: Path) -> TAESD:
 class DiffusersAutoencoder(nn.Module):
     """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers, which sees images in [-1, 1]; see `Autoencoder`.
 
-    Latents are scaled and shifted as the config says, `(h - shift_factor) * scaling_factor`. An
-    AutoencoderKL gives the mean of its latent distribution, so that an image has one latent.
+    Latents are scaled and shifted as the config says, `(h - shift_factor) * scaling_factor`. An AutoencoderKL gives the
+    mean of its latent distribution, so that an image has one latent.
     """
 
     def __init__(self, module: Any) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from glem_augment.errors import ModelFileError
 
-# System errors to which `atomic_write` adds the path and the fix; they name a temporary file, or none.
+# `atomic_write` rewrites these system errors, because they name a temporary file, or none.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -45,7 +45,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
     Raises:
         OSError, PermissionError, ...: the disk is full, the folder is not writable, ...; the message names `path`.
     """
-    path, text = Path(path), dict[str, Any](encoding="utf-8", newline="\n") if mode == "w" else {}
+    path = Path(path)
+    text: dict[str, Any] = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
     try:
         before = path.stat()
     except OSError:  # no such file; any other reason shows when the file is written
@@ -59,11 +60,15 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
     temporary = path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode.replace("w", "x"), **text) as file:
+        file = open(temporary, mode.replace("w", "x"), **text)
+        try:
             yield file
             file.flush()
             if sync:
                 os.fsync(file.fileno())
+        finally:
+            with suppress(OSError):  # closing flushes again, and may fail again: the first error is the one to report
+                file.close()
         if before is not None:
             with suppress(OSError):  # some file systems have no permissions
                 temporary.chmod(stat.S_IMODE(before.st_mode))
@@ -72,8 +77,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
         with suppress(OSError):
             temporary.unlink()
         # The `with` block may also raise errors about other files.
-        ours = {"None", str(temporary), str(path), *map(str, path.parents)}
-        if isinstance(error, OSError) and error.errno in _REFUSED and str(error.filename) in ours:
+        ours = {str(temporary), str(path), *map(str, path.parents)}
+        if isinstance(error, OSError) and error.errno in _REFUSED and str(error.filename or path) in ours:
             blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
             reason = "a part of it is a file, not a folder" if blocked else os.strerror(error.errno).lower()
             raise OSError(error.errno, f"cannot write {path}: {reason}; choose another folder") from error
@@ -128,7 +133,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise BlockingIOError(f"another process is at work in {folder}: wait for it, or choose another one") from None
+        raise BlockingIOError(
+            f"another process is at work in {folder}: wait for it, or choose another folder"
+        ) from None
     try:
         yield
     finally:

@@ -293,7 +293,8 @@ class AugmentingCollate(FastCollateMixup):
     Args:
         aug: the transform; its flow must be on the CPU in forked workers.
         base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`.
-        data: the data set, whose classes are checked. Workers check their data set anyway.
+        data: the data set, whose classes are checked now. Workers check their data set; without workers there is no
+            other check.
     """
 
     def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:

@@ -87,9 +87,9 @@ class Rows(NamedTuple):
 
 
 class InverseTest:
-    """Chooses calls that test whether the flow gives the images back: all until FIRST tests lose none, then 1 in EVERY.
+    """Chooses the calls that test whether the flow gives the images back.
 
-    New weights start this again.
+    These are all calls until FIRST tests in a row lose no image, then one call in EVERY. New weights start this again.
     """
 
     FIRST, EVERY = 8, 32

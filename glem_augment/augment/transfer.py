@@ -202,9 +202,10 @@ class FlowClasses:
         return self.to_flow[data_cls.clamp(min=0)].masked_fill(data_cls < 0, -1)
 
     def data_probability(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities of data classes [n, K'] from probabilities p of flow classes [n, K], which they share equally.
+        """Probabilities of data classes [n, K'] from probabilities p of flow classes [n, K].
 
-        The second result, bool [n], is False where only classes that the data lacks have a probability.
+        Data classes with one flow class share its probability equally. The second result, bool [n], is False where only
+        classes that the data lacks have a probability.
         """
         several = torch.bincount(self.to_flow[self.mapped], minlength=len(self.to_data))
         index = self.to_flow.clamp(min=0)
@@ -222,11 +223,14 @@ def check_labels(y: object, batch: int, num_classes: int) -> Tensor:
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
     if y.shape not in ((batch,), (batch, num_classes)):
-        raise ValueError(
-            f"y must be integers [{batch}] or soft labels [{batch}, {num_classes}], got {tuple(y.shape)}: give y[:, 0] "
-            "instead of y [B, 1], and class_map if the data has other classes than the flow"
-        )
-    if y.is_floating_point() != (y.ndim == 2):
+        fix = ""
+        if y.ndim == 2 and len(y) == batch:
+            fix = (
+                ": give y[:, 0]" if y.shape[1] == 1 else ": give class_map if the data has other classes than the flow"
+            )
+        wanted = f"integers [{batch}] or soft labels [{batch}, {num_classes}]"
+        raise ValueError(f"y must be {wanted}, got {tuple(y.shape)}{fix}")
+    if y.is_floating_point() != (y.ndim == 2) or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}")
     if y.ndim == 2:
         strongest = y.detach().max(dim=1)

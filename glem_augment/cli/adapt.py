@@ -17,9 +17,9 @@ images. Nothing is trained: this takes one pass over the images, seconds to minu
 class names. glem train --init MODEL is slower and trains the flow too. Images are converted to the flow's size and
 channels.
 
-Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest number of a class. A class
-of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. glem eval --help explains
-moves_put_back.
+Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest count over the classes. A
+class of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. glem eval --help
+explains moves_put_back.
 """
 EXAMPLES = """\
   glem adapt identity photos/ --image-size 64 --out runs/pixels

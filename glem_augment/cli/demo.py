@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -202,7 +203,7 @@ def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
                 data = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
             first.setdefault(name, data.tensor()[:: len(data) // classes])
             bar = {"total": size.steps, "unit": "step", "desc": f"{name} {seed + 1}", "disable": not progress}
-            batches = tqdm(quality.random_batches(data, seed), **bar)
+            batches = tqdm(islice(quality.random_batches(data, seed), size.steps), **bar)
             network = quality.train_network(batches, size.steps, 1, classes, seed)
             logits = quality.features_and_logits(network, test.tensor(), *normal)[1]
             accuracies[name].append(100 * quality.label_reliability(logits, torch.from_numpy(test.targets)))

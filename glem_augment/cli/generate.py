@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
     _check_together(args)
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
-    progress, real, unseen = not args.quiet, None, None
+    progress = not args.quiet
+    real = unseen = None
     if args.real is not None:
         real = common.open_resized(model, args.real, args.split or "train", progress=progress)
     if args.report is not None and is_primary() and not without_splits(args.real):

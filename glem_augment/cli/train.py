@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
     init = "start from the flow of this model (fine-tuning), with its image size, bits and psi as defaults"
     parser.add_argument("--init", metavar="MODEL", help=init)
-    methods = "settings of a published method, see docs/reproduction.md; flags win (default: hybrid-joint)"
+    methods = (
+        "settings of a published method or of this library (docs/reproduction.md); flags win (default: hybrid-joint)"
+    )
     parser.add_argument("--method", choices=tuple(METHODS), help=methods)
     log = "also send the rows of metrics.jsonl to DIR/tensorboard, or to the W&B project WANDB_PROJECT"
     parser.add_argument("--log-to", choices=("tensorboard", "wandb"), help=log)

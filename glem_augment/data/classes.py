@@ -85,7 +85,7 @@ def match_classes(
         if other != i:
             raise ClassMismatchError(
                 f"{data.label(other)} and {data.label(i)} of the data are the same class of the flow, {flow.label(j)}. "
-                f"{fix or 'Give class_map with a class of its own for each.'}"
+                f"{fix or 'Give class_map with a different flow class for each.'}"
             )
     return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 

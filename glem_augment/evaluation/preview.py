@@ -156,7 +156,7 @@ def _moved(
     x, n = _unit(x).to(aug.model.device), len(chosen)
     drawn = aug.draw(x, y)
     if aug.policy == "mixup":
-        # The partner of an image is shown in the last column. An image that is alone in its class is its own partner.
+        # The last column shows the partner. For an image alone in its class it shows the image; the partner is drawn.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
         drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
@@ -216,7 +216,10 @@ def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, ste
 
 
 def _pairs(data: ImageData, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` images spread over the classes, and of another image of each one's class, if there is one."""
+    """Indices of `count` images spread over the classes, and for each the index of another image of its class.
+
+    An image that is alone in its class gets its index twice.
+    """
     rng = np.random.default_rng([seed, 1])
     present = np.unique(data.targets)
     classes = present[np.arange(count) * len(present) // count]

@@ -215,7 +215,7 @@ def train_network(
     scheduler = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=rate / 100, t_in_epochs=False
     )
-    for step, (x, y) in zip(range(1, steps + 1), batches, strict=False):
+    for (x, y), step in zip(batches, range(1, steps + 1), strict=False):
         loss = F.cross_entropy(network(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,7 +1,7 @@
 """Coupling layers, and the networks inside them.
 
-One half of the channels passes unchanged. A network makes of it the parameters of a linear map of the other half. There
-are four kinds of blocks in these networks:
+One half of the channels passes unchanged. A network turns this half into the parameters of a linear map of the other
+half. There are four kinds of blocks in these networks:
 
 - "residual": the published block, 3x3, 1x1, 3x3 convolutions at full width (Xiao & Liu 2020);
 - "bottleneck": 1x1 down to half the width, 3x3, 1x1 up, pre-activation (He et al. 2016, arXiv:1603.05027);

@@ -13,8 +13,8 @@ from glem_augment.checks import Memory
 from glem_augment.devices import full_precision
 from glem_augment.flows.layers import Flow
 
-# Tolerances of an inverse, as a share of the numbers, and of a log-determinant, in nats per number. The third is the
-# largest dimension whose Jacobian is computed, in seconds.
+# Tolerances of an inverse, as a share of the numbers, and of a log-determinant, in nats per number. Log-determinants
+# are compared with Jacobians up to the third, the dimension at which a Jacobian takes seconds.
 _WRONG_SHARE, _WRONG_LOGDET, _MOST_NUMBERS = 0.01, 0.01, 1024
 
 

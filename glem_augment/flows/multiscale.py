@@ -303,7 +303,7 @@ def _coupling_backward(
 
 
 def _mixing_backward(mixing: Any, undo: Any, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The same for a `multiscale.Mixing`; `undo` is the mixing made for the inverse."""
+    """The same for a `Mixing`; `undo` is the mixing made for the inverse."""
     x = undo.inverse(y).requires_grad_()
     with torch.enable_grad():
         used = mixing._make(t.detach().requires_grad_(t.requires_grad) for t in mixing)

@@ -78,7 +78,7 @@ def is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
-    """The numbers of the flow that `create_flow` makes from these arguments; errors as there."""
+    """The resolved settings of the flow that `create_flow` makes of these arguments. ValueError: see `create_flow`."""
     check_choice("preset", name, tuple(PRESETS))
     spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
     if spec["coupling"] == "matexp":

@@ -105,7 +105,8 @@ def download_weights(text: str, *, revision: str | None = None, **settings: Any)
     """
     name = _name(text, revision)
     with hub_errors(name):
-        wanted, client = ["*.safetensors", CONFIG, "README.md"], _client(**settings)
+        wanted = ["*.safetensors", CONFIG, "README.md"]
+        client = _client(**settings)
         folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
         found, files = HubName(name.repo_id, folder.name), sorted(folder.glob("*.safetensors"))
         files = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
@@ -151,8 +152,8 @@ def _commit(name: HubName, client: dict[str, Any]) -> str | None:
     if cached and re.fullmatch(r"[0-9a-f]{40}", name.revision or ""):
         return None
     try:
-        api, timeout = HfApi(library_name=LIBRARY, token=client["token"]), constants.HF_HUB_ETAG_TIMEOUT
-        return api.model_info(name.repo_id, revision=name.revision, timeout=timeout).sha
+        api = HfApi(library_name=LIBRARY, token=client["token"])
+        return api.model_info(name.repo_id, revision=name.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
     except Exception as error:  # see `hub_errors`
         missing = client_errors.RepositoryNotFoundError, client_errors.RevisionNotFoundError
         if not cached or isinstance(error, missing):

@@ -263,7 +263,7 @@ def base_model(training: Mapping[str, Any]) -> str | None:
     for record in records(training):
         before = record.get("adapted_from") or record.get("init_from")
         repo_id = str(before.get("origin")).partition("@")[0] if isinstance(before, dict) else ""
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII):
             return repo_id
     return None
 

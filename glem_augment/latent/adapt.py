@@ -9,8 +9,8 @@ so a class of one image gets the pooled variance, and a class of many images kee
 counts as k more images whose spread is v: sigma_y^2 is the posterior mode under a conjugate prior at v, up to a
 constant in k.
 
-The posterior's temperature is fitted to the same latents, each left out of its own class's Gaussian. Without z a class
-of n latents with mean m has
+The posterior's temperature is fitted to the same latents. For this fit each latent z is left out of the Gaussian of its
+class. Without z a class of n latents with mean m has
 
     m'  =  m - (z - m) / (n - 1),        SS'  =  SS - (z - m)^2 n / (n - 1),
 

@@ -156,7 +156,7 @@ class ClassGaussians(ClassSampler):
             return torch.addmm(torch.addmm(constants, z, scaled.T), z * z, inverse.T, alpha=-0.5)
 
     def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
-        """The log-density of each latent z [B, d] under its own class y, int64 [B]: [B] nats."""
+        """The log-density of each latent z [B, d] under its class y, int64 [B]: [B] nats."""
         variance = self.variance()[y]
         return -0.5 * ((z - self.mu[y]).square() / variance + variance.log() + _LOG_2PI).sum(1)
 

@@ -46,7 +46,7 @@ def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
 
 
 def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Apply `function` to rows [m, 1, *] and their own modes [m, k, d]: one product per row, a few rows at a time."""
+    """Apply `function` to rows [m, 1, *] and the modes [m, k, d] of each row: one product per row, a few at a time."""
     step = max(1, GATHER_FLOATS // directions[0].numel())
     pairs = zip(rows.split(step), y.split(step), strict=True)
     with full_precision(rows.device.type):

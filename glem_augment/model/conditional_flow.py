@@ -40,6 +40,8 @@ class ConditionalFlow(nn.Module):
         dim: d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents.
         bits: bits per channel that the flow models.
         classes, class_ids: K names, and K folder names or WordNet ids, in index order.
+        class_to_idx: the index of each name; num_classes: K.
+        config: the facts that `save` writes.
     """
 
     flow: Flow
@@ -186,8 +188,8 @@ class ConditionalFlow(nn.Module):
 
         Returns:
             `max_error` and `mean_error` of the finite pixels in uint8 steps, and two shares of all pixels:
-            `within_half_step`, which rounding gives back exactly, and `non_finite`. With an autoencoder
-            also the `psnr` in dB, and the largest `flow_error`.
+            `within_half_step`, which rounding gives back exactly, and `non_finite`. With an autoencoder also the
+            `psnr` in dB, and the largest `flow_error`.
         """
         error = self.round_trip_error(x)
         found = summarise_errors(error)

@@ -1,7 +1,7 @@
 """Weights of `jet-pytorch`, read as they are.
 
 The package (PyPI, Apache-2.0) saves a `state_dict` as one safetensors file, with neither configuration nor classes. The
-shapes and the orders of tokens tell the configuration, but for three things. They are assumed to be as in the published
+configuration follows from shapes and orders of tokens, except for three things, which are assumed as in the published
 weights: heads have 64 channels by default; scales are twice a sigmoid; couplings of channels and tokens alternate as in
 `flows.jet.KINDS`. The model has one class, a standard normal, until it is adapted.
 """

@@ -112,7 +112,9 @@ def _unfinished(folder: Path) -> str | None:
 
 
 def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[str, Tensor]) -> None:
-    """Write both files so that a failed save leaves the old pair whole. ModelFileError: a config that can't be saved.
+    """Write both files so that a failed save leaves the old pair whole.
+
+    ModelFileError, TypeError, ValueError: a config that can't be saved. OSError: see `atomic_write`.
 
     Both are on the disk in full before the weights, then the config, are renamed.
     """

@@ -86,18 +86,19 @@ class SyntheticDataset(Dataset):
         alpha: float = 1.0,
         class_map: ClassMap = None,
     ) -> None:
+        self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.model = as_model(model).on(device)
         matched = None if real is None else open_real(self.model, real, class_map)
         self.counts = class_counts(self.model, per_class, matched)
-        self.cache_bytes, self.transform, self.target_transform = cache_bytes, transform, target_transform
+        self.transform, self.target_transform = transform, target_transform
         wanted = np.asarray(self.counts) > 0
         self.sampler = sampler = Sampler(self.model, matched, wanted, source, seed, temperature, modes, alpha)
         self.source, self.seed, self.temperature = sampler.source, sampler.seed, sampler.temperature
         order, name = label_order(self.counts, matched), None if sampler.real is None else sampler.real.name
         self.plan = Plan(self.model, self.counts, order, BLOCK, {**sampler.settings(), "block": BLOCK}, name)
         self.image_shape: tuple[int, int, int] = self.model.image_shape
-        self.classes, self.class_ids = self.model.classes, self.model.class_ids
-        self.class_to_idx = self.model.class_to_idx
+        self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
+        self.class_to_idx = dict(self.model.class_to_idx)
         self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._implausible: set[int] = set()  # items decoded so far
@@ -156,8 +157,10 @@ class SyntheticDataset(Dataset):
 
     def preload(self, progress: bool = True) -> None:
         """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
-        blocks = tqdm(torch.arange(len(self)).split(BLOCK), unit="block", desc="preload", disable=not progress)
-        self._preloaded = torch.cat([self.images(block) for block in blocks])
+        out = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
+        for rows in tqdm(torch.arange(len(self)).split(BLOCK), unit="block", desc="preload", disable=not progress):
+            out[rows] = self.images(rows)
+        self._preloaded = out
         self._cached.cache_clear()
 
     def draw(self, cls: int, number: int) -> Drawn:
@@ -214,6 +217,7 @@ class SyntheticDataset(Dataset):
         """Upload all images to the data set `org/name` on the Hub in one commit; see `export.push_dataset`."""
         from glem_augment.synthetic.export import push_dataset
 
+        self._check_model()
         return push_dataset(self.plan, self.draw, repo_id, **options)
 
     def _check_model(self) -> None:
@@ -284,7 +288,7 @@ class SyntheticStream(IterableDataset):
         matched = None if real is None else open_real(model, real)
         self.sampler = Sampler(model, matched, self.probabilities > 0, source, seed, temperature, modes, alpha)
         self.block = BLOCK
-        self.classes, self.class_to_idx = model.classes, model.class_to_idx
+        self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
         self._sender = (0, 1)  # rank and number of ranks of the process that sent this copy
         # In shared memory, so that persistent DataLoader workers see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

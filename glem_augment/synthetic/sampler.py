@@ -99,7 +99,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
     else:
         counts = [check_whole("per_class", per_class, 1)] * k
     if not any(counts):
-        raise ValueError("per_class asks for no image at all")
+        raise ValueError("per_class is 0 for all classes: give at least one image")
     return counts
 
 

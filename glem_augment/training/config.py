@@ -130,8 +130,8 @@ class TrainConfig:
     )
     modes_rank: int = _setting(64, int, "principal modes per class, fitted at the end; 0 for none", high=4096)
     augment: tuple[str, ...] = _setting(
-        (), "names", f"augmentation of the flow's training images, with commas: {', '.join(AUGMENTATIONS)}; paper: all "
-        "four; none. Digits must not flip: samples of the flow show the augmentation", shown="none",
+        (), "names", f"augmentations of the flow's training images, separated by commas: {', '.join(AUGMENTATIONS)}, "
+        "or none; the paper uses all four. Do not flip digits: samples would be flipped too", shown="none",
         group="data",
     )  # fmt: skip
     val_fraction: float = _setting(0.05, float, "share of each class held out, at most 2,000 images in all", high=0.99)
