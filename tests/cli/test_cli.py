@@ -354,7 +354,7 @@ def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Pat
     fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
     fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "--temperature")
     fails([*base, "cow=2"], output, "'cow'", "bird, cat, dog")
-    fails([*base, "cat=0"], output, "no image at all")
+    fails([*base, "cat=0"], output, "at least one image")
     fails([*base, "balance", *real], output, "all classes have 6 images")
     fails([*base, str(tmp_path / "none.json")], output, "none.json: No such file")
     (tmp_path / "many.yaml").write_text("cat: many\n")
