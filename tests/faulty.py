@@ -85,7 +85,7 @@ def steps_noted(notes: Path) -> int:
 
 def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_step: bool) -> None:
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which killed processes would leave behind
+    tqdm.set_lock(threading.RLock())  # tqdm's lock holds a semaphore, which killed processes would leave behind
     log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -78,8 +78,8 @@ class HubServer:
 
     Attributes:
         endpoint: the value for `HF_ENDPOINT`.
-        tokens: token -> user; a user may write everywhere and reads what is private.
-        readers: tokens that may read what is private, and write nothing.
+        tokens: token -> user; a user may write everywhere and reads private repositories.
+        readers: tokens that may read private repositories, and write nothing.
         requests: (method, path with query) of every request.
     """
 

@@ -275,7 +275,7 @@ def test_nothing_is_left_open(
         if index == 1:  # the first rounds import and cache
             before = Footprint.now()
     assert before is not None
-    # A queue to a worker that has ended is closed by a thread of its own, which may still be at it.
+    # A queue to a worker that has ended is closed by another thread, which may still be running.
     after, deadline = Footprint.now(), time.monotonic() + 20
     while (after.threads > before.threads or after.descriptors > before.descriptors) and time.monotonic() < deadline:
         time.sleep(0.05)

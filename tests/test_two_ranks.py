@@ -48,7 +48,7 @@ def torchrun(ranks: int, *arguments: str | Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_random_ranks_are_killed(tmp_path: Path) -> None:
-    """Ten times a rank of two or three is killed after a random step; the others end, and the run can be resumed."""
+    """Ten times a rank of two or three is killed after a random step; the rest end, and the run can be resumed."""
     chance = random.Random(0)
     for i in range(47):  # shared out to no two or three ranks evenly
         path = tmp_path / "data" / "ab"[i % 5 == 0] / f"{i}.png"

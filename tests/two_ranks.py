@@ -1,6 +1,6 @@
 """What `test_two_ranks` starts under torchrun: one start of two ranks for several checks, since it takes seconds.
 
-Arguments: a folder for what is written, a folder of images with train/ and val/.
+Arguments: a folder for the results, a folder of images with train/ and val/.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def classify(data: TensorDataset, flow: GLEM, epochs: range, file: Path) -> list
     seen = []
     for epoch in epochs:
         sampler.set_epoch(epoch)
-        torch.manual_seed(epoch)  # of the dropout, which is not what is resumed here
+        torch.manual_seed(epoch)  # of the dropout, which is not resumed here
         for x, y in aug.wrap(DataLoader(data, 2, sampler=sampler)):
             loss = nn.functional.cross_entropy(model(x), y)
             optimizer.zero_grad()

@@ -139,7 +139,7 @@ def draw_mixup(
         allowed = torch.ones(n, batch, dtype=torch.bool, device="cpu")
         mapped = class_map.mapped
         drawn_cls = class_map.to_flow[mapped[torch.randint(len(mapped), (n,), generator=generator, device="cpu")]]
-    allowed[torch.arange(n, device="cpu"), rows] = False  # a row is not its own partner
+    allowed[torch.arange(n, device="cpu"), rows] = False  # no row is the partner of itself
     # The partner is the allowed row with the largest random key. Chosen rows come first, since they are encoded anyway.
     # They are random too, so every allowed row stays equally likely.
     keys = torch.rand(n, batch, generator=generator, dtype=torch.float32, device="cpu")

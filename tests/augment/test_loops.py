@@ -180,7 +180,7 @@ def test_timms_mixup_comes_afterwards_and_takes_soft_labels(model: GLEM, mode: s
     np.random.seed(1)
     wanted = Mixup(**settings, label_smoothing=0.1)(moved.clone(), y)
     np.random.seed(1)
-    mixup = Mixup(**settings, label_smoothing=0.7)  # its own smoothing and the next setting are left out
+    mixup = Mixup(**settings, label_smoothing=0.7)  # Mixup's smoothing and the next setting are left out
     mixup.multi_label = True
     out, target = make(model, policy="noise").as_mixup_fn(0.1, mixup=mixup)(x, y)
     assert torch.allclose(out, wanted[0], atol=1e-5) and torch.allclose(target, wanted[1], atol=1e-5)

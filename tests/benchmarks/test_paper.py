@@ -1,4 +1,4 @@
-"""The benchmark of the paper's tables: what is asked of whom, the verdicts, and tables out of the stored results."""
+"""The benchmark of the paper's tables: the cells, the verdicts, and tables out of the stored results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from glem_augment.training.config import METHODS, TrainConfig
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-# ---- what is asked of whom -------------------------------------------------------------------------------------------
+# ---- the cells ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", SCALES)

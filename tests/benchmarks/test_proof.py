@@ -1,4 +1,4 @@
-"""The proof benchmark: who sees which images, what each method does to a batch, what is compared with what."""
+"""The proof benchmark: who sees which images, what each method does to a batch, which stacks are compared."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_seeds_draw_other_images_and_never_those_of_validation() -> None:
     assert counts == data.counts(setting, 10) == [40, 34, 29, 25, 22, 19, 16, 14, 12, 10]
 
 
-# ---- what is compared ------------------------------------------------------------------------------------------------
+# ---- the comparison --------------------------------------------------------------------------------------------------
 
 
 class AllFlows:

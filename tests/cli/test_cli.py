@@ -232,7 +232,7 @@ def test_generate_is_reproducible_and_can_be_limited_to_classes(trained: Path, t
     assert len(files) == 6 and not (tmp_path / "some" / "cat").exists()
     for file in files:
         assert (tmp_path / "some" / file).read_bytes() == (tmp_path / "all" / file).read_bytes()
-    # Once more: what is missing is written.
+    # Once more: missing files are written.
     (tmp_path / "all" / "cat" / "000001.png").unlink()
     assert main([*base, "--out", str(tmp_path / "all")]) == 0
     assert (tmp_path / "all" / "cat" / "000001.png").is_file()
@@ -276,7 +276,7 @@ def test_generate_counts_by_class(
     assert summary["per_class"] == {"dog": 3}
     assert f"{tmp_path / 'c'} has no folder for 1 of 2 classes" in caplog.text and "classes.json" in caplog.text
     assert json.loads((tmp_path / "c" / "classes.json").read_text()) == {"cat": 0, "dog": 1}
-    # Shards have numbers alone: those of the real images, of which hond is the second.
+    # Shards have numbers alone: the numbers of the real images, of which hond is the second.
     generated([*argv, "--out", str(tmp_path / "e"), "--format", "webdataset"], output)
     with tarfile.open(tmp_path / "e" / "data" / "train-00000-of-00001.tar") as archive:
         found = [archive.extractfile(m).read() for m in archive.getmembers() if m.name.endswith(".cls")]  # type: ignore[union-attr]

@@ -46,7 +46,7 @@ def train_argv(images: Path, out: Path, *options: str) -> list[str]:
 
 
 def run(argv: list[str], notes: Path, *codes: int, **how: Any) -> int:
-    """The exit code of a command in a process of its own: one of `codes`, or 0. See `faulty.start`."""
+    """The exit code of a command in a new process: one of `codes`, or 0. See `faulty.start`."""
     code = faulty.finish(faulty.start(argv, notes, **how))
     assert code in (0, *codes), Path(f"{notes}.log").read_text()
     return code

@@ -157,7 +157,7 @@ def test_images_without_classes(image_folder: Path, tmp_path: Path) -> None:
     for data in found:
         assert torch.equal(data.tensor(), labelled.tensor()[:8]) and data.targets.tolist() == [0] * 8
         assert data.named and data.classes == data.class_ids == ["image"]
-    # In a folder that names splits, images of the others are not trained on, though they lie in no folder of a class.
+    # In a folder that names splits, images of other splits are not trained on, though they lie in no folder of a class.
     assert torch.equal(open_data(tmp_path / "flat", "train", unlabelled=True).tensor(), labelled.tensor()[:4])
 
 
@@ -439,7 +439,7 @@ def test_data_sets_of_hugging_face(image_folder: Path) -> None:
 
 
 def test_torch_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's own file layout, with a few images; its checksums are those of the whole set."""
+    """torchvision's own file layout, with a few images; its checksums belong to the whole set."""
     from torchvision.datasets import CIFAR10
 
     base = tmp_path / CIFAR10.base_folder

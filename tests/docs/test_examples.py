@@ -66,7 +66,7 @@ def test_imagenets_names_are_scored_by_real_labels_too(monkeypatch: pytest.Monke
     counted = [row for row, found in enumerate(labels) if found]  # those without real labels are left out
     for row, (found, wrong) in enumerate(zip(labels, other, strict=True)):
         logits[row, found] = 2.0
-        logits[row, wrong] = 1.0 if row == counted[0] else 3.0  # one is right, the others are among five
+        logits[row, wrong] = 1.0 if row == counted[0] else 3.0  # one is right, the other rows are among five
     data = SimpleNamespace(filenames=lambda basename: files)
     batches = [(logits[:2], torch.tensor(other[:2])), (logits[2:], torch.tensor(other[2:]))]
     scores = finetune.evaluate(torch.nn.Identity(), batches, data, torch.device("cpu"), None)
@@ -171,7 +171,7 @@ def test_finetune_timm_and_its_resumption(tmp_path: Path) -> None:
 def test_torchvision_loop(where: str) -> None:
     lines = smoke("torchvision_loop", "--where", where)
     assert "accuracy" in lines[1] and float(lines[1].split()[-2]) > 25
-    # What is done in workers is counted there (with --smoke there are none).
+    # Work in workers is counted there (with --smoke there are none).
     assert "'selected': 0" not in lines[-1]
 
 

@@ -31,7 +31,7 @@ def test_samples_are_those_of_a_data_set_and_neighbours_are_the_nearest(explorer
     assert torch.equal(found, SyntheticDataset(explorer.model, 9, 0.7, 5, source="rfcm").images(range(9, 13)))
     sheet, again = (explorer.sample_sheet(1, 0.7, "rfcm", 5) for _ in range(2))
     assert sheet == again != explorer.sample_sheet(1, 0.7, "rfcm", 6)
-    # At temperature 0 all samples are the class's mean, which is the mean of its training images, not of the others.
+    # At temperature 0 all samples are the class's mean, which is the mean of its training images, not of other images.
     picture, text = explorer.neighbours(1, 0.0, "gaussian", 0)
     assert picture.width > 700 and text.startswith("12 of 12 samples are nearer to a training image")
     assert "train split" in Explorer(explorer.model, [explorer.data]).neighbours(1, 0.0, "gaussian", 0)[1]

@@ -53,7 +53,7 @@ def test_a_preview_shows_what_there_is() -> None:
     assert preview(model, data, policies=("noise",)).height < height
     del model.config.flow["preset"]  # as of somebody else's bijection
     assert preview(model, data).height == height
-    # One class: nothing to interpolate between. One image of it: its own partner.
+    # One class: nothing to interpolate between. One image of it: the image is shown as partner.
     single, one = small(classes=1)
     assert preview(single, one.subset([0])).height < height
     many, images = small((1, 4, 4), classes=30, count=3)

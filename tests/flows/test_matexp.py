@@ -21,7 +21,7 @@ def exact(s: Tensor, v: Tensor, sign: float = 1.0) -> Tensor:
 
 
 def with_row_sums(s: Tensor, bound: float) -> Tensor:
-    """Scale every row to an absolute sum of exactly `bound`: the edge of what is promised."""
+    """Scale every row to an absolute sum of exactly `bound`: the edge of the promise."""
     return s * (bound / s.abs().sum(2, keepdim=True))
 
 

@@ -1,4 +1,4 @@
-"""Named sizes, their settings, and what is refused: a hostile config must not get memory or time."""
+"""Named sizes, their settings, and refused configs: a hostile config must not get memory or time."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ close_session = getattr(huggingface_hub.utils, "close_session", None) or hugging
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub of its own for each test; the client's settings are as if read from the environment at its import."""
+    """A new Hub for each test; the client's settings are as if read from the environment at its import."""
     hub = HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

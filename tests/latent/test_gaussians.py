@@ -53,7 +53,7 @@ def test_densities_and_their_gradients_are_those_of_torch_distributions(k: int, 
 
 
 def test_densities_in_float32_at_a_real_size() -> None:
-    """d = 3072: the two products cancel large numbers, and what is left must stay far below a nat."""
+    """d = 3072: the two products cancel large numbers, and the difference must stay far below a nat."""
     gaussians = random_gaussians(10, 3072, dtype=torch.float32)
     y = torch.arange(20) % 10
     z = gaussians.sample(y, 1.0, torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def test_densities_in_float32_at_a_real_size() -> None:
 
 
 def test_the_temperature_is_the_likeliest_of_all_from_one_on() -> None:
-    """Against a grid, on scores that are too sure, about right, not sure enough, useless, and those of one class."""
+    """Against a grid, on scores that are too sure, about right, not sure enough, useless, and of one class."""
     g = torch.Generator().manual_seed(0)
     truth = 2 * torch.randn(400, 5, generator=g)
     y = torch.multinomial(truth.softmax(1), 1, generator=g)[:, 0]

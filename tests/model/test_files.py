@@ -1,4 +1,4 @@
-"""Model folders: they are written whole, read with suspicion, and those of before still load."""
+"""Model folders: written atomically, validated on load, and folders of the first format still load."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_labels_of_both_kinds_look_like_the_real_datas(model: GLEM, image_folder
     real = ImageFolder(image_folder, target_transform=lambda label: label + 100)
     both = RealAndSynthetic(Subset(real, range(12)), SyntheticDataset(model, per_class=2), ratio=None)
     assert [both[i][1] for i in range(len(both))] == [label + 100 for label in both.targets]
-    both.synthetic.target_transform = torch.tensor  # its own comes first
+    both.synthetic.target_transform = torch.tensor  # the transform of the synthetic set comes first
     assert isinstance(both[-1][1], Tensor)
 
 
@@ -287,7 +287,7 @@ def test_ranks_share_a_stream_and_a_data_set_out(model: GLEM, ranks: int) -> Non
         return parts, len(stream), pickle.dumps(stream), [(label, image.tobytes()) for image, label in drawn]
 
     found = on_ranks(ranks, seen)
-    share = -(-50 // ranks)  # equally many, or the rank with fewer would leave the others waiting
+    share = -(-50 // ranks)  # equally many, or the rank with fewer would leave the other ranks waiting
     streamed: set[tuple[int, bytes]] = set()
     for rank, (parts, length, to_worker, drawn) in enumerate(found):
         # A worker that is spawned knows its rank, but is not part of the process group.

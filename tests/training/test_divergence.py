@@ -90,7 +90,7 @@ def test_the_guard_notices_a_run_that_falls_back_behind_independent_pixels() -> 
 
 @pytest.mark.parametrize(("start", "limit"), [(7.5, 9.0), (8.5, 9.5)])
 def test_the_guard_notices_a_run_that_only_gets_worse_than_untrained(start: float, limit: float) -> None:
-    """With no better days to compare with: losses that fall, but bits/dim behind those of noise and of the start."""
+    """With no better days to compare with: losses that fall, but bits/dim behind noise and the start."""
     losses = [12 - i / 1000 for i in range(400)]
     for later, noticed in ((limit - 0.1, False), (limit + 0.1, True)):
         watch = new_guard()
@@ -184,7 +184,7 @@ def test_a_resumed_run_that_returns_beyond_its_start_has_time_left(tmp_path: Pat
 
 
 def test_weights_and_biases_gets_the_rows_after_a_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ignores what is logged at a lower step than before, unless the step is a metric."""
+    """It ignores rows logged at a lower step than before, unless the step is a metric."""
     run = Mock()
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
     tell = wandb(tmp_path, 0)

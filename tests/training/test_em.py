@@ -1,4 +1,4 @@
-"""Pieces of the EM procedure by their definitions: the start, the learning rates, the averages, what is measured."""
+"""Pieces of the EM procedure by their definitions: the start, the learning rates, the averages, the measurements."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_jointly_learned_gaussians_follow_the_flows_schedule(tmp_path: Path) -> 
 
 
 def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
-    """6 are held out, and M-steps would have 12 of the others."""
+    """6 are held out, and M-steps would have 12 of the other images."""
     options = dict(objective="hybrid", batch_size=19, epochs=2, modes_rank=0)
     new, em = tiny_trainer(tmp_path / "new", **options), tiny_trainer(tmp_path / "em", joint=False, **options)
     assert (new.steps_per_epoch, em.steps_per_epoch) == (6, 5)

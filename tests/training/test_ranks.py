@@ -200,7 +200,7 @@ def test_one_rank_tells_what_is_wrong(tmp_path: Path, ranks: tuple[int, ...]) ->
 
 
 def measured(n: int, k: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """What is measured of a model, an adapted one, and the model with modes."""
+    """Measurements of a model, an adapted model, and the model with modes."""
     images = toy_data(n, k)
     torch.manual_seed(0)
     model = GLEM.create("glow_tiny", (1, 8, 8), images.classes, depth=[1, 1], blocks=[1, 1], width=[6, 6])
