@@ -32,7 +32,7 @@ from benchmarks.proof.augmentation_report import (
     results_of,
     signed,
 )
-from benchmarks.proof.augmentation_settings import PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.proof.augmentation_settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
 from benchmarks.proof.samples_alone import as_long
 from benchmarks.speed.speed import OURS, REVERSIBLE
 from glem_augment.io import atomic_write
@@ -82,21 +82,23 @@ def bold(gain: Interval | None) -> str:
     return f"**{text}**" if gain and gain.clear else text
 
 
-def stack_text(result: Result, strongest: Arm) -> str:
+def stack_text(result: Result, strongest: Arm, seeds: Iterable[int]) -> str:
+    """Accuracy over these seeds and operations of the opponent, and of the stack that validation chose."""
+
     def text(arm: Arm) -> str:
         return base_text([part for part in arm.stack if part[0] not in PLAIN]).replace("nothing", "crop + flip")
 
-    mean, chosen = f"{strongest.mean.mean:.1f} %", result.opponent
+    mean, chosen = f"{strongest.over(seeds).mean:.1f} %", result.opponent
     if chosen is None or text(chosen) == text(strongest):
         return f"{mean} ({text(strongest)})"
-    return f"{mean} ({text(strongest)}; validation chose {text(chosen)}, {chosen.mean.mean:.1f} %)"
+    return f"{mean} ({text(strongest)}; validation chose {text(chosen)}, {chosen.over(seeds).mean:.1f} %)"
 
 
 def augmentation() -> Named:
     results = results_of(Store(RESULTS))
     others = by_seed(stored("no_network")["measured"], "setting", "method")
     gains: dict[str, list[Interval]] = {}
-    strengths: list[float] = []
+    lowest: list[bool] = []  # whether a row's strength is the lowest that was tried
     for group, chosen in GROUPS.items():
         lines = []
         for result in results:
@@ -108,7 +110,7 @@ def augmentation() -> Named:
                 over = (paired_gain(arm.accuracies, strongest.accuracies), *against_controls(result, arm))
                 name = f"{result.setting}, {result.classifier}, {flow}"
                 yield f"{name}: accuracy", arm.mean.text()
-                strengths.append(arm.params["strength"])
+                lowest.append(arm.params["strength"] == METHODS[arm.method].trials[0]["strength"])
                 for what, gain in zip(OVER, over, strict=True):
                     if gain is not None:
                         gains.setdefault(f"{group}: {what}", []).append(gain)
@@ -123,7 +125,8 @@ def augmentation() -> Named:
                 means = [interval(100 * v for v in others[key].values()) for key in others if key[0] == result.setting]
                 lines.append(
                     [f"`{result.setting}`", result.classifier, *([flow] if group == "other images" else []),
-                     stack_text(result, strongest), f"{arm.mean.mean:.1f} % ({arm.method})", *map(bold, over),
+                     stack_text(result, strongest, arm.accuracies),
+                     f"{arm.mean.mean:.1f} % ({arm.method})", *map(bold, over),
                      "; ".join(f"{mean.mean:.1f} %" for mean in means) or "not measured", str(len(arm.accuracies))]
                 )  # fmt: skip
         flow_column = "flow | " if group == "other images" else ""
@@ -131,7 +134,9 @@ def augmentation() -> Named:
         yield f"flow of {group}", table(head, sorted(lines, key=naturally))
     tried = [result for result in results if any(row["stage"] == "triples" for row in result.tuning)]
     yield "triples: preferred", f"{sum(len(result.opponents) > 1 for result in tried)} of {len(tried)}"
-    yield "flows: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
+    once = [result for result in results if all(row["seed"] == TUNING_SEED for row in result.tuning)]
+    yield "tuned on one seed", f"{len(once)} of {len(results)}"
+    yield "flows: at the lowest strength", f"{sum(lowest)} of {len(lowest)}"
     yield from pixel_modes(results, gains)
     yield from without_network(results, others)
     lines = []
@@ -154,9 +159,10 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
     lines, matching, strengths, shorter = [], [], [], []
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
     for result in results:
+        below = next((a for a in result.arms if a.side == "opponent" and a.stack == result.base), None)
         for arm in result.arms:
-            if result.plain and arm.side in ("control", "ours") and arm.method.startswith("adversarial"):
-                steps["pixels" if arm.side == "control" else "flow"].append((arm.step, result.plain.step))
+            if below and arm.side in ("control", "ours") and arm.method.startswith("adversarial"):
+                steps["pixels" if arm.side == "control" else "flow"].append((arm.step, below.step))
         arm = next((a for a in result.arms if a.side == "control" and a.method == "adversarial"), None)
         strongest = arm and result.strongest(arm)
         if arm is None or strongest is None:
@@ -178,7 +184,8 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
         why = "" if matches else "stack uses a flow" if through else f"strength {arm.params['strength']:g}"
         yield f"{result.setting}, {result.classifier}, pixels: over that stack", gain.text(sign=True)
         lines.append(
-            [f"`{result.setting}`", result.classifier, stack_text(result, strongest), f"{arm.mean.mean:.1f} %",
+            [f"`{result.setting}`", result.classifier, stack_text(result, strongest, arm.accuracies),
+             f"{arm.mean.mean:.1f} %",
              bold(gain), why or "yes", str(gain.seeds)]
         )  # fmt: skip
     gains["pixels' modes as advised: over that stack"] = matching
@@ -265,8 +272,8 @@ def photographs() -> Named:
         plain, other = (own[best[kind]["stack"]][1] for kind in ("plain", "ordinary"))
         strongest = max(plain, other, key=lambda values: statistics.mean(values.values()))
         for stack, (kind, values) in own.items():
-            chosen = best[kind]["stack"] == stack
-            mean, name = interval(values.values()), f"photographs-{count}: {KINDS[kind] if chosen else stack}"
+            assert best[kind]["stack"] == stack
+            mean, name = interval(values.values()), f"photographs-{count}: {KINDS[kind]}"
             yield name, mean.text()
             over: list[str] = []
             for what, base in (("crop + flip", plain), ("the best", strongest)):
@@ -274,8 +281,7 @@ def photographs() -> Named:
                 over.append("" if gain is None else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
                 if gain is not None:
                     yield f"{name}, over {what}", gain.text(sign=True)
-            shown = f"the best other stack: {stack}" if kind == "ordinary" and chosen else stack
-            shown += "" if chosen else " (not the best of its kind in validation)"
+            shown = f"the best other stack: {stack}" if kind == "ordinary" else stack
             lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
     head = "images per class | stack | test accuracy | over crop + flip | over the best other stack | seeds"
     yield "photographs", table(head, lines)
@@ -313,21 +319,25 @@ def long_tails() -> Named:
     )
 
 
+BACKBONE_MOVES = {"modes": "pixels' modes", "taef2": "TAEF2's modes", "flow": "flow"}
+
+
 def pretrained() -> Named:
     found = by_seed(stored("pretrained")["measured"], "setting", "views")
-    arms, lines = list(dict.fromkeys(arm for _, arm in found)), []
+    lines = []
     for setting in dict.fromkeys(setting for setting, _ in found):
         lines.append([f"`{setting}`"])
-        for arm in arms:
-            values = found[setting, arm]
-            mean = interval(100 * value for value in values.values())
+        for arm in ("none", "flip", "ordinary", *BACKBONE_MOVES):
+            mean = interval(100 * value for value in found[setting, arm].values())
             yield f"{setting}: probe, {arm}", mean.text()
-            lines[-1].append(f"{mean.text()} %")
-        gain = paired_gain(found[setting, "modes"], found[setting, "ordinary"])
-        yield f"{setting}: probe, modes over ordinary", signed(gain, 1)
-        lines[-1].append(bold(gain))
-    head = "setting | the image | + mirror image | + ordinary views | + pixels' modes | modes over ordinary"
-    yield "pretrained", table(head, lines)
+            if arm not in BACKBONE_MOVES:
+                lines[-1].append(f"{mean.text()} %")
+                continue
+            gain = paired_gain(found[setting, arm], found[setting, "ordinary"])
+            yield f"{setting}: probe, {arm} over ordinary", signed(gain, 1)
+            lines[-1].append(bold(gain))
+    head = "setting | the image | + mirror image | + ordinary views"
+    yield "pretrained", table(" | ".join([head, *(f"{text} over ordinary" for text in BACKBONE_MOVES.values())]), lines)
 
 
 def fine_tuned() -> Named:
@@ -339,13 +349,16 @@ def fine_tuned() -> Named:
     for setting, arms in found.items():
         means = {arm: interval(100 * share for share in values.values()) for arm, values in arms.items()}
         yield from ((f"{setting}: fine-tuned, {arm}", mean.text()) for arm, mean in means.items())
-        gain = paired_gain(
-            arms["modes"], max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
-        )
-        yield f"{setting}: fine-tuned, modes over the better", signed(gain, 1)
-        lines.append([f"`{setting}`", *(f"{mean.text()} %" for mean in means.values()), bold(gain), str(gain.seeds)])
-    head = "setting | crop + flip | + RandAugment | + pixels' modes | modes over the better of both | seeds"
-    yield "fine-tuned", table(head, lines)
+        better = max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
+        gains = {arm: paired_gain(arms.get(arm, {}), better) for arm in BACKBONE_MOVES}
+        yield from ((f"{setting}: fine-tuned, {arm} over the better", signed(gain, 1)) for arm, gain in gains.items())
+        lines.append(
+            [f"`{setting}`", *(f"{means[arm].text()} %" for arm in ("cropflip", "ordinary")),
+             *(bold(gain) or "not measured" for gain in gains.values()), str(len(better))]
+        )  # fmt: skip
+    head = "setting | crop + flip | + RandAugment"
+    over = [f"{text} over the better" for text in BACKBONE_MOVES.values()]
+    yield "fine-tuned", table(" | ".join([head, *over, "seeds"]), lines)
 
 
 def unlabelled() -> Named:
@@ -359,28 +372,31 @@ def unlabelled() -> Named:
     alone = by_seed([row for row in tested if not row["moves"]], "setting", "method")
     moved = by_seed([row for row in tested if row["moves"]], "setting", "method")
     results = {result.setting: result for result in results_of(Store(RESULTS)) if result.classifier == "cnn"}
+    for (setting, method), values in alone.items():
+        if method == "labelled" and (control := results[setting].best_control()):  # measured by augmentation.py
+            moved[setting, method] = {s: v for s, v in control.accuracies.items() if s in values}
     lines, gains = [], []
     for (setting, method), values in alone.items():
-        result = results[setting]
-        flow = result.best(tuple(filter(GROUPS["unlabelled images"], SETTINGS[setting].proof)))
-        control = result.best_control()
-        if method == "labelled" and control:  # measured by augmentation.py
-            moved[setting, method] = {s: v for s, v in control.accuracies.items() if s in values}
-        line = [f"`{setting}`", method.replace("labelled", "labelled images alone")]
-        for name, side in ((method, values), (f"{method} with moves", moved.get((setting, method)))):
-            if side:
-                mean = interval(100 * v for v in side.values()).text()
-                over = flow and paired_gain(flow.accuracies, side)
-                yield f"{setting}: {name}", mean
-                yield f"{setting}: flow over {name}", signed(over, 1)
-            line += [f"{mean} %", bold(over)] if side else ["", ""]
-        gain = paired_gain(moved.get((setting, method), {}), values)
+        flow = results[setting].best(tuple(filter(GROUPS["unlabelled images"], SETTINGS[setting].proof)))
+        means, over, over_flow = [], [], []
+        for name, sides in ((method, alone), (f"{method} with moves", moved)):
+            side = sides[setting, method]
+            means.append(interval(100 * v for v in side.values()).text())
+            over.append(None if method == "labelled" else paired_gain(side, sides[setting, "labelled"]))
+            over_flow.append(flow and paired_gain(flow.accuracies, side))
+            yield f"{setting}: {name}", means[-1]
+            yield f"{setting}: {name} over labelled", signed(over[-1], 1)
+            yield f"{setting}: flow over {name}", signed(over_flow[-1], 1)
+        gain = paired_gain(moved[setting, method], values)
         yield f"{setting}: moves over {method}", signed(gain, 1)
         gains += [gain] if gain and method != "labelled" else []
-        lines.append([*line[:3], line[4], bold(gain), line[3], line[5], str(len(values))])
+        lines.append(
+            [f"`{setting}`", method.replace("labelled", "labelled images alone"), *(f"{mean} %" for mean in means),
+             bold(gain), *map(bold, over), bold(over_flow[1]), str(len(values))]
+        )  # fmt: skip
     yield "moves over methods: clear", f"{sum(gain.clear for gain in gains)} of {len(gains)}"
-    head = "setting | method | alone | with moves | moves over alone | flow over alone | flow over moves | seeds"
-    yield "unlabelled", table(head, sorted(lines, key=naturally))
+    head = "setting | method | alone | with moves | moves over alone | over labelled images | both with moves"
+    yield "unlabelled", table(f"{head} | flow over moves | seeds", sorted(lines, key=naturally))
 
 
 def single_files() -> Named:

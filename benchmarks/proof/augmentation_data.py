@@ -183,8 +183,10 @@ class Flows:
     def adapted(self, name: str, setting: Setting, seed: int, task: Task) -> GLEM:
         """The flow with the Gaussians and modes of the task's labelled images alone."""
         side = setting.flow_size or setting.size
-        if name == "identity":
-            base = GLEM.create("identity", (setting.channels, side, side), task.classes).eval()
+        if name in ("identity", "taef2"):
+            autoencoder = None if name == "identity" else name
+            shape = (setting.channels, side, side)
+            base = GLEM.create("identity", shape, task.classes, autoencoder=autoencoder).eval()
         else:
             where = self.path(name, setting, seed)
             if name == "own" and not (Path(where) / "model.safetensors").is_file():

@@ -246,14 +246,11 @@ def _gains(results: list[Result], leaking: bool) -> list[str]:
                 f"{control.mean if control else ''} | {signed(over)} | {signed(own)} | {signed(best)} | "
                 f"{over.seeds if over else 0} |"
             )
-            if leaking:
-                taught = next((a for a in result.arms if a.side == "teacher"), None)
-                lines[-1] += f" {taught.mean if taught else ''} |"
     if not lines:
         return ["Nothing measured yet."]
     head = "| setting | classifier | crop + flip | best opponent | + ours, best by validation | + its control "
-    head += "| ours - opponent | ours - control | ours - control's best | seeds |" + " distilled |" * leaking
-    return [head, "|" + "---|" * (10 + leaking), *lines]
+    head += "| ours - opponent | ours - control | ours - control's best | seeds |"
+    return [head, "|" + "---|" * 10, *lines]
 
 
 def _arms(result: Result) -> list[str]:

@@ -61,7 +61,7 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 # Flows trained on the other training images, without labels.
 UNLABELLED, CIFAR_UNLABELLED, MNIST_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled", "mnist-unlabelled"
-NOTMNIST_UNLABELLED = "notmnist-unlabelled"
+NOTMNIST_UNLABELLED, CIFAR_LATENTS = "notmnist-unlabelled", "cifar10-latents"
 GREY = "cifar10-grey28"
 LONG = {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
@@ -130,6 +130,7 @@ FLOW_SETTINGS: dict[str, Any] = dict(
     sample_every=0, val_fraction=0.02,
 )  # fmt: skip
 WITHOUT_LABELS: dict[str, Any] = {"objective": "mle", "beta": 0.0, "ce_scale": 1.0}
+IN_LATENTS: dict[str, Any] = {"preset": "latent", "autoencoder": "taef2", "latent_noise": 0.1, "precision": "fp32"}
 FLOWS: dict[str, FlowRecipe] = {
     "cifar10": FlowRecipe("cifar10", 32, 3, 8),
     "cifar10-short": FlowRecipe("cifar10", 32, 3, 4),
@@ -138,6 +139,8 @@ FLOWS: dict[str, FlowRecipe] = {
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
     "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
     "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
+    # In TAEF2's latents; for pretrained.py.
+    CIFAR_LATENTS: FlowRecipe("cifar10", 32, 3, 4, settings={**WITHOUT_LABELS, **IN_LATENTS}, labels=False),
     MNIST_UNLABELLED: FlowRecipe("mnist", 28, 1, 6, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     NOTMNIST_UNLABELLED: FlowRecipe("notmnist", 28, 1, 40, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),

@@ -12,14 +12,17 @@ images choose its strength. The views of a labelled image are
     flip      the image and its mirror image
     ordinary  flip, and two views with crop + flip + ColorJitter
     modes     flip, and two views moved by noise along the modes of the class's pixels (strength 0.5, no flow)
+    taef2     the same along modes of TAEF2's latents
+    flow      the same through a flow in TAEF2's latents, which saw the unlabelled images
+              (`augmentation.py --train-flow cifar10-latents`)
 
-One network on one thread takes about ten minutes.
+One network on one thread takes about twenty minutes.
 
 `--fine-tune` trains the last four of the seven stages and a new last layer. Batch normalisation keeps its statistics.
 Every training image is enlarged, shifted and flipped; `ordinary` and `modes` come on top. One tuning seed is measured
-on every second validation image: two numbers of steps with crop + flip, then two values of `ordinary` and of `modes`.
-Further seeds are measured on every fifth test image, with all three arms at the chosen values. Each number of images
-per class is tuned separately. Rows are stored at once, and are not measured again.
+on every second validation image: two numbers of steps with crop + flip, then two values of each other arm. Further
+seeds are measured on every fifth test image, with all arms at the chosen values. Each number of images per class is
+tuned separately. Rows are stored at once, and are not measured again.
 """
 
 from __future__ import annotations
@@ -41,24 +44,24 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import interval, machine, parser, write_results
-from benchmarks.proof.augmentation_data import make_task
-from benchmarks.proof.augmentation_settings import FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
+from benchmarks.proof.augmentation_data import Flows, make_task
+from benchmarks.proof.augmentation_settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation_train import order_of
 from benchmarks.proof.sharpness import OFFLINE, make_classifier
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEMAugment
 from glem_augment.io import write_json
 from glem_augment.training.start import augment_batch
 
 SIZE, VIEWS = 128, 2
 PER_CLASS = (5, 10, 20, 50)
 RIDGE = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
-ARMS = {"none": ("image",), "flip": ("image", "flip"), "ordinary": ("image", "flip", "ordinary"),
-        "modes": ("image", "flip", "modes")}  # fmt: skip
+MOVES = {"modes": "identity", "taef2": "taef2", "flow": CIFAR_LATENTS}  # arm: name of the flow
+ARMS = {"none": ("image",), "flip": ("image", "flip")} | {arm: ("image", "flip", arm) for arm in ("ordinary", *MOVES)}
 # Fine-tuning: the values over which each arm is tuned (steps; operations; strength of the noise), and common settings.
 TRIALS: dict[str, tuple[Any, ...]] = {
     "cropflip": (40, 100),
     "ordinary": ("RandAugment", "RandAugment, RandomErasing"),
-    "modes": (0.5, 1.0),
+    **dict.fromkeys(MOVES, (0.5, 1.0)),
 }
 FROZEN, BATCH, LR, WEIGHT_DECAY = 3, 32, 5e-4, 0.01  # stages, images of a step, and AdamW's
 
@@ -102,21 +105,22 @@ def shares_right(x: Tensor, y: Tensor, strengths: tuple[float, ...], test: tuple
     return result
 
 
-def views_of(setting: Setting, seed: int, backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
+def views_of(setting: Setting, seed: int, backbone: Backbone, flows: Flows) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and labels of each kind of view of the labelled images."""
     task = make_task(setting, seed)
     x, y = task.train[0].float() / 255, task.train[1]
     torch.manual_seed(seed)
     ordinary = v2.Compose([v2.RandomCrop(32, 4, padding_mode="reflect"), v2.RandomHorizontalFlip(),
                            v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])  # fmt: skip
-    flow = GLEM.create("identity", (3, 32, 32), task.classes).eval().adapt(task.train, progress=False)
-    move = GLEMAugment(flow, p=1.0, policy="noise", strength=0.5, seed=seed)
-    kinds = {"image": [x], "flip": [x.flip(-1)], "modes": [move(x, y)[0] for _ in range(VIEWS)]}
+    kinds = {"image": [x], "flip": [x.flip(-1)]}
+    for arm, name in MOVES.items():
+        move = GLEMAugment(flows.adapted(name, setting, seed, task), p=1.0, policy="noise", strength=0.5, seed=seed)
+        kinds[arm] = [move(x, y)[0] for _ in range(VIEWS)]
     kinds["ordinary"] = [torch.stack([ordinary(image) for image in x]) for _ in range(VIEWS)]
     return {kind: (backbone(torch.cat(parts)), y.repeat(len(parts))) for kind, parts in kinds.items()}
 
 
-def fine_tuned(setting: Setting, seed: int, arm: str, value: Any, steps: int) -> Backbone:
+def fine_tuned(setting: Setting, seed: int, arm: str, value: Any, steps: int, flows: Flows) -> Backbone:
     """The backbone after training on the labelled images of a seed, with the logits of ten classes."""
     task, backbone = make_task(setting, seed), Backbone()
     torch.manual_seed(seed)
@@ -127,11 +131,12 @@ def fine_tuned(setting: Setting, seed: int, arm: str, value: Any, steps: int) ->
     late = nn.Sequential(net.blocks[FROZEN:], net.conv_head, net.bn2, net.global_pool, net.classifier)
     optimizer = torch.optim.AdamW(late.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.15)
-    flow = GLEM.create("identity", (3, 32, 32), task.classes).eval().adapt(task.train, progress=False)
-    move = GLEMAugment(flow, p=0.5, policy="noise", strength=value if arm == "modes" else 0.5, seed=seed)
+    if arm in MOVES:
+        flow = flows.adapted(MOVES[arm], setting, seed, task)
+        move = GLEMAugment(flow, p=0.5, policy="noise", strength=value, seed=seed)
     randaugment, erase = v2.RandAugment(), RandomErasing(probability=0.5, mode="const", device="cpu")
     for rows in order_of(y, BATCH, steps, seed):
-        view = move(x[rows], y[rows])[0] if arm == "modes" else x[rows]
+        view = move(x[rows], y[rows])[0] if arm in MOVES else x[rows]
         view = (255 * enlarged(view.float() / 255)).round().to(torch.uint8)
         view = augment_batch(view, ("flip", "crop"), g)
         if arm == "ordinary":
@@ -162,25 +167,33 @@ def fine_tune(args: Any) -> None:
                 return 100 * float(row[metric])
         began, task = time.process_time(), make_task(setting, seed)
         x, y = (part[::2] for part in task.val) if tuning else (part[::5] for part in task.test)
-        logits = fine_tuned(setting, seed, arm, value, steps)(x.float() / 255)
+        logits = fine_tuned(setting, seed, arm, value, steps, Flows(args.flows))(x.float() / 255)
         share = float((logits.argmax(1) == y).double().mean())
         rows.append(known | {metric: share, "seconds": time.process_time() - began, "processor": processor})
         write_json(path, rows)
         print(*rows[-1].values(), flush=True)
         return 100 * share
 
-    table = []
     for count in args.per_class:
         setting = Setting(f"cifar10-{count}", "cifar10", count, 32, 3, ())
         steps = max(TRIALS["cropflip"], key=lambda steps: measure(setting, "cropflip", None, steps, TUNING_SEED))
         chosen = {"cropflip": None} | {
             arm: max(TRIALS[arm], key=lambda value, arm=arm: measure(setting, arm, value, steps, TUNING_SEED))
-            for arm in ("ordinary", "modes")
+            for arm in ("ordinary", *MOVES)
         }
-        measured = [[measure(setting, *arm, steps, seed) for arm in chosen.items()] for seed in args.seeds]
-        for (arm, value), found in zip(chosen.items(), zip(*measured, strict=True), strict=True):
-            line = {"setting": setting.name, "arm": arm, "value": value, "steps": steps}
-            table.append(line | {"test accuracy %": str(interval(found)), "seeds": len(found)})
+        for seed in args.seeds:
+            for arm, value in chosen.items():
+                measure(setting, arm, value, steps, seed)
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if "accuracy" in row:
+            key = tuple(row[name] for name in ("setting", "arm", "value", "steps"))
+            found.setdefault(key, []).append(100 * row["accuracy"])
+    table = [
+        dict(zip(("setting", "arm", "value", "steps"), key, strict=True))
+        | {"test accuracy %": str(interval(values)), "seeds": len(values)}
+        for key, values in found.items()
+    ]
     title = "EfficientNet-Lite0 fine-tuned on few labels, CIFAR-10 at 128x128"
     write_results(args.out, "fine_tuned", title, table, record=rows)
 
@@ -191,6 +204,7 @@ def main() -> None:
     arguments.add_argument("--fine-tune", action="store_true", help="in place of the probe")
     arguments.add_argument("--per-class", type=int, nargs="+", default=list(PER_CLASS), help="(%(default)s)")
     arguments.add_argument("--seeds", type=int, nargs="+", default=list(FINAL_SEEDS), help="(%(default)s)")
+    arguments.add_argument("--flows", type=Path, default=Path("runs"), help="folder of trained flows (%(default)s)")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     if args.fine_tune:
@@ -203,7 +217,7 @@ def main() -> None:
     processor = machine()["processor"]
     for count in args.per_class:
         setting = Setting(f"cifar10-{count}", "cifar10", count, 32, 3, ())
-        known = {seed: views_of(setting, seed, backbone) for seed in (TUNING_SEEDS[0], *args.seeds)}
+        known = {seed: views_of(setting, seed, backbone, Flows(args.flows)) for seed in (TUNING_SEEDS[0], *args.seeds)}
         for arm, kinds in ARMS.items():
 
             def measure(seed: int, strengths: tuple[float, ...], on: tuple[Tensor, Tensor], kinds=kinds, known=known):

@@ -39,7 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, find_images, parser, write_results
+from benchmarks.common import ROOT, find_images, interval, parser, write_results
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.data.dataset import images_for
@@ -206,7 +206,7 @@ def best_settings(rows: list[dict[str, Any]], data: str) -> list[tuple[str, str]
 
 
 def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]]:
-    """One line for every setting: mean and standard deviation over seeds, and the share of the accuracy on "real"."""
+    """One line for every setting: mean and 95 % interval over seeds, and the share of the accuracy on "real"."""
     metric = "validation CNN-A" if validation else "CNN-A"
     table = []
     for data in dict.fromkeys(row["data"] for row in rows):
@@ -218,7 +218,7 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
         for (method, setting), found in values.items():
             real = statistics.mean(values.get(("real", as_long(setting)), [float("nan")]))
             line = {"data": data, "method": method, "setting": setting, "seeds": len(found)}
-            line |= {metric: statistics.mean(found), "sd": statistics.stdev(found) if len(found) > 1 else None}
+            line |= {metric: statistics.mean(found), "+/-": interval(found).half if len(found) > 1 else None}
             line |= {"share of real": statistics.mean(found) / real}
             if not validation:
                 more = {r["metric"]: r["value"] for r in own if (r["method"], r["setting"]) == (method, setting)}
@@ -229,7 +229,7 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Accuracies on the test images, with a bar for every setting."""
+    """Accuracies on the test images with 95 % intervals, a bar for every setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -242,7 +242,9 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
             "C7" if line["method"] == "identity" else "black" if line["method"] == "real" else "C0" for line in own
         ]
         labels = [f"{line['method']}: {line['setting']}".removesuffix(": ") for line in own]
-        bars = axis.barh(labels, [line["CNN-A"] for line in own], xerr=[line["sd"] or 0 for line in own], color=colours)
+        bars = axis.barh(
+            labels, [line["CNN-A"] for line in own], xerr=[line["+/-"] or 0 for line in own], color=colours
+        )
         axis.bar_label(bars, [f" {line['CNN-A']:.1f} ({line['seeds']})" for line in own])
         axis.set(title=data, xlabel="test accuracy in % (seeds)", xlim=(0, 100))
     with atomic_write(path) as file:
