@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from glem_augment import open_data
-from glem_augment.data.sources import without_splits
+from glem_augment.images.sources import without_splits
 
 BUNDLED = "bundled:fashion-mnist"
 

@@ -14,7 +14,7 @@ import torch
 from _common import BUNDLED, arguments, batches, check_classes, check_splits, predictions, tensors, train
 
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
-from glem_augment.data.classes import match_classes
+from glem_augment.images.matching import match_classes
 from glem_augment.synthetic.combined import RealAndSynthetic
 
 

@@ -11,7 +11,7 @@ import torch
 from _common import arguments, batches, check_splits, predictions, tensors, train
 
 from glem_augment import GLEM, SyntheticDataset, open_data
-from glem_augment.data.classes import match_classes
+from glem_augment.images.matching import match_classes
 
 
 def main() -> None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.augment.transform import GLEMAugment
-    from glem_augment.data.classes import match_classes
-    from glem_augment.data.dataset import ImageData, open_data
+    from glem_augment.classes.gaussians import ClassGaussians
     from glem_augment.errors import (
         BadImageError,
         ClassMismatchError,
@@ -24,7 +23,8 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
         TrainingError,
     )
     from glem_augment.flows import create_flow
-    from glem_augment.latent.gaussians import ClassGaussians
+    from glem_augment.images.dataset import ImageData, open_data
+    from glem_augment.images.matching import match_classes
     from glem_augment.model.glem import GLEM
     from glem_augment.synthetic.combined import RealAndSynthetic
     from glem_augment.synthetic.dataset import SyntheticDataset, SyntheticStream
@@ -54,11 +54,11 @@ __all__ = [
 ]
 _MODULES = {
     "augment.transform": "GLEMAugment",
-    "data.classes": "match_classes",
-    "data.dataset": "ImageData open_data",
+    "images.matching": "match_classes",
+    "images.dataset": "ImageData open_data",
     "errors": "BadImageError ClassMismatchError DataError GLEMError HubError ModelFileError TrainingError",
     "flows": "create_flow",
-    "latent.gaussians": "ClassGaussians",
+    "classes.gaussians": "ClassGaussians",
     "model.glem": "GLEM",
     "synthetic.combined": "RealAndSynthetic",
     "synthetic.dataset": "SyntheticDataset SyntheticStream",

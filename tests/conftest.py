@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glem_augment.data.dataset import ImageData, open_data
+from glem_augment.images.dataset import ImageData, open_data
 
 # Small tensors gain nothing from a second thread, and beside other busy processes two threads wait for each other. The
 # processes that tests start inherit this.

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset
-from glem_augment.data.dataset import ImageData
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 
 aten = torch.ops.aten

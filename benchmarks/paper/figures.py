@@ -13,9 +13,9 @@ from benchmarks.paper.classifier import Classifier
 from benchmarks.paper.lab import Lab
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, GLEMAugment
-from glem_augment.data.pixels import in_range
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.codec.plausible import in_range
 from glem_augment.io import write_json
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
 from glem_augment.training.objective import LatentStatistics, m_step_loss
 

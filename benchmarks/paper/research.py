@@ -24,9 +24,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from glem_augment import GLEM, ImageData, open_data
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.cli.common import table
 from glem_augment.cli.train import checked
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
 from glem_augment.training.folder import has_checkpoint
 from glem_augment.training.objective import LatentStatistics, m_learning_rates

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import interval, parser, write_results
 from glem_augment import GLEM, open_data
-from glem_augment.data.dataset import ImageData
+from glem_augment.images.dataset import ImageData
 
 
 def prepare(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
 from glem_augment import GLEM, open_data
-from glem_augment.latent import adapt, modes
+from glem_augment.classes import adapt, modes
 
 NAME, SHARES = "covariances", (0.0, 0.2, 0.5, 0.8, 0.9, 1.0)
 # Folder: (held-out images, training images per dimension).

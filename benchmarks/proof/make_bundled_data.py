@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from glem_augment.data.dataset import open_data
+from glem_augment.images.dataset import open_data
 from glem_augment.io import atomic_write
 
 PER_CLASS = 100

@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, seconds, write_results
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.flows.matexp import expm_apply
-from glem_augment.latent.gaussians import ClassGaussians
 
 CLASSES, DIM, KLD_ROUNDS = 1000, 12_288, 5
 N, SIDE, BATCH = 6, 16, 32

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, write_results
+from glem_augment.classes.modes import ClassModes
 from glem_augment.flows import create_flow
-from glem_augment.latent.modes import ClassModes
 
 
 class _Held:

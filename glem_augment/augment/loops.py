@@ -21,13 +21,14 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from glem_augment.augment.transfer import check_labels, for_channels, soft_labels
+from glem_augment.augment.labels import check_labels, soft_labels
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
-from glem_augment.data.classes import match_classes, named_classes
-from glem_augment.devices import send
+from glem_augment.codec.resize import for_channels
 from glem_augment.distributed import world_size
 from glem_augment.errors import ClassMismatchError
+from glem_augment.images.matching import match_classes, named_classes
+from glem_augment.tensors import send
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 _MAP = (

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from glem_augment.augment.params import AugmentParams, draw_shares, normal
-from glem_augment.augment.transfer import FlowClasses
-from glem_augment.devices import evaluating, send, weights_key
-from glem_augment.latent.modes import combine_modes
+from glem_augment.augment.labels import FlowClasses
+from glem_augment.augment.random import AugmentParams, draw_shares, normal
+from glem_augment.classes.modes import combine_modes
 from glem_augment.model.glem import GLEM
+from glem_augment.tensors import evaluating, send
 
 Partner = Literal["same", "any"]
 BasisName = Literal["class", "shared"]
@@ -84,31 +84,6 @@ class Rows(NamedTuple):
 
 
 # ---- which moves are good --------------------------------------------------------------------------------------
-
-
-class InverseTest:
-    """Chooses the calls that test whether the flow gives the images back.
-
-    These are all calls until FIRST tests in a row lose no image, then one call in EVERY. New weights start this again.
-    """
-
-    FIRST, EVERY = 8, 32
-
-    def __init__(self) -> None:
-        self._key: object = None
-        self._calls = self._good = 0
-
-    def due(self, flow: nn.Module) -> bool:
-        """Whether the call that begins now tests the inverse."""
-        key = weights_key(flow)
-        if key != self._key:
-            self._key, self._good = key, 0
-        self._calls += 1
-        return self._good < self.FIRST or self._calls % self.EVERY == 0
-
-    def saw(self, back: Tensor) -> None:
-        """Note the result of a test, bool [n]; this waits for the device."""
-        self._good = self._good + 1 if bool(back.all()) else 0
 
 
 def strongest(shares: Iterable[tuple[float, float]]) -> float:

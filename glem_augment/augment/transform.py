@@ -17,23 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.augment import moves
-from glem_augment.augment.params import AugmentParams, MoveCounts, RandomState, WorkerCounts, choose_rows, normal
-from glem_augment.augment.transfer import (
+from glem_augment.augment.labels import (
     FlowClasses,
     Labels,
-    PixelAdapter,
     check_labels,
     label_kind,
     mixed_labels,
     posterior_labels,
     soft_labels,
 )
+from glem_augment.augment.random import AugmentParams, RandomState, WorkerCounts, choose_rows, normal
+from glem_augment.augment.rejection import InverseTest, MoveCounts
 from glem_augment.checks import Policy, check_choice, check_number
-from glem_augment.data.classes import check_class_map
-from glem_augment.data.pixels import MARGIN, in_range, plausible
-from glem_augment.devices import evaluating, send, weights_key
-from glem_augment.latent.modes import mix_along_modes
+from glem_augment.classes.modes import mix_along_modes
+from glem_augment.codec.plausible import MARGIN, in_range, plausible
+from glem_augment.codec.resize import PixelAdapter
+from glem_augment.images.matching import check_class_map
 from glem_augment.model.glem import GLEM, as_model
+from glem_augment.tensors import evaluating, send, weights_key
 
 SETTINGS = "p policy alpha strength modes basis partner labels mean std num_classes class_map seed margin".split()
 
@@ -117,7 +118,7 @@ class GLEMAugment(nn.Module):
         self._random = RandomState(seed)
         self._counts = MoveCounts()
         self._chosen = WorkerCounts()  # the strength that "auto" chose, in units of 1e-4; 0: none yet
-        self._inverse = moves.InverseTest()
+        self._inverse = InverseTest()
         self._adversary: moves.Adversary | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}
 

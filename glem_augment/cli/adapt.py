@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.data.classes import ONE_CLASS
-    from glem_augment.data.dataset import open_data
     from glem_augment.distributed import is_primary
+    from glem_augment.images.dataset import open_data
+    from glem_augment.images.matching import ONE_CLASS
     from glem_augment.model.glem import GLEM
     from glem_augment.model.weights import CONFIG, WEIGHTS
 

@@ -25,8 +25,8 @@ from glem_augment.errors import GLEMError
 if TYPE_CHECKING:
     import torch
 
-    from glem_augment.data.classes import ClassMap
-    from glem_augment.data.dataset import ImageData
+    from glem_augment.images.dataset import ImageData
+    from glem_augment.images.matching import ClassMap
     from glem_augment.model.glem import GLEM
 
 TOO_MANY = 0.2  # a flow that rejects a larger share of moves does not fit its images
@@ -231,7 +231,7 @@ def load_model(args: argparse.Namespace) -> GLEM:
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
     """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr."""
-    from glem_augment.data.dataset import as_image_data
+    from glem_augment.images.dataset import as_image_data
 
     data = as_image_data(spec, model.image_shape, split=split, **options)
     name_skipped(data)
@@ -246,7 +246,7 @@ def name_skipped(data: ImageData) -> None:
 
 def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
     """Data in the flow's shape with the flow's class indices as labels; see `open_resized` and `images_for`."""
-    from glem_augment.data.dataset import images_for
+    from glem_augment.images.dataset import images_for
 
     data = images_for(model, spec, class_map, split=split, **options)
     name_skipped(data)

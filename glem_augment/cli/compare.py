@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.data.dataset import open_data
     from glem_augment.evaluation.compare import compare, parted, picture
+    from glem_augment.images.dataset import open_data
     from glem_augment.io import save_png, write_json
     from glem_augment.model.glem import GLEM
 

@@ -28,8 +28,8 @@ from glem_augment.cli import common
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from glem_augment.data.dataset import ImageData
     from glem_augment.evaluation.preview import Section
+    from glem_augment.images.dataset import ImageData
     from glem_augment.model.glem import GLEM
 
 DESCRIPTION = """\
@@ -127,9 +127,9 @@ def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, 
     from torch.utils.data import Subset
 
     from glem_augment import GLEM, GLEMAugment, open_data
-    from glem_augment.data.sources import open_source
     from glem_augment.evaluation.metrics import spread
     from glem_augment.evaluation.preview import Section
+    from glem_augment.images.sources import open_source
 
     model = GLEM.from_pretrained(PHOTOGRAPHS)
     side = model.image_shape[1:]
@@ -254,8 +254,8 @@ def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
 
 
 def fashion(flow: GLEM, split: str, size: Size) -> ImageData:
-    from glem_augment.data.dataset import images_for
     from glem_augment.evaluation.metrics import spread
+    from glem_augment.images.dataset import images_for
 
     data = images_for(flow, BUNDLED_IMAGES, split=split, progress=False)
     return data.subset(spread(len(data), size.images))

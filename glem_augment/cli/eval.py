@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.data.sources import without_splits
     from glem_augment.distributed import is_primary
     from glem_augment.evaluation import metrics
+    from glem_augment.images.sources import without_splits
     from glem_augment.io import write_json
 
     model = common.load_model(args)

@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C. Uploads and pictures lie in a temporary folder, which is removed at the end."""
-    from glem_augment.data.sources import without_splits
     from glem_augment.evaluation.explorer import Explorer, drawn
     from glem_augment.evaluation.metrics import spread
+    from glem_augment.images.sources import without_splits
 
     real = args.data is not None or args.model == BUNDLED_IMAGES
     if not real and (args.split or args.class_map or args.skip_bad):

@@ -86,10 +86,10 @@ def per_class(text: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.data.sources import without_splits
     from glem_augment.distributed import is_primary
     from glem_augment.evaluation import quality_report
     from glem_augment.hub.cards import CardFacts
+    from glem_augment.images.sources import without_splits
     from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.synthetic.export import check_folder, export_set
 

@@ -29,7 +29,7 @@ from glem_augment.training.config import (
 )
 
 if TYPE_CHECKING:
-    from glem_augment.data.dataset import ImageData
+    from glem_augment.images.dataset import ImageData
     from glem_augment.model.glem import GLEM
     from glem_augment.training import Trainer
 
@@ -195,8 +195,8 @@ def _flow_option(text: Any) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from glem_augment.data.dataset import open_data
     from glem_augment.distributed import is_primary
+    from glem_augment.images.dataset import open_data
     from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
     from glem_augment.training import Trainer

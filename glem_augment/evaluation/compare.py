@@ -22,14 +22,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from glem_augment.augment.transfer import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.data.dataset import ImageData
-from glem_augment.data.pixels import to_uint8
+from glem_augment.codec.plausible import to_uint8
+from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import Section, compose
 from glem_augment.evaluation.quality import ORACLE_MEAN, ORACLE_STD, normalised, train_network
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
 __all__ = ["Comparison", "Stack", "interval"]

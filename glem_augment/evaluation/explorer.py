@@ -17,15 +17,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.transfer import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import DrawSource, Policy
-from glem_augment.data.dataset import ImageData, images_for
-from glem_augment.data.pixels import FolderSource, to_tensor, to_uint8
+from glem_augment.codec.plausible import to_uint8
+from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import BadImageError
 from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import FlowClassifier, Section, compose
 from glem_augment.evaluation.quality import memorisation_ratio, nearest
+from glem_augment.images.dataset import ImageData, images_for
+from glem_augment.images.readers import FolderSource, to_tensor
 from glem_augment.model.glem import GLEM
 from glem_augment.synthetic.dataset import SyntheticDataset
 

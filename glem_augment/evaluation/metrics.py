@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from glem_augment.augment.moves import LADDER, strongest
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.data.dataset import ImageData, LabelledImages, images_for
+from glem_augment.classes.gaussians import fit_temperature
 from glem_augment.distributed import gather, share
 from glem_augment.errors import DataError
-from glem_augment.latent.gaussians import fit_temperature
+from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
 

@@ -20,12 +20,12 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from glem_augment.augment.transfer import PixelAdapter
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import POLICIES, Policy
-from glem_augment.data.dataset import ImageData
-from glem_augment.data.pixels import in_range
+from glem_augment.codec.plausible import in_range
+from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import DataError
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)

@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from glem_augment.augment.transfer import resized
-from glem_augment.autoencoders import open_autoencoder
-from glem_augment.data.classes import ClassMap
-from glem_augment.data.dataset import ImageData, LabelledImages, images_for, open_data
-from glem_augment.data.sources import open_source
-from glem_augment.devices import evaluating
+from glem_augment.codec.published import open_autoencoder
+from glem_augment.codec.resize import resized
 from glem_augment.errors import DataError
 from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.preview import Section, compose
+from glem_augment.images.dataset import ImageData, LabelledImages, images_for, open_data
+from glem_augment.images.matching import ClassMap
+from glem_augment.images.sources import open_source
 from glem_augment.io import expand, save_png, write_json
+from glem_augment.tensors import evaluating
 
 __all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "latent_features"]
 __all__ += ["memorisation_ratio", "nearest", "quality_report", "random_batches", "train_network"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory
-from glem_augment.devices import full_precision
 from glem_augment.flows.layers import Flow
+from glem_augment.precision import full_precision
 
 # Tolerances of an inverse, as a share of the numbers, and of a log-determinant, in nats per number. Log-determinants
 # are compared with Jacobians up to the third, the dimension at which a Jacobian takes seconds.

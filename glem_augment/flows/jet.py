@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glem_augment.devices import full_precision
 from glem_augment.flows.coupling import Coupling, Subnet, SubnetFactory
 from glem_augment.flows.layers import Flow
 from glem_augment.flows.multiscale import reversible
+from glem_augment.precision import full_precision
 
 # Four couplings of channels, then one of tokens, and so on. The couplings of tokens take the next of these patterns,
 # and checkerboards when they have all been used.

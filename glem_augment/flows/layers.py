@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory, check_choice
-from glem_augment.devices import full_precision
 from glem_augment.flows.coupling import Subnet
+from glem_augment.precision import full_precision
 
 # An element's spread in a few images is mostly noise. Dividing by too small a spread would blow up other images, once
 # more in every step. So the channel's spread is added with the weight of so many images, and there is a floor.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.devices import full_precision
+from glem_augment.precision import full_precision
 
 # Relative truncation error that is left to the series. Beyond it, rounding dominates.
 _TOLERANCE = {torch.float32: 2.5e-7, torch.float64: 2e-16}

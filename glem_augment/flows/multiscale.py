@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from glem_augment.devices import full_precision
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.layers import ActNorm, Flow, Mixing1x1
 from glem_augment.flows.matexp import exp_of_generators
+from glem_augment.precision import full_precision
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
 # How often torch.compile may compile a step of a level. It compiles anew without gradients, in eval mode, in reduced

@@ -32,13 +32,13 @@ from huggingface_hub import (
 from huggingface_hub import errors as client_errors
 from torchvision.utils import save_image
 
-from glem_augment.devices import evaluating
 from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.hub.cards import LIBRARY, SAMPLES, CardFacts, model_card
 from glem_augment.io import atomic_write, expand, file_sha256
 from glem_augment.model.config import records
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
+from glem_augment.tensors import evaluating
 
 PREFIX, CARD = "hf-hub:", "README.md"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glem_augment.autoencoders import StandardisedAutoencoder
 from glem_augment.checks import check_choice, check_whole
-from glem_augment.data.dataset import ImageData
-from glem_augment.data.pixels import Noise, check_images, draw_noise, from_levels, to_levels, to_unit
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.modes import ClassModes
+from glem_augment.codec.autoencoder import StandardisedAutoencoder
+from glem_augment.codec.levels import Noise, check_images, draw_noise, from_levels, to_levels, to_unit
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
-from glem_augment.latent.gaussians import ClassGaussians
-from glem_augment.latent.modes import ClassModes
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
 
 # Images per pass through the flow, and pixels per pass through an autoencoder. They bound the memory of activations.
@@ -97,7 +97,7 @@ class ConditionalFlow(nn.Module):
     def numbers(self, x: Tensor, noise: Noise = None) -> Tensor:
         """The flow's input for images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
 
-        `noise` dequantises pixels on levels, see `data.pixels.to_levels`. An autoencoder's latents get none.
+        `noise` dequantises pixels on levels, see `codec.levels.to_levels`. An autoencoder's latents get none.
         """
         if self.autoencoder is None:
             return to_levels(x, self.bits, self.dtype, noise)
@@ -112,9 +112,9 @@ class ConditionalFlow(nn.Module):
 
         Args:
             x: [B,C,H,W], uint8 or float in [0,1].
-            generator: adds uniform dequantisation noise to images on levels, see `data.pixels.to_levels`; a whole
+            generator: adds uniform dequantisation noise to images on levels, see `codec.levels.to_levels`; a whole
                 number is the seed of noise that depends on the image alone. A tensor is the noise itself, from
-                `data.pixels.draw_noise`. None: the middle of the bin. Without effect on an autoencoder's latents.
+                `codec.levels.draw_noise`. None: the middle of the bin. Without effect on an autoencoder's latents.
 
         Returns:
             z [B, d] and log|det| [B] in nats, of dz/dlevels or, with an autoencoder E, of dz/dE(x).

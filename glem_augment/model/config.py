@@ -13,10 +13,10 @@ from pathlib import PurePath
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE
-from glem_augment.data.sources import TIMM_PREFIXES
+from glem_augment.classes.adapt import can_be_full
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec, is_whole
-from glem_augment.latent.adapt import can_be_full
+from glem_augment.images.sources import TIMM_PREFIXES
 
 FORMAT_VERSION = 1
 # These limits are far above any real use. They keep a hostile config from demanding absurd amounts of memory.

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.autoencoders import StandardisedAutoencoder, latent_shape
 from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
-from glem_augment.data.classes import ONE_CLASS, ClassMap
-from glem_augment.data.dataset import LabelledImages, as_image_data, images_for
+from glem_augment.classes.adapt import adapt_classes, adapt_pooled, can_be_full
+from glem_augment.classes.fit import fit_class_modes
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.modes import ClassModes
+from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
-from glem_augment.latent.adapt import adapt_classes, adapt_pooled, can_be_full
-from glem_augment.latent.fit import fit_class_modes
-from glem_augment.latent.gaussians import ClassGaussians
-from glem_augment.latent.modes import ClassModes
+from glem_augment.images.dataset import LabelledImages, as_image_data, images_for
+from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.jet_file import PREFIX as JET
@@ -315,7 +315,7 @@ class GLEM(ConditionalFlow):
         seed: int = 0,
         progress: bool = True,
     ) -> GLEM:
-        """A new model with this flow for other images and classes, in closed form (`latent.adapt`): no training.
+        """A new model with this flow for other images and classes, in closed form (`classes.adapt`): no training.
 
         One pass over `data` gives every class the mean of its latents, shrunk variances, and principal modes. A model
         without a flow ("identity") gets full covariances if there are at least eight images per dimension. The

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glem_augment.data.classes import ONE_CLASS
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, resolve_preset
 from glem_augment.flows.jet import KINDS, PATTERNS, order_of_tokens
+from glem_augment.images.matching import ONE_CLASS
 from glem_augment.io import copy_checked, expand, file_sha256, open_tensors
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.weights import hub
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from glem_augment.autoencoders import open_autoencoder
 from glem_augment.checks import RUN_FILE
+from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import ModelFileError
 from glem_augment.io import atomic_write, check_header, copy_checked, expand, header_bytes, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import to_pil_image
 
 from glem_augment.checks import check_number
-from glem_augment.data.classes import ClassMap, match_classes, of_hugging_face
-from glem_augment.data.dataset import ImageData, LabelledImages, open_data
-from glem_augment.data.sources import open_source
 from glem_augment.errors import DataError
+from glem_augment.images.dataset import ImageData, LabelledImages, open_data
+from glem_augment.images.matching import ClassMap, match_classes, of_hugging_face
+from glem_augment.images.sources import open_source
 from glem_augment.synthetic.dataset import SyntheticDataset
 
 

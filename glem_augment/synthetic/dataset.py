@@ -22,10 +22,9 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_number, check_whole
-from glem_augment.data.classes import ClassMap
-from glem_augment.data.dataset import check_indices
-from glem_augment.devices import weights_key
 from glem_augment.distributed import rank, world_size
+from glem_augment.images.dataset import check_indices
+from glem_augment.images.matching import ClassMap
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.sampler import (
@@ -39,6 +38,7 @@ from glem_augment.synthetic.sampler import (
     open_real,
     rows_by_block,
 )
+from glem_augment.tensors import weights_key
 
 BLOCK = 64  # images that are decoded together; another number would change their last bits
 

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from glem_augment import __version__
 from glem_augment.augment.moves import MOST_PUT_BACK
 from glem_augment.checks import FORMATS, Format
-from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.distributed import gather, rank, world_size
 from glem_augment.hub import upload, write_card
 from glem_augment.hub.cards import CardFacts, dataset_card
+from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.weights import weights_sha256

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
-from glem_augment.data.classes import ClassMap, check_targets, match_classes
-from glem_augment.data.dataset import ImageData, LabelledImages, as_image_data
-from glem_augment.data.pixels import MARGIN, Source, plausible, to_uint8
-from glem_augment.data.sources import open_source
-from glem_augment.devices import evaluating
-from glem_augment.latent.modes import mix_along_modes
+from glem_augment.classes.modes import mix_along_modes
+from glem_augment.codec.plausible import MARGIN, plausible, to_uint8
+from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data
+from glem_augment.images.matching import ClassMap, check_targets, match_classes
+from glem_augment.images.readers import Source
+from glem_augment.images.sources import open_source
 from glem_augment.model.glem import GLEM
+from glem_augment.tensors import evaluating
 
 NOISE_BLOCK = 16  # items of a class that share a generator; another number would change the draws
 MAX_ATTEMPTS = 5  # draws of an item at most; the last draw is kept

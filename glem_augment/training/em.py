@@ -19,10 +19,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from glem_augment.data.dataset import ImageData
 from glem_augment.distributed import Share
 from glem_augment.errors import TrainingError
 from glem_augment.flows import Flow
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.folder import Checkpoint, gaussian_state, held_out

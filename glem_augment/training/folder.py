@@ -29,11 +29,11 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from glem_augment.data.dataset import ImageData
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.distributed import Share, add_up, is_primary
 from glem_augment.errors import TrainingError
+from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training.config import TrainConfig

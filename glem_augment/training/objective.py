@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.data.pixels import draw_noise
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.codec.levels import draw_noise
 from glem_augment.distributed import Share, add_up, rank, world_size
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
 

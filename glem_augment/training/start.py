@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from glem_augment.autoencoders import StandardisedAutoencoder
-from glem_augment.data.dataset import ImageData
-from glem_augment.data.pixels import LUMA, to_unit
-from glem_augment.devices import send
+from glem_augment.classes.fit import pooled_covariance
+from glem_augment.codec.autoencoder import StandardisedAutoencoder
+from glem_augment.codec.levels import LUMA, to_unit
 from glem_augment.distributed import Share, is_primary
 from glem_augment.errors import DataError, GLEMError, TrainingError
-from glem_augment.latent.fit import pooled_covariance
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
+from glem_augment.tensors import send
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.folder import Checkpoint
 from glem_augment.training.objective import LatentStatistics, encode

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.data.dataset import ImageData
-from glem_augment.devices import lacks_bf16
 from glem_augment.distributed import Share, add_up, is_primary, wait
 from glem_augment.errors import GLEMError, TrainingError
 from glem_augment.evaluation.metrics import calibrate
 from glem_augment.evaluation.preview import class_samples, compose
+from glem_augment.images.dataset import ImageData
 from glem_augment.io import expand, lock_folder, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
+from glem_augment.precision import lacks_bf16
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.em import EM, training_mode
 from glem_augment.training.folder import (

@@ -12,8 +12,8 @@ from augment_cases import images, labels
 from torch import Tensor
 
 from glem_augment import GLEM, GLEMAugment
-from glem_augment.augment.moves import InverseTest
-from glem_augment.augment.params import draw_shares
+from glem_augment.augment.random import draw_shares
+from glem_augment.augment.rejection import InverseTest
 
 
 def modes_of(model: GLEM, basis: str, cls: int) -> tuple[Tensor, Tensor]:

@@ -575,7 +575,9 @@ def test_one_process_trains_in_a_folder_at_a_time_and_says_how_to_go_on(
     try:
         assert process.stdout is not None and process.stdout.readline().startswith("data ")
         with monkeypatch.context() as patch:
-            patch.setattr("glem_augment.data.dataset.open_data", None)  # the lock is found before any image is decoded
+            patch.setattr(
+                "glem_augment.images.dataset.open_data", None
+            )  # the lock is found before any image is decoded
             assert main([*argv, "--resume"]) == 2
         assert "glem: error: another process is at work in" in output()[1]
         with pytest.raises(BlockingIOError, match="another process is at work in"):

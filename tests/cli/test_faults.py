@@ -20,8 +20,8 @@ from test_cli import TINY, write_images
 from test_training import comparable, tiny_trainer
 
 from glem_augment import GLEM, SyntheticDataset
-from glem_augment.data.sources import PROVENANCE
 from glem_augment.errors import TrainingError
+from glem_augment.images.sources import PROVENANCE
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training.folder import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
 

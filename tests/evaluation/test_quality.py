@@ -16,8 +16,8 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from glem_augment import GLEM, ImageData, SyntheticDataset
-from glem_augment.augment.transfer import resized
 from glem_augment.cli import main
+from glem_augment.codec.resize import resized
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
     coverage,

@@ -14,8 +14,8 @@ import torch
 from test_reversible import flow_and_images
 from torch import Tensor
 
-from glem_augment.devices import full_precision
-from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.precision import full_precision
 
 CUDA, CUDNN, MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 NEW = hasattr(CUDA.matmul, "fp32_precision")  # torch 2.9

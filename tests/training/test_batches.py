@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glem_augment.data.pixels import draw_noise, to_levels
+from glem_augment.codec.levels import draw_noise, to_levels
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.training.start import augment_batch, epoch_order, stratified_split

@@ -15,8 +15,8 @@ import torch
 from test_training import tiny_trainer, toy_data
 from torch import Tensor
 
-from glem_augment.data.dataset import ImageData
 from glem_augment.errors import TrainingError
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import folder as folder_module
 from glem_augment.training.folder import NEWEST, data_fingerprint, from_bytes, load_checkpoint, to_bytes
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glem_augment import GLEM, ImageData
-from glem_augment.autoencoders import open_autoencoder
+from glem_augment.codec.published import open_autoencoder
 from glem_augment.distributed import Share
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.start import choose_views, latent_views

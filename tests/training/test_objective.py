@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment import GLEM
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.distributed import share
-from glem_augment.latent.gaussians import ClassGaussians
 from glem_augment.training import TrainConfig
 from glem_augment.training.objective import (
     LatentStatistics,

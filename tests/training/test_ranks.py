@@ -22,10 +22,10 @@ from torch import Tensor
 
 from glem_augment import GLEM
 from glem_augment.cli import main
-from glem_augment.data.dataset import ImageData
 from glem_augment.distributed import share
 from glem_augment.errors import GLEMError
 from glem_augment.evaluation.metrics import evaluate
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training.folder import NEWEST, load_checkpoint
 from glem_augment.training.trainer import Trainer

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from glem_augment import GLEM
-from glem_augment.data.dataset import ImageData
 from glem_augment.evaluation import calibrate
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
 from glem_augment.training import start as start_module

@@ -8,7 +8,6 @@ worker's calls are counted in shared memory, which outlives the workers of an ep
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from glem_augment.checks import check_whole
-from glem_augment.devices import send
 from glem_augment.distributed import rank
+from glem_augment.tensors import send
 
 
 @dataclass
@@ -162,54 +161,3 @@ def draw_shares(alpha: float, n: int, generator: torch.Generator) -> Tensor:
 def normal(n: int, m: int, generator: torch.Generator) -> Tensor:
     """Standard normal float32 [n, m] on the CPU, for any defaults of torch."""
     return torch.randn(n, m, generator=generator, dtype=torch.float32, device="cpu")
-
-
-class MoveCounts:
-    """Counts of rows over all calls, here and in DataLoader workers.
-
-    selected: rows chosen to be changed. replaced: chosen rows that were kept, since the decoded image was not plausible
-    or the flow did not give the original back. unmapped: chosen rows of a class that the flow lacks.
-    """
-
-    NAMES = ("selected", "replaced", "unmapped")
-    FIRST, MOST = 100, 0.5  # a warning is given if more than this share of the first rows was kept as it was
-
-    def __init__(self) -> None:
-        self._counts = WorkerCounts(len(self.NAMES))
-        self._unread: list[Tensor] = []
-        self._judged = False
-
-    def add(self, selected: int, unmapped: int, replaced: Tensor) -> None:
-        """Add one call's counts. `replaced` is a tensor of one number on any device, which is read later."""
-        own = self._counts.own()
-        own[0] += selected
-        own[2] += unmapped
-        self._unread.append(replaced)
-        if replaced.device.type == "cpu" or len(self._unread) >= self.FIRST:
-            self._read()
-
-    def stats(self) -> dict[str, int]:
-        """All counts by name; reading them waits for the device."""
-        self._read()
-        return dict(zip(self.NAMES, self._counts.total().tolist(), strict=True))
-
-    def _read(self) -> None:
-        own = self._counts.own()
-        own[1] += sum(int(count) for count in self._unread)
-        self._unread.clear()
-        selected, replaced, unmapped = own.tolist()
-        if self._judged or selected < self.FIRST:
-            return
-        self._judged = True
-        if replaced + unmapped > self.MOST * selected:
-            warnings.warn(
-                f"of the first {selected} images chosen {replaced} were kept as they were because the moved ones were "
-                f"not plausible or the flow does not give the originals back, and {unmapped} because the flow does not "
-                "have their class (see aug.stats). Fit the flow to images like these (model.adapt), lower the "
-                "strength, or put the transform before strong crops, RandAugment and RandomErasing",
-                stacklevel=5,
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._read()
-        return self.__dict__

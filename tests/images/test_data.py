@@ -25,11 +25,11 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms.v2 import functional as F
 
 from glem_augment import GLEM
-from glem_augment.data.classes import match_classes
-from glem_augment.data.dataset import ImageData, open_data
-from glem_augment.data.pixels import fit
-from glem_augment.data.sources import CLASS_FILE, PROVENANCE
 from glem_augment.errors import BadImageError, DataError
+from glem_augment.images.cropping import fit
+from glem_augment.images.dataset import ImageData, open_data
+from glem_augment.images.matching import match_classes
+from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 
 
 def png(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", value: int = 100) -> None:

@@ -1,4 +1,4 @@
-"""How torch computes: copies between devices, a temporary eval mode, a key of a model's state, and true float32."""
+"""True float32 inside a block, and which devices lack bfloat16."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 
 def lacks_bf16(device: torch.device) -> bool:
@@ -25,41 +23,6 @@ def lacks_bf16(device: torch.device) -> bool:
         fast = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
     return device.type == "cpu" and not fast
 
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. It is pinned on the way to a GPU, so that the host does not wait for the GPU."""
-    if tensor.device.type == "cpu" and device.type == "cuda" and tensor.numel():
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the `with` block; afterwards each sub-module has its earlier mode.
-
-    The flags are set one by one: `train()` would also change sub-modules that the user keeps in eval mode.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
-    """A value that changes when a parameter or buffer of the modules is replaced or written to, in this process.
-
-    Equal keys mean that a copy of the modules is up to date. Writes that torch does not count are missed: through
-    `.data`, by a fused optimizer, or to tensors made under `inference_mode`.
-    """
-    tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-# ---- true float32 ----------------------------------------------------------------------------------------------------
 
 # Torch's switches are global. Threads that are in `full_precision` at the same time share one change of them.
 _lock = threading.Lock()

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.data.classes import ClassMap, Integers, check_names, check_targets, match_classes
-from glem_augment.data.pixels import Source, TensorSource, fit, in_threads
-from glem_augment.data.sources import open_source, tensor_source
 from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
+from glem_augment.images.cropping import fit
+from glem_augment.images.matching import ClassMap, Integers, check_names, check_targets, match_classes
+from glem_augment.images.readers import Source, TensorSource
+from glem_augment.images.sources import open_source, tensor_source
+from glem_augment.images.threads import in_threads
 
 CACHE_BYTES = 2 * 2**30
 OWN_SIZE, _HEADERS = 224, 32  # the longest side of images in pictures; how many headers `at_own_size` reads

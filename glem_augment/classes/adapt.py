@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.classes.fit import REST_FLOOR, fit_class_modes, pooled_covariance
+from glem_augment.classes.gaussians import INNER, ClassGaussians, fit_temperature
+from glem_augment.classes.modes import SHRUNK, ClassModes
 from glem_augment.errors import DataError
-from glem_augment.latent.fit import REST_FLOOR, fit_class_modes, pooled_covariance
-from glem_augment.latent.gaussians import INNER, ClassGaussians, fit_temperature
-from glem_augment.latent.modes import SHRUNK, ClassModes
 
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5

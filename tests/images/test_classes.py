@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from glem_augment.data.classes import check_class_map, match_classes, named_classes
 from glem_augment.errors import ClassMismatchError
+from glem_augment.images.matching import check_class_map, match_classes, named_classes
 
 
 def side(ids: list[str], names: list[str]) -> SimpleNamespace:

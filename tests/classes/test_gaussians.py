@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from glem_augment.latent.gaussians import ClassGaussians, fit_temperature
+from glem_augment.classes.gaussians import ClassGaussians, fit_temperature
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)

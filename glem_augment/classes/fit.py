@@ -1,4 +1,4 @@
-"""Estimation of the modes of `latent.modes` from latents, one class in memory at a time, and k-means within a class."""
+"""Estimation of the modes of `classes.modes` from latents, one class in memory at a time; k-means within a class."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from glem_augment import distributed
 from glem_augment.checks import check_whole
+from glem_augment.classes.modes import ClassModes
 from glem_augment.errors import DataError
-from glem_augment.latent.modes import ClassModes
 
 # The least variance of a dimension outside the modes. It keeps densities finite. Its root is far below one uint8 step
 # (4e-3), so it is invisible in a decoded image.

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
+from glem_augment.classes.adapt import _left_out_of_covariance, adapt_classes, psi_that_holds
+from glem_augment.classes.fit import REST_FLOOR, fit_class_modes
+from glem_augment.classes.gaussians import ClassGaussians, fit_temperature
+from glem_augment.classes.modes import SHRUNK
 from glem_augment.cli import main
 from glem_augment.errors import DataError
-from glem_augment.latent.adapt import _left_out_of_covariance, adapt_classes, psi_that_holds
-from glem_augment.latent.fit import REST_FLOOR, fit_class_modes
-from glem_augment.latent.gaussians import ClassGaussians, fit_temperature
-from glem_augment.latent.modes import SHRUNK
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE, check_number
-from glem_augment.devices import full_precision
+from glem_augment.precision import full_precision
 
 # Between these shares of its range psi represents variances well; nearer to the ends s runs away.
 INNER = (0.01, 0.99)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glem_augment.devices import full_precision, weights_key
-from glem_augment.latent.gaussians import ClassSampler
+from glem_augment.classes.gaussians import ClassSampler
+from glem_augment.precision import full_precision
+from glem_augment.tensors import weights_key
 
 # How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).
 SHRUNK = 0.8
@@ -80,7 +81,7 @@ class ClassModes(ClassSampler):
         counts: int64 [K P], images seen; 0 for a part that is not there.
         shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
-    `latent.fit.fit_class_modes` makes one.
+    `classes.fit.fit_class_modes` makes one.
     """
 
     mean: Tensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from glem_augment.latent.gaussians import ClassGaussians
+from glem_augment.classes.gaussians import ClassGaussians
 
 
 def double_loop(mu: Tensor, var: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
-from glem_augment.data.classes import (
+from glem_augment.errors import DataError
+from glem_augment.images.matching import (
     ONE_CLASS,
     Integers,
     check_names,
@@ -34,8 +35,7 @@ from glem_augment.data.classes import (
     of_hugging_face,
     readable_names,
 )
-from glem_augment.data.pixels import FolderSource, ItemSource, ReaderSource, Source, TensorSource
-from glem_augment.errors import DataError
+from glem_augment.images.readers import FolderSource, ItemSource, ReaderSource, Source, TensorSource
 from glem_augment.io import expand
 
 # Names of the folders of a split, the preferred one first. If only test or val exists, it serves for both.

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from glem_augment.classes import fit as fit_module
+from glem_augment.classes import modes as modes_module
+from glem_augment.classes.fit import REST_FLOOR, fit_class_modes, leading_modes
+from glem_augment.classes.modes import ClassModes, combine_modes, project_on_modes
 from glem_augment.errors import DataError
-from glem_augment.latent import fit as fit_module
-from glem_augment.latent import modes as modes_module
-from glem_augment.latent.fit import REST_FLOOR, fit_class_modes, leading_modes
-from glem_augment.latent.modes import ClassModes, combine_modes, project_on_modes
 
 
 def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[Tensor]:

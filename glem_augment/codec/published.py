@@ -1,0 +1,112 @@
+"""Published autoencoders by their names: bundled ones, the TAESD family and classes of diffusers on the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from glem_augment.codec.taesd import load_taesd
+from glem_augment.errors import ModelFileError
+from glem_augment.io import file_sha256
+
+HUB = "hub:"
+_BUNDLED = Path(__file__).parents[1] / "bundled" / "autoencoders"
+_DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+_MOST_CONFIG = 2**20
+
+# From a name on the Hub to the weights file, beside its config.json if there is one, and `org/name@commit`.
+Fetch: TypeAlias = Callable[[str], tuple[Path, str]]
+
+
+def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tuple[nn.Module, dict[str, str]]:
+    """A published autoencoder, in eval mode and frozen, and its entry in a model's config.
+
+    Args:
+        name: `taef2`; or `hub:org/name` or `hub:org/name@revision`: weights of the TAESD family (`madebyollin/taesd`,
+            `taesdxl`, `taesd3`, `taef1`, `taef2`), or, with the extra `diffusers`, any AutoencoderKL, AutoencoderTiny
+            or AutoencoderDC.
+        fetch: downloads from the Hub.
+        sha256: expected digest of the weights file; None: not checked.
+
+    Returns:
+        The module, and {"name", "sha256"}; the name is pinned to the commit that was found.
+
+    Raises:
+        ModelFileError: no such name, or a file that is damaged, foreign, or not the expected one. Its subclass
+            `HubError`: it can't be had. ImportError: it needs diffusers.
+    """
+    bundled = sorted(entry.name for entry in _BUNDLED.iterdir() if entry.is_dir())
+    if name in bundled:
+        path, pinned = _BUNDLED / name / "model.safetensors", name
+    elif name.startswith(HUB):
+        path, found = fetch(name.removeprefix(HUB))
+        pinned = HUB + found
+    else:
+        raise ModelFileError(f"no autoencoder {name!r}: give {', '.join(bundled)}, or {HUB}org/name")
+    digest = file_sha256(path)
+    if sha256 not in (None, digest):
+        raise ModelFileError(f"the autoencoder {name} is not the one that the model was made with: {path} has changed")
+    config = _config(path.with_name("config.json"))
+    kind = config.get("_class_name", "AutoencoderTiny")
+    # The TAESD family needs no further package. Its blocks all have 64 channels.
+    ours = kind == "AutoencoderTiny" and set(config.get("encoder_block_out_channels", [64])) == {64}
+    if not ours and kind not in _DIFFUSERS:
+        raise ModelFileError(f"{name} is {str(kind)[:80]!r}; the autoencoders that can be used are {_DIFFUSERS}")
+    module = load_taesd(path) if ours else _from_diffusers(path.parent, kind)
+    return module, {"name": pinned, "sha256": digest}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_CONFIG:
+            raise ValueError("it is larger than a config can be")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelFileError(f"{path} can't be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+class DiffusersAutoencoder(nn.Module):
+    """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers, which sees images in [-1, 1]; see `Autoencoder`.
+
+    Latents are scaled and shifted as the config says, `(h - shift_factor) * scaling_factor`. An AutoencoderKL gives the
+    mean of its latent distribution, so that an image has one latent.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module, config = module, module.config
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+        self.channels = int(config["latent_channels"])
+        stages = config.get("encoder_block_out_channels") or config["block_out_channels"]
+        self.factor = 2 ** (len(stages) - 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """RGB images [B,3,H,W] in [0, 1] to latents [B,C,h,w]."""
+        found = self.module.encode(2 * x - 1)
+        h = found.latent_dist.mean if hasattr(found, "latent_dist") else getattr(found, "latents", None)
+        return ((found.latent if h is None else h) - self.shift) * self.scale
+
+    def decode(self, h: Tensor) -> Tensor:
+        """Latents [B,C,h,w] to RGB images [B,3,H,W], which may leave [0, 1] a little."""
+        return (self.module.decode(h / self.scale + self.shift).sample + 1) / 2
+
+
+def _from_diffusers(folder: Path, kind: str) -> nn.Module:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"{kind} needs diffusers: pip install 'glem-augment[diffusers]' ({error})") from None
+    try:
+        module = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        return DiffusersAutoencoder(module).eval().requires_grad_(False)
+    except Exception as error:  # diffusers raises many kinds
+        reason = str(error).partition("\n")[0]
+        raise ModelFileError(f"{folder} can't be read as an {kind} of diffusers: {reason}") from None

@@ -1,0 +1,43 @@
+"""Tensors on devices: copies, a temporary eval mode, a key of a model's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. It is pinned on the way to a GPU, so that the host does not wait for the GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the `with` block; afterwards each sub-module has its earlier mode.
+
+    The flags are set one by one: `train()` would also change sub-modules that the user keeps in eval mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
+    """A value that changes when a parameter or buffer of the modules is replaced or written to, in this process.
+
+    Equal keys mean that a copy of the modules is up to date. Writes that torch does not count are missed: through
+    `.data`, by a fused optimizer, or to tensors made under `inference_mode`.
+    """
+    tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
