@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE
-from glem_augment.classes.adapt import can_be_full
+from glem_augment.classes.statistics import can_be_whole
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
@@ -84,7 +84,7 @@ class GLEMConfig:
         _demand(is_whole(parts, 1, MAX_PARTS), f"modes_parts must be from 1 to {MAX_PARTS}", parts)
         _demand(self.covariance in ("diagonal", "full"), "covariance must be 'diagonal' or 'full'", self.covariance)
         if self.covariance == "full":
-            good = rank is not None and can_be_full(len(self.class_ids), self.dim)
+            good = rank is not None and can_be_whole(len(self.class_ids), self.dim)
             _demand(good, "full covariances need modes, and few dimensions", self.dim)
         base: Any = self.base
         good = base is None or _is_table(base, {"jet", "sha256"}) and _are_names(base.values())

@@ -129,9 +129,17 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` that the model's file holds: without the parts that the config only names."""
-    named = ("autoencoder.autoencoder.",) + (("flow.",) if config.base else ())
-    return {name: tensor for name, tensor in state.items() if not name.startswith(named)}
+    """The tensors of `state` that the model's file holds, by their names there.
+
+    Parts that the config only names are not in it. The file's names are older than the model's.
+    """
+    named = ("codec.autoencoder.",) + (("flow.",) if config.base else ())
+    return {_name_in_file(name): tensor for name, tensor in state.items() if not name.startswith(named)}
+
+
+def _name_in_file(name: str) -> str:
+    room, _, rest = name.partition(".")
+    return {"latent_classes": rest, "codec": f"autoencoder.{rest}"}.get(room, name)
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -141,9 +149,9 @@ def weights_bytes(state: dict[str, Tensor]) -> bytes:
     return safetensors_bytes(tensors, metadata={"format": "pt"})
 
 
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: Any) -> str:
     """SHA-256 of the `model.safetensors` that saving `model` would write, as `sha256sum` prints it."""
-    return hashlib.sha256(weights_bytes(model.state_dict())).hexdigest()
+    return hashlib.sha256(weights_bytes(stored(model.config, model.state_dict()))).hexdigest()
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
