@@ -17,8 +17,8 @@ Variances are shrunk towards the pooled variances, so a class may have one or tw
 glem train --init MODEL is slower and trains the flow too.
 
 Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest count over the classes. A
-class of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. glem eval --help
-explains moves_rejected.
+class of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. Then look at the
+model with glem preview, and measure it with glem eval.
 """
 EXAMPLES = """\
   glem fit photos/ --image-size 64 --out runs/pixels
@@ -26,10 +26,6 @@ EXAMPLES = """\
   glem fit torch/cifar100@data --flow bundled:cifar10 --max-per-class 500 --out runs/cifar
   glem eval runs/photos photos-test/
 """
-INSTEAD = (
-    "use the modes of the pixels: glem fit DATA; or of an autoencoder's latents: glem fit DATA --autoencoder taef2 "
-    "--image-size 128"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +86,6 @@ def run(args: argparse.Namespace) -> None:
         "classes": model.classes,
         "modes_per_class": model.modes.fewest_and_most if model.modes else (0, 0),
         "posterior_temperature": model.latent_classes.temperature,
-        "moves_put_back": common.moves(model, data, INSTEAD if args.flow else ""),
         "seconds": round(time.monotonic() - began, 3),
     }
     common.print_json(result)

@@ -39,7 +39,7 @@ class GLEMConfig:
         class_names: names to show, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
-        modes_parts: parts of each class; every part has modes.
+        modes_parts: parts of each class; every part has modes, or all parts of a class have the same (`modes_tied`).
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         base: `model.jet_file.reference` of a flow that is stored elsewhere, or None.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
@@ -59,6 +59,7 @@ class GLEMConfig:
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
     modes_parts: int = 1
+    modes_tied: bool = False
     covariance: str = "diagonal"
     base: dict[str, str] | None = None
     autoencoder: dict[str, Any] | None = None
@@ -82,6 +83,7 @@ class GLEMConfig:
         _demand(good, f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}", t)
         self.posterior_temperature = float(t)
         _demand(is_whole(parts, 1, MAX_PARTS), f"modes_parts must be from 1 to {MAX_PARTS}", parts)
+        _demand(type(self.modes_tied) is bool, "modes_tied must be true or false", self.modes_tied)
         _demand(self.covariance in ("diagonal", "full"), "covariance must be 'diagonal' or 'full'", self.covariance)
         if self.covariance == "full":
             good = rank is not None and can_be_whole(len(self.class_ids), self.dim)
@@ -138,7 +140,14 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Optional fields are left out where they have their default."""
-        newer = dict(posterior_temperature=1.0, modes_parts=1, covariance="diagonal", base=None, autoencoder=None)
+        newer = dict(
+            posterior_temperature=1.0,
+            modes_parts=1,
+            modes_tied=False,
+            covariance="diagonal",
+            base=None,
+            autoencoder=None,
+        )
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:

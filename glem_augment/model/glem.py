@@ -89,7 +89,9 @@ class GLEM(ConditionalFlow):
             full = config.covariance == "full"
             if config.modes_rank is not None:
                 shared = self.dim if full else None
-                modes = ClassModes(self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared)
+                modes = ClassModes(
+                    self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared, config.modes_tied
+                )
             latent_classes = Classes(gaussians, modes, full, config.posterior_temperature)
         dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
         self.latent_classes = latent_classes.to(dtype)
@@ -261,6 +263,7 @@ class GLEM(ConditionalFlow):
             "psi": classes.gaussians.psi,
             "modes_rank": None if modes is None else modes.rank,
             "modes_parts": 1 if modes is None else modes.parts,
+            "modes_tied": modes is not None and modes.tied,
             "covariance": "full" if classes.full else "diagonal",
             "posterior_temperature": classes.temperature,
         }

@@ -199,7 +199,7 @@ def _check_size(path: Path, config: GLEMConfig) -> None:
     """Compare the file with lower bounds that need no model."""
     size, header = os.stat(path).st_size, header_bytes(path)
     classes, rank = len(config.class_ids), config.modes_rank
-    rows = classes * config.modes_parts + 1
+    rows = classes * (1 if config.modes_tied else config.modes_parts) + 1
     numbers = (2 * classes + (0 if rank is None else rows * rank)) * config.dim
     levels = [] if config.base else zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
     tensors = 2 + sum(depth * blocks for depth, blocks in levels)

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from glem_augment.classes.statistics import pooled_covariance
 from glem_augment.codec.autoencoder import Latents, StandardisedAutoencoder
-from glem_augment.codec.codec import Codec
-from glem_augment.codec.levels import LUMA
+from glem_augment.codec.codec import LUMA, Codec
 from glem_augment.distributed import Share, is_primary
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.images.dataset import ImageData
