@@ -55,6 +55,7 @@ _ONE = 2**_BITS
 _CHUNK = 2**12  # images in one product: 12 + 40 bits stay below the 53 of float64
 _MOST = 2**22  # images of a class: 22 + 40 bits plus noise stay below the 63 of int64
 _LARGEST_SD = 2.0**17  # in images: 17 + 40 bits, times a quantile of at most 2^4, stay below 2^62
+_CLIPS = 1e-30, 1e30
 _MECHANISM = "Gaussian noise on counts, sums and second moments per class of clipped latents"
 
 
@@ -67,14 +68,15 @@ _T = TypeVar("_T")
 def delta_of(mu: float, epsilon: float) -> float:
     """The smallest delta for which a mu-GDP mechanism is (epsilon, delta)-DP (Balle & Wang 2018, Theorem 8).
 
-    Logarithms keep it accurate where both terms underflow or nearly cancel.
+    mu > 0 and epsilon >= 0. Logarithms keep it accurate where both terms are tiny or nearly cancel.
     """
-    a, b = torch.special.log_ndtr(torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu]).double()).tolist()
+    points = torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu], dtype=torch.float64)
+    a, b = torch.special.log_ndtr(points).tolist()
     return -math.exp(a) * math.expm1(min(epsilon + b - a, 0.0))
 
 
 def epsilon_of(mu: float, delta: float) -> float:
-    """The smallest epsilon for which a mu-GDP mechanism is (epsilon, delta)-DP; never too small by rounding."""
+    """The smallest epsilon for which a mu-GDP mechanism is (epsilon, delta)-DP. mu > 0; delta in (0, 1)."""
     if delta_of(mu, 0.0) <= delta:
         return 0.0
     # There the first term alone is below delta.
@@ -113,7 +115,7 @@ class Privacy:
 
     @cached_property
     def mu(self) -> float:
-        """The largest mu whose Gaussian mechanism keeps the promise; never too large by rounding."""
+        """The largest mu whose Gaussian mechanism keeps the promise, accurate to about 1e-12."""
         return _bisect(lambda mu: delta_of(mu, self.epsilon) <= self.delta, 0.0, 100.0)[0]
 
     @property
@@ -166,7 +168,7 @@ def _deviation(privacy: Privacy, part: float, share: float = 1.0) -> float:
     """The noise's deviation on a statistic with sensitivity 1, which may spend `part` times `share` of mu^2."""
     sd = 1 / (privacy.mu_per_image * math.sqrt(check_number("part", part, 0, 1, open_low=True) * share))
     if sd > _LARGEST_SD:
-        raise ValueError(f"the noise would be larger than {_LARGEST_SD:,.0f} images: raise epsilon or part")
+        raise ValueError(f"the noise would exceed {_LARGEST_SD:,.0f} images: raise epsilon, or lower images_per_person")
     return sd
 
 
@@ -266,7 +268,7 @@ class Release:
                 if tensor.shape != shape or tensor.dtype != torch.float64 or not tensor.isfinite().all():
                     raise ValueError(f"a statistic is not a finite float64 tensor of shape {list(shape)}")
             privacy = Privacy(facts["epsilon"], facts["delta"], facts["images_per_person"])
-            clip = check_number("clip", own["clip"], 0, math.inf, open_low=True)
+            clip = check_number("clip", own["clip"], *_CLIPS)
             release = Release(counts, sums, seconds, squares, clip, privacy, own["part"], _shares(own["shares"]))
             _deviation(privacy, release.part, min(release.shares))
             return release
@@ -297,7 +299,7 @@ def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
 def _shares(shares: Sequence[float]) -> tuple[float, ...]:
     if len(shares) != 3:
         raise ValueError(f"shares are three numbers, for counts, sums and second moments; got {len(shares)}")
-    whole = math.fsum(check_number("a share", share, 0, 1, open_low=True) for share in shares)
+    whole = math.fsum(check_number("a share", share, 0, math.inf, open_low=True) for share in shares)
     return tuple(share / whole for share in shares)
 
 
@@ -334,7 +336,7 @@ class PrivateSums:
         classes, dim = check_whole("num_classes", num_classes, 1), check_whole("dim", dim, 1)
         leading = min(dim, LEADING if leading is None else check_whole("leading", leading, 0))
         self.num_classes, self.dim, self.leading = classes, dim, leading
-        self.clip = check_number("clip", clip, 0, math.inf, open_low=True)
+        self.clip = check_number("clip", clip, *_CLIPS)
         self.privacy, self.part, self.shares = privacy, part, _shares(shares)
         _deviation(privacy, part, min(self.shares))
         shapes = (classes,), (classes, dim), (classes, leading, leading), (classes, dim - leading)
