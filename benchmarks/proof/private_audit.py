@@ -7,8 +7,7 @@ components and the clip. Private images are drawn from the test images.
 
 An attack decides from a release whether a canary is among the images of a class. There are four canaries: an image far
 from the class, zeros, the class mean, and a real image. To "all others", the real image is a second copy of an image
-that is there. Each canary is in half of the releases. The score is
-the logarithm of the likelihood ratio. Two kinds of attackers are measured:
+that is there. The score is the logarithm of the likelihood ratio. Two kinds of attackers are measured:
 
 - "all others": knows every image but the canary, as the definition of differential privacy assumes.
 - "similar images": knows what releases of other images with and without the canary look like. The images of a class are
@@ -17,7 +16,7 @@ the logarithm of the likelihood ratio. Two kinds of attackers are measured:
 Two lower bounds of epsilon hold for the worst canary with 95 % confidence (Bonferroni over the canaries):
 
 - "any mechanism": from the rates of true and false positives (Clopper & Pearson 1934; Jagielski et al. 2020). Half of
-  the releases choose the threshold. It cannot exceed about the logarithm of the number of releases.
+  the trials choose the threshold. It cannot exceed about the logarithm of the number of trials.
 - "Gaussian": assumes that scores are normal with one variance. The distance of their means in standard deviations then
   bounds mu (Nasr et al. 2023 bound mu too), and mu gives epsilon. It is tighter.
 
@@ -47,7 +46,7 @@ from glem_augment.classes import privacy as mechanism
 from glem_augment.classes.privacy import Privacy, PrivateSums, Release, epsilon_of
 
 NAME, CONFIDENCE, REAL = "private_audit", 0.95, "real image"
-DIM, IMAGES = 32, 200
+DIM, IMAGES, CLASSES = 32, 100, 20
 EPSILONS, SIZES = (0.2, 1.0, 3.0, 10.0), (20, 50, 100, 200, 500)
 
 
@@ -106,19 +105,19 @@ def bound_of_mu(without: Tensor, having: Tensor, error: float) -> float:
 
 
 class AllOthers:
-    """The attacker that knows all `images` [n, DIM] of the one class, but not whether the canary is there."""
+    """The attacker that knows all `images` [n, DIM] of a class, but not whether the canary is there."""
 
     def __init__(self, images: Tensor, clip: float) -> None:
         self.clip, self.count, clipped = clip, len(images), _clipped(images, clip)
         self.sum, self.second = clipped.sum(0), clipped.T @ clipped
 
-    def score(self, release: Release, canary: Tensor) -> float:
-        """log p(release | images and canary) - log p(release | images), up to a constant."""
+    def scores(self, release: Release, canary: Tensor) -> Tensor:
+        """log p(release | images and canary) - log p(release | images), up to a constant, for each class [K]."""
         c = _clipped(canary, self.clip)
         # Products of the canary's statistic with the release minus the statistics of the images, over the variances.
-        first, second = (release.sums[0] - self.sum) @ c, c @ (release.seconds[0] - self.second) @ c
-        count = release.counts[0] - self.count
-        return float(count / release.sd_count**2 + first / release.sd_sum**2 + second / release.sd_second**2)
+        first, second = (release.sums - self.sum) @ c, (release.seconds - self.second) @ c @ c
+        count = release.counts - self.count
+        return count / release.sd_count**2 + first / release.sd_sum**2 + second / release.sd_second**2
 
 
 def _clipped(u: Tensor, clip: float) -> Tensor:
@@ -126,34 +125,34 @@ def _clipped(u: Tensor, clip: float) -> Tensor:
 
 
 def private_scores(
-    images: Tensor, marks: dict[str, Tensor], privacy: Privacy, clip: float, releases: int, halved: bool = False
+    images: Tensor, marks: dict[str, Tensor], privacy: Privacy, clip: float, trials: int, halved: bool = False
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """By canary: scores of "all others" on `releases` releases without the canary, and as many with it."""
+    """By canary: scores of "all others" in `trials` classes without the canary, and in as many with it.
+
+    To save time, a release has CLASSES classes with the same images. Their noise is independent, so each is a trial.
+    """
 
     def release(extra: Tensor | None) -> Release:
-        sums = PrivateSums(1, DIM, clip, privacy)
+        sums = PrivateSums(CLASSES, DIM, clip, privacy)
         rows = images if extra is None else torch.cat([images, extra[None]])
-        sums.add(rows, torch.zeros(len(rows), dtype=torch.int64))
+        sums.add(rows.repeat(CLASSES, 1), torch.arange(CLASSES).repeat_interleave(len(rows)))
         return sums.release()
 
     attacker, honest = AllOthers(images, clip), mechanism._gaussian
     noise = (lambda count: honest(count) / 2) if halved else honest
-    without: dict[str, list[float]] = {name: [] for name in marks}
-    having: dict[str, list[float]] = {name: [] for name in marks}
+    without: dict[str, list[Tensor]] = {name: [] for name in marks}
+    having: dict[str, list[Tensor]] = {name: [] for name in marks}
     with mock.patch.object(mechanism, "_gaussian", noise):
-        for _ in trange(releases, desc=f"epsilon {privacy.epsilon:g}{', noise halved' * halved}", leave=False):
+        for _ in trange(-(-trials // CLASSES), desc=f"epsilon {privacy.epsilon:g}{', noise halved' * halved}"):
             blank = release(None)
             for name, mark in marks.items():
-                without[name].append(attacker.score(blank, mark))
-                having[name].append(attacker.score(release(mark), mark))
-    return {
-        name: (torch.tensor(without[name], dtype=torch.float64), torch.tensor(having[name], dtype=torch.float64))
-        for name in marks
-    }
+                without[name].append(attacker.scores(blank, mark))
+                having[name].append(attacker.scores(release(mark), mark))
+    return {name: (torch.cat(without[name])[:trials], torch.cat(having[name])[:trials]) for name in marks}
 
 
 def bare_scores(
-    pool: Tensor, count: int, mark: Tensor, releases: int, generator: torch.Generator
+    pool: Tensor, count: int, mark: Tensor, trials: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Scores of "similar images" on exact means and covariances of `count` images, without and with the canary.
 
@@ -173,8 +172,8 @@ def bare_scores(
         spread = (lean @ covariance @ lean).clamp_min(1e-300).log()
         return torch.stack([(mean - centre) @ lean, spread, distance.log1p(), covariance.logdet() + distance])
 
-    found = [torch.stack([features(has) for _ in range(2 * releases)]) for has in (False, True)]
-    (a, b), (without, having) = (f[:releases] for f in found), (f[releases:] for f in found)
+    found = [torch.stack([features(has) for _ in range(2 * trials)]) for has in (False, True)]
+    (a, b), (without, having) = (f[:trials] for f in found), (f[trials:] for f in found)
     scale = torch.cat([a, b]).std(0).clamp_min(1e-12)
     scatter = ((a / scale).T.cov() + (b / scale).T.cov()) / 2 + 1e-6 * torch.eye(4, dtype=torch.float64)
     direction = torch.linalg.solve(scatter, (b.mean(0) - a.mean(0)) / scale) / scale
@@ -212,8 +211,8 @@ def row(
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
-    args.add_argument("--releases", type=int, default=10_000, help="releases with and without each canary")
-    args.add_argument("--bare-releases", type=int, default=4000, help="the same, without protection")
+    args.add_argument("--trials", type=int, default=10_000, help="with and without each canary (%(default)s)")
+    args.add_argument("--bare-trials", type=int, default=2000, help="the same, without protection (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-6)
     args = args.parse_args()
     torch.set_num_threads(args.threads)
@@ -227,21 +226,21 @@ def main() -> None:
         for epsilon in EPSILONS:
             privacy = Privacy(epsilon, args.delta)
             tried = {"far": marks["far"]} if halved else marks  # the worst of them, to save time
-            scores = private_scores(images, tried, privacy, clip, args.releases, halved)
+            scores = private_scores(images, tried, privacy, clip, args.trials, halved)
             kind = "ours, noise halved: a deliberate mistake" if halved else "ours"
             rows.append(row(kind, IMAGES, "all others", scores, args.delta, epsilon))
             print(*rows[-1].values(), flush=True)
     # The exact statistics of known images differ in every release with the canary, at any size.
-    certain = torch.zeros(args.bare_releases).double(), torch.ones(args.bare_releases).double()
+    certain = torch.zeros(args.bare_trials).double(), torch.ones(args.bare_trials).double()
     rows.append(row("no protection", IMAGES, "all others", {"any": certain}, args.delta, None))
     pool = private[(private != marks[REAL]).any(1)]
     for count in SIZES:
-        found = {k: bare_scores(pool, count, mark, args.bare_releases, generator) for k, mark in marks.items()}
+        found = {k: bare_scores(pool, count, mark, args.bare_trials, generator) for k, mark in marks.items()}
         rows.append(row("no protection", count, "similar images", found, args.delta, None))
         print(*rows[-1].values(), flush=True)
     write_results(
         args.out, NAME, "What releases of class statistics tell about one image: lower bounds of epsilon, 95 %", rows,
-        delta=args.delta, dimension=DIM, releases=args.releases, bare_releases=args.bare_releases,
+        delta=args.delta, dimension=DIM, trials=args.trials, bare_trials=args.bare_trials,
         cpu_seconds=round(time.process_time() - began),
     )  # fmt: skip
 

@@ -22,12 +22,11 @@
    *Secret:* images, labels, exact sums, noise. The noise comes from the operating system and is never stored.
 
 **The caller's duty.** The latent of an image depends on this image and public facts alone, not on the batch around it.
-Nothing else of the images leaves the machine. Running time and memory are not covered.
+Nothing else of the images leaves the machine. Running time, memory, and traffic between ranks are not covered.
 
 References: Balle & Wang, *Improving the Gaussian Mechanism for Differential Privacy*, ICML 2018. Dong, Roth & Su,
-*Gaussian Differential Privacy*, JRSS-B 2022. Mironov, *On Significance of the Least Significant Bits for Differential
-Privacy*, CCS 2012. Casacuberta, Shoate, Vadhan & Wagaman, *Widespread Underestimation of Sensitivity in Differentially
-Private Libraries and How to Fix It*, CCS 2022.
+*Gaussian Differential Privacy*, JRSS-B 2022. Mironov, *On Significance of the Least Significant Bits*, CCS 2012.
+Casacuberta et al., *Widespread Underestimation of Sensitivity in Differentially Private Libraries*, CCS 2022.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -57,9 +56,6 @@ _MOST = 2**22  # images of a class: 22 + 40 bits plus noise stay below the 63 of
 _LARGEST_SD = 2.0**17  # in images: 17 + 40 bits, times a quantile of at most 2^4, stay below 2^62
 _CLIPS = 1e-30, 1e30
 _MECHANISM = "Gaussian noise on counts, sums and second moments per class of clipped latents"
-
-
-_T = TypeVar("_T")
 
 
 # ---- accounting ------------------------------------------------------------------------------------------------------
@@ -100,8 +96,7 @@ class Privacy:
         delta: ... except with this probability; above 0, at most 0.1. Less than one over the number of images.
         images_per_person: m, the most images that one person has in the set. The noise is m times as large.
 
-    Raises:
-        ValueError: a value is out of range. TypeError: it is not a number.
+    ValueError: a value is out of range. TypeError: it is not a number.
     """
 
     epsilon: float
@@ -172,16 +167,16 @@ def _deviation(privacy: Privacy, part: float, share: float = 1.0) -> float:
     return sd
 
 
-def _from_primary(draw: Callable[[], _T]) -> _T:
+def _from_primary(draw: Callable[[], Any]) -> Any:
     """What rank 0 draws, on all ranks. Noise of several ranks could be averaged."""
-    found: list[Any] = distributed.gather(draw() if distributed.is_primary() else None)
-    return found[0]
+    return distributed.gather(draw() if distributed.is_primary() else None)[0]
 
 
 def noisy_histogram(values: Tensor, edges: Tensor, privacy: Privacy, part: float) -> Tensor:
     """How many `values` [n] are in each of the bins between public, ascending `edges` [B - 1]; float64 [B], noisy.
 
-    A value is in one bin, so the sensitivity is 1. It spends `part` of mu^2. All ranks call it together, once.
+    A value is in one bin, so the sensitivity is 1. NaN is in the last. It spends `part` of mu^2. All ranks call it
+    together, once.
     """
     values, edges = values.detach().cpu().double().contiguous(), edges.detach().cpu().double()
     counts = torch.bincount(torch.bucketize(values, edges), minlength=len(edges) + 1)
@@ -196,8 +191,8 @@ def noisy_histogram(values: Tensor, edges: Tensor, privacy: Privacy, part: float
 def _fixed_point(u: Tensor, clip: float) -> Tensor:
     """u / R [n, d] clipped to norm 1, in units of 2^-20: int64, with squared row sums of at most 2^40.
 
-    Row by row: elementwise operations, exact maxima and integer sums, so no row depends on another. Rows with NaN or
-    infinity become zero; an error would tell that such an image is there.
+    Elementwise operations, exact maxima and integer sums: no row depends on another. Rows with NaN or infinity become
+    zero, since an error would tell that such an image is there.
     """
     rows = u.detach().cpu().double()
     rows = rows.masked_fill(~rows.isfinite().all(1, keepdim=True), 0.0)
@@ -260,18 +255,17 @@ class Release:
     def load(tensors: dict[str, Tensor], facts: dict[str, Any], index: int = 0) -> Release:
         """The release that `tensors()` and `describe(...)["rounds"][index]` stored. ModelFileError: they do not fit."""
         try:
-            own = facts["rounds"][index]
-            counts, sums, seconds, squares = (tensors[k] for k in ("counts", "sums", "seconds", "squares"))
-            classes, dim, leading = len(counts), sums.shape[1], seconds.shape[1]
-            shapes = (classes,), (classes, dim), (classes, leading, leading), (classes, dim - leading)
-            for tensor, shape in zip((counts, sums, seconds, squares), shapes, strict=True):
+            own, names = facts["rounds"][index], ("counts", "sums", "seconds", "squares")
+            statistics = [tensors[name] for name in names]
+            shapes = _shapes(len(statistics[0]), statistics[1].shape[1], statistics[2].shape[1])
+            for name, tensor, shape in zip(names, statistics, shapes, strict=True):
                 if tensor.shape != shape or tensor.dtype != torch.float64 or not tensor.isfinite().all():
-                    raise ValueError(f"a statistic is not a finite float64 tensor of shape {list(shape)}")
+                    raise ValueError(f"{name} must be finite float64 of shape {list(shape)}")
             privacy = Privacy(facts["epsilon"], facts["delta"], facts["images_per_person"])
-            clip = check_number("clip", own["clip"], *_CLIPS)
-            release = Release(counts, sums, seconds, squares, clip, privacy, own["part"], _shares(own["shares"]))
-            _deviation(privacy, release.part, min(release.shares))
-            return release
+            clip, part, shares = check_number("clip", own["clip"], *_CLIPS), own["part"], _shares(own["shares"])
+            _deviation(privacy, part, min(shares))
+            counts, sums, seconds, squares = statistics
+            return Release(counts, sums, seconds, squares, clip, privacy, part, shares)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ModelFileError(f"the release of class statistics is damaged ({error}): get the model again") from None
 
@@ -288,7 +282,7 @@ def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         "mu": privacy.mu,
-        "images_per_person": privacy.images_per_person,
+        "images_per_person": int(privacy.images_per_person),
         "unit": privacy.unit,
         "rounds": [{"part": r.part, "clip": r.clip, "shares": list(r.shares)} for r in releases],
         "mechanism": _MECHANISM,
@@ -296,8 +290,13 @@ def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
     }
 
 
+def _shapes(classes: int, dim: int, leading: int) -> tuple[tuple[int, ...], ...]:
+    """Of counts, sums, seconds and squares."""
+    return (classes,), (classes, dim), (classes, leading, leading), (classes, dim - leading)
+
+
 def _shares(shares: Sequence[float]) -> tuple[float, ...]:
-    if len(shares) != 3:
+    if len(shares) != len(SHARES):
         raise ValueError(f"shares are three numbers, for counts, sums and second moments; got {len(shares)}")
     whole = math.fsum(check_number("a share", share, 0, math.inf, open_low=True) for share in shares)
     return tuple(share / whole for share in shares)
@@ -306,8 +305,7 @@ def _shares(shares: Sequence[float]) -> tuple[float, ...]:
 class PrivateSums:
     """Adds up the statistics of private images exactly, and releases them once, with noise.
 
-    All ranks add their own images and call `release` together. Copying and pickling are errors, because a copy could be
-    released a second time.
+    All ranks add their own images and call `release` together.
 
     Args:
         num_classes: K.
@@ -319,8 +317,7 @@ class PrivateSums:
         part: the part of the promise's mu^2 that this release spends. All releases of the same images together spend
             at most 1; `describe` checks it.
 
-    Raises:
-        ValueError: a number is out of range. TypeError: it has the wrong type.
+    ValueError: a number is out of range. TypeError: it has the wrong type.
     """
 
     def __init__(
@@ -339,7 +336,7 @@ class PrivateSums:
         self.clip = check_number("clip", clip, *_CLIPS)
         self.privacy, self.part, self.shares = privacy, part, _shares(shares)
         _deviation(privacy, part, min(self.shares))
-        shapes = (classes,), (classes, dim), (classes, leading, leading), (classes, dim - leading)
+        shapes = _shapes(classes, dim, leading)
         self._exact: list[Tensor] | None = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
 
     def add(self, u: Tensor, y: Tensor) -> None:
@@ -365,13 +362,10 @@ class PrivateSums:
                 squares[k] += rest.square().sum(0)
 
     def release(self) -> Release:
-        """The noisy statistics of all ranks' images. The exact sums are cleared. All ranks call it together, once.
+        """The noisy statistics of all ranks' images, with noise from rank 0. The exact sums are cleared.
 
-        Rank 0 draws the noise, and the others get its result.
-
-        Raises:
-            GLEMError: it was called before.
-            DataError: a class has more than 2^22 images, whose sums overflow. (That this happened is not private.)
+        GLEMError: it was called before. DataError: a class has more than 2^22 images, so the sums could overflow. This
+        error is not private.
         """
         exact, self._exact = self._secret(), None  # First: a call that fails must not be repeated.
         distributed.add_up(*exact)
