@@ -22,77 +22,74 @@ LEAST_VARIANCE = 0.02
 LEAST_OF_PRIOR = 0.1
 
 
-class Release(NamedTuple):
-    """Noisy statistics of classes. All tensors are float64.
-
-    Attributes:
-        counts: [K], with noise of standard deviation `sd_count`.
-        sums: [K, d], of the latents, with noise `sd_sum` per coordinate.
-        centres: [K, d], the public or already released points that the second moments are about.
-        seconds: [K, d, d], sums of (u - centre)(u - centre)^T, symmetric, with noise `sd_second` on the diagonal and
-            `sd_second / sqrt(2)` elsewhere.
-    """
-
-    counts: Tensor
-    sums: Tensor
-    centres: Tensor
-    seconds: Tensor
-    sd_count: float
-    sd_sum: float
-    sd_second: float
-
-
 class Denoised(NamedTuple):
-    """Class means [K, d], covariances [K, d, d], and how many modes rise above the noise: of the pooled covariance, and
-    of each class's difference from it [K]."""
+    """Class covariances [K, d, d], the pooled one [d, d], and how many modes rise above the noise: of the pooled
+    covariance, and of each class's difference from it, int64 [K]."""
 
-    means: Tensor
     covariances: Tensor
+    pooled: Tensor
     pooled_modes: int
     modes: Tensor
 
 
-def class_means(counts: Tensor, sums: Tensor, sd_count: float, sd_sum: float, prior: Tensor) -> Tensor:
-    """Means [K, d] from noisy counts [K] and sums [K, d], shrunk to the mean of all classes.
+def class_means(counts: Tensor, sums: Tensor, sd_sum: float, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [K, d] from noisy counts [K], at least 1, and sums [K, d], shrunk to the mean of all classes.
 
-    Differences of class means have variance `t * prior`, where t is what the noisy differences show beyond their noise.
+    The second result [K] is the share of noise in the differences of the class means, before they are shrunk.
     """
-    n = counts.clamp_min(max(sd_count, 1.0))
-    noise = (sd_sum / n).square()[:, None]
-    pooled = sums.sum(0) / n.sum()
-    difference = sums / n[:, None] - pooled
-    weight = n.square()[:, None]
-    t = (weight * (difference.square() - noise)).sum() / (weight * prior).sum()
-    return pooled + difference * _share(t.clamp_min(0) * prior, noise)
+    noise = (sd_sum / counts).square()[:, None]
+    pooled = sums.sum(0) / counts.sum()
+    difference = sums / counts[:, None] - pooled
+    t = scale_of_prior(difference, noise, counts[:, None].square(), prior)
+    signal = t * prior
+    return pooled + difference * _share(signal, noise), noise[:, 0] / (noise[:, 0] + signal.mean())
 
 
-def denoise(release: Release, prior: Tensor) -> Denoised:
-    """Means and covariances of the classes.
+def scale_of_prior(shifts: Tensor, noise: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
+    """t >= 0, where shifts [.., d] without their noise variance have the variances t * prior [d]."""
+    return ((weight * (shifts.square() - noise)).sum() / (weight * prior).sum()).clamp_min(0)
+
+
+def denoise(counts: Tensor, seconds: Tensor, sd_second: float, prior: Tensor) -> Denoised:
+    """Covariances of classes from noisy second moments about their means.
 
     The pooled covariance is its diagonal, shrunk to a multiple of `prior`, and its correlations beyond the noise. A
-    class's covariance is the pooled one and its own difference, shrunk in the same way. `prior` [d] has the variances of
-    public images, up to a factor.
+    class's covariance is the pooled one and its own difference, shrunk in the same way.
+
+    Args:
+        counts: [K], at least 1.
+        seconds: [K, d, d] symmetric, with noise `sd_second` on the diagonal and `sd_second / sqrt(2)` elsewhere.
+        prior: [d], the variances of public images, up to a factor.
     """
-    n = release.counts.clamp_min(max(release.sd_count, 1.0))
-    means = class_means(release.counts, release.sums, release.sd_count, release.sd_sum, prior)
-    found = release.seconds / n[:, None, None]
-    pooled = release.seconds.sum(0) / n.sum()
-    sd = release.sd_second / math.sqrt(2) * math.sqrt(len(n)) / float(n.sum())
+    pooled = seconds.sum(0) / counts.sum()
+    sd = sd_second / math.sqrt(2) * math.sqrt(len(counts)) / float(counts.sum())
     variance = shrink_variances(pooled.diagonal(), sd * math.sqrt(2), prior)
     correlated, pooled_modes = significant(_off_diagonal(pooled), sd)
     pooled = floored(torch.diag(variance) + _off_diagonal(correlated), variance)
 
     covariances, modes = [], []
-    for second, count in zip(found, n, strict=True):
-        sd = release.sd_second / math.sqrt(2) / float(count)
-        difference = second - pooled
+    for second, count in zip(seconds, counts, strict=True):
+        sd = sd_second / math.sqrt(2) / float(count)
+        difference = second / count - pooled
         own = difference.diagonal()
         spread = (own.square() - 2 * sd * sd).sum() / variance.square().sum()
         own = own * _share(spread.clamp_min(0) * variance.square(), 2 * sd * sd)
         correlated, rank = significant(_off_diagonal(difference), sd)
         covariances.append(floored(pooled + torch.diag(own) + _off_diagonal(correlated), variance))
         modes.append(rank)
-    return Denoised(means, torch.stack(covariances), pooled_modes, torch.tensor(modes))
+    return Denoised(torch.stack(covariances), pooled, pooled_modes, torch.tensor(modes))
+
+
+def cell_means(centres: Tensor, counts: Tensor, sums: Tensor, sd_sum: float, prior: Tensor) -> Tensor:
+    """Means [K, C, d] of cells, from noisy sums [K, C, d] of latents about the `centres` [K, C, d] and counts [K, C].
+
+    They are shrunk to the centres. The mean of a class's cells becomes zero, since the class mean is known better.
+    """
+    n = counts.clamp_min(5)[..., None]
+    move, noise = sums / n, (sd_sum / n).square()
+    t = scale_of_prior(move, noise, n.square(), prior)
+    means = centres + move * _share(t * prior, noise)
+    return means - (counts[..., None] * means).sum(1, keepdim=True) / counts.sum(1)[:, None, None]
 
 
 def shrink_variances(noisy: Tensor, sd: float, prior: Tensor) -> Tensor:
@@ -124,12 +121,12 @@ def floored(covariance: Tensor, variance: Tensor) -> Tensor:
     return raised * scale[:, None] * scale
 
 
-def within_cells(covariance: Tensor, weights: Tensor, means: Tensor) -> Tensor:
-    """The covariance [d, d] within the cells of a class: its own less that between the cells.
+def within_cells(covariance: Tensor, counts: Tensor, means: Tensor) -> Tensor:
+    """The covariance [d, d] within the cells of a class: the class's covariance less that between the cells.
 
-    `weights` [C] are the cells' noisy counts and `means` [C, d] their means less the mean of the class.
+    `counts` [C] are the cells' noisy counts, at least 1, and `means` [C, d] their means less the mean of the class.
     """
-    share = weights.clamp_min(0) / weights.clamp_min(0).sum()
+    share = counts / counts.sum()
     between = (means * share[:, None]).mT @ means
     variance = covariance.diagonal()
     unit = variance.sqrt()

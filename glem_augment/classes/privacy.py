@@ -43,7 +43,7 @@ from torch import Tensor
 
 from glem_augment import __version__, distributed
 from glem_augment.checks import check_number, check_whole
-from glem_augment.errors import DataError, GLEMError, ModelFileError
+from glem_augment.errors import DataError, GLEMError
 
 __all__ = ["Privacy", "PrivateSums", "Release", "delta_of", "describe", "epsilon_of", "noisy_histogram", "total"]
 
@@ -251,24 +251,6 @@ class Release:
         """The statistics by name, for a file of tensors."""
         return {name: getattr(self, name) for name in ("counts", "sums", "seconds", "squares")}
 
-    @staticmethod
-    def load(tensors: dict[str, Tensor], facts: dict[str, Any], index: int = 0) -> Release:
-        """The release that `tensors()` and `describe(...)["rounds"][index]` stored. ModelFileError: they do not fit."""
-        try:
-            own, names = facts["rounds"][index], ("counts", "sums", "seconds", "squares")
-            statistics = [tensors[name] for name in names]
-            shapes = _shapes(len(statistics[0]), statistics[1].shape[1], statistics[2].shape[1])
-            for name, tensor, shape in zip(names, statistics, shapes, strict=True):
-                if tensor.shape != shape or tensor.dtype != torch.float64 or not tensor.isfinite().all():
-                    raise ValueError(f"{name} must be finite float64 of shape {list(shape)}")
-            privacy = Privacy(facts["epsilon"], facts["delta"], facts["images_per_person"])
-            clip, part, shares = check_number("clip", own["clip"], *_CLIPS), own["part"], _shares(own["shares"])
-            _deviation(privacy, part, min(shares))
-            counts, sums, seconds, squares = statistics
-            return Release(counts, sums, seconds, squares, clip, privacy, part, shares)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ModelFileError(f"the release of class statistics is damaged ({error}): get the model again") from None
-
 
 def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
     """The entry `privacy` of config.json for releases of the same images under one promise, for example two rounds.
@@ -290,15 +272,19 @@ def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
     }
 
 
-def _shapes(classes: int, dim: int, leading: int) -> tuple[tuple[int, ...], ...]:
-    """Of counts, sums, seconds and squares."""
-    return (classes,), (classes, dim), (classes, leading, leading), (classes, dim - leading)
+def _shapes(classes: int, dim: int, leading: int, shares: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+    """Of counts, sums, seconds and squares. What is not released is empty, but for the counts."""
+    first, second = (dim if shares[1] else 0), (dim if shares[2] else 0)
+    leading = min(leading, second)
+    return (classes,), (classes, first), (classes, leading, leading), (classes, second - leading)
 
 
 def _shares(shares: Sequence[float]) -> tuple[float, ...]:
     if len(shares) != len(SHARES):
         raise ValueError(f"shares are three numbers, for counts, sums and second moments; got {len(shares)}")
-    whole = math.fsum(check_number("a share", share, 0, math.inf, open_low=True) for share in shares)
+    whole = math.fsum(check_number("a share", share, 0, math.inf) for share in shares)
+    if not whole:
+        raise ValueError("one of the shares must be above 0")
     return tuple(share / whole for share in shares)
 
 
@@ -313,7 +299,8 @@ class PrivateSums:
         clip: R, the public norm to which latents are clipped.
         privacy: the promise.
         leading: coordinates with full second moments; of the rest, only squares. Default: at most 1024.
-        shares: parts of mu^2 for counts, sums and second moments; they are divided by their sum.
+        shares: parts of mu^2 for counts, sums and second moments; they are divided by their sum. With the share 0 a
+            statistic is not released, and its tensor is empty.
         part: the part of the promise's mu^2 that this release spends. All releases of the same images together spend
             at most 1; `describe` checks it.
 
@@ -335,8 +322,8 @@ class PrivateSums:
         self.num_classes, self.dim, self.leading = classes, dim, leading
         self.clip = check_number("clip", clip, *_CLIPS)
         self.privacy, self.part, self.shares = privacy, part, _shares(shares)
-        _deviation(privacy, part, min(self.shares))
-        shapes = _shapes(classes, dim, leading)
+        _deviation(privacy, part, min(share for share in self.shares if share))
+        shapes = _shapes(classes, dim, leading, self.shares)
         self._exact: list[Tensor] | None = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
 
     def add(self, u: Tensor, y: Tensor) -> None:
@@ -355,11 +342,13 @@ class PrivateSums:
             fixed = _fixed_point(rows, self.clip)
             for k in labels.unique().tolist():
                 own = fixed[labels == k]
-                lead, rest = own[:, : self.leading].double(), own[:, self.leading :]
-                counts[k] += len(own)
-                sums[k] += own.sum(0)
-                seconds[k] += (lead.T @ lead).long()
-                squares[k] += rest.square().sum(0)
+                counts[k] += len(own)  # It also guards against overflow, so it is there even if it is not released.
+                if self.shares[1]:
+                    sums[k] += own.sum(0)
+                if self.shares[2]:
+                    lead, rest = own[:, : self.leading].double(), own[:, self.leading :]
+                    seconds[k] += (lead.T @ lead).long()
+                    squares[k] += rest.square().sum(0)
 
     def release(self) -> Release:
         """The noisy statistics of all ranks' images, with noise from rank 0. The exact sums are cleared.
@@ -382,8 +371,11 @@ class PrivateSums:
         )  # fmt: skip
 
     def _with_noise(self, counts: Tensor, sums: Tensor, seconds: Tensor, squares: Tensor) -> list[Tensor]:
-        count, first, second = (_deviation(self.privacy, self.part, share) for share in self.shares)
-        row, column = torch.tril_indices(self.leading, self.leading, -1)
+        count, first, second = (_deviation(self.privacy, self.part, share) if share else 1.0 for share in self.shares)
+        if not self.shares[0]:
+            counts = counts[:0]
+        leading = seconds.shape[1]
+        row, column = torch.tril_indices(leading, leading, -1)
         noisy = torch.zeros(seconds.shape, dtype=torch.float64)
         for exact, out in zip(seconds, noisy, strict=True):
             out[row, column] = _noisy(exact[row, column], 2 * _BITS, second / math.sqrt(2))

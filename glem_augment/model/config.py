@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE
+from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.presets import check_spec, is_whole
@@ -44,6 +45,7 @@ class GLEMConfig:
         base: `model.jet_file.reference` of a flow that is stored elsewhere, or None.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
+        privacy: for a model of private images, `classes.privacy.describe`; None for any other.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -63,6 +65,7 @@ class GLEMConfig:
     covariance: str = "diagonal"
     base: dict[str, str] | None = None
     autoencoder: dict[str, Any] | None = None
+    privacy: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -98,6 +101,7 @@ class GLEMConfig:
             shape = found["image_shape"]
             good = _is_list(shape, 3) and all(is_whole(side, 1, LARGEST_SIDE) for side in shape)
             _demand(good, "the autoencoder's image_shape must be three sizes", shape)
+        _demand(self.privacy is None or _is_promise(self.privacy), "privacy must be null or a promise", self.privacy)
         _demand(isinstance(self.training, dict), "training must be a table", self.training)
 
     def _check_flow(self) -> None:
@@ -227,6 +231,15 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _demand(good: bool, demand: str, value: Any) -> None:
     if not good:
         raise ModelFileError(f"{demand}, got {_short(value)}")
+
+
+def _is_promise(value: Any) -> bool:
+    """Whether a model's record of its privacy has the numbers of the promise, in their ranges."""
+    try:
+        Privacy(value["epsilon"], value["delta"], value["images_per_person"])
+        return type(value["mu"]) is float and isinstance(value["unit"], str)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _is_list(value: Any, length: int) -> bool:
