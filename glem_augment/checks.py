@@ -18,8 +18,6 @@ Preset = Literal[
     "mef_glem",
     "glow_tiny",
     "glow_fast",
-    "jet_tiny",
-    "jet_imagenet64",
     "latent",
     "identity",
 ]

@@ -51,8 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
     common.add_count(parser, "--max-per-class", "images of a class at most (default: all)")
     common.add_seed(parser, "the dequantisation noise")
-    where = "reference: leave out a Jet's flow, and load it from MODEL each time (default: copy)"
-    parser.add_argument("--weights", choices=("copy", "reference"), default="copy", help=where)
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
 
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     adapted = model.adapt(data, progress=not args.quiet, **{name: getattr(args, name) for name in names})
     if not is_primary():
         return
-    adapted.save(folder, args.weights)
+    adapted.save(folder)
     record = adapted.config.training
     if args.pooled:
         data = data.with_targets(data.targets * 0, adapted.classes)

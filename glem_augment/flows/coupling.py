@@ -1,12 +1,10 @@
 """Coupling layers, and the networks inside them.
 
 One half of the channels passes unchanged. A network turns this half into the parameters of a linear map of the other
-half. There are four kinds of blocks in these networks:
+half. There are three kinds of blocks in these networks:
 
 - "residual": the published block, 3x3, 1x1, 3x3 convolutions at full width (Xiao & Liu 2020);
 - "bottleneck": 1x1 down to half the width, 3x3, 1x1 up, pre-activation (He et al. 2016, arXiv:1603.05027);
-- "depthwise": depthwise 3x3, then 1x1 to twice the width and back, as in ConvNeXt (Liu et al. 2022, arXiv:2201.03545)
-  but without normalisation, which on a CPU costs more than the block;
 - "transformer": a small pre-norm vision transformer on the level's pixels, as in Jet (Kolesnikov et al. 2024,
   arXiv:2412.15129).
 """
@@ -157,23 +155,23 @@ class MatExpCoupling(Coupling):
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
 
-CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
+CONV_SUBNETS = ("residual", "bottleneck")
 SUBNETS = (*CONV_SUBNETS, "transformer")
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-# Their derivative follows from their result. Done in place, autograd keeps one tensor instead of two.
-_IN_PLACE = ("elu", "relu")
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "relu": F.relu}
 
 
 class Activation(nn.Module):
-    """An elementwise nonlinearity, one of `ACTIVATIONS`. It may overwrite its input."""
+    """An elementwise nonlinearity, one of `ACTIVATIONS`, which overwrites its input.
+
+    Their derivatives follow from their results, so that autograd keeps one tensor instead of two.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.options = {"inplace": True} if name in _IN_PLACE else {}
 
     def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name](x, **self.options)
+        return ACTIVATIONS[self.name](x, inplace=True)
 
 
 class ResidualBlock(nn.Module):
@@ -193,20 +191,6 @@ class ResidualBlock(nn.Module):
         return self.conv3(self.act(h)) + x
 
 
-class DepthwiseBlock(nn.Module):
-    """`x + conv1x1(act(conv1x1(depthwise3x3(x))))`, twice the width in between."""
-
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.act = Activation(activation)
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.expand = nn.Conv2d(width, 2 * width, 1)
-        self.project = nn.Conv2d(2 * width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.act(self.expand(self.depthwise(x)))) + x
-
-
 class TokenLinear(nn.Conv2d):
     """A 1x1 convolution, applied to tokens [B, T, c] as a linear map, which trains faster on a CPU."""
 
@@ -220,12 +204,12 @@ class TokenLinear(nn.Conv2d):
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention over the pixels of x, then a pre-norm MLP of four times the width with GELU.
 
-    By default a head has 32 channels, or the next larger number that divides the width.
+    A head has 32 channels, or the next larger number that divides the width.
     """
 
-    def __init__(self, width: int, heads: int | None = None) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads or next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)
+        self.heads = next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = TokenLinear(width, 3 * width)
         self.attend = TokenLinear(width, width)
@@ -256,7 +240,6 @@ class Subnet(nn.Module):
         width: channels of the residual stream.
         size: (H, W) of the level, to which a transformer is bound by its learned positions.
         activation: of the convolutional kinds, one of `ACTIVATIONS`.
-        heads: see `TransformerBlock`.
     """
 
     def __init__(
@@ -268,7 +251,6 @@ class Subnet(nn.Module):
         blocks: int,
         size: tuple[int, int],
         activation: str = "elu",
-        heads: int | None = None,
     ) -> None:
         super().__init__()
         self.autocast: torch.dtype | None = None
@@ -284,7 +266,7 @@ class Subnet(nn.Module):
                 return ResidualBlock(width, width, (3, 1, 3), activation)
             if kind == "bottleneck":
                 return ResidualBlock(width, max(1, width // 2), (1, 3, 1), activation)
-            return TransformerBlock(width, heads) if self.transformer else DepthwiseBlock(width, activation)
+            return TransformerBlock(width)
 
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
         if self.transformer:

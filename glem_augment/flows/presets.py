@@ -17,7 +17,6 @@ from glem_augment.flows.coupling import (
     MatExpCoupling,
     Subnet,
 )
-from glem_augment.flows.jet import JetFlow
 from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1, WhitenedFlow
 from glem_augment.flows.multiscale import MultiscaleFlow
 
@@ -41,10 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         subnet="bottleneck",
         activation="relu",
     ),
-    # Patches and transformers; a CPU trains it at 32x32.
-    "jet_tiny": dict(coupling="jet", depth=[10], blocks=[1], width=[128], heads=4, patch=4),
-    # The configuration published for ImageNet at 64x64: 207 M parameters (Kolesnikov et al. 2024).
-    "jet_imagenet64": dict(coupling="jet", depth=[32], blocks=[2], width=[512], heads=8, patch=4),
     # For latents of an autoencoder, which are small already: two levels, the first without a squeeze. The best for its
     # steps on average over the shapes in benchmarks/results/latent_flows.md.
     "latent": dict(
@@ -64,12 +59,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 _WHITEN_UP_TO = 512
 # Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
-_PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
-_COUPLINGS = ("matexp", "affine", "jet", "identity", "custom")
+_PATCHES, _MOST_TOKENS = (1, 2, 4), 128 * 128
+_COUPLINGS = ("matexp", "affine", "identity", "custom")
 # A saved flow may lack these keys.
 _DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
 _KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
-_KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS}
+_KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", *_DEFAULTS}
 
 
 def is_whole(value: Any, least: int, most: int) -> bool:
@@ -135,10 +130,7 @@ def check_spec(spec: dict[str, Any]) -> None:
     require(type(patch) is int and patch in _PATCHES, f"patch must be one of {_PATCHES}", patch)
     count, (channels, height, width) = len(lists["depth"]), spec["image_shape"]
     require(patch * channels % 2 == 0, "without a squeeze (patch 1) the number of channels must be even", channels)
-    jet = coupling == "jet"
-    require(not jet or count == 1, "a Jet has no levels: depth, blocks and width hold one number each", lists)
-    # Halves of a Jet's tokens are equal where rows and columns of patches are even.
-    factor = patch * 2 ** (1 if jet else count - 1)
+    factor = patch * 2 ** (count - 1)
     if height % factor or width % factor:
         near = [max(1, round(v / factor)) * factor for v in (height, width)]
         raise ValueError(
@@ -146,15 +138,11 @@ def check_spec(spec: dict[str, Any]) -> None:
             f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
         )
     tokens = (height // patch) * (width // patch)
-    if (jet or spec.get("subnet") == "transformer") and tokens > _MOST_TOKENS:
+    if spec.get("subnet") == "transformer" and tokens > _MOST_TOKENS:
         raise ValueError(
             f"a transformer would attend to {tokens} pixels or patches, at most {_MOST_TOKENS} are allowed; raise "
             f"patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
         )
-    if jet:
-        heads, width = spec.get("heads"), lists["width"][0]
-        require(is_whole(heads, 1, width) and width % heads == 0, f"heads must divide the width {width}", heads)
-        return
     actnorm, rank = spec.get("actnorm"), spec.get("rank", 3)
     bound: Any = spec.get("bound")
     require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
@@ -178,9 +166,6 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     if spec["coupling"] == "custom":
         raise ValueError(f"its flow is a module of the user's ({str(spec.get('module'))[:80]}); pass it as module=")
     full = {**_DEFAULTS, **spec}
-    if spec["coupling"] == "jet":
-        (depth,), (blocks,), (net_width,) = (spec[key] for key in ("depth", "blocks", "width"))
-        return JetFlow(image_shape, depth, net_width, blocks, spec["heads"], full["patch"])
     couple: Callable[..., Coupling] = AffineCoupling
     if spec["coupling"] == "matexp":
         couple = partial(MatExpCoupling, rank=spec.get("rank", 3))
@@ -206,10 +191,9 @@ def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: An
 
             - One number per level: `depth` (steps), `blocks` and `width` (of the subnets).
             - `coupling`: "matexp", "affine". `bound`: of a coupling's log-scales. `rank`: of wide couplings of `mef_*`.
-            - `subnet`: "residual", "bottleneck", "depthwise", "transformer". `activation`, but for transformers: "elu",
-              "silu", "relu", "gelu".
+            - `subnet`: "residual", "bottleneck", "transformer". `activation`, but for transformers: "elu", "relu".
             - `actnorm`: "element", "channel".
-            - `patch`: side of the pixel blocks that the first level makes channels; later levels: 2.
+            - `patch`: side of the pixel blocks that the first level makes channels, 1, 2 or 4; later levels: 2.
 
     Raises:
         ValueError: no such preset or option, a value out of range, or a size that the levels do not divide.

@@ -41,7 +41,6 @@ class GLEMConfig:
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         modes_parts: parts of each class; every part has modes.
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
-        base: `model.jet_file.reference` of a flow that is stored elsewhere, or None.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
         training: a free-form record of the data, the objective, the settings and the results.
@@ -60,7 +59,6 @@ class GLEMConfig:
     posterior_temperature: float = 1.0
     modes_parts: int = 1
     covariance: str = "diagonal"
-    base: dict[str, str] | None = None
     autoencoder: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -86,9 +84,6 @@ class GLEMConfig:
         if self.covariance == "full":
             good = rank is not None and can_be_full(len(self.class_ids), self.dim)
             _demand(good, "full covariances need modes, and few dimensions", self.dim)
-        base: Any = self.base
-        good = base is None or _is_table(base, {"jet", "sha256"}) and _are_names(base.values())
-        _demand(good, "base must be null, or have a jet and its sha256", base)
         found: Any = self.autoencoder
         if found is not None:
             good = _is_table(found, {"name", "sha256", "image_shape"}) and _are_names([found["name"], found["sha256"]])
@@ -138,7 +133,7 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Optional fields are left out where they have their default."""
-        newer = dict(posterior_temperature=1.0, modes_parts=1, covariance="diagonal", base=None, autoencoder=None)
+        newer = dict(posterior_temperature=1.0, modes_parts=1, covariance="diagonal", autoencoder=None)
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:

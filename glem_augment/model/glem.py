@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
+from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
 from glem_augment.classes.adapt import adapt_classes, adapt_pooled, can_be_full
 from glem_augment.classes.fit import fit_class_modes
 from glem_augment.classes.gaussians import ClassGaussians
@@ -27,8 +27,6 @@ from glem_augment.images.dataset import LabelledImages, as_image_data, images_fo
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.jet_file import PREFIX as JET
-from glem_augment.model.jet_file import open_base, open_jet, reference
 from glem_augment.model.weights import (
     CUSTOM,
     WEIGHTS,
@@ -65,7 +63,6 @@ class GLEM(ConditionalFlow):
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
         origin_file: the weights file that it was loaded from, or None.
-        jet: the name (after "jet:") and the file that its flow was loaded from, or None.
     """
 
     def __init__(
@@ -91,7 +88,6 @@ class GLEM(ConditionalFlow):
         self.autoencoder = autoencoder
         self.origin: str | None = None
         self.origin_file: Path | None = None
-        self.jet: tuple[str, Path] | None = None
 
     # ---- making, loading and saving ------------------------------------------------------------------------------
 
@@ -158,14 +154,12 @@ class GLEM(ConditionalFlow):
         revision: str | None = None,
         module: nn.Module | None = None,
         autoencoder: nn.Module | None = None,
-        heads: int | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
         Args:
             name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name[@revision]` on the
-                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name. `jet:org/name` or `jet:FILE` are
-                weights of `jet-pytorch`: a flow with one class, a standard normal, until it is adapted.
+                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name.
             device: where to put the model.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
@@ -173,19 +167,15 @@ class GLEM(ConditionalFlow):
             module: for a model that `from_bijection` made: a module of the same kind; a copy of it gets the stored
                 weights. No code is ever imported because a file names it.
             autoencoder: for a model that was made with an autoencoder of the user's: that module.
-            heads: number of heads of the transformers of "jet:..."; None: width / 64, with a warning.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
-        text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
-        if text.startswith(JET):
-            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
+        client = dict[str, Any](cache_dir=cache_dir, token=token)
         folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
-        jet = None if config.base is None else open_base(config, config.base, cls, **client)
-        flow = jet and jet.flow
+        flow = None
         if module is not None:
             if config.flow["coupling"] != "custom":
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
@@ -194,7 +184,7 @@ class GLEM(ConditionalFlow):
             autoencoder = named_autoencoder(config.autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, autoencoder=autoencoder))
         model = model.to(device).eval().requires_grad_(False)
-        model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
+        model.origin, model.origin_file = origin, folder / WEIGHTS
         return model
 
     @classmethod
@@ -227,18 +217,8 @@ class GLEM(ConditionalFlow):
         gaussians = ClassGaussians(len(names), math.prod(image_shape), None, initial_variance=1.0)
         return cls(config, CustomFlow(module, image_shape), gaussians).eval().requires_grad_(False)
 
-    def save(self, folder: str | os.PathLike[str], weights: str = "copy") -> None:
-        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
-
-        Args:
-            weights: "reference" leaves out the flow of an adapted Jet: `config.json` names the Jet and the SHA-256 of
-                its file, and loading takes the flow from there.
-
-        Raises:
-            ValueError: "reference" for another flow, or one that has changed since it was loaded.
-        """
-        check_choice("weights", weights, ("copy", "reference"))
-        self.config.base = reference(self) if weights == "reference" else None
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
         if self.modes is None:
             self.config.modes_rank, self.config.modes_parts, self.config.covariance = None, 1, "diagonal"
         else:
@@ -381,7 +361,6 @@ class GLEM(ConditionalFlow):
             },
         )
         adapted = GLEM(config, copy.deepcopy(self.flow), gaussians, modes, copy.deepcopy(self.autoencoder))
-        adapted.jet = self.jet
         return adapted.to(self.device).eval().requires_grad_(False)
 
     def checked_modes(self, modes: int | None) -> int:

@@ -91,7 +91,7 @@ def find_folder(name: str | os.PathLike[str], revision: str | None, **client: An
 
 def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tuple[nn.Module, dict[str, str]]:
     """`open_autoencoder`, with downloads from the Hub."""
-    return open_autoencoder(name, lambda text: hub().download_weights(text, **client)[:2], sha256)
+    return open_autoencoder(name, lambda text: hub().download_weights(text, **client), sha256)
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
@@ -130,8 +130,7 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `state` that the model's file holds: without the parts that the config only names."""
-    named = ("autoencoder.autoencoder.",) + (("flow.",) if config.base else ())
-    return {name: tensor for name, tensor in state.items() if not name.startswith(named)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("autoencoder.autoencoder.")}
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -193,7 +192,7 @@ def _check_size(path: Path, config: GLEMConfig) -> None:
     classes, rank = len(config.class_ids), config.modes_rank
     rows = classes * config.modes_parts + 1
     numbers = (2 * classes + (0 if rank is None else rows * rank)) * config.dim
-    levels = [] if config.base else zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
+    levels = zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
     tensors = 2 + sum(depth * blocks for depth, blocks in levels)
     if size < _LEAST_WIDTH * numbers or header < _LEAST_ENTRY * tensors:
         raise ModelFileError(
