@@ -22,8 +22,14 @@ class Flow(nn.Module):
     """An invertible map with a tractable log-determinant: x [B,C,H,W] <-> flat z [B, C*H*W].
 
     `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
-    Each belongs to its direction, so the two of a round trip cancel.
+    Each belongs to its direction, so the two of a round trip cancel. Pixels lie in [-1/2, 1/2). Both methods run in
+    `precision.full_precision`, and they are differentiable. `check_flow` tests a user's subclass.
+
+    Attributes:
+        rebuilds: whether `memory="reversible"` is possible.
     """
+
+    rebuilds = False
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -41,9 +47,11 @@ class Flow(nn.Module):
         """How a backward pass gets the activations: "stored" (the default: the fastest), or "reversible".
 
         "reversible" rebuilds them from outputs through the exact inverse. Then activation memory does not grow with
-        depth; steps take about a third longer. ValueError: another word, or "reversible" for a `CustomFlow`.
+        depth; steps take about a third longer. ValueError: another word, or "reversible" for a flow that can't.
         """
         check_choice("memory", memory, get_args(Memory))
+        if memory == "reversible" and not self.rebuilds:
+            raise ValueError(f"the activations of {type(self).__name__} can't be rebuilt: leave memory at 'stored'")
         self.memory = memory
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:
@@ -64,6 +72,8 @@ class Flow(nn.Module):
 
 class FlatIdentity(Flow):
     """`z = flatten(x)`: the linear control that every learned flow has to beat."""
+
+    rebuilds = True  # there is nothing to rebuild
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])

@@ -162,6 +162,7 @@ class MultiscaleFlow(Flow):
     of side `patch` channels; later levels have side 2.
     """
 
+    rebuilds = True
     levels: list[Level]
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:

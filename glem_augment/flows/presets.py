@@ -164,7 +164,7 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     if spec["coupling"] == "identity":
         return FlatIdentity(image_shape)
     if spec["coupling"] == "custom":
-        raise ValueError(f"its flow is a module of the user's ({str(spec.get('module'))[:80]}); pass it as module=")
+        raise ValueError(f"its flow is the user's class {str(spec.get('module'))[:80]}; pass an instance as module=")
     full = {**_DEFAULTS, **spec}
     couple: Callable[..., Coupling] = AffineCoupling
     if spec["coupling"] == "matexp":

@@ -22,7 +22,7 @@ from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
+from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import LabelledImages, as_image_data, images_for
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
@@ -152,7 +152,7 @@ class GLEM(ConditionalFlow):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        module: nn.Module | None = None,
+        module: Flow | None = None,
         autoencoder: nn.Module | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
@@ -164,7 +164,7 @@ class GLEM(ConditionalFlow):
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
-            module: for a model that `from_bijection` made: a module of the same kind; a copy of it gets the stored
+            module: for a model that `from_bijection` made: a flow of the same class; a copy of it gets the stored
                 weights. No code is ever imported because a file names it.
             autoencoder: for a model that was made with an autoencoder of the user's: that module.
 
@@ -179,7 +179,8 @@ class GLEM(ConditionalFlow):
         if module is not None:
             if config.flow["coupling"] != "custom":
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
-            flow = CustomFlow(copy.deepcopy(module), config.image_shape)
+            check_flow(module, config.image_shape)
+            flow = copy.deepcopy(module)
         if autoencoder is None and config.autoencoder is not None:
             autoencoder = named_autoencoder(config.autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, autoencoder=autoencoder))
@@ -188,34 +189,26 @@ class GLEM(ConditionalFlow):
         return model
 
     @classmethod
-    def from_bijection(
-        cls,
-        module: nn.Module,
-        image_shape: tuple[int, int, int],
-        classes: Sequence[str] | None = None,
-        class_ids: Sequence[str] | None = None,
-        bits: int = 8,
-    ) -> GLEM:
-        """A model around another library's flow, in eval mode, with the standard normal for every class; see `adapt`.
+    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+        """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
-            module: see `flows.custom.CustomFlow`. It is not copied, and from now on frozen and in eval mode.
+            module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
-            classes, class_ids, bits: see `create`; without classes there is one, "image".
 
         Raises:
-            TypeError, ValueError: a module that is no such flow, or whose inverse or log-determinant is wrong.
+            TypeError, ValueError: see `flows.check_flow`.
         """
-        names = [str(c) for c in (classes or [ONE_CLASS])]
+        check_flow(module, image_shape)
         config = GLEMConfig(
             flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
-            bits=bits,
+            bits=8,
             psi=None,
-            class_ids=[str(c) for c in (class_ids or names)],
-            class_names=names,
+            class_ids=[ONE_CLASS],
+            class_names=[ONE_CLASS],
         )
-        gaussians = ClassGaussians(len(names), math.prod(image_shape), None, initial_variance=1.0)
-        return cls(config, CustomFlow(module, image_shape), gaussians).eval().requires_grad_(False)
+        gaussians = ClassGaussians(1, math.prod(image_shape), None, initial_variance=1.0)
+        return cls(config, module, gaussians).eval().requires_grad_(False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
