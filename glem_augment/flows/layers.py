@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory, check_choice
-from glem_augment.flows.coupling import Subnet
+from glem_augment.flows.subnets import Subnet
 from glem_augment.precision import full_precision
 
 # An element's spread in a few images is mostly noise. Dividing by too small a spread would blow up other images, once

@@ -280,6 +280,8 @@ def _versions(weights: Any) -> list[int]:
 def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
     """Gradients of some outputs, one per input; None for an input that needs none."""
     wanted = [t for t in inputs if t.requires_grad]
+    # The log-determinant of a coupling may be a constant.
+    outputs, upstream = zip(*((t, g) for t, g in zip(outputs, upstream, strict=True) if t.requires_grad), strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from glem_augment.checks import Preset, check_choice
-from glem_augment.flows.coupling import (
-    ACTIVATIONS,
-    CONV_SUBNETS,
-    SUBNETS,
-    AffineCoupling,
-    Coupling,
-    MatExpCoupling,
-    Subnet,
-)
+from glem_augment.flows.coupling import COUPLINGS, WITHOUT_COUPLINGS, find_coupling
 from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1, WhitenedFlow
 from glem_augment.flows.multiscale import MultiscaleFlow
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,13 +50,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 # `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
 _WHITEN_UP_TO = 512
 # Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
-_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
+_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "total": 2048}
 _PATCHES, _MOST_TOKENS = (1, 2, 4), 128 * 128
-_COUPLINGS = ("matexp", "affine", "identity", "custom")
 # A saved flow may lack these keys.
 _DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
 _KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
-_KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", *_DEFAULTS}
+_KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", *_DEFAULTS}
 
 
 def is_whole(value: Any, least: int, most: int) -> bool:
@@ -76,10 +67,12 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
     """The resolved settings of the flow that `create_flow` makes of these arguments. ValueError: see `create_flow`."""
     check_choice("preset", name, tuple(PRESETS))
     spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
-    if spec["coupling"] == "matexp":
-        spec.setdefault("rank", 3)
-    if spec["coupling"] in ("matexp", "affine"):
-        for key, value in {"actnorm": "element", **_DEFAULTS}.items():
+    if spec["coupling"] not in WITHOUT_COUPLINGS:
+        before, coupling = COUPLINGS[spec["coupling"]], overrides.get("coupling", spec["coupling"])
+        after = before if coupling in WITHOUT_COUPLINGS else find_coupling(coupling)
+        for key in set(before.options) - set(after.options):
+            spec.pop(key, None)
+        for key, value in {**after.options, "actnorm": "element", **_DEFAULTS}.items():
             spec.setdefault(key, value)
     if overrides.get("subnet") == "transformer":  # It always has GELU.
         spec.pop("activation", None)
@@ -103,8 +96,10 @@ def check_spec(spec: dict[str, Any]) -> None:
             raise ValueError(f"{demand}, got {str(value)[:80]!r}")
 
     coupling: Any = spec.get("coupling")
-    require(coupling in _COUPLINGS, f"coupling must be one of {_COUPLINGS}", coupling)
-    known = {"identity": _KEYS_OF_ALL, "custom": _KEYS_OF_ALL | {"module"}}.get(coupling, _KEYS)
+    kind = None if coupling in WITHOUT_COUPLINGS else find_coupling(coupling)
+    known = _KEYS_OF_ALL | ({"module"} if coupling == "custom" else set())
+    if kind is not None:
+        known = _KEYS | set(kind.options)
     unknown = sorted(str(key)[:40] for key in set(spec) - known)
     if unknown:
         raise ValueError(f"the flow has unknown settings {unknown[:5]}; known are {sorted(known)}")
@@ -114,7 +109,7 @@ def check_spec(spec: dict[str, Any]) -> None:
     require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
     whiten = spec.get("whiten", 0)
     require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
-    if coupling in ("identity", "custom"):
+    if kind is None:
         return
     lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
     for key, value in lists.items():
@@ -143,11 +138,9 @@ def check_spec(spec: dict[str, Any]) -> None:
             f"a transformer would attend to {tokens} pixels or patches, at most {_MOST_TOKENS} are allowed; raise "
             f"patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
         )
-    actnorm, rank = spec.get("actnorm"), spec.get("rank", 3)
-    bound: Any = spec.get("bound")
+    actnorm = spec.get("actnorm")
     require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
-    require(type(bound) in (int, float) and 0 < bound <= 8, "bound must lie in (0, 8]", bound)
-    require(is_whole(rank, 1, _LARGEST["rank"]), f"rank must be a whole number from 1 to {_LARGEST['rank']}", rank)
+    kind.check({**kind.options, **spec})
     for key, choices in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
         value = spec.get(key, _DEFAULTS[key])
         require(value in choices, f"{key} must be one of {', '.join(choices)}", value)
@@ -166,16 +159,15 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     if spec["coupling"] == "custom":
         raise ValueError(f"its flow is the user's class {str(spec.get('module'))[:80]}; pass an instance as module=")
     full = {**_DEFAULTS, **spec}
-    couple: Callable[..., Coupling] = AffineCoupling
-    if spec["coupling"] == "matexp":
-        couple = partial(MatExpCoupling, rank=spec.get("rank", 3))
+    kind: Any = find_coupling(spec["coupling"])
+    options = {key: spec.get(key, default) for key, default in kind.options.items()}
     levels, side = [], full["patch"]
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
         side = 2
         net = dict(width=net_width, blocks=blocks, size=(height, width), activation=full["activation"])
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
-        coupling = partial(couple, channels, partial(Subnet, full["subnet"], **net), spec["bound"])
+        coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **options)
         levels.append([(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)])
         channels //= 2
     return MultiscaleFlow(image_shape, levels, full["patch"])
@@ -190,7 +182,8 @@ def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: An
         overrides: settings of the preset to change, e.g. `depth=[4, 4]`.
 
             - One number per level: `depth` (steps), `blocks` and `width` (of the subnets).
-            - `coupling`: "matexp", "affine". `bound`: of a coupling's log-scales. `rank`: of wide couplings of `mef_*`.
+            - `coupling`: "matexp", "affine", or a name from `register_coupling`, and its options: `bound` of log-scales
+              or of ||S||, and `rank` of wide couplings for "matexp".
             - `subnet`: "residual", "bottleneck", "transformer". `activation`, but for transformers: "elu", "relu".
             - `actnorm`: "element", "channel".
             - `patch`: side of the pixel blocks that the first level makes channels, 1, 2 or 4; later levels: 2.

@@ -51,7 +51,8 @@ SMALLER: dict[str, dict[str, str]] = {
         '"train")': '"train").subset(range(0, 1000, 40))',
         "epochs=30": 'arch="resnet18_quarter", epochs=1',
     },
-    "docs/adapt.md": {"(3, 32, 32)": "(3, 8, 8)", "--image-size 128": "--image-size 16"},
+    "docs/adapt.md": {"--image-size 128": "--image-size 16"},
+    "docs/flows.md": {"(3, 32, 32)": "(3, 8, 8)"},
     "README.md": {
         "--per-class 500": "--per-class 5",
         "image_size=128": "image_size=32",
@@ -89,7 +90,8 @@ OPTIONS = {
 
 PYTHON_AND_COMMANDS = {
     "README.md": 5,
-    "docs/adapt.md": 4,
+    "docs/adapt.md": 3,
+    "docs/flows.md": 3,
     "docs/hub.md": 10,
     "docs/index.md": 7,
     "docs/photographs.md": 8,
@@ -116,7 +118,7 @@ def test_the_code_of_a_page_runs(
     if name in ("docs/hub.md", "docs/synthetic.md"):  # the other pages make this one
         model.save(tmp_path / "runs" / "photos")
     shutil.rmtree(tmp_path / "org")  # a folder would win over the Hub
-    space: dict[str, Any] = {"flow": GainAndShift()}  # for docs/adapt.md without FrEIA
+    space: dict[str, Any] = {"flow": GainAndShift()}  # for docs/flows.md without FrEIA
     ran = 0
     for language, text in blocks(ROOT / name):
         for old, new in SMALLER.get(name, {}).items():

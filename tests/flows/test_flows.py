@@ -12,9 +12,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from glem_augment.flows import Flow, create_flow
-from glem_augment.flows.coupling import AffineCoupling, MatExpCoupling, row_bounded
+from glem_augment.flows import AffineCoupling, Flow, MatExpCoupling, create_flow
 from glem_augment.flows.layers import RIDGE, ActNorm, Whiten
+from glem_augment.flows.matexp_coupling import row_bounded
 
 TINY = dict(depth=[2, 1], blocks=[1, 1], width=[6, 6])
 

@@ -1,9 +1,10 @@
-"""A user's flow inside a GLEM, and the check of its contract."""
+"""A user's flow or coupling inside a GLEM, and the check of the contract."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset
-from glem_augment.flows import Flow, check_flow, create_flow
+from glem_augment.flows import Coupling, Flow, check_flow, create_flow, register_coupling
+from glem_augment.flows.coupling import COUPLINGS
 
 SHAPE = (3, 8, 8)
-PAGE = Path(__file__).parents[2] / "docs" / "adapt.md"
+PAGE = Path(__file__).parents[2] / "docs" / "flows.md"
 
 
 class GainAndShift(Flow):
@@ -35,7 +37,7 @@ class GainAndShift(Flow):
 
 
 def of_the_page(package: str, name: str) -> Callable[[], Flow]:
-    """A class of docs/adapt.md that wraps a flow of `package`."""
+    """A class of docs/flows.md that wraps a flow of `package`."""
 
     def make() -> Flow:
         pytest.importorskip(package)
@@ -174,3 +176,72 @@ def test_flows_of_the_library_keep_the_contract_and_users_flows_have_limits(tmp_
     GLEM.create("glow_tiny", (1, 8, 8), ["a"], depth=[1], blocks=[1], width=[8]).save(tmp_path)
     with pytest.raises(ModelFileError, match="leave module= out"):
         GLEM.from_pretrained(tmp_path, module=GainAndShift())
+
+
+# ---- couplings -------------------------------------------------------------------------------------------------------
+
+
+class Scaled(Coupling):
+    """y2 = gain (x2 + b(x1))."""
+
+    options = {"gain": 2.0, "sign": 1}
+
+    def __init__(self, channels: int, subnet: Callable[[int, int], nn.Module], gain: float, sign: int) -> None:
+        super().__init__(channels)
+        self.net, self.gain = subnet(self.n, self.n), gain * sign
+
+    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        shift = params.transpose(0, 1)
+        logdet = x2.new_full((x2.shape[1],), math.log(abs(self.gain)) * x2[:, 0].numel())
+        return (x2 / self.gain - shift, -logdet) if inverse else (self.gain * (x2 + shift), logdet)
+
+
+@pytest.fixture
+def scaled() -> Iterator[None]:
+    register_coupling("scaled")(Scaled)
+    yield
+    COUPLINGS.pop("scaled", None)
+
+
+def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GLEM.create("glow_fast", SHAPE, ["a", "b"], coupling="scaled", sign=-1, depth=[2, 1])
+    spec = model.config.flow
+    assert (spec["coupling"], spec["gain"], spec["sign"]) == ("scaled", 2.0, -1) and "bound" not in spec
+    for weight in model.flow.parameters():
+        nn.init.normal_(weight, std=0.05)
+    check_flow(model.flow, SHAPE)
+    x = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
+    gradients = []
+    for memory in ("stored", "reversible"):
+        model.flow.set_memory(memory)
+        model.zero_grad()
+        model.flow(x / 255 - 0.5)[0].square().sum().backward()
+        gradients.append([p.grad for p in model.flow.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-3)
+    model.save(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
+    del COUPLINGS["scaled"]
+    missing = "config.json: .* this model needs the coupling 'scaled': import the module that registers it"
+    with pytest.raises(ModelFileError, match=missing):
+        GLEM.from_pretrained(tmp_path)
+
+
+def test_options_and_names_of_couplings_are_checked(scaled: None) -> None:
+    for options, message in (
+        ({"gain": "2"}, "gain must be a finite number, got '2'"),
+        ({"sign": 1.0}, "sign must be a whole number"),
+        ({"bound": 1.0}, r"no option \['bound'\]; it has .*'gain'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_flow("glow_fast", SHAPE, coupling="scaled", **options)
+    with pytest.raises(ValueError, match="needs the coupling 'scaledd': .*did you mean scaled"):
+        create_flow("glow_fast", SHAPE, coupling="scaledd")
+    register_coupling("scaled")(Scaled)  # a cell of a notebook that runs twice
+    for name in ("affine", "identity", "custom", "", "a b"):
+        with pytest.raises(ValueError, match="is taken, or no word: choose another name for Scaled"):
+            register_coupling(name)(Scaled)
+    with pytest.raises(TypeError, match="no subclass of Coupling"):
+        register_coupling("linear")(nn.Linear)
+    with pytest.raises(ValueError, match="defaults of .*'many'.* must be bool, int, float or str"):
+        register_coupling("many")(type("Many", (Coupling,), {"options": {"many": [1]}}))
