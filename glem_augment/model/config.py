@@ -138,18 +138,19 @@ class GLEMConfig:
 
     def to_json(self) -> bytes:
         """The bytes of `config.json`. TypeError, ValueError: a training record that could not be read again."""
+        values = self.to_dict()
         try:
-            data = (json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-            self.from_json(data)
-        except (UnicodeEncodeError, ModelFileError) as error:
+            _check_readable(values)
+            data = (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            _check_size(data)
+        except ModelFileError as error:
             raise ModelFileError(f"the model's config can't be saved: {error}") from None
         return data
 
     @classmethod
     def from_json(cls, data: bytes) -> GLEMConfig:
         """Read the bytes of a `config.json`. ModelFileError: anything that does not describe a model."""
-        if len(data) > MAX_CONFIG_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
-            raise ModelFileError("it is larger than a model's config can be")
+        _check_size(data)
         try:
             values = json.loads(data.decode(), object_pairs_hook=_table)
         except (ValueError, RecursionError) as error:
@@ -232,10 +233,15 @@ def _short(value: Any) -> str:
     return ascii(value)[:80]
 
 
-def _check_readable(value: Any, depth: int = 0) -> None:
-    """Check that a parsed config can be shown and saved again.
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_CONFIG_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
+        raise ModelFileError("it is larger than a model's config can be")
 
-    It must be finite and not too deep. Control characters act on a terminal; UTF-8 can't encode lone surrogates.
+
+def _check_readable(value: Any, depth: int = 0) -> None:
+    """Check that the values of a config can be shown, saved and read again.
+
+    They must be finite and not too deep. Control characters act on a terminal; UTF-8 can't encode lone surrogates.
     """
     if depth > MAX_DEPTH:
         raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")
@@ -244,7 +250,9 @@ def _check_readable(value: Any, depth: int = 0) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ModelFileError("it holds a number that is not finite")
     if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ModelFileError(f"it holds a table whose names are no text: {_short([*value])}")
         value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         for part in value:
             _check_readable(part, depth + 1)

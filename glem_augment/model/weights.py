@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from glem_augment.checks import RUN_FILE
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import ModelFileError
-from glem_augment.io import atomic_write, check_header, copy_checked, expand, header_bytes, open_tensors
+from glem_augment.io import Limits, atomic_write, expand, header_bytes, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -33,7 +34,8 @@ CUSTOM = "custom"  # the name of a user's module in a config
 _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
 # Beside its name an entry has a type, up to eight sizes and two offsets; the rest of a header is metadata.
 _MOST_ENTRY, _MOST_METADATA = 320, 2**16
-_NOT_NEGATIVE = {"modes.scales", "modes.rest", "modes.counts", "modes.shared_scales"}
+# Images of a class, and standard deviations or their inverses. Real ones lie far inside.
+MOST_IMAGES, SCALES = 2.0**40, (1e-8, 1e8)
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -175,15 +177,21 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     expected = stored(config, model.state_dict())
     most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
     with open_tensors(path, most) as file:
-        check_header(path, file, expected)
-        for module in model.modules():  # a user's module and an autoencoder have their weights already
-            if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-                module.to_empty(device="cpu", recurse=False)
-        for name, target in stored(config, model.state_dict()).items():
-            plain_variance = name == "gaussians.s" and config.psi is None
-            lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
-            copy_checked(path, name, file.get_tensor(name), target, lowest)
+        # A user's flow and an autoencoder have their weights already.
+        load_weights(path, file, model, partial(stored, config), _limits(config))
     return model
+
+
+def _limits(config: GLEMConfig) -> dict[str, Limits]:
+    """Lowest and highest values of tensors in the file."""
+    limits = dict.fromkeys(("modes.scales", "modes.rest", "modes.shared_scales"), (0.0, math.inf))
+    limits["modes.counts"] = 0.0, MOST_IMAGES
+    limits["autoencoder.std"] = SCALES
+    if config.psi is None:
+        limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
+    if config.flow.get("whiten"):
+        limits["flow.whiten.scale"] = limits["flow.whiten.gain"] = SCALES
+    return limits
 
 
 def _check_size(path: Path, config: GLEMConfig) -> None:
