@@ -94,9 +94,12 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it, in little memory. ValueError: an empty file."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """SHA-256 of a file, as `sha256sum` prints it, in little memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # can't be mapped
+            return hashlib.sha256().hexdigest()
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
         raise ValueError(f"an autoencoder takes images of 3 channels, got {channels}: open the data with channels=3")
     factor, found = getattr(autoencoder, "factor", None), getattr(autoencoder, "channels", None)
     if isinstance(factor, int) and isinstance(found, int):
+        if factor < 1 or found < 1:
+            raise ValueError(f"factor and channels of an autoencoder must be at least 1, got {factor} and {found}")
         if height % factor or width % factor:
             near = [max(1, round(side / factor)) * factor for side in (height, width)]
             raise ValueError(
@@ -94,14 +96,27 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
                 f"{near[0]}x{near[1]}"
             )
         return found, height // factor, width // factor
-    probe = copy.deepcopy(autoencoder)  # a user's module may change when it is called
-    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
-    with torch.no_grad(), evaluating(probe):
-        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
-        back = probe.decode(h)
+    try:  # shapes without memory, where the module can
+        h, back = _tried(autoencoder, image_shape, torch.device("meta"))
+    except Exception:
+        try:
+            h, back = _tried(autoencoder, image_shape, None)
+        except Exception as error:
+            raise ValueError(f"the autoencoder can't take an image {list(image_shape)}: {error}") from error
     if h.ndim != 4 or back.shape != (1, *image_shape):
         raise ValueError(
             f"the autoencoder turns an image {list(image_shape)} into {list(h.shape[1:])} and back into "
             f"{list(back.shape[1:])}: it needs another image size, or is none"
         )
     return h.shape[1], h.shape[2], math.prod(h.shape[3:])
+
+
+def _tried(
+    autoencoder: nn.Module, image_shape: tuple[int, int, int], device: torch.device | None
+) -> tuple[Tensor, Tensor]:
+    """Latents and image of one grey image, on `device` or the autoencoder's."""
+    probe: Any = copy.deepcopy(autoencoder).to(device)  # a user's module may change when it is called
+    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device=device or "cpu"))
+    with torch.no_grad(), evaluating(probe):
+        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
+        return h, probe.decode(h)

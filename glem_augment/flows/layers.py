@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory, check_choice
+from glem_augment.errors import DataError
 from glem_augment.flows.subnets import Subnet
 from glem_augment.precision import full_precision
 
 # An element's spread in a few images is mostly noise. Dividing by too small a spread would blow up other images, once
 # more in every step. So the channel's spread is added with the weight of so many images, and there is a floor.
 _PRIOR, _MIN_STD = 30, 1e-3
-RIDGE = 1e-3
+# Of equal images whose numbers differ by rounding, the variance is below this one.
+RIDGE, _LEAST_VARIANCE = 1e-3, 1e-8
 
 
 class Flow(nn.Module):
@@ -112,10 +114,13 @@ class Whiten(nn.Module):
         """Set the map from a mean [d], V [j, d], s [j] and r [d], float64, with j <= k.
 
         A share `RIDGE` of the mean variance is added to all variances. Without it, directions in which a few images
-        hardly vary would be blown up.
+        hardly vary would be blown up. DataError: there is no variance.
         """
         d = len(rest)
-        ridge = RIDGE * (scales.square().sum() + rest.sum()) / d
+        variance = (scales.square().sum() + rest.sum()) / d
+        if not float(variance) > _LEAST_VARIANCE:
+            raise DataError("whitening needs images of a class that differ, and these are equal: leave whiten out")
+        ridge = RIDGE * variance
         if len(scales) == d:
             scale, gain = torch.ones_like(rest), (scales.square() + ridge).rsqrt()
         else:

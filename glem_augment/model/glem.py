@@ -30,6 +30,7 @@ from glem_augment.model.config import GLEMConfig
 from glem_augment.model.weights import (
     CUSTOM,
     WEIGHTS,
+    autoencoder_of,
     find_autoencoder,
     find_folder,
     load_model,
@@ -181,8 +182,7 @@ class GLEM(ConditionalFlow):
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
             check_flow(module, config.image_shape)
             flow = copy.deepcopy(module)
-        if autoencoder is None and config.autoencoder is not None:
-            autoencoder = named_autoencoder(config.autoencoder, **client)
+        autoencoder = autoencoder_of(folder, config, autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, autoencoder=autoencoder))
         model = model.to(device).eval().requires_grad_(False)
         model.origin, model.origin_file = origin, folder / WEIGHTS

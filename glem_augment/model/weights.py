@@ -21,8 +21,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from glem_augment.checks import RUN_FILE
+from glem_augment.classes.modes import SHRUNK
+from glem_augment.codec.autoencoder import latent_shape
 from glem_augment.codec.published import open_autoencoder
-from glem_augment.errors import ModelFileError
+from glem_augment.errors import HubError, ModelFileError
 from glem_augment.io import Limits, atomic_write, expand, header_bytes, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
 
@@ -36,6 +38,7 @@ _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
 _MOST_ENTRY, _MOST_METADATA = 320, 2**16
 # Images of a class, and standard deviations or their inverses. Real ones lie far inside.
 MOST_IMAGES, SCALES = 2.0**40, (1e-8, 1e8)
+_CHECKED = 2**20  # numbers at a time
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -179,6 +182,8 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     with open_tensors(path, most) as file:
         # A user's flow and an autoencoder have their weights already.
         load_weights(path, file, model, partial(stored, config), _limits(config))
+    if config.covariance == "full":
+        _check_full(path, model.modes)
     return model
 
 
@@ -192,6 +197,59 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     if config.flow.get("whiten"):
         limits["flow.whiten.scale"] = limits["flow.whiten.gain"] = SCALES
     return limits
+
+
+def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **client: Any) -> nn.Module | None:
+    """The autoencoder of a saved model: the user's, the one that the config names, or None.
+
+    ModelFileError: it is missing, or the shapes of images and flow in the config do not belong to it.
+    """
+    path = folder / CONFIG
+    if config.autoencoder is None:
+        if given is not None:
+            raise ModelFileError(f"{path} names no autoencoder: leave autoencoder= out")
+        return None
+    try:
+        module = named_autoencoder(config.autoencoder, **client) if given is None else given
+        found: object = latent_shape(module, config.image_shape)
+    except HubError:
+        raise
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    except ValueError as error:
+        found = error
+    if found != config.flow_shape:
+        raise ModelFileError(
+            f"{path}: images {list(config.image_shape)} and a flow of {list(config.flow_shape)} do not belong to the "
+            f"autoencoder: {found}"
+        )
+    return module
+
+
+def _check_full(path: Path, modes: Any) -> None:
+    """ModelFileError: covariances of `ClassModes.log_prob` that have no inverse in float64.
+
+    They are the pooled covariance, scaled, plus a covariance of each class. So the least eigenvalue of the first must
+    exceed the rounding of the sum.
+    """
+    counts, mean = (t.unflatten(0, (-1, modes.parts)) for t in (modes.counts, modes.mean))
+    largest = 0.0
+    for n, centres in zip(counts.split(256), mean.split(256), strict=True):
+        n, centres = n[..., None].double(), centres.double()
+        if not bool((n.sum(1) >= 1).all()):
+            raise ModelFileError(f"{path}: modes.counts has a class without images")
+        away = centres - (n * centres).sum(1, keepdim=True) / n.sum(1, keepdim=True)
+        largest = max(largest, float(away.square().sum(2).max()))
+    step = max(1, _CHECKED // modes.directions[0].numel())
+    for s, v, rest in zip(*(t.split(step) for t in (modes.scales, modes.directions, modes.rest)), strict=True):
+        own = (s.double().square() * v.square().sum(2).double()).sum(1) + rest.double().sum(1)
+        largest = max(largest, float(own.max()))
+    rows = modes.shared_scales[:, None].double() * modes.shared_directions.double()
+    pooled = SHRUNK * rows.T @ rows
+    rounding = 16 * modes.dim * torch.finfo(torch.float64).eps * (largest + float(pooled.trace()))
+    pooled.diagonal().sub_(rounding)
+    if not math.isfinite(rounding) or int(torch.linalg.cholesky_ex(pooled).info):
+        raise ModelFileError(f"{path}: the covariances of its classes can't be inverted; save the model again")
 
 
 def _check_size(path: Path, config: GLEMConfig) -> None:
